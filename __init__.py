@@ -1,0 +1,32 @@
+"""moec: an ahead-of-time compiler for Mixture-of-Experts language models.
+
+This file is a thin face: the names below are imported from where they live on first use, so that
+`import moec` stays quick (torch, transformers and onnxruntime are imported where they are needed).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .compiler.artifact import Artifact
+    from .compiler.driver import compile, load, opt, verify
+    from .compiler.errors import MoecError
+
+__all__ = ["Artifact", "MoecError", "__version__", "compile", "load", "opt", "verify"]
+
+_HOMES = {
+    "compile": ".compiler.driver",
+    "load": ".compiler.driver",
+    "opt": ".compiler.driver",
+    "verify": ".compiler.driver",
+    "Artifact": ".compiler.artifact",
+    "MoecError": ".compiler.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moec' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,85 @@
+"""Sizes: sympy expressions over named dims, printed so that they parse back.
+
+`str(sympy)` prints `floor(T/8)`, which the grammar does not know; `size_text` prints `floordiv(T, 8)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import sympy
+
+Size = sympy.Expr
+
+
+@lru_cache(maxsize=4096)
+def dim(name: str) -> sympy.Symbol:
+    """Return the symbol of a named dim; every dim is a non-negative integer."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def size(value: int | Size) -> Size:
+    """Return an int or an expression as a size in sympy's normal form."""
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    return sympy.expand(value)
+
+
+def floordiv(a: int | Size, b: int | Size) -> Size:
+    """Return a // b, exact where the division is."""
+    return sympy.floor(sympy.sympify(a) / sympy.sympify(b))
+
+
+def ceildiv(a: int | Size, b: int | Size) -> Size:
+    """Return a / b rounded up."""
+    return sympy.ceiling(sympy.sympify(a) / sympy.sympify(b))
+
+
+FUNCTIONS = {
+    "floordiv": floordiv,
+    "ceildiv": ceildiv,
+    "mod": lambda a, b: sympy.Mod(a, b),
+    "max": lambda *args: sympy.Max(*args),
+    "min": lambda *args: sympy.Min(*args),
+}
+
+
+def evaluate(expression: Size | int, values: Mapping[str, int]) -> int:
+    """Return the size as an int, with `values` for the dims; raises KeyError for a dim without a value."""
+    if isinstance(expression, int):
+        return expression
+    if expression.is_Integer:
+        return int(expression)
+    return int(expression.subs({symbol: values[symbol.name] for symbol in expression.free_symbols}))
+
+
+@lru_cache(maxsize=65536)
+def size_text(expression: Size) -> str:
+    """Return the canonical text of a size: `2048`, `B*S`, `P + S`, `floordiv(T, 8)`."""
+    return _text(expression, 0)
+
+
+def _text(e: sympy.Basic, strength: int) -> str:
+    match e:
+        case sympy.Integer() | sympy.Symbol():
+            return str(e)
+        case sympy.Add():
+            parts = [_text(term, 1) for term in e.as_ordered_terms()]
+            joined = parts[0] + "".join(f" - {p[1:]}" if p.startswith("-") else f" + {p}" for p in parts[1:])
+            return f"({joined})" if strength > 1 else joined
+        case sympy.floor() | sympy.ceiling():
+            numerator, denominator = sympy.fraction(sympy.together(e.args[0]))
+            name = "floordiv" if isinstance(e, sympy.floor) else "ceildiv"
+            return f"{name}({_text(numerator, 0)}, {_text(denominator, 0)})"
+        case sympy.Mul():
+            factors = e.as_ordered_factors()
+            sign = "-" if factors[0] == -1 else ""
+            return sign + "*".join(_text(factor, 2) for factor in factors[1 if sign else 0 :])
+        case sympy.Pow() if e.exp.is_Integer and int(e.exp) > 0:
+            return "*".join([_text(e.base, 2)] * int(e.exp))
+        case sympy.Mod() | sympy.Max() | sympy.Min():
+            name = {"Mod": "mod", "Max": "max", "Min": "min"}[type(e).__name__]
+            arguments = e.args if name == "mod" else sorted(e.args, key=sympy.default_sort_key)
+            return f"{name}({', '.join(_text(a, 0) for a in arguments)})"
+    raise ValueError(f"a size cannot be {e}: sizes are made of integers, dims, +, -, *, floordiv, ceildiv, mod, max, min")

@@ -1,0 +1,15 @@
+"""Sources to modules.
+
+load                any source to a module and its weights
+huggingface         a checkpoint folder, a live transformers model
+transformers_model  the import itself: rehearse, trace each kind of layer, trace the whole
+capture             transformers' registration interfaces; attention, experts and cache as single ops
+skeleton            a model without weights
+layers              which layers a model has and which are alike
+export, aten        torch.export, and its operators as IR ops
+names               parameter names to recipes over checkpoint tensors
+"""
+
+from .load import Loaded, load
+
+__all__ = ["Loaded", "load"]

@@ -1,0 +1,199 @@
+"""transformers' registration interfaces, used so that attention, experts and the cache enter a trace as single ops.
+
+`moec::attention` and `moec::experts` have no kernel, only shapes: a traced model is never run. The mask interface
+hands the padding mask on as it is (causality and windows are attributes of the attention op), and remembers which
+window was asked for, since attention functions are told it only in some models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MoecError
+from ..ops.moe import ACTIVATIONS, activate
+
+NAME = "moec"  # the name under which everything is registered with transformers
+
+
+@dataclass
+class Tracing:
+    """What the registered functions need to know while one model is traced."""
+
+    windows: dict[int, int] = field(default_factory=dict)  # id of a mask -> its sliding window
+    masks: list[Tensor] = field(default_factory=list)  # keeps the ids above alive
+    window: int = 0  # the window of the layer that is being traced
+    layers: list[Any] = field(default_factory=list)  # what the stubs stand for
+    activations: dict[int, tuple[str, float, float, float]] = field(default_factory=dict)  # by id of an experts module
+
+
+_CURRENT: list[Tracing] = []  # transformers calls the registered functions without a way to pass this along
+
+
+def current() -> Tracing:
+    """Return the trace that is under way."""
+    return _CURRENT[-1]
+
+
+@contextmanager
+def tracing() -> Iterator[Tracing]:
+    """Register with transformers and collect what one trace says."""
+    register()
+    _CURRENT.append(Tracing())
+    try:
+        yield _CURRENT[-1]
+    finally:
+        _CURRENT.pop()
+
+
+# --- the single ops --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moec::attention", mutates_args=())
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Stand for `nn.attention`; shapes as there."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@attention_op.register_fake
+def _(q, k, v, mask, sinks, scale, window, softcap):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op("moec::cache_append", mutates_args=())
+def cache_op(past: Tensor, new: Tensor) -> Tensor:
+    """Stand for `nn.cache_append` along axis 2."""
+    return torch.cat((past, new), dim=2)
+
+
+@cache_op.register_fake
+def _(past, new):
+    return new.new_empty(*new.shape[:2], past.shape[2] + new.shape[2], *new.shape[3:])
+
+
+@torch.library.custom_op("moec::experts", mutates_args=())
+def experts_op(
+    x: Tensor, ids: Tensor, gates: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
+    act: str, gated: bool, layout: str, transposed: bool, alpha: float, beta: float, limit: float,
+) -> Tensor:  # fmt: skip
+    """Stand for `moe.experts`; `transposed` weights are [E, in, out]."""
+    return torch.empty_like(x)
+
+
+@experts_op.register_fake
+def _(x, ids, gates, up, down, up_bias, down_bias, act, gated, layout, transposed, alpha, beta, limit):
+    return torch.empty_like(x)
+
+
+# --- what transformers calls -----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def register() -> None:
+    """Make the attention, mask and experts functions known to transformers, once."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+
+
+_IGNORED_ATTENTION = {
+    "dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "output_router_logits", "sliding_window",
+    "cache_position", "position_embeddings", "return_dict", "output_hidden_states", "logits_to_keep",
+}  # fmt: skip
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    s_aux: Tensor | None = None, softcap: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    unknown = {k for k, v in kwargs.items() if v is not None} - _IGNORED_ATTENTION
+    if unknown:
+        raise MoecError(
+            f"the attention of {type(module).__name__} is called with {', '.join(sorted(unknown))}, which is not understood"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise MoecError(f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    window = current().window
+    y = torch.ops.moec.attention(query, key, value, attention_mask, s_aux, scale, window, float(softcap or 0.0))
+    return y, None
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    if kwargs.get("use_vmap"):
+        raise MoecError("the model adds a mask function of its own to the causal mask, which is not understood")
+    if "chunk" in getattr(kwargs.get("mask_function"), "__qualname__", "") or _is_chunked(kwargs.get("mask_function")):
+        raise MoecError("chunked attention masks are not understood")
+    mask = attention_mask.clone() if not torch.compiler.is_exporting() else attention_mask
+    tracing_ = current()
+    tracing_.windows[id(mask)] = int(local_size or 0)
+    tracing_.masks.append(mask)
+    return mask
+
+
+def _is_chunked(function: Any) -> bool:
+    cells = getattr(function, "__closure__", None) or ()
+    parts = [p for cell in cells for p in (cell.cell_contents if isinstance(cell.cell_contents, tuple) else ())]
+    return any("chunked" in getattr(p, "__qualname__", "") for p in parts)
+
+
+def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    prefix = "gate_up_proj" if module.has_gate else "up_proj"
+    if getattr(module, "has_post_expert_norm", False):
+        raise MoecError(f"{type(module).__name__} has a norm behind each expert, which is not understood")
+    up_bias = getattr(module, f"{prefix}_bias", None) if module.has_bias else None
+    down_bias = module.down_proj_bias if module.has_bias else None
+    known = current().activations
+    if id(module) not in known:  # in the rehearsal; a trace cannot look at numbers
+        known[id(module)] = activation_of(module)
+    act, alpha, beta, limit = known[id(module)]
+    layout = "concat" if module.is_concatenated else "interleaved"
+    return torch.ops.moec.experts(
+        x, ids, gates, up, module.down_proj, up_bias, down_bias,
+        act, module.has_gate, layout, module.is_transposed, alpha, beta, limit,
+    )  # fmt: skip
+
+
+# --- which activation an experts module has --------------------------------------------------------------------
+
+
+def activation_of(module: Any) -> tuple[str, float, float, float]:
+    """Return (act, alpha, beta, limit) of `moe.experts` for a module, found by comparing numbers.
+
+    A class may override the gate's formula, so its code is not trusted to be the usual one: every candidate is
+    compared with what the module computes on random numbers.
+    """
+    with torch.no_grad(), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        h = 12 * torch.randn(64, 32, generator=generator)
+        h[:, :] = h * torch.linspace(0.05, 1.0, 64)[:, None]
+        layout = "concat" if module.is_concatenated else "interleaved"
+        actual = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+        limit = float(getattr(module, "limit", None) or getattr(module, "swiglu_limit", None) or float("inf"))
+        alpha = float(getattr(module, "alpha", 1.0))
+        for act, a, b, c in [
+            *((name, 1.0, 0.0, float("inf")) for name in ACTIVATIONS),
+            ("silu", alpha, 1.0, limit),
+            *((name, 1.0, 0.0, limit) for name in ACTIVATIONS),
+            ("silu", alpha, 0.0, limit),
+        ]:
+            expected = activate(h, act, module.has_gate, layout, a, b, c)
+            if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-5, atol=1e-6):
+                return act, a, b, c
+    raise MoecError(f"the activation of {type(module).__name__} is none that moe.experts knows", todo=", ".join(ACTIVATIONS))

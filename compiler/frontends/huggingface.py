@@ -1,0 +1,170 @@
+"""Imports a Hugging Face checkpoint folder, or a live transformers model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MoecError
+from ..ir import Module, TensorType
+from ..recipes import Recipe, Tensor, step
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from .names import DTYPE_NAMES, expected_tensors, map_parameters
+from .skeleton import Skeleton, adopt, build, read_config
+from .transformers_model import import_model
+
+BLOCK_FP8 = "fp8"  # quant_method of DeepSeek's 128x128 blocks
+
+
+def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -> tuple[Module, Checkpoint | None]:
+    """Return the module of a checkpoint folder and its opened weights (None where there is only a config.json).
+
+    `name` is the folder as the user gave it; it goes into the module. Reads no weight data.
+    """
+    config = read_config(folder, trust_remote_code)
+    quantization = _quantization(config, folder)
+    checkpoint = open_checkpoint(folder) if has_weights(folder) else None
+    dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    skeleton = build(config, trust_remote_code)
+    skeleton.model.config.moec_dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+    def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
+        if checkpoint is None:
+            state = {k: v for k, v in skeleton.model.state_dict().items() if k in set(wanted)}
+            stored = expected_tensors(skeleton.model, state)
+            available = _expected_quantized(skeleton, stored, quantization) if quantization else stored
+        else:
+            available = _stored(checkpoint, wanted, quantization)
+        return map_parameters(skeleton.model, wanted, available)
+
+    module = import_model(skeleton, mapper, name)
+    if checkpoint is not None:
+        check_weights(module, checkpoint)
+    return module, checkpoint
+
+
+def import_live(model: Any) -> tuple[Module, dict[str, torch.Tensor]]:
+    """Return the module of a live transformers model and its tensors by name; the model itself is left alone."""
+    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    shell = _without_data(model)
+    mapper = lambda wanted: {n: Tensor(n, _type(tensors[n])) for n in wanted}  # noqa: E731
+    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}"), tensors
+
+
+def _without_data(model: Any) -> Any:
+    """Copy a model with its parameters on the meta device."""
+    memo: dict[int, Any] = {}
+    persistent = set(model.state_dict(keep_vars=True))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in persistent or isinstance(tensor, torch.nn.Parameter):
+            empty = torch.empty(tensor.shape, dtype=_float32(tensor.dtype), device="meta")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            memo[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    shell = deepcopy(model, memo)
+    shell.set_attn_implementation("moec")
+    return shell
+
+
+def _float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point else dtype
+
+
+def _type(tensor: torch.Tensor) -> TensorType:
+    return TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape)
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights in any format, readable or not."""
+    patterns = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+    return any(next(folder.glob(p), None) for p in patterns)
+
+
+# --- stored tensors, some of them quantized ------------------------------------------------------------------------
+
+
+def _quantization(config: Any, folder: Path) -> dict[str, Any] | None:
+    raw = getattr(config, "quantization_config", None)
+    if raw is None:
+        return None
+    found = raw if isinstance(raw, dict) else raw.to_dict()
+    if found.get("quant_method") != BLOCK_FP8 or not found.get("weight_block_size"):
+        raise MoecError(
+            f"weights quantized with {found.get('quant_method')!r} are not understood",
+            where=str(folder / "config.json"),
+            todo="FP8 with weight_block_size is; or give an unquantized checkpoint",
+        )
+    return found
+
+
+def _stored(checkpoint: Checkpoint, wanted: list[str], quantization: dict[str, Any] | None) -> dict[str, Recipe]:
+    """Return the stored tensors that can matter: those of the wanted layers and those outside of layers."""
+    numbers = {_first_number(name) for name in wanted}
+    found: dict[str, Recipe] = {}
+    for name, info in checkpoint.tensors.items():
+        if name.endswith("_scale_inv") or _first_number(name) not in numbers | {None}:
+            continue
+        scale = checkpoint.tensors.get(f"{name}_scale_inv")
+        found[name] = Tensor(name, info.type)
+        if scale is not None:
+            if quantization is None:
+                raise MoecError(f"{name} has scales, but config.json has no quantization_config", where=info.file.name)
+            found[name] = _dequantized(Tensor(name, info.type), Tensor(f"{name}_scale_inv", scale.type), quantization)
+    return found
+
+
+def _first_number(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _dequantized(codes: Tensor, scales: Tensor, quantization: dict[str, Any]) -> Recipe:
+    try:
+        return step("dequantize", codes, scales, block=tuple(quantization["weight_block_size"]))
+    except ValueError as error:
+        raise MoecError(f"{codes.name}: {error}", where=scales.name) from None
+
+
+def _expected_quantized(
+    skeleton: Skeleton, stored: Mapping[str, Recipe], quantization: dict[str, Any]
+) -> dict[str, Recipe]:
+    """Return the tensors of an FP8 checkpoint that is not at hand: codes and scales for every linear layer."""
+    skipped = tuple(quantization.get("modules_to_not_convert") or ()) + ("lm_head",)
+    modules = dict(skeleton.model.named_modules())
+    rows, columns = quantization["weight_block_size"]
+    found = dict(stored)
+    for name, recipe in stored.items():
+        owner = name.removesuffix(".weight")
+        linear = isinstance(modules.get(owner), torch.nn.Linear)
+        expert = ".experts." in name and len(recipe.type.shape) == 2
+        if not (linear or expert) or any(s in owner for s in skipped) or len(recipe.type.shape) != 2:
+            continue
+        n, k = recipe.type.sizes
+        codes = Tensor(name, TensorType.of("f8e4m3", n, k))
+        scales = Tensor(f"{name}_scale_inv", TensorType.of("f32", math.ceil(n / rows), math.ceil(k / columns)))
+        found[name] = _dequantized(codes, scales, quantization)
+    return found
+
+
+def check_weights(module: Module, checkpoint: Checkpoint) -> None:
+    """Check that every tensor that any call of any function reads is there, with the dtype and shape it should have."""
+    from ..ir import walk_calls
+    from ..recipes import bind, tensors
+
+    for function, bound in walk_calls(module):
+        for const in function.consts:
+            for tensor in tensors(bind(const.recipe, function.weights, bound)):
+                info = checkpoint.tensors.get(tensor.name)
+                if info is None:
+                    raise MoecError(
+                        f"the checkpoint has no tensor {tensor.name}",
+                        where=str(checkpoint.folder),
+                        todo="a shard is missing, or config.json and the weights do not belong together",
+                    )
+                if info.type != tensor.type:
+                    raise MoecError(
+                        f"the tensor {tensor.name} is {info.type}, {tensor.type} is wanted", where=str(info.file)
+                    )

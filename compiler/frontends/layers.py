@@ -1,0 +1,286 @@
+"""Finds a model's repeated layers, and traces each distinct kind of layer once.
+
+A rehearsal runs the whole model on the meta device (shapes only) and records what every layer is called with and
+which caches it updates. Layers of the same kind (same modules, shapes, settings and arguments) share one trace. In
+the trace of the whole program every layer is a stub, a single op, so that it costs nothing to have 94 of them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import MoecError
+from .capture import Tracing, current
+
+# Sizes of the rehearsal: primes that no model has as a size, so that a dim of a result says where it comes from.
+BATCH, NEW, PAST = 1009, 1013, 1019
+SIZES = {BATCH: "B", NEW: "S", PAST: "P", PAST + NEW: "P + S"}
+
+
+class TraceCache:
+    """Stands in for transformers' Cache while tracing: grows states by `moec::cache_append`, keeps both ends."""
+
+    is_compileable = False
+    is_initialized = True
+    layers: tuple[()] = ()
+
+    def __init__(self, past: dict[int, list[Tensor]] | None = None, length: Any = PAST) -> None:
+        self.past = past  # None in the rehearsal: pasts are made up when a layer first updates
+        self.present: dict[int, list[Tensor]] = {}
+        self.length = length
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append one layer's new keys and values."""
+        if layer_idx in self.present:
+            raise MoecError(f"layer {layer_idx} updates its cache twice in one step, which is not understood")
+        if self.past is None:
+            pasts = [t.new_empty(*t.shape[:2], PAST, *t.shape[3:]) for t in (key, value)]
+        else:
+            pasts = self.past[layer_idx]
+        self.length = pasts[0].shape[2]
+        self.present[layer_idx] = [torch.ops.moec.cache_append(p, t) for p, t in zip(pasts, (key, value), strict=True)]
+        return self.present[layer_idx][0], self.present[layer_idx][1]
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the number of past tokens."""
+        return self.length
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
+        """Return (slots, offset of the first slot)."""
+        return self.length + query_length, 0
+
+    def get_max_length(self, *args: Any, **kwargs: Any) -> int:
+        """Return -1: there is no bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """Refuse: recurrent states are not key-value caches."""
+        raise MoecError("this model keeps recurrent states (linear attention, Mamba or convolutions), which are not supported")
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("past", "present"):
+            raise AttributeError(name)
+        raise MoecError(f"the model uses its cache's {name!r}, which is not understood")
+
+
+def cache_class() -> type:
+    """Return TraceCache as a subclass of transformers' Cache, which some models ask for."""
+    from transformers import Cache
+
+    return type("TraceCache", (TraceCache, Cache), {"__init__": TraceCache.__init__, "is_sliding": []})
+
+
+@dataclass
+class Layer:
+    """What the rehearsal saw of one layer."""
+
+    index: int
+    module: Any
+    leaves: list[Any] = field(default_factory=list)  # arguments, flattened; tensors and the cache as they came
+    spec: Any = None
+    result_spec: Any = None
+    results: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)  # the appended states, as the rehearsal made them
+    window: int = 0
+    kind: int = -1
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensor arguments in order."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+
+def find_layers(model: Any) -> tuple[str, Any]:
+    """Return the name and the ModuleList of a model's decoder layers: the largest list of the config's length."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise MoecError(f"{type(model).__name__} has no list of {count} layers (num_hidden_layers)")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
+    """Run the model on shapes alone and return what each layer was called with."""
+    seen = [Layer(i, module) for i, module in enumerate(layers)]
+    cache = cache_class()()
+
+    def before(layer: Layer) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            layer.leaves, layer.spec = pytree.tree_flatten((args, kwargs))
+            windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
+            if len(windows) > 1:
+                raise MoecError(f"layer {layer.index} gets masks with different windows")
+            tracing.window = layer.window = windows.pop() if windows else 0
+
+        return hook
+
+    def after(layer: Layer) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            leaves, layer.result_spec = pytree.tree_flatten(output)
+            if not all(isinstance(leaf, Tensor) for leaf in leaves):
+                raise MoecError(f"{type(module).__name__} returns something that is no tensor")
+            layer.results = leaves
+            layer.states = cache.present.get(layer.index, [])
+
+        return hook
+
+    hooks = [h for s in seen for h in (
+        s.module.register_forward_pre_hook(before(s), with_kwargs=True),
+        s.module.register_forward_hook(after(s), with_kwargs=True),
+    )]  # fmt: skip
+    try:
+        with torch.no_grad():
+            model(**example_inputs(), past_key_values=cache, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if any(s.spec is None or s.result_spec is None for s in seen):
+        raise MoecError(f"{type(model).__name__} does not call every layer once")
+    return seen
+
+
+def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict[str, Tensor]:
+    """Return the program's inputs on the meta device."""
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    return {
+        "input_ids": ints(batch, new),
+        "attention_mask": ints(batch, past + new),
+        "position_ids": ints(batch, new),
+    }
+
+
+# --- which layers are alike ------------------------------------------------------------------------------------
+
+
+def group_kinds(model: Any, layers: list[Layer]) -> list[Layer]:
+    """Number the kinds of layers in order of appearance; return the first layer of each kind."""
+    first: dict[Any, Layer] = {}
+    for layer in layers:
+        key = _key(model, layer)
+        representative = first.setdefault(key, layer)
+        layer.kind = layer.index if representative is layer else representative.index
+    representatives = list(first.values())
+    numbers = {r.index: i for i, r in enumerate(representatives)}
+    for layer in layers:
+        layer.kind = numbers[layer.kind]
+    return representatives
+
+
+def _key(model: Any, layer: Layer) -> Any:
+    config = model.config.get_text_config(decoder=True)
+    per_layer = tuple(
+        (name, repr(value[layer.index]))
+        for name, value in sorted(config.to_dict().items())
+        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
+    )
+    arguments = tuple(
+        (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else _plain(leaf) for leaf in layer.leaves
+    )
+    states = tuple(tuple(s.shape) for s in layer.states)
+    results = tuple(tuple(r.shape) for r in layer.results)
+    return (_module_key(layer.module), per_layer, arguments, str(layer.spec), states, results, layer.window)
+
+
+def _module_key(module: Any) -> Any:
+    own = [
+        (name, _plain(value))
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in ("layer_idx", "layer_index", "training", "config", "layer_number")
+    ]
+    tensors = [
+        (name, tuple(t.shape), str(t.dtype))
+        for name, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    ]
+    children = [(name, _module_key(child)) for name, child in module.named_children()]
+    return (type(module).__qualname__, tuple(own), tuple(tensors), tuple(children))
+
+
+def _plain(value: Any) -> Any:
+    """Return a hashable description of a setting that a layer holds or is called with."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple():
+            return tuple(_plain(v) for v in value)
+        case types.FunctionType() | types.MethodType():
+            return value.__qualname__
+    return type(value).__qualname__
+
+
+# --- stubs: a layer as one op in the trace of the whole program ---------------------------------------------------
+
+
+@torch.library.custom_op("moec::layer", mutates_args=())
+def layer_op(tensors: list[Tensor], index: int) -> list[Tensor]:
+    """Stand for one layer; results have the shapes that the rehearsal saw."""
+    return _stub_results(tensors, index)
+
+
+@layer_op.register_fake
+def _(tensors, index):
+    return _stub_results(tensors, index)
+
+
+def _stub_results(tensors: list[Tensor], index: int) -> list[Tensor]:
+    layer = current().layers[index]
+    sizes: dict[int, Any] = {}
+    for tensor, seen in zip(tensors, layer.tensors, strict=True):
+        for actual, number in zip(tensor.shape, seen.shape, strict=True):
+            if number in SIZES:
+                sizes.setdefault(number, actual)
+    sizes[BATCH * NEW] = sizes.get(BATCH, 1) * sizes.get(NEW, 1)
+    return [tensors[0].new_empty([sizes.get(n, n) for n in r.shape], dtype=r.dtype) for r in layer.results]
+
+
+class Stub(torch.nn.Module):
+    """Takes a layer's place in its list: no parameters, one op; other attributes are the layer's own."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not registered, so that the layer's parameters stay out of the trace
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Emit `moec::layer`."""
+        leaves = pytree.tree_flatten((args, kwargs))[0]
+        results = torch.ops.moec.layer([t for t in leaves if isinstance(t, Tensor)], self.layer.index)
+        return pytree.tree_unflatten(results, self.layer.result_spec)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"].module, name)
+
+
+@contextmanager
+def stubbed(layers: list[Layer], modules: Any) -> Iterator[None]:
+    """Replace every layer of a ModuleList by its stub."""
+    current().layers = layers
+    try:
+        for layer in layers:
+            modules[layer.index] = Stub(layer)
+        yield
+    finally:
+        for layer in layers:
+            modules[layer.index] = layer.module

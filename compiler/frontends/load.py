@@ -1,0 +1,105 @@
+"""Any source to a module and the weights that its recipes read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import MoecError
+from ..ir import Module
+from ..weights.sources import WeightSource
+
+LIVE = "python:"  # how the source of a live module starts
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any."""
+
+    module: Module
+    weights: WeightSource | None
+    folder: Path | None
+
+
+def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: bool = False) -> Loaded:
+    """Load a checkpoint folder, a `.moir` file, an artifact folder or a live transformers model.
+
+    `weights` names the checkpoint folder of a `.moir` file, in place of the one that stands in it.
+    """
+    if isinstance(source, (str, Path)):
+        return _load_path(Path(source), str(source), weights, trust_remote_code)
+    import torch
+
+    if isinstance(source, torch.nn.Module):
+        return _load_live(source)
+    raise MoecError(
+        f"a source cannot be a {type(source).__name__}",
+        todo="give a checkpoint folder, a .moir file, an artifact or a transformers model",
+    )
+
+
+def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_code: bool) -> Loaded:
+    if path.is_dir() and (path / "program.moir").is_file():
+        path = path / "program.moir"
+    if path.suffix == ".moir":
+        return _load_text(path, weights)
+    if path.suffix in (".onnx", ".pt2"):
+        raise MoecError(f"{path.suffix} files are not read yet", where=name, todo="give the checkpoint folder")
+    if not path.is_dir():
+        what = "is a file of no known kind" if path.exists() else "does not exist"
+        raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder or a .moir file")
+    from .huggingface import import_folder
+
+    module, checkpoint = import_folder(path, name.rstrip("/"), trust_remote_code=trust_remote_code)
+    return Loaded(module, checkpoint, path)
+
+
+def _load_text(path: Path, weights: Path | str | None) -> Loaded:
+    from ..parser import parse_module
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoecError(f"cannot read the file: {error}", where=str(path)) from None
+    module = parse_module(text, str(path))
+    folder = find_weights(module, path, weights)
+    if folder is None:
+        return Loaded(module, None, None)
+    from ..weights.checkpoint import open_checkpoint
+    from .huggingface import check_weights, has_weights
+
+    if not has_weights(folder):
+        return Loaded(module, None, folder)
+    checkpoint = open_checkpoint(folder)
+    check_weights(module, checkpoint)
+    return Loaded(module, checkpoint, folder)
+
+
+def find_weights(module: Module, path: Path, weights: Path | str | None) -> Path | None:
+    """Return the checkpoint folder of a program: `weights`, or its source seen from here or from the file's folder."""
+    if weights is not None:
+        if not Path(weights).is_dir():
+            raise MoecError("the weights are not a folder", where=str(weights))
+        return Path(weights)
+    if not module.source or module.source.startswith(LIVE):
+        return None
+    for candidate in (Path(module.source), path.parent / module.source):
+        if candidate.is_dir():
+            return candidate
+    return None
+
+
+def _load_live(model: Any) -> Loaded:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise MoecError(
+            f"a live {type(model).__name__} is not understood",
+            todo="give a causal LM of transformers, or save it as a checkpoint folder",
+        )
+    from ..weights.sources import ModuleSource
+    from .huggingface import import_live
+
+    module, tensors = import_live(model)
+    return Loaded(module, ModuleSource(tensors), None)

@@ -1,0 +1,127 @@
+"""A transformers model without weights: parameters on the meta device, small computed buffers with their values."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import MoecError
+from .capture import NAME, register
+
+_FACTORIES = {
+    torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand, torch.empty_like, torch.zeros_like,
+    torch.ones_like,
+}  # fmt: skip
+
+
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Sends large new tensors to the meta device, and leaves small ones and all arithmetic (rope tables) on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and kwargs.get("device") is None and _elements(args, kwargs) > 65536:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _elements(args: Any, kwargs: Any) -> int:
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0].numel()
+    size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+    numbers = [n for n in size if isinstance(n, int)]
+    return math.prod(numbers) if numbers else 0
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device and the values of the buffers that no checkpoint holds, by name."""
+
+    model: Any
+    config: Any
+    buffers: dict[str, torch.Tensor]
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of a folder; MoecError says what is wrong with it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MoecError("there is no config.json", where=str(folder), todo="give a Hugging Face checkpoint folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise MoecError(f"config.json is not JSON: {error}", where=str(path)) from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise MoecError("config.json has no model_type", where=str(path), todo="add the key that names the architecture")
+    import transformers
+    from transformers import AutoConfig
+
+    remote = raw.get("auto_map") and raw["model_type"] not in transformers.CONFIG_MAPPING
+    if remote and not trust_remote_code:
+        raise MoecError(
+            f"model_type {raw['model_type']!r} comes with code of its own, which is not run",
+            where=str(path),
+            todo="if you trust that code, pass --trust-remote-code",
+        )
+    if raw["model_type"] not in transformers.CONFIG_MAPPING and not remote:
+        raise MoecError(
+            f"model_type {raw['model_type']!r} is not known to transformers {transformers.__version__}", where=str(path)
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=bool(remote), local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise MoecError(f"transformers does not accept this config: {_first_line(error)}", where=str(path)) from error
+    except Exception as error:
+        # huggingface_hub's strict dataclasses raise their own family of errors, which share no public base
+        if "Strict" in type(error).__name__:
+            raise MoecError(f"transformers does not accept this config: {_first_line(error)}", where=str(path)) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
+
+
+def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
+    """Build the causal LM of a config in float32 without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    register()
+    text_config = config.get_text_config(decoder=True)
+    kwargs: dict[str, Any] = {"attn_implementation": NAME, "dtype": torch.float32}
+    if hasattr(config, "quantization_config"):
+        # the weights' storage is the recipes' affair; the traced arithmetic is float32
+        del config.quantization_config
+    try:
+        with _LargeTensorsOnMeta(), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise MoecError(
+            f"transformers cannot build a causal LM of model_type {text_config.model_type!r}: {_first_line(error)}"
+        ) from error
+    return adopt(model)
+
+
+def adopt(model: Any) -> Skeleton:
+    """Put a model on the meta device, keeping the values of its non-persistent buffers."""
+    use_moec_experts(model)
+    persistent = set(model.state_dict(keep_vars=True))
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers() if name not in persistent}
+    lost = [name for name, b in buffers.items() if b.is_meta]
+    if lost:
+        raise MoecError(f"the buffer {lost[0]} is computed by the model but too large to keep in the program")
+    return Skeleton(model.to("meta").eval(), model.config, buffers)
+
+
+def use_moec_experts(model: Any) -> None:
+    """Route every experts module that transformers can dispatch through `moec::experts`."""
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
+            module.config._experts_implementation = NAME
+            module.config._experts_implementation_internal = NAME

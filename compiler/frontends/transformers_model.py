@@ -1,0 +1,285 @@
+"""From a transformers causal LM on the meta device to a module: rehearse, trace each kind of layer, then the whole.
+
+No model is known by name here. The inputs are `input_ids`, `attention_mask`, `position_ids` and one past key and
+value a layer; the results are `logits` and the present keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import MoecError
+from ..ir import Dim, Function, Module, TensorType, Value
+from ..recipes import Literal, Recipe, step
+from .aten import Graph, lower
+from .builder import Builder
+from .capture import Tracing, tracing
+from .export import DIM_EXPRESSIONS, Traced, trace
+from .layers import (
+    NEW, PAST, SIZES, Layer, TraceCache, cache_class, example_inputs, find_layers, group_kinds, rehearse, stubbed,
+)  # fmt: skip
+from .names import DTYPE_NAMES, relative_to_layer
+from .skeleton import Skeleton
+
+Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
+
+MAX_LITERAL = 65536  # elements of a computed buffer that are written into the program
+
+
+@dataclass(frozen=True)
+class Import:
+    """What every step of one import needs."""
+
+    skeleton: Skeleton
+    layers_name: str
+    layers: list[Layer]
+    kinds: list[Layer]
+    recipes: Mapping[str, Recipe]
+    tracing: Tracing
+
+
+def import_model(skeleton: Skeleton, mapper: Mapper, source: str) -> Module:
+    """Return the module (stage graph) of a model; MoecError names what is not understood."""
+    model = skeleton.model
+    with tracing() as session, torch.no_grad():
+        layers_name, modules = find_layers(model)
+        layers = rehearse(model, modules, session)
+        kinds = group_kinds(model, layers)
+        recipes = _map_weights(model, mapper, layers_name, layers, kinds)
+        job = Import(skeleton, layers_name, layers, kinds, recipes, session)
+        functions = [_layer_function(job, kind) for kind in kinds]
+        main = _main_function(job, modules, functions)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 131072
+    dims = (Dim("B", 1, 1024), Dim("S", 1, int(positions)), Dim("P", 0, int(positions)))
+    return Module("graph", dims, (*functions, main), source)
+
+
+def _map_weights(model: Any, mapper: Mapper, prefix: str, layers: list[Layer], kinds: list[Layer]) -> Mapping[str, Recipe]:
+    """Map the parameters outside the layers and of the first layer of each kind; the others differ in a number."""
+    representatives = {f"{prefix}.{k.index}." for k in kinds}
+    wanted = [
+        name
+        for name in model.state_dict()
+        if not name.startswith(f"{prefix}.") or any(name.startswith(r) for r in representatives)
+    ]
+    return mapper(wanted)
+
+
+# --- one layer -------------------------------------------------------------------------------------------------
+
+
+class _LayerProgram(torch.nn.Module):
+    """A layer as a function of its tensor arguments and its past states, in one list."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer.module
+        self.__dict__["seen"] = layer
+
+    def forward(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        seen: Layer = self.__dict__["seen"]
+        count = len(seen.tensors)
+        pasts = tensors[count:]
+        cache = cache_class()({seen.index: pasts}, pasts[0].shape[2] if pasts else PAST)
+        given = iter(tensors[:count])
+        leaves = [
+            next(given) if isinstance(leaf, Tensor) else cache if isinstance(leaf, TraceCache) else leaf
+            for leaf in seen.leaves
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, seen.spec)
+        output = self.layer(*args, **kwargs)
+        return pytree.tree_flatten(output)[0], cache.present.get(seen.index, [])
+
+
+def _layer_function(job: Import, kind: Layer) -> Function:
+    """Trace one kind of layer and return its function: (tensor arguments, past states) -> (results, states)."""
+    name = f"layer_{job.kinds.index(kind)}" if len(job.kinds) > 1 else "layer"
+    job.tracing.window = kind.window
+    pasts = [s.new_empty(*s.shape[:2], PAST, *s.shape[3:]) for s in kind.states]
+    inputs = [*kind.tensors, *pasts]
+    place = f"{job.layers_name}.{kind.index}"
+    traced = trace(_LayerProgram(kind), inputs, place)
+    builder = Builder(name)
+    values: dict[str, Any] = {}
+    names = [*_argument_names(kind), *_state_names(kind)]
+    for node, label, tensor in zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True):
+        state = label.startswith("past_")
+        values[str(node)] = builder.param(label, _type_of(tensor, state))
+    prefix = _add_weights(job, builder, traced, values, "layer.", f"{place}.", kind.index)
+    try:
+        results = lower(Graph(traced, builder), values)
+    except MoecError as error:
+        raise replace(error, model=".".join(filter(None, (place, error.model)))) from None
+    return prune(builder.finish(results, prefix))
+
+
+def _argument_names(kind: Layer) -> list[str]:
+    """Name a layer's tensor arguments after the keywords that they are passed by."""
+    args, kwargs = pytree.tree_unflatten(list(range(len(kind.leaves))), kind.spec)
+    labels: dict[int, str] = {}
+    for i, tree in enumerate(args):
+        for leaf in pytree.tree_leaves(tree):
+            labels[leaf] = "hidden" if i == 0 else f"arg_{i}"
+    for key, tree in kwargs.items():
+        leaves = pytree.tree_leaves(tree)
+        named = ("cos", "sin") if key == "position_embeddings" and len(leaves) == 2 else None
+        for i, leaf in enumerate(leaves):
+            labels[leaf] = named[i] if named else "hidden" if key == "hidden_states" else key if len(leaves) == 1 else f"{key}_{i}"
+    return [labels[i] for i, leaf in enumerate(kind.leaves) if isinstance(leaf, Tensor)]
+
+
+def _state_names(kind: Layer) -> list[str]:
+    return ["past_key", "past_value"][: len(kind.states)]
+
+
+def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
+    """Return the IR type of a rehearsal tensor: its primes become dims."""
+    shape = [DIM_EXPRESSIONS[SIZES[n]] if n in SIZES else n for n in tensor.shape]
+    return TensorType.of(DTYPE_NAMES[tensor.dtype], *shape, state=state)
+
+
+def _add_weights(
+    job: Import, builder: Builder, traced: Traced, values: dict[str, Any], wrapper: str, place: str, layer: int | None
+) -> str:
+    """Add a const for every weight that the trace reads; return the common prefix of their names."""
+    signature = traced.program.graph_signature
+    used = {n.name for n in traced.program.graph.nodes if n.op == "placeholder" and n.users}
+    prefix = ""
+    for node, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
+        if node not in used:
+            continue
+        own = target.removeprefix(wrapper)
+        recipe = _recipe(job, place + own)
+        if layer is not None and not isinstance(recipe, Literal):
+            located = relative_to_layer(recipe, layer)
+            if located is None or prefix not in ("", located[0]):
+                raise MoecError(f"the checkpoint names of {place}{own} do not hold the layer's number where others do")
+            prefix, recipe = located
+        values[node] = builder.const(_short_name(own), recipe)
+    return prefix
+
+
+def _recipe(job: Import, name: str) -> Recipe:
+    """Return how a parameter or buffer is made, in the dtype that the traced program computes in."""
+    if name in job.skeleton.buffers:
+        buffer = job.skeleton.buffers[name]
+        if buffer.numel() > MAX_LITERAL:
+            raise MoecError(f"the buffer {name} has {buffer.numel()} elements, too many to write into the program")
+        kind = DTYPE_NAMES[buffer.dtype]
+        return Literal(TensorType.of(kind, *buffer.shape), tuple(buffer.flatten().tolist()))
+    if name not in job.recipes:
+        raise MoecError(
+            f"the checkpoint has no tensor for {name}",
+            todo="is a shard missing, or do config.json and the weights not belong together?",
+        )
+    recipe = job.recipes[name]
+    state = job.skeleton.model.state_dict(keep_vars=True)[name]
+    wanted = DTYPE_NAMES[state.dtype]
+    return recipe if recipe.type.dtype == wanted else step("cast", recipe, to=wanted)
+
+
+def _short_name(name: str) -> str:
+    parts = name.removesuffix(".weight").split(".")
+    return "_".join(p for p in parts[-2:] if not p.isdigit()).replace(".", "_")
+
+
+# --- the whole program -----------------------------------------------------------------------------------------
+
+
+class _MainProgram(torch.nn.Module):
+    """The model around its stubbed layers, as a function of a list of tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        ids, mask, positions, past = tensors
+        cache = cache_class()(length=past.shape[2])
+        return self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+
+
+def _main_function(job: Import, modules: Any, functions: list[Function]) -> Function:
+    inputs = example_inputs()
+    past = torch.empty(next(iter(inputs.values())).shape[0], 1, PAST, 1, device="meta")  # carries the dim P
+    with stubbed(job.layers, modules):
+        traced = trace(_MainProgram(job.skeleton.model), [*inputs.values(), past], "the model around its layers")
+    builder = Builder("main")
+    values: dict[str, Any] = {}
+    user_inputs = [str(n) for n in traced.program.graph_signature.user_inputs]
+    for node, (name, tensor) in zip(user_inputs, inputs.items(), strict=False):
+        values[node] = builder.param(name, _type_of(tensor))
+    values[user_inputs[-1]] = None
+    states = _state_params(job, builder)
+    _add_weights(job, builder, traced, values, "model.", "", None)
+    presents: dict[str, Value] = {}
+
+    def call(graph: Graph, tensors: list[Value], index: int) -> tuple[Value, ...]:
+        layer = job.layers[index]
+        callee = functions[layer.kind]
+        keys = [f"{index}.{label.removeprefix('past_')}" for label in _state_names(layer)]
+        hints = [f"hidden.{index}", *(f"aux_{i}.{index}" for i in range(1, len(layer.results)))]
+        hints += [f"present.{key}" for key in keys]
+        operands = _call_operands(callee, layer, [*tensors, *(states[key] for key in keys)])
+        results = graph.builder.call(callee, operands, hints, layer=index)
+        presents.update({key: value for key, value in zip(keys, results[len(layer.results) :], strict=True)})
+        return results[: len(layer.results)]
+
+    (logits,) = lower(Graph(traced, builder, calls=call), values)
+    logits, builder.ops[-1] = _rename(builder, logits, "logits")
+    ordered = [presents[key] for key in states]
+    return prune(builder.finish([logits, *ordered]), keep_params=True)
+
+
+def _call_operands(callee: Function, layer: Layer, given: list[Value]) -> list[Value]:
+    """Return the operands that the callee still has after unused parameters were pruned."""
+    names = [*_argument_names(layer), *_state_names(layer)]
+    by_name = dict(zip(names, given, strict=True))
+    return [by_name[p.name] for p in callee.params]
+
+
+def _state_params(job: Import, builder: Builder) -> dict[str, Value]:
+    """Add the past states: all keys, then all values. Their names are ONNX Runtime GenAI's."""
+    found: dict[str, Value] = {}
+    for slot, label in enumerate(("key", "value")):
+        for layer in job.layers:
+            if slot < len(layer.states):
+                s = layer.states[slot]
+                past = s.new_empty(*s.shape[:2], PAST, *s.shape[3:])
+                found[f"{layer.index}.{label}"] = builder.param(
+                    f"past_key_values.{layer.index}.{label}", _type_of(past, state=True)
+                )
+    return found
+
+
+def _rename(builder: Builder, value: Value, name: str) -> tuple[Value, Any]:
+    """Give the program's result its public name; it must be the last op's only result."""
+    last = builder.ops[-1]
+    if last.results != (value,):
+        raise MoecError("the model does not end with its logits")
+    renamed = Value(builder.fresh(name), value.type)
+    return renamed, replace(last, results=(renamed,))
+
+
+def prune(function: Function, keep_params: bool = False) -> Function:
+    """Drop ops, weights and parameters that nothing reads."""
+    live = {v.name for v in function.results}
+    ops = []
+    for op in reversed(function.ops):
+        if any(v.name in live for v in op.results):
+            live |= {v.name for v in op.inputs}
+            ops.append(op)
+    params = tuple(p for p in function.params if keep_params or p.name in live)
+    consts = tuple(c for c in function.consts if c.value.name in live)
+    return replace(function, ops=tuple(reversed(ops)), params=params, consts=consts)
+
+
+assert NEW != PAST  # the two primes tell S from P

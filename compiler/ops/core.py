@@ -1,0 +1,342 @@
+"""`core.*`: arithmetic, shapes, reductions and indexing, with torch's semantics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import sympy
+import torch
+
+from ..dims import Size, size
+from ..ir import TensorType
+from .define import REQUIRED, Attributes, OpDef, Types, fail, free, op
+
+TORCH_DTYPES = {
+    "bool": torch.bool, "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32,
+    "i64": torch.int64, "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2,
+    "f8e8m0": torch.float8_e8m0fnu, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32,
+    "f64": torch.float64,
+}  # fmt: skip
+
+
+def axis_of(attributes: Attributes, rank: int, key: str = "axis") -> int:
+    """Return the axis attribute as a non-negative number; axes count from 0."""
+    axis = attributes[key]
+    if not isinstance(axis, int) or not 0 <= axis < rank:
+        raise fail(f"{key}={axis} is not an axis of a tensor with {rank} axes; axes are 0..{rank - 1}")
+    return axis
+
+
+def with_axis(type: TensorType, axis: int, length: int | Size) -> TensorType:
+    """Return the type with another size of one axis."""
+    return TensorType(type.dtype, (*type.shape[:axis], size(length), *type.shape[axis + 1 :]))
+
+
+# --- elementwise -----------------------------------------------------------------------------------------------
+
+_BINARY: dict[str, tuple[Callable, str]] = {
+    "add": (torch.add, "Add, with broadcasting."),
+    "sub": (torch.sub, "Subtract y from x, with broadcasting."),
+    "mul": (torch.mul, "Multiply, with broadcasting."),
+    "div": (torch.div, "Divide x by y, with broadcasting."),
+    "pow": (torch.pow, "Raise x to the power y, with broadcasting."),
+    "maximum": (torch.maximum, "Take the larger element, with broadcasting."),
+    "minimum": (torch.minimum, "Take the smaller element, with broadcasting."),
+}
+for _name, (_function, _doc) in _BINARY.items():
+    op(f"core.{_name}", "x: A[*X], y: A[*Y] -> z: A[broadcast(X, Y)]", doc=_doc)(
+        lambda x, y, _function=_function: _function(x, y)
+    )
+
+_COMPARE = {"eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
+for _name, _function in _COMPARE.items():
+    op(f"core.{_name}", "x: A[*X], y: A[*Y] -> z: bool[broadcast(X, Y)]", doc=f"Compare elements: x {_name} y.")(
+        lambda x, y, _function=_function: _function(x, y)
+    )
+for _name, _function in {"logical_and": torch.logical_and, "logical_or": torch.logical_or}.items():
+    op(f"core.{_name}", "x: bool[*X], y: bool[*Y] -> z: bool[broadcast(X, Y)]", doc=f"Combine truth values: {_name}.")(
+        lambda x, y, _function=_function: _function(x, y)
+    )
+
+_UNARY: dict[str, Callable] = {
+    "neg": torch.neg, "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
+    "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "silu": torch.nn.functional.silu, "relu": torch.relu, "softplus": torch.nn.functional.softplus,
+    "abs": torch.abs, "floor": torch.floor, "erf": torch.erf, "reciprocal": torch.reciprocal,
+}  # fmt: skip
+for _name, _function in _UNARY.items():
+    op(f"core.{_name}", "x: A[*X] -> y: A[*X]", doc=f"Apply {_name} to every element.")(
+        lambda x, _function=_function: _function(x)
+    )
+
+
+@op("core.logical_not", "x: bool[*X] -> y: bool[*X]")
+def logical_not(x):
+    """Negate truth values."""
+    return torch.logical_not(x)
+
+
+@op("core.gelu", "x: A[*X] -> y: A[*X]")
+def gelu(x, *, approximate: str = "none"):
+    """Apply GELU; `approximate` is `none` (with erf) or `tanh`."""
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+@op("core.clamp", "x: A[*X] -> y: A[*X]")
+def clamp(x, *, min: float = float("-inf"), max: float = float("inf")):
+    """Limit every element to min..max."""
+    return torch.clamp(x, min, max)
+
+
+@op("core.where", "c: bool[*C], x: A[*X], y: A[*Y] -> z: A[broadcast(C, X, Y)]")
+def where(c, x, y):
+    """Take x where c holds, else y, with broadcasting."""
+    return torch.where(c, x, y)
+
+
+@op("core.cast", "x: A[*X] -> y: to[*X]")
+def cast(x, *, to: str):
+    """Convert to another dtype."""
+    return x.to(TORCH_DTYPES[to])
+
+
+# --- constants -------------------------------------------------------------------------------------------------
+
+
+@op("core.constant", "-> y: dtype[]")
+def constant(*, value: float | int | bool, dtype: str):
+    """Make a scalar."""
+    return torch.tensor(value, dtype=TORCH_DTYPES[dtype])
+
+
+@op("core.iota", "-> y: i64[size]")
+def iota(*, size: Size):
+    """Count 0, 1, ..., size - 1."""
+    return torch.arange(size)
+
+
+def _full(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    return (TensorType.of(attributes["dtype"], *attributes["shape"]),)
+
+
+@op("core.full", "-> y: dtype[*Y]", infer=_full)
+def full(*, shape: tuple[Size, ...], value: float | int | bool, dtype: str):
+    """Fill a shape with one value."""
+    return torch.full(shape, value, dtype=TORCH_DTYPES[dtype])
+
+
+# --- matrices --------------------------------------------------------------------------------------------------
+
+
+def _linear_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    return 2 * results[0].elements * operands[0].shape[-1]  # type: ignore[union-attr]
+
+
+@op("core.linear", "x: A[*X, K], w: A[N, K], b: A[N]? -> y: A[*X, N]", flops=_linear_flops)
+def linear(x, w, b):
+    """Multiply by a weight stored [out, in]: x wᵀ + b."""
+    return torch.nn.functional.linear(x, w, b)
+
+
+def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, y = types
+    assert x and y
+    if len(x.shape) < 2 or len(y.shape) < 2 or x.shape[-1] != y.shape[-2]:
+        raise fail(f"matmul of {x} and {y}: the last size of x must be the last but one of y, both with 2 axes or more")
+    from .define import broadcast_shapes
+
+    return (TensorType(x.dtype, (*broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])),)
+
+
+@op("core.matmul", "x: A[*X], y: A[*Y] -> z: A[*Z]", infer=_matmul, flops=_linear_flops)
+def matmul(x, y):
+    """Multiply matrices in the last two axes; the leading axes broadcast."""
+    return torch.matmul(x, y)
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------
+
+
+def _reshape(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x = types[0]
+    assert x
+    result = TensorType.of(x.dtype, *attributes["shape"])
+    if sympy.expand(result.elements - x.elements) != 0:
+        raise fail(f"{x} has {free(x.elements)} elements, the shape {result} has {free(result.elements)}")
+    return (result,)
+
+
+@op("core.reshape", "x: A[*X] -> y: A[*Y]", infer=_reshape, flops=0)
+def reshape(x, *, shape: tuple[Size, ...]):
+    """Give the same elements, in row-major order, another shape."""
+    return x.reshape(shape)
+
+
+def _transpose(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x = types[0]
+    assert x
+    perm = attributes["perm"]
+    if sorted(perm) != list(range(len(x.shape))):
+        raise fail(f"perm={list(perm)} does not order the {len(x.shape)} axes of {x}")
+    return (TensorType(x.dtype, tuple(x.shape[p] for p in perm)),)
+
+
+@op("core.transpose", "x: A[*X] -> y: A[*Y]", infer=_transpose, flops=0)
+def transpose(x, *, perm: tuple[int, ...]):
+    """Reorder the axes."""
+    return x.permute(perm)
+
+
+def _expand(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x = types[0]
+    assert x
+    result = TensorType.of(x.dtype, *attributes["shape"])
+    tail = result.shape[len(result.shape) - len(x.shape) :]
+    if len(x.shape) > len(result.shape) or any(a not in (b, 1) for a, b in zip(x.shape, tail, strict=True)):
+        raise fail(f"{x} does not broadcast to {result}")
+    return (result,)
+
+
+@op("core.expand", "x: A[*X] -> y: A[*Y]", infer=_expand, flops=0)
+def expand(x, *, shape: tuple[Size, ...]):
+    """Repeat axes of size 1 up to a shape."""
+    return x.expand(shape)
+
+
+def _slice(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x = types[0]
+    assert x
+    axis = axis_of(attributes, len(x.shape))
+    step = attributes.get("step", 1)
+    length = size(attributes["stop"]) - size(attributes["start"])
+    if step != 1:
+        length = sympy.ceiling(length / step)
+    if length.is_Integer and length < 0:
+        raise fail(f"slice {attributes['start']}:{attributes['stop']} is empty")
+    return (with_axis(x, axis, length),)
+
+
+@op("core.slice", "x: A[*X] -> y: A[*Y]", infer=_slice, flops=0)
+def slice_(x, *, axis: int, start: Size, stop: Size, step: int = 1):
+    """Take start:stop:step along an axis; start and stop count from the front and lie inside."""
+    return x[(slice(None),) * axis + (slice(start, stop, step),)]
+
+
+def _concat(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    first = types[0]
+    assert first
+    axis = axis_of(attributes, len(first.shape))
+    for other in types:
+        assert other
+        if with_axis(other, axis, 0).shape != with_axis(first, axis, 0).shape:
+            raise fail(f"{other} does not fit beside {first} along axis {axis}")
+    return (with_axis(first, axis, sum((t.shape[axis] for t in types if t), size(0))),)
+
+
+@op("core.concat", "xs: A[*X]... -> y: A[*Y]", infer=_concat, flops=0)
+def concat(*xs, axis: int):
+    """Join along an axis."""
+    return torch.cat(xs, dim=axis)
+
+
+# --- reductions ------------------------------------------------------------------------------------------------
+
+
+def _reduce(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x = types[0]
+    assert x
+    axes = attributes["axes"]
+    if not axes or any(not 0 <= a < len(x.shape) for a in axes):
+        raise fail(f"axes={list(axes)} are not axes of {x}; they count from 0")
+    keep = attributes.get("keepdim", False)
+    shape = [size(1) if i in axes else s for i, s in enumerate(x.shape) if keep or i not in axes]
+    return (TensorType(x.dtype, tuple(shape)),)
+
+
+def _input_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    return operands[0].elements  # type: ignore[union-attr]
+
+
+for _name, _function in {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax}.items():
+
+    def _reference(x, *, axes: tuple[int, ...], keepdim: bool = False, _function=_function):
+        return _function(x, dim=axes, keepdim=keepdim)
+
+    op(f"core.{_name}", "x: A[*X] -> y: A[*Y]", infer=_reduce, flops=_input_flops, doc=f"Reduce axes: {_name}.")(
+        _reference
+    )
+
+
+@op("core.softmax", "x: A[*X] -> y: A[*X]", flops=lambda o, r, a: 5 * r[0].elements)
+def softmax(x, *, axis: int):
+    """Normalise exponentials along an axis."""
+    return torch.softmax(x, dim=axis)
+
+
+@op("core.cumsum", "x: A[*X] -> y: A[*X]")
+def cumsum(x, *, axis: int):
+    """Sum up along an axis."""
+    return torch.cumsum(x, dim=axis, dtype=x.dtype)
+
+
+def _topk(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x = types[0]
+    assert x
+    values = with_axis(x, axis_of(attributes, len(x.shape)), attributes["k"])
+    return values, TensorType("i64", values.shape)
+
+
+@op("core.topk", "x: A[*X] -> values: A[*Y], indices: i64[*Y]", infer=_topk, flops=_input_flops)
+def topk(x, *, k: int, axis: int):
+    """Take the k largest along an axis, largest first, with their indices."""
+    return torch.topk(x, k, dim=axis)
+
+
+@op("core.argsort", "x: A[*X] -> indices: i64[*X]")
+def argsort(x, *, axis: int, descending: bool = False):
+    """Order along an axis; equal elements keep their order."""
+    return torch.argsort(x, dim=axis, descending=descending, stable=True)
+
+
+# --- indexing --------------------------------------------------------------------------------------------------
+
+
+@op("core.gather", "x: A[*X], index: i64[*I] -> y: A[*I]", flops=0, domains={"index": lambda t, a: t[0].shape[a["axis"]]})
+def gather(x, index, *, axis: int):
+    """Take x[..., index[..., i, ...], ...] along an axis (torch.gather)."""
+    return torch.gather(x, axis, index)
+
+
+@op(
+    "core.scatter",
+    "x: A[*X], index: i64[*I], src: A[*I] -> y: A[*X]",
+    flops=0,
+    domains={"index": lambda t, a: t[0].shape[a["axis"]]},
+    distinct=("index",),
+)
+def scatter(x, index, src, *, axis: int):
+    """Return x with src written at the indices along an axis (torch.scatter); the indices are distinct."""
+    return torch.scatter(x, axis, index, src)
+
+
+def _take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, index = types
+    assert x and index
+    axis = axis_of(attributes, len(x.shape))
+    return (TensorType(x.dtype, (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])),)
+
+
+@op(
+    "core.take",
+    "x: A[*X], index: i64[*I] -> y: A[*Y]",
+    infer=_take,
+    flops=0,
+    domains={"index": lambda t, a: t[0].shape[a["axis"]]},
+)
+def take(x, index, *, axis: int):
+    """Take whole slices of x along an axis; the index may have any rank."""
+    flat = torch.index_select(x, axis, index.flatten())
+    return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+
+
+__all__ = ["REQUIRED", "TORCH_DTYPES", "OpDef"]

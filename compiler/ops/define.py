@@ -1,0 +1,242 @@
+"""The declaration of an op: one signature, one docstring, one torch function, one cost.
+
+From it come verification, result types, printing, documentation, the interpreter, random test inputs and costs.
+In a signature a single capital letter in the dtype's place is a dtype variable, a lower-case name there is an
+attribute or a fixed dtype, `*X` is any number of sizes, names in sizes are bound by the operands.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import sympy
+
+from ..dims import Size, size, size_text
+from ..errors import MoecError
+from ..ir import DTYPE_BITS, TensorType, make_attrs
+from ..fragments import Operand, Signature, parse_signature
+
+Types = Sequence[TensorType | None]
+Attributes = Mapping[str, Any]
+Infer = Callable[[Types, Attributes], tuple[TensorType, ...]]
+Flops = Callable[[Types, tuple[TensorType, ...], Attributes], Size | int]
+Domain = Callable[[Types, Attributes], Size]
+
+REQUIRED = object()  # the default of an attribute that has none
+
+OPS: dict[str, OpDef] = {}
+
+
+def fail(what: str) -> MoecError:
+    """Return the error of an inference rule; the caller adds the place."""
+    return MoecError(what)
+
+
+def free(expression: Size) -> str:
+    """Return a size as text, also one that the grammar could not say."""
+    try:
+        return size_text(sympy.expand(expression))
+    except ValueError:
+        return str(expression)
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """What is known about an op. `reference` takes the operands (absent ones as None) and the attributes."""
+
+    name: str
+    doc: str
+    text: str
+    reference: Callable[..., Any]
+    custom_infer: Infer | None
+    custom_flops: Flops | int | None
+    domains: Mapping[str, Domain]  # exclusive upper bound of an integer operand, for random inputs
+    distinct: tuple[str, ...]  # integer operands whose last axis holds distinct numbers
+    pure_view: bool = False
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The parsed signature."""
+        return parse_signature(self.text)
+
+    @cached_property
+    def attrs(self) -> dict[str, tuple[Any, Any]]:
+        """Attribute name -> (annotated type, default or REQUIRED)."""
+        parameters = inspect.signature(self.reference, eval_str=False).parameters.values()
+        return {
+            p.name: (p.annotation, REQUIRED if p.default is p.empty else p.default)
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and not p.name.startswith("_")
+        }
+
+    def complete(self, attributes: Attributes) -> dict[str, Any]:
+        """Return the attributes with defaults filled in; MoecError for an unknown or a missing one."""
+        unknown = set(attributes) - set(self.attrs)
+        if unknown:
+            known = ", ".join(sorted(self.attrs)) or "none"
+            raise fail(f"{self.name} has no attribute {', '.join(sorted(unknown))}; it has: {known}")
+        full = {name: attributes.get(name, default) for name, (_, default) in self.attrs.items()}
+        missing = [name for name, value in full.items() if value is REQUIRED]
+        if missing:
+            raise fail(f"{self.name} needs the attribute {', '.join(missing)}")
+        return full
+
+    def infer(self, operands: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+        """Return the result types; MoecError says which operand or attribute does not fit."""
+        return _infer(self.name, tuple(operands), make_attrs(attributes))
+
+    def flops(self, operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+        """Return the floating-point operations as a formula; by default one for every element of the first result."""
+        match self.custom_flops:
+            case None:
+                return results[0].elements
+            case int():
+                return size(self.custom_flops)
+        return size(self.custom_flops(operands, results, self.complete(attributes)))
+
+
+def op(
+    name: str,
+    signature: str,
+    *,
+    doc: str = "",
+    infer: Infer | None = None,
+    flops: Flops | int | None = None,
+    domains: Mapping[str, Domain] | None = None,
+    distinct: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare an op; the decorated torch function is its meaning and its keyword-only parameters its attributes."""
+
+    def declare(reference: Callable[..., Any]) -> Callable[..., Any]:
+        if name in OPS:
+            raise ValueError(f"op {name} is declared twice")
+        text = doc or inspect.cleandoc(reference.__doc__ or "")
+        OPS[name] = OpDef(name, text, signature, reference, infer, flops, domains or {}, distinct)
+        return reference
+
+    return declare
+
+
+# --- inference from the signature ------------------------------------------------------------------------------
+
+Bound = dict[str, Any]  # dtype variables as "A:", star names as "*X" -> tuple of sizes, sizes by name
+
+
+@lru_cache(maxsize=65536)
+def _infer(name: str, operands: tuple[TensorType | None, ...], attrs: tuple) -> tuple[TensorType, ...]:
+    definition = OPS[name]
+    attributes = definition.complete(dict(attrs))
+    bound: Bound = {key: size(value) for key, value in attributes.items() if _is_size(value)}
+    for operand, given in _pairs(definition, operands):
+        if given is None:
+            if not operand.optional:
+                raise fail(f"{name} needs the operand {operand.name}")
+            continue
+        _bind(name, operand, given, bound)
+    if definition.custom_infer:
+        return definition.custom_infer(operands, attributes)
+    return tuple(_result(definition, operand, bound, attributes) for operand in definition.signature.results)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, sympy.Expr)) and not isinstance(value, bool)
+
+
+def _pairs(definition: OpDef, operands: Types) -> list[tuple[Operand, TensorType | None]]:
+    params = definition.signature.operands
+    if params and params[-1].variadic:
+        fixed = params[:-1]
+        if len(operands) <= len(fixed):
+            raise fail(f"{definition.name} takes at least {len(fixed) + 1} operands, {len(operands)} given")
+        repeated = [params[-1]] * (len(operands) - len(fixed))
+        return list(zip([*fixed, *repeated], operands, strict=True))
+    if len(operands) != len(params):
+        names = ", ".join(p.name for p in params) or "none"
+        raise fail(f"{definition.name} takes {len(params)} operands ({names}), {len(operands)} given")
+    return list(zip(params, operands, strict=True))
+
+
+def _bind(name: str, operand: Operand, given: TensorType, bound: Bound) -> None:
+    """Bind the variables of one operand's type pattern to a given type."""
+    if len(operand.dtype) == 1 and operand.dtype.isupper():
+        known = bound.setdefault(operand.dtype + ":", given.dtype)
+        if known != given.dtype:
+            raise fail(f"operand {operand.name} of {name} has dtype {given.dtype}, the others have {known}")
+    elif operand.dtype != given.dtype:
+        raise fail(f"operand {operand.name} of {name} must be {operand.dtype}, not {given.dtype}")
+    if operand.state and not given.state:
+        raise fail(f"operand {operand.name} of {name} must be a state, {given} is not")
+    for pattern, sizes in _align(name, operand, given):
+        if isinstance(pattern, str):  # *X
+            if operand.variadic:  # every repeated operand may have its own sizes
+                continue
+            known = bound.setdefault(pattern, sizes)
+        elif isinstance(pattern, sympy.Symbol):
+            sizes = sizes[0]
+            known = bound.setdefault(pattern.name, sizes)
+        else:
+            sizes, known = sizes[0], _evaluate(pattern, bound)
+        if known != sizes:
+            wanted = size_text(known) if isinstance(known, sympy.Expr) else [size_text(k) for k in known]
+            found = size_text(sizes) if isinstance(sizes, sympy.Expr) else [size_text(k) for k in sizes]
+            raise fail(f"operand {operand.name} of {name} is {given}: {pattern} is {wanted} elsewhere, here {found}")
+
+
+def _align(name: str, operand: Operand, given: TensorType) -> list[tuple[Any, tuple[Size, ...]]]:
+    """Return (pattern, sizes) pairs; `*X` (a str) takes what the other patterns leave."""
+    patterns = operand.dims
+    stars = [i for i, p in enumerate(patterns) if isinstance(p, str)]
+    single = len(patterns) - len(stars)
+    rest = len(given.shape) - single
+    if rest < 0 or (not stars and rest):
+        raise fail(f"operand {operand.name} of {name} has {len(given.shape)} axes in {given}; the op wants {operand}")
+    pairs: list[tuple[Any, tuple[Size, ...]]] = []
+    position = 0
+    for pattern in patterns:
+        width = rest if isinstance(pattern, str) else 1
+        pairs.append((pattern, given.shape[position : position + width]))
+        position += width
+    return pairs
+
+
+def _evaluate(pattern: sympy.Expr, bound: Bound) -> Size:
+    return sympy.expand(pattern.subs({s: bound[s.name] for s in pattern.free_symbols}, simultaneous=True))
+
+
+def _result(definition: OpDef, result: Operand, bound: Bound, attributes: Attributes) -> TensorType:
+    dtype = result.dtype
+    if len(dtype) == 1 and dtype.isupper():
+        dtype = bound[dtype + ":"]
+    elif dtype in definition.attrs:
+        dtype = attributes[dtype]
+        if dtype not in DTYPE_BITS:
+            raise fail(f"{definition.name}: unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
+    shape: list[Size] = []
+    for pattern in result.dims:
+        match pattern:
+            case str():
+                shape += bound[pattern]
+            case ("broadcast", *names):
+                shape += broadcast_shapes(*(bound[n] for n in names))
+            case sympy.Symbol():
+                shape.append(bound[pattern.name])
+            case _:
+                shape.append(_evaluate(pattern, bound))
+    return TensorType(dtype, tuple(shape), result.state)
+
+
+def broadcast_shapes(*shapes: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Return the shape that several shapes broadcast to; sizes are equal, or one of them is 1."""
+    rank = max(len(s) for s in shapes)
+    result: list[Size] = []
+    for axis in range(-rank, 0):
+        sizes = {s[axis] for s in shapes if len(s) >= -axis} - {sympy.Integer(1)}
+        if len(sizes) > 1:
+            texts = " and ".join("[" + ", ".join(map(size_text, s)) + "]" for s in shapes)
+            raise fail(f"{texts} do not broadcast: {' and '.join(sorted(map(size_text, sizes)))} meet")
+        result.append(sizes.pop() if sizes else sympy.Integer(1))
+    return tuple(result)

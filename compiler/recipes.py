@@ -1,0 +1,220 @@
+"""How a weight is made: checkpoint tensors and the steps from them to the wanted tensor.
+
+A recipe is a small tree and never holds bytes (a `Literal`, for small buffers such as rope frequencies, is the
+exception). Names are templates: `{layer}` is bound by the call, `{0..63}` stands for 64 names and is spread by
+`stack` and `concat`. A name starting with `/` ignores the function's weight prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from .ir import DTYPE_BITS, Attr, TensorType, expand_range, make_attrs
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the checkpoint, with the dtype and shape that it has there."""
+
+    name: str
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Numbers written into the program, in row-major order."""
+
+    type: TensorType
+    values: tuple[int | float | bool, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step (a key of STEPS) on other recipes. Make it with `step`, which computes the type."""
+
+    name: str
+    items: tuple[Recipe, ...]
+    attrs: tuple[tuple[str, Attr], ...]
+    type: TensorType
+
+    @property
+    def attributes(self) -> dict[str, Attr]:
+        """The attributes by name."""
+        return dict(self.attrs)
+
+
+Recipe = Tensor | Literal | Step
+
+
+def step(name: str, *items: Recipe, **attributes: Attr) -> Step:
+    """Return a step with its type inferred; ValueError says what does not fit."""
+    if name not in STEPS:
+        raise ValueError(f"there is no weight step {name!r}; there are {', '.join(sorted(STEPS))}")
+    attrs = make_attrs(attributes)
+    types = [item.type for item in items]
+    if name in SPREADING:
+        types = [item.type for item in items for _ in range(range_length(item))]
+    return Step(name, tuple(items), attrs, STEPS[name](types, dict(attrs)))
+
+
+def tensors(recipe: Recipe) -> Iterator[Tensor]:
+    """Yield every checkpoint tensor that a recipe reads, ranges spread out, in order."""
+    if isinstance(recipe, Step):
+        if recipe.name in SPREADING:
+            for item in spread(recipe):
+                yield from tensors(item)
+        else:
+            for item in recipe.items:
+                yield from tensors(item)
+    elif isinstance(recipe, Tensor):
+        yield recipe
+
+
+def spread(recipe: Step) -> list[Recipe]:
+    """Return the items of a `stack` or `concat` with every range in their names spread out."""
+    items: list[Recipe] = []
+    for item in recipe.items:
+        length = range_length(item)
+        items += [item] if length == 1 else [rename(item, lambda n, i=i: expand_range(n)[i]) for i in range(length)]
+    return items
+
+
+def range_length(recipe: Recipe) -> int:
+    """Return how many recipes a template with a range stands for (1 without one)."""
+    match recipe:
+        case Tensor(name):
+            return len(expand_range(name))
+        case Literal():
+            return 1
+    if recipe.name in SPREADING:
+        return 1
+    lengths = {n for n in map(range_length, recipe.items) if n != 1}
+    if len(lengths) > 1:
+        raise ValueError(f"ranges of different lengths in one {recipe.name}: {sorted(lengths)}")
+    return lengths.pop() if lengths else 1
+
+
+def rename(recipe: Recipe, function: Callable[[str], str]) -> Recipe:
+    """Return the recipe with every tensor name passed through `function`."""
+    match recipe:
+        case Tensor():
+            return replace(recipe, name=function(recipe.name))
+        case Step():
+            return replace(recipe, items=tuple(rename(item, function) for item in recipe.items))
+    return recipe
+
+
+def bind(recipe: Recipe, prefix: str, bindings: Mapping[str, str]) -> Recipe:
+    """Return the recipe with absolute names: the prefix put before relative ones, `{layer}` and such filled in."""
+
+    def absolute(name: str) -> str:
+        full = name[1:] if name.startswith("/") else prefix + name
+        for key, value in bindings.items():
+            full = full.replace("{" + key + "}", value)
+        return full
+
+    return rename(recipe, absolute)
+
+
+# --- the steps: each entry infers the type of the result from the types of the items ---------------------------
+
+
+def _same_dtype(types: list[TensorType]) -> str:
+    if len({t.dtype for t in types}) != 1:
+        raise ValueError(f"items of different dtypes: {', '.join(sorted({t.dtype for t in types}))}")
+    return types[0].dtype
+
+
+def _one(types: list[TensorType]) -> TensorType:
+    if len(types) != 1:
+        raise ValueError(f"one item wanted, {len(types)} given")
+    return types[0]
+
+
+def _axis(attributes: Mapping[str, Attr], rank: int) -> int:
+    axis = int(attributes["axis"])  # type: ignore[arg-type]
+    if not 0 <= axis < rank:
+        raise ValueError(f"axis {axis} is not in 0..{rank - 1}")
+    return axis
+
+
+def _stack(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    if len({t.shape for t in types}) != 1:
+        raise ValueError(f"stacking different shapes: {', '.join(sorted({str(t) for t in types}))}")
+    return TensorType.of(_same_dtype(types), len(types), *types[0].shape)
+
+
+def _concat(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    axis = _axis(attributes, len(types[0].shape))
+    rest = {t.shape[:axis] + t.shape[axis + 1 :] for t in types}
+    if len(rest) != 1:
+        raise ValueError(f"shapes differ off axis {axis}: {', '.join(sorted({str(t) for t in types}))}")
+    shape = list(types[0].shape)
+    shape[axis] = sum(t.sizes[axis] for t in types)
+    return TensorType.of(_same_dtype(types), *shape)
+
+
+def _interleave(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    if len({t.shape for t in types}) != 1:
+        raise ValueError(f"interleaving different shapes: {', '.join(sorted({str(t) for t in types}))}")
+    return _concat(types, attributes)
+
+
+def _transpose(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    item = _one(types)
+    perm = attributes["perm"]
+    if sorted(perm) != list(range(len(item.shape))):  # type: ignore[arg-type]
+        raise ValueError(f"perm {perm} does not order the {len(item.shape)} axes of {item}")
+    return TensorType.of(item.dtype, *(item.shape[p] for p in perm))  # type: ignore[union-attr]
+
+
+def _slice(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    item = _one(types)
+    axis = _axis(attributes, len(item.shape))
+    start, stop = int(attributes["start"]), int(attributes["stop"])  # type: ignore[arg-type]
+    step_ = int(attributes.get("step", 1))  # type: ignore[arg-type]
+    if not 0 <= start < stop <= item.sizes[axis] or step_ < 1:
+        raise ValueError(f"slice {start}:{stop}:{step_} is outside axis {axis} of {item}")
+    shape = list(item.sizes)
+    shape[axis] = len(range(start, stop, step_))
+    return TensorType.of(item.dtype, *shape)
+
+
+def _reshape(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    item = _one(types)
+    result = TensorType.of(item.dtype, *attributes["shape"])  # type: ignore[misc]
+    if result.elements != item.elements:
+        raise ValueError(f"{item} cannot take the shape {attributes['shape']}")
+    return result
+
+
+def _cast(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    dtype = str(attributes["to"])
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
+    return TensorType.of(dtype, *_one(types).shape)
+
+
+def _dequantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    codes, scales = types
+    block = attributes["block"]
+    wanted = tuple(-(-n // b) for n, b in zip(codes.sizes, block, strict=True))  # type: ignore[arg-type]
+    if scales.sizes != wanted:
+        raise ValueError(f"scales of {codes} in blocks of {block} are {list(wanted)}, not {scales}")
+    return TensorType.of("f32", *codes.shape)
+
+
+StepRule = Callable[[list[TensorType], Mapping[str, Attr]], TensorType]
+
+STEPS: dict[str, StepRule] = {
+    "stack": _stack,  # new axis 0
+    "concat": _concat,  # axis
+    "interleave": _interleave,  # axis: rows 0 of every item, rows 1 of every item, ...
+    "transpose": _transpose,  # perm
+    "slice": _slice,  # axis, start, stop, step=1
+    "reshape": _reshape,  # shape
+    "cast": _cast,  # to
+    "dequantize": _dequantize,  # codes, scales; block: codes[i, j] * scales[i // block[0], j // block[1]]
+}
+SPREADING = ("stack", "concat", "interleave")

@@ -1,0 +1,8 @@
+"""Weights: from the tensors of a checkpoint to the bytes of an artifact, a tile at a time.
+
+safetensors_header  reads and checks the header of one `.safetensors` file (no torch)
+checkpoint          a folder of shards: `open_checkpoint`, `Checkpoint.read`
+sources             what a recipe reads from: `WeightSource`, `ModuleSource`, `RandomSource`
+pull                evaluates a recipe for a box of its result: `pull`, `tiles`
+sink                the streamed data file: `DataFile`
+"""

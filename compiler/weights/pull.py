@@ -1,0 +1,285 @@
+"""Evaluate a recipe for a box of its result, reading only what the box needs.
+
+Every step maps the box of its result to boxes of its items, so that a tile of a stacked, transposed, dequantized
+tensor costs memory for the tile alone. `tiles` gives the boxes whose bytes, one after the other, are the tensor's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+
+from ..ir import TensorType
+from ..recipes import Literal, Recipe, Step, Tensor, spread
+from .sources import TORCH_DTYPES, Box, WeightSource, check_box, cut, full_box
+
+Pull = Callable[[Recipe, Box], torch.Tensor]
+
+# a tile is cut at multiples of this where it can be, so that blocks and quantization groups stay whole
+_GRAIN = 128
+
+
+def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.Tensor:
+    """Return what a bound recipe (absolute names, see `recipes.bind`) makes, or the part of it in `box`.
+
+    The result is contiguous (strides as of a new tensor), with the dtype of the recipe and the shape of the box; it
+    may share memory with the source and must not be written to. Raises MoecError for tensors that the source lacks
+    or holds with another type.
+    """
+
+    def inner(item: Recipe, part: Box) -> torch.Tensor:
+        shape = _shape(part)
+        if 0 in shape:
+            return torch.empty(shape, dtype=TORCH_DTYPES[item.type.dtype])
+        match item:
+            case Tensor():
+                return source.read(item.name, part, item.type)
+            case Literal():
+                return _literal(item, part)
+        return EVALUATE[item.name](item, part, inner)
+
+    sizes = recipe.type.sizes
+    result = inner(recipe, full_box(sizes) if box is None else check_box(box, sizes)).contiguous()
+    # an axis of size 1 may keep any stride in a "contiguous" tensor, and then torch refuses to view it as bytes
+    return result.as_strided(result.shape, [math.prod(result.shape[k + 1 :]) for k in range(result.dim())])
+
+
+def tiles(type_: TensorType, limit_bytes: int) -> Iterator[Box]:
+    """Yield boxes that cover a tensor in row-major order, each contiguous and of at most `limit_bytes`.
+
+    An element counts as at least 4 bytes, since most steps pass through float32. A box has at least one element.
+    A tensor without elements has no boxes, a scalar has the box `()`.
+    """
+    sizes = type_.sizes
+    if 0 in sizes:
+        return
+    room = max(1, limit_bytes // max(4, -(-type_.bits // 8)))
+    axis, inner = len(sizes), 1  # the axes from `axis` on are taken whole; together they have `inner` elements
+    while axis and inner * sizes[axis - 1] <= room:
+        axis -= 1
+        inner *= sizes[axis]
+    if axis == 0:
+        yield full_box(sizes)
+        return
+    length = room // inner
+    if length > _GRAIN:
+        length -= length % _GRAIN
+    for outer in itertools.product(*map(range, sizes[: axis - 1])):
+        for start in range(0, sizes[axis - 1], length):
+            cut_axis = (start, min(start + length, sizes[axis - 1]))
+            yield (*((i, i + 1) for i in outer), cut_axis, *full_box(sizes[axis:]))
+
+
+def _shape(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in box)
+
+
+def _literal(literal: Literal, box: Box) -> torch.Tensor:
+    dtype = TORCH_DTYPES[literal.type.dtype]
+    wide = torch.float64 if dtype.is_floating_point else torch.int64
+    return cut(torch.tensor(literal.values, dtype=wide).to(dtype).reshape(literal.type.sizes), box)
+
+
+def _allocate(step: Step, box: Box) -> torch.Tensor:
+    return torch.empty(_shape(box), dtype=TORCH_DTYPES[step.type.dtype])
+
+
+def _stack(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    (low, high), rest = box[0], box[1:]
+    items = spread(step)[low:high]
+    if len(items) == 1:
+        return inner(items[0], rest).unsqueeze(0)
+    result = _allocate(step, box)
+    for i, item in enumerate(items):
+        result[i] = inner(item, rest)
+    return result
+
+
+def _concat(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    axis = _int(step, "axis")
+    low, high = box[axis]
+    result: torch.Tensor | None = None
+    position = 0
+    for item in spread(step):
+        size = item.type.sizes[axis]
+        start, stop = max(low, position), min(high, position + size)
+        if start < stop:
+            part = inner(item, _replace(box, axis, start - position, stop - position))
+            if (start, stop) == (low, high):  # the box lies in one item: nothing to copy together
+                return part
+            result = _allocate(step, box) if result is None else result
+            result.narrow(axis, start - low, stop - start).copy_(part)
+        position += size
+    assert result is not None
+    return result
+
+
+def _interleave(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    axis = _int(step, "axis")
+    low, high = box[axis]
+    items = spread(step)
+    result = _allocate(step, box)
+    for i, item in enumerate(items):
+        # row r of item i is row r * len(items) + i of the result
+        first, end = (-(-(bound - i) // len(items)) for bound in (low, high))
+        if first < end:
+            rows = slice(first * len(items) + i - low, None, len(items))
+            result[(slice(None),) * axis + (rows,)] = inner(item, _replace(box, axis, first, end))
+    return result
+
+
+def _transpose(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    perm = _ints(step, "perm")
+    source_box = [(0, 0)] * len(perm)
+    for span, axis in zip(box, perm, strict=True):
+        source_box[axis] = span
+    return inner(step.items[0], tuple(source_box)).permute(perm)
+
+
+def _slice(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    axis, start = _int(step, "axis"), _int(step, "start")
+    stride = _int(step, "step") if "step" in step.attributes else 1
+    low, high = box[axis]
+    # rows between the wanted ones are read too: one long read costs less than many short ones
+    part = inner(step.items[0], _replace(box, axis, start + low * stride, start + (high - 1) * stride + 1))
+    return part if stride == 1 else part[(slice(None),) * axis + (slice(None, None, stride),)]
+
+
+def _cast(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    return inner(step.items[0], box).to(TORCH_DTYPES[step.type.dtype])
+
+
+def _dequantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    blocks = _ints(step, "block")
+    codes = inner(step.items[0], box)
+    scales = inner(step.items[1], tuple((a // n, -(-b // n)) for (a, b), n in zip(box, blocks, strict=True)))
+    scales = scales.to(torch.float32)
+    split: list[int] = []  # shape of the codes with whole blocks as an axis of their own: the scales broadcast over it
+    spread_: list[int] = []
+    for (low, high), block in zip(box, blocks, strict=True):
+        axis, size = len(spread_), high - low
+        if low % block == 0 and size % block == 0:
+            split += [size // block, block]
+            scales = scales.unsqueeze(axis + 1)
+            spread_ += [size // block, 1]
+        else:  # an edge cuts a block: the scales of this axis are written out
+            split += [size]
+            scales = scales.repeat_interleave(block, dim=axis).narrow(axis, low % block, size)
+            spread_ += [size]
+    values = codes.to(torch.float32)
+    wide = values.reshape(split)
+    fresh = wide.data_ptr() != codes.data_ptr()  # codes that were float32 may belong to the source
+    return (wide.mul_(scales) if fresh else wide * scales).reshape(_shape(box))
+
+
+def _reshape(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    """Evaluate a reshape axis group by axis group.
+
+    A group is the shortest run of axes with the same number of elements before and after ([E, N, D] -> [E*N, D] has
+    the groups E,N -> E*N and D -> D). Within a group, the rows of the box are one range of its flat elements, once
+    the axes behind the first cut one are widened; that range is a few boxes of the item.
+    """
+    item = step.items[0]
+    groups = _axis_groups(item.type.sizes, step.type.sizes)
+    wide = [_widen([step.type.sizes[k] for k in after], [box[k] for k in after]) for _, after in groups]
+    pieces = []
+    for (before, after), spans in zip(groups, wide, strict=True):
+        low, high = _flat_range([step.type.sizes[k] for k in after], spans)
+        pieces.append(list(_flat_boxes([item.type.sizes[k] for k in before], low, high)))
+    whole = _gather(item, pieces, [], inner).reshape([b - a for spans in wide for a, b in spans])
+    around = [span for group in wide for span in group]
+    inside = tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, around, strict=True))
+    return whole[inside]
+
+
+def _gather(item: Recipe, pieces: Sequence[list[Box]], chosen: list[Box], inner: Pull) -> torch.Tensor:
+    """Return the pieces of an item put together, with one axis for each group of axes."""
+    if len(chosen) == len(pieces):
+        part = inner(item, tuple(span for group in chosen for span in group))
+        return part.reshape([math.prod(_shape(group)) for group in chosen])
+    parts = [_gather(item, pieces, [*chosen, piece], inner) for piece in pieces[len(chosen)]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(chosen))
+
+
+def _axis_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
+    """Return the runs of axes (before, after) that have the same number of elements, in order."""
+    groups = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        first, second, left, right = i, j, 0, 0  # 0: nothing taken yet
+        while left != right or not left:
+            if i < len(before) and (left <= right or j == len(after)):
+                left, i = max(left, 1) * before[i], i + 1
+                right = max(right, 1)
+            else:
+                right, j = max(right, 1) * after[j], j + 1
+                left = max(left, 1)
+        groups.append((range(first, i), range(second, j)))
+    return groups
+
+
+def _widen(sizes: Sequence[int], box: Sequence[tuple[int, int]]) -> Box:
+    """Return the smallest box around `box` whose elements are one range in row-major order."""
+    axis = 0
+    while axis < len(box) and box[axis][1] - box[axis][0] == 1:
+        axis += 1
+    return (*box[: axis + 1], *full_box(sizes[axis + 1 :]))
+
+
+def _flat_range(sizes: Sequence[int], box: Box) -> tuple[int, int]:
+    """Return the range of flat indices that a box made by `_widen` covers."""
+    low = 0
+    for size, (start, _) in zip(sizes, box, strict=True):
+        low = low * size + start
+    return low, low + math.prod(_shape(box))
+
+
+def _flat_boxes(sizes: Sequence[int], low: int, high: int) -> Iterator[Box]:
+    """Yield boxes that cover the flat indices low..high in order: at most two for each axis and one more."""
+    if not sizes:
+        yield ()
+        return
+    rest = sizes[1:]
+    inner = math.prod(rest)
+    row, offset = divmod(low, inner)
+    if offset:  # the end of a row that is begun
+        stop = min(high, (row + 1) * inner)
+        for part in _flat_boxes(rest, offset, stop - row * inner):
+            yield ((row, row + 1), *part)
+        low, row = stop, row + 1
+    last = high // inner
+    if row < last and low < high:
+        yield ((row, last), *full_box(rest))
+        low = last * inner
+    if low < high:  # the start of a last row
+        for part in _flat_boxes(rest, 0, high - low):
+            yield ((last, last + 1), *part)
+
+
+def _replace(box: Box, axis: int, start: int, stop: int) -> Box:
+    return (*box[:axis], (start, stop), *box[axis + 1 :])
+
+
+def _int(step: Step, name: str) -> int:
+    return cast(int, step.attributes[name])
+
+
+def _ints(step: Step, name: str) -> tuple[int, ...]:
+    return cast(tuple[int, ...], step.attributes[name])
+
+
+# the step's name in recipes.STEPS -> how it is evaluated: (step, box of the result, pull of an item)
+EVALUATE: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
+    "stack": _stack,
+    "concat": _concat,
+    "interleave": _interleave,
+    "transpose": _transpose,
+    "slice": _slice,
+    "reshape": _reshape,
+    "cast": _cast,
+    "dequantize": _dequantize,
+}
