@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import TypeAlias
 
 import sympy
 
-Size = sympy.Expr
+Size: TypeAlias = sympy.Expr
 
 
 @lru_cache(maxsize=4096)

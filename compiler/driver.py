@@ -8,25 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..passes import PASSES
-from ..targets import find_target
+from ..targets import TARGETS
 from . import frontends
-from .artifact import Artifact, write_manifest
+from .artifact import Artifact, record_figures, write_manifest
 from .atomic import atomic_folder
-from .compare import Comparison
 from .errors import MoecError
-from .frontends.load import Loaded
-from .ir import STAGES, Module
 from .fragments import parse_pipeline
-from .pipeline import run_pipeline
+from .frontends import Loaded
+from .ir import STAGES, Module
+from .pipeline import PassDef, run_pipeline
 from .printer import print_module
-from .verify import verify as check_module
 
 if TYPE_CHECKING:
-    from ..targets.target import Target
+    from ..targets import Target
+    from .parity import Comparison
+    from .rewrite import Why
 
-Why = Callable[[str], None]
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
-
+LOWER = "lower"  # the pass that every target has: its own lowering
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -46,65 +44,72 @@ def compile(
     options: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     weights: Path | str | None = None,
-    why: Why | None = None,
-    progress: Progress | None = None,
+    why: Why = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Artifact | Module:
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file. `stop_after` is a stage or a pass. `check` compares the numbers before and
-    after every pass. Raises MoecError; the folder is then as it was before.
+    after every pass, `why` collects why rules did not apply, `progress` is told the bytes written. Raises MoecError;
+    the folder is then as it was before.
     """
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
     text = pipeline if pipeline is not None else chosen.pipeline
-    module = _run_passes(loaded, text, chosen, dump, check, why, stop_after)
-    if stop_after and stop_after != "kernel":
-        return module
-    if module.stage != "kernel":
-        module = _lower(module, chosen, why)
+    steps = _remaining(loaded.module, text)
+    module, _ = run_pipeline(
+        loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
+        stop_after=stop_after, table=passes_for(chosen), kernel_op=chosen.has_kernel,
+    )  # fmt: skip
     if stop_after:
         return module
-    artifact = _emit(module, loaded, chosen, text, _output(source, loaded, chosen, out), progress)
+    folder = _output(source, loaded, chosen, out)
+    artifact = _emit(module, loaded, chosen, text, folder, progress)
     if verify:
-        artifact.verify(against=None if isinstance(source, (str, Path)) else source)
+        against = loaded.folder if isinstance(source, (str, Path)) else source
+        artifact = record_figures(folder, artifact.verify(against=against).to_dict())
     return artifact
 
 
-def _run_passes(
-    loaded: Loaded, text: str, target: Target, dump: Path | str | None, check: bool, why: Why | None, stop: str | None
-) -> Module:
-    """Run the pipeline from where the module stands: passes that read an earlier stage are behind it."""
-    module = loaded.module
-    passes = [
-        (name, given)
-        for name, given in parse_pipeline(text)
-        if name not in PASSES
-        or PASSES[name].reads == "any"
-        or STAGES.index(PASSES[name].reads) >= STAGES.index(module.stage)
-    ]
-    if module.stage == "kernel":
-        passes = []
-    folder = Path(dump) if dump is not None else None
-    result, _ = run_pipeline(module, passes, target=target, check=check, dump=folder, why=why, stop_after=stop)
-    return result
+def find_target(name: str, options: Mapping[str, str]) -> Target:
+    """Return a target by name; MoecError lists what there is."""
+    if name not in TARGETS:
+        raise MoecError(f"there is no target {name}", todo=f"targets: {', '.join(sorted(TARGETS))}")
+    if options:
+        raise MoecError(f"target {name} has no option {', '.join(sorted(options))}", todo="leave out -D")
+    return TARGETS[name]
 
 
-def _lower(module: Module, target: Target, why: Why | None) -> Module:
-    """Rewrite the module in the target's own ops and check that the target holds every one."""
-    if module.stage != "moe":
-        raise MoecError(f"the pipeline leaves stage {module.stage}; target {target.name} lowers stage moe")
-    kernels = target.lower(module, why)
-    check_module(kernels)
-    for function in kernels.functions:
-        for op in function.ops:
-            reason = None if op.callee else target.unsupported(op)
-            if reason:
-                raise MoecError(f"target {target.name} has no kernel for {op.name}: {reason}", model=", ".join(op.loc))
-    return kernels
+def passes_for(target: Target) -> dict[str, PassDef]:
+    """Return the table of passes together with the target's lowering."""
+
+    def lower(module: Module, target: Target, why: Why) -> Module:
+        return target.lower(module, why)
+
+    doc = f"Rewrite the module in the ops that target {target.name} runs."
+    return {**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", None, {}, notes=True)}
 
 
-def _emit(module: Module, loaded: Loaded, target: Target, text: str, out: Path, progress: Progress | None) -> Artifact:
+def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the passes that a module has not behind it: a file enters the pipeline where its stage says."""
+    steps = parse_pipeline(pipeline)
+    if LOWER not in [name for name, _ in steps]:
+        steps.append((LOWER, {}))
+    at = STAGES.index(module.stage)
+    reads = {LOWER: "moe", **{name: p.reads for name, p in PASSES.items()}}
+    first = next((i for i, (name, _) in enumerate(steps) if STAGES.index(_stage(reads, name)) >= at), len(steps))
+    return steps[first:] if module.stage != "kernel" else []
+
+
+def _stage(reads: Mapping[str, str], name: str) -> str:
+    stage = reads.get(name, "graph")
+    return "graph" if stage == "any" else stage
+
+
+def _emit(
+    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, progress: Callable[[int], None] | None
+) -> Artifact:
     """Write the artifact beside its final name and put it in place when it is whole."""
     if loaded.weights is None:
         raise MoecError(
@@ -112,13 +117,21 @@ def _emit(module: Module, loaded: Loaded, target: Target, text: str, out: Path, 
             where=str(loaded.folder or module.source or "the program"),
             todo="put the safetensors files beside config.json, name them with --weights DIR, or use --stop-after moe",
         )
+    source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
     with atomic_folder(out) as partial:
         _copy_companions(loaded, partial)
         (partial / "program.moir").write_text(print_module(module), encoding="utf-8")
-        facts = target.emit(module, loaded.weights, partial, progress)
-        write_manifest(partial, module, source=_source_facts(module, loaded), target=target.name, pipeline=text,
-                       moec=__version__, **facts)  # fmt: skip
+        files = target.emit(module, loaded.weights, partial, progress)
+        write_manifest(
+            partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
+            precision=_precision(module),
+        )  # fmt: skip
     return Artifact.open(out)
+
+
+def _precision(module: Module) -> dict[str, list[str]]:
+    """Return the dtypes that the weights of each function are stored in."""
+    return {f.name: sorted({c.value.type.dtype for c in f.consts}) for f in module.functions if f.consts}
 
 
 def _copy_companions(loaded: Loaded, folder: Path) -> None:
@@ -127,10 +140,6 @@ def _copy_companions(loaded: Loaded, folder: Path) -> None:
     for name in COPIED:
         if (loaded.folder / name).is_file():
             (folder / name).write_bytes((loaded.folder / name).read_bytes())
-
-
-def _source_facts(module: Module, loaded: Loaded) -> dict[str, Any]:
-    return {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
 
 
 def _output(source: Any, loaded: Loaded, target: Target, out: Path | str | None) -> Path:
@@ -149,14 +158,23 @@ def load(source: Any, **options: Any) -> Module | Artifact:
 
 
 def opt(
-    source: Any, passes: str, *, check: bool = False, dump: Path | str | None = None, why: Why | None = None
+    source: Any,
+    passes: str,
+    *,
+    target: str = "cpu",
+    check: bool = False,
+    dump: Path | str | None = None,
+    why: Why = None,
 ) -> Module:
     """Run passes on a module, a `.moir` file or any other source; return the module."""
     module = source if isinstance(source, Module) else frontends.load(source).module
-    folder = Path(dump) if dump is not None else None
-    return run_pipeline(module, parse_pipeline(passes), check=check, dump=folder, why=why)[0]
+    chosen = find_target(target, {})
+    return run_pipeline(
+        module, parse_pipeline(passes), target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
+        table=passes_for(chosen), kernel_op=chosen.has_kernel,
+    )[0]  # fmt: skip
 
 
 def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison:
-    """Compare an artifact with its source model in transformers."""
+    """Compare an artifact with its source model in transformers; options as in `parity.verify`."""
     return Artifact.open(Path(folder)).verify(against=against, **options)

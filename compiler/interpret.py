@@ -5,7 +5,6 @@ Used to check passes, to test rules and kernels, and as the slow truth that targ
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,10 @@ import sympy
 import torch
 
 from .dims import evaluate
+from .dtypes import TORCH_DTYPES
 from .errors import MoecError
-from .ir import Function, Module, Op, TensorType, Value, bindings
+from .ir import Function, Module, Op, Value, bindings
 from .ops import OPS
-from .ops.core import TORCH_DTYPES
 from .recipes import Recipe, bind
 
 if TYPE_CHECKING:
@@ -125,16 +124,3 @@ def _random_value(function: Function, param: Value, dims: Mapping[str, int], gen
     if distinct:
         return torch.rand([*shape[:-1], bound], generator=generator).argsort(-1)[..., : shape[-1]].to(dtype)
     return torch.randint(0, max(bound, 1), shape, generator=generator).to(dtype)
-
-
-def random_tensor(name: str, type: TensorType, seed: int = 0) -> Tensor:
-    """Return the same pseudo-random tensor for a name each time, scaled so that activations stay near 1."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    shape, dtype = type.sizes, TORCH_DTYPES[type.dtype]
-    if not dtype.is_floating_point:
-        return torch.randint(0, 2, shape, generator=generator).to(dtype)
-    noise = torch.randn(shape, generator=generator)
-    if type.dtype == "f8e8m0":
-        return torch.exp2(torch.round(noise)).to(dtype)
-    return (1 + 0.1 * noise if len(shape) < 2 else noise / shape[-1] ** 0.5).to(dtype)

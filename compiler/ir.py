@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import sympy
 
@@ -29,7 +29,7 @@ DTYPE_BITS = {
     "f8e4m3": 8, "f8e5m2": 8, "f8e8m0": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
 }  # fmt: skip
 
-Attr = int | float | bool | str | Size | tuple["Attr", ...]
+Attr: TypeAlias = int | float | bool | str | Size | tuple["Attr", ...]
 
 
 @dataclass(frozen=True)

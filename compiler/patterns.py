@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from .errors import MoecError
+from .fragments import PatternOp, Var, parse_statements
 from .ir import Attr, Function, Op, Value
 from .ops import OPS
-from .parser import PatternOp, Var, parse_statements
 from .recipes import Literal, Recipe
 
 COMMUTATIVE = frozenset(

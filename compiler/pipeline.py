@@ -25,6 +25,7 @@ from .errors import MoecError
 from .ir import STAGES, Module
 from .parser import parse_module
 from .printer import print_module
+from .rewrite import Why
 from .verify import verify
 
 TOLERANCE = 1e-4  # of exact passes: largest difference relative to the largest number before
@@ -56,7 +57,7 @@ class PassDef:
     options: Mapping[str, Option]
     notes: bool
 
-    def __call__(self, module: Module, target: Any = None, why: list[str] | None = None, **options: Any) -> Module:
+    def __call__(self, module: Module, target: Any = None, why: Why = None, **options: Any) -> Module:
         """Run the pass, options checked, nothing else."""
         converted = self.convert(options)
         if self.notes:
@@ -170,7 +171,7 @@ class Settings:
     target: Any = None
     check: bool = False
     dump: Path | None = None
-    why: list[str] | None = None
+    why: Why = None
     kernel_op: Callable[[str], bool] | None = None
     source_hint: str = ""
 
@@ -182,7 +183,7 @@ def run_pipeline(
     target: Any = None,
     check: bool = False,
     dump: Path | None = None,
-    why: list[str] | None = None,
+    why: Why = None,
     stop_after: str | None = None,
     table: Mapping[str, PassDef] | None = None,
     kernel_op: Callable[[str], bool] | None = None,
@@ -287,7 +288,7 @@ def _check_result(before: Module, after: Module, definition: PassDef, settings: 
                     raise MoecError(f"the target has no {op.name}", place, model=", ".join(op.loc), exit_code=1)
     _check_signature(before, after)
     if settings.check:
-        from .compare import compare_modules
+        from .check import compare_modules
 
         compare_modules(before, after, TOLERANCE if definition.tolerance is None else definition.tolerance)
 

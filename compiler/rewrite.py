@@ -21,19 +21,20 @@ The guard may return more bindings for `after`: attributes, values, or recipes (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import MoecError, Refuse
+from .fragments import Var
 from .ir import Const, Function, Module, Op, Value, make_attrs
 from .ops import OPS
-from .parser import Var
 from .patterns import Match, Rule, Search, rule
 from .recipes import Literal, Step, Tensor
 
-__all__ = ["Match", "Refuse", "Rule", "apply", "rule"]
+__all__ = ["Match", "Refuse", "Rule", "Why", "apply", "rule"]
 
+Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that did not apply
 
 def _removed(owner: Rule, match: Match) -> list[Op]:
     """Return the matched ops that the rule takes away; Refuse where a value that disappears is read elsewhere."""
@@ -166,7 +167,7 @@ def _without_idle(function: Function, suspects: set[str]) -> Function:
 # --- applying --------------------------------------------------------------------------------------------------
 
 
-def apply(module: Module, target: Any, rules: Sequence[Rule], why: list[str] | None = None) -> Module:
+def apply(module: Module, target: Any, rules: Sequence[Rule], why: Why = None) -> Module:
     """Apply rules to every function until none fires; the module itself if none did.
 
     `why` collects a note for each rule that nearly applied: its guard refused, or at least half of `before` matched.
@@ -180,14 +181,16 @@ def apply(module: Module, target: Any, rules: Sequence[Rule], why: list[str] | N
     return module.with_functions(changed)
 
 
-def _fixpoint(function: Function, target: Any, rules: Sequence[Rule], why: list[str] | None) -> Function:
+def _fixpoint(function: Function, target: Any, rules: Sequence[Rule], why: Why) -> Function:
     bound = 10 * max(10, len(function.ops))
     for _ in range(bound):
         notes: list[str] = []
         rewritten, fired = _first(function, target, rules, notes)
         if rewritten is None:
             if why is not None:
-                why += [note for note in dict.fromkeys(notes) if note not in why]
+                tell = why.append if isinstance(why, list) else why
+                for note in dict.fromkeys(notes):
+                    tell(note)
             return function
         function = rewritten
     raise MoecError(

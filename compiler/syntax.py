@@ -281,7 +281,7 @@ def _syntax_error(source: Source, error: UnexpectedInput) -> MoecError:
             found, at = repr(text), Place(error.line, error.column, len(text))
         case _:
             body = source.text.rstrip()
-            found, at = "end of text", Place(body.count("\n") + 1, len(body) - body.rfind("\n"), 1)
+            found, at = "the end", Place(body.count("\n") + 1, len(body) - body.rfind("\n"), 1)
     return source.error(f"syntax error: {found} does not fit here", at, todo=f"expected {_wanted(error)}")
 
 

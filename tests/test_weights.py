@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moec.compiler.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import TensorType
 from moec.compiler.recipes import Tensor
 from moec.compiler.weights.checkpoint import INDEX, open_checkpoint
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.safetensors_header import DTYPES
-from moec.compiler.weights.sources import MOEC_DTYPES, TORCH_DTYPES, ModuleSource, RandomSource, cut
+from moec.compiler.weights.sources import ModuleSource, RandomSource, cut
 from safetensors.torch import save_file
 
 
@@ -55,7 +56,7 @@ def test_every_dtype_and_box(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint:
         assert set(checkpoint.tensors) == set(tensors) and set(DTYPES.values()) == set(TORCH_DTYPES)
         for name, tensor in tensors.items():
-            assert checkpoint.tensors[name].type == TensorType.of(MOEC_DTYPES[tensor.dtype], *tensor.shape)
+            assert checkpoint.tensors[name].type == TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape)
             assert same(checkpoint.read(name), tensor)
         full = (0, 4)
         for box in (((1, 2), (0, 5), full), ((0, 3), (2, 4), full), ((1, 3), (0, 5), (1, 3)), ((1, 1), (0, 5), full)):

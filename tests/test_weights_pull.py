@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moec.compiler.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from moec.compiler.ir import TensorType
 from moec.compiler.recipes import SPREADING, STEPS, Literal, Recipe, Tensor, bind, spread, step
 from moec.compiler.weights.checkpoint import open_checkpoint
 from moec.compiler.weights.pull import EVALUATE, pull, tiles
-from moec.compiler.weights.sources import MOEC_DTYPES, TORCH_DTYPES, ModuleSource, RandomSource, cut
+from moec.compiler.weights.sources import ModuleSource, RandomSource, cut
 from safetensors.torch import save_file
 
 
@@ -151,7 +152,7 @@ def test_partial_edge_blocks(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e8m0fnu):
         scales = torch.rand(5, 2).add(0.5).to(dtype)
         save_file({"w": codes, "w_scale_inv": scales}, tmp_path / "model.safetensors")
-        scale = Tensor("w_scale_inv", TensorType.of(MOEC_DTYPES[dtype], 5, 2))
+        scale = Tensor("w_scale_inv", TensorType.of(DTYPE_NAMES[dtype], 5, 2))
         recipe = step("dequantize", Tensor("w", TensorType.of("f8e4m3", 576, 192)), scale, block=(128, 128))
         whole = codes.float() * scales.float().repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)[:, :192]
         with open_checkpoint(tmp_path) as checkpoint:

@@ -57,7 +57,14 @@ def tracing() -> Iterator[Tracing]:
 
 @torch.library.custom_op("moec::attention", mutates_args=())
 def attention_op(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, window: int, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     """Stand for `nn.attention`; shapes as there."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -123,7 +130,9 @@ def _attention(
             f"the attention of {type(module).__name__} is called with {', '.join(sorted(unknown))}, which is not understood"
         )
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise MoecError(f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood")
+        raise MoecError(
+            f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
+        )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
@@ -132,7 +141,9 @@ def _attention(
     return y, None
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+def _mask(
+    *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
     if attention_mask is None:
         return None
     if kwargs.get("use_vmap"):
@@ -196,4 +207,6 @@ def activation_of(module: Any) -> tuple[str, float, float, float]:
             expected = activate(h, act, module.has_gate, layout, a, b, c)
             if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-5, atol=1e-6):
                 return act, a, b, c
-    raise MoecError(f"the activation of {type(module).__name__} is none that moe.experts knows", todo=", ".join(ACTIVATIONS))
+    raise MoecError(
+        f"the activation of {type(module).__name__} is none that moe.experts knows", todo=", ".join(ACTIVATIONS)
+    )

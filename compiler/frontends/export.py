@@ -48,7 +48,9 @@ def trace(module: torch.nn.Module, inputs: Sequence[Tensor], where: str) -> Trac
     except Exception as error:
         # torch.export fails with many unrelated exception types; all of them mean the same to a user
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise MoecError(f"torch.export cannot trace it: {type(error).__name__}: {lines[0] if lines else ''}", where=where) from error
+        raise MoecError(
+            f"torch.export cannot trace it: {type(error).__name__}: {lines[0] if lines else ''}", where=where
+        ) from error
     placeholders = _user_inputs(program)
     symbols: dict[sympy.Symbol, Size] = {}
     for node, example in zip(placeholders, inputs, strict=True):

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Module, TensorType
 from ..recipes import Recipe, Tensor, step
 from ..weights.checkpoint import Checkpoint, open_checkpoint
-from .names import DTYPE_NAMES, expected_tensors, map_parameters
+from .names import expected_tensors, map_parameters
 from .skeleton import Skeleton, adopt, build, read_config
 from .transformers_model import import_model
 

@@ -67,7 +67,9 @@ class TraceCache:
 
     def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
         """Refuse: recurrent states are not key-value caches."""
-        raise MoecError("this model keeps recurrent states (linear attention, Mamba or convolutions), which are not supported")
+        raise MoecError(
+            "this model keeps recurrent states (linear attention, Mamba or convolutions), which are not supported"
+        )
 
     def __len__(self) -> int:
         return 0
@@ -160,6 +162,7 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
 
 def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict[str, Tensor]:
     """Return the program's inputs on the meta device."""
+
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device="meta")
 

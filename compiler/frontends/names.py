@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import DTYPE_NAMES, TORCH_DTYPES
 from ..errors import MoecError
 from ..ir import TensorType
-from ..ops.core import TORCH_DTYPES
 from ..recipes import Recipe, Step, Tensor, rename, step
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class RecipeTensor(torch.Tensor):
@@ -76,7 +74,9 @@ def _split(x: Any, split_size_or_sections: int | Sequence[int], dim: int = 0) ->
     if isinstance(sizes, int):
         sizes = [min(sizes, length - i) for i in range(0, length, sizes)]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    pieces = [step("slice", x.recipe, axis=dim % x.dim(), start=a, stop=a + n) for a, n in zip(starts, sizes, strict=True)]
+    pieces = [
+        step("slice", x.recipe, axis=dim % x.dim(), start=a, stop=a + n) for a, n in zip(starts, sizes, strict=True)
+    ]
     return tuple(RecipeTensor.of(p) for p in pieces)
 
 
@@ -141,7 +141,9 @@ def _template(recipes: Sequence[Recipe]) -> Recipe | None:
         return Tensor(name, first.type) if name else None
     if not isinstance(first, Step):
         return None
-    if any(not isinstance(r, Step) or (r.name, r.attrs, r.type) != (first.name, first.attrs, first.type) for r in recipes):
+    if any(
+        not isinstance(r, Step) or (r.name, r.attrs, r.type) != (first.name, first.attrs, first.type) for r in recipes
+    ):
         return None
     if first.name in ("stack", "concat", "interleave"):
         return None

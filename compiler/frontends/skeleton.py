@@ -40,11 +40,12 @@ def _elements(args: Any, kwargs: Any) -> int:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on the meta device and the values of the buffers that no checkpoint holds, by name."""
+    """A model on the meta device, the buffers that no checkpoint holds, and which names share one tensor."""
 
     model: Any
     config: Any
     buffers: dict[str, torch.Tensor]
+    tied: dict[str, tuple[str, ...]]  # a parameter's name -> the other names of the same tensor
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -57,7 +58,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     except (ValueError, UnicodeDecodeError) as error:
         raise MoecError(f"config.json is not JSON: {error}", where=str(path)) from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise MoecError("config.json has no model_type", where=str(path), todo="add the key that names the architecture")
+        raise MoecError(
+            "config.json has no model_type", where=str(path), todo="add the key that names the architecture"
+        )
     import transformers
     from transformers import AutoConfig
 
@@ -79,7 +82,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         # huggingface_hub's strict dataclasses raise their own family of errors, which share no public base
         if "Strict" in type(error).__name__:
-            raise MoecError(f"transformers does not accept this config: {_first_line(error)}", where=str(path)) from error
+            raise MoecError(
+                f"transformers does not accept this config: {_first_line(error)}", where=str(path)
+            ) from error
         raise
 
 
@@ -116,7 +121,11 @@ def adopt(model: Any) -> Skeleton:
     lost = [name for name, b in buffers.items() if b.is_meta]
     if lost:
         raise MoecError(f"the buffer {lost[0]} is computed by the model but too large to keep in the program")
-    return Skeleton(model.to("meta").eval(), model.config, buffers)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {n: tuple(o for o in group if o != n) for group in names.values() if len(group) > 1 for n in group}
+    return Skeleton(model.to("meta").eval(), model.config, buffers, tied)
 
 
 def use_moec_experts(model: Any) -> None:

@@ -14,17 +14,29 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Dim, Function, Module, TensorType, Value
 from ..recipes import Literal, Recipe, step
+from . import aten_ops  # noqa: F401  (fills the table of handlers)
 from .aten import Graph, lower
 from .builder import Builder
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
 from .layers import (
-    NEW, PAST, SIZES, Layer, TraceCache, cache_class, example_inputs, find_layers, group_kinds, rehearse, stubbed,
+    NEW,
+    PAST,
+    SIZES,
+    Layer,
+    TraceCache,
+    cache_class,
+    example_inputs,
+    find_layers,
+    group_kinds,
+    rehearse,
+    stubbed,
 )  # fmt: skip
-from .names import DTYPE_NAMES, relative_to_layer
+from .names import relative_to_layer
 from .skeleton import Skeleton
 
 Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
@@ -60,7 +72,9 @@ def import_model(skeleton: Skeleton, mapper: Mapper, source: str) -> Module:
     return Module("graph", dims, (*functions, main), source)
 
 
-def _map_weights(model: Any, mapper: Mapper, prefix: str, layers: list[Layer], kinds: list[Layer]) -> Mapping[str, Recipe]:
+def _map_weights(
+    model: Any, mapper: Mapper, prefix: str, layers: list[Layer], kinds: list[Layer]
+) -> Mapping[str, Recipe]:
     """Map the parameters outside the layers and of the first layer of each kind; the others differ in a number."""
     representatives = {f"{prefix}.{k.index}." for k in kinds}
     wanted = [
@@ -130,7 +144,9 @@ def _argument_names(kind: Layer) -> list[str]:
         leaves = pytree.tree_leaves(tree)
         named = ("cos", "sin") if key == "position_embeddings" and len(leaves) == 2 else None
         for i, leaf in enumerate(leaves):
-            labels[leaf] = named[i] if named else "hidden" if key == "hidden_states" else key if len(leaves) == 1 else f"{key}_{i}"
+            labels[leaf] = (
+                named[i] if named else "hidden" if key == "hidden_states" else key if len(leaves) == 1 else f"{key}_{i}"
+            )
     return [labels[i] for i, leaf in enumerate(kind.leaves) if isinstance(leaf, Tensor)]
 
 
@@ -173,12 +189,13 @@ def _recipe(job: Import, name: str) -> Recipe:
             raise MoecError(f"the buffer {name} has {buffer.numel()} elements, too many to write into the program")
         kind = DTYPE_NAMES[buffer.dtype]
         return Literal(TensorType.of(kind, *buffer.shape), tuple(buffer.flatten().tolist()))
-    if name not in job.recipes:
+    stored = next((n for n in (name, *job.skeleton.tied.get(name, ())) if n in job.recipes), None)
+    if stored is None:
         raise MoecError(
             f"the checkpoint has no tensor for {name}",
             todo="is a shard missing, or do config.json and the weights not belong together?",
         )
-    recipe = job.recipes[name]
+    recipe = job.recipes[stored]
     state = job.skeleton.model.state_dict(keep_vars=True)[name]
     wanted = DTYPE_NAMES[state.dtype]
     return recipe if recipe.type.dtype == wanted else step("cast", recipe, to=wanted)

@@ -8,15 +8,9 @@ import sympy
 import torch
 
 from ..dims import Size, size
+from ..dtypes import TORCH_DTYPES
 from ..ir import TensorType
-from .define import REQUIRED, Attributes, OpDef, Types, fail, free, op
-
-TORCH_DTYPES = {
-    "bool": torch.bool, "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32,
-    "i64": torch.int64, "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2,
-    "f8e8m0": torch.float8_e8m0fnu, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32,
-    "f64": torch.float64,
-}  # fmt: skip
+from .define import Attributes, Types, broadcast_shapes, fail, free, op
 
 
 def axis_of(attributes: Attributes, rank: int, key: str = "axis") -> int:
@@ -143,8 +137,6 @@ def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     assert x and y
     if len(x.shape) < 2 or len(y.shape) < 2 or x.shape[-1] != y.shape[-2]:
         raise fail(f"matmul of {x} and {y}: the last size of x must be the last but one of y, both with 2 axes or more")
-    from .define import broadcast_shapes
-
     return (TensorType(x.dtype, (*broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])),)
 
 
@@ -301,7 +293,12 @@ def argsort(x, *, axis: int, descending: bool = False):
 # --- indexing --------------------------------------------------------------------------------------------------
 
 
-@op("core.gather", "x: A[*X], index: i64[*I] -> y: A[*I]", flops=0, domains={"index": lambda t, a: t[0].shape[a["axis"]]})
+@op(
+    "core.gather",
+    "x: A[*X], index: i64[*I] -> y: A[*I]",
+    flops=0,
+    domains={"index": lambda t, a: t[0].shape[a["axis"]]},
+)
 def gather(x, index, *, axis: int):
     """Take x[..., index[..., i, ...], ...] along an axis (torch.gather)."""
     return torch.gather(x, axis, index)
@@ -332,11 +329,9 @@ def _take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     infer=_take,
     flops=0,
     domains={"index": lambda t, a: t[0].shape[a["axis"]]},
+    rows={"x": lambda t, a: t[0].shape[0] if a["axis"] else t[1].elements},
 )
 def take(x, index, *, axis: int):
     """Take whole slices of x along an axis; the index may have any rank."""
     flat = torch.index_select(x, axis, index.flatten())
     return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
-
-
-__all__ = ["REQUIRED", "TORCH_DTYPES", "OpDef"]

@@ -17,8 +17,8 @@ import sympy
 
 from ..dims import Size, size, size_text
 from ..errors import MoecError
-from ..ir import DTYPE_BITS, TensorType, make_attrs
 from ..fragments import Operand, Signature, parse_signature
+from ..ir import DTYPE_BITS, TensorType, make_attrs
 
 Types = Sequence[TensorType | None]
 Attributes = Mapping[str, Any]
@@ -56,6 +56,7 @@ class OpDef:
     custom_flops: Flops | int | None
     domains: Mapping[str, Domain]  # exclusive upper bound of an integer operand, for random inputs
     distinct: tuple[str, ...]  # integer operands whose last axis holds distinct numbers
+    rows: Mapping[str, Domain]  # operand -> slices of its first axis that one run reads at most; others are read whole
     pure_view: bool = False
 
     @cached_property
@@ -108,6 +109,7 @@ def op(
     flops: Flops | int | None = None,
     domains: Mapping[str, Domain] | None = None,
     distinct: tuple[str, ...] = (),
+    rows: Mapping[str, Domain] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare an op; the decorated torch function is its meaning and its keyword-only parameters its attributes."""
 
@@ -115,7 +117,7 @@ def op(
         if name in OPS:
             raise ValueError(f"op {name} is declared twice")
         text = doc or inspect.cleandoc(reference.__doc__ or "")
-        OPS[name] = OpDef(name, text, signature, reference, infer, flops, domains or {}, distinct)
+        OPS[name] = OpDef(name, text, signature, reference, infer, flops, domains or {}, distinct, rows or {})
         return reference
 
     return declare

@@ -46,6 +46,7 @@ def _experts_flops(operands: Types, results: tuple[TensorType, ...], attributes:
     flops=_experts_flops,
     domains={"ids": lambda types, attributes: types[3].shape[0]},  # type: ignore[union-attr]
     distinct=("ids",),
+    rows=dict.fromkeys(("up", "down", "up_bias", "down_bias"), lambda types, attributes: types[1].elements),
 )
 def experts(
     x, ids, gates, up, down, up_bias, down_bias, *,

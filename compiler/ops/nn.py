@@ -16,6 +16,7 @@ from .define import Attributes, Types, fail, op
     "ids: i64[*X], table: A[V, D] -> y: A[*X, D]",
     flops=0,
     domains={"ids": lambda types, attributes: types[1].shape[0]},  # type: ignore[union-attr]
+    rows={"table": lambda types, attributes: types[0].elements},  # type: ignore[union-attr]
 )
 def embedding(ids, table):
     """Look up rows of a table."""
@@ -34,7 +35,11 @@ def layer_norm(x, w, b, *, eps: float):
     return torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)
 
 
-@op("nn.rope", "x: A[B, H, S, D], cos: A[C, S, D], sin: A[C, S, D] -> y: A[B, H, S, D]", flops=lambda o, r, a: 3 * r[0].elements)
+@op(
+    "nn.rope",
+    "x: A[B, H, S, D], cos: A[C, S, D], sin: A[C, S, D] -> y: A[B, H, S, D]",
+    flops=lambda o, r, a: 3 * r[0].elements,
+)
 def rope(x, cos, sin):
     """Rotate the halves of each head by the position's angles (Su et al. 2021): x cos + [-x2, x1] sin.
 

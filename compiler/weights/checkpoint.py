@@ -19,10 +19,11 @@ from types import MappingProxyType
 
 import torch
 
+from ..dtypes import TORCH_DTYPES
 from ..errors import MoecError
 from ..ir import TensorType
 from .safetensors_header import TensorInfo, parse_json, read_header
-from .sources import TORCH_DTYPES, Box, check_box, full_box
+from .sources import Box, check_box, full_box
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -13,9 +13,10 @@ from typing import cast
 
 import torch
 
+from ..dtypes import TORCH_DTYPES
 from ..ir import TensorType
 from ..recipes import Literal, Recipe, Step, Tensor, spread
-from .sources import TORCH_DTYPES, Box, WeightSource, check_box, cut, full_box
+from .sources import Box, WeightSource, check_box, cut, full_box
 
 Pull = Callable[[Recipe, Box], torch.Tensor]
 

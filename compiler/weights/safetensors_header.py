@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,13 @@ def _entry(name: str, entry: Any, file: Path) -> tuple[TensorType, int, int]:
     if offsets[1] - offsets[0] != wanted:
         what = f"the header lies about sizes: tensor {name!r} {dtype}{shape} takes {wanted} bytes, not"
         raise MoecError(f"{what} {offsets[1] - offsets[0]}", str(file), todo=_DAMAGED)
-    return TensorType.of(DTYPES[dtype], *shape), offsets[0], offsets[1]
+    return _type(DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
+
+
+@lru_cache(maxsize=1024)
+def _type(dtype: str, shape: tuple[int, ...]) -> TensorType:
+    """Return a type; a checkpoint has 100,000 tensors of a few dozen types, and making one costs more than parsing."""
+    return TensorType.of(dtype, *shape)
 
 
 def _counts(value: Any) -> bool:

@@ -15,16 +15,10 @@ from typing import Protocol
 
 import torch
 
+from ..dtypes import DTYPE_NAMES, TORCH_DTYPES
 from ..errors import MoecError
 from ..ir import TensorType
 from .safetensors_header import TensorInfo
-
-TORCH_DTYPES = {
-    "bool": torch.bool, "u8": torch.uint8, "i8": torch.int8, "i16": torch.int16, "i32": torch.int32,
-    "i64": torch.int64, "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2, "f8e8m0": torch.float8_e8m0fnu,
-    "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64,
-}  # fmt: skip
-MOEC_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) for every axis
 
@@ -47,12 +41,12 @@ class ModuleSource:
         """Take a state dict or a module; MoecError for a dtype that a program cannot hold."""
         self._state = dict(state.state_dict() if isinstance(state, torch.nn.Module) else state)
         for name, tensor in self._state.items():
-            if tensor.dtype not in MOEC_DTYPES:
+            if tensor.dtype not in DTYPE_NAMES:
                 todo = f"known dtypes: {', '.join(TORCH_DTYPES)}"
                 raise MoecError(f"tensor {name!r} has the unknown dtype {tensor.dtype}", model=name, todo=todo)
             if tensor.is_meta:
                 raise MoecError(f"tensor {name!r} has no data (device meta)", model=name, todo="load the weights first")
-        types = {name: TensorType.of(MOEC_DTYPES[t.dtype], *t.shape) for name, t in self._state.items()}
+        types = {name: TensorType.of(DTYPE_NAMES[t.dtype], *t.shape) for name, t in self._state.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({n: TensorInfo(t) for n, t in types.items()})
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import MoecError
-from .interpret import interpret, random_inputs, random_weights
+from .interpret import Weights, interpret, random_inputs
 from .ir import Function, Module, walk_calls
+from .weights.pull import pull
+from .weights.sources import RandomSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,16 +61,22 @@ def compare_function(
     before: Module, after: Module, name: str, bound: Mapping[str, str], tolerance: float, seed: int = 0
 ) -> None:
     """Raise MoecError unless a function gives the same numbers in both modules."""
+    weights = _random_weights(seed)
     inputs = random_inputs(before, name, small_dims(before), seed)
-    expected = interpret(before, inputs, random_weights(seed), name, bound)
+    expected = interpret(before, inputs, weights, name, bound)
     try:
-        found = interpret(after, inputs, random_weights(seed), name, bound)
+        found = interpret(after, inputs, weights, name, bound)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:  # what torch and references raise
         raise MoecError(f"@{name} no longer runs: {error}", where=f"@{name}", exit_code=1) from error
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         problem = difference(a, b, tolerance)
         if problem:
             raise _report(before.by_name[name], i, problem)
+
+
+def _random_weights(seed: int) -> Weights:
+    source = RandomSource(seed)
+    return lambda recipe: pull(recipe, source)
 
 
 def _report(function: Function, index: int, problem: str) -> MoecError:
@@ -88,7 +96,8 @@ def difference(expected: Tensor, found: Tensor, tolerance: float) -> str:
         return f"differs in {wrong} of {expected.numel()} integers" if wrong else ""
     a, b = expected.double(), found.double()
     finite = torch.isfinite(a)
-    if not torch.equal(torch.nan_to_num(a[~finite], 0.5), torch.nan_to_num(b[~finite], 0.5)) or not b[finite].isfinite().all():
+    special = torch.nan_to_num(a[~finite], 0.5), torch.nan_to_num(b[~finite], 0.5)
+    if not torch.equal(*special) or not b[finite].isfinite().all():
         return "is infinite or not a number in other places than before"
     if not finite.any():
         return ""

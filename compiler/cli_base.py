@@ -1,0 +1,124 @@
+"""What every `moec` command shares: errors and exit codes, `--debug`, progress bars on a terminal.
+
+Exit codes: 0 good, 1 a check failed, 2 wrong use or bad input, 70 an error inside moec, 130 interrupted,
+141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import MoecError
+
+CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
+
+
+class Commands(click.Group):
+    """A group that turns every exception into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command; errors of click itself (wrong use, --help) pass through."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+            return result
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            _silence_stdout()
+            ctx.exit(CLOSED_PIPE)
+        except Exception as error:  # the outermost place: everything is reported here, with a traceback on demand
+            ctx.exit(report_error(error, debug=debugging(ctx)))
+
+
+def report_error(error: Exception, debug: bool) -> int:
+    """Write one message on standard error, the traceback too with `debug`, and return the exit code."""
+    if debug:
+        click.echo("".join(traceback.format_exception(error)).rstrip(), err=True)
+    match error:
+        case MoecError():
+            text, code = str(error), error.exit_code
+        case click.Abort() | EOFError():
+            text, code = "interrupted", INTERRUPTED
+        case OSError() if error.filename is not None:
+            text, code = f"{error.strerror or error}\n  at {os.fsdecode(error.filename)}", WRONG_USE
+        case _:
+            again = "" if debug else "\n  run the command again with --debug to see where"
+            text, code = f"moec failed: {type(error).__name__}: {error}{again}", INTERNAL
+    click.echo(f"error: {text}", err=True)
+    return code
+
+
+def _silence_stdout() -> None:
+    """Point standard output at nothing, so that Python's flush at its end does not complain again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # standard output is no file (a test's buffer): there is nothing to redirect
+        return
+
+
+def debugging(ctx: click.Context) -> bool:
+    """Return whether --debug was given, before or after the command's name."""
+    return bool(ctx.meta.get("moec.debug"))
+
+
+def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["moec.debug"] = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_note_debug, help="Show tracebacks of errors."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint folder brings along."
+)
+
+
+def example(*lines: str) -> str:
+    """Return an epilog for --help with examples that click does not wrap."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def write_text(text: str, out: str | None) -> None:
+    """Write a result to a file, or to standard output without one (or with `-`)."""
+    if out in (None, "-"):
+        click.echo(text, nl=not text.endswith("\n"))
+    else:
+        Path(str(out)).write_text(text, encoding="utf-8")
+
+
+def print_notes(notes: list[str]) -> None:
+    """Write the notes of --why on standard error."""
+    for note in notes:
+        click.echo(note if note.startswith("note:") else f"note: {note}", err=True)
+
+
+Progress = Callable[..., None]  # bytes done, and bytes in all where that is known
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Progress | None]:
+    """Yield a function that moves a bar on standard error; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total=None: bar.update(task, completed=done, total=total)

@@ -1,0 +1,443 @@
+"""One handler for each aten operator, in torch's spelling of arguments. `aten.py` calls them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+
+from ..dims import Size, size
+from ..dtypes import DTYPE_NAMES
+from ..errors import MoecError
+from ..ir import TensorType, Value
+from .aten import HANDLERS, Graph, aten, axis, reshape, resolve_shape
+from .uninitialised import Piece, Uninitialised
+
+Handler = Callable[..., Any]
+
+
+# --- elementwise -----------------------------------------------------------------------------------------------
+
+
+def _promote(g: Graph, x: Any, y: Any) -> tuple[Value, Value]:
+    if not isinstance(x, Value):
+        return g.like(x, y), y
+    if not isinstance(y, Value):
+        if isinstance(y, float) and not x.type.dtype.startswith(("f", "b")):
+            x = g.cast(x, "f32")
+        return x, g.like(y, x)
+    order = ["bool", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"]
+    # torch: a 0-d tensor does not widen an operand of the same category
+    dtype = max(x.type.dtype, y.type.dtype, key=order.index)
+    return g.cast(x, dtype), g.cast(y, dtype)
+
+
+def _binary(name: str) -> Handler:
+    def handler(g: Graph, x: Any, y: Any, alpha: Any = 1, rounding_mode: Any = None) -> Any:
+        if not isinstance(x, Value) and not isinstance(y, Value):
+            return {"add": operator.add, "sub": operator.sub, "mul": operator.mul}[name](x, y)
+        if alpha != 1 or rounding_mode is not None:
+            raise MoecError(f"{name} with alpha={alpha}, rounding_mode={rounding_mode} is not understood")
+        x, y = _promote(g, x, y)
+        if name == "div" and not x.type.dtype.startswith(("f", "b")):
+            x, y = g.cast(x, "f32"), g.cast(y, "f32")
+        return g.builder.op(f"core.{name}", x, y)
+
+    return handler
+
+
+for _name in ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge"):
+    aten(f"aten.{_name}")(_binary(_name))
+for _name in ("logical_and", "logical_or"):
+    aten(f"aten.{_name}", "aten.bitwise_" + _name.split("_")[1])(_binary(_name))
+
+
+def _unary(name: str) -> Handler:
+    return lambda g, x, **kwargs: g.builder.op(f"core.{name}", x)
+
+
+for _name in (
+    "neg", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "abs", "floor", "erf",
+    "reciprocal", "logical_not",
+):  # fmt: skip
+    aten(f"aten.{_name}")(_unary(_name))
+
+
+@aten("aten.bitwise_not")
+def _bitwise_not(g: Graph, x: Value) -> Value:
+    if x.type.dtype != "bool":
+        raise MoecError("bitwise_not of integers is not understood")
+    return g.builder.op("core.logical_not", x)
+
+
+@aten("aten.rsub")
+def _rsub(g: Graph, x: Value, y: Any, alpha: Any = 1) -> Value:
+    return HANDLERS["aten.sub"](g, y, x, alpha)
+
+
+@aten("aten.square")
+def _square(g: Graph, x: Value) -> Value:
+    return g.builder.op("core.mul", x, x)
+
+
+@aten("aten.softplus")
+def _softplus(g: Graph, x: Value, beta: float = 1, threshold: float = 20) -> Value:
+    if beta != 1:
+        raise MoecError(f"softplus with beta={beta} is not understood")
+    return g.builder.op("core.softplus", x)
+
+
+@aten("aten.gelu")
+def _gelu(g: Graph, x: Value, approximate: str = "none") -> Value:
+    return g.builder.op("core.gelu", x, approximate=approximate)
+
+
+@aten("aten.clamp", "aten.clamp_min", "aten.clamp_max")
+def _clamp(g: Graph, x: Value, min: Any = None, max: Any = None) -> Value:
+    if isinstance(min, Value) or isinstance(max, Value):
+        raise MoecError("clamp between tensors is not understood")
+    low = float("-inf") if min is None else float(min)
+    high = float("inf") if max is None else float(max)
+    return g.builder.op("core.clamp", x, min=low, max=high)
+
+
+@aten("aten.where")
+def _where(g: Graph, condition: Value, x: Any, y: Any) -> Value:
+    x, y = (
+        _promote(g, x, y) if isinstance(x, Value) or isinstance(y, Value) else (g.scalar(x, "f32"), g.scalar(y, "f32"))
+    )
+    return g.builder.op("core.where", condition, x, y)
+
+
+@aten("aten.masked_fill")
+def _masked_fill(g: Graph, x: Value, mask: Value, value: Any) -> Value:
+    return g.builder.op("core.where", mask, g.like(value, x), x)
+
+
+@aten("aten.to", "aten._to_copy", "aten.type_as")
+def _to(g: Graph, x: Value, *args: Any, dtype: str | None = None, **kwargs: Any) -> Value:
+    for argument in args:
+        if isinstance(argument, str) and argument in DTYPE_NAMES.values():
+            dtype = argument
+        elif isinstance(argument, Value):
+            dtype = argument.type.dtype
+    return g.cast(x, dtype) if dtype else x
+
+
+@aten("aten.contiguous", "aten.clone", "aten.detach", "aten.alias", "aten.dropout", "aten.lift_fresh_copy")
+def _same(g: Graph, x: Value, *args: Any, **kwargs: Any) -> Value:
+    return x
+
+
+@aten("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range_for_size")
+def _nothing(g: Graph, *args: Any, **kwargs: Any) -> None:
+    return None
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------
+
+
+@aten("aten.view", "aten.reshape", "aten._unsafe_view")
+def _view(g: Graph, x: Value, shape: Any) -> Value:
+    return reshape(g, x, resolve_shape(x, shape))
+
+
+@aten("aten.flatten")
+def _flatten(g: Graph, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
+    a, b = axis(x, start_dim), axis(x, end_dim)
+    s = x.type.shape
+    return reshape(g, x, (*s[:a], sympy.Mul(*s[a : b + 1]), *s[b + 1 :]))
+
+
+@aten("aten.unflatten")
+def _unflatten(g: Graph, x: Value, dim: int, sizes: Any) -> Value:
+    a = axis(x, dim)
+    s = x.type.shape
+    known = [size(n) for n in sizes]
+    if -1 in known:
+        hole = known.index(sympy.Integer(-1))
+        known[hole] = s[a] / sympy.Mul(*[k for i, k in enumerate(known) if i != hole])
+    return reshape(g, x, (*s[:a], *known, *s[a + 1 :]))
+
+
+@aten("aten.unsqueeze")
+def _unsqueeze(g: Graph, x: Value, dim: int) -> Value:
+    a = dim if dim >= 0 else dim + len(x.type.shape) + 1
+    return reshape(g, x, (*x.type.shape[:a], 1, *x.type.shape[a:]), hint="unsqueeze")
+
+
+@aten("aten.squeeze")
+def _squeeze(g: Graph, x: Value, dim: Any = None) -> Value:
+    dims = range(len(x.type.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
+    drop = {axis(x, d) for d in dims if x.type.shape[axis(x, d)] == 1}
+    return reshape(g, x, tuple(s for i, s in enumerate(x.type.shape) if i not in drop), hint="squeeze")
+
+
+@aten("aten.transpose", "aten.swapaxes")
+def _transpose(g: Graph, x: Value, a: int, b: int) -> Value:
+    perm = list(range(len(x.type.shape)))
+    a, b = axis(x, a), axis(x, b)
+    perm[a], perm[b] = perm[b], perm[a]
+    return g.builder.op("core.transpose", x, perm=tuple(perm))
+
+
+@aten("aten.t", "aten.numpy_T")
+def _t(g: Graph, x: Value) -> Value:
+    return g.builder.op("core.transpose", x, perm=tuple(reversed(range(len(x.type.shape)))))
+
+
+@aten("aten.permute")
+def _permute(g: Graph, x: Value, dims: Any) -> Value:
+    return g.builder.op("core.transpose", x, perm=tuple(axis(x, d) for d in dims))
+
+
+@aten("aten.expand")
+def _expand(g: Graph, x: Value, shape: Any, implicit: bool = False) -> Value:
+    lead = len(shape) - len(x.type.shape)
+    sizes = [x.type.shape[i - lead] if s == -1 else size(s) for i, s in enumerate(shape)]
+    return x if tuple(sizes) == x.type.shape else g.builder.op("core.expand", x, shape=tuple(sizes))
+
+
+@aten("aten.expand_as")
+def _expand_as(g: Graph, x: Value, other: Value) -> Value:
+    return _expand(g, x, other.type.shape)
+
+
+@aten("aten.cat", "aten.concat")
+def _cat(g: Graph, xs: list[Value], dim: int = 0) -> Value:
+    return g.builder.op("core.concat", *xs, axis=axis(xs[0], dim))
+
+
+@aten("aten.stack")
+def _stack(g: Graph, xs: list[Value], dim: int = 0) -> Value:
+    return g.builder.op("core.concat", *[_unsqueeze(g, x, dim) for x in xs], axis=dim % (len(xs[0].type.shape) + 1))
+
+
+def _position(x: Value, a: int, index: Any, default: Any) -> Size:
+    """Return a slice bound counted from the front and inside the axis."""
+    length = x.type.shape[a]
+    if index is None:
+        return size(default)
+    at = size(index)
+    if at.is_Integer and at >= 2**62:
+        return length
+    if at.is_Integer and at < 0:
+        return sympy.expand(length + at)
+    return sympy.Integer(min(int(at), int(length))) if at.is_Integer and length.is_Integer else at
+
+
+@aten("aten.new_empty", "aten.empty_like")
+def _empty(g: Graph, x: Value, shape: Any = None, dtype: str | None = None, **kwargs: Any) -> Uninitialised:
+    sizes = x.type.shape if shape is None else tuple(size(s) for s in shape)
+    return Uninitialised(TensorType(dtype or x.type.dtype, sizes))
+
+
+@aten("aten.copy")
+def _copy(g: Graph, target: Any, source: Value, non_blocking: bool = False) -> Any:
+    if not isinstance(target, Piece):
+        raise MoecError("copying into a tensor that has values already is not understood")
+    target.fill(g.cast(_expand(g, source, target.type.shape), target.type.dtype))
+    return target
+
+
+@aten("aten.slice")
+def _slice(g: Graph, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    a = axis(x, dim)
+    if isinstance(x, Uninitialised):
+        return x.piece(a, _position(x, a, start, 0), _position(x, a, end, x.type.shape[a]))
+    low, high = _position(x, a, start, 0), _position(x, a, end, x.type.shape[a])
+    if low == 0 and high == x.type.shape[a] and step == 1:
+        return x
+    extra = {} if step == 1 else {"step": step}
+    return g.builder.op("core.slice", x, axis=a, start=low, stop=high, **extra)
+
+
+@aten("aten.select")
+def _select(g: Graph, x: Value, dim: int, index: Any) -> Value:
+    a = axis(x, dim)
+    at = _position(x, a, index, 0)
+    piece = g.builder.op("core.slice", x, axis=a, start=at, stop=at + 1)
+    return reshape(g, piece, (*x.type.shape[:a], *x.type.shape[a + 1 :]))
+
+
+@aten("aten.split", "aten.split_with_sizes")
+def _split(g: Graph, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
+    a = axis(x, dim)
+    length = x.type.shape[a]
+    if not isinstance(sizes, (list, tuple)):
+        each = int(sizes)
+        sizes = [min(each, int(length) - i) for i in range(0, int(length), each)]
+    pieces, at = [], size(0)
+    for n in sizes:
+        pieces.append(g.builder.op("core.slice", x, axis=a, start=at, stop=at + size(n)))
+        at += size(n)
+    return tuple(pieces)
+
+
+@aten("aten.chunk")
+def _chunk(g: Graph, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
+    return _split(g, x, -(-int(x.type.shape[axis(x, dim)]) // chunks), dim)
+
+
+@aten("aten.unbind")
+def _unbind(g: Graph, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    return tuple(_select(g, x, dim, i) for i in range(int(x.type.shape[axis(x, dim)])))
+
+
+# --- matrices and reductions -----------------------------------------------------------------------------------
+
+
+@aten("aten.linear")
+def _linear(g: Graph, x: Value, w: Value, b: Value | None = None) -> Value:
+    return g.builder.op("core.linear", x, w, b, hint=_last_name(g))
+
+
+@aten("aten.matmul", "aten.bmm", "aten.mm")
+def _matmul(g: Graph, x: Value, y: Value) -> Value:
+    return g.builder.op("core.matmul", x, y)
+
+
+def _last_name(g: Graph) -> str:
+    """Return the innermost module's name where it is a good name for a value."""
+    name = g.builder.loc[0].rpartition(".")[2] if g.builder.loc else ""
+    return name if name.isidentifier() else "linear"
+
+
+@aten("aten.softmax", "aten._softmax")
+def _softmax(g: Graph, x: Value, dim: int, dtype: Any = None) -> Value:
+    x = g.cast(x, dtype) if isinstance(dtype, str) else x
+    return g.builder.op("core.softmax", x, axis=axis(x, dim))
+
+
+def _reduction(name: str) -> Handler:
+    def handler(g: Graph, x: Value, dim: Any = None, keepdim: bool = False, dtype: str | None = None) -> Value:
+        dims = range(len(x.type.shape)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+        x = g.cast(x, dtype) if dtype else x
+        return g.builder.op(f"core.{name}", x, axes=tuple(sorted(axis(x, d) for d in dims)), keepdim=bool(keepdim))
+
+    return handler
+
+
+for _name in ("sum", "mean", "amax"):
+    aten(f"aten.{_name}")(_reduction(_name))
+
+
+@aten("aten.cumsum")
+def _cumsum(g: Graph, x: Value, dim: int, dtype: str | None = None) -> Value:
+    return g.builder.op("core.cumsum", g.cast(x, dtype) if dtype else x, axis=axis(x, dim))
+
+
+@aten("aten.topk")
+def _topk(g: Graph, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    if not largest:
+        raise MoecError("topk of the smallest is not understood")
+    return g.builder.op("core.topk", x, k=int(k), axis=axis(x, dim))
+
+
+# --- indexing and constants ------------------------------------------------------------------------------------
+
+
+@aten("aten.embedding")
+def _embedding(g: Graph, table: Value, ids: Value, *args: Any) -> Value:
+    return g.builder.op("nn.embedding", ids, table)
+
+
+@aten("aten.gather")
+def _gather(g: Graph, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Value:
+    return g.builder.op("core.gather", x, index, axis=axis(x, dim))
+
+
+@aten("aten.scatter")
+def _scatter(g: Graph, x: Value, dim: int, index: Value, src: Any) -> Value:
+    if not isinstance(src, Value):
+        src = g.builder.op("core.full", shape=index.type.shape, value=float(src), dtype=x.type.dtype)
+    return g.builder.op("core.scatter", x, index, src, axis=axis(x, dim))
+
+
+@aten("aten.index_select")
+def _index_select(g: Graph, x: Value, dim: int, index: Value) -> Value:
+    return g.builder.op("core.take", x, index, axis=axis(x, dim))
+
+
+@aten("aten.index")
+def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or indices[given[0]].type.dtype == "bool":
+        raise MoecError("indexing with several tensors or with a mask is not understood")
+    return g.builder.op("core.take", x, indices[given[0]], axis=given[0])
+
+
+@aten("aten.arange")
+def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
+    start, end = (0, args[0]) if len(args) == 1 else args[:2]
+    counted = g.builder.op("core.iota", size=size(end) - size(start))
+    dtype = kwargs.get("dtype") or "i64"
+    counted = g.cast(counted, dtype)
+    if size(start) == 0:
+        return counted
+    if not size(start).is_Integer:
+        raise MoecError("arange from a size that is not known when compiling is not understood")
+    return g.builder.op("core.add", counted, g.scalar(int(start), dtype))
+
+
+def _filled(value: float | None, like: bool, new: bool) -> Handler:
+    def handler(g: Graph, *args: Any, dtype: str | None = None, fill_value: Any = None, **kwargs: Any) -> Value:
+        rest = list(args)
+        source = rest.pop(0) if like or new else None
+        shape = source.type.shape if like else tuple(size(s) for s in rest.pop(0))
+        number = value if value is not None else fill_value if fill_value is not None else rest.pop(0)
+        kind = dtype or (source.type.dtype if source is not None else "f32")
+        if isinstance(number, (int, float)) and not math.isfinite(number) and not kind.startswith(("f", "b")):
+            raise MoecError(f"{number} does not fit into {kind}")
+        return g.builder.op("core.full", shape=tuple(shape), value=number, dtype=kind)
+
+    return handler
+
+
+for _name, _number in (("zeros", 0.0), ("ones", 1.0), ("full", None)):
+    aten(f"aten.{_name}")(_filled(_number, False, False))
+    aten(f"aten.{_name}_like")(_filled(_number, True, False))
+    aten(f"aten.new_{_name}")(_filled(_number, False, True))
+
+
+# --- the single ops --------------------------------------------------------------------------------------------
+
+
+@aten("moec.cache_append")
+def _cache_append(g: Graph, past: Value, new: Value) -> Value:
+    return g.builder.op("nn.cache_append", past, new, axis=2, hint=past.name.replace("past", "present"))
+
+
+@aten("moec.attention")
+def _attention(
+    g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, softcap: float
+) -> Value:
+    options = {
+        "scale": float(scale),
+        **({"window": window} if window else {}),
+        **({"softcap": softcap} if softcap else {}),
+    }
+    return g.builder.op("nn.attention", q, k, v, mask, sinks, **options)
+
+
+@aten("moec.experts")
+def _experts(
+    g: Graph, x: Value, ids: Value, gates: Value, up: Value, down: Value, up_bias: Any, down_bias: Any,
+    act: str, gated: bool, layout: str, transposed: bool, alpha: float, beta: float, limit: float,
+) -> Value:  # fmt: skip
+    if transposed:
+        up, down = (g.builder.op("core.transpose", w, perm=(0, 2, 1)) for w in (up, down))
+    options: dict[str, Any] = {"act": act, "layout": layout}
+    options |= {} if gated else {"gated": False}
+    options |= {k: v for k, v, default in (("alpha", alpha, 1.0), ("beta", beta, 0.0)) if v != default}
+    options |= {"limit": limit} if math.isfinite(limit) else {}
+    return g.builder.op("moe.experts", x, ids, gates, up, down, up_bias, down_bias, **options)
+
+
+@aten("moec.layer")
+def _layer(g: Graph, tensors: list[Value], index: int) -> tuple[Value, ...]:
+    assert g.calls is not None
+    return g.calls(g, tensors, index)

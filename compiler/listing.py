@@ -1,0 +1,96 @@
+"""What there is: ops, passes, rules, families and targets, as plain data for `moec list` and `moec targets`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from .errors import MoecError
+
+Rows = list[dict[str, Any]]
+
+
+def _first(doc: str) -> str:
+    return doc.strip().partition("\n\n")[0].replace("\n", " ")
+
+
+def ops() -> Rows:
+    """Return every op with its signature and meaning, those of the targets included."""
+    from ..targets import TARGETS  # imports every target, and with it the target's own ops
+    from .ops import OPS
+    from .ops.define import REQUIRED
+
+    assert TARGETS
+    return [
+        {
+            "name": name,
+            "signature": op.text,
+            "attributes": {k: "required" if default is REQUIRED else default for k, (_, default) in op.attrs.items()},
+            "doc": _first(op.doc),
+        }
+        for name, op in sorted(OPS.items())
+    ]
+
+
+def passes() -> Rows:
+    """Return every pass with its stages, options and meaning."""
+    from ..passes import PASSES
+
+    return [
+        {
+            "name": name,
+            "reads": p.reads,
+            "leaves": p.leaves,
+            "options": [str(option) for option in p.options.values()],
+            "tolerance": p.tolerance,
+            "doc": _first(p.doc),
+        }
+        for name, p in sorted(PASSES.items())
+    ]
+
+
+def rules() -> Rows:
+    """Return every rewrite rule with its two sides and the file that it stands in."""
+    from ..passes import PASSES
+    from ..targets import TARGETS
+    from .patterns import Rule
+
+    assert PASSES and TARGETS
+    found: dict[str, dict[str, Any]] = {}
+    for module in _modules("passes", "targets"):
+        place = module.__name__.partition(".")[2]
+        for rule in vars(module).values():
+            for each in rule if isinstance(rule, (list, tuple)) else (rule,):
+                if isinstance(each, Rule):
+                    found.setdefault(each.name, {"name": each.name, "in": place, "doc": _first(each.doc),
+                                                 "before": each.before_text, "after": each.after_text})  # fmt: skip
+    return [found[name] for name in sorted(found)]
+
+
+def _modules(*folders: str) -> Iterator[ModuleType]:
+    """Yield the imported modules in folders of this package."""
+    package = __name__.partition(".compiler.")[0]
+    for name, module in sorted(sys.modules.items()):
+        if any(name.startswith(f"{package}.{folder}.") for folder in folders):
+            yield module
+
+
+def families() -> Rows:
+    """Return the model families that moec's tests check."""
+    from .frontends.families import FAMILIES
+
+    return [
+        {"name": f.name, "model_type": f.model_type, "state": f.state, "checked": f.checked} for f in FAMILIES.values()
+    ]
+
+
+def targets(name: str | None = None) -> Rows:
+    """Return the targets, or one with all that is known of it; MoecError for an unknown name."""
+    from ..targets import TARGETS
+
+    if name is not None and name not in TARGETS:
+        raise MoecError(f"there is no target {name!r}", todo=f"there are {', '.join(sorted(TARGETS))}")
+    chosen = [TARGETS[name]] if name else list(TARGETS.values())
+    return [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]

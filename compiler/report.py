@@ -1,0 +1,163 @@
+"""What `moec inspect` says about a module, as plain data.
+
+Every figure is counted from the IR (cost.py); none is measured. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .cost import Cost, Costs, Kind, Layer, module_costs
+from .errors import MoecError
+from .ir import Module, Value
+from .ops.define import free
+
+CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
+
+MANIFEST = "moec.json"
+
+
+def inspect(source: Module | Path | str, *, context: int | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return the figures of a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file.
+
+    `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
+    parameters, bytes, per_token, state, formulas, dims, inputs, outputs, kinds, layers, files. Raises MoecError.
+    """
+    manifest: Mapping[str, Any] = {}
+    if isinstance(source, Module):
+        module = source
+    else:
+        from ..targets import TARGETS  # a target's own ops are known once it is imported
+        from .frontends.load import load
+
+        assert TARGETS
+        manifest = _manifest(Path(source))
+        module = load(source, trust_remote_code=trust_remote_code).module
+    past = next((d.high for d in module.dims if d.name == "P"), CONTEXT)
+    chosen = min(CONTEXT, past) if context is None else context
+    if not 0 <= chosen <= past:
+        raise MoecError(f"a context of {chosen} tokens is outside the program's 0..{past}")
+    return _report(module, module_costs(module), chosen, manifest)
+
+
+def _manifest(path: Path) -> Mapping[str, Any]:
+    """Return moec.json of an artifact folder, with the sizes of its files; nothing for another source."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        sizes = {name: (path / name).stat().st_size for name in sorted(found.get("files", {}))}
+    except (ValueError, AttributeError, OSError) as error:
+        raise MoecError(f"{MANIFEST} is damaged: {error}", where=str(file), todo="compile the model again") from None
+    return {**found, "sizes": sizes}
+
+
+def _report(module: Module, costs: Costs, context: int, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    total = costs.total
+    report = {
+        "source": module.source,
+        "stage": module.stage,
+        "target": manifest.get("target"),
+        "parameters": _parameters(total),
+        "bytes": {"checkpoint": total.stored_bytes, "compiled": total.compiled_bytes},
+        "per_token": {"context": context, **_per_token(costs, total, context)},
+        "state": _state(costs, total, context),
+        "formulas": {"flops": free(total.flops), "state_bytes": free(total.state_bytes)},
+        "dims": [{"name": d.name, "low": d.low, "high": d.high} for d in module.dims],
+        "inputs": [_value(v) for v in module.main.params],
+        "outputs": [_value(v) for v in module.main.results],
+        "kinds": [_kind(costs, kind, context) for kind in costs.kinds],
+        "layers": [_layer(costs, layer, context) for layer in costs.layers],
+    }
+    if manifest:
+        report["files"] = manifest["sizes"]
+    return report
+
+
+def _value(value: Value) -> dict[str, Any]:
+    return {"name": value.name, "type": str(value.type.plain), "state": value.type.state}
+
+
+def _parameters(cost: Cost) -> dict[str, int]:
+    return {
+        "total": cost.parameters,
+        "experts": cost.expert_parameters,
+        "embeddings": cost.table_parameters,
+        "active": cost.active_parameters,
+        "active_without_embeddings": cost.active_without_tables,
+    }
+
+
+def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
+    """Return what decoding one token behind `context` others takes (batch 1)."""
+    return {
+        "flops": costs.flops_at(cost, past=context),
+        "checkpoint_bytes_read": cost.stored_bytes_read,
+        "compiled_bytes_read": cost.compiled_bytes_read,
+        "state_bytes_read": costs.state_at(cost, context),
+    }
+
+
+def _state(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
+    return {"bytes_per_token": costs.state_per_token(cost, context), "fixed_bytes": costs.state_at(cost, 0)}
+
+
+def _figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:
+    return {
+        "parameters": _parameters(cost),
+        "bytes": {"checkpoint": cost.stored_bytes, "compiled": cost.compiled_bytes},
+        "per_token": _per_token(costs, cost, context),
+        "state": _state(costs, cost, context),
+    }
+
+
+def _kind(costs: Costs, kind: Kind, context: int) -> dict[str, Any]:
+    return {
+        "function": kind.function.name,
+        "calls": len(kind.layers),
+        "layers": [int(n) for layer in kind.layers if (n := layer.bindings.get("layer", "")).isdigit()],
+        "ops": len(kind.function.ops),
+        **_figures(costs, kind.cost, context),
+    }
+
+
+def _layer(costs: Costs, layer: Layer, context: int) -> dict[str, Any]:
+    return {"function": layer.function, "bindings": dict(layer.bindings), **_figures(costs, layer.cost, context)}
+
+
+def ranges(numbers: list[int]) -> str:
+    """Return sorted numbers as text: `0..2, 5`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
+
+
+def count_text(number: int) -> str:
+    """Return a count with four digits: `6.919 B`, `37.6 M`, `512`."""
+    return _scaled(number, "", " k", " M", " B", " T")
+
+
+def bytes_text(number: int) -> str:
+    """Return bytes in decimal units: `13.84 GB`."""
+    return _scaled(number, " B", " kB", " MB", " GB", " TB")
+
+
+def flops_text(number: int) -> str:
+    """Return floating-point operations: `2.36 GFLOP`."""
+    return _scaled(number, " FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP")
+
+
+def _scaled(number: int, *units: str) -> str:
+    """Return a number in the largest of units a thousand apart that leaves a digit before the point."""
+    power = 0
+    while power < len(units) - 1 and abs(number) >= 1000 ** (power + 1):
+        power += 1
+    return f"{number / 1000**power:.4g}{units[power]}" if power else f"{number}{units[0]}"

@@ -1,0 +1,27 @@
+"""Moves a module from stage graph to stage moe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..compiler.errors import MoecError
+from ..compiler.ir import Module
+from ..compiler.pipeline import pass_
+from ..compiler.verify import STAGE_DIALECTS
+
+
+@pass_(reads="graph", leaves="moe")
+def lift_moe(module: Module, target: Any) -> Module:
+    """Enter the stage moe, once only its ops are left."""
+    allowed = STAGE_DIALECTS["moe"]
+    for function in module.functions:
+        for op in function.ops:
+            if op.name != "call" and op.name.split(".")[0] not in allowed:
+                raise MoecError(
+                    f"{op.name} is not an op of stage moe",
+                    where=f"{op.results[0]} in @{function.name}",
+                    model=", ".join(op.loc),
+                    todo=f"it has {', '.join(f'{d}.*' for d in allowed)}",
+                )
+    return replace(module, stage="moe")

@@ -1,0 +1,200 @@
+"""Runs an artifact of target cpu in ONNX Runtime. Caches stay in the buffers that the runtime made."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...compiler.artifact import State, check_files, read_manifest
+from ...compiler.errors import MoecError
+
+MODEL = "model.onnx"
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+LOGITS = "logits"
+# how a state's zeros are made: ONNX element type, and a numpy dtype of the same width
+ELEMENTS = {
+    "f32": (1, np.float32), "u8": (2, np.uint8), "i8": (3, np.int8), "i32": (6, np.int32), "i64": (7, np.int64),
+    "f16": (10, np.uint16), "f64": (11, np.float64), "bf16": (16, np.uint16), "f8e4m3": (17, np.uint8),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open model. `vocabulary` is the width of the logits, `context` the most tokens a sequence may have."""
+
+    folder: Path
+    runtime: Any  # onnxruntime.InferenceSession
+    inputs: tuple[str, ...]
+    states: tuple[State, ...]
+    vocabulary: int
+    context: int
+
+    def step(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, states: Any = None
+    ) -> tuple[np.ndarray, tuple[Any, ...]]:
+        """Run new tokens i64[B, S] after P past ones; mask i64[B, P + S] (1 = token), positions i64[B, S].
+
+        `states` are what the step before returned (None: nothing is past). They are OrtValues, bound as the next
+        inputs as they are. Returns logits f32[B, S, vocabulary] and the new states. Raises MoecError for sizes that
+        do not fit and for what the runtime refuses.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        arrays = {name: np.ascontiguousarray(array, np.int64) for name, array in given.items()}
+        past = self._check(arrays, states)
+        batch, new = arrays["input_ids"].shape
+        if states is None:
+            states = self.start(batch)
+        logits = np.empty((batch, new, self.vocabulary), np.float32)
+        with _errors("ONNX Runtime cannot run the model", self.folder / MODEL, todo=f"{new} new tokens after {past}"):
+            binding = self.runtime.io_binding()
+            for name in self.inputs:
+                binding.bind_cpu_input(name, arrays[name])
+            for state, value in zip(self.states, states, strict=True):
+                binding.bind_ortvalue_input(state.past, value)
+            binding.bind_output(LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            for state in self.states:
+                binding.bind_output(state.present, "cpu")
+            self.runtime.run_with_iobinding(binding)
+            outputs = binding.get_outputs()  # in the order in which they were bound
+        return logits, tuple(outputs[1:])
+
+    def start(self, batch: int) -> tuple[Any, ...]:
+        """Return the states before the first token: empty caches, and zeros where a state does not grow."""
+        import onnxruntime
+
+        made = []
+        for state in self.states:
+            element, dtype = ELEMENTS[state.dtype]
+            zeros = np.zeros(state.sizes(B=batch, P=0), dtype)
+            made.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, element))
+        return tuple(made)
+
+    def _check(self, arrays: dict[str, np.ndarray], states: Any) -> int:
+        """Return the number of past tokens; MoecError if the inputs do not belong together."""
+        ids, mask, positions = (arrays[name] for name in INPUTS)
+        if ids.ndim != 2 or ids.size == 0:
+            raise MoecError(f"input_ids has the shape {list(ids.shape)}", todo="give [batch, new tokens], not empty")
+        batch, new = ids.shape
+        if states is not None and len(states) != len(self.states):
+            raise MoecError(f"{len(states)} states are given, the model has {len(self.states)}")
+        grown = [v.shape()[s.axis] for s, v in zip(self.states, states or (), strict=False) if s.axis is not None]
+        past = 0 if states is None else grown[0] if grown else mask.shape[-1] - new
+        wanted = {"attention_mask": (batch, past + new), "position_ids": (batch, new)}
+        for name, array in (("attention_mask", mask), ("position_ids", positions)):
+            if array.shape != wanted[name]:
+                raise MoecError(f"{name} has the shape {list(array.shape)}, {list(wanted[name])} is wanted")
+        if past + new > self.context:
+            raise MoecError(
+                f"{past} past and {new} new tokens are more than the model's context of {self.context}",
+                todo="shorten the prompt or generate fewer tokens",
+            )
+        if ids.min() < 0:  # the runtime would count it from the end of the vocabulary
+            raise MoecError(f"the token {ids.min()} is negative")
+        return past
+
+
+def load(folder: Path | str, threads: int | None = None) -> Session:
+    """Open the artifact in `folder`; `threads` is the number of compute threads (default: one a usable core).
+
+    Raises MoecError if the artifact is not whole or ONNX Runtime does not take it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    path = folder / MODEL
+    if not path.is_file():
+        raise MoecError(f"the artifact has no {MODEL}", where=str(folder), todo=f"it is for target {manifest['target']}")
+    states = tuple(State.of(entry) for entry in manifest["states"])
+    for state in states:
+        if state.dtype not in ELEMENTS:
+            raise MoecError(f"the state {state.past} is {state.dtype}, which ONNX Runtime cannot hold", where=str(folder))
+    import onnxruntime
+
+    with _errors("ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"):
+        runtime = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+    _check_names(path, runtime, states)
+    outputs = {output.name: output for output in runtime.get_outputs()}
+    width = outputs[LOGITS].shape[-1]
+    if not isinstance(width, int) or outputs[LOGITS].type != "tensor(float)":
+        raise MoecError(f"the logits are {outputs[LOGITS].type} {outputs[LOGITS].shape}, not f32 [B, S, number]", str(path))
+    taken = tuple(i.name for i in runtime.get_inputs() if i.name in INPUTS)
+    limit = manifest["dims"].get("S", (1, 1 << 31))[1]
+    return Session(folder, runtime, taken, states, width, limit)
+
+
+def _options(threads: int | None) -> Any:
+    import onnxruntime
+
+    if threads is not None and threads < 1:
+        raise MoecError(f"{threads} threads are asked for", todo="give 1 or more")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1  # the program is one chain; a second pool would only wait
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    # plans are kept for every input shape, and each step of a growing cache has another one
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3  # errors; they come as exceptions too, which are reworded
+    return options
+
+
+def _check_names(path: Path, runtime: Any, states: tuple[State, ...]) -> None:
+    """Check that the model and the manifest agree on inputs and outputs."""
+    has = {i.name for i in runtime.get_inputs()}
+    gives = {o.name for o in runtime.get_outputs()}
+    lacking = [s.past for s in states if s.past not in has]
+    lacking += [name for name in (LOGITS, *(s.present for s in states)) if name not in gives]
+    unknown = sorted(has - set(INPUTS) - {s.past for s in states})
+    if lacking or unknown:
+        what = f"the model has no {lacking[0]}" if lacking else f"the model asks for an unknown input {unknown[0]}"
+        raise MoecError(what, where=str(path), todo="moec.json and the model do not belong together: compile it again")
+
+
+@contextmanager
+def _errors(what: str, path: Path, todo: str) -> Iterator[None]:
+    """Reword what the runtime raises; its exceptions share no base class, and binding raises RuntimeError."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    families = tuple(e for e in vars(native).values() if isinstance(e, type) and issubclass(e, Exception))
+    try:
+        yield
+    except (RuntimeError, ValueError, *families) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(lines[:3]))
+        raise MoecError(f"{what}: {reason}", where=str(path), todo=todo) from error
+
+
+# --- threads ---------------------------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Return the number of physical cores that this process may use.
+
+    Two threads on one core, or more threads than a container is given time for, wait for each other while they spin.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = {_siblings(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _quota()))
+
+
+def _siblings(cpu: int) -> str:
+    """Return a text that is the same for the logical CPUs of one core."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quota() -> int:
+    """Return the number of CPUs that a container's time limit amounts to (a large number without a limit)."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(limit) // int(period)
+    except (OSError, ValueError):  # no such file, or "max"
+        return 1 << 16

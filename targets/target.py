@@ -1,0 +1,42 @@
+"""What the driver knows about a target: its name, its pipeline, what it runs, and how it lowers, writes and runs a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ..compiler.ir import Module, Op
+    from ..compiler.weights.sources import WeightSource
+
+
+class Lower(Protocol):
+    """Turns a module of stage moe into one of stage kernel; appends to `why` what it left unfused, and the reason."""
+
+    def __call__(self, module: Module, why: list[str] | None = None) -> Module: ...
+
+
+class Emit(Protocol):
+    """Writes a module of stage kernel into a folder and returns the sha256 of each file by its name.
+
+    `progress` is told the bytes of weights written so far.
+    """
+
+    def __call__(
+        self, module: Module, source: WeightSource, folder: Path, progress: Callable[[int], None] | None = None
+    ) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target. `supported` returns None for an op that the target runs, else the reason why it does not."""
+
+    name: str
+    doc: str
+    pipeline: str
+    supported: Callable[[Op], str | None]
+    lower: Lower
+    emit: Emit
+    load: Callable[..., Any]  # (folder, **options) -> a runner; see the target's session module

@@ -1,0 +1,114 @@
+"""Runs the file tests in tests/files.
+
+A file is a module under the command that it tests, and either `# ---- expect` with the module that must come out,
+or comments behind the lines that they are about: `# error: TEXT` (the command fails with it, there) and
+`# note: TEXT` (what `--why` says). Names of intermediate values may differ. Both modules are also run on random
+inputs. `pytest --update` writes the expected module anew, but only if the numbers agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from moec.compiler.check import compare_function
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Const, Function, Module, Op, Value
+from moec.compiler.parser import parse_module, parse_pipeline
+from moec.compiler.pipeline import TOLERANCE, run_pipeline
+from moec.compiler.printer import print_module
+from moec.passes import PASSES
+
+FILES = sorted((Path(__file__).parent / "files").glob("*.moir"))
+SEPARATOR = "# ---- expect\n"
+COMMENT = re.compile(r"# (error|note): (.*)$")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file(path: Path, request: pytest.FixtureRequest):
+    """Run the file's command and compare with what the file says."""
+    text = path.read_text("utf-8")
+    before, separator, expected = text.partition(SEPARATOR)
+    comments = [(n, *m.groups()) for n, line in enumerate(before.splitlines(), 1) if (m := COMMENT.search(line))]
+    assert separator or comments, f"{path.name} says neither what comes out nor what goes wrong"
+    notes: list[str] = []
+    try:
+        module = parse_module(before, str(path))
+        passes = command(before)
+        result, _ = run_pipeline(module, passes, check=True, why=notes)
+    except MoecError as error:
+        check_error(error, comments)
+        return
+    assert not [text for _, kind, text in comments if kind == "error"], "the command did not fail"
+    for _, _, wanted in comments:
+        assert f"note: {wanted}" in notes, "\n".join(notes)
+    if separator:
+        allowed = tolerance(passes)
+        compare_function(module, result, "main", {}, allowed)
+        check_expected(path, before, expected, module, result, allowed, request.config.getoption("--update"))
+
+
+def command(text: str) -> list:
+    """Return the passes of the first line, `# moec opt -p 'a,b{x=1}'`."""
+    words = shlex.split(text.splitlines()[0].removeprefix("#"))
+    assert words[:3] == ["moec", "opt", "-p"] and len(words) == 4, "the first line is `# moec opt -p PIPELINE`"
+    return parse_pipeline(words[3])
+
+
+def tolerance(passes: list) -> float:
+    """Return what the passes may cost together."""
+    return max([TOLERANCE, *(PASSES[name].tolerance or 0.0 for name, _ in passes)])
+
+
+def check_error(error: MoecError, comments: list) -> None:
+    """Hold an error against the comments: its text, and its line where it names one."""
+    wanted = [(line, text) for line, kind, text in comments if kind == "error"]
+    if not wanted:
+        raise error
+    line, text = wanted[0]
+    assert text in str(error)
+    place = re.search(r"\.moir:(\d+):", error.where)
+    assert place is None or int(place[1]) == line, f"the error is at {error.where}, not on line {line}"
+
+
+def check_expected(
+    path: Path, before: str, expected: str, module: Module, result: Module, allowed: float, update: bool
+) -> None:
+    """Compare the structure and the numbers with the expected module, or write it."""
+    actual = print_module(result)
+    if update and actual != expected:
+        path.write_text(before + SEPARATOR + actual, "utf-8")
+        return
+    wanted = parse_module(expected, f"{path} (expected)")
+    compare_function(module, wanted, "main", {}, allowed)
+    if canonical(wanted) != canonical(result):
+        lines = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "expected", "actual", lineterm="")
+        pytest.fail("\n".join(lines), pytrace=False)
+
+
+def canonical(module: Module) -> Module:
+    """Return the module with weights and intermediate values numbered in order."""
+    return replace(module, functions=tuple(map(_numbered, module.functions)))
+
+
+def _numbered(function: Function) -> Function:
+    values = [c.value for c in function.consts] + [v for op in function.ops for v in op.results]
+    fixed = {v.name for v in function.results} if function.name == "main" else set()
+    names = {v.name: f"numbered.{i}" for i, v in enumerate(values) if v.name not in fixed}
+
+    def named(value: Value) -> Value:
+        return replace(value, name=names.get(value.name, value.name))
+
+    def renamed(op: Op) -> Op:
+        return replace(op, operands=tuple(v and named(v) for v in op.operands), results=tuple(map(named, op.results)))
+
+    return replace(
+        function,
+        consts=tuple(Const(named(c.value), c.recipe) for c in function.consts),
+        ops=tuple(map(renamed, function.ops)),
+        results=tuple(map(named, function.results)),
+    )
