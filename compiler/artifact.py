@@ -94,7 +94,7 @@ class Artifact:
         return {**facts, "states": len(self.manifest["states"]), "files": sizes, "bytes": sum(sizes.values())}
 
     def session(self, **options: Any) -> Runner:
-        """Open the artifact with its target's runtime; options are the target's (cpu: threads)."""
+        """Open the artifact with its target's runtime; every target takes `threads` and `spinning` (cpu: session.load)."""
         from ..targets import TARGETS
 
         if self.target not in TARGETS:
@@ -241,8 +241,12 @@ def interface(module: Module) -> dict[str, Any]:
         raise MoecError(f"@main takes {len(pasts)} states and returns {len(presents)}", where="@main")
     return {
         "dims": {dim.name: [dim.low, dim.high] for dim in module.dims},
-        "inputs": [{"name": v.name, "dtype": v.type.dtype, "shape": _shape(v)} for v in main.params if not v.type.state],
-        "outputs": [{"name": v.name, "dtype": v.type.dtype, "shape": _shape(v)} for v in main.results if not v.type.state],
+        "inputs": [
+            {"name": v.name, "dtype": v.type.dtype, "shape": _shape(v)} for v in main.params if not v.type.state
+        ],
+        "outputs": [
+            {"name": v.name, "dtype": v.type.dtype, "shape": _shape(v)} for v in main.results if not v.type.state
+        ],
         "states": [_state(past, present) for past, present in zip(pasts, presents, strict=True)],
     }
 
@@ -280,7 +284,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise MoecError(f"{key} {problem} in {MANIFEST}", where=str(path), todo="compile it again")
     for entry in manifest["states"]:
         if not _is_state(entry):
-            raise MoecError(f"states of {MANIFEST} holds something else: {entry}", where=str(path), todo="compile it again")
+            raise MoecError(
+                f"states of {MANIFEST} holds something else: {entry}", where=str(path), todo="compile it again"
+            )
     return manifest
 
 

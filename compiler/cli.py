@@ -6,8 +6,8 @@ torch, transformers and onnxruntime are imported inside the commands that need t
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import click
 
 from .. import __version__
 from .cli_base import (
-    CHECK_FAILED, Commands, debug_option, example, json_option, print_notes, progress_bar, trust_option, write_text,
+    CHECK_FAILED, Commands, debug_option, example, json_option, print_notes, progress_bar, read_text, trust_option,
+    write_text,
 )  # fmt: skip
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -67,9 +68,9 @@ def compile(  # noqa: A001 - the command's name
     stop_after: str | None,
     **given: Any,
 ) -> None:
-    """Compile SOURCE, a checkpoint folder, a .moir file or an artifact, and print the artifact's folder.
+    """Compile SOURCE and print the artifact's folder.
 
-    A folder with only a config.json will do for --stop-after graph or moe.
+    SOURCE is a checkpoint folder, a .moir file or an artifact. A folder with only a config.json will do for --stop-after graph or moe.
     """
     if stop_after and verify:
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")
@@ -78,10 +79,11 @@ def compile(  # noqa: A001 - the command's name
     keys = _key_values(options)
     from . import driver
 
-    start, notes = time.perf_counter(), []  # type: ignore[var-annotated]
+    start = time.perf_counter()
+    notes: list[str] = []
     with progress_bar(f"compiling {source}") as progress:
         result: Any = driver.compile(
-            source, target, None if stop_after else out, options=keys, stop_after=stop_after,
+            source, target, None if stop_after else out, options=keys, stop_after=stop_after, verify=verify,
             why=notes if why else None, progress=progress, **given,
         )  # fmt: skip
     print_notes(notes)
@@ -90,10 +92,12 @@ def compile(  # noqa: A001 - the command's name
 
         write_text(print_module(result), out)
         return
-    click.echo(f"compiled in {time.perf_counter() - start:.1f} s", err=True)
-    if verify:
-        _finish_comparison(result.verify(), as_json=False, err=True)
+    from .cli_show import show_artifact
+
+    show_artifact(result, time.perf_counter() - start)
     click.echo(str(result.folder))
+    if verify and not result.manifest["figures"].get("passed"):
+        click.get_current_context().exit(CHECK_FAILED)
 
 
 def _key_values(options: tuple[str, ...]) -> dict[str, str]:
@@ -112,13 +116,17 @@ def _key_values(options: tuple[str, ...]) -> dict[str, str]:
 )
 @click.argument("file")
 @click.option("-p", "--passes", default="", help="Passes with options, as in 'a,b{x=1}'; none only checks and prints.")
+@click.option("--target", default="cpu", show_default=True, help="The target that passes ask about kernels.")
 @click.option("-o", "--out", help="The file to write.  [default: standard output]")
 @click.option("--dump", metavar="DIR", help="Write the IR after every pass that changed it.")
 @click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")
 @click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
 @debug_option
 def opt(file: str, passes: str, out: str | None, why: bool, **given: Any) -> None:
-    """Run passes on the IR in FILE (- is standard input) and print the result."""
+    """Run passes on IR and print the result.
+
+    FILE is a .moir file or - for standard input.
+    """
     from ..targets import TARGETS  # a target's own ops are known once it is imported
     from . import driver
     from .printer import print_module
@@ -128,7 +136,7 @@ def opt(file: str, passes: str, out: str | None, why: bool, **given: Any) -> Non
     if file == "-":
         from .parser import parse_module
 
-        source = parse_module(click.get_text_stream("stdin").read(), "<stdin>")
+        source = parse_module(read_text("-"), "<stdin>")
     notes: list[str] = []
     module = driver.opt(source, passes, why=notes if why else None, **given)
     print_notes(notes)
@@ -146,21 +154,29 @@ def opt(file: str, passes: str, out: str | None, why: bool, **given: Any) -> Non
 @click.option("--tokens", help="Token ids to continue, as in 1,2,3; prints token ids.")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=0), metavar="N")
 @click.option("--greedy", is_flag=True, help="Take the most likely token every time.")
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0))
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: the model's own setting]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens of this mass.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens.")
+@click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]")
 @json_option
 @debug_option
-def run(folder: str, prompt: str | None, tokens: str | None, as_json: bool, **settings: Any) -> None:
-    """Generate with the artifact in DIR: text as it comes, then the speed on standard error."""
+def run(folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, **settings: Any) -> None:
+    """Generate with an artifact.
+
+    Text is printed as it comes, then the speed on standard error. Without options a model samples as its generation_config.json has it, or takes the most likely token.
+    """
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give one of --prompt and --tokens")
     ids = None if tokens is None else _token_ids(tokens)
     from .artifact import Artifact
     from .cli_show import generation_json, speed
 
-    stream = None if as_json else _stream_ids() if prompt is None else _write_now
-    result = Artifact.open(Path(folder)).run(prompt, tokens=ids, stream=stream, **settings)
+    artifact = Artifact.open(Path(folder))
+    draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
+    if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
+        settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw
+    streams = {} if as_json else {"on_token": _stream_ids()} if prompt is None else {"on_text": _stream_text}
+    result = artifact.run(prompt, tokens=ids, seed=seed or 0, **streams, **settings)
     if as_json:
         click.echo(json.dumps(generation_json(result), indent=2))
         return
@@ -175,18 +191,18 @@ def _token_ids(text: str) -> list[int]:
         raise click.BadParameter(f"{text!r} is not a list of token ids such as 1,2,3", param_hint="--tokens") from None
 
 
-def _write_now(text: str) -> None:
+def _stream_text(_: int, text: str) -> None:
     click.echo(text, nl=False)
-    sys.stdout.flush()
 
 
-def _stream_ids() -> Any:
-    written = 0
+def _stream_ids() -> Callable[[int, int], None]:
+    """Return a function that prints token ids as `--tokens` takes them."""
+    separator = ""
 
-    def write(token: int) -> None:
-        nonlocal written
-        _write_now(f",{token}" if written else str(token))
-        written += 1
+    def write(_: int, token: int) -> None:
+        nonlocal separator
+        click.echo(f"{separator}{token}", nl=False)
+        separator = ","
 
     return write
 
@@ -196,32 +212,24 @@ def _stream_ids() -> Any:
 )
 @click.argument("folder", metavar="DIR")
 @click.option("--against", metavar="SOURCE", help="The checkpoint folder.  [default: the one it was compiled from]")
-@click.option("--text", metavar="FILE", help="Measure perplexity on this text.", type=click.Path(dir_okay=False, exists=True))
+@click.option("--text", metavar="FILE", help="A text to measure on.  [default: a sample of prose and Python]")
 @json_option
-@trust_option
 @debug_option
-def verify(folder: str, against: str | None, text: str | None, as_json: bool, trust_remote_code: bool) -> None:
-    """Compare the artifact in DIR with its source model in transformers; exit code 1 if they differ.
+def verify(folder: str, against: str | None, text: str | None, as_json: bool) -> None:
+    """Compare an artifact with its source model.
 
-    Compares logits of prompts and of cached decoding, greedy tokens, and perplexity on a text.
+    The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text.
     """
+    written = None if text is None else read_text(text)
     from . import driver
 
-    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    if text is not None:
-        options["text"] = Path(text).read_text(encoding="utf-8")
-    _finish_comparison(driver.verify(folder, against, **options), as_json)
-
-
-def _finish_comparison(comparison: Any, as_json: bool, err: bool = False) -> None:
-    """Print a comparison; exit with 1 if it failed."""
-    from .cli_show import comparison_json, comparison_text
-
+    with progress_bar(f"verifying {folder}", unit="parts") as progress:
+        comparison = driver.verify(folder, against, text=written, progress=progress)
     if as_json:
-        click.echo(json.dumps(comparison_json(comparison), indent=2))
+        click.echo(json.dumps(comparison.to_dict(), indent=2))
     else:
-        click.echo(comparison_text(comparison), err=err)
-    if not comparison.ok:
+        click.echo("\n".join(comparison.lines()))
+    if not comparison.passed:
         click.get_current_context().exit(CHECK_FAILED)
 
 
@@ -237,9 +245,9 @@ def _finish_comparison(comparison: Any, as_json: bool, err: bool = False) -> Non
 @trust_option
 @debug_option
 def inspect(source: str, context: int | None, as_json: bool, trust_remote_code: bool) -> None:
-    """Show parameters, bytes, FLOPs and KV cache per token and layer of SOURCE.
+    """Show parameters, bytes, FLOPs and KV cache.
 
-    SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Nothing is run or measured:
+    Figures are for the whole and for each kind of layer. SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Nothing is run or measured:
     every figure is counted from the IR.
     """
     from .report import inspect as report
@@ -258,7 +266,10 @@ def inspect(source: str, context: int | None, as_json: bool, trust_remote_code: 
 @json_option
 @debug_option
 def list_(what: str, as_json: bool) -> None:
-    """List the passes, the ops, the rewrite rules or the checked model families."""
+    """List passes, ops, rules or model families.
+
+    Families are those that the tests check; any causal LM of the installed transformers may be compiled.
+    """
     from . import listing
 
     _show(getattr(listing, what)(), as_json)

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from .atomic import write_error
 from .errors import MoecError
 
 CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
@@ -92,12 +93,26 @@ def example(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def read_text(file: str) -> str:
+    """Return a UTF-8 file as text, standard input for `-`; MoecError if it cannot be read."""
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8: {error}"
+        raise MoecError(f"the file cannot be read: {reason}", where="<stdin>" if file == "-" else file) from error
+
+
 def write_text(text: str, out: str | None) -> None:
-    """Write a result to a file, or to standard output without one (or with `-`)."""
+    """Write a result to a file, or to standard output without one (or with `-`); MoecError if the file cannot be."""
     if out in (None, "-"):
         click.echo(text, nl=not text.endswith("\n"))
-    else:
-        Path(str(out)).write_text(text, encoding="utf-8")
+        return
+    path = Path(str(out))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise write_error(error, path) from error
 
 
 def print_notes(notes: list[str]) -> None:
@@ -106,19 +121,18 @@ def print_notes(notes: list[str]) -> None:
         click.echo(note if note.startswith("note:") else f"note: {note}", err=True)
 
 
-Progress = Callable[..., None]  # bytes done, and bytes in all where that is known
-
-
 @contextmanager
-def progress_bar(label: str) -> Iterator[Progress | None]:
-    """Yield a function that moves a bar on standard error; None where that is no terminal."""
+def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[..., None] | None]:
+    """Yield a function (done, total=None) that moves a bar on standard error; None where that is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), amount, Elapsed())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total=None: bar.update(task, completed=done, total=total)

@@ -96,15 +96,10 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
     steps = parse_pipeline(pipeline)
     if LOWER not in [name for name, _ in steps]:
         steps.append((LOWER, {}))
-    at = STAGES.index(module.stage)
-    reads = {LOWER: "moe", **{name: p.reads for name, p in PASSES.items()}}
-    first = next((i for i, (name, _) in enumerate(steps) if STAGES.index(_stage(reads, name)) >= at), len(steps))
-    return steps[first:] if module.stage != "kernel" else []
-
-
-def _stage(reads: Mapping[str, str], name: str) -> str:
-    stage = reads.get(name, "graph")
-    return "graph" if stage == "any" else stage
+    leaves = {LOWER: "kernel", **{name: p.leaves for name, p in PASSES.items()}}
+    behind = [i for i, (name, _) in enumerate(steps) if leaves.get(name) == module.stage]
+    enters = STAGES.index(module.stage) > 0
+    return steps[behind[0] + 1 if behind else len(steps) :] if enters else steps
 
 
 def _emit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -16,6 +17,11 @@ def _first(doc: str) -> str:
     return doc.strip().partition("\n\n")[0].replace("\n", " ")
 
 
+def _json(value: Any) -> Any:
+    """Return a default as JSON has it: it knows no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def ops() -> Rows:
     """Return every op with its signature and meaning, those of the targets included."""
     from ..targets import TARGETS  # imports every target, and with it the target's own ops
@@ -27,7 +33,7 @@ def ops() -> Rows:
         {
             "name": name,
             "signature": op.text,
-            "attributes": {k: "required" if default is REQUIRED else default for k, (_, default) in op.attrs.items()},
+            "attributes": {k: "required" if v is REQUIRED else _json(v) for k, (_, v) in op.attrs.items()},
             "doc": _first(op.doc),
         }
         for name, op in sorted(OPS.items())
@@ -35,8 +41,11 @@ def ops() -> Rows:
 
 
 def passes() -> Rows:
-    """Return every pass with its stages, options and meaning."""
-    from ..passes import PASSES
+    """Return every pass with its stages, options and meaning, the targets' lowering among them."""
+    from ..targets import TARGETS
+    from .driver import passes_for
+
+    table = {name: p for target in TARGETS.values() for name, p in passes_for(target).items()}
 
     return [
         {
@@ -47,7 +56,7 @@ def passes() -> Rows:
             "tolerance": p.tolerance,
             "doc": _first(p.doc),
         }
-        for name, p in sorted(PASSES.items())
+        for name, p in sorted(table.items())
     ]
 
 
@@ -91,6 +100,6 @@ def targets(name: str | None = None) -> Rows:
     from ..targets import TARGETS
 
     if name is not None and name not in TARGETS:
-        raise MoecError(f"there is no target {name!r}", todo=f"there are {', '.join(sorted(TARGETS))}")
+        raise MoecError(f"there is no target {name!r}", todo=f"targets: {', '.join(sorted(TARGETS))}")
     chosen = [TARGETS[name]] if name else list(TARGETS.values())
     return [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]

@@ -127,8 +127,11 @@ def verify(
         raise MoecError("there is nothing to compare", todo="give at least 2 tokens of text and lengths of 1 or more")
     source = against if against is not None else artifact.manifest["source"].get("name", "")
     if isinstance(source, str) and (not source or source.startswith("python:")):
-        raise MoecError("the artifact does not name a source folder", str(artifact.folder), todo="say what to compare with")
-    runner = session or artifact.default_session
+        raise MoecError(
+            "the artifact does not name a source folder", str(artifact.folder), todo="say what to compare with"
+        )
+    # torch computes between its steps: threads that spin meanwhile would take the cores
+    runner = session or artifact.session(spinning=False)
     with open_reference(source) as reference:
         limit = min(reference.context, int(artifact.manifest["dims"].get("S", (1, 1 << 31))[1]))
         pool, name = _tokens(artifact, reference, text, tokens)
@@ -157,7 +160,9 @@ def _tokens(artifact: Artifact, reference: Reference, text: str | None, count: i
             raise MoecError(f"the text has {len(found)} tokens", todo="give a longer one")
         return np.array(found, np.int64), "text" if text is not None else "sample text"
     if text is not None:
-        raise MoecError("the artifact has no tokenizer for the text", where=str(artifact.folder), todo="leave the text out")
+        raise MoecError(
+            "the artifact has no tokenizer for the text", where=str(artifact.folder), todo="leave the text out"
+        )
     return np.random.default_rng(0).integers(0, reference.vocabulary, count), "random tokens"
 
 

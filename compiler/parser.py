@@ -298,24 +298,23 @@ def _const(scope: _Scope, node: ConstNode) -> Const:
 
 
 def _recipe(file: _File, node: RecipeNode) -> Recipe:
-    match node:
-        case RecipeNode("tensor", (("value", str(name)), TypeNode() as type)):
+    options = [a for a in node.arguments if isinstance(a, AttrNode)]
+    parts = [a for a in node.arguments if not isinstance(a, AttrNode)]
+    match str(node.name), parts:
+        case "tensor", [("value", str(name)), TypeNode() as type] if not options:
             return Tensor(name, _type(file, type))
-        case RecipeNode("literal", (TypeNode() as type, ("list", tuple(items)) as numbers)) if not isinstance(
-            numbers, AttrNode
-        ):
-            values = tuple(attribute(item, file.source, file.names) for item in items)
+        case "literal", [TypeNode() as type, ("list", numbers)] if not options:
+            values = tuple(attribute(number, file.source, file.names) for number in numbers)
             return _literal(file, node, _type(file, type), values)
-        case RecipeNode("tensor" | "literal"):
+        case "tensor" | "literal", _:
             forms = 'tensor("name", f32[2]) and literal(f32[2], [0.5, 1.0])'
             raise file.source.error(f"wrong arguments of {node.name}", node.name, todo=f"the forms are {forms}")
     if node.name not in STEPS:
         known = ["tensor", "literal", *STEPS]
         todo = near(node.name, known) or f"there are {', '.join(known)}"
         raise file.source.error(f"unknown weight step {node.name}", node.name, todo=todo)
-    items = [_recipe(file, a) for a in node.arguments if isinstance(a, RecipeNode)]
-    options = [a for a in node.arguments if isinstance(a, AttrNode)]
-    if len(items) + len(options) != len(node.arguments):
+    items = [_recipe(file, part) for part in parts if isinstance(part, RecipeNode)]
+    if len(items) != len(parts):
         raise file.source.error(f"{node.name} takes recipes and named options", node.name)
     attrs = attributes(options, file.source, file.names)
     try:

@@ -61,7 +61,9 @@ def open_reference(source: Any) -> Iterator[Reference]:
         yield Reference.of(_load(Path(source)), str(source))
         return
     if not hasattr(source, "forward") or not hasattr(source, "config"):
-        raise MoecError(f"a {type(source).__name__} cannot be compared with", todo="give a folder or a transformers model")
+        raise MoecError(
+            f"a {type(source).__name__} cannot be compared with", todo="give a folder or a transformers model"
+        )
     model = source if _is_float32(source) else deepcopy(source).float()
     training, attention = model.training, model.config._attn_implementation
     try:

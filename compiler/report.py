@@ -5,19 +5,17 @@ Every figure is counted from the IR (cost.py); none is measured. GB are 10^9 byt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .artifact import MANIFEST, Artifact
 from .cost import Cost, Costs, Kind, Layer, module_costs
 from .errors import MoecError
 from .ir import Module, Value
 from .ops.define import free
 
 CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
-
-MANIFEST = "moec.json"
 
 
 def inspect(source: Module | Path | str, *, context: int | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -45,15 +43,10 @@ def inspect(source: Module | Path | str, *, context: int | None = None, trust_re
 
 def _manifest(path: Path) -> Mapping[str, Any]:
     """Return moec.json of an artifact folder, with the sizes of its files; nothing for another source."""
-    file = path / MANIFEST
-    if not file.is_file():
+    if not (path / MANIFEST).is_file():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        sizes = {name: (path / name).stat().st_size for name in sorted(found.get("files", {}))}
-    except (ValueError, AttributeError, OSError) as error:
-        raise MoecError(f"{MANIFEST} is damaged: {error}", where=str(file), todo="compile the model again") from None
-    return {**found, "sizes": sizes}
+    artifact = Artifact.open(path)
+    return {**artifact.manifest, "sizes": artifact.report["files"]}
 
 
 def _report(module: Module, costs: Costs, context: int, manifest: Mapping[str, Any]) -> dict[str, Any]:

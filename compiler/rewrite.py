@@ -36,14 +36,13 @@ __all__ = ["Match", "Refuse", "Rule", "Why", "apply", "rule"]
 
 Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that did not apply
 
+
 def _removed(owner: Rule, match: Match) -> list[Op]:
     """Return the matched ops that the rule takes away; Refuse where a value that disappears is read elsewhere."""
     defined = {n for p in owner.after for n in p.results}
     read = {n for p in owner.after for n in p.operands if n} - defined
     disappearing = [
-        (match.ops[i], p)
-        for i, p in enumerate(owner.before)
-        if not owner.may_stay(p) and not read & set(p.results)
+        (match.ops[i], p) for i, p in enumerate(owner.before) if not owner.may_stay(p) and not read & set(p.results)
     ]
     inside = {id(op) for op, _ in disappearing}
     for op, pattern in disappearing:
@@ -173,24 +172,22 @@ def apply(module: Module, target: Any, rules: Sequence[Rule], why: Why = None) -
     `why` collects a note for each rule that nearly applied: its guard refused, or at least half of `before` matched.
     MoecError where the rules do not come to an end.
     """
-    changed = {}
-    for function in module.functions:
-        rewritten = _fixpoint(function, target, rules, why)
-        if rewritten is not function:
-            changed[function.name] = rewritten
-    return module.with_functions(changed)
+    notes: list[str] = []
+    module = module.with_functions({f.name: _fixpoint(f, target, rules, notes) for f in module.functions})
+    tell = why.append if isinstance(why, list) else why
+    if tell is not None:
+        for note in dict.fromkeys(notes):
+            tell(note)
+    return module
 
 
-def _fixpoint(function: Function, target: Any, rules: Sequence[Rule], why: Why) -> Function:
+def _fixpoint(function: Function, target: Any, rules: Sequence[Rule], why: list[str]) -> Function:
     bound = 10 * max(10, len(function.ops))
     for _ in range(bound):
         notes: list[str] = []
         rewritten, fired = _first(function, target, rules, notes)
         if rewritten is None:
-            if why is not None:
-                tell = why.append if isinstance(why, list) else why
-                for note in dict.fromkeys(notes):
-                    tell(note)
+            why += notes
             return function
         function = rewritten
     raise MoecError(
@@ -198,9 +195,7 @@ def _fixpoint(function: Function, target: Any, rules: Sequence[Rule], why: Why) 
     )
 
 
-def _first(
-    function: Function, target: Any, rules: Sequence[Rule], notes: list[str]
-) -> tuple[Function | None, str]:
+def _first(function: Function, target: Any, rules: Sequence[Rule], notes: list[str]) -> tuple[Function | None, str]:
     """Return the function after the first rewrite that applies, and the rule's name; None if none applies."""
     for owner in rules:
         for root in function.ops:

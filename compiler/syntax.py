@@ -7,6 +7,7 @@ remembers its line and column, so every leaf can be pointed at.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from .ir import Attr
 
 LONGEST_RANGE = 65536  # a{0..65535}: more is a slip of the pen, or an attack
 LONGEST_INT = 40  # digits
-NUMBERS = {"inf": float("inf"), "nan": float("nan")}  # one nan object, so that equal modules compare equal
+NUMBERS = {"inf": math.inf, "nan": math.nan}  # tuples with the same nan object are equal, so it is always this one
 
 Node = tuple[Any, ...]  # a literal or a size: (kind, parts...), with tokens as leaves
 

@@ -56,9 +56,7 @@ def _from_json(path: Path) -> Tokenizer:
         raise MoecError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
     found.no_padding()
     found.no_truncation()
-    return Tokenizer(
-        lambda text: found.encode(text).ids, lambda ids: found.decode(list(ids), skip_special_tokens=True)
-    )
+    return Tokenizer(lambda text: found.encode(text).ids, lambda ids: found.decode(list(ids), skip_special_tokens=True))
 
 
 def _from_transformers(folder: Path) -> Tokenizer:

@@ -34,6 +34,12 @@ func @main(%x: f32[B, S, 8]) -> (f32[B, S, 8]) {
 """
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Run in an empty folder: a failing pass leaves a reproducer where one is."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
 @pytest.fixture
 def module() -> Module:
     return parse_module(TEXT, "test.moir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -90,6 +91,16 @@ def test_other_spellings_become_canonical():
         assert canonical in loose
         loose = loose.replace(canonical, other)
     assert print_module(parse_module(loose)) == TEXT
+
+
+def test_numbers_that_equal_nothing_or_everything_survive():
+    item = Literal(TensorType.of("f32", 4), (math.nan, -0.0, 1, True))
+    text = TEXT.replace("literal(f32[3], [1.0, -0.5, inf])", print_recipe(item)).replace(
+        "%freq : f32[3]", "%freq : f32[4]"
+    )
+    parsed = parse_module(text).functions[0].consts[1].recipe
+    assert parsed == item  # holds because every nan that is read is math.nan
+    assert repr(parsed) == repr(item)
 
 
 def test_calls_that_differ_in_more_than_the_count_stay_apart():

@@ -152,6 +152,13 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     try:
         with torch.no_grad():
             model(**example_inputs(), past_key_values=cache, use_cache=True)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        # whatever stops a model's own code here has one meaning: it needs more than shapes
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise MoecError(
+            f"{type(model).__name__} cannot be imported: its code does not run on shapes alone "
+            f"({type(error).__name__}: {lines[0] if lines else ''})"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -334,4 +334,4 @@ def _take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 def take(x, index, *, axis: int):
     """Take whole slices of x along an axis; the index may have any rank."""
     flat = torch.index_select(x, axis, index.flatten())
-    return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return flat.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))

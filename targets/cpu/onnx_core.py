@@ -77,14 +77,15 @@ def float_only(ctx: Context, op: Op) -> None:
 @kernel("core.gelu")
 def gelu(ctx: Context, op: Op) -> None:
     """Emit Gelu with erf or tanh."""
-    ctx.finish(op, "Gelu", *ctx.inputs(op), approximate=str(op.attributes.get("approximate", "none")))
+    ctx.finish(op, "Gelu", *ctx.inputs(op), approximate=ctx.attributes(op)["approximate"])
 
 
 @kernel("core.clamp")
 def clamp(ctx: Context, op: Op) -> None:
     """Emit Clip; a bound of inf is left out."""
     dtype = op.results[0].type.dtype
-    bounds = [float(op.attributes.get(name, sign * np.inf)) for name, sign in (("min", -1), ("max", 1))]  # type: ignore[arg-type]
+    attributes = ctx.attributes(op)
+    bounds = [float(attributes[name]) for name in ("min", "max")]
     names = ["" if np.isinf(b) else ctx.graph.constant(b if dtype[0] == "f" else int(b), dtype) for b in bounds]
     ctx.finish(op, "Clip", *ctx.inputs(op), *names)
 
@@ -179,8 +180,8 @@ def expand(ctx: Context, op: Op) -> None:
 @kernel("core.slice")
 def slice_(ctx: Context, op: Op) -> None:
     """Emit Slice."""
-    attributes: dict[str, Any] = op.attributes
-    axis, step = attributes["axis"], attributes.get("step", 1)
+    attributes = ctx.attributes(op)
+    axis, step = attributes["axis"], attributes["step"]
     (source,) = op.inputs
     stop = END if attributes["stop"] == source.type.shape[axis] else attributes["stop"]
     bounds = [ctx.graph.size(attributes["start"]), ctx.graph.size(stop)]
@@ -201,7 +202,7 @@ def reduce(ctx: Context, op: Op) -> None:
     """Emit a reduction."""
     kind = {"core.sum": "ReduceSum", "core.mean": "ReduceMean", "core.amax": "ReduceMax"}[op.name]
     axes = ctx.graph.constant(list(op.attributes["axes"]))  # type: ignore[arg-type]
-    ctx.finish(op, kind, *ctx.inputs(op), axes, keepdims=int(bool(op.attributes.get("keepdim", False))))
+    ctx.finish(op, kind, *ctx.inputs(op), axes, keepdims=int(ctx.attributes(op)["keepdim"]))
 
 
 @kernel("core.softmax")
@@ -227,7 +228,7 @@ def topk(ctx: Context, op: Op) -> None:
 def argsort(ctx: Context, op: Op) -> None:
     """Emit TopK over the whole axis; it is stable in ONNX Runtime."""
     axis: Any = op.attributes["axis"]
-    largest = int(bool(op.attributes.get("descending", False)))
+    largest = int(ctx.attributes(op)["descending"])
     inputs = [*ctx.inputs(op), ctx.graph.size(op.results[0].type.shape[axis])]
     outputs = ["", ctx.value(op.results[0])]
     ctx.graph.node(ctx.label, "TopK", inputs, outputs, ctx.doc, axis=axis, largest=largest, sorted=1)

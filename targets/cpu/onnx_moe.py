@@ -20,7 +20,7 @@ def moe(ctx: Context, op: Op) -> None:
     scattered over very low ones, give back the choice and gate / sum(gates); the result is multiplied by the sum.
     """
     x, ids, gates, up, down, up_bias, down_bias = ctx.inputs(op)
-    attributes: dict[str, Any] = op.attributes
+    attributes = ctx.attributes(op)
     tokens, experts, chosen = _sizes(op)
     graph = ctx.graph
     low = helper.make_tensor("value", TensorProto.FLOAT, [1], [_UNUSED])
@@ -89,12 +89,12 @@ def _linear(ctx: Context, x: str, expert: str, weight: Value | None, bias: Value
 
 def _activate(ctx: Context, h: str, op: Op) -> str:
     """Add the activation between the two matrices, as `moe.experts` says it."""
-    attributes: dict[str, Any] = op.attributes
-    act, graph = attributes.get("act", "silu"), ctx.graph
-    alpha, beta, limit = (float(attributes.get(n, d)) for n, d in (("alpha", 1), ("beta", 0), ("limit", np.inf)))
-    if not attributes.get("gated", True):
+    attributes = ctx.attributes(op)
+    act, graph = attributes["act"], ctx.graph
+    alpha, beta, limit = (float(attributes[name]) for name in ("alpha", "beta", "limit"))
+    if not attributes["gated"]:
         return _function(ctx, act, h, 1.0)
-    g, u = _halves(ctx, h, int(op.operands[4].type.shape[2]), attributes.get("layout", "concat"))  # type: ignore[union-attr]
+    g, u = _halves(ctx, h, int(op.operands[4].type.shape[2]), attributes["layout"])  # type: ignore[union-attr]
     if not np.isinf(limit):
         g = ctx.node("Clip", g, "", graph.constant(limit, "f32"))
         u = ctx.node("Clip", u, graph.constant(-limit, "f32"), graph.constant(limit, "f32"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ...compiler.dims import Size, size_text
@@ -95,17 +93,17 @@ def attention(ctx: Context, op: Op) -> None:
     batch, heads, new, width = q.type.shape
     groups, total, out = k.type.shape[1], k.type.shape[2], v.type.shape[3]
     graph = ctx.graph
-    attributes: dict[str, Any] = op.attributes
+    attributes = ctx.attributes(op)
     # the heads of a group lie one behind the other: [B, H, S, D] is [B, G, R*S, D], and no key is repeated
     rows = heads / groups * new
     flat = ctx.reshape(ctx.value(q), q.type.shape, (batch, groups, rows, width))
     turned = ctx.node("Transpose", ctx.value(k), perm=[0, 1, 3, 2])
     scores = ctx.node("MatMul", ctx.node("Mul", flat, graph.constant(attributes["scale"], "f32")), turned)
     scores = ctx.reshape(scores, (batch, groups, rows, total), (batch, heads, new, total))
-    if softcap := attributes.get("softcap", 0.0):
+    if softcap := attributes["softcap"]:
         cap = graph.constant(softcap, "f32")
         scores = ctx.node("Mul", ctx.node("Tanh", ctx.node("Div", scores, cap)), cap)
-    seen = visible(ctx, mask, new, total, attributes.get("window", 0))
+    seen = visible(ctx, mask, new, total, attributes["window"])
     scores = ctx.node("Where", seen, scores, graph.constant(LOWEST, "f32"))
     if sinks is not None:  # one more slot that takes its share of the softmax and has no value
         column = ctx.node("Reshape", ctx.value(sinks), graph.constant([1, int(heads), 1, 1]))
@@ -155,12 +153,12 @@ def group_query_attention(ctx: Context, op: Op) -> None:
     count = _per_row(ctx, graph.scalar(new, "i32"), batch)
     inputs = [*flat, ctx.value(past_key), ctx.value(past_value), last, graph.scalar(total, "i32"), "", "", ""]
     inputs += [ctx.value(bias), ctx.value(sinks), "", "", "", "", count]
-    attributes: dict[str, Any] = op.attributes
+    attributes = ctx.attributes(op)
     outputs = [f"{ctx.label}/heads", *(ctx.value(state) for state in op.results[1:])]
     graph.node(
         ctx.label, "GroupQueryAttention", inputs, outputs, ctx.doc, domain=CONTRIB,
         num_heads=int(heads), kv_num_heads=int(groups), do_rotary=0, scale=attributes["scale"],
-        local_window_size=attributes.get("window", 0) or -1, softcap=attributes.get("softcap", 0.0),
+        local_window_size=attributes["window"] or -1, softcap=attributes["softcap"],
     )  # fmt: skip
     ctx.reshape(outputs[0], (batch, new, heads * width), op.results[0].type.shape, ctx.value(op.results[0]))
 

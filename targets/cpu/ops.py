@@ -46,9 +46,8 @@ def _group_query(types: Types, attributes: Attributes) -> tuple[TensorType, ...]
 
 
 def _group_query_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
-    q, k, v = (TensorType(t.dtype, tuple(t.shape[i] for i in (0, 2, 1, 3))) for t in (operands[0], *results[1:]) if t)
-    k, v = results[1], results[2]
-    return OPS["nn.attention"].flops([q, k, v, None, None], results[:1], {n: attributes[n] for n in attributes})
+    _, key, value = results  # nn.attention's keys: past and new, with the heads before the slots
+    return OPS["nn.attention"].flops([operands[0], key, value, None, None], results[:1], attributes)
 
 
 @op(

@@ -100,36 +100,45 @@ class Session:
         return past
 
 
-def load(folder: Path | str, threads: int | None = None) -> Session:
+def load(folder: Path | str, threads: int | None = None, spinning: bool = True) -> Session:
     """Open the artifact in `folder`; `threads` is the number of compute threads (default: one a usable core).
 
-    Raises MoecError if the artifact is not whole or ONNX Runtime does not take it.
+    `spinning` threads wait for work without sleeping: fast, but whatever else computes between two steps is slowed
+    down several times. Raises MoecError if the artifact is not whole or ONNX Runtime does not take it.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     path = folder / MODEL
     if not path.is_file():
-        raise MoecError(f"the artifact has no {MODEL}", where=str(folder), todo=f"it is for target {manifest['target']}")
+        raise MoecError(
+            f"the artifact has no {MODEL}", where=str(folder), todo=f"it is for target {manifest['target']}"
+        )
     states = tuple(State.of(entry) for entry in manifest["states"])
     for state in states:
         if state.dtype not in ELEMENTS:
-            raise MoecError(f"the state {state.past} is {state.dtype}, which ONNX Runtime cannot hold", where=str(folder))
+            raise MoecError(
+                f"the state {state.past} is {state.dtype}, which ONNX Runtime cannot hold", where=str(folder)
+            )
     import onnxruntime
 
     with _errors("ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"):
-        runtime = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+        runtime = onnxruntime.InferenceSession(
+            str(path), _options(threads, spinning), providers=["CPUExecutionProvider"]
+        )
     _check_names(path, runtime, states)
     outputs = {output.name: output for output in runtime.get_outputs()}
     width = outputs[LOGITS].shape[-1]
     if not isinstance(width, int) or outputs[LOGITS].type != "tensor(float)":
-        raise MoecError(f"the logits are {outputs[LOGITS].type} {outputs[LOGITS].shape}, not f32 [B, S, number]", str(path))
+        raise MoecError(
+            f"the logits are {outputs[LOGITS].type} {outputs[LOGITS].shape}, not f32 [B, S, number]", str(path)
+        )
     taken = tuple(i.name for i in runtime.get_inputs() if i.name in INPUTS)
     limit = manifest["dims"].get("S", (1, 1 << 31))[1]
     return Session(folder, runtime, taken, states, width, limit)
 
 
-def _options(threads: int | None) -> Any:
+def _options(threads: int | None, spinning: bool) -> Any:
     import onnxruntime
 
     if threads is not None and threads < 1:
@@ -137,7 +146,7 @@ def _options(threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1  # the program is one chain; a second pool would only wait
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     # plans are kept for every input shape, and each step of a growing cache has another one
     options.enable_mem_pattern = False
     options.log_severity_level = 3  # errors; they come as exceptions too, which are reworded

@@ -1,0 +1,175 @@
+"""How `moec` shows things to people: tables of figures and lists, one-line summaries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .report import bytes_text, count_text, flops_text, ranges
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+    from .generate import Generation
+
+PIPE_WIDTH = 1000  # columns of a table that goes to a file or a pipe: a row stays on its line
+
+
+def _console() -> Console:
+    """Return a console on the standard output of now (tests replace it); colours only on a terminal."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def _table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table; a column is its title and whether it holds numbers."""
+    titled = any(title for title, _ in columns)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=titled)
+    for title, numeric in columns:
+        table.add_column(Text(title), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: a type such as f32[B] is no markup
+    return table
+
+
+def _print(console: Console, *parts: Table | str) -> None:
+    """Print tables and lines without the blanks that pad them to the width."""
+    for part in parts:
+        with console.capture() as captured:
+            console.print(Text(part) if isinstance(part, str) else part)
+        text = captured.get()
+        click.echo(text if console.is_terminal else "\n".join(line.rstrip() for line in text.splitlines()) + "\n", nl=False)
+
+
+# --- inspect -------------------------------------------------------------------------------------------------------
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Print what report.inspect found."""
+    context = report["per_token"]["context"]
+    target = f", target {report['target']}" if report["target"] else ""
+    console = _console()
+    _print(console, f"{report['source'] or 'a program without a source'} (stage {report['stage']}{target})", "")
+    _print(console, _summary(report), "", _kinds(report["kinds"], context), "")
+    dims = ", ".join(f"{d['name']} in {d['low']}..{d['high']}" for d in report["dims"])
+    _print(console, f"dims: {dims}")
+    for label in ("inputs", "outputs"):
+        _print(console, *_values(label, report[label]))
+    if "files" in report:
+        _print(console, "", _table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()]))
+
+
+def _summary(report: dict[str, Any]) -> Table:
+    parameters, per_token, state = report["parameters"], report["per_token"], report["state"]
+    at = f"at {per_token['context']:,} past tokens"
+    rows = [
+        ("parameters", count_text(parameters["total"]), f"{count_text(parameters['experts'])} in routed experts"),
+        ("active per token", count_text(parameters["active"]),
+         f"{count_text(parameters['active_without_embeddings'])} without the embedding table"),
+        ("weights in the checkpoint", bytes_text(report["bytes"]["checkpoint"]),
+         f"{bytes_text(per_token['checkpoint_bytes_read'])} read per decoded token"),
+        ("weights in this IR", bytes_text(report["bytes"]["compiled"]),
+         f"{bytes_text(per_token['compiled_bytes_read'])} read per decoded token"),
+        ("KV cache per token", bytes_text(state["bytes_per_token"]), f"{bytes_text(per_token['state_bytes_read'])} {at}"),
+        ("FLOPs per decoded token", flops_text(per_token["flops"]), at),
+    ]  # fmt: skip
+    if state["fixed_bytes"]:
+        rows.append(("fixed state", bytes_text(state["fixed_bytes"]), "for each sequence"))
+    return _table((("", False), ("", True), ("", False)), rows)
+
+
+def _kinds(kinds: list[dict[str, Any]], context: int) -> Table:
+    columns = (
+        ("function", False), ("layers", False), ("ops", True), ("parameters", True), ("active", True),
+        ("checkpoint", True), ("in this IR", True), (f"FLOPs/token at {context}", True), ("KV/token", True),
+    )  # fmt: skip
+    rows = [
+        (
+            f"@{kind['function']}",
+            ranges(kind["layers"]) or ("" if kind["calls"] == 1 else f"{kind['calls']} calls"),
+            str(kind["ops"]),
+            count_text(kind["parameters"]["total"]),
+            count_text(kind["parameters"]["active"]),
+            bytes_text(kind["bytes"]["checkpoint"]),
+            bytes_text(kind["bytes"]["compiled"]),
+            flops_text(kind["per_token"]["flops"]),
+            bytes_text(kind["state"]["bytes_per_token"]),
+        )
+        for kind in kinds
+    ]
+    return _table(columns, rows)
+
+
+def _values(label: str, values: list[dict[str, Any]]) -> list[str]:
+    """Return a line for every input or output, and one for all states of a type."""
+    lines = [f"{label}: " + ", ".join(f"{v['name']} {v['type']}" for v in values if not v["state"])]
+    states: dict[str, int] = {}
+    for value in values:
+        if value["state"]:
+            states[value["type"]] = states.get(value["type"], 0) + 1
+    return lines + [f"  and {count} states {type}" for type, count in states.items()]
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """Print rows of listing.py as a table; long texts (the sides of rules) stand in --json only."""
+    if not rows:
+        click.echo("none", err=True)
+        return
+    keys = [key for key in rows[0] if key not in ("before", "after")]
+    cells = [[_cell(row[key]) for key in keys] for row in rows]
+    _print(_console(), _table([(key.replace("_", " "), False) for key in keys], cells))
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case dict():
+            return ", ".join(f"{k}={v}" if v != "required" else k for k, v in value.items())
+        case list() | tuple():
+            return ", ".join(map(str, value))
+    return str(value)
+
+
+# --- one line ------------------------------------------------------------------------------------------------------
+
+
+def show_artifact(artifact: Artifact, seconds: float) -> None:
+    """Say on standard error what was written, and what the comparison found if there was one."""
+    report = artifact.report
+    click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
+    figures = report["figures"]
+    if "passed" in figures:
+        verdict = "verified" if figures["passed"] else "verification failed"
+        relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
+        click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
+
+
+def generation_json(found: Generation) -> dict[str, Any]:
+    """Return a generation of one prompt as JSON values."""
+    return {
+        "tokens": found.tokens[0],
+        "text": found.text[0] if found.text else None,
+        "prompt_tokens": found.prompt_tokens,
+        "prefill_seconds": found.prefill_seconds,
+        "decode_seconds": found.decode_seconds,
+        "prefill_tokens_per_second": found.prefill_rate,
+        "decode_tokens_per_second": found.decode_rate,
+    }
+
+
+def speed(found: Generation) -> str:
+    """Return the speed of a generation as one line."""
+    new = sum(map(len, found.tokens))
+    return (
+        f"{found.prompt_tokens} prompt tokens at {found.prefill_rate:.1f} tokens/s, "
+        f"{new} new tokens at {found.decode_rate:.1f} tokens/s"
+    )

@@ -1,0 +1,62 @@
+"""The model families that the tests check, each with a tiny configuration.
+
+Any causal LM of the installed transformers may be compiled; these are the ones whose numbers are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BASE: Mapping[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_EIGHT = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MLA = {
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_DEEPSEEK = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 32, "intermediate_size": 96, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: its name, transformers' model_type and config class, a tiny configuration over BASE.
+
+    `state` says what a layer keeps from step to step; `checked` what the tests compare with transformers:
+    `logits` (prefill and cached decoding of tiny random checkpoints) or `figures` (the import of a published
+    config.json and its parameter counts).
+    """
+
+    name: str
+    model_type: str
+    config_class: str
+    tiny: Mapping[str, Any]
+    state: str = "kv"
+    checked: str = "logits"
+
+    def config(self, **changes: Any) -> Any:
+        """Return the tiny transformers config, with changes."""
+        import transformers
+
+        return getattr(transformers, self.config_class)(**{**BASE, **self.tiny, **changes})
+
+
+_ALL = (
+    Family("OLMoE", "olmoe", "OlmoeConfig", {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}),
+    Family("Mixtral", "mixtral", "MixtralConfig",
+           {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    Family("Qwen2-MoE", "qwen2_moe", "Qwen2MoeConfig",
+           {"intermediate_size": 96, "shared_expert_intermediate_size": 48, "mlp_only_layers": [], **_EIGHT}),
+    Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeConfig",
+           {"intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True, **_EIGHT}),
+    Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, checked="figures"),
+)  # fmt: skip
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

@@ -1,0 +1,217 @@
+"""Costs: parameters, bytes, FLOPs and states from the IR, against closed formulas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from moec.compiler.cost import Costs, module_costs
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Module, Op
+from moec.compiler.ops import OPS
+from moec.compiler.parser import parse_module
+from moec.compiler.report import bytes_text, count_text, flops_text, inspect, ranges
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# D = 8, I = 4, 4 experts of which 2 are chosen, 3 layers, 16 tokens, head and embedding are one tensor
+TINY = """moec 1 stage moe
+dim B in 1..8
+dim S in 1..64
+dim P in 0..64
+
+func @layer(%x: f32[B, S, 8], %k: state f32[B, 1, P, 8]) -> (f32[B, S, 8], state f32[B, 1, P + S, 8]) weights "layers.{layer}." {
+  const %router : f32[4, 8] = tensor("router", f32[4, 8])
+  const %up : f32[4, 8, 8] = cast(concat(stack(tensor("e.{0..3}.gate", bf16[4, 8])), stack(tensor("e.{0..3}.up", bf16[4, 8])), axis=1), to=f32)
+  const %down : f32[4, 8, 4] = cast(stack(tensor("e.{0..3}.down", bf16[8, 4])), to=f32)
+  const %shared : f32[8, 8] = dequantize(tensor("shared", f8e4m3[8, 8]), tensor("shared.scale", f32[2, 2]), block=[4, 4])
+  %flat = core.reshape(%x) {shape=[B*S, 8]} : f32[B*S, 8]
+  %logits = core.linear(%flat, %router, _) : f32[B*S, 4]
+  %gates, %ids = core.topk(%logits) {axis=1, k=2} : f32[B*S, 2], i64[B*S, 2]
+  %y = moe.experts(%flat, %ids, %gates, %up, %down, _, _) {act=silu, gated=true, layout=concat} : f32[B*S, 8]
+  %z = core.linear(%y, %shared, _) : f32[B*S, 8]
+  %h = core.reshape(%z) {shape=[B, S, 8]} : f32[B, S, 8]
+  %new = core.reshape(%z) {shape=[B, 1, S, 8]} : f32[B, 1, S, 8]
+  %k2 = nn.cache_append(%k, %new) {axis=2} : state f32[B, 1, P + S, 8]
+  return %h, %k2
+}
+
+func @main(%ids: i64[B, S], %k.{0..2}: state f32[B, 1, P, 8]) -> (f32[B, S, 16], 3 * state f32[B, 1, P + S, 8]) {
+  const %embed : f32[16, 8] = cast(tensor("embed", bf16[16, 8]), to=f32)
+  const %head : f32[16, 8] = cast(tensor("HEAD", bf16[16, 8]), to=f32)
+  %x.0 = nn.embedding(%ids, %embed) : f32[B, S, 8]
+  %x.{1..3}, %p.{0..2} = call @layer(%x.{0..2}, %k.{0..2}) {layer=0..2} : f32[B, S, 8], state f32[B, 1, P + S, 8]
+  %logits = core.linear(%x.3, %head, _) : f32[B, S, 16]
+  return %logits, %p.{0..2}
+}
+"""
+
+
+def tiny(head: str = "head") -> Costs:
+    return module_costs(parse_module(TINY.replace("HEAD", head)))
+
+
+def test_parameters_of_a_program():
+    costs = tiny()
+    layer, main = costs.by_function["layer"], costs.by_function["main"]
+    experts, router, shared, table = 4 * 3 * 8 * 4, 4 * 8, 8 * 8, 16 * 8
+    assert layer.cost.parameters == 3 * (experts + router + shared)
+    assert layer.cost.expert_parameters == 3 * experts
+    assert layer.cost.active_parameters == 3 * (experts // 2 + router + shared)
+    assert (main.cost.parameters, main.cost.table_parameters, main.cost.active_parameters) == (2 * table, table, 2 * table)
+    assert costs.total.active_without_tables == layer.cost.active_parameters + table
+    assert [(c.function, dict(c.bindings)) for c in costs.layers] == [
+        ("main", {}), ("layer", {"layer": "0"}), ("layer", {"layer": "1"}), ("layer", {"layer": "2"}),
+    ]  # fmt: skip
+    assert all(c.cost.parameters * 3 == layer.cost.parameters for c in costs.layers[1:])
+
+
+def test_bytes_of_a_program():
+    total = tiny().total
+    experts, router, table = 4 * 3 * 8 * 4, 4 * 8, 16 * 8
+    assert total.stored_bytes == 3 * (2 * experts + 4 * router + 64 + 4 * 4) + 2 * 2 * table
+    assert total.compiled_bytes == 3 * 4 * (experts + router + 64) + 2 * 4 * table
+    # one token: 2 of 4 experts, the rest of the layers, one row of the embedding, the whole head
+    assert total.stored_bytes_read == 3 * (2 * experts // 2 + 4 * router + 64 + 16) + 2 * 8 + 2 * table
+    assert total.compiled_bytes_read == 3 * 4 * (experts // 2 + router + 64) + 4 * 8 + 4 * table
+
+
+def test_a_tied_tensor_counts_once_and_is_computed_with():
+    free, tied = tiny().total, tiny("embed").total
+    assert free.parameters - tied.parameters == 16 * 8
+    assert tied.table_parameters == 0
+    assert tied.active_without_tables == free.active_without_tables
+    assert free.stored_bytes - tied.stored_bytes == 2 * 16 * 8
+    assert free.compiled_bytes - tied.compiled_bytes == 4 * 16 * 8
+
+
+def test_flops_and_states_are_formulas():
+    costs = tiny()
+    experts = 2 * (2 * 8 * 8 + 2 * 8 * 4) + 4 * 2 * 4  # two matrices and the activation, two experts
+    topk = 4  # one for every score
+    token = 3 * (2 * 8 * 4 + topk + experts + 2 * 8 * 8) + 2 * 8 * 16
+    assert costs.decode_flops(0) == costs.decode_flops(60) == token
+    assert costs.prefill_flops(10) == 10 * token
+    assert str(costs.total.state_bytes) == "96*B*P"
+    assert costs.state_per_token(costs.total, 50) == 96
+    assert costs.state_at(costs.total, 0) == 0
+    assert costs.bytes_read(10) == costs.total.compiled_bytes_read + 960
+
+
+def test_experts_behind_another_form_are_still_experts():
+    text = TINY.replace(
+        "  %flat = core.reshape(%x)",
+        "  %turned = core.transpose(%down) {perm=[0, 2, 1]} : f32[4, 4, 8]\n"
+        "  %back = core.transpose(%turned) {perm=[0, 2, 1]} : f32[4, 8, 4]\n  %flat = core.reshape(%x)",
+    ).replace("%up, %down, _, _)", "%up, %back, _, _)")
+    assert module_costs(parse_module(text)).total.active_parameters == tiny().total.active_parameters
+
+
+def test_an_op_that_is_not_declared_is_an_error():
+    module = parse_module(TINY)
+    function = module.by_name["layer"]
+    strange = Op("chip.strange", function.ops[0].operands, function.ops[0].results)
+    broken = Module(module.stage, module.dims, tuple(
+        type(f)(f.name, f.params, f.consts, (strange, *f.ops[1:]), f.results, f.weights) if f is function else f
+        for f in module.functions
+    ))  # fmt: skip
+    with pytest.raises(MoecError, match=r"unknown op chip\.strange"):
+        module_costs(broken)
+
+
+def test_every_op_with_experts_says_what_it_reads():
+    """An op that takes [E, ...] weights and K choices a token must declare `rows`, or all experts count as active."""
+    from moec.targets import TARGETS
+
+    assert TARGETS
+    for op in OPS.values():
+        shapes = {o.name: [str(d) for d in o.dims] for o in op.signature.operands}
+        if any("K" in dims for dims in shapes.values()):
+            routed = {name for name, dims in shapes.items() if dims[:1] == ["E"]}
+            assert routed <= set(op.rows), f"{op.name} lacks rows for {sorted(routed - set(op.rows))}"
+
+
+# --- published models, from config.json alone ----------------------------------------------------------------------
+
+
+def within(value: float, published: float, share: float = 0.01) -> bool:
+    return abs(value - published) <= share * published
+
+
+def test_olmoe():
+    report, c = inspect(CONFIGS / "OLMoE-1B-7B-0924"), config("OLMoE-1B-7B-0924")
+    d, inner, layers, vocabulary = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
+    other = layers * (4 * d * d + 64 * d + 4 * d) + d + vocabulary * d  # attention, router, 4 norms; norm, head
+    experts = layers * 64 * 3 * d * inner
+    check(report["parameters"], experts, other, vocabulary * d, 8 / 64)
+    assert within(report["parameters"]["total"], 6.92e9)
+    assert within(report["parameters"]["active"], 1.28e9)
+    assert report["bytes"]["checkpoint"] == 2 * report["parameters"]["total"]
+    assert report["state"] == {"bytes_per_token": layers * 2 * d * 4, "fixed_bytes": 0}
+    matrices = 2 * (other + experts / 8)
+    attention = layers * 16 * 4097 * (4 * 128 + 5)
+    assert within(report["per_token"]["flops"], matrices + attention)
+    assert [(k["function"], k["calls"]) for k in report["kinds"]] == [("layer", 16), ("main", 1)]
+    assert len(report["layers"]) == 17
+    json.dumps(report, allow_nan=False)
+
+
+def test_qwen3_235b():
+    report, c = inspect(CONFIGS / "Qwen3-235B-A22B", context=0), config("Qwen3-235B-A22B")
+    d, inner, layers, vocabulary = c["hidden_size"], c["moe_intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
+    other = layers * (2 * d * 64 * 128 + 2 * d * 4 * 128 + 128 * d + 2 * d + 2 * 128) + d + vocabulary * d
+    check(report["parameters"], layers * 128 * 3 * d * inner, other, vocabulary * d, 8 / 128)
+    assert within(report["parameters"]["total"], 235e9)
+    assert within(report["parameters"]["active"], 22e9)
+    assert report["state"]["bytes_per_token"] == layers * 2 * 4 * 128 * 4
+
+
+def test_deepseek_v3():
+    report, c = inspect(CONFIGS / "DeepSeek-V3", context=0), config("DeepSeek-V3")
+    d, layers, vocabulary, heads = c["hidden_size"], c["num_hidden_layers"], c["vocab_size"], c["num_attention_heads"]
+    attention = d * 1536 + 1536 + 1536 * heads * 192 + d * 576 + 512 + 512 * heads * 256 + heads * 128 * d
+    expert = 3 * d * c["moe_intermediate_size"]
+    dense = 3 * (3 * d * c["intermediate_size"])
+    other = layers * (attention + 2 * d) + dense + (layers - 3) * (expert + 256 * d + 256) + d + vocabulary * d
+    check(report["parameters"], (layers - 3) * 256 * expert, other, vocabulary * d, 8 / 256)
+    assert within(report["parameters"]["total"], 671e9)
+    # published: 37 B, in the checkpoint's README 36.6 B with the output head and without the embedding
+    assert within(report["parameters"]["active_without_embeddings"], 36.6e9)
+    assert report["bytes"]["checkpoint"] < 1.01 * report["parameters"]["total"]  # FP8 with its scales
+    assert [k["layers"] for k in report["kinds"]] == [[0, 1, 2], list(range(3, 61)), []]
+
+
+def config(name: str) -> dict:
+    return json.loads((CONFIGS / name / "config.json").read_text("utf-8"))
+
+
+def check(parameters: dict[str, int], experts: int, other: int, table: int, share: float) -> None:
+    """Compare counts with closed formulas, exactly."""
+    assert parameters == {
+        "total": experts + other + table,
+        "experts": experts,
+        "embeddings": table,
+        "active": int(experts * share) + other + table,
+        "active_without_embeddings": int(experts * share) + other,
+    }
+
+
+# --- figures as text -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (count_text(512), "512"), (count_text(6_919_161_856), "6.919 B"), (bytes_text(27_676_647_680), "27.68 GB"),
+        (bytes_text(999), "999 B"), (bytes_text(1000), "1 kB"), (flops_text(2_359_214_055), "2.359 GFLOP"),
+        (count_text(1_572_997_000_000), "1.573 T"), (ranges([0, 1, 2, 5]), "0..2, 5"), (ranges([]), ""),
+    ],
+)  # fmt: skip
+def test_text(text, expected):
+    assert text == expected
+
+
+def test_a_context_that_the_program_does_not_have():
+    with pytest.raises(MoecError, match=r"outside the program's 0\.\.64"):
+        inspect(parse_module(TINY), context=65)

@@ -1,0 +1,276 @@
+"""Every op of the core, nn, moe and ort dialects, run by ONNX Runtime and compared with its torch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from moec.compiler.dims import dim, size
+from moec.compiler.errors import MoecError
+from moec.compiler.interpret import interpret, random_inputs
+from moec.compiler.ir import Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ops import OPS
+from moec.compiler.weights.sources import RandomSource
+from moec.targets.cpu.emit import KERNELS, MODEL, emit, supported
+
+B, S, P = dim("B"), dim("S"), dim("P")
+DIMS = (Dim("B", 1, 1024), Dim("S", 1, 131072), Dim("P", 0, 131072))
+SIZES = [{"B": 2, "S": 3, "P": 5}, {"B": 1, "S": 1, "P": 4}, {"B": 3, "S": 4, "P": 0}, {"B": 1, "S": 1, "P": 0}]
+INF = float("inf")
+
+# these make B, S and P known to a program whose op does not; P follows from P + S, as in a real program
+SIZE_INPUTS = (Value("sizes.new", TensorType.of("i64", B, S)), Value("sizes.all", TensorType.of("i64", B, P + S)))
+
+Fix = Callable[[list[torch.Tensor], dict[str, int]], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of an op: operand types, attributes, and what to change in the random inputs."""
+
+    operands: tuple[TensorType | None, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    fix: Fix | None = None
+
+
+def f32(*shape: Any, state: bool = False) -> TensorType:
+    return TensorType.of("f32", *shape, state=state)
+
+
+def i64(*shape: Any) -> TensorType:
+    return TensorType.of("i64", *shape)
+
+
+def truth(*shape: Any) -> TensorType:
+    return TensorType.of("bool", *shape)
+
+
+def case(*operands: TensorType | None, fix: Fix | None = None, **attrs: Any) -> Case:
+    return Case(operands, attrs, fix)
+
+
+def positive(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    inputs[:] = [x.abs() + 0.1 for x in inputs]
+
+
+def nonzero(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    inputs[1] = inputs[1].abs() + 0.5
+
+
+def double_angles(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    inputs[1:3] = [torch.cat((x[..., : x.shape[-1] // 2],) * 2, -1) for x in inputs[1:3]]
+
+
+def pad(index: int) -> Fix:
+    """Pad row b of the mask at `index` on the left, but for the last row all of it, so that some tokens see nothing."""
+
+    def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+        total = inputs[index].shape[1]
+        inputs[index] = torch.ones_like(inputs[index])
+        for row in range(dims["B"] - 1):
+            inputs[index][row, : min(total, 2 * row + 2)] = 0
+
+    return fix
+
+
+def bias(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    total = inputs[5].shape[3]
+    hidden = (torch.arange(total)[None] < torch.arange(dims["B"])[:, None] * 2)[:, None, None, :]
+    inputs[5] = torch.zeros_like(inputs[5]).masked_fill(hidden, -INF)
+
+
+def routing(all_on_one: bool = False, zeros: bool = False, signed: bool = False) -> Fix:
+    def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+        inputs[0] = inputs[0] * 0.5
+        if all_on_one:
+            inputs[1] = torch.arange(inputs[1].shape[1]).expand_as(inputs[1]).contiguous()
+        if not signed:
+            inputs[2] = inputs[2].abs()
+        if zeros:
+            inputs[2][:, 0] = 0
+            inputs[2][0] = 0
+        inputs[3:] = [None if x is None else x * 0.4 for x in inputs[3:]]
+
+    return fix
+
+
+X, ROW, ONE = f32(B, S, 8), f32(8), f32(B, 1, 8)
+UNARY = ("neg", "exp", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "softplus", "abs", "floor", "erf")
+
+
+def attention(heads: int, groups: int, width: int, out: int, mask: bool = True, sinks: bool = False, **attrs: Any) -> Case:
+    types = [f32(B, heads, S, width), f32(B, groups, P + S, width), f32(B, groups, P + S, out)]
+    types += [i64(B, P + S) if mask else None, f32(heads) if sinks else None]
+    return case(*types, fix=pad(3) if mask else None, scale=0.3, **attrs)
+
+
+def grouped(heads: int, groups: int, width: int, masked: bool = True, sinks: bool = False, **attrs: Any) -> Case:
+    states = [f32(B, groups, P, width, state=True)] * 2
+    types = [f32(B, S, heads, width), f32(B, S, groups, width), f32(B, S, groups, width), *states]
+    types += [f32(B, 1, S, P + S) if masked else None, f32(heads) if sinks else None]
+    return case(*types, fix=bias if masked else None, scale=0.3, **attrs)
+
+
+def experts(
+    fix: Fix, *, count: int = 6, chosen: int = 2, gated: bool = True, biased: bool = False, **attrs: Any
+) -> Case:
+    width, inner = 8, 6
+    rows = 2 * inner if gated else inner
+    types = [f32(B * S, width), i64(B * S, chosen), f32(B * S, chosen), f32(count, rows, width), f32(count, width, inner)]
+    types += [f32(count, rows), f32(count, width)] if biased else [None, None]
+    return case(*types, fix=fix, gated=gated, **attrs)
+
+
+GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
+
+CASES: dict[str, list[Case]] = {
+    **{f"core.{n}": [case(X, X), case(X, ROW), case(ROW, ONE)] for n in ("add", "sub", "mul", "maximum", "minimum")},
+    "core.div": [case(X, X, fix=nonzero)],
+    "core.pow": [case(X, f32(), fix=positive), case(X, X, fix=positive)],
+    **{f"core.{n}": [case(X, X), case(i64(B, S), i64(B, 1))] for n in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{f"core.{n}": [case(truth(B, S), truth(S))] for n in ("logical_and", "logical_or")},
+    "core.logical_not": [case(truth(B, S))],
+    **{f"core.{n}": [case(X)] for n in UNARY},
+    **{f"core.{n}": [case(X, fix=positive)] for n in ("log", "sqrt", "rsqrt", "reciprocal")},
+    "core.gelu": [case(X), case(X, approximate="tanh")],
+    "core.clamp": [case(X, min=-0.5), case(X, max=0.25), case(X, min=-1.0, max=1.0), case(i64(B, S), min=1.0)],
+    "core.where": [case(truth(B, S, 1), X, X), case(truth(S, 8), X, f32()), case(truth(B, S), truth(B, S), truth(S))],
+    "core.cast": [case(X, to="i64"), case(X, to="bool"), case(i64(B, S), to="f32"), case(truth(B, S), to="i64")],
+    "core.constant": [case(value=0.5, dtype="f32"), case(value=3, dtype="i64"), case(value=True, dtype="bool")],
+    "core.iota": [case(size=P + S), case(size=size(7)), case(size=B * S)],
+    "core.full": [case(shape=(B, P + S), value=-1.5, dtype="f32"), case(shape=(3,), value=2, dtype="i64")],
+    "core.linear": [case(X, f32(6, 8), None), case(X, f32(6, 8), f32(6)), case(f32(B * S, 8), f32(6, 8), f32(6))],
+    "core.matmul": [case(X, f32(8, 4)), case(f32(B, 2, S, 8), f32(1, 2, 8, P + S))],
+    "core.reshape": [
+        case(X, shape=(B * S, 8)), case(X, shape=(B, S, 2, 4)), case(f32(B * S, 8), shape=(B, S, 8)),
+        case(f32(B, P, 8), shape=(B * P, 8)), case(f32(B, P, 8), shape=(B, P, 2, 4)), case(X, shape=(8 * B * S,)),
+        case(f32(B, P + S, 8), shape=(B, 2, P + S, 4)), case(f32(B * P, 2), shape=(B, P, 2)), case(f32(), shape=(1, 1)),
+    ],
+    "core.transpose": [case(X, perm=(1, 0, 2)), case(f32(B, S, 2, 4), perm=(0, 2, 1, 3))],
+    "core.expand": [case(ONE, shape=(B, S, 8)), case(ROW, shape=(B, P + S, 8)), case(truth(S, 1), shape=(B, S, 3))],
+    "core.slice": [
+        case(X, axis=1, start=0, stop=S), case(X, axis=2, start=1, stop=8, step=3), case(X, axis=1, start=S - 1, stop=S),
+        case(f32(B, P + S), axis=1, start=P, stop=P + S), case(f32(B, P + S), axis=1, start=0, stop=P),
+    ],
+    "core.concat": [case(X, X, ONE, axis=1), case(i64(B, P), i64(B, S), axis=1), case(truth(B, S), truth(B, S), axis=0)],
+    **{
+        f"core.{n}": [case(X, axes=(2,)), case(X, axes=(0, 1), keepdim=True), case(X, axes=(1,), keepdim=False)]
+        for n in ("sum", "mean", "amax")
+    },
+    "core.softmax": [case(X, axis=2), case(X, axis=1)],
+    "core.cumsum": [case(X, axis=1), case(i64(B, P + S), axis=1)],
+    "core.topk": [case(X, k=3, axis=2), case(f32(B, 6, S), k=2, axis=1)],
+    "core.argsort": [
+        case(X, axis=2), case(X, axis=1, descending=True), case(i64(B, P + S), axis=1), case(i64(B * S), axis=0),
+    ],
+    "core.gather": [case(X, i64(B, S, 2), axis=2), case(f32(B, 6, 8), i64(B, 3, 5), axis=1)],
+    "core.scatter": [case(X, i64(B, S, 2), f32(B, S, 2), axis=2)],
+    "core.take": [case(f32(5, 8), i64(B, S), axis=0), case(f32(B, 5, 8), i64(3), axis=1), case(f32(5), i64(), axis=0)],
+    "nn.embedding": [case(i64(B, S), f32(11, 8))],
+    "nn.rms_norm": [case(X, ROW, eps=1e-6), case(f32(B, S, 2, 8), ROW, eps=1e-5)],
+    "nn.layer_norm": [case(X, ROW, ROW, eps=1e-5), case(X, ROW, None, eps=1e-5), case(X, None, None, eps=1e-5)],
+    "nn.rope": [
+        case(f32(B, 2, S, 8), f32(B, S, 8), f32(B, S, 8), fix=double_angles),
+        case(f32(B, 2, S, 8), f32(1, S, 8), f32(1, S, 8), fix=double_angles),
+    ],
+    "nn.cache_append": [case(f32(B, 2, P, 4, state=True), f32(B, 2, S, 4), axis=2)],
+    "nn.attention": [
+        attention(4, 4, 8, 8), attention(4, 2, 5, 3), attention(4, 1, 8, 8, mask=False), attention(4, 2, 8, 8, window=2),
+        attention(4, 2, 8, 8, softcap=2.0), attention(4, 2, 8, 8, sinks=True), attention(2, 2, 4, 6, window=1, sinks=True),
+    ],
+    "moe.experts": [
+        experts(routing(signed=True)), experts(routing(zeros=True), layout="interleaved", biased=True),
+        experts(routing(all_on_one=True), count=9), experts(routing(), act="gelu"), experts(routing(), act="gelu_tanh"),
+        experts(routing(), act="relu2", gated=False), experts(routing(), act="relu", biased=True),
+        experts(routing(), act="identity", gated=False, biased=True), experts(routing(), chosen=1, count=2),
+        experts(routing(), biased=True, layout="interleaved", **GPT_OSS), experts(routing(), act="silu", gated=False),
+    ],
+    "ort.rotary_embedding": [
+        case(f32(B, S, 2, 8), f32(B, S, 8), f32(B, S, 8), fix=double_angles),
+        case(f32(B, S, 2, 8), f32(1, S, 8), f32(1, S, 8), fix=double_angles),
+    ],
+    "ort.attention_bias": [case(i64(B, P + S), tokens=S)],
+    "ort.group_query_attention": [
+        grouped(4, 4, 8), grouped(4, 2, 16), grouped(4, 1, 24, masked=False), grouped(4, 2, 8, window=2),
+        grouped(4, 2, 8, window=1, sinks=True, softcap=3.0), grouped(2, 2, 64, softcap=2.0), grouped(4, 2, 8, sinks=True),
+        grouped(4, 2, 8, masked=False, window=3, sinks=True),
+    ],
+    "ort.moe": [
+        experts(routing()), experts(routing(zeros=True), biased=True), experts(routing(all_on_one=True), count=9),
+        experts(routing(), chosen=1), experts(routing(), chosen=6), experts(routing(), biased=True, **GPT_OSS),
+        experts(routing(), act="silu", gated=False, biased=True), experts(routing(), act="relu", gated=False),
+        experts(routing(), act="identity", gated=False), experts(routing(), limit=0.5),
+    ],
+}  # fmt: skip
+
+
+def one_op(name: str, given: Case) -> Module:
+    """Return a program of one op whose operands are its inputs."""
+    operands = [t and Value(f"x{i}", t) for i, t in enumerate(given.operands)]
+    types = OPS[name].infer(given.operands, given.attrs)
+    results = tuple(Value(f"y{i}", t) for i, t in enumerate(types))
+    op = Op(name, tuple(operands), results, make_attrs(given.attrs))
+    params = tuple(v for v in operands if v) + SIZE_INPUTS
+    return Module("kernel", DIMS, (Function("main", params, (), (op,), results),))
+
+
+def session(folder: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
+
+
+def differ(got: np.ndarray, want: torch.Tensor) -> float:
+    """Return the largest error relative to the largest value; infinite where shapes, dtypes or non-numbers differ."""
+    expected = want.numpy()
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return INF
+    if got.dtype.kind != "f":
+        return float((got != expected).any())
+    finite = np.isfinite(expected)
+    if (np.isfinite(got) != finite).any() or (got[~finite] != expected[~finite]).any():
+        return INF
+    error = np.abs(got - expected, where=finite, out=np.zeros_like(got)).max(initial=0.0)
+    return float(error / max(1e-6, np.abs(expected, where=finite, out=np.zeros_like(got)).max(initial=0.0)))
+
+
+def no_weights(recipe: object) -> torch.Tensor:
+    raise AssertionError("the program has no weights")
+
+
+def run_case(module: Module, given: Case, folder: Path, all_sizes: Sequence[dict[str, int]] = SIZES) -> None:
+    emit(module, RandomSource(), folder)
+    runner = session(folder)
+    for seed, sizes in enumerate(all_sizes):
+        inputs = random_inputs(module, "main", sizes, seed)
+        if given.fix:
+            own = inputs[: len(inputs) - len(SIZE_INPUTS)]
+            places = [i for i, t in enumerate(given.operands) if t]
+            full: list[Any] = [None] * len(given.operands)
+            for place, tensor in zip(places, own, strict=True):
+                full[place] = tensor
+            given.fix(full, sizes)
+            inputs[: len(own)] = [full[p] for p in places]
+        want = interpret(module, inputs, no_weights)
+        feeds = {p.name: x.numpy() for p, x in zip(module.main.params, inputs, strict=True)}
+        for got, expected, value in zip(runner.run(None, feeds), want, module.main.results, strict=True):
+            assert differ(got, expected) < 1e-5, f"{value} at {sizes}: {differ(got, expected)}"
+
+
+@pytest.mark.parametrize(("name", "index"), [(n, i) for n in sorted(CASES) for i in range(len(CASES[n]))])
+def test_kernel(name: str, index: int, tmp_path: Path) -> None:
+    run_case(one_op(name, CASES[name][index]), CASES[name][index], tmp_path)
+
+
+def test_every_op_has_a_case() -> None:
+    ours = {name for name in OPS if name.split(".")[0] in ("core", "nn", "moe", "ort")}
+    assert ours == set(CASES)
+    assert ours <= set(KERNELS)

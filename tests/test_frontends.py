@@ -1,0 +1,207 @@
+"""The transformers importer: numbers of the imported module, what it looks like, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from moec.compiler.errors import MoecError
+from moec.compiler.frontends import load
+from moec.compiler.interpret import interpret
+from moec.compiler.printer import print_module
+from moec.compiler.verify import verify
+from moec.compiler.weights.pull import pull
+from tiny_models import padded_batch, random_model, save
+
+MLA = {
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+DEEPSEEK = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 32, "intermediate_size": 96, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}  # fmt: skip
+E8 = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 96}
+CASES = {
+    "mixtral": ("MixtralConfig", {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}, 1),
+    "mixtral-window": (
+        "MixtralConfig",
+        {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+        1,
+    ),
+    "qwen3_moe-dense": ("Qwen3MoeConfig", {**E8, "head_dim": 16, "mlp_only_layers": [1]}, 2),
+    "qwen2_moe": ("Qwen2MoeConfig", {**E8, "shared_expert_intermediate_size": 48}, 1),
+    "olmoe": ("OlmoeConfig", {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}, 1),
+    "deepseek_v3": ("DeepseekV3Config", {**MLA, **DEEPSEEK}, 2),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"intermediate_size": 32, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+        2,
+    ),
+    "llama": ("LlamaConfig", {"intermediate_size": 96}, 1),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """Return (model, its checkpoint loaded as a module, the number of layer functions it must have)."""
+    config_class, settings, kinds = CASES[request.param]
+    model = random_model(config_class, **settings)
+    return model, load(save(model, tmp_path_factory.mktemp(request.param))), kinds
+
+
+def run(loaded, ids, mask, positions, states):
+    """Interpret the program on its own weights."""
+    return interpret(loaded.module, [ids, mask, positions, *states], lambda recipe: pull(recipe, loaded.weights))
+
+
+def empty_states(module, batch):
+    """Return the states before the first token."""
+    sizes = {"B": batch, "P": 0}
+    return [
+        torch.zeros([sizes.get(str(s), s) if s.is_Symbol else int(s) for s in p.type.shape])
+        for p in module.main.params
+        if p.type.state
+    ]
+
+
+def difference(actual, expected, mask):
+    """Return the largest difference over real tokens, relative to the largest logit."""
+    return ((actual - expected).abs()[mask.bool()].max() / expected.abs()[mask.bool()].max()).item()
+
+
+def test_numbers_equal_transformers(case):
+    model, loaded, _ = case
+    ids, mask, positions = padded_batch(128, 9)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        step = torch.randint(3, 128, (3, 1), generator=torch.Generator().manual_seed(5))
+        longer = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], 1)
+        logits, *states = run(loaded, ids, mask, positions, empty_states(loaded.module, 3))
+        after, *_ = run(loaded, step, longer, positions[:, -1:] + 1, states)
+        reference = model(
+            input_ids=step, attention_mask=longer, position_ids=positions[:, -1:] + 1,
+            past_key_values=expected.past_key_values, use_cache=True,
+        )  # fmt: skip
+    assert difference(logits, expected.logits, mask) < 1e-5
+    assert difference(after, reference.logits, torch.ones(3, 1)) < 1e-5
+
+
+def test_layers_of_a_kind_are_one_function(case):
+    _, loaded, kinds = case
+    verify(loaded.module)
+    assert loaded.module.stage == "graph"
+    assert len(loaded.module.functions) == kinds + 1
+    assert len([op for op in loaded.module.main.ops if op.callee]) == 3
+
+
+def test_live_module_gives_the_same_program(case):
+    model, loaded, _ = case
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    live = load(model)
+    ids, mask, positions = padded_batch(128, 5)
+    states = empty_states(loaded.module, 3)
+    assert torch.equal(run(live, ids, mask, positions, states)[0], run(loaded, ids, mask, positions, states)[0])
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert model.config._attn_implementation != "moec"
+
+
+def test_import_reads_no_weights(tmp_path, monkeypatch):
+    folder = save(random_model("MixtralConfig", intermediate_size=96, num_local_experts=4, num_experts_per_tok=2), tmp_path)
+    from moec.compiler.weights.checkpoint import Checkpoint
+
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Checkpoint, "read", fail)
+    assert "stack(tensor(" in print_module(load(folder).module)
+
+
+def test_config_alone_gives_the_same_text(tmp_path):
+    model = random_model("Qwen3MoeConfig", **E8, head_dim=16).to(torch.bfloat16)
+    full, bare = tmp_path / "a", tmp_path / "b"
+    save(model, full)
+    bare.mkdir()
+    (bare / "config.json").write_text((full / "config.json").read_text())
+    assert load(bare).weights is None
+    texts = [print_module(load(f).module).replace(str(f), "") for f in (full, bare)]
+    assert texts[0] == texts[1]
+
+
+def test_fp8_blocks_are_dequantized(tmp_path):
+    model = random_model("DeepseekV3Config", **MLA, **DEEPSEEK)
+    folder = save(model, tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    quantized = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and "embed" not in name and "lm_head" not in name and "mlp.gate.w" not in name:
+            n, k = tensor.shape
+            scales = 0.01 + torch.rand(-(-n // 16), -(-k // 16))
+            codes = (tensor / scales.repeat_interleave(16, 0)[:n].repeat_interleave(16, 1)[:, :k]).to(torch.float8_e4m3fn)
+            quantized |= {name: codes, f"{name}_scale_inv": scales}
+            tensors[name] = codes.float() * scales.repeat_interleave(16, 0)[:n].repeat_interleave(16, 1)[:, :k]
+        else:
+            quantized[name] = tensor
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    save_file(quantized, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load(folder)
+    save_file(tensors, folder / "model.safetensors")
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = load(folder)
+    ids, mask, positions = padded_batch(128, 6)
+    states = empty_states(plain.module, 3)
+    save_file(quantized, folder / "model.safetensors")
+    actual = run(load_again(loaded, folder), ids, mask, positions, states)[0]
+    save_file(tensors, folder / "model.safetensors")
+    expected = run(load_again(plain, folder), ids, mask, positions, states)[0]
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def load_again(loaded, folder):
+    """Return the program with the weights that lie in the folder now."""
+    from moec.compiler.frontends import Loaded
+    from moec.compiler.weights.checkpoint import open_checkpoint
+
+    return Loaded(loaded.module, open_checkpoint(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": None}, "has no model_type"),
+        ({"model_type": "no_such_model"}, "is not known to transformers"),
+        ({"num_attention_heads": "four"}, "does not accept this config"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' are not understood"),
+        ({"hidden_size": 128}, "do not belong together"),
+        ({"num_hidden_layers": 4}, "has no tensor"),
+    ],
+)
+def test_bad_configs_have_one_clear_error(tmp_path, change, message):
+    folder = save(random_model("MixtralConfig", intermediate_size=96, num_local_experts=4, num_experts_per_tok=2), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(change)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(MoecError, match=message):
+        load(folder)
+
+
+def test_remote_code_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('remote code was run')")
+    with pytest.raises(MoecError, match="comes with code of its own"):
+        load(tmp_path)
+
+
+def test_unsupported_state_is_named(tmp_path):
+    config = {
+        "num_hidden_layers": 4, "intermediate_size": 64, "num_experts": 4, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "attn_layer_period": 4, "attn_layer_offset": 2, "use_mamba_kernels": False,
+        "mamba_d_state": 8, "mamba_dt_rank": 8,
+    }  # fmt: skip
+    with pytest.raises(MoecError):
+        load(random_model("JambaConfig", **config))

@@ -1,0 +1,55 @@
+"""Tiny random checkpoints of the families, with every weight random and routing that is decisive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+BASE = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def random_model(config_class: str, **settings) -> torch.nn.Module:
+    """Return a causal LM of a config class in float32, evaluated, with random weights.
+
+    Constants of the initialisation (norms, biases) would hide mistakes, so they are random too; router weights are
+    scaled up, so that which experts are chosen does not hang on the last bits.
+    """
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**{**BASE, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    constant = {name for name, p in model.named_parameters() if p.unique().numel() == 1}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if not parameter.is_floating_point() or name not in model.state_dict():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name in constant or parameter.dim() == 1:
+                parameter.copy_(parameter + 0.1 * noise)
+            elif name.endswith(("mlp.gate.weight", "router.weight", "block_sparse_moe.gate.weight")):
+                parameter.copy_(15 * noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
+    """Save as a checkpoint folder with the family's own tensor names."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def padded_batch(vocabulary: int, length: int, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Return (input_ids, attention_mask, position_ids) of a batch with left padding in all rows but the first."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    for row in range(1, batch):
+        mask[row, : (length * row) // (batch + 1)] = 0
+    ids = ids * mask
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
