@@ -170,7 +170,7 @@ class Artifact:
         config = self._config("config.json")
         inner = config.get("text_config")
         places = [self._config("generation_config.json"), config, inner if isinstance(inner, dict) else {}]
-        value = next((p["eos_token_id"] for p in places if p.get("eos_token_id") is not None), [])
+        value: Any = next((p["eos_token_id"] for p in places if p.get("eos_token_id") is not None), [])
         return frozenset(value if isinstance(value, list) else [value])
 
     def _config(self, name: str) -> dict[str, Any]:

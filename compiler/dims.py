@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from operator import index
 from typing import TypeAlias
 
 import sympy
@@ -22,19 +23,21 @@ def dim(name: str) -> sympy.Symbol:
 
 def size(value: int | Size) -> Size:
     """Return an int or an expression as a size in sympy's normal form."""
-    if isinstance(value, int):
-        return sympy.Integer(value)
+    if not isinstance(value, sympy.Expr):
+        return sympy.Integer(index(value))  # TypeError for a text, which sympy would run as Python
+    if value.is_Float:
+        raise TypeError(f"a size is whole, {value} is not")
     return sympy.expand(value)
 
 
 def floordiv(a: int | Size, b: int | Size) -> Size:
     """Return a // b, exact where the division is."""
-    return sympy.floor(sympy.sympify(a) / sympy.sympify(b))
+    return sympy.floor(sympy.sympify(a, strict=True) / sympy.sympify(b, strict=True))
 
 
 def ceildiv(a: int | Size, b: int | Size) -> Size:
     """Return a / b rounded up."""
-    return sympy.ceiling(sympy.sympify(a) / sympy.sympify(b))
+    return sympy.ceiling(sympy.sympify(a, strict=True) / sympy.sympify(b, strict=True))
 
 
 FUNCTIONS = {

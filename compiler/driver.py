@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..passes import PASSES
-from ..targets import TARGETS
+from ..targets import TARGETS, declare_kernel_ops
 from . import frontends
 from .artifact import Artifact, record_figures, write_manifest
 from .atomic import atomic_folder
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..targets import Target
     from .parity import Comparison
     from .rewrite import Why
+
+declare_kernel_ops()
 
 LOWER = "lower"  # the pass that every target has: its own lowering
 COPIED = (
@@ -60,7 +62,7 @@ def compile(
     steps = _remaining(loaded.module, text)
     module, _ = run_pipeline(
         loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
-        stop_after=stop_after, table=passes_for(chosen), kernel_op=chosen.has_kernel,
+        stop_after=stop_after, table=passes_for(chosen),
     )  # fmt: skip
     if stop_after:
         return module
@@ -85,7 +87,12 @@ def passes_for(target: Target) -> dict[str, PassDef]:
     """Return the table of passes together with the target's lowering."""
 
     def lower(module: Module, target: Target, why: Why) -> Module:
-        return target.lower(module, why)
+        notes: list[str] = []
+        lowered = target.lower(module, notes)
+        tell = why.append if isinstance(why, list) else why
+        for text in notes if tell else ():
+            tell(f"note: {text}")
+        return lowered
 
     doc = f"Rewrite the module in the ops that target {target.name} runs."
     return {**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", None, {}, notes=True)}
@@ -166,7 +173,7 @@ def opt(
     chosen = find_target(target, {})
     return run_pipeline(
         module, parse_pipeline(passes), target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
-        table=passes_for(chosen), kernel_op=chosen.has_kernel,
+        table=passes_for(chosen),
     )[0]  # fmt: skip
 
 

@@ -281,6 +281,10 @@ def _infer(file: _File, node: StatementNode, op: Op) -> tuple[TensorType, ...]:
     except MoecError as error:
         at = node.callee or node.op
         raise file.source.error(error.what, at, todo=error.todo, model=error.model or model) from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        # an edited attribute of the wrong kind, which the op's rule did not look at before it computed with it
+        what = f"{op.name} cannot take these operands and attributes: {error}"
+        raise file.source.error(what, node.callee or node.op, model=model) from error
 
 
 # --- weights ---------------------------------------------------------------------------------------------------

@@ -196,9 +196,8 @@ def run_pipeline(
     given); `kernel_op` says which ops the target has at the stage kernel; `source_hint` names the source in errors.
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
-    if table is None:
-        from ..passes import PASSES as table
-    definitions = [(_look_up(name, table), options) for name, options in passes]
+    known = _all_passes() if table is None else table
+    definitions = [(_look_up(name, known), options) for name, options in passes]
     steps = [(definition, definition.convert(options)) for definition, options in definitions]
     steps = _until(steps, stop_after)
     settings = Settings(target, check, dump, why, kernel_op, source_hint)
@@ -211,6 +210,12 @@ def run_pipeline(
         module, timing = _run_pass(module, number, definition, options, history, settings)
         timings.append(timing)
     return module, timings
+
+
+def _all_passes() -> Mapping[str, PassDef]:
+    from ..passes import PASSES  # the passes stand on this file
+
+    return PASSES
 
 
 def _look_up(name: str, table: Mapping[str, PassDef]) -> PassDef:

@@ -97,13 +97,14 @@ def _load(folder: Path) -> Any:
         extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     try:
         with _no_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
                 trust_remote_code=False, output_loading_info=True, **extra,
             )  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise MoecError(f"transformers cannot load the source model: {lines[0]}", where=str(folder)) from error
+    model, info = loaded  # info: what output_loading_info asks for
     lacking = sorted(str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]))
     if lacking:
         raise MoecError(f"the source model lacks {len(lacking)} tensors, such as {lacking[0]}", where=str(folder))

@@ -91,7 +91,7 @@ def _build(owner: Rule, draft: _Draft, loc: tuple[str, ...]) -> list[Op]:
         operands = tuple(draft.values[n] if n else None for n in statement.operands)
         attrs = {name: _fill(owner, value, draft.attrs) for name, value in statement.attrs.items()}
         try:
-            types = OPS[statement.name].infer([v and v.type for v in operands], attrs)
+            types = OPS[statement.name].infer([v.type if v else None for v in operands], attrs)
         except MoecError as error:
             raise replace(error, what=f"rule {owner.name}: {error.what}", model=", ".join(loc), exit_code=1) from None
         for name, type in zip(statement.results, types, strict=True):

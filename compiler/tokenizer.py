@@ -71,8 +71,8 @@ def _from_transformers(folder: Path) -> Tokenizer:
             todo="give token ids instead of a text (--tokens 1,2,3)",
         ) from error
     return Tokenizer(
-        lambda text: list(found(text, truncation=False)["input_ids"]),
-        lambda ids: found.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        lambda text: list(found(text, truncation=False, verbose=False)["input_ids"]),
+        lambda ids: str(found.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)),
     )
 
 

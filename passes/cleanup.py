@@ -199,7 +199,7 @@ def _whole_slice(op: Op, index: int, state: _State) -> bool:
     operand, attributes = op.operands[0], op.attributes
     assert operand is not None
     whole = operand.type.shape[attributes["axis"]]  # type: ignore[index]
-    start, stop = size(attributes["start"]), size(attributes["stop"])  # type: ignore[arg-type]
+    start, stop = size(attributes["start"]), size(attributes["stop"])
     return start == 0 and sympy.expand(stop - whole) == 0 and attributes.get("step", 1) == 1
 
 
@@ -209,7 +209,7 @@ def _same_type(op: Op, index: int, state: _State) -> bool:
 
 def _in_order(op: Op, index: int, state: _State) -> bool:
     perm = op.attributes["perm"]
-    return list(perm) == sorted(perm)  # type: ignore[arg-type, type-var]
+    return list(perm) == sorted(perm)  # type: ignore[arg-type]
 
 
 _SAME: dict[str, Callable[[Op, int, _State], bool]] = {

@@ -5,4 +5,11 @@ from .target import Target
 
 TARGETS: dict[str, Target] = {CPU.name: CPU}
 
-__all__ = ["TARGETS", "Target"]
+
+
+def declare_kernel_ops() -> None:
+    """Import every target's own ops into the table of ops, so that programs of stage kernel can be read."""
+    from .cpu import ops as cpu_ops  # noqa: F401
+
+
+__all__ = ["TARGETS", "Target", "declare_kernel_ops"]

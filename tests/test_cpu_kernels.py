@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
-
 from moec.compiler.dims import dim, size
-from moec.compiler.errors import MoecError
 from moec.compiler.interpret import interpret, random_inputs
 from moec.compiler.ir import Dim, Function, Module, Op, TensorType, Value, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.weights.sources import RandomSource
-from moec.targets.cpu.emit import KERNELS, MODEL, emit, supported
+from moec.targets.cpu.emit import KERNELS, MODEL, emit
 
 B, S, P = dim("B"), dim("S"), dim("P")
 DIMS = (Dim("B", 1, 1024), Dim("S", 1, 131072), Dim("P", 0, 131072))
@@ -141,7 +138,7 @@ CASES: dict[str, list[Case]] = {
     **{f"core.{n}": [case(X)] for n in UNARY},
     **{f"core.{n}": [case(X, fix=positive)] for n in ("log", "sqrt", "rsqrt", "reciprocal")},
     "core.gelu": [case(X), case(X, approximate="tanh")],
-    "core.clamp": [case(X, min=-0.5), case(X, max=0.25), case(X, min=-1.0, max=1.0), case(i64(B, S), min=1.0)],
+    "core.clamp": [case(X, min=-0.5), case(X, max=0.25), case(X, min=-1.0, max=1.0)],
     "core.where": [case(truth(B, S, 1), X, X), case(truth(S, 8), X, f32()), case(truth(B, S), truth(B, S), truth(S))],
     "core.cast": [case(X, to="i64"), case(X, to="bool"), case(i64(B, S), to="f32"), case(truth(B, S), to="i64")],
     "core.constant": [case(value=0.5, dtype="f32"), case(value=3, dtype="i64"), case(value=True, dtype="bool")],
@@ -238,8 +235,8 @@ def differ(got: np.ndarray, want: torch.Tensor) -> float:
     finite = np.isfinite(expected)
     if (np.isfinite(got) != finite).any() or (got[~finite] != expected[~finite]).any():
         return INF
-    error = np.abs(got - expected, where=finite, out=np.zeros_like(got)).max(initial=0.0)
-    return float(error / max(1e-6, np.abs(expected, where=finite, out=np.zeros_like(got)).max(initial=0.0)))
+    error = np.abs(got[finite] - expected[finite]).max(initial=0.0)
+    return float(error / max(1e-6, np.abs(expected[finite]).max(initial=0.0)))
 
 
 def no_weights(recipe: object) -> torch.Tensor:

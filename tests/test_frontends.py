@@ -6,47 +6,31 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
+from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.interpret import interpret
 from moec.compiler.printer import print_module
 from moec.compiler.verify import verify
 from moec.compiler.weights.pull import pull
 from tiny_models import padded_batch, random_model, save
 
-MLA = {
-    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "num_key_value_heads": 4,
-}  # fmt: skip
-DEEPSEEK = {
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
-    "moe_intermediate_size": 32, "intermediate_size": 96, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
-    "norm_topk_prob": True,
-}  # fmt: skip
-E8 = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 96}
+# family, changes to its tiny config, kinds of layers
 CASES = {
-    "mixtral": ("MixtralConfig", {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}, 1),
-    "mixtral-window": (
-        "MixtralConfig",
-        {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
-        1,
-    ),
-    "qwen3_moe-dense": ("Qwen3MoeConfig", {**E8, "head_dim": 16, "mlp_only_layers": [1]}, 2),
-    "qwen2_moe": ("Qwen2MoeConfig", {**E8, "shared_expert_intermediate_size": 48}, 1),
-    "olmoe": ("OlmoeConfig", {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}, 1),
-    "deepseek_v3": ("DeepseekV3Config", {**MLA, **DEEPSEEK}, 2),
-    "gpt_oss": (
-        "GptOssConfig",
-        {"intermediate_size": 32, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
-        2,
-    ),
-    "llama": ("LlamaConfig", {"intermediate_size": 96}, 1),
+    "mixtral": ("mixtral", {}, 1),
+    "mixtral-window": ("mixtral", {"sliding_window": 4}, 1),
+    "qwen3_moe-dense": ("qwen3_moe", {"mlp_only_layers": [1]}, 2),
+    "qwen2_moe": ("qwen2_moe", {}, 1),
+    "olmoe": ("olmoe", {}, 1),
+    "deepseek_v3": ("deepseek_v3", {}, 2),
+    "gpt_oss": ("gpt_oss", {}, 2),
+    "llama": ("llama", {}, 1),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """Return (model, its checkpoint loaded as a module, the number of layer functions it must have)."""
-    config_class, settings, kinds = CASES[request.param]
-    model = random_model(config_class, **settings)
+    family, changes, kinds = CASES[request.param]
+    model = random_model(FAMILIES[family], **changes)
     return model, load(save(model, tmp_path_factory.mktemp(request.param))), kinds
 
 
@@ -107,7 +91,7 @@ def test_live_module_gives_the_same_program(case):
 
 
 def test_import_reads_no_weights(tmp_path, monkeypatch):
-    folder = save(random_model("MixtralConfig", intermediate_size=96, num_local_experts=4, num_experts_per_tok=2), tmp_path)
+    folder = save(random_model(FAMILIES["mixtral"]), tmp_path)
     from moec.compiler.weights.checkpoint import Checkpoint
 
     def fail(*args, **kwargs):
@@ -118,7 +102,7 @@ def test_import_reads_no_weights(tmp_path, monkeypatch):
 
 
 def test_config_alone_gives_the_same_text(tmp_path):
-    model = random_model("Qwen3MoeConfig", **E8, head_dim=16).to(torch.bfloat16)
+    model = random_model(FAMILIES["qwen3_moe"]).to(torch.bfloat16)
     full, bare = tmp_path / "a", tmp_path / "b"
     save(model, full)
     bare.mkdir()
@@ -129,7 +113,7 @@ def test_config_alone_gives_the_same_text(tmp_path):
 
 
 def test_fp8_blocks_are_dequantized(tmp_path):
-    model = random_model("DeepseekV3Config", **MLA, **DEEPSEEK)
+    model = random_model(FAMILIES["deepseek_v3"])
     folder = save(model, tmp_path)
     from safetensors.torch import load_file, save_file
 
@@ -182,7 +166,7 @@ def load_again(loaded, folder):
     ],
 )
 def test_bad_configs_have_one_clear_error(tmp_path, change, message):
-    folder = save(random_model("MixtralConfig", intermediate_size=96, num_local_experts=4, num_experts_per_tok=2), tmp_path)
+    folder = save(random_model(FAMILIES["mixtral"]), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config.update(change)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -197,11 +181,11 @@ def test_remote_code_is_not_run(tmp_path):
         load(tmp_path)
 
 
-def test_unsupported_state_is_named(tmp_path):
-    config = {
+def test_unsupported_state_is_named():
+    settings = {
         "num_hidden_layers": 4, "intermediate_size": 64, "num_experts": 4, "expert_layer_period": 2,
-        "expert_layer_offset": 1, "attn_layer_period": 4, "attn_layer_offset": 2, "use_mamba_kernels": False,
-        "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "expert_layer_offset": 1, "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 8,
+        "mamba_dt_rank": 8,
     }  # fmt: skip
-    with pytest.raises(MoecError):
-        load(random_model("JambaConfig", **config))
+    with pytest.raises(MoecError, match="JambaForCausalLM cannot be imported"):
+        load(random_model(Family("Jamba", "jamba", "JambaConfig", settings)))

@@ -202,6 +202,13 @@ def test_errors_point_at_the_place(old, new, what, under):
     assert marks == "|   " + " " * (int(column) - 1) + "^" * len(under)
 
 
+@pytest.mark.parametrize("shape", ['["1 + 1", 64]', "[1.5, 64]", "word", "[[B, S], 64]", "7"])
+def test_an_attribute_of_the_wrong_kind_is_an_error_and_never_runs(shape):
+    error = error_of(TEXT.replace("shape=[B*S, 64]", f"shape={shape}"))
+    assert "core.reshape" in error.what
+    assert "^" in error.excerpt
+
+
 def test_errors_say_what_would_help():
     assert error_of(TEXT.replace("core.topk", "core.topkk")).todo.startswith("did you mean core.topk")
     assert error_of(TEXT.replace("(%flat,", "(%flatt,")).todo == "did you mean %flat?"

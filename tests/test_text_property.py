@@ -17,7 +17,7 @@ from moec.compiler.parser import parse_module, parse_pipeline, parse_signature, 
 from moec.compiler.printer import print_module
 from moec.compiler.recipes import Literal, Tensor, step
 
-RELAXED = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+RELAXED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 TYPES: dict[int, tuple[TensorType, ...]] = {}  # what the op test.any gives, by its attribute `n`
 
 
@@ -178,7 +178,7 @@ def test_a_size_survives_its_text(expression):
     assert parse_size(size_text(expression), DIMS) == expression
 
 
-@settings(RELAXED, max_examples=150)
+@settings(RELAXED, max_examples=100)
 @given(modules(), st.data())
 def test_a_damaged_text_is_one_error_or_a_module(module, data):
     text = print_module(module)
@@ -194,7 +194,7 @@ def test_a_damaged_text_is_one_error_or_a_module(module, data):
         assert "^" in error.excerpt
 
 
-@settings(RELAXED, max_examples=150)
+@settings(RELAXED, max_examples=100)
 @given(st.text(alphabet='ab%@.,*?()[]{}:=->_+1 "\n', max_size=30))
 def test_any_text_is_read_or_refused(text):
     for read in (parse_pipeline, parse_signature, parse_statements, lambda t: parse_size(t, ["a"]), parse_module):

@@ -6,21 +6,17 @@ from pathlib import Path
 
 import torch
 import transformers
-
-BASE = {
-    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+from moec.compiler.frontends.families import Family
 
 
-def random_model(config_class: str, **settings) -> torch.nn.Module:
-    """Return a causal LM of a config class in float32, evaluated, with random weights.
+def random_model(family: Family, **changes) -> torch.nn.Module:
+    """Return a tiny causal LM of a family in float32, evaluated, with random weights.
 
     Constants of the initialisation (norms, biases) would hide mistakes, so they are random too; router weights are
     scaled up, so that which experts are chosen does not hang on the last bits.
     """
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**{**BASE, **settings})
+    config = family.config(**changes)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     constant = {name for name, p in model.named_parameters() if p.unique().numel() == 1}
     generator = torch.Generator().manual_seed(1)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 BASE: Mapping[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _EIGHT = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MLA = {
@@ -29,9 +29,9 @@ _DEEPSEEK = {
 class Family:
     """A family: its name, transformers' model_type and config class, a tiny configuration over BASE.
 
-    `state` says what a layer keeps from step to step; `checked` what the tests compare with transformers:
-    `logits` (prefill and cached decoding of tiny random checkpoints) or `figures` (the import of a published
-    config.json and its parameter counts).
+    `state` says what a layer keeps from step to step; `checked` what the tests compare with transformers, on tiny
+    random checkpoints, in prefill and cached decoding: `artifact` (the compiled model in ONNX Runtime, 32 steps, from a
+    folder and from a live model) or `program` (the imported program, interpreted).
     """
 
     name: str
@@ -39,7 +39,7 @@ class Family:
     config_class: str
     tiny: Mapping[str, Any]
     state: str = "kv"
-    checked: str = "logits"
+    checked: str = "artifact"
 
     def config(self, **changes: Any) -> Any:
         """Return the tiny transformers config, with changes."""
@@ -56,7 +56,12 @@ _ALL = (
            {"intermediate_size": 96, "shared_expert_intermediate_size": 48, "mlp_only_layers": [], **_EIGHT}),
     Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeConfig",
            {"intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True, **_EIGHT}),
-    Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, checked="figures"),
+    Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, state="latent kv",
+           checked="program"),
+    Family("gpt-oss", "gpt_oss", "GptOssConfig",
+           {"intermediate_size": 32, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "sliding_window": 4}, checked="program"),
+    Family("Llama (dense)", "llama", "LlamaConfig", {"intermediate_size": 96}, checked="program"),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

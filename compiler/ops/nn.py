@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
-from ..dims import Size
+from ..dims import Size, size
 from ..ir import TensorType
 from .core import axis_of, with_axis
 from .define import Attributes, Types, fail, op
@@ -86,7 +86,7 @@ def _attention_flops(operands: Types, results: tuple[TensorType, ...], attribute
     heads = q.elements / q.shape[-1]
     slots = k.shape[2]
     if attributes["window"]:
-        slots = sympy.Min(slots, attributes["window"])
+        slots = sympy.Min(slots, size(attributes["window"]))
     return 2 * heads * slots * (q.shape[-1] + v.shape[-1]) + 5 * heads * slots
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..target import Target
+from . import ops as _ops  # noqa: F401  (declares ort.*, so that programs of stage kernel can be read)
 
 if TYPE_CHECKING:
     from ...compiler.ir import Module, Op
     from ...compiler.weights.sources import WeightSource
 
-# torch, onnx and onnxruntime take seconds to import: the functions below import what they need when they run
+# onnx and onnxruntime take seconds to import: the functions below import what they need when they run
 
 
 def _supported(op: Op) -> str | None:
@@ -44,7 +45,7 @@ def _load(folder: Path, **options: Any) -> Any:
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
-    pipeline="",
+    pipeline="cleanup,raise-norm,raise-rope,lift-moe,cleanup,lower",
     supported=_supported,
     lower=_lower,
     emit=_emit,

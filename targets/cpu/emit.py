@@ -26,7 +26,6 @@ from ...compiler.weights.pull import pull
 from ...compiler.weights.sink import DataFile
 from ...compiler.weights.sources import WeightSource
 from . import onnx_core, onnx_moe, onnx_nn
-from . import ops as _ops  # noqa: F401  (declares ort.*)
 from .graph import CONTRIB, ONNX_TYPES, Context, Graph, Kernel
 
 KERNELS: dict[str, Kernel] = {**onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_moe.KERNELS}
@@ -79,6 +78,7 @@ def emit(
     with DataFile(folder / DATA, progress=progress) as data:
         writer = _Writer(module, graph, source, data)
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
+    graph.prune([r.name for r in main.results])
     model = _model(module, graph)
     files = {MODEL: _write(folder / MODEL, model)}
     if data.size:

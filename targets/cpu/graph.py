@@ -41,6 +41,7 @@ class Graph:
         self.initializers: dict[str, TensorProto] = {}
         self.params = tuple(params)
         self.lows = {dim.name: dim.low for dim in dims}
+        self.views: MutableMapping[str, tuple[str, tuple[Size, ...]]] = {}  # reshaped value -> what it was, its sizes
         self._once: MutableMapping[Any, Any] = {}
         self._taken: dict[str, int] = {}
 
@@ -106,12 +107,22 @@ class Graph:
     @contextmanager
     def body(self) -> Iterator[list[onnx.NodeProto]]:
         """Collect nodes for a subgraph; they see the values outside, and nothing outside sees theirs."""
-        outer, shared = self.nodes, self._once
-        self.nodes, self._once = [], ChainMap({}, shared)
+        outer = self.nodes, self._once, self.views
+        self.nodes, self._once, self.views = [], ChainMap({}, self._once), ChainMap({}, self.views)
         try:
             yield self.nodes
         finally:
-            self.nodes, self._once = outer, shared
+            self.nodes, self._once, self.views = outer
+
+    def prune(self, results: Sequence[str]) -> None:
+        """Drop nodes and initializers that the results do not need."""
+        needed, kept = set(results), []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                kept.append(node)
+                needed.update(_reads(node))
+        self.nodes = kept[::-1]
+        self.initializers = {name: tensor for name, tensor in self.initializers.items() if name in needed}
 
     # --- sizes -------------------------------------------------------------------------------------------------
 
@@ -182,6 +193,13 @@ class Graph:
     def positive(self, expression: Size) -> bool:
         """Return whether a size is at least 1 at run time, as far as the dims' ranges say so."""
         return _positive(expression, tuple(sorted(self.lows.items())))
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _reads(inner)
 
 
 @lru_cache(maxsize=65536)
@@ -264,17 +282,22 @@ class Context:
         """Return a value that all layers share: made at its first use, under its own label."""
         return self.graph.once(key, lambda: make(Context(self.graph, {}, label)))
 
-    def reshape(self, name: str, source: Sequence[Size], target: Sequence[Size], output: str | None = None) -> str:
-        """Add a Reshape from sizes to sizes that is right for every value of the dims."""
+    def reshape(self, name: str, source: Sequence[Size], target: Sequence[Size]) -> str:
+        """Return the value with sizes `target`, right for every value of the dims; a reshape of a reshape is one."""
+        graph = self.graph
+        name, source = graph.views.get(name, (name, tuple(source)))
+        if source == tuple(target):
+            return name
         wanted = [0 if i < len(source) and source[i] == s and not s.is_Integer else s for i, s in enumerate(target)]
         unknown = [i for i, s in enumerate(wanted) if not isinstance(s, int) and not s.is_Integer]
-        others = [s for i, s in enumerate(target) if i not in unknown]
-        if len(unknown) == 1 and all(self.graph.positive(s) for s in others):  # -1 needs the other sizes above 0
-            wanted[unknown[0]] = -1
-            unknown = []
-        shape = self.graph.shape(target if unknown else [int(s) for s in wanted])
-        outputs: int | list[str] = 1 if output is None else [output]
-        return self.graph.node(self.label, "Reshape", [name, shape], outputs, self.doc)[0]
+        if len(unknown) == 1 and all(graph.positive(s) for i, s in enumerate(target) if i != unknown[0]):
+            wanted[unknown.pop()] = -1  # right only where the other sizes are above 0
+        if unknown:  # a computed size may be 0, which would mean "as in the input"
+            result = self.node("Reshape", name, graph.shape(target), allowzero=1)
+        else:
+            result = self.node("Reshape", name, graph.constant([int(s) for s in wanted]))
+        graph.views[result] = (name, source)
+        return result
 
 
 Kernel = Callable[[Context, Op], None]

@@ -12,7 +12,6 @@ from ...compiler.errors import Refuse
 from ...compiler.ir import Attr, Const, Function, Module, Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
-from . import ops as _ops  # noqa: F401  (declares ort.*)
 from .ranges import distinct, not_negative
 
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time

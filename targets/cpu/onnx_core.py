@@ -158,7 +158,7 @@ def core_linear(ctx: Context, op: Op) -> None:
 def reshape(ctx: Context, op: Op) -> None:
     """Emit Reshape."""
     (source,) = op.inputs
-    ctx.reshape(ctx.value(source), source.type.shape, op.results[0].type.shape, ctx.value(op.results[0]))
+    ctx.alias(op.results[0], ctx.reshape(ctx.value(source), source.type.shape, op.results[0].type.shape))
 
 
 @kernel("core.transpose")
@@ -230,7 +230,7 @@ def argsort(ctx: Context, op: Op) -> None:
     axis: Any = op.attributes["axis"]
     largest = int(ctx.attributes(op)["descending"])
     inputs = [*ctx.inputs(op), ctx.graph.size(op.results[0].type.shape[axis])]
-    outputs = ["", ctx.value(op.results[0])]
+    outputs = [ctx.graph.fresh(f"{ctx.label}/sorted"), ctx.value(op.results[0])]
     ctx.graph.node(ctx.label, "TopK", inputs, outputs, ctx.doc, axis=axis, largest=largest, sorted=1)
 
 

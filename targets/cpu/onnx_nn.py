@@ -44,7 +44,7 @@ def rotary_embedding(ctx: Context, op: Op) -> None:
     flat = (batch, new, heads * width)
     tables = [_half(ctx, table, batch) for table in (cos, sin)]
     turned = ctx.node("RotaryEmbedding", ctx.reshape(ctx.value(x), x.type.shape, flat), *tables, num_heads=int(heads))
-    ctx.reshape(turned, flat, x.type.shape, ctx.value(op.results[0]))
+    ctx.alias(op.results[0], ctx.reshape(turned, flat, x.type.shape))
 
 
 def _half(ctx: Context, table: Value, batch: Size) -> str:
@@ -152,15 +152,19 @@ def group_query_attention(ctx: Context, op: Op) -> None:
     # without the count of new tokens a batch with past and several new tokens is refused
     count = _per_row(ctx, graph.scalar(new, "i32"), batch)
     inputs = [*flat, ctx.value(past_key), ctx.value(past_value), last, graph.scalar(total, "i32"), "", "", ""]
-    inputs += [ctx.value(bias), ctx.value(sinks), "", "", "", "", count]
     attributes = ctx.attributes(op)
-    outputs = [f"{ctx.label}/heads", *(ctx.value(state) for state in op.results[1:])]
+    sink = ctx.value(sinks)
+    if attributes["softcap"] and bias is not None and not sink:
+        # with a softcap a row that is all -inf becomes NaN; a sink that weighs nothing makes it 0, as without one
+        sink = graph.constant(np.full(int(heads), -1e30), "f32")
+    inputs += [ctx.value(bias), sink, "", "", "", "", count]
+    outputs = [graph.fresh(f"{ctx.label}/heads"), *(ctx.value(state) for state in op.results[1:])]
     graph.node(
         ctx.label, "GroupQueryAttention", inputs, outputs, ctx.doc, domain=CONTRIB,
         num_heads=int(heads), kv_num_heads=int(groups), do_rotary=0, scale=attributes["scale"],
         local_window_size=attributes["window"] or -1, softcap=attributes["softcap"],
     )  # fmt: skip
-    ctx.reshape(outputs[0], (batch, new, heads * width), op.results[0].type.shape, ctx.value(op.results[0]))
+    ctx.alias(op.results[0], ctx.reshape(outputs[0], (batch, new, heads * width), op.results[0].type.shape))
 
 
 def _per_row(ctx: Context, scalar: str, batch: Size) -> str:

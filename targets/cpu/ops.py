@@ -28,7 +28,7 @@ def _bias(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     return (TensorType.of("f32", mask.shape[0], 1, attributes["tokens"], mask.shape[1]),)
 
 
-@op("ort.attention_bias", "mask: i64[B, T] -> bias: f32[B, 1, N, T]", infer=_bias, domains={"mask": lambda t, a: size(2)})
+@op("ort.attention_bias", "mask: M[B, T] -> bias: f32[B, 1, N, T]", infer=_bias, domains={"mask": lambda t, a: size(2)})
 def attention_bias(mask, *, tokens: Size):
     """Make the scores' bias from a padding mask: 0 for real slots, -inf for padding, the same for every new token."""
     bias = torch.zeros(mask.shape).masked_fill(mask == 0, float("-inf"))
@@ -84,6 +84,7 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     infer=_moe,
     flops=lambda o, r, a: OPS["moe.experts"].flops(o, r, {**a, "layout": "interleaved"}),
     domains={"ids": lambda types, attributes: types[3].shape[0]},  # type: ignore[union-attr]
+    rows=OPS["moe.experts"].rows,
     distinct=("ids",),
 )
 def moe(

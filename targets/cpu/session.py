@@ -170,7 +170,7 @@ def _errors(what: str, path: Path, todo: str) -> Iterator[None]:
     """Reword what the runtime raises; its exceptions share no base class, and binding raises RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-    families = tuple(e for e in vars(native).values() if isinstance(e, type) and issubclass(e, Exception))
+    families: tuple[type[Exception], ...] = tuple(e for e in vars(native).values() if isinstance(e, type) and issubclass(e, Exception))
     try:
         yield
     except (RuntimeError, ValueError, *families) as error:

@@ -1,0 +1,388 @@
+"""The `moec` command as a user types it: results on standard output, one message for an error, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from moec.compiler import cli
+from moec.compiler.cli_base import progress_bar
+from moec.compiler.errors import MoecError
+from moec.compiler.parser import parse_module
+
+MOEC = [sys.executable, "-m", "moec.compiler.cli"]
+COMMANDS = ("compile", "opt", "run", "verify", "inspect", "list", "targets")
+CONFIGS = Path(__file__).parent / "configs"
+
+PROGRAM = """moec 1 stage graph
+dim B in 1..8
+dim S in 1..64
+dim P in 0..64
+
+func @main(%x: f32[B, S, 4])
+    -> (f32[B, S, 4]) {
+  const %w : f32[4, 4] = tensor("w", f32[4, 4])
+  %y = core.linear(%x, %w, _) : f32[B, S, 4]
+  %z = core.neg(%y) : f32[B, S, 4]
+  %u = core.neg(%y) : f32[B, S, 4]
+  %v = core.add(%z, %u) : f32[B, S, 4]
+  return %v
+}
+"""
+
+
+def moec(*arguments: object, input: str | None = None) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(cli.main, [str(a) for a in arguments], input=input)
+
+
+def shell(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run the command as its own process."""
+    return subprocess.run([*MOEC, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.moir"
+    path.write_text(PROGRAM, "utf-8")
+    return path
+
+
+# --- help and wrong use --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = moec(command, "--help")
+    assert result.exit_code == 0
+    assert f"Examples:\n    moec {command}" in result.stdout
+
+
+def test_help_of_all():
+    result = moec("--help")
+    assert result.exit_code == 0
+    assert all(f"  {command} " in result.stdout for command in COMMANDS)
+    assert not any("..." in line for line in result.stdout.splitlines() if line.split()[:1] in [[c] for c in COMMANDS])
+
+
+def test_version():
+    import moec as package
+
+    assert moec("--version").stdout == f"moec, version {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compyle"], "No such command 'compyle'"),
+        (["compile"], "Missing argument 'SOURCE'"),
+        (["compile", "m", "-D", "context"], "'context' is not KEY=VALUE"),
+        (["compile", "m", "-o", "m.moir"], "add --stop-after kernel"),
+        (["compile", "m", "--stop-after", "moe", "--verify"], "--verify needs an artifact"),
+        (["run", "d"], "give one of --prompt and --tokens"),
+        (["run", "d", "--tokens", "1", "--prompt", "a"], "give one of --prompt and --tokens"),
+        (["run", "d", "--tokens", "1,b"], "not a list of token ids"),
+        (["run", "d", "--tokens", "1", "--top-p", "0"], "--top-p"),
+        (["inspect", "d", "--context", "-1"], "--context"),
+        (["list", "cats"], "'cats' is not one of"),
+    ],
+)
+def test_wrong_use(arguments, message):
+    result = moec(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compile", "nowhere"], "error: the source does not exist"),
+        (["compile", "nowhere", "--target", "abacus"], "error: there is no target"),
+        (["inspect", "nowhere"], "error: the source does not exist"),
+        (["opt", "nowhere.moir"], "error: "),
+        (["run", "nowhere", "--tokens", "1"], "error: there is no such folder"),
+        (["verify", "nowhere"], "error: there is no such folder"),
+        (["verify", "nowhere", "--text", "gone.txt"], "error: the file cannot be read: No such file"),
+        (["targets", "abacus"], "error: there is no target 'abacus'"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = moec(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message)
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "targets", "x"], ["targets", "x", "--debug"]])
+def test_debug_shows_the_traceback_too(arguments):
+    result = moec(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Traceback (most recent call last)")
+    assert "\nerror: there is no target 'x'" in result.stderr
+
+
+def failing(monkeypatch, error: BaseException) -> Result:
+    from moec.compiler import listing
+
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(listing, "targets", fail)
+    return moec("targets")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MoecError("pass x changes the numbers", exit_code=1), 1, "error: pass x changes the numbers\n"),
+        (ZeroDivisionError("oops"), 70, "error: moec failed: ZeroDivisionError: oops\n  run the command again with --debug"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "error: No such file or directory\n  at a/b\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_exit_codes(monkeypatch, error, code, message):
+    result = failing(monkeypatch, error)
+    assert result.exit_code == code
+    assert result.stderr.startswith(message)
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) <= 2
+
+
+def test_a_closed_pipe_is_quiet():
+    with subprocess.Popen([*MOEC, "list", "ops", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_interrupt_is_one_line(tmp_path):
+    fifo = tmp_path / "pipe.moir"
+    os.mkfifo(fifo)
+    with subprocess.Popen([*MOEC, "opt", str(fifo)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with fifo.open("w"):  # opens once the command reads
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_the_command_starts_without_heavy_imports():
+    code = "import sys, moec.compiler.cli; print([m for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'sympy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_no_progress_bar_without_a_terminal():
+    with progress_bar("x") as progress:
+        assert progress is None
+
+
+# --- IR in, IR out -------------------------------------------------------------------------------------------------
+
+
+def test_opt_prints_ir_that_parses(program):
+    result = moec("opt", program, "-p", "cleanup")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("core.neg") == 1
+    assert moec("opt", program).stdout == PROGRAM
+    assert parse_module(result.stdout).stage == "graph"
+
+
+def test_opt_reads_standard_input_and_writes_a_file(program, tmp_path):
+    out = tmp_path / "new" / "out.moir"
+    done = shell("opt", "-", "-p", "cleanup", "--check", "--why", "-o", out, input=PROGRAM)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert out.read_text("utf-8") == moec("opt", program, "-p", "cleanup").stdout
+
+
+def test_opt_says_where_the_text_is_wrong():
+    result = moec("opt", "-", input=PROGRAM.replace("%y = core.linear(%x, %w, _) : f32[B, S, 4]", "%y = core.linear(%x, %w, _) : f32[B, S, 5]"))
+    assert result.exit_code == 2
+    assert "<stdin>:8:" in result.stderr
+    assert "^" in result.stderr
+
+
+def test_opt_dumps(program, tmp_path):
+    result = moec("opt", program, "-p", "cleanup", "--dump", tmp_path / "dumps")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(p.name for p in (tmp_path / "dumps").iterdir())[-1] == "01.cleanup.moir"
+
+
+# --- what there is -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [("ops", "moe.experts"), ("passes", "lift-moe"), ("families", "Mixtral"), ("rules", None)]
+)
+def test_lists(what, name):
+    rows = json.loads(moec("list", what, "--json").stdout, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    names = [row["name"] for row in rows]
+    assert name is None or name in names
+    assert all(row.get("doc", "x") for row in rows)
+    table = moec("list", what).stdout
+    assert len(table.splitlines()) == 2 + len(rows)
+    assert all(line.split()[0] == n for line, n in zip(table.splitlines()[2:], names, strict=True))
+
+
+def test_targets():
+    rows = json.loads(moec("targets", "--json").stdout)
+    assert "cpu" in [row["name"] for row in rows]
+    (cpu,) = json.loads(moec("targets", "cpu", "--json").stdout)
+    assert set(cpu) == {"name", "pipeline", "doc"}
+
+
+def test_inspect_a_program(program):
+    report = json.loads(moec("inspect", program, "--json", "--context", "3").stdout)
+    assert report["parameters"]["total"] == 16
+    assert report["per_token"]["context"] == 3
+    assert report["per_token"]["flops"] == 2 * 16 + 3 * 4
+    text = moec("inspect", program).stdout
+    assert "parameters" in text and "@main" in text and "dims: B in 1..8" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_inspect_a_config():
+    result = moec("inspect", CONFIGS / "OLMoE-1B-7B-0924")
+    assert result.exit_code == 0, result.stderr
+    assert "6.919 B" in result.stdout and "1.282 B" in result.stdout
+    assert "@layer     0..15" in result.stdout
+
+
+# --- compile, verify, run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny random Qwen3-MoE with a byte-level tokenizer."""
+    import torch
+    from moec.compiler.frontends.families import FAMILIES
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"].config(vocab_size=259))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {c: i for i, c in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint) -> Path:
+    """The checkpoint, compiled by the command in its own process."""
+    done = shell("compile", checkpoint.name, "-o", "art", cwd=checkpoint.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "art\n"
+    assert done.stderr.startswith("compiled in ")
+    assert len(done.stderr.splitlines()) == 1
+    return checkpoint.parent / "art"
+
+
+def test_compile_prints_ir(checkpoint, tmp_path):
+    done = shell("compile", checkpoint, "--stop-after", "moe")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert parse_module(done.stdout).stage == "moe"
+    result = moec("compile", checkpoint, "--stop-after", "moe", "-o", tmp_path / "x.moir")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert (tmp_path / "x.moir").read_text("utf-8") == done.stdout
+
+
+def test_compile_needs_weights(tmp_path):
+    result = moec("compile", CONFIGS / "OLMoE-1B-7B-0924", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "there are no weights to compile" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_compile_with_verify_records_the_figures(checkpoint, tmp_path):
+    result = moec("compile", checkpoint, "-o", tmp_path / "out", "--verify", "--why")
+    assert result.exit_code == 0, result.stderr
+    assert "verified: relative difference of logits" in result.stderr
+    assert json.loads((tmp_path / "out" / "moec.json").read_text("utf-8"))["figures"]["passed"] is True
+
+
+def test_inspect_an_artifact(artifact):
+    report = json.loads(moec("inspect", artifact, "--json").stdout)
+    assert (report["target"], report["stage"]) == ("cpu", "kernel")
+    assert report["files"]["model.onnx.data"] > 0
+    assert report["parameters"]["active"] < report["parameters"]["total"]
+    text = moec("inspect", artifact).stdout
+    assert "target cpu" in text and "model.onnx.data" in text
+
+
+def test_figures_do_not_change_on_the_way(checkpoint, artifact):
+    source, compiled = (json.loads(moec("inspect", p, "--json").stdout) for p in (checkpoint, artifact))
+    for key in ("parameters", "state"):
+        assert source[key] == compiled[key]
+    assert source["bytes"]["checkpoint"] == compiled["bytes"]["checkpoint"]
+    assert source["per_token"]["flops"] == pytest.approx(compiled["per_token"]["flops"], rel=0.1)
+
+
+def test_verify(artifact, tmp_path):
+    result = moec("verify", artifact, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["passed"] is True
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 20, "utf-8")
+    lines = moec("verify", artifact, "--text", text, "--against", artifact.parent / "tiny").stdout.splitlines()
+    assert any("perplexity" in line for line in lines)
+
+
+def test_verify_fails_with_1(artifact, tmp_path):
+    """Against another model the numbers differ."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(artifact.parent / "tiny", dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    result = moec("verify", artifact, "--against", tmp_path / "other", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["passed"] is False
+
+
+def test_run_streams_text(artifact):
+    done = shell("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr and len(done.stderr.splitlines()) == 1
+    found = json.loads(moec("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6", "--json").stdout)
+    assert done.stdout == found["text"] + "\n"
+    assert found["prompt_tokens"] == 5 and len(found["tokens"]) <= 6
+
+
+def test_run_prints_tokens_that_go_in_again(artifact):
+    first = moec("run", artifact, "--tokens", "5, 6 7", "--greedy", "--max-new-tokens", "4").stdout.strip()
+    assert len(first.split(",")) <= 4
+    again = moec("run", artifact, "--tokens", f"5,6,7,{first.split(',')[0]}", "--greedy", "--max-new-tokens", "3")
+    assert again.stdout.strip() == ",".join(first.split(",")[1:])
+
+
+def test_run_draws_where_a_seed_is_given(artifact):
+    drawn = [moec("run", artifact, "--tokens", "5,6", "--seed", s, "--max-new-tokens", "12").stdout for s in (1, 1, 2)]
+    greedy = moec("run", artifact, "--tokens", "5,6", "--max-new-tokens", "12").stdout
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert greedy == moec("run", artifact, "--tokens", "5,6", "--greedy", "--max-new-tokens", "12").stdout
+    assert greedy not in drawn
