@@ -15,9 +15,17 @@ import click
 
 from .. import __version__
 from .cli_base import (
-    CHECK_FAILED, Commands, debug_option, example, json_option, print_notes, progress_bar, read_text, trust_option,
+    CHECK_FAILED,
+    Commands,
+    debug_option,
+    example,
+    json_option,
+    print_notes,
+    progress_bar,
+    read_text,
+    trust_option,
     write_text,
-)  # fmt: skip
+)
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -58,7 +66,7 @@ def main() -> None:
 @click.option("--weights", metavar="DIR", help="The checkpoint folder of a .moir source.")
 @trust_option
 @debug_option
-def compile(  # noqa: A001 - the command's name
+def compile(
     source: str,
     target: str,
     out: str | None,
@@ -96,7 +104,7 @@ def compile(  # noqa: A001 - the command's name
 
     show_artifact(result, time.perf_counter() - start)
     click.echo(str(result.folder))
-    if verify and not result.manifest["figures"].get("passed"):
+    if verify and not result.manifest["figures"]["measured"]["passed"]:
         click.get_current_context().exit(CHECK_FAILED)
 
 
@@ -155,7 +163,9 @@ def opt(file: str, passes: str, out: str | None, why: bool, **given: Any) -> Non
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=0), metavar="N")
 @click.option("--greedy", is_flag=True, help="Take the most likely token every time.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: the model's own setting]")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens of this mass.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens of this mass."
+)
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens.")
 @click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]")
 @json_option
@@ -240,7 +250,9 @@ def verify(folder: str, against: str | None, text: str | None, as_json: bool) ->
     )
 )
 @click.argument("source")
-@click.option("--context", type=click.IntRange(min=0), metavar="N", help="Past tokens of the decoded token.  [default: 4096]")
+@click.option(
+    "--context", type=click.IntRange(min=0), metavar="N", help="Past tokens of the decoded token.  [default: 4096]"
+)
 @json_option
 @trust_option
 @debug_option

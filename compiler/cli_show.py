@@ -43,7 +43,9 @@ def _print(console: Console, *parts: Table | str) -> None:
         with console.capture() as captured:
             console.print(Text(part) if isinstance(part, str) else part)
         text = captured.get()
-        click.echo(text if console.is_terminal else "\n".join(line.rstrip() for line in text.splitlines()) + "\n", nl=False)
+        click.echo(
+            text if console.is_terminal else "\n".join(line.rstrip() for line in text.splitlines()) + "\n", nl=False
+        )
 
 
 # --- inspect -------------------------------------------------------------------------------------------------------
@@ -61,7 +63,9 @@ def show_report(report: dict[str, Any]) -> None:
     for label in ("inputs", "outputs"):
         _print(console, *_values(label, report[label]))
     if "files" in report:
-        _print(console, "", _table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()]))
+        _print(
+            console, "", _table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()])
+        )
 
 
 def _summary(report: dict[str, Any]) -> Table:
@@ -146,8 +150,8 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     """Say on standard error what was written, and what the comparison found if there was one."""
     report = artifact.report
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
-    figures = report["figures"]
-    if "passed" in figures:
+    figures = report["figures"].get("measured")
+    if figures:
         verdict = "verified" if figures["passed"] else "verification failed"
         relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
         click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)

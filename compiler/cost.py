@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import cached_property, lru_cache
 
 import sympy
@@ -157,7 +158,7 @@ def _sum(costs: list[Cost], flops: Size, states: Size) -> Cost:
 
 # --- weights -------------------------------------------------------------------------------------------------------
 
-Use = tuple[Const, int, sympy.Rational]  # a weight, how it is read, and which share of it one token reads
+Use = tuple[Const, int, Fraction]  # a weight, how it is read, and which share of it one token reads
 
 
 @dataclass
@@ -168,10 +169,12 @@ class _Held:
     parameters: int
     size: int
     role: int
-    share: sympy.Rational
+    share: Fraction
 
 
-def _weight_costs(calls: list[tuple[Function, dict[str, str]]], uses: Mapping[str, list[Use]]) -> Iterator[tuple[int, Cost]]:
+def _weight_costs(
+    calls: list[tuple[Function, dict[str, str]]], uses: Mapping[str, list[Use]]
+) -> Iterator[tuple[int, Cost]]:
     """Yield the cost of every tensor and of every finished weight, with the number of the call that owns it."""
     stored: dict[str, _Held] = {}
     compiled: dict[Recipe, _Held] = {}
@@ -187,16 +190,19 @@ def _weight_costs(calls: list[tuple[Function, dict[str, str]]], uses: Mapping[st
                 _hold(stored, tensor.name, held)
     for held in stored.values():
         n = held.parameters
-        yield held.owner, Cost(
-            parameters=n,
-            expert_parameters=n if held.role == EXPERTS else 0,
-            table_parameters=n if held.role == TABLE else 0,
-            active_parameters=n if held.role == TABLE else int(round(n * held.share)),
-            stored_bytes=held.size,
-            stored_bytes_read=int(round(held.size * held.share)),
+        yield (
+            held.owner,
+            Cost(
+                parameters=n,
+                expert_parameters=n if held.role == EXPERTS else 0,
+                table_parameters=n if held.role == TABLE else 0,
+                active_parameters=n if held.role == TABLE else round(n * held.share),
+                stored_bytes=held.size,
+                stored_bytes_read=round(held.size * held.share),
+            ),
         )
     for held in compiled.values():
-        yield held.owner, Cost(compiled_bytes=held.size, compiled_bytes_read=int(round(held.size * held.share)))
+        yield held.owner, Cost(compiled_bytes=held.size, compiled_bytes_read=round(held.size * held.share))
 
 
 def _hold(table: dict, key: object, new: _Held) -> None:
@@ -223,13 +229,13 @@ def _whole(size: Size) -> int:
     return int(sympy.ceiling(size))
 
 
-def _usage(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int, sympy.Rational]:
+def _usage(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int, Fraction]:
     """Return how a value is read, and the share of it that one token reads: the strongest of its uses."""
-    role, share = DENSE, sympy.S.Zero
-    found: list[tuple[int, sympy.Rational]] = []
+    role, share = DENSE, Fraction(0)
+    found: list[tuple[int, Fraction]] = []
     for op in function.uses.get(value.name, []):
         if op is None or op.callee:
-            found.append((DENSE, sympy.S.One))
+            found.append((DENSE, Fraction(1)))
         else:
             found += [_operand_use(function, op, i, at) for i, v in enumerate(op.operands) if v == value]
     if found:
@@ -237,7 +243,7 @@ def _usage(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int
     return role, share
 
 
-def _operand_use(function: Function, op: Op, index: int, at: Mapping[str, int]) -> tuple[int, sympy.Rational]:
+def _operand_use(function: Function, op: Op, index: int, at: Mapping[str, int]) -> tuple[int, Fraction]:
     definition = _definition(op)
     operand = op.operands[index]
     assert operand
@@ -245,13 +251,16 @@ def _operand_use(function: Function, op: Op, index: int, at: Mapping[str, int]) 
     rows = definition.rows.get(names[min(index, len(names) - 1)])
     first = operand.type.shape[0] if operand.type.shape else None
     if rows is not None:
-        read = evaluate(rows([v and v.type for v in op.operands], definition.complete(op.attributes)), at)
+        types = [None if v is None else v.type for v in op.operands]
+        read = evaluate(rows(types, definition.complete(op.attributes)), at)
         # an op without arithmetic looks rows up; one with arithmetic computes with the chosen experts
         role = TABLE if definition.custom_flops == 0 else EXPERTS
-        return role, min(sympy.S.One, sympy.Rational(read, evaluate(operand.type.shape[0], at)))
+        return role, min(Fraction(1), Fraction(read, evaluate(operand.type.shape[0], at)))
     if len(op.inputs) == 1 and len(op.results) == 1 and op.results[0].type.shape[:1] == (first,):
-        return _usage(function, op.results[0], at)  # another form of the same slices (a cast, say): what is it read for?
-    return DENSE, sympy.S.One
+        return _usage(
+            function, op.results[0], at
+        )  # another form of the same slices (a cast, say): what is it read for?
+    return DENSE, Fraction(1)
 
 
 def _definition(op: Op) -> OpDef:
@@ -267,7 +276,7 @@ def op_flops(op: Op) -> Size:
     """Return the FLOPs of one op as a formula; those of a call stand with its callee."""
     if op.callee:
         return sympy.S.Zero
-    operands = [v and v.type for v in op.operands]
+    operands = [None if v is None else v.type for v in op.operands]
     return _definition(op).flops(operands, tuple(v.type for v in op.results), op.attributes)
 
 

@@ -12,17 +12,21 @@ from ..targets import TARGETS, declare_kernel_ops
 from . import frontends
 from .artifact import Artifact, record_figures, write_manifest
 from .atomic import atomic_folder
+from .cost import module_costs
 from .errors import MoecError
 from .fragments import parse_pipeline
 from .frontends import Loaded
 from .ir import STAGES, Module
 from .pipeline import PassDef, run_pipeline
 from .printer import print_module
+from .report import per_token
 
 if TYPE_CHECKING:
     from ..targets import Target
     from .parity import Comparison
     from .rewrite import Why
+
+Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
 
 declare_kernel_ops()
 
@@ -47,14 +51,14 @@ def compile(
     trust_remote_code: bool = False,
     weights: Path | str | None = None,
     why: Why = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Artifact | Module:
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file. `stop_after` is a stage or a pass. `check` compares the numbers before and
-    after every pass, `why` collects why rules did not apply, `progress` is told the bytes written. Raises MoecError;
-    the folder is then as it was before.
+    after every pass, `why` collects why rules did not apply, `progress` is told the bytes written and those in all.
+    Raises MoecError; the folder is then as it was before.
     """
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
@@ -70,7 +74,7 @@ def compile(
     artifact = _emit(module, loaded, chosen, text, folder, progress)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
-        artifact = record_figures(folder, artifact.verify(against=against).to_dict())
+        artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
     return artifact
 
 
@@ -110,7 +114,7 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
 
 
 def _emit(
-    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, progress: Callable[[int], None] | None
+    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, progress: Progress | None
 ) -> Artifact:
     """Write the artifact beside its final name and put it in place when it is whole."""
     if loaded.weights is None:
@@ -123,10 +127,12 @@ def _emit(
     with atomic_folder(out) as partial:
         _copy_companions(loaded, partial)
         (partial / "program.moir").write_text(print_module(module), encoding="utf-8")
-        files = target.emit(module, loaded.weights, partial, progress)
+        costs = module_costs(module)
+        told = None if progress is None else lambda done: progress(done, costs.total.compiled_bytes)
+        files = target.emit(module, loaded.weights, partial, told)
         write_manifest(
             partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
-            precision=_precision(module),
+            precision=_precision(module), figures={"counted": per_token(costs)},
         )  # fmt: skip
     return Artifact.open(out)
 

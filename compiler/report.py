@@ -18,7 +18,9 @@ from .ops.define import free
 CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
 
 
-def inspect(source: Module | Path | str, *, context: int | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(
+    source: Module | Path | str, *, context: int | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Return the figures of a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file.
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
@@ -69,6 +71,12 @@ def _report(module: Module, costs: Costs, context: int, manifest: Mapping[str, A
     if manifest:
         report["files"] = manifest["sizes"]
     return report
+
+
+def per_token(costs: Costs) -> dict[str, Any]:
+    """Return a program's token-efficiency figures, all counted from the IR: what moec.json holds of them."""
+    past = next((d.high for d in costs.module.dims if d.name == "P"), CONTEXT)
+    return {"context": min(CONTEXT, past), **_figures(costs, costs.total, min(CONTEXT, past))}
 
 
 def _value(value: Value) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from .target import Target
 TARGETS: dict[str, Target] = {CPU.name: CPU}
 
 
-
 def declare_kernel_ops() -> None:
     """Import every target's own ops into the table of ops, so that programs of stage kernel can be read."""
     from .cpu import ops as cpu_ops  # noqa: F401

@@ -148,7 +148,7 @@ def failing(monkeypatch, error: BaseException) -> Result:
     ("error", "code", "message"),
     [
         (MoecError("pass x changes the numbers", exit_code=1), 1, "error: pass x changes the numbers\n"),
-        (ZeroDivisionError("oops"), 70, "error: moec failed: ZeroDivisionError: oops\n  run the command again with --debug"),
+        (ZeroDivisionError("oops"), 70, "error: moec failed: ZeroDivisionError: oops\n  run the command again"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "error: No such file or directory\n  at a/b\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 141, ""),
@@ -173,10 +173,10 @@ def test_a_closed_pipe_is_quiet():
 def test_interrupt_is_one_line(tmp_path):
     fifo = tmp_path / "pipe.moir"
     os.mkfifo(fifo)
-    with subprocess.Popen([*MOEC, "opt", str(fifo)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        with fifo.open("w"):  # opens once the command reads
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+    process = subprocess.Popen([*MOEC, "opt", str(fifo)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process, fifo.open("w"):  # opens once the command reads
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
@@ -210,9 +210,9 @@ def test_opt_reads_standard_input_and_writes_a_file(program, tmp_path):
 
 
 def test_opt_says_where_the_text_is_wrong():
-    result = moec("opt", "-", input=PROGRAM.replace("%y = core.linear(%x, %w, _) : f32[B, S, 4]", "%y = core.linear(%x, %w, _) : f32[B, S, 5]"))
+    result = moec("opt", "-", input=PROGRAM.replace("%w, _) : f32[B, S, 4]", "%w, _) : f32[B, S, 5]"))
     assert result.exit_code == 2
-    assert "<stdin>:8:" in result.stderr
+    assert "<stdin>:9:33" in result.stderr
     assert "^" in result.stderr
 
 
@@ -235,7 +235,7 @@ def test_lists(what, name):
     assert all(row.get("doc", "x") for row in rows)
     table = moec("list", what).stdout
     assert len(table.splitlines()) == 2 + len(rows)
-    assert all(line.split()[0] == n for line, n in zip(table.splitlines()[2:], names, strict=True))
+    assert all(line.startswith(n) for line, n in zip(table.splitlines()[2:], names, strict=True))
 
 
 def test_targets():
@@ -260,129 +260,3 @@ def test_inspect_a_config():
     assert result.exit_code == 0, result.stderr
     assert "6.919 B" in result.stdout and "1.282 B" in result.stdout
     assert "@layer     0..15" in result.stdout
-
-
-# --- compile, verify, run ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A tiny random Qwen3-MoE with a byte-level tokenizer."""
-    import torch
-    from moec.compiler.frontends.families import FAMILIES
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"].config(vocab_size=259))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {c: i for i, c in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def artifact(checkpoint) -> Path:
-    """The checkpoint, compiled by the command in its own process."""
-    done = shell("compile", checkpoint.name, "-o", "art", cwd=checkpoint.parent)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "art\n"
-    assert done.stderr.startswith("compiled in ")
-    assert len(done.stderr.splitlines()) == 1
-    return checkpoint.parent / "art"
-
-
-def test_compile_prints_ir(checkpoint, tmp_path):
-    done = shell("compile", checkpoint, "--stop-after", "moe")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert parse_module(done.stdout).stage == "moe"
-    result = moec("compile", checkpoint, "--stop-after", "moe", "-o", tmp_path / "x.moir")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert (tmp_path / "x.moir").read_text("utf-8") == done.stdout
-
-
-def test_compile_needs_weights(tmp_path):
-    result = moec("compile", CONFIGS / "OLMoE-1B-7B-0924", "-o", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "there are no weights to compile" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_compile_with_verify_records_the_figures(checkpoint, tmp_path):
-    result = moec("compile", checkpoint, "-o", tmp_path / "out", "--verify", "--why")
-    assert result.exit_code == 0, result.stderr
-    assert "verified: relative difference of logits" in result.stderr
-    assert json.loads((tmp_path / "out" / "moec.json").read_text("utf-8"))["figures"]["passed"] is True
-
-
-def test_inspect_an_artifact(artifact):
-    report = json.loads(moec("inspect", artifact, "--json").stdout)
-    assert (report["target"], report["stage"]) == ("cpu", "kernel")
-    assert report["files"]["model.onnx.data"] > 0
-    assert report["parameters"]["active"] < report["parameters"]["total"]
-    text = moec("inspect", artifact).stdout
-    assert "target cpu" in text and "model.onnx.data" in text
-
-
-def test_figures_do_not_change_on_the_way(checkpoint, artifact):
-    source, compiled = (json.loads(moec("inspect", p, "--json").stdout) for p in (checkpoint, artifact))
-    for key in ("parameters", "state"):
-        assert source[key] == compiled[key]
-    assert source["bytes"]["checkpoint"] == compiled["bytes"]["checkpoint"]
-    assert source["per_token"]["flops"] == pytest.approx(compiled["per_token"]["flops"], rel=0.1)
-
-
-def test_verify(artifact, tmp_path):
-    result = moec("verify", artifact, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["passed"] is True
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox " * 20, "utf-8")
-    lines = moec("verify", artifact, "--text", text, "--against", artifact.parent / "tiny").stdout.splitlines()
-    assert any("perplexity" in line for line in lines)
-
-
-def test_verify_fails_with_1(artifact, tmp_path):
-    """Against another model the numbers differ."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(artifact.parent / "tiny", dtype=torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.5)
-    model.save_pretrained(tmp_path / "other")
-    result = moec("verify", artifact, "--against", tmp_path / "other", "--json")
-    assert result.exit_code == 1
-    assert json.loads(result.stdout)["passed"] is False
-
-
-def test_run_streams_text(artifact):
-    done = shell("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6")
-    assert done.returncode == 0, done.stderr
-    assert "tokens/s" in done.stderr and len(done.stderr.splitlines()) == 1
-    found = json.loads(moec("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6", "--json").stdout)
-    assert done.stdout == found["text"] + "\n"
-    assert found["prompt_tokens"] == 5 and len(found["tokens"]) <= 6
-
-
-def test_run_prints_tokens_that_go_in_again(artifact):
-    first = moec("run", artifact, "--tokens", "5, 6 7", "--greedy", "--max-new-tokens", "4").stdout.strip()
-    assert len(first.split(",")) <= 4
-    again = moec("run", artifact, "--tokens", f"5,6,7,{first.split(',')[0]}", "--greedy", "--max-new-tokens", "3")
-    assert again.stdout.strip() == ",".join(first.split(",")[1:])
-
-
-def test_run_draws_where_a_seed_is_given(artifact):
-    drawn = [moec("run", artifact, "--tokens", "5,6", "--seed", s, "--max-new-tokens", "12").stdout for s in (1, 1, 2)]
-    greedy = moec("run", artifact, "--tokens", "5,6", "--max-new-tokens", "12").stdout
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert greedy == moec("run", artifact, "--tokens", "5,6", "--greedy", "--max-new-tokens", "12").stdout
-    assert greedy not in drawn

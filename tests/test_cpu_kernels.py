@@ -103,7 +103,9 @@ X, ROW, ONE = f32(B, S, 8), f32(8), f32(B, 1, 8)
 UNARY = ("neg", "exp", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "softplus", "abs", "floor", "erf")
 
 
-def attention(heads: int, groups: int, width: int, out: int, mask: bool = True, sinks: bool = False, **attrs: Any) -> Case:
+def attention(
+    heads: int, groups: int, width: int, out: int, mask: bool = True, sinks: bool = False, **attrs: Any
+) -> Case:
     types = [f32(B, heads, S, width), f32(B, groups, P + S, width), f32(B, groups, P + S, out)]
     types += [i64(B, P + S) if mask else None, f32(heads) if sinks else None]
     return case(*types, fix=pad(3) if mask else None, scale=0.3, **attrs)
@@ -121,7 +123,13 @@ def experts(
 ) -> Case:
     width, inner = 8, 6
     rows = 2 * inner if gated else inner
-    types = [f32(B * S, width), i64(B * S, chosen), f32(B * S, chosen), f32(count, rows, width), f32(count, width, inner)]
+    types = [
+        f32(B * S, width),
+        i64(B * S, chosen),
+        f32(B * S, chosen),
+        f32(count, rows, width),
+        f32(count, width, inner),
+    ]
     types += [f32(count, rows), f32(count, width)] if biased else [None, None]
     return case(*types, fix=fix, gated=gated, **attrs)
 
@@ -271,3 +279,16 @@ def test_every_op_has_a_case() -> None:
     ours = {name for name in OPS if name.split(".")[0] in ("core", "nn", "moe", "ort")}
     assert ours == set(CASES)
     assert ours <= set(KERNELS)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "exp", "softmax", "softplus"])
+def test_small_scores_are_right_to_the_last_bits(name: str, tmp_path: Path) -> None:
+    """A router mixes by scores that may all be small: what counts is the error of each, not of the largest."""
+    given = case(f32(B, S, 256), axis=2) if name == "softmax" else case(f32(B, S, 256))
+    module = one_op(f"core.{name}", given)
+    emit(module, RandomSource(), tmp_path)
+    x = torch.linspace(-30, 5, 256).expand(1, 1, 256)
+    sizes = {v.name: np.ones((1, 1), np.int64) for v in SIZE_INPUTS}
+    (got,) = session(tmp_path).run(None, {"x0": x.numpy(), **sizes})
+    (want,) = interpret(module, [x, *map(torch.from_numpy, sizes.values())], no_weights)
+    np.testing.assert_allclose(got, want.numpy(), rtol=4e-6)

@@ -60,7 +60,13 @@ class Graph:
         return f"{name}.{number}"
 
     def node(
-        self, label: str, kind: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, doc: str = "", **attrs: Any
+        self,
+        label: str,
+        kind: str,
+        inputs: Sequence[str],
+        outputs: int | Sequence[str] = 1,
+        doc: str = "",
+        **attrs: Any,
     ) -> list[str]:
         """Add a node and return its output names; `attrs` may hold `domain`."""
         name = self.fresh(f"{label}/{kind}")
@@ -77,7 +83,7 @@ class Graph:
 
     def constant(self, value: Any, dtype: str = "i64") -> str:
         """Return the name of an inline initializer with these numbers; equal ones are shared."""
-        array = np.asarray(value, dtype=NUMPY_TYPES[dtype])
+        array: np.ndarray = np.asarray(value, dtype=NUMPY_TYPES[dtype])
         text = "_".join(str(v) for v in array.ravel()) if array.size <= 8 else "table"
         key = ("constant", dtype, array.shape, array.tobytes())
 

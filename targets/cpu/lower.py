@@ -49,7 +49,7 @@ class _Draft:
 
     def add(self, name: str, *operands: Value | None, hint: str, loc: tuple[str, ...], **attrs: Attr) -> Value:
         """Add an op with one result and return it."""
-        (type_,) = OPS[name].infer([v and v.type for v in operands], attrs)
+        (type_,) = OPS[name].infer([None if v is None else v.type for v in operands], attrs)
         result = Value(self.fresh(hint), type_)
         self.ops.append(Op(name, operands, (result,), make_attrs(attrs), loc=loc))
         return result
@@ -98,9 +98,13 @@ def _group_query_attention(draft: _Draft, op: Op) -> Op:
     appends = [_append(draft.function, state, op) for state in (k, v)]
     width, new = q.type.shape[3], q.type.shape[2]
     if v.type.shape[3] != width:
-        raise Refuse(f"keys have {width} numbers a head and values {v.type.shape[3]}; GroupQueryAttention wants the same")
+        raise Refuse(
+            f"keys have {width} numbers a head and values {v.type.shape[3]}; GroupQueryAttention wants the same"
+        )
     if not width.is_Integer or int(width) % HEAD_MULTIPLE:
         raise Refuse(f"GroupQueryAttention takes heads of a multiple of {HEAD_MULTIPLE} numbers, here {width}")
+    if k == v:
+        raise Refuse("keys and values are one cache, GroupQueryAttention makes two", k)
     if any(x.type.dtype != "f32" for x in (q, k, v)):
         raise Refuse(f"it is {q.type.dtype}, the target's attention is f32")
     if any(append.operands[1].type.shape[2] != new for append in appends):  # type: ignore[union-attr]
@@ -109,7 +113,8 @@ def _group_query_attention(draft: _Draft, op: Op) -> Op:
         raise Refuse(f"{q.type.shape[1]} heads do not divide into {k.type.shape[1]} groups")
     if attributes["scale"] == 0:
         raise Refuse("a scale of 0 means the default to GroupQueryAttention")
-    rows = [_before_heads(draft, x, op.loc) for x in (q, *(append.operands[1] for append in appends))]  # type: ignore[list-item]
+    new_rows = [append.operands[1] for append in appends]
+    rows = [_before_heads(draft, x, op.loc) for x in (q, *new_rows) if x is not None]
     bias = mask and draft.add("ort.attention_bias", mask, hint="attention_bias", loc=op.loc, tokens=new)
     operands = (*rows, *(append.operands[0] for append in appends), bias, sinks)
     return Op("ort.group_query_attention", operands, (*op.results, k, v), op.attrs, loc=op.loc)

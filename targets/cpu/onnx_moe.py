@@ -105,7 +105,7 @@ def _activate(ctx: Context, h: str, op: Op) -> str:
 
 def _halves(ctx: Context, h: str, inner: int, layout: str) -> tuple[str, str]:
     axis, end = ctx.graph.constant([1]), ctx.graph.constant([2 * inner])
-    middle, step = ((1, 2) if layout == "interleaved" else (inner, 1))
+    middle, step = (1, 2) if layout == "interleaved" else (inner, 1)
     first = end if layout == "interleaved" else ctx.graph.constant([inner])
     steps = ctx.graph.constant([step])
     g = ctx.node("Slice", h, ctx.graph.constant([0]), first, axis, steps)

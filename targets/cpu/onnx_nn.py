@@ -77,7 +77,9 @@ def visible(ctx: Context, mask: Value | None, new: Size, total: Size, window: in
         queries = shared.node("Unsqueeze", queries, graph.constant([1]))
         seen = shared.node("LessOrEqual", keys, queries)
         if window:
-            seen = shared.node("And", seen, shared.node("Less", shared.node("Sub", queries, keys), graph.constant(window)))
+            seen = shared.node(
+                "And", seen, shared.node("Less", shared.node("Sub", queries, keys), graph.constant(window))
+            )
         if not name:
             return shared.node("Unsqueeze", seen, graph.constant([0, 1]))
         real = shared.node("Unsqueeze", shared.node("Cast", name, to=9), graph.constant([1, 2]))
@@ -145,9 +147,7 @@ def group_query_attention(ctx: Context, op: Op) -> None:
     groups = k.type.shape[2]
     graph = ctx.graph
     total = op.results[1].type.shape[2]
-    flat = [
-        ctx.reshape(ctx.value(x), x.type.shape, (*x.type.shape[:2], x.type.shape[2] * width)) for x in (q, k, v)
-    ]
+    flat = [ctx.reshape(ctx.value(x), x.type.shape, (*x.type.shape[:2], x.type.shape[2] * width)) for x in (q, k, v)]
     last = _per_row(ctx, graph.scalar(total - 1, "i32"), batch)
     # without the count of new tokens a batch with past and several new tokens is refused
     count = _per_row(ctx, graph.scalar(new, "i32"), batch)

@@ -58,7 +58,9 @@ def _group_query_flops(operands: Types, results: tuple[TensorType, ...], attribu
     infer=_group_query,
     flops=_group_query_flops,
 )
-def group_query_attention(q, k, v, past_key, past_value, bias, sinks, *, scale: float, window: int = 0, softcap: float = 0.0):
+def group_query_attention(
+    q, k, v, past_key, past_value, bias, sinks, *, scale: float, window: int = 0, softcap: float = 0.0
+):
     """Append to the cache and attend causally, as nn.cache_append and nn.attention do, with the tokens before the heads.
 
     The bias stands for the padding mask: a slot with -inf is not read. Needs head sizes that are multiples of 8.

@@ -170,10 +170,11 @@ def _errors(what: str, path: Path, todo: str) -> Iterator[None]:
     """Reword what the runtime raises; its exceptions share no base class, and binding raises RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-    families: tuple[type[Exception], ...] = tuple(e for e in vars(native).values() if isinstance(e, type) and issubclass(e, Exception))
+    families: tuple[type[Exception], ...] = (RuntimeError, ValueError)
+    families += tuple(e for e in vars(native).values() if isinstance(e, type) and issubclass(e, Exception))
     try:
         yield
-    except (RuntimeError, ValueError, *families) as error:
+    except families as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(lines[:3]))
         raise MoecError(f"{what}: {reason}", where=str(path), todo=todo) from error

@@ -1,0 +1,164 @@
+"""`moec compile`, `verify`, `run` and `inspect` on a tiny checkpoint, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from moec.compiler import cli
+from moec.compiler.parser import parse_module
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def moec(*arguments: object) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+
+
+def shell(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run the command as its own process."""
+    command = [sys.executable, "-m", "moec.compiler.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny random Qwen3-MoE with a byte-level tokenizer."""
+    import torch
+    from moec.compiler.frontends.families import FAMILIES
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"].config(vocab_size=259, max_position_embeddings=64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {c: i for i, c in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def one_thread():
+    """Keep torch from competing with ONNX Runtime's threads on a small machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint) -> Path:
+    """The checkpoint, compiled by the command in its own process."""
+    done = shell("compile", checkpoint.name, "-o", "art", cwd=checkpoint.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "art\n"
+    assert done.stderr.startswith("compiled in ")
+    assert len(done.stderr.splitlines()) == 1
+    return checkpoint.parent / "art"
+
+
+def test_compile_prints_ir(checkpoint, tmp_path):
+    done = shell("compile", checkpoint, "--stop-after", "moe")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert parse_module(done.stdout).stage == "moe"
+    result = moec("compile", checkpoint, "--stop-after", "moe", "-o", tmp_path / "x.moir")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert (tmp_path / "x.moir").read_text("utf-8") == done.stdout
+
+
+def test_compile_needs_weights(tmp_path):
+    result = moec("compile", CONFIGS / "OLMoE-1B-7B-0924", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "there are no weights to compile" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_compile_with_verify_records_the_figures(checkpoint, tmp_path):
+    result = moec("compile", checkpoint, "-o", tmp_path / "out", "--verify", "--why")
+    assert result.exit_code == 0, result.stderr
+    assert "verified: relative difference of logits" in result.stderr
+    assert json.loads((tmp_path / "out" / "moec.json").read_text("utf-8"))["figures"]["measured"]["passed"] is True
+
+
+def test_inspect_an_artifact(artifact):
+    report = json.loads(moec("inspect", artifact, "--json").stdout)
+    assert (report["target"], report["stage"]) == ("cpu", "kernel")
+    assert report["files"]["model.onnx.data"] > 0
+    assert report["parameters"]["active"] < report["parameters"]["total"]
+    text = moec("inspect", artifact).stdout
+    assert "target cpu" in text and "model.onnx.data" in text
+
+
+def test_figures_do_not_change_on_the_way(checkpoint, artifact):
+    source, compiled = (json.loads(moec("inspect", p, "--json").stdout) for p in (checkpoint, artifact))
+    for key in ("parameters", "state"):
+        assert source[key] == compiled[key]
+    assert source["bytes"]["checkpoint"] == compiled["bytes"]["checkpoint"]
+    assert source["per_token"]["flops"] == pytest.approx(compiled["per_token"]["flops"], rel=0.1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_verify(artifact, tmp_path, monkeypatch):
+    monkeypatch.chdir(artifact.parent)  # the source is named as it was given, from there
+    result = moec("verify", artifact, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["passed"] is True
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 20, "utf-8")
+    lines = moec("verify", artifact, "--text", text, "--against", artifact.parent / "tiny").stdout.splitlines()
+    assert any("perplexity" in line for line in lines)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_verify_fails_with_1(artifact, tmp_path):
+    """Against another model the numbers differ."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(artifact.parent / "tiny", dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    result = moec("verify", artifact, "--against", tmp_path / "other", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["passed"] is False
+
+
+def test_run_streams_text(artifact):
+    done = shell("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr and len(done.stderr.splitlines()) == 1
+    found = json.loads(moec("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6", "--json").stdout)
+    assert done.stdout == found["text"] + "\n"
+    assert found["prompt_tokens"] == 5 and len(found["tokens"]) <= 6
+
+
+def test_run_prints_tokens_that_go_in_again(artifact):
+    first = moec("run", artifact, "--tokens", "5, 6 7", "--greedy", "--max-new-tokens", "4").stdout.strip()
+    assert len(first.split(",")) <= 4
+    again = moec("run", artifact, "--tokens", f"5,6,7,{first.split(',')[0]}", "--greedy", "--max-new-tokens", "3")
+    assert again.stdout.strip() == ",".join(first.split(",")[1:])
+
+
+def test_run_draws_where_a_seed_is_given(artifact):
+    drawn = [moec("run", artifact, "--tokens", "5,6", "--seed", s, "--max-new-tokens", "12").stdout for s in (1, 1, 2)]
+    greedy = moec("run", artifact, "--tokens", "5,6", "--max-new-tokens", "12").stdout
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert greedy == moec("run", artifact, "--tokens", "5,6", "--greedy", "--max-new-tokens", "12").stdout
+    assert greedy not in drawn
