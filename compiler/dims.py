@@ -86,4 +86,6 @@ def _text(e: sympy.Basic, strength: int) -> str:
             name = {"Mod": "mod", "Max": "max", "Min": "min"}[type(e).__name__]
             arguments = e.args if name == "mod" else sorted(e.args, key=sympy.default_sort_key)
             return f"{name}({', '.join(_text(a, 0) for a in arguments)})"
-    raise ValueError(f"a size cannot be {e}: sizes are made of integers, dims, +, -, *, floordiv, ceildiv, mod, max, min")
+    raise ValueError(
+        f"a size cannot be {e}: sizes are made of integers, dims, +, -, *, floordiv, ceildiv, mod, max, min"
+    )

@@ -94,8 +94,9 @@ def passes_for(target: Target) -> dict[str, PassDef]:
         notes: list[str] = []
         lowered = target.lower(module, notes)
         tell = why.append if isinstance(why, list) else why
-        for text in notes if tell else ():
-            tell(f"note: {text}")
+        if tell is not None:
+            for text in notes:
+                tell(f"note: {text}")
         return lowered
 
     doc = f"Rewrite the module in the ops that target {target.name} runs."
@@ -128,13 +129,16 @@ def _emit(
         _copy_companions(loaded, partial)
         (partial / "program.moir").write_text(print_module(module), encoding="utf-8")
         costs = module_costs(module)
-        told = None if progress is None else lambda done: progress(done, costs.total.compiled_bytes)
-        files = target.emit(module, loaded.weights, partial, told)
+        files = target.emit(module, loaded.weights, partial, _with_total(progress, costs.total.compiled_bytes))
         write_manifest(
             partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
             precision=_precision(module), figures={"counted": per_token(costs)},
         )  # fmt: skip
     return Artifact.open(out)
+
+
+def _with_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    return progress and (lambda done: progress(done, total))
 
 
 def _precision(module: Module) -> dict[str, list[str]]:

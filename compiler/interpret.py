@@ -61,7 +61,7 @@ def bind_dims(params: Sequence[Value], inputs: Sequence[Tensor]) -> dict[str, in
 
 
 def _run(
-    module: Module, function: Function, inputs: Sequence[Tensor], weights: Weights, bound: dict[str, str], dims: dict
+    module: Module, function: Function, inputs: Sequence[Any], weights: Weights, bound: dict[str, str], dims: dict
 ) -> tuple[Tensor, ...]:
     values: dict[str, Tensor] = {p.name: t for p, t in zip(function.params, inputs, strict=True)}
     values |= {c.value.name: weights(bind(c.recipe, function.weights, bound)) for c in function.consts}
@@ -118,8 +118,9 @@ def _random_value(function: Function, param: Value, dims: Mapping[str, int], gen
         definition = OPS[user.name]
         for operand, given in zip(definition.signature.operands, user.operands, strict=False):
             if given == param and operand.name in definition.domains:
-                types = [v and v.type for v in user.operands]
-                bound = evaluate(definition.domains[operand.name](types, definition.complete(user.attributes)), dims)
+                bound = evaluate(
+                    definition.domains[operand.name](user.operand_types, definition.complete(user.attributes)), dims
+                )
                 distinct = distinct or operand.name in definition.distinct
     if distinct:
         return torch.rand([*shape[:-1], bound], generator=generator).argsort(-1)[..., : shape[-1]].to(dtype)

@@ -111,6 +111,11 @@ class Op:
         return dict(self.attrs)
 
     @property
+    def operand_types(self) -> tuple[TensorType | None, ...]:
+        """The types of the operands, None for an absent one."""
+        return tuple(None if v is None else v.type for v in self.operands)
+
+    @property
     def inputs(self) -> tuple[Value, ...]:
         """The operands that are there."""
         return tuple(v for v in self.operands if v is not None)
@@ -151,9 +156,7 @@ class Function:
     @cached_property
     def names(self) -> frozenset[str]:
         """Every value name that is taken in this function."""
-        return frozenset(
-            [v.name for v in self.params] + [c.value.name for c in self.consts] + list(self.producers)
-        )
+        return frozenset([v.name for v in self.params] + [c.value.name for c in self.consts] + list(self.producers))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .ir import DTYPE_BITS, Attr, TensorType, expand_range, make_attrs
 
@@ -76,8 +77,12 @@ def spread(recipe: Step) -> list[Recipe]:
     items: list[Recipe] = []
     for item in recipe.items:
         length = range_length(item)
-        items += [item] if length == 1 else [rename(item, lambda n, i=i: expand_range(n)[i]) for i in range(length)]
+        items += [item] if length == 1 else [_at(item, i) for i in range(length)]
     return items
+
+
+def _at(template: Recipe, index: int) -> Recipe:
+    return rename(template, lambda name: expand_range(name)[index])
 
 
 def range_length(recipe: Recipe) -> int:
@@ -163,10 +168,10 @@ def _interleave(types: list[TensorType], attributes: Mapping[str, Attr]) -> Tens
 
 def _transpose(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
     item = _one(types)
-    perm = attributes["perm"]
-    if sorted(perm) != list(range(len(item.shape))):  # type: ignore[arg-type]
+    perm: Any = attributes["perm"]
+    if sorted(perm) != list(range(len(item.shape))):
         raise ValueError(f"perm {perm} does not order the {len(item.shape)} axes of {item}")
-    return TensorType.of(item.dtype, *(item.shape[p] for p in perm))  # type: ignore[union-attr]
+    return TensorType.of(item.dtype, *(item.shape[p] for p in perm))
 
 
 def _slice(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:

@@ -92,7 +92,7 @@ def infer_op(op: Op, functions: dict[str, Function]) -> tuple[TensorType, ...]:
     if op.name != "call":
         if op.name not in OPS:
             raise MoecError(f"unknown op {op.name}")
-        return OPS[op.name].infer([v and v.type for v in op.operands], op.attributes)
+        return OPS[op.name].infer(op.operand_types, op.attributes)
     callee = functions.get(op.callee)
     if callee is None:
         raise MoecError(f"@{op.callee} is not defined before this call")

@@ -344,7 +344,10 @@ def train(model: Qwen3MoeForCausalLM, tokens: Tensor, held_out: Tensor, options:
         adam.zero_grad()
         if step % 50 == 0 or step == options.steps - 1:
             speed = (step + 1) * TOKENS_PER_STEP / (time.perf_counter() - begun)
-            print(f"step {step:5d}  loss {loss:.3f}  balance {balance:.3f}  {speed:5.0f} tokens/s  {time.process_time():.0f} s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss:.3f}  balance {balance:.3f}  {speed:5.0f} tokens/s  {time.process_time():.0f} s",
+                flush=True,
+            )
         if step % 500 == 499:
             print(f"step {step:5d}  held-out loss {quick_loss(model, held_out):.3f}", flush=True)
             model.save_pretrained(options.out)

@@ -123,7 +123,9 @@ def test_fp8_blocks_are_dequantized(tmp_path):
         if tensor.dim() == 2 and "embed" not in name and "lm_head" not in name and "mlp.gate.w" not in name:
             n, k = tensor.shape
             scales = 0.01 + torch.rand(-(-n // 16), -(-k // 16))
-            codes = (tensor / scales.repeat_interleave(16, 0)[:n].repeat_interleave(16, 1)[:, :k]).to(torch.float8_e4m3fn)
+            codes = (tensor / scales.repeat_interleave(16, 0)[:n].repeat_interleave(16, 1)[:, :k]).to(
+                torch.float8_e4m3fn
+            )
             quantized |= {name: codes, f"{name}_scale_inv": scales}
             tensors[name] = codes.float() * scales.repeat_interleave(16, 0)[:n].repeat_interleave(16, 1)[:, :k]
         else:

@@ -216,7 +216,7 @@ def _stack(g: Graph, xs: list[Value], dim: int = 0) -> Value:
     return g.builder.op("core.concat", *[_unsqueeze(g, x, dim) for x in xs], axis=dim % (len(xs[0].type.shape) + 1))
 
 
-def _position(x: Value, a: int, index: Any, default: Any) -> Size:
+def _position(x: Value | Uninitialised, a: int, index: Any, default: Any) -> Size:
     """Return a slice bound counted from the front and inside the axis."""
     length = x.type.shape[a]
     if index is None:
@@ -251,7 +251,7 @@ def _slice(g: Graph, x: Any, dim: int = 0, start: Any = None, end: Any = None, s
     low, high = _position(x, a, start, 0), _position(x, a, end, x.type.shape[a])
     if low == 0 and high == x.type.shape[a] and step == 1:
         return x
-    extra = {} if step == 1 else {"step": step}
+    extra: dict[str, Any] = {} if step == 1 else {"step": step}
     return g.builder.op("core.slice", x, axis=a, start=low, stop=high, **extra)
 
 
@@ -386,7 +386,7 @@ def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
 def _filled(value: float | None, like: bool, new: bool) -> Handler:
     def handler(g: Graph, *args: Any, dtype: str | None = None, fill_value: Any = None, **kwargs: Any) -> Value:
         rest = list(args)
-        source = rest.pop(0) if like or new else None
+        source: Any = rest.pop(0) if like or new else None
         shape = source.type.shape if like else tuple(size(s) for s in rest.pop(0))
         number = value if value is not None else fill_value if fill_value is not None else rest.pop(0)
         kind = dtype or (source.type.dtype if source is not None else "f32")
@@ -415,7 +415,7 @@ def _cache_append(g: Graph, past: Value, new: Value) -> Value:
 def _attention(
     g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, softcap: float
 ) -> Value:
-    options = {
+    options: dict[str, Any] = {
         "scale": float(scale),
         **({"window": window} if window else {}),
         **({"softcap": softcap} if softcap else {}),

@@ -46,11 +46,11 @@ class Builder:
         self.consts.append(Const(value, recipe))
         return value
 
-    def op(self, name: str, *operands: Value | None, hint: str = "", **attributes: Any) -> Any:
+    def op(self, name: str, *operands: Value | None, hint: Any = "", **attributes: Any) -> Any:
         """Add an op; return its result, or a tuple of them. `hint` is the base of the result's name."""
         attrs = make_attrs(attributes)
         try:
-            types = OPS[name].infer([v and v.type for v in operands], dict(attrs))
+            types = OPS[name].infer([None if v is None else v.type for v in operands], dict(attrs))
         except MoecError as error:
             raise replace(error, model=".".join(self.loc)) from None
         base = hint or name.split(".")[-1]

@@ -113,7 +113,7 @@ def _stored(checkpoint: Checkpoint, wanted: list[str], quantization: dict[str, A
         found[name] = Tensor(name, info.type)
         if scale is not None:
             if quantization is None:
-                raise MoecError(f"{name} has scales, but config.json has no quantization_config", where=info.file.name)
+                raise MoecError(f"{name} has scales, but config.json has no quantization_config", where=str(info.file))
             found[name] = _dequantized(Tensor(name, info.type), Tensor(f"{name}_scale_inv", scale.type), quantization)
     return found
 
@@ -133,7 +133,7 @@ def _expected_quantized(
     skeleton: Skeleton, stored: Mapping[str, Recipe], quantization: dict[str, Any]
 ) -> dict[str, Recipe]:
     """Return the tensors of an FP8 checkpoint that is not at hand: codes and scales for every linear layer."""
-    skipped = tuple(quantization.get("modules_to_not_convert") or ()) + ("lm_head",)
+    skipped = (*(quantization.get("modules_to_not_convert") or ()), "lm_head")
     modules = dict(skeleton.model.named_modules())
     rows, columns = quantization["weight_block_size"]
     found = dict(stored)

@@ -123,7 +123,7 @@ def full(*, shape: tuple[Size, ...], value: float | int | bool, dtype: str):
 
 
 def _linear_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
-    return 2 * results[0].elements * operands[0].shape[-1]  # type: ignore[union-attr]
+    return 2 * results[0].elements * operands[0].shape[-1]
 
 
 @op("core.linear", "x: A[*X, K], w: A[N, K], b: A[N]? -> y: A[*X, N]", flops=_linear_flops)
@@ -134,7 +134,6 @@ def linear(x, w, b):
 
 def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, y = types
-    assert x and y
     if len(x.shape) < 2 or len(y.shape) < 2 or x.shape[-1] != y.shape[-2]:
         raise fail(f"matmul of {x} and {y}: the last size of x must be the last but one of y, both with 2 axes or more")
     return (TensorType(x.dtype, (*broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])),)
@@ -151,7 +150,6 @@ def matmul(x, y):
 
 def _reshape(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
-    assert x
     result = TensorType.of(x.dtype, *attributes["shape"])
     if sympy.expand(result.elements - x.elements) != 0:
         raise fail(f"{x} has {free(x.elements)} elements, the shape {result} has {free(result.elements)}")
@@ -166,7 +164,6 @@ def reshape(x, *, shape: tuple[Size, ...]):
 
 def _transpose(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
-    assert x
     perm = attributes["perm"]
     if sorted(perm) != list(range(len(x.shape))):
         raise fail(f"perm={list(perm)} does not order the {len(x.shape)} axes of {x}")
@@ -181,7 +178,6 @@ def transpose(x, *, perm: tuple[int, ...]):
 
 def _expand(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
-    assert x
     result = TensorType.of(x.dtype, *attributes["shape"])
     tail = result.shape[len(result.shape) - len(x.shape) :]
     if len(x.shape) > len(result.shape) or any(a not in (b, 1) for a, b in zip(x.shape, tail, strict=True)):
@@ -197,7 +193,6 @@ def expand(x, *, shape: tuple[Size, ...]):
 
 def _slice(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
-    assert x
     axis = axis_of(attributes, len(x.shape))
     step = attributes.get("step", 1)
     length = size(attributes["stop"]) - size(attributes["start"])
@@ -216,10 +211,8 @@ def slice_(x, *, axis: int, start: Size, stop: Size, step: int = 1):
 
 def _concat(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     first = types[0]
-    assert first
     axis = axis_of(attributes, len(first.shape))
     for other in types:
-        assert other
         if with_axis(other, axis, 0).shape != with_axis(first, axis, 0).shape:
             raise fail(f"{other} does not fit beside {first} along axis {axis}")
     return (with_axis(first, axis, sum((t.shape[axis] for t in types if t), size(0))),)
@@ -236,7 +229,6 @@ def concat(*xs, axis: int):
 
 def _reduce(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
-    assert x
     axes = attributes["axes"]
     if not axes or any(not 0 <= a < len(x.shape) for a in axes):
         raise fail(f"axes={list(axes)} are not axes of {x}; they count from 0")
@@ -246,10 +238,11 @@ def _reduce(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 
 
 def _input_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
-    return operands[0].elements  # type: ignore[union-attr]
+    return operands[0].elements
 
 
-for _name, _function in {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax}.items():
+_REDUCTIONS: dict[str, Callable] = {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax}
+for _name, _function in _REDUCTIONS.items():
 
     def _reference(x, *, axes: tuple[int, ...], keepdim: bool = False, _function=_function):
         return _function(x, dim=axes, keepdim=keepdim)
@@ -273,7 +266,6 @@ def cumsum(x, *, axis: int):
 
 def _topk(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
-    assert x
     values = with_axis(x, axis_of(attributes, len(x.shape)), attributes["k"])
     return values, TensorType("i64", values.shape)
 
@@ -318,7 +310,6 @@ def scatter(x, index, src, *, axis: int):
 
 def _take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, index = types
-    assert x and index
     axis = axis_of(attributes, len(x.shape))
     return (TensorType(x.dtype, (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])),)
 

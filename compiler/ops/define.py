@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 
@@ -20,7 +20,7 @@ from ..errors import MoecError
 from ..fragments import Operand, Signature, parse_signature
 from ..ir import DTYPE_BITS, TensorType, make_attrs
 
-Types = Sequence[TensorType | None]
+Types: TypeAlias = Sequence[Any]  # TensorType, None for an absent operand
 Attributes = Mapping[str, Any]
 Infer = Callable[[Types, Attributes], tuple[TensorType, ...]]
 Flops = Callable[[Types, tuple[TensorType, ...], Attributes], Size | int]

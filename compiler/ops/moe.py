@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..dims import Size
 from ..ir import TensorType
 from .define import Attributes, Types, fail, op
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -19,8 +21,7 @@ ACTIVATIONS = {
 
 
 def _experts(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    x, ids, gates, up, down = types[:5]
-    assert x and ids and gates and up and down
+    x, up, down = types[0], types[3], types[4]
     if attributes["act"] not in ACTIVATIONS:
         raise fail(f"moe.experts does not know act={attributes['act']}; it knows {', '.join(ACTIVATIONS)}")
     if attributes["layout"] not in ("concat", "interleaved"):
@@ -33,7 +34,6 @@ def _experts(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 
 def _experts_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     ids, up, down = operands[1], operands[3], operands[4]
-    assert ids and up and down
     rows = ids.elements
     return 2 * rows * (up.elements / up.shape[0] + down.elements / down.shape[0]) + 4 * rows * down.shape[2]
 
@@ -44,7 +44,7 @@ def _experts_flops(operands: Types, results: tuple[TensorType, ...], attributes:
     " up_bias: A[E, N]?, down_bias: A[E, D]? -> y: A[T, D]",
     infer=_experts,
     flops=_experts_flops,
-    domains={"ids": lambda types, attributes: types[3].shape[0]},  # type: ignore[union-attr]
+    domains={"ids": lambda types, attributes: types[3].shape[0]},
     distinct=("ids",),
     rows=dict.fromkeys(("up", "down", "up_bias", "down_bias"), lambda types, attributes: types[1].elements),
 )

@@ -15,8 +15,8 @@ from .define import Attributes, Types, fail, op
     "nn.embedding",
     "ids: i64[*X], table: A[V, D] -> y: A[*X, D]",
     flops=0,
-    domains={"ids": lambda types, attributes: types[1].shape[0]},  # type: ignore[union-attr]
-    rows={"table": lambda types, attributes: types[0].elements},  # type: ignore[union-attr]
+    domains={"ids": lambda types, attributes: types[1].shape[0]},
+    rows={"table": lambda types, attributes: types[0].elements},
 )
 def embedding(ids, table):
     """Look up rows of a table."""
@@ -52,7 +52,6 @@ def rope(x, cos, sin):
 
 def _cache_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     past, new = types
-    assert past and new
     axis = axis_of(attributes, len(past.shape))
     if with_axis(past, axis, 0).shape != with_axis(new, axis, 0).shape:
         raise fail(f"{new} does not fit behind the state {past} along axis {axis}")
@@ -82,7 +81,6 @@ def attention_mask(mask, new: int, total: int, window: int) -> torch.Tensor:
 
 def _attention_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     q, k, v = operands[:3]
-    assert q and k and v
     heads = q.elements / q.shape[-1]
     slots = k.shape[2]
     if attributes["window"]:

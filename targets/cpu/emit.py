@@ -26,6 +26,7 @@ from ...compiler.weights.pull import pull
 from ...compiler.weights.sink import DataFile
 from ...compiler.weights.sources import WeightSource
 from . import onnx_core, onnx_moe, onnx_nn
+from .genai import write_genai_config
 from .graph import CONTRIB, ONNX_TYPES, Context, Graph, Kernel
 
 KERNELS: dict[str, Kernel] = {**onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_moe.KERNELS}
@@ -65,7 +66,9 @@ def check(module: Module) -> None:
 def emit(
     module: Module, source: WeightSource, folder: Path, progress: Callable[[int], None] | None = None
 ) -> dict[str, str]:
-    """Write model.onnx and model.onnx.data into a folder and return their sha256 by name.
+    """Write model.onnx, model.onnx.data and genai_config.json (where GenAI can run it) into a folder.
+
+    Returns the sha256 of the first two by name.
 
     `progress` is told the bytes of weights written so far. Raises MoecError for an op without a kernel, for weights
     that cannot be read and for a full disk. There is no data file when no weight is large.
@@ -85,6 +88,7 @@ def emit(
         files[DATA] = data.sha256
     else:
         (folder / DATA).unlink()
+    write_genai_config(module, folder)
     return files
 
 

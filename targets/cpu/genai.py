@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ...compiler.errors import Refuse
@@ -11,9 +13,19 @@ from ...compiler.ir import Module, TensorType, Value
 
 NAME = "genai_config.json"
 TYPE = "decoder"  # GenAI knows few model types by name; this one takes any decoder with the inputs below
+_CONFIGS = ("config.json", "generation_config.json")
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def write_genai_config(module: Module, folder: Path) -> None:
+    """Write genai_config.json into an artifact that has the checkpoint's config.json, where GenAI can run it."""
+    files = [folder / name for name in _CONFIGS]
+    config, generation = (json.loads(f.read_text(encoding="utf-8")) if f.is_file() else None for f in files)
+    content = genai_config(module, config, generation) if config else None
+    if content:
+        (folder / NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def genai_config(

@@ -85,7 +85,7 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     " up_bias: A[E, N]?, down_bias: A[E, D]? -> y: A[T, D]",
     infer=_moe,
     flops=lambda o, r, a: OPS["moe.experts"].flops(o, r, {**a, "layout": "interleaved"}),
-    domains={"ids": lambda types, attributes: types[3].shape[0]},  # type: ignore[union-attr]
+    domains={"ids": lambda types, attributes: types[3].shape[0]},
     rows=OPS["moe.experts"].rows,
     distinct=("ids",),
 )
