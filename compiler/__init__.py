@@ -1,15 +1,18 @@
 """What every part of moec stands on.
 
-ir, dims        the data: modules, functions, ops, types, sizes
-recipes         how a weight is made from checkpoint tensors
-printer, parser the one text form (grammar.lark)
-ops             every op: signature, meaning, cost
-verify          the rules of a well-formed module
-interpret       runs a module with torch
-rewrite         before/after rules
-pipeline        runs passes and checks them
-weights         reads checkpoints a tile at a time
-cost            bytes, FLOPs and parameters from the IR
-frontends       sources -> module
-driver, cli     the way through, and the command
+ir, dims, dtypes      the data: modules, functions, ops, types, sizes
+recipes               how a weight is made from checkpoint tensors
+printer, parser       the one text form (grammar.lark); syntax and fragments are its parts
+ops                   every op: signature, meaning, cost
+verify                the rules of a well-formed module
+interpret             runs a module with torch
+rewrite, patterns     before/after rules
+pipeline, check       runs passes, and compares the numbers before and after
+weights               reads checkpoints a tile at a time
+cost, report          bytes, FLOPs and parameters from the IR; what `moec inspect` says
+frontends             sources -> module
+artifact, manifest    the finished folder; atomic puts it in place
+generate, tokenizer   text and tokens from an artifact
+parity, reference     an artifact against its source model
+driver, cli           the way through, and the command
 """

@@ -10,13 +10,14 @@ from .. import __version__
 from ..passes import PASSES
 from ..targets import TARGETS, declare_kernel_ops
 from . import frontends
-from .artifact import Artifact, record_figures, write_manifest
+from .artifact import Artifact, record_figures
 from .atomic import atomic_folder
 from .cost import module_costs
 from .errors import MoecError
 from .fragments import parse_pipeline
 from .frontends import Loaded
 from .ir import STAGES, Module
+from .manifest import write_manifest
 from .pipeline import PassDef, run_pipeline
 from .printer import print_module
 from .report import per_token

@@ -185,19 +185,18 @@ def run_pipeline(
     dump: Path | None = None,
     why: Why = None,
     stop_after: str | None = None,
-    table: Mapping[str, PassDef] | None = None,
+    table: Mapping[str, PassDef],
     kernel_op: Callable[[str], bool] | None = None,
     source_hint: str = "",
 ) -> tuple[Module, list[PassTiming]]:
     """Run passes, each by name with its options, and check each one; return the module and the timings.
 
     `dump` is a folder for numbered modules; `why` collects notes of rules that did not apply; `stop_after` is a pass
-    or a stage (the module as it is before a pass leaves that stage); `table` maps names to passes (PASSES unless
-    given); `kernel_op` says which ops the target has at the stage kernel; `source_hint` names the source in errors.
+    or a stage (the module as it is before a pass leaves that stage); `table` maps names to passes; `kernel_op` says
+    which ops the target has at the stage kernel; `source_hint` names the source in errors.
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
-    known = _all_passes() if table is None else table
-    definitions = [(_look_up(name, known), options) for name, options in passes]
+    definitions = [(_look_up(name, table), options) for name, options in passes]
     steps = [(definition, definition.convert(options)) for definition, options in definitions]
     steps = _until(steps, stop_after)
     settings = Settings(target, check, dump, why, kernel_op, source_hint)
@@ -210,12 +209,6 @@ def run_pipeline(
         module, timing = _run_pass(module, number, definition, options, history, settings)
         timings.append(timing)
     return module, timings
-
-
-def _all_passes() -> Mapping[str, PassDef]:
-    from ..passes import PASSES  # the passes stand on this file
-
-    return PASSES
 
 
 def _look_up(name: str, table: Mapping[str, PassDef]) -> PassDef:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artifact import MANIFEST, Artifact
+from .artifact import Artifact
 from .cost import Cost, Costs, Kind, Layer, module_costs
 from .errors import MoecError
 from .ir import Module, Value
+from .manifest import MANIFEST
 from .ops.define import free
 
 CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer

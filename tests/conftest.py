@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# two workers share two cores: more threads only wait for each other; commands that the tests start inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):

@@ -39,7 +39,7 @@ def test_file(path: Path, request: pytest.FixtureRequest):
     try:
         module = parse_module(before, str(path))
         passes = command(before)
-        result, _ = run_pipeline(module, passes, check=True, why=notes)
+        result, _ = run_pipeline(module, passes, table=PASSES, check=True, why=notes)
     except MoecError as error:
         check_error(error, comments)
         return

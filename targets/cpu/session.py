@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...compiler.artifact import State, check_files, read_manifest
 from ...compiler.errors import MoecError
+from ...compiler.manifest import State, check_files, read_manifest
 
 MODEL = "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
