@@ -90,9 +90,7 @@ def families() -> Rows:
     """Return the model families that moec's tests check."""
     from .frontends.families import FAMILIES
 
-    return [
-        {"name": f.name, "model_type": f.model_type, "state": f.state, "checked": f.checked} for f in FAMILIES.values()
-    ]
+    return [{"name": f.name, "model_type": f.model_type, "state": f.state} for f in FAMILIES.values()]
 
 
 def targets(name: str | None = None) -> Rows:

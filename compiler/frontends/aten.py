@@ -1,4 +1,4 @@
-"""From an exported torch graph to IR ops, node by node; the handlers of the operators are in aten_ops.py."""
+"""From an exported torch graph to IR ops, node by node; the handlers are in aten_ops.py and aten_shapes.py."""
 
 from __future__ import annotations
 

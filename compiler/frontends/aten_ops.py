@@ -7,14 +7,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import sympy
-
-from ..dims import Size, size
+from ..dims import size
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
-from ..ir import TensorType, Value
-from .aten import HANDLERS, Graph, aten, axis, reshape, resolve_shape
-from .uninitialised import Piece, Uninitialised
+from ..ir import Value
+from .aten import HANDLERS, Graph, aten, axis
+from .aten_shapes import squeeze
 
 Handler = Callable[..., Any]
 
@@ -98,7 +96,8 @@ def _gelu(g: Graph, x: Value, approximate: str = "none") -> Value:
 @aten("aten.clamp", "aten.clamp_min", "aten.clamp_max")
 def _clamp(g: Graph, x: Value, min: Any = None, max: Any = None) -> Value:
     if isinstance(min, Value) or isinstance(max, Value):
-        raise MoecError("clamp between tensors is not understood")
+        x = x if min is None else g.builder.op("core.maximum", *_promote(g, x, min))
+        return x if max is None else g.builder.op("core.minimum", *_promote(g, x, max))
     low = float("-inf") if min is None else float(min)
     high = float("inf") if max is None else float(max)
     return g.builder.op("core.clamp", x, min=low, max=high)
@@ -137,156 +136,6 @@ def _nothing(g: Graph, *args: Any, **kwargs: Any) -> None:
     return None
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------
-
-
-@aten("aten.view", "aten.reshape", "aten._unsafe_view")
-def _view(g: Graph, x: Value, shape: Any) -> Value:
-    return reshape(g, x, resolve_shape(x, shape))
-
-
-@aten("aten.flatten")
-def _flatten(g: Graph, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
-    a, b = axis(x, start_dim), axis(x, end_dim)
-    s = x.type.shape
-    return reshape(g, x, (*s[:a], sympy.Mul(*s[a : b + 1]), *s[b + 1 :]))
-
-
-@aten("aten.unflatten")
-def _unflatten(g: Graph, x: Value, dim: int, sizes: Any) -> Value:
-    a = axis(x, dim)
-    s = x.type.shape
-    known = [size(n) for n in sizes]
-    if -1 in known:
-        hole = known.index(sympy.Integer(-1))
-        known[hole] = s[a] / sympy.Mul(*[k for i, k in enumerate(known) if i != hole])
-    return reshape(g, x, (*s[:a], *known, *s[a + 1 :]))
-
-
-@aten("aten.unsqueeze")
-def _unsqueeze(g: Graph, x: Value, dim: int) -> Value:
-    a = dim if dim >= 0 else dim + len(x.type.shape) + 1
-    return reshape(g, x, (*x.type.shape[:a], 1, *x.type.shape[a:]), hint="unsqueeze")
-
-
-@aten("aten.squeeze")
-def _squeeze(g: Graph, x: Value, dim: Any = None) -> Value:
-    dims = range(len(x.type.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
-    drop = {axis(x, d) for d in dims if x.type.shape[axis(x, d)] == 1}
-    return reshape(g, x, tuple(s for i, s in enumerate(x.type.shape) if i not in drop), hint="squeeze")
-
-
-@aten("aten.transpose", "aten.swapaxes")
-def _transpose(g: Graph, x: Value, a: int, b: int) -> Value:
-    perm = list(range(len(x.type.shape)))
-    a, b = axis(x, a), axis(x, b)
-    perm[a], perm[b] = perm[b], perm[a]
-    return g.builder.op("core.transpose", x, perm=tuple(perm))
-
-
-@aten("aten.t", "aten.numpy_T")
-def _t(g: Graph, x: Value) -> Value:
-    return g.builder.op("core.transpose", x, perm=tuple(reversed(range(len(x.type.shape)))))
-
-
-@aten("aten.permute")
-def _permute(g: Graph, x: Value, dims: Any) -> Value:
-    return g.builder.op("core.transpose", x, perm=tuple(axis(x, d) for d in dims))
-
-
-@aten("aten.expand")
-def _expand(g: Graph, x: Value, shape: Any, implicit: bool = False) -> Value:
-    lead = len(shape) - len(x.type.shape)
-    sizes = [x.type.shape[i - lead] if s == -1 else size(s) for i, s in enumerate(shape)]
-    return x if tuple(sizes) == x.type.shape else g.builder.op("core.expand", x, shape=tuple(sizes))
-
-
-@aten("aten.expand_as")
-def _expand_as(g: Graph, x: Value, other: Value) -> Value:
-    return _expand(g, x, other.type.shape)
-
-
-@aten("aten.cat", "aten.concat")
-def _cat(g: Graph, xs: list[Value], dim: int = 0) -> Value:
-    return g.builder.op("core.concat", *xs, axis=axis(xs[0], dim))
-
-
-@aten("aten.stack")
-def _stack(g: Graph, xs: list[Value], dim: int = 0) -> Value:
-    return g.builder.op("core.concat", *[_unsqueeze(g, x, dim) for x in xs], axis=dim % (len(xs[0].type.shape) + 1))
-
-
-def _position(x: Value | Uninitialised, a: int, index: Any, default: Any) -> Size:
-    """Return a slice bound counted from the front and inside the axis."""
-    length = x.type.shape[a]
-    if index is None:
-        return size(default)
-    at = size(index)
-    if at.is_Integer and at >= 2**62:
-        return length
-    if at.is_Integer and at < 0:
-        return sympy.expand(length + at)
-    return sympy.Integer(min(int(at), int(length))) if at.is_Integer and length.is_Integer else at
-
-
-@aten("aten.new_empty", "aten.empty_like")
-def _empty(g: Graph, x: Value, shape: Any = None, dtype: str | None = None, **kwargs: Any) -> Uninitialised:
-    sizes = x.type.shape if shape is None else tuple(size(s) for s in shape)
-    return Uninitialised(TensorType(dtype or x.type.dtype, sizes))
-
-
-@aten("aten.copy")
-def _copy(g: Graph, target: Any, source: Value, non_blocking: bool = False) -> Any:
-    if not isinstance(target, Piece):
-        raise MoecError("copying into a tensor that has values already is not understood")
-    target.fill(g.cast(_expand(g, source, target.type.shape), target.type.dtype))
-    return target
-
-
-@aten("aten.slice")
-def _slice(g: Graph, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    a = axis(x, dim)
-    if isinstance(x, Uninitialised):
-        return x.piece(a, _position(x, a, start, 0), _position(x, a, end, x.type.shape[a]))
-    low, high = _position(x, a, start, 0), _position(x, a, end, x.type.shape[a])
-    if low == 0 and high == x.type.shape[a] and step == 1:
-        return x
-    extra: dict[str, Any] = {} if step == 1 else {"step": step}
-    return g.builder.op("core.slice", x, axis=a, start=low, stop=high, **extra)
-
-
-@aten("aten.select")
-def _select(g: Graph, x: Value, dim: int, index: Any) -> Value:
-    a = axis(x, dim)
-    at = _position(x, a, index, 0)
-    piece = g.builder.op("core.slice", x, axis=a, start=at, stop=at + 1)
-    return reshape(g, piece, (*x.type.shape[:a], *x.type.shape[a + 1 :]))
-
-
-@aten("aten.split", "aten.split_with_sizes")
-def _split(g: Graph, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
-    a = axis(x, dim)
-    length = x.type.shape[a]
-    if not isinstance(sizes, (list, tuple)):
-        each = int(sizes)
-        sizes = [min(each, int(length) - i) for i in range(0, int(length), each)]
-    pieces, at = [], size(0)
-    for n in sizes:
-        pieces.append(g.builder.op("core.slice", x, axis=a, start=at, stop=at + size(n)))
-        at += size(n)
-    return tuple(pieces)
-
-
-@aten("aten.chunk")
-def _chunk(g: Graph, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
-    return _split(g, x, -(-int(x.type.shape[axis(x, dim)]) // chunks), dim)
-
-
-@aten("aten.unbind")
-def _unbind(g: Graph, x: Value, dim: int = 0) -> tuple[Value, ...]:
-    return tuple(_select(g, x, dim, i) for i in range(int(x.type.shape[axis(x, dim)])))
-
-
 # --- matrices and reductions -----------------------------------------------------------------------------------
 
 
@@ -298,6 +147,19 @@ def _linear(g: Graph, x: Value, w: Value, b: Value | None = None) -> Value:
 @aten("aten.matmul", "aten.bmm", "aten.mm")
 def _matmul(g: Graph, x: Value, y: Value) -> Value:
     return g.builder.op("core.matmul", x, y)
+
+
+@aten("aten.addmm")
+def _addmm(g: Graph, b: Value, x: Value, y: Value, beta: Any = 1, alpha: Any = 1) -> Value:
+    if beta != 1 or alpha != 1:
+        raise MoecError(f"addmm with beta={beta}, alpha={alpha} is not understood")
+    return g.builder.op("core.add", g.builder.op("core.matmul", x, y), b)
+
+
+@aten("aten.max.dim")
+def _max(g: Graph, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, ...]:
+    found = g.builder.op("core.topk", x, k=1, axis=axis(x, dim))
+    return found if keepdim else tuple(squeeze(g, part, dim) for part in found)
 
 
 def _last_name(g: Graph) -> str:
@@ -335,6 +197,15 @@ def _topk(g: Graph, x: Value, k: int, dim: int = -1, largest: bool = True, sorte
     if not largest:
         raise MoecError("topk of the smallest is not understood")
     return g.builder.op("core.topk", x, k=int(k), axis=axis(x, dim))
+
+
+@aten("aten.layer_norm")
+def _layer_norm(
+    g: Graph, x: Value, shape: Any, w: Value | None = None, b: Value | None = None, eps: float = 1e-5, *rest: Any
+) -> Value:
+    if len(shape) != 1:
+        raise MoecError(f"layer_norm over {len(shape)} axes is not understood")
+    return g.builder.op("nn.layer_norm", x, w, b, eps=eps, hint=_last_name(g))
 
 
 # --- indexing and constants ------------------------------------------------------------------------------------

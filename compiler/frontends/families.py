@@ -29,9 +29,8 @@ _DEEPSEEK = {
 class Family:
     """A family: its name, transformers' model_type and config class, a tiny configuration over BASE.
 
-    `state` says what a layer keeps from step to step; `checked` what the tests compare with transformers, on tiny
-    random checkpoints, in prefill and cached decoding: `artifact` (the compiled model in ONNX Runtime, 32 steps, from a
-    folder and from a live model) or `program` (the imported program, interpreted).
+    `state` says what a layer keeps from step to step. The tests compare the compiled model of each with transformers:
+    a tiny random checkpoint and the live model, prefill at several lengths, cached decoding, left padding.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Family:
     config_class: str
     tiny: Mapping[str, Any]
     state: str = "kv"
-    checked: str = "artifact"
 
     def config(self, **changes: Any) -> Any:
         """Return the tiny transformers config, with changes."""
@@ -48,20 +46,44 @@ class Family:
         return getattr(transformers, self.config_class)(**{**BASE, **self.tiny, **changes})
 
 
+_GROUPED = {**_DEEPSEEK, "head_dim": 16}
+_FOUR = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+
 _ALL = (
     Family("OLMoE", "olmoe", "OlmoeConfig", {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}),
-    Family("Mixtral", "mixtral", "MixtralConfig",
-           {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    Family("Mixtral", "mixtral", "MixtralConfig", {**_FOUR, "intermediate_size": 96}),
     Family("Qwen2-MoE", "qwen2_moe", "Qwen2MoeConfig",
            {"intermediate_size": 96, "shared_expert_intermediate_size": 48, "mlp_only_layers": [], **_EIGHT}),
     Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeConfig",
            {"intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True, **_EIGHT}),
-    Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, state="latent kv",
-           checked="program"),
-    Family("gpt-oss", "gpt_oss", "GptOssConfig",
-           {"intermediate_size": 32, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
-            "sliding_window": 4}, checked="program"),
-    Family("Llama (dense)", "llama", "LlamaConfig", {"intermediate_size": 96}, checked="program"),
+    Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, state="latent kv"),
+    Family("gpt-oss", "gpt_oss", "GptOssConfig", {**_FOUR, "head_dim": 16, "sliding_window": 4}),
+    Family("AFMoE", "afmoe", "AfmoeConfig",
+           {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4, "num_dense_layers": 1}),
+    Family("Cohere2-MoE", "cohere2_moe", "Cohere2MoeConfig",
+           {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 16}),
+    Family("dots.llm1", "dots1", "Dots1Config", _GROUPED),
+    Family("ERNIE 4.5 MoE", "ernie4_5_moe", "Ernie4_5_MoeConfig",
+           {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32, "intermediate_size": 96,
+            "moe_layer_start_index": 1}),
+    Family("EXAONE MoE", "exaone_moe", "ExaoneMoeConfig",
+           {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4, "num_hidden_layers": 4,
+            "n_group": 1, "topk_group": 1}),
+    Family("FlexOlmo", "flex_olmo", "FlexOlmoConfig",
+           {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}),
+    Family("GLM-4 MoE", "glm4_moe", "Glm4MoeConfig", _GROUPED),
+    Family("GLM-4 MoE Lite", "glm4_moe_lite", "Glm4MoeLiteConfig", {**_MLA, **_DEEPSEEK}, state="latent kv"),
+    Family("Granite MoE", "granitemoe", "GraniteMoeConfig", _FOUR),
+    Family("Granite MoE Shared", "granitemoeshared", "GraniteMoeSharedConfig", {**_FOUR, "shared_intermediate_size": 48}),
+    Family("Hunyuan MoE", "hunyuan_v1_moe", "HunYuanMoEV1Config",
+           {"num_experts": 8, "moe_topk": 2, "intermediate_size": 32, "head_dim": 16}),
+    Family("Mellum", "mellum", "MellumConfig", {**_EIGHT, "intermediate_size": 96, "head_dim": 16}),
+    Family("MiniMax-M2", "minimax_m2", "MiniMaxM2Config", {**_FOUR, "head_dim": 16}),
+    Family("Solar Open", "solar_open", "SolarOpenConfig", _GROUPED),
+    Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}),
+    Family("Gemma 3 (no experts)", "gemma3_text", "Gemma3TextConfig",
+           {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}),
+    Family("GPT-NeoX (no experts)", "gpt_neox", "GPTNeoXConfig", {"intermediate_size": 96}),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

@@ -156,6 +156,8 @@ def _state_names(kind: Layer) -> list[str]:
 
 def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
     """Return the IR type of a rehearsal tensor: its primes become dims."""
+    if tensor.dtype not in DTYPE_NAMES:
+        raise MoecError(f"a layer is called with a tensor of {tensor.dtype}, which is not understood")
     shape = [DIM_EXPRESSIONS[SIZES[n]] if n in SIZES else n for n in tensor.shape]
     return TensorType.of(DTYPE_NAMES[tensor.dtype], *shape, state=state)
 
