@@ -29,7 +29,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 END = "<|endoftext|>"
 VOCABULARY = 2048
@@ -42,7 +42,7 @@ TOKENS_PER_STEP = 4096
 # tokens of a window: few while the model learns the words, many at the end, when it learns to look back
 SHORT, LONG, LONG_FROM = 256, 1024, 0.7
 DECAY_FROM = 0.6  # the part of the training after which the learning rate falls
-PROMPT = "def read_lines(path):\n    "  # completed by the report
+PROMPT = "def read_lines(path):"  # completed by the report; its end is no space, which would begin the next token
 # encodings are tables of numbers, and pydoc_data is one file of documentation
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
 
@@ -99,7 +99,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 
 def make_model() -> Qwen3MoeForCausalLM:
     """Return the untrained model."""
-    config = Qwen3MoeConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=VOCABULARY,
         hidden_size=256,
         num_hidden_layers=4,
@@ -121,7 +121,7 @@ def make_model() -> Qwen3MoeForCausalLM:
         eos_token_id=0,
         pad_token_id=0,
     )
-    return Qwen3MoeForCausalLM(config)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ def check_step(model: Qwen3MoeForCausalLM, tokens: Tensor) -> None:
 def evaluate(folder: Path, texts: list[str]) -> tuple[float, Tensor]:
     """Return (bits per byte, choices of each expert by layer) of a saved checkpoint, by transformers in float32."""
     model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     loads = torch.zeros(len(model.model.layers), EXPERTS)
 
     def count(layer: int, logits: Tensor) -> None:
@@ -399,11 +399,11 @@ def evaluate(folder: Path, texts: list[str]) -> tuple[float, Tensor]:
 @torch.no_grad()
 def complete(folder: Path, prompt: str, length: int) -> str:
     """Return the prompt and the tokens that the saved checkpoint finds most likely after it."""
-    model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokens = encode(tokenizer, [prompt])[None]
     result = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, do_sample=False)
-    return tokenizer.decode(result[0, 1:])
+    return str(tokenizer.decode(result[0, 1:]))
 
 
 def sample(held_out: dict[str, str], least: int = 60_000, most: int = 90_000) -> str:
@@ -469,7 +469,7 @@ def main() -> None:
     held_out_tokens = encode(tokenizer, held_out)
     print(f"training: {len(texts)} files, {sum(map(len, texts)) / 1e6:.2f} MB, {len(tokens) / 1e6:.2f} M tokens")
     print(f"held out: {len(held_out)} files, {sum(map(len, held_out)) / 1e6:.2f} MB, {len(held_out_tokens)} tokens")
-    model = make_model()
+    model: Any = make_model()
     check_step(model, tokens)
     print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     train(model, tokens, held_out_tokens, folder, options)
