@@ -32,12 +32,12 @@ def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -
     checkpoint = open_checkpoint(folder) if has_weights(folder) else None
     dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     skeleton = build(config, trust_remote_code)
-    skeleton.model.config.moec_dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
     def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
         if checkpoint is None:
             state = {k: v for k, v in skeleton.model.state_dict().items() if k in set(wanted)}
-            stored = expected_tensors(skeleton.model, state)
+            # a config that names no dtype is taken for bfloat16, which most checkpoints are stored in
+            stored = expected_tensors(skeleton.model, state, DTYPE_NAMES.get(dtype, "bf16"))
             available = _expected_quantized(skeleton, stored, quantization) if quantization else stored
         else:
             available = _stored(checkpoint, wanted, quantization)

@@ -171,19 +171,16 @@ def _name_range(names: Sequence[str]) -> str | None:
 # --- the mapping ---------------------------------------------------------------------------------------------------
 
 
-def map_parameters(model: Any, wanted: Iterable[str], available: Mapping[str, Recipe] | None) -> dict[str, Recipe]:
+def map_parameters(model: Any, wanted: Iterable[str], available: Mapping[str, Recipe]) -> dict[str, Recipe]:
     """Return a recipe for each wanted parameter name of a transformers model on the meta device.
 
-    `available` are the checkpoint's tensors by name (as recipes, since a stored tensor may need dequantizing first);
-    without it, the names are those that transformers would save the model under and the dtype is the config's.
+    `available` are the checkpoint's tensors by name, as recipes, since a stored tensor may need dequantizing first.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    state = {k: v for k, v in model.state_dict().items()}
+    state = model.state_dict()
     wanted = set(wanted)
-    if available is None:
-        available = expected_tensors(model, {k: v for k, v in state.items() if k in wanted})
     rules = get_model_conversion_mapping(model)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
@@ -230,11 +227,13 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
 
 
-def expected_tensors(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Recipe]:
-    """Return the tensors that a checkpoint of this model would have, for a config without weights."""
+def expected_tensors(model: Any, state: Mapping[str, torch.Tensor], dtype: str) -> dict[str, Recipe]:
+    """Return the tensors that transformers would save the model's state as, with floats of a dtype.
+
+    This is what a config without weights is imported with.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    dtype = DTYPE_NAMES.get(getattr(model.config, "moec_dtype", None) or torch.bfloat16, "bf16")
     reverted = revert_weight_conversion(model, dict(state))
     found: dict[str, Recipe] = {}
     for name, tensor in reverted.items():

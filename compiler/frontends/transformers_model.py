@@ -24,7 +24,6 @@ from .builder import Builder
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
 from .layers import (
-    NEW,
     PAST,
     SIZES,
     Layer,
@@ -299,6 +298,3 @@ def prune(function: Function, keep_params: bool = False) -> Function:
     params = tuple(p for p in function.params if keep_params or p.name in live)
     consts = tuple(c for c in function.consts if c.value.name in live)
     return replace(function, ops=tuple(reversed(ops)), params=params, consts=consts)
-
-
-assert NEW != PAST  # the two primes tell S from P
