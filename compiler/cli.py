@@ -21,6 +21,7 @@ from .cli_base import (
     example,
     json_option,
     print_notes,
+    print_timings,
     progress_bar,
     read_text,
     trust_option,
@@ -63,6 +64,7 @@ def main() -> None:
 @click.option("--stop-after", metavar="STAGE", help="Stop after graph, moe, kernel or a pass, and print the IR.")
 @click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="An option of the target; repeatable.")
 @click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
+@click.option("--timings", is_flag=True, help="Say how long each pass took.")
 @click.option("--weights", metavar="DIR", help="The checkpoint folder of a .moir source.")
 @trust_option
 @debug_option
@@ -72,6 +74,7 @@ def compile(
     out: str | None,
     options: tuple[str, ...],
     why: bool,
+    timings: bool,
     verify: bool,
     stop_after: str | None,
     **given: Any,
@@ -89,12 +92,14 @@ def compile(
 
     start = time.perf_counter()
     notes: list[str] = []
+    taken: list[Any] = []
     with progress_bar(f"compiling {source}") as progress:
         result: Any = driver.compile(
             source, target, None if stop_after else out, options=keys, stop_after=stop_after, verify=verify,
-            why=notes if why else None, progress=progress, **given,
+            why=notes if why else None, progress=progress, timings=taken, **given,
         )  # fmt: skip
     print_notes(notes)
+    print_timings(taken if timings else [])
     if stop_after:
         from .printer import print_module
 
@@ -129,8 +134,9 @@ def _key_values(options: tuple[str, ...]) -> dict[str, str]:
 @click.option("--dump", metavar="DIR", help="Write the IR after every pass that changed it.")
 @click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")
 @click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
+@click.option("--timings", is_flag=True, help="Say how long each pass took.")
 @debug_option
-def opt(file: str, passes: str, out: str | None, why: bool, **given: Any) -> None:
+def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **given: Any) -> None:
     """Run passes on IR and print the result.
 
     FILE is a .moir file or - for standard input.
@@ -146,8 +152,10 @@ def opt(file: str, passes: str, out: str | None, why: bool, **given: Any) -> Non
 
         source = parse_module(read_text("-"), "<stdin>")
     notes: list[str] = []
-    module = driver.opt(source, passes, why=notes if why else None, **given)
+    taken: list[Any] = []
+    module = driver.opt(source, passes, why=notes if why else None, timings=taken, **given)
     print_notes(notes)
+    print_timings(taken if timings else [])
     write_text(print_module(module), out)
 
 

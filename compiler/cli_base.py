@@ -121,6 +121,12 @@ def print_notes(notes: list[str]) -> None:
         click.echo(note if note.startswith("note:") else f"note: {note}", err=True)
 
 
+def print_timings(timings: list[Any]) -> None:
+    """Write what each pass took on standard error, checks included."""
+    for t in timings:
+        click.echo(f"{t.checked_seconds:8.3f} s  {t.name}{'' if t.changed else ' (changed nothing)'}", err=True)
+
+
 @contextmanager
 def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[..., None] | None]:
     """Yield a function (done, total=None) that moves a bar on standard error; None where that is no terminal."""

@@ -18,7 +18,7 @@ from .fragments import parse_pipeline
 from .frontends import Loaded
 from .ir import STAGES, Module
 from .manifest import write_manifest
-from .pipeline import PassDef, run_pipeline
+from .pipeline import PassDef, PassTiming, run_pipeline
 from .printer import print_module
 from .report import per_token
 
@@ -53,22 +53,25 @@ def compile(
     weights: Path | str | None = None,
     why: Why = None,
     progress: Progress | None = None,
+    timings: list[PassTiming] | None = None,
 ) -> Artifact | Module:
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file. `stop_after` is a stage or a pass. `check` compares the numbers before and
-    after every pass, `why` collects why rules did not apply, `progress` is told the bytes written and those in all.
-    Raises MoecError; the folder is then as it was before.
+    after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
+    bytes written and those in all. Raises MoecError; the folder is then as it was before.
     """
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
     text = pipeline if pipeline is not None else chosen.pipeline
     steps = _remaining(loaded.module, text)
-    module, _ = run_pipeline(
+    module, taken = run_pipeline(
         loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
         stop_after=stop_after, table=passes_for(chosen),
     )  # fmt: skip
+    if timings is not None:
+        timings += taken
     if stop_after:
         return module
     folder = _output(source, loaded, chosen, out)
@@ -178,14 +181,18 @@ def opt(
     check: bool = False,
     dump: Path | str | None = None,
     why: Why = None,
+    timings: list[PassTiming] | None = None,
 ) -> Module:
     """Run passes on a module, a `.moir` file or any other source; return the module."""
     module = source if isinstance(source, Module) else frontends.load(source).module
     chosen = find_target(target, {})
-    return run_pipeline(
+    module, taken = run_pipeline(
         module, parse_pipeline(passes), target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
         table=passes_for(chosen),
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    if timings is not None:
+        timings += taken
+    return module
 
 
 def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison:

@@ -1,7 +1,9 @@
 """The transformers importer: numbers of the imported module, what it looks like, and what it refuses."""
 
 import json
+from pathlib import Path
 
+import moec
 import pytest
 import torch
 from moec.compiler.errors import MoecError
@@ -174,6 +176,15 @@ def test_bad_configs_have_one_clear_error(tmp_path, change, message):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(MoecError, match=message):
         load(folder)
+
+
+@pytest.mark.parametrize(("name", "lines"), [("OLMoE-1B-7B-0924", 250), ("Qwen3-235B-A22B", 250), ("DeepSeek-V3", 500)])
+def test_published_configs_fit_on_a_few_pages(name, lines, tmp_path):
+    dump = tmp_path / "dump"
+    module = moec.compile(Path(__file__).parent / "configs" / name, stop_after="moe", dump=dump)
+    assert module.stage == "moe"
+    assert len(print_module(module).splitlines()) <= lines
+    assert all(len(file.read_text().splitlines()) <= lines for file in dump.iterdir())
 
 
 def test_remote_code_is_not_run(tmp_path):
