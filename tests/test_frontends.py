@@ -202,3 +202,11 @@ def test_unsupported_state_is_named():
     }  # fmt: skip
     with pytest.raises(MoecError, match="JambaForCausalLM cannot be imported"):
         load(random_model(Family("Jamba", "jamba", "JambaConfig", settings)))
+
+
+def test_layers_with_other_computed_buffers_are_other_kinds():
+    model = random_model(FAMILIES["llama"])
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.register_buffer("table", torch.full((4,), float(i % 2)), persistent=False)
+    calls = [op.callee for op in load(model).module.main.ops if op.callee]
+    assert calls[0] == calls[2] != calls[1]

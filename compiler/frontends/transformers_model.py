@@ -61,7 +61,7 @@ def import_model(skeleton: Skeleton, mapper: Mapper, source: str) -> Module:
     with tracing() as session, torch.no_grad():
         layers_name, modules = find_layers(model)
         layers = rehearse(model, modules, session)
-        kinds = group_kinds(model, layers)
+        kinds = group_kinds(model, layers_name, layers, skeleton.buffers)
         recipes = _map_weights(model, mapper, layers_name, layers, kinds)
         job = Import(skeleton, layers_name, layers, kinds, recipes, session)
         functions = [_layer_function(job, kind) for kind in kinds]
