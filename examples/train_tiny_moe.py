@@ -440,7 +440,7 @@ def arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-moe", help="folder to write")
-    parser.add_argument("--steps", type=int, default=2200, help=f"steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=1500, help=f"steps of {TOKENS_PER_STEP} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="another number may give slightly different weights")
     parser.add_argument("--muon-rate", type=float, default=0.02, help="peak rate of the matrices")
