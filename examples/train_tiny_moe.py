@@ -6,7 +6,7 @@ initial weights follow from the seed, so a number of steps gives the same model 
 
     python examples/train_tiny_moe.py --out examples/tiny-moe
 
-It takes about 45 minutes on one core. The script ends by loading what it saved with transformers, in float32, and
+It takes about half an hour on one core. The script ends by loading what it saved with transformers, in float32, and
 prints the bits per byte of the held-out files and the load of every layer's experts on them.
 
 The training step does not go through the forward pass of transformers, which was half as fast on a CPU: it reads the
