@@ -30,7 +30,7 @@ def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -
     config = read_config(folder, trust_remote_code)
     quantization = _quantization(config, folder)
     checkpoint = open_checkpoint(folder) if has_weights(folder) else None
-    dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    dtype: Any = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     skeleton = build(config, trust_remote_code)
 
     def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
