@@ -17,6 +17,7 @@ from .. import __version__
 from .cli_base import (
     CHECK_FAILED,
     Commands,
+    byte_size,
     debug_option,
     example,
     json_option,
@@ -57,6 +58,23 @@ def main() -> None:
 @click.argument("source")
 @click.option("--target", default="cpu", show_default=True, help="What to compile for; `moec targets` lists them.")
 @click.option("-o", "--out", help="The artifact folder; with --stop-after a .moir file.  [default: SOURCE-TARGET]")
+@click.option(
+    "--quantize", metavar="SPEC", help="Store weights in fewer bits: int4, int8, or 'experts=int4,head=int8,group=64'."
+)
+@click.option(
+    "--accuracy",
+    type=click.Choice(["fast", "exact"]),
+    default="fast",
+    show_default=True,
+    help="Beside quantized weights: int8 activations (fast), or f32 (exact).",
+)
+@click.option(
+    "--memory-limit",
+    "memory_limit",
+    metavar="SIZE",
+    callback=lambda c, p, v: v and byte_size(v, p),
+    help="What tiles of weights may use, as in 500MB.  [default: 1GB]",
+)
 @click.option("--pipeline", help="Passes instead of the target's own, as in 'cleanup,lift-moe'.")
 @click.option("--dump", metavar="DIR", help="Write the IR after every pass that changed it.")
 @click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")

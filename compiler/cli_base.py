@@ -7,6 +7,7 @@ Exit codes: 0 good, 1 a check failed, 2 wrong use or bad input, 70 an error insi
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -91,6 +92,14 @@ trust_option = click.option(
 def example(*lines: str) -> str:
     """Return an epilog for --help with examples that click does not wrap."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def byte_size(text: str, param: click.Parameter | None = None) -> int:
+    """Return the bytes that a text such as 500MB, 1.5GB or 4096 says (decimal units)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", text.strip())
+    if not found:
+        raise click.BadParameter(f"{text!r} is not a size such as 500MB or 1.5GB", param=param)
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def read_text(file: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from .fragments import parse_pipeline
 from .frontends import Loaded
 from .ir import STAGES, Module
 from .manifest import write_manifest
-from .pipeline import PassDef, PassTiming, run_pipeline
+from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
 from .printer import print_module
+from .quantization import is_lossy, precision, with_quantize
 from .report import per_token
+from .weights.sink import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
@@ -44,6 +47,9 @@ def compile(
     out: Path | str | None = None,
     *,
     pipeline: str | None = None,
+    quantize: str | None = None,
+    accuracy: str = "fast",
+    memory_limit: int | None = None,
     dump: Path | str | None = None,
     check: bool = False,
     verify: bool = False,
@@ -58,13 +64,19 @@ def compile(
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
-    checkpoint folder of a `.moir` file. `stop_after` is a stage or a pass. `check` compares the numbers before and
+    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.with_quantize),
+    `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
+    tiles of weights may use beside the imports. `stop_after` is a stage or a pass. `check` compares the numbers before and
     after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
     bytes written and those in all. Raises MoecError; the folder is then as it was before.
     """
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
     text = pipeline if pipeline is not None else chosen.pipeline
+    if quantize is not None:
+        text = with_quantize(text, quantize)
+    if accuracy != "fast":
+        text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
     steps = _remaining(loaded.module, text)
     module, taken = run_pipeline(
         loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
@@ -75,7 +87,7 @@ def compile(
     if stop_after:
         return module
     folder = _output(source, loaded, chosen, out)
-    artifact = _emit(module, loaded, chosen, text, folder, progress)
+    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -94,9 +106,9 @@ def find_target(name: str, options: Mapping[str, str]) -> Target:
 def passes_for(target: Target) -> dict[str, PassDef]:
     """Return the table of passes together with the target's lowering."""
 
-    def lower(module: Module, target: Target, why: Why) -> Module:
+    def lower(module: Module, target: Target, why: Why, accuracy: str = "fast") -> Module:
         notes: list[str] = []
-        lowered = target.lower(module, notes)
+        lowered = target.lower(module, notes, accuracy)
         tell = why.append if isinstance(why, list) else why
         if tell is not None:
             for text in notes:
@@ -104,7 +116,8 @@ def passes_for(target: Target) -> dict[str, PassDef]:
         return lowered
 
     doc = f"Rewrite the module in the ops that target {target.name} runs."
-    return {**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", None, {}, notes=True)}
+    options = {"accuracy": Option("accuracy", str, False, "fast")}
+    return {**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", None, options, notes=True)}
 
 
 def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]]:
@@ -119,8 +132,9 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
 
 
 def _emit(
-    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, progress: Progress | None
-) -> Artifact:
+    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
+    progress: Progress | None,
+) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole."""
     if loaded.weights is None:
         raise MoecError(
@@ -128,26 +142,22 @@ def _emit(
             where=str(loaded.folder or module.source or "the program"),
             todo="put the safetensors files beside config.json, name them with --weights DIR, or use --stop-after moe",
         )
+    tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
     source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
     with atomic_folder(out) as partial:
         _copy_companions(loaded, partial)
         (partial / "program.moir").write_text(print_module(module), encoding="utf-8")
         costs = module_costs(module)
-        files = target.emit(module, loaded.weights, partial, _with_total(progress, costs.total.compiled_bytes))
+        files = target.emit(module, loaded.weights, partial, tile, _with_total(progress, costs.total.compiled_bytes))
         write_manifest(
             partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
-            precision=_precision(module), figures={"counted": per_token(costs)},
+            precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs)},
         )  # fmt: skip
     return Artifact.open(out)
 
 
 def _with_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
     return progress and (lambda done: progress(done, total))
-
-
-def _precision(module: Module) -> dict[str, list[str]]:
-    """Return the dtypes that the weights of each function are stored in."""
-    return {f.name: sorted({c.value.type.dtype for c in f.consts}) for f in module.functions if f.consts}
 
 
 def _copy_companions(loaded: Loaded, folder: Path) -> None:

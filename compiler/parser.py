@@ -26,7 +26,20 @@ from .fragments import (
     parse_size,
     parse_statements,
 )
-from .ir import DTYPE_BITS, STAGES, Const, Dim, Function, Module, Op, TensorType, Value, expand_range, make_attrs
+from .ir import (
+    DTYPE_BITS,
+    STAGES,
+    Const,
+    Dim,
+    Function,
+    Module,
+    Op,
+    TensorType,
+    Value,
+    expand_range,
+    is_dtype,
+    make_attrs,
+)
 from .recipes import STEPS, Literal, Recipe, Tensor, step
 from .syntax import (
     LONGEST_RANGE,
@@ -119,7 +132,7 @@ def _type(file: _File, node: TypeNode) -> TensorType:
     known = file.types.get(node.key)
     if known is None:
         state, dtype, sizes = node.key
-        if dtype not in DTYPE_BITS:
+        if not is_dtype(dtype):
             todo = near(dtype, DTYPE_BITS) or f"known: {', '.join(DTYPE_BITS)}"
             raise file.source.error(f"unknown dtype {dtype}", dtype, todo=todo)
         shape = tuple(size(expression(s, file.source, file.names)) for s in sizes)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .formats import Format, find_format, format_of
 from .ir import DTYPE_BITS, Attr, TensorType, expand_range, make_attrs
 
 
@@ -210,6 +211,42 @@ def _dequantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> Tens
     return TensorType.of("f32", *codes.shape)
 
 
+def _quantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    item = _one(types)
+    format = format_of(str(attributes["to"]))
+    if item.dtype != "f32" or len(item.shape) < 2:
+        raise ValueError(f"f32 with two axes or more is quantized, not {item}")
+    if item.sizes[-1] % format.group:
+        raise ValueError(f"groups of {format.group} do not divide the {item.sizes[-1]} columns of {item}")
+    return TensorType.of(format.name, *item.shape)
+
+
+def _part_of(name: str) -> StepRule:
+    def rule(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+        item = _one(types)
+        format = find_format(item.dtype)
+        if format is None or (name == "zeros" and not format.zeros):
+            raise ValueError(f"{item} has no {name}")
+        return part_type(name, item, format)
+
+    return rule
+
+
+def part_type(name: str, type: TensorType, format: Format) -> TensorType:
+    """Return the type of a part of a quantized weight; encode says what the parts hold."""
+    *outer, rows, width = type.sizes
+    groups = -(-width // format.group)
+    match name:
+        case "codes":
+            return TensorType.of("u8", *outer, rows, -(-width * format.bits // 8))
+        case "zeros":
+            return TensorType.of("u8", *outer, rows, -(-groups * format.bits // 8))
+    dtype = "u8" if format.scale == "f8e8m0" else format.scale
+    return TensorType.of(dtype, *outer, -(-rows // format.rows), groups)
+
+
+PARTS = ("codes", "scales", "zeros")
+
 StepRule = Callable[[list[TensorType], Mapping[str, Attr]], TensorType]
 
 STEPS: dict[str, StepRule] = {
@@ -220,6 +257,8 @@ STEPS: dict[str, StepRule] = {
     "slice": _slice,  # axis, start, stop, step=1
     "reshape": _reshape,  # shape
     "cast": _cast,  # to
+    "quantize": _quantize,  # to: a format; the numbers are those that the codes stand for
+    **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
     "dequantize": _dequantize,  # codes, scales; block: codes[i, j] * scales[i // block[0], j // block[1]]
 }
 SPREADING = ("stack", "concat", "interleave")

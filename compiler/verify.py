@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .errors import MoecError
-from .ir import DTYPE_BITS, STAGES, Function, Module, Op, TensorType, Value
+from .ir import STAGES, Function, Module, Op, TensorType, Value, is_dtype
 from .ops import OPS
 
 STAGE_DIALECTS = {
@@ -35,7 +35,7 @@ def _verify_function(module: Module, function: Function, earlier: dict[str, Func
     def define(value: Value, place: str) -> None:
         if value.name in defined:
             raise MoecError(f"{value} is defined twice", where=place)
-        if value.type.dtype not in DTYPE_BITS:
+        if not is_dtype(value.type.dtype):
             raise MoecError(f"{value} has the unknown dtype {value.type.dtype!r}", where=place)
         unknown = {s.name for size in value.type.shape for s in size.free_symbols} - dims
         if unknown:

@@ -25,7 +25,8 @@ from moec.compiler.weights.sources import RandomSource
 from moec.targets import TARGETS
 from moec.targets.cpu.emit import DATA, MODEL, emit, supported
 from moec.targets.cpu.genai import genai_config
-from moec.targets.cpu.lower import interleaved, lower
+from moec.targets.cpu.lower import lower
+from moec.targets.cpu.lower_quantized import interleaved
 
 SOURCE = RandomSource(3)
 

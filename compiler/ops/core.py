@@ -126,7 +126,7 @@ def _linear_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
     return 2 * results[0].elements * operands[0].shape[-1]
 
 
-@op("core.linear", "x: A[*X, K], w: A[N, K], b: A[N]? -> y: A[*X, N]", flops=_linear_flops)
+@op("core.linear", "x: A[*X, K], w: Q[N, K], b: A[N]? -> y: A[*X, N]", flops=_linear_flops)
 def linear(x, w, b):
     """Multiply by a weight stored [out, in]: x wᵀ + b."""
     return torch.nn.functional.linear(x, w, b)

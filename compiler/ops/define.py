@@ -2,7 +2,8 @@
 
 From it come verification, result types, printing, documentation, the interpreter, random test inputs and costs.
 In a signature a single capital letter in the dtype's place is a dtype variable, a lower-case name there is an
-attribute or a fixed dtype, `*X` is any number of sizes, names in sizes are bound by the operands.
+attribute or a fixed dtype, `*X` is any number of sizes, names in sizes are bound by the operands. The variable `Q` is
+that of weights: the dtype of `A`, or a quantized format (which stands for its numbers in f32).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sympy
 
 from ..dims import Size, size, size_text
 from ..errors import MoecError
+from ..formats import find_format
 from ..fragments import Operand, Signature, parse_signature
 from ..ir import DTYPE_BITS, TensorType, make_attrs
 
@@ -164,7 +166,12 @@ def _pairs(definition: OpDef, operands: Types) -> list[tuple[Operand, TensorType
 
 def _bind(name: str, operand: Operand, given: TensorType, bound: Bound) -> None:
     """Bind the variables of one operand's type pattern to a given type."""
-    if len(operand.dtype) == 1 and operand.dtype.isupper():
+    if operand.dtype == "Q":
+        if given.dtype != bound["A:"] and not (find_format(given.dtype) and bound["A:"] == "f32"):
+            raise fail(
+                f"operand {operand.name} of {name} is {given.dtype}; {bound['A:']} or (for f32) a quantized format fits"
+            )
+    elif len(operand.dtype) == 1 and operand.dtype.isupper():
         known = bound.setdefault(operand.dtype + ":", given.dtype)
         if known != given.dtype:
             raise fail(f"operand {operand.name} of {name} has dtype {given.dtype}, the others have {known}")

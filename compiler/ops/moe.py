@@ -40,7 +40,7 @@ def _experts_flops(operands: Types, results: tuple[TensorType, ...], attributes:
 
 @op(
     "moe.experts",
-    "x: A[T, D], ids: i64[T, K], gates: A[T, K], up: A[E, N, D], down: A[E, D, I],"
+    "x: A[T, D], ids: i64[T, K], gates: A[T, K], up: Q[E, N, D], down: Q[E, D, I],"
     " up_bias: A[E, N]?, down_bias: A[E, D]? -> y: A[T, D]",
     infer=_experts,
     flops=_experts_flops,

@@ -6,20 +6,28 @@ import sympy
 import torch
 
 from ..dims import Size, size
+from ..formats import find_format
 from ..ir import TensorType
 from .core import axis_of, with_axis
 from .define import Attributes, Types, fail, op
 
 
+def _embedding(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    ids, table = types
+    dtype = "f32" if find_format(table.dtype) else table.dtype
+    return (TensorType(dtype, (*ids.shape, table.shape[1])),)
+
+
 @op(
     "nn.embedding",
-    "ids: i64[*X], table: A[V, D] -> y: A[*X, D]",
+    "ids: i64[*X], table: T[V, D] -> y: A[*X, D]",
+    infer=_embedding,
     flops=0,
     domains={"ids": lambda types, attributes: types[1].shape[0]},
     rows={"table": lambda types, attributes: types[0].elements},
 )
 def embedding(ids, table):
-    """Look up rows of a table."""
+    """Look up rows of a table; those of a quantized one are f32."""
     return torch.nn.functional.embedding(ids, table)
 
 

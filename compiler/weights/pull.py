@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from ..dtypes import TORCH_DTYPES
+from ..dtypes import TORCH_DTYPES, torch_dtype
 from ..ir import TensorType
 from ..recipes import Literal, Recipe, Step, Tensor, spread
 from .sources import Box, WeightSource, check_box, cut, full_box
@@ -35,7 +35,7 @@ def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.
     def inner(item: Recipe, part: Box) -> torch.Tensor:
         shape = _shape(part)
         if 0 in shape:
-            return torch.empty(shape, dtype=TORCH_DTYPES[item.type.dtype])
+            return torch.empty(shape, dtype=torch_dtype(item.type.dtype))
         match item:
             case Tensor():
                 return source.read(item.name, part, item.type)

@@ -1,93 +1,118 @@
-"""The data file of an artifact: tensors appended one after the other, never whole in memory."""
+"""The data file of an artifact: tensors appended one after the other, never whole in memory.
+
+Tiles are read, computed and written by a pool of threads, each at its place in the file, so that the bytes do not
+depend on timing. The parts of a quantized weight (codes, scales, zero points) are made of one pass over its numbers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from ..atomic import write_error
-from ..ir import DTYPE_BITS
-from ..recipes import Recipe
+from ..errors import MoecError
+from ..recipes import Recipe, Step, step
 from .pull import pull, tiles
-from .sources import WeightSource
-
-T = TypeVar("T")
+from .quantized import encode_rows, is_part, part_names, row_tiles
+from .sources import Box, WeightSource
 
 # Measured on two cores: larger tiles are no faster, and up to ten times their size is in use at once.
 TILE_BYTES = 4 << 20
+SMALLEST_TILE = 64 << 10
+IN_USE = 10  # times the size of a tile that one thread uses at most: what was read, f32, codes, the search's values
+MEMORY_LIMIT = 10**9  # bytes in use for tiles, by default
 # Tensors of a page or more start on a page, so that a runtime can map them; small ones on a cache line.
 PAGE, LINE = 4096, 64
-_AHEAD = 2  # tiles that are prepared while one is written
+_HASHED_AT_ONCE = 4 << 20
+
+
+def tile_bytes(limit: int, threads: int | None = None) -> int:
+    """Return the size of tiles with which all threads together use at most `limit` bytes; MoecError if none does."""
+    threads = threads or usable_threads()
+    wanted = limit // (IN_USE * threads)
+    if wanted < SMALLEST_TILE:
+        least = -(-SMALLEST_TILE * IN_USE * threads // 10**6)
+        raise MoecError(f"{limit} bytes are too few to work in", todo=f"give a memory limit of at least {least}MB")
+    return min(TILE_BYTES, wanted)
+
+
+def usable_threads() -> int:
+    """Return how many threads this process may run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class DataFile:
     """A file that tensors are appended to, with the sha256 of what was written. A context manager.
 
-    Tiles are prepared by a second thread and written in order by the caller's, so the bytes do not depend on timing.
-    One thread appends; memory in use is about `_AHEAD` + 2 tiles, whatever the size of a tensor.
+    One thread appends; memory in use is about IN_USE tiles for each thread of the pool, whatever the size of a tensor.
     """
 
-    def __init__(self, path: Path, tile_bytes: int = TILE_BYTES, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tile_bytes: int = TILE_BYTES,
+        progress: Callable[[int], None] | None = None,
+        threads: int | None = None,
+    ) -> None:
         """Create the file. `progress` is told the number of bytes written so far, after each tile."""
         self.path = path
         self.size = 0
         self._tile_bytes = tile_bytes
         self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
         self._digest = hashlib.sha256()
+        self._hashed: Future[None] | None = None
         self._written: dict[tuple[str, int], tuple[int, int]] = {}
         self._sources: list[WeightSource] = []  # kept, so that no id in the keys above is used twice
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise write_error(error, path) from error
-        self._worker = _quiet_pool()
+        self._threads = threads or usable_threads()
+        self._pool = _quiet_pool(self._threads)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="moec-sha256")
 
     @property
     def sha256(self) -> str:
         """The hex digest of the file's content so far."""
+        if self._hashed is not None:
+            self._hashed.result()
         return self._digest.hexdigest()
 
     def append(self, recipe: Recipe, source: WeightSource) -> tuple[int, int]:
         """Write what a bound recipe makes and return its (offset, length) in bytes.
 
-        The same recipe on the same source is written once; later calls return the first place. Raises MoecError when
-        the disk is full or writing fails, and what reading the source raises.
+        The same recipe on the same source is written once; later calls return the first place. The parts of one
+        quantized weight are written together at the first of them. Raises MoecError when the disk is full or writing
+        fails, and what reading the source raises.
         """
-        # repr and not ==, which takes the literals 0.0, -0.0 and False for the same number
-        key = (repr(recipe), id(source))
-        if key not in self._written:
-            jobs = (partial(_bytes, recipe, source, box) for box in tiles(recipe.type, self._tile_bytes))
-            length = recipe.type.elements * DTYPE_BITS[recipe.type.dtype] // 8
-            self._written[key] = self.append_chunks(int(length), _in_order(self._worker, jobs))
+        if self._key(recipe, source) not in self._written:
             if all(source is not known for known in self._sources):
                 self._sources.append(source)
-        return self._written[key]
-
-    def append_chunks(self, length: int, chunks: Iterable[memoryview]) -> tuple[int, int]:
-        """Write chunks that are `length` bytes together, aligned, and return (offset, length)."""
-        alignment = PAGE if length >= PAGE else LINE
-        self._write(memoryview(bytes(-self.size % alignment)))
-        offset = self.size
-        for chunk in chunks:
-            self._write(chunk)
-            if self._progress:
-                self._progress(self.size)
-        if self.size - offset != length:
-            raise ValueError(f"{self.size - offset} bytes were written for a tensor of {length} bytes")
-        return offset, length
+            if is_part(recipe):
+                self._append_parts(recipe, source)
+            else:
+                (offset,) = self._reserve([recipe], source)
+                position = 0
+                jobs = []
+                for box in tiles(recipe.type, self._tile_bytes):
+                    jobs.append(partial(self._tile, recipe, source, box, offset + position))
+                    position += _box_elements(box) * recipe.type.bits // 8
+                self._run(jobs)
+        return self._written[self._key(recipe, source)]
 
     def close(self) -> None:
         """Close the file; `sha256` and `size` stay readable."""
-        self._worker.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
         self._hasher.shutdown()
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
@@ -102,54 +127,110 @@ class DataFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(self, chunk: memoryview) -> None:
-        # hashing takes as long as writing and both leave the interpreter lock: done at the same time
-        hashed = self._hasher.submit(self._digest.update, chunk)
+    # --- one weight ------------------------------------------------------------------------------------------------
+
+    def _key(self, recipe: Recipe, source: WeightSource) -> tuple[str, int]:
+        # repr and not ==, which takes the literals 0.0, -0.0 and False for the same number
+        return repr(recipe), id(source)
+
+    def _append_parts(self, part: Step, source: WeightSource) -> None:
+        """Write all parts of a quantized weight, a tile of its rows at a time."""
+        quantized = part.items[0]
+        assert isinstance(quantized, Step)
+        names = part_names(quantized)
+        offsets = dict(zip(names, self._reserve([step(name, quantized) for name in names], source), strict=True))
+        jobs, first = [], 0
+        for box in row_tiles(quantized, self._tile_bytes):
+            jobs.append(partial(self._rows, quantized, source, box, first, offsets))
+            first += _box_elements(box)
+        self._run(jobs)
+
+    def _reserve(self, recipes: list[Recipe], source: WeightSource) -> list[int]:
+        """Give each recipe its place behind what there is, and have the file hashed up to there once it is written."""
+        offsets = []
+        for recipe in recipes:
+            length = int(recipe.type.bytes)
+            offset = self.size + -self.size % (PAGE if length >= PAGE else LINE)
+            self._written[self._key(recipe, source)] = (offset, length)
+            self.size = offset + length
+            offsets.append(offset)
+        return offsets
+
+    def _run(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Do jobs in the pool, a few ahead; wait for all, then let the hash follow. The first error is raised."""
+        pending: deque[Future[None]] = deque()
+        try:
+            for job in jobs:
+                pending.append(self._pool.submit(job))
+                if len(pending) > self._threads + 1:
+                    pending.popleft().result()
+            while pending:
+                pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+        self._hashed = self._hasher.submit(self._hash_up_to, self.size)
+
+    def _tile(self, recipe: Recipe, source: WeightSource, box: Box, offset: int) -> None:
+        # row-major bytes; numpy knows no bf16 or float8, hence the view as bytes
+        self._write(offset, pull(recipe, source, box).reshape(-1).view(torch.uint8))
+
+    def _rows(self, quantized: Step, source: WeightSource, box: Box, first: int, offsets: dict[str, int]) -> None:
+        for name, part in encode_rows(quantized, source, box).items():
+            flat = part.contiguous().reshape(_box_elements(box), -1).view(torch.uint8)
+            self._write(offsets[name] + first * flat.shape[1], flat.reshape(-1))
+
+    def _write(self, offset: int, content: torch.Tensor) -> None:
+        chunk = content.numpy().data
         done = 0
         try:
             while done < len(chunk):
-                done += os.write(self._descriptor, chunk[done:])
+                done += os.pwrite(self._descriptor, chunk[done:], offset + done)
         except OSError as error:
             raise write_error(error, self.path) from error
-        finally:
-            hashed.result()
-        self.size += done
+        with self._lock:
+            self._done += done
+            if self._progress:
+                self._progress(self._done)
+
+    def _hash_up_to(self, end: int) -> None:
+        """Read back what was written last, which the system still has in memory, gaps as the zeros that they are."""
+        position = self._position
+        if os.fstat(self._descriptor).st_size < end:  # an empty tensor at the end
+            os.ftruncate(self._descriptor, end)
+        while position < end:
+            chunk = os.pread(self._descriptor, min(_HASHED_AT_ONCE, end - position), position)
+            self._digest.update(chunk)
+            position += len(chunk)
+        self._position = position
+
+    _position = 0  # up to where the file is hashed; only the hashing thread changes it
 
 
-def _quiet_pool() -> ThreadPoolExecutor:
-    """Return a pool of one thread in which torch uses no further threads.
+def _box_elements(box: Box) -> int:
+    count = 1
+    for start, stop in box:
+        count *= stop - start
+    return count
+
+
+def _quiet_pool(threads: int) -> ThreadPoolExecutor:
+    """Return a pool in whose threads torch uses no further threads.
 
     With them, every small copy waits at a barrier for threads that the hash and the disk keep from running; it took
     up to five times as long. torch keeps the number for each thread, but hands the last one set to threads that have
     not asked yet: hence the question before setting it, and the caller's own number set again.
     """
+    started = threading.Barrier(threads)
 
     def one() -> None:
+        started.wait()  # so that each of the threads does this once
         torch.get_num_threads()
         torch.set_num_threads(1)
 
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="moec-tiles")
-    pool.submit(one).result()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="moec-tiles")
+    for future in [pool.submit(one) for _ in range(threads)]:
+        future.result()
     torch.set_num_threads(before)
     return pool
-
-
-def _bytes(recipe: Recipe, source: WeightSource, box: tuple[tuple[int, int], ...]) -> memoryview:
-    """Return the row-major bytes of a box; numpy knows no bf16 or float8, hence the view as bytes."""
-    return pull(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data
-
-
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
-    """Yield the results of jobs in their order, with a few of them running ahead."""
-    pending: deque[Future[T]] = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(job))
-            if len(pending) > _AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()

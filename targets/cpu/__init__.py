@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..target import Target
-from . import ops as _ops  # noqa: F401  (declares ort.*, so that programs of stage kernel can be read)
+from . import ops as _ops  # noqa: F401  (declare ort.*: programs of stage kernel can be read)
+from . import ops_quantized as _quantized  # noqa: F401
 
 if TYPE_CHECKING:
+    from ...compiler.formats import Format
     from ...compiler.ir import Module, Op
     from ...compiler.weights.sources import WeightSource
 
@@ -22,18 +24,24 @@ def _supported(op: Op) -> str | None:
     return supported(op)
 
 
-def _lower(module: Module, why: list[str] | None = None) -> Module:
+def _holds(op: Op, format: Format) -> str | None:
+    from .capabilities import holds
+
+    return holds(op, format)
+
+
+def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
     from .lower import lower
 
-    return lower(module, why)
+    return lower(module, why, accuracy)
 
 
 def _emit(
-    module: Module, source: WeightSource, folder: Path, progress: Callable[[int], None] | None = None
+    module: Module, source: WeightSource, folder: Path, tile_bytes: int, progress: Callable[[int], None] | None = None
 ) -> dict[str, str]:
     from .emit import emit
 
-    return emit(module, source, folder, progress)
+    return emit(module, source, folder, tile_bytes, progress)
 
 
 def _load(folder: Path, **options: Any) -> Any:
@@ -47,6 +55,7 @@ TARGET = Target(
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
     pipeline="cleanup,raise-norm,raise-rope,lift-moe,cleanup,lower",
     supported=_supported,
+    holds=_holds,
     lower=_lower,
     emit=_emit,
     load=_load,

@@ -23,13 +23,15 @@ from ...compiler.errors import MoecError
 from ...compiler.ir import Function, Module, Op, Value, bindings
 from ...compiler.recipes import Recipe, bind
 from ...compiler.weights.pull import pull
-from ...compiler.weights.sink import DataFile
+from ...compiler.weights.sink import TILE_BYTES, DataFile
 from ...compiler.weights.sources import WeightSource
-from . import onnx_core, onnx_moe, onnx_nn
+from . import onnx_core, onnx_moe, onnx_nn, onnx_quantized
 from .genai import write_genai_config
 from .graph import CONTRIB, ONNX_TYPES, Context, Graph, Kernel
 
-KERNELS: dict[str, Kernel] = {**onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_moe.KERNELS}
+KERNELS: dict[str, Kernel] = {
+    **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_moe.KERNELS, **onnx_quantized.KERNELS,
+}  # fmt: skip
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23
@@ -64,7 +66,11 @@ def check(module: Module) -> None:
 
 
 def emit(
-    module: Module, source: WeightSource, folder: Path, progress: Callable[[int], None] | None = None
+    module: Module,
+    source: WeightSource,
+    folder: Path,
+    tile_bytes: int = TILE_BYTES,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
     """Write model.onnx, model.onnx.data and genai_config.json (where GenAI can run it) into a folder.
 
@@ -78,7 +84,7 @@ def emit(
     graph = Graph(main.params, module.dims)
     for value in (*main.params, *main.results):
         graph.fresh(value.name)
-    with DataFile(folder / DATA, progress=progress) as data:
+    with DataFile(folder / DATA, tile_bytes, progress) as data:
         writer = _Writer(module, graph, source, data)
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])

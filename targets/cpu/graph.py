@@ -110,6 +110,19 @@ class Graph:
         self.initializers[tensor.name] = tensor
         return tensor.name
 
+    def with_sizes(self, name: str, sizes: Sequence[int]) -> str:
+        """Return an initializer with the bytes of another one and other sizes."""
+
+        def make() -> str:
+            tensor = TensorProto()
+            tensor.CopyFrom(self.initializers[name])
+            tensor.name = self.fresh(name)
+            tensor.dims[:] = sizes
+            self.initializers[tensor.name] = tensor
+            return tensor.name
+
+        return self.once(("sizes", name, tuple(sizes)), make)
+
     @contextmanager
     def body(self) -> Iterator[list[onnx.NodeProto]]:
         """Collect nodes for a subgraph; they see the values outside, and nothing outside sees theirs."""

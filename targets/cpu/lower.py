@@ -5,59 +5,49 @@ Attention with its cache becomes GroupQueryAttention, routed experts become MoE.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from ...compiler.errors import Refuse
-from ...compiler.ir import Attr, Const, Function, Module, Op, Value, make_attrs
+from ...compiler.errors import MoecError, Refuse
+from ...compiler.formats import find_format
+from ...compiler.ir import Function, Module, Op, Value, make_attrs
 from ...compiler.ops import OPS
-from ...compiler.recipes import Recipe, Step, range_length, step
+from .draft import Draft
+from .lower_quantized import ACCURACIES, FAST, interleave, lower_embedding, lower_experts, lower_linear
 from .ranges import distinct, not_negative
 
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 
-def lower(module: Module, why: list[str] | None = None) -> Module:
-    """Return the module at stage kernel; `why` gets a line for each attention and MoE block left in plain ops."""
+def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST) -> Module:
+    """Return the module at stage kernel; `why` gets a line for each attention and MoE block left in plain ops.
+
+    `accuracy` is `fast` (activations beside quantized weights are rounded to int8) or `exact` (they stay f32).
+    """
     from .emit import check
+
+    if accuracy not in ACCURACIES:
+        raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
 
     if module.stage == "kernel":
         return module
-    functions = tuple(_lower_function(f, why if why is not None else []) for f in module.functions)
+    functions = tuple(_lower_function(f, accuracy, why if why is not None else []) for f in module.functions)
     result = replace(module, stage="kernel", functions=functions)
     check(result)
     return result
 
 
-@dataclass
-class _Draft:
-    """A function being rewritten: its ops so far, new weights, and which value stands for which with other axes."""
-
-    function: Function
-    ops: list[Op] = field(default_factory=list)
-    consts: dict[str, Const] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
-    turned: dict[str, Value] = field(default_factory=dict)  # [B, H, S, D] value -> the same as [B, S, H, D]
-
-    def fresh(self, base: str) -> str:
-        name, number = base, 1
-        while name in self.taken:
-            name, number = f"{base}.{number}", number + 1
-        self.taken.add(name)
-        return name
-
-    def add(self, name: str, *operands: Value | None, hint: str, loc: tuple[str, ...], **attrs: Attr) -> Value:
-        """Add an op with one result and return it."""
-        (type_,) = OPS[name].infer([None if v is None else v.type for v in operands], attrs)
-        result = Value(self.fresh(hint), type_)
-        self.ops.append(Op(name, operands, (result,), make_attrs(attrs), loc=loc))
-        return result
-
-
-def _lower_function(function: Function, why: list[str]) -> Function:
-    draft = _Draft(function, consts={c.value.name: c for c in function.consts}, taken=set(function.names))
-    rewrites = {"nn.attention": _group_query_attention, "moe.experts": _moe}
+def _lower_function(function: Function, accuracy: str, why: list[str]) -> Function:
+    draft = Draft.of(function)
+    rewrites: dict[str, Callable[[Draft, Op], Op]] = {
+        "nn.attention": _group_query_attention,
+        "moe.experts": partial(_experts, accuracy=accuracy),
+        "core.linear": partial(lower_linear, accuracy=accuracy),
+        "nn.embedding": lower_embedding,
+    }
     for op in function.ops:
         rewrite = rewrites.get(op.name)
         kept = len(draft.ops)
@@ -69,6 +59,7 @@ def _lower_function(function: Function, why: list[str]) -> Function:
             why.append(f"@{function.name} {place}: {op.name} stays in plain ops: {refusal.reason}")
             new = op
         draft.ops.append(new)
+    why += [f"@{function.name} {note}" for note in draft.notes]
     return _without_idle(replace(function, ops=tuple(draft.ops), consts=tuple(draft.consts.values())))
 
 
@@ -90,7 +81,7 @@ def _without_idle(function: Function) -> Function:
 # --- attention -------------------------------------------------------------------------------------------------
 
 
-def _group_query_attention(draft: _Draft, op: Op) -> Op:
+def _group_query_attention(draft: Draft, op: Op) -> Op:
     """Return cache append and attention as one op; Refuse says what ONNX Runtime's op cannot do."""
     q, k, v, mask, sinks = op.operands
     assert q and k and v
@@ -131,7 +122,7 @@ def _append(function: Function, state: Value, attention: Op) -> Op:
     return append
 
 
-def _before_heads(draft: _Draft, value: Value, loc: tuple[str, ...]) -> Value:
+def _before_heads(draft: Draft, value: Value, loc: tuple[str, ...]) -> Value:
     """Return [B, H, S, D] as [B, S, H, D]; ops on single heads move before the transpose, which then falls away."""
     if value.name not in draft.turned:
         moved = _move(draft, value)
@@ -141,7 +132,7 @@ def _before_heads(draft: _Draft, value: Value, loc: tuple[str, ...]) -> Value:
     return draft.turned[value.name]
 
 
-def _move(draft: _Draft, value: Value) -> Value | None:
+def _move(draft: Draft, value: Value) -> Value | None:
     """Return the value made with the axes in the other order, or None where there is no transpose to save."""
     op = draft.function.producers.get(value.name)
     if op is None:
@@ -168,7 +159,14 @@ def _move(draft: _Draft, value: Value) -> Value | None:
 # --- routed experts --------------------------------------------------------------------------------------------
 
 
-def _moe(draft: _Draft, op: Op) -> Op:
+def _experts(draft: Draft, op: Op, accuracy: str) -> Op:
+    """Return routed experts as the op for their weights."""
+    up = op.operands[3]
+    assert up
+    return lower_experts(draft, op, accuracy) if find_format(up.type.dtype) else _moe(draft, op)
+
+
+def _moe(draft: Draft, op: Op) -> Op:
     """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
@@ -185,34 +183,8 @@ def _moe(draft: _Draft, op: Op) -> Op:
     if not distinct(draft.function, ids):
         raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)
     if gated and attributes["layout"] == "concat":
-        up = _interleave(draft, up)
-        up_bias = up_bias and _interleave(draft, up_bias)
+        up = interleave(draft, up)
+        up_bias = up_bias and interleave(draft, up_bias)
     kept = {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
     kept = {n: v for n, v in kept.items() if n in op.attributes}
     return Op("ort.moe", (x, ids, gates, up, down, up_bias, down_bias), op.results, make_attrs(kept), loc=op.loc)
-
-
-def _interleave(draft: _Draft, value: Value) -> Value:
-    """Return the weight with its gate rows and up rows in turn."""
-    const = draft.consts.get(value.name)
-    if const is None:
-        raise Refuse(f"{value} is not a weight, its rows cannot be interleaved beforehand", value)
-    name = f"{value.name}.interleaved"
-    if name not in draft.consts:
-        new = Value(draft.fresh(name), value.type)
-        draft.consts[name] = Const(new, interleaved(const.recipe))
-    return draft.consts[name].value
-
-
-def interleaved(recipe: Recipe) -> Recipe:
-    """Return the recipe with the two halves of axis 1 in turn: row 0 of both, row 1 of both, ..."""
-    match recipe:
-        case Step("cast", (item,)):
-            return step("cast", interleaved(item), to=recipe.attributes["to"])
-        case Step("concat", (gate, up)) if (
-            recipe.attributes["axis"] == 1 and range_length(gate) == range_length(up) == 1 and gate.type == up.type
-        ):
-            return step("interleave", gate, up, axis=1)
-    rows = recipe.type.sizes[1]
-    halves = [step("slice", recipe, axis=1, start=start, stop=start + rows // 2) for start in (0, rows // 2)]
-    return step("interleave", *halves, axis=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from ...compiler.ir import Op, Value
-from .graph import CONTRIB, ONNX_TYPES, Context, Kernel
+from ...compiler.ir import Op
+from .graph import CONTRIB, END, ONNX_TYPES, Context, Kernel
 
 _UNUSED = -1e30  # router score of an expert that was not chosen
 
@@ -26,22 +27,40 @@ def moe(ctx: Context, op: Op) -> None:
     low = helper.make_tensor("value", TensorProto.FLOAT, [1], [_UNUSED])
     scores = ctx.node("ConstantOfShape", graph.shape([tokens, experts]), value=low)
     scores = ctx.node("ScatterElements", scores, ids, ctx.node("Log", gates), axis=1)
-    options: dict[str, Any] = {"activation_type": attributes["act"]}
-    if attributes["gated"]:
-        options = {"activation_type": "swiglu", "swiglu_fusion": 1}
-        options |= {"activation_alpha": float(attributes["alpha"]), "activation_beta": float(attributes["beta"])}
-        if not np.isinf(attributes["limit"]):
-            options["swiglu_limit"] = float(attributes["limit"])
+    options = activation_options(attributes)
     inputs = [x, scores, up, up_bias, down, *([down_bias] if down_bias else [])]
     mixed = ctx.node("MoE", *inputs, domain=CONTRIB, k=chosen, normalize_routing_weights=1, **options)
     total = ctx.node("ReduceSum", gates, graph.constant([1]), keepdims=1)
     ctx.finish(op, "Mul", mixed, total)
 
 
+def activation_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of MoE and QMoE that say the activation; gate and up rows lie in turn."""
+    if not attributes["gated"]:
+        return {"activation_type": attributes["act"]}
+    options = {"activation_type": "swiglu", "swiglu_fusion": 1}
+    options |= {"activation_alpha": float(attributes["alpha"]), "activation_beta": float(attributes["beta"])}
+    if not np.isinf(attributes["limit"]):
+        options["swiglu_limit"] = float(attributes["limit"])
+    return options
+
+
 def experts(ctx: Context, op: Op) -> None:
-    """Emit a Loop over the distinct experts that were chosen: gather their tokens, compute, add the weighted rows."""
+    """Emit the Loop over the experts that were chosen, each with its part of the stacked weights."""
+    up, down, up_bias, down_bias = ctx.inputs(op)[3:]
+    gather = lambda name: lambda expert: ctx.node("Gather", name, expert, axis=0)  # noqa: E731
+    expert_loop(ctx, op, up=gather(up), down=gather(down), biases=(up_bias, down_bias))
+
+
+def expert_loop(
+    ctx: Context, op: Op, up: Callable[[str], str], down: Callable[[str], str], biases: tuple[str, str]
+) -> None:
+    """Emit a Loop over the distinct experts that were chosen: gather their tokens, compute, add the weighted rows.
+
+    `up` and `down` add what makes the matrix of the expert whose number they are given, `biases` are those of all.
+    """
     x, ids, gates = ctx.inputs(op)[:3]
-    tokens, _, chosen = _sizes(op)
+    tokens, chosen = op.operands[1].type.shape  # type: ignore[union-attr]
     type_ = op.results[0].type
     width = int(type_.shape[1])
     graph = ctx.graph
@@ -55,10 +74,10 @@ def experts(ctx: Context, op: Op) -> None:
         expert = ctx.node("Gather", used, step, axis=0)
         hits = ctx.node("NonZero", ctx.node("Equal", flat_ids, expert))
         hits = ctx.node("Squeeze", hits, graph.constant([0]))
-        rows = ctx.node("Div", hits, graph.constant(chosen))
-        h = _linear(ctx, ctx.node("Gather", x, rows, axis=0), expert, op.operands[3], op.operands[5])
+        rows = ctx.node("Div", hits, graph.constant(int(chosen)))
+        h = _linear(ctx, ctx.node("Gather", x, rows, axis=0), expert, up(expert), biases[0])
         h = _activate(ctx, h, op)
-        h = _linear(ctx, h, expert, op.operands[4], op.operands[6])
+        h = _linear(ctx, h, expert, down(expert), biases[1])
         h = ctx.node("Mul", h, ctx.node("Gather", flat_gates, hits, axis=0))
         where = ctx.node("Unsqueeze", rows, graph.constant([1]))
         graph.node(ctx.label, "ScatterND", [total, where, h], [added], ctx.doc, reduction="add")
@@ -80,10 +99,8 @@ def _sizes(op: Op) -> tuple[Any, int, int]:
     return ids.type.shape[0], int(up.type.shape[0]), int(ids.type.shape[1])
 
 
-def _linear(ctx: Context, x: str, expert: str, weight: Value | None, bias: Value | None) -> str:
-    inputs = [x, ctx.node("Gather", ctx.value(weight), expert, axis=0)]
-    if bias is not None:
-        inputs.append(ctx.node("Gather", ctx.value(bias), expert, axis=0))
+def _linear(ctx: Context, x: str, expert: str, weight: str, bias: str) -> str:
+    inputs = [x, weight, *([ctx.node("Gather", bias, expert, axis=0)] if bias else [])]
     return ctx.node("Gemm", *inputs, transB=1)
 
 
@@ -94,7 +111,7 @@ def _activate(ctx: Context, h: str, op: Op) -> str:
     alpha, beta, limit = (float(attributes[name]) for name in ("alpha", "beta", "limit"))
     if not attributes["gated"]:
         return _function(ctx, act, h, 1.0)
-    g, u = _halves(ctx, h, int(op.operands[4].type.shape[2]), attributes["layout"])  # type: ignore[union-attr]
+    g, u = _halves(ctx, h, attributes["layout"])
     if not np.isinf(limit):
         g = ctx.node("Clip", g, "", graph.constant(limit, "f32"))
         u = ctx.node("Clip", u, graph.constant(-limit, "f32"), graph.constant(limit, "f32"))
@@ -103,13 +120,13 @@ def _activate(ctx: Context, h: str, op: Op) -> str:
     return ctx.node("Mul", _function(ctx, act, g, alpha), u)
 
 
-def _halves(ctx: Context, h: str, inner: int, layout: str) -> tuple[str, str]:
-    axis, end = ctx.graph.constant([1]), ctx.graph.constant([2 * inner])
-    middle, step = (1, 2) if layout == "interleaved" else (inner, 1)
-    first = end if layout == "interleaved" else ctx.graph.constant([inner])
-    steps = ctx.graph.constant([step])
-    g = ctx.node("Slice", h, ctx.graph.constant([0]), first, axis, steps)
-    return g, ctx.node("Slice", h, ctx.graph.constant([middle]), end, axis, steps)
+def _halves(ctx: Context, h: str, layout: str) -> tuple[str, str]:
+    graph = ctx.graph
+    if layout == "concat":
+        g, u = ctx.nodes("Split", h, outputs=2, axis=1, num_outputs=2)
+        return g, u
+    ends = [graph.constant([END]), graph.constant([1]), graph.constant([2])]  # to the end, along axis 1, every second
+    return ctx.node("Slice", h, graph.constant([0]), *ends), ctx.node("Slice", h, graph.constant([1]), *ends)
 
 
 def _function(ctx: Context, act: str, x: str, alpha: float) -> str:

@@ -1,0 +1,76 @@
+"""What `--quantize` says: from a short text to the pass that stores weights in fewer bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from .errors import MoecError
+from .fragments import parse_pipeline
+from .ir import Module
+from .pipeline import spell_pass
+from .recipes import Recipe, Step
+from .roles import ROLES
+
+PASS, BEFORE = "quantize", "lower"
+
+
+def with_quantize(pipeline: str, spec: str) -> str:
+    """Return the pipeline with the pass `quantize` before the lowering.
+
+    `spec` is a format (`int4`, `int8`: every role but the router in it, with the pass's own choice where int4 would
+    cost too much), or options of the pass (`experts=int4,head=int8,group=64`), or a format and options
+    (`int4,method=gptq`). MoecError for a text that is none of these.
+    """
+    words = [word.strip() for word in spec.split(",") if word.strip()]
+    if not words:
+        raise MoecError(
+            "--quantize is empty", todo="give a format such as int4, or options such as experts=int4,head=int8"
+        )
+    options: dict[str, str] = {}
+    if "=" not in words[0]:
+        options = _everything(words.pop(0))
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not re.fullmatch(r"[a-z_]+", name):
+            raise MoecError(f"{word!r} in --quantize is not option=value", todo="as in int4,head=int8,group=64")
+        options[name] = value
+    steps = [step for step in re.split(r",(?![^{]*})", pipeline) if step.strip()]
+    names = [parse_pipeline(step)[0][0] for step in steps]
+    place = names.index(BEFORE) if BEFORE in names else len(steps)
+    return ",".join([*steps[:place], spell_pass(PASS, options), *steps[place:]])
+
+
+def _everything(format: str) -> dict[str, str]:
+    """Return the options that put every role but the router in one format; int4 is what the pass does by itself."""
+    if format == "int4":
+        return {}
+    if format == "int2":  # what every token goes through does not stand two bits
+        return {"experts": "int2"}
+    return {role: format for role in ROLES if role != "router"}
+
+
+def is_lossy(module: Module) -> bool:
+    """Return whether a weight of a module is stored in fewer bits than it has in the checkpoint."""
+    return any(step.name == "quantize" for f in module.functions for c in f.consts for step in steps_of(c.recipe))
+
+
+def precision(module: Module) -> dict[str, list[str]]:
+    """Return the formats that the weights of each function are stored in, at any stage."""
+    found = {}
+    for function in module.functions:
+        names = set()
+        for const in function.consts:
+            quantized = [str(s.attributes["to"]) for s in steps_of(const.recipe) if s.name == "quantize"]
+            names.add(quantized[0] if quantized else const.value.type.dtype)
+        if names:
+            found[function.name] = sorted(names)
+    return found
+
+
+def steps_of(recipe: Recipe) -> Iterator[Step]:
+    """Yield the steps of a recipe, the outermost first."""
+    if isinstance(recipe, Step):
+        yield recipe
+        for item in recipe.items:
+            yield from steps_of(item)

@@ -1,0 +1,182 @@
+"""`ort.*` ops on quantized weights. Their weights come in parts: codes, scales, zero points (see weights.encode).
+
+Integers of `bits` bits in groups along the last axis; without zero points half of the range is subtracted. `accuracy` is
+ONNX Runtime's accuracy_level: at 4 activations are rounded to int8 for each group, at 0 they stay f32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...compiler.dims import Size, size
+from ...compiler.formats import Format
+from ...compiler.ir import TensorType
+from ...compiler.ops import OPS, op
+from ...compiler.ops.define import Attributes, Types, fail
+from ...compiler.ops.moe import experts
+from ...compiler.weights.encode import decode
+
+
+def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int) -> torch.Tensor:
+    """Return the numbers f32[..., K] of parts."""
+    format = Format("", bits, group, zeros=zeros is not None)
+    parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
+    return decode(parts, format, codes.shape[-1] * 8 // bits)
+
+
+def _width(name: str, codes: TensorType, scales: TensorType, zeros: TensorType | None, attributes: Attributes) -> Size:
+    """Return K of a weight in parts; the parts must fit each other."""
+    bits, group = attributes["bits"], attributes["group"]
+    width = codes.shape[-1] * 8 / bits
+    groups = width / group
+    wanted = (*codes.shape[:-1], groups)
+    if scales.shape != wanted:
+        raise fail(
+            f"{name}: the scales of {codes} with {bits} bits in groups of {group} are f32{list(wanted)}, not {scales}"
+        )
+    packed = (*codes.shape[:-1], -((-groups * bits) // 8))
+    if zeros is not None and zeros.shape != packed:
+        raise fail(f"{name}: the zero points of {codes} are u8{list(packed)}, not {zeros}")
+    return width
+
+
+# --- linear, embedding -----------------------------------------------------------------------------------------
+
+
+def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, codes, scales, zeros, _ = types
+    assert x and codes and scales
+    if _width("ort.matmul_nbits", codes, scales, zeros, attributes) != x.shape[-1]:
+        raise fail(f"ort.matmul_nbits: {codes} does not fit {x}")
+    return (TensorType("f32", (*x.shape[:-1], codes.shape[0])),)
+
+
+@op(
+    "ort.matmul_nbits",
+    "x: f32[*X, K], codes: u8[N, C], scales: f32[N, G], zeros: u8[N, Z]?, b: f32[N]? -> y: f32[*X, N]",
+    infer=_matmul,
+    flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
+)
+def matmul_nbits(x, codes, scales, zeros, b, *, bits: int, group: int, accuracy: int = 0):
+    """Multiply by a quantized weight stored [out, in]: x wᵀ + b."""
+    return torch.nn.functional.linear(x, dequantize(codes, scales, zeros, bits, group), b)
+
+
+def _gather(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    ids, codes, scales, zeros = types
+    assert ids and codes and scales
+    return (TensorType("f32", (*ids.shape, _width("ort.gather_nbits", codes, scales, zeros, attributes))),)
+
+
+@op(
+    "ort.gather_nbits",
+    "ids: i64[*X], codes: u8[V, C], scales: f32[V, G], zeros: u8[V, Z]? -> y: f32[*X, D]",
+    infer=_gather,
+    flops=0,
+    domains={"ids": lambda types, attributes: types[1].shape[0]},
+    rows=dict.fromkeys(("codes", "scales", "zeros"), lambda types, attributes: types[0].elements),
+)
+def gather_nbits(ids, codes, scales, zeros, *, bits: int, group: int):
+    """Look up rows of a quantized table."""
+    return dequantize(codes[ids], scales[ids], None if zeros is None else zeros[ids], bits, group)
+
+
+# --- routed experts --------------------------------------------------------------------------------------------
+
+_EXPERT_PARTS = (
+    "up_codes: u8[E, N, C], up_scales: f32[E, N, G], up_zeros: u8[E, N, Z]?, up_bias: f32[E, N]?,"
+    " down_codes: u8[E, D, H], down_scales: f32[E, D, J], down_zeros: u8[E, D, Y]?, down_bias: f32[E, D]?"
+)
+_PART_NAMES = tuple(part.split(":")[0].strip() for part in _EXPERT_PARTS.split(", ") if ":" in part)
+
+
+def _weight_types(parts: Types, attributes: Attributes) -> tuple[TensorType, TensorType]:
+    """Return the types of the two matrices that the parts stand for."""
+    up, up_scales, up_zeros, _, down, down_scales, down_zeros, _ = parts
+    assert up and up_scales and down and down_scales
+    both = [(up, up_scales, up_zeros), (down, down_scales, down_zeros)]
+    found = [TensorType("f32", (*c.shape[:-1], _width("ort.qmoe", c, s, z, attributes))) for c, s, z in both]
+    return found[0], found[1]
+
+
+def _qmoe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, choice, _mixing, *parts = types
+    assert x and choice
+    up, down = _weight_types(parts, attributes)
+    chosen = TensorType("i64", (choice.shape[0], size(attributes["k"])))
+    return OPS["ort.moe"].infer(
+        (x, chosen, TensorType("f32", chosen.shape), up, down, None, None), _activation(attributes)
+    )
+
+
+def _activation(attributes: Attributes) -> dict[str, Any]:
+    return {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
+
+
+def _qmoe_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    x, _, _, *parts = operands
+    up, down = _weight_types(parts, attributes)
+    chosen = TensorType("i64", (x.shape[0], size(attributes["k"])))
+    given = (x, chosen, TensorType("f32", chosen.shape), up, down, None, None)
+    return OPS["moe.experts"].flops(given, results, {**_activation(attributes), "layout": "interleaved"})
+
+
+@op(
+    "ort.qmoe",
+    f"x: f32[T, D], choice: f32[T, E], mixing: f32[T, E]?, {_EXPERT_PARTS} -> y: f32[T, D]",
+    infer=_qmoe,
+    flops=_qmoe_flops,
+    rows=dict.fromkeys(_PART_NAMES, lambda types, attributes: types[0].shape[0] * attributes["k"]),
+)
+def qmoe(
+    x, choice, mixing, up_codes, up_scales, up_zeros, up_bias, down_codes, down_scales, down_zeros, down_bias, *,
+    k: int, bits: int, group: int, accuracy: int = 0,
+    act: str = "silu", gated: bool = True, alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+):  # fmt: skip
+    """Send each token through the k experts with the largest `choice` and add the results, weighted.
+
+    The weights are those of `mixing` at the chosen experts (an expert whose weight is 0 is left out), or without it
+    the softmax of their `choice`. Gate and up rows lie in turn; the formula of an expert stands at moe.experts.
+    """
+    top, ids = torch.topk(choice, k, dim=-1)
+    gates = torch.softmax(top, -1) if mixing is None else torch.gather(mixing, 1, ids)
+    up = dequantize(up_codes, up_scales, up_zeros, bits, group)
+    down = dequantize(down_codes, down_scales, down_zeros, bits, group)
+    attributes = {"act": act, "gated": gated, "alpha": alpha, "beta": beta, "limit": limit}
+    return experts(x, ids, gates, up, down, up_bias, down_bias, layout="interleaved", **attributes)
+
+
+def _experts_nbits(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, ids, gates, *parts = types
+    up, down = _weight_types(parts, attributes)
+    plain = {**_activation(attributes), "layout": attributes["layout"]}
+    return OPS["moe.experts"].infer((x, ids, gates, up, down, None, None), plain)
+
+
+def _experts_nbits_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    x, ids, gates, *parts = operands
+    up, down = _weight_types(parts, attributes)
+    return OPS["moe.experts"].flops((x, ids, gates, up, down, None, None), results, attributes)
+
+
+@op(
+    "ort.experts_nbits",
+    f"x: f32[T, D], ids: i64[T, K], gates: f32[T, K], {_EXPERT_PARTS} -> y: f32[T, D]",
+    infer=_experts_nbits,
+    flops=_experts_nbits_flops,
+    domains={"ids": lambda types, attributes: types[3].shape[0]},
+    distinct=("ids",),
+    rows=dict.fromkeys(_PART_NAMES, lambda types, attributes: types[1].elements),
+)
+def experts_nbits(
+    x, ids, gates, up_codes, up_scales, up_zeros, up_bias, down_codes, down_scales, down_zeros, down_bias, *,
+    bits: int, group: int, act: str = "silu", gated: bool = True, layout: str = "concat",
+    alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+):  # fmt: skip
+    """Compute moe.experts on quantized weights with f32 activations, one expert after the other: right for any routing."""
+    up = dequantize(up_codes, up_scales, up_zeros, bits, group)
+    down = dequantize(down_codes, down_scales, down_zeros, bits, group)
+    attributes = {"act": act, "gated": gated, "layout": layout, "alpha": alpha, "beta": beta, "limit": limit}
+    return experts(x, ids, gates, up, down, up_bias, down_bias, **attributes)
