@@ -61,6 +61,7 @@ def main() -> None:
 @click.option(
     "--quantize", metavar="SPEC", help="Store weights in fewer bits: int4, int8, or 'experts=int4,head=int8,group=64'."
 )
+@click.option("--calibration", metavar="FILE", help="The text for --quantize int4,method=gptq.")
 @click.option(
     "--accuracy",
     type=click.Choice(["fast", "exact"]),

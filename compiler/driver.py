@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .ir import STAGES, Module
 from .manifest import write_manifest
 from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
 from .printer import print_module
-from .quantization import is_lossy, precision, with_quantize
+from .quantization import is_lossy, needs_calibration, precision, with_quantize
 from .report import per_token
 from .weights.sink import MEMORY_LIMIT, tile_bytes
 
@@ -48,6 +49,7 @@ def compile(
     *,
     pipeline: str | None = None,
     quantize: str | None = None,
+    calibration: Path | str | None = None,
     accuracy: str = "fast",
     memory_limit: int | None = None,
     dump: Path | str | None = None,
@@ -65,6 +67,7 @@ def compile(
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.with_quantize),
+    `calibration` a text file for the methods that want to see what weights are multiplied with,
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
     tiles of weights may use beside the imports. `stop_after` is a stage or a pass. `check` compares the numbers before and
     after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
@@ -78,16 +81,21 @@ def compile(
     if accuracy != "fast":
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
     steps = _remaining(loaded.module, text)
+    given: dict[str, Module] = {}
     module, taken = run_pipeline(
         loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
-        stop_after=stop_after, table=passes_for(chosen),
+        stop_after=stop_after, table=passes_for(chosen), given=given,
     )  # fmt: skip
     if timings is not None:
         timings += taken
     if stop_after:
         return module
     folder = _output(source, loaded, chosen, out)
-    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress)
+    _need_weights(loaded)
+    figures: dict[str, Any] = {}
+    if needs_calibration(module):
+        loaded, figures["calibration"] = _calibrated(loaded, given.get(LOWER), calibration, folder)
+    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, figures)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -131,17 +139,44 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
     return steps[behind[0] + 1 if behind else len(steps) :] if enters else steps
 
 
-def _emit(
-    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
-    progress: Progress | None,
-) -> Artifact:  # fmt: skip
-    """Write the artifact beside its final name and put it in place when it is whole."""
+def _need_weights(loaded: Loaded) -> None:
     if loaded.weights is None:
         raise MoecError(
             "there are no weights to compile",
-            where=str(loaded.folder or module.source or "the program"),
+            where=str(loaded.folder or loaded.module.source or "the program"),
             todo="put the safetensors files beside config.json, name them with --weights DIR, or use --stop-after moe",
         )
+
+
+def _calibrated(
+    loaded: Loaded, module: Module | None, file: Path | str | None, out: Path
+) -> tuple[Loaded, dict[str, Any]]:
+    """Return the source with weights that know their inputs on a text, and what there is to report of it."""
+    from .calibrate import CalibrationText, calibrate, windows_of
+    from .weights.calibrated import Calibrated
+
+    if module is None:
+        raise MoecError(
+            "the program is already lowered, and its weights want a calibration", todo="enter at stage moe or earlier"
+        )
+    if file is None:
+        raise MoecError(
+            "the weights are to be quantized with a calibration text, and there is none",
+            todo="name a text file: --calibration FILE",
+        )
+    assert loaded.weights is not None
+    text = CalibrationText.read(Path(file), loaded.folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = calibrate(module, loaded.weights, windows_of(text, module), out.parent)
+    return replace(loaded, weights=Calibrated(loaded.weights, found.inputs)), {"text": text.sha256, **found.to_dict()}
+
+
+def _emit(
+    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
+    progress: Progress | None, figures: Mapping[str, Any],
+) -> Artifact:  # fmt: skip
+    """Write the artifact beside its final name and put it in place when it is whole."""
+    assert loaded.weights is not None
     tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
     source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
     with atomic_folder(out) as partial:
@@ -151,7 +186,7 @@ def _emit(
         files = target.emit(module, loaded.weights, partial, tile, _with_total(progress, costs.total.compiled_bytes))
         write_manifest(
             partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
-            precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs)},
+            precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs), **figures},
         )  # fmt: skip
     return Artifact.open(out)
 

@@ -13,6 +13,7 @@ from .recipes import Recipe, Step
 from .roles import ROLES
 
 PASS, BEFORE = "quantize", "lower"
+CALIBRATED = ("gptq",)  # methods that choose codes with the inputs of a weight
 
 
 def with_quantize(pipeline: str, spec: str) -> str:
@@ -66,6 +67,22 @@ def precision(module: Module) -> dict[str, list[str]]:
         if names:
             found[function.name] = sorted(names)
     return found
+
+
+def needs_calibration(module: Module) -> bool:
+    """Return whether a weight's method wants to know what the weight is multiplied with."""
+    return any(method_of(c.recipe) in CALIBRATED for f in module.functions for c in f.consts)
+
+
+def method_of(recipe: Recipe) -> str:
+    """Return the method by which a weight is quantized."""
+    return option_of(recipe, "method")
+
+
+def option_of(recipe: Recipe, name: str) -> str:
+    """Return an option of the step that quantizes a weight; rtn where it says nothing."""
+    found = next((s for s in steps_of(recipe) if s.name == "quantize"), None)
+    return str(found.attributes.get(name, "rtn")) if found else "rtn"
 
 
 def steps_of(recipe: Recipe) -> Iterator[Step]:

@@ -16,6 +16,7 @@ from ..compiler.rewrite import Why
 from ..compiler.roles import weight_operands, weight_roles
 
 KEEP = ("f32", "none")
+METHODS, STARVED = ("rtn", "gptq"), ("rtn", "force")
 # groups that are tried in turn where the user names none; attention is the most sensitive part of a small model
 PREFERRED = (128, 64, 32, 16)
 PREFERRED_ATTENTION = (64, 32, 16)
@@ -25,13 +26,15 @@ PREFERRED_ATTENTION = (64, 32, 16)
 def quantize(
     module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,
-    symmetric: bool = False, method: str = "rtn",
+    symmetric: bool = False, method: str = "rtn", starved: str = "rtn",
 ) -> Module:  # fmt: skip
     """Store weights in fewer bits.
 
     Each role takes a number of bits (int8, int4, int2), a format of its own (uint4_g64, mxfp4, nvfp4, fp8_b128), or f32
     to be left as it is. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of
-    weights that share a scale; without one it is the largest that divides and that the target holds.
+    weights that share a scale; without one it is the largest that divides and that the target holds. `method` is rtn (to
+    nearest, with a search for the scale) or gptq (with the inputs on a calibration text); `starved` is what gptq does with
+    experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are sent through them).
     """
     policy = {
         "experts": experts, "attention": attention, "shared": shared, "dense": dense, "router": router,
@@ -39,6 +42,7 @@ def quantize(
     }  # fmt: skip
     for spec in policy.values():
         check_spec(spec)
+    how = _how(method, starved)
     if group is not None and group not in GROUPS:
         raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
     roles = weight_roles(module)
@@ -50,11 +54,21 @@ def quantize(
             for place, spec in _specs(function, roles[function.name], policy)
             if (format := _choose(function, place, spec, group, symmetric, target, roles[function.name], notes))
         }
-        functions[function.name] = _store(function, chosen, method)
+        functions[function.name] = _store(function, chosen, how)
     tell = why.append if isinstance(why, list) else why
     for note in notes if tell else ():
         tell(note)  # type: ignore[misc]
     return module.with_functions(functions)
+
+
+def _how(method: str, starved: str) -> dict[str, str]:
+    """Return the attributes of the step that quantizes; none for the plain way."""
+    if method not in METHODS:
+        raise MoecError(f"there is no method {method}", todo=f"there are {', '.join(METHODS)}")
+    if starved not in STARVED:
+        raise MoecError(f"starved is {starved}", todo=f"there are {', '.join(STARVED)}")
+    options = {"method": (method, "rtn"), "starved": (starved, "rtn")}
+    return {name: value for name, (value, plain) in options.items() if value != plain} if method != "rtn" else {}
 
 
 def check_spec(spec: str) -> None:
@@ -129,18 +143,24 @@ def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> st
 # --- storing it ------------------------------------------------------------------------------------------------
 
 
-def _store(function: Function, chosen: Mapping[Place, Format], method: str) -> Function:
+def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str, str]) -> Function:
     """Return the function with the chosen operands quantized; the same weight in two formats becomes two."""
     if not chosen:
         return function
     consts = {c.value.name: c for c in function.consts}
     taken = set(function.names)
     made: dict[tuple[str, str], Value] = {}
+    # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by
+    multiplied = {
+        (function.ops[i].operands[k].name, format.name)  # type: ignore[union-attr]
+        for (i, k), format in chosen.items()
+        if function.ops[i].name != "nn.embedding"
+    }
 
     def stored(value: Value, format: Format) -> Value:
         key = (value.name, format.name)
         if key not in made:
-            options = {} if method == "rtn" else {"method": method}
+            options = how if format.element == "int" and key in multiplied else {}
             recipe = step("quantize", consts[value.name].recipe, to=format.name, **options)
             name = f"{value.name}.{format.name}"
             while name in taken:

@@ -15,8 +15,10 @@ from ..errors import MoecError
 from ..formats import Format, format_of
 from ..ir import TensorType
 from ..recipes import PARTS, Recipe, Step, tensors
+from .calibrated import Calibrated
 from .encode import Parts, decode, encode
-from .pull import EVALUATE, Pull, pull, tiles
+from .gptq import gptq
+from .pull import EVALUATE, Pull, tiles
 from .sources import Box, WeightSource
 
 
@@ -40,7 +42,7 @@ def row_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
 def encode_rows(quantized: Step, source: WeightSource, box: Box) -> Parts:
     """Return the parts of the rows in a box of the leading axes; MoecError for numbers that are not finite."""
     whole = (*box, (0, quantized.type.sizes[-1]))
-    return _encode(quantized, whole, lambda item, part: pull(item, source, part))
+    return _encode(quantized, whole, Pull(source))
 
 
 def _format(quantized: Recipe) -> Format:
@@ -49,11 +51,26 @@ def _format(quantized: Recipe) -> Format:
 
 def _encode(quantized: Step, box: Box, inner: Pull) -> Parts:
     (item,) = quantized.items
+    numbers = inner(item, box).float()
     try:
-        return encode(inner(item, box).float(), _format(quantized))
+        if quantized.attributes.get("method") == "gptq" and isinstance(inner.source, Calibrated):
+            return _with_inputs(item, numbers, box, _format(quantized), inner.source)
+        return encode(numbers, _format(quantized))
     except ValueError as error:
         names = ", ".join(dict.fromkeys(t.name for t in tensors(item)))
         raise MoecError(f"a weight cannot be quantized: {error}", model=names) from None
+
+
+def _with_inputs(item: Recipe, numbers: torch.Tensor, box: Box, format: Format, source: Calibrated) -> Parts:
+    """Return parts chosen with the inputs of the weight; rounded to nearest where there are none, as for starved experts."""
+    if numbers.dim() == 2:
+        factor = source.factor(item, None)
+        return encode(numbers, format) if factor is None else gptq(numbers, factor, format)
+    found = []
+    for rows, expert in zip(numbers, range(*box[0]), strict=True):
+        factor = source.factor(item, expert)
+        found.append(encode(rows, format) if factor is None else gptq(rows, factor, format))
+    return {name: torch.stack([parts[name] for parts in found]) for name in found[0]}
 
 
 def _quantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
