@@ -52,6 +52,7 @@ def main() -> None:
     epilog=example(
         "moec compile examples/tiny-moe -o tiny --verify",
         "moec compile config-folder --stop-after moe | less",
+        "moec compile examples/tiny-moe --quantize auto,method=gptq --budget 4.5bpw --calibration text.txt",
         "moec compile program.moir --weights checkpoint-folder -o out",
     )
 )
@@ -59,9 +60,12 @@ def main() -> None:
 @click.option("--target", default="cpu", show_default=True, help="What to compile for; `moec targets` lists them.")
 @click.option("-o", "--out", help="The artifact folder; with --stop-after a .moir file.  [default: SOURCE-TARGET]")
 @click.option(
-    "--quantize", metavar="SPEC", help="Store weights in fewer bits: int4, int8, or 'experts=int4,head=int8,group=64'."
+    "--quantize",
+    metavar="SPEC",
+    help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', auto, or the file of a plan.",
 )
-@click.option("--calibration", metavar="FILE", help="The text for --quantize int4,method=gptq.")
+@click.option("--budget", metavar="SIZE", help="For --quantize auto: 4.5bpw (bits per weight), or bytes as in 6GB.")
+@click.option("--calibration", metavar="FILE", help="The text that --quantize auto and method=gptq look at.")
 @click.option(
     "--accuracy",
     type=click.Choice(["fast", "exact"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,17 @@ from .frontends import Loaded
 from .ir import STAGES, Module
 from .manifest import write_manifest
 from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
+from .plan import PLAN
+from .planning import calibrated, find_plan
 from .printer import print_module
-from .quantization import is_lossy, needs_calibration, precision, with_quantize
+from .quantization import AUTO, Spec, is_lossy, needs_calibration, precision, with_quantize
 from .report import per_token
 from .weights.sink import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
     from .parity import Comparison
+    from .plan import Plan
     from .rewrite import Why
 
 Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
@@ -49,6 +52,7 @@ def compile(
     *,
     pipeline: str | None = None,
     quantize: str | None = None,
+    budget: str | None = None,
     calibration: Path | str | None = None,
     accuracy: str = "fast",
     memory_limit: int | None = None,
@@ -66,8 +70,8 @@ def compile(
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
-    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.with_quantize),
-    `calibration` a text file for the methods that want to see what weights are multiplied with,
+    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.Spec), or
+    `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan; `calibration` is the text that gptq and auto look at;
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
     tiles of weights may use beside the imports. `stop_after` is a stage or a pass. `check` compares the numbers before and
     after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
@@ -76,8 +80,15 @@ def compile(
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
     text = pipeline if pipeline is not None else chosen.pipeline
+    plan = None
     if quantize is not None:
-        text = with_quantize(text, quantize)
+        spec = Spec.parse(quantize)
+        _need_weights(loaded, wanted=spec.plan == AUTO)
+        plan = find_plan(spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), chosen, calibration)
+        planned = {} if plan is None else {"layers": plan.layers(), "method": plan.method}
+        text = with_quantize(text, {**planned, **spec.options})
+    elif budget is not None:
+        raise MoecError("a budget is for --quantize auto", todo="add --quantize auto")
     if accuracy != "fast":
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
     steps = _remaining(loaded.module, text)
@@ -94,8 +105,8 @@ def compile(
     _need_weights(loaded)
     figures: dict[str, Any] = {}
     if needs_calibration(module):
-        loaded, figures["calibration"] = _calibrated(loaded, given.get(LOWER), calibration, folder)
-    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, figures)
+        loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder)
+    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, figures, plan)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -139,8 +150,15 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
     return steps[behind[0] + 1 if behind else len(steps) :] if enters else steps
 
 
-def _need_weights(loaded: Loaded) -> None:
-    if loaded.weights is None:
+def _before_lower(module: Module, pipeline: str, target: Target) -> Module:
+    """Return a module as it is before it is lowered."""
+    return run_pipeline(
+        module, _remaining(module, pipeline), target=target, stop_after="moe", table=passes_for(target)
+    )[0]
+
+
+def _need_weights(loaded: Loaded, wanted: bool = True) -> None:
+    if wanted and loaded.weights is None:
         raise MoecError(
             "there are no weights to compile",
             where=str(loaded.folder or loaded.module.source or "the program"),
@@ -148,44 +166,23 @@ def _need_weights(loaded: Loaded) -> None:
         )
 
 
-def _calibrated(
-    loaded: Loaded, module: Module | None, file: Path | str | None, out: Path
-) -> tuple[Loaded, dict[str, Any]]:
-    """Return the source with weights that know their inputs on a text, and what there is to report of it."""
-    from .calibrate import CalibrationText, calibrate, windows_of
-    from .weights.calibrated import Calibrated
-
-    if module is None:
-        raise MoecError(
-            "the program is already lowered, and its weights want a calibration", todo="enter at stage moe or earlier"
-        )
-    if file is None:
-        raise MoecError(
-            "the weights are to be quantized with a calibration text, and there is none",
-            todo="name a text file: --calibration FILE",
-        )
-    assert loaded.weights is not None
-    text = CalibrationText.read(Path(file), loaded.folder)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = calibrate(module, loaded.weights, windows_of(text, module), out.parent)
-    return replace(loaded, weights=Calibrated(loaded.weights, found.inputs)), {"text": text.sha256, **found.to_dict()}
-
-
 def _emit(
     module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
-    progress: Progress | None, figures: Mapping[str, Any],
+    progress: Progress | None, figures: Mapping[str, Any], plan: Plan | None,
 ) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole."""
     assert loaded.weights is not None
     tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
     source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
-    with atomic_folder(out) as partial:
-        _copy_companions(loaded, partial)
-        (partial / "program.moir").write_text(print_module(module), encoding="utf-8")
+    with atomic_folder(out) as folder:
+        _copy_companions(loaded, folder)
+        (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
+        if plan is not None:
+            plan.write(folder / PLAN)
         costs = module_costs(module)
-        files = target.emit(module, loaded.weights, partial, tile, _with_total(progress, costs.total.compiled_bytes))
+        files = target.emit(module, loaded.weights, folder, tile, _with_total(progress, costs.total.compiled_bytes))
         write_manifest(
-            partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
+            folder, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
             precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs), **figures},
         )  # fmt: skip
     return Artifact.open(out)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from .errors import MoecError
 from .fragments import parse_pipeline
@@ -16,26 +17,47 @@ PASS, BEFORE = "quantize", "lower"
 CALIBRATED = ("gptq",)  # methods that choose codes with the inputs of a weight
 
 
-def with_quantize(pipeline: str, spec: str) -> str:
-    """Return the pipeline with the pass `quantize` before the lowering.
+AUTO = "auto"
 
-    `spec` is a format (`int4`, `int8`: every role but the router in it, with the pass's own choice where int4 would
-    cost too much), or options of the pass (`experts=int4,head=int8,group=64`), or a format and options
-    (`int4,method=gptq`). MoecError for a text that is none of these.
-    """
-    words = [word.strip() for word in spec.split(",") if word.strip()]
-    if not words:
-        raise MoecError(
-            "--quantize is empty", todo="give a format such as int4, or options such as experts=int4,head=int8"
-        )
-    options: dict[str, str] = {}
-    if "=" not in words[0]:
-        options = _everything(words.pop(0))
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"[a-z_]+", name):
-            raise MoecError(f"{word!r} in --quantize is not option=value", todo="as in int4,head=int8,group=64")
-        options[name] = value
+
+@dataclass(frozen=True)
+class Spec:
+    """What `--quantize` says: options of the pass, and where a plan comes from (`auto`, or a file) if there is one."""
+
+    options: Mapping[str, str]
+    plan: str | None = None
+
+    @staticmethod
+    def parse(text: str) -> Spec:
+        """Return what a text says.
+
+        It is a format (`int4`, `int8`: every role but the router in it, with the pass's own choice where int4 would cost
+        too much), `auto`, or the file of a plan (`quantization.json`), and options of the pass behind it or alone
+        (`experts=int4,head=int8,group=64`, `int4,method=gptq`). MoecError for a text that is none of these.
+        """
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if not words:
+            raise MoecError(
+                "--quantize is empty", todo="give a format such as int4, or options such as experts=int4,head=int8"
+            )
+        options: dict[str, str] = {}
+        plan = None
+        if "=" not in words[0]:
+            first = words.pop(0)
+            if first == AUTO or first.endswith(".json"):
+                plan = first
+            else:
+                options = _everything(first)
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals or not re.fullmatch(r"[a-z_]+", name):
+                raise MoecError(f"{word!r} in --quantize is not option=value", todo="as in int4,head=int8,group=64")
+            options[name] = value
+        return Spec(options, plan)
+
+
+def with_quantize(pipeline: str, options: Mapping[str, str]) -> str:
+    """Return the pipeline with the pass `quantize` before the lowering."""
     steps = [step for step in re.split(r",(?![^{]*})", pipeline) if step.strip()]
     names = [parse_pipeline(step)[0][0] for step in steps]
     place = names.index(BEFORE) if BEFORE in names else len(steps)

@@ -11,6 +11,7 @@ from ..compiler.errors import MoecError
 from ..compiler.formats import FORMAT_NAMES, GROUPS, Format, find_format
 from ..compiler.ir import Const, Function, Module, Op, Value
 from ..compiler.pipeline import pass_
+from ..compiler.plan import Unit, parse_layers, unit_name
 from ..compiler.recipes import step
 from ..compiler.rewrite import Why
 from ..compiler.roles import weight_operands, weight_roles
@@ -27,6 +28,7 @@ def quantize(
     module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,
     symmetric: bool = False, method: str = "rtn", starved: str = "rtn",
+    layers: str = "",
 ) -> Module:  # fmt: skip
     """Store weights in fewer bits.
 
@@ -34,7 +36,9 @@ def quantize(
     to be left as it is. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of
     weights that share a scale; without one it is the largest that divides and that the target holds. `method` is rtn (to
     nearest, with a search for the scale) or gptq (with the inputs on a calibration text); `starved` is what gptq does with
-    experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are sent through them).
+    experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are sent through them). `layers` gives
+    single layers formats of their own, as in `0..2.attention=int8_g128 3.experts=uint4_g64 head=int8_g64`; layers that
+    come to differ become functions of their own.
     """
     policy = {
         "experts": experts, "attention": attention, "shared": shared, "dense": dense, "router": router,
@@ -45,13 +49,14 @@ def quantize(
     how = _how(method, starved)
     if group is not None and group not in GROUPS:
         raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
+    module, policies = _split(module, policy, parse_layers(layers))
     roles = weight_roles(module)
     notes: list[str] = []
     functions = {}
     for function in module.functions:
         chosen = {
             place: format
-            for place, spec in _specs(function, roles[function.name], policy)
+            for place, spec in _specs(roles[function.name], policies[function.name])
             if (format := _choose(function, place, spec, group, symmetric, target, roles[function.name], notes))
         }
         functions[function.name] = _store(function, chosen, how)
@@ -82,8 +87,75 @@ def check_spec(spec: str) -> None:
 Place = tuple[int, int]  # an op and one of its operands
 
 
-def _specs(function: Function, roles: Mapping[Place, str], policy: Mapping[str, str]) -> list[tuple[Place, str]]:
+def _specs(roles: Mapping[Place, str], policy: Mapping[str, str]) -> list[tuple[Place, str]]:
     return [(place, policy[role]) for place, role in roles.items() if policy[role] not in KEEP]
+
+
+# --- layers with formats of their own --------------------------------------------------------------------------
+
+
+def _split(
+    module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]
+) -> tuple[Module, dict[str, Mapping[str, str]]]:
+    """Return the module with a function for every set of layers of one policy, and the policy of every function."""
+    roles = {name: set(uses.values()) for name, uses in weight_roles(module).items()}
+    policies: dict[str, Mapping[str, str]] = {}
+    made: dict[tuple[str, tuple], str] = {}
+    clones: dict[str, list[Function]] = {}
+    used: set[Unit] = set()
+
+    def function_for(name: str, layer: int | None) -> str:
+        """Return the function that a call in a layer is to call."""
+        own = {role: f for (n, role), f in single.items() if n == layer and role in roles[name]}
+        used.update((layer, role) for role in own)
+        key = (name, tuple(sorted(own.items())))
+        if key not in made:
+            first = name not in policies
+            made[key] = name if first else _free(f"{name}_{layer}", {*module.by_name, *policies})
+            policies[made[key]] = {**policy, **own}
+            if not first:
+                clones.setdefault(name, []).append(replace(module.by_name[name], name=made[key]))
+        return made[key]
+
+    callers = {}
+    for caller in module.functions:
+        if caller.name == "main":
+            function_for("main", None)
+        calls = {i: function_for(op.callee, _layer(op)) for i, op in enumerate(caller.ops) if op.callee}
+        ops = tuple(
+            replace(op, callee=calls[i]) if calls.get(i, "") != op.callee else op for i, op in enumerate(caller.ops)
+        )
+        callers[caller.name] = (
+            caller if all(a is b for a, b in zip(ops, caller.ops, strict=True)) else replace(caller, ops=ops)
+        )
+    if unknown := [unit_name(unit) for unit in single if unit not in used]:
+        known = sorted(
+            {
+                unit_name((_layer(op), r))
+                for f in module.functions
+                for op in f.ops
+                if op.callee
+                for r in roles[op.callee]
+            }
+        )
+        raise MoecError(
+            f"layers: there is no {unknown[0]}",
+            todo=f"there are {', '.join([*known[:12], *sorted(roles['main'])])} ...",
+        )
+    functions = [f for old in module.functions for f in (callers[old.name], *clones.get(old.name, ()))]
+    split = replace(module, functions=tuple(functions)) if clones else module
+    return split, {f.name: policies.get(f.name, policy) for f in split.functions}
+
+
+def _layer(op: Op) -> int | None:
+    layer = op.attributes.get("layer")
+    return layer if isinstance(layer, int) else None
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 # --- which format ----------------------------------------------------------------------------------------------
