@@ -150,11 +150,22 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     """Say on standard error what was written, and what the comparison found if there was one."""
     report = artifact.report
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
+    if seen := report["figures"].get("calibration"):
+        click.echo(_coverage(seen), err=True)
     figures = report["figures"].get("measured")
     if figures:
         verdict = "verified" if figures["passed"] else "verification failed"
         relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
         click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
+
+
+def _coverage(seen: dict[str, Any]) -> str:
+    """Return what a calibration text reached, in one line."""
+    text = f"calibration: {seen['tokens']} tokens"
+    if not seen["experts"]:
+        return text
+    few = f"{seen['starved']} of {seen['experts']} experts saw fewer than {seen['starved_below']}"
+    return f"{text}; an expert saw {seen['mean']:.0f} of them on average, at least {seen['least']}; {few}"
 
 
 def generation_json(found: Generation) -> dict[str, Any]:

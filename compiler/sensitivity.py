@@ -1,9 +1,10 @@
 """Chooses formats under a budget from what they cost, measured: `--quantize auto`.
 
-A unit is the weights of one role in one layer. Each unit alone is put into one format and the program is run from there
-on: the KL of its predictions to those of the float program is the unit's sensitivity. Other formats of the unit are
-expected to cost as much more or less as their squared error is larger or smaller, errors of weights counted by the mean
-square of what they are multiplied with (KL grows with the square of a small error). Costs of units are added up.
+A unit is the weights of one role in one layer. Each unit alone is put into a format of 4 bits, and one of 2, and the
+program is run from there on: the KL of its predictions to those of the float program is what the format costs. Formats
+with other groups, and those of 8 bits, are expected to cost as much more or less as their squared error is larger or
+smaller, errors of weights counted by the mean square of what they are multiplied with (KL grows with the square of a
+small error). Costs of units are added up.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from .weights.sources import WeightSource
 
 TOKENS = 2048  # that sensitivities are measured on
 LOGITS = 1 << 26  # numbers; fewer tokens are used with a large vocabulary
-NAMES = tuple(f"{kind}_g{g}" for kind, groups in (("int8", (256, 128, 64, 32)), ("uint4", (256, 128, 64, 32, 16)),
-              ("uint2", (64, 32, 16))) for g in groups)  # fmt: skip
-PROBE = 4  # bits of the format that a unit is measured in
+_KINDS = {"uint4": (128, 256, 64, 32, 16), "int8": (128, 256, 64, 32), "uint2": (32, 64, 16)}  # the first is measured
+NAMES = tuple(f"{kind}_g{group}" for kind, groups in _KINDS.items() for group in groups)
+MEASURED = 4  # bits; wider formats cost too little to be told from noise
 LEFT_OUT = ("router",)  # roles whose weights stay as they are
 
 Store = Callable[[Module, str], Module]  # (module, layers): what the pass quantize makes of it
@@ -134,15 +135,19 @@ def measure(
         found = {}
         for number, (unit, weights) in enumerate(units.items()):
             names = [n for n in NAMES if all(n in w.formats for w in weights)]
-            probe = next((n for n in names if _bits(n) == PROBE), names[0])
-            changed = store(module, spell_layers({unit: probe}))
-            first = _first_use(changed, unit)
-            state = dict(reference.snapshots[first])
-            runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
-            runner.steps(changed.main, state, {}, first)
-            kl = _kl(wanted, state[logits])
             errors = {n: sum(_error(w.recipe, n, source, reference.squares) for w in weights) for n in names}
-            found[unit] = {n: kl * errors[n] / errors[probe] if errors[probe] else 0.0 for n in names}
+            found[unit] = {}
+            for bits, group in itertools.groupby(names, _bits):
+                alike = list(group)
+                if bits <= MEASURED or not found[unit]:
+                    probe = alike[0]
+                    changed = store(module, spell_layers({unit: probe}))
+                    first = _first_use(changed, unit)
+                    state = dict(reference.snapshots[first])
+                    runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
+                    runner.steps(changed.main, state, {}, first)
+                    kl = _kl(wanted, state[logits])
+                found[unit] |= {n: kl * errors[n] / errors[probe] if errors[probe] else 0.0 for n in alike}
             if progress:
                 progress(number + 1, len(units))
     return found

@@ -2,7 +2,8 @@
 
 For a row w and inputs X the error is (w - q) H (w - q)ᵀ with H = XᵀX. With U the upper Cholesky factor of the inverse
 of H, rounding column j with the error e = (w_j - q_j) / U_jj is made up for best by w_k -= e U_jk for all k > j.
-Rows do not depend on each other, so that a tile of rows gives what the whole weight gives.
+Rows do not depend on each other, so that a tile of rows gives what the whole weight gives, up to rounding of f32: the
+parts of a weight that belong together come from one call.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def gptq(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
     """
     rows, width = w.shape
     top = float((1 << format.bits) - 1)
-    left = w.T.contiguous()  # columns as rows: each is read and written as a whole
+    # columns as rows: each is read and written as a whole; a copy even of a single row, which may be the source's own
+    left = w.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(width, rows, dtype=torch.uint8)
     scales = torch.empty(width // format.group, rows)
     zeros = torch.empty_like(scales)

@@ -23,6 +23,7 @@ from ...compiler.errors import MoecError
 from ...compiler.ir import Function, Module, Op, Value, bindings
 from ...compiler.recipes import Recipe, bind
 from ...compiler.weights.pull import pull
+from ...compiler.weights.quantized import is_part
 from ...compiler.weights.sink import TILE_BYTES, DataFile
 from ...compiler.weights.sources import WeightSource
 from . import onnx_core, onnx_moe, onnx_nn, onnx_quantized
@@ -149,7 +150,8 @@ class _Writer:
 
     def _weight(self, recipe: Recipe, name: str) -> str:
         type_ = recipe.type
-        if int(type_.bytes) >= INLINE_BYTES:
+        # the parts of a quantized weight come from one pass over it, large or small
+        if int(type_.bytes) >= INLINE_BYTES or is_part(recipe):
             offset, length = self.data.append(recipe, self.source)
             return self.graph.external(name, type_, DATA, offset, length)
         raw = pull(recipe, self.source).reshape(-1).view(torch.uint8).numpy().tobytes()
