@@ -39,7 +39,15 @@ class Pull:
                 return self.source.read(item.name, part, item.type)
             case Literal():
                 return _literal(item, part)
-        return EVALUATE[item.name](item, part, self)
+        return _evaluator(item.name)(item, part, self)
+
+
+def _evaluator(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
+    if name in EVALUATE:
+        return EVALUATE[name]
+    from .quantized import QUANTIZED  # which stands on this module
+
+    return QUANTIZED[name]
 
 
 def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.Tensor:

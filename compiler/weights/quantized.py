@@ -18,7 +18,7 @@ from ..recipes import PARTS, Recipe, Step, tensors
 from .calibrated import Calibrated
 from .encode import Parts, decode, encode
 from .gptq import gptq
-from .pull import EVALUATE, Pull, tiles
+from .pull import Pull, tiles
 from .sources import Box, WeightSource
 
 
@@ -105,5 +105,5 @@ def _part(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
     return evaluate
 
 
-EVALUATE["quantize"] = _quantize
-EVALUATE |= {name: _part(name) for name in PARTS}
+# the steps of recipes.STEPS on quantized weights, as in pull.EVALUATE
+QUANTIZED = {"quantize": _quantize, **{name: _part(name) for name in PARTS}}
