@@ -25,7 +25,7 @@ from .recipes import Literal, Recipe, Tensor, bind
 TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides
 
 # Items of a step that hold no parameters of their own (scales).
-AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1,)}
+AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1,), "scale": (1,)}
 
 
 @dataclass(frozen=True)

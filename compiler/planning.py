@@ -61,15 +61,18 @@ def calibrated(
     `module` is the one that is to be lowered; None if it is lowered already.
     """
     from .calibrate import calibrate, windows_of
+    from .weights.awq import fit
     from .weights.calibrated import Calibrated
 
     if module is None:
         raise MoecError(f"{_LOWERED}, and its weights want a calibration", todo="enter at stage moe or earlier")
-    text = _text(loaded, file, "the method chooses codes by what weights are multiplied with")
+    text = _text(loaded, file, "the method looks at what weights are multiplied with")
     assert loaded.weights is not None
     out.parent.mkdir(parents=True, exist_ok=True)
     found = calibrate(module, loaded.weights, windows_of(text, module), out.parent)
-    return replace(loaded, weights=Calibrated(loaded.weights, found.inputs)), {"text": text.sha256, **found.to_dict()}
+    fitted = fit(module, loaded.weights, found.inputs)
+    source = Calibrated(loaded.weights, found.inputs, fitted)
+    return replace(loaded, weights=source), {"text": text.sha256, **found.to_dict()}
 
 
 def _text(loaded: Loaded, file: Path | str | None, why: str) -> Any:

@@ -14,7 +14,7 @@ from .recipes import Recipe, Step
 from .roles import ROLES
 
 PASS, BEFORE = "quantize", "lower"
-CALIBRATED = ("gptq",)  # methods that choose codes with the inputs of a weight
+CALIBRATED = ("gptq", "awq")  # methods that look at the inputs of a weight
 
 
 AUTO = "auto"

@@ -211,6 +211,16 @@ def _dequantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> Tens
     return TensorType.of("f32", *codes.shape)
 
 
+def _scale(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    item, factors = types
+    axes: Any = attributes["axes"]
+    start = int(attributes.get("start", 0))  # type: ignore[arg-type]
+    sizes = [item.sizes[axis] for axis in axes]
+    if axes and list(factors.sizes) != [*sizes[:-1], sizes[-1] - start]:
+        raise ValueError(f"factors {factors} do not fit the axes {list(axes)} of {item} from {start} on")
+    return TensorType.of(item.dtype, *item.shape)
+
+
 def _quantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
     item = _one(types)
     format = format_of(str(attributes["to"]))
@@ -257,8 +267,10 @@ STEPS: dict[str, StepRule] = {
     "slice": _slice,  # axis, start, stop, step=1
     "reshape": _reshape,  # shape
     "cast": _cast,  # to
+    "scale": _scale,  # by factors that lie along axes, start=0 (on the last of them); inverse=false: divide
     "quantize": _quantize,  # to: a format; the numbers are those that the codes stand for
     **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
     "dequantize": _dequantize,  # codes, scales; block: codes[i, j] * scales[i // block[0], j // block[1]]
 }
+FITTED = ".awq"  # how the names of tensors end that no checkpoint has: they are fitted on a calibration text
 SPREADING = ("stack", "concat", "interleave")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..compiler.awq import fold
 from ..compiler.errors import MoecError
 from ..compiler.formats import FORMAT_NAMES, GROUPS, Format, find_format
 from ..compiler.ir import Const, Function, Module, Op, Value
@@ -17,7 +18,7 @@ from ..compiler.rewrite import Why
 from ..compiler.roles import weight_operands, weight_roles
 
 KEEP = ("f32", "none")
-METHODS, STARVED = ("rtn", "gptq"), ("rtn", "force")
+METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")
 # groups that are tried in turn where the user names none; attention is the most sensitive part of a small model
 PREFERRED = (128, 64, 32, 16)
 PREFERRED_ATTENTION = (64, 32, 16)
@@ -35,8 +36,8 @@ def quantize(
     Each role takes a number of bits (int8, int4, int2), a format of its own (uint4_g64, mxfp4, nvfp4, fp8_b128), or f32
     to be left as it is. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of
     weights that share a scale; without one it is the largest that divides and that the target holds. `method` is rtn (to
-    nearest, with a search for the scale) or gptq (with the inputs on a calibration text); `starved` is what gptq does with
-    experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are sent through them). `layers` gives
+    nearest, with a search for the scale), gptq or awq (with the inputs on a calibration text); `starved` is what these do
+    with experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are sent through them). `layers` gives
     single layers formats of their own, as in `0..2.attention=int8_g128 3.experts=uint4_g64 head=int8_g64`; layers that
     come to differ become functions of their own.
     """
@@ -59,7 +60,8 @@ def quantize(
             for place, spec in _specs(roles[function.name], policies[function.name])
             if (format := _choose(function, place, spec, group, symmetric, target, roles[function.name], notes))
         }
-        functions[function.name] = _store(function, chosen, how)
+        scaled = fold(function, notes) if method == "awq" and chosen else function
+        functions[function.name] = _store(scaled, chosen, how)
     tell = why.append if isinstance(why, list) else why
     for note in notes if tell else ():
         tell(note)  # type: ignore[misc]

@@ -14,7 +14,7 @@ from ..ir import TensorType
 from ..recipes import Recipe, Step, step
 from .gptq import inverse_factor
 from .safetensors_header import TensorInfo
-from .sources import Box, WeightSource
+from .sources import Box, WeightSource, cut
 
 _KEPT = 4  # factors that are kept: the tiles of a weight come one after the other, to a few threads
 
@@ -40,10 +40,11 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """A source with the inputs of quantized weights, by `weight_key`. Thread-safe."""
+    """A source with the inputs of quantized weights, by `weight_key`, and with tensors fitted to them. Thread-safe."""
 
     source: WeightSource
     inputs: Mapping[str, Inputs]
+    fitted: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _factors: OrderedDict[tuple[str, int | None], torch.Tensor | None] = field(default_factory=OrderedDict, repr=False)
     _locks: dict[tuple[str, int | None], threading.Lock] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -59,7 +60,9 @@ class Calibrated:
         return getattr(self.source, "fingerprint", "")
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
-        """Return the part of a tensor in `box`."""
+        """Return the part of a tensor in `box`; fitted tensors are at hand."""
+        if name in self.fitted:
+            return cut(self.fitted[name], box)
         return self.source.read(name, box, expected)
 
     def factor(self, weight: Recipe, expert: int | None) -> torch.Tensor | None:
@@ -89,8 +92,8 @@ def weight_key(recipe: Recipe) -> str:
 
 
 def unquantized(recipe: Recipe) -> Recipe:
-    """Return the recipe of the numbers that a quantized weight is made of."""
-    return _rebuilt(recipe, lambda s: s.items[0] if s.name == "quantize" else s)
+    """Return the recipe of a weight's own numbers: not quantized, and not scaled for that."""
+    return _rebuilt(recipe, lambda s: s.items[0] if s.name in ("quantize", "scale") else s)
 
 
 def _plain(recipe: Recipe) -> Recipe:

@@ -192,6 +192,24 @@ def _dequantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return (wide.mul_(scales) if fresh else wide * scales).reshape(_shape(box))
 
 
+def _scale(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    axes = _ints(step, "axes")
+    start = _int(step, "start") if "start" in step.attributes else 0
+    numbers = inner(step.items[0], box)
+    low, high = (max(bound, start) for bound in box[axes[-1]])
+    if low == high:
+        return numbers
+    factors = inner(step.items[1], (*(box[axis] for axis in axes[:-1]), (low - start, high - start)))
+    spread_ = [1] * len(box)
+    for axis, size in zip(axes, factors.shape, strict=True):
+        spread_[axis] = size
+    factors = factors.reshape(spread_)
+    result = numbers.clone()
+    part = result.narrow(axes[-1], low - box[axes[-1]][0], high - low)
+    part.copy_(part / factors if step.attributes.get("inverse") else part * factors)
+    return result
+
+
 def _reshape(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     """Evaluate a reshape axis group by axis group.
 
@@ -298,4 +316,5 @@ EVALUATE: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
     "reshape": _reshape,
     "cast": _cast,
     "dequantize": _dequantize,
+    "scale": _scale,
 }
