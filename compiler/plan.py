@@ -1,18 +1,19 @@
 """The plan of a mixed quantization, quantization.json: a format for every layer and role, to be read and edited.
 
 A plan reaches the pass `quantize` as its option `layers`, a text such as `0..2.attention=int8_g128 3.experts=uint4_g64
-head=int8_g64`: layers (none for what stands outside of them), role, format.
+head=int8_g64`: layers (none for what stands outside of them), role, format. Experts of one layer may have several:
+`3.experts[0..7,9]=uint4_g64 3.experts[8]=uint2_g32`; those that are not named have the format of the pass.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import MoecError
 from .formats import FORMAT_NAMES, find_format
@@ -22,16 +23,26 @@ PLAN = "quantization.json"
 VERSION = 1
 KEEP = "f32"
 _FIELDS: dict[str, tuple[type, ...]] = {
-    "layers": (str, type(None)), "role": (str,), "format": (str,), "bytes": (int,), "kl": (int, float, type(None)),
+    "layers": (str, type(None)), "role": (str,), "experts": (str, type(None)), "format": (str,), "bytes": (int,), "kl": (int, float, type(None)),
 }  # fmt: skip
 _TOP: dict[str, tuple[type, ...]] = {
     "quantization": (int,), "budget": (str,), "method": (str,), "bits_per_weight": (int, float), "bytes": (int,),
     "kl": (int, float), "tokens": (int,), "weights": (list,),
 }  # fmt: skip
 _LAYERS = re.compile(r"(\d+)(?:\.\.(\d+))?")
-_WORD = re.compile(r"(?:(\d+(?:\.\.\d+)?)\.)?([a-z]+)=([a-z0-9_]+)")
+_WORD = re.compile(r"(?:(\d+(?:\.\.\d+)?)\.)?([a-z]+)(?:\[([\d.,]+)\])?=([a-z0-9_]+)")
 
-Unit = tuple[int | None, str]  # a layer (None: outside of the layers) and a role
+
+class Unit(NamedTuple):
+    """What has one format: a role in a layer (None: outside of the layers), or some experts of a layer (none: all)."""
+
+    layer: int | None
+    role: str
+    experts: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        experts = f"[{_spell_numbers(self.experts)}]" if self.experts else ""
+        return f"{'' if self.layer is None else f'{self.layer}.'}{self.role}{experts}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,8 @@ class Plan:
         for span, run in _runs(self.entries):
             known = [e.kl for e in run if e.kl is not None]
             weights.append({
-                "layers": span, "role": run[0].unit[1], "format": run[0].format, "bytes": sum(e.bytes for e in run),
+                "layers": span, "role": run[0].unit.role,
+                "experts": _spell_numbers(run[0].unit.experts) or None, "format": run[0].format, "bytes": sum(e.bytes for e in run),
                 "kl": sum(known) if len(known) == len(run) else None,
             })  # fmt: skip
         content = {
@@ -92,7 +104,7 @@ def read_plan(file: Path) -> Plan:
     for number, weight in enumerate(content["weights"], 1):
         _check(weight, _FIELDS, f"entry {number} of the plan", file)
         try:
-            units = _units(weight["layers"], weight["role"], weight["format"])
+            units = _units(weight["layers"], weight["role"], weight["experts"], weight["format"])
         except ValueError as error:
             raise MoecError(f"entry {number} of the plan: {error}", where=str(file)) from None
         share = None if weight["kl"] is None else weight["kl"] / len(units)
@@ -124,7 +136,8 @@ def spell_layers(formats: Mapping[Unit, str]) -> str:
     entries = [Entry(unit, format, 0) for unit, format in formats.items()]
     words = []
     for span, run in _runs(entries):
-        words.append(f"{'' if span is None else span + '.'}{run[0].unit[1]}={run[0].format}")
+        unit = str(run[0].unit._replace(layer=None))
+        words.append(f"{'' if span is None else span + '.'}{unit}={run[0].format}")
     return " ".join(words)
 
 
@@ -140,44 +153,66 @@ def parse_layers(text: str) -> dict[Unit, str]:
         except ValueError as error:
             raise MoecError(f"layers: {error}", todo="as in '0..2.attention=int8_g128 head=int8_g64'") from None
         for unit in units:
-            if unit in found:
-                raise MoecError(f"layers: {unit_name(unit)} is named twice", todo="give each layer and role once")
-            found[unit] = match[3]
+            for other in found:
+                both = set(unit.experts) & set(other.experts) or not (unit.experts and other.experts)
+                if unit[:2] == other[:2] and both:
+                    raise MoecError(f"layers: {unit} is named twice", todo="give each layer, role and expert once")
+            found[unit] = match[4]
     return found
 
 
-def unit_name(unit: Unit) -> str:
-    """Return how a unit is written."""
-    return unit[1] if unit[0] is None else f"{unit[0]}.{unit[1]}"
-
-
-def _units(layers: str | None, role: str, format: str) -> list[Unit]:
+def _units(layers: str | None, role: str, experts: str | None, format: str) -> list[Unit]:
     if role not in ROLES:
         raise ValueError(f"there is no role {role}; there are {', '.join(ROLES)}")
     if format != KEEP and find_format(format) is None:
         raise ValueError(f"there is no format {format}; there are {KEEP}, {', '.join(FORMAT_NAMES)}")
+    numbers = _read_numbers(experts) if experts is not None else ()
+    if numbers and role != "experts":
+        raise ValueError(f"{role} has no experts")
     if layers is None:
-        return [(None, role)]
+        return [Unit(None, role, numbers)]
     match = _LAYERS.fullmatch(layers)
     if match is None or int(match[1]) > int(match[2] or match[1]):
         raise ValueError(f"{layers!r} names no layers; 3 and 0..5 do")
-    return [(n, role) for n in range(int(match[1]), int(match[2] or match[1]) + 1)]
+    return [Unit(n, role, numbers) for n in range(int(match[1]), int(match[2] or match[1]) + 1)]
+
+
+def _read_numbers(text: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for word in text.split(","):
+        match = _LAYERS.fullmatch(word)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
+            raise ValueError(f"{text!r} names no experts; 0..3,7 does")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(found)) != len(found):
+        raise ValueError(f"{text!r} names an expert twice")
+    return tuple(sorted(found))
+
+
+def _spell_numbers(numbers: Sequence[int]) -> str:
+    words: list[list[int]] = []
+    for number in numbers:
+        if words and words[-1][1] == number - 1:
+            words[-1][1] = number
+        else:
+            words.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in words)
 
 
 def _runs(entries: Iterable[Entry]) -> list[tuple[str | None, list[Entry]]]:
     """Return entries put together where neighbouring layers have the same role and format, with the layers as text."""
-    ordered = sorted(entries, key=lambda e: (e.unit[0] is None, e.unit[1], e.unit[0] or 0))
+    ordered = sorted(entries, key=lambda e: (e.unit.layer is None, e.unit.role, e.unit.layer or 0, e.unit.experts))
     runs: list[list[Entry]] = []
     for entry in ordered:
         last = runs[-1][-1] if runs else None
-        follows = last is not None and last.unit[0] is not None and entry.unit == (last.unit[0] + 1, last.unit[1])
-        if follows and last is not None and last.format == entry.format:
+        before = entry.unit._replace(layer=entry.unit.layer - 1) if entry.unit.layer else None
+        if last is not None and last.unit == before and last.format == entry.format:
             runs[-1].append(entry)
         else:
             runs.append([entry])
     found = []
     for run in runs:
-        first, end = run[0].unit[0], run[-1].unit[0]
+        first, end = run[0].unit.layer, run[-1].unit.layer
         found.append((None if first is None else str(first) if first == end else f"{first}..{end}", run))
     return found
 

@@ -5,18 +5,22 @@ program is run from there on: the KL of its predictions to those of the float pr
 with other groups, and those of 8 bits, are expected to cost as much more or less as their squared error is larger or
 smaller, errors of weights counted by the mean square of what they are multiplied with (KL grows with the square of a
 small error). Costs of units are added up.
+
+The experts of a layer are divided into GROUPS by how much they add to the layer's error, those that are used most and
+err most first; a group costs its share of what the layer costs.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from .allocate import Weight, choose
 from .calibrate import main_inputs
 from .cost import module_costs
 from .errors import MoecError
@@ -37,32 +41,10 @@ _KINDS = {"uint4": (128, 256, 64, 32, 16), "int8": (128, 256, 64, 32), "uint2": 
 NAMES = tuple(f"{kind}_g{group}" for kind, groups in _KINDS.items() for group in groups)
 MEASURED = 4  # bits; wider formats cost too little to be told from noise
 LEFT_OUT = ("router",)  # roles whose weights stay as they are
+GROUPS = 4  # of the experts of a layer, by their share of its error, each with a format of its own
 
 Store = Callable[[Module, str], Module]  # (module, layers): what the pass quantize makes of it
 Obstacle = Callable[[Op, Format], str | None]  # why the target does not hold an op's weights in a format
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One weight of a unit: its bound recipe, and the format names that the target holds it in."""
-
-    recipe: Recipe
-    formats: frozenset[str]
-
-    def bytes(self, format: str) -> Fraction:
-        """The bytes that it takes in a format."""
-        found = find_format(format)
-        assert found
-        return int(self.recipe.type.elements) * found.bits_per_weight / 8
-
-
-@dataclass(frozen=True)
-class Option:
-    """A choice for one or more units, with its bytes and its expected KL."""
-
-    formats: tuple[tuple[Unit, str], ...]
-    bytes: Fraction
-    kl: float
 
 
 def find_units(module: Module, holds: Obstacle) -> dict[Unit, list[Weight]]:
@@ -80,7 +62,7 @@ def find_units(module: Module, holds: Obstacle) -> dict[Unit, list[Weight]]:
                 value = op.operands[k] if i == j else None
                 if value is not None and role not in LEFT_OUT and value.type.dtype == "f32":
                     names = frozenset(n for n in NAMES if _fits(op, value, n, holds))
-                    found.setdefault((layer, role), []).append(Weight(recipes[value.name], names))
+                    found.setdefault(Unit(layer, role), []).append(Weight(recipes[value.name], names))
 
     visit(module.main, {}, None)
     return {unit: weights for unit, weights in found.items() if frozenset.intersection(*(w.formats for w in weights))}
@@ -124,22 +106,28 @@ def measure(
     units: Mapping[Unit, list[Weight]],
     store: Store,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[Unit, dict[str, float]]:
-    """Return for every unit the expected KL of each format that all of its weights can have."""
+) -> tuple[dict[Unit, list[Weight]], dict[Unit, dict[str, float]]]:
+    """Return for every unit the expected KL of each format that all of its weights can have.
+
+    The units come back with the experts of a layer in groups, largest share of the error first.
+    """
     reference = _Reference(module, source, tuple(windows.shape))
     values = dict(zip((p.name for p in module.main.params), main_inputs(module, windows), strict=True))
     logits = next(v.name for v in module.main.results if not v.type.state)
     with torch.no_grad():
         reference.steps(module.main, values, {})
         wanted = _log_softmax(values[logits])
-        found = {}
+        costs: dict[Unit, dict[str, float]] = {}
+        divided: dict[Unit, list[Weight]] = {}
         for number, (unit, weights) in enumerate(units.items()):
             names = [n for n in NAMES if all(n in w.formats for w in weights)]
-            errors = {n: sum(_error(w.recipe, n, source, reference.squares) for w in weights) for n in names}
-            found[unit] = {}
+            errors = {
+                n: torch.stack([_errors(w.recipe, n, source, reference.squares) for w in weights]).sum(0) for n in names
+            }
+            found: dict[str, float] = {}
             for bits, group in itertools.groupby(names, _bits):
                 alike = list(group)
-                if bits <= MEASURED or not found[unit]:
+                if bits <= MEASURED or not found:
                     probe = alike[0]
                     changed = store(module, spell_layers({unit: probe}))
                     first = _first_use(changed, unit)
@@ -147,10 +135,30 @@ def measure(
                     runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
                     runner.steps(changed.main, state, {}, first)
                     kl = _kl(wanted, state[logits])
-                found[unit] |= {n: kl * errors[n] / errors[probe] if errors[probe] else 0.0 for n in alike}
+                whole = float(errors[probe].sum())
+                found |= {n: kl * float(errors[n].sum()) / whole if whole else 0.0 for n in alike}
+            for part, share in _groups(unit, errors[names[0]]):
+                divided[part] = [replace(w, experts=part.experts) for w in weights]
+                costs[part] = {n: kl * float(share(errors[n])) for n, kl in found.items()}
             if progress:
                 progress(number + 1, len(units))
-    return found
+    return divided, costs
+
+
+def _groups(unit: Unit, errors: torch.Tensor) -> list[tuple[Unit, Callable[[torch.Tensor], float]]]:
+    """Return the parts of a unit, each with what gives its share of a format's errors f32[E]."""
+    count = len(errors)
+    if count < 2 * GROUPS:
+        return [(unit, lambda found: 1.0)]
+    order = errors.argsort(descending=True, stable=True).tolist()
+    bounds = [count * i // GROUPS for i in range(GROUPS + 1)]
+    parts = [tuple(sorted(order[a:b])) for a, b in itertools.pairwise(bounds)]
+    return [(unit._replace(experts=part), partial(_share, part)) for part in parts]
+
+
+def _share(experts: tuple[int, ...], errors: torch.Tensor) -> float:
+    whole = float(errors.sum())
+    return float(errors[list(experts)].sum()) / whole if whole else 0.0
 
 
 def _bits(name: str) -> int:
@@ -161,10 +169,9 @@ def _bits(name: str) -> int:
 
 def _first_use(module: Module, unit: Unit) -> int:
     """Return the first op of @main that a unit's weights are part of."""
-    layer, role = unit
-    if layer is not None:
-        return next(i for i, op in enumerate(module.main.ops) if op.attributes.get("layer") == layer)
-    return min(i for (i, _), r in weight_roles(module)["main"].items() if r == role)
+    if unit.layer is not None:
+        return next(i for i, op in enumerate(module.main.ops) if op.attributes.get("layer") == unit.layer)
+    return min(i for (i, _), r in weight_roles(module)["main"].items() if r == unit.role)
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -181,93 +188,25 @@ def _kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
     return max(total / len(wanted), 0.0)
 
 
-def _error(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[str, torch.Tensor]) -> float:
-    """Return the squared error of a format, each column counted by the mean square of its inputs."""
+def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the squared error of a format, each column counted by the mean square of its inputs: f32[E], or f32[1]."""
     format = find_format(name)
     assert format
-    width = recipe.type.sizes[-1]
+    sizes = recipe.type.sizes
     weight = squares.get(weight_key(recipe))  # a table that is only looked up has none: all columns count alike
-    total = 0.0
+    found = torch.zeros(sizes[0] if len(sizes) == 3 else 1)
     for box in tiles(recipe.type, 4 << 20):
         numbers = pull(recipe, source, box)
-        error = (decode(encode(numbers, format), format, width) - numbers).square_()
-        if weight is not None:
-            error *= weight if weight.dim() == 1 else weight[slice(*box[0]), None]
-        total += float(error.sum())
-    return total
-
-
-# --- choosing --------------------------------------------------------------------------------------------------
-
-
-def choose(
-    units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]], budget: int
-) -> dict[Unit, tuple[str, float]]:
-    """Return a format and its KL for every unit, so that all fit in a number of bytes; MoecError if none does.
-
-    Each unit starts at its smallest format; then the step that saves the most KL for a byte is taken as long as one
-    fits (the greedy solution of the knapsack on the lower hull of each unit's options).
-    """
-    choices = [_hull(options) for options in _options(units, costs)]
-    now = [0] * len(choices)
-    spent = sum(c[0].bytes for c in choices)
-    if spent > budget:
-        weights = sum({weight_key(w.recipe): int(w.recipe.type.elements) for u in units.values() for w in u}.values())
-        raise MoecError(
-            f"the budget of {budget / 1e6:.6g} MB cannot be met",
-            todo=f"the least is {float(spent) / 1e6:.6g} MB, {float(spent * 8 / weights):.3f} bits per weight",
-        )
-    while True:
-        steps = []
-        for i, options in enumerate(choices):
-            for j in range(now[i] + 1, len(options)):
-                more = options[j].bytes - options[now[i]].bytes
-                if spent + more <= budget:
-                    steps.append(((options[now[i]].kl - options[j].kl) / float(more), -i, j, more))
-        if not steps:
-            break
-        _, i, j, more = max(steps)
-        now[-i] = j
-        spent += more
-    formats = [pair for options, at in zip(choices, now, strict=True) for pair in options[at].formats]
-    return {unit: (format, costs[unit][format]) for unit, format in formats}
-
-
-def _options(units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]]) -> list[list[Option]]:
-    """Return the options of each unit; units that store the same weight (a tied head) choose together, and share bytes."""
-    owners: dict[str, Unit] = {}
-    groups: dict[Unit, list[Unit]] = {}
-    for unit, weights in units.items():
-        owner = next((owners[k] for w in weights if (k := weight_key(w.recipe)) in owners), unit)
-        groups.setdefault(owner, []).append(unit)
-        owners.update({weight_key(w.recipe): owner for w in weights})
-    found = []
-    for members in groups.values():
-        options = []
-        for formats in itertools.product(*(costs[unit] for unit in members)):
-            stored = {
-                (weight_key(w.recipe), f): w.bytes(f) for u, f in zip(members, formats, strict=True) for w in units[u]
-            }
-            kl = sum(costs[u][f] for u, f in zip(members, formats, strict=True))
-            options.append(Option(tuple(zip(members, formats, strict=True)), sum(stored.values(), Fraction(0)), kl))
-        found.append(options)
+        error = (decode(encode(numbers, format), format, sizes[-1]) - numbers).square_()
+        if len(sizes) == 3:
+            experts = slice(*box[0])
+            found[experts] += (error if weight is None else error * weight[experts, None]).sum(dim=(1, 2))
+        else:
+            found += (error if weight is None else error * weight).sum()
     return found
 
 
-def _hull(options: Sequence[Option]) -> list[Option]:
-    """Return the options on the lower convex hull of KL over bytes, the smallest first."""
-    kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
-        if kept and option.kl >= kept[-1].kl:
-            continue
-        while len(kept) > 1 and _slope(kept[-2], option) <= _slope(kept[-2], kept[-1]):
-            kept.pop()
-        kept.append(option)
-    return kept
-
-
-def _slope(a: Option, b: Option) -> float:
-    return (b.kl - a.kl) / float(b.bytes - a.bytes)
+# --- the plan ------------------------------------------------------------------------------------------------
 
 
 def make_plan(
@@ -278,7 +217,7 @@ def make_plan(
     units = find_units(module, holds)
     if not units:
         raise MoecError("there are no weights that the target could hold in fewer bits", todo="leave out --quantize")
-    stored = {weight_key(w.recipe): int(w.recipe.type.elements) for u in units.values() for w in u}
+    stored = {w.key: w.elements for u in units.values() for w in u}
     if budget.bits is not None:
         room = int(budget.bits * sum(stored.values()) / 8)
     else:
@@ -286,15 +225,25 @@ def make_plan(
         room = budget.bytes - (int(module_costs(module).total.compiled_bytes) - 4 * sum(stored.values()))
     vocabulary = int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
     count = max(1, min(TOKENS, LOGITS // vocabulary) // windows.shape[1])
-    costs = measure(module, source, windows[:count], units, store, progress)
+    units, costs = measure(module, source, windows[:count], units, store, progress)
     chosen = choose(units, costs, room)
-    spent = {(weight_key(w.recipe), f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
-    entries = [
-        Entry(unit, chosen[unit][0], int(sum(w.bytes(chosen[unit][0]) for w in units[unit])), chosen[unit][1])
-        for unit in units
-    ]
+    spent = {(w.key, f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
     total = sum(spent.values())
     return Plan(
         budget.text, method, round(float(total * 8 / sum(stored.values())), 4), int(total),
-        sum(kl for _, kl in chosen.values()), windows[:count].numel(), tuple(entries),
+        sum(kl for _, kl in chosen.values()), windows[:count].numel(), tuple(_entries(units, chosen)),
     )  # fmt: skip
+
+
+def _entries(units: Mapping[Unit, list[Weight]], chosen: Mapping[Unit, tuple[str, float]]) -> list[Entry]:
+    """Return the entries of a plan; groups of a layer's experts that came to the same format are one."""
+    alike: dict[tuple[int | None, str, str], list[Unit]] = {}
+    for unit, (format, _) in chosen.items():
+        alike.setdefault((unit.layer, unit.role, format), []).append(unit)
+    found = []
+    for (layer, role, format), parts in alike.items():
+        everything = all(other in parts for other in chosen if other[:2] == (layer, role))
+        experts = () if everything else tuple(sorted(e for part in parts for e in part.experts))
+        size = sum(w.bytes(format) for part in parts for w in units[part])
+        found.append(Entry(Unit(layer, role, experts), format, int(size), sum(chosen[part][1] for part in parts)))
+    return found

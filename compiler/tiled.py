@@ -125,7 +125,8 @@ class TiledInterpreter:
         x, ids, gates, up, down, up_bias, down_bias = operands
         up_bias, down_bias = self.tensor(up_bias), self.tensor(down_bias)
         attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-        places = [torch.where(ids == e) for e in range(up.type.sizes[0])]
+        # a gate of 0 is no choice: groups of experts fill up with those
+        places = [torch.where((ids == e) & (gates != 0)) for e in range(up.type.sizes[0])]
         self.routed(op, bound, [len(token) for token, _ in places])
         given = tuple(self.forced(up, token, len(x)) for token, _ in places)
         self.seen(up, x, given)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..compiler.awq import fold
 from ..compiler.errors import MoecError
+from ..compiler.expert_groups import split_experts
 from ..compiler.formats import FORMAT_NAMES, GROUPS, Format, find_format
 from ..compiler.ir import Const, Function, Module, Op, Value
 from ..compiler.pipeline import pass_
-from ..compiler.plan import Unit, parse_layers, unit_name
+from ..compiler.plan import Unit, parse_layers
 from ..compiler.recipes import step
 from ..compiler.rewrite import Why
 from ..compiler.roles import weight_operands, weight_roles
@@ -57,7 +58,7 @@ def quantize(
     for function in module.functions:
         chosen = {
             place: format
-            for place, spec in _specs(roles[function.name], policies[function.name])
+            for place, spec in _specs(function, roles[function.name], policies[function.name])
             if (format := _choose(function, place, spec, group, symmetric, target, roles[function.name], notes))
         }
         scaled = fold(function, notes) if method == "awq" and chosen else function
@@ -89,32 +90,47 @@ def check_spec(spec: str) -> None:
 Place = tuple[int, int]  # an op and one of its operands
 
 
-def _specs(roles: Mapping[Place, str], policy: Mapping[str, str]) -> list[tuple[Place, str]]:
-    return [(place, policy[role]) for place, role in roles.items() if policy[role] not in KEEP]
+def _specs(function: Function, roles: Mapping[Place, str], policy: Policy) -> list[tuple[Place, str]]:
+    found = [(place, policy.of(function.ops[place[0]], role)) for place, role in roles.items()]
+    return [(place, spec) for place, spec in found if spec not in KEEP]
 
 
 # --- layers with formats of their own --------------------------------------------------------------------------
 
 
-def _split(
-    module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]
-) -> tuple[Module, dict[str, Mapping[str, str]]]:
+@dataclass(frozen=True)
+class Policy:
+    """The formats of a function: by role, and by op (the name of its first result) where the experts are in groups."""
+
+    roles: Mapping[str, str]
+    groups: Mapping[tuple[int, ...], str]
+    ops: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, op: Op, role: str) -> str:
+        """Return the format of a weight of an op."""
+        return self.ops.get(op.results[0].name, self.roles[role])
+
+
+def _split(module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]) -> tuple[Module, dict[str, Policy]]:
     """Return the module with a function for every set of layers of one policy, and the policy of every function."""
     roles = {name: set(uses.values()) for name, uses in weight_roles(module).items()}
-    policies: dict[str, Mapping[str, str]] = {}
+    policies: dict[str, Policy] = {}
     made: dict[tuple[str, tuple], str] = {}
     clones: dict[str, list[Function]] = {}
     used: set[Unit] = set()
 
     def function_for(name: str, layer: int | None) -> str:
         """Return the function that a call in a layer is to call."""
-        own = {role: f for (n, role), f in single.items() if n == layer and role in roles[name]}
-        used.update((layer, role) for role in own)
-        key = (name, tuple(sorted(own.items())))
+        own = {unit: f for unit, f in single.items() if unit.layer == layer and unit.role in roles[name]}
+        used.update(own)
+        key = (name, tuple(sorted((unit[1:], f) for unit, f in own.items())))
         if key not in made:
             first = name not in policies
             made[key] = name if first else _free(f"{name}_{layer}", {*module.by_name, *policies})
-            policies[made[key]] = {**policy, **own}
+            whole = {unit.role: f for unit, f in own.items() if not unit.experts}
+            policies[made[key]] = Policy(
+                {**policy, **whole}, {unit.experts: f for unit, f in own.items() if unit.experts}
+            )
             if not first:
                 clones.setdefault(name, []).append(replace(module.by_name[name], name=made[key]))
         return made[key]
@@ -130,15 +146,9 @@ def _split(
         callers[caller.name] = (
             caller if all(a is b for a, b in zip(ops, caller.ops, strict=True)) else replace(caller, ops=ops)
         )
-    if unknown := [unit_name(unit) for unit in single if unit not in used]:
+    if unknown := [str(unit) for unit in single if unit not in used]:
         known = sorted(
-            {
-                unit_name((_layer(op), r))
-                for f in module.functions
-                for op in f.ops
-                if op.callee
-                for r in roles[op.callee]
-            }
+            {str(Unit(_layer(op), r)) for f in module.functions for op in f.ops if op.callee for r in roles[op.callee]}
         )
         raise MoecError(
             f"layers: there is no {unknown[0]}",
@@ -146,7 +156,27 @@ def _split(
         )
     functions = [f for old in module.functions for f in (callers[old.name], *clones.get(old.name, ()))]
     split = replace(module, functions=tuple(functions)) if clones else module
-    return split, {f.name: policies.get(f.name, policy) for f in split.functions}
+    grouped = {f.name: _in_groups(f, policies.get(f.name, Policy(policy, {}))) for f in split.functions}
+    return split.with_functions({n: f for n, (f, _) in grouped.items()}), {n: p for n, (_, p) in grouped.items()}
+
+
+def _in_groups(function: Function, policy: Policy) -> tuple[Function, Policy]:
+    """Return the function with its experts in the groups of the policy, and the policy with the formats of their ops."""
+    found: dict[str, str] = {}
+    for op in function.ops if policy.groups else ():
+        if op.name != "moe.experts":
+            continue
+        count = int(op.operands[3].type.shape[0])  # type: ignore[union-attr]
+        named = [e for group in policy.groups for e in group]
+        if max(named) >= count:
+            raise MoecError(
+                f"layers: there is no expert {max(named)}", where=f"@{function.name}", todo=f"there are {count}"
+            )
+        rest = tuple(e for e in range(count) if e not in named)
+        groups = {**policy.groups, **({rest: policy.roles["experts"]} if rest else {})}
+        function, ops = split_experts(function, op, list(groups))
+        found |= {op.results[0].name: f for op, f in zip(ops, groups.values(), strict=True)}
+    return function, replace(policy, ops=found)
 
 
 def _layer(op: Op) -> int | None:

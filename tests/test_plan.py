@@ -7,21 +7,27 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from moec.compiler import cli
+from moec.compiler.allocate import Weight, choose
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import TensorType
 from moec.compiler.parser import parse_module
-from moec.compiler.plan import Budget, Entry, Plan, parse_layers, read_plan, spell_layers
+from moec.compiler.plan import Budget, Entry, Plan, Unit, parse_layers, read_plan, spell_layers
 from moec.compiler.recipes import Tensor
-from moec.compiler.sensitivity import Weight, choose
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-moe"
-TEXT = {(0, "attention"): "int8_g64", (1, "attention"): "int8_g64", (3, "experts"): "uint4_g32", (None, "head"): "f32"}
+TEXT = {
+    Unit(0, "attention"): "int8_g64", Unit(1, "attention"): "int8_g64", Unit(2, "experts"): "uint4_g32",
+    Unit(3, "experts", (0, 1, 2, 7)): "uint4_g32", Unit(3, "experts", (3, 4)): "uint2_g32", Unit(None, "head"): "f32",
+}  # fmt: skip
 
 
 def test_layers_read_as_they_are_spelled():
     text = spell_layers(TEXT)
-    assert text == "0..1.attention=int8_g64 3.experts=uint4_g32 head=f32"
+    assert (
+        text
+        == "0..1.attention=int8_g64 2.experts=uint4_g32 3.experts[0..2,7]=uint4_g32 3.experts[3..4]=uint2_g32 head=f32"
+    )
     assert parse_layers(text) == TEXT
     assert parse_layers("") == {}
 
@@ -32,6 +38,11 @@ def test_layers_read_as_they_are_spelled():
         ("0.attention", "does not read"),
         ("0.attention=int5", "there is no format int5"),
         ("0.cousin=int8_g64", "there is no role cousin"),
+        ("3.experts[1..2]=int8_g64 3.experts[2]=f32", r"3.experts\[2\] is named twice"),
+        ("3.experts[1]=int8_g64 3.experts=f32", "3.experts is named twice"),
+        ("3.experts[2..1]=int8_g64", "names no experts"),
+        ("3.experts[1,1]=int8_g64", "names an expert twice"),
+        ("3.attention[1]=int8_g64", "attention has no experts"),
         ("3..1.experts=int8_g64", "names no layers"),
         ("head=int8_g64 head=f32", "head is named twice"),
         ("0..2.experts=int8_g64 1.experts=f32", "1.experts is named twice"),
@@ -63,11 +74,11 @@ def weight(name, elements):
     return Weight(Tensor(name, TensorType.of("f32", 1, elements)), frozenset())
 
 
-UNITS = {(0, "experts"): [weight("a", 1 << 20)], (1, "experts"): [weight("b", 1 << 20)], (None, "head"): [weight("c", 1 << 18)]}  # fmt: skip
+UNITS = {Unit(0, "experts"): [weight("a", 1 << 20)], Unit(1, "experts"): [weight("b", 1 << 20)], Unit(None, "head"): [weight("c", 1 << 18)]}  # fmt: skip
 COSTS = {
-    (0, "experts"): {"uint2_g64": 1.0, "uint4_g64": 0.01, "int8_g64": 0.0001},
-    (1, "experts"): {"uint2_g64": 0.02, "uint4_g64": 0.001, "int8_g64": 0.00001},
-    (None, "head"): {"uint4_g64": 0.05, "int8_g64": 0.0001},
+    Unit(0, "experts"): {"uint2_g64": 1.0, "uint4_g64": 0.01, "int8_g64": 0.0001},
+    Unit(1, "experts"): {"uint2_g64": 0.02, "uint4_g64": 0.001, "int8_g64": 0.00001},
+    Unit(None, "head"): {"uint4_g64": 0.05, "int8_g64": 0.0001},
 }
 
 
@@ -78,7 +89,7 @@ def spent(chosen):
 def test_bits_go_where_they_save_most():
     chosen = choose(UNITS, COSTS, 1_100_000)
     assert {unit: format for unit, (format, _) in chosen.items()} == {
-        (0, "experts"): "uint4_g64", (1, "experts"): "uint2_g64", (None, "head"): "uint4_g64",
+        Unit(0, "experts"): "uint4_g64", Unit(1, "experts"): "uint2_g64", Unit(None, "head"): "uint4_g64",
     }  # fmt: skip
     assert spent(chosen) <= 1_100_000
 
@@ -104,7 +115,7 @@ def test_the_choice_is_near_the_best(budget):
 
 def test_a_tied_weight_in_one_format_is_paid_once():
     shared = [weight("table", 1 << 20)]
-    units = {(None, "embedding"): shared, (None, "head"): shared}
+    units = {Unit(None, "embedding"): shared, Unit(None, "head"): shared}
     costs = {unit: {"uint4_g64": 0.01, "int8_g64": 0.001} for unit in units}
     chosen = choose(units, costs, int(shared[0].bytes("int8_g64")))
     assert {format for format, _ in chosen.values()} == {"int8_g64"}

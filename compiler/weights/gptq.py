@@ -66,7 +66,9 @@ def gptq(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
             error = torch.div(left[j] - (code - zero) * scale, factor[j, j], out=errors[j - start])
             left[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    parts = {"codes": pack(codes.T.contiguous(), format.bits), "scales": scales.T.contiguous()}
+    # not contiguous(): to torch one column counts as contiguous with any stride
+    whole = torch.contiguous_format
+    parts = {"codes": pack(codes.T.contiguous(), format.bits), "scales": scales.T.clone(memory_format=whole)}
     if format.zeros:
-        parts["zeros"] = pack(zeros.T.to(torch.uint8), format.bits)
+        parts["zeros"] = pack(zeros.T.to(torch.uint8, memory_format=whole, copy=True), format.bits)
     return parts
