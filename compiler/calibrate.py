@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,10 +112,9 @@ def calibrate(
     source: WeightSource,
     windows: torch.Tensor,
     folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Run a module of stage moe on windows i64[N, W]; the inputs are kept in unnamed files in `folder`."""
-    recorder = _Recorder(module, source, tuple(windows.shape), folder=folder, progress=progress)
+    recorder = _Recorder(module, source, tuple(windows.shape), folder=folder)
     values = dict(zip((p.name for p in module.main.params), main_inputs(module, windows), strict=True))
     with torch.no_grad():
         recorder.steps(module.main, values, {})
@@ -147,7 +146,6 @@ class _Recorder(TiledInterpreter):
     """An interpreter that keeps the inputs of weights whose method wants them."""
 
     folder: Path | None = None
-    progress: Callable[[int, int], None] | None = None
     inputs: dict[str, Inputs] = field(default_factory=dict)
     coverage: list[Coverage] = field(default_factory=list)
     _last: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # rows that were kept, by address
@@ -156,8 +154,6 @@ class _Recorder(TiledInterpreter):
         """Leave out what no calibrated weight depends on: the logits of a long text are large."""
         if function is not self.module.main:
             return True
-        if self.progress:
-            self.progress(i, len(function.ops))
         needed = self._needed
         op = function.ops[i]
         if i not in needed and op.name == "core.linear" and torch.is_tensor(operands[0]):

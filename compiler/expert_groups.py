@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from .ir import Const, Function, Op, TensorType, Value, make_attrs
 from .ops import OPS
@@ -31,10 +32,10 @@ def split_experts(function: Function, op: Op, groups: Sequence[Experts]) -> tupl
         taken.add(name)
         return name
 
-    def add(name: str, *operands: Value | None, hint: str, **attrs: object) -> tuple[Value, ...]:
-        types = OPS[name].infer([v and v.type for v in operands], attrs)  # type: ignore[arg-type]
+    def add(name: str, *operands: Value | None, hint: str, **attrs: Any) -> tuple[Value, ...]:
+        types = OPS[name].infer([v and v.type for v in operands], attrs)
         results = tuple(Value(fresh(f"{hint}.{i}" if i else hint), t) for i, t in enumerate(types))
-        ops.append(Op(name, operands, results, make_attrs(attrs), loc=op.loc))  # type: ignore[arg-type]
+        ops.append(Op(name, operands, results, make_attrs(attrs), loc=op.loc))
         return results
 
     base = op.results[0].name

@@ -105,7 +105,6 @@ def measure(
     windows: torch.Tensor,
     units: Mapping[Unit, list[Weight]],
     store: Store,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[Unit, list[Weight]], dict[Unit, dict[str, float]]]:
     """Return for every unit the expected KL of each format that all of its weights can have.
 
@@ -119,7 +118,7 @@ def measure(
         wanted = _log_softmax(values[logits])
         costs: dict[Unit, dict[str, float]] = {}
         divided: dict[Unit, list[Weight]] = {}
-        for number, (unit, weights) in enumerate(units.items()):
+        for unit, weights in units.items():
             names = [n for n in NAMES if all(n in w.formats for w in weights)]
             errors = {
                 n: torch.stack([_errors(w.recipe, n, source, reference.squares) for w in weights]).sum(0) for n in names
@@ -140,8 +139,6 @@ def measure(
             for part, share in _groups(unit, errors[names[0]]):
                 divided[part] = [replace(w, experts=part.experts) for w in weights]
                 costs[part] = {n: kl * float(share(errors[n])) for n, kl in found.items()}
-            if progress:
-                progress(number + 1, len(units))
     return divided, costs
 
 
@@ -211,7 +208,7 @@ def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[st
 
 def make_plan(
     module: Module, source: WeightSource, windows: torch.Tensor, budget: Budget, method: str, store: Store,
-    holds: Obstacle, progress: Callable[[int, int], None] | None = None,
+    holds: Obstacle,
 ) -> Plan:  # fmt: skip
     """Return the plan for a module of stage moe that is not quantized; MoecError if the budget cannot be met."""
     units = find_units(module, holds)
@@ -225,7 +222,7 @@ def make_plan(
         room = budget.bytes - (int(module_costs(module).total.compiled_bytes) - 4 * sum(stored.values()))
     vocabulary = int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
     count = max(1, min(TOKENS, LOGITS // vocabulary) // windows.shape[1])
-    units, costs = measure(module, source, windows[:count], units, store, progress)
+    units, costs = measure(module, source, windows[:count], units, store)
     chosen = choose(units, costs, room)
     spent = {(w.key, f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
     total = sum(spent.values())

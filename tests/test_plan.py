@@ -274,3 +274,6 @@ def test_gptq_reports_its_coverage(tmp_path):
     figures = json.loads((tmp_path / "x" / "moec.json").read_text("utf-8"))["figures"]["calibration"]
     assert figures["experts"] == 64 and len(figures["layers"]) == 4
     assert sum(figures["layers"][0]["tokens"]) == 2 * figures["tokens"]
+
+    again = moec("compile", tmp_path / "x", "-o", tmp_path / "y", "--calibration", text)
+    assert again.exit_code == 2 and "already lowered" in again.stderr and "stage moe" in again.stderr
