@@ -39,6 +39,7 @@ class Graph:
     def __init__(self, params: Sequence[Value] = (), dims: Sequence[Dim] = ()) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.optional_inputs: list[onnx.ValueInfoProto] = []
         self.params = tuple(params)
         self.lows = {dim.name: dim.low for dim in dims}
         self.views: MutableMapping[str, tuple[str, tuple[Size, ...]]] = {}  # reshaped value -> what it was, its sizes
@@ -98,6 +99,16 @@ class Graph:
         tensor = TensorProto(name=self.fresh(name), data_type=ONNX_TYPES[dtype], dims=shape, raw_data=raw)
         self.initializers[tensor.name] = tensor
         return tensor.name
+
+    def optional_input(self, name: str, default: Sequence[int]) -> str:
+        """Return an i64 input that has a value where the caller gives none: an initializer that is an input too."""
+
+        def make() -> str:
+            array = np.array(default, np.int64)
+            self.optional_inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, array.shape))
+            return self.initializer(name, "i64", array.shape, array.tobytes())
+
+        return self.once(("optional input", name), make)
 
     def external(self, name: str, type_: TensorType, location: str, offset: int, length: int) -> str:
         """Add an initializer whose bytes stand in the data file."""

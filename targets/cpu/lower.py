@@ -15,6 +15,7 @@ from ...compiler.formats import find_format
 from ...compiler.ir import Function, Module, Op, Value, make_attrs
 from ...compiler.ops import OPS
 from .draft import Draft
+from .lower_logits import keep_last_tokens
 from .lower_quantized import ACCURACIES, FAST, interleave, lower_embedding, lower_experts, lower_linear
 from .ranges import distinct, not_negative
 
@@ -35,6 +36,7 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST) ->
     if module.stage == "kernel":
         return module
     functions = tuple(_lower_function(f, accuracy, why if why is not None else []) for f in module.functions)
+    functions = tuple(keep_last_tokens(f) if f.name == "main" else f for f in functions)
     result = replace(module, stage="kernel", functions=functions)
     check(result)
     return result

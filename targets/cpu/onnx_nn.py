@@ -6,7 +6,7 @@ import numpy as np
 
 from ...compiler.dims import Size, size_text
 from ...compiler.ir import Op, Value
-from .graph import CONTRIB, Context, Kernel
+from .graph import CONTRIB, END, Context, Kernel
 
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -28,6 +28,12 @@ def layer_norm(ctx: Context, op: Op) -> None:
     type_ = op.results[0].type
     scale = w or ctx.graph.constant(np.ones(int(type_.shape[-1])), type_.dtype)
     ctx.finish(op, "LayerNormalization", x, scale, *([b] if b else []), axis=-1, epsilon=op.attributes["eps"])
+
+
+def last_tokens(ctx: Context, op: Op) -> None:
+    """Emit a slice from -logits_to_keep on; 0, which that input is where nobody gives it, keeps all tokens."""
+    start = ctx.node("Neg", ctx.graph.optional_input("logits_to_keep", [0]))
+    ctx.finish(op, "Slice", *ctx.inputs(op), start, ctx.graph.constant([END]), ctx.graph.constant([1]))
 
 
 def rope(ctx: Context, op: Op) -> None:
@@ -177,6 +183,7 @@ KERNELS: dict[str, Kernel] = {
     "nn.rms_norm": rms_norm,
     "nn.layer_norm": layer_norm,
     "nn.rope": rope,
+    "ort.last_tokens": last_tokens,
     "nn.attention": attention,
     "ort.rotary_embedding": rotary_embedding,
     "ort.attention_bias": attention_bias,

@@ -22,6 +22,12 @@ def rotary_embedding(x, cos, sin):
     return rope(x.transpose(1, 2), cos, sin).transpose(1, 2)
 
 
+@op("ort.last_tokens", "x: A[B, S, D] -> y: A[B, S, D]", flops=0)
+def last_tokens(x):
+    """Return x; at run time only the last tokens where the runner asks for the logits of fewer (`logits_to_keep`)."""
+    return x
+
+
 def _bias(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     (mask,) = types
     assert mask
@@ -57,6 +63,7 @@ def _group_query_flops(operands: Types, results: tuple[TensorType, ...], attribu
     " key: state A[B, G, P + S, D], value: state A[B, G, P + S, D]",
     infer=_group_query,
     flops=_group_query_flops,
+    in_place=("past_key", "past_value"),
 )
 def group_query_attention(
     q, k, v, past_key, past_value, bias, sinks, *, scale: float, window: int = 0, softcap: float = 0.0
