@@ -159,11 +159,9 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 
     FILE is a .moir file or - for standard input.
     """
-    from ..targets import TARGETS  # a target's own ops are known once it is imported
-    from . import driver
+    from . import driver  # declares the targets' own ops
     from .printer import print_module
 
-    assert TARGETS
     source: Any = file
     if file == "-":
         from .parser import parse_module
@@ -194,9 +192,18 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens.")
 @click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]")
+@click.option(
+    "--accuracy",
+    type=click.Choice(["fast", "exact"]),
+    help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: as compiled]",
+)
 @json_option
 @debug_option
-def run(folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, **settings: Any) -> None:
+def run(
+    folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, threads: int | None,
+    accuracy: str | None, **settings: Any,
+) -> None:  # fmt: skip
     """Generate with an artifact.
 
     Text is printed as it comes, then the speed on standard error. Without options a model samples as its generation_config.json has it, or takes the most likely token.
@@ -212,7 +219,8 @@ def run(folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed
     if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
         settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw
     streams = {} if as_json else {"on_token": _stream_ids()} if prompt is None else {"on_text": _stream_text}
-    result = artifact.run(prompt, tokens=ids, seed=seed or 0, **streams, **settings)
+    session = artifact.session(threads=threads, accuracy=accuracy)
+    result = artifact.run(prompt, tokens=ids, seed=seed or 0, session=session, **streams, **settings)
     if as_json:
         click.echo(json.dumps(generation_json(result), indent=2))
         return
@@ -249,18 +257,31 @@ def _stream_ids() -> Callable[[int, int], None]:
 @click.argument("folder", metavar="DIR")
 @click.option("--against", metavar="SOURCE", help="The checkpoint folder.  [default: the one it was compiled from]")
 @click.option("--text", metavar="FILE", help="A text to measure on.  [default: a sample of prose and Python]")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=2),
+    metavar="N",
+    default=2000,
+    show_default=True,
+    help="How many tokens of the text to measure on.",
+)
+@click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
 @json_option
 @debug_option
-def verify(folder: str, against: str | None, text: str | None, as_json: bool) -> None:
+def verify(
+    folder: str, against: str | None, text: str | None, text_tokens: int, accuracy: str | None, as_json: bool
+) -> None:
     """Compare an artifact with its source model.
 
-    The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text.
+    The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text: KL divergence, top-1 agreement, perplexity. The figures are kept in moec.json.
     """
     written = None if text is None else read_text(text)
     from . import driver
 
     with progress_bar(f"verifying {folder}", unit="parts") as progress:
-        comparison = driver.verify(folder, against, text=written, progress=progress)
+        comparison = driver.verify(
+            folder, against, text=written, tokens=text_tokens, accuracy=accuracy, progress=progress
+        )
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), indent=2))
     else:

@@ -205,6 +205,14 @@ def opt(
     return module
 
 
-def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison:
-    """Compare an artifact with its source model in transformers; options as in `parity.verify`."""
-    return Artifact.open(Path(folder)).verify(against=against, **options)
+def verify(folder: Path | str, against: Any = None, accuracy: str | None = None, **options: Any) -> Comparison:
+    """Compare an artifact with its source model in transformers, and keep what is found in moec.json.
+
+    Options as in `parity.verify`; `accuracy` is that of the session (None: as compiled).
+    """
+    artifact = Artifact.open(Path(folder))
+    if accuracy is not None:
+        options["session"] = artifact.session(spinning=False, accuracy=accuracy)
+    found = artifact.verify(against=against, **options)
+    record_figures(artifact.folder, {"measured": {**found.to_dict(), **({"accuracy": accuracy} if accuracy else {})}})
+    return found

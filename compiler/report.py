@@ -31,10 +31,10 @@ def inspect(
     if isinstance(source, Module):
         module = source
     else:
-        from ..targets import TARGETS  # a target's own ops are known once it is imported
+        from ..targets import declare_kernel_ops
         from .frontends.load import load
 
-        assert TARGETS
+        declare_kernel_ops()
         manifest = _manifest(Path(source))
         module = load(source, trust_remote_code=trust_remote_code).module
     past = next((d.high for d in module.dims if d.name == "P"), CONTEXT)

@@ -221,7 +221,7 @@ def test_files(tmp_path: Path) -> None:
     assert {"layer.0/up.interleaved", "layer.1/up.interleaved", "table"} <= {t.name for t in external}
     assert len({n.name for n in model.graph.node}) == len(model.graph.node)
     assert {n.doc_string for n in model.graph.node} >= {"mlp.experts", "attention"}
-    assert [i.name for i in model.graph.input] == [p.name for p in program().main.params]
+    assert [i.name for i in model.graph.input] == [p.name for p in program().main.params] + ["logits_to_keep"]
     assert model.graph.input[1].type.tensor_type.shape.dim[1].dim_param == "P + S"
     assert model.producer_name == "moec"
 

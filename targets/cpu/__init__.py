@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..target import Target
-from . import ops as _ops  # noqa: F401  (declare ort.*: programs of stage kernel can be read)
-from . import ops_quantized as _quantized  # noqa: F401
 
 if TYPE_CHECKING:
     from ...compiler.formats import Format
     from ...compiler.ir import Module, Op
     from ...compiler.weights.sources import WeightSource
 
-# onnx and onnxruntime take seconds to import: the functions below import what they need when they run
+# torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions below
+# import what they need when they run
 
 
 def _supported(op: Op) -> str | None:

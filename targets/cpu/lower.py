@@ -14,11 +14,13 @@ from ...compiler.errors import MoecError, Refuse
 from ...compiler.formats import find_format
 from ...compiler.ir import Function, Module, Op, Value, make_attrs
 from ...compiler.ops import OPS
+from . import ops, ops_quantized
 from .draft import Draft
 from .lower_logits import keep_last_tokens
 from .lower_quantized import ACCURACIES, FAST, interleave, lower_embedding, lower_experts, lower_linear
 from .ranges import distinct, not_negative
 
+assert ops and ops_quantized  # what ops are lowered to is declared there
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 

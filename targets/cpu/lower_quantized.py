@@ -23,7 +23,7 @@ def lower_linear(draft: Draft, op: Op, accuracy: str) -> Op:
     format = find_format(weight.type.dtype)
     if format is None:
         return op
-    attrs = {"bits": format.bits, "group": format.group, "accuracy": _level(accuracy)}
+    attrs = {"bits": format.bits, "group": format.group, "accuracy": level(accuracy)}
     return Op("ort.matmul_nbits", (x, *_parts(draft, weight), bias), op.results, make_attrs(attrs), loc=op.loc)
 
 
@@ -50,7 +50,8 @@ def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
     return _qmoe(draft, op, attributes, format, accuracy)
 
 
-def _level(accuracy: str) -> int:
+def level(accuracy: str) -> int:
+    """Return ONNX Runtime's accuracy_level."""
     return INT8_ACTIVATIONS if accuracy == FAST else 0
 
 
@@ -81,7 +82,7 @@ def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, accu
         up, up_bias = interleave(draft, up), up_bias and interleave(draft, up_bias)
     choice, mixing = _routing(draft, op, ids, gates, int(up.type.shape[0]))
     kept = {name: attributes[name] for name in _ACTIVATION if name in op.attributes}
-    kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": _level(accuracy)}
+    kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level(accuracy)}
     parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
     return Op("ort.qmoe", (x, choice, mixing, *parts), op.results, make_attrs(kept), loc=op.loc)
 

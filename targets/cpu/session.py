@@ -119,9 +119,10 @@ class Session:
         return past
 
 
-def load(folder: Path | str, threads: int | None = None, spinning: bool = True) -> Session:
+def load(folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None) -> Session:
     """Open the artifact in `folder`; `threads` is the number of compute threads (default: one a usable core).
 
+    `accuracy` of `exact` keeps activations beside quantized weights in f32, whatever the model was compiled for.
     `spinning` threads wait for work without sleeping: fast, but whatever else computes between two steps is slowed
     down several times. Raises MoecError if the artifact is not whole or ONNX Runtime does not take it.
     """
@@ -141,10 +142,15 @@ def load(folder: Path | str, threads: int | None = None, spinning: bool = True) 
             )
     import onnxruntime
 
+    options = _options(threads, spinning)
     with _errors("ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"):
-        runtime = onnxruntime.InferenceSession(
-            str(path), _options(threads, spinning), providers=["CPUExecutionProvider"]
-        )
+        model: Any = str(path)
+        if accuracy is not None:
+            from .accuracy import with_accuracy
+
+            model = with_accuracy(path, accuracy)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     _check_names(path, runtime, states)
     outputs = {output.name: output for output in runtime.get_outputs()}
     width = outputs[LOGITS].shape[-1]
