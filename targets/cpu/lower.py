@@ -12,7 +12,7 @@ from ...compiler.errors import Refuse
 from ...compiler.ir import Attr, Const, Function, Module, Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
-from .ranges import distinct, not_negative
+from .ranges import distinct, gate_sum, not_negative
 
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
@@ -189,6 +189,8 @@ def _moe(draft: _Draft, op: Op) -> Op:
         up_bias = up_bias and _interleave(draft, up_bias)
     kept = {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
     kept = {n: v for n, v in kept.items() if n in op.attributes}
+    if total := gate_sum(draft.function, gates):
+        kept["gate_sum"] = total
     return Op("ort.moe", (x, ids, gates, up, down, up_bias, down_bias), op.results, make_attrs(kept), loc=op.loc)
 
 

@@ -92,7 +92,11 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 def moe(
     x, ids, gates, up, down, up_bias, down_bias, *,
     act: str = "silu", gated: bool = True, alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+    gate_sum: float = 0.0,
 ):  # fmt: skip
-    """Send each token through its chosen experts as moe.experts does, with gate and up rows in turn; gates are >= 0."""
+    """Send each token through its chosen experts as moe.experts does, with gate and up rows in turn; gates are >= 0.
+
+    `gate_sum` says what the gates of every token add up to, where that is known; 0 where it is not.
+    """
     attributes = {"act": act, "gated": gated, "alpha": alpha, "beta": beta, "limit": limit}
     return experts(x, ids, gates, up, down, up_bias, down_bias, layout="interleaved", **attributes)
