@@ -72,8 +72,11 @@ def _route_not_negative(op: Op, visit: Callable[[Value | None], bool]) -> bool:
     if a["score"] == "identity" and not visit(op.operands[0]):
         return False
     # scores taken last are 0 or more, whatever was chosen; before, a bias or a mask may stand in their place
-    return a["order"] == "select_score" and a["score"] != "identity" or a["weigh"] == "scores" or (
-        bias is None and (a["mask"] >= 0 or a["mask"] == float("-inf"))
+    return (
+        a["order"] == "select_score"
+        and a["score"] != "identity"
+        or a["weigh"] == "scores"
+        or (bias is None and (a["mask"] >= 0 or a["mask"] == float("-inf")))
     )
 
 
