@@ -13,7 +13,7 @@ from .errors import MoecError, Refuse
 from .ir import Attr, Function, Op, Value, make_attrs
 from .ops import OPS
 from .patterns import Match
-from .rewrite import in_order
+from .rewrite import in_order, without_idle
 
 _SCORES = ("core.softmax", "core.sigmoid", "core.sqrt")  # the last op of a score
 _OPERANDS = ("logits", "bias", "given", "expert_scale")
@@ -80,7 +80,8 @@ class Router:
         last = max(i for i, op in enumerate(function.ops) if id(op) in self.ops)
         ops = [*function.ops[: last + 1], route, *function.ops[last + 1 :]]
         kept = [_reading(op, self.ids, ids) if op is reader else op for op in ops if id(op) not in self.ops]
-        return replace(function, ops=in_order(tuple(kept)))
+        suspects = {v.name for op in read for v in op.inputs if v not in operands}
+        return without_idle(replace(function, ops=in_order(tuple(kept))), suspects)
 
     # --- the weights, from the last step to the first ------------------------------------------------------
 
@@ -273,7 +274,7 @@ class Router:
         mask, spread = self.number(other), self.made(kept, "core.reshape")
         groups = spread and self._groups(spread, choice)
         if mask is None or not groups:
-            raise Refuse(f"{x} is masked otherwise than by the best groups of {choice}", x)
+            raise Refuse(f"{x} is masked otherwise than by the best groups of experts", x)
         self.ops[id(op)] = op
         if groups["topk_groups"] != groups["groups"]:
             self.attrs |= {**groups, "mask": float(mask)}

@@ -39,13 +39,12 @@ def fuse_router(module: Module, target: Any, why: Why) -> Module:
 @rule(
     before="""
       %s = core.sigmoid(%x)
-      %y = core.slice(%s) {axis=Axis, start=Start, stop=Stop, step=Step}
+      %y = core.slice(%s) {axis=Axis, start=Start, stop=Stop, step=1}
     """,
     after="""
-      %part = core.slice(%x) {axis=Axis, start=Start, stop=Stop, step=Step}
+      %part = core.slice(%x) {axis=Axis, start=Start, stop=Stop}
       %y = core.sigmoid(%part)
     """,
-    shared=("s",),
 )
 def slice_before_sigmoid(m: Match, target: Any) -> None:
     """Score only the logits that are wanted (Inkling's routed experts, whose logits lie beside those of shared ones)."""
@@ -127,9 +126,8 @@ def _fuse_all(function: Function, notes: list[str]) -> Function:
 def _roots(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
     """Yield weights and indices that are read together: by experts, by a spread over all of them, by the caller."""
     for op in function.ops:
-        if op.name == "moe.experts":
-            yield op.inputs[2], op.inputs[1], op
-        elif op.name == "core.scatter" and op.attributes["axis"] == 1 and len(op.inputs[1].type.shape) == 2:
+        spread = op.name == "core.scatter" and op.attributes["axis"] == 1 and len(op.inputs[1].type.shape) == 2
+        if spread or op.name == "moe.experts":
             yield op.inputs[2], op.inputs[1], op
     for ids in function.results:
         for gates in function.results:
@@ -167,10 +165,12 @@ def _note(notes: list[str], reader: Op | None, what: str, refusal: Refuse) -> No
 
 
 def _behind(function: Function, value: Value) -> Iterator[Value]:
-    """Yield a value, then the values of the same type that it is made of, nearest first."""
+    """Yield a value, then the values of its type that it is made of, nearest first."""
     queue = [value]
-    for value in queue:
-        yield value
-        op = function.producers.get(value.name)
+    for made in queue:
+        if made.type == value.type:
+            yield made
+        op = function.producers.get(made.name)
         if op is not None and not op.callee:
-            queue += [v for v in op.inputs if v.type == value.type and v not in queue]
+            queue += [v for v in op.inputs if v.type.dtype == value.type.dtype and v not in queue]
+

@@ -66,18 +66,16 @@ def _not_negative(function: Function, value: Value, visit: Callable[[Value | Non
 
 def _route_not_negative(op: Op, visit: Callable[[Value | None], bool]) -> bool:
     a = OPS[op.name].complete(op.attributes)
-    _, bias, _, expert_scale = op.operands
+    logits, bias, _, expert_scale = op.operands
     if a["scale"] < 0 or (expert_scale and not visit(expert_scale)):
         return False
-    if a["score"] == "identity" and not visit(op.operands[0]):
+    scored = a["score"] != "identity" and a["weigh"] != "logits"
+    if scored and (a["weigh"] == "scores" or a["order"] == "select_score"):
+        return True
+    if not scored and not visit(logits):
         return False
-    # scores taken last are 0 or more, whatever was chosen; before, a bias or a mask may stand in their place
-    return (
-        a["order"] == "select_score"
-        and a["score"] != "identity"
-        or a["weigh"] == "scores"
-        or (bias is None and (a["mask"] >= 0 or a["mask"] == float("-inf")))
-    )
+    # a masked choice is 0, or not among the largest; a bias may be anything
+    return a["weigh"] != "choice" or bias is None or visit(bias)
 
 
 def gate_sum(function: Function, gates: Value) -> float | None:
@@ -88,7 +86,7 @@ def gate_sum(function: Function, gates: Value) -> float | None:
     a = OPS[op.name].complete(op.attributes)
     _, bias, given, _ = op.operands
     experts = op.inputs[0].type.shape[1]
-    if a["score"] != "softmax" or not experts.is_Integer:
+    if a["score"] != "softmax" or a["weigh"] == "logits" or not experts.is_Integer:
         return None
     if a["order"] == "select_score":
         least, normal = 1.0, a["renorm"] in ("none", "sum")  # what the sum is at least before it is divided by itself
