@@ -74,7 +74,8 @@ class Router:
             raise Refuse(error.what) from None
         ids = self.ids
         if operands[2]:
-            ids = Value(f"{ids.name}.routed", types[1])
+            names = (f"{ids.name}.routed{n or ''}" for n in range(len(function.names) + 1))
+            ids = Value(next(n for n in names if n not in function.names), types[1])
         loc = tuple(dict.fromkeys(text for op in function.ops if id(op) in self.ops for text in op.loc))
         route = Op("moe.route", operands, (self.gates, ids), make_attrs(said), loc=loc)
         last = max(i for i, op in enumerate(function.ops) if id(op) in self.ops)

@@ -173,4 +173,3 @@ def _behind(function: Function, value: Value) -> Iterator[Value]:
         op = function.producers.get(made.name)
         if op is not None and not op.callee:
             queue += [v for v in op.inputs if v.type.dtype == value.type.dtype and v not in queue]
-
