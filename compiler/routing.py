@@ -72,6 +72,8 @@ class Router:
             types = definition.infer([v.type if v else None for v in operands], said)
         except MoecError as error:
             raise Refuse(error.what) from None
+        if types != (self.gates.type, self.ids.type):
+            raise Refuse(f"the weights are {self.gates.type}, moe.route gives {types[0]}", self.gates)
         ids = self.ids
         if operands[2]:
             names = (f"{ids.name}.routed{n or ''}" for n in range(len(function.names) + 1))
@@ -125,12 +127,8 @@ class Router:
     def _per_expert(self, op: Op) -> tuple[Value, Value] | None:
         for value, factor in (op.inputs, op.inputs[::-1]):
             take = self.function.producers.get(factor.name)
-            if (
-                take
-                and take.name == "core.take"
-                and take.operands[1] == self.ids
-                and len(take.inputs[0].type.shape) == 1
-            ):
+            chosen = take is not None and take.name == "core.take" and take.operands[1] == self.ids
+            if take and chosen and len(take.inputs[0].type.shape) == 1:
                 self.ops[id(take)] = take
                 return value, take.inputs[0]
         return None
@@ -169,21 +167,16 @@ class Router:
         added = self.made(total, "core.sum")
         if added is None or added.attributes["axes"] != (1,):
             raise wrong
-        inner = added.inputs[0]
-        if inner == weights and p == 1:
-            return {"renorm": "sum"}
-        power = self.made(inner, "core.mul", "core.pow")
-        if power:
-            square = power.inputs[0] == power.inputs[-1]
+        inner, exponent = added.inputs[0], 1.0
+        if power := self.made(inner, "core.mul", "core.pow"):
+            square = power.name == "core.mul" and power.inputs[0] == power.inputs[-1]
             found = 2.0 if square else self.number(power.operands[1]) if power.name == "core.pow" else None
-            if found is None or abs(float(found) - p) > 1e-6 * p:
-                raise wrong
-            inner, p = power.inputs[0], float(found)
+            inner, exponent = power.inputs[0], float(found or 0)
         absolute = self.made(inner, "core.abs")
         inner = absolute.inputs[0] if absolute else inner
-        if inner != weights or not (absolute or p == 2):
+        if inner != weights or abs(exponent - p) > 1e-6 * p or not (absolute or exponent in (1, 2)):
             raise wrong
-        return {"renorm": "norm", "p": p}
+        return {"renorm": "norm", "p": exponent} if absolute or exponent == 2 else {"renorm": "sum"}
 
     def _scored(self, x: Value) -> tuple[str, Value]:
         """Return the score that makes a value, and what it scores."""

@@ -141,8 +141,8 @@ def _fuse(function: Function, gates: Value, ids: Value, reader: Op | None, notes
     for inner_ids in _behind(function, ids):
         for inner_gates in _behind(function, gates):
             op = function.producers.get(inner_gates.name)
-            if op and op.name == "moe.route":
-                return function
+            if op and op.name == "moe.route" and op.results[1] == inner_ids:
+                return function  # fused already
             try:
                 router = Router(function, inner_gates, inner_ids)
                 router.read()
