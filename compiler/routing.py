@@ -286,36 +286,41 @@ class Router:
 
     def _groups(self, spread: Op, choice: Value) -> dict[str, Attr] | None:
         """Return the groups' attributes if `spread` says for each expert whether its group is one of the best."""
-        expand = self.made(spread.inputs[0], "core.expand")
-        column = expand and self.made(expand.inputs[0], "core.reshape")
+        wide = self.made(spread.inputs[0], "core.expand")
+        column = wide and self.made(wide.inputs[0], "core.reshape")
         marks = column and self.made(column.inputs[0], "core.scatter")
-        if not marks or marks.attributes["axis"] != 1 or len(marks.results[0].type.shape) != 2:
+        best = marks and self.made(marks.inputs[1], "core.topk")
+        if not (wide and column and marks and best) or len(marks.results[0].type.shape) != 2:
             return None
-        best = self.made(marks.inputs[1], "core.topk")
-        if not best or best.results[1] != marks.inputs[1] or best.attributes["axis"] != 1:
-            return None
-        if self.number(marks.inputs[0]) != 0 or self.number(marks.inputs[2]) != 1:
-            return None
-        score, grouped = self._group_score(best.inputs[0])
+        kind, grouped = self._group_score(best.inputs[0])
         cut = self.made(grouped, "core.reshape")
         (tokens, groups), (_, experts) = marks.results[0].type.shape, choice.type.shape
-        if not cut or cut.inputs[0] != choice or cut.results[0].type.shape != (tokens, groups, experts / groups):
-            return None
-        return {"groups": int(groups), "topk_groups": best.attributes["k"], "group_score": score}
+        shape = (tokens, groups, experts / groups)
+        fits = (
+            (marks.attributes["axis"], best.attributes["axis"], marks.inputs[1]) == (1, 1, best.results[1])
+            and (self.number(marks.inputs[0]), self.number(marks.inputs[2])) == (0, 1)
+            and best.inputs[0].type.shape == (tokens, groups)
+            and (column.results[0].type.shape, wide.results[0].type.shape) == ((tokens, groups, 1), shape)
+            and cut is not None
+            and (cut.inputs[0], cut.results[0].type.shape) == (choice, shape)
+        )
+        return {"groups": int(groups), "topk_groups": best.attributes["k"], "group_score": kind} if fits else None
 
     def _group_score(self, x: Value) -> tuple[str, Value | None]:
         """Return how a group is judged by its experts, and the experts by groups."""
-        if largest := self.made(x, "core.amax"):
-            return "max", largest.inputs[0] if largest.attributes["axes"] == (2,) else None
         if flat := self.made(x, "core.reshape"):
             x = flat.inputs[0]
         kind, count = "max", 1
-        if added := self.made(x, "core.sum"):
+        if added := self.made(x, "core.sum", "core.amax"):
+            if added.attributes["axes"] != (2,):
+                return kind, None
             x, kind, count = added.inputs[0], "top2", 2
+            if added.name == "core.amax":
+                return "max", x
         top = self.made(x, "core.topk")
         if not top or top.results[0] != x or (top.attributes["axis"], top.attributes["k"]) != (2, count):
             return kind, None
-        return kind, top.inputs[0] if not added or added.attributes["axes"] == (2,) else None
+        return kind, top.inputs[0]
 
 
 def _depends(function: Function, value: Value, on: Value) -> bool:
