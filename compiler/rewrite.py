@@ -32,7 +32,7 @@ from .ops import OPS
 from .patterns import Match, Rule, Search, rule
 from .recipes import Literal, Step, Tensor
 
-__all__ = ["Match", "Refuse", "Rule", "Why", "apply", "rule"]
+__all__ = ["Match", "Refuse", "Rule", "Why", "apply", "in_order", "rule", "without_idle"]
 
 Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that did not apply
 
@@ -128,11 +128,11 @@ def _replace(owner: Rule, match: Match, removed: list[Op], extra: Mapping[str, A
             ops.append(op)
         if op is matched[-1]:
             ops += new
-    changed = replace(function, consts=function.consts + tuple(draft.consts), ops=_ordered(tuple(ops)))
-    return _without_idle(changed, {v.name for op in matched for v in (*op.inputs, *op.results)})
+    changed = replace(function, consts=function.consts + tuple(draft.consts), ops=in_order(tuple(ops)))
+    return without_idle(changed, {v.name for op in matched for v in (*op.inputs, *op.results)})
 
 
-def _ordered(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
     """Return ops with definitions before uses, otherwise in the given order; Refuse where that cannot be."""
     position = {v.name: i for i, op in enumerate(ops) for v in op.results}
     edges = [(position[v.name], i) for i, op in enumerate(ops) for v in op.inputs if v.name in position]
@@ -149,7 +149,7 @@ def _ordered(ops: tuple[Op, ...]) -> tuple[Op, ...]:
         raise Refuse("a value between two matched ops depends on one and feeds the other") from None
 
 
-def _without_idle(function: Function, suspects: set[str]) -> Function:
+def without_idle(function: Function, suspects: set[str]) -> Function:
     """Drop ops and weights among the suspects that nothing reads any more."""
     while True:
         uses = function.uses

@@ -84,9 +84,11 @@ def bias(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
     inputs[5] = torch.zeros_like(inputs[5]).masked_fill(hidden, -INF)
 
 
-def routing(all_on_one: bool = False, zeros: bool = False, signed: bool = False) -> Fix:
+def routing(all_on_one: bool = False, zeros: bool = False, signed: bool = False, total: float = 0.0) -> Fix:
     def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
         inputs[0] = inputs[0] * 0.5
+        if total:
+            inputs[2] = inputs[2].softmax(1) * total
         if all_on_one:
             inputs[1] = torch.arange(inputs[1].shape[1]).expand_as(inputs[1]).contiguous()
         if not signed:
@@ -134,6 +136,13 @@ def experts(
     return case(*types, fix=fix, gated=gated, **attrs)
 
 
+def router(*, bias: bool = False, given: bool = False, expert_scale: bool = False, **attrs: Any) -> Case:
+    """See tests/test_routing.py for all that moe.route can say."""
+    weights = [f32(8) if wanted else None for wanted in (bias, expert_scale)]
+    return case(f32(B * S, 8), weights[0], i64(B * S, 2) if given else None, weights[1], k=2, **attrs)
+
+
+GROUPS = {"groups": 4, "topk_groups": 2, "group_score": "top2"}
 GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
 
 CASES: dict[str, list[Case]] = {
@@ -198,6 +207,10 @@ CASES: dict[str, list[Case]] = {
         experts(routing(), act="identity", gated=False, biased=True), experts(routing(), chosen=1, count=2),
         experts(routing(), biased=True, layout="interleaved", **GPT_OSS), experts(routing(), act="silu", gated=False),
     ],
+    "moe.route": [
+        router(), router(renorm="sum"), router(bias=True, score="sigmoid", **GROUPS), router(given=True, renorm="sum"),
+        router(expert_scale=True, order="select_score"), router(score="sparsemixer", jitter=0.2),
+    ],
     "ort.rotary_embedding": [
         case(f32(B, S, 2, 8), f32(B, S, 8), f32(B, S, 8), fix=double_angles),
         case(f32(B, S, 2, 8), f32(1, S, 8), f32(1, S, 8), fix=double_angles),
@@ -213,6 +226,7 @@ CASES: dict[str, list[Case]] = {
         experts(routing(), chosen=1), experts(routing(), chosen=6), experts(routing(), biased=True, **GPT_OSS),
         experts(routing(), act="silu", gated=False, biased=True), experts(routing(), act="relu", gated=False),
         experts(routing(), act="identity", gated=False), experts(routing(), limit=0.5),
+        experts(routing(total=1.0), gate_sum=1.0), experts(routing(total=2.5), gate_sum=2.5, biased=True),
     ],
 }  # fmt: skip
 

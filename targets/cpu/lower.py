@@ -18,7 +18,7 @@ from . import ops, ops_quantized
 from .draft import Draft
 from .lower_logits import keep_last_tokens
 from .lower_quantized import ACCURACIES, FAST, interleave, lower_embedding, lower_experts, lower_linear
-from .ranges import distinct, not_negative
+from .ranges import distinct, gate_sum, not_negative
 
 assert ops and ops_quantized  # what ops are lowered to is declared there
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time
@@ -191,4 +191,6 @@ def _moe(draft: Draft, op: Op) -> Op:
         up_bias = up_bias and interleave(draft, up_bias)
     kept = {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
     kept = {n: v for n, v in kept.items() if n in op.attributes}
+    if total := gate_sum(draft.function, gates):
+        kept["gate_sum"] = total
     return Op("ort.moe", (x, ids, gates, up, down, up_bias, down_bias), op.results, make_attrs(kept), loc=op.loc)

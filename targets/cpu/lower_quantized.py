@@ -9,7 +9,7 @@ from ...compiler.ir import Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
 from .draft import Draft
-from .ranges import distinct, not_negative
+from .ranges import distinct, gate_sum, not_negative
 
 FAST, EXACT = ACCURACIES = ("fast", "exact")
 INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
@@ -111,16 +111,11 @@ def softmax_routing(draft: Draft, route: Op) -> tuple[Value, Value | None] | Non
     logits, *others = route.operands
     a = OPS[route.name].complete(route.attributes)
     assert logits
-    plain = not any(others) and a["score"] == "softmax" and a["groups"] == 1 and a["scale"] == 1.0
-    if not plain:
+    if any(others) or a["score"] != "softmax" or a["groups"] > 1 or a["weigh"] == "logits":
         return None
-    if a["order"] == "select_score" and a["renorm"] in ("none", "sum"):
+    if gate_sum(draft.function, route.results[0]) == 1.0:
         return logits, None
-    # the k largest shares of 1, divided by their sum, are the softmax of the k largest logits, eps aside
-    least = a["k"] / int(logits.type.shape[1])
-    if a["renorm"] == "sum" and a["eps"] <= 1e-7 * least and a["min_sum"] <= least / 2:
-        return logits, None
-    if a["renorm"] == "none":
+    if (a["order"], a["renorm"], a["scale"]) == ("score_select", "none", 1.0):
         return logits, draft.add("core.softmax", logits, hint=f"{logits.name}.shares", loc=route.loc, axis=1)
     return None
 

@@ -57,9 +57,15 @@ def rsqrt(ctx: Context, op: Op) -> None:
 
 @kernel("core.sigmoid")
 def sigmoid(ctx: Context, op: Op) -> None:
-    """Emit 1 / (1 + exp(-x)): ONNX Runtime's Sigmoid is right to 1e-7 only, which is wrong for a router's small scores."""
-    one = ctx.graph.constant(1, op.results[0].type.dtype)
-    ctx.finish(op, "Reciprocal", ctx.node("Add", ctx.node("Exp", ctx.node("Neg", *ctx.inputs(op))), one))
+    """Emit the sigmoid in the way that is right for small numbers too."""
+    (x,) = ctx.inputs(op)
+    ctx.alias(op.results[0], sigmoid_of(ctx, x, op.results[0].type.dtype))
+
+
+def sigmoid_of(ctx: Context, x: str, dtype: str) -> str:
+    """Add 1 / (1 + exp(-x)): ONNX Runtime's Sigmoid is right to 1e-7 only, which is wrong for a router's small scores."""
+    one = ctx.graph.constant(1, dtype)
+    return ctx.node("Reciprocal", ctx.node("Add", ctx.node("Exp", ctx.node("Neg", x)), one))
 
 
 @kernel("core.silu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...compiler.dims import Size, size
@@ -83,7 +85,12 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
         raise fail(f"ort.moe has a gate only with act=silu, not {attributes['act']}")
     if not attributes["gated"] and attributes["act"] not in ("silu", "relu", "identity"):
         raise fail(f"ort.moe has silu, relu and identity without a gate, not {attributes['act']}")
-    return OPS["moe.experts"].infer(types, {**attributes, "layout": "interleaved"})
+    return OPS["moe.experts"].infer(types, _as_experts(attributes))
+
+
+def _as_experts(attributes: Attributes) -> dict[str, Any]:
+    """Return the attributes of the moe.experts that an ort.moe stands for."""
+    return {n: v for n, v in attributes.items() if n != "gate_sum"} | {"layout": "interleaved"}
 
 
 @op(
@@ -91,7 +98,7 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     "x: A[T, D], ids: i64[T, K], gates: A[T, K], up: A[E, N, D], down: A[E, D, I],"
     " up_bias: A[E, N]?, down_bias: A[E, D]? -> y: A[T, D]",
     infer=_moe,
-    flops=lambda o, r, a: OPS["moe.experts"].flops(o, r, {**a, "layout": "interleaved"}),
+    flops=lambda o, r, a: OPS["moe.experts"].flops(o, r, _as_experts(a)),
     domains={"ids": lambda types, attributes: types[3].shape[0]},
     rows=OPS["moe.experts"].rows,
     distinct=("ids",),
@@ -99,7 +106,11 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 def moe(
     x, ids, gates, up, down, up_bias, down_bias, *,
     act: str = "silu", gated: bool = True, alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+    gate_sum: float = 0.0,
 ):  # fmt: skip
-    """Send each token through its chosen experts as moe.experts does, with gate and up rows in turn; gates are >= 0."""
+    """Send each token through its chosen experts as moe.experts does, with gate and up rows in turn; gates are >= 0.
+
+    `gate_sum` says what the gates of every token add up to, where that is known; 0 where it is not.
+    """
     attributes = {"act": act, "gated": gated, "alpha": alpha, "beta": beta, "limit": limit}
     return experts(x, ids, gates, up, down, up_bias, down_bias, layout="interleaved", **attributes)
