@@ -140,6 +140,7 @@ def write(folder: Path, sizes: Sizes) -> Path:
     done = folder / "config.json"  # written last
     if done.is_file() and done.read_text() == config:
         return folder
+    words = json.dumps(tokenizer(sizes.vocabulary), ensure_ascii=False)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     places, total = {}, 0
@@ -149,7 +150,7 @@ def write(folder: Path, sizes: Sizes) -> Path:
         places |= dict.fromkeys(shapes, file)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(sizes.vocabulary), ensure_ascii=False))
+    (folder / "tokenizer.json").write_text(words)
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
     done.write_text(config)

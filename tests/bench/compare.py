@@ -100,6 +100,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llama-python", type=Path, help="a python with llama_cpp and gguf")
     parser.add_argument("--exporter-python", type=Path, help="a python with transformers and onnxscript")
     parser.add_argument("--exporter-layers", type=int, help="layers that the exporter exports (default: all)")
+    parser.add_argument("--exporter-experts", help="its implementation of the experts (default: transformers' choice)")
     parser.add_argument("--skip", default="", help="of llama.cpp, exporter, eager, moec, quality; with commas")
     parser.add_argument("--rebuild", action="store_true", help="build all contenders anew")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -118,7 +119,7 @@ def plans(given: argparse.Namespace, checkpoint: Path) -> dict[str, Plan]:
     logs = given.work / f"build-{given.layers}"
     artifact, exported = (
         given.work / f"moec-{given.layers}",
-        given.work / f"exporter-{given.exporter_layers or given.layers}",
+        given.work / f"exporter-{given.exporter_layers or given.layers}-{given.exporter_experts or 'default'}",
     )
     bf16, q4_0 = (given.work / f"olmoe-{given.layers}-{kind}.gguf" for kind in ("bf16", "q4_0"))
     make = partial(_make, given)
@@ -136,7 +137,8 @@ def plans(given: argparse.Namespace, checkpoint: Path) -> dict[str, Plan]:
 
     def build_exporter() -> Build:
         layers = ["--layers", str(given.exporter_layers or given.layers)]
-        command = [given.exporter_python, HERE / "exporter.py", "export", checkpoint, exported, *layers]
+        experts = ["--experts", given.exporter_experts] if given.exporter_experts else []
+        command = [given.exporter_python, HERE / "exporter.py", "export", checkpoint, exported, *layers, *experts]
         return {"export": make(command, given.work / f"{exported.name}.log", exported / "export.done")}
 
     found = {

@@ -7,7 +7,7 @@ Needs a Python with transformers, onnxruntime and onnxscript, the last of which 
     exporter/bin/python tests/bench/exporter.py export CHECKPOINT OUT --layers 4
     exporter/bin/python tests/bench/exporter.py serve OUT --threads 2
 
-The exporter's own settings are kept, and of its graphs the one that takes new tokens after past ones is used for both
+The exporter's own settings are kept (--experts asks for another implementation of the experts), and of its graphs the one that takes new tokens after past ones is used for both
 prefill and decode. It has no quantization of experts, and every weight is in memory several times while it works: 16 GB
 and minutes for 4 layers.
 """
@@ -27,21 +27,28 @@ import worker
 PAST, PRESENT = "input.past_key_values.", "output.past_key_values."
 
 
-def export(checkpoint: Path, out: Path, layers: int) -> None:
-    """Export the first layers of a checkpoint; the folder holds export.done when it is whole."""
+def export(checkpoint: Path, out: Path, layers: int, experts: str | None) -> None:
+    """Export the first layers of a checkpoint; the folder holds export.done when it is whole.
+
+    `experts` is an implementation of transformers (`batched_mm`, `grouped_mm`); None leaves its choice.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, num_hidden_layers=layers).eval()
+    if experts:
+        model.set_experts_implementation(experts)
     ids = torch.arange(3, 19)[None]
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     parts = decompose_for_generation(model, sample, multi_token_decode=True)
     submodel, inputs = parts["decode"]
     exported = OnnxExporter().export(submodel, inputs, config=OnnxConfig(dynamic=True))
     exported.save_pretrained(out)
-    (out / "export.done").write_text(json.dumps({"layers": layers, "vocabulary": model.config.vocab_size}))
+    facts = {"layers": layers, "experts": str(model.get_experts_implementation())}
+    facts |= {"vocabulary": model.config.vocab_size}
+    (out / "export.done").write_text(json.dumps(facts))
 
 
 class Exported:
@@ -50,7 +57,7 @@ class Exported:
     def __init__(self, folder: Path, threads: int) -> None:
         import onnxruntime
 
-        self.folder, self.layers = folder, json.loads((folder / "export.done").read_text())["layers"]
+        self.folder, self.made = folder, json.loads((folder / "export.done").read_text())
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(
@@ -77,9 +84,9 @@ class Exported:
         return time.perf_counter() - start
 
     def facts(self) -> dict[str, Any]:
-        """Return sizes; a token reads all experts where the graph computes them all."""
+        """Return sizes, and what was exported."""
         data = sum(p.stat().st_size for p in self.folder.glob("*.onnx.data"))
-        return {"weights_bytes": data, "layers": self.layers}
+        return {"weights_bytes": data, **self.made}
 
     def _step(self, tokens: Sequence[int], past: int, caches: Sequence[Any]) -> tuple[int, list[Any]]:
         binding = self.session.io_binding()
@@ -101,10 +108,11 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", help="the experts' implementation (default: transformers' choice)")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     if given.action == "export":
-        export(given.source, given.out, given.layers)
+        export(given.source, given.out, given.layers, given.experts)
     else:
         import onnxruntime  # noqa: F401 - importing is not loading
 

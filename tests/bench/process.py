@@ -80,7 +80,7 @@ class Contender:
                 env={**os.environ, **environment},
             )  # fmt: skip
         self.facts = self._answer()
-        self.process.send_signal(signal.SIGSTOP)
+        self._stop()
 
     def ask(self, **request: Any) -> float:
         """Return the seconds that a request took."""
@@ -89,13 +89,17 @@ class Contender:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         seconds = self._answer()["seconds"]
-        self.process.send_signal(signal.SIGSTOP)
+        self._stop()
         return float(seconds)
 
     def close(self) -> None:
         """End the process."""
         self.process.kill()
         self.process.wait()
+
+    def _stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None

@@ -108,7 +108,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         kinds = ", ".join(f"{role} {kind}" for role, kind in contenders["llama.cpp"]["types"].items() if kind != "Q4_0")
         found.append(f"llama.cpp {contenders['llama.cpp']['version']}, Q4_0 but for {kinds}.")
     if "exporter" in contenders:
-        found.append(f"The exporter's graph has {contenders['exporter']['layers']} layers in float32.")
+        made = contenders["exporter"]
+        found.append(f"exporter: float32, {made['layers']} layers, experts {made['experts']}.")
     if "eager" in contenders:
         eager = contenders["eager"]
         found.append(f"eager: experts {eager['experts']}, attention {eager['attention']}.")
