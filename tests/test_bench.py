@@ -109,7 +109,7 @@ for text in ("pass", "x = b'1' * 200_000_000", "raise ValueError('went wrong')")
     assert done.returncode == 1 and "went wrong" in done.stderr
 
 
-def test_ratios_are_medians_of_the_rounds(parts):
+def test_ratios_are_medians_of_the_rounds(parts, tmp_path):
     rates = {"moec": [20, 30, 10], "llama.cpp": [10, 10, 10]}
     facts = {"build": {}, "weights_bytes": 100, "after": {"resident": 150}, "load_seconds": 1.0, "bytes_per_token": 5}
     found = {name: dict(facts, types={"output": "Q6_K"}, version="1") for name in rates}
@@ -128,6 +128,10 @@ def test_ratios_are_medians_of_the_rounds(parts):
     text = parts["report"].markdown(result)
     assert "| moec | 20.0 (10.0 to 30.0) | 2.00 | 40 (20 to 60) | 2.00 |" in text
     assert "| moec | 0.02000 | 90.00% | 1.0100 | 4.50 |" in text
+    page = tmp_path / "BENCHMARKS.md"
+    page.write_text("# Benchmarks\n\n## The last run\n\nold figures\n")
+    parts["report"].write_markdown(result, page)
+    assert page.read_text() == f"# Benchmarks\n\n## The last run\n\n{text}"
 
 
 @pytest.mark.parametrize("name", ["compare.py", "quality.py", "checkpoint.py", "bandwidth.py", "eager.py"])

@@ -79,9 +79,10 @@ def main() -> None:
         say("quality")
         result["quality"] = quality(given)
     report.show(result)
-    for path, text in ((given.json, json.dumps(result, indent=2) + "\n"), (given.markdown, report.markdown(result))):
-        if path:
-            path.write_text(text)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+    if given.markdown:
+        report.write_markdown(result, given.markdown)
 
 
 def arguments() -> argparse.Namespace:
@@ -104,7 +105,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skip", default="", help="of llama.cpp, exporter, eager, moec, quality; with commas")
     parser.add_argument("--rebuild", action="store_true", help="build all contenders anew")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument(
+        "--markdown", type=Path, help="write the tables here, after its line '## The last run' if it has one"
+    )
     given = parser.parse_args()
     given.skip = set(filter(None, given.skip.split(",")))
     unknown = given.skip - {"llama.cpp", "exporter", "eager", "moec", "quality"}

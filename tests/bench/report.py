@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 BASELINE = "llama.cpp"
+LAST_RUN = "## The last run\n"
 PACKAGES = ("moec", "onnxruntime", "torch", "transformers", "numpy")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 HEADINGS = (
@@ -152,6 +153,13 @@ def markdown(result: dict[str, Any]) -> str:
     if "quality" in result:
         text.append(_table(QUALITY, quality_rows(result)))
     return "\n\n".join(text) + "\n"
+
+
+def write_markdown(result: dict[str, Any], path: Path) -> None:
+    """Write the tables and notes into a file; what it holds up to the line LAST_RUN stays."""
+    before, mark, _ = path.read_text().partition(LAST_RUN) if path.is_file() else ("", "", "")
+    kept = f"{before}{mark}\n" if mark else ""
+    path.write_text(kept + markdown(result))
 
 
 def _table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
