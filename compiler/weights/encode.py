@@ -20,7 +20,7 @@ Parts = Mapping[str, torch.Tensor]
 
 # widths of the codes' range that are tried, as shares of the range of the numbers; fewer levels gain from clipping more
 WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9, 0.8), 8: (1.0,)}
-CHUNK = 1 << 16  # elements that are worked on at once: what the search touches stays in a core's second-level cache
+CHUNK = 1 << 17  # elements that are worked on at once: what the search touches stays in a core's second-level cache
 _TINY = 1e-30
 
 # the sixteen numbers of E2M1: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0)
@@ -122,19 +122,20 @@ def search(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor,
     """
     top = float((1 << format.bits) - 1)
     if format.zeros:
-        low, high = torch.aminmax(x, dim=1, keepdim=True)
-        low, high = low.clamp(max=0), high.clamp(min=0)  # 0 stays a number that the codes can say
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)  # twice as fast as aminmax
+        low, high = low.clamp_(max=0), high.clamp_(min=0)  # 0 stays a number that the codes can say
     else:
         low, high = _one_sided(x, top)
     best: list[torch.Tensor] = []
+    products = torch.empty_like(x)
     for width in WIDTHS[format.bits]:
         scale = (high - low) * (width / top)
         scale = torch.where(scale.abs() < _TINY, 1.0, scale)
         zero = (low * -width / scale).round_().clamp_(0, top) if format.zeros else (top + 1) / 2
         codes = torch.mul(x, scale.reciprocal()).add_(zero).round_().clamp_(0, top)
         centred = codes - zero
-        product = torch.linalg.vecdot(x, centred).unsqueeze(1)
-        square = torch.linalg.vecdot(centred, centred).unsqueeze(1).clamp_(min=_TINY)
+        product = torch.mul(x, centred, out=products).sum(1, keepdim=True)
+        square = torch.mul(centred, centred, out=products).sum(1, keepdim=True).clamp_(min=_TINY)
         found = [product * product / square, codes, product / square, torch.as_tensor(zero).expand(product.shape)]
         if best:
             better = found[0] > best[0]
@@ -149,7 +150,7 @@ def _one_sided(x: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]
 
     Signed codes reach one step farther below than above: -8 .. 7.
     """
-    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     far = torch.where(-low > high, low, high)
     return far, far * -((top - 1) / (top + 1))
 
