@@ -87,7 +87,9 @@ def rule(
 
     def declare(guard: Guard) -> Rule:
         name = guard.__name__
-        return Rule(name, inspect.cleandoc(guard.__doc__ or ""), before, after, guard, frozenset(shared), frozenset(optional))
+        return Rule(
+            name, inspect.cleandoc(guard.__doc__ or ""), before, after, guard, frozenset(shared), frozenset(optional)
+        )
 
     return declare
 

@@ -1,6 +1,6 @@
 """The passes, one a file; a pass is in this table and nowhere else.
 
-graph: raise-norm, raise-rope, lift-moe (leaves stage moe). moe: fuse-shared-experts, fuse-attention, fuse-norm.
+graph: raise-norm, raise-rope, lift-moe (leaves stage moe). moe: fuse-dispatch, fuse-shared-experts, fuse-attention, fuse-norm.
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.
 """
 
@@ -9,6 +9,7 @@ from .cleanup import cleanup
 from .drop_dead import drop_dead
 from .fold_constants import fold_constants
 from .fuse_attention import fuse_attention
+from .fuse_dispatch import fuse_dispatch
 from .fuse_norm import fuse_norm
 from .fuse_shared_experts import fuse_shared_experts
 from .lift_moe import lift_moe
@@ -20,6 +21,6 @@ PASSES: dict[str, PassDef] = {
     p.name: p
     for p in (
         cleanup, fold_constants, share_expressions, drop_dead,
-        raise_norm, raise_rope, lift_moe, fuse_shared_experts, fuse_attention, fuse_norm,
+        raise_norm, raise_rope, lift_moe, fuse_dispatch, fuse_shared_experts, fuse_attention, fuse_norm,
     )
 }  # fmt: skip

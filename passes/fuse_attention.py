@@ -63,7 +63,9 @@ def _attention(notes: list[str]) -> Callable[[Draft, Op], Op]:
         made = [_rows(draft, h, op.loc) for h in (*heads, _Heads(new_value))]
         for (_, outside), h in zip(made[:2], heads, strict=False):
             if outside is not None:
-                reason = f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
+                reason = (
+                    f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
+                )
                 notes.append(Note("fuse-attention", draft.function.name, op, reason))
         pasts = [append.operands[0] for append in appends]
         norms, angles = (heads[0].norm, heads[1].norm), (heads[0].cos, heads[0].sin)

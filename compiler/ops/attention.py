@@ -64,14 +64,15 @@ def cached_attention(
     if k is None:
         q, k, v = q.split([heads * width, groups * width, groups * width], dim=-1)
     q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
-    q = _turn(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
-    k = _turn(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
+    q = turn(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
+    k = turn(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
     key, value = torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
     y = attention(q, key, value, mask, sinks, scale=scale, window=window, softcap=softcap)
     return y.flatten(2), key, value
 
 
-def _turn(x, cos, sin):
+def turn(x, cos, sin):
+    """Return heads [B, H, S, D] with their first R numbers turned by nn.rope; angles [C, S, R], or None."""
     if cos is None:
         return x
     width = cos.shape[-1]
