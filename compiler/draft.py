@@ -102,7 +102,7 @@ def rewrite_ops(
             new = rewrite(draft, op) if rewrite else op
         except Refuse as refusal:
             del draft.ops[kept:]
-            notes.append(Note(owner, draft.function.name, op, refusal))
+            notes.append(Note(f"{owner} of {op.name}", draft.function.name, op, refusal))
             other = (instead or {}).get(op.name)
             new = other(draft, op) if other else op
         draft.ops.append(new)

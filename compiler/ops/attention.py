@@ -11,7 +11,7 @@ from .nn import attention, rms_norm, rope
 
 
 def _cached(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, mask, _ = types
+    q, k, v, past_key, past_value, cos, sin, *_, mask, _ = types
     batch, groups, past, width = past_key.shape
     new, heads = q.shape[1], size(attributes["heads"])
     if (k is None) != (v is None):

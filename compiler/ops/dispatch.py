@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from ..dims import Size
@@ -42,7 +44,7 @@ def grouped_linear(rows, w, offsets, bias):
     bounds = offsets.tolist()
     parts = [
         torch.nn.functional.linear(rows[start:stop], w[e], None if bias is None else bias[e])
-        for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for e, (start, stop) in enumerate(pairwise(bounds))
     ]
     return torch.cat(parts)
 

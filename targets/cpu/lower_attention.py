@@ -11,7 +11,7 @@ from ...compiler.ir import Op, TensorType, Value, make_attrs
 from ...compiler.ops import OPS
 
 HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time
-ANGLE_MULTIPLE = 16  # and other numbers of turned elements in a head
+TURNED_MULTIPLE = 16  # where it turns heads itself: of the head size, and of the number of turned elements
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 Three = tuple[Value, Value | None, Value | None]  # q, k and v; q alone holds all three
@@ -20,13 +20,13 @@ Three = tuple[Value, Value | None, Value | None]  # q, k and v; q alone holds al
 def group_query_attention(draft: Draft, op: Op) -> Op:
     """Return nn.cached_attention as ONNX Runtime's op; Refuse says what that cannot do.
 
-    Norms of heads go in front, and so does a rotary embedding that turns a number of elements which is no multiple of 16.
+    Norms of heads go in front, and so does a rotary embedding of heads whose sizes are no multiples of 16.
     """
     _check(op)
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands[3:]
     width = op.results[1].type.shape[3]
-    outside = cos is not None and int(cos.type.shape[2]) % ANGLE_MULTIPLE != 0
+    outside = cos is not None and any(int(n) % TURNED_MULTIPLE for n in (cos.type.shape[2], width))
     q, k, v = _moved(draft, op)
     if k is None and (outside or q_norm or k_norm):
         q, k, v = _apart(draft, op)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...compiler.dims import Size
+from ...compiler.dims import Size, size
 from ...compiler.ir import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.attention import cached_attention, turn
@@ -84,8 +84,8 @@ def group_query_attention(
 ):  # fmt: skip
     """Turn heads, append to the cache and attend causally, as nn.cached_attention does.
 
-    The bias stands for the padding mask: a slot with -inf is not read. Needs head sizes that are multiples of 8, and
-    angles for a multiple of 16 numbers.
+    The bias stands for the padding mask: a slot with -inf is not read. Needs head sizes that are multiples of 8; with
+    angles, multiples of 16, and angles for a multiple of 16 numbers.
     """
     mask = None if bias is None else (bias[:, 0, 0, :] == 0).long()
     settings = {"heads": heads, "scale": scale, "window": window, "softcap": softcap}
