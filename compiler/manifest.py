@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ MANIFEST = "moec.json"
 SCHEMA = 1
 REQUIRED: dict[str, type] = {
     "schema": int, "moec": str, "source": dict, "target": str, "pipeline": str, "precision": dict, "lossy": bool,
-    "dims": dict, "inputs": list, "outputs": list, "states": list, "figures": dict, "files": dict,
+    "dims": dict, "inputs": list, "outputs": list, "states": list, "figures": dict, "unfused": list, "files": dict,
 }  # fmt: skip
 
 
@@ -62,17 +62,18 @@ def write_manifest(
     precision: Mapping[str, Any] | None = None,
     lossy: bool = False,
     figures: Mapping[str, Any] | None = None,
+    unfused: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write moec.json for a folder that is otherwise complete; the same inputs give the same bytes.
 
-    `files` holds the sha256 of files whose hash is known already; the others are read.
+    `unfused` are the MoE blocks left in plain ops (see unfused.py). `files` holds the sha256 of files whose hash is known already; the others are read.
     """
     known = files or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest = {
         "schema": SCHEMA, "moec": moec, "source": dict(source), "target": target, "pipeline": pipeline,
-        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), **interface(module),
+        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), "unfused": [dict(entry) for entry in unfused], **interface(module),
         "files": {name: known.get(name) or file_sha256(folder / name) for name in names if name != MANIFEST},
     }  # fmt: skip
     _write(folder / MANIFEST, manifest)

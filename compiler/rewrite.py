@@ -39,20 +39,25 @@ Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that 
 
 
 class Note(str):
-    """What `--why` says of a rule that did not apply at an op; it knows the function, the op's place and the reason."""
+    """What `--why` says of a rule that did not apply at an op.
+
+    It knows the function, the op's place, the reason, and the share of the rule's left side that matched (1: all of it,
+    and the guard refused).
+    """
 
     function: str
     place: tuple[str, ...]
     reason: str
+    matched: float
 
-    def __new__(cls, owner: str, function: str, op: Op, reason: str | Refuse) -> Note:
+    def __new__(cls, owner: str, function: str, op: Op, reason: str | Refuse, matched: float = 1.0) -> Note:
         """Make the text; the culprits of a refusal that its reason does not name stand behind it."""
         if isinstance(reason, Refuse):
             culprits = ", ".join(str(c) for c in reason.culprits if str(c) not in reason.reason)
             reason = reason.reason + (f" ({culprits})" if culprits else "")
         place = ", ".join(op.loc) or f"@{function}"
         note = super().__new__(cls, f"note: {owner} not applied at {op.results[0]} ({place}): {reason}")
-        note.function, note.place, note.reason = function, op.loc, reason
+        note.function, note.place, note.reason, note.matched = function, op.loc, reason, matched
         return note
 
 
@@ -233,7 +238,8 @@ def _first(function: Function, target: Any, rules: Sequence[Rule], notes: list[s
             near = search.depth >= 2 and 2 * search.depth >= len(owner.before)
             reason = refusal or (search.reason if near else "")
             if reason:
-                notes.append(Note(owner.name, function.name, root, reason))
+                matched = 1.0 if refusal else search.depth / len(owner.before)
+                notes.append(Note(owner.name, function.name, root, reason, matched))
     return None, ""
 
 

@@ -91,6 +91,10 @@ def small(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
     inputs[:] = [None if x is None else x * 0.4 for x in inputs]  # type: ignore[misc]
 
 
+def any_order(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    inputs[2] = torch.randperm(inputs[2].shape[0], generator=torch.Generator().manual_seed(3))
+
+
 def attended(mask: bool, angles: bool) -> Fix:
     """Give each angle twice and pad rows of the mask, for the operands of nn.cached_attention."""
 
@@ -239,6 +243,15 @@ CASES: dict[str, list[Case]] = {
         experts(routing(), act="relu2", gated=False), experts(routing(), act="relu", biased=True),
         experts(routing(), act="identity", gated=False, biased=True), experts(routing(), chosen=1, count=2),
         experts(routing(), biased=True, layout="interleaved", **GPT_OSS), experts(routing(), act="silu", gated=False),
+    ],
+    "moe.dispatch": [case(f32(B * S, 8), i64(B * S, 2), experts=5), case(f32(B * S, 8), i64(B * S, 3), experts=1)],
+    "moe.grouped_linear": [
+        case(f32(B * S, 8), f32(4, 6, 8), i64(5), None, fix=dispatched),
+        case(f32(2 * B * S, 8), f32(3, 6, 8), i64(4), f32(3, 6), fix=dispatched),
+    ],
+    "moe.combine": [
+        case(f32(2 * B * S, 8), f32(B * S, 2), i64(2 * B * S), fix=any_order),
+        case(f32(B * S, 8), f32(B * S, 1), i64(B * S), fix=any_order),
     ],
     "ort.rotary_embedding": [
         case(f32(B, S, 2, 8), f32(B, S, 8), f32(B, S, 8), fix=double_angles),

@@ -25,11 +25,13 @@ from ...compiler.recipes import Recipe, bind
 from ...compiler.weights.pull import pull
 from ...compiler.weights.sink import DataFile
 from ...compiler.weights.sources import WeightSource
-from . import onnx_attention, onnx_core, onnx_moe, onnx_nn
+from . import onnx_attention, onnx_core, onnx_dispatch, onnx_moe, onnx_nn
 from .genai import write_genai_config
 from .graph import CONTRIB, ONNX_TYPES, Context, Graph, Kernel
 
-KERNELS: dict[str, Kernel] = {**onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS}
+KERNELS: dict[str, Kernel] = {
+    **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS, **onnx_dispatch.KERNELS,
+}  # fmt: skip
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23

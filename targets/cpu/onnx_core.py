@@ -40,6 +40,9 @@ _SAME: dict[str, str] = {
 @kernel(*_SAME)
 def same(ctx: Context, op: Op) -> None:
     """Emit the one ONNX op of the same meaning."""
+    if op.name == "core.add" and op.inputs[0].type == op.inputs[1].type:
+        first, second = ctx.inputs(op)
+        ctx.graph.sums[ctx.value(op.results[0])] = first, second
     ctx.finish(op, _SAME[op.name], *ctx.inputs(op))
 
 
