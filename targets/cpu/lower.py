@@ -16,6 +16,7 @@ from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
 from .lower_attention import group_query_attention, plain_attention
 from .lower_mlp import gated_mlp
+from .lower_slices import join_slices
 from .ranges import distinct, not_negative
 
 
@@ -28,7 +29,7 @@ def lower(module: Module, why: list[str] | None = None) -> Module:
     rewrites = {"nn.cached_attention": group_query_attention, "nn.gated_mlp": gated_mlp, "moe.experts": _moe}
     notes = why if why is not None else []
     functions = tuple(
-        rewrite_ops(_Draft(f), rewrites, "lower", notes, {"nn.cached_attention": plain_attention})
+        join_slices(rewrite_ops(_Draft(f), rewrites, "lower", notes, {"nn.cached_attention": plain_attention}))
         for f in module.functions
     )
     result = replace(module, stage="kernel", functions=functions)
