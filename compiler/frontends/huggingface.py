@@ -15,6 +15,7 @@ from ..errors import MoecError
 from ..ir import Module, TensorType
 from ..recipes import Recipe, Tensor, step
 from ..weights.checkpoint import Checkpoint, open_checkpoint
+from .capture import register
 from .names import expected_tensors, map_parameters
 from .skeleton import Skeleton, adopt, build, read_config
 from .transformers_model import import_model
@@ -59,6 +60,7 @@ def import_live(model: Any) -> tuple[Module, dict[str, torch.Tensor]]:
 
 def _without_data(model: Any) -> Any:
     """Copy a model with its parameters on the meta device."""
+    register()
     memo: dict[int, Any] = {}
     persistent = set(model.state_dict(keep_vars=True))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
