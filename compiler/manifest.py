@@ -20,7 +20,7 @@ MANIFEST = "moec.json"
 SCHEMA = 1
 REQUIRED: dict[str, type] = {
     "schema": int, "moec": str, "source": dict, "target": str, "pipeline": str, "precision": dict, "lossy": bool,
-    "dims": dict, "inputs": list, "outputs": list, "states": list, "figures": dict, "unfused": list, "files": dict,
+    "dims": dict, "inputs": list, "outputs": list, "states": list, "figures": dict, "files": dict,
 }  # fmt: skip
 
 
@@ -132,7 +132,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         todo = "compile it again with this version, or use the version of moec that wrote it"
         raise MoecError(f"schema {schema!r} of {MANIFEST} is not known, only {SCHEMA} is", where=str(path), todo=todo)
-    for key, kind in REQUIRED.items():
+    manifest.setdefault("unfused", [])  # artifacts of the first versions do not say
+    for key, kind in {**REQUIRED, "unfused": list}.items():
         if not isinstance(manifest.get(key), kind):
             problem = "is not what it should be" if key in manifest else "is missing"
             raise MoecError(f"{key} {problem} in {MANIFEST}", where=str(path), todo="compile it again")

@@ -53,12 +53,14 @@ def _attention(notes: list[str]) -> Callable[[Draft, Op], Op]:
     def rewrite(draft: Draft, op: Op) -> Op:
         q, key, value, mask, sinks = op.operands
         assert q and key and value
+        _check(q, key, value)
         appends = [_append(draft.function, state, op) for state in (key, value)]
         if key == value:
             raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)
         new_key, new_value = (append.operands[1] for append in appends)
         assert new_key and new_value
-        _check(q, new_key, new_value)
+        if q.type.shape[2] != new_key.type.shape[2]:
+            raise Refuse("the number of queries is not the number of tokens appended to the cache")
         heads = _outside_in(draft.function, _Heads(q), _Heads(new_key))
         made = [_rows(draft, h, op.loc) for h in (*heads, _Heads(new_value))]
         for (_, outside), h in zip(made[:2], heads, strict=False):
@@ -100,8 +102,6 @@ def _check(q: Value, key: Value, value: Value) -> None:
         raise Refuse(f"keys have {width} numbers a head and values {value.type.shape[3]}, as in latent attention")
     if key.type.shape[1] != value.type.shape[1]:
         raise Refuse(f"there are {key.type.shape[1]} heads of keys and {value.type.shape[1]} of values")
-    if q.type.shape[2] != key.type.shape[2]:
-        raise Refuse("the number of queries is not the number of tokens appended to the cache")
     if not all(x.is_Integer for x in (q.type.shape[1], key.type.shape[1], width)):
         raise Refuse(f"the heads of {q.type} have no fixed number")
 

@@ -119,7 +119,7 @@ def write_tiny_lm(model, folder):
     files = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("model.onnx", "model.onnx.data")}
     manifest = {
         "schema": 1, "moec": "0", "source": {"name": "python:GPT2LMHeadModel"}, "target": "cpu", "pipeline": "",
-        "precision": {}, "lossy": False, "dims": {"B": [1, 8], "S": [1, 64], "P": [0, 64]}, "figures": {}, "unfused": [],
+        "precision": {}, "lossy": False, "dims": {"B": [1, 8], "S": [1, 64], "P": [0, 64]}, "figures": {},
         "inputs": [{"name": n, "dtype": "i64", "shape": shape} for n, shape in integers.items()],
         "outputs": [{"name": "logits", "dtype": "f32", "shape": ["B", "S", model.config.vocab_size]}],
         "states": [

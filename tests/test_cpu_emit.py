@@ -307,7 +307,8 @@ def test_many_layers_are_emitted_quickly(tmp_path: Path) -> None:
     start = time.process_time()
     emit(module, SOURCE, tmp_path)
     assert time.process_time() - start < 5
-    assert len(onnx.load(tmp_path / MODEL, load_external_data=False).graph.node) > 94 * 20
+    nodes = onnx.load(tmp_path / MODEL, load_external_data=False).graph.node
+    assert [n.op_type for n in nodes].count("GroupQueryAttention") == 94
 
 
 def test_the_table_of_targets() -> None:

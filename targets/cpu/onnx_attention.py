@@ -119,7 +119,7 @@ def _angle_rows(ctx: Context, table: Value, batch: Size, new: Size, total: Size)
     """Return the angles [rows, R/2] with a row for every new token of the batch; once for all layers that share them.
 
     GroupQueryAttention looks angles up by position. Here they are computed already, and each token's "position" is the
-    number of its row; rows of zeros behind them make the table as long as the sequence, which the op insists on.
+    number of its row. The op wants at least as many rows as the sequence is long, so that many zeros stand behind them.
     """
     half = int(table.type.shape[-1]) // 2
     name = half_angles(ctx, table, batch)
@@ -127,9 +127,8 @@ def _angle_rows(ctx: Context, table: Value, batch: Size, new: Size, total: Size)
     def make(shared: Context) -> str:
         graph = ctx.graph
         rows = shared.reshape(name, (batch, new, sympy.Integer(half)), (batch * new, sympy.Integer(half)))
-        missing = graph.size(sympy.Max(0, total - batch * new))
-        pads = shared.node("Concat", graph.constant([0, 0]), missing, graph.constant([0]), axis=0)
-        return shared.node("Pad", rows, pads)
+        zero = sympy.Integer(0)
+        return shared.node("Pad", rows, graph.shape([zero, zero, total, zero]))
 
     return ctx.once(("rows", name, size_text(total)), f"{name}/rows", make)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ...compiler.dims import Size, size_text
@@ -16,15 +18,25 @@ def embedding(ctx: Context, op: Op) -> None:
 
 
 def rms_norm(ctx: Context, op: Op) -> None:
-    """Emit RMSNormalization over the last axis."""
-    ctx.finish(op, "RMSNormalization", *ctx.inputs(op), axis=-1, epsilon=op.attributes["eps"])
+    """Emit RMSNormalization over the last axis; with the Add before it, where that is the end of the layer before."""
+    x, w = ctx.inputs(op)
+    terms = ctx.graph.take_sum(x) if op.results[0].type.dtype == "f32" else None
+    if terms:
+        _skip_norm(ctx, op, (*terms, w), (ctx.value(op.results[0]), x))
+    else:
+        ctx.finish(op, "RMSNormalization", x, w, axis=-1, epsilon=op.attributes["eps"])
 
 
 def add_rms_norm(ctx: Context, op: Op) -> None:
-    """Emit com.microsoft.SkipSimplifiedLayerNormalization: its first output is the norm, its last the sum."""
-    y, total = (ctx.value(v) for v in op.results)
-    attrs = {"domain": CONTRIB, "epsilon": op.attributes["eps"]}
-    ctx.graph.node(ctx.label, "SkipSimplifiedLayerNormalization", ctx.inputs(op), [y, "", "", total], ctx.doc, **attrs)
+    """Emit com.microsoft.SkipSimplifiedLayerNormalization."""
+    _skip_norm(ctx, op, ctx.inputs(op), [ctx.value(v) for v in op.results])
+
+
+def _skip_norm(ctx: Context, op: Op, inputs: Sequence[str], results: Sequence[str]) -> None:
+    """Add the node; its first output is the norm, its last the sum."""
+    y, total = results
+    kind, attrs = "SkipSimplifiedLayerNormalization", {"domain": CONTRIB, "epsilon": op.attributes["eps"]}
+    ctx.graph.node(ctx.label, kind, inputs, [y, "", "", total], ctx.doc, **attrs)
 
 
 def layer_norm(ctx: Context, op: Op) -> None:
