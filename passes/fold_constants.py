@@ -75,7 +75,7 @@ def _constant(op: Op, sweep: Sweep) -> Op | None:
     if isinstance(number, float) and math.isnan(number):  # a NaN equals nothing: two such modules would never be equal
         return None
     attrs = {"value": number, "dtype": type_.dtype, **({"shape": type_.shape} if type_.shape else {})}
-    return Op("core.full" if type_.shape else "core.constant", (), op.results, make_attrs(attrs), loc=op.loc)  # type: ignore[arg-type]
+    return Op("core.full" if type_.shape else "core.constant", (), op.results, make_attrs(attrs), loc=op.loc)
 
 
 def _compute(op: Op, numbers: list[Any]) -> Any:

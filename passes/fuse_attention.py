@@ -146,9 +146,9 @@ def _slice_of(op: Op | None, start: int) -> Value | None:
 def _normed(function: Function, heads: _Heads) -> _Heads:
     """Read an RMSNorm over each head, on either side of the transpose."""
     op = function.producers.get(heads.value.name)
-    turned = op is not None and op.name == "core.transpose" and op.attributes["perm"] == BEFORE_HEADS
-    if turned:
-        op = function.producers.get(op.inputs[0].name)
+    turned = False
+    if op is not None and op.name == "core.transpose" and op.attributes["perm"] == BEFORE_HEADS:
+        turned, op = True, function.producers.get(op.inputs[0].name)
     if op is None or op.name != "nn.rms_norm" or len(op.inputs[0].type.shape) != 4:
         return heads
     x, weight = op.inputs
@@ -237,8 +237,8 @@ def _packed(draft: Draft, op: Op, pack: _Pack) -> Op:
     if op.name == FUSED:
         whole = op.operands[:3] == results
         return replace(op, operands=(pack.value, None, None, *op.operands[3:])) if whole else op
-    start = sum(int(v.type.shape[2]) for v in results[: results.index(op.results[0])])
-    attrs = {"axis": 2, "start": start, "stop": start + int(op.results[0].type.shape[2])}
+    start = sum(int(v.type.shape[-1]) for v in results[: results.index(op.results[0])])
+    attrs = {"axis": len(pack.value.type.shape) - 1, "start": start, "stop": start + int(op.results[0].type.shape[-1])}
     return Op("core.slice", (pack.value,), op.results, make_attrs(attrs), loc=op.loc)
 
 

@@ -57,7 +57,7 @@ def _check(op: Op) -> None:
 def _apart(draft: Draft, op: Op) -> tuple[Value, Value, Value]:
     """Return q, k and v of the one value that holds them."""
     _, groups, _, width = op.results[1].type.shape
-    sizes = tuple(int(n) for n in (size(op.attributes["heads"]) * width, groups * width, groups * width))  # type: ignore[arg-type]
+    sizes = tuple(int(n) for n in (size(op.attributes["heads"]) * width, groups * width, groups * width))
     q, k, v = draft.add_all("ort.split", op.operands[0], hints=("q", "k", "v"), loc=op.loc, axis=2, sizes=sizes)
     return q, k, v
 
