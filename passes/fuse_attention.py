@@ -235,11 +235,30 @@ def _packed(draft: Draft, op: Op, pack: _Pack) -> Op:
     if pack.value is None:
         pack.value = _one_linear(draft, pack.linears)
     if op.name == FUSED:
-        whole = op.operands[:3] == results
-        return replace(op, operands=(pack.value, None, None, *op.operands[3:])) if whole else op
+        whole = all(
+            _unshaped(draft.function, v) == result and v.type.shape[-1] == result.type.shape[-1]
+            for v, result in zip(op.operands[:3], results, strict=True)
+            if v
+        )
+        return replace(op, operands=(_by_row(draft, pack.value, op), None, None, *op.operands[3:])) if whole else op
     start = sum(int(v.type.shape[-1]) for v in results[: results.index(op.results[0])])
     attrs = {"axis": len(pack.value.type.shape) - 1, "start": start, "stop": start + int(op.results[0].type.shape[-1])}
     return Op("core.slice", (pack.value,), op.results, make_attrs(attrs), loc=op.loc)
+
+
+def _unshaped(function: Function, value: Value) -> Value:
+    """Return what a value was before it was reshaped."""
+    while (op := function.producers.get(value.name)) is not None and op.name == "core.reshape":
+        value = op.inputs[0]
+    return value
+
+
+def _by_row(draft: Draft, value: Value, attention: Op) -> Value:
+    """Return the result of a linear over flattened tokens as [B, S, N]; that of another as it is."""
+    if len(value.type.shape) == 3:
+        return value
+    shape = (*attention.results[0].type.shape[:2], value.type.shape[-1])
+    return draft.add("core.reshape", value, hint=f"{value.name}.rows", loc=attention.loc, shape=shape)
 
 
 def _one_linear(draft: Draft, linears: tuple[Op, ...]) -> Value:
