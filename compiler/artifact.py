@@ -50,7 +50,7 @@ class Artifact:
     @property
     def report(self) -> dict[str, Any]:
         """Facts and figures: the manifest without hashes and signatures, with the bytes of every file."""
-        kept = ("source", "target", "pipeline", "precision", "lossy", "dims", "figures")
+        kept = ("source", "target", "pipeline", "precision", "lossy", "dims", "figures", "unfused")
         sizes = {name: (self.folder / name).stat().st_size for name in sorted(self.manifest["files"])}
         facts = {key: self.manifest[key] for key in kept}
         return {**facts, "states": len(self.manifest["states"]), "files": sizes, "bytes": sum(sizes.values())}

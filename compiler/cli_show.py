@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import bytes_text, count_text, flops_text, ranges
+from .unfused import line
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -62,6 +63,7 @@ def show_report(report: dict[str, Any]) -> None:
     _print(console, f"dims: {dims}")
     for label in ("inputs", "outputs"):
         _print(console, *_values(label, report[label]))
+    _print(console, *map(line, report.get("unfused", [])))
     if "files" in report:
         _print(
             console, "", _table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()])
@@ -150,6 +152,8 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     """Say on standard error what was written, and what the comparison found if there was one."""
     report = artifact.report
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
+    for entry in report["unfused"]:
+        click.echo(line(entry), err=True)
     figures = report["figures"].get("measured")
     if figures:
         verdict = "verified" if figures["passed"] else "verification failed"

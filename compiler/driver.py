@@ -23,12 +23,13 @@ from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
 from .printer import print_module
 from .quantization import is_lossy, precision, with_quantize
 from .report import per_token
+from .rewrite import Why, tell
+from .unfused import unfused
 from .weights.sink import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
     from .parity import Comparison
-    from .rewrite import Why
 
 Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
 
@@ -78,8 +79,9 @@ def compile(
     if accuracy != "fast":
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
     steps = _remaining(loaded.module, text)
+    notes: list[str] = []
     module, taken = run_pipeline(
-        loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
+        loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=_keeping(notes, why),
         stop_after=stop_after, table=passes_for(chosen),
     )  # fmt: skip
     if timings is not None:
@@ -87,11 +89,21 @@ def compile(
     if stop_after:
         return module
     folder = _output(source, loaded, chosen, out)
-    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress)
+    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, notes)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
     return artifact
+
+
+def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
+    """Return a function that takes notes for the report and hands them on."""
+
+    def take(note: str) -> None:
+        notes.append(note)
+        tell(why, [note])
+
+    return take
 
 
 def find_target(name: str, options: Mapping[str, str]) -> Target:
@@ -109,10 +121,7 @@ def passes_for(target: Target) -> dict[str, PassDef]:
     def lower(module: Module, target: Target, why: Why, accuracy: str = "fast") -> Module:
         notes: list[str] = []
         lowered = target.lower(module, notes, accuracy)
-        tell = why.append if isinstance(why, list) else why
-        if tell is not None:
-            for text in notes:
-                tell(f"note: {text}")
+        tell(why, notes)
         return lowered
 
     doc = f"Rewrite the module in the ops that target {target.name} runs."
@@ -132,10 +141,16 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
 
 
 def _emit(
-    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
+    module: Module,
+    loaded: Loaded,
+    target: Target,
+    pipeline: str,
+    out: Path,
+    memory_limit: int | None,
     progress: Progress | None,
-) -> Artifact:  # fmt: skip
-    """Write the artifact beside its final name and put it in place when it is whole."""
+    notes: list[str],
+) -> Artifact:
+    """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
     if loaded.weights is None:
         raise MoecError(
             "there are no weights to compile",
@@ -152,6 +167,7 @@ def _emit(
         write_manifest(
             partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
             precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs)},
+            unfused=unfused(module, notes),
         )  # fmt: skip
     return Artifact.open(out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,17 +65,18 @@ def write_manifest(
     precision: Mapping[str, Any] | None = None,
     lossy: bool = False,
     figures: Mapping[str, Any] | None = None,
+    unfused: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write moec.json for a folder that is otherwise complete; the same inputs give the same bytes.
 
-    `files` holds the sha256 of files whose hash is known already; the others are read.
+    `unfused` are the MoE blocks left in plain ops (see unfused.py). `files` holds the sha256 of files whose hash is known already; the others are read.
     """
     known = files or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest = {
         "schema": SCHEMA, "moec": moec, "source": dict(source), "target": target, "pipeline": pipeline,
-        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), **interface(module),
+        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), "unfused": [dict(entry) for entry in unfused], **interface(module),
         "files": {name: known.get(name) or file_sha256(folder / name) for name in names if name != MANIFEST},
     }  # fmt: skip
     _write(folder / MANIFEST, manifest)
@@ -153,7 +154,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         todo = "compile it again with this version, or use the version of moec that wrote it"
         raise MoecError(f"schema {schema!r} of {MANIFEST} is not known, only {SCHEMA} is", where=str(path), todo=todo)
-    for key, kind in REQUIRED.items():
+    manifest.setdefault("unfused", [])  # artifacts of the first versions do not say
+    for key, kind in {**REQUIRED, "unfused": list}.items():
         if not isinstance(manifest.get(key), kind):
             problem = "is not what it should be" if key in manifest else "is missing"
             raise MoecError(f"{key} {problem} in {MANIFEST}", where=str(path), todo="compile it again")

@@ -52,7 +52,10 @@ def _load(folder: Path, **options: Any) -> Any:
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
-    pipeline="cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,lower",
+    pipeline=(
+        "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
+        "fuse-attention,fuse-norm,cleanup,lower"
+    ),
     supported=_supported,
     holds=_holds,
     lower=_lower,

@@ -25,13 +25,24 @@ from ...compiler.recipes import Recipe, bind
 from ...compiler.weights.pull import pull
 from ...compiler.weights.sink import TILE_BYTES, DataFile
 from ...compiler.weights.sources import WeightSource
-from . import onnx_core, onnx_moe, onnx_nn, onnx_quantized, onnx_route, ops, ops_quantized
+from . import (
+    onnx_attention,
+    onnx_core,
+    onnx_dispatch,
+    onnx_moe,
+    onnx_nn,
+    onnx_quantized,
+    onnx_route,
+    ops,
+    ops_quantized,
+)
 from .genai import write_genai_config
 from .graph import CONTRIB, ONNX_TYPES, Context, Graph, Kernel
 from .lower_logits import LOGITS
 
 KERNELS: dict[str, Kernel] = {
-    **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_moe.KERNELS, **onnx_quantized.KERNELS, **onnx_route.KERNELS,
+    **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS, **onnx_dispatch.KERNELS,
+    **onnx_quantized.KERNELS, **onnx_route.KERNELS,
 }  # fmt: skip
 
 assert ops and ops_quantized  # what is emitted is declared there

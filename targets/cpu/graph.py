@@ -43,6 +43,7 @@ class Graph:
         self.params = tuple(params)
         self.lows = {dim.name: dim.low for dim in dims}
         self.views: MutableMapping[str, tuple[str, tuple[Size, ...]]] = {}  # reshaped value -> what it was, its sizes
+        self.sums: dict[str, tuple[str, str]] = {}  # result of an Add -> its terms, where both have the result's sizes
         self._once: MutableMapping[Any, Any] = {}
         self._taken: dict[str, int] = {}
 
@@ -133,6 +134,14 @@ class Graph:
             return tensor.name
 
         return self.once(("sizes", name, tuple(sizes)), make)
+
+    def take_sum(self, name: str) -> tuple[str, str] | None:
+        """Take back the Add that makes a value and return its terms, if it is the last node of all."""
+        terms = self.sums.get(name)
+        if terms is None or not self.nodes or list(self.nodes[-1].output) != [name]:
+            return None
+        self.nodes.pop()
+        return terms
 
     @contextmanager
     def body(self) -> Iterator[list[onnx.NodeProto]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...compiler.draft import Draft
+from ...compiler.errors import Refuse
 from ...compiler.formats import Format, find_format, format_of
 from ...compiler.ir import Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
-from .draft import Draft
 from .ranges import distinct, gate_sum, not_negative
 
 FAST, EXACT = ACCURACIES = ("fast", "exact")
@@ -39,14 +40,13 @@ def lower_embedding(draft: Draft, op: Op) -> Op:
 
 
 def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
-    """Return routed experts with quantized weights as QMoE, or where it is not right for them as a Loop."""
+    """Return routed experts with quantized weights as QMoE; Refuse says where it is not right for them."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     up = op.operands[3]
     assert up
     format = format_of(up.type.dtype)
     if reason := _not_qmoe(draft, op, attributes, format, accuracy):
-        draft.notes.append(f"{', '.join(op.loc)}: a Loop over experts instead of QMoE: {reason}")
-        return _loop(draft, op, attributes, format)
+        raise Refuse(reason)
     return _qmoe(draft, op, attributes, format, accuracy)
 
 
@@ -120,9 +120,14 @@ def softmax_routing(draft: Draft, route: Op) -> tuple[Value, Value | None] | Non
     return None
 
 
-def _loop(draft: Draft, op: Op, attributes: dict[str, Any], format: Format) -> Op:
+def lower_experts_to_loop(draft: Draft, op: Op) -> Op:
+    """Return routed experts with quantized weights as a Loop over the chosen ones; others as they are."""
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert up and down
+    format = find_format(up.type.dtype)
+    if format is None:
+        return op
+    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     kept = {name: attributes[name] for name in (*_ACTIVATION, "layout") if name in op.attributes}
     kept |= {"bits": format.bits, "group": format.group}
     parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
@@ -136,14 +141,14 @@ def _parts(draft: Draft, weight: Value) -> tuple[Value, Value, Value | None]:
     """Return codes, scales and zero points (None without them) of a quantized weight."""
     quantized = draft.recipe(weight)
     format = format_of(weight.type.dtype)
-    codes, scales = (draft.weight(f"{weight.name}.{part}", step(part, quantized)) for part in ("codes", "scales"))
-    zeros = draft.weight(f"{weight.name}.zeros", step("zeros", quantized)) if format.zeros else None
+    codes, scales = (draft.weight(step(part, quantized), f"{weight.name}.{part}") for part in ("codes", "scales"))
+    zeros = draft.weight(step("zeros", quantized), f"{weight.name}.zeros") if format.zeros else None
     return codes, scales, zeros
 
 
 def interleave(draft: Draft, value: Value) -> Value:
     """Return the weight with its gate rows and up rows in turn."""
-    return draft.weight(f"{value.name}.interleaved", interleaved(draft.recipe(value)))
+    return draft.weight(interleaved(draft.recipe(value)), f"{value.name}.interleaved")
 
 
 def interleaved(recipe: Recipe) -> Recipe:
