@@ -43,8 +43,10 @@ class State:
     @staticmethod
     def of(entry: Mapping[str, Any]) -> State:
         """Return a state from its entry in the manifest."""
-        names = ("past", "present", "axis", "dtype")
-        return State(*(entry[n] for n in names), tuple(entry["shape"]), bool(entry.get("in_place", False)))
+        return State(
+            entry["past"], entry["present"], entry["axis"], entry["dtype"], tuple(entry["shape"]),
+            bool(entry.get("in_place", False)),
+        )  # fmt: skip
 
     def sizes(self, **dims: int) -> tuple[int, ...]:
         """Return the shape as ints, e.g. `sizes(B=1, P=0)`; MoecError for a size that is not among the dims."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...compiler.draft import Draft, rewrite_ops
+from ...compiler.draft import Draft, Rewrite, rewrite_ops
 from ...compiler.errors import MoecError, Refuse
 from ...compiler.formats import find_format
 from ...compiler.ir import Function, Module, Op, make_attrs
@@ -54,13 +54,16 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST) ->
 
 
 def _lower_function(function: Function, accuracy: str, notes: list[str]) -> Function:
-    blocks = {
+    blocks: dict[str, Rewrite] = {
         "nn.cached_attention": group_query_attention,
         "nn.gated_mlp": gated_mlp,
         "moe.experts": partial(_experts, accuracy=accuracy),
     }
     instead = {"nn.cached_attention": plain_attention, "moe.experts": lower_experts_to_loop}
-    weights = {"core.linear": partial(lower_linear, accuracy=accuracy), "nn.embedding": lower_embedding}
+    weights: dict[str, Rewrite] = {
+        "core.linear": partial(lower_linear, accuracy=accuracy),
+        "nn.embedding": lower_embedding,
+    }
     function = rewrite_ops(Draft(function), blocks, "lower", notes, instead)
     # blocks have become linears too: those on quantized weights come last
     return join_slices(rewrite_ops(Draft(function), weights, "lower", notes))
