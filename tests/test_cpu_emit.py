@@ -164,9 +164,13 @@ def test_program_uses_the_fused_ops_and_is_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason", "kept"),
     [
-        ({"width": 4}, "heads of a multiple of 8 numbers, here 4", "nn.attention"),
-        ({"act": "gelu"}, "MoE has no gated gelu", "moe.experts"),
-        ({"score": "tanh(%r)"}, "cannot be shown to be 0 or more", "moe.experts"),
+        (
+            {"width": 4},
+            "heads have 4 numbers, and GroupQueryAttention heads of no multiple of 8 is rejected",
+            "nn.attention",
+        ),
+        ({"act": "gelu"}, "MoE gated_gelu weights is rejected", "moe.experts"),
+        ({"score": "tanh(%r)"}, "may be negative, and MoE swiglu negative weights is wrong", "moe.experts"),
     ],
 )
 def test_refusals_have_a_reason_and_the_fallback_is_right(

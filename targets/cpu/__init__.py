@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..target import Target
+from ..target import Probed, Target
 from . import ops as _ops  # noqa: F401  (declare ort.*: programs of stage kernel can be read)
 from . import ops_quantized as _quantized  # noqa: F401
 
@@ -50,6 +50,21 @@ def _load(folder: Path, **options: Any) -> Any:
     return load(folder, **options)
 
 
+def _recorded() -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped
+
+    return Probed(made_with(shipped()), record_rows(shipped()), record_text(shipped()))
+
+
+def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped
+    from .probe import differences, lost, probe
+
+    found = probe(quick=quick, progress=progress)
+    differ = tuple(f"{variant}: recorded {was}, found {now}" for variant, was, now in differences(found, shipped()))
+    return Probed(made_with(found), record_rows(found), record_text(found), differ, bool(lost(found, shipped())))
+
+
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
@@ -59,6 +74,8 @@ TARGET = Target(
     lower=_lower,
     emit=_emit,
     load=_load,
+    recorded=_recorded,
+    probe=_probe,
 )
 
 __all__ = ["TARGET"]

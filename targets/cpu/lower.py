@@ -14,18 +14,29 @@ from ...compiler.errors import MoecError, Refuse
 from ...compiler.formats import find_format
 from ...compiler.ir import Function, Module, Op, Value, make_attrs
 from ...compiler.ops import OPS
+from .capabilities import (
+    ACCURACIES,
+    FAST,
+    ODD_HEADS,
+    Record,
+    activation_variant,
+    attention_variants,
+    routing_variant,
+    shipped,
+    version_note,
+)
 from .draft import Draft
-from .lower_quantized import ACCURACIES, FAST, interleave, lower_embedding, lower_experts, lower_linear
+from .lower_quantized import interleave, lower_embedding, lower_experts, lower_linear
 from .ranges import distinct, not_negative
 
-HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 
-def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST) -> Module:
+def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST, record: Record | None = None) -> Module:
     """Return the module at stage kernel; `why` gets a line for each attention and MoE block left in plain ops.
 
-    `accuracy` is `fast` (activations beside quantized weights are rounded to int8) or `exact` (they stay f32).
+    `accuracy` is `fast` (activations beside quantized weights are rounded to int8) or `exact` (they stay f32). Only
+    what the record (by default the one that moec comes with) calls right is used.
     """
     from .emit import check
 
@@ -34,14 +45,18 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST) ->
 
     if module.stage == "kernel":
         return module
-    functions = tuple(_lower_function(f, accuracy, why if why is not None else []) for f in module.functions)
+    notes: list[str] = [] if why is None else why
+    record = record or shipped()
+    if note := version_note(record):
+        notes.append(note)
+    functions = tuple(_lower_function(f, accuracy, notes, record) for f in module.functions)
     result = replace(module, stage="kernel", functions=functions)
     check(result)
     return result
 
 
-def _lower_function(function: Function, accuracy: str, why: list[str]) -> Function:
-    draft = Draft.of(function)
+def _lower_function(function: Function, accuracy: str, why: list[str], record: Record) -> Function:
+    draft = Draft.of(function, record)
     rewrites: dict[str, Callable[[Draft, Op], Op]] = {
         "nn.attention": _group_query_attention,
         "moe.experts": partial(_experts, accuracy=accuracy),
@@ -92,8 +107,9 @@ def _group_query_attention(draft: Draft, op: Op) -> Op:
         raise Refuse(
             f"keys have {width} numbers a head and values {v.type.shape[3]}; GroupQueryAttention wants the same"
         )
-    if not width.is_Integer or int(width) % HEAD_MULTIPLE:
-        raise Refuse(f"GroupQueryAttention takes heads of a multiple of {HEAD_MULTIPLE} numbers, here {width}")
+    used = {name: attributes.get(name, 0) for name in ("window", "softcap")}
+    if reason := draft.record.refusal(attention_variants(width, masked=bool(mask), sinks=bool(sinks), **used)):
+        raise Refuse(f"heads have {width} numbers, and {reason}" if ODD_HEADS in reason else reason)
     if k == v:
         raise Refuse("keys and values are one cache, GroupQueryAttention makes two", k)
     if any(x.type.dtype != "f32" for x in (q, k, v)):
@@ -171,18 +187,16 @@ def _moe(draft: Draft, op: Op) -> Op:
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    act, gated = attributes["act"], attributes["gated"]
     if x.type.dtype != "f32":
         raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")
-    if gated and act != "silu":
-        raise Refuse(f"MoE has no gated {act}")
-    if not gated and act not in ("silu", "relu", "identity"):
-        raise Refuse(f"MoE has no exact {act}")
-    if not not_negative(draft.function, gates):
-        raise Refuse(f"the weights {gates} cannot be shown to be 0 or more, and MoE gets them as logarithms", gates)
+    if reason := draft.record.refusal([activation_variant("MoE", attributes)]):
+        raise Refuse(reason)
+    signed = "zero weights" if not_negative(draft.function, gates) else "negative weights"
+    if reason := draft.record.refusal([routing_variant("MoE", signed)]):
+        raise Refuse(f"the weights {gates} may be negative, and {reason}" if "neg" in signed else reason, gates)
     if not distinct(draft.function, ids):
         raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)
-    if gated and attributes["layout"] == "concat":
+    if attributes["gated"] and attributes["layout"] == "concat":
         up = interleave(draft, up)
         up_bias = up_bias and interleave(draft, up_bias)
     kept = {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ...compiler.formats import Format, find_format, format_of
 from ...compiler.ir import Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
+from .capabilities import (
+    EXACT,
+    Variant,
+    activation_variant,
+    at_level,
+    best_level,
+    loop_variant,
+    routing_variant,
+    weight_variant,
+)
 from .draft import Draft
 from .ranges import distinct, not_negative
 
-FAST, EXACT = ACCURACIES = ("fast", "exact")
-INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
 _ACTIVATION = ("act", "gated", "alpha", "beta", "limit")
 
 
@@ -23,7 +32,12 @@ def lower_linear(draft: Draft, op: Op, accuracy: str) -> Op:
     format = find_format(weight.type.dtype)
     if format is None:
         return op
-    attrs = {"bits": format.bits, "group": format.group, "accuracy": _level(accuracy)}
+    variant = weight_variant("MatMulNBits", format, weight.type.sizes[-1])
+    level, reason = best_level(draft.record, [variant], accuracy)
+    if reason:
+        return _widened(draft, op, reason)
+    _note_slow(draft, op, [variant], level, format)
+    attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     return Op("ort.matmul_nbits", (x, *_parts(draft, weight), bias), op.results, make_attrs(attrs), loc=op.loc)
 
 
@@ -34,6 +48,8 @@ def lower_embedding(draft: Draft, op: Op) -> Op:
     format = find_format(table.type.dtype)
     if format is None:
         return op
+    if reason := draft.record.refusal([Variant("GatherBlockQuantized", format.name)]):
+        return _widened(draft, op, reason)
     attrs = make_attrs({"bits": format.bits, "group": format.group})
     return Op("ort.gather_nbits", (ids, *_parts(draft, table)), op.results, attrs, loc=op.loc)
 
@@ -41,47 +57,59 @@ def lower_embedding(draft: Draft, op: Op) -> Op:
 def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
     """Return routed experts with quantized weights as QMoE, or where it is not right for them as a Loop."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    up = op.operands[3]
-    assert up
+    up, down = op.operands[3:5]
+    assert up and down
     format = format_of(up.type.dtype)
-    if reason := _not_qmoe(draft, op, attributes, format, accuracy):
-        draft.notes.append(f"{', '.join(op.loc)}: a Loop over experts instead of QMoE: {reason}")
-        return _loop(draft, op, attributes, format)
-    return _qmoe(draft, op, attributes, format, accuracy)
-
-
-def _level(accuracy: str) -> int:
-    return INT8_ACTIVATIONS if accuracy == FAST else 0
+    variants = [weight_variant("QMoE", format, w.type.sizes[-1]) for w in (up, down)]
+    level, reason = best_level(draft.record, variants, accuracy)
+    reason = reason or _not_qmoe(draft, op, attributes, format, accuracy)
+    if not reason:
+        _note_slow(draft, op, variants, level, format)
+        return _qmoe(draft, op, attributes, format, level)
+    if also := draft.record.refusal([loop_variant(format)]):
+        return _widened(draft, op, f"{reason}; {also}")
+    draft.notes.append(f"{', '.join(op.loc)}: a Loop over experts instead of QMoE: {reason}")
+    return _loop(draft, op, attributes, format)
 
 
 def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, accuracy: str) -> str:
-    """Return why QMoE cannot run these experts; nothing if it can."""
-    _, ids, gates, up, down, _, _ = op.operands
-    assert ids and gates and up and down
-    act, gated = attributes["act"], attributes["gated"]
-    if gated and act != "silu":
-        return f"QMoE has no gated {act}"
-    if not gated and act not in ("silu", "relu", "identity"):
-        return f"QMoE has no exact {act}"
-    if accuracy == EXACT and format.bits != 4:
-        return f"QMoE rounds activations to int8 beside {format.bits}-bit weights"
-    if min(up.type.sizes[2], down.type.sizes[2]) < 2 * format.group:
-        return f"QMoE needs two groups of {format.group} or more in a row"
-    if not not_negative(draft.function, gates):
-        return f"the weights {gates} cannot be shown to be 0 or more, and QMoE leaves out experts with others"
+    """Return why QMoE cannot run these experts, whatever their weights; nothing if it can."""
+    _, ids, gates, *_ = op.operands
+    assert ids and gates
+    if reason := draft.record.refusal([activation_variant("QMoE", attributes, format)], accuracy == EXACT):
+        return reason
+    positive = not_negative(draft.function, gates)
+    if reason := draft.record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):
+        return reason if positive else f"the weights {gates} may be negative, and {reason}"
     if not distinct(draft.function, ids):
         return f"the experts {ids} of a token cannot be shown to differ"
     return ""
 
 
-def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, accuracy: str) -> Op:
+def _widened(draft: Draft, op: Op, reason: str) -> Op:
+    """Return the op with its quantized weights as the numbers that they stand for, in f32."""
+    draft.notes.append(f"{', '.join(op.loc)}: {op.name} with weights in f32, of 4 bytes: {reason}")
+    stored = [
+        draft.weight(f"{v.name}.f32", step("cast", draft.recipe(v), to="f32")) if v and find_format(v.type.dtype) else v
+        for v in op.operands
+    ]
+    return replace(op, operands=tuple(stored))
+
+
+def _note_slow(draft: Draft, op: Op, variants: list[Variant], level: int, format: Format) -> None:
+    slow = [text for v in at_level(variants, level) if (text := draft.record.slow(v, format.bits))]
+    if slow:
+        draft.notes.append(f"{', '.join(op.loc)}: {slow[0]}")
+
+
+def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, level: int) -> Op:
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
     if attributes["gated"] and attributes["layout"] == "concat":
         up, up_bias = interleave(draft, up), up_bias and interleave(draft, up_bias)
     choice, mixing = _routing(draft, op, ids, gates, int(up.type.shape[0]))
     kept = {name: attributes[name] for name in _ACTIVATION if name in op.attributes}
-    kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": _level(accuracy)}
+    kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
     parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
     return Op("ort.qmoe", (x, choice, mixing, *parts), op.results, make_attrs(kept), loc=op.loc)
 
@@ -95,7 +123,7 @@ def _routing(draft: Draft, op: Op, ids: Value, gates: Value, experts: int) -> tu
     route = draft.function.producers.get(gates.name)
     if route is not None and route.name == "moe.route" and route.results == (gates, ids):
         found = softmax_routing(draft, route)
-        if found is not None:
+        if found is not None and (found[1] or not draft.record.refusal([routing_variant("QMoE", "softmax")])):
             return found
     tokens = ids.type.shape[0]
     none = draft.add(
