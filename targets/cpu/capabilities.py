@@ -192,7 +192,7 @@ def holds(op: Op, format: Format, record: Record | None = None) -> str | None:
         case "core.linear":
             variants = [weight_variant("MatMulNBits", format, weights[0].type.sizes[-1])]
         case "moe.experts":
-            if record.refusal([activation_variant("QMoE", OPS[op.name].complete(op.attributes), format)]):
+            if record.refusal([activation_variant("QMoE", OPS[op.name].complete(op.attributes))]):
                 return record.refusal([loop_variant(format)]) or None
             variants = [weight_variant("QMoE", format, v.type.sizes[-1]) for v in weights if len(v.type.shape) == 3]
         case _:
@@ -212,16 +212,19 @@ def loop_variant(format: Format) -> Variant:
     return Variant("GatherBlockQuantized", f"{'u' * format.zeros}int{format.bits}_g32", option="experts")
 
 
-def activation_variant(operator: str, attributes: Mapping[str, Any], format: Format | None = None) -> Variant:
-    """Return the variant of MoE (without a format) or QMoE with the activation of moe.experts' attributes."""
-    stored = f"int{format.bits}_g32" if format else "f32"
-    return replace(Variant(operator, stored, **PLAIN[operator]), activation=activation_name(attributes))
+def activation_variant(operator: str, attributes: Mapping[str, Any]) -> Variant:
+    """Return the variant of MoE or QMoE with the activation of moe.experts' attributes."""
+    return replace(plain_variant(operator), activation=activation_name(attributes))
 
 
 def routing_variant(operator: str, routing: str) -> Variant:
     """Return the variant of MoE or QMoE with a way of routing."""
-    stored = "f32" if operator == "MoE" else "int4_g32"
-    return replace(Variant(operator, stored, **PLAIN[operator]), routing=routing)
+    return replace(plain_variant(operator), routing=routing)
+
+
+def plain_variant(operator: str) -> Variant:
+    """Return the variant of MoE or QMoE beside which other parts are tried; its activations are f32."""
+    return Variant(operator, "f32" if operator == "MoE" else "int4_g32", **PLAIN[operator])
 
 
 def activation_name(attributes: Mapping[str, Any]) -> str:

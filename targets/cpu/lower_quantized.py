@@ -10,7 +10,6 @@ from ...compiler.ir import Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
 from .capabilities import (
-    EXACT,
     Variant,
     activation_variant,
     at_level,
@@ -62,7 +61,7 @@ def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
     format = format_of(up.type.dtype)
     variants = [weight_variant("QMoE", format, w.type.sizes[-1]) for w in (up, down)]
     level, reason = best_level(draft.record, variants, accuracy)
-    reason = reason or _not_qmoe(draft, op, attributes, format, accuracy)
+    reason = reason or _not_qmoe(draft, op, attributes)
     if not reason:
         _note_slow(draft, op, variants, level, format)
         return _qmoe(draft, op, attributes, format, level)
@@ -72,11 +71,11 @@ def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
     return _loop(draft, op, attributes, format)
 
 
-def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, accuracy: str) -> str:
+def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any]) -> str:
     """Return why QMoE cannot run these experts, whatever their weights; nothing if it can."""
     _, ids, gates, *_ = op.operands
     assert ids and gates
-    if reason := draft.record.refusal([activation_variant("QMoE", attributes, format)], accuracy == EXACT):
+    if reason := draft.record.refusal([activation_variant("QMoE", attributes)]):
         return reason
     positive = not_negative(draft.function, gates)
     if reason := draft.record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):

@@ -41,13 +41,19 @@ INSTRUCTIONS = (
 )  # fmt: skip
 
 
-def probe(variants: Sequence[Variant] | None = None, quick: bool = False, progress: Progress | None = None) -> Record:
-    """Return what the installed runtime makes of the variants (default: all); `quick` leaves out the speed."""
+def probe(
+    variants: Sequence[Variant] | None = None, quick: bool = False, progress: Progress | None = None,
+    work: Callable[..., None] | None = None,
+) -> Record:  # fmt: skip
+    """Return what the installed runtime makes of the variants (default: all); `quick` leaves out the speed.
+
+    `work` is what the process does: (pipe, variants, quick), which sends a finding for each variant.
+    """
     variants = list(all_variants() if variants is None else variants)
     found: dict[Variant, Finding] = {}
     while len(found) < len(variants):
         rest = [v for v in variants if v not in found]
-        for variant, finding in zip(rest, _in_a_process(rest, quick), strict=False):
+        for variant, finding in zip(rest, _in_a_process(rest, quick, work or _work), strict=False):
             found[variant] = finding
             if progress:
                 progress(len(found), len(variants))
@@ -76,11 +82,11 @@ def lost(new: Record, old: Record) -> list[Variant]:
 # --- processes -------------------------------------------------------------------------------------------------
 
 
-def _in_a_process(variants: Sequence[Variant], quick: bool) -> Iterator[Finding]:
+def _in_a_process(variants: Sequence[Variant], quick: bool, work: Callable[..., None]) -> Iterator[Finding]:
     """Yield a finding for each variant up to the one that ends the process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, list(variants), quick), daemon=True)
+    process = context.Process(target=work, args=(theirs, list(variants), quick), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -204,11 +210,12 @@ def _native_errors() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the last part of a runtime's message, without the places of its build."""
+    """Return the last part of a runtime's message, without the places in its source."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    text = re.sub(r"/\S+?/onnxruntime/", "onnxruntime/", text)
-    return text[:240]
+    text = re.sub(r"^Exception during initialization: \S+:\d+ .*?\)( const)?( \[with T = [^\]]*\])? ", "", text)
+    text = re.sub(r"^Non-zero status code .* Status Message: ", "", text)
+    return text[:160]
 
 
 def _cpu() -> tuple[str, tuple[str, ...]]:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...compiler.formats import GROUPS
-from .capabilities import INT8_ACTIVATIONS, ODD_HEADS, PLAIN, Variant
+from .capabilities import INT8_ACTIVATIONS, ODD_HEADS, PLAIN, Variant, plain_variant
 
 BITS = (4, 8, 2)
 INTEGERS = tuple(f"{sign}int{bits}_g{group}" for bits in BITS for group in GROUPS for sign in ("", "u"))
 ONE_GROUP = tuple(f"{sign}int{bits}_g32" for bits in BITS for sign in ("", "u"))
 LEVELS = (0, INT8_ACTIVATIONS)
-# not gated: what MoE and QMoE call them; gated_gelu is geglu, relu2 and geglu exist for other devices
+# of moe.experts; relu2 and a gated gelu exist on other devices
 ACTIVATIONS = (
     "swiglu_clamped",
     "silu",
@@ -25,10 +25,9 @@ ACTIVATIONS = (
     "gated_gelu_tanh",
 )
 
-# how experts are chosen and mixed; see probe_cases.ROUTINGS for what each means
+# how experts are chosen and mixed; probe_experts says what each means
 QMOE_ROUTINGS = ("softmax", "negative weights", "normalized weights", "softmax over all experts")
 MOE_ROUTINGS = ("zero weights", "negative weights")
-PREPACKED = ("weights_prepacked=0", "weights_prepacked=1")
 PREPACKED = ("weights_prepacked=0", "weights_prepacked=1")
 QMOE_OPTIONS = ("swiglu_fusion=2", "one scale a row without block_size", "blocks of 24")
 FLOATS = ("mxfp4", "nvfp4", "fp8_b128")
@@ -47,7 +46,7 @@ def has_speed(variant: Variant) -> bool:
 
 
 def _qmoe() -> Iterator[Variant]:
-    plain = Variant("QMoE", "int4_g32", **PLAIN["QMoE"])
+    plain = plain_variant("QMoE")
     for accuracy in LEVELS:
         for name in INTEGERS:
             yield replace(plain, format=name, accuracy=accuracy)
@@ -55,9 +54,8 @@ def _qmoe() -> Iterator[Variant]:
             yield replace(plain, format=name, one_group=True, accuracy=accuracy)
     for name in FLOATS:
         yield replace(plain, format=name)
-    for bits in BITS:
-        for activation in ACTIVATIONS:
-            yield replace(plain, format=f"int{bits}_g32", activation=activation)
+    for activation in ACTIVATIONS:
+        yield replace(plain, activation=activation)
     for routing in QMOE_ROUTINGS:
         yield replace(plain, routing=routing)
     for dtype in ("f16", "bf16"):
@@ -69,7 +67,7 @@ def _qmoe() -> Iterator[Variant]:
 
 
 def _moe() -> Iterator[Variant]:
-    plain = Variant("MoE", **PLAIN["MoE"])
+    plain = plain_variant("MoE")
     yield plain
     for activation in ACTIVATIONS:
         yield replace(plain, activation=activation)
