@@ -190,11 +190,12 @@ def holds(op: Op, format: Format, record: Record | None = None) -> str | None:
         case "nn.embedding":
             return record.refusal([Variant("GatherBlockQuantized", format.name)]) or None
         case "core.linear":
-            variants = [weight_variant("MatMulNBits", format, weights[0].type.sizes[-1])]
+            variants = weight_variants("MatMulNBits", format, weights[0].type.sizes[-1])
         case "moe.experts":
             if record.refusal([activation_variant("QMoE", OPS[op.name].complete(op.attributes))]):
                 return record.refusal([loop_variant(format)]) or None
-            variants = [weight_variant("QMoE", format, v.type.sizes[-1]) for v in weights if len(v.type.shape) == 3]
+            widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 3]
+            variants = weight_variants("QMoE", format, *widths)
         case _:
             return f"no op of the target reads quantized weights of {op.name}"
     level, reason = best_level(record, variants, FAST)
@@ -202,14 +203,20 @@ def holds(op: Op, format: Format, record: Record | None = None) -> str | None:
     return next(filter(None, reasons), None)
 
 
-def weight_variant(operator: str, format: Format, width: int) -> Variant:
-    """Return the variant of an operator on weights with rows of `width` numbers."""
-    return Variant(operator, format.name, one_group=width == format.group, **PLAIN.get(operator, {}))
+def weight_variants(operator: str, format: Format, *widths: int) -> list[Variant]:
+    """Return the variants of an operator on weights with rows of `widths` numbers; one group a row was tried with 32."""
+    plain = Variant(operator, format.name, **PLAIN.get(operator, {}))
+    one_group = replace(plain, format=_in_groups_of_32(format), one_group=True)
+    return [plain, *([one_group] if format.group in widths else [])]
+
+
+def _in_groups_of_32(format: Format) -> str:
+    return f"{'u' * format.zeros}int{format.bits}_g32" if format.element == "int" else format.name
 
 
 def loop_variant(format: Format) -> Variant:
     """Return the variant of the Loop over experts with weights in a format, whatever its group."""
-    return Variant("GatherBlockQuantized", f"{'u' * format.zeros}int{format.bits}_g32", option="experts")
+    return Variant("GatherBlockQuantized", _in_groups_of_32(format), option="experts")
 
 
 def activation_variant(operator: str, attributes: Mapping[str, Any]) -> Variant:

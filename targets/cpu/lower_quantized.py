@@ -16,7 +16,7 @@ from .capabilities import (
     best_level,
     loop_variant,
     routing_variant,
-    weight_variant,
+    weight_variants,
 )
 from .draft import Draft
 from .ranges import distinct, not_negative
@@ -31,11 +31,11 @@ def lower_linear(draft: Draft, op: Op, accuracy: str) -> Op:
     format = find_format(weight.type.dtype)
     if format is None:
         return op
-    variant = weight_variant("MatMulNBits", format, weight.type.sizes[-1])
-    level, reason = best_level(draft.record, [variant], accuracy)
+    variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
+    level, reason = best_level(draft.record, variants, accuracy)
     if reason:
         return _widened(draft, op, reason)
-    _note_slow(draft, op, [variant], level, format)
+    _note_slow(draft, op, variants, level, format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     return Op("ort.matmul_nbits", (x, *_parts(draft, weight), bias), op.results, make_attrs(attrs), loc=op.loc)
 
@@ -59,7 +59,7 @@ def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
     up, down = op.operands[3:5]
     assert up and down
     format = format_of(up.type.dtype)
-    variants = [weight_variant("QMoE", format, w.type.sizes[-1]) for w in (up, down)]
+    variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
     level, reason = best_level(draft.record, variants, accuracy)
     reason = reason or _not_qmoe(draft, op, attributes)
     if not reason:
