@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,3 +73,4 @@ class Target:
     load: Callable[..., Any]  # (folder, **options) -> a runner; see the target's session module
     recorded: Callable[[], Probed] | None = None  # what the lowering goes by, for a target that has such a record
     probe: Probe | None = None
+    configure: Callable[[Mapping[str, str]], Target] | None = None  # the target with options (-D), MoecError for others

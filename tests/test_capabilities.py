@@ -12,11 +12,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from moec.compiler import cli
+from moec.compiler.driver import find_target
 from moec.compiler.errors import MoecError
 from moec.compiler.formats import format_of
 from moec.compiler.interpret import interpret, random_inputs
 from moec.compiler.ir import Module
 from moec.compiler.parser import parse_module
+from moec.compiler.printer import print_module
 from moec.compiler.verify import verify
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources import RandomSource
@@ -309,6 +311,25 @@ def test_experts_that_only_a_loop_runs_are_held() -> None:
     (use,) = (o for o in program(act="act=gelu").main.ops if o.name == "moe.experts")
     assert holds(use, format_of("uint8_g64")) is None
     assert "was not tried" in (holds(use, format_of("mxfp4")) or "")
+
+
+# --- another record ------------------------------------------------------------------------------------------------
+
+
+def test_compiling_by_another_record(tmp_path: Path) -> None:
+    (tmp_path / "program.moir").write_text(print_module(program()))
+    record = without(*(Variant("QMoE", "uint4_g32", accuracy=level, **QMOE) for level in (0, 4)))
+    (tmp_path / "record.json").write_text(capabilities.record_text(record))
+    arguments = ["compile", tmp_path / "program.moir", "--stop-after", "kernel", "--why"]
+    assert "ort.qmoe" in moec(*arguments).stdout
+    result = moec(*arguments, "-D", f"capabilities={tmp_path / 'record.json'}")
+    assert result.exit_code == 0, result.stderr
+    assert "ort.qmoe" not in result.stdout and "uint4_g32 swiglu weights accuracy_level=4 is wrong" in result.stderr
+    (use,) = (o for o in program().main.ops if o.name == "moe.experts")
+    target = find_target("cpu", {"capabilities": str(tmp_path / "record.json")})
+    assert "is wrong" in (target.holds(use, format_of("uint4_g32")) or "")
+    with pytest.raises(MoecError, match="has no option speed"):
+        find_target("cpu", {"speed": "9"})
 
 
 # --- the command -------------------------------------------------------------------------------------------------

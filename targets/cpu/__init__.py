@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...compiler.errors import MoecError
 from ..target import Probed, Target
 from . import ops as _ops  # noqa: F401  (declare ort.*: programs of stage kernel can be read)
 from . import ops_quantized as _quantized  # noqa: F401
@@ -65,6 +67,22 @@ def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = No
     return Probed(made_with(found), record_rows(found), record_text(found), differ, bool(lost(found, shipped())))
 
 
+def _configure(options: Mapping[str, str]) -> Target:
+    """Return the target with `capabilities=FILE`: a record made by --probe instead of the one that moec comes with."""
+    from .capabilities import holds, read_record
+
+    if unknown := sorted(set(options) - {"capabilities"}):
+        raise MoecError(f"target cpu has no option {', '.join(unknown)}", todo="it has capabilities=FILE")
+    record = read_record(Path(options["capabilities"]))
+
+    def lower_by_record(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
+        from .lower import lower
+
+        return lower(module, why, accuracy, record)
+
+    return replace(TARGET, holds=lambda op, format: holds(op, format, record), lower=lower_by_record)
+
+
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
@@ -76,6 +94,7 @@ TARGET = Target(
     load=_load,
     recorded=_recorded,
     probe=_probe,
+    configure=_configure,
 )
 
 __all__ = ["TARGET"]

@@ -191,9 +191,9 @@ def _moe(draft: Draft, op: Op) -> Op:
         raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")
     if reason := draft.record.refusal([activation_variant("MoE", attributes)]):
         raise Refuse(reason)
-    signed = "zero weights" if not_negative(draft.function, gates) else "negative weights"
-    if reason := draft.record.refusal([routing_variant("MoE", signed)]):
-        raise Refuse(f"the weights {gates} may be negative, and {reason}" if "neg" in signed else reason, gates)
+    positive = not_negative(draft.function, gates)
+    if reason := draft.record.refusal([routing_variant("MoE", "zero weights" if positive else "negative weights")]):
+        raise Refuse(reason if positive else f"the weights {gates} may be negative, and {reason}", gates)
     if not distinct(draft.function, ids):
         raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)
     if attributes["gated"] and attributes["layout"] == "concat":

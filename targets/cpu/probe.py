@@ -30,9 +30,9 @@ from .variants import all_variants, has_speed
 # largest result were seen, and a wrong routing or layout errs by 30 % or more. f16 and bf16 round what they hold.
 TOLERANCES = {"f32": 1e-5, "f16": 5e-3, "bf16": 3e-2}
 INT8_LEAST, INT8_MOST = 1e-3, 5e-2
-SECONDS, LEAST_STEPS = 0.12, 3  # of decoding for one speed
-LARGE_BYTES = 64 << 20  # of weights, when the speed is taken: more than a cache holds
-SMALL_BYTES, SLOW_SPEED = 8 << 20, 1.0  # what reads fewer GB/s than this in the cache is measured there
+SECONDS, LEAST_STEPS = 0.1, 3  # of decoding for one speed
+LARGE_BYTES = 48 << 20  # of weights, when the speed is taken: more than a cache holds
+SMALL_BYTES, SLOW_SPEED = 4 << 20, 1.0  # what reads fewer GB/s than this in the cache is measured there
 
 Progress = Callable[[int, int], None]  # variants done, and in all
 INSTRUCTIONS = (

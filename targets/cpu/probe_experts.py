@@ -232,11 +232,8 @@ def _stored(name: str, parts: Parts, format: Format) -> list[TensorProto]:
     codes = numpy_helper.from_array(parts["codes"].numpy(), f"{name}.codes")
     if format.element == "e4m3":
         codes.data_type = TensorProto.FLOAT8E4M3FN
-    scales = (
-        numpy_helper.from_array(parts["scales"].view(torch.uint8).numpy(), f"{name}.scales")
-        if format.rows == 1
-        else numpy_helper.from_array(parts["scales"].numpy(), f"{name}.scales")
-    )
-    if format.rows == 1:
+    raw = parts["scales"].view(torch.uint8) if format.scale != "f32" else parts["scales"]
+    scales = numpy_helper.from_array(raw.numpy(), f"{name}.scales")
+    if format.scale != "f32":
         scales.data_type = {"f8e8m0": TensorProto.FLOAT8E8M0, "f8e4m3": TensorProto.FLOAT8E4M3FN}[format.scale]
     return [codes, scales]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -83,7 +84,8 @@ def write_attention(variant: Variant, folder: Path, weight_bytes: int = 0) -> Ca
     if variant.option == "bias":
         feeds["bias"][1, ..., :3] = -torch.inf
     weights = {"sinks": torch.randn(heads, generator=generator) if variant.option == "sinks" else None}
-    attrs = {"scale": 0.2, **{"window": {"window": 3}, "softcap": {"softcap": 2.0}}.get(variant.option, {})}
+    extra: dict[str, dict[str, Any]] = {"window": {"window": 3}, "softcap": {"softcap": 2.0}}
+    attrs = {"scale": 0.2, **extra.get(variant.option, {})}
     write("ort.group_query_attention", inputs, weights, folder, **attrs)
     return Case(feeds, refer("ort.group_query_attention", feeds | weights, **attrs))
 
@@ -110,7 +112,7 @@ def write_skip_norm(variant: Variant, folder: Path, weight_bytes: int = 0) -> Ca
     inputs = ["x", "skip", "scale"] + (["bias"] if variant.option == "bias" else [])
     outputs = ["y"] + (["", "", "sum"] if variant.option == "sum as an output" else [])
     node = helper.make_node("SkipSimplifiedLayerNormalization", inputs, outputs, domain=CONTRIB, epsilon=eps)
-    sizes = ["B", "S", width]
+    sizes: list[str | int | None] = ["B", "S", width]
     given = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes) for n in ("x", "skip")]
     results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes) for n in outputs if n]
     tensors = [onnx.numpy_helper.from_array(np.asarray(t), n) for n, t in (("scale", scale), ("bias", bias))]
