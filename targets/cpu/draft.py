@@ -8,7 +8,6 @@ from ...compiler.errors import Refuse
 from ...compiler.ir import Attr, Const, Function, Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe
-from .capabilities import Record, shipped
 
 
 @dataclass
@@ -16,7 +15,6 @@ class Draft:
     """A function being rewritten: its ops so far, new weights, and which value stands for which with other axes."""
 
     function: Function
-    record: Record  # what the runtime runs right
     ops: list[Op] = field(default_factory=list)
     consts: dict[str, Const] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -24,11 +22,9 @@ class Draft:
     turned: dict[str, Value] = field(default_factory=dict)  # [B, H, S, D] value -> the same as [B, S, H, D]
 
     @staticmethod
-    def of(function: Function, record: Record | None = None) -> Draft:
-        """Return an empty draft of a function; without a record the one that moec comes with holds."""
-        return Draft(
-            function, record or shipped(), consts={c.value.name: c for c in function.consts}, taken=set(function.names)
-        )
+    def of(function: Function) -> Draft:
+        """Return an empty draft of a function."""
+        return Draft(function, consts={c.value.name: c for c in function.consts}, taken=set(function.names))
 
     def fresh(self, base: str) -> str:
         """Return a free name: `base`, `base.1`, ..."""

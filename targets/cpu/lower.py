@@ -56,12 +56,12 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST, re
 
 
 def _lower_function(function: Function, accuracy: str, why: list[str], record: Record) -> Function:
-    draft = Draft.of(function, record)
+    draft = Draft.of(function)
     rewrites: dict[str, Callable[[Draft, Op], Op]] = {
-        "nn.attention": _group_query_attention,
-        "moe.experts": partial(_experts, accuracy=accuracy),
-        "core.linear": partial(lower_linear, accuracy=accuracy),
-        "nn.embedding": lower_embedding,
+        "nn.attention": partial(_group_query_attention, record=record),
+        "moe.experts": partial(_experts, accuracy=accuracy, record=record),
+        "core.linear": partial(lower_linear, accuracy=accuracy, record=record),
+        "nn.embedding": partial(lower_embedding, record=record),
     }
     for op in function.ops:
         rewrite = rewrites.get(op.name)
@@ -96,7 +96,7 @@ def _without_idle(function: Function) -> Function:
 # --- attention -------------------------------------------------------------------------------------------------
 
 
-def _group_query_attention(draft: Draft, op: Op) -> Op:
+def _group_query_attention(draft: Draft, op: Op, record: Record) -> Op:
     """Return cache append and attention as one op; Refuse says what ONNX Runtime's op cannot do."""
     q, k, v, mask, sinks = op.operands
     assert q and k and v
@@ -108,7 +108,7 @@ def _group_query_attention(draft: Draft, op: Op) -> Op:
             f"keys have {width} numbers a head and values {v.type.shape[3]}; GroupQueryAttention wants the same"
         )
     used = {name: attributes.get(name, 0) for name in ("window", "softcap")}
-    if reason := draft.record.refusal(attention_variants(width, masked=bool(mask), sinks=bool(sinks), **used)):
+    if reason := record.refusal(attention_variants(width, masked=bool(mask), sinks=bool(sinks), **used)):
         raise Refuse(f"heads have {width} numbers, and {reason}" if ODD_HEADS in reason else reason)
     if k == v:
         raise Refuse("keys and values are one cache, GroupQueryAttention makes two", k)
@@ -175,24 +175,24 @@ def _move(draft: Draft, value: Value) -> Value | None:
 # --- routed experts --------------------------------------------------------------------------------------------
 
 
-def _experts(draft: Draft, op: Op, accuracy: str) -> Op:
+def _experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts as the op for their weights."""
     up = op.operands[3]
     assert up
-    return lower_experts(draft, op, accuracy) if find_format(up.type.dtype) else _moe(draft, op)
+    return lower_experts(draft, op, accuracy, record) if find_format(up.type.dtype) else _moe(draft, op, record)
 
 
-def _moe(draft: Draft, op: Op) -> Op:
+def _moe(draft: Draft, op: Op, record: Record) -> Op:
     """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     if x.type.dtype != "f32":
         raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")
-    if reason := draft.record.refusal([activation_variant("MoE", attributes)]):
+    if reason := record.refusal([activation_variant("MoE", attributes)]):
         raise Refuse(reason)
     positive = not_negative(draft.function, gates)
-    if reason := draft.record.refusal([routing_variant("MoE", "zero weights" if positive else "negative weights")]):
+    if reason := record.refusal([routing_variant("MoE", "zero weights" if positive else "negative weights")]):
         raise Refuse(reason if positive else f"the weights {gates} may be negative, and {reason}", gates)
     if not distinct(draft.function, ids):
         raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)

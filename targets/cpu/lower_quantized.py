@@ -10,6 +10,7 @@ from ...compiler.ir import Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
 from .capabilities import (
+    Record,
     Variant,
     activation_variant,
     at_level,
@@ -24,7 +25,7 @@ from .ranges import distinct, not_negative
 _ACTIVATION = ("act", "gated", "alpha", "beta", "limit")
 
 
-def lower_linear(draft: Draft, op: Op, accuracy: str) -> Op:
+def lower_linear(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     """Return a linear with a quantized weight as ort.matmul_nbits; others as they are."""
     x, weight, bias = op.operands
     assert x and weight
@@ -32,53 +33,53 @@ def lower_linear(draft: Draft, op: Op, accuracy: str) -> Op:
     if format is None:
         return op
     variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
-    level, reason = best_level(draft.record, variants, accuracy)
+    level, reason = best_level(record, variants, accuracy)
     if reason:
         return _widened(draft, op, reason)
-    _note_slow(draft, op, variants, level, format)
+    _note_slow(draft, op, record, at_level(variants, level), format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     return Op("ort.matmul_nbits", (x, *_parts(draft, weight), bias), op.results, make_attrs(attrs), loc=op.loc)
 
 
-def lower_embedding(draft: Draft, op: Op) -> Op:
+def lower_embedding(draft: Draft, op: Op, record: Record) -> Op:
     """Return a lookup in a quantized table as ort.gather_nbits; others as they are."""
     ids, table = op.operands
     assert ids and table
     format = find_format(table.type.dtype)
     if format is None:
         return op
-    if reason := draft.record.refusal([Variant("GatherBlockQuantized", format.name)]):
+    if reason := record.refusal([Variant("GatherBlockQuantized", format.name)]):
         return _widened(draft, op, reason)
     attrs = make_attrs({"bits": format.bits, "group": format.group})
     return Op("ort.gather_nbits", (ids, *_parts(draft, table)), op.results, attrs, loc=op.loc)
 
 
-def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
+def lower_experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts with quantized weights as QMoE, or where it is not right for them as a Loop."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     up, down = op.operands[3:5]
     assert up and down
     format = format_of(up.type.dtype)
     variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
-    level, reason = best_level(draft.record, variants, accuracy)
-    reason = reason or _not_qmoe(draft, op, attributes)
+    level, reason = best_level(record, variants, accuracy)
+    reason = reason or _not_qmoe(draft, op, attributes, record)
     if not reason:
-        _note_slow(draft, op, variants, level, format)
-        return _qmoe(draft, op, attributes, format, level)
-    if also := draft.record.refusal([loop_variant(format)]):
+        _note_slow(draft, op, record, at_level(variants, level), format)
+        return _qmoe(draft, op, attributes, format, level, record)
+    if also := record.refusal([loop_variant(format)]):
         return _widened(draft, op, f"{reason}; {also}")
     draft.notes.append(f"{', '.join(op.loc)}: a Loop over experts instead of QMoE: {reason}")
     return _loop(draft, op, attributes, format)
 
 
-def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any]) -> str:
+def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any], record: Record) -> str:
     """Return why QMoE cannot run these experts, whatever their weights; nothing if it can."""
     _, ids, gates, *_ = op.operands
     assert ids and gates
-    if reason := draft.record.refusal([activation_variant("QMoE", attributes)]):
+    if reason := record.refusal([activation_variant("QMoE", attributes)]):
         return reason
     positive = not_negative(draft.function, gates)
-    if reason := draft.record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):
+    if reason := record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):
         return reason if positive else f"the weights {gates} may be negative, and {reason}"
     if not distinct(draft.function, ids):
         return f"the experts {ids} of a token cannot be shown to differ"
@@ -95,25 +96,27 @@ def _widened(draft: Draft, op: Op, reason: str) -> Op:
     return replace(op, operands=tuple(stored))
 
 
-def _note_slow(draft: Draft, op: Op, variants: list[Variant], level: int, format: Format) -> None:
-    slow = [text for v in at_level(variants, level) if (text := draft.record.slow(v, format.bits))]
+def _note_slow(draft: Draft, op: Op, record: Record, variants: list[Variant], format: Format) -> None:
+    slow = [text for v in variants if (text := record.slow(v, format.bits))]
     if slow:
         draft.notes.append(f"{', '.join(op.loc)}: {slow[0]}")
 
 
-def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, level: int) -> Op:
+def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, level: int, record: Record) -> Op:
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
     if attributes["gated"] and attributes["layout"] == "concat":
         up, up_bias = interleave(draft, up), up_bias and interleave(draft, up_bias)
-    choice, mixing = _routing(draft, op, ids, gates, int(up.type.shape[0]))
+    choice, mixing = _routing(draft, op, ids, gates, int(up.type.shape[0]), record)
     kept = {name: attributes[name] for name in _ACTIVATION if name in op.attributes}
     kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
     parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
     return Op("ort.qmoe", (x, choice, mixing, *parts), op.results, make_attrs(kept), loc=op.loc)
 
 
-def _routing(draft: Draft, op: Op, ids: Value, gates: Value, experts: int) -> tuple[Value, Value | None]:
+def _routing(
+    draft: Draft, op: Op, ids: Value, gates: Value, experts: int, record: Record
+) -> tuple[Value, Value | None]:
     """Return the scores that choose and the weights that mix, one for each expert.
 
     A softmax router hands over its logits; any other routing becomes the weights of all experts, 0 for those that
@@ -122,7 +125,7 @@ def _routing(draft: Draft, op: Op, ids: Value, gates: Value, experts: int) -> tu
     route = draft.function.producers.get(gates.name)
     if route is not None and route.name == "moe.route" and route.results == (gates, ids):
         found = softmax_routing(draft, route)
-        if found is not None and (found[1] or not draft.record.refusal([routing_variant("QMoE", "softmax")])):
+        if found is not None and (found[1] or not record.refusal([routing_variant("QMoE", "softmax")])):
             return found
     tokens = ids.type.shape[0]
     none = draft.add(
