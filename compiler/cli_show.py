@@ -129,9 +129,14 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     if not rows:
         click.echo("none", err=True)
         return
-    keys = [key for key in rows[0] if key not in ("before", "after")]
+    keys = [key for key in rows[0] if key not in ("before", "after", "runtime")]
     cells = [[_cell(row[key]) for key in keys] for row in rows]
     _print(_console(), _table([(key.replace("_", " "), False) for key in keys], cells))
+    for runtime in (row["runtime"] for row in rows if "runtime" in row):
+        click.echo(f"\nwhat lowering goes by, tried with {runtime['recorded_with']}:\n")
+        show_rows(runtime["operators"])
+        click.echo()
+        show_rows(runtime["not_right"])
 
 
 def _cell(value: Any) -> str:

@@ -110,9 +110,12 @@ def find_target(name: str, options: Mapping[str, str]) -> Target:
     """Return a target by name; MoecError lists what there is."""
     if name not in TARGETS:
         raise MoecError(f"there is no target {name}", todo=f"targets: {', '.join(sorted(TARGETS))}")
-    if options:
+    target = TARGETS[name]
+    if not options:
+        return target
+    if target.configure is None:
         raise MoecError(f"target {name} has no option {', '.join(sorted(options))}", todo="leave out -D")
-    return TARGETS[name]
+    return target.configure(options)
 
 
 def passes_for(target: Target) -> dict[str, PassDef]:
