@@ -19,7 +19,7 @@ from ..formats import Format
 Parts = Mapping[str, torch.Tensor]
 
 # widths of the codes' range that are tried, as shares of the range of the numbers; fewer levels gain from clipping more
-WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9, 0.8), 8: (1.0,)}
+WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9), 8: (1.0,)}
 CHUNK = 1 << 17  # elements that are worked on at once: what the search touches stays in a core's second-level cache
 _TINY = 1e-30
 
