@@ -7,6 +7,7 @@ ops                   every op: signature, meaning, cost
 verify                the rules of a well-formed module
 interpret             runs a module with torch
 rewrite, patterns     before/after rules
+routing               reads a router backwards, for the pass that fuses it
 pipeline, check       runs passes, and compares the numbers before and after
 weights               reads checkpoints a tile at a time
 quantization, plan    what --quantize says, and quantization.json; roles say what a weight is for

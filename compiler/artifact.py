@@ -50,13 +50,14 @@ class Artifact:
     @property
     def report(self) -> dict[str, Any]:
         """Facts and figures: the manifest without hashes and signatures, with the bytes of every file."""
-        kept = ("source", "target", "pipeline", "precision", "lossy", "dims", "figures")
+        kept = ("source", "target", "pipeline", "precision", "lossy", "dims", "figures", "unfused")
         sizes = {name: (self.folder / name).stat().st_size for name in sorted(self.manifest["files"])}
         facts = {key: self.manifest[key] for key in kept}
         return {**facts, "states": len(self.manifest["states"]), "files": sizes, "bytes": sum(sizes.values())}
 
     def session(self, **options: Any) -> Runner:
-        """Open the artifact with its target's runtime; every target takes `threads` and `spinning` (cpu: session.load)."""
+        """Open the artifact with its target's runtime; every target takes `threads`, `spinning` and `accuracy`
+        (cpu: session.load)."""
         from ..targets import TARGETS
 
         if self.target not in TARGETS:

@@ -164,11 +164,9 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 
     FILE is a .moir file or - for standard input.
     """
-    from ..targets import TARGETS  # a target's own ops are known once it is imported
-    from . import driver
+    from . import driver  # declares the targets' own ops
     from .printer import print_module
 
-    assert TARGETS
     source: Any = file
     if file == "-":
         from .parser import parse_module
@@ -199,9 +197,18 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens.")
 @click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]")
+@click.option(
+    "--accuracy",
+    type=click.Choice(["fast", "exact"]),
+    help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: as compiled]",
+)
 @json_option
 @debug_option
-def run(folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, **settings: Any) -> None:
+def run(
+    folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, threads: int | None,
+    accuracy: str | None, **settings: Any,
+) -> None:  # fmt: skip
     """Generate with an artifact.
 
     Text is printed as it comes, then the speed on standard error. Without options a model samples as its generation_config.json has it, or takes the most likely token.
@@ -217,7 +224,8 @@ def run(folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed
     if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
         settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw
     streams = {} if as_json else {"on_token": _stream_ids()} if prompt is None else {"on_text": _stream_text}
-    result = artifact.run(prompt, tokens=ids, seed=seed or 0, **streams, **settings)
+    session = artifact.session(threads=threads, accuracy=accuracy)
+    result = artifact.run(prompt, tokens=ids, seed=seed or 0, session=session, **streams, **settings)
     if as_json:
         click.echo(json.dumps(generation_json(result), indent=2))
         return
@@ -254,18 +262,31 @@ def _stream_ids() -> Callable[[int, int], None]:
 @click.argument("folder", metavar="DIR")
 @click.option("--against", metavar="SOURCE", help="The checkpoint folder.  [default: the one it was compiled from]")
 @click.option("--text", metavar="FILE", help="A text to measure on.  [default: a sample of prose and Python]")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=2),
+    metavar="N",
+    default=2000,
+    show_default=True,
+    help="How many tokens of the text to measure on.",
+)
+@click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
 @json_option
 @debug_option
-def verify(folder: str, against: str | None, text: str | None, as_json: bool) -> None:
+def verify(
+    folder: str, against: str | None, text: str | None, text_tokens: int, accuracy: str | None, as_json: bool
+) -> None:
     """Compare an artifact with its source model.
 
-    The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text.
+    The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text: KL divergence, top-1 agreement, perplexity. The figures are kept in moec.json.
     """
     written = None if text is None else read_text(text)
     from . import driver
 
     with progress_bar(f"verifying {folder}", unit="parts") as progress:
-        comparison = driver.verify(folder, against, text=written, progress=progress)
+        comparison = driver.verify(
+            folder, against, text=written, tokens=text_tokens, accuracy=accuracy, progress=progress
+        )
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), indent=2))
     else:
@@ -318,15 +339,39 @@ def list_(what: str, as_json: bool) -> None:
     _show(getattr(listing, what)(), as_json)
 
 
-@main.command(epilog=example("moec targets", "moec targets cpu --json"))
+@main.command(
+    epilog=example("moec targets", "moec targets cpu --json", "moec targets cpu --probe -o capabilities.json")
+)
 @click.argument("name", required=False)
+@click.option("--probe", is_flag=True, help="Try what the target's runtime does, and compare it with the record.")
+@click.option("--quick", is_flag=True, help="With --probe: right or wrong only, no speeds.")
+@click.option("-o", "--out", metavar="FILE", help="With --probe: write what was found as a record.")
 @json_option
 @debug_option
-def targets(name: str | None, as_json: bool) -> None:
-    """List the targets, or show one."""
+def targets(name: str | None, probe: bool, quick: bool, out: str | None, as_json: bool) -> None:
+    """List the targets, or show one.
+
+    --probe runs every operator variant of the record on the installed runtime against its reference. The exit code is 1 if one that is recorded as right is not.
+    """
     from . import listing
 
-    _show(listing.targets(name), as_json)
+    if not probe:
+        if quick or out:
+            raise click.UsageError("--quick and -o belong to --probe")
+        return _show(listing.targets(name), as_json)
+    if name is None:
+        raise click.UsageError("--probe needs the name of a target")
+    with progress_bar(f"probing {name}", unit="variants") as progress:
+        found = listing.probe(name, quick, progress)
+    if out:
+        write_text(found.text, out)
+    if out != "-":
+        _show(found.rows, as_json)
+    click.echo(found.made_with, err=True)
+    for line in found.differences:
+        click.echo(line, err=True)
+    if found.lost:
+        click.get_current_context().exit(CHECK_FAILED)
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import bytes_text, count_text, flops_text, ranges
+from .unfused import line
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -62,6 +63,7 @@ def show_report(report: dict[str, Any]) -> None:
     _print(console, f"dims: {dims}")
     for label in ("inputs", "outputs"):
         _print(console, *_values(label, report[label]))
+    _print(console, *map(line, report.get("unfused", [])))
     if "files" in report:
         _print(
             console, "", _table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()])
@@ -127,9 +129,14 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     if not rows:
         click.echo("none", err=True)
         return
-    keys = [key for key in rows[0] if key not in ("before", "after")]
+    keys = [key for key in rows[0] if key not in ("before", "after", "runtime")]
     cells = [[_cell(row[key]) for key in keys] for row in rows]
     _print(_console(), _table([(key.replace("_", " "), False) for key in keys], cells))
+    for runtime in (row["runtime"] for row in rows if "runtime" in row):
+        click.echo(f"\nwhat lowering goes by, tried with {runtime['recorded_with']}:\n")
+        show_rows(runtime["operators"])
+        click.echo()
+        show_rows(runtime["not_right"])
 
 
 def _cell(value: Any) -> str:
@@ -152,6 +159,8 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
     if seen := report["figures"].get("calibration"):
         click.echo(_coverage(seen), err=True)
+    for entry in report["unfused"]:
+        click.echo(line(entry), err=True)
     figures = report["figures"].get("measured")
     if figures:
         verdict = "verified" if figures["passed"] else "verification failed"

@@ -26,13 +26,14 @@ from .planning import calibrated, find_plan
 from .printer import print_module
 from .quantization import AUTO, Spec, is_lossy, needs_calibration, precision, with_quantize
 from .report import per_token
+from .rewrite import Why, tell
+from .unfused import unfused
 from .weights.sink import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
     from .parity import Comparison
     from .plan import Plan
-    from .rewrite import Why
 
 Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
 
@@ -93,8 +94,9 @@ def compile(
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
     steps = _remaining(loaded.module, text)
     given: dict[str, Module] = {}
+    notes: list[str] = []
     module, taken = run_pipeline(
-        loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
+        loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=_keeping(notes, why),
         stop_after=stop_after, table=passes_for(chosen), given=given,
     )  # fmt: skip
     if timings is not None:
@@ -106,20 +108,33 @@ def compile(
     figures: dict[str, Any] = {}
     if needs_calibration(module):
         loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder)
-    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, figures, plan)
+    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, notes, figures, plan)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
     return artifact
 
 
+def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
+    """Return a function that takes notes for the report and hands them on."""
+
+    def take(note: str) -> None:
+        notes.append(note)
+        tell(why, [note])
+
+    return take
+
+
 def find_target(name: str, options: Mapping[str, str]) -> Target:
     """Return a target by name; MoecError lists what there is."""
     if name not in TARGETS:
         raise MoecError(f"there is no target {name}", todo=f"targets: {', '.join(sorted(TARGETS))}")
-    if options:
+    target = TARGETS[name]
+    if not options:
+        return target
+    if target.configure is None:
         raise MoecError(f"target {name} has no option {', '.join(sorted(options))}", todo="leave out -D")
-    return TARGETS[name]
+    return target.configure(options)
 
 
 def passes_for(target: Target) -> dict[str, PassDef]:
@@ -128,10 +143,7 @@ def passes_for(target: Target) -> dict[str, PassDef]:
     def lower(module: Module, target: Target, why: Why, accuracy: str = "fast") -> Module:
         notes: list[str] = []
         lowered = target.lower(module, notes, accuracy)
-        tell = why.append if isinstance(why, list) else why
-        if tell is not None:
-            for text in notes:
-                tell(f"note: {text}")
+        tell(why, notes)
         return lowered
 
     doc = f"Rewrite the module in the ops that target {target.name} runs."
@@ -168,9 +180,9 @@ def _need_weights(loaded: Loaded, wanted: bool = True) -> None:
 
 def _emit(
     module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
-    progress: Progress | None, figures: Mapping[str, Any], plan: Plan | None,
+    progress: Progress | None, notes: list[str], figures: Mapping[str, Any], plan: Plan | None,
 ) -> Artifact:  # fmt: skip
-    """Write the artifact beside its final name and put it in place when it is whole."""
+    """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
     assert loaded.weights is not None
     tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
     source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
@@ -184,6 +196,7 @@ def _emit(
         write_manifest(
             folder, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
             precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs), **figures},
+            unfused=unfused(module, notes),
         )  # fmt: skip
     return Artifact.open(out)
 
@@ -237,6 +250,14 @@ def opt(
     return module
 
 
-def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison:
-    """Compare an artifact with its source model in transformers; options as in `parity.verify`."""
-    return Artifact.open(Path(folder)).verify(against=against, **options)
+def verify(folder: Path | str, against: Any = None, accuracy: str | None = None, **options: Any) -> Comparison:
+    """Compare an artifact with its source model in transformers, and keep what is found in moec.json.
+
+    Options as in `parity.verify`; `accuracy` is that of the session (None: as compiled).
+    """
+    artifact = Artifact.open(Path(folder))
+    if accuracy is not None:
+        options["session"] = artifact.session(spinning=False, accuracy=accuracy)
+    found = artifact.verify(against=against, **options)
+    record_figures(artifact.folder, {"measured": {**found.to_dict(), **({"accuracy": accuracy} if accuracy else {})}})
+    return found

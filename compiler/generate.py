@@ -20,9 +20,17 @@ class Runner(Protocol):
     """One step of a language model, whatever runs it. States are the runner's own; None starts a sequence."""
 
     def step(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, states: Any = None
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        position_ids: np.ndarray,
+        states: Any = None,
+        last: int = 0,
     ) -> tuple[np.ndarray, Any]:
-        """Take i64[B, S], i64[B, P + S], i64[B, S] and return logits f32[B, S, V] with the next states."""
+        """Take i64[B, S], i64[B, P + S], i64[B, S] and return logits f32[B, S, V] with the next states.
+
+        With `last` above 0 the logits of that many tokens at the end suffice: f32[B, last, V].
+        """
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def generate(
         if not any(running):
             break
         mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        step, states = session.step(np.array(chosen, np.int64)[:, None], mask, following, states)
+        step, states = session.step(np.array(chosen, np.int64)[:, None], mask, following, states, last=1)
         logits, following = step[:, -1], following + 1
     return Generation(found, sum(map(len, tokens)), begun - start, time.perf_counter() - begun)
 
@@ -112,7 +120,7 @@ def prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.nd
     part = max(1, PREFILL_TOKENS // len(ids))
     for start in range(0, ids.shape[1], part):
         end = min(start + part, ids.shape[1])
-        logits, states = session.step(ids[:, start:end], mask[:, :end], positions[:, start:end], states)
+        logits, states = session.step(ids[:, start:end], mask[:, :end], positions[:, start:end], states, last=1)
     assert logits is not None  # prompts are not empty
     return logits[:, -1], states
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from .atomic import write_error
 from .errors import MoecError
 
 if TYPE_CHECKING:
-    from .ir import Module, Value
+    from .ir import Function, Module, Value
 
 MANIFEST = "moec.json"
 SCHEMA = 1
@@ -29,7 +29,8 @@ class State:
     """A KV cache or another tensor that lives from step to step: its input, its output, and how it grows.
 
     `axis` is the axis along which the output is longer than the input by the new tokens; None for a state that keeps
-    its size. `shape` is the input's: ints and the dims `B` and `P`.
+    its size. `shape` is the input's: ints and the dims `B` and `P`. A state that is `in_place` may lie in a buffer that
+    is longer than the past: the new tokens are written behind the past ones.
     """
 
     past: str
@@ -37,11 +38,15 @@ class State:
     axis: int | None
     dtype: str
     shape: tuple[int | str, ...]
+    in_place: bool = False
 
     @staticmethod
     def of(entry: Mapping[str, Any]) -> State:
         """Return a state from its entry in the manifest."""
-        return State(entry["past"], entry["present"], entry["axis"], entry["dtype"], tuple(entry["shape"]))
+        return State(
+            entry["past"], entry["present"], entry["axis"], entry["dtype"], tuple(entry["shape"]),
+            bool(entry.get("in_place", False)),
+        )  # fmt: skip
 
     def sizes(self, **dims: int) -> tuple[int, ...]:
         """Return the shape as ints, e.g. `sizes(B=1, P=0)`; MoecError for a size that is not among the dims."""
@@ -62,17 +67,18 @@ def write_manifest(
     precision: Mapping[str, Any] | None = None,
     lossy: bool = False,
     figures: Mapping[str, Any] | None = None,
+    unfused: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write moec.json for a folder that is otherwise complete; the same inputs give the same bytes.
 
-    `files` holds the sha256 of files whose hash is known already; the others are read.
+    `unfused` are the MoE blocks left in plain ops (see unfused.py). `files` holds the sha256 of files whose hash is known already; the others are read.
     """
     known = files or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest = {
         "schema": SCHEMA, "moec": moec, "source": dict(source), "target": target, "pipeline": pipeline,
-        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), **interface(module),
+        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), "unfused": [dict(entry) for entry in unfused], **interface(module),
         "files": {name: known.get(name) or file_sha256(folder / name) for name in names if name != MANIFEST},
     }  # fmt: skip
     _write(folder / MANIFEST, manifest)
@@ -100,7 +106,10 @@ def interface(module: Module) -> dict[str, Any]:
         "outputs": [
             {"name": v.name, "dtype": v.type.dtype, "shape": _shape(v)} for v in main.results if not v.type.state
         ],
-        "states": [_state(past, present) for past, present in zip(pasts, presents, strict=True)],
+        "states": [
+            {**_state(past, present), "in_place": _in_place(module, main, past)}
+            for past, present in zip(pasts, presents, strict=True)
+        ],
     }
 
 
@@ -112,6 +121,22 @@ def _state(past: Value, present: Value) -> dict[str, Any]:
         raise MoecError(f"the state {past}: {past.type} comes back as {present}: {present.type}", where="@main")
     axis = grown[0] if grown else None
     return {"past": past.name, "present": present.name, "axis": axis, "dtype": past.type.dtype, "shape": _shape(past)}
+
+
+def _in_place(module: Module, function: Function, state: Value) -> bool:
+    """Return whether a state is read by one op only, which appends to it."""
+    from .ops import OPS
+
+    users = function.uses.get(state.name, [])
+    op = users[0] if len(users) == 1 else None
+    if op is None or op.operands.count(state) != 1:
+        return False
+    place = op.operands.index(state)
+    if op.callee:
+        callee = module.by_name[op.callee]
+        return _in_place(module, callee, callee.params[place])
+    definition = OPS[op.name]
+    return definition.signature.operands[place].name in definition.in_place
 
 
 def _shape(value: Value) -> list[int | str]:
@@ -131,7 +156,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         todo = "compile it again with this version, or use the version of moec that wrote it"
         raise MoecError(f"schema {schema!r} of {MANIFEST} is not known, only {SCHEMA} is", where=str(path), todo=todo)
-    for key, kind in REQUIRED.items():
+    manifest.setdefault("unfused", [])  # artifacts of the first versions do not say
+    for key, kind in {**REQUIRED, "unfused": list}.items():
         if not isinstance(manifest.get(key), kind):
             problem = "is not what it should be" if key in manifest else "is missing"
             raise MoecError(f"{key} {problem} in {MANIFEST}", where=str(path), todo="compile it again")

@@ -6,7 +6,7 @@ The rules of the language of patterns stand in `rewrite`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,10 @@ Guard = Callable[[Any, Any], "Mapping[str, Any] | None"]
 
 @dataclass(frozen=True)
 class Rule:
-    """A rewrite: `before` and `after` as text, the guard, and the names of values that may stay for other readers."""
+    """A rewrite: `before` and `after` as text, and the guard.
+
+    `shared` names values that may stay for other readers, `optional` operands that may be absent.
+    """
 
     name: str
     doc: str
@@ -34,6 +37,7 @@ class Rule:
     after_text: str
     guard: Guard
     shared: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
 
     @cached_property
     def before(self) -> tuple[PatternOp, ...]:
@@ -76,12 +80,16 @@ class Rule:
         return tuple(order)
 
 
-def rule(*, before: str, after: str, shared: Sequence[str] = ()) -> Callable[[Guard], Rule]:
+def rule(
+    *, before: str, after: str, shared: Sequence[str] = (), optional: Sequence[str] = ()
+) -> Callable[[Guard], Rule]:
     """Make a rule of a guard function `(m, target) -> None | bindings`; its docstring is the rule in one sentence."""
 
     def declare(guard: Guard) -> Rule:
         name = guard.__name__
-        return Rule(name, inspect.cleandoc(guard.__doc__ or ""), before, after, guard, frozenset(shared))
+        return Rule(
+            name, inspect.cleandoc(guard.__doc__ or ""), before, after, guard, frozenset(shared), frozenset(optional)
+        )
 
     return declare
 
@@ -211,7 +219,7 @@ class Search:
         for operands in orders:
             values = dict(found.values)
             names, actual = (*pattern.results, *pattern.operands), (*op.results, *operands)
-            wrong = _bind_values(names, actual, values)
+            wrong = _bind_values(names, actual, values, self.rule.optional)
             if wrong is None:
                 yield Match(self.function, values, attrs, {**found.ops, index: op})
             else:
@@ -222,7 +230,9 @@ class Search:
             self.depth, self.reason = depth, reason
 
 
-def _bind_values(names: Sequence[str | None], actual: Sequence[Value | None], values: dict) -> str | None:
+def _bind_values(
+    names: Sequence[str | None], actual: Sequence[Value | None], values: dict, optional: Collection[str]
+) -> str | None:
     """Bind names to values; return what does not fit, None if all does."""
     if len(names) != len(actual):
         return f"has {len(actual)} operands and results, the rule wants {len(names)}"
@@ -231,7 +241,7 @@ def _bind_values(names: Sequence[str | None], actual: Sequence[Value | None], va
             return f"has the operand {value}, which the rule wants absent"
         if name is None:
             continue
-        if value is None:
+        if value is None and name not in optional:
             return f"has no operand {name}"
         if values.setdefault(name, value) != value:
             return f"has {value} where the rule wants {values[name]}"

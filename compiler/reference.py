@@ -41,14 +41,19 @@ class Reference:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def step(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, states: Any = None
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        position_ids: np.ndarray,
+        states: Any = None,
+        last: int = 0,
     ) -> tuple[np.ndarray, Any]:
         """Run new tokens after those in `states`; see generate.Runner. The model makes its own kind of cache."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         tensors = {key: torch.from_numpy(np.array(a, np.int64)) for key, a in given.items() if key in self.takes}
         with torch.no_grad():
             found = self.model(**tensors, past_key_values=states, use_cache=True)
-        return found.logits.float().numpy(), found.past_key_values
+        return found.logits[:, -last:].float().numpy(), found.past_key_values
 
 
 @contextmanager

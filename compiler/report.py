@@ -25,16 +25,17 @@ def inspect(
     """Return the figures of a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file.
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
-    parameters, bytes, per_token, state, formulas, dims, inputs, outputs, kinds, layers, files. Raises MoecError.
+    parameters, bytes, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused and
+    files. Raises MoecError.
     """
     manifest: Mapping[str, Any] = {}
     if isinstance(source, Module):
         module = source
     else:
-        from ..targets import TARGETS  # a target's own ops are known once it is imported
+        from ..targets import declare_kernel_ops
         from .frontends.load import load
 
-        assert TARGETS
+        declare_kernel_ops()
         manifest = _manifest(Path(source))
         module = load(source, trust_remote_code=trust_remote_code).module
     past = next((d.high for d in module.dims if d.name == "P"), CONTEXT)
@@ -70,7 +71,7 @@ def _report(module: Module, costs: Costs, context: int, manifest: Mapping[str, A
         "layers": [_layer(costs, layer, context) for layer in costs.layers],
     }
     if manifest:
-        report["files"] = manifest["sizes"]
+        report |= {"unfused": manifest["unfused"], "files": manifest["sizes"]}
     return report
 
 

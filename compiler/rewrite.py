@@ -15,7 +15,8 @@ What a pattern says: names stand for values (equal names for equal values), `_` 
 bare attribute for any attribute (bound as `m.E`), another attribute for itself; attributes left out are free.
 Matching starts at the last statement of `before`; commutative ops match in both orders. A name on both sides keeps
 its value, and its type must stay. A value that disappears must not be used elsewhere: the matcher refuses by itself.
-Exceptions are constants and what the rule calls `shared`; they stay as long as someone else reads them.
+Exceptions are constants and what the rule calls `shared`; they stay as long as someone else reads them. An operand
+that the rule calls `optional` may be absent, on both sides.
 The guard may return more bindings for `after`: attributes, values, or recipes (each becomes a new weight).
 """
 
@@ -32,9 +33,41 @@ from .ops import OPS
 from .patterns import Match, Rule, Search, rule
 from .recipes import Literal, Step, Tensor
 
-__all__ = ["Match", "Refuse", "Rule", "Why", "apply", "rule"]
+__all__ = ["Match", "Note", "Refuse", "Rule", "Why", "apply", "in_order", "rule", "tell", "without_idle"]
 
 Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that did not apply
+
+
+class Note(str):
+    """What `--why` says of a rule that did not apply at an op.
+
+    It knows the function, the op's place, the reason, and the share of the rule's left side that matched (1: all of it,
+    and the guard refused).
+    """
+
+    function: str
+    place: tuple[str, ...]
+    reason: str
+    matched: float
+
+    def __new__(cls, owner: str, function: str, op: Op, reason: str | Refuse, matched: float = 1.0) -> Note:
+        """Make the text; the culprits of a refusal that its reason does not name stand behind it."""
+        if isinstance(reason, Refuse):
+            culprits = ", ".join(str(c) for c in reason.culprits if str(c) not in reason.reason)
+            reason = reason.reason + (f" ({culprits})" if culprits else "")
+        place = ", ".join(op.loc) or f"@{function}"
+        note = super().__new__(cls, f"note: {owner} not applied at {op.results[0]} ({place}): {reason}")
+        note.function, note.place, note.reason, note.matched = function, op.loc, reason, matched
+        return note
+
+
+def tell(why: Why, notes: Sequence[str]) -> None:
+    """Hand notes on, each text once."""
+    for note in dict.fromkeys(notes):
+        if isinstance(why, list):
+            why.append(note)
+        elif why is not None:
+            why(note)
 
 
 def _removed(owner: Rule, match: Match) -> list[Op]:
@@ -71,8 +104,8 @@ class _Draft:
         return name
 
     def bind(self, name: str, given: Any) -> None:
-        """Take one of the guard's bindings: a value, a recipe (a new weight), or an attribute."""
-        if isinstance(given, Value):
+        """Take one of the guard's bindings: a value, None for an absent one, a recipe (a new weight), or an attribute."""
+        if given is None or isinstance(given, Value):
             self.values[name] = given
         elif isinstance(given, (Tensor, Literal, Step)):
             value = Value(self.fresh(name), given.type)
@@ -128,11 +161,11 @@ def _replace(owner: Rule, match: Match, removed: list[Op], extra: Mapping[str, A
             ops.append(op)
         if op is matched[-1]:
             ops += new
-    changed = replace(function, consts=function.consts + tuple(draft.consts), ops=_ordered(tuple(ops)))
-    return _without_idle(changed, {v.name for op in matched for v in (*op.inputs, *op.results)})
+    changed = replace(function, consts=function.consts + tuple(draft.consts), ops=in_order(tuple(ops)))
+    return without_idle(changed, {v.name for op in matched for v in (*op.inputs, *op.results)})
 
 
-def _ordered(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
     """Return ops with definitions before uses, otherwise in the given order; Refuse where that cannot be."""
     position = {v.name: i for i, op in enumerate(ops) for v in op.results}
     edges = [(position[v.name], i) for i, op in enumerate(ops) for v in op.inputs if v.name in position]
@@ -149,7 +182,7 @@ def _ordered(ops: tuple[Op, ...]) -> tuple[Op, ...]:
         raise Refuse("a value between two matched ops depends on one and feeds the other") from None
 
 
-def _without_idle(function: Function, suspects: set[str]) -> Function:
+def without_idle(function: Function, suspects: set[str]) -> Function:
     """Drop ops and weights among the suspects that nothing reads any more."""
     while True:
         uses = function.uses
@@ -174,10 +207,7 @@ def apply(module: Module, target: Any, rules: Sequence[Rule], why: Why = None) -
     """
     notes: list[str] = []
     module = module.with_functions({f.name: _fixpoint(f, target, rules, notes) for f in module.functions})
-    tell = why.append if isinstance(why, list) else why
-    if tell is not None:
-        for note in dict.fromkeys(notes):
-            tell(note)
+    tell(why, notes)
     return module
 
 
@@ -208,19 +238,18 @@ def _first(function: Function, target: Any, rules: Sequence[Rule], notes: list[s
             near = search.depth >= 2 and 2 * search.depth >= len(owner.before)
             reason = refusal or (search.reason if near else "")
             if reason:
-                place = ", ".join(root.loc) or f"@{function.name}"
-                notes.append(f"note: {owner.name} not applied at {root.results[0]} ({place}): {reason}")
+                matched = 1.0 if refusal else search.depth / len(owner.before)
+                notes.append(Note(owner.name, function.name, root, reason, matched))
     return None, ""
 
 
-def _try(search: Search, root: Op, target: Any) -> tuple[Function | None, str]:
-    refusal = ""
+def _try(search: Search, root: Op, target: Any) -> tuple[Function | None, str | Refuse]:
+    refusal: str | Refuse = ""
     for match in search.matches(root):
         try:
             removed = _removed(search.rule, match)
             extra = search.rule.guard(match, target) or {}
             return _replace(search.rule, match, removed, extra), ""
         except Refuse as refused:
-            culprits = ", ".join(str(c) for c in refused.culprits if str(c) not in refused.reason)
-            refusal = refusal or refused.reason + (f" ({culprits})" if culprits else "")
+            refusal = refusal or refused
     return None, refusal

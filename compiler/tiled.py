@@ -91,6 +91,8 @@ class TiledInterpreter:
                 return (self.embedding(*operands),)
             case "moe.experts" if isinstance(operands[3], Recipe) and isinstance(operands[4], Recipe):
                 return (self.experts(op, operands, bound),)
+            case "nn.gated_mlp" if isinstance(operands[1], Recipe) and isinstance(operands[2], Recipe):
+                return (self.gated_mlp(op, operands),)
         tensors = [self.tensor(v) for v in operands]
         if op.name.endswith("attention"):
             return self.attention(op, tensors)
@@ -147,6 +149,14 @@ class TiledInterpreter:
             y.index_add_(0, token, own * gates[token, choice, None])
         self.seen(down, hidden, tuple(spans))
         return y
+
+    def gated_mlp(self, op: Op, operands: Sequence[Any]) -> torch.Tensor:
+        """Run a gated layer matrix by matrix; the formula stands at nn.gated_mlp."""
+        x, up, down, up_bias, down_bias, gate = operands
+        a: dict[str, Any] = OPS[op.name].complete(op.attributes)
+        h = self.linear(x, up, up_bias)
+        y = self.linear(activate(h, a["act"], True, a["layout"], a["alpha"], a["beta"], a["limit"]), down, down_bias)
+        return y if gate is None else y * torch.sigmoid(torch.nn.functional.linear(x, self.tensor(gate)))
 
     def attention(self, op: Op, tensors: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Run an op that mixes the tokens of a window, a few windows at a time."""

@@ -207,7 +207,10 @@ def _choose(
         bits = int(spec.lstrip("uint"))
         zeros = spec.startswith("u") or (bits < 8 and not symmetric)
         preferred = PREFERRED_ATTENTION if role == "attention" and bits <= 4 else PREFERRED
-        names = [f"{'u' * zeros}int{bits}_g{g}" for g in ([group] if group else preferred)]
+        # two groups in a row or more, where there is a choice: it is small matrices that lose most
+        shortest = min(int(v.type.shape[-1]) for v in weights)
+        groups = [group] if group else [g for g in preferred if 2 * g <= shortest] or preferred
+        names = [f"{'u' * zeros}int{bits}_g{g}" for g in groups]
         candidates = [f for name in names if (f := find_format(name))]
     reasons = []
     for format in candidates:

@@ -204,7 +204,9 @@ def test_killed_at_random_points(tmp_path: Path, swap: str) -> None:
     write(final, "0")
     luck = random.Random(20)
     version, left = 0, 0
-    for _ in range(20):
+    for count in range(200):
+        if count >= 20 and version > 20 and left:
+            break  # a busy machine needs more rounds until one is killed on the way
         arguments = [sys.executable, "-c", WRITER, str(final), swap, str(version)]
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"

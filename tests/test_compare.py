@@ -20,7 +20,7 @@ class Changed:
     def __init__(self, runner, change):
         self.runner, self.change = runner, change
 
-    def step(self, input_ids, attention_mask, position_ids, states=None):
+    def step(self, input_ids, attention_mask, position_ids, states=None, last=0):
         logits, states = self.runner.step(input_ids, attention_mask, position_ids, states)
         return self.change(logits, attention_mask.shape[1] - input_ids.shape[1]), states
 
@@ -96,7 +96,7 @@ def test_greedy_tokens_may_differ_in_a_tie():
         def __init__(self, logits):
             self.logits = np.array(logits, np.float32)
 
-        def step(self, ids, mask, positions, states=None):
+        def step(self, ids, mask, positions, states=None, last=0):
             return np.broadcast_to(self.logits, (*ids.shape, len(self.logits))).copy(), ()
 
     tie = compare_prompts(Fixed([1.0, 2.0, 2.0001]), Fixed([1.0, 2.0001, 2.0]), [[1, 2]], 4)
@@ -120,7 +120,7 @@ def test_scores_are_what_the_formulas_say():
         def __init__(self, shares):
             self.logits = np.log(np.array(shares)).astype(np.float32) + 3
 
-        def step(self, ids, mask, positions, states=None):
+        def step(self, ids, mask, positions, states=None, last=0):
             return self.logits[ids], ()
 
     p = [[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import test_cpu_quantized
 import torch
 from moec.compiler.dims import dim, size
 from moec.compiler.interpret import interpret, random_inputs
@@ -17,6 +18,7 @@ from moec.compiler.ir import Dim, Function, Module, Op, TensorType, Value, make_
 from moec.compiler.ops import OPS
 from moec.compiler.weights.sources import RandomSource
 from moec.targets.cpu.emit import KERNELS, MODEL, emit
+from moec.targets.cpu.lower import lower
 
 B, S, P = dim("B"), dim("S"), dim("P")
 DIMS = (Dim("B", 1, 1024), Dim("S", 1, 131072), Dim("P", 0, 131072))
@@ -25,6 +27,8 @@ INF = float("inf")
 
 # these make B, S and P known to a program whose op does not; P follows from P + S, as in a real program
 SIZE_INPUTS = (Value("sizes.new", TensorType.of("i64", B, S)), Value("sizes.all", TensorType.of("i64", B, P + S)))
+
+LOWERED = {"nn.cached_attention", "nn.gated_mlp"}  # what ONNX Runtime runs as several ops
 
 Fix = Callable[[list[torch.Tensor], dict[str, int]], None]
 
@@ -79,14 +83,43 @@ def pad(index: int) -> Fix:
 
 
 def bias(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
-    total = inputs[5].shape[3]
+    total = inputs[7].shape[3]
     hidden = (torch.arange(total)[None] < torch.arange(dims["B"])[:, None] * 2)[:, None, None, :]
-    inputs[5] = torch.zeros_like(inputs[5]).masked_fill(hidden, -INF)
+    inputs[7] = torch.zeros_like(inputs[7]).masked_fill(hidden, -INF)
 
 
-def routing(all_on_one: bool = False, zeros: bool = False, signed: bool = False) -> Fix:
+def small(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    inputs[:] = [None if x is None else x * 0.4 for x in inputs]  # type: ignore[misc]
+
+
+def any_order(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    inputs[2] = torch.randperm(inputs[2].shape[0], generator=torch.Generator().manual_seed(3))
+
+
+def attended(mask: bool, angles: bool) -> Fix:
+    """Give each angle twice and pad rows of the mask, for the operands of nn.cached_attention."""
+
+    def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+        if angles:
+            inputs[5:7] = [torch.cat((x[..., : x.shape[-1] // 2],) * 2, -1) for x in inputs[5:7]]
+        if mask:
+            (pad(9) if len(inputs) == 11 else bias)(inputs, dims)
+
+    return fix
+
+
+def dispatched(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    """Make offsets of rows by expert: they rise from 0 to the number of rows."""
+    rows, experts = inputs[0].shape[0], inputs[1].shape[0]
+    ids = torch.randint(0, experts, (rows,), generator=torch.Generator().manual_seed(rows))
+    inputs[2] = torch.cat((torch.zeros(1, dtype=torch.int64), torch.bincount(ids, minlength=experts).cumsum(0)))
+
+
+def routing(all_on_one: bool = False, zeros: bool = False, signed: bool = False, total: float = 0.0) -> Fix:
     def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
         inputs[0] = inputs[0] * 0.5
+        if total:
+            inputs[2] = inputs[2].softmax(1) * total
         if all_on_one:
             inputs[1] = torch.arange(inputs[1].shape[1]).expand_as(inputs[1]).contiguous()
         if not signed:
@@ -111,11 +144,22 @@ def attention(
     return case(*types, fix=pad(3) if mask else None, scale=0.3, **attrs)
 
 
-def grouped(heads: int, groups: int, width: int, masked: bool = True, sinks: bool = False, **attrs: Any) -> Case:
+def cached(
+    heads: int, groups: int, width: int, *, packed: bool = True, masked: bool = True, sinks: bool = False,
+    turned: int = 0, shared: bool = False, normed: bool | None = None, **attrs: Any,
+) -> Case:  # fmt: skip
+    """Operands of nn.cached_attention, or with `normed=None` of ort.group_query_attention."""
     states = [f32(B, groups, P, width, state=True)] * 2
-    types = [f32(B, S, heads, width), f32(B, S, groups, width), f32(B, S, groups, width), *states]
-    types += [f32(B, 1, S, P + S) if masked else None, f32(heads) if sinks else None]
-    return case(*types, fix=bias if masked else None, scale=0.3, **attrs)
+    rows = [heads + 2 * groups, None, None] if packed else [heads, groups, groups]
+    types = [n and f32(B, S, n * width) for n in rows] + states  # type: ignore[operator]
+    types += [f32(1 if shared else B, S, turned)] * 2 if turned else [None, None]
+    if normed is None:
+        types += [f32(B, 1, S, P + S) if masked else None]
+    else:
+        types += [f32(width) if normed else None] * 2 + [i64(B, P + S) if masked else None]
+        attrs |= {"eps": 1e-5} if normed else {}
+    types += [f32(heads) if sinks else None]
+    return case(*types, fix=attended(masked, turned > 0), heads=heads, scale=0.3, **attrs)
 
 
 def experts(
@@ -132,6 +176,20 @@ def experts(
     ]
     types += [f32(count, rows), f32(count, width)] if biased else [None, None]
     return case(*types, fix=fix, gated=gated, **attrs)
+
+
+def router(*, bias: bool = False, given: bool = False, expert_scale: bool = False, **attrs: Any) -> Case:
+    """See tests/test_routing.py for all that moe.route can say."""
+    weights = [f32(8) if wanted else None for wanted in (bias, expert_scale)]
+    return case(f32(B * S, 8), weights[0], i64(B * S, 2) if given else None, weights[1], k=2, **attrs)
+
+
+GROUPS = {"groups": 4, "topk_groups": 2, "group_score": "top2"}
+
+
+def mlp(biased: bool = False, gated: bool = False, **attrs: Any) -> Case:
+    types = [f32(B, S, 8), f32(12, 8), f32(8, 6), *([f32(12), f32(8)] if biased else [None, None])]
+    return case(*types, f32(1, 8) if gated else None, fix=small, **attrs)
 
 
 GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
@@ -198,21 +256,54 @@ CASES: dict[str, list[Case]] = {
         experts(routing(), act="identity", gated=False, biased=True), experts(routing(), chosen=1, count=2),
         experts(routing(), biased=True, layout="interleaved", **GPT_OSS), experts(routing(), act="silu", gated=False),
     ],
+    "moe.route": [
+        router(), router(renorm="sum"), router(bias=True, score="sigmoid", **GROUPS), router(given=True, renorm="sum"),
+        router(expert_scale=True, order="select_score"), router(score="sparsemixer", jitter=0.2),
+    ],
+    "moe.dispatch": [case(f32(B * S, 8), i64(B * S, 2), experts=5), case(f32(B * S, 8), i64(B * S, 3), experts=1)],
+    "moe.grouped_linear": [
+        case(f32(B * S, 8), f32(4, 6, 8), i64(5), None, fix=dispatched),
+        case(f32(2 * B * S, 8), f32(3, 6, 8), i64(4), f32(3, 6), fix=dispatched),
+    ],
+    "moe.combine": [
+        case(f32(2 * B * S, 8), f32(B * S, 2), i64(2 * B * S), fix=any_order),
+        case(f32(B * S, 8), f32(B * S, 1), i64(B * S), fix=any_order),
+    ],
+    "ort.last_tokens": [case(f32(B, S, 8))],
     "ort.rotary_embedding": [
         case(f32(B, S, 2, 8), f32(B, S, 8), f32(B, S, 8), fix=double_angles),
         case(f32(B, S, 2, 8), f32(1, S, 8), f32(1, S, 8), fix=double_angles),
+        case(f32(B, S, 2, 12), f32(B, S, 4), f32(B, S, 4), fix=double_angles),
+    ],
+    "nn.add_rms_norm": [case(X, X, ROW, eps=1e-6), case(f32(B * S, 8), f32(B * S, 8), ROW, eps=1e-5)],
+    "nn.cached_attention": [
+        cached(4, 2, 16, normed=False), cached(4, 2, 16, turned=16, normed=True), cached(4, 2, 8, turned=8, normed=True),
+        cached(4, 2, 16, turned=4, normed=False), cached(4, 4, 16, turned=8, normed=True, packed=False, shared=True),
+        cached(4, 2, 6, turned=4, normed=True), cached(4, 2, 5, normed=True, packed=False, sinks=True, window=2),
+        cached(2, 1, 8, normed=True, masked=False, softcap=2.0), cached(4, 2, 16, turned=16, normed=False, packed=False),
+        cached(4, 2, 24, turned=16, normed=False),
+    ],
+    "nn.gated_mlp": [
+        mlp(), mlp(biased=True, gated=True), mlp(act="gelu"), mlp(act="gelu_tanh", layout="interleaved", biased=True),
+        mlp(act="relu2"), mlp(act="relu", gated=True), mlp(act="identity"),
+        mlp(layout="interleaved", **GPT_OSS), mlp(limit=0.2),
     ],
     "ort.attention_bias": [case(i64(B, P + S), tokens=S)],
+    "ort.split": [case(X, axis=2, sizes=(3, 5)), case(f32(4, B), axis=0, sizes=(1, 2, 1))],
+    "ort.quick_gelu": [case(X), case(X, alpha=1.702)],
     "ort.group_query_attention": [
-        grouped(4, 4, 8), grouped(4, 2, 16), grouped(4, 1, 24, masked=False), grouped(4, 2, 8, window=2),
-        grouped(4, 2, 8, window=1, sinks=True, softcap=3.0), grouped(2, 2, 64, softcap=2.0), grouped(4, 2, 8, sinks=True),
-        grouped(4, 2, 8, masked=False, window=3, sinks=True),
+        cached(4, 4, 8), cached(4, 2, 16, packed=False), cached(4, 1, 24, masked=False), cached(4, 2, 8, window=2),
+        cached(4, 2, 8, window=1, sinks=True, softcap=3.0), cached(2, 2, 64, softcap=2.0, packed=False),
+        cached(4, 2, 8, sinks=True), cached(4, 2, 8, masked=False, window=3, sinks=True, packed=False),
+        cached(4, 2, 16, turned=16), cached(4, 2, 32, turned=16, packed=False, window=2),
+        cached(2, 1, 32, turned=32, shared=True), cached(4, 4, 16, turned=16, masked=False, sinks=True, softcap=2.0),
     ],
     "ort.moe": [
         experts(routing()), experts(routing(zeros=True), biased=True), experts(routing(all_on_one=True), count=9),
         experts(routing(), chosen=1), experts(routing(), chosen=6), experts(routing(), biased=True, **GPT_OSS),
         experts(routing(), act="silu", gated=False, biased=True), experts(routing(), act="relu", gated=False),
         experts(routing(), act="identity", gated=False), experts(routing(), limit=0.5),
+        experts(routing(total=1.0), gate_sum=1.0), experts(routing(total=2.5), gate_sum=2.5, biased=True),
     ],
 }  # fmt: skip
 
@@ -222,9 +313,10 @@ def one_op(name: str, given: Case) -> Module:
     operands = [t and Value(f"x{i}", t) for i, t in enumerate(given.operands)]
     types = OPS[name].infer(given.operands, given.attrs)
     results = tuple(Value(f"y{i}", t) for i, t in enumerate(types))
+    stage = "moe" if name in LOWERED else "kernel"
     op = Op(name, tuple(operands), results, make_attrs(given.attrs))
     params = tuple(v for v in operands if v) + SIZE_INPUTS
-    return Module("kernel", DIMS, (Function("main", params, (), (op,), results),))
+    return Module(stage, DIMS, (Function("main", params, (), (op,), results),))
 
 
 def session(folder: Path) -> ort.InferenceSession:
@@ -252,7 +344,7 @@ def no_weights(recipe: object) -> torch.Tensor:
 
 
 def run_case(module: Module, given: Case, folder: Path, all_sizes: Sequence[dict[str, int]] = SIZES) -> None:
-    emit(module, RandomSource(), folder)
+    emit(lower(module), RandomSource(), folder)
     runner = session(folder)
     for seed, sizes in enumerate(all_sizes):
         inputs = random_inputs(module, "main", sizes, seed)
@@ -277,8 +369,8 @@ def test_kernel(name: str, index: int, tmp_path: Path) -> None:
 
 def test_every_op_has_a_case() -> None:
     ours = {name for name in OPS if name.split(".")[0] in ("core", "nn", "moe", "ort")}
-    assert ours == set(CASES)
-    assert ours <= set(KERNELS)
+    assert ours == set(CASES) | test_cpu_quantized.TESTED
+    assert ours - LOWERED <= set(KERNELS) and not LOWERED & set(KERNELS)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "exp", "softmax", "softplus"])

@@ -68,7 +68,9 @@ def test_artifacts_agree(qwen, tmp_path, groups, count):
         logits.append(session.step(IDS.numpy(), mask, np.arange(40)[None].repeat(3, 0), None)[0])
         nodes = (tmp_path / name / "program.moir").read_text("utf-8").count("= ort.qmoe(")
         assert nodes == (1 if name == "whole" else count)
-    assert np.abs(logits[0] - logits[1]).max() < 1e-3 * np.abs(logits[0]).max()
+    differences = np.abs(logits[0] - logits[1]).max(axis=-1) / np.abs(logits[0]).max()
+    assert differences.max() < 2e-2  # a last bit can turn the rounding of an activation to int8
+    assert (differences < 1e-5).mean() > 0.9
 
 
 def test_calibration_sees_through_groups(qwen):

@@ -1,6 +1,8 @@
 """The transformers importer: numbers of the imported module, what it looks like, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import moec
@@ -210,3 +212,13 @@ def test_layers_with_other_computed_buffers_are_other_kinds():
         layer.self_attn.register_buffer("table", torch.full((4,), float(i % 2)), persistent=False)
     calls = [op.callee for op in load(model).module.main.ops if op.callee]
     assert calls[0] == calls[2] != calls[1]
+
+
+def test_a_live_model_may_be_the_first_thing_imported():
+    """What transformers has to know of this package is told it by whatever comes first in a process."""
+    code = (
+        "import moec, transformers; from moec.compiler.frontends.families import FAMILIES;"
+        "print(moec.load(transformers.AutoModelForCausalLM.from_config(FAMILIES['llama'].config())).stage)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "graph", done.stderr

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from moec.compiler.check import compare_modules
+from moec.compiler.draft import join
 from moec.compiler.errors import MoecError, Refuse
-from moec.compiler.ir import Module
+from moec.compiler.ir import Module, TensorType
 from moec.compiler.parser import parse_module
 from moec.compiler.printer import print_module
-from moec.compiler.recipes import step
-from moec.compiler.rewrite import apply, rule
+from moec.compiler.recipes import Tensor, step
+from moec.compiler.rewrite import Note, apply, rule
 from moec.compiler.verify import verify
 
 
@@ -242,3 +243,50 @@ def test_wrong_rules_are_errors(before, after, what):
     with pytest.raises(MoecError) as caught:
         apply(program("  %y = core.abs(%x) : f32[B, 8]"), None, [wrong])
     assert what in caught.value.what
+
+
+@rule(before="%l = core.linear(%x, %w, %b)\n%y = core.silu(%l)", after="%y = core.linear(%x, %w, %b)", optional=["b"])
+def silu_away(m, target):
+    """Forget an activation; wrong, but it shows operands that may be absent."""
+
+
+@pytest.mark.parametrize("bias", ["%b", "_"])
+def test_an_optional_operand_is_kept_or_stays_absent(bias):
+    module = program(
+        f"  %l = core.linear(%x, %w, {bias}) : f32[B, 8]\n  %y = core.silu(%l) : f32[B, 8]",
+        params="%x: f32[B, 8], %w: f32[8, 8], %b: f32[8]",
+    )
+    lines = print_module(apply(module, None, [silu_away])).splitlines()
+    assert f"  %y = core.linear(%x, %w, {bias}) : f32[B, 8]" in lines
+
+
+def test_an_operand_that_is_not_optional_must_be_there():
+    strict = rule(before=silu_away.before_text, after=silu_away.after_text)(silu_away.guard)
+    module = program(
+        "  %l = core.linear(%x, %w, _) : f32[B, 8]\n  %y = core.silu(%l) : f32[B, 8]",
+        params="%x: f32[B, 8], %w: f32[8, 8]",
+    )
+    assert apply(module, None, [strict]) is module
+
+
+def _refuse(m, target):
+    raise Refuse("never", m.s)
+
+
+def test_a_note_knows_its_parts():
+    module = program('  %s = core.tanh(%x) : f32[B, 8]\n  %y = core.mul(%x, %s) : f32[B, 8] loc("mlp")')
+    notes: list[str] = []
+    refuse = rule(before="%s = core.tanh(%x)\n%y = core.mul(%x, %s)", after="%y = core.silu(%x)")(_refuse)
+    apply(module, None, [refuse], notes)
+    (note,) = notes
+    assert isinstance(note, Note)
+    assert (note.function, note.place, note.matched) == ("main", ("mlp",), 1.0)
+    assert note.reason == "never (%s)" and note == f"note: _refuse not applied at %y (mlp): {note.reason}"
+
+
+def test_joined_weights_are_cast_once_at_the_end():
+    low, high = Tensor("a", TensorType.of("bf16", 2, 4)), Tensor("b", TensorType.of("bf16", 3, 4))
+    joined = join(step("cast", low, to="f32"), step("cast", high, to="f32"), axis=0)
+    assert joined == step("cast", step("concat", low, high, axis=0), to="f32")
+    apart = join(step("cast", low, to="f32"), Tensor("c", TensorType.of("f32", 3, 4)), axis=0)
+    assert apart.name == "concat" and apart.type == TensorType.of("f32", 5, 4)

@@ -31,7 +31,7 @@ def test_logits_equal_transformers(tiny_lm):
     with torch.no_grad():
         wanted = model(torch.tensor([PROMPTS[0]])).logits.numpy()
     np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
-    assert [tuple(s.shape()) for s in states] == [(1, 2, 5, 8)] * 4
+    assert [tuple(s.shape()) for s in states] == [(1, 2, 5, 8)] * 4 and states.length == 5
 
 
 def test_steps_equal_the_whole(tiny_lm):
@@ -111,9 +111,9 @@ def test_wrong_tokens_and_states(tiny_lm):
     with pytest.raises(MoecError, match="cannot run the model"):
         feed(session, [40])
     _, states = feed(session, [1, 2])
-    with pytest.raises(MoecError, match="3 states are given"):
-        feed(session, [1], states[:3], 2)
-    with pytest.raises(MoecError, match="cannot run the model"):  # the cache of one row for a batch of two
+    with pytest.raises(MoecError, match="not the states of a step"):
+        feed(session, [1], list(states), 2)
+    with pytest.raises(MoecError, match="states are those of 1 rows"):
         session.step(np.ones((2, 1)), np.ones((2, 3)), np.zeros((2, 1)), states)
     np.testing.assert_array_equal(feed(session, [1, 2])[0], feed(session, [1, 2])[0])  # it goes on working
 

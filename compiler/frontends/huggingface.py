@@ -15,6 +15,7 @@ from ..errors import MoecError
 from ..ir import Module, TensorType
 from ..recipes import Recipe, Tensor, step
 from ..weights.checkpoint import Checkpoint, open_checkpoint
+from .capture import NAME, register
 from .names import expected_tensors, map_parameters
 from .skeleton import Skeleton, adopt, build, read_config
 from .transformers_model import import_model
@@ -58,7 +59,8 @@ def import_live(model: Any) -> tuple[Module, dict[str, torch.Tensor]]:
 
 
 def _without_data(model: Any) -> Any:
-    """Copy a model with its parameters on the meta device."""
+    """Copy a model with its parameters on the meta device; it will be traced with the functions of `capture`."""
+    register()  # before transformers is told their name
     memo: dict[int, Any] = {}
     persistent = set(model.state_dict(keep_vars=True))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -67,7 +69,7 @@ def _without_data(model: Any) -> Any:
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             memo[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if is_parameter else empty
     shell = deepcopy(model, memo)
-    shell.set_attn_implementation("moec")
+    shell.set_attn_implementation(NAME)
     return shell
 
 

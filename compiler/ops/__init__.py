@@ -1,9 +1,9 @@
-"""Every op of the IR, by dialect: core (arithmetic and shapes), nn (layers), moe (routed experts).
+"""Every op of the IR, by dialect: core (arithmetic and shapes), nn (layers, also fused ones), moe (routers, routed experts).
 
 `OPS` is filled by the imports below; a target's kernel ops join it when that target is imported.
 """
 
-from . import core, moe, nn
+from . import attention, core, dispatch, mlp, moe, nn, route
 from .define import OPS, OpDef, op
 
-__all__ = ["OPS", "OpDef", "core", "moe", "nn", "op"]
+__all__ = ["OPS", "OpDef", "attention", "core", "dispatch", "mlp", "moe", "nn", "op", "route"]

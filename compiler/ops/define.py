@@ -58,6 +58,7 @@ class OpDef:
     custom_flops: Flops | int | None
     domains: Mapping[str, Domain]  # exclusive upper bound of an integer operand, for random inputs
     distinct: tuple[str, ...]  # integer operands whose last axis holds distinct numbers
+    in_place: tuple[str, ...]  # states that the op only appends to: a runtime may keep them in one buffer
     rows: Mapping[str, Domain]  # operand -> slices of its first axis that one run reads at most; others are read whole
     pure_view: bool = False
 
@@ -111,6 +112,7 @@ def op(
     flops: Flops | int | None = None,
     domains: Mapping[str, Domain] | None = None,
     distinct: tuple[str, ...] = (),
+    in_place: tuple[str, ...] = (),
     rows: Mapping[str, Domain] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare an op; the decorated torch function is its meaning and its keyword-only parameters its attributes."""
@@ -119,7 +121,7 @@ def op(
         if name in OPS:
             raise ValueError(f"op {name} is declared twice")
         text = doc or inspect.cleandoc(reference.__doc__ or "")
-        OPS[name] = OpDef(name, text, signature, reference, infer, flops, domains or {}, distinct, rows or {})
+        OPS[name] = OpDef(name, text, signature, reference, infer, flops, domains or {}, distinct, in_place, rows or {})
         return reference
 
     return declare

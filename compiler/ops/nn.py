@@ -37,6 +37,17 @@ def rms_norm(x, w, *, eps: float):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w
 
 
+@op(
+    "nn.add_rms_norm",
+    "x: A[*X, D], residual: A[*X, D], w: A[D] -> y: A[*X, D], sum: A[*X, D]",
+    flops=lambda o, r, a: 5 * r[0].elements,
+)
+def add_rms_norm(x, residual, w, *, eps: float):
+    """Add, and norm the sum as nn.rms_norm does; both are results."""
+    total = x + residual
+    return rms_norm(total, w, eps=eps), total
+
+
 @op("nn.layer_norm", "x: A[*X, D], w: A[D]?, b: A[D]? -> y: A[*X, D]", flops=lambda o, r, a: 7 * r[0].elements)
 def layer_norm(x, w, b, *, eps: float):
     """Normalise the last axis to mean 0 and variance 1, then scale and shift (Ba et al. 2016)."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..target import Target
-from . import ops as _ops  # noqa: F401  (declare ort.*: programs of stage kernel can be read)
-from . import ops_quantized as _quantized  # noqa: F401
+from ...compiler.errors import MoecError
+from ..target import Probed, Target
 
 if TYPE_CHECKING:
     from ...compiler.formats import Format
     from ...compiler.ir import Module, Op
     from ...compiler.weights.sources import WeightSource
 
-# onnx and onnxruntime take seconds to import: the functions below import what they need when they run
+# torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions below
+# import what they need when they run
 
 
 def _supported(op: Op) -> str | None:
@@ -50,15 +51,52 @@ def _load(folder: Path, **options: Any) -> Any:
     return load(folder, **options)
 
 
+def _recorded() -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped
+
+    return Probed(made_with(shipped()), record_rows(shipped()), record_text(shipped()))
+
+
+def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped
+    from .probe import differences, lost, probe
+
+    found = probe(quick=quick, progress=progress)
+    differ = tuple(f"{variant}: recorded {was}, found {now}" for variant, was, now in differences(found, shipped()))
+    return Probed(made_with(found), record_rows(found), record_text(found), differ, bool(lost(found, shipped())))
+
+
+def _configure(options: Mapping[str, str]) -> Target:
+    """Return the target with `capabilities=FILE`: a record made by --probe instead of the one that moec comes with."""
+    from .capabilities import holds, read_record
+
+    if unknown := sorted(set(options) - {"capabilities"}):
+        raise MoecError(f"target cpu has no option {', '.join(unknown)}", todo="it has capabilities=FILE")
+    record = read_record(Path(options["capabilities"]))
+
+    def lower_by_record(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
+        from .lower import lower
+
+        return lower(module, why, accuracy, record)
+
+    return replace(TARGET, holds=lambda op, format: holds(op, format, record), lower=lower_by_record)
+
+
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
-    pipeline="cleanup,raise-norm,raise-rope,lift-moe,cleanup,lower",
+    pipeline=(
+        "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
+        "fuse-attention,fuse-norm,cleanup,lower"
+    ),
     supported=_supported,
     holds=_holds,
     lower=_lower,
     emit=_emit,
     load=_load,
+    recorded=_recorded,
+    probe=_probe,
+    configure=_configure,
 )
 
 __all__ = ["TARGET"]

@@ -26,14 +26,27 @@ from ...compiler.weights.pull import pull
 from ...compiler.weights.quantized import is_part
 from ...compiler.weights.sink import TILE_BYTES, DataFile
 from ...compiler.weights.sources import WeightSource
-from . import onnx_core, onnx_moe, onnx_nn, onnx_quantized
+from . import (
+    onnx_attention,
+    onnx_core,
+    onnx_dispatch,
+    onnx_moe,
+    onnx_nn,
+    onnx_quantized,
+    onnx_route,
+    ops,
+    ops_quantized,
+)
 from .genai import write_genai_config
 from .graph import CONTRIB, ONNX_TYPES, Context, Graph, Kernel
+from .lower_logits import LOGITS
 
 KERNELS: dict[str, Kernel] = {
-    **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_moe.KERNELS, **onnx_quantized.KERNELS,
+    **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS, **onnx_dispatch.KERNELS,
+    **onnx_quantized.KERNELS, **onnx_route.KERNELS,
 }  # fmt: skip
 
+assert ops and ops_quantized  # what is emitted is declared there
 MODEL, DATA = "model.onnx", "model.onnx.data"
 OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23
 INLINE_BYTES = 1024  # smaller weights stand in the model file
@@ -167,6 +180,9 @@ def _place(op: Op, bound: Mapping[str, str]) -> str:
 
 def _model(module: Module, graph: Graph) -> ModelProto:
     inputs, outputs = ([_info(v) for v in values] for values in (module.main.params, module.main.results))
+    if graph.optional_inputs:  # then the logits may have fewer tokens than the input
+        inputs += graph.optional_inputs
+        outputs = [_info(v, kept=v.name == LOGITS) for v in module.main.results]
     whole = helper.make_graph(graph.nodes, "main", inputs, outputs, list(graph.initializers.values()))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     return helper.make_model(
@@ -174,8 +190,10 @@ def _model(module: Module, graph: Graph) -> ModelProto:
     )
 
 
-def _info(value: Value) -> ValueInfoProto:
+def _info(value: Value, kept: bool = False) -> ValueInfoProto:
     shape = [int(s) if s.is_Integer else size_text(s) for s in value.type.shape]
+    if kept:
+        shape[1] = "kept"
     return helper.make_tensor_value_info(value.name, ONNX_TYPES[value.type.dtype], shape)
 
 

@@ -39,9 +39,11 @@ class Graph:
     def __init__(self, params: Sequence[Value] = (), dims: Sequence[Dim] = ()) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.optional_inputs: list[onnx.ValueInfoProto] = []
         self.params = tuple(params)
         self.lows = {dim.name: dim.low for dim in dims}
         self.views: MutableMapping[str, tuple[str, tuple[Size, ...]]] = {}  # reshaped value -> what it was, its sizes
+        self.sums: dict[str, tuple[str, str]] = {}  # result of an Add -> its terms, where both have the result's sizes
         self._once: MutableMapping[Any, Any] = {}
         self._taken: dict[str, int] = {}
 
@@ -99,6 +101,16 @@ class Graph:
         self.initializers[tensor.name] = tensor
         return tensor.name
 
+    def optional_input(self, name: str, default: Sequence[int]) -> str:
+        """Return an i64 input that has a value where the caller gives none: an initializer that is an input too."""
+
+        def make() -> str:
+            array = np.array(default, np.int64)
+            self.optional_inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, array.shape))
+            return self.initializer(name, "i64", array.shape, array.tobytes())
+
+        return self.once(("optional input", name), make)
+
     def external(self, name: str, type_: TensorType, location: str, offset: int, length: int) -> str:
         """Add an initializer whose bytes stand in the data file."""
         tensor = TensorProto(
@@ -122,6 +134,14 @@ class Graph:
             return tensor.name
 
         return self.once(("sizes", name, tuple(sizes)), make)
+
+    def take_sum(self, name: str) -> tuple[str, str] | None:
+        """Take back the Add that makes a value and return its terms, if it is the last node of all."""
+        terms = self.sums.get(name)
+        if terms is None or not self.nodes or list(self.nodes[-1].output) != [name]:
+            return None
+        self.nodes.pop()
+        return terms
 
     @contextmanager
     def body(self) -> Iterator[list[onnx.NodeProto]]:

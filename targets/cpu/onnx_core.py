@@ -40,6 +40,9 @@ _SAME: dict[str, str] = {
 @kernel(*_SAME)
 def same(ctx: Context, op: Op) -> None:
     """Emit the one ONNX op of the same meaning."""
+    if op.name == "core.add" and op.inputs[0].type == op.inputs[1].type:
+        first, second = ctx.inputs(op)
+        ctx.graph.sums[ctx.value(op.results[0])] = first, second
     ctx.finish(op, _SAME[op.name], *ctx.inputs(op))
 
 
@@ -57,16 +60,31 @@ def rsqrt(ctx: Context, op: Op) -> None:
 
 @kernel("core.sigmoid")
 def sigmoid(ctx: Context, op: Op) -> None:
-    """Emit 1 / (1 + exp(-x)): ONNX Runtime's Sigmoid is right to 1e-7 only, which is wrong for a router's small scores."""
-    one = ctx.graph.constant(1, op.results[0].type.dtype)
-    ctx.finish(op, "Reciprocal", ctx.node("Add", ctx.node("Exp", ctx.node("Neg", *ctx.inputs(op))), one))
+    """Emit the sigmoid in the way that is right for small numbers too."""
+    (x,) = ctx.inputs(op)
+    ctx.alias(op.results[0], sigmoid_of(ctx, x, op.results[0].type.dtype))
+
+
+def sigmoid_of(ctx: Context, x: str, dtype: str) -> str:
+    """Add 1 / (1 + exp(-x)): ONNX Runtime's Sigmoid is right to 1e-7 only, which is wrong for a router's small scores."""
+    one = ctx.graph.constant(1, dtype)
+    return ctx.node("Reciprocal", ctx.node("Add", ctx.node("Exp", ctx.node("Neg", x)), one))
 
 
 @kernel("core.silu")
 def silu(ctx: Context, op: Op) -> None:
-    """Emit x sigmoid(x)."""
+    """Emit x sigmoid(x), for float32 as the one op that ONNX Runtime has."""
     (x,) = ctx.inputs(op)
-    ctx.finish(op, "Mul", x, ctx.node("Sigmoid", x))
+    if op.results[0].type.dtype == "f32":
+        ctx.finish(op, "QuickGelu", x, domain=CONTRIB, alpha=1.0)
+    else:
+        ctx.finish(op, "Mul", x, ctx.node("Sigmoid", x))
+
+
+@kernel("ort.quick_gelu")
+def quick_gelu(ctx: Context, op: Op) -> None:
+    """Emit com.microsoft.QuickGelu."""
+    ctx.finish(op, "QuickGelu", *ctx.inputs(op), domain=CONTRIB, alpha=ctx.attributes(op)["alpha"])
 
 
 @kernel("core.relu", "core.floor")
@@ -193,6 +211,13 @@ def slice_(ctx: Context, op: Op) -> None:
     stop = END if attributes["stop"] == source.type.shape[axis] else attributes["stop"]
     bounds = [ctx.graph.size(attributes["start"]), ctx.graph.size(stop)]
     ctx.finish(op, "Slice", ctx.value(source), *bounds, ctx.graph.constant([axis]), ctx.graph.constant([step]))
+
+
+@kernel("ort.split")
+def split(ctx: Context, op: Op) -> None:
+    """Emit Split."""
+    sizes = ctx.graph.constant(list(op.attributes["sizes"]))  # type: ignore[arg-type]
+    ctx.finish(op, "Split", *ctx.inputs(op), sizes, axis=op.attributes["axis"])
 
 
 @kernel("core.concat", "nn.cache_append")

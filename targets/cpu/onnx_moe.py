@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from ...compiler.ir import Op
 from .graph import CONTRIB, END, ONNX_TYPES, Context, Kernel
 
+_UNGATED = {"gelu_tanh": "gelu"}  # what MoE and QMoE call gelu is the one with tanh
 _UNUSED = -1e30  # router score of an expert that was not chosen
 
 
@@ -18,7 +19,8 @@ def moe(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.MoE with a routing that is already done.
 
     The op takes scores, picks the K largest and mixes by their softmax. The scores log(gate) of the chosen experts,
-    scattered over very low ones, give back the choice and gate / sum(gates); the result is multiplied by the sum.
+    scattered over very low ones, give back the choice and gate / sum(gates); the result is multiplied by the sum, where it
+    is not known to be 1.
     """
     x, ids, gates, up, down, up_bias, down_bias = ctx.inputs(op)
     attributes = ctx.attributes(op)
@@ -29,7 +31,14 @@ def moe(ctx: Context, op: Op) -> None:
     scores = ctx.node("ScatterElements", scores, ids, ctx.node("Log", gates), axis=1)
     options = activation_options(attributes)
     inputs = [x, scores, up, up_bias, down, *([down_bias] if down_bias else [])]
-    mixed = ctx.node("MoE", *inputs, domain=CONTRIB, k=chosen, normalize_routing_weights=1, **options)
+    options |= {"k": chosen, "normalize_routing_weights": 1, "domain": CONTRIB}
+    if attributes["gate_sum"] == 1.0:
+        ctx.finish(op, "MoE", *inputs, **options)
+        return
+    mixed = ctx.node("MoE", *inputs, **options)
+    if attributes["gate_sum"]:
+        ctx.finish(op, "Mul", mixed, graph.constant(attributes["gate_sum"], "f32"))
+        return
     total = ctx.node("ReduceSum", gates, graph.constant([1]), keepdims=1)
     ctx.finish(op, "Mul", mixed, total)
 
@@ -37,7 +46,7 @@ def moe(ctx: Context, op: Op) -> None:
 def activation_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of MoE and QMoE that say the activation; gate and up rows lie in turn."""
     if not attributes["gated"]:
-        return {"activation_type": attributes["act"]}
+        return {"activation_type": _UNGATED.get(attributes["act"], attributes["act"])}
     options = {"activation_type": "swiglu", "swiglu_fusion": 1}
     options |= {"activation_alpha": float(attributes["alpha"]), "activation_beta": float(attributes["beta"])}
     if not np.isinf(attributes["limit"]):

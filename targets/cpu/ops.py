@@ -1,25 +1,53 @@
-"""`ort.*`: what ONNX Runtime has as one op. The module's emitters stand in onnx_nn.py and onnx_moe.py."""
+"""`ort.*`: what ONNX Runtime has as one op. Their emitters stand in onnx_core.py, onnx_nn.py, onnx_attention.py and onnx_moe.py."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from ...compiler.dims import Size, size
 from ...compiler.ir import TensorType
 from ...compiler.ops import OPS, op
+from ...compiler.ops.attention import cached_attention, turn
+from ...compiler.ops.core import axis_of, with_axis
 from ...compiler.ops.define import Attributes, Types, fail
 from ...compiler.ops.moe import experts
-from ...compiler.ops.nn import attention, rope
+
+
+def _split(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, axis, sizes = types[0], axis_of(attributes, len(types[0].shape)), attributes["sizes"]
+    if x.shape[axis] != sum(sizes):
+        raise fail(f"ort.split: {list(sizes)} are not the parts of axis {axis} of {x}")
+    return tuple(with_axis(x, axis, n) for n in sizes)
+
+
+@op("ort.split", "x: A[*X] -> parts: A[*Y]...", infer=_split, flops=0)
+def split(x, *, axis: int, sizes: tuple[int, ...]):
+    """Cut an axis into parts of these sizes."""
+    return x.split(list(sizes), dim=axis)
+
+
+@op("ort.quick_gelu", "x: A[*X] -> y: A[*X]", flops=lambda o, r, a: 4 * r[0].elements)
+def quick_gelu(x, *, alpha: float = 1.0):
+    """Apply x sigmoid(alpha x); with alpha 1 it is silu."""
+    return x * torch.sigmoid(alpha * x)
 
 
 @op(
     "ort.rotary_embedding",
-    "x: A[B, S, H, D], cos: A[C, S, D], sin: A[C, S, D] -> y: A[B, S, H, D]",
+    "x: A[B, S, H, D], cos: A[C, S, R], sin: A[C, S, R] -> y: A[B, S, H, D]",
     flops=lambda o, r, a: 3 * r[0].elements,
 )
 def rotary_embedding(x, cos, sin):
-    """Rotate the halves of each head as nn.rope does, with the tokens before the heads."""
-    return rope(x.transpose(1, 2), cos, sin).transpose(1, 2)
+    """Rotate the halves of the first R numbers of each head as nn.rope does, with the tokens before the heads."""
+    return turn(x.transpose(1, 2), cos, sin).transpose(1, 2)
+
+
+@op("ort.last_tokens", "x: A[B, S, D] -> y: A[B, S, D]", flops=0)
+def last_tokens(x):
+    """Return x; at run time only the last tokens where the runner asks for the logits of fewer (`logits_to_keep`)."""
+    return x
 
 
 def _bias(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
@@ -36,47 +64,57 @@ def attention_bias(mask, *, tokens: Size):
 
 
 def _group_query(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    q, k, v, past_key, past_value, bias, _ = types
-    assert q and k and v and past_key and past_value
-    total = size(past_key.shape[2] + k.shape[1])
-    if bias and (bias.shape[2] != q.shape[1] or bias.shape[3] != total):
-        raise fail(f"ort.group_query_attention: the bias {bias} has not the {q.shape[1]} new tokens and {total} slots")
-    states = [TensorType(p.dtype, (*p.shape[:2], total, p.shape[3]), state=True) for p in (past_key, past_value)]
-    return (q, *states)
+    *given, bias, sinks = types
+    y, key, value = OPS["nn.cached_attention"].infer([*given, None, None, None, sinks], attributes)
+    if bias and (bias.shape[2] != y.shape[1] or bias.shape[3] != key.shape[2]):
+        raise fail(
+            f"ort.group_query_attention: the bias {bias} has not {y.shape[1]} new tokens and {key.shape[2]} slots"
+        )
+    return y, key, value
 
 
 def _group_query_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
-    _, key, value = results  # nn.attention's keys: past and new, with the heads before the slots
-    return OPS["nn.attention"].flops([operands[0], key, value, None, None], results[:1], attributes)
+    *given, _, sinks = operands
+    return OPS["nn.cached_attention"].flops([*given, None, None, None, sinks], results, attributes)
 
 
 @op(
     "ort.group_query_attention",
-    "q: A[B, S, H, D], k: A[B, S, G, D], v: A[B, S, G, D], past_key: state A[B, G, P, D],"
-    " past_value: state A[B, G, P, D], bias: A[B, 1, S, T]?, sinks: A[H]? -> y: A[B, S, H, D],"
-    " key: state A[B, G, P + S, D], value: state A[B, G, P + S, D]",
+    "q: A[B, S, N], k: A[B, S, M]?, v: A[B, S, M]?, past_key: state A[B, G, P, D], past_value: state A[B, G, P, D],"
+    " cos: A[C, S, R]?, sin: A[C, S, R]?, bias: A[B, 1, S, T]?, sinks: A[heads]?"
+    " -> y: A[B, S, O], key: state A[B, G, T, D], value: state A[B, G, T, D]",
     infer=_group_query,
     flops=_group_query_flops,
+    in_place=("past_key", "past_value"),
 )
 def group_query_attention(
-    q, k, v, past_key, past_value, bias, sinks, *, scale: float, window: int = 0, softcap: float = 0.0
-):
-    """Append to the cache and attend causally, as nn.cache_append and nn.attention do, with the tokens before the heads.
+    q, k, v, past_key, past_value, cos, sin, bias, sinks, *,
+    heads: int, scale: float, window: int = 0, softcap: float = 0.0,
+):  # fmt: skip
+    """Turn heads, append to the cache and attend causally, as nn.cached_attention does.
 
-    The bias stands for the padding mask: a slot with -inf is not read. Needs head sizes that are multiples of 8.
+    The bias stands for the padding mask: a slot with -inf is not read. Needs head sizes that are multiples of 8; with
+    angles, multiples of 16, and angles for a multiple of 16 numbers.
     """
-    key, value = (torch.cat((past, new.transpose(1, 2)), dim=2) for past, new in ((past_key, k), (past_value, v)))
     mask = None if bias is None else (bias[:, 0, 0, :] == 0).long()
-    y = attention(q.transpose(1, 2), key, value, mask, sinks, scale=scale, window=window, softcap=softcap)
-    return y, key, value
+    settings = {"heads": heads, "scale": scale, "window": window, "softcap": softcap}
+    return cached_attention(q, k, v, past_key, past_value, cos, sin, None, None, mask, sinks, **settings)
+
+
+UNGATED = ("silu", "relu", "identity", "gelu_tanh")
 
 
 def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     if attributes["gated"] and attributes["act"] != "silu":
         raise fail(f"ort.moe has a gate only with act=silu, not {attributes['act']}")
-    if not attributes["gated"] and attributes["act"] not in ("silu", "relu", "identity"):
-        raise fail(f"ort.moe has silu, relu and identity without a gate, not {attributes['act']}")
-    return OPS["moe.experts"].infer(types, {**attributes, "layout": "interleaved"})
+    if not attributes["gated"] and attributes["act"] not in UNGATED:
+        raise fail(f"ort.moe has {', '.join(UNGATED)} without a gate, not {attributes['act']}")
+    return OPS["moe.experts"].infer(types, _as_experts(attributes))
+
+
+def _as_experts(attributes: Attributes) -> dict[str, Any]:
+    """Return the attributes of the moe.experts that an ort.moe stands for."""
+    return {n: v for n, v in attributes.items() if n != "gate_sum"} | {"layout": "interleaved"}
 
 
 @op(
@@ -84,7 +122,7 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     "x: A[T, D], ids: i64[T, K], gates: A[T, K], up: A[E, N, D], down: A[E, D, I],"
     " up_bias: A[E, N]?, down_bias: A[E, D]? -> y: A[T, D]",
     infer=_moe,
-    flops=lambda o, r, a: OPS["moe.experts"].flops(o, r, {**a, "layout": "interleaved"}),
+    flops=lambda o, r, a: OPS["moe.experts"].flops(o, r, _as_experts(a)),
     domains={"ids": lambda types, attributes: types[3].shape[0]},
     rows=OPS["moe.experts"].rows,
     distinct=("ids",),
@@ -92,7 +130,11 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 def moe(
     x, ids, gates, up, down, up_bias, down_bias, *,
     act: str = "silu", gated: bool = True, alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+    gate_sum: float = 0.0,
 ):  # fmt: skip
-    """Send each token through its chosen experts as moe.experts does, with gate and up rows in turn; gates are >= 0."""
+    """Send each token through its chosen experts as moe.experts does, with gate and up rows in turn; gates are >= 0.
+
+    `gate_sum` says what the gates of every token add up to, where that is known; 0 where it is not.
+    """
     attributes = {"act": act, "gated": gated, "alpha": alpha, "beta": beta, "limit": limit}
     return experts(x, ids, gates, up, down, up_bias, down_bias, layout="interleaved", **attributes)

@@ -158,7 +158,8 @@ def _experts_nbits(types: Types, attributes: Attributes) -> tuple[TensorType, ..
 def _experts_nbits_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     x, ids, gates, *parts = operands
     up, down = _weight_types(parts, attributes)
-    return OPS["moe.experts"].flops((x, ids, gates, up, down, None, None), results, attributes)
+    plain = {**_activation(attributes), "layout": attributes["layout"]}
+    return OPS["moe.experts"].flops((x, ids, gates, up, down, None, None), results, plain)
 
 
 @op(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...compiler.ir import Function, Op, Value
+from ...compiler.ops import OPS
 from ...compiler.recipes import Literal
 
 _ALWAYS = {
@@ -52,6 +53,8 @@ def _not_negative(function: Function, value: Value, visit: Callable[[Value | Non
             return attributes["value"] >= 0
         case "core.topk":
             return value == op.results[0] and visit(op.operands[0])
+        case "moe.route":
+            return value == op.results[0] and _route_not_negative(op, visit)
         case "core.maximum":
             return any(map(visit, op.operands))
         case "core.clamp":
@@ -61,11 +64,48 @@ def _not_negative(function: Function, value: Value, visit: Callable[[Value | Non
     return False
 
 
+def _route_not_negative(op: Op, visit: Callable[[Value | None], bool]) -> bool:
+    a = OPS[op.name].complete(op.attributes)
+    logits, bias, _, expert_scale = op.operands
+    if a["scale"] < 0 or (expert_scale and not visit(expert_scale)):
+        return False
+    scored = a["score"] != "identity" and a["weigh"] != "logits"
+    if scored and (a["weigh"] == "scores" or a["order"] == "select_score"):
+        return True
+    if not scored and not visit(logits):
+        return False
+    # a masked choice is 0, or not among the largest; a bias may be anything
+    return a["weigh"] != "choice" or bias is None or visit(bias)
+
+
+def gate_sum(function: Function, gates: Value) -> float | None:
+    """Return what every token's gates add up to (to 1e-6), where that can be shown; None means not known."""
+    op = function.producers.get(gates.name)
+    if op is None or op.name != "moe.route" or op.operands[3] is not None:
+        return None
+    a = OPS[op.name].complete(op.attributes)
+    _, bias, given, _ = op.operands
+    experts = op.inputs[0].type.shape[1]
+    if a["score"] != "softmax" or a["weigh"] == "logits" or not experts.is_Integer:
+        return None
+    if a["order"] == "select_score":
+        least, normal = 1.0, a["renorm"] in ("none", "sum")  # what the sum is at least before it is divided by itself
+    else:  # the k largest shares of 1
+        least, normal = a["k"] / int(experts), a["renorm"] == "sum" and not (bias or given) and a["groups"] == 1
+    divided = a["renorm"] == "none" or (a["eps"] <= 1e-7 * least and a["min_sum"] <= least / 2)
+    return a["scale"] if normal and divided else None
+
+
 def distinct(function: Function, value: Value) -> bool:
     """Return whether the numbers along the last axis can be shown to differ: indices of a topk or an argsort."""
     while (op := function.producers.get(value.name)) is not None:
         last = len(value.type.shape) - 1
         match op.name:
+            case "moe.route":
+                if op.operands[2] is None:
+                    return value == op.results[1]
+                value = op.operands[2]
+                continue
             case "core.topk":
                 return value == op.results[1] and op.attributes["axis"] == last
             case "core.argsort":

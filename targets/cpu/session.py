@@ -1,4 +1,4 @@
-"""Runs an artifact of target cpu in ONNX Runtime. Caches stay in the buffers that the runtime made."""
+"""Runs an artifact of target cpu in ONNX Runtime; caches.py keeps the states between steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,12 @@ import numpy as np
 
 from ...compiler.errors import MoecError
 from ...compiler.manifest import State, check_files, read_manifest
+from .caches import ELEMENTS, States, start
 
 MODEL = "model.onnx"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS = "logits"
-# how a state's zeros are made: ONNX element type, and a numpy dtype of the same width
-ELEMENTS = {
-    "f32": (1, np.float32), "u8": (2, np.uint8), "i8": (3, np.int8), "i32": (6, np.int32), "i64": (7, np.int64),
-    "f16": (10, np.uint16), "f64": (11, np.float64), "bf16": (16, np.uint16), "f8e4m3": (17, np.uint8),
-}  # fmt: skip
+KEEP = "logits_to_keep"  # how many tokens at the end get logits; a model without it gives them all
 
 
 @dataclass(frozen=True)
@@ -35,57 +32,79 @@ class Session:
     states: tuple[State, ...]
     vocabulary: int
     context: int
+    keeps: bool = False  # whether the model can leave out the logits of earlier tokens
 
     def step(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, states: Any = None
-    ) -> tuple[np.ndarray, tuple[Any, ...]]:
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        position_ids: np.ndarray,
+        states: States | None = None,
+        last: int = 0,
+    ) -> tuple[np.ndarray, States]:
         """Run new tokens i64[B, S] after P past ones; mask i64[B, P + S] (1 = token), positions i64[B, S].
 
-        `states` are what the step before returned (None: nothing is past). They are OrtValues, bound as the next
-        inputs as they are. Returns logits f32[B, S, vocabulary] and the new states. Raises MoecError for sizes that
-        do not fit and for what the runtime refuses.
+        `states` are what the step before returned (None: nothing is past). Returns logits f32[B, S, vocabulary] and
+        the new states; with `last` the logits of that many tokens at the end only. Raises MoecError for sizes that do
+        not fit and for what the runtime refuses.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         arrays = {name: np.ascontiguousarray(array, np.int64) for name, array in given.items()}
+        if states is None:
+            states = self.start(len(arrays["input_ids"]))
         past = self._check(arrays, states)
         batch, new = arrays["input_ids"].shape
-        if states is None:
-            states = self.start(batch)
-        logits = np.empty((batch, new, self.vocabulary), np.float32)
+        kept = min(last, new) if last and self.keeps else new
+        logits = np.empty((batch, kept, self.vocabulary), np.float32)
+        states = states.with_room(self._in_place, new)
         with _errors("ONNX Runtime cannot run the model", self.folder / MODEL, todo=f"{new} new tokens after {past}"):
-            binding = self.runtime.io_binding()
+            binding = self._binding(states)
             for name in self.inputs:
                 binding.bind_cpu_input(name, arrays[name])
-            for state, value in zip(self.states, states, strict=True):
-                binding.bind_ortvalue_input(state.past, value)
+            if self.keeps:
+                binding.bind_ortvalue_input(KEEP, _value(np.array([kept], np.int64)))
             binding.bind_output(LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-            for state in self.states:
-                binding.bind_output(state.present, "cpu")
             self.runtime.run_with_iobinding(binding)
-            outputs = binding.get_outputs()  # in the order in which they were bound
-        return logits, tuple(outputs[1:])
+            others = tuple(binding.get_outputs()[len(self._in_place) :][: len(states.others)]) if states.others else ()
+        states.buffers.filled = past + new
+        logits = logits[:, -last:] if last and not self.keeps else logits
+        return logits, replace(states, length=past + new, others=others)
 
-    def start(self, batch: int) -> tuple[Any, ...]:
+    def start(self, batch: int) -> States:
         """Return the states before the first token: empty caches, and zeros where a state does not grow."""
-        import onnxruntime
+        return start(self.states, batch)
 
-        made = []
-        for state in self.states:
-            element, dtype = ELEMENTS[state.dtype]
-            zeros = np.zeros(state.sizes(B=batch, P=0), dtype)
-            made.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, element))
-        return tuple(made)
+    @property
+    def _in_place(self) -> list[State]:
+        return [state for state in self.states if state.in_place]
 
-    def _check(self, arrays: dict[str, np.ndarray], states: Any) -> int:
+    def _binding(self, states: States) -> Any:
+        """Return a binding of the states: buffers as past and present at once, others as inputs with new outputs."""
+        binding = states.buffers.binding
+        if binding is None:
+            binding = self.runtime.io_binding()
+            for state, array in zip(self._in_place, states.buffers.arrays, strict=True):
+                place = ("cpu", 0, ELEMENTS[state.dtype][0], array.shape, array.ctypes.data)
+                binding.bind_input(state.past, *place)
+                binding.bind_output(state.present, *place)
+            states.buffers.binding = binding
+        # get_outputs gives outputs in the order in which they were bound first: buffers, then these, then the logits
+        for state, value in zip((s for s in self.states if not s.in_place), states.others, strict=True):
+            binding.bind_ortvalue_input(state.past, value)
+            binding.bind_output(state.present, "cpu")
+        return binding
+
+    def _check(self, arrays: dict[str, np.ndarray], states: States) -> int:
         """Return the number of past tokens; MoecError if the inputs do not belong together."""
         ids, mask, positions = (arrays[name] for name in INPUTS)
         if ids.ndim != 2 or ids.size == 0:
             raise MoecError(f"input_ids has the shape {list(ids.shape)}", todo="give [batch, new tokens], not empty")
         batch, new = ids.shape
-        if states is not None and len(states) != len(self.states):
-            raise MoecError(f"{len(states)} states are given, the model has {len(self.states)}")
-        grown = [v.shape()[s.axis] for s, v in zip(self.states, states or (), strict=False) if s.axis is not None]
-        past = 0 if states is None else grown[0] if grown else mask.shape[-1] - new
+        if not isinstance(states, States) or len(states) != len(self.states):
+            raise MoecError("these are not the states of a step of this model", todo="pass on what a step returned")
+        if states.batch != batch:
+            raise MoecError(f"the states are those of {states.batch} rows, {batch} are given")
+        past = states.length
         wanted = {"attention_mask": (batch, past + new), "position_ids": (batch, new)}
         for name, array in (("attention_mask", mask), ("position_ids", positions)):
             if array.shape != wanted[name]:
@@ -100,9 +119,10 @@ class Session:
         return past
 
 
-def load(folder: Path | str, threads: int | None = None, spinning: bool = True) -> Session:
+def load(folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None) -> Session:
     """Open the artifact in `folder`; `threads` is the number of compute threads (default: one a usable core).
 
+    `accuracy` of `exact` keeps activations beside quantized weights in f32, whatever the model was compiled for.
     `spinning` threads wait for work without sleeping: fast, but whatever else computes between two steps is slowed
     down several times. Raises MoecError if the artifact is not whole or ONNX Runtime does not take it.
     """
@@ -122,10 +142,15 @@ def load(folder: Path | str, threads: int | None = None, spinning: bool = True) 
             )
     import onnxruntime
 
+    options = _options(threads, spinning)
     with _errors("ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"):
-        runtime = onnxruntime.InferenceSession(
-            str(path), _options(threads, spinning), providers=["CPUExecutionProvider"]
-        )
+        model: Any = str(path)
+        if accuracy is not None:
+            from .accuracy import with_accuracy
+
+            model = with_accuracy(path, accuracy)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     _check_names(path, runtime, states)
     outputs = {output.name: output for output in runtime.get_outputs()}
     width = outputs[LOGITS].shape[-1]
@@ -135,7 +160,8 @@ def load(folder: Path | str, threads: int | None = None, spinning: bool = True) 
         )
     taken = tuple(i.name for i in runtime.get_inputs() if i.name in INPUTS)
     limit = manifest["dims"].get("S", (1, 1 << 31))[1]
-    return Session(folder, runtime, taken, states, width, limit)
+    keeps = KEEP in {i.name for i in runtime.get_overridable_initializers()}
+    return Session(folder, runtime, taken, states, width, limit, keeps)
 
 
 def _options(threads: int | None, spinning: bool) -> Any:
@@ -163,6 +189,13 @@ def _check_names(path: Path, runtime: Any, states: tuple[State, ...]) -> None:
     if lacking or unknown:
         what = f"the model has no {lacking[0]}" if lacking else f"the model asks for an unknown input {unknown[0]}"
         raise MoecError(what, where=str(path), todo="moec.json and the model do not belong together: compile it again")
+
+
+def _value(array: np.ndarray) -> Any:
+    """Return a value of the runtime; an input that has a default can be bound only as one."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 @contextmanager

@@ -1,0 +1,163 @@
+"""Computes what is known before the program runs: ops on constants, and ops that change nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import sympy
+
+from ..compiler.dims import size
+from ..compiler.interpret import run_op
+from ..compiler.ir import Function, Module, Op, Value, make_attrs
+from ..compiler.pipeline import pass_
+from ..compiler.sweep import Sweep
+
+# elementwise ops: on operands that hold one number everywhere, the result does too
+_ELEMENTWISE = frozenset(
+    f"core.{name}"
+    for name in (
+        "add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "logical_and",
+        "logical_or", "logical_not", "neg", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu",
+        "relu", "softplus", "abs", "floor", "erf", "reciprocal", "gelu", "clamp", "where", "cast",
+    )
+)  # fmt: skip
+# ops that give the same numbers in another shape
+_RESHAPING = frozenset(f"core.{name}" for name in ("reshape", "transpose", "expand", "slice", "concat"))
+
+
+@pass_(reads="any")
+def fold_constants(module: Module, target: Any) -> Module:
+    """Compute ops on constants, leave out ops that change nothing, and join two reshapes or transposes into one.
+
+    Constants are scalars, and tensors that hold one number everywhere. Names of parameters and of results stay.
+    """
+    return module.with_functions({f.name: folded(f) for f in module.functions})
+
+
+def folded(function: Function) -> Function:
+    """Return the function with its constants folded; itself if nothing can be."""
+    sweep = Sweep(function)
+    for original in function.ops:
+        op = sweep.read(original)
+        op = _constant(op, sweep) or _shorten(op, sweep)
+        same = _unchanged(op, sweep)
+        if same is None or not sweep.stand_for(op.results[0], same):
+            sweep.keep(op)
+    return sweep.finish()
+
+
+# --- constants -------------------------------------------------------------------------------------------------
+
+
+def _number(value: Value | None, sweep: Sweep) -> float | int | bool | None:
+    """Return the number that a value holds everywhere, if it is a constant."""
+    op = sweep.made.get(value.name) if value else None
+    return op.attributes["value"] if op and op.name in ("core.constant", "core.full") else None  # type: ignore[return-value]
+
+
+def _constant(op: Op, sweep: Sweep) -> Op | None:
+    """Return the constant that an op on constants makes."""
+    if op.name not in _ELEMENTWISE | _RESHAPING or not op.operands:
+        return None
+    numbers = [_number(v, sweep) for v in op.operands]
+    if any(n is None for n in numbers):
+        return None
+    type_ = op.results[0].type
+    if op.name in _RESHAPING:
+        if len({(type(n), n) for n in numbers}) > 1:
+            return None
+        number = numbers[0]
+    else:
+        number = _compute(op, numbers)
+    if isinstance(number, float) and math.isnan(number):  # a NaN equals nothing: two such modules would never be equal
+        return None
+    attrs = {"value": number, "dtype": type_.dtype, **({"shape": type_.shape} if type_.shape else {})}
+    return Op("core.full" if type_.shape else "core.constant", (), op.results, make_attrs(attrs), loc=op.loc)
+
+
+def _compute(op: Op, numbers: list[Any]) -> Any:
+    scalars = [
+        run_op(Op("core.constant", (), (), make_attrs({"value": n, "dtype": v.type.dtype})), [], {})[0]
+        for n, v in zip(numbers, op.inputs, strict=True)
+    ]
+    return run_op(op, scalars, {})[0].item()
+
+
+# --- ops that change nothing -----------------------------------------------------------------------------------
+
+
+def _shorten(op: Op, sweep: Sweep) -> Op:
+    """Return the op reading through an op of the same kind before it, where one does the work of both."""
+    if op.name == "core.concat":
+        return _without_empty(op)
+    if op.name not in ("core.reshape", "core.transpose"):
+        return op
+    operand = op.operands[0]
+    inner = sweep.made.get(operand.name) if operand else None
+    if inner is None or inner.name != op.name:
+        return op
+    if op.name == "core.reshape":
+        return replace(op, operands=inner.operands)
+    first, second = inner.attributes["perm"], op.attributes["perm"]
+    attrs = make_attrs({"perm": tuple(first[p] for p in second)})  # type: ignore[index, union-attr]
+    return replace(op, operands=inner.operands, attrs=attrs)
+
+
+def _without_empty(op: Op) -> Op:
+    """Return a concat without the operands that have nothing along its axis."""
+    axis: Any = op.attributes["axis"]
+    full = tuple(v for v in op.inputs if v.type.shape[axis] != 0)
+    return replace(op, operands=full) if full and full != op.operands else op
+
+
+def _unchanged(op: Op, sweep: Sweep) -> Value | None:
+    """Return the operand that the op's only result equals, if there is one."""
+    test = _SAME.get(op.name)
+    if test is None:
+        return None
+    return next((v for i, v in enumerate(op.operands) if v is not None and test(op, i, sweep)), None)
+
+
+def _with_number(neutral: float, commutative: bool) -> Callable[[Op, int, Sweep], bool]:
+    def test(op: Op, index: int, sweep: Sweep) -> bool:
+        number = _number(op.operands[1 - index], sweep)
+        if number is None or isinstance(number, bool):
+            return False
+        return number == neutral and (commutative or index == 0)
+
+    return test
+
+
+def _whole_slice(op: Op, index: int, sweep: Sweep) -> bool:
+    operand, attributes = op.operands[0], op.attributes
+    assert operand is not None
+    whole = operand.type.shape[attributes["axis"]]  # type: ignore[index]
+    start, stop = size(attributes["start"]), size(attributes["stop"])
+    return start == 0 and sympy.expand(stop - whole) == 0 and attributes.get("step", 1) == 1
+
+
+def _same_type(op: Op, index: int, sweep: Sweep) -> bool:
+    return op.operands[0] is not None and op.operands[0].type == op.results[0].type
+
+
+def _in_order(op: Op, index: int, sweep: Sweep) -> bool:
+    perm = op.attributes["perm"]
+    return list(perm) == sorted(perm)  # type: ignore[arg-type]
+
+
+_SAME: dict[str, Callable[[Op, int, Sweep], bool]] = {
+    "core.cast": _same_type,
+    "core.reshape": _same_type,
+    "core.expand": _same_type,
+    "core.transpose": _in_order,
+    "core.slice": _whole_slice,
+    "core.concat": lambda op, index, sweep: len(op.operands) == 1,
+    "core.add": _with_number(0, commutative=True),
+    "core.sub": _with_number(0, commutative=False),
+    "core.mul": _with_number(1, commutative=True),
+    "core.div": _with_number(1, commutative=False),
+    "core.pow": _with_number(1, commutative=False),
+}

@@ -1,0 +1,270 @@
+"""Makes one op of all that stands between the linears of q, k and v and the output's linear, and one of the three linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..compiler.draft import Draft, join, rewrite_ops
+from ..compiler.errors import Refuse
+from ..compiler.ir import Function, Module, Op, TensorType, Value, make_attrs
+from ..compiler.ops import OPS
+from ..compiler.pipeline import pass_
+from ..compiler.rewrite import Note, Why, tell
+
+FUSED = "nn.cached_attention"
+BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
+
+
+@pass_(reads="moe")
+def fuse_attention(module: Module, target: Any, why: Why) -> Module:
+    """Fuse q/k norms, rotary embedding, cache append and attention, and give them q, k and v from one linear.
+
+    What is done to heads in another order (a norm behind the rotary embedding, another embedding) stays outside.
+    """
+    notes: list[str] = []
+    fused = {}
+    for function in module.functions:
+        attended = rewrite_ops(Draft(function), {"nn.attention": _attention(notes)}, "fuse-attention", notes)
+        fused[function.name] = _pack(attended, notes)
+    tell(why, notes)
+    return module.with_functions(fused)
+
+
+# --- norms, rotary embedding, cache and attention ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What is done to the heads on their way to the attention: normed, then turned; `value` is what they were before."""
+
+    value: Value
+    norm: Value | None = None
+    eps: float | None = None
+    cos: Value | None = None
+    sin: Value | None = None
+    tokens_first: bool = False  # [B, S, H, D] instead of [B, H, S, D]
+
+
+def _attention(notes: list[str]) -> Callable[[Draft, Op], Op]:
+    """Return the rewrite of nn.attention; `notes` gets what stays outside of the op."""
+
+    def rewrite(draft: Draft, op: Op) -> Op:
+        q, key, value, mask, sinks = op.operands
+        assert q and key and value
+        _check(q, key, value)
+        appends = [_append(draft.function, state, op) for state in (key, value)]
+        if key == value:
+            raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)
+        new_key, new_value = (append.operands[1] for append in appends)
+        assert new_key and new_value
+        if q.type.shape[2] != new_key.type.shape[2]:
+            raise Refuse("the number of queries is not the number of tokens appended to the cache")
+        heads = _outside_in(draft.function, _Heads(q), _Heads(new_key))
+        made = [_rows(draft, h, op.loc) for h in (*heads, _Heads(new_value))]
+        for (_, outside), h in zip(made[:2], heads, strict=False):
+            if outside is not None:
+                reason = (
+                    f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
+                )
+                notes.append(Note("fuse-attention", draft.function.name, op, reason))
+        pasts = [append.operands[0] for append in appends]
+        norms, angles = (heads[0].norm, heads[1].norm), (heads[0].cos, heads[0].sin)
+        attrs = {**op.attributes, "heads": int(q.type.shape[1])}
+        eps = next((h.eps for h in heads if h.eps is not None), None)
+        attrs |= {} if eps is None else {"eps": eps}
+        y = op.results[0]
+        batch, new, count, width = y.type.shape
+        flat = Value(draft.fresh(f"{y.name}.rows"), TensorType(y.type.dtype, (batch, new, count * width)))
+        operands = (*(rows for rows, _ in made), *pasts, *angles, *norms, mask, sinks)
+        draft.ops.append(Op(FUSED, operands, (flat, key, value), make_attrs(attrs), loc=op.loc))
+        return Op("core.reshape", (flat,), (y,), make_attrs({"shape": y.type.shape}), loc=op.loc)
+
+    return rewrite
+
+
+def _append(function: Function, state: Value, attention: Op) -> Op:
+    """Return the op that appends to a cache which only this attention and the caller read."""
+    append = function.producers.get(state.name)
+    if append is None or append.name != "nn.cache_append" or append.attributes["axis"] != 2:
+        raise Refuse(f"{state} is not a cache that the step's tokens are appended to", state)
+    others = [user for user in function.uses[state.name] if user is not None and user is not attention]
+    if others:
+        raise Refuse(f"{state} is also read by {others[0].name}", state)
+    return append
+
+
+def _check(q: Value, key: Value, value: Value) -> None:
+    """Refuse what one op with two caches of equal width cannot say."""
+    width = key.type.shape[3]
+    if value.type.shape[3] != width:
+        raise Refuse(f"keys have {width} numbers a head and values {value.type.shape[3]}, as in latent attention")
+    if key.type.shape[1] != value.type.shape[1]:
+        raise Refuse(f"there are {key.type.shape[1]} heads of keys and {value.type.shape[1]} of values")
+    if not all(x.is_Integer for x in (q.type.shape[1], key.type.shape[1], width)):
+        raise Refuse(f"the heads of {q.type} have no fixed number")
+
+
+def _outside_in(function: Function, q: _Heads, k: _Heads) -> tuple[_Heads, _Heads]:
+    """Take up what is done to both in the same way, from the attention outwards."""
+    turned = (_turned(function, q), _turned(function, k))
+    if (turned[0].cos, turned[0].sin) == (turned[1].cos, turned[1].sin):
+        q, k = turned
+    normed = (_normed(function, q), _normed(function, k))
+    if len({h.eps for h in normed} - {None}) == 1:
+        q, k = normed
+    return q, k
+
+
+def _turned(function: Function, heads: _Heads) -> _Heads:
+    """Read a rotary embedding of whole heads, or of the first numbers of each head."""
+    op = function.producers.get(heads.value.name)
+    match op:
+        case Op("nn.rope", (x, cos, sin)):
+            assert x and cos and sin
+            return replace(heads, value=x, cos=cos, sin=sin)
+        case Op("core.concat", (first, second)) if op.attributes["axis"] == 3:
+            rope, rest = (function.producers.get(v.name) for v in (first, second) if v)
+            whole = _slice_of(rest, int(first.type.shape[3])) if first else None
+            if rope and rope.name == "nn.rope" and whole:
+                part = function.producers.get(rope.operands[0].name)  # type: ignore[union-attr]
+                if _slice_of(part, 0) == whole and whole.type == heads.value.type:
+                    return replace(heads, value=whole, cos=rope.operands[1], sin=rope.operands[2])
+    return heads
+
+
+def _slice_of(op: Op | None, start: int) -> Value | None:
+    """Return the value that a plain slice of heads from `start` on is taken of."""
+    if op is None or op.name != "core.slice":
+        return None
+    attributes = OPS[op.name].complete(op.attributes)
+    fits = attributes["axis"] == 3 and attributes["start"] == start and attributes["step"] == 1
+    return op.operands[0] if fits else None
+
+
+def _normed(function: Function, heads: _Heads) -> _Heads:
+    """Read an RMSNorm over each head, on either side of the transpose."""
+    op = function.producers.get(heads.value.name)
+    turned = False
+    if op is not None and op.name == "core.transpose" and op.attributes["perm"] == BEFORE_HEADS:
+        turned, op = True, function.producers.get(op.inputs[0].name)
+    if op is None or op.name != "nn.rms_norm" or len(op.inputs[0].type.shape) != 4:
+        return heads
+    x, weight = op.inputs
+    return replace(heads, value=x, norm=weight, eps=float(op.attributes["eps"]), tokens_first=turned)  # type: ignore[arg-type]
+
+
+def _rows(draft: Draft, heads: _Heads, loc: tuple[str, ...]) -> tuple[Value, Op | None]:
+    """Return the heads one behind the other, [B, S, H*D], and the op on single heads that stays outside, if there is one."""
+    producers = draft.function.producers
+    value, op, outside = heads.value, producers.get(heads.value.name), None
+    if not heads.tokens_first:
+        if op is not None and op.name == "core.transpose" and op.attributes["perm"] == BEFORE_HEADS:
+            value = op.inputs[0]
+        else:
+            outside = op
+            value = draft.add("core.transpose", value, hint=f"{value.name}.turned", loc=loc, perm=BEFORE_HEADS)
+    batch, new, count, width = value.type.shape
+    flat = (batch, new, count * width)
+    op = producers.get(value.name)
+    if op is not None and op.name == "core.reshape" and op.inputs[0].type.shape == flat:
+        return op.inputs[0], outside
+    return draft.add("core.reshape", value, hint=f"{value.name}.rows", loc=loc, shape=flat), outside
+
+
+# --- one linear for q, k and v -----------------------------------------------------------------------------------
+
+
+def _pack(function: Function, notes: list[str]) -> Function:
+    """Replace the linears of q, k and v by one, and their results by slices of its result."""
+    packs: dict[int, _Pack] = {}
+    for op in function.ops:
+        if op.name == FUSED and op.operands[1] is not None:
+            try:
+                pack = _linears(function, op)
+            except Refuse as refusal:
+                notes.append(Note("fuse-attention", function.name, op, f"q, k and v stay apart: {refusal.reason}"))
+            else:
+                packs |= dict.fromkeys((id(op), *map(id, pack.linears)), pack)
+    draft = Draft(function)
+    for op in function.ops:
+        found = packs.get(id(op))
+        draft.ops.append(_packed(draft, op, found) if found else op)
+    return draft.finish()
+
+
+@dataclass
+class _Pack:
+    """The linears of q, k and v, and the result of the one linear, once it is there."""
+
+    linears: tuple[Op, ...]
+    value: Value | None = None
+
+
+def _linears(function: Function, attention: Op) -> _Pack:
+    """Return the linears that q, k and v come from, in this order; Refuse where one cannot do the work of the three."""
+    linears = []
+    for value in attention.operands[:3]:
+        assert value
+        op = function.producers.get(value.name)
+        while op is not None and op.name != "core.linear":
+            op = function.producers.get(op.inputs[0].name) if op.inputs else None
+        if op is None:
+            raise Refuse(f"{value} does not come from a linear")
+        linears.append(op)
+    weights = {c.value.name for c in function.consts}
+    apart = len({id(op) for op in linears})
+    if apart < 3:
+        raise Refuse("they come from one linear already" if apart == 1 else "two of them come from one linear")
+    if len({op.operands[0] for op in linears}) > 1:
+        raise Refuse(f"their linears read {', '.join(str(op.operands[0]) for op in linears)}")
+    for op in linears:
+        strange = [v for v in op.inputs[1:] if v.name not in weights]
+        if strange:
+            raise Refuse(f"{strange[0]} is not a weight, it cannot be put beside others beforehand")
+    biased = [op for op in linears if op.operands[2] is not None]
+    if len(biased) not in (0, 3):
+        raise Refuse(f"of their linears only {', '.join(str(op.results[0]) for op in biased)} has a bias")
+    return _Pack(tuple(linears))
+
+
+def _packed(draft: Draft, op: Op, pack: _Pack) -> Op:
+    """Return the slice that a linear's result is of the packed one, or the attention that takes the packed one whole."""
+    results = tuple(linear.results[0] for linear in pack.linears)
+    if pack.value is None:
+        pack.value = _one_linear(draft, pack.linears)
+    if op.name == FUSED:
+        whole = all(
+            _unshaped(draft.function, v) == result and v.type.shape[-1] == result.type.shape[-1]
+            for v, result in zip(op.operands[:3], results, strict=True)
+            if v
+        )
+        return replace(op, operands=(_by_row(draft, pack.value, op), None, None, *op.operands[3:])) if whole else op
+    start = sum(int(v.type.shape[-1]) for v in results[: results.index(op.results[0])])
+    attrs = {"axis": len(pack.value.type.shape) - 1, "start": start, "stop": start + int(op.results[0].type.shape[-1])}
+    return Op("core.slice", (pack.value,), op.results, make_attrs(attrs), loc=op.loc)
+
+
+def _unshaped(function: Function, value: Value) -> Value:
+    """Return what a value was before it was reshaped."""
+    while (op := function.producers.get(value.name)) is not None and op.name == "core.reshape":
+        value = op.inputs[0]
+    return value
+
+
+def _by_row(draft: Draft, value: Value, attention: Op) -> Value:
+    """Return the result of a linear over flattened tokens as [B, S, N]; that of another as it is."""
+    if len(value.type.shape) == 3:
+        return value
+    shape = (*attention.results[0].type.shape[:2], value.type.shape[-1])
+    return draft.add("core.reshape", value, hint=f"{value.name}.rows", loc=attention.loc, shape=shape)
+
+
+def _one_linear(draft: Draft, linears: tuple[Op, ...]) -> Value:
+    """Add the linear whose weight is those of q, k and v one below the other."""
+    loc = tuple(dict.fromkeys(text for op in linears for text in op.loc))
+    _, weights, biases = zip(*(op.operands for op in linears), strict=True)
+    weight = draft.weight(join(*map(draft.recipe, weights), axis=0), "qkv_proj")
+    bias = None if biases[0] is None else draft.weight(join(*map(draft.recipe, biases), axis=0), "qkv_proj_bias")
+    return draft.add("core.linear", linears[0].operands[0], weight, bias, hint="qkv", loc=loc)

@@ -1,0 +1,232 @@
+"""Makes one op of routed experts that are spelled out: no token is copied once for every expert it goes to.
+
+A rule is put together of parts: how the tokens reach their experts (`_Spelling`), where the gate and the other half of
+an expert's first matrix come from (`_HALVES`), and the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..compiler.draft import join
+from ..compiler.errors import Refuse
+from ..compiler.ir import Function, Module, Value
+from ..compiler.pipeline import pass_
+from ..compiler.recipes import Recipe
+from ..compiler.rewrite import Match, Note, Rule, Why, apply, rule, tell
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """What stands before, between and after: `linear` multiplies %x by the weight %w of each row's expert, giving %y."""
+
+    name: str
+    before: str
+    linear: str
+    after: str
+    operands: str  # of the moe.experts that takes its place
+
+    def __call__(self, y: str, x: str, w: str, b: str) -> str:
+        return self.linear.format(y=y, x=x, w=w, b=b)
+
+
+_GROUPED = _Spelling(
+    name="grouped",
+    before="""
+      %rows, %offsets, %perm = moe.dispatch(%x, %ids)""",
+    linear="""
+      %{y} = moe.grouped_linear(%{x}, %{w}, %offsets, %{b})""",
+    after="""
+      %y = moe.combine(%o, %gates, %perm)""",
+    operands="%x, %ids, %gates, %up, %down, %up_bias, %down_bias",
+)
+_BATCHED = _Spelling(  # a copy of the weights for every row
+    name="batched",
+    before="""
+      %numbers = core.iota()
+      %column = core.reshape(%numbers)
+      %repeated = core.expand(%column)
+      %token = core.reshape(%repeated)
+      %rows = core.take(%x, %token) {axis=0}
+      %rows_in = core.reshape(%rows)
+      %flat = core.reshape(%ids)""",
+    linear="""
+      %{w}_own = core.take(%{w}, %flat) {{axis=0}}
+      %{y}_out = core.matmul(%{w}_own, %{x}_in)
+      %{y} = core.reshape(%{y}_out)""",
+    after="""
+      %share = core.reshape(%gates)
+      %weighted = core.mul(%o, %share)
+      %each = core.reshape(%weighted)
+      %y = core.sum(%each) {axes=[1], keepdim=false}""",
+    operands="%x, %ids, %gates, %up, %down, _, _",
+)
+_OPTIONAL = ("bg", "bu", "up_bias", "down_bias")
+
+
+def _halves(spelling: _Spelling) -> dict[str, str]:
+    """Return where %g and %u come from: two weights, or one with the halves one behind the other or in turn."""
+    packed = spelling("gu", "rows", "up", "up_bias")
+    cut = "\n      %{} = core.slice(%gu) {{axis=1, start={}, stop={}, step={}}}"
+    return {
+        "apart": spelling("g", "rows", "wg", "bg") + spelling("u", "rows", "wu", "bu"),
+        "concat": packed + cut.format("g", 0, "Middle", 1) + cut.format("u", "Middle", "End", 1),
+        "interleaved": packed + cut.format("g", 0, "End", 2) + cut.format("u", 1, "End", 2),
+    }
+
+
+_ACTS = {
+    "silu": "%a = core.silu(%g)",
+    "gelu": "%a = core.gelu(%g) {approximate=none}",
+    "gelu_tanh": "%a = core.gelu(%g) {approximate=tanh}",
+    "relu": "%a = core.relu(%g)",
+}
+_CLAMPED = """
+      %gc = core.clamp(%g) {min=Low, max=Limit}
+      %uc = core.clamp(%u) {min=Lower, max=Upper}"""
+# what makes %h of %g and %u, and the attributes that say so
+_GATED = {
+    **{act: (f"\n      {text}\n      %h = core.mul(%a, %u)", f"act={act}") for act, text in _ACTS.items()},
+    "clamped_silu": (_CLAMPED + """
+      %a = core.silu(%gc)
+      %h = core.mul(%a, %uc)""", "act=silu, limit=Limit"),
+    "gpt_oss": (_CLAMPED + """
+      %s = core.mul(%gc, %alpha)
+      %t = core.sigmoid(%s)
+      %a = core.mul(%gc, %t)
+      %v = core.add(%uc, %beta)
+      %h = core.mul(%v, %a)""", "act=silu, alpha=Alpha, beta=Beta, limit=Limit"),
+}  # fmt: skip
+_PLAIN = {
+    **{act: f"\n      {text.replace('%a', '%h')}" for act, text in _ACTS.items()},
+    "relu2": "\n      %a = core.relu(%g)\n      %h = core.mul(%a, %a)",
+}
+
+
+def _end(spelling: _Spelling) -> str:
+    column = "\n      %h_in = core.reshape(%h)" if spelling is _BATCHED else ""
+    return column + spelling("o", "h", "down", "down_bias") + spelling.after
+
+
+def _gated(spelling: _Spelling, halves: str, act: str) -> Rule:
+    middle, attrs = _GATED[act]
+    layout = "interleaved" if halves == "interleaved" else "concat"
+
+    def guard(m: Match, target: Any) -> Mapping[str, Any]:
+        """Read tokens where they are and add results where they belong, instead of copying a row for each expert."""
+        if spelling is _BATCHED:
+            _check_order(m)
+        if halves != "apart":
+            _check_halves(m, halves)
+        if "Limit" in m.attrs:
+            _check_limits(m)
+        bindings: dict[str, Any] = _one_weight(m) if halves == "apart" else {}
+        if act == "gpt_oss":
+            bindings |= {"Alpha": _number(m, "alpha"), "Beta": _number(m, "beta")}
+        return bindings
+
+    guard.__name__ = f"{spelling.name}_{halves}_{act}_into_experts"
+    before = spelling.before + _halves(spelling)[halves] + middle + _end(spelling)
+    after = f"%y = moe.experts({spelling.operands}) {{{attrs}, layout={layout}}}"
+    return rule(before=before, after=after, optional=_OPTIONAL)(guard)
+
+
+def _plain(spelling: _Spelling, act: str) -> Rule:
+    def guard(m: Match, target: Any) -> None:
+        """Read experts without a gate as one op."""
+        if spelling is _BATCHED:
+            _check_order(m)
+
+    guard.__name__ = f"{spelling.name}_plain_{act}_into_experts"
+    before = spelling.before + spelling("g", "rows", "up", "up_bias") + _PLAIN[act] + _end(spelling)
+    after = f"%y = moe.experts({spelling.operands}) {{act={act}, gated=false}}"
+    return rule(before=before, after=after, optional=_OPTIONAL)(guard)
+
+
+def _one_weight(m: Match) -> dict[str, Any]:
+    """Return the weight with the rows of the gate and those of the other half behind them, and its bias."""
+    if m.wg.type != m.wu.type:
+        raise Refuse(f"the weights are {m.wg.type} and {m.wu.type}", m.wg, m.wu)
+    bg, bu = m.values.get("bg"), m.values.get("bu")
+    if (bg is None) != (bu is None):
+        raise Refuse(f"only {bg or bu} has a bias of the two", m.g, m.u)
+    bias = None if bg is None else join(_weight(m, "bg"), _weight(m, "bu"), axis=1)
+    return {"up": join(_weight(m, "wg"), _weight(m, "wu"), axis=1), "up_bias": bias}
+
+
+def _weight(m: Match, name: str) -> Recipe:
+    recipe = m.recipe(name)
+    if recipe is None:
+        raise Refuse(f"{m[name]} is not a weight, it cannot be put beside another beforehand", m[name])
+    return recipe
+
+
+def _check_order(m: Match) -> None:
+    """Refuse reshapes other than those between [T, K] and [T*K], and between a row and a column."""
+    tokens, chosen = m.ids.type.shape
+    wanted = {
+        "column": (tokens, 1), "repeated": (tokens, chosen), "flat": (tokens * chosen,), "share": (tokens * chosen, 1),
+        "rows_in": (*m.rows.type.shape, 1), "h_in": (*m.h.type.shape, 1), "each": (tokens, chosen, m.x.type.shape[1]),
+        **{y: m[f"{y}_out"].type.shape[:2] for y in ("g", "u", "gu", "o") if f"{y}_out" in m.values},
+    }  # fmt: skip
+    for name, shape in wanted.items():
+        if m[name].type.shape != shape:
+            raise Refuse(f"{m[name]} is {m[name].type}, not [{', '.join(map(str, shape))}]", m[name])
+
+
+def _check_halves(m: Match, layout: str) -> None:
+    width = m.gu.type.shape[1]
+    if m.End != width or (layout == "concat" and 2 * m.Middle != width):
+        raise Refuse(f"{m.g} and {m.u} are not the halves of {m.gu.type}", m.gu)
+
+
+def _check_limits(m: Match) -> None:
+    if m.Low != float("-inf") or (m.Lower, m.Upper) != (-m.Limit, m.Limit):
+        limits = f"{m.Low}..{m.Limit} and {m.Lower}..{m.Upper}"
+        raise Refuse(f"the halves are clamped to {limits}, not to -inf..limit and -limit..limit", m.gc, m.uc)
+
+
+def _number(m: Match, name: str) -> float:
+    number = m.number(name)
+    if number is None:
+        raise Refuse(f"{m[name]} is not a constant", m[name])
+    return float(number)
+
+
+_SPELLINGS = (_GROUPED, _BATCHED)
+RULES = (
+    *(_gated(s, halves, act) for s in _SPELLINGS for halves in _halves(s) for act in _GATED),
+    *(_plain(s, act) for s in _SPELLINGS for act in _PLAIN),
+)
+
+
+@pass_(reads="moe")
+def fuse_dispatch(module: Module, target: Any, why: Why) -> Module:
+    """Fuse dispatch, the experts' linears, activation and weighted sum into moe.experts, without a copy of the tokens."""
+    notes: list[str] = []
+    module = apply(module, target, RULES, notes)
+    tell(why, [*notes, *_unexplained(module, notes)])
+    return module
+
+
+def _unexplained(module: Module, notes: list[str]) -> Iterator[Note]:
+    """Yield a note for each block that stays and that no rule came near."""
+    explained = {(note.function, note.place) for note in notes if isinstance(note, Note)}
+    for function in module.functions:
+        for op in function.ops:
+            if op.name == "moe.combine" and (function.name, op.loc) not in explained:
+                between = ", ".join(dict.fromkeys(_between(function, op.inputs[0]))) or "nothing"
+                yield Note("fuse-dispatch", function.name, op, f"between the experts' linears no rule knows {between}")
+
+
+def _between(function: Function, rows: Value) -> Iterator[str]:
+    """Yield the names of the ops from a block's last grouped linear back to the ones before it, the last op first."""
+    last = function.producers.get(rows.name)
+    waiting = list(last.inputs[:1]) if last and last.name == "moe.grouped_linear" else [rows]
+    while waiting:
+        op = function.producers.get(waiting.pop().name)
+        if op is not None and op.name.startswith("core."):
+            yield op.name
+            waiting += op.inputs

@@ -1,0 +1,32 @@
+"""Makes one op of a residual add and the norm behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..compiler.errors import Refuse
+from ..compiler.ir import Module
+from ..compiler.pipeline import pass_
+from ..compiler.rewrite import Match, Why, apply, rule
+
+
+@rule(
+    before="""
+      %s = core.add(%x, %residual)
+      %y = nn.rms_norm(%s, %w) {eps=Eps}
+    """,
+    after="%y, %s = nn.add_rms_norm(%x, %residual, %w) {eps=Eps}",
+)
+def add_into_rms_norm(m: Match, target: Any) -> None:
+    """Norm a sum where it is made, and keep the sum for the next residual add."""
+    if m.x.type != m.residual.type:
+        raise Refuse(f"the add broadcasts {m.x.type} and {m.residual.type}", m.s)
+
+
+RULES = (add_into_rms_norm,)
+
+
+@pass_(reads="moe")
+def fuse_norm(module: Module, target: Any, why: Why) -> Module:
+    """Fuse a residual add and the RMSNorm behind it."""
+    return apply(module, target, RULES, why)

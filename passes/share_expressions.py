@@ -1,0 +1,51 @@
+"""Computes once what is computed several times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..compiler.ir import Const, Function, Module, Op
+from ..compiler.pipeline import pass_
+from ..compiler.sweep import Sweep
+
+
+@pass_(reads="any")
+def share_expressions(module: Module, target: Any) -> Module:
+    """Let one op stand for equal ones, and one weight for weights with the same recipe; every op is pure.
+
+    Names of parameters and of results stay.
+    """
+    return module.with_functions({f.name: shared(f) for f in module.functions})
+
+
+def shared(function: Function) -> Function:
+    """Return the function with equal ops and weights only once; itself if there are none."""
+    sweep = Sweep(function)
+    consts = _shared_consts(sweep)
+    seen: dict[Any, int] = {}
+    for original in function.ops:
+        op = sweep.read(original)
+        position = seen.get(_key(op))
+        if position is None or any(map(sweep.returned, op.results)):
+            seen.setdefault(_key(op), len(sweep.ops))
+            sweep.keep(op)
+            continue
+        first = sweep.ops[position]
+        sweep.alias |= {old.name: new for old, new in zip(op.results, first.results, strict=True)}
+        sweep.ops[position] = replace(first, loc=tuple(dict.fromkeys((*first.loc, *op.loc))))
+    return sweep.finish(consts)
+
+
+def _shared_consts(sweep: Sweep) -> tuple[Const, ...]:
+    kept: dict[Any, Const] = {}
+    for const in sweep.function.consts:
+        first = kept.setdefault(const.recipe, const)
+        if first is not const and not sweep.stand_for(const.value, first.value):
+            kept[const.value.name] = const
+    return tuple(kept.values())
+
+
+def _key(op: Op) -> tuple:
+    # 1, 1.0 and True are equal in Python but not in a program
+    return op.name, op.callee, op.operands, tuple((name, type(value), value) for name, value in op.attrs)

@@ -1,0 +1,151 @@
+"""The benchmark's parts at tiny sizes: its checkpoint loads and compiles, its scripts start, its sums are right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parent / "bench"
+SIZES = {"layers": 2, "hidden": 64, "expert": 32, "experts": 8, "chosen": 2, "heads": 4, "vocabulary": 320}
+
+
+def script(name, *arguments):
+    """Run one of the benchmark's scripts and return its process."""
+    command = [sys.executable, BENCH / name, *arguments]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Return the benchmark's checkpoint at tiny sizes."""
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    sizes = [word for name, size in SIZES.items() for word in (f"--{name}", size)]
+    done = script("checkpoint.py", folder, *sizes)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Return the benchmark's modules that run under this python."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        import checkpoint
+        import process
+        import quality
+        import report
+    finally:
+        sys.path.remove(str(BENCH))
+    return {"checkpoint": checkpoint, "process": process, "quality": quality, "report": report}
+
+
+def test_checkpoint_is_what_transformers_loads(checkpoint):
+    import torch
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, output_loading_info=True
+    )
+    assert isinstance(model, transformers.OlmoeForCausalLM)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        logits = model(torch.arange(3, 43)[None]).logits[0]
+    assert 0.3 < logits.std() < 3  # neither exploded nor collapsed
+    assert len(set(logits.argmax(-1).tolist())) > 20
+
+
+def test_checkpoint_compiles_and_runs(checkpoint, tmp_path):
+    import moec
+
+    artifact = moec.compile(checkpoint, out=tmp_path / "artifact")
+    text = "The router takes two experts.\n"
+    assert artifact.tokenizer.decode(artifact.tokenizer.encode(text)) == text
+    assert len(artifact.run(tokens=[5, 6, 7], max_new_tokens=4, greedy=True, eos=()).tokens[0]) == 4
+
+
+def test_more_layers_begin_with_the_same_weights(checkpoint, parts, tmp_path):
+    make = parts["checkpoint"]
+    three = make.write(tmp_path / "three", make.Sizes(**{**SIZES, "layers": 3}))
+    name = "model-00001-of-0000{}.safetensors"
+    assert (checkpoint / name.format(3)).read_bytes() == (three / name.format(4)).read_bytes()
+    places = json.loads((three / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {file.name for file in three.glob("*.safetensors")} == set(places.values())
+    with pytest.raises(SystemExit, match="a vocabulary of 200 cannot be made"):
+        make.write(tmp_path / "small", make.Sizes(vocabulary=200))
+
+
+def test_a_contender_answers_and_is_timed(checkpoint, parts, tmp_path):
+    command = [sys.executable, BENCH / "eager.py", checkpoint, "--threads", "1"]
+    contender = parts["process"].Contender(command, tmp_path / "eager.log", {})
+    try:
+        assert contender.facts["load_seconds"] > 0
+        assert contender.facts["after"]["resident"] > contender.facts["after"]["anonymous"] > 0
+        assert contender.ask(prefill=16, seed=1) > 0
+        assert contender.ask(decode=3, prompt=4, seed=1) > 0
+        assert "T" in (Path("/proc") / str(contender.process.pid) / "stat").read_text().split()[2]  # stopped
+    finally:
+        contender.close()
+    hidden, expert, chosen = SIZES["hidden"], SIZES["expert"], SIZES["chosen"]
+    layer = 4 * hidden * hidden + 4 * hidden + SIZES["experts"] * hidden + chosen * 3 * hidden * expert
+    wanted = 2 * (SIZES["layers"] * layer + hidden + SIZES["vocabulary"] * hidden + hidden)
+    assert contender.facts["bytes_per_token"] == wanted
+
+
+def test_commands_are_timed_with_their_own_peak(tmp_path):
+    # in a process of its own, as the script does it: a child's peak counts what its parent held when it began
+    code = f"""
+import sys, pathlib
+sys.path.insert(0, {str(BENCH)!r})
+from process import measured
+for text in ("pass", "x = b'1' * 200_000_000", "raise ValueError('went wrong')"):
+    print(measured([sys.executable, "-c", text], pathlib.Path({str(tmp_path / "log")!r})).peak_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    small, large = map(int, done.stdout.split())
+    assert 150e6 < large - small < 250e6
+    assert done.returncode == 1 and "went wrong" in done.stderr
+
+
+def test_ratios_are_medians_of_the_rounds(parts, tmp_path):
+    rates = {"moec": [20, 30, 10], "llama.cpp": [10, 10, 10]}
+    facts = {"build": {}, "weights_bytes": 100, "after": {"resident": 150}, "load_seconds": 1.0, "bytes_per_token": 5}
+    found = {name: dict(facts, types={"output": "Q6_K"}, version="1") for name in rates}
+    rounds = [
+        {name: {"decode": speed[i], "prefill": 2 * speed[i]} for name, speed in rates.items()}
+        | {"bandwidth": [200, 400, 300], "busy": [0.1 * i]}
+        for i in range(3)
+    ]  # fmt: skip
+    settings = {"layers": 4, "threads": 2, "runs": 3, "prompt": 512, "steps": 128, "compile": ""}
+    result = parts["report"].summarize(settings, found, rounds)
+    moec = result["contenders"]["moec"]
+    assert (moec["decode"]["median"], moec["decode"]["min"], moec["decode"]["ratio"]) == (20, 10, 2)
+    assert moec["bandwidth_share"] == pytest.approx(20 * 5 / 300)
+    assert (moec["resident_per_weights"], result["busy_cores"]) == (1.5, pytest.approx(0.2))
+    result["quality"] = [{"name": "moec", "kl_mean": 0.02, "top1": 0.9, "perplexity_ratio": 1.01, "bits": 4.5}]
+    text = parts["report"].markdown(result)
+    assert "| moec | 20.0 (10.0 to 30.0) | 2.00 | 40 (20 to 60) | 2.00 |" in text
+    assert "| moec | 0.02000 | 90.00% | 1.0100 | 4.50 |" in text
+    page = tmp_path / "BENCHMARKS.md"
+    page.write_text("# Benchmarks\n\n## The last run\n\nold figures\n")
+    parts["report"].write_markdown(result, page)
+    assert page.read_text() == f"# Benchmarks\n\n## The last run\n\n{text}"
+
+
+@pytest.mark.parametrize("name", ["compare.py", "quality.py", "checkpoint.py", "bandwidth.py", "eager.py"])
+def test_scripts_explain_themselves(name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
+
+
+def test_unknown_contenders_are_refused(tmp_path):
+    done = script("compare.py", "--work", tmp_path, "--skip", "vllm")
+    assert done.returncode == 2 and "vllm" in done.stderr
+
+
+def test_held_out_windows_cover_the_text(parts):
+    windows = parts["quality"]._windows(1000)
+    assert [len(w) for w in windows] == [256, 256, 256, 232]
+    assert all(isinstance(w, np.ndarray) for w in windows)
