@@ -14,7 +14,7 @@ from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.interpret import interpret
 from moec.compiler.parity import score_text
-from moec.compiler.quantization import with_quantize
+from moec.compiler.quantization import Spec, with_quantize
 from moec.compiler.reference import Reference
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sink import tile_bytes
@@ -172,11 +172,14 @@ def test_wrong_wishes(options, message, tmp_path, request):
 
 
 def test_spelling():
-    assert with_quantize("a,lower", "int4") == "a,quantize,lower"
-    assert with_quantize("a{x=1,y=2},lower{accuracy=exact}", "experts=int4,group=64") == (
+    def spelled(pipeline, text):
+        return with_quantize(pipeline, Spec.parse(text).options)
+
+    assert spelled("a,lower", "int4") == "a,quantize,lower"
+    assert spelled("a{x=1,y=2},lower{accuracy=exact}", "experts=int4,group=64") == (
         'a{x=1,y=2},quantize{experts=int4, group="64"},lower{accuracy=exact}'
     )
-    assert "router" not in with_quantize("lower", "int8") and "head=int8" in with_quantize("lower", "int8")
+    assert "router" not in spelled("lower", "int8") and "head=int8" in spelled("lower", "int8")
 
 
 def test_tiles_fit_the_limit():
