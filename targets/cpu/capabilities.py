@@ -107,7 +107,7 @@ class Record:
     def slow(self, variant: Variant, bits: int) -> str:
         """Return that a variant reads weights many times slower than the operator can, or nothing."""
         finding = self.findings.get(variant)
-        speed = finding and finding.speed
+        speed = finding.speed if finding else None
         best = max((_rate(v, f) for v, f in self.findings.items() if v.operator == variant.operator), default=0.0)
         if speed is None or speed / bits > SLOW * best:
             return ""

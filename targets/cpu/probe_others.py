@@ -89,7 +89,7 @@ def _float_linear(format: Format, folder: Path) -> Case:
     """Write a MatMulNBits on E2M1 or E4M3 weights: moec has no op for it on this target."""
     width = 3 * format.group
     weight, parts = _encoded(format, width)
-    kept = {"K": width, "N": len(weight), "bits": format.bits, "block_size": format.group}
+    kept: dict[str, Any] = {"K": width, "N": len(weight), "bits": format.bits, "block_size": format.group}
     node = helper.make_node("MatMulNBits", ["x", "w.codes", "w.scales"], ["y0"], domain=CONTRIB, **kept)
     write_node(node, {"x": (TensorProto.FLOAT, "T", width)}, ("T", len(weight)), parts, folder)
     x = torch.randn(TOKENS[-1], width, generator=torch.Generator().manual_seed(2))
@@ -100,7 +100,7 @@ def _float_lookup(format: Format, folder: Path) -> Case:
     """Write a GatherBlockQuantized on E2M1 or E4M3 weights."""
     width = 3 * format.group
     weight, parts = _encoded(format, width)
-    kept = {"bits": format.bits, "block_size": format.group, "gather_axis": 0, "quantize_axis": 1}
+    kept: dict[str, Any] = {"bits": format.bits, "block_size": format.group, "gather_axis": 0, "quantize_axis": 1}
     node = helper.make_node("GatherBlockQuantized", ["w.codes", "ids", "w.scales"], ["y0"], domain=CONTRIB, **kept)
     write_node(node, {"ids": (TensorProto.INT64, "T")}, ("T", width), parts, folder)
     ids = torch.randint(0, len(weight), (TOKENS[-1],), generator=torch.Generator().manual_seed(2))
