@@ -29,18 +29,17 @@ PREFERRED_ATTENTION = (64, 32, 16)
 def quantize(
     module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,
-    symmetric: bool = False, method: str = "rtn", starved: str = "rtn",
-    layers: str = "",
+    symmetric: bool = False, method: str = "rtn", starved: str = "rtn", layers: str = "",
 ) -> Module:  # fmt: skip
     """Store weights in fewer bits.
 
     Each role takes a number of bits (int8, int4, int2), a format of its own (uint4_g64, mxfp4, nvfp4, fp8_b128), or f32
     to be left as it is. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of
-    weights that share a scale; without one it is the largest that divides and that the target holds. `method` is rtn (to
-    nearest, with a search for the scale), gptq or awq (with the inputs on a calibration text); `starved` is what these do
-    with experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are sent through them). `layers` gives
-    single layers formats of their own, as in `0..2.attention=int8_g128 3.experts=uint4_g64 head=int8_g64`; layers that
-    come to differ become functions of their own.
+    weights that share a scale; without one it is the largest that divides, that the target holds and is not slow at.
+    `method` is rtn (to nearest, with a search for the scale), gptq or awq (with the inputs on a calibration text);
+    `starved` is what these do with experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are
+    sent through them). `layers` gives single layers formats of their own, as in `0..2.attention=int8_g128
+    3.experts=uint4_g64 head=int8_g64`; layers that come to differ become functions of their own.
     """
     policy = {
         "experts": experts, "attention": attention, "shared": shared, "dense": dense, "router": router,
@@ -212,14 +211,16 @@ def _choose(
         groups = [group] if group else [g for g in preferred if 2 * g <= shortest] or preferred
         names = [f"{'u' * zeros}int{bits}_g{g}" for g in groups]
         candidates = [f for name in names if (f := find_format(name))]
+    asked_for = named is not None or group is not None
     reasons = []
     for format in candidates:
-        reason = _obstacle(op, weights, format, target)
+        # what the user asks for may be slow: lowering notes it
+        reason = _obstacle(op, weights, format, target, or_slow=not asked_for)
         if not reason:
             return format
         reasons.append(f"{format.name}: {reason}")
     what = f"{op.operands[place[1]]} ({role}, {weights[0].type.shape[-1]} columns) cannot be stored as {reasons[0]}"
-    if named is not None or group is not None:
+    if asked_for:
         where = f"{op.operands[place[1]]} in @{function.name}"
         raise MoecError(
             what, where=where, model=", ".join(op.loc), todo=_would_work(op, weights, candidates[0], target)
@@ -228,8 +229,8 @@ def _choose(
     return None
 
 
-def _obstacle(op: Op, weights: list[Value], format: Format, target: Any) -> str:
-    """Return why weights cannot have a format; nothing if they can."""
+def _obstacle(op: Op, weights: list[Value], format: Format, target: Any, or_slow: bool = True) -> str:
+    """Return why weights cannot have a format, or with `or_slow` should not; nothing if they can."""
     for weight in weights:
         if weight.type.dtype != "f32":
             return f"it is {weight.type.dtype}"
@@ -237,7 +238,7 @@ def _obstacle(op: Op, weights: list[Value], format: Format, target: Any) -> str:
             return f"groups of {format.group} do not divide {weight.type.sizes[-1]}"
     if target is None:
         return ""
-    return target.holds(op, format) or ""
+    return target.holds(op, format) or (or_slow and target.slow(op, format)) or ""
 
 
 def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> str:

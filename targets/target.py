@@ -60,7 +60,7 @@ class Target:
     """A target.
 
     `supported` returns None for an op that the target runs, else the reason why it does not; `holds` likewise for an
-    op of stage moe with its weights in a quantized format.
+    op of stage moe with its weights in a quantized format. `slow` says of one that it holds why it should not be chosen.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Target:
     pipeline: str
     supported: Callable[[Op], str | None]
     holds: Callable[[Op, Format], str | None]
+    slow: Callable[[Op, Format], str | None]
     lower: Lower
     emit: Emit
     load: Callable[..., Any]  # (folder, **options) -> a runner; see the target's session module

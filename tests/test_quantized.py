@@ -157,7 +157,7 @@ def test_running_needs_no_torch(tiny_int4):
         (["--quantize", "int5"], "there is no format int5"),
         (["--quantize", "experts=int4,group=48"], "48 is no group size"),
         (["--quantize", "int4,group=256"], "groups of 256 do not divide 128"),
-        (["--quantize", "mxfp4"], "does not run mxfp4"),
+        (["--quantize", "mxfp4"], "target cpu does not run mxfp4: MatMulNBits mxfp4 is rejected"),
         (["--quantize", "int4,colour=red"], "has no option colour"),
         (["--quantize", ""], "--quantize is empty"),
         (["--quantize", "int4", "--memory-limit", "100kB"], "too few to work in"),

@@ -31,6 +31,12 @@ def _holds(op: Op, format: Format) -> str | None:
     return holds(op, format)
 
 
+def _slow(op: Op, format: Format) -> str | None:
+    from .capabilities import slow
+
+    return slow(op, format)
+
+
 def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
     from .lower import lower
 
@@ -68,7 +74,7 @@ def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = No
 
 def _configure(options: Mapping[str, str]) -> Target:
     """Return the target with `capabilities=FILE`: a record made by --probe instead of the one that moec comes with."""
-    from .capabilities import holds, read_record
+    from .capabilities import holds, read_record, slow
 
     if unknown := sorted(set(options) - {"capabilities"}):
         raise MoecError(f"target cpu has no option {', '.join(unknown)}", todo="it has capabilities=FILE")
@@ -79,7 +85,12 @@ def _configure(options: Mapping[str, str]) -> Target:
 
         return lower(module, why, accuracy, record)
 
-    return replace(TARGET, holds=lambda op, format: holds(op, format, record), lower=lower_by_record)
+    return replace(
+        TARGET,
+        holds=lambda op, format: holds(op, format, record),
+        slow=lambda op, format: slow(op, format, record),
+        lower=lower_by_record,
+    )
 
 
 TARGET = Target(
@@ -91,6 +102,7 @@ TARGET = Target(
     ),
     supported=_supported,
     holds=_holds,
+    slow=_slow,
     lower=_lower,
     emit=_emit,
     load=_load,

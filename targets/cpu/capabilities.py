@@ -16,7 +16,7 @@ from typing import Any
 
 from ...compiler.dims import Size
 from ...compiler.errors import MoecError
-from ...compiler.formats import Format, find_format
+from ...compiler.formats import Format, find_format, format_of
 from ...compiler.ir import Op
 from ...compiler.ops import OPS
 
@@ -24,7 +24,7 @@ FILE = "capabilities.json"
 RIGHT, WRONG, REJECTED, CRASHED = "right", "wrong", "rejected", "crashed"
 INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
 FAST, EXACT = ACCURACIES = ("fast", "exact")
-ODD_HEADS = "heads of no multiple of 8"
+ODD_HEADS, ODD_TURNED = "heads of no multiple of 8", "rotary of no multiple of 16"
 # what stands beside the part of a variant that is tried
 PLAIN: dict[str, dict[str, Any]] = {
     "QMoE": {"activation": "swiglu", "routing": "weights"},
@@ -98,13 +98,16 @@ class Record:
                 return f"{variant} was not tried on ONNX Runtime"
             if finding.found != RIGHT:
                 return f"{variant} is {finding.found} in ONNX Runtime {self.runtime}"
+            if variant.format != "f32" and format_of(variant.format).element != "int":
+                return f"{variant} is right in ONNX Runtime {self.runtime}, but the target's ops read integers"
             if exact and finding.activations != "f32":
                 return f"{variant} rounds activations to {finding.activations}"
         return ""
 
     def slow(self, variant: Variant, bits: int) -> str:
         """Return that a variant reads weights many times slower than the operator can, or nothing."""
-        speed = self.findings[variant].speed
+        finding = self.findings.get(variant)
+        speed = finding.speed if finding else None
         best = max((_rate(v, f) for v, f in self.findings.items() if v.operator == variant.operator), default=0.0)
         if speed is None or speed / bits > SLOW * best:
             return ""
@@ -183,25 +186,47 @@ def _plain(item: Variant | Finding) -> dict[str, Any]:
 
 
 def holds(op: Op, format: Format, record: Record | None = None) -> str | None:
-    """Return None if the target runs an op of stage moe with its weights in a format, and not slowly; else why not."""
+    """Return None if the target runs an op of stage moe with its weights in a format; else why not."""
     record = record or shipped()
+    variants = _weights_of(op, format, record)
+    if not variants:
+        return f"no op of the target reads quantized weights of {op.name}"
+    if format.element != "int":
+        return f"target cpu does not run {format.name}: {record.refusal(variants)}"
+    return _level(record, variants)[1] or None
+
+
+def slow(op: Op, format: Format, record: Record | None = None) -> str | None:
+    """Return why an op with its weights in a format that the target holds is slow; None if it is not."""
+    record = record or shipped()
+    variants = _weights_of(op, format, record)
+    level, _ = _level(record, variants)
+    reasons = (record.slow(v, format.bits) for v in at_level(variants, level))
+    return next(filter(None, reasons), None)
+
+
+def _level(record: Record, variants: Sequence[Variant]) -> tuple[int, str]:
+    """Return best_level of the variants; lookups know no other level than 0."""
+    if any(v.operator == "GatherBlockQuantized" for v in variants):
+        return 0, record.refusal(variants)
+    return best_level(record, variants, FAST)
+
+
+def _weights_of(op: Op, format: Format, record: Record) -> list[Variant]:
+    """Return the variants that read the weights of an op of stage moe; none for an op whose weights have to be f32."""
     weights = [v for v in op.operands[1:] if v is not None]
     match op.name:
         case "nn.embedding":
-            return record.refusal([Variant("GatherBlockQuantized", format.name)]) or None
+            return [Variant("GatherBlockQuantized", format.name)]
         case "core.linear" | "nn.gated_mlp":
             widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 2 and v.type.shape[0] != 1]
-            variants = weight_variants("MatMulNBits", format, *widths)
+            return weight_variants("MatMulNBits", format, *widths)
         case "moe.experts":
             if record.refusal([activation_variant("QMoE", OPS[op.name].complete(op.attributes))]):
-                return record.refusal([loop_variant(format)]) or None
+                return [loop_variant(format)]
             widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 3]
-            variants = weight_variants("QMoE", format, *widths)
-        case _:
-            return f"no op of the target reads quantized weights of {op.name}"
-    level, reason = best_level(record, variants, FAST)
-    reasons = [reason] if reason else [record.slow(v, format.bits) for v in at_level(variants, level)]
-    return next(filter(None, reasons), None)
+            return weight_variants("QMoE", format, *widths)
+    return []
 
 
 def weight_variants(operator: str, format: Format, *widths: int) -> list[Variant]:
@@ -247,11 +272,26 @@ def activation_name(attributes: Mapping[str, Any]) -> str:
 def attention_variants(
     width: Size, window: int = 0, softcap: float = 0.0, masked: bool = False, sinks: bool = False
 ) -> list[Variant]:
-    """Return the variants of GroupQueryAttention that attention with heads of `width` numbers consists of."""
+    """Return the variants of GroupQueryAttention that attention with heads of `width` numbers consists of.
+
+    What it does with q, k and v before it attends is in `rotary_variants` and `packed_variant`.
+    """
     used = {"window": window, "softcap": softcap, "bias": masked, "sinks": sinks, ODD_HEADS: width % 8}
     return [Variant("GroupQueryAttention", option=name) for name, value in used.items() if value] or [
         Variant("GroupQueryAttention")
     ]
+
+
+def rotary_variants(width: Size, turned: Size) -> list[Variant]:
+    """Return the variants of GroupQueryAttention that turn the first `turned` numbers of each head themselves."""
+    names = ["rotary" if turned == width else "rotary of a part"]
+    names += [ODD_TURNED] if width % 16 or turned % 16 else []
+    return [Variant("GroupQueryAttention", option=name) for name in names]
+
+
+def packed_variant(turned: bool) -> Variant:
+    """Return the variant of GroupQueryAttention that takes q, k and v in one piece, and turns them itself or not."""
+    return Variant("GroupQueryAttention", option="packed rotary" if turned else "packed")
 
 
 def best_level(record: Record, variants: Sequence[Variant], accuracy: str) -> tuple[int, str]:

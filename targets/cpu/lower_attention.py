@@ -9,9 +9,8 @@ from ...compiler.draft import Draft
 from ...compiler.errors import Refuse
 from ...compiler.ir import Op, TensorType, Value, make_attrs
 from ...compiler.ops import OPS
-from .capabilities import ODD_HEADS, Record, attention_variants
+from .capabilities import ODD_HEADS, Record, attention_variants, packed_variant, rotary_variants
 
-TURNED_MULTIPLE = 16  # where it turns heads itself: of the head size, and of the number of turned elements
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 Three = tuple[Value, Value | None, Value | None]  # q, k and v; q alone holds all three
@@ -20,15 +19,16 @@ Three = tuple[Value, Value | None, Value | None]  # q, k and v; q alone holds al
 def group_query_attention(draft: Draft, op: Op, record: Record) -> Op:
     """Return nn.cached_attention as ONNX Runtime's op; Refuse says what that cannot do.
 
-    Norms of heads go in front, and so does a rotary embedding of heads whose sizes are no multiples of 16.
+    Norms of heads go in front, and so does a rotary embedding that the op does not do right itself.
     """
     _check(op, record)
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands[3:]
     width = op.results[1].type.shape[3]
-    outside = cos is not None and any(int(n) % TURNED_MULTIPLE for n in (cos.type.shape[2], width))
+    outside = cos is not None and bool(record.refusal(rotary_variants(width, cos.type.shape[2])))
     q, k, v = _moved(draft, op)
-    if k is None and (outside or q_norm or k_norm):
+    unpacked = outside or q_norm or k_norm or record.refusal([packed_variant(turned=cos is not None)])
+    if k is None and unpacked:
         q, k, v = _apart(draft, op)
     if k is not None:
         q, k = (_normed(draft, x, w, width, attributes["eps"], op.loc) for x, w in ((q, q_norm), (k, k_norm)))

@@ -138,12 +138,19 @@ def try_variant(variant: Variant, quick: bool = False) -> Finding:
 @contextmanager
 def _written(variant: Variant, weight_bytes: int = 0) -> Iterator[tuple[Path, Any]]:
     from .probe_experts import write_moe, write_qmoe
-    from .probe_others import write_attention, write_linear, write_lookup, write_rotary, write_skip_norm
+    from .probe_others import (
+        write_attention,
+        write_linear,
+        write_lookup,
+        write_quick_gelu,
+        write_rotary,
+        write_skip_norm,
+    )
 
     writers: dict[str, Callable[[Variant, Path, int], Any]] = {
         "QMoE": write_qmoe, "MoE": write_moe, "MatMulNBits": write_linear, "GatherBlockQuantized": write_lookup,
         "GroupQueryAttention": write_attention, "RotaryEmbedding": write_rotary,
-        "SkipSimplifiedLayerNormalization": write_skip_norm,
+        "SkipSimplifiedLayerNormalization": write_skip_norm, "QuickGelu": write_quick_gelu,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="moec-probe-") as folder:
         yield Path(folder), writers[variant.operator](variant, Path(folder), weight_bytes)
@@ -213,6 +220,7 @@ def _reason(error: Exception) -> str:
     """Return the last part of a runtime's message, without the places in its source."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from \S+ failed:\s*", "", text)
     text = re.sub(r"^Exception during initialization: \S+:\d+ .*?\)( const)?( \[with T = [^\]]*\])? ", "", text)
     text = re.sub(r"^Non-zero status code .* Status Message: ", "", text)
     return text[:160]

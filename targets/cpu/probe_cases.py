@@ -13,16 +13,17 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ...compiler.dims import dim
 from ...compiler.formats import Format
 from ...compiler.ir import Const, Dim, Function, Module, Op, TensorType, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Tensor
-from ...compiler.weights.encode import pack
+from ...compiler.weights.encode import Parts, pack
 from ...compiler.weights.sources import ModuleSource
-from .emit import MODEL, emit
+from .emit import IR_VERSION, MODEL, OPSET, emit
+from .graph import CONTRIB
 
 Edit = Callable[[onnx.ModelProto], None]
 DIMS = (Dim("T", 1, 4096), Dim("S", 1, 4096), Dim("P", 0, 4096))
@@ -104,6 +105,33 @@ def refer(name: str, given: Mapping[str, torch.Tensor | None], **attrs: Any) -> 
     return result if isinstance(result, tuple) else (result,)
 
 
+# --- programs that moec has no op for ------------------------------------------------------------------------------
+
+
+def write_node(
+    node: NodeProto, inputs: Mapping[str, Sequence[Any]], sizes: Sequence[Any], tensors: Sequence[TensorProto],
+    folder: Path,
+) -> None:  # fmt: skip
+    """Write a program of one node by hand; `inputs` are (element type, *sizes) by name, `sizes` those of the f32 output."""
+    given = [helper.make_tensor_value_info(n, kind, shape) for n, (kind, *shape) in inputs.items()]
+    output = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, sizes)
+    graph = helper.make_graph([node], "main", given, [output], tensors)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), folder / MODEL)
+
+
+def stored(name: str, parts: Parts, format: Format) -> list[TensorProto]:
+    """Return codes and scales of floating-point weights in ONNX's element types for them."""
+    codes = numpy_helper.from_array(parts["codes"].numpy(), f"{name}.codes")
+    if format.element == "e4m3":
+        codes.data_type = TensorProto.FLOAT8E4M3FN
+    raw = parts["scales"].view(torch.uint8) if format.scale != "f32" else parts["scales"]
+    scales = numpy_helper.from_array(raw.numpy(), f"{name}.scales")
+    if format.scale != "f32":
+        scales.data_type = {"f8e8m0": TensorProto.FLOAT8E8M0, "f8e4m3": TensorProto.FLOAT8E4M3FN}[format.scale]
+    return [codes, scales]
+
+
 # --- bending what was written ----------------------------------------------------------------------------------
 
 
@@ -131,6 +159,19 @@ def attributes(**values: Any) -> Edit:
         kept += [helper.make_attribute(name, value) for name, value in values.items() if value is not None]
         del node.attribute[:]
         node.attribute.extend(kept)
+
+    return edit
+
+
+def weight_inputs(places: Mapping[int, str], weights: Mapping[str, torch.Tensor]) -> Edit:
+    """Return an edit that puts weights where the node has no inputs yet."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        node = main_node(model)
+        node.input.extend([""] * (max(places) + 1 - len(node.input)))
+        for place, name in places.items():
+            node.input[place] = name
+            model.graph.initializer.append(numpy_helper.from_array(weights[name].numpy(), name))
 
     return edit
 

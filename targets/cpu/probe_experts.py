@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from ...compiler.formats import Format, format_of
 from ...compiler.ir import TensorType
-from ...compiler.weights.encode import Parts, decode, encode
+from ...compiler.weights.encode import decode, encode
 from .capabilities import Variant
-from .emit import IR_VERSION, MODEL, OPSET
 from .graph import CONTRIB
 from .probe_cases import (
     TOKENS,
@@ -27,8 +25,10 @@ from .probe_cases import (
     narrow,
     quantized,
     refer,
+    stored,
     without_last_axis,
     write,
+    write_node,
 )
 
 EXPERTS, CHOSEN = 6, 2
@@ -202,7 +202,7 @@ def _floats(variant: Variant, format: Format, folder: Path) -> Case:
     generator = torch.Generator().manual_seed(1)
     up = encode(torch.randn(EXPERTS, 2 * inner, width, generator=generator) / width**0.5, format)
     down = encode(torch.randn(EXPERTS, width, inner, generator=generator) / inner**0.5, format)
-    tensors = [*_stored("up", up, format), *_stored("down", down, format)]
+    tensors = [*stored("up", up, format), *stored("down", down, format)]
     names = ["x", "choice", "up.codes", "up.scales", "", "down.codes", "down.scales", *[""] * 7, "mixing"]
     if format.rows == 1:
         whole = [float(p.get("tensor_scale", torch.tensor(1.0))) for p in (up, down)]
@@ -214,26 +214,11 @@ def _floats(variant: Variant, format: Format, folder: Path) -> Case:
         expert_weight_bits=format.bits, block_size=format.group, quant_type=QUANT_TYPES[format.name],
     )  # fmt: skip
     sizes = {"x": width, "choice": EXPERTS, "mixing": EXPERTS}
-    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["T", size]) for n, size in sizes.items()]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", width])
-    graph = helper.make_graph([node], "main", inputs, [output], tensors)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), folder / MODEL)
+    inputs = {name: (TensorProto.FLOAT, "T", size) for name, size in sizes.items()}
+    write_node(node, inputs, ("T", width), tensors, folder)
     x, choice, mixing = _inputs(width, negative=False)
     ids, gates = _routing(variant.routing, choice, mixing)
     given = {"x": x, "ids": ids, "gates": gates, "up": decode(up, format, width), "down": decode(down, format, inner)}
     return Case(
         {"x": x, "choice": choice, "mixing": mixing}, refer("moe.experts", given, layout="interleaved"), rows=True
     )
-
-
-def _stored(name: str, parts: Parts, format: Format) -> list[TensorProto]:
-    """Return codes and scales in the element types that QMoE has for them."""
-    codes = numpy_helper.from_array(parts["codes"].numpy(), f"{name}.codes")
-    if format.element == "e4m3":
-        codes.data_type = TensorProto.FLOAT8E4M3FN
-    raw = parts["scales"].view(torch.uint8) if format.scale != "f32" else parts["scales"]
-    scales = numpy_helper.from_array(raw.numpy(), f"{name}.scales")
-    if format.scale != "f32":
-        scales.data_type = {"f8e8m0": TensorProto.FLOAT8E8M0, "f8e4m3": TensorProto.FLOAT8E4M3FN}[format.scale]
-    return [codes, scales]

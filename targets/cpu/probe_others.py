@@ -1,30 +1,46 @@
-"""Programs of the probe for what is not routed experts: linears, lookups, attention, norms."""
+"""Programs of the probe for what is not routed experts: linears, lookups, attention, norms, activations."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
 from onnx import TensorProto, helper
 
-from ...compiler.formats import format_of
+from ...compiler.formats import Format, format_of
 from ...compiler.ir import TensorType
-from .capabilities import ODD_HEADS, Variant
-from .emit import IR_VERSION, MODEL, OPSET
+from ...compiler.weights.encode import decode, encode
+from .capabilities import ODD_HEADS, ODD_TURNED, Variant
 from .graph import CONTRIB
-from .probe_cases import TOKENS, Case, P, S, T, large, quantized, refer, write
+from .probe_cases import (
+    TOKENS,
+    Case,
+    P,
+    S,
+    T,
+    attributes,
+    bend,
+    large,
+    quantized,
+    refer,
+    stored,
+    weight_inputs,
+    write,
+    write_node,
+)
 
 ROWS = 72  # of a weight or table: no multiple of what a kernel does at once
 EXPERTS, CHOSEN = 6, 2
 LARGE_WIDTH = 4096
+EPS = 1e-5
 
 
 def write_linear(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     """Write a program of one MatMulNBits; with `weight_bytes` of weights, to take its speed."""
     format = format_of(variant.format)
+    if format.element != "int":
+        return _float_linear(format, folder)
     options = {"bits": format.bits, "group": format.group, "accuracy": variant.accuracy}
     if weight_bytes:
         rows = int(weight_bytes * 8 / format.bits_per_weight / LARGE_WIDTH)
@@ -41,6 +57,8 @@ def write_linear(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
 def write_lookup(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     """Write a program of one GatherBlockQuantized, or of the Loop over experts that uses it."""
     format = format_of(variant.format)
+    if format.element != "int":
+        return _float_lookup(format, folder)
     options = {"bits": format.bits, "group": format.group}
     generator = torch.Generator().manual_seed(2)
     width = 3 * format.group
@@ -64,29 +82,78 @@ def write_lookup(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     return Case(feeds, refer("ort.experts_nbits", feeds | parts, **options), rows=True)
 
 
+# --- floating-point weights ------------------------------------------------------------------------------------
+
+
+def _float_linear(format: Format, folder: Path) -> Case:
+    """Write a MatMulNBits on E2M1 or E4M3 weights: moec has no op for it on this target."""
+    width = 3 * format.group
+    weight, parts = _encoded(format, width)
+    kept: dict[str, Any] = {"K": width, "N": len(weight), "bits": format.bits, "block_size": format.group}
+    node = helper.make_node("MatMulNBits", ["x", "w.codes", "w.scales"], ["y0"], domain=CONTRIB, **kept)
+    write_node(node, {"x": (TensorProto.FLOAT, "T", width)}, ("T", len(weight)), parts, folder)
+    x = torch.randn(TOKENS[-1], width, generator=torch.Generator().manual_seed(2))
+    return Case({"x": x}, [x @ weight.T], rows=True)
+
+
+def _float_lookup(format: Format, folder: Path) -> Case:
+    """Write a GatherBlockQuantized on E2M1 or E4M3 weights."""
+    width = 3 * format.group
+    weight, parts = _encoded(format, width)
+    kept: dict[str, Any] = {"bits": format.bits, "block_size": format.group, "gather_axis": 0, "quantize_axis": 1}
+    node = helper.make_node("GatherBlockQuantized", ["w.codes", "ids", "w.scales"], ["y0"], domain=CONTRIB, **kept)
+    write_node(node, {"ids": (TensorProto.INT64, "T")}, ("T", width), parts, folder)
+    ids = torch.randint(0, len(weight), (TOKENS[-1],), generator=torch.Generator().manual_seed(2))
+    return Case({"ids": ids}, [weight[ids]], rows=True)
+
+
+def _encoded(format: Format, width: int) -> tuple[torch.Tensor, list[TensorProto]]:
+    """Return a weight as its codes stand for it, and its parts; rows that share a scale are of several sizes."""
+    rows = ROWS if format.rows == 1 else 2 * format.rows
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) / width**0.5
+    parts = encode(weight * torch.linspace(0.5, 2, rows)[:, None], format)
+    return decode(parts, format, width), stored("w", parts, format)
+
+
 # --- attention -------------------------------------------------------------------------------------------------
 
 
 def write_attention(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     """Write a program of one GroupQueryAttention: 5 past tokens, 4 new ones, two sequences."""
     batch, new, past, heads, groups = 2, 4, 5, 4, 2
-    width = 12 if variant.option == ODD_HEADS else 64
+    option = variant.option
+    width = {ODD_HEADS: 12, ODD_TURNED: 24}.get(option, 64)
     generator = torch.Generator().manual_seed(1)
-    sizes = {
-        "q": (batch, new, heads, width), "k": (batch, new, groups, width), "v": (batch, new, groups, width),
-        "past_key": (batch, groups, past, width), "past_value": (batch, groups, past, width),
-    }  # fmt: skip
-    feeds = {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
-    inputs = {n: TensorType.of("f32", batch, S, *sizes[n][2:]) for n in ("q", "k", "v")}
-    inputs |= {n: TensorType.of("f32", batch, groups, P, width, state=True) for n in ("past_key", "past_value")}
+    sizes: dict[str, tuple[int, ...]] = {"q": (heads * width,), "k": (groups * width,), "v": (groups * width,)}
+    if "packed" in option:
+        sizes = {"q": ((heads + 2 * groups) * width,)}
+    feeds = {n: torch.randn(batch, new, *shape, generator=generator) for n, shape in sizes.items()}
+    inputs = {n: TensorType.of("f32", batch, S, *shape) for n, shape in sizes.items()}
+    for name in ("past_key", "past_value"):
+        feeds[name] = torch.randn(batch, groups, past, width, generator=generator)
+        inputs[name] = TensorType.of("f32", batch, groups, P, width, state=True)
+    if "rotary" in option:
+        turned = width // 2 if "part" in option else width
+        angles = torch.rand(batch, new, turned // 2, generator=generator).repeat(1, 1, 2) * 6
+        feeds |= {"cos": angles.cos(), "sin": angles.sin()}
+        inputs |= {n: TensorType.of("f32", batch, S, turned) for n in ("cos", "sin")}
     inputs["bias"] = TensorType.of("f32", batch, 1, S, P + S)
     feeds["bias"] = torch.zeros(batch, 1, new, past + new)
-    if variant.option == "bias":
+    if option == "bias":
         feeds["bias"][1, ..., :3] = -torch.inf
-    weights = {"sinks": torch.randn(heads, generator=generator) if variant.option == "sinks" else None}
+    weights = {"sinks": torch.randn(heads, generator=generator) if option == "sinks" else None}
     extra: dict[str, dict[str, Any]] = {"window": {"window": 3}, "softcap": {"softcap": 2.0}}
-    attrs = {"scale": 0.2, **extra.get(variant.option, {})}
+    attrs = {"heads": heads, "scale": 0.2, **extra.get(option, {})}
     write("ort.group_query_attention", inputs, weights, folder, **attrs)
+    if option == "norms of heads":
+        norms = {f"{n}_norm": torch.rand(width, generator=generator) + 0.5 for n in "qk"}
+        bend(
+            folder,
+            attributes(q_norm_epsilon=EPS, k_norm_epsilon=EPS),
+            weight_inputs({14: "q_norm", 15: "k_norm"}, norms),
+        )
+        given = feeds | norms | {"mask": torch.ones(batch, past + new, dtype=torch.long)}
+        return Case(feeds, refer("nn.cached_attention", given, eps=EPS, **attrs))
     return Case(feeds, refer("ort.group_query_attention", feeds | weights, **attrs))
 
 
@@ -103,22 +170,22 @@ def write_rotary(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     return Case(feeds, refer("ort.rotary_embedding", feeds))
 
 
+# --- norms and activations -------------------------------------------------------------------------------------
+
+
 def write_skip_norm(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     """Write a program of one SkipSimplifiedLayerNormalization: RMSNorm of a sum."""
     generator = torch.Generator().manual_seed(1)
-    width, eps = 24, 1e-5
-    x, skip = (torch.randn(2, 3, width, generator=generator) for _ in range(2))
-    scale, bias = (torch.randn(width, generator=generator) for _ in range(2))
-    inputs = ["x", "skip", "scale"] + (["bias"] if variant.option == "bias" else [])
-    outputs = ["y"] + (["", "", "sum"] if variant.option == "sum as an output" else [])
-    node = helper.make_node("SkipSimplifiedLayerNormalization", inputs, outputs, domain=CONTRIB, epsilon=eps)
-    sizes: list[str | int | None] = ["B", "S", width]
-    given = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes) for n in ("x", "skip")]
-    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes) for n in outputs if n]
-    tensors = [onnx.numpy_helper.from_array(np.asarray(t), n) for n, t in (("scale", scale), ("bias", bias))]
-    graph = helper.make_graph([node], "main", given, results, [t for t in tensors if t.name in inputs])
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), folder / MODEL)
-    total = x + skip + (bias if variant.option == "bias" else 0)
-    (y,) = refer("nn.rms_norm", {"x": total, "w": scale}, eps=eps)
-    return Case({"x": x, "skip": skip}, [y, total][: len(results)])
+    width = 24
+    feeds = {n: torch.randn(TOKENS[-1], width, generator=generator) for n in ("x", "residual")}
+    weights = {"w": torch.randn(width, generator=generator)}
+    write("nn.add_rms_norm", dict.fromkeys(feeds, TensorType.of("f32", T, width)), weights, folder, eps=EPS)
+    return Case(feeds, refer("nn.add_rms_norm", feeds | weights, eps=EPS), rows=True)
+
+
+def write_quick_gelu(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
+    """Write a program of one QuickGelu."""
+    alpha = float(variant.option.removeprefix("alpha=") or 1)
+    x = torch.randn(TOKENS[-1], 24, generator=torch.Generator().manual_seed(1)) * 4
+    write("ort.quick_gelu", {"x": TensorType.of("f32", T, 24)}, {}, folder, alpha=alpha)
+    return Case({"x": x}, refer("ort.quick_gelu", {"x": x}, alpha=alpha), rows=True)

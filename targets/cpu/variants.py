@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...compiler.formats import GROUPS
-from .capabilities import INT8_ACTIVATIONS, ODD_HEADS, PLAIN, Variant, plain_variant
+from .capabilities import INT8_ACTIVATIONS, ODD_HEADS, ODD_TURNED, PLAIN, Variant, plain_variant
 
 BITS = (4, 8, 2)
 INTEGERS = tuple(f"{sign}int{bits}_g{group}" for bits in BITS for group in GROUPS for sign in ("", "u"))
@@ -31,12 +31,25 @@ MOE_ROUTINGS = ("zero weights", "negative weights")
 PREPACKED = ("weights_prepacked=0", "weights_prepacked=1")
 QMOE_OPTIONS = ("swiglu_fusion=2", "one scale a row without block_size", "blocks of 24")
 FLOATS = ("mxfp4", "nvfp4", "fp8_b128")
-ATTENTION = ("", "bias", "window", "sinks", "softcap", ODD_HEADS)
+ATTENTION = (
+    "",
+    "bias",
+    "window",
+    "sinks",
+    "softcap",
+    "packed",
+    "rotary",
+    "rotary of a part",
+    "packed rotary",
+    ODD_HEADS,
+    ODD_TURNED,
+    "norms of heads",
+)
 
 
 def all_variants() -> list[Variant]:
     """Return the variants in the order in which they are listed and tried."""
-    return [*_qmoe(), *_moe(), *_linear(), *_lookups(), *_attention()]
+    return [*_qmoe(), *_moe(), *_linear(), *_lookups(), *_others()]
 
 
 def has_speed(variant: Variant) -> bool:
@@ -78,6 +91,7 @@ def _moe() -> Iterator[Variant]:
 
 
 def _linear() -> Iterator[Variant]:
+    yield from (Variant("MatMulNBits", name) for name in FLOATS)
     for accuracy in LEVELS:
         for name in INTEGERS:
             yield Variant("MatMulNBits", name, accuracy=accuracy)
@@ -86,16 +100,18 @@ def _linear() -> Iterator[Variant]:
 
 
 def _lookups() -> Iterator[Variant]:
+    yield from (Variant("GatherBlockQuantized", name) for name in FLOATS)
     for name in INTEGERS:
         yield Variant("GatherBlockQuantized", name)
     for name in ONE_GROUP:
         yield Variant("GatherBlockQuantized", name, option="experts")
 
 
-def _attention() -> Iterator[Variant]:
+def _others() -> Iterator[Variant]:
     for option in ATTENTION:
         yield Variant("GroupQueryAttention", option=option)
     yield Variant("RotaryEmbedding")
     yield Variant("RotaryEmbedding", option="one row of angles")
-    for option in ("", "bias", "sum as an output"):
-        yield Variant("SkipSimplifiedLayerNormalization", option=option)
+    yield Variant("SkipSimplifiedLayerNormalization")
+    yield Variant("QuickGelu")
+    yield Variant("QuickGelu", option="alpha=1.702")
