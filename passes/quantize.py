@@ -20,9 +20,10 @@ from ..compiler.roles import weight_operands, weight_roles
 
 KEEP = ("f32", "none")
 METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")
-# groups that are tried in turn where the user names none; attention is the most sensitive part of a small model
-PREFERRED = (128, 64, 32, 16)
-PREFERRED_ATTENTION = (64, 32, 16)
+# groups that are tried in turn where the user names none: experts are the largest part and the least sensitive one,
+# attention is the most sensitive one
+PREFERRED = {"experts": (256, 128, 64, 32, 16), "attention": (32, 16)}
+PREFERRED_ELSEWHERE = (128, 64, 32, 16)
 
 
 @pass_(reads="moe", tolerance=1.0)
@@ -205,7 +206,7 @@ def _choose(
     else:
         bits = int(spec.lstrip("uint"))
         zeros = spec.startswith("u") or (bits < 8 and not symmetric)
-        preferred = PREFERRED_ATTENTION if role == "attention" and bits <= 4 else PREFERRED
+        preferred = PREFERRED.get(role, PREFERRED_ELSEWHERE) if bits <= 4 else PREFERRED_ELSEWHERE
         # two groups in a row or more, where there is a choice: it is small matrices that lose most
         shortest = min(int(v.type.shape[-1]) for v in weights)
         groups = [group] if group else [g for g in preferred if 2 * g <= shortest] or preferred
