@@ -55,17 +55,20 @@ class Option:
 
 
 def choose(
-    units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]], budget: int
+    units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]], budget: int, fixed: int = 0
 ) -> dict[Unit, tuple[str, float]]:
-    """Return a format and its KL for every unit, so that all fit in a number of bytes; MoecError says the least possible."""
+    """Return a format and its KL for every unit, so that all fit in a number of bytes; MoecError says the least possible.
+
+    `fixed` are bytes of other weights, which are in no format: messages count them in.
+    """
     choices = [_hull(options) for options in _options(units, costs)]
     now = [0] * len(choices)
     spent = sum(c[0].bytes for c in choices)
     if spent > budget:
         weights = sum({w.key: w.elements for u in units.values() for w in u}.values())
         raise MoecError(
-            f"the budget of {budget / 1e6:.6g} MB cannot be met",
-            todo=f"the least is {float(spent) / 1e6:.6g} MB, {float(spent * 8 / weights):.3f} bits per weight",
+            f"the budget of {(budget + fixed) / 1e6:.6g} MB cannot be met",
+            todo=f"the least is {float(spent + fixed) / 1e6:.6g} MB, {float(spent * 8 / weights):.3f} bits per weight",
         )
     while True:
         steps = []

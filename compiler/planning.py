@@ -17,6 +17,8 @@ from .roles import ROLES
 
 if TYPE_CHECKING:
     from ..targets import Target
+    from .formats import Format
+    from .ir import Op
 
 _LOWERED = "the program is already lowered"
 
@@ -50,7 +52,11 @@ def find_plan(
         return PASSES[PASS](module, target, None, **dict.fromkeys(ROLES, KEEP), layers=layers)
 
     method = spec.options.get("method", "rtn")
-    return make_plan(module, loaded.weights, windows_of(text, module), wanted, method, store, target.holds)
+
+    def obstacle(op: Op, format: Format) -> str | None:
+        return target.holds(op, format) or target.slow(op, format)
+
+    return make_plan(module, loaded.weights, windows_of(text, module), wanted, method, store, obstacle)
 
 
 def calibrated(

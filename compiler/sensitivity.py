@@ -215,15 +215,19 @@ def make_plan(
     if not units:
         raise MoecError("there are no weights that the target could hold in fewer bits", todo="leave out --quantize")
     stored = {w.key: w.elements for u in units.values() for w in u}
+    fixed = 0
     if budget.bits is not None:
         room = int(budget.bits * sum(stored.values()) / 8)
     else:
         assert budget.bytes is not None
-        room = budget.bytes - (int(module_costs(module).total.compiled_bytes) - 4 * sum(stored.values()))
+        fixed = int(module_costs(module).total.compiled_bytes) - 4 * sum(stored.values())
+        room = budget.bytes - fixed
     vocabulary = int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
     count = max(1, min(TOKENS, LOGITS // vocabulary) // windows.shape[1])
+    free = {u: dict.fromkeys(frozenset.intersection(*(w.formats for w in ws)), 0.0) for u, ws in units.items()}
+    choose(units, free, room, fixed)  # measuring takes minutes: a budget that cannot be met is told before
     units, costs = measure(module, source, windows[:count], units, store)
-    chosen = choose(units, costs, room)
+    chosen = choose(units, costs, room, fixed)
     spent = {(w.key, f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
     total = sum(spent.values())
     return Plan(
