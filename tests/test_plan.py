@@ -189,7 +189,7 @@ def test_layers_that_differ_become_functions(module):
     calls = [op.callee for op in found.main.ops if op.callee]
     assert calls == ["layer", "layer", "layer_2", "layer_3"]
     formats = {f.name: {c.value.name: c.value.type.dtype for c in f.consts} for f in found.functions}
-    assert formats["layer"]["self_attn_q_proj"] == "int8_g64" and formats["layer_3"]["self_attn_q_proj"] == "uint4_g64"
+    assert formats["layer"]["self_attn_q_proj"] == "int8_g64" and formats["layer_3"]["self_attn_q_proj"] == "uint4_g32"
     assert formats["layer_2"]["experts_down_proj"] == "uint4_g32" != formats["layer"]["experts_down_proj"]
 
 
