@@ -211,6 +211,13 @@ def _dequantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> Tens
     return TensorType.of("f32", *codes.shape)
 
 
+def _unpack_e2m1(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    item = _one(types)
+    if item.dtype not in ("i8", "u8") or not item.shape:
+        raise ValueError(f"packed E2M1 codes are i8 or u8, not {item}")
+    return TensorType.of("f32", *item.shape[:-1], 2 * item.shape[-1])
+
+
 def _quantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
     item = _one(types)
     format = format_of(str(attributes["to"]))
@@ -259,6 +266,7 @@ STEPS: dict[str, StepRule] = {
     "cast": _cast,  # to
     "quantize": _quantize,  # to: a format; the numbers are those that the codes stand for
     **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
+    "unpack_e2m1": _unpack_e2m1,  # two codes in a byte along the last axis, the first in the low bits
     "dequantize": _dequantize,  # codes, scales; block: codes[i, j] * scales[i // block[0], j // block[1]]
 }
 SPREADING = ("stack", "concat", "interleave")

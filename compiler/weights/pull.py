@@ -16,6 +16,7 @@ import torch
 from ..dtypes import TORCH_DTYPES, torch_dtype
 from ..ir import TensorType
 from ..recipes import Literal, Recipe, Step, Tensor, spread
+from .encode import E2M1
 from .sources import Box, WeightSource, check_box, cut, full_box
 
 Pull = Callable[[Recipe, Box], torch.Tensor]
@@ -154,6 +155,13 @@ def _cast(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return inner(step.items[0], box).to(TORCH_DTYPES[step.type.dtype])
 
 
+def _unpack_e2m1(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+    *outer, (low, high) = box
+    packed = inner(step.items[0], (*outer, (low // 2, -(-high // 2)))).view(torch.uint8)
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return E2M1[codes[..., low % 2 : low % 2 + high - low].long()]
+
+
 def _dequantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     blocks = _ints(step, "block")
     codes = inner(step.items[0], box)
@@ -282,5 +290,6 @@ EVALUATE: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
     "slice": _slice,
     "reshape": _reshape,
     "cast": _cast,
+    "unpack_e2m1": _unpack_e2m1,
     "dequantize": _dequantize,
 }
