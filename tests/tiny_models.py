@@ -22,6 +22,9 @@ def random_model(family: Family, **changes) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):  # hash routing: every token's experts differ
+                shape = (parameter.shape[0], config.n_routed_experts)
+                parameter.copy_(torch.rand(shape, generator=generator).argsort(-1)[:, : parameter.shape[1]])
             if not parameter.is_floating_point() or name not in model.state_dict():
                 continue
             noise = torch.randn(parameter.shape, generator=generator)

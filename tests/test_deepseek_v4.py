@@ -1,0 +1,133 @@
+"""DeepSeek-V4: the program that is built from config and weights equals DeepseekV4ForCausalLM."""
+
+import pytest
+import torch
+from moec.compiler.dims import evaluate
+from moec.compiler.frontends import load
+from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.interpret import interpret
+from moec.compiler.verify import verify
+from moec.compiler.weights.pull import pull
+from tiny_models import random_model, save
+
+FAMILY = FAMILIES["deepseek_v4"]
+SPARSE, HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
+PUBLISHED = {"compress_rates": {SPARSE: 4, HEAVY: 128}, "sliding_window": 128, "max_position_embeddings": 1024}
+YARN = {
+    "rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+    "attention_factor": 1.0, "rope_theta": 160000.0, "partial_rotary_factor": 0.25,
+}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Return (model, its checkpoint loaded) with entries of 4 and 8 tokens, a window of 8, and YaRN."""
+    model = random_model(FAMILY, rope_parameters={"main": PLAIN, "compress": YARN})
+    return model, load(save(model, tmp_path_factory.mktemp("v4")))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Return the same with entries of 4 and 128 tokens and a window of 128, as the released models have them."""
+    model = random_model(FAMILY, **PUBLISHED)
+    return model, load(save(model, tmp_path_factory.mktemp("v4")))
+
+
+class Interpreted:
+    """Runs a loaded module step by step, its weights made once."""
+
+    def __init__(self, loaded):
+        self.module, self.kept, self.source = loaded.module, {}, loaded.weights
+        self.states = [p for p in self.module.main.params if p.type.state]
+
+    def weights(self, recipe):
+        return self.kept.setdefault(repr(recipe), pull(recipe, self.source))
+
+    def start(self, batch):
+        dims = {"B": batch, "P": 0}
+        return [torch.zeros([evaluate(n, dims) for n in p.type.shape]) for p in self.states]
+
+    def step(self, ids, past, states):
+        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.int64)
+        logits, *states = interpret(self.module, [ids, mask, *states], self.weights)
+        return logits, states
+
+
+def difference(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def prefill(case, length, batch=2):
+    model, loaded = case
+    with torch.no_grad():
+        expected = model(input_ids=tokens(batch, length), use_cache=True).logits
+    runner = Interpreted(loaded)
+    return difference(runner.step(tokens(batch, length), 0, runner.start(batch))[0], expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 15, 16, 17, 33, 64, 130])
+def test_prefill(small, length):
+    assert prefill(small, length) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 255, 256, 257])
+def test_prefill_with_published_ratios(published, length):
+    assert prefill(published, length) < 1e-5
+
+
+def decode(case, length, steps):
+    """Return the largest difference of cached steps behind a prompt, and of the prompt."""
+    model, loaded = case
+    runner, states, cache, worst = Interpreted(loaded), None, None, 0.0
+    ids, past = tokens(2, length, seed=1), 0
+    states = runner.start(2)
+    for i in range(steps + 1):
+        with torch.no_grad():
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        found, states = runner.step(ids, past, states)
+        worst = max(worst, difference(found, out.logits))
+        past, cache, ids = past + ids.shape[1], out.past_key_values, tokens(2, 1, seed=2 + i)
+    return worst
+
+
+def test_three_hundred_cached_steps(small):
+    assert decode(small, 5, 300) < 1e-5
+
+
+def test_cached_steps_across_a_published_window(published):
+    assert decode(published, 120, 20) < 1e-5
+    assert decode(published, 250, 10) < 1e-5
+
+
+@pytest.mark.parametrize("parts", [(3, 1, 9, 4), (8, 8, 8), (1, 30), (13, 2, 2, 2)])
+def test_a_prompt_in_parts(small, parts):
+    model, loaded = small
+    runner, past, found = Interpreted(loaded), 0, []
+    states, ids = runner.start(2), tokens(2, sum(parts))
+    for part in parts:
+        logits, states = runner.step(ids[:, past : past + part], past, states)
+        found.append(logits)
+        past += part
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=True).logits
+    assert difference(torch.cat(found, 1), expected) < 1e-5
+
+
+def test_states_are_as_long_as_their_types_say(small):
+    _, loaded = small
+    runner = Interpreted(loaded)
+    _, states = runner.step(tokens(2, 21), 0, runner.start(2))
+    for param, state in zip(runner.states, states, strict=True):
+        assert list(state.shape) == [evaluate(n, {"B": 2, "P": 21}) for n in param.type.shape]
+
+
+def test_layers_of_a_kind_are_one_function(small):
+    module = small[1].module
+    verify(module)
+    assert module.stage == "moe"
+    assert [op.callee for op in module.main.ops if op.callee] == ["layer_0", "layer_1", "layer_2", "layer_3"]
