@@ -14,7 +14,6 @@ from typing import Any
 import sympy
 
 from ..dims import Size, dim, floordiv, size
-from ..errors import MoecError
 from ..ir import Dim, Function, Module, TensorType, Value
 from ..ops.compressed import pending_tokens
 from ..recipes import Literal, Recipe, step
@@ -336,5 +335,3 @@ def _literal(numbers: tuple[float, ...]) -> Recipe:
 
 def _short(name: str) -> str:
     return "_".join(name.removesuffix(".weight").split(".")[-2:])
-
-

@@ -6,4 +6,17 @@
 from . import attention, compressed, core, dispatch, hyper_connections, mlp, moe, nn, route
 from .define import OPS, OpDef, op
 
-__all__ = ["OPS", "OpDef", "attention", "compressed", "core", "dispatch", "hyper_connections", "mlp", "moe", "nn", "op", "route"]
+__all__ = [
+    "OPS",
+    "OpDef",
+    "attention",
+    "compressed",
+    "core",
+    "dispatch",
+    "hyper_connections",
+    "mlp",
+    "moe",
+    "nn",
+    "op",
+    "route",
+]

@@ -131,11 +131,12 @@ def select_entries(q, keys, weights, *, k: int, ratio: int, past: Size):
     """Choose the k compressed entries that each token attends to (the lightning indexer of DeepSeek sparse attention).
 
     score(t, w) = sum_h weights[t, h] relu(q[t, h] keys[w]); entry w is visible to the token at position t when
-    w < floor((t + 1) / ratio). Where fewer than k are visible, -1 stands in the other places.
+    w < floor((t + 1) / ratio). Of equal scores the lower entry goes first. Where fewer than k are visible, -1 stands in
+    the other places.
     """
     scores = torch.einsum("bshe,bsh->bse", torch.relu(torch.einsum("bshd,bed->bshe", q, keys)), weights)
     visible = visible_entries(q.shape[1], keys.shape[1], ratio, past)
-    best = torch.topk(scores.masked_fill(~visible, float("-inf")), min(k, keys.shape[1]), dim=-1).indices
+    best = scores.masked_fill(~visible, float("-inf")).argsort(dim=-1, descending=True, stable=True)[..., :k]
     return best.masked_fill(~visible.expand(scores.shape).gather(2, best), -1)
 
 
@@ -149,7 +150,9 @@ def _windowed(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     q, kv, window, entries, selected, _ = types
     past, length, ratio = size(attributes["past"]), attributes["window"], attributes["ratio"]
     if length < 1 or window.shape[1] != sympy.Min(past, length - 1):
-        raise fail(f"nn.compressed_attention: a window of {length} tokens keeps min({length - 1}, {past}), not {window}")
+        raise fail(
+            f"nn.compressed_attention: a window of {length} tokens keeps min({length - 1}, {past}), not {window}"
+        )
     if (entries is None) != (ratio == 0) or (selected and not entries):
         raise fail("nn.compressed_attention: entries want their ratio, and selected ones want entries")
     total = size(past + q.shape[1])
@@ -160,7 +163,7 @@ def _windowed(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 
 
 def _windowed_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
-    q, kv, window, entries, selected, _ = operands
+    q, _, _, entries, selected, _ = operands
     slots = sympy.Min(size(attributes["past"]) + q.shape[1], attributes["window"])
     slots += selected.shape[2] if selected else entries.shape[1] if entries else 0
     heads = q.elements / q.shape[3]

@@ -25,7 +25,7 @@ def _pre(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 
 def _pre_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     x, w = operands[:2]
-    y, post, mix = results
+    _, post, mix = results
     tokens = x.elements / (x.shape[2] * x.shape[3])
     return 2 * tokens * w.elements + 4 * x.elements + 8 * post.elements + 4 * attributes["iterations"] * mix.elements
 
