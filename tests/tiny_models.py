@@ -43,12 +43,17 @@ def save(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def padded_batch(vocabulary: int, length: int, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Return (input_ids, attention_mask, position_ids) of a batch with left padding in all rows but the first."""
+def padded_batch(
+    vocabulary: int, length: int, batch: int = 3, seed: int = 0, padding: bool = True
+) -> tuple[torch.Tensor, ...]:
+    """Return (input_ids, attention_mask, position_ids) of a batch with left padding in all rows but the first.
+
+    Without `padding`, for models that take none, all rows are whole.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.int64)
-    for row in range(1, batch):
+    for row in range(1, batch if padding else 1):
         mask[row, : (length * row) // (batch + 1)] = 0
     ids = ids * mask
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
