@@ -1,10 +1,14 @@
 """DeepSeek-V4: the program that is built from config and weights equals DeepseekV4ForCausalLM."""
 
+import moec
+import numpy as np
 import pytest
 import torch
 from moec.compiler.dims import evaluate
+from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.generate import generate
 from moec.compiler.interpret import interpret
 from moec.compiler.verify import verify
 from moec.compiler.weights.pull import pull
@@ -95,8 +99,8 @@ def decode(case, length, steps):
     return worst
 
 
-def test_three_hundred_cached_steps(small):
-    assert decode(small, 5, 300) < 1e-5
+def test_cached_steps(small):
+    assert decode(small, 5, 40) < 1e-5
 
 
 def test_cached_steps_across_a_published_window(published):
@@ -131,3 +135,60 @@ def test_layers_of_a_kind_are_one_function(small):
     verify(module)
     assert module.stage == "moe"
     assert [op.callee for op in module.main.ops if op.callee] == ["layer_0", "layer_1", "layer_2", "layer_3"]
+
+
+@pytest.fixture(scope="module")
+def session(small, tmp_path_factory):
+    """Return the session of the small model's artifact."""
+    made = moec.compile(small[1].folder, out=tmp_path_factory.mktemp("v4") / "made")
+    return made.session(spinning=False)
+
+
+def step(session, ids, past, states):
+    """Run a step of the artifact; return logits as a tensor and the states."""
+    rows, new = ids.shape
+    positions = np.tile(np.arange(past, past + new), (rows, 1))
+    logits, states = session.step(ids.numpy(), np.ones((rows, past + new), np.int64), positions, states)
+    return torch.from_numpy(logits), states
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 31, 32, 33, 130])
+def test_prefill_of_the_artifact(small, session, length):
+    with torch.no_grad():
+        expected = small[0](input_ids=tokens(2, length), use_cache=True).logits
+    assert difference(step(session, tokens(2, length), 0, None)[0], expected) < 1e-4
+
+
+def test_three_hundred_cached_steps_of_the_artifact(small, session):
+    """Cross the window's end once and the ends of compressed windows many times."""
+    cache, states, past, worst, ids = None, None, 0, 0.0, tokens(2, 6, seed=1)
+    for i in range(301):
+        with torch.no_grad():
+            expected = small[0](input_ids=ids, past_key_values=cache, use_cache=True)
+        found, states = step(session, ids, past, states)
+        worst, cache = max(worst, difference(found, expected.logits)), expected.past_key_values
+        past, ids = past + ids.shape[1], tokens(2, 1, seed=2 + i)
+    assert worst < 1e-4
+
+
+def test_greedy_tokens_of_the_artifact(small, session):
+    prompt = tokens(1, 9)
+    with torch.no_grad():
+        expected = small[0].generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, eos_token_id=None
+        )
+    found = generate(session, [prompt[0].tolist()], max_new_tokens=40, greedy=True)
+    assert found.tokens[0] == expected[0, 9:].tolist()
+
+
+def test_padding_is_refused(session):
+    with pytest.raises(MoecError, match="takes no padding"):
+        generate(session, [[5, 6, 7], [8]], max_new_tokens=2, greedy=True)
+
+
+def test_states_may_be_gone_on_from_twice(session):
+    """Earlier states stay as they are when a step goes on from them."""
+    _, states = step(session, tokens(1, 10), 0, None)
+    first, _ = step(session, tokens(1, 3, seed=4), 10, states)
+    again, _ = step(session, tokens(1, 3, seed=4), 10, states)
+    assert torch.equal(first, again)

@@ -60,10 +60,11 @@ _ALL = (
     Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeConfig",
            {"intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True, **_EIGHT}),
     Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, state="latent kv"),
+    # many index heads: with few, scores are often exactly 0, and which of equal ones is chosen is anyone's guess
     Family("DeepSeek-V4", "deepseek_v4", "DeepseekV4Config",
            {"num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 32, "partial_rotary_factor": 0.25,
             "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32, "sliding_window": 8, "index_n_heads": 8, "index_head_dim": 16, "index_topk": 4,
+            "moe_intermediate_size": 32, "sliding_window": 8, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 4,
             "layer_types": ["sliding_attention", _SPARSE, "heavily_compressed_attention", _SPARSE],
             "compress_rates": {_SPARSE: 4, "heavily_compressed_attention": 8},
             "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"]},

@@ -136,7 +136,9 @@ def compress_tokens(ctx: Context, op: Op) -> None:
     kept, everything = (ctx.value(v) for v in op.results)
     cut = [graph.size(count * ratio), graph.constant([END]), graph.constant([1])]
     graph.node(ctx.label, "Slice", [stream, *cut], [kept], ctx.doc)
-    used = ctx.node("Slice", stream, graph.constant([0]), graph.size((count + int(overlap)) * ratio), graph.constant([1]))
+    used = ctx.node(
+        "Slice", stream, graph.constant([0]), graph.size((count + int(overlap)) * ratio), graph.constant([1])
+    )
     # the number of windows may be 0, which Reshape takes as a size only with allowzero
     shape = graph.shape((batch, count + int(overlap), size(ratio), size(2 * wide)))
     windows = ctx.node("Reshape", used, shape, allowzero=1)
