@@ -187,7 +187,8 @@ def _weight_costs(
             _hold(compiled, recipe, _Held(number, 0, size, role, share))
             for tensor, packed in leaves(recipe):
                 count = len(expand_range(tensor.name))
-                parameters = count * _whole(tensor.type.elements) * packed
+                # a table of i64 says where to look (experts by token, say), it is nothing that was learned
+                parameters = 0 if tensor.type.dtype == "i64" else count * _whole(tensor.type.elements) * packed
                 held = _Held(number, parameters, count * _whole(tensor.type.bytes), role, share)
                 _hold(stored, tensor.name, held)
     for held in stored.values():

@@ -22,7 +22,7 @@ from .manifest import write_manifest
 from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
 from .printer import print_module
 from .quantization import is_lossy, precision, with_quantize
-from .report import per_token
+from .report import left_out_of, per_token
 from .rewrite import Why, tell
 from .unfused import unfused
 from .weights.sink import MEMORY_LIMIT, tile_bytes
@@ -158,7 +158,9 @@ def _emit(
             todo="put the safetensors files beside config.json, name them with --weights DIR, or use --stop-after moe",
         )
     tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
-    source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
+    source: dict[str, Any] = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
+    if loaded.left_out:
+        source["left_out"] = left_out_of(loaded.left_out)
     with atomic_folder(out) as partial:
         _copy_companions(loaded, partial)
         (partial / "program.moir").write_text(print_module(module), encoding="utf-8")

@@ -16,7 +16,7 @@ import sympy
 from ..dims import Size, dim, floordiv, size
 from ..ir import Dim, Function, Module, TensorType, Value
 from ..ops.compressed import pending_tokens
-from ..recipes import Literal, Recipe, step
+from ..recipes import Literal, Recipe, step, tensors
 from .builder import Builder
 from .deepseek_v4_config import Layer, Settings, read_settings
 from .deepseek_v4_weights import EXTRA, Weights
@@ -38,9 +38,25 @@ def build(config: Any, weights: Weights, source: str) -> Module:
     return Module("moe", dims, (*kinds.values(), main), source)
 
 
-def left_out(weights: Weights) -> dict[str, TensorType]:
-    """Return the tensors of the checkpoint that the program does not read: those of multi-token prediction."""
-    return {name: type_ for name, type_ in (weights.types or {}).items() if name.startswith(EXTRA)}
+def left_out(config: Any, weights: Weights) -> dict[str, TensorType]:
+    """Return the tensors that the program does not read: those of multi-token prediction.
+
+    Where there is only a config, they are those of the released models: a block without compressed entries, whose
+    input is made of a token and of the streams.
+    """
+    if weights.types is not None:
+        return {name: type_ for name, type_ in weights.types.items() if name.startswith(EXTRA)}
+    s = read_settings(config)
+    block = _LayerBuilder(s, Layer(0, False, False), 0, weights, "mtp").build()
+    recipes = [c.recipe for c in block.consts]
+    n = s.streams
+    recipes += [weights.layer(0, f"{name}_proj.weight", s.hidden, s.hidden) for name in ("e", "h")]
+    recipes += [weights.layer(0, f"{name}.weight", s.hidden) for name in ("enorm", "hnorm", "norm")]
+    for leaf, shape in {"fn": (n, n * s.hidden), "base": (n,), "scale": (1,)}.items():
+        recipes.append(weights.layer(0, f"hc_head_{leaf}", *shape))
+    each = {tensor.name: tensor.type for recipe in recipes for tensor in tensors(recipe)}
+    blocks = range(config.num_nextn_predict_layers or 0)
+    return {f"{EXTRA}{i}.{name}": type_ for i in blocks for name, type_ in each.items()}
 
 
 # --- states ----------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ _AROUND = {
 # what the released checkpoints store in FP8 blocks; the experts too, or in FP4
 _BLOCKS = (
     "attn.wq_a.", "attn.wq_b.", "attn.wkv.", "attn.wo_a.", "attn.wo_b.", "attn.indexer.wq_b.", "ffn.shared_experts.",
+    "e_proj.", "h_proj.",
 )  # fmt: skip
 _FLOATS = ("hc_", "attn.attn_sink", "ffn.gate.bias")  # f32 whatever the rest is; so is every `ape`
 

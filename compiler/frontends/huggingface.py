@@ -25,8 +25,11 @@ from .transformers_model import import_model
 BLOCK_FP8 = "fp8"  # quant_method of DeepSeek's 128x128 blocks
 
 
-def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -> tuple[Module, Checkpoint | None]:
-    """Return the module of a checkpoint folder and its opened weights (None where there is only a config.json).
+def import_folder(
+    folder: Path, name: str, *, trust_remote_code: bool = False
+) -> tuple[Module, Checkpoint | None, Mapping[str, TensorType]]:
+    """Return the module of a checkpoint folder, its opened weights (None where there is only a config.json), and the
+    tensors that the program leaves out.
 
     `name` is the folder as the user gave it; it goes into the module. Reads no weight data.
     """
@@ -36,10 +39,11 @@ def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -
     dtype: Any = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     if config.model_type == deepseek_v4.MODEL_TYPE:
         types = {name: info.type for name, info in checkpoint.tensors.items()} if checkpoint else None
-        module = deepseek_v4.build(config, Weights(types, quantization or {}, DTYPE_NAMES.get(dtype, "bf16")), name)
+        weights = Weights(types, quantization or {}, DTYPE_NAMES.get(dtype, "bf16"))
+        module = deepseek_v4.build(config, weights, name)
         if checkpoint is not None:
             check_weights(module, checkpoint)
-        return module, checkpoint
+        return module, checkpoint, deepseek_v4.left_out(config, weights)
     skeleton = build(config, trust_remote_code)
 
     def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
@@ -55,7 +59,7 @@ def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -
     module = import_model(skeleton, mapper, name)
     if checkpoint is not None:
         check_weights(module, checkpoint)
-    return module, checkpoint
+    return module, checkpoint, {}
 
 
 def import_live(model: Any) -> tuple[Module, dict[str, torch.Tensor]]:
