@@ -278,6 +278,7 @@ CASES: dict[str, list[Case]] = {
         case(X, axis=2), case(X, axis=1, descending=True), case(i64(B, P + S), axis=1), case(i64(B * S), axis=0),
     ],
     "core.gather": [case(X, i64(B, S, 2), axis=2), case(f32(B, 6, 8), i64(B, 3, 5), axis=1)],
+    "core.scatter_add": [case(X, i64(B, S, 5), f32(B, S, 5), axis=2), case(X, i64(B, S, 8), f32(B, S, 8), axis=2)],
     "core.scatter": [case(X, i64(B, S, 2), f32(B, S, 2), axis=2)],
     "core.take": [case(f32(5, 8), i64(B, S), axis=0), case(f32(B, 5, 8), i64(3), axis=1), case(f32(5), i64(), axis=0)],
     "nn.embedding": [case(i64(B, S), f32(11, 8))],

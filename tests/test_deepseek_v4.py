@@ -192,3 +192,15 @@ def test_states_may_be_gone_on_from_twice(session):
     first, _ = step(session, tokens(1, 3, seed=4), 10, states)
     again, _ = step(session, tokens(1, 3, seed=4), 10, states)
     assert torch.equal(first, again)
+
+
+def test_a_table_of_experts_may_name_one_twice(tmp_path):
+    """No MoE op can tell equal ids apart: they become one expert with the sum of their weights."""
+    model = random_model(FAMILY)
+    with torch.no_grad():
+        table = model.model.layers[0].mlp.gate.tid2eid
+        table[::2, 1] = table[::2, 0]
+        expected = model(input_ids=tokens(2, 9), use_cache=True).logits
+    artifact = moec.compile(model, out=tmp_path / "made")
+    assert artifact.manifest["unfused"] == []
+    assert difference(step(artifact.session(spinning=False), tokens(2, 9), 0, None)[0], expected) < 1e-4
