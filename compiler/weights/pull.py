@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 
 from ..dtypes import TORCH_DTYPES, torch_dtype
@@ -23,6 +24,11 @@ Pull = Callable[[Recipe, Box], torch.Tensor]
 
 # a tile is cut at multiples of this where it can be, so that blocks and quantization groups stay whole
 _GRAIN = 128
+
+# what each byte of two E2M1 codes stands for, as one element of 8 bytes: a lookup of whole bytes in numpy is seven
+# times as fast as one of codes in torch
+_BYTES = torch.arange(256)
+_E2M1_PAIRS = torch.stack((E2M1[_BYTES & 15], E2M1[_BYTES >> 4]), dim=-1).numpy().view(np.int64).ravel()
 
 
 def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.Tensor:
@@ -157,9 +163,9 @@ def _cast(step: Step, box: Box, inner: Pull) -> torch.Tensor:
 
 def _unpack_e2m1(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     *outer, (low, high) = box
-    packed = inner(step.items[0], (*outer, (low // 2, -(-high // 2)))).view(torch.uint8)
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return E2M1[codes[..., low % 2 : low % 2 + high - low].long()]
+    packed = inner(step.items[0], (*outer, (low // 2, -(-high // 2)))).contiguous().view(torch.uint8)
+    numbers = torch.from_numpy(_E2M1_PAIRS[packed.numpy()].view(np.float32))
+    return numbers[..., low % 2 : low % 2 + high - low]
 
 
 def _dequantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
