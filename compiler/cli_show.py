@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .report import bytes_text, count_text, flops_text, ranges
+from .report import bytes_text, count_text, flops_text, left_out_text, ranges
 from .unfused import line
 
 if TYPE_CHECKING:
@@ -81,9 +81,19 @@ def _summary(report: dict[str, Any]) -> Table:
          f"{bytes_text(per_token['checkpoint_bytes_read'])} read per decoded token"),
         ("weights in this IR", bytes_text(report["bytes"]["compiled"]),
          f"{bytes_text(per_token['compiled_bytes_read'])} read per decoded token"),
-        ("KV cache per token", bytes_text(state["bytes_per_token"]), f"{bytes_text(per_token['state_bytes_read'])} {at}"),
+        ("KV cache per token", bytes_text(state["bytes_per_token"]),
+         f"{bytes_text(state['bf16_bytes_per_token'])} if it were bf16; {bytes_text(per_token['state_bytes_read'])} {at}"),
         ("FLOPs per decoded token", flops_text(per_token["flops"]), at),
     ]  # fmt: skip
+    if left_out := report["left_out"]:
+        whole = report["bytes"]["checkpoint"] + left_out["bytes"]
+        rows.append(
+            (
+                "left out of the program",
+                bytes_text(left_out["bytes"]),
+                f"{', '.join(left_out['names'])}; {bytes_text(whole)} with it in the checkpoint",
+            )
+        )
     if state["fixed_bytes"]:
         rows.append(("fixed state", bytes_text(state["fixed_bytes"]), "for each sequence"))
     return _table((("", False), ("", True), ("", False)), rows)
@@ -159,6 +169,8 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
     if seen := report["figures"].get("calibration"):
         click.echo(_coverage(seen), err=True)
+    if "left_out" in report["source"]:
+        click.echo(left_out_text(report["source"]["left_out"]), err=True)
     for entry in report["unfused"]:
         click.echo(line(entry), err=True)
     figures = report["figures"].get("measured")

@@ -26,6 +26,8 @@ TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a 
 
 # Items of a step that hold no parameters of their own (scales).
 AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1,), "scale": (1,)}
+# Parameters in an element of a step's item, where it is not one.
+PACKED: Mapping[str, int] = {"unpack_e2m1": 2}
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,10 @@ def _weight_costs(
             size = _whole(const.value.type.bytes)
             recipe = bind(const.recipe, function.weights, bound)
             _hold(compiled, recipe, _Held(number, 0, size, role, share))
-            for tensor, is_parameter in leaves(recipe):
+            for tensor, packed in leaves(recipe):
                 count = len(expand_range(tensor.name))
-                parameters = count * _whole(tensor.type.elements) if is_parameter else 0
+                # a table of i64 says where to look (experts by token, say), it is nothing that was learned
+                parameters = 0 if tensor.type.dtype == "i64" else count * _whole(tensor.type.elements) * packed
                 held = _Held(number, parameters, count * _whole(tensor.type.bytes), role, share)
                 _hold(stored, tensor.name, held)
     for held in stored.values():
@@ -211,17 +214,17 @@ def _hold(table: dict, key: object, new: _Held) -> None:
     held.role, held.share = max(held.role, new.role), max(held.share, new.share)
 
 
-def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, bool]]:
-    """Yield the checkpoint tensors of a recipe, ranges not spread out, and whether they hold parameters."""
+def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, int]]:
+    """Yield the checkpoint tensors of a recipe, ranges not spread out, and how many parameters an element holds."""
     match recipe:
         case Tensor():
-            yield recipe, True
+            yield recipe, 1
         case Literal():
             return
         case _:
-            auxiliary = AUXILIARY.get(recipe.name, ())
+            auxiliary, each = AUXILIARY.get(recipe.name, ()), PACKED.get(recipe.name, 1)
             for i, item in enumerate(recipe.items):
-                yield from ((tensor, is_parameter and i not in auxiliary) for tensor, is_parameter in leaves(item))
+                yield from ((tensor, 0 if i in auxiliary else n * each) for tensor, n in leaves(item))
 
 
 @lru_cache(maxsize=65536)

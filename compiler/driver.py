@@ -25,7 +25,7 @@ from .plan import PLAN
 from .planning import calibrated, find_plan
 from .printer import print_module
 from .quantization import AUTO, Spec, is_lossy, needs_calibration, precision, with_quantize
-from .report import per_token
+from .report import left_out_of, per_token
 from .rewrite import Why, tell
 from .unfused import unfused
 from .weights.sink import MEMORY_LIMIT, tile_bytes
@@ -185,7 +185,9 @@ def _emit(
     """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
     assert loaded.weights is not None
     tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
-    source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
+    source: dict[str, Any] = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
+    if loaded.left_out:
+        source["left_out"] = left_out_of(loaded.left_out)
     with atomic_folder(out) as folder:
         _copy_companions(loaded, folder)
         (folder / "program.moir").write_text(print_module(module), encoding="utf-8")

@@ -28,6 +28,7 @@ from ...compiler.weights.sink import TILE_BYTES, DataFile
 from ...compiler.weights.sources import WeightSource
 from . import (
     onnx_attention,
+    onnx_compressed,
     onnx_core,
     onnx_dispatch,
     onnx_moe,
@@ -43,7 +44,7 @@ from .lower_logits import LOGITS
 
 KERNELS: dict[str, Kernel] = {
     **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS, **onnx_dispatch.KERNELS,
-    **onnx_quantized.KERNELS, **onnx_route.KERNELS,
+    **onnx_quantized.KERNELS, **onnx_route.KERNELS, **onnx_compressed.KERNELS,
 }  # fmt: skip
 
 assert ops and ops_quantized  # what is emitted is declared there

@@ -64,12 +64,33 @@ def _lower_function(function: Function, accuracy: str, record: Record, notes: li
         "core.linear": partial(lower_linear, accuracy=accuracy, record=record),
         "nn.embedding": partial(lower_embedding, record=record),
     }
+    function = rewrite_ops(Draft(function), {"moe.experts": _merge_choices}, "lower", notes)
     function = rewrite_ops(Draft(function), blocks, "lower", notes, instead)
     # blocks have become linears too: those on quantized weights come last
     return join_slices(rewrite_ops(Draft(function), weights, "lower", notes))
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
+
+
+def _merge_choices(draft: Draft, op: Op) -> Op:
+    """Return routed experts whose ids may be equal, as those of a table may, with ids that differ.
+
+    Equal ids become one with the sum of their gates; experts without weight fill the places that become free. MoE and
+    QMoE choose by scores, one for each expert, and could not tell two equal ids apart.
+    """
+    x, ids, gates, up = op.operands[:4]
+    assert x and ids and gates and up
+    if distinct(draft.function, ids) or not not_negative(draft.function, gates):
+        return op
+    tokens, chosen = ids.type.shape
+    none = draft.add(
+        "core.full", hint="no_gates", loc=op.loc, shape=(tokens, up.type.shape[0]), value=0.0, dtype=gates.type.dtype
+    )
+    merged = draft.add("core.scatter_add", none, ids, gates, hint="merged", loc=op.loc, axis=1)
+    hints = ("merged.gates", "merged.ids")
+    gates, ids = draft.add_all("core.topk", merged, hints=hints, loc=op.loc, k=int(chosen), axis=1)
+    return replace(op, operands=(x, ids, gates, *op.operands[3:]))
 
 
 def _experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:

@@ -115,6 +115,11 @@ class Session:
                 f"{past} past and {new} new tokens are more than the model's context of {self.context}",
                 todo="shorten the prompt or generate fewer tokens",
             )
+        if "position_ids" not in self.inputs and not (mask.all() and (positions == past + np.arange(new)).all()):
+            raise MoecError(
+                "this model takes no padding: the positions of all rows count from 0",
+                todo="run prompts of one length together, or one after the other",
+            )
         if ids.min() < 0:  # the runtime would count it from the end of the vocabulary
             raise MoecError(f"the token {ids.min()} is negative")
         return past
