@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 import transformers
 from moec.compiler.frontends.families import Family
 
+ROUTER = re.compile(r"(\.(mlp|feed_forward|mixer)\.gate|\.gate\.wg|router(_gate)?(\.\w+)?)\.weight$")
+COMPUTED = ("slope_rate", "_decay")  # buffers that a model computes from its config and saves all the same
+
 
 def random_model(family: Family, **changes) -> torch.nn.Module:
     """Return a tiny causal LM of a family in float32, evaluated, with random weights.
 
     Constants of the initialisation (norms, biases) would hide mistakes, so they are random too; router weights are
-    scaled up, so that which experts are chosen does not hang on the last bits.
+    scaled up, so that which experts are chosen does not hang on the last bits, but not so far that sigmoids become 1.
     """
     torch.manual_seed(0)
     config = family.config(**changes)
@@ -22,13 +26,13 @@ def random_model(family: Family, **changes) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-            if not parameter.is_floating_point() or name not in model.state_dict():
+            if not parameter.is_floating_point() or name not in model.state_dict() or name.endswith(COMPUTED):
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if name in constant or parameter.dim() == 1:
                 parameter.copy_(parameter + 0.1 * noise)
-            elif name.endswith(("mlp.gate.weight", "router.weight", "block_sparse_moe.gate.weight")):
-                parameter.copy_(15 * noise / parameter.shape[-1] ** 0.5)
+            elif ROUTER.search(name):
+                parameter.copy_(4 * noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model

@@ -282,6 +282,24 @@ def _cache_append(g: Graph, past: Value, new: Value) -> Value:
     return g.builder.op("nn.cache_append", past, new, axis=2, hint=past.name.replace("past", "present"))
 
 
+@aten("moec.conv_window")
+def _conv_window(g: Graph, past: Value, new: Value) -> tuple[Value, ...]:
+    return g.builder.op("nn.conv_window", past, new)
+
+
+@aten("moec.causal_conv")
+def _causal_conv(g: Graph, x: Value, w: Value, b: Any) -> Value:
+    return g.builder.op("nn.causal_conv", x, w, b)
+
+
+@aten("moec.linear_attention")
+def _linear_attention(
+    g: Graph, q: Value, k: Value, v: Value, decay: Any, beta: Any, past: Value, scale: float
+) -> tuple[Value, ...]:
+    options = {} if scale == 1 else {"scale": float(scale)}
+    return g.builder.op("nn.linear_attention", q, k, v, decay, beta, past, **options)
+
+
 @aten("moec.attention")
 def _attention(
     g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, softcap: float

@@ -109,7 +109,7 @@ def _position(x: Value | Uninitialised, a: int, index: Any, default: Any) -> Siz
     at = size(index)
     if at.is_Integer and at >= 2**62:
         return length
-    if at.is_Integer and at < 0:
+    if at.is_nonpositive and at != 0:  # also -S: every dim is 0 or more
         return sympy.expand(length + at)
     return sympy.Integer(min(int(at), int(length))) if at.is_Integer and length.is_Integer else at
 

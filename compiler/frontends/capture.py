@@ -30,6 +30,7 @@ class Tracing:
     masks: list[Tensor] = field(default_factory=list)  # keeps the ids above alive
     window: int = 0  # the window of the layer that is being traced
     layers: list[Any] = field(default_factory=list)  # what the stubs stand for
+    recurrent: Tensor | None = None  # the recurrent state that was asked for last
     activations: dict[int, tuple[str, float, float, float]] = field(default_factory=dict)  # by id of an experts module
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dims import FUNCTIONS, Size, dim
 from ..errors import MoecError
-from .layers import SIZES
+from .cache import SIZES
 
 DIM_EXPRESSIONS = {"B": dim("B"), "S": dim("S"), "P": dim("P"), "P + S": dim("P") + dim("S")}
 
@@ -39,6 +39,7 @@ def trace(module: torch.nn.Module, inputs: Sequence[Tensor], where: str) -> Trac
     """Export a module for every batch, length and past; MoecError where it holds only for some."""
     from torch.export import Dim, export
 
+    inputs = [t.contiguous() for t in inputs]  # the strides of a slice would be sizes that nobody knows
     dynamic = [{i: Dim.AUTO for i, n in enumerate(t.shape) if n in SIZES} for t in inputs]
     try:
         with torch.no_grad():

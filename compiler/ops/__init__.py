@@ -3,7 +3,7 @@
 `OPS` is filled by the imports below; a target's kernel ops join it when that target is imported.
 """
 
-from . import attention, core, dispatch, mlp, moe, nn, route
+from . import attention, core, dispatch, mlp, moe, nn, recurrent, route
 from .define import OPS, OpDef, op
 
-__all__ = ["OPS", "OpDef", "attention", "core", "dispatch", "mlp", "moe", "nn", "op", "route"]
+__all__ = ["OPS", "OpDef", "attention", "core", "dispatch", "mlp", "moe", "nn", "op", "recurrent", "route"]
