@@ -29,7 +29,11 @@ def random_model(family: Family, **changes) -> torch.nn.Module:
             if not parameter.is_floating_point() or name not in model.state_dict() or name.endswith(COMPUTED):
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
-            if name in constant or parameter.dim() == 1:
+            if name.endswith(
+                "A_log"
+            ):  # as it is initialised, a state is forgotten at once and rounding is what remains
+                parameter.copy_(0.5 * noise - 1)
+            elif name in constant or parameter.dim() == 1:
                 parameter.copy_(parameter + 0.1 * noise)
             elif ROUTER.search(name):
                 parameter.copy_(4 * noise / parameter.shape[-1] ** 0.5)

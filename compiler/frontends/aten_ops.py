@@ -81,6 +81,11 @@ def _square(g: Graph, x: Value) -> Value:
     return g.builder.op("core.mul", x, x)
 
 
+@aten("aten.log1p")
+def _log1p(g: Graph, x: Value) -> Value:
+    return g.builder.op("core.log", g.builder.op("core.add", x, g.like(1.0, x)))
+
+
 @aten("aten.softplus")
 def _softplus(g: Graph, x: Value, beta: float = 1, threshold: float = 20) -> Value:
     if beta != 1:
@@ -187,6 +192,15 @@ for _name in ("sum", "mean", "amax"):
     aten(f"aten.{_name}")(_reduction(_name))
 
 
+@aten("aten.linalg_vector_norm", "aten.norm")
+def _vector_norm(g: Graph, x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False) -> Value:
+    if ord not in (1, 2):
+        raise MoecError(f"a norm of order {ord} is not understood")
+    if ord == 1:
+        return HANDLERS["aten.sum"](g, g.builder.op("core.abs", x), dim, keepdim)
+    return g.builder.op("core.sqrt", HANDLERS["aten.sum"](g, g.builder.op("core.mul", x, x), dim, keepdim))
+
+
 @aten("aten.cumsum")
 def _cumsum(g: Graph, x: Value, dim: int, dtype: str | None = None) -> Value:
     return g.builder.op("core.cumsum", g.cast(x, dtype) if dtype else x, axis=axis(x, dim))
@@ -244,6 +258,8 @@ def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
 @aten("aten.arange")
 def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
     start, end = (0, args[0]) if len(args) == 1 else args[:2]
+    if len(args) > 2 and args[2] != 1:
+        raise MoecError(f"arange in steps of {args[2]} is not understood")
     counted = g.builder.op("core.iota", size=size(end) - size(start))
     dtype = kwargs.get("dtype") or "i64"
     counted = g.cast(counted, dtype)
@@ -300,13 +316,23 @@ def _linear_attention(
     return g.builder.op("nn.linear_attention", q, k, v, decay, beta, past, **options)
 
 
+@aten("moec.expert_linear")
+def _expert_linear(g: Graph, rows: Value, ids: Value, w: Value) -> Value:
+    count = rows.type.shape[0]
+    one = g.builder.op("core.reshape", ids, shape=(count, 1))
+    sorted_, offsets, perm = g.builder.op("moe.dispatch", rows, one, experts=w.type.shape[0])
+    ones = g.builder.op("core.full", shape=(count, 1), value=1.0, dtype=rows.type.dtype)
+    return g.builder.op("moe.combine", g.builder.op("moe.grouped_linear", sorted_, w, offsets, None), ones, perm)
+
+
 @aten("moec.attention")
 def _attention(
-    g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, softcap: float
+    g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, chunk: int, softcap: float
 ) -> Value:
     options: dict[str, Any] = {
         "scale": float(scale),
         **({"window": window} if window else {}),
+        **({"chunk": chunk} if chunk else {}),
         **({"softcap": softcap} if softcap else {}),
     }
     return g.builder.op("nn.attention", q, k, v, mask, sinks, **options)

@@ -86,6 +86,20 @@ def _repeat_interleave(g: Graph, x: Value, repeats: Any, dim: int | None = None,
     return reshape(g, repeated, (*s[:a], s[a] * repeats, *s[a + 1 :]))
 
 
+@aten("aten.repeat")
+def _repeat(g: Graph, x: Value, repeats: Any) -> Value:
+    if len(repeats) != len(x.type.shape) or not all(isinstance(n, int) for n in repeats):
+        raise MoecError(f"repeat of {x.type} by {list(repeats)} is not understood")
+    for a, count in enumerate(repeats):
+        x = x if count == 1 else g.builder.op("core.concat", *[x] * count, axis=a)
+    return x
+
+
+@aten("aten.view_as", "aten.reshape_as")
+def _view_as(g: Graph, x: Value, other: Value) -> Value:
+    return reshape(g, x, other.type.shape)
+
+
 @aten("aten.expand_as")
 def _expand_as(g: Graph, x: Value, other: Value) -> Value:
     return _expand(g, x, other.type.shape)

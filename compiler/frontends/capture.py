@@ -26,9 +26,10 @@ NAME = "moec"  # the name under which everything is registered with transformers
 class Tracing:
     """What the registered functions need to know while one model is traced."""
 
-    windows: dict[int, int] = field(default_factory=dict)  # id of a mask -> its sliding window
+    windows: dict[int, tuple[int, int]] = field(default_factory=dict)  # id of a mask -> its sliding window, its chunk
     masks: list[Tensor] = field(default_factory=list)  # keeps the ids above alive
-    window: int = 0  # the window of the layer that is being traced
+    window: tuple[int, int] = (0, 0)  # the window and the chunk of the layer that is being traced
+    names: dict[int, str] = field(default_factory=dict)  # activation functions by id
     layers: list[Any] = field(default_factory=list)  # what the stubs stand for
     recurrent: Tensor | None = None  # the recurrent state that was asked for last
     activations: dict[int, tuple[str, float, float, float]] = field(default_factory=dict)  # by id of an experts module
@@ -65,6 +66,7 @@ def attention_op(
     sinks: Tensor | None,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
 ) -> Tensor:
     """Stand for `nn.attention`; shapes as there."""
@@ -72,7 +74,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(q, k, v, mask, sinks, scale, window, softcap):
+def _(q, k, v, mask, sinks, scale, window, chunk, softcap):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -137,8 +139,8 @@ def _attention(
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    window = current().window
-    y = torch.ops.moec.attention(query, key, value, attention_mask, s_aux, scale, window, float(softcap or 0.0))
+    window, chunk = current().window
+    y = torch.ops.moec.attention(query, key, value, attention_mask, s_aux, scale, window, chunk, float(softcap or 0.0))
     return y, None
 
 
@@ -149,16 +151,16 @@ def _mask(
         return None
     if kwargs.get("use_vmap"):
         raise MoecError("the model adds a mask function of its own to the causal mask, which is not understood")
-    if "chunk" in getattr(kwargs.get("mask_function"), "__qualname__", "") or _is_chunked(kwargs.get("mask_function")):
-        raise MoecError("chunked attention masks are not understood")
     mask = attention_mask.clone() if not torch.compiler.is_exporting() else attention_mask
     tracing_ = current()
-    tracing_.windows[id(mask)] = int(local_size or 0)
+    size = int(local_size or 0)
+    tracing_.windows[id(mask)] = (0, size) if _is_chunked(kwargs.get("mask_function")) else (size, 0)
     tracing_.masks.append(mask)
     return mask
 
 
 def _is_chunked(function: Any) -> bool:
+    """Return whether a mask function is chunked attention's, which transformers makes of several in a closure."""
     cells = getattr(function, "__closure__", None) or ()
     parts = [p for cell in cells for p in (cell.cell_contents if isinstance(cell.cell_contents, tuple) else ())]
     return any("chunked" in getattr(p, "__qualname__", "") for p in parts)

@@ -18,12 +18,15 @@ _MLA = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
+# the first token's output of a delta rule may be next to nothing, which the norm behind it would blow up with its rounding
+_EPS = 1e-2
 _LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": _EPS,
 }
 _DEEPSEEK = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
@@ -33,7 +36,7 @@ _DEEPSEEK = {
 
 
 CHECKED = "prefill, cached steps, left padding, greedy tokens"
-LATENT = "kv, expanded from the latent"
+LATENT = "latent kv"
 MAMBA = "kv, convolution, ssm"
 DELTA = "kv, convolution, delta rule"
 
@@ -100,7 +103,8 @@ _ALL = (
     Family("Aria (text)", "aria_text", "AriaTextConfig",
            {"intermediate_size": 32, "moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 2}),
     Family("Bailing hybrid (Ling 2.5)", "bailing_hybrid", "BailingHybridConfig",
-           {**_MLA, **_DEEPSEEK, "num_experts": 8, "num_hidden_layers": 6, "linear_num_heads": 4, "linear_head_dim": 8},
+           {**_MLA, **_DEEPSEEK, "num_experts": 8, "num_hidden_layers": 6, "linear_num_heads": 4, "linear_head_dim": 8,
+            "rms_norm_eps": _EPS},
            f"{LATENT}, convolution, delta rule", "KDA and MLA, dense and experts"),
     Family("Flint", "flint", "FlintConfig",
            {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4, "num_hidden_layers": 4},
@@ -148,12 +152,37 @@ _ALL = (
            {"layer_types": ["mamba", "moe", "attention", "mlp"], "n_routed_experts": 8, "num_experts_per_tok": 2,
             "n_group": 4, "topk_group": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48,
             "intermediate_size": 96, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16,
-            "n_groups": 2, "chunk_size": 16, "time_step_min": 0.0}, MAMBA, "Mamba 2, attention, dense, experts",
+            "n_groups": 2, "chunk_size": 16, "time_step_min": 1e-30}, MAMBA, "Mamba 2, attention, dense, experts",
            # transformers' decoding leaves the limit out, which its prefill applies; moec applies it always
-           f"{CHECKED}; with time_step_min 0"),
+           f"{CHECKED}; with time_step_min 1e-30"),
     Family("Qwen3-Next", "qwen3_next", "Qwen3NextConfig",
            {**_EIGHT, **_LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, "head_dim": 16,
             "intermediate_size": 96}, DELTA, "gated delta net and attention, experts"),
+    Family("Beam", "beam", "BeamConfig",
+           {**_DEEPSEEK, "num_experts": 8, "head_dim": 16, "num_hidden_layers": 6, "sliding_window": 4},
+           layers="sliding and full attention without positions, dense and experts"),
+    Family("DBRX", "dbrx", "DbrxConfig",
+           {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 512,
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}),
+    Family("DeepSeek-V2", "deepseek_v2", "DeepseekV2Config",
+           {**_MLA, **_DEEPSEEK, "topk_method": "group_limited_greedy"}, LATENT, "MLA, dense and experts"),
+    Family("JetMoE", "jetmoe", "JetMoeConfig",
+           {"kv_channels": 16, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+           layers="mixture of attention heads, experts"),
+    Family("Llama 4", "llama4_text", "Llama4TextConfig",
+           {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 32, "intermediate_size_mlp": 64,
+            "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8},
+           layers="chunked and full attention without positions, dense and experts"),
+    Family("LongCat Flash", "longcat_flash", "LongcatFlashConfig",
+           {**_MLA, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "n_routed_experts": 8, "zero_expert_num": 4,
+            "moe_topk": 3, "num_hidden_layers": 4, "head_dim": 8},
+           LATENT, "two MLA, dense beside experts, some of them the identity"),
+    Family("Phi-MoE", "phimoe", "PhimoeConfig", _FOUR),
+    Family("Qwen3.5 MoE", "qwen3_5_moe_text", "Qwen3_5MoeTextConfig",
+           {**_EIGHT, **_LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, "head_dim": 16},
+           DELTA, "gated delta net and attention, experts"),
     Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}),
     Family("Gemma 3 (no experts)", "gemma3_text", "Gemma3TextConfig",
            {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}),

@@ -33,7 +33,7 @@ class Layer:
     result_spec: Any = None
     results: list[Tensor] = field(default_factory=list)
     states: dict[StateKey, Tensor] = field(default_factory=dict)  # the present states, as the rehearsal made them
-    window: int = 0
+    window: tuple[int, int] = (0, 0)  # sliding window and chunk of its attention; 0: none
     kind: int = -1
 
     @property
@@ -43,12 +43,17 @@ class Layer:
 
 
 def find_layers(model: Any) -> tuple[str, Any]:
-    """Return the name and the ModuleList of a model's decoder layers: the largest list of the config's length."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    """Return the name and the ModuleList of a model's decoder layers: the largest list of the config's length.
+
+    Where a layer holds two attentions, num_hidden_layers counts those and num_layers the layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    lengths = {count, getattr(config, "num_layers", count)}
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+        if isinstance(module, torch.nn.ModuleList) and len(module) in lengths
     ]
     if not lists:
         raise MoecError(f"{type(model).__name__} has no list of {count} layers (num_hidden_layers)")
@@ -66,7 +71,7 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
             if len(windows) > 1:
                 raise MoecError(f"layer {layer.index} gets masks with different windows")
-            tracing.window = layer.window = windows.pop() if windows else 0
+            tracing.window = layer.window = windows.pop() if windows else (0, 0)
 
         return hook
 

@@ -1,15 +1,13 @@
 """Recurrent layers as single ops: short convolutions, gated delta rules, Mamba, lightning attention.
 
 transformers computes them in chunks, or token by token in Python loops, and neither can be traced for every length.
-While a model is imported, the functions of its modelling code that do so are replaced by those below, which say the
-same in `moec::causal_conv` and `moec::linear_attention`.
+While a model is imported, the functions of its modelling code that do so are replaced by those below (see replace.py),
+which say the same in `moec::causal_conv` and `moec::linear_attention`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,33 +159,4 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _mamba2,
     "create_recurrent_attention_mask": _padding_mask,
 }
-FORWARDS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention": _lightning}
-CACHES = ("MiniMaxCache",)  # cache classes that a model insists on: a TraceCache is none of them
-
-
-@contextmanager
-def replaced(model: Any) -> Iterator[None]:
-    """Replace the functions above in the code of a model's modules."""
-    from transformers import Cache
-
-    undo: list[tuple[Any, str, Any]] = []
-
-    def put(owner: Any, name: str, value: Any) -> None:
-        undo.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    types = {type(module) for module in model.modules()}
-    sources = {sys.modules[t.__module__] for t in types if t.__module__.startswith("transformers.")}
-    try:
-        for source in sorted(sources, key=lambda s: s.__name__):
-            for name in FUNCTIONS.keys() & vars(source).keys():
-                put(source, name, FUNCTIONS[name])
-            for name in vars(source).keys() & set(CACHES):
-                put(source, name, Cache)
-        for cls in types:
-            if cls.__name__ in FORWARDS:
-                put(cls, "forward", FORWARDS[cls.__name__])
-        yield
-    finally:
-        for owner, name, value in reversed(undo):
-            setattr(owner, name, value)
+METHODS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention.forward": _lightning}

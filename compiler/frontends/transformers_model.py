@@ -26,7 +26,7 @@ from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
 from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, stubbed
 from .names import relative_to_layer
-from .recurrent import replaced
+from .replace import replaced
 from .skeleton import Skeleton
 
 Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
