@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import torch
-import transformers
 from moec.compiler.frontends.families import Family
+from moec.compiler.frontends.skeleton import make_model
 
 ROUTER = re.compile(r"(\.(mlp|feed_forward|mixer)\.gate|\.gate\.wg|router(_gate)?(\.\w+)?)\.weight$")
 COMPUTED = ("slope_rate", "_decay")  # buffers that a model computes from its config and saves all the same
@@ -21,7 +21,7 @@ def random_model(family: Family, **changes) -> torch.nn.Module:
     """
     torch.manual_seed(0)
     config = family.config(**changes)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = make_model(config, dtype=torch.float32).eval()
     constant = {name for name, p in model.named_parameters() if p.unique().numel() == 1}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -50,7 +50,8 @@ def _binary(name: str) -> Handler:
 for _name in ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge"):
     aten(f"aten.{_name}")(_binary(_name))
 for _name in ("logical_and", "logical_or"):
-    aten(f"aten.{_name}", "aten.bitwise_" + _name.split("_")[1])(_binary(_name))
+    _short = _name.split("_")[1]
+    aten(f"aten.{_name}", f"aten.bitwise_{_short}", f"aten.__{_short}__")(_binary(_name))
 
 
 def _unary(name: str) -> Handler:

@@ -45,6 +45,10 @@ class TraceCache:
         """Append one layer's new keys and values."""
         return self._append((layer_idx, "key"), key), self._append((layer_idx, "value"), value)
 
+    def update_indexer(self, key: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Append the keys [B, S, D] that an indexer scores tokens by; they are kept as one head's."""
+        return self._append((layer_idx, "index_key"), key.unsqueeze(1)).squeeze(1)
+
     def _append(self, name: StateKey, new: Tensor) -> Tensor:
         past = self.past[name] if self.past is not None else past_like(name[1], new)
         self.length = past.shape[2]

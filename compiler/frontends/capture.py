@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS, activate
+from .indexer import causal, selected
 
 NAME = "moec"  # the name under which everything is registered with transformers
 
@@ -125,14 +126,18 @@ _IGNORED_ATTENTION = {
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    s_aux: Tensor | None = None, softcap: float | None = None, **kwargs: Any,
+    s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     unknown = {k for k, v in kwargs.items() if v is not None} - _IGNORED_ATTENTION
     if unknown:
         raise MoecError(
             f"the attention of {type(module).__name__} is called with {', '.join(sorted(unknown))}, which is not understood"
         )
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if indices is not None and attention_mask is not None:
+        attention_mask = selected(attention_mask, indices)
+    elif attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+        attention_mask = attention_mask[:, 0]
+    elif attention_mask is not None and attention_mask.dim() != 2:
         raise MoecError(
             f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
         )
@@ -151,6 +156,8 @@ def _mask(
         return None
     if kwargs.get("use_vmap"):
         raise MoecError("the model adds a mask function of its own to the causal mask, which is not understood")
+    if kwargs.get("allow_is_causal_skip") is False:  # an indexer needs to see which token reads which
+        return causal(attention_mask, kwargs["q_length"])
     mask = attention_mask.clone() if not torch.compiler.is_exporting() else attention_mask
     tracing_ = current()
     size = int(local_size or 0)

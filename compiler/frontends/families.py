@@ -41,6 +41,10 @@ MAMBA = "kv, convolution, ssm"
 DELTA = "kv, convolution, delta rule"
 
 
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}
+INDEXED = "latent kv, index keys"
+
+
 @dataclass(frozen=True)
 class Family:
     """A family: its name, transformers' model_type and config class, a tiny configuration over BASE.
@@ -183,6 +187,15 @@ _ALL = (
     Family("Qwen3.5 MoE", "qwen3_5_moe_text", "Qwen3_5MoeTextConfig",
            {**_EIGHT, **_LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, "head_dim": 16},
            DELTA, "gated delta net and attention, experts"),
+    Family("A.X K2", "axk2", "AXK2Config", {**_MLA, **_DEEPSEEK, **_INDEXER}, INDEXED,
+           "sparse MLA, dense and experts"),
+    Family("DeepSeek-V3.2", "deepseek_v32", "DeepseekV32Config", {**_MLA, **_DEEPSEEK, **_INDEXER, "head_dim": 8},
+           INDEXED, "sparse MLA, dense and experts"),
+    Family("GLM MoE DSA (GLM-5)", "glm_moe_dsa", "GlmMoeDsaConfig", {**_MLA, **_DEEPSEEK, **_INDEXER}, INDEXED,
+           "sparse MLA, dense and experts"),
+    Family("Hunyuan 4", "hy_v4", "HYV4Config", {**_MLA, **_DEEPSEEK, **_INDEXER, "num_experts": 8}, INDEXED,
+           "sparse MLA with sinks, hyper-connections, dense and experts"),
+    Family("Mistral 4", "mistral4", "Mistral4Config", {**_MLA, **_DEEPSEEK}, LATENT, "MLA, dense and experts"),
     Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}),
     Family("Gemma 3 (no experts)", "gemma3_text", "Gemma3TextConfig",
            {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}),

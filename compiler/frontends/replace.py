@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import angles, expert_modules, recurrent
+from . import angles, expert_modules, indexer, recurrent
 
 FUNCTIONS = {**recurrent.FUNCTIONS}
 LOCAL_FUNCTIONS = {**angles.LOCAL_FUNCTIONS}  # by modelling file too: others have functions of the same name
@@ -27,7 +27,7 @@ def replaced(model: Any) -> Iterator[list[str]]:
     names: list[str] = []
 
     def put(owner: Any, name: str, value: Any) -> None:
-        undo.append((owner, name, getattr(owner, name)))
+        undo.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, value)
         names.append(f"{owner.__name__.rpartition('.')[2]}.{name}")
 
@@ -45,7 +45,10 @@ def replaced(model: Any) -> Iterator[list[str]]:
             for name in sorted(vars(cls)):
                 if method := METHODS.get(f"{cls.__name__}.{name}"):
                     put(cls, name, method)
+            if cls.__name__.endswith(indexer.NAME):
+                put(cls, "forward", indexer.under_topk(cls.forward))
+                put(sources[cls.__module__], "min", indexer.least)
         yield names
     finally:
         for owner, name, value in reversed(undo):
-            setattr(owner, name, value)
+            setattr(owner, name, value) if value is not None else delattr(owner, name)

@@ -89,6 +89,7 @@ def attention_mask(mask, new: int, total: int, window: int, chunk: int = 0) -> t
 
     Slot j is visible to the token in slot i when j <= i, i - j < window (0: no window) and mask[b, j] is not 0. With
     a chunk c only slots of the token's own chunk are, c of them counted from the first slot that is not masked.
+    A mask [b, i, j] tells it for each new token.
     """
     query = torch.arange(total - new, total)[:, None]
     key = torch.arange(total)[None, :]
@@ -100,7 +101,9 @@ def attention_mask(mask, new: int, total: int, window: int, chunk: int = 0) -> t
         start = torch.zeros(1, 1) if mask is None else (mask.bool().cumsum(-1) == 0).sum(-1, keepdim=True)
         number = torch.div(torch.arange(total) - start, chunk, rounding_mode="floor")[:, None, :]
         visible = visible & (number[..., total - new :, None] == number[..., None, :])
-    return visible if mask is None else visible & mask.bool()[:, None, None, :]
+    if mask is None:
+        return visible
+    return visible & (mask.bool()[:, None] if mask.dim() == 3 else mask.bool()[:, None, None, :])
 
 
 def _attention_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
@@ -114,7 +117,7 @@ def _attention_flops(operands: Types, results: tuple[TensorType, ...], attribute
 
 @op(
     "nn.attention",
-    "q: A[B, H, S, D], k: A[B, G, T, D], v: A[B, G, T, E], mask: M[B, T]?, sinks: A[H]? -> y: A[B, S, H, E]",
+    "q: A[B, H, S, D], k: A[B, G, T, D], v: A[B, G, T, E], mask: M[B, *N, T]?, sinks: A[H]? -> y: A[B, S, H, E]",
     flops=_attention_flops,
 )
 def attention(q, k, v, mask, sinks, *, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0):

@@ -34,7 +34,8 @@ def visible(ctx: Context, mask: Value | None, new: Size, total: Size, window: in
         if not name:
             seen = shared.node("Unsqueeze", seen, graph.constant([0, 1]))
         else:
-            real = shared.node("Unsqueeze", shared.node("Cast", name, to=9), graph.constant([1, 2]))
+            axes = [1] if mask is not None and len(mask.type.shape) == 3 else [1, 2]
+            real = shared.node("Unsqueeze", shared.node("Cast", name, to=9), graph.constant(axes))
             seen = shared.node("And", seen, real)
         return shared.node("And", seen, _same_chunk(shared, name, new, total, chunk)) if chunk else seen
 
