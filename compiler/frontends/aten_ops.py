@@ -11,7 +11,7 @@ from ..dims import size
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Value
-from .aten import HANDLERS, Graph, aten, axis
+from .aten import HANDLERS, Graph, aten, axis, reshape
 from .aten_shapes import squeeze
 
 Handler = Callable[..., Any]
@@ -153,6 +153,29 @@ def _linear(g: Graph, x: Value, w: Value, b: Value | None = None) -> Value:
 @aten("aten.matmul", "aten.bmm", "aten.mm")
 def _matmul(g: Graph, x: Value, y: Value) -> Value:
     return g.builder.op("core.matmul", x, y)
+
+
+@aten("aten.conv1d")
+def _conv1d(
+    g: Graph, x: Value, w: Value, b: Value | None = None, stride: Any = (1,), padding: Any = (0,),
+    dilation: Any = (1,), groups: int = 1,
+) -> Value:  # fmt: skip
+    """Convolve as a product for each tap: a group's channels [in, T] by its weight [out, in]."""
+    if [*stride, *padding, *dilation] != [1, 0, 1]:
+        raise MoecError(f"conv1d with stride={stride}, padding={padding}, dilation={dilation} is not understood")
+    batch, channels, tokens = x.type.shape
+    outputs, inner, taps = (int(n) for n in w.type.shape)
+    kept = tokens - taps + 1
+    heads = reshape(g, x, (batch, groups, inner, tokens))
+    total = None
+    for tap in range(taps):
+        weight = g.builder.op("core.slice", w, axis=2, start=tap, stop=tap + 1)
+        weight = reshape(g, weight, (groups, outputs // groups, inner))
+        seen = g.builder.op("core.slice", heads, axis=3, start=tap, stop=tap + kept)
+        product = g.builder.op("core.matmul", weight, seen)
+        total = product if total is None else g.builder.op("core.add", total, product)
+    y = reshape(g, total, (batch, outputs, kept))
+    return y if b is None else g.builder.op("core.add", y, reshape(g, b, (outputs, 1)))
 
 
 @aten("aten.addmm")

@@ -70,9 +70,9 @@ class TraceCache:
         self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
     ) -> Tensor:
         """Return the convolution's past tokens and the new ones, and keep the last `conv_kernel_size` of them."""
-        if conv_kernel_size is None:
-            raise MoecError(f"layer {layer_idx} keeps a convolution's state of a width that it does not say")
         name = (layer_idx, _numbered("conv", state_idx))
+        if conv_kernel_size is None:  # the layer has put past and new tokens together itself
+            return self._keep(name, new)
         past = self._past_of(name)
         if past is None:
             past = new.new_empty(*new.shape[:2], conv_kernel_size)

@@ -207,7 +207,7 @@ def activation_of(module: Any) -> tuple[str, float, float, float]:
         layout = "concat" if module.is_concatenated else "interleaved"
         actual = module._apply_gate(h) if module.has_gate else module.act_fn(h)
         limit = float(getattr(module, "limit", None) or getattr(module, "swiglu_limit", None) or float("inf"))
-        alpha = float(getattr(module, "alpha", 1.0))
+        alpha = float(getattr(module, "alpha", getattr(module, "swiglu_alpha", 1.0)))
         for act, a, b, c in [
             *((name, 1.0, 0.0, float("inf")) for name in ACTIVATIONS),
             ("silu", alpha, 1.0, limit),
