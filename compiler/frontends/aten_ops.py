@@ -163,7 +163,7 @@ def _conv1d(
     """Convolve as a product for each tap: a group's channels [in, T] by its weight [out, in]."""
     if [*stride, *padding, *dilation] != [1, 0, 1]:
         raise MoecError(f"conv1d with stride={stride}, padding={padding}, dilation={dilation} is not understood")
-    batch, channels, tokens = x.type.shape
+    batch, _, tokens = x.type.shape
     outputs, inner, taps = (int(n) for n in w.type.shape)
     kept = tokens - taps + 1
     heads = reshape(g, x, (batch, groups, inner, tokens))
@@ -325,6 +325,11 @@ def _cache_append(g: Graph, past: Value, new: Value) -> Value:
 @aten("moec.conv_window")
 def _conv_window(g: Graph, past: Value, new: Value) -> tuple[Value, ...]:
     return g.builder.op("nn.conv_window", past, new)
+
+
+@aten("moec.new_state")
+def _new_state(g: Graph, x: Value) -> Value:
+    return x if x.type.state else g.builder.op("nn.new_state", x)
 
 
 @aten("moec.causal_conv")

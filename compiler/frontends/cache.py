@@ -72,7 +72,7 @@ class TraceCache:
         """Return the convolution's past tokens and the new ones, and keep the last `conv_kernel_size` of them."""
         name = (layer_idx, _numbered("conv", state_idx))
         if conv_kernel_size is None:  # the layer has put past and new tokens together itself
-            return self._keep(name, new)
+            return self._keep(name, torch.ops.moec.new_state(new))
         past = self._past_of(name)
         if past is None:
             past = new.new_empty(*new.shape[:2], conv_kernel_size)
@@ -90,7 +90,7 @@ class TraceCache:
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Keep the state of a linear attention."""
-        return self._keep((layer_idx, _numbered("recurrent", state_idx)), state)
+        return self._keep((layer_idx, _numbered("recurrent", state_idx)), torch.ops.moec.new_state(state))
 
     def _past_of(self, name: StateKey) -> Tensor | None:
         return self.past.get(name) if self.past is not None else None

@@ -32,6 +32,17 @@ def _(past, new):
     return new.new_empty(*new.shape[:2], past.shape[2] + new.shape[2]), torch.empty_like(past)
 
 
+@torch.library.custom_op("moec::new_state", mutates_args=())
+def new_state_op(x: Tensor) -> Tensor:
+    """Stand for `nn.new_state`."""
+    return x.clone()
+
+
+@new_state_op.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("moec::causal_conv", mutates_args=())
 def causal_conv_op(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """Stand for `nn.causal_conv`."""

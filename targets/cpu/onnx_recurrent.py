@@ -16,6 +16,11 @@ def conv_window(ctx: Context, op: Op) -> None:
     ctx.graph.node(ctx.label, "Slice", [ctx.value(whole), *bounds], [ctx.value(present)], ctx.doc)
 
 
+def new_state(ctx: Context, op: Op) -> None:
+    """Emit Identity: the value goes out under the state's name."""
+    ctx.finish(op, "Identity", *ctx.inputs(op))
+
+
 def causal_conv(ctx: Context, op: Op) -> None:
     """Emit Conv with a group for each channel and zeros in front."""
     x, w, b = ctx.inputs(op)
@@ -49,6 +54,7 @@ def _flat(ctx: Context, x: Value) -> str:
 
 KERNELS: dict[str, Kernel] = {
     "nn.conv_window": conv_window,
+    "nn.new_state": new_state,
     "nn.causal_conv": causal_conv,
     "nn.linear_attention": linear_attention,
 }
