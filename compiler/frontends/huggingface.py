@@ -23,10 +23,13 @@ from .transformers_model import import_model
 BLOCK_FP8 = "fp8"  # quant_method of DeepSeek's 128x128 blocks
 
 
-def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -> tuple[Module, Checkpoint | None]:
+def import_folder(
+    folder: Path, name: str, *, trust_remote_code: bool = False, replaced: list[str] | None = None
+) -> tuple[Module, Checkpoint | None]:
     """Return the module of a checkpoint folder and its opened weights (None where there is only a config.json).
 
-    `name` is the folder as the user gave it; it goes into the module. Reads no weight data.
+    `name` is the folder as the user gave it; it goes into the module. `replaced` gets the names of code that moec's own
+    ops stand for. Reads no weight data.
     """
     config = read_config(folder, trust_remote_code)
     quantization = _quantization(config, folder)
@@ -44,18 +47,21 @@ def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -
             available = _stored(checkpoint, wanted, quantization)
         return map_parameters(skeleton.model, wanted, available)
 
-    module = import_model(skeleton, mapper, name)
+    module = import_model(skeleton, mapper, name, replaced)
     if checkpoint is not None:
         check_weights(module, checkpoint)
     return module, checkpoint
 
 
-def import_live(model: Any) -> tuple[Module, dict[str, torch.Tensor]]:
-    """Return the module of a live transformers model and its tensors by name; the model itself is left alone."""
+def import_live(model: Any, replaced: list[str] | None = None) -> tuple[Module, dict[str, torch.Tensor]]:
+    """Return the module of a live transformers model and its tensors by name; the model itself is left alone.
+
+    `replaced` gets the names of code that moec's own ops stand for.
+    """
     tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     shell = _without_data(model)
     mapper = lambda wanted: {n: Tensor(n, _type(tensors[n])) for n in wanted}  # noqa: E731
-    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}"), tensors
+    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}", replaced), tensors
 
 
 def _without_data(model: Any) -> Any:

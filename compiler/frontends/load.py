@@ -15,11 +15,15 @@ LIVE = "python:"  # how the source of a live module starts
 
 @dataclass(frozen=True)
 class Loaded:
-    """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any."""
+    """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any.
+
+    `replaced` names the code of transformers in whose place an op of moec stands (see replace.py).
+    """
 
     module: Module
     weights: WeightSource | None
     folder: Path | None
+    replaced: tuple[str, ...] = ()
 
 
 def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: bool = False) -> Loaded:
@@ -51,8 +55,9 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder or a .moir file")
     from .huggingface import import_folder
 
-    module, checkpoint = import_folder(path, name.rstrip("/"), trust_remote_code=trust_remote_code)
-    return Loaded(module, checkpoint, path)
+    replaced: list[str] = []
+    module, checkpoint = import_folder(path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced)
+    return Loaded(module, checkpoint, path, tuple(replaced))
 
 
 def _load_text(path: Path, weights: Path | str | None) -> Loaded:
@@ -101,5 +106,6 @@ def _load_live(model: Any) -> Loaded:
     from ..weights.sources import ModuleSource
     from .huggingface import import_live
 
-    module, tensors = import_live(model)
-    return Loaded(module, ModuleSource(tensors), None)
+    replaced: list[str] = []
+    module, tensors = import_live(model, replaced)
+    return Loaded(module, ModuleSource(tensors), None, tuple(replaced))

@@ -46,10 +46,15 @@ class Import:
     tracing: Tracing
 
 
-def import_model(skeleton: Skeleton, mapper: Mapper, source: str) -> Module:
-    """Return the module (stage graph) of a model; MoecError names what is not understood."""
+def import_model(skeleton: Skeleton, mapper: Mapper, source: str, names: list[str] | None = None) -> Module:
+    """Return the module (stage graph) of a model; MoecError names what is not understood.
+
+    `names` gets the functions of the model's code that were replaced, see replace.py.
+    """
     model = skeleton.model
-    with tracing() as session, replaced(model), torch.no_grad():
+    with tracing() as session, replaced(model) as found, torch.no_grad():
+        if names is not None:
+            names += found
         layers_name, modules = find_layers(model)
         layers = rehearse(model, modules, session)
         kinds = group_kinds(model, layers_name, layers, skeleton.buffers)
