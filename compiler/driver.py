@@ -80,6 +80,7 @@ def compile(
     """
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
+    tell(why, [f"import: ops of moec stand for {name} of transformers" for name in loaded.replaced])
     text = pipeline if pipeline is not None else chosen.pipeline
     plan = None
     if quantize is not None:

@@ -93,7 +93,8 @@ def families() -> Rows:
     """Return the model families that moec's tests check."""
     from .frontends.families import FAMILIES
 
-    return [{"name": f.name, "model_type": f.model_type, "state": f.state} for f in FAMILIES.values()]
+    columns = ("name", "model_type", "layers", "state", "checked")
+    return [{column: getattr(family, column) for column in columns} for family in FAMILIES.values()]
 
 
 def targets(name: str | None = None) -> Rows:

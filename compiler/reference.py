@@ -86,9 +86,7 @@ def _is_float32(model: Any) -> bool:
 
 def _load(folder: Path) -> Any:
     """Load a checkpoint folder in float32; MoecError also for weights that would be made up."""
-    from transformers import AutoModelForCausalLM
-
-    from .frontends.skeleton import read_config
+    from .frontends.skeleton import model_class, read_config
 
     if not folder.is_dir():
         raise MoecError(
@@ -102,9 +100,9 @@ def _load(folder: Path) -> Any:
         extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     try:
         with _no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(config).from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-                trust_remote_code=False, output_loading_info=True, **extra,
+                output_loading_info=True, **extra,
             )  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

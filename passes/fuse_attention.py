@@ -54,6 +54,10 @@ def _attention(notes: list[str]) -> Callable[[Draft, Op], Op]:
         q, key, value, mask, sinks = op.operands
         assert q and key and value
         _check(q, key, value)
+        if op.attributes.get("chunk"):
+            raise Refuse("nn.cached_attention has no chunks")
+        if mask is not None and len(mask.type.shape) != 2:
+            raise Refuse("the mask differs from token to token, as in sparse attention", mask)
         appends = [_append(draft.function, state, op) for state in (key, value)]
         if key == value:
             raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)

@@ -138,6 +138,32 @@ X, ROW, ONE = f32(B, S, 8), f32(8), f32(B, 1, 8)
 UNARY = ("neg", "exp", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "softplus", "abs", "floor", "erf")
 
 
+def linear_attention(decay: int | None = 1, beta: bool = False, **attributes: Any) -> Case:
+    """Return nn.linear_attention with `decay` numbers a head; they are logarithms of factors below 1."""
+
+    def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+        inputs[1] = inputs[1] * 0.4
+        if decay is not None:
+            inputs[3] = -inputs[3].abs()
+
+    heads = f32(B, S, 3, 4)
+    operands = [heads, heads, f32(B, S, 3, 5), None if decay is None else f32(B, S, 3, decay)]
+    return case(*operands, f32(B, S, 3) if beta else None, f32(B, 3, 4, 5, state=True), fix=fix, **attributes)
+
+
+def sparse_attention() -> Case:
+    """Return nn.attention with a mask for each new token, one of which reads nothing."""
+
+    def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+        mask = inputs[3]
+        inputs[3] = (torch.arange(mask.numel()).reshape(mask.shape) % 3 > 0).long()
+        inputs[3][0, 0] = 0
+
+    slots = P + S
+    operands = [f32(B, 4, S, 8), f32(B, 2, slots, 8), f32(B, 2, slots, 8), i64(B, S, slots), None]
+    return case(*operands, fix=fix, scale=0.3)
+
+
 def attention(
     heads: int, groups: int, width: int, out: int, mask: bool = True, sinks: bool = False, **attrs: Any
 ) -> Case:
@@ -293,6 +319,14 @@ CASES: dict[str, list[Case]] = {
     "nn.attention": [
         attention(4, 4, 8, 8), attention(4, 2, 5, 3), attention(4, 1, 8, 8, mask=False), attention(4, 2, 8, 8, window=2),
         attention(4, 2, 8, 8, softcap=2.0), attention(4, 2, 8, 8, sinks=True), attention(2, 2, 4, 6, window=1, sinks=True),
+        attention(4, 2, 8, 8, chunk=2), attention(2, 1, 4, 4, mask=False, chunk=3), sparse_attention(),
+    ],
+    "nn.conv_window": [case(f32(B, 4, 3, state=True), f32(B, 4, S))],
+    "nn.new_state": [case(f32(B, 4, 3))],
+    "nn.causal_conv": [case(f32(B, 4, S), f32(4, 3), f32(4)), case(f32(B, 4, S), f32(4, 2), None)],
+    "nn.linear_attention": [
+        linear_attention(), linear_attention(decay=None), linear_attention(decay=4, beta=True),
+        linear_attention(decay=None, beta=True, scale=0.5),
     ],
     "moe.experts": [
         experts(routing(signed=True)), experts(routing(zeros=True), layout="interleaved", biased=True),

@@ -196,14 +196,10 @@ def test_remote_code_is_not_run(tmp_path):
         load(tmp_path)
 
 
-def test_unsupported_state_is_named():
-    settings = {
-        "num_hidden_layers": 4, "intermediate_size": 64, "num_experts": 4, "expert_layer_period": 2,
-        "expert_layer_offset": 1, "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 8,
-        "mamba_dt_rank": 8,
-    }  # fmt: skip
-    with pytest.raises(MoecError, match="JambaForCausalLM cannot be imported"):
-        load(random_model(Family("Jamba", "jamba", "JambaConfig", settings)))
+def test_what_is_not_understood_is_named():
+    settings = {"intermediate_size": 96, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}
+    with pytest.raises(MoecError, match="DogeForCausalLM cannot be imported|DogeAttention builds its own attention mask"):
+        load(random_model(Family("Doge", "doge", "DogeConfig", settings)))
 
 
 def test_layers_with_other_computed_buffers_are_other_kinds():

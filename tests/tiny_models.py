@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
-import transformers
 from moec.compiler.frontends.families import Family
+from moec.compiler.frontends.skeleton import make_model
+
+ROUTER = re.compile(r"(\.(mlp|feed_forward|mixer)\.gate|\.gate\.wg|router(_gate)?(\.\w+)?)\.weight$")
+COMPUTED = ("slope_rate", "_decay")  # buffers that a model computes from its config and saves all the same
 
 
 def random_model(family: Family, **changes) -> torch.nn.Module:
     """Return a tiny causal LM of a family in float32, evaluated, with random weights.
 
     Constants of the initialisation (norms, biases) would hide mistakes, so they are random too; router weights are
-    scaled up, so that which experts are chosen does not hang on the last bits.
+    scaled up, so that which experts are chosen does not hang on the last bits, but not so far that sigmoids become 1.
     """
     torch.manual_seed(0)
     config = family.config(**changes)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = make_model(config, dtype=torch.float32).eval()
     constant = {name for name, p in model.named_parameters() if p.unique().numel() == 1}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -25,13 +29,17 @@ def random_model(family: Family, **changes) -> torch.nn.Module:
             if name.endswith("tid2eid"):  # hash routing: every token's experts differ
                 shape = (parameter.shape[0], config.n_routed_experts)
                 parameter.copy_(torch.rand(shape, generator=generator).argsort(-1)[:, : parameter.shape[1]])
-            if not parameter.is_floating_point() or name not in model.state_dict():
+            if not parameter.is_floating_point() or name not in model.state_dict() or name.endswith(COMPUTED):
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
-            if name in constant or parameter.dim() == 1:
+            if name.endswith(
+                "A_log"
+            ):  # as it is initialised, a state is forgotten at once and rounding is what remains
+                parameter.copy_(0.5 * noise - 1)
+            elif name in constant or parameter.dim() == 1:
                 parameter.copy_(parameter + 0.1 * noise)
-            elif name.endswith(("mlp.gate.weight", "router.weight", "block_sparse_moe.gate.weight")):
-                parameter.copy_(15 * noise / parameter.shape[-1] ** 0.5)
+            elif ROUTER.search(name):
+                parameter.copy_(4 * noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model

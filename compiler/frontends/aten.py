@@ -51,8 +51,16 @@ class Graph:
         return self.scalars[key]
 
     def like(self, number: Any, other: Value) -> Value:
-        """Return a number as a constant of another value's dtype; values are returned as they are."""
+        """Return a number or a size as a value of another value's dtype; values are returned as they are."""
+        if isinstance(number, sympy.Expr) and not number.is_number:
+            return self.cast(self.size_value(number), other.type.dtype)
         return number if isinstance(number, Value) else self.scalar(number, other.type.dtype)
+
+    def size_value(self, number: Size) -> Value:
+        """Return a size as an i64 scalar: the last of as many numbers and one more."""
+        counted = self.builder.op("core.iota", size=number + 1)
+        last = self.builder.op("core.slice", counted, axis=0, start=number, stop=number + 1)
+        return self.builder.op("core.reshape", last, shape=())
 
     def cast(self, x: Value, dtype: str) -> Value:
         """Convert x unless it has the dtype."""

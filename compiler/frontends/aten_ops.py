@@ -11,7 +11,7 @@ from ..dims import size
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Value
-from .aten import HANDLERS, Graph, aten, axis
+from .aten import HANDLERS, Graph, aten, axis, reshape
 from .aten_shapes import squeeze
 
 Handler = Callable[..., Any]
@@ -50,7 +50,8 @@ def _binary(name: str) -> Handler:
 for _name in ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge"):
     aten(f"aten.{_name}")(_binary(_name))
 for _name in ("logical_and", "logical_or"):
-    aten(f"aten.{_name}", "aten.bitwise_" + _name.split("_")[1])(_binary(_name))
+    _short = _name.split("_")[1]
+    aten(f"aten.{_name}", f"aten.bitwise_{_short}", f"aten.__{_short}__")(_binary(_name))
 
 
 def _unary(name: str) -> Handler:
@@ -79,6 +80,11 @@ def _rsub(g: Graph, x: Value, y: Any, alpha: Any = 1) -> Value:
 @aten("aten.square")
 def _square(g: Graph, x: Value) -> Value:
     return g.builder.op("core.mul", x, x)
+
+
+@aten("aten.log1p")
+def _log1p(g: Graph, x: Value) -> Value:
+    return g.builder.op("core.log", g.builder.op("core.add", x, g.like(1.0, x)))
 
 
 @aten("aten.softplus")
@@ -149,6 +155,29 @@ def _matmul(g: Graph, x: Value, y: Value) -> Value:
     return g.builder.op("core.matmul", x, y)
 
 
+@aten("aten.conv1d")
+def _conv1d(
+    g: Graph, x: Value, w: Value, b: Value | None = None, stride: Any = (1,), padding: Any = (0,),
+    dilation: Any = (1,), groups: int = 1,
+) -> Value:  # fmt: skip
+    """Convolve as a product for each tap: a group's channels [in, T] by its weight [out, in]."""
+    if [*stride, *padding, *dilation] != [1, 0, 1]:
+        raise MoecError(f"conv1d with stride={stride}, padding={padding}, dilation={dilation} is not understood")
+    batch, _, tokens = x.type.shape
+    outputs, inner, taps = (int(n) for n in w.type.shape)
+    kept = tokens - taps + 1
+    heads = reshape(g, x, (batch, groups, inner, tokens))
+    total = None
+    for tap in range(taps):
+        weight = g.builder.op("core.slice", w, axis=2, start=tap, stop=tap + 1)
+        weight = reshape(g, weight, (groups, outputs // groups, inner))
+        seen = g.builder.op("core.slice", heads, axis=3, start=tap, stop=tap + kept)
+        product = g.builder.op("core.matmul", weight, seen)
+        total = product if total is None else g.builder.op("core.add", total, product)
+    y = reshape(g, total, (batch, outputs, kept))
+    return y if b is None else g.builder.op("core.add", y, reshape(g, b, (outputs, 1)))
+
+
 @aten("aten.addmm")
 def _addmm(g: Graph, b: Value, x: Value, y: Value, beta: Any = 1, alpha: Any = 1) -> Value:
     if beta != 1 or alpha != 1:
@@ -185,6 +214,15 @@ def _reduction(name: str) -> Handler:
 
 for _name in ("sum", "mean", "amax"):
     aten(f"aten.{_name}")(_reduction(_name))
+
+
+@aten("aten.linalg_vector_norm", "aten.norm")
+def _vector_norm(g: Graph, x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False) -> Value:
+    if ord not in (1, 2):
+        raise MoecError(f"a norm of order {ord} is not understood")
+    if ord == 1:
+        return HANDLERS["aten.sum"](g, g.builder.op("core.abs", x), dim, keepdim)
+    return g.builder.op("core.sqrt", HANDLERS["aten.sum"](g, g.builder.op("core.mul", x, x), dim, keepdim))
 
 
 @aten("aten.cumsum")
@@ -244,6 +282,8 @@ def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
 @aten("aten.arange")
 def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
     start, end = (0, args[0]) if len(args) == 1 else args[:2]
+    if len(args) > 2 and args[2] != 1:
+        raise MoecError(f"arange in steps of {args[2]} is not understood")
     counted = g.builder.op("core.iota", size=size(end) - size(start))
     dtype = kwargs.get("dtype") or "i64"
     counted = g.cast(counted, dtype)
@@ -282,13 +322,46 @@ def _cache_append(g: Graph, past: Value, new: Value) -> Value:
     return g.builder.op("nn.cache_append", past, new, axis=2, hint=past.name.replace("past", "present"))
 
 
+@aten("moec.conv_window")
+def _conv_window(g: Graph, past: Value, new: Value) -> tuple[Value, ...]:
+    return g.builder.op("nn.conv_window", past, new)
+
+
+@aten("moec.new_state")
+def _new_state(g: Graph, x: Value) -> Value:
+    return x if x.type.state else g.builder.op("nn.new_state", x)
+
+
+@aten("moec.causal_conv")
+def _causal_conv(g: Graph, x: Value, w: Value, b: Any) -> Value:
+    return g.builder.op("nn.causal_conv", x, w, b)
+
+
+@aten("moec.linear_attention")
+def _linear_attention(
+    g: Graph, q: Value, k: Value, v: Value, decay: Any, beta: Any, past: Value, scale: float
+) -> tuple[Value, ...]:
+    options = {} if scale == 1 else {"scale": float(scale)}
+    return g.builder.op("nn.linear_attention", q, k, v, decay, beta, past, **options)
+
+
+@aten("moec.expert_linear")
+def _expert_linear(g: Graph, rows: Value, ids: Value, w: Value) -> Value:
+    count = rows.type.shape[0]
+    one = g.builder.op("core.reshape", ids, shape=(count, 1))
+    sorted_, offsets, perm = g.builder.op("moe.dispatch", rows, one, experts=w.type.shape[0])
+    ones = g.builder.op("core.full", shape=(count, 1), value=1.0, dtype=rows.type.dtype)
+    return g.builder.op("moe.combine", g.builder.op("moe.grouped_linear", sorted_, w, offsets, None), ones, perm)
+
+
 @aten("moec.attention")
 def _attention(
-    g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, softcap: float
+    g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, chunk: int, softcap: float
 ) -> Value:
     options: dict[str, Any] = {
         "scale": float(scale),
         **({"window": window} if window else {}),
+        **({"chunk": chunk} if chunk else {}),
         **({"softcap": softcap} if softcap else {}),
     }
     return g.builder.op("nn.attention", q, k, v, mask, sinks, **options)

@@ -86,6 +86,36 @@ def _repeat_interleave(g: Graph, x: Value, repeats: Any, dim: int | None = None,
     return reshape(g, repeated, (*s[:a], s[a] * repeats, *s[a + 1 :]))
 
 
+@aten("aten.pad", "aten.constant_pad_nd")
+def _pad(g: Graph, x: Value, amounts: Any, mode: str = "constant", value: Any = None) -> Value:
+    if mode != "constant":
+        raise MoecError(f"padding by {mode} is not understood")
+    for i, amount in enumerate(size(n) for n in amounts):
+        a = len(x.type.shape) - 1 - i // 2
+        if amount == 0:
+            continue
+        if not amount.is_Integer or amount < 0:
+            raise MoecError(f"padding by {amount} is not understood")
+        shape = (*x.type.shape[:a], amount, *x.type.shape[a + 1 :])
+        edge = g.builder.op("core.full", shape=shape, value=float(value or 0), dtype=x.type.dtype)
+        x = g.builder.op("core.concat", *((edge, x) if i % 2 == 0 else (x, edge)), axis=a)
+    return x
+
+
+@aten("aten.repeat")
+def _repeat(g: Graph, x: Value, repeats: Any) -> Value:
+    if len(repeats) != len(x.type.shape) or not all(isinstance(n, int) for n in repeats):
+        raise MoecError(f"repeat of {x.type} by {list(repeats)} is not understood")
+    for a, count in enumerate(repeats):
+        x = x if count == 1 else g.builder.op("core.concat", *[x] * count, axis=a)
+    return x
+
+
+@aten("aten.view_as", "aten.reshape_as")
+def _view_as(g: Graph, x: Value, other: Value) -> Value:
+    return reshape(g, x, other.type.shape)
+
+
 @aten("aten.expand_as")
 def _expand_as(g: Graph, x: Value, other: Value) -> Value:
     return _expand(g, x, other.type.shape)
@@ -109,7 +139,7 @@ def _position(x: Value | Uninitialised, a: int, index: Any, default: Any) -> Siz
     at = size(index)
     if at.is_Integer and at >= 2**62:
         return length
-    if at.is_Integer and at < 0:
+    if at.is_nonpositive and at != 0:  # also -S: every dim is 0 or more
         return sympy.expand(length + at)
     return sympy.Integer(min(int(at), int(length))) if at.is_Integer and length.is_Integer else at
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS, activate
+from .indexer import causal, selected
 
 NAME = "moec"  # the name under which everything is registered with transformers
 
@@ -26,10 +27,12 @@ NAME = "moec"  # the name under which everything is registered with transformers
 class Tracing:
     """What the registered functions need to know while one model is traced."""
 
-    windows: dict[int, int] = field(default_factory=dict)  # id of a mask -> its sliding window
+    windows: dict[int, tuple[int, int]] = field(default_factory=dict)  # id of a mask -> its sliding window, its chunk
     masks: list[Tensor] = field(default_factory=list)  # keeps the ids above alive
-    window: int = 0  # the window of the layer that is being traced
+    window: tuple[int, int] = (0, 0)  # the window and the chunk of the layer that is being traced
+    names: dict[int, str] = field(default_factory=dict)  # activation functions by id
     layers: list[Any] = field(default_factory=list)  # what the stubs stand for
+    recurrent: Tensor | None = None  # the recurrent state that was asked for last
     activations: dict[int, tuple[str, float, float, float]] = field(default_factory=dict)  # by id of an experts module
 
 
@@ -64,6 +67,7 @@ def attention_op(
     sinks: Tensor | None,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
 ) -> Tensor:
     """Stand for `nn.attention`; shapes as there."""
@@ -71,7 +75,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(q, k, v, mask, sinks, scale, window, softcap):
+def _(q, k, v, mask, sinks, scale, window, chunk, softcap):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -122,22 +126,26 @@ _IGNORED_ATTENTION = {
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    s_aux: Tensor | None = None, softcap: float | None = None, **kwargs: Any,
+    s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     unknown = {k for k, v in kwargs.items() if v is not None} - _IGNORED_ATTENTION
     if unknown:
         raise MoecError(
             f"the attention of {type(module).__name__} is called with {', '.join(sorted(unknown))}, which is not understood"
         )
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if indices is not None and attention_mask is not None:
+        attention_mask = selected(attention_mask, indices)
+    elif attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+        attention_mask = attention_mask[:, 0]
+    elif attention_mask is not None and attention_mask.dim() != 2:
         raise MoecError(
             f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
         )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    window = current().window
-    y = torch.ops.moec.attention(query, key, value, attention_mask, s_aux, scale, window, float(softcap or 0.0))
+    window, chunk = current().window
+    y = torch.ops.moec.attention(query, key, value, attention_mask, s_aux, scale, window, chunk, float(softcap or 0.0))
     return y, None
 
 
@@ -148,16 +156,18 @@ def _mask(
         return None
     if kwargs.get("use_vmap"):
         raise MoecError("the model adds a mask function of its own to the causal mask, which is not understood")
-    if "chunk" in getattr(kwargs.get("mask_function"), "__qualname__", "") or _is_chunked(kwargs.get("mask_function")):
-        raise MoecError("chunked attention masks are not understood")
+    if kwargs.get("allow_is_causal_skip") is False:  # an indexer needs to see which token reads which
+        return causal(attention_mask, kwargs["q_length"])
     mask = attention_mask.clone() if not torch.compiler.is_exporting() else attention_mask
     tracing_ = current()
-    tracing_.windows[id(mask)] = int(local_size or 0)
+    size = int(local_size or 0)
+    tracing_.windows[id(mask)] = (0, size) if _is_chunked(kwargs.get("mask_function")) else (size, 0)
     tracing_.masks.append(mask)
     return mask
 
 
 def _is_chunked(function: Any) -> bool:
+    """Return whether a mask function is chunked attention's, which transformers makes of several in a closure."""
     cells = getattr(function, "__closure__", None) or ()
     parts = [p for cell in cells for p in (cell.cell_contents if isinstance(cell.cell_contents, tuple) else ())]
     return any("chunked" in getattr(p, "__qualname__", "") for p in parts)
@@ -197,7 +207,7 @@ def activation_of(module: Any) -> tuple[str, float, float, float]:
         layout = "concat" if module.is_concatenated else "interleaved"
         actual = module._apply_gate(h) if module.has_gate else module.act_fn(h)
         limit = float(getattr(module, "limit", None) or getattr(module, "swiglu_limit", None) or float("inf"))
-        alpha = float(getattr(module, "alpha", 1.0))
+        alpha = float(getattr(module, "alpha", getattr(module, "swiglu_alpha", 1.0)))
         for act, a, b, c in [
             *((name, 1.0, 0.0, float("inf")) for name in ACTIVATIONS),
             ("silu", alpha, 1.0, limit),

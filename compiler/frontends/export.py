@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..dims import FUNCTIONS, Size, dim
 from ..errors import MoecError
-from .layers import SIZES
+from .cache import SIZES
 
 DIM_EXPRESSIONS = {"B": dim("B"), "S": dim("S"), "P": dim("P"), "P + S": dim("P") + dim("S")}
+
+LAYOUT = "check_contiguous_sizes_strides"  # where torch asks how a tensor lies in memory, which no value depends on
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def trace(module: torch.nn.Module, inputs: Sequence[Tensor], where: str) -> Trac
     """Export a module for every batch, length and past; MoecError where it holds only for some."""
     from torch.export import Dim, export
 
+    inputs = [t.contiguous() for t in inputs]  # the strides of a slice would be sizes that nobody knows
     dynamic = [{i: Dim.AUTO for i, n in enumerate(t.shape) if n in SIZES} for t in inputs]
     try:
         with torch.no_grad():
@@ -79,6 +82,8 @@ def _check_guards(placeholders: Sequence[Any], traced: Traced, where: str) -> No
                 continue
             environment = size.node.shape_env
             for guard in environment.guards:
+                if LAYOUT in str(guard.sloc):
+                    continue
                 # sizes that torch found equal were replaced by each other; the guards still name all of them
                 expression = _translate(guard.expr.xreplace(environment.replacements), traced.symbols)
                 if expression.free_symbols and _decides(expression):

@@ -18,6 +18,16 @@ _MLA = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "num_key_value_heads": 4,
 }  # fmt: skip
+# the first token's output of a delta rule may be next to nothing, which the norm behind it would blow up with its rounding
+_EPS = 1e-2
+_LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": _EPS,
+}
 _DEEPSEEK = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
     "moe_intermediate_size": 32, "intermediate_size": 96, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
@@ -25,12 +35,23 @@ _DEEPSEEK = {
 }  # fmt: skip
 
 
+CHECKED = "prefill, cached steps, left padding, greedy tokens"
+LATENT = "latent kv"
+MAMBA = "kv, convolution, ssm"
+DELTA = "kv, convolution, delta rule"
+
+
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}
+INDEXED = "latent kv, index keys"
+
+
 @dataclass(frozen=True)
 class Family:
     """A family: its name, transformers' model_type and config class, a tiny configuration over BASE.
 
-    `state` says what a layer keeps from step to step. The tests compare the compiled model of each with transformers:
-    a tiny random checkpoint and the live model, prefill at several lengths, cached decoding, left padding.
+    `state` says what layers keep from step to step, `layers` what kinds of layers there are, `checked` what the tests
+    compare with transformers: a tiny random checkpoint and the live model, prefill at several lengths, cached decoding,
+    left padding.
     """
 
     name: str
@@ -38,6 +59,8 @@ class Family:
     config_class: str
     tiny: Mapping[str, Any]
     state: str = "kv"
+    layers: str = "attention, experts"
+    checked: str = CHECKED
     padding: bool = True  # whether the rows of a batch may be padded on the left
 
     def config(self, **changes: Any) -> Any:
@@ -59,7 +82,7 @@ _ALL = (
            {"intermediate_size": 96, "shared_expert_intermediate_size": 48, "mlp_only_layers": [], **_EIGHT}),
     Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeConfig",
            {"intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True, **_EIGHT}),
-    Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, state="latent kv"),
+    Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, LATENT, "MLA, dense and experts"),
     # many index heads: with few, scores are often exactly 0, and which of equal ones is chosen is anyone's guess
     Family("DeepSeek-V4", "deepseek_v4", "DeepseekV4Config",
            {"num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 32, "partial_rotary_factor": 0.25,
@@ -68,7 +91,8 @@ _ALL = (
             "layer_types": ["sliding_attention", _SPARSE, "heavily_compressed_attention", _SPARSE],
             "compress_rates": {_SPARSE: 4, "heavily_compressed_attention": 8},
             "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"]},
-           state="window, compressed entries, unfinished windows", padding=False),
+           "window, compressed entries, unfinished windows", "hyper-connections, compressed attention, experts",
+           "prefill, cached steps, greedy tokens", padding=False),
     Family("gpt-oss", "gpt_oss", "GptOssConfig", {**_FOUR, "head_dim": 16, "sliding_window": 4}),
     Family("AFMoE", "afmoe", "AfmoeConfig",
            {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4, "num_dense_layers": 1}),
@@ -84,7 +108,7 @@ _ALL = (
     Family("FlexOlmo", "flex_olmo", "FlexOlmoConfig",
            {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}),
     Family("GLM-4 MoE", "glm4_moe", "Glm4MoeConfig", _GROUPED),
-    Family("GLM-4 MoE Lite", "glm4_moe_lite", "Glm4MoeLiteConfig", {**_MLA, **_DEEPSEEK}, state="latent kv"),
+    Family("GLM-4 MoE Lite", "glm4_moe_lite", "Glm4MoeLiteConfig", {**_MLA, **_DEEPSEEK}, LATENT, "MLA, dense and experts"),
     Family("Granite MoE", "granitemoe", "GraniteMoeConfig", _FOUR),
     Family("Granite MoE Shared", "granitemoeshared", "GraniteMoeSharedConfig", {**_FOUR, "shared_intermediate_size": 48}),
     Family("Hunyuan MoE", "hunyuan_v1_moe", "HunYuanMoEV1Config",
@@ -92,6 +116,109 @@ _ALL = (
     Family("Mellum", "mellum", "MellumConfig", {**_EIGHT, "intermediate_size": 96, "head_dim": 16}),
     Family("MiniMax-M2", "minimax_m2", "MiniMaxM2Config", {**_FOUR, "head_dim": 16}),
     Family("Solar Open", "solar_open", "SolarOpenConfig", _GROUPED),
+    Family("A.X K1", "axk1", "AXK1Config", {**_MLA, **_DEEPSEEK}, LATENT, "MLA, dense and experts"),
+    Family("Aria (text)", "aria_text", "AriaTextConfig",
+           {"intermediate_size": 32, "moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 2}),
+    Family("Bailing hybrid (Ling 2.5)", "bailing_hybrid", "BailingHybridConfig",
+           {**_MLA, **_DEEPSEEK, "num_experts": 8, "num_hidden_layers": 6, "linear_num_heads": 4, "linear_head_dim": 8,
+            "rms_norm_eps": _EPS},
+           f"{LATENT}, convolution, delta rule", "KDA and MLA, dense and experts"),
+    Family("Flint", "flint", "FlintConfig",
+           {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4, "num_hidden_layers": 4},
+           layers="sliding and full attention without positions, dense and experts"),
+    Family("Gemma 4", "gemma4_text", "Gemma4TextConfig",
+           {"intermediate_size": 96, "head_dim": 16, "global_head_dim": 32, "sliding_window": 4, "num_experts": 8,
+            "enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 32, "num_hidden_layers": 6,
+            "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+           layers="sliding and full attention, dense beside experts"),
+    Family("Granite MoE hybrid", "granitemoehybrid", "GraniteMoeHybridConfig",
+           {**_FOUR, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 8,
+            "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 16},
+           MAMBA, "Mamba 2 and attention, experts"),
+    Family("Granite MoE sliding window", "granitemoe_swa", "GraniteMoeSWAConfig",
+           {**_FOUR, "shared_intermediate_size": 48, "sliding_window": 4},
+           layers="sliding and full attention, experts"),
+    Family("Hunyuan 3", "hy_v3", "HYV3Config",
+           {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "first_k_dense_replace": 1, "num_shared_experts": 1},
+           layers="attention, dense and experts"),
+    Family("Jamba", "jamba", "JambaConfig",
+           {"num_hidden_layers": 4, "intermediate_size": 64, "num_experts": 4, "expert_layer_period": 2,
+            "expert_layer_offset": 1, "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_d_state": 8,
+            "mamba_dt_rank": 8}, MAMBA, "Mamba and attention, dense and experts"),
+    Family("Kimi Linear", "kimi_linear", "KimiLinearConfig",
+           {**_MLA, **_DEEPSEEK, "num_experts": 8, "linear_num_heads": 4, "linear_head_dim": 8, "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"]},
+           f"{LATENT}, convolution, delta rule", "KDA and MLA without positions, dense and experts"),
+    Family("Kolibri", "kolibri1", "Kolibri1Config",
+           {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4, "num_hidden_layers": 5},
+           layers="sliding and full attention without positions, experts"),
+    Family("Laguna", "laguna", "LagunaConfig",
+           {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4,
+            "shared_expert_intermediate_size": 32}, layers="attention, dense and experts"),
+    Family("LFM2 MoE", "lfm2_moe", "Lfm2MoeConfig",
+           {**_EIGHT, "intermediate_size": 96, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+           "kv, convolution", "short convolution and attention, dense and experts"),
+    Family("MiMo V2 Flash", "mimo_v2_flash", "MiMoV2FlashConfig",
+           {**_DEEPSEEK, "n_group": 1, "topk_group": 1, "n_shared_experts": None, "head_dim": 24, "v_head_dim": 16,
+            "sliding_window": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 24,
+            "swa_v_head_dim": 16}, layers="sliding and full attention, dense and experts"),
+    Family("MiniMax-01", "minimax", "MiniMaxConfig",
+           {**_FOUR, "head_dim": 16, "num_hidden_layers": 4, "block_size": 8},
+           "kv, linear attention", "lightning and full attention, experts"),
+    Family("Nemotron-H", "nemotron_h", "NemotronHConfig",
+           {"layer_types": ["mamba", "moe", "attention", "mlp"], "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "n_group": 4, "topk_group": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48,
+            "intermediate_size": 96, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16,
+            "n_groups": 2, "chunk_size": 16, "time_step_min": 1e-30}, MAMBA, "Mamba 2, attention, dense, experts",
+           # transformers' decoding leaves the limit out, which its prefill applies; moec applies it always
+           f"{CHECKED}; with time_step_min 1e-30"),
+    Family("Qwen3-Next", "qwen3_next", "Qwen3NextConfig",
+           {**_EIGHT, **_LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, "head_dim": 16,
+            "intermediate_size": 96}, DELTA, "gated delta net and attention, experts"),
+    Family("Beam", "beam", "BeamConfig",
+           {**_DEEPSEEK, "num_experts": 8, "head_dim": 16, "num_hidden_layers": 6, "sliding_window": 4},
+           layers="sliding and full attention without positions, dense and experts"),
+    Family("DBRX", "dbrx", "DbrxConfig",
+           {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 512,
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}),
+    Family("DeepSeek-V2", "deepseek_v2", "DeepseekV2Config",
+           {**_MLA, **_DEEPSEEK, "topk_method": "group_limited_greedy"}, LATENT, "MLA, dense and experts"),
+    Family("JetMoE", "jetmoe", "JetMoeConfig",
+           {"kv_channels": 16, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+           layers="mixture of attention heads, experts"),
+    Family("Llama 4", "llama4_text", "Llama4TextConfig",
+           {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 32, "intermediate_size_mlp": 64,
+            "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8},
+           layers="chunked and full attention without positions, dense and experts"),
+    Family("LongCat Flash", "longcat_flash", "LongcatFlashConfig",
+           {**_MLA, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "n_routed_experts": 8, "zero_expert_num": 4,
+            "moe_topk": 3, "num_hidden_layers": 4, "head_dim": 8},
+           LATENT, "two MLA, dense beside experts, some of them the identity"),
+    Family("Phi-MoE", "phimoe", "PhimoeConfig", _FOUR),
+    Family("Qwen3.5 MoE", "qwen3_5_moe_text", "Qwen3_5MoeTextConfig",
+           {**_EIGHT, **_LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, "head_dim": 16},
+           DELTA, "gated delta net and attention, experts"),
+    Family("A.X K2", "axk2", "AXK2Config", {**_MLA, **_DEEPSEEK, **_INDEXER}, INDEXED,
+           "sparse MLA, dense and experts"),
+    Family("DeepSeek-V3.2", "deepseek_v32", "DeepseekV32Config", {**_MLA, **_DEEPSEEK, **_INDEXER, "head_dim": 8},
+           INDEXED, "sparse MLA, dense and experts"),
+    Family("dots3", "dots3_note_text", "Dots3NoteTextConfig",
+           {**_MLA, **_DEEPSEEK, **_INDEXER, "n_group": 1, "topk_group": 1, "shared_experts_intermediate_size": 32,
+            "head_dim": 24, "num_hidden_layers": 4, "sliding_window": 4, "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 16,
+            "swa_qk_rope_head_dim": 8, "swa_v_head_dim": 16, "swa_head_dim": 24}, INDEXED,
+           "sparse and sliding MLA, dense and experts"),
+    Family("GLM MoE DSA (GLM-5)", "glm_moe_dsa", "GlmMoeDsaConfig", {**_MLA, **_DEEPSEEK, **_INDEXER}, INDEXED,
+           "sparse MLA, dense and experts"),
+    Family("Hunyuan 4", "hy_v4", "HYV4Config", {**_MLA, **_DEEPSEEK, **_INDEXER, "num_experts": 8}, INDEXED,
+           "sparse MLA with sinks, hyper-connections, dense and experts"),
+    Family("Mistral 4", "mistral4", "Mistral4Config", {**_MLA, **_DEEPSEEK}, LATENT, "MLA, dense and experts"),
+    Family("Zaya", "zaya", "ZayaConfig",
+           {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "router_hidden_size": 32,
+            "num_hidden_layers": 4}, "kv, convolution, delayed values",
+           "attention on convolved queries and keys, experts with a router over layers"),
     Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}),
     Family("Gemma 3 (no experts)", "gemma3_text", "Gemma3TextConfig",
            {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}),

@@ -26,12 +26,13 @@ BLOCK_FP8 = "fp8"  # quant_method of DeepSeek's 128x128 blocks
 
 
 def import_folder(
-    folder: Path, name: str, *, trust_remote_code: bool = False
+    folder: Path, name: str, *, trust_remote_code: bool = False, replaced: list[str] | None = None
 ) -> tuple[Module, Checkpoint | None, Mapping[str, TensorType]]:
     """Return the module of a checkpoint folder, its opened weights (None where there is only a config.json), and the
     tensors that the program leaves out.
 
-    `name` is the folder as the user gave it; it goes into the module. Reads no weight data.
+    `name` is the folder as the user gave it; it goes into the module. `replaced` gets the names of code that moec's own
+    ops stand for. Reads no weight data.
     """
     config = read_config(folder, trust_remote_code)
     quantization = _quantization(config, folder)
@@ -56,21 +57,24 @@ def import_folder(
             available = _stored(checkpoint, wanted, quantization)
         return map_parameters(skeleton.model, wanted, available)
 
-    module = import_model(skeleton, mapper, name)
+    module = import_model(skeleton, mapper, name, replaced)
     if checkpoint is not None:
         check_weights(module, checkpoint)
     return module, checkpoint, {}
 
 
-def import_live(model: Any) -> tuple[Module, dict[str, torch.Tensor]]:
-    """Return the module of a live transformers model and its tensors by name; the model itself is left alone."""
+def import_live(model: Any, replaced: list[str] | None = None) -> tuple[Module, dict[str, torch.Tensor]]:
+    """Return the module of a live transformers model and its tensors by name; the model itself is left alone.
+
+    `replaced` gets the names of code that moec's own ops stand for.
+    """
     tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     if model.config.model_type == deepseek_v4.MODEL_TYPE:
         weights = Weights({name: _type(t) for name, t in tensors.items()})
         return deepseek_v4.build(model.config, weights, f"python:{type(model).__name__}"), tensors
     shell = _without_data(model)
     mapper = lambda wanted: {n: Tensor(n, _type(tensors[n])) for n in wanted}  # noqa: E731
-    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}"), tensors
+    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}", replaced), tensors
 
 
 def _without_data(model: Any) -> Any:

@@ -18,73 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import MoecError
+from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_class
 from .capture import Tracing, current
-
-# Sizes of the rehearsal: primes that no model has as a size, so that a dim of a result says where it comes from.
-BATCH, NEW, PAST = 1009, 1013, 1019
-SIZES = {BATCH: "B", NEW: "S", PAST: "P", PAST + NEW: "P + S"}
-
-
-class TraceCache:
-    """Stands in for transformers' Cache while tracing: grows states by `moec::cache_append`, keeps both ends."""
-
-    is_compileable = False
-    is_initialized = True
-    layers: tuple[()] = ()
-
-    def __init__(self, past: dict[int, list[Tensor]] | None = None, length: Any = PAST) -> None:
-        self.past = past  # None in the rehearsal: pasts are made up when a layer first updates
-        self.present: dict[int, list[Tensor]] = {}
-        self.length = length
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append one layer's new keys and values."""
-        if layer_idx in self.present:
-            raise MoecError(f"layer {layer_idx} updates its cache twice in one step, which is not understood")
-        if self.past is None:
-            pasts = [t.new_empty(*t.shape[:2], PAST, *t.shape[3:]) for t in (key, value)]
-        else:
-            pasts = self.past[layer_idx]
-        self.length = pasts[0].shape[2]
-        self.present[layer_idx] = [torch.ops.moec.cache_append(p, t) for p, t in zip(pasts, (key, value), strict=True)]
-        return self.present[layer_idx][0], self.present[layer_idx][1]
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the number of past tokens."""
-        return self.length
-
-    get_query_offset = get_seq_length
-
-    def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-        """Return (slots, offset of the first slot)."""
-        return self.length + query_length, 0
-
-    def get_max_length(self, *args: Any, **kwargs: Any) -> int:
-        """Return -1: there is no bound."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """Refuse: recurrent states are not key-value caches."""
-        raise MoecError(
-            "this model keeps recurrent states (linear attention, Mamba or convolutions), which are not supported"
-        )
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("past", "present"):
-            raise AttributeError(name)
-        raise MoecError(f"the model uses its cache's {name!r}, which is not understood")
-
-
-def cache_class() -> type:
-    """Return TraceCache as a subclass of transformers' Cache, which some models ask for."""
-    from transformers import Cache
-
-    return type("TraceCache", (TraceCache, Cache), {"__init__": TraceCache.__init__, "is_sliding": []})
 
 
 @dataclass
@@ -97,8 +32,8 @@ class Layer:
     spec: Any = None
     result_spec: Any = None
     results: list[Tensor] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)  # the appended states, as the rehearsal made them
-    window: int = 0
+    states: dict[StateKey, Tensor] = field(default_factory=dict)  # the present states, as the rehearsal made them
+    window: tuple[int, int] = (0, 0)  # sliding window and chunk of its attention; 0: none
     kind: int = -1
 
     @property
@@ -108,12 +43,17 @@ class Layer:
 
 
 def find_layers(model: Any) -> tuple[str, Any]:
-    """Return the name and the ModuleList of a model's decoder layers: the largest list of the config's length."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    """Return the name and the ModuleList of a model's decoder layers: the largest list of the config's length.
+
+    Where a layer holds two attentions, num_hidden_layers counts those and num_layers the layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    lengths = {count, getattr(config, "num_layers", count)}
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+        if isinstance(module, torch.nn.ModuleList) and len(module) in lengths
     ]
     if not lists:
         raise MoecError(f"{type(model).__name__} has no list of {count} layers (num_hidden_layers)")
@@ -131,7 +71,7 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
             if len(windows) > 1:
                 raise MoecError(f"layer {layer.index} gets masks with different windows")
-            tracing.window = layer.window = windows.pop() if windows else 0
+            tracing.window = layer.window = windows.pop() if windows else (0, 0)
 
         return hook
 
@@ -141,7 +81,8 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise MoecError(f"{type(module).__name__} returns something that is no tensor")
             layer.results = leaves
-            layer.states = cache.present.get(layer.index, [])
+            layer.states = dict(cache.present)
+            cache.present.clear()
 
         return hook
 
@@ -213,7 +154,7 @@ def _key(model: Any, layer: Layer) -> Any:
     arguments = tuple(
         (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else _plain(leaf) for leaf in layer.leaves
     )
-    states = tuple(tuple(s.shape) for s in layer.states)
+    states = tuple((label, tuple(s.shape)) for (_, label), s in layer.states.items())
     results = tuple(tuple(r.shape) for r in layer.results)
     return (_module_key(layer.module), per_layer, arguments, str(layer.spec), states, results, layer.window)
 

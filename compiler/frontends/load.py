@@ -19,12 +19,14 @@ class Loaded:
     """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any.
 
     `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
+    `replaced` names the code of transformers in whose place an op of moec stands (see replace.py).
     """
 
     module: Module
     weights: WeightSource | None
     folder: Path | None
     left_out: Mapping[str, TensorType] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
 
 
 def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: bool = False) -> Loaded:
@@ -56,8 +58,11 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder or a .moir file")
     from .huggingface import import_folder
 
-    module, checkpoint, left_out = import_folder(path, name.rstrip("/"), trust_remote_code=trust_remote_code)
-    return Loaded(module, checkpoint, path, left_out)
+    replaced: list[str] = []
+    module, checkpoint, left_out = import_folder(
+        path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
+    )
+    return Loaded(module, checkpoint, path, left_out, tuple(replaced))
 
 
 def _load_text(path: Path, weights: Path | str | None) -> Loaded:
@@ -106,5 +111,6 @@ def _load_live(model: Any) -> Loaded:
     from ..weights.sources import ModuleSource
     from .huggingface import import_live
 
-    module, tensors = import_live(model)
-    return Loaded(module, ModuleSource(tensors), None)
+    replaced: list[str] = []
+    module, tensors = import_live(model, replaced)
+    return Loaded(module, ModuleSource(tensors), None, replaced=tuple(replaced))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import dataclass
@@ -93,10 +94,28 @@ def _first_line(error: BaseException) -> str:
     return " ".join(lines[:2]) or type(error).__name__
 
 
+def model_class(config: Any) -> Any:
+    """Return the class of a config's causal LM: AutoModelForCausalLM, or one that it does not list (Mistral 4)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not name.startswith("transformers.models."):
+        return AutoModelForCausalLM
+    source = importlib.import_module(name)
+    found = [c for n, c in vars(source).items() if n.endswith("ForCausalLM") and c.config_class is type(config)]
+    return found[0] if found else AutoModelForCausalLM
+
+
+def make_model(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Build a config's causal LM with random weights; `options` are those of from_config."""
+    cls = model_class(config)
+    if hasattr(cls, "_from_config"):
+        return cls._from_config(config, **options)
+    return cls.from_config(config, trust_remote_code=trust_remote_code, **options)
+
+
 def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
     """Build the causal LM of a config in float32 without memory for its weights."""
-    from transformers import AutoModelForCausalLM
-
     register()
     text_config = config.get_text_config(decoder=True)
     kwargs: dict[str, Any] = {"attn_implementation": NAME, "dtype": torch.float32}
@@ -105,7 +124,7 @@ def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
         del config.quantization_config
     try:
         with _LargeTensorsOnMeta(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
+            model = make_model(config, trust_remote_code=trust_remote_code, **kwargs)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise MoecError(
             f"transformers cannot build a causal LM of model_type {text_config.model_type!r}: {_first_line(error)}"

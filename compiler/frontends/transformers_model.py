@@ -21,21 +21,12 @@ from ..recipes import Literal, Recipe, step
 from . import aten_ops  # noqa: F401  (fills the table of handlers)
 from .aten import Graph, lower
 from .builder import Builder
+from .cache import PAST, SIZES, TraceCache, cache_class, past_like
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
-from .layers import (
-    PAST,
-    SIZES,
-    Layer,
-    TraceCache,
-    cache_class,
-    example_inputs,
-    find_layers,
-    group_kinds,
-    rehearse,
-    stubbed,
-)  # fmt: skip
+from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, stubbed
 from .names import relative_to_layer
+from .replace import replaced
 from .skeleton import Skeleton
 
 Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
@@ -55,10 +46,15 @@ class Import:
     tracing: Tracing
 
 
-def import_model(skeleton: Skeleton, mapper: Mapper, source: str) -> Module:
-    """Return the module (stage graph) of a model; MoecError names what is not understood."""
+def import_model(skeleton: Skeleton, mapper: Mapper, source: str, names: list[str] | None = None) -> Module:
+    """Return the module (stage graph) of a model; MoecError names what is not understood.
+
+    `names` gets the functions of the model's code that were replaced, see replace.py.
+    """
     model = skeleton.model
-    with tracing() as session, torch.no_grad():
+    with tracing() as session, replaced(model) as found, torch.no_grad():
+        if names is not None:
+            names += found
         layers_name, modules = find_layers(model)
         layers = rehearse(model, modules, session)
         kinds = group_kinds(model, layers_name, layers, skeleton.buffers)
@@ -99,7 +95,8 @@ class _LayerProgram(torch.nn.Module):
         seen: Layer = self.__dict__["seen"]
         count = len(seen.tensors)
         pasts = tensors[count:]
-        cache = cache_class()({seen.index: pasts}, pasts[0].shape[2] if pasts else PAST)
+        named = dict(zip(seen.states, pasts, strict=True))
+        cache = cache_class()(named, next((p.shape[2] for (_, label), p in named.items() if label == "key"), None))
         given = iter(tensors[:count])
         leaves = [
             next(given) if isinstance(leaf, Tensor) else cache if isinstance(leaf, TraceCache) else leaf
@@ -107,14 +104,14 @@ class _LayerProgram(torch.nn.Module):
         ]
         args, kwargs = pytree.tree_unflatten(leaves, seen.spec)
         output = self.layer(*args, **kwargs)
-        return pytree.tree_flatten(output)[0], cache.present.get(seen.index, [])
+        return pytree.tree_flatten(output)[0], [cache.present[key] for key in seen.states]
 
 
 def _layer_function(job: Import, kind: Layer) -> Function:
     """Trace one kind of layer and return its function: (tensor arguments, past states) -> (results, states)."""
     name = f"layer_{job.kinds.index(kind)}" if len(job.kinds) > 1 else "layer"
     job.tracing.window = kind.window
-    pasts = [s.new_empty(*s.shape[:2], PAST, *s.shape[3:]) for s in kind.states]
+    pasts = [past_like(label, s) for (_, label), s in kind.states.items()]
     inputs = [*kind.tensors, *pasts]
     place = f"{job.layers_name}.{kind.index}"
     traced = trace(_LayerProgram(kind), inputs, place)
@@ -150,7 +147,10 @@ def _argument_names(kind: Layer) -> list[str]:
 
 
 def _state_names(kind: Layer) -> list[str]:
-    return ["past_key", "past_value"][: len(kind.states)]
+    """Name a layer's states; a layer that holds two attentions has two of a name."""
+    labels = [label for _, label in kind.states]
+    counts = [labels[:i].count(label) for i, label in enumerate(labels)]
+    return [f"past_{label}.{n}" if n else f"past_{label}" for label, n in zip(labels, counts, strict=True)]
 
 
 def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
@@ -243,7 +243,7 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
     def call(graph: Graph, tensors: list[Value], index: int) -> tuple[Value, ...]:
         layer = job.layers[index]
         callee = functions[layer.kind]
-        keys = [f"{index}.{label.removeprefix('past_')}" for label in _state_names(layer)]
+        keys = [f"{number}.{label}" for number, label in layer.states]
         hints = [f"hidden.{index}", *(f"aux_{i}.{index}" for i in range(1, len(layer.results)))]
         hints += [f"present.{key}" for key in keys]
         operands = _call_operands(callee, layer, [*tensors, *(states[key] for key in keys)])
@@ -265,16 +265,13 @@ def _call_operands(callee: Function, layer: Layer, given: list[Value]) -> list[V
 
 
 def _state_params(job: Import, builder: Builder) -> dict[str, Value]:
-    """Add the past states: all keys, then all values. Their names are ONNX Runtime GenAI's."""
+    """Add the past states: all keys, then all values, then others. Their names are ONNX Runtime GenAI's."""
+    states = {key: s for layer in job.layers for key, s in layer.states.items()}
+    order = [*dict.fromkeys(("key", "value", *(label for _, label in states)))]
     found: dict[str, Value] = {}
-    for slot, label in enumerate(("key", "value")):
-        for layer in job.layers:
-            if slot < len(layer.states):
-                s = layer.states[slot]
-                past = s.new_empty(*s.shape[:2], PAST, *s.shape[3:])
-                found[f"{layer.index}.{label}"] = builder.param(
-                    f"past_key_values.{layer.index}.{label}", _type_of(past, state=True)
-                )
+    for number, label in sorted(states, key=lambda key: (order.index(key[1]), key[0])):
+        past = past_like(label, states[number, label])
+        found[f"{number}.{label}"] = builder.param(f"past_key_values.{number}.{label}", _type_of(past, state=True))
     return found
 
 

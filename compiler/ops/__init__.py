@@ -3,7 +3,7 @@
 `OPS` is filled by the imports below; a target's kernel ops join it when that target is imported.
 """
 
-from . import attention, compressed, core, dispatch, hyper_connections, mlp, moe, nn, route
+from . import attention, compressed, core, dispatch, hyper_connections, mlp, moe, nn, recurrent, route
 from .define import OPS, OpDef, op
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "moe",
     "nn",
     "op",
+    "recurrent",
     "route",
 ]

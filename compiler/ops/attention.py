@@ -35,7 +35,7 @@ def _cached(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 def _cached_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     _, key, value = results
     q = TensorType(key.dtype, (key.shape[0], size(attributes["heads"]), operands[0].shape[1], key.shape[3]))
-    kept = {name: attributes[name] for name in ("scale", "window", "softcap")}
+    kept = {**{name: attributes[name] for name in ("scale", "window", "softcap")}, "chunk": 0}
     flops = OPS["nn.attention"].flops([q, key, value, None, None], results[:1], kept)
     new = (q.elements, size(key.shape[0] * key.shape[1] * operands[0].shape[1] * key.shape[3]))
     for norm, elements in zip(operands[7:9], new, strict=True):

@@ -84,10 +84,12 @@ def cache_append(past, new, *, axis: int):
     return torch.cat((past, new), dim=axis)
 
 
-def attention_mask(mask, new: int, total: int, window: int) -> torch.Tensor:
+def attention_mask(mask, new: int, total: int, window: int, chunk: int = 0) -> torch.Tensor:
     """Return bool[B or 1, 1, S, T]: which of T slots each of the S newest tokens may read.
 
-    Slot j is visible to the token in slot i when j <= i, i - j < window (0: no window) and mask[b, j] is not 0.
+    Slot j is visible to the token in slot i when j <= i, i - j < window (0: no window) and mask[b, j] is not 0. With
+    a chunk c only slots of the token's own chunk are, c of them counted from the first slot that is not masked.
+    A mask [b, i, j] tells it for each new token.
     """
     query = torch.arange(total - new, total)[:, None]
     key = torch.arange(total)[None, :]
@@ -95,24 +97,30 @@ def attention_mask(mask, new: int, total: int, window: int) -> torch.Tensor:
     if window:
         visible = visible & (query - key < window)
     visible = visible[None, None]
-    return visible if mask is None else visible & mask.bool()[:, None, None, :]
+    if chunk:
+        start = torch.zeros(1, 1) if mask is None else (mask.bool().cumsum(-1) == 0).sum(-1, keepdim=True)
+        number = torch.div(torch.arange(total) - start, chunk, rounding_mode="floor")[:, None, :]
+        visible = visible & (number[..., total - new :, None] == number[..., None, :])
+    if mask is None:
+        return visible
+    return visible & (mask.bool()[:, None] if mask.dim() == 3 else mask.bool()[:, None, None, :])
 
 
 def _attention_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     q, k, v = operands[:3]
     heads = q.elements / q.shape[-1]
     slots = k.shape[2]
-    if attributes["window"]:
-        slots = sympy.Min(slots, size(attributes["window"]))
+    for bound in (attributes["window"], attributes["chunk"]):
+        slots = sympy.Min(slots, size(bound)) if bound else slots
     return 2 * heads * slots * (q.shape[-1] + v.shape[-1]) + 5 * heads * slots
 
 
 @op(
     "nn.attention",
-    "q: A[B, H, S, D], k: A[B, G, T, D], v: A[B, G, T, E], mask: M[B, T]?, sinks: A[H]? -> y: A[B, S, H, E]",
+    "q: A[B, H, S, D], k: A[B, G, T, D], v: A[B, G, T, E], mask: M[B, *N, T]?, sinks: A[H]? -> y: A[B, S, H, E]",
     flops=_attention_flops,
 )
-def attention(q, k, v, mask, sinks, *, scale: float, window: int = 0, softcap: float = 0.0):
+def attention(q, k, v, mask, sinks, *, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0):
     """Attend causally: softmax(scale q kᵀ) v over the slots that `attention_mask` leaves visible.
 
     Head h reads key head h // (H / G). `softcap` c bounds the scores to c tanh(score / c). A sink adds
@@ -123,7 +131,7 @@ def attention(q, k, v, mask, sinks, *, scale: float, window: int = 0, softcap: f
     scores = torch.matmul(q, k.transpose(2, 3)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = attention_mask(mask, q.shape[2], k.shape[2], window)
+    visible = attention_mask(mask, q.shape[2], k.shape[2], window, chunk)
     scores = scores.masked_fill(~visible, float("-inf"))
     top = scores.amax(-1, keepdim=True)
     if sinks is not None:

@@ -34,6 +34,7 @@ from . import (
     onnx_moe,
     onnx_nn,
     onnx_quantized,
+    onnx_recurrent,
     onnx_route,
     ops,
     ops_quantized,
@@ -44,7 +45,7 @@ from .lower_logits import LOGITS
 
 KERNELS: dict[str, Kernel] = {
     **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS, **onnx_dispatch.KERNELS,
-    **onnx_quantized.KERNELS, **onnx_route.KERNELS, **onnx_compressed.KERNELS,
+    **onnx_quantized.KERNELS, **onnx_route.KERNELS, **onnx_compressed.KERNELS, **onnx_recurrent.KERNELS,
 }  # fmt: skip
 
 assert ops and ops_quantized  # what is emitted is declared there

@@ -7,7 +7,7 @@ import sympy
 
 from ...compiler.dims import Size, size_text
 from ...compiler.ir import Op, Value
-from .graph import CONTRIB, Context, Kernel
+from .graph import CONTRIB, END, Context, Kernel
 from .onnx_nn import half_angles
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -16,7 +16,7 @@ LOWEST = float(np.finfo(np.float32).min)
 # --- attention in plain ops ------------------------------------------------------------------------------------
 
 
-def visible(ctx: Context, mask: Value | None, new: Size, total: Size, window: int) -> str:
+def visible(ctx: Context, mask: Value | None, new: Size, total: Size, window: int, chunk: int = 0) -> str:
     """Return bool[B or 1, 1, S, T]: which slots each new token reads; once for all layers with the same mask."""
     name = ctx.value(mask)
     graph = ctx.graph
@@ -32,11 +32,31 @@ def visible(ctx: Context, mask: Value | None, new: Size, total: Size, window: in
                 "And", seen, shared.node("Less", shared.node("Sub", queries, keys), graph.constant(window))
             )
         if not name:
-            return shared.node("Unsqueeze", seen, graph.constant([0, 1]))
-        real = shared.node("Unsqueeze", shared.node("Cast", name, to=9), graph.constant([1, 2]))
-        return shared.node("And", seen, real)
+            seen = shared.node("Unsqueeze", seen, graph.constant([0, 1]))
+        else:
+            axes = [1] if mask is not None and len(mask.type.shape) == 3 else [1, 2]
+            real = shared.node("Unsqueeze", shared.node("Cast", name, to=9), graph.constant(axes))
+            seen = shared.node("And", seen, real)
+        return shared.node("And", seen, _same_chunk(shared, name, new, total, chunk)) if chunk else seen
 
-    return ctx.once(("visible", name, size_text(new), size_text(total), window), "mask", make)
+    return ctx.once(("visible", name, size_text(new), size_text(total), window, chunk), "mask", make)
+
+
+def _same_chunk(ctx: Context, mask: str, new: Size, total: Size, chunk: int) -> str:
+    """Return bool[B or 1, 1, S, T]: which slots are of a token's own chunk, counted from the first that is not masked."""
+    graph = ctx.graph
+    slots = ctx.node(
+        "Unsqueeze", ctx.node("Range", graph.constant(0), graph.scalar(total), graph.constant(1)), graph.constant([0])
+    )
+    if mask:
+        first = ctx.node("ArgMax", ctx.node("Cast", mask, to=6), axis=1, keepdims=1)
+        slots = ctx.node("Sub", slots, first)
+    # a chunk's worth more, since ONNX divides towards zero: masked slots have negative numbers
+    whole = ctx.node("Add", slots, graph.scalar(chunk * total))
+    numbers = ctx.node("Div", whole, graph.constant(chunk))
+    own = ctx.node("Slice", numbers, graph.shape([total - new]), graph.constant([END]), graph.constant([1]))
+    own = ctx.node("Unsqueeze", own, graph.constant([1, 3]))
+    return ctx.node("Equal", own, ctx.node("Unsqueeze", numbers, graph.constant([1, 2])))
 
 
 def attention(ctx: Context, op: Op) -> None:
@@ -56,7 +76,7 @@ def attention(ctx: Context, op: Op) -> None:
     if softcap := attributes["softcap"]:
         cap = graph.constant(softcap, "f32")
         scores = ctx.node("Mul", ctx.node("Tanh", ctx.node("Div", scores, cap)), cap)
-    seen = visible(ctx, mask, new, total, attributes["window"])
+    seen = visible(ctx, mask, new, total, attributes["window"], attributes["chunk"])
     scores = ctx.node("Where", seen, scores, graph.constant(LOWEST, "f32"))
     if sinks is not None:  # one more slot that takes its share of the softmax and has no value
         column = ctx.node("Reshape", ctx.value(sinks), graph.constant([1, int(heads), 1, 1]))
