@@ -167,13 +167,14 @@ def _conv1d(
     outputs, inner, taps = (int(n) for n in w.type.shape)
     kept = tokens - taps + 1
     heads = reshape(g, x, (batch, groups, inner, tokens))
-    total = None
+    total: Value | None = None
     for tap in range(taps):
         weight = g.builder.op("core.slice", w, axis=2, start=tap, stop=tap + 1)
         weight = reshape(g, weight, (groups, outputs // groups, inner))
         seen = g.builder.op("core.slice", heads, axis=3, start=tap, stop=tap + kept)
         product = g.builder.op("core.matmul", weight, seen)
         total = product if total is None else g.builder.op("core.add", total, product)
+    assert total  # a kernel has a tap or more
     y = reshape(g, total, (batch, outputs, kept))
     return y if b is None else g.builder.op("core.add", y, reshape(g, b, (outputs, 1)))
 

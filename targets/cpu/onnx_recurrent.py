@@ -24,7 +24,9 @@ def new_state(ctx: Context, op: Op) -> None:
 def causal_conv(ctx: Context, op: Op) -> None:
     """Emit Conv with a group for each channel and zeros in front."""
     x, w, b = ctx.inputs(op)
-    channels, width = (int(n) for n in op.operands[1].type.shape)
+    weight = op.operands[1]
+    assert weight
+    channels, width = (int(n) for n in weight.type.shape)
     kernel = ctx.node("Unsqueeze", w, ctx.graph.constant([1]))
     ctx.finish(op, "Conv", x, kernel, *([b] if b else []), group=channels, pads=[width - 1, 0], kernel_shape=[width])
 
@@ -32,6 +34,7 @@ def causal_conv(ctx: Context, op: Op) -> None:
 def linear_attention(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.LinearAttention, which takes heads flattened."""
     q, k, v, decay, beta, past = op.operands
+    assert q and k and v
     y, present = op.results
     batch, new, heads, width = v.type.shape
     flat = [_flat(ctx, x) for x in (q, k, v)]
