@@ -25,7 +25,9 @@ from .recipes import Literal, Recipe, Tensor, bind
 TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides
 
 # Items of a step that hold no parameters of their own (scales).
-AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1,)}
+AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1, 2), "packed": (1, 2), "gather": (1,)}
+# Steps whose item holds several parameters in an element.
+DENSE_ITEMS = ("unpack", "blocks")
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,9 @@ def _weight_costs(
             size = _whole(const.value.type.bytes)
             recipe = bind(const.recipe, function.weights, bound)
             _hold(compiled, recipe, _Held(number, 0, size, role, share))
-            for tensor, is_parameter in leaves(recipe):
+            for tensor, held_each in leaves(recipe):
                 count = len(expand_range(tensor.name))
-                parameters = count * _whole(tensor.type.elements) if is_parameter else 0
+                parameters = _whole(count * tensor.type.elements * held_each)
                 held = _Held(number, parameters, count * _whole(tensor.type.bytes), role, share)
                 _hold(stored, tensor.name, held)
     for held in stored.values():
@@ -211,17 +213,19 @@ def _hold(table: dict, key: object, new: _Held) -> None:
     held.role, held.share = max(held.role, new.role), max(held.share, new.share)
 
 
-def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, bool]]:
-    """Yield the checkpoint tensors of a recipe, ranges not spread out, and whether they hold parameters."""
+def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, Size]]:
+    """Yield the checkpoint tensors of a recipe, ranges not spread out, and the parameters that an element holds."""
     match recipe:
         case Tensor():
-            yield recipe, True
+            yield recipe, sympy.S.One
         case Literal():
             return
         case _:
             auxiliary = AUXILIARY.get(recipe.name, ())
+            dense = recipe.name in DENSE_ITEMS
             for i, item in enumerate(recipe.items):
-                yield from ((tensor, is_parameter and i not in auxiliary) for tensor, is_parameter in leaves(item))
+                times = 0 if i in auxiliary else recipe.type.elements / item.type.elements if dense else 1
+                yield from ((tensor, share * times) for tensor, share in leaves(item))
 
 
 @lru_cache(maxsize=65536)

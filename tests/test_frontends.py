@@ -166,7 +166,7 @@ def load_again(loaded, folder):
         ({"model_type": None}, "has no model_type"),
         ({"model_type": "no_such_model"}, "is not known to transformers"),
         ({"num_attention_heads": "four"}, "does not accept this config"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' are not understood"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq' are not understood"),
         ({"hidden_size": 128}, "do not belong together"),
         ({"num_hidden_layers": 4}, "has no tensor"),
     ],
