@@ -21,7 +21,7 @@ from .ir import STAGES, Module
 from .manifest import write_manifest
 from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
 from .printer import print_module
-from .quantization import is_lossy, precision, with_quantize
+from .quantization import KEEP, is_from_codes, is_lossy, kept_codes, precision, with_keep, with_quantize
 from .report import per_token
 from .rewrite import Why, tell
 from .unfused import unfused
@@ -65,7 +65,8 @@ def compile(
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
-    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.with_quantize),
+    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.with_quantize), or `keep`,
+    the default for a checkpoint that is quantized: its codes where the target holds them, else what is nearest;
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
     tiles of weights may use beside the imports. `stop_after` is a stage or a pass. `check` compares the numbers before and
     after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
@@ -74,7 +75,10 @@ def compile(
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
     text = pipeline if pipeline is not None else chosen.pipeline
-    if quantize is not None:
+    keep, _, others = (quantize or "").partition(",")
+    if keep == KEEP or (quantize is None and pipeline is None and is_from_codes(loaded.module)):
+        text = with_keep(text, others)
+    elif quantize is not None:
         text = with_quantize(text, quantize)
     if accuracy != "fast":
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
@@ -164,9 +168,12 @@ def _emit(
         (partial / "program.moir").write_text(print_module(module), encoding="utf-8")
         costs = module_costs(module)
         files = target.emit(module, loaded.weights, partial, tile, _with_total(progress, costs.total.compiled_bytes))
+        figures: dict[str, Any] = {"counted": per_token(costs)}
+        if kept := kept_codes(module):
+            figures["kept"] = kept
         write_manifest(
             partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
-            precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs)},
+            precision=precision(module), lossy=is_lossy(module), figures=figures,
             unfused=unfused(module, notes),
         )  # fmt: skip
     return Artifact.open(out)
