@@ -59,7 +59,9 @@ def main() -> None:
 @click.option("--target", default="cpu", show_default=True, help="What to compile for; `moec targets` lists them.")
 @click.option("-o", "--out", help="The artifact folder; with --stop-after a .moir file.  [default: SOURCE-TARGET]")
 @click.option(
-    "--quantize", metavar="SPEC", help="Store weights in fewer bits: int4, int8, or 'experts=int4,head=int8,group=64'."
+    "--quantize",
+    metavar="SPEC",
+    help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', or the codes of the checkpoint: keep (the default where it is quantized).",
 )
 @click.option(
     "--accuracy",
@@ -99,7 +101,7 @@ def compile(
 ) -> None:
     """Compile SOURCE and print the artifact's folder.
 
-    SOURCE is a checkpoint folder, a .moir file or an artifact. A folder with only a config.json will do for --stop-after graph or moe.
+    SOURCE is a checkpoint folder, a .gguf file, a .moir file or an artifact. A folder with only a config.json will do for --stop-after graph or moe.
     """
     if stop_after and verify:
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")

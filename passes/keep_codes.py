@@ -53,8 +53,8 @@ def _choose(function: Function, op: Op, weights: Mapping[int, Recipe], target: A
     for k, recipe in weights.items():
         try:
             found[k] = _by_rows(recipe)
-        except NotKept as reason:
-            reasons.append(f"{op.operands[k]}: {reason}")
+        except NotKept as error:
+            reasons.append(f"{op.operands[k]}: {error}")
     exact = {k: [f for f in exact_formats(codes) if not _obstacle(op, f, target)] for k, codes in found.items()}
     common = [f for f in next(iter(exact.values()), []) if all(f in formats for formats in exact.values())]
     if common and len(found) == len(weights):

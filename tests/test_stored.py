@@ -6,11 +6,17 @@ import checkpoint_formats as formats
 import numpy as np
 import pytest
 import torch
+from moec.compiler.codes import packed, take_apart
 from moec.compiler.errors import MoecError
+from moec.compiler.formats import format_of
+from moec.compiler.frontends.layouts import Stored, gptq
 from moec.compiler.frontends.stored import read_quantization, stored_tensors
+from moec.compiler.ir import TensorType
+from moec.compiler.recipes import Tensor, step
 from moec.compiler.weights.checkpoint import open_checkpoint
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import cut
+from moec.compiler.weights.quantized import encode_rows
+from moec.compiler.weights.sources import RandomSource, cut
 from safetensors.torch import save_file
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
@@ -98,6 +104,30 @@ def test_layouts_decode_as_defined(name, tmp_path):
     assert 0 < np.abs(meant - weight).max() < (2.2 if " 2 bits" in name else 0.7)  # it is the weight, in fewer bits
     for box in (((1, 4), (0, columns)), ((0, rows), (5, 31)), ((3, rows - 1), (17, columns))):
         assert torch.equal(pull(recipe, checkpoint, box), cut(made, box))
+
+
+def test_a_tile_reads_its_own_codes_alone():
+    """Rows 8..16 of one expert: its words, scales and zero points for these rows, and nothing of the others."""
+    asked = {}
+
+    class Watch(RandomSource):
+        def read(self, name, box=None, expected=None):
+            asked[name] = box
+            return super().read(name, box, expected)
+
+    types = {
+        "qweight": TensorType.of("i32", 12, 40), "qzeros": TensorType.of("i32", 3, 5), "scales": TensorType.of("f16", 3, 40),
+    }  # fmt: skip
+    parts = {leaf: Tensor(f"experts.{{0..7}}.{leaf}", t) for leaf, t in types.items()}
+    stacked = step("stack", gptq(Stored(parts, GPTQ, None, lambda name: torch.empty(0))))
+    wanted = {"qweight": ((0, 12), (8, 16)), "qzeros": ((0, 3), (1, 2)), "scales": ((0, 3), (8, 16))}
+    wanted = {f"experts.5.{leaf}": box for leaf, box in wanted.items()}
+    rows = ((5, 6), (8, 16))
+    pull(stacked, Watch(), (*rows, (0, 96)))
+    assert asked == wanted
+    asked.clear()
+    encode_rows(packed(take_apart(stacked), format_of("uint4_g32")), Watch(), rows)
+    assert asked == wanted
 
 
 def test_the_experts_of_gpt_oss(tmp_path):

@@ -12,6 +12,7 @@ from moec.compiler.ir import TensorType
 from moec.compiler.recipes import SPREADING, STEPS, Literal, Recipe, Tensor, bind, spread, step
 from moec.compiler.weights.checkpoint import open_checkpoint
 from moec.compiler.weights.pull import EVALUATE, pull, tiles
+from moec.compiler.weights.quantized import QUANTIZED
 from moec.compiler.weights.sources import ModuleSource, RandomSource, cut
 from safetensors.torch import save_file
 
@@ -143,7 +144,7 @@ def test_a_box_is_the_slice_of_the_whole(program: tuple[Recipe, dict[str, torch.
 
 
 def test_every_step_is_evaluated() -> None:
-    assert set(EVALUATE) == set(STEPS)
+    assert {*EVALUATE, *QUANTIZED} == set(STEPS)
 
 
 def test_partial_edge_blocks(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,10 +20,35 @@ from ..recipes import Literal, Recipe, Step, Tensor, spread
 from .codes import CODES
 from .sources import Box, WeightSource, check_box, cut, full_box
 
-Pull = Callable[[Recipe, Box], torch.Tensor]
-
 # a tile is cut at multiples of this where it can be, so that blocks and quantization groups stay whole
 _GRAIN = 128
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Evaluates recipes on a source; every step is given it for its items."""
+
+    source: WeightSource
+
+    def __call__(self, item: Recipe, part: Box) -> torch.Tensor:
+        """Return what a recipe makes in a box."""
+        shape = _shape(part)
+        if 0 in shape:
+            return torch.empty(shape, dtype=torch_dtype(item.type.dtype))
+        match item:
+            case Tensor():
+                return self.source.read(item.name, part, item.type)
+            case Literal():
+                return _literal(item, part)
+        return _evaluator(item.name)(item, part, self)
+
+
+def _evaluator(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
+    if name in EVALUATE:
+        return EVALUATE[name]
+    from .quantized import QUANTIZED  # which stands on this module
+
+    return QUANTIZED[name]
 
 
 def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.Tensor:
@@ -33,19 +59,8 @@ def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.
     or holds with another type.
     """
 
-    def inner(item: Recipe, part: Box) -> torch.Tensor:
-        shape = _shape(part)
-        if 0 in shape:
-            return torch.empty(shape, dtype=torch_dtype(item.type.dtype))
-        match item:
-            case Tensor():
-                return source.read(item.name, part, item.type)
-            case Literal():
-                return _literal(item, part)
-        return EVALUATE[item.name](item, part, inner)
-
     sizes = recipe.type.sizes
-    result = inner(recipe, full_box(sizes) if box is None else check_box(box, sizes)).contiguous()
+    result = Pull(source)(recipe, full_box(sizes) if box is None else check_box(box, sizes)).contiguous()
     # an axis of size 1 may keep any stride in a "contiguous" tensor, and then torch refuses to view it as bytes
     return result.as_strided(result.shape, [math.prod(result.shape[k + 1 :]) for k in range(result.dim())])
 

@@ -16,7 +16,7 @@ from ..formats import Format, format_of
 from ..ir import TensorType
 from ..recipes import PARTS, Recipe, Step, tensors
 from .encode import Parts, decode, encode, pack
-from .pull import EVALUATE, Pull, pull, tiles
+from .pull import Pull, tiles
 from .sources import Box, WeightSource
 
 
@@ -40,7 +40,7 @@ def row_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
 def encode_rows(quantized: Step, source: WeightSource, box: Box) -> Parts:
     """Return the parts of the rows in a box of the leading axes; MoecError for numbers that are not finite."""
     whole = (*box, (0, quantized.type.sizes[-1]))
-    return _encode(quantized, whole, lambda item, part: pull(item, source, part))
+    return _encode(quantized, whole, Pull(source))
 
 
 def _format(quantized: Recipe) -> Format:
@@ -109,5 +109,5 @@ def _part(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
     return evaluate
 
 
-EVALUATE["quantize"] = EVALUATE["packed"] = _quantize
-EVALUATE |= {name: _part(name) for name in PARTS}
+# the steps of recipes.STEPS on quantized weights, as in pull.EVALUATE
+QUANTIZED = {"quantize": _quantize, "packed": _quantize, **{name: _part(name) for name in PARTS}}
