@@ -10,6 +10,10 @@ rewrite, patterns     before/after rules
 routing               reads a router backwards, for the pass that fuses it
 pipeline, check       runs passes, and compares the numbers before and after
 weights               reads checkpoints a tile at a time
+quantization, plan    what --quantize says, and quantization.json; roles say what a weight is for
+calibrate, tiled      a program on a text in little memory; sensitivity and allocate choose formats with it, planning
+                      is where the driver asks for that
+awq, expert_groups    what the pass quantize does to a function besides storing its weights
 cost, report          bytes, FLOPs and parameters from the IR; what `moec inspect` says
 frontends             sources -> module
 artifact, manifest    the finished folder; atomic puts it in place

@@ -62,10 +62,11 @@ def compare_function(
 ) -> None:
     """Raise MoecError unless a function gives the same numbers in both modules."""
     weights = _random_weights(seed)
-    inputs = random_inputs(before, name, small_dims(before), seed)
-    expected = interpret(before, inputs, weights, name, bound)
+    dims = small_dims(before)
+    inputs = random_inputs(before, name, dims, seed)
+    expected = interpret(before, inputs, weights, name, bound, dims)
     try:
-        found = interpret(after, inputs, weights, name, bound)
+        found = interpret(after, inputs, weights, name, bound, dims)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:  # what torch and references raise
         raise MoecError(f"@{name} no longer runs: {error}", where=f"@{name}", exit_code=1) from error
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):

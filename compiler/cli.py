@@ -52,6 +52,7 @@ def main() -> None:
     epilog=example(
         "moec compile examples/tiny-moe -o tiny --verify",
         "moec compile config-folder --stop-after moe | less",
+        "moec compile examples/tiny-moe --quantize auto,method=gptq --budget 4.5bpw --calibration text.txt",
         "moec compile program.moir --weights checkpoint-folder -o out",
     )
 )
@@ -61,8 +62,10 @@ def main() -> None:
 @click.option(
     "--quantize",
     metavar="SPEC",
-    help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', or the codes of the checkpoint: keep (the default where it is quantized).",
+    help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', auto, the file of a plan, or the codes of the checkpoint: keep (the default where it is quantized).",
 )
+@click.option("--budget", metavar="SIZE", help="For --quantize auto: 4.5bpw (bits per weight), or bytes as in 6GB.")
+@click.option("--calibration", metavar="FILE", help="The text that --quantize auto and method=gptq look at.")
 @click.option(
     "--accuracy",
     type=click.Choice(["fast", "exact"]),
@@ -336,15 +339,39 @@ def list_(what: str, as_json: bool) -> None:
     _show(getattr(listing, what)(), as_json)
 
 
-@main.command(epilog=example("moec targets", "moec targets cpu --json"))
+@main.command(
+    epilog=example("moec targets", "moec targets cpu --json", "moec targets cpu --probe -o capabilities.json")
+)
 @click.argument("name", required=False)
+@click.option("--probe", is_flag=True, help="Try what the target's runtime does, and compare it with the record.")
+@click.option("--quick", is_flag=True, help="With --probe: right or wrong only, no speeds.")
+@click.option("-o", "--out", metavar="FILE", help="With --probe: write what was found as a record.")
 @json_option
 @debug_option
-def targets(name: str | None, as_json: bool) -> None:
-    """List the targets, or show one."""
+def targets(name: str | None, probe: bool, quick: bool, out: str | None, as_json: bool) -> None:
+    """List the targets, or show one.
+
+    --probe runs every operator variant of the record on the installed runtime against its reference. The exit code is 1 if one that is recorded as right is not.
+    """
     from . import listing
 
-    _show(listing.targets(name), as_json)
+    if not probe:
+        if quick or out:
+            raise click.UsageError("--quick and -o belong to --probe")
+        return _show(listing.targets(name), as_json)
+    if name is None:
+        raise click.UsageError("--probe needs the name of a target")
+    with progress_bar(f"probing {name}", unit="variants") as progress:
+        found = listing.probe(name, quick, progress)
+    if out:
+        write_text(found.text, out)
+    if out != "-":
+        _show(found.rows, as_json)
+    click.echo(found.made_with, err=True)
+    for line in found.differences:
+        click.echo(line, err=True)
+    if found.lost:
+        click.get_current_context().exit(CHECK_FAILED)
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -126,7 +126,7 @@ def write_text(text: str, out: str | None) -> None:
 
 def print_notes(notes: list[str]) -> None:
     """Write the notes of --why on standard error."""
-    for note in notes:
+    for note in dict.fromkeys(notes):  # two functions may have the same to say
         click.echo(note if note.startswith("note:") else f"note: {note}", err=True)
 
 

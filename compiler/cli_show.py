@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .report import bytes_text, count_text, flops_text, ranges
+from .report import bytes_text, count_text, flops_text, left_out_text, ranges
 from .unfused import line
 
 if TYPE_CHECKING:
@@ -81,9 +81,19 @@ def _summary(report: dict[str, Any]) -> Table:
          f"{bytes_text(per_token['checkpoint_bytes_read'])} read per decoded token"),
         ("weights in this IR", bytes_text(report["bytes"]["compiled"]),
          f"{bytes_text(per_token['compiled_bytes_read'])} read per decoded token"),
-        ("KV cache per token", bytes_text(state["bytes_per_token"]), f"{bytes_text(per_token['state_bytes_read'])} {at}"),
+        ("KV cache per token", bytes_text(state["bytes_per_token"]),
+         f"{bytes_text(state['bf16_bytes_per_token'])} if it were bf16; {bytes_text(per_token['state_bytes_read'])} {at}"),
         ("FLOPs per decoded token", flops_text(per_token["flops"]), at),
     ]  # fmt: skip
+    if left_out := report["left_out"]:
+        whole = report["bytes"]["checkpoint"] + left_out["bytes"]
+        rows.append(
+            (
+                "left out of the program",
+                bytes_text(left_out["bytes"]),
+                f"{', '.join(left_out['names'])}; {bytes_text(whole)} with it in the checkpoint",
+            )
+        )
     if state["fixed_bytes"]:
         rows.append(("fixed state", bytes_text(state["fixed_bytes"]), "for each sequence"))
     return _table((("", False), ("", True), ("", False)), rows)
@@ -129,9 +139,14 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     if not rows:
         click.echo("none", err=True)
         return
-    keys = [key for key in rows[0] if key not in ("before", "after")]
+    keys = [key for key in rows[0] if key not in ("before", "after", "runtime")]
     cells = [[_cell(row[key]) for key in keys] for row in rows]
     _print(_console(), _table([(key.replace("_", " "), False) for key in keys], cells))
+    for runtime in (row["runtime"] for row in rows if "runtime" in row):
+        click.echo(f"\nwhat lowering goes by, tried with {runtime['recorded_with']}:\n")
+        show_rows(runtime["operators"])
+        click.echo()
+        show_rows(runtime["not_right"])
 
 
 def _cell(value: Any) -> str:
@@ -152,6 +167,10 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     """Say on standard error what was written, and what the comparison found if there was one."""
     report = artifact.report
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
+    if seen := report["figures"].get("calibration"):
+        click.echo(_coverage(seen), err=True)
+    if "left_out" in report["source"]:
+        click.echo(left_out_text(report["source"]["left_out"]), err=True)
     for entry in report["unfused"]:
         click.echo(line(entry), err=True)
     for function, formats in report["figures"].get("kept", {}).items():
@@ -163,6 +182,15 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
         verdict = "verified" if figures["passed"] else "verification failed"
         relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
         click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
+
+
+def _coverage(seen: dict[str, Any]) -> str:
+    """Return what a calibration text reached, in one line."""
+    text = f"calibration: {seen['tokens']} tokens"
+    if not seen["experts"]:
+        return text
+    few = f"{seen['starved']} of {seen['experts']} experts saw fewer than {seen['starved_below']}"
+    return f"{text}; an expert saw {seen['mean']:.0f} of them on average, at least {seen['least']}; {few}"
 
 
 def generation_json(found: Generation) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from .recipes import Literal, Recipe, Tensor, bind
 TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides
 
 # Items of a step that hold no parameters of their own (scales).
-AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1, 2), "packed": (1, 2), "gather": (1,)}
+AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1, 2), "packed": (1, 2), "gather": (1,), "scale": (1,)}
 # Steps whose item holds several parameters in an element.
-DENSE_ITEMS = ("unpack", "blocks")
+DENSE_ITEMS = ("unpack", "unpack_e2m1", "blocks")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ def _weight_costs(
             _hold(compiled, recipe, _Held(number, 0, size, role, share))
             for tensor, held_each in leaves(recipe):
                 count = len(expand_range(tensor.name))
-                parameters = _whole(count * tensor.type.elements * held_each)
+                # a table of i64 says where to look (experts by token, say), it is nothing that was learned
+                learned = 0 if tensor.type.dtype == "i64" else held_each
+                parameters = _whole(count * tensor.type.elements * learned)
                 held = _Held(number, parameters, count * _whole(tensor.type.bytes), role, share)
                 _hold(stored, tensor.name, held)
     for held in stored.values():

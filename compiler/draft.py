@@ -23,12 +23,17 @@ class Draft:
 
     function: Function
     ops: list[Op] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     consts: dict[str, Const] = field(init=False)
     taken: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.consts = {c.value.name: c for c in self.function.consts}
         self.taken = set(self.function.names)
+
+    def note(self, op: Op, text: str) -> None:
+        """Remember something to be said of an op under --why."""
+        self.notes.append(f"note: @{self.function.name} {', '.join(op.loc)}: {text}")
 
     def fresh(self, base: str) -> str:
         """Return a free name: `base`, `base.1`, ..."""
@@ -109,6 +114,7 @@ def rewrite_ops(
             other = (instead or {}).get(op.name)
             new = other(draft, op) if other else op
         draft.ops.append(new)
+    notes += draft.notes
     return draft.finish()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,22 @@ from .frontends import Loaded
 from .ir import STAGES, Module
 from .manifest import write_manifest
 from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
+from .plan import PLAN
+from .planning import calibrated, find_plan
 from .printer import print_module
-from .quantization import KEEP, is_from_codes, is_lossy, kept_codes, precision, with_keep, with_quantize
-from .report import per_token
+from .quantization import (
+    AUTO,
+    KEEP,
+    Spec,
+    is_from_codes,
+    is_lossy,
+    kept_codes,
+    needs_calibration,
+    precision,
+    with_keep,
+    with_quantize,
+)  # fmt: skip
+from .report import left_out_of, per_token
 from .rewrite import Why, tell
 from .unfused import unfused
 from .weights.sink import MEMORY_LIMIT, tile_bytes
@@ -30,6 +44,7 @@ from .weights.sink import MEMORY_LIMIT, tile_bytes
 if TYPE_CHECKING:
     from ..targets import Target
     from .parity import Comparison
+    from .plan import Plan
 
 Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
 
@@ -49,6 +64,8 @@ def compile(
     *,
     pipeline: str | None = None,
     quantize: str | None = None,
+    budget: str | None = None,
+    calibration: Path | str | None = None,
     accuracy: str = "fast",
     memory_limit: int | None = None,
     dump: Path | str | None = None,
@@ -65,8 +82,9 @@ def compile(
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
-    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.with_quantize), or `keep`,
-    the default for a checkpoint that is quantized: its codes where the target holds them, else what is nearest;
+    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.Spec), or
+    `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
+    its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
     tiles of weights may use beside the imports. `stop_after` is a stage or a pass. `check` compares the numbers before and
     after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
@@ -75,25 +93,37 @@ def compile(
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
     text = pipeline if pipeline is not None else chosen.pipeline
+    plan = None
     keep, _, others = (quantize or "").partition(",")
     if keep == KEEP or (quantize is None and pipeline is None and is_from_codes(loaded.module)):
         text = with_keep(text, others)
     elif quantize is not None:
-        text = with_quantize(text, quantize)
+        spec = Spec.parse(quantize)
+        _need_weights(loaded, wanted=spec.plan == AUTO)
+        plan = find_plan(spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), chosen, calibration)
+        planned = {} if plan is None else {"layers": plan.layers(), "method": plan.method}
+        text = with_quantize(text, {**planned, **spec.options})
+    if budget is not None and (keep == KEEP or quantize is None):
+        raise MoecError("a budget is for --quantize auto", todo="add --quantize auto")
     if accuracy != "fast":
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
     steps = _remaining(loaded.module, text)
+    given: dict[str, Module] = {}
     notes: list[str] = []
     module, taken = run_pipeline(
         loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=_keeping(notes, why),
-        stop_after=stop_after, table=passes_for(chosen),
+        stop_after=stop_after, table=passes_for(chosen), given=given,
     )  # fmt: skip
     if timings is not None:
         timings += taken
     if stop_after:
         return module
     folder = _output(source, loaded, chosen, out)
-    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, notes)
+    _need_weights(loaded)
+    figures: dict[str, Any] = {}
+    if needs_calibration(module):
+        loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder)
+    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, notes, figures, plan)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -114,9 +144,12 @@ def find_target(name: str, options: Mapping[str, str]) -> Target:
     """Return a target by name; MoecError lists what there is."""
     if name not in TARGETS:
         raise MoecError(f"there is no target {name}", todo=f"targets: {', '.join(sorted(TARGETS))}")
-    if options:
+    target = TARGETS[name]
+    if not options:
+        return target
+    if target.configure is None:
         raise MoecError(f"target {name} has no option {', '.join(sorted(options))}", todo="leave out -D")
-    return TARGETS[name]
+    return target.configure(options)
 
 
 def passes_for(target: Target) -> dict[str, PassDef]:
@@ -144,35 +177,43 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
     return steps[behind[0] + 1 if behind else len(steps) :] if enters else steps
 
 
-def _emit(
-    module: Module,
-    loaded: Loaded,
-    target: Target,
-    pipeline: str,
-    out: Path,
-    memory_limit: int | None,
-    progress: Progress | None,
-    notes: list[str],
-) -> Artifact:
-    """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
-    if loaded.weights is None:
+def _before_lower(module: Module, pipeline: str, target: Target) -> Module:
+    """Return a module as it is before it is lowered."""
+    return run_pipeline(
+        module, _remaining(module, pipeline), target=target, stop_after="moe", table=passes_for(target)
+    )[0]
+
+
+def _need_weights(loaded: Loaded, wanted: bool = True) -> None:
+    if wanted and loaded.weights is None:
         raise MoecError(
             "there are no weights to compile",
-            where=str(loaded.folder or module.source or "the program"),
+            where=str(loaded.folder or loaded.module.source or "the program"),
             todo="put the safetensors files beside config.json, name them with --weights DIR, or use --stop-after moe",
         )
+
+
+def _emit(
+    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
+    progress: Progress | None, notes: list[str], figures: Mapping[str, Any], plan: Plan | None,
+) -> Artifact:  # fmt: skip
+    """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
+    assert loaded.weights is not None
     tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
-    source = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
-    with atomic_folder(out) as partial:
-        _copy_companions(loaded, partial)
-        (partial / "program.moir").write_text(print_module(module), encoding="utf-8")
+    source: dict[str, Any] = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
+    if loaded.left_out:
+        source["left_out"] = left_out_of(loaded.left_out)
+    with atomic_folder(out) as folder:
+        _copy_companions(loaded, folder)
+        (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
+        if plan is not None:
+            plan.write(folder / PLAN)
         costs = module_costs(module)
-        files = target.emit(module, loaded.weights, partial, tile, _with_total(progress, costs.total.compiled_bytes))
-        figures: dict[str, Any] = {"counted": per_token(costs)}
-        if kept := kept_codes(module):
-            figures["kept"] = kept
+        files = target.emit(module, loaded.weights, folder, tile, _with_total(progress, costs.total.compiled_bytes))
+        kept = kept_codes(module)
+        figures = {"counted": per_token(costs), **figures, **({"kept": kept} if kept else {})}
         write_manifest(
-            partial, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
+            folder, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
             precision=precision(module), lossy=is_lossy(module), figures=figures,
             unfused=unfused(module, notes),
         )  # fmt: skip

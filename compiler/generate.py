@@ -97,7 +97,7 @@ def generate(
     ids, mask, positions = left_pad(tokens)
     logits, states = prefill(session, ids, mask, positions)
     begun = time.perf_counter()
-    following = positions[:, -1:] + 1
+    following, one = positions[:, -1:] + 1, np.ones((len(tokens), 1), np.int64)
     while True:
         chosen = [pick(row, rng, temperature, top_k, top_p) for row, rng in zip(logits, generators, strict=True)]
         for row, token in enumerate(chosen):
@@ -108,7 +108,7 @@ def generate(
                     on_token(row, token)
         if not any(running):
             break
-        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        mask = np.concatenate([mask, one], axis=1)
         step, states = session.step(np.array(chosen, np.int64)[:, None], mask, following, states, last=1)
         logits, following = step[:, -1], following + 1
     return Generation(found, sum(map(len, tokens)), begun - start, time.perf_counter() - begun)

@@ -30,17 +30,23 @@ def interpret(
     weights: Weights,
     function: str = "main",
     bound: Mapping[str, str] | None = None,
+    dims: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Run a function on tensors in the order of its parameters; `bound` fills the holes of its weight names."""
+    """Run a function on tensors in the order of its parameters; `bound` fills the holes of its weight names.
+
+    `dims` are values of dims that the shapes of the inputs need not tell: P cannot be read off floordiv(P, 4).
+    """
     start = module.by_name[function]
-    dims = bind_dims(start.params, inputs)
+    found = bind_dims(start.params, inputs, dims)
     with torch.no_grad():
-        return _run(module, start, inputs, weights, dict(bound or {}), dims)
+        return _run(module, start, inputs, weights, dict(bound or {}), found)
 
 
-def bind_dims(params: Sequence[Value], inputs: Sequence[Tensor]) -> dict[str, int]:
-    """Return the value of every dim, read off the shapes of the inputs; MoecError where they disagree."""
-    dims: dict[str, int] = {}
+def bind_dims(
+    params: Sequence[Value], inputs: Sequence[Tensor], given: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Return the value of every dim, given or read off the shapes of the inputs; MoecError where they disagree."""
+    dims: dict[str, int] = dict(given or {})
     pairs = [
         (param, size, actual)
         for param, tensor in zip(params, inputs, strict=True)
@@ -49,12 +55,15 @@ def bind_dims(params: Sequence[Value], inputs: Sequence[Tensor]) -> dict[str, in
     for _, size, actual in pairs:
         if isinstance(size, sympy.Symbol):
             dims.setdefault(size.name, actual)
-    for param, size, actual in pairs:
+    for _, size, actual in pairs:
         # a dim that no parameter has alone (T in P + S) follows from the ones that are known
         unknown = [s for s in size.free_symbols if s.name not in dims]
-        if len(unknown) == 1:
+        if len(unknown) == 1 and size.is_polynomial(unknown[0]):
             known = size.subs({s: dims[s.name] for s in size.free_symbols if s.name in dims})
             dims[unknown[0].name] = int(sympy.solve(known - actual, unknown[0])[0])
+    for param, size, actual in pairs:
+        if lacking := sorted(s.name for s in size.free_symbols if s.name not in dims):
+            raise MoecError(f"the shapes of the inputs do not say how large {', '.join(lacking)} is")
         if evaluate(size, dims) != actual:
             raise MoecError(f"{param} is {param.type} with {dims}, but the input has {actual} there")
     return dims

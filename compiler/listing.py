@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import MoecError
+
+if TYPE_CHECKING:
+    from ..targets.target import Probed
 
 Rows = list[dict[str, Any]]
 
@@ -100,4 +103,33 @@ def targets(name: str | None = None) -> Rows:
     if name is not None and name not in TARGETS:
         raise MoecError(f"there is no target {name!r}", todo=f"targets: {', '.join(sorted(TARGETS))}")
     chosen = [TARGETS[name]] if name else list(TARGETS.values())
-    return [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]
+    rows: Rows = [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]
+    if name and chosen[0].recorded:
+        record = chosen[0].recorded()
+        broken = [row for row in record.rows if row["found"] != "right"]
+        rows[0]["runtime"] = {"recorded_with": record.made_with, "operators": summary(record.rows), "not_right": broken}
+    return rows
+
+
+def probe(name: str, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+    """Try what the runtime of a target does; MoecError for an unknown target and for one without a probe."""
+    from ..targets import TARGETS
+
+    targets(name)
+    run = TARGETS[name].probe
+    if run is None:
+        raise MoecError(f"target {name} has no probe")
+    return run(quick=quick, progress=progress)
+
+
+def summary(rows: Rows) -> Rows:
+    """Return for each operator how many of its variants were found to be what."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        start = {"operator": row["operator"], "right": 0, "of these int8 activations": 0, "not right": 0, "GB/s": None}
+        entry = found.setdefault(row["operator"], start)
+        entry["right" if row["found"] == "right" else "not right"] += 1
+        entry["of these int8 activations"] += row["activations"] == "int8"
+        if row["speed"]:
+            entry["GB/s"] = max(entry["GB/s"] or 0.0, row["speed"])
+    return list(found.values())

@@ -28,9 +28,9 @@ REQUIRED: dict[str, type] = {
 class State:
     """A KV cache or another tensor that lives from step to step: its input, its output, and how it grows.
 
-    `axis` is the axis along which the output is longer than the input by the new tokens; None for a state that keeps
-    its size. `shape` is the input's: ints and the dims `B` and `P`. A state that is `in_place` may lie in a buffer that
-    is longer than the past: the new tokens are written behind the past ones.
+    `axis` is the axis along which the output has another size than the input; None for a state that keeps its size.
+    `shape` is the input's: ints and expressions in the dims `B` and `P`, such as `floordiv(P, 4)`. A state that is
+    `in_place` may lie in a buffer that is longer than the past: the new tokens are written behind the past ones.
     """
 
     past: str
@@ -43,15 +43,26 @@ class State:
     @staticmethod
     def of(entry: Mapping[str, Any]) -> State:
         """Return a state from its entry in the manifest."""
-        names = ("past", "present", "axis", "dtype")
-        return State(*(entry[n] for n in names), tuple(entry["shape"]), bool(entry.get("in_place", False)))
+        return State(
+            entry["past"], entry["present"], entry["axis"], entry["dtype"], tuple(entry["shape"]),
+            bool(entry.get("in_place", False)),
+        )  # fmt: skip
 
     def sizes(self, **dims: int) -> tuple[int, ...]:
-        """Return the shape as ints, e.g. `sizes(B=1, P=0)`; MoecError for a size that is not among the dims."""
-        for name in self.shape:
-            if isinstance(name, str) and name not in dims:
-                raise MoecError(f"the state {self.past} has the size {name}", todo=f"known are {', '.join(dims)}")
-        return tuple(dims[name] if isinstance(name, str) else name for name in self.shape)
+        """Return the shape as ints, e.g. `sizes(B=1, P=0)`; MoecError for a size that the dims do not tell."""
+        return tuple(size if isinstance(size, int) else self._size(size, dims) for size in self.shape)
+
+    def _size(self, text: str, dims: Mapping[str, int]) -> int:
+        if text in dims:
+            return dims[text]
+        from .dims import evaluate
+        from .fragments import parse_size
+
+        try:
+            return evaluate(parse_size(text, dims), dims)
+        except MoecError as error:
+            what = f"the state {self.past} has the size {text}"
+            raise MoecError(what, todo=f"known are {', '.join(dims)}") from error
 
 
 def write_manifest(

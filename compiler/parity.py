@@ -135,7 +135,8 @@ def verify(
     with open_reference(source) as reference:
         limit = min(reference.context, int(artifact.manifest["dims"].get("S", (1, 1 << 31))[1]))
         pool, name = _tokens(artifact, reference, text, tokens)
-        batches = list(_batches(pool, lengths, steps, limit))
+        padding = "position_ids" in {i["name"] for i in artifact.manifest["inputs"]}
+        batches = list(_batches(pool, lengths, steps, limit, padding))
         windows = [pool[i : i + min(WINDOW, limit)] for i in range(0, len(pool), min(WINDOW, limit))]
         windows = [w for w in windows if len(w) > 1]
         done, total = 0, len(batches) + len(windows)
@@ -167,12 +168,15 @@ def _tokens(artifact: Artifact, reference: Reference, text: str | None, count: i
 
 
 def _batches(
-    pool: np.ndarray, lengths: Sequence[int], steps: int, limit: int
+    pool: np.ndarray, lengths: Sequence[int], steps: int, limit: int, padding: bool = True
 ) -> Iterator[tuple[str, list[list[int]], int, bool]]:
-    """Yield (name, prompts, steps, in two parts) for every case, inside the model's context."""
+    """Yield (name, prompts, steps, in two parts) for every case, inside the model's context.
+
+    Without `padding` the prompts of a batch are of one length.
+    """
     fitting = sorted({min(n, limit) for n in lengths})
     longest = fitting[-1]
-    mixed = [longest, max(1, longest * 3 // 5), max(1, longest // 5)]
+    mixed = [longest, max(1, longest * 3 // 5), max(1, longest // 5)] if padding else [longest] * 3
     prompts = [[int(pool[(1000 * row + i) % len(pool)]) for i in range(n)] for row, n in enumerate(mixed)]
     yield f"batch of {', '.join(map(str, mixed))} tokens", prompts, min(steps, limit - longest), False
     if longest > 1:

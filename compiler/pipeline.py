@@ -188,12 +188,14 @@ def run_pipeline(
     table: Mapping[str, PassDef],
     kernel_op: Callable[[str], bool] | None = None,
     source_hint: str = "",
+    given: dict[str, Module] | None = None,
 ) -> tuple[Module, list[PassTiming]]:
     """Run passes, each by name with its options, and check each one; return the module and the timings.
 
     `dump` is a folder for numbered modules; `why` collects notes of rules that did not apply; `stop_after` is a pass
     or a stage (the module as it is before a pass leaves that stage); `table` maps names to passes; `kernel_op` says
-    which ops the target has at the stage kernel; `source_hint` names the source in errors.
+    which ops the target has at the stage kernel; `source_hint` names the source in errors; `given` is filled with the
+    module that each pass was given (the last time that it ran).
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
     definitions = [(_look_up(name, table), options) for name, options in passes]
@@ -206,6 +208,8 @@ def run_pipeline(
     timings: list[PassTiming] = []
     for number, (definition, options) in enumerate(steps, 1):
         history = ("load", *(done.name for done, _ in steps[: number - 1]))
+        if given is not None:
+            given[definition.name] = module
         module, timing = _run_pass(module, number, definition, options, history, settings)
         timings.append(timing)
     return module, timings

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from .errors import MoecError
 from .fragments import parse_pipeline
@@ -14,28 +15,50 @@ from .roles import ROLES
 
 PASS, KEEP_PASS, BEFORE = "quantize", "keep-codes", "lower"
 KEEP = "keep"  # what --quantize calls the pass keep-codes
+CALIBRATED = ("gptq", "awq")  # methods that look at the inputs of a weight
 
 
-def with_quantize(pipeline: str, spec: str) -> str:
-    """Return the pipeline with the pass `quantize` before the lowering.
+AUTO = "auto"
 
-    `spec` is a format (`int4`, `int8`: every role but the router in it, with the pass's own choice where int4 would
-    cost too much), or options of the pass (`experts=int4,head=int8,group=64`), or a format and options
-    (`int4,method=gptq`). MoecError for a text that is none of these.
-    """
-    words = [word.strip() for word in spec.split(",") if word.strip()]
-    if not words:
-        raise MoecError(
-            "--quantize is empty", todo="give a format such as int4, or options such as experts=int4,head=int8"
-        )
-    options: dict[str, str] = {}
-    if "=" not in words[0]:
-        options = _everything(words.pop(0))
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"[a-z_]+", name):
-            raise MoecError(f"{word!r} in --quantize is not option=value", todo="as in int4,head=int8,group=64")
-        options[name] = value
+
+@dataclass(frozen=True)
+class Spec:
+    """What `--quantize` says: options of the pass, and where a plan comes from (`auto`, or a file) if there is one."""
+
+    options: Mapping[str, str]
+    plan: str | None = None
+
+    @staticmethod
+    def parse(text: str) -> Spec:
+        """Return what a text says.
+
+        It is a format (`int4`, `int8`: every role but the router in it, with the pass's own choice where int4 would cost
+        too much), `auto`, or the file of a plan (`quantization.json`), and options of the pass behind it or alone
+        (`experts=int4,head=int8,group=64`, `int4,method=gptq`). MoecError for a text that is none of these.
+        """
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        if not words:
+            raise MoecError(
+                "--quantize is empty", todo="give a format such as int4, or options such as experts=int4,head=int8"
+            )
+        options: dict[str, str] = {}
+        plan = None
+        if "=" not in words[0]:
+            first = words.pop(0)
+            if first == AUTO or first.endswith(".json"):
+                plan = first
+            else:
+                options = _everything(first)
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals or not re.fullmatch(r"[a-z_]+", name):
+                raise MoecError(f"{word!r} in --quantize is not option=value", todo="as in int4,head=int8,group=64")
+            options[name] = value
+        return Spec(options, plan)
+
+
+def with_quantize(pipeline: str, options: Mapping[str, str]) -> str:
+    """Return the pipeline with the pass `quantize` before the lowering."""
     return before_lowering(pipeline, spell_pass(PASS, options))
 
 
@@ -47,8 +70,7 @@ def with_keep(pipeline: str, options: str = "") -> str:
     kept = before_lowering(pipeline, KEEP_PASS)
     if not options:
         return kept
-    others = ",".join(f"{role}=f32" for role in ROLES if not re.search(rf"(^|,)\s*{role}=", options))
-    return with_quantize(kept, f"{others},{options}")
+    return with_quantize(kept, {**{role: "f32" for role in ROLES}, **Spec.parse(options).options})
 
 
 def before_lowering(pipeline: str, spelled: str) -> str:
@@ -105,6 +127,22 @@ def kept_codes(module: Module) -> dict[str, dict[str, list[str]]]:
         if any(formats.values()):
             found[function.name] = {kind: sorted(names) for kind, names in formats.items() if names}
     return found
+
+
+def needs_calibration(module: Module) -> bool:
+    """Return whether a weight's method wants to know what the weight is multiplied with."""
+    return any(method_of(c.recipe) in CALIBRATED for f in module.functions for c in f.consts)
+
+
+def method_of(recipe: Recipe) -> str:
+    """Return the method by which a weight is quantized."""
+    return option_of(recipe, "method")
+
+
+def option_of(recipe: Recipe, name: str) -> str:
+    """Return an option of the step that quantizes a weight; rtn where it says nothing."""
+    found = next((s for s in steps_of(recipe) if s.name == "quantize"), None)
+    return str(found.attributes.get(name, "rtn")) if found else "rtn"
 
 
 def steps_of(recipe: Recipe) -> Iterator[Step]:

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import sympy
+
 from .artifact import Artifact
 from .cost import Cost, Costs, Kind, Layer, module_costs
 from .errors import MoecError
-from .ir import Module, Value
+from .ir import Module, TensorType, Value
 from .manifest import MANIFEST
 from .ops.define import free
 
@@ -25,10 +27,11 @@ def inspect(
     """Return the figures of a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file.
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
-    parameters, bytes, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused and
+    parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused and
     files. Raises MoecError.
     """
     manifest: Mapping[str, Any] = {}
+    left_out: Mapping[str, TensorType] = {}
     if isinstance(source, Module):
         module = source
     else:
@@ -37,12 +40,13 @@ def inspect(
 
         declare_kernel_ops()
         manifest = _manifest(Path(source))
-        module = load(source, trust_remote_code=trust_remote_code).module
+        loaded = load(source, trust_remote_code=trust_remote_code)
+        module, left_out = loaded.module, loaded.left_out
     past = next((d.high for d in module.dims if d.name == "P"), CONTEXT)
     chosen = min(CONTEXT, past) if context is None else context
     if not 0 <= chosen <= past:
         raise MoecError(f"a context of {chosen} tokens is outside the program's 0..{past}")
-    return _report(module, module_costs(module), chosen, manifest)
+    return _report(module, module_costs(module), chosen, manifest, left_out)
 
 
 def _manifest(path: Path) -> Mapping[str, Any]:
@@ -53,7 +57,9 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     return {**artifact.manifest, "sizes": artifact.report["files"]}
 
 
-def _report(module: Module, costs: Costs, context: int, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _report(
+    module: Module, costs: Costs, context: int, manifest: Mapping[str, Any], left_out: Mapping[str, TensorType]
+) -> dict[str, Any]:
     total = costs.total
     report = {
         "source": module.source,
@@ -61,8 +67,9 @@ def _report(module: Module, costs: Costs, context: int, manifest: Mapping[str, A
         "target": manifest.get("target"),
         "parameters": _parameters(total),
         "bytes": {"checkpoint": total.stored_bytes, "compiled": total.compiled_bytes},
+        "left_out": left_out_of(left_out),
         "per_token": {"context": context, **_per_token(costs, total, context)},
-        "state": _state(costs, total, context),
+        "state": {**_state(costs, total, context), "bf16_bytes_per_token": _bf16_per_token(costs, context)},
         "formulas": {"flops": free(total.flops), "state_bytes": free(total.state_bytes)},
         "dims": [{"name": d.name, "low": d.low, "high": d.high} for d in module.dims],
         "inputs": [_value(v) for v in module.main.params],
@@ -79,6 +86,20 @@ def per_token(costs: Costs) -> dict[str, Any]:
     """Return a program's token-efficiency figures, all counted from the IR: what moec.json holds of them."""
     past = next((d.high for d in costs.module.dims if d.name == "P"), CONTEXT)
     return {"context": min(CONTEXT, past), **_figures(costs, costs.total, min(CONTEXT, past))}
+
+
+def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
+    """Return the names' first parts and the bytes of tensors that a program does not read; nothing without any."""
+    if not tensors:
+        return {}
+    names = sorted({f"{name.split('.')[0]}.*" for name in tensors})
+    return {"names": names, "tensors": len(tensors), "bytes": sum(int(t.bytes) for t in tensors.values())}
+
+
+def left_out_text(found: Mapping[str, Any]) -> str:
+    """Return it as one line for people."""
+    names = ", ".join(found["names"])
+    return f"left out of the program: {found['tensors']} tensors {names}, {bytes_text(found['bytes'])}"
 
 
 def _value(value: Value) -> dict[str, Any]:
@@ -107,6 +128,13 @@ def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
 
 def _state(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
     return {"bytes_per_token": costs.state_per_token(cost, context), "fixed_bytes": costs.state_at(cost, 0)}
+
+
+def _bf16_per_token(costs: Costs, context: int) -> int:
+    """Return the bytes that one more token adds to the program's states if they were stored in two bytes a number."""
+    states = [p.type for p in costs.module.main.params if p.type.state]
+    halves = sympy.Add(*(t.elements * (2 if t.dtype == "f32" else t.bits / 8) for t in states))
+    return costs.state_per_token(Cost(state_bytes=halves), context)
 
 
 def _figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class Note(str):
 
 
 def tell(why: Why, notes: Sequence[str]) -> None:
-    """Hand notes on, each text once."""
-    for note in dict.fromkeys(notes):
+    """Hand notes on, each text once for a function."""
+    for note in {(str(note), getattr(note, "function", "")): note for note in notes}.values():
         if isinstance(why, list):
             why.append(note)
         elif why is not None:

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..compiler.awq import fold
 from ..compiler.errors import MoecError
+from ..compiler.expert_groups import split_experts
 from ..compiler.formats import FORMAT_NAMES, GROUPS, Format, find_format
 from ..compiler.ir import Const, Function, Module, Op, Value
 from ..compiler.pipeline import pass_
+from ..compiler.plan import Unit, parse_layers
 from ..compiler.recipes import step
 from ..compiler.rewrite import Why
 from ..compiler.roles import weight_operands, weight_roles
 
 KEEP = ("f32", "none")
-# groups that are tried in turn where the user names none; attention is the most sensitive part of a small model
-PREFERRED = (128, 64, 32, 16)
-PREFERRED_ATTENTION = (64, 32, 16)
+METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")
+# groups that are tried in turn where the user names none: experts are the largest part and the least sensitive one,
+# attention is the most sensitive one
+PREFERRED = {"experts": (256, 128, 64, 32, 16), "attention": (32, 16)}
+PREFERRED_ELSEWHERE = (128, 64, 32, 16)
 
 
 @pass_(reads="moe", tolerance=1.0)
 def quantize(
     module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,
-    symmetric: bool = False, method: str = "rtn",
+    symmetric: bool = False, method: str = "rtn", starved: str = "rtn", layers: str = "",
 ) -> Module:  # fmt: skip
     """Store weights in fewer bits.
 
     Each role takes a number of bits (int8, int4, int2), a format of its own (uint4_g64, mxfp4, nvfp4, fp8_b128), or f32
     to be left as it is. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of
-    weights that share a scale; without one it is the largest that divides and that the target holds.
+    weights that share a scale; without one it is the largest that divides, that the target holds and is not slow at.
+    `method` is rtn (to nearest, with a search for the scale), gptq or awq (with the inputs on a calibration text);
+    `starved` is what these do with experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are
+    sent through them). `layers` gives single layers formats of their own, as in `0..2.attention=int8_g128
+    3.experts=uint4_g64 head=int8_g64`; layers that come to differ become functions of their own.
     """
     policy = {
         "experts": experts, "attention": attention, "shared": shared, "dense": dense, "router": router,
@@ -39,22 +48,35 @@ def quantize(
     }  # fmt: skip
     for spec in policy.values():
         check_spec(spec)
+    how = _how(method, starved)
     if group is not None and group not in GROUPS:
         raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
+    module, policies = _split(module, policy, parse_layers(layers))
     roles = weight_roles(module)
     notes: list[str] = []
     functions = {}
     for function in module.functions:
         chosen = {
             place: format
-            for place, spec in _specs(function, roles[function.name], policy)
+            for place, spec in _specs(function, roles[function.name], policies[function.name])
             if (format := _choose(function, place, spec, group, symmetric, target, roles[function.name], notes))
         }
-        functions[function.name] = _store(function, chosen, method)
+        scaled = fold(function, notes) if method == "awq" and chosen else function
+        functions[function.name] = _store(scaled, chosen, how)
     tell = why.append if isinstance(why, list) else why
     for note in notes if tell else ():
         tell(note)  # type: ignore[misc]
     return module.with_functions(functions)
+
+
+def _how(method: str, starved: str) -> dict[str, str]:
+    """Return the attributes of the step that quantizes; none for the plain way."""
+    if method not in METHODS:
+        raise MoecError(f"there is no method {method}", todo=f"there are {', '.join(METHODS)}")
+    if starved not in STARVED:
+        raise MoecError(f"starved is {starved}", todo=f"there are {', '.join(STARVED)}")
+    options = {"method": (method, "rtn"), "starved": (starved, "rtn")}
+    return {name: value for name, (value, plain) in options.items() if value != plain} if method != "rtn" else {}
 
 
 def check_spec(spec: str) -> None:
@@ -68,8 +90,104 @@ def check_spec(spec: str) -> None:
 Place = tuple[int, int]  # an op and one of its operands
 
 
-def _specs(function: Function, roles: Mapping[Place, str], policy: Mapping[str, str]) -> list[tuple[Place, str]]:
-    return [(place, policy[role]) for place, role in roles.items() if policy[role] not in KEEP]
+def _specs(function: Function, roles: Mapping[Place, str], policy: Policy) -> list[tuple[Place, str]]:
+    found = [(place, policy.of(function.ops[place[0]], role)) for place, role in roles.items()]
+    return [(place, spec) for place, spec in found if spec not in KEEP]
+
+
+# --- layers with formats of their own --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The formats of a function: by role, and by op (the name of its first result) where the experts are in groups."""
+
+    roles: Mapping[str, str]
+    groups: Mapping[tuple[int, ...], str]
+    ops: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, op: Op, role: str) -> str:
+        """Return the format of a weight of an op."""
+        return self.ops.get(op.results[0].name, self.roles[role])
+
+
+def _split(module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]) -> tuple[Module, dict[str, Policy]]:
+    """Return the module with a function for every set of layers of one policy, and the policy of every function."""
+    roles = {name: set(uses.values()) for name, uses in weight_roles(module).items()}
+    policies: dict[str, Policy] = {}
+    made: dict[tuple[str, tuple], str] = {}
+    clones: dict[str, list[Function]] = {}
+    used: set[Unit] = set()
+
+    def function_for(name: str, layer: int | None) -> str:
+        """Return the function that a call in a layer is to call."""
+        own = {unit: f for unit, f in single.items() if unit.layer == layer and unit.role in roles[name]}
+        used.update(own)
+        key = (name, tuple(sorted((unit[1:], f) for unit, f in own.items())))
+        if key not in made:
+            first = name not in policies
+            made[key] = name if first else _free(f"{name}_{layer}", {*module.by_name, *policies})
+            whole = {unit.role: f for unit, f in own.items() if not unit.experts}
+            policies[made[key]] = Policy(
+                {**policy, **whole}, {unit.experts: f for unit, f in own.items() if unit.experts}
+            )
+            if not first:
+                clones.setdefault(name, []).append(replace(module.by_name[name], name=made[key]))
+        return made[key]
+
+    callers = {}
+    for caller in module.functions:
+        if caller.name == "main":
+            function_for("main", None)
+        calls = {i: function_for(op.callee, _layer(op)) for i, op in enumerate(caller.ops) if op.callee}
+        ops = tuple(
+            replace(op, callee=calls[i]) if calls.get(i, "") != op.callee else op for i, op in enumerate(caller.ops)
+        )
+        callers[caller.name] = (
+            caller if all(a is b for a, b in zip(ops, caller.ops, strict=True)) else replace(caller, ops=ops)
+        )
+    if unknown := [str(unit) for unit in single if unit not in used]:
+        known = sorted(
+            {str(Unit(_layer(op), r)) for f in module.functions for op in f.ops if op.callee for r in roles[op.callee]}
+        )
+        raise MoecError(
+            f"layers: there is no {unknown[0]}",
+            todo=f"there are {', '.join([*known[:12], *sorted(roles['main'])])} ...",
+        )
+    functions = [f for old in module.functions for f in (callers[old.name], *clones.get(old.name, ()))]
+    split = replace(module, functions=tuple(functions)) if clones else module
+    grouped = {f.name: _in_groups(f, policies.get(f.name, Policy(policy, {}))) for f in split.functions}
+    return split.with_functions({n: f for n, (f, _) in grouped.items()}), {n: p for n, (_, p) in grouped.items()}
+
+
+def _in_groups(function: Function, policy: Policy) -> tuple[Function, Policy]:
+    """Return the function with its experts in the groups of the policy, and the policy with the formats of their ops."""
+    found: dict[str, str] = {}
+    for op in function.ops if policy.groups else ():
+        if op.name != "moe.experts":
+            continue
+        count = int(op.operands[3].type.shape[0])  # type: ignore[union-attr]
+        named = [e for group in policy.groups for e in group]
+        if max(named) >= count:
+            raise MoecError(
+                f"layers: there is no expert {max(named)}", where=f"@{function.name}", todo=f"there are {count}"
+            )
+        rest = tuple(e for e in range(count) if e not in named)
+        groups = {**policy.groups, **({rest: policy.roles["experts"]} if rest else {})}
+        function, ops = split_experts(function, op, list(groups))
+        found |= {op.results[0].name: f for op, f in zip(ops, groups.values(), strict=True)}
+    return function, replace(policy, ops=found)
+
+
+def _layer(op: Op) -> int | None:
+    layer = op.attributes.get("layer")
+    return layer if isinstance(layer, int) else None
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 # --- which format ----------------------------------------------------------------------------------------------
@@ -88,17 +206,22 @@ def _choose(
     else:
         bits = int(spec.lstrip("uint"))
         zeros = spec.startswith("u") or (bits < 8 and not symmetric)
-        preferred = PREFERRED_ATTENTION if role == "attention" and bits <= 4 else PREFERRED
-        names = [f"{'u' * zeros}int{bits}_g{g}" for g in ([group] if group else preferred)]
+        preferred = PREFERRED.get(role, PREFERRED_ELSEWHERE) if bits <= 4 else PREFERRED_ELSEWHERE
+        # two groups in a row or more, where there is a choice: it is small matrices that lose most
+        shortest = min(int(v.type.shape[-1]) for v in weights)
+        groups = [group] if group else [g for g in preferred if 2 * g <= shortest] or preferred
+        names = [f"{'u' * zeros}int{bits}_g{g}" for g in groups]
         candidates = [f for name in names if (f := find_format(name))]
+    asked_for = named is not None or group is not None
     reasons = []
     for format in candidates:
-        reason = _obstacle(op, weights, format, target)
+        # what the user asks for may be slow: lowering notes it
+        reason = _obstacle(op, weights, format, target, or_slow=not asked_for)
         if not reason:
             return format
         reasons.append(f"{format.name}: {reason}")
     what = f"{op.operands[place[1]]} ({role}, {weights[0].type.shape[-1]} columns) cannot be stored as {reasons[0]}"
-    if named is not None or group is not None:
+    if asked_for:
         where = f"{op.operands[place[1]]} in @{function.name}"
         raise MoecError(
             what, where=where, model=", ".join(op.loc), todo=_would_work(op, weights, candidates[0], target)
@@ -107,8 +230,8 @@ def _choose(
     return None
 
 
-def _obstacle(op: Op, weights: list[Value], format: Format, target: Any) -> str:
-    """Return why weights cannot have a format; nothing if they can."""
+def _obstacle(op: Op, weights: list[Value], format: Format, target: Any, or_slow: bool = True) -> str:
+    """Return why weights cannot have a format, or with `or_slow` should not; nothing if they can."""
     for weight in weights:
         if weight.type.dtype != "f32":
             return f"it is {weight.type.dtype}"
@@ -116,7 +239,7 @@ def _obstacle(op: Op, weights: list[Value], format: Format, target: Any) -> str:
             return f"groups of {format.group} do not divide {weight.type.sizes[-1]}"
     if target is None:
         return ""
-    return target.holds(op, format) or ""
+    return target.holds(op, format) or (or_slow and target.slow(op, format)) or ""
 
 
 def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> str:
@@ -129,18 +252,24 @@ def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> st
 # --- storing it ------------------------------------------------------------------------------------------------
 
 
-def _store(function: Function, chosen: Mapping[Place, Format], method: str) -> Function:
+def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str, str]) -> Function:
     """Return the function with the chosen operands quantized; the same weight in two formats becomes two."""
     if not chosen:
         return function
     consts = {c.value.name: c for c in function.consts}
     taken = set(function.names)
     made: dict[tuple[str, str], Value] = {}
+    # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by
+    multiplied = {
+        (function.ops[i].operands[k].name, format.name)  # type: ignore[union-attr]
+        for (i, k), format in chosen.items()
+        if function.ops[i].name != "nn.embedding"
+    }
 
     def stored(value: Value, format: Format) -> Value:
         key = (value.name, format.name)
         if key not in made:
-            options = {} if method == "rtn" else {"method": method}
+            options = how if format.element == "int" and key in multiplied else {}
             recipe = step("quantize", consts[value.name].recipe, to=format.name, **options)
             name = f"{value.name}.{format.name}"
             while name in taken:

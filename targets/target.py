@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,11 +36,31 @@ class Emit(Protocol):
 
 
 @dataclass(frozen=True)
+class Probed:
+    """What a runtime was found to do: a row of plain data for each variant, and the same as the text of a record.
+
+    `differences` says where it is not what the target's record says; `lost` that something right is so no more.
+    """
+
+    made_with: str  # the runtime and the machine
+    rows: list[dict[str, Any]]
+    text: str
+    differences: tuple[str, ...] = ()
+    lost: bool = False
+
+
+class Probe(Protocol):
+    """Tries the installed runtime; `quick` leaves out speeds. `progress` is told the variants done and those in all."""
+
+    def __call__(self, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed: ...
+
+
+@dataclass(frozen=True)
 class Target:
     """A target.
 
     `supported` returns None for an op that the target runs, else the reason why it does not; `holds` likewise for an
-    op of stage moe with its weights in a quantized format.
+    op of stage moe with its weights in a quantized format. `slow` says of one that it holds why it should not be chosen.
     """
 
     name: str
@@ -48,6 +68,10 @@ class Target:
     pipeline: str
     supported: Callable[[Op], str | None]
     holds: Callable[[Op, Format], str | None]
+    slow: Callable[[Op, Format], str | None]
     lower: Lower
     emit: Emit
     load: Callable[..., Any]  # (folder, **options) -> a runner; see the target's session module
+    recorded: Callable[[], Probed] | None = None  # what the lowering goes by, for a target that has such a record
+    probe: Probe | None = None
+    configure: Callable[[Mapping[str, str]], Target] | None = None  # the target with options (-D), MoecError for others

@@ -242,7 +242,7 @@ def test_targets():
     rows = json.loads(moec("targets", "--json").stdout)
     assert "cpu" in [row["name"] for row in rows]
     (cpu,) = json.loads(moec("targets", "cpu", "--json").stdout)
-    assert set(cpu) == {"name", "pipeline", "doc"}
+    assert set(cpu) == {"name", "pipeline", "doc", "runtime"}
 
 
 def test_inspect_a_program(program):

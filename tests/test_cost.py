@@ -149,7 +149,8 @@ def test_olmoe():
     assert within(report["parameters"]["total"], 6.92e9)
     assert within(report["parameters"]["active"], 1.28e9)
     assert report["bytes"]["checkpoint"] == 2 * report["parameters"]["total"]
-    assert report["state"] == {"bytes_per_token": layers * 2 * d * 4, "fixed_bytes": 0}
+    each = layers * 2 * d
+    assert report["state"] == {"bytes_per_token": each * 4, "bf16_bytes_per_token": each * 2, "fixed_bytes": 0}
     matrices = 2 * (other + experts / 8)
     attention = layers * 16 * 4097 * (4 * 128 + 5)
     assert within(report["per_token"]["flops"], matrices + attention)

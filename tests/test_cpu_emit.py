@@ -198,9 +198,17 @@ def test_caches_may_be_longer_than_the_past(width: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason", "kept"),
     [
-        ({"width": 4}, "nn.cached_attention .*heads of a multiple of 8 numbers, here 4", "nn.attention"),
-        ({"act": "gelu"}, "moe.experts .*MoE has no gated gelu", "moe.experts"),
-        ({"score": "tanh(%r)"}, "moe.experts .*cannot be shown to be 0 or more", "moe.experts"),
+        (
+            {"width": 4},
+            "nn.cached_attention .*heads have 4 numbers, and GroupQueryAttention heads of no multiple of 8 is rejected",
+            "nn.attention",
+        ),
+        ({"act": "gelu"}, "moe.experts .*MoE gated_gelu weights is rejected", "moe.experts"),
+        (
+            {"score": "tanh(%r)"},
+            "moe.experts .*may be negative, and MoE swiglu negative weights is wrong",
+            "moe.experts",
+        ),
     ],
 )
 def test_refusals_have_a_reason_and_the_fallback_is_right(

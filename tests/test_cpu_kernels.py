@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import sympy
+import test_cpu_quantized
 import torch
-from moec.compiler.dims import dim, size
+from moec.compiler.dims import dim, floordiv, size
 from moec.compiler.interpret import interpret, random_inputs
 from moec.compiler.ir import Dim, Function, Module, Op, TensorType, Value, make_attrs
 from moec.compiler.ops import OPS
+from moec.compiler.ops.compressed import pending_tokens
 from moec.compiler.weights.sources import RandomSource
 from moec.targets.cpu.emit import KERNELS, MODEL, emit
 from moec.targets.cpu.lower import lower
@@ -191,10 +194,52 @@ def mlp(biased: bool = False, gated: bool = False, **attrs: Any) -> Case:
     return case(*types, f32(1, 8) if gated else None, fix=small, **attrs)
 
 
+def compressor(ratio: int, overlap: bool, turned: int) -> Case:
+    width, new = 8, floordiv(P + S, ratio) - floordiv(P, ratio)
+    wide = width * (2 if overlap else 1)
+    pending = f32(B, pending_tokens(P, ratio, overlap), 2 * wide, state=True)
+    types = [f32(B, S, 2 * wide), pending, f32(B, floordiv(P, ratio), width, state=True), f32(ratio, wide), f32(width)]
+    return case(*types, *[f32(new, turned // 2)] * 2, ratio=ratio, past=P, overlap=overlap, eps=1e-5)
+
+
+def windowed(window: int, ratio: int = 0, selected: bool = False) -> Case:
+    entries = f32(B, floordiv(P + S, ratio), 8) if ratio else None
+    chosen = i64(B, S, sympy.Min(2, floordiv(P + S, ratio))) if selected else None
+    types = [f32(B, S, 4, 8), f32(B, S, 8), f32(B, sympy.Min(P, window - 1), 8, state=True), entries, chosen, f32(4)]
+    return case(*types, fix=some_are_none if selected else None, scale=0.3, window=window, past=P, ratio=ratio)
+
+
+def some_are_none(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+    inputs[4][:, 0, :1] = -1
+
+
+def streams(rows: int, scales: int, *, n: int = 3) -> list[TensorType]:
+    return [f32(B, S, n, 8), f32(rows, n * 8), f32(rows), f32(scales)]
+
+
 GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
 
 CASES: dict[str, list[Case]] = {
     **{f"core.{n}": [case(X, X), case(X, ROW), case(ROW, ONE)] for n in ("add", "sub", "mul", "maximum", "minimum")},
+    "nn.hyper_connection_pre": [case(*streams(15, 3), eps=1e-5, floor=1e-3, iterations=n) for n in (1, 2, 20)],
+    "nn.hyper_connection_post": [case(X, f32(B, S, 3, 8), f32(B, S, 3), f32(B, S, 3, 3))],
+    "nn.hyper_connection_head": [case(*streams(3, 1), eps=1e-5, floor=1e-3)],
+    "nn.rope_pairs": [
+        case(f32(B, S, 4, 8), *[f32(c, S, r)] * 2, inverse=back) for c, r, back in ((1, 2, False), (B, 4, True))
+    ],
+    "nn.block_linear": [case(f32(B, S, 2, 8), f32(6, 8)), case(f32(B, S, 1, 8), f32(3, 8))],
+    "nn.compress_tokens": [
+        compressor(4, True, 4), compressor(4, False, 8), compressor(2, True, 4), compressor(3, False, 4),
+        compressor(1, True, 8),
+    ],
+    "nn.select_entries": [
+        case(f32(B, S, 3, 8), f32(B, floordiv(P + S, r), 8), f32(B, S, 3), k=k, ratio=r, past=P)
+        for k, r in ((1, 2), (2, 2), (9, 2), (3, 1), (2, 16))
+    ],
+    "nn.compressed_attention": [
+        windowed(4), windowed(1), windowed(64), windowed(3, 2), windowed(3, 2, True), windowed(8, 4), windowed(2, 1, True),
+        windowed(4, 16), windowed(4, 16, True),
+    ],
     "core.div": [case(X, X, fix=nonzero)],
     "core.pow": [case(X, f32(), fix=positive), case(X, X, fix=positive)],
     **{f"core.{n}": [case(X, X), case(i64(B, S), i64(B, 1))] for n in ("eq", "ne", "lt", "le", "gt", "ge")},
@@ -234,6 +279,7 @@ CASES: dict[str, list[Case]] = {
         case(X, axis=2), case(X, axis=1, descending=True), case(i64(B, P + S), axis=1), case(i64(B * S), axis=0),
     ],
     "core.gather": [case(X, i64(B, S, 2), axis=2), case(f32(B, 6, 8), i64(B, 3, 5), axis=1)],
+    "core.scatter_add": [case(X, i64(B, S, 5), f32(B, S, 5), axis=2), case(X, i64(B, S, 8), f32(B, S, 8), axis=2)],
     "core.scatter": [case(X, i64(B, S, 2), f32(B, S, 2), axis=2)],
     "core.take": [case(f32(5, 8), i64(B, S), axis=0), case(f32(B, 5, 8), i64(3), axis=1), case(f32(5), i64(), axis=0)],
     "nn.embedding": [case(i64(B, S), f32(11, 8))],
@@ -268,6 +314,7 @@ CASES: dict[str, list[Case]] = {
         case(f32(2 * B * S, 8), f32(B * S, 2), i64(2 * B * S), fix=any_order),
         case(f32(B * S, 8), f32(B * S, 1), i64(B * S), fix=any_order),
     ],
+    "ort.last_tokens": [case(f32(B, S, 8))],
     "ort.rotary_embedding": [
         case(f32(B, S, 2, 8), f32(B, S, 8), f32(B, S, 8), fix=double_angles),
         case(f32(B, S, 2, 8), f32(1, S, 8), f32(1, S, 8), fix=double_angles),
@@ -367,7 +414,7 @@ def test_kernel(name: str, index: int, tmp_path: Path) -> None:
 
 def test_every_op_has_a_case() -> None:
     ours = {name for name in OPS if name.split(".")[0] in ("core", "nn", "moe", "ort")}
-    assert ours == set(CASES)
+    assert ours == set(CASES) | test_cpu_quantized.TESTED
     assert ours - LOWERED <= set(KERNELS) and not LOWERED & set(KERNELS)
 
 

@@ -28,7 +28,8 @@ def family(request, tmp_path_factory):
 
 def prefill_and_decode(model, session, length):
     """Yield (compiled logits, reference logits, mask) of a padded prompt and of each cached step after it."""
-    ids, mask, positions = padded_batch(128, length)
+    padding = FAMILIES[model.config.model_type].padding
+    ids, mask, positions = padded_batch(128, length, padding=padding)
     states = session.start(3)
     cache = None
     for _ in range(STEPS + 1):

@@ -24,7 +24,7 @@ REFUSED = Path(__file__).parent / "files" / "fuse_dispatch_refused.moir"
 RELU = {
     "function": "layer",
     "place": "mlp.experts",
-    "reason": "MoE has no gated relu",
+    "reason": "MoE gated_relu weights was not tried on ONNX Runtime",
     # two chosen experts: two rows of 64 float32; 64 x 64 and 64 x 32 weights
     "cost": "a Loop over the chosen experts: 512 bytes of token copies a token, "
     "24576 bytes of weights copied for each chosen expert",

@@ -22,6 +22,9 @@ def random_model(family: Family, **changes) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("tid2eid"):  # hash routing: every token's experts differ
+                shape = (parameter.shape[0], config.n_routed_experts)
+                parameter.copy_(torch.rand(shape, generator=generator).argsort(-1)[:, : parameter.shape[1]])
             if not parameter.is_floating_point() or name not in model.state_dict():
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
@@ -40,12 +43,17 @@ def save(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def padded_batch(vocabulary: int, length: int, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Return (input_ids, attention_mask, position_ids) of a batch with left padding in all rows but the first."""
+def padded_batch(
+    vocabulary: int, length: int, batch: int = 3, seed: int = 0, padding: bool = True
+) -> tuple[torch.Tensor, ...]:
+    """Return (input_ids, attention_mask, position_ids) of a batch with left padding in all rows but the first.
+
+    Without `padding`, for models that take none, all rows are whole.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.int64)
-    for row in range(1, batch):
+    for row in range(1, batch if padding else 1):
         mask[row, : (length * row) // (batch + 1)] = 0
     ids = ids * mask
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)

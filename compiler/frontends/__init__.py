@@ -2,6 +2,7 @@
 
 load                any source to a module and its weights
 huggingface         a checkpoint folder, a live transformers model
+deepseek_v4         DeepSeek-V4, built from its config and tensors: traced, it would hold for some lengths only
 transformers_model  the import itself: rehearse, trace each kind of layer, trace the whole
 capture             transformers' registration interfaces; attention, experts and cache as single ops
 skeleton            a model without weights

@@ -38,6 +38,7 @@ class Family:
     config_class: str
     tiny: Mapping[str, Any]
     state: str = "kv"
+    padding: bool = True  # whether the rows of a batch may be padded on the left
 
     def config(self, **changes: Any) -> Any:
         """Return the tiny transformers config, with changes."""
@@ -49,6 +50,8 @@ class Family:
 _GROUPED = {**_DEEPSEEK, "head_dim": 16}
 _FOUR = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
 
+_SPARSE = "compressed_sparse_attention"
+
 _ALL = (
     Family("OLMoE", "olmoe", "OlmoeConfig", {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}),
     Family("Mixtral", "mixtral", "MixtralConfig", {**_FOUR, "intermediate_size": 96}),
@@ -57,6 +60,15 @@ _ALL = (
     Family("Qwen3-MoE", "qwen3_moe", "Qwen3MoeConfig",
            {"intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True, **_EIGHT}),
     Family("DeepSeek-V3", "deepseek_v3", "DeepseekV3Config", {**_MLA, **_DEEPSEEK}, state="latent kv"),
+    # many index heads: with few, scores are often exactly 0, and which of equal ones is chosen is anyone's guess
+    Family("DeepSeek-V4", "deepseek_v4", "DeepseekV4Config",
+           {"num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 32, "partial_rotary_factor": 0.25,
+            "q_lora_rank": 32, "o_groups": 2, "o_lora_rank": 16, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "sliding_window": 8, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 4,
+            "layer_types": ["sliding_attention", _SPARSE, "heavily_compressed_attention", _SPARSE],
+            "compress_rates": {_SPARSE: 4, "heavily_compressed_attention": 8},
+            "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"]},
+           state="window, compressed entries, unfinished windows", padding=False),
     Family("gpt-oss", "gpt_oss", "GptOssConfig", {**_FOUR, "head_dim": 16, "sliding_window": 4}),
     Family("AFMoE", "afmoe", "AfmoeConfig",
            {**_EIGHT, "intermediate_size": 96, "head_dim": 16, "sliding_window": 4, "num_dense_layers": 1}),

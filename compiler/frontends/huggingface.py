@@ -14,15 +14,20 @@ from ..errors import MoecError
 from ..ir import Module, TensorType
 from ..recipes import Recipe, Tensor
 from ..weights.checkpoint import Checkpoint, open_checkpoint
+from . import deepseek_v4
 from .capture import NAME, register
+from .deepseek_v4_weights import Weights
 from .names import expected_tensors, map_parameters
 from .skeleton import adopt, build, read_config
 from .stored import expected_quantized, layer_types, read_quantization, stored_tensors
 from .transformers_model import import_model
 
 
-def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -> tuple[Module, Checkpoint | None]:
-    """Return the module of a checkpoint folder and its opened weights (None where there is only a config.json).
+def import_folder(
+    folder: Path, name: str, *, trust_remote_code: bool = False
+) -> tuple[Module, Checkpoint | None, Mapping[str, TensorType]]:
+    """Return the module of a checkpoint folder, its opened weights (None where there is only a config.json), and the
+    tensors that the program leaves out.
 
     `name` is the folder as the user gave it; it goes into the module. Reads no weight data.
     """
@@ -30,6 +35,13 @@ def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -
     quantization = read_quantization(config, folder)
     checkpoint = open_checkpoint(folder) if has_weights(folder) else None
     dtype: Any = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    if config.model_type == deepseek_v4.MODEL_TYPE:
+        types = {name: info.type for name, info in checkpoint.tensors.items()} if checkpoint else None
+        weights = Weights(types, quantization or {}, DTYPE_NAMES.get(dtype, "bf16"))
+        module = deepseek_v4.build(config, weights, name)
+        if checkpoint is not None:
+            check_weights(module, checkpoint)
+        return module, checkpoint, deepseek_v4.left_out(config, weights)
     skeleton = build(config, trust_remote_code)
 
     def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
@@ -48,12 +60,15 @@ def import_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -
     module = import_model(skeleton, mapper, name, stored_as)
     if checkpoint is not None:
         check_weights(module, checkpoint)
-    return module, checkpoint
+    return module, checkpoint, {}
 
 
 def import_live(model: Any) -> tuple[Module, dict[str, torch.Tensor]]:
     """Return the module of a live transformers model and its tensors by name; the model itself is left alone."""
     tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    if model.config.model_type == deepseek_v4.MODEL_TYPE:
+        weights = Weights({name: _type(t) for name, t in tensors.items()})
+        return deepseek_v4.build(model.config, weights, f"python:{type(model).__name__}"), tensors
     shell = _without_data(model)
     mapper = lambda wanted: {n: Tensor(n, _type(tensors[n])) for n in wanted}  # noqa: E731
     return import_model(adopt(shell), mapper, f"python:{type(model).__name__}"), tensors
@@ -91,11 +106,13 @@ def has_weights(folder: Path) -> bool:
 def check_weights(module: Module, checkpoint: Checkpoint) -> None:
     """Check that every tensor that any call of any function reads is there, with the dtype and shape it should have."""
     from ..ir import walk_calls
-    from ..recipes import bind, tensors
+    from ..recipes import FITTED, bind, tensors
 
     for function, bound in walk_calls(module):
         for const in function.consts:
             for tensor in tensors(bind(const.recipe, function.weights, bound)):
+                if tensor.name.endswith(FITTED):
+                    continue
                 info = checkpoint.tensors.get(tensor.name)
                 if info is None:
                     raise MoecError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
-from ..ir import Module
+from ..ir import Module, TensorType
 from ..weights.sources import WeightSource
 
 LIVE = "python:"  # how the source of a live module starts
@@ -16,11 +17,15 @@ LIVE = "python:"  # how the source of a live module starts
 
 @dataclass(frozen=True)
 class Loaded:
-    """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any."""
+    """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any.
+
+    `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
+    """
 
     module: Module
     weights: WeightSource | None
     folder: Path | None
+    left_out: Mapping[str, TensorType] = field(default_factory=dict)
 
 
 def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: bool = False) -> Loaded:
@@ -59,8 +64,8 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder, a .gguf or a .moir file")
     from .huggingface import import_folder
 
-    module, checkpoint = import_folder(path, name.rstrip("/"), trust_remote_code=trust_remote_code)
-    return Loaded(module, checkpoint, path)
+    module, checkpoint, left_out = import_folder(path, name.rstrip("/"), trust_remote_code=trust_remote_code)
+    return Loaded(module, checkpoint, path, left_out)
 
 
 def _gguf_file(path: Path) -> Path | None:

@@ -3,7 +3,20 @@
 `OPS` is filled by the imports below; a target's kernel ops join it when that target is imported.
 """
 
-from . import attention, core, dispatch, mlp, moe, nn, route
+from . import attention, compressed, core, dispatch, hyper_connections, mlp, moe, nn, route
 from .define import OPS, OpDef, op
 
-__all__ = ["OPS", "OpDef", "attention", "core", "dispatch", "mlp", "moe", "nn", "op", "route"]
+__all__ = [
+    "OPS",
+    "OpDef",
+    "attention",
+    "compressed",
+    "core",
+    "dispatch",
+    "hyper_connections",
+    "mlp",
+    "moe",
+    "nn",
+    "op",
+    "route",
+]

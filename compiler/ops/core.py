@@ -308,6 +308,17 @@ def scatter(x, index, src, *, axis: int):
     return torch.scatter(x, axis, index, src)
 
 
+@op(
+    "core.scatter_add",
+    "x: A[*X], index: i64[*I], src: A[*I] -> y: A[*X]",
+    flops=lambda o, r, a: o[2].elements,
+    domains={"index": lambda t, a: t[0].shape[a["axis"]]},
+)
+def scatter_add(x, index, src, *, axis: int):
+    """Return x with src added at the indices along an axis (torch.scatter_add); indices may be equal."""
+    return torch.scatter_add(x, axis, index, src)
+
+
 def _take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, index = types
     axis = axis_of(attributes, len(x.shape))

@@ -19,13 +19,15 @@ from ..formats import Format
 Parts = Mapping[str, torch.Tensor]
 
 # widths of the codes' range that are tried, as shares of the range of the numbers; fewer levels gain from clipping more
-WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9, 0.8), 8: (1.0,)}
+WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9), 8: (1.0,)}
 CHUNK = 1 << 17  # elements that are worked on at once: what the search touches stays in a core's second-level cache
 _TINY = 1e-30
 
 # the sixteen numbers of E2M1: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0)
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-_E2M1_STEPS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # half way between neighbours
+# the least number that goes up at each half way between neighbours: half ways themselves go to the even code
+_HALF_WAYS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+_E2M1_STEPS = torch.where(torch.arange(7) % 2 == 0, _HALF_WAYS.nextafter(torch.tensor(6.0)), _HALF_WAYS)
 
 
 def encode(x: torch.Tensor, format: Format, tensor_scale: float | None = None) -> Parts:
@@ -41,7 +43,7 @@ def encode(x: torch.Tensor, format: Format, tensor_scale: float | None = None) -
     else:
         parts = _encode_e2m1(x, format, tensor_scale)
     if not torch.isfinite(parts["scales"].float()).all():
-        raise ValueError("some numbers are infinite or not numbers")
+        raise ValueError("some numbers are infinite, not numbers, or too large")
     return parts
 
 
@@ -184,7 +186,7 @@ def _encode_e2m1(x: torch.Tensor, format: Format, tensor_scale: float | None) ->
 
 
 def _nearest_e2m1(groups: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes whose numbers are nearest, and those numbers; ties go to the larger one."""
+    """Return the codes whose numbers are nearest, and those numbers; ties go to the even code."""
     scaled = groups / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     codes = torch.bucketize(scaled.abs(), _E2M1_STEPS, right=True).to(torch.uint8)
     codes |= (scaled < 0).to(torch.uint8) << 3

@@ -15,7 +15,9 @@ from ..errors import MoecError
 from ..formats import Format, format_of
 from ..ir import TensorType
 from ..recipes import PARTS, Recipe, Step, tensors
+from .calibrated import Calibrated
 from .encode import Parts, decode, encode, pack
+from .gptq import gptq
 from .pull import Pull, tiles
 from .sources import Box, WeightSource
 
@@ -52,7 +54,10 @@ def _encode(quantized: Step, box: Box, inner: Pull) -> Parts:
         if quantized.name == "packed":
             return _packed(quantized, box, inner)
         (item,) = quantized.items
-        return encode(inner(item, box).float(), _format(quantized))
+        numbers = inner(item, box).float()
+        if quantized.attributes.get("method") == "gptq" and isinstance(inner.source, Calibrated):
+            return _with_inputs(item, numbers, box, _format(quantized), inner.source)
+        return encode(numbers, _format(quantized))
     except ValueError as error:
         names = ", ".join(dict.fromkeys(t.name for t in tensors(quantized)))
         raise MoecError(f"a weight cannot be quantized: {error}", model=names) from None
@@ -75,6 +80,18 @@ def _packed(quantized: Step, box: Box, inner: Pull) -> Parts:
         zeros = inner(quantized.items[2], groups) if len(quantized.items) > 2 else half
         parts["zeros"] = pack(zeros, format.bits)
     return parts
+
+
+def _with_inputs(item: Recipe, numbers: torch.Tensor, box: Box, format: Format, source: Calibrated) -> Parts:
+    """Return parts chosen with the inputs of the weight; rounded to nearest where there are none, as for starved experts."""
+    if numbers.dim() == 2:
+        factor = source.factor(item, None)
+        return encode(numbers, format) if factor is None else gptq(numbers, factor, format)
+    found = []
+    for rows, expert in zip(numbers, range(*box[0]), strict=True):
+        factor = source.factor(item, expert)
+        found.append(encode(rows, format) if factor is None else gptq(rows, factor, format))
+    return {name: torch.stack([parts[name] for parts in found]) for name in found[0]}
 
 
 def _quantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 from ..dtypes import DTYPE_NAMES, TORCH_DTYPES
 from ..errors import MoecError
 from ..ir import TensorType
+from ..recipes import FITTED
 from .safetensors_header import TensorInfo
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) for every axis
@@ -64,7 +65,7 @@ class RandomSource:
     """Pseudo-random tensors: the same name, type and seed always give the same numbers.
 
     Floats are normal with standard deviation 1/sqrt(last size), vectors and scalars 1 + 0.1 * normal (they scale
-    norms), float8 the same through a cast; f8e8m0 are powers of two from 1/16 to 1; i8 lie in -8..7, other integers
+    norms; so do fitted factors), float8 the same through a cast; f8e8m0 are powers of two from 1/16 to 1; i8 lie in -8..7, other integers
     in 0..3. `types` is needed only by callers that read without `expected`.
     """
 
@@ -92,7 +93,7 @@ class RandomSource:
         if dtype == "f8e8m0":
             return torch.randint(-4, 1, sizes, generator=generator).float().exp2().to(target)
         normal = torch.randn(sizes, generator=generator)
-        values = 1 + 0.1 * normal if len(sizes) < 2 else normal / math.sqrt(max(1, sizes[-1]))
+        values = 1 + 0.1 * normal if len(sizes) < 2 or name.endswith(FITTED) else normal / math.sqrt(max(1, sizes[-1]))
         return values.to(target)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..target import Target
+from ...compiler.errors import MoecError
+from ..target import Probed, Target
 
 if TYPE_CHECKING:
     from ...compiler.formats import Format
@@ -29,6 +31,12 @@ def _holds(op: Op, format: Format) -> str | None:
     return holds(op, format)
 
 
+def _slow(op: Op, format: Format) -> str | None:
+    from .capabilities import slow
+
+    return slow(op, format)
+
+
 def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
     from .lower import lower
 
@@ -49,6 +57,42 @@ def _load(folder: Path, **options: Any) -> Any:
     return load(folder, **options)
 
 
+def _recorded() -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped
+
+    return Probed(made_with(shipped()), record_rows(shipped()), record_text(shipped()))
+
+
+def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped
+    from .probe import differences, lost, probe
+
+    found = probe(quick=quick, progress=progress)
+    differ = tuple(f"{variant}: recorded {was}, found {now}" for variant, was, now in differences(found, shipped()))
+    return Probed(made_with(found), record_rows(found), record_text(found), differ, bool(lost(found, shipped())))
+
+
+def _configure(options: Mapping[str, str]) -> Target:
+    """Return the target with `capabilities=FILE`: a record made by --probe instead of the one that moec comes with."""
+    from .capabilities import holds, read_record, slow
+
+    if unknown := sorted(set(options) - {"capabilities"}):
+        raise MoecError(f"target cpu has no option {', '.join(unknown)}", todo="it has capabilities=FILE")
+    record = read_record(Path(options["capabilities"]))
+
+    def lower_by_record(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
+        from .lower import lower
+
+        return lower(module, why, accuracy, record)
+
+    return replace(
+        TARGET,
+        holds=lambda op, format: holds(op, format, record),
+        slow=lambda op, format: slow(op, format, record),
+        lower=lower_by_record,
+    )
+
+
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
@@ -58,9 +102,13 @@ TARGET = Target(
     ),
     supported=_supported,
     holds=_holds,
+    slow=_slow,
     lower=_lower,
     emit=_emit,
     load=_load,
+    recorded=_recorded,
+    probe=_probe,
+    configure=_configure,
 )
 
 __all__ = ["TARGET"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import onnx
 
 from ...compiler.errors import MoecError
-from .lower_quantized import ACCURACIES, EXACT, level
+from .capabilities import ACCURACIES, PLAIN, Variant, best_level, shipped
 
 ATTRIBUTE = "accuracy_level"
-# with these bits QMoE has no kernel for f32 activations: compiled for `exact`, such experts are other nodes
-INT8_ONLY = (2, 8)
+# operators with that attribute: the attribute with the bits of the weights, and the input with their zero points
+OPERATORS = {"QMoE": ("expert_weight_bits", 11), "MatMulNBits": ("bits", 3)}
 
 
 def with_accuracy(path: Path, accuracy: str) -> bytes:
@@ -20,13 +20,21 @@ def with_accuracy(path: Path, accuracy: str) -> bytes:
         raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
-        bits = {a.name: a.i for a in node.attribute}.get("expert_weight_bits")
-        if accuracy == EXACT and bits in INT8_ONLY:
-            raise MoecError(
-                f"ONNX Runtime rounds activations to int8 beside experts of {bits} bits",
-                where=str(path), model=node.doc_string, todo="compile with --accuracy exact",
-            )  # fmt: skip
+        if node.op_type not in OPERATORS:
+            continue
+        level, reason = best_level(shipped(), [_variant(node)], accuracy)
+        if reason:
+            todo = f"compile with --accuracy {accuracy}"
+            raise MoecError(f"a node cannot be {accuracy}: {reason}", where=str(path), model=node.doc_string, todo=todo)
         for attribute in node.attribute:
             if attribute.name == ATTRIBUTE:
-                attribute.i = level(accuracy)
+                attribute.i = level
     return model.SerializeToString(deterministic=True)
+
+
+def _variant(node: onnx.NodeProto) -> Variant:
+    bits, zeros = OPERATORS[node.op_type]
+    numbers = {a.name: a.i for a in node.attribute}
+    unsigned = "u" if len(node.input) > zeros and node.input[zeros] else ""
+    format = f"{unsigned}int{numbers[bits]}_g{numbers['block_size']}"
+    return Variant(node.op_type, format, **PLAIN.get(node.op_type, {}))

@@ -23,10 +23,12 @@ from ...compiler.errors import MoecError
 from ...compiler.ir import Function, Module, Op, Value, bindings
 from ...compiler.recipes import Recipe, bind
 from ...compiler.weights.pull import pull
+from ...compiler.weights.quantized import is_part
 from ...compiler.weights.sink import TILE_BYTES, DataFile
 from ...compiler.weights.sources import WeightSource
 from . import (
     onnx_attention,
+    onnx_compressed,
     onnx_core,
     onnx_dispatch,
     onnx_moe,
@@ -42,7 +44,7 @@ from .lower_logits import LOGITS
 
 KERNELS: dict[str, Kernel] = {
     **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS, **onnx_dispatch.KERNELS,
-    **onnx_quantized.KERNELS, **onnx_route.KERNELS,
+    **onnx_quantized.KERNELS, **onnx_route.KERNELS, **onnx_compressed.KERNELS,
 }  # fmt: skip
 
 assert ops and ops_quantized  # what is emitted is declared there
@@ -162,7 +164,8 @@ class _Writer:
 
     def _weight(self, recipe: Recipe, name: str) -> str:
         type_ = recipe.type
-        if int(type_.bytes) >= INLINE_BYTES:
+        # the parts of a quantized weight come from one pass over it, large or small
+        if int(type_.bytes) >= INLINE_BYTES or is_part(recipe):
             offset, length = self.data.append(recipe, self.source)
             return self.graph.external(name, type_, DATA, offset, length)
         raw = pull(recipe, self.source).reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -9,26 +9,26 @@ from ...compiler.draft import Draft
 from ...compiler.errors import Refuse
 from ...compiler.ir import Op, TensorType, Value, make_attrs
 from ...compiler.ops import OPS
+from .capabilities import ODD_HEADS, Record, attention_variants, packed_variant, rotary_variants
 
-HEAD_MULTIPLE = 8  # ONNX Runtime refuses other head sizes at run time
-TURNED_MULTIPLE = 16  # where it turns heads itself: of the head size, and of the number of turned elements
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 Three = tuple[Value, Value | None, Value | None]  # q, k and v; q alone holds all three
 
 
-def group_query_attention(draft: Draft, op: Op) -> Op:
+def group_query_attention(draft: Draft, op: Op, record: Record) -> Op:
     """Return nn.cached_attention as ONNX Runtime's op; Refuse says what that cannot do.
 
-    Norms of heads go in front, and so does a rotary embedding of heads whose sizes are no multiples of 16.
+    Norms of heads go in front, and so does a rotary embedding that the op does not do right itself.
     """
-    _check(op)
+    _check(op, record)
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands[3:]
     width = op.results[1].type.shape[3]
-    outside = cos is not None and any(int(n) % TURNED_MULTIPLE for n in (cos.type.shape[2], width))
+    outside = cos is not None and bool(record.refusal(rotary_variants(width, cos.type.shape[2])))
     q, k, v = _moved(draft, op)
-    if k is None and (outside or q_norm or k_norm):
+    unpacked = outside or q_norm or k_norm or record.refusal([packed_variant(turned=cos is not None)])
+    if k is None and unpacked:
         q, k, v = _apart(draft, op)
     if k is not None:
         q, k = (_normed(draft, x, w, width, attributes["eps"], op.loc) for x, w in ((q, q_norm), (k, k_norm)))
@@ -43,11 +43,16 @@ def group_query_attention(draft: Draft, op: Op) -> Op:
     return Op("ort.group_query_attention", operands, op.results, make_attrs(kept), loc=op.loc)
 
 
-def _check(op: Op) -> None:
+def _check(op: Op, record: Record) -> None:
     """Refuse what ONNX Runtime's op does not take."""
     key = op.results[1].type
-    if not key.shape[3].is_Integer or int(key.shape[3]) % HEAD_MULTIPLE:
-        raise Refuse(f"GroupQueryAttention takes heads of a multiple of {HEAD_MULTIPLE} numbers, here {key.shape[3]}")
+    width = key.shape[3]
+    if not width.is_Integer:
+        raise Refuse(f"heads have {width} numbers, GroupQueryAttention wants to know how many")
+    used = {name: op.attributes.get(name, 0) for name in ("window", "softcap")}
+    mask, sinks = op.operands[9:11]
+    if reason := record.refusal(attention_variants(width, masked=bool(mask), sinks=bool(sinks), **used)):  # type: ignore[arg-type]
+        raise Refuse(f"heads have {width} numbers, and {reason}" if ODD_HEADS in reason else reason)
     if key.dtype != "f32":
         raise Refuse(f"it is {key.dtype}, the target's attention is f32")
     if op.attributes["scale"] == 0:

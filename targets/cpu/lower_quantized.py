@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ...compiler.draft import Draft
@@ -10,84 +11,125 @@ from ...compiler.formats import Format, find_format, format_of
 from ...compiler.ir import Op, Value, make_attrs
 from ...compiler.ops import OPS
 from ...compiler.recipes import Recipe, Step, range_length, step
+from .capabilities import (
+    Record,
+    Variant,
+    activation_variant,
+    at_level,
+    best_level,
+    loop_variant,
+    routing_variant,
+    weight_variants,
+)
 from .ranges import distinct, gate_sum, not_negative
 
-FAST, EXACT = ACCURACIES = ("fast", "exact")
-INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
 _ACTIVATION = ("act", "gated", "alpha", "beta", "limit")
 
 
-def lower_linear(draft: Draft, op: Op, accuracy: str) -> Op:
+def lower_linear(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     """Return a linear with a quantized weight as ort.matmul_nbits; others as they are."""
     x, weight, bias = op.operands
     assert x and weight
     format = find_format(weight.type.dtype)
     if format is None:
         return op
-    attrs = {"bits": format.bits, "group": format.group, "accuracy": level(accuracy)}
+    variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
+    level, reason = best_level(record, variants, accuracy)
+    if reason:
+        return _widened(draft, op, reason)
+    _note_slow(draft, op, record, at_level(variants, level), format)
+    attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     return Op("ort.matmul_nbits", (x, *_parts(draft, weight), bias), op.results, make_attrs(attrs), loc=op.loc)
 
 
-def lower_embedding(draft: Draft, op: Op) -> Op:
+def lower_embedding(draft: Draft, op: Op, record: Record) -> Op:
     """Return a lookup in a quantized table as ort.gather_nbits; others as they are."""
     ids, table = op.operands
     assert ids and table
     format = find_format(table.type.dtype)
     if format is None:
         return op
+    if reason := record.refusal([Variant("GatherBlockQuantized", format.name)]):
+        return _widened(draft, op, reason)
     attrs = make_attrs({"bits": format.bits, "group": format.group})
     return Op("ort.gather_nbits", (ids, *_parts(draft, table)), op.results, attrs, loc=op.loc)
 
 
-def lower_experts(draft: Draft, op: Op, accuracy: str) -> Op:
+def lower_experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts with quantized weights as QMoE; Refuse says where it is not right for them."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    up = op.operands[3]
-    assert up
+    up, down = op.operands[3:5]
+    assert up and down
     format = format_of(up.type.dtype)
-    if reason := _not_qmoe(draft, op, attributes, format, accuracy):
+    variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
+    level, reason = best_level(record, variants, accuracy)
+    if reason := reason or _not_qmoe(draft, op, attributes, record):
         raise Refuse(reason)
-    return _qmoe(draft, op, attributes, format, accuracy)
+    _note_slow(draft, op, record, at_level(variants, level), format)
+    return _qmoe(draft, op, attributes, format, level, record)
 
 
-def level(accuracy: str) -> int:
-    """Return ONNX Runtime's accuracy_level."""
-    return INT8_ACTIVATIONS if accuracy == FAST else 0
+def lower_experts_to_loop(draft: Draft, op: Op, record: Record) -> Op:
+    """Return routed experts with quantized weights as a Loop over the chosen ones; others as they are."""
+    x, ids, gates, up, down, up_bias, down_bias = op.operands
+    assert up and down
+    format = find_format(up.type.dtype)
+    if format is None:
+        return op
+    if reason := record.refusal([loop_variant(format)]):
+        return _widened(draft, op, reason)
+    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    kept = {name: attributes[name] for name in (*_ACTIVATION, "layout") if name in op.attributes}
+    kept |= {"bits": format.bits, "group": format.group}
+    parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
+    return Op("ort.experts_nbits", (x, ids, gates, *parts), op.results, make_attrs(kept), loc=op.loc)
 
 
-def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, accuracy: str) -> str:
-    """Return why QMoE cannot run these experts; nothing if it can."""
-    _, ids, gates, up, down, _, _ = op.operands
-    assert ids and gates and up and down
-    act, gated = attributes["act"], attributes["gated"]
-    if gated and act != "silu":
-        return f"QMoE has no gated {act}"
-    if not gated and act not in ("silu", "relu", "identity"):
-        return f"QMoE has no exact {act}"
-    if accuracy == EXACT and format.bits != 4:
-        return f"QMoE rounds activations to int8 beside {format.bits}-bit weights"
-    if min(up.type.sizes[2], down.type.sizes[2]) < 2 * format.group:
-        return f"QMoE needs two groups of {format.group} or more in a row"
-    if not not_negative(draft.function, gates):
-        return f"the weights {gates} cannot be shown to be 0 or more, and QMoE leaves out experts with others"
+def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any], record: Record) -> str:
+    """Return why QMoE cannot run these experts, whatever their weights; nothing if it can."""
+    _, ids, gates, *_ = op.operands
+    assert ids and gates
+    if reason := record.refusal([activation_variant("QMoE", attributes)]):
+        return reason
+    positive = not_negative(draft.function, gates)
+    if reason := record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):
+        return reason if positive else f"the weights {gates} may be negative, and {reason}"
     if not distinct(draft.function, ids):
         return f"the experts {ids} of a token cannot be shown to differ"
     return ""
 
 
-def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, accuracy: str) -> Op:
+def _widened(draft: Draft, op: Op, reason: str) -> Op:
+    """Return the op with its quantized weights as the numbers that they stand for, in f32."""
+    draft.note(op, f"{op.name} with weights in f32, of 4 bytes: {reason}")
+    stored = [
+        draft.weight(step("cast", draft.recipe(v), to="f32"), f"{v.name}.f32") if v and find_format(v.type.dtype) else v
+        for v in op.operands
+    ]
+    return replace(op, operands=tuple(stored))
+
+
+def _note_slow(draft: Draft, op: Op, record: Record, variants: list[Variant], format: Format) -> None:
+    slow = [text for v in variants if (text := record.slow(v, format.bits))]
+    if slow:
+        draft.note(op, slow[0])
+
+
+def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, level: int, record: Record) -> Op:
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
     if attributes["gated"] and attributes["layout"] == "concat":
         up, up_bias = interleave(draft, up), up_bias and interleave(draft, up_bias)
-    choice, mixing = _routing(draft, op, ids, gates, int(up.type.shape[0]))
+    choice, mixing = _routing(draft, op, ids, gates, int(up.type.shape[0]), record)
     kept = {name: attributes[name] for name in _ACTIVATION if name in op.attributes}
-    kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level(accuracy)}
+    kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
     parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
     return Op("ort.qmoe", (x, choice, mixing, *parts), op.results, make_attrs(kept), loc=op.loc)
 
 
-def _routing(draft: Draft, op: Op, ids: Value, gates: Value, experts: int) -> tuple[Value, Value | None]:
+def _routing(
+    draft: Draft, op: Op, ids: Value, gates: Value, experts: int, record: Record
+) -> tuple[Value, Value | None]:
     """Return the scores that choose and the weights that mix, one for each expert.
 
     A softmax router hands over its logits; any other routing becomes the weights of all experts, 0 for those that
@@ -96,7 +138,7 @@ def _routing(draft: Draft, op: Op, ids: Value, gates: Value, experts: int) -> tu
     route = draft.function.producers.get(gates.name)
     if route is not None and route.name == "moe.route" and route.results == (gates, ids):
         found = softmax_routing(draft, route)
-        if found is not None:
+        if found is not None and (found[1] or not record.refusal([routing_variant("QMoE", "softmax")])):
             return found
     tokens = ids.type.shape[0]
     none = draft.add(
@@ -118,20 +160,6 @@ def softmax_routing(draft: Draft, route: Op) -> tuple[Value, Value | None] | Non
     if (a["order"], a["renorm"], a["scale"]) == ("score_select", "none", 1.0):
         return logits, draft.add("core.softmax", logits, hint=f"{logits.name}.shares", loc=route.loc, axis=1)
     return None
-
-
-def lower_experts_to_loop(draft: Draft, op: Op) -> Op:
-    """Return routed experts with quantized weights as a Loop over the chosen ones; others as they are."""
-    x, ids, gates, up, down, up_bias, down_bias = op.operands
-    assert up and down
-    format = find_format(up.type.dtype)
-    if format is None:
-        return op
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    kept = {name: attributes[name] for name in (*_ACTIVATION, "layout") if name in op.attributes}
-    kept |= {"bits": format.bits, "group": format.group}
-    parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
-    return Op("ort.experts_nbits", (x, ids, gates, *parts), op.results, make_attrs(kept), loc=op.loc)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------

@@ -281,6 +281,12 @@ def scatter(ctx: Context, op: Op) -> None:
     ctx.finish(op, "ScatterElements", *ctx.inputs(op), axis=op.attributes["axis"])
 
 
+@kernel("core.scatter_add")
+def scatter_add(ctx: Context, op: Op) -> None:
+    """Emit ScatterElements that adds."""
+    ctx.finish(op, "ScatterElements", *ctx.inputs(op), axis=op.attributes["axis"], reduction="add")
+
+
 @kernel("core.take")
 def take(ctx: Context, op: Op) -> None:
     """Emit Gather."""

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from ...compiler.ir import Op
 from .graph import CONTRIB, END, ONNX_TYPES, Context, Kernel
 
+_UNGATED = {"gelu_tanh": "gelu"}  # what MoE and QMoE call gelu is the one with tanh
 _UNUSED = -1e30  # router score of an expert that was not chosen
 
 
@@ -45,7 +46,7 @@ def moe(ctx: Context, op: Op) -> None:
 def activation_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of MoE and QMoE that say the activation; gate and up rows lie in turn."""
     if not attributes["gated"]:
-        return {"activation_type": attributes["act"]}
+        return {"activation_type": _UNGATED.get(attributes["act"], attributes["act"])}
     options = {"activation_type": "swiglu", "swiglu_fusion": 1}
     options |= {"activation_alpha": float(attributes["alpha"]), "activation_beta": float(attributes["beta"])}
     if not np.isinf(attributes["limit"]):

@@ -101,11 +101,14 @@ def group_query_attention(
     return cached_attention(q, k, v, past_key, past_value, cos, sin, None, None, mask, sinks, **settings)
 
 
+UNGATED = ("silu", "relu", "identity", "gelu_tanh")
+
+
 def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     if attributes["gated"] and attributes["act"] != "silu":
         raise fail(f"ort.moe has a gate only with act=silu, not {attributes['act']}")
-    if not attributes["gated"] and attributes["act"] not in ("silu", "relu", "identity"):
-        raise fail(f"ort.moe has silu, relu and identity without a gate, not {attributes['act']}")
+    if not attributes["gated"] and attributes["act"] not in UNGATED:
+        raise fail(f"ort.moe has {', '.join(UNGATED)} without a gate, not {attributes['act']}")
     return OPS["moe.experts"].infer(types, _as_experts(attributes))
 
 

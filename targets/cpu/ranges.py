@@ -23,7 +23,7 @@ _WHEN: dict[str, Callable[[Op], tuple[Value | None, ...]]] = {
         ("core.add", "core.mul", "core.div", "core.minimum", "core.concat"), lambda op: op.operands
     ),
     "core.where": lambda op: op.operands[1:],
-    "core.scatter": lambda op: (op.operands[0], op.operands[2]),
+    **dict.fromkeys(("core.scatter", "core.scatter_add"), lambda op: (op.operands[0], op.operands[2])),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ class Session:
                 f"{past} past and {new} new tokens are more than the model's context of {self.context}",
                 todo="shorten the prompt or generate fewer tokens",
             )
+        if "position_ids" not in self.inputs and not (mask.all() and (positions == past + np.arange(new)).all()):
+            raise MoecError(
+                "this model takes no padding: the positions of all rows count from 0",
+                todo="run prompts of one length together, or one after the other",
+            )
         if ids.min() < 0:  # the runtime would count it from the end of the vocabulary
             raise MoecError(f"the token {ids.min()} is negative")
         return past
@@ -198,16 +204,24 @@ def _value(array: np.ndarray) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-@contextmanager
-def _errors(what: str, path: Path, todo: str) -> Iterator[None]:
-    """Reword what the runtime raises; its exceptions share no base class, and binding raises RuntimeError."""
+@lru_cache(maxsize=1)
+def _families() -> tuple[type[Exception], ...]:
+    """Return what the runtime raises: its exceptions share no base class, and binding raises RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-    families: tuple[type[Exception], ...] = (RuntimeError, ValueError)
-    families += tuple(e for e in vars(native).values() if isinstance(e, type) and issubclass(e, Exception))
+    return (RuntimeError, ValueError, *(e for e in vars(native).values() if _is_exception(e)))
+
+
+def _is_exception(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Exception)
+
+
+@contextmanager
+def _errors(what: str, path: Path, todo: str) -> Iterator[None]:
+    """Reword what the runtime raises."""
     try:
         yield
-    except families as error:
+    except _families() as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(lines[:3]))
         raise MoecError(f"{what}: {reason}", where=str(path), todo=todo) from error

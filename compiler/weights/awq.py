@@ -1,0 +1,97 @@
+"""The factors of AWQ (Lin et al. 2023): s = mean|x|^a for each input channel, with the a of 0, 0.1 .. 1 that errs least.
+
+compiler/awq.py says which weights are scaled and where the inverse goes. The error is that of the outputs, on inputs that
+a calibration kept; weights that read the same inputs share their factors, and each expert's down weight has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..formats import format_of
+from ..ir import Module, TensorType, walk_calls
+from ..recipes import Recipe, Step, Tensor, bind
+from .calibrated import Inputs, weight_key
+from .encode import decode, encode
+from .pull import pull
+from .sources import WeightSource
+
+STEPS = 10  # the exponent is tried in tenths
+ROWS = 512  # inputs of a weight (of one expert) that the error is taken on
+
+
+def fit(module: Module, source: WeightSource, inputs: Mapping[str, Inputs]) -> dict[str, torch.Tensor]:
+    """Return the factors of all scaled weights of a program by name, from the inputs that a calibration kept."""
+    found: dict[str, torch.Tensor] = {}
+    for name, weights in _scaled(module).items():
+        per_expert = len(weights[0][0].sizes) == 2
+        quantized = [(w, i) for _, w in weights if w.name == "quantize" and (i := inputs.get(weight_key(w)))]
+        found[name] = torch.ones(weights[0][0].sizes)
+        if per_expert:
+            for weight, seen in quantized:
+                for e in range(len(found[name])):
+                    found[name][e] = _search([(weight, seen, e)], source)
+        elif quantized:
+            found[name] = _search([(w, i, None) for w, i in quantized], source)
+    return found
+
+
+def _scaled(module: Module) -> dict[str, list[tuple[TensorType, Step]]]:
+    """Return for each tensor of factors the weights whose columns it scales, quantized ones as they are quantized."""
+    found: dict[str, list[tuple[TensorType, Step]]] = {}
+    for function, bound in walk_calls(module):
+        for const in function.consts:
+            weight = bind(const.recipe, function.weights, bound)
+            inner = weight
+            while isinstance(inner, Step) and inner.name in ("quantize", "scale"):
+                axes: Any = inner.attributes.get("axes")
+                if (
+                    inner.name == "scale"
+                    and axes[-1] == len(inner.type.shape) - 1
+                    and not inner.attributes.get("inverse")
+                ):
+                    factors = inner.items[1]
+                    assert isinstance(factors, Tensor) and isinstance(weight, Step)
+                    found.setdefault(factors.name, []).append((factors.type, weight))
+                inner = inner.items[0]
+    return found
+
+
+def _search(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource) -> torch.Tensor:
+    """Return the factors f32[K] that make the rounding of some weights, which share their inputs, err least."""
+    first, given, one = weights[0]
+    level = _sample(given.of(one), first).abs().sum(0)
+    if not float(level.max()) > 0:
+        return torch.ones_like(level)
+    candidates = []
+    for tenth in range(STEPS + 1):
+        s = (level / level.max()).clamp(min=1e-4).pow(tenth / STEPS)
+        candidates.append(s / (s.max() * s.min()).sqrt())
+    errors = torch.zeros(len(candidates))
+    for weight, seen, e in weights:
+        format = format_of(weight.type.dtype)
+        for expert in [e] if e is not None or len(weight.type.shape) == 2 else range(weight.type.sizes[0]):
+            box = None if expert is None else ((expert, expert + 1), *((0, n) for n in weight.type.sizes[1:]))
+            numbers = pull(_own(weight), source, box).reshape(-1, weight.type.sizes[-1])
+            x = _sample(seen.of(expert), weight)
+            for i, s in enumerate(candidates):
+                rounded = decode(encode(numbers * s, format), format, numbers.shape[1]) / s
+                errors[i] += (x @ (rounded - numbers).T).square().sum()
+    return candidates[int(errors.argmin())]
+
+
+def _own(weight: Step) -> Recipe:
+    recipe: Recipe = weight
+    while isinstance(recipe, Step) and recipe.name in ("quantize", "scale"):
+        recipe = recipe.items[0]
+    return recipe
+
+
+def _sample(rows: torch.Tensor | None, weight: Step) -> torch.Tensor:
+    """Return some of the inputs of a weight; none of an expert that saw too few."""
+    if rows is None:
+        return torch.zeros(0, weight.type.sizes[-1])
+    return rows[:: max(1, len(rows) // ROWS)]

@@ -1,0 +1,146 @@
+"""Calibration: its numbers are transformers' own, for logits, for the inputs of weights and for what experts see."""
+
+import moec
+import pytest
+import torch
+from moec.compiler import frontends
+from moec.compiler.calibrate import CalibrationText, calibrate, main_inputs, windows_of
+from moec.compiler.driver import opt
+from moec.compiler.errors import MoecError
+from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.tiled import TiledInterpreter
+from moec.compiler.weights.calibrated import Calibrated, weight_key
+from moec.targets import TARGETS
+from tiny_models import random_model, save
+
+TO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
+IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def family(request, tmp_path_factory):
+    """Return (transformers model, loaded source, its module at stage moe)."""
+    model = random_model(FAMILIES[request.param])
+    loaded = frontends.load(save(model, tmp_path_factory.mktemp(request.param)))
+    return model, loaded, opt(loaded.module, TO_MOE)
+
+
+def test_the_interpreter_gives_the_models_logits(family):
+    model, loaded, module = family
+    runner = TiledInterpreter(module, loaded.weights, tuple(IDS.shape))
+    found = runner.run(module.main, main_inputs(module, IDS), {})[0]
+    with torch.no_grad():
+        wanted = model(input_ids=IDS).logits
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def quantized(module, **options):
+    policy = {"attention": "uint4_g16", "experts": "uint4_g16", "embedding": "f32", **options}
+    inside = ", ".join(f"{name}={value}" for name, value in policy.items())
+    return opt(module, f"quantize{{method=gptq, shared=f32, dense=f32, {inside}}}")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    model = random_model(FAMILIES["qwen3_moe"])
+    loaded = frontends.load(save(model, tmp_path_factory.mktemp("calibrated")))
+    return model, loaded, quantized(opt(loaded.module, TO_MOE))
+
+
+def find(calibration, *words):
+    (key,) = [k for k in calibration.inputs if all(word in k for word in words)]
+    return calibration.inputs[key]
+
+
+def test_inputs_are_those_of_hooks(qwen):
+    model, loaded, module = qwen
+    seen = {}
+
+    def hook(name):
+        return lambda _, given: seen.__setitem__(name, given[0].detach().flatten(0, -2))
+
+    layer = model.model.layers[1]
+    hooks = [
+        layer.self_attn.q_proj.register_forward_pre_hook(hook("q")),
+        layer.self_attn.o_proj.register_forward_pre_hook(hook("o")),
+        layer.mlp.register_forward_pre_hook(hook("mlp")),
+        model.lm_head.register_forward_pre_hook(hook("head")),
+    ]
+    with torch.no_grad():
+        model(input_ids=IDS)
+    for h in hooks:
+        h.remove()
+    calibration = calibrate(module, loaded.weights, IDS)
+    assert calibration.tokens == IDS.numel()
+    weights = {"q": "1.self_attn.q_proj", "o": "1.self_attn.o_proj", "mlp": "layers.1.mlp", "head": "lm_head"}
+    for name, word in weights.items():
+        rows = find(calibration, word, *(["gate_proj"] if name == "mlp" else [])).rows.float()
+        assert torch.allclose(rows, seen[name], rtol=1e-2, atol=1e-3), name
+    experts = find(calibration, "layers.1.mlp", "down_proj")
+    up = layer.mlp.experts.gate_up_proj[3]
+    with torch.no_grad():
+        chosen = find(calibration, "layers.1.mlp", "gate_proj").chosen[3]
+        if chosen is not None:
+            gate, linear = (seen["mlp"][chosen] @ up.T).chunk(2, dim=-1)
+            assert torch.allclose(experts.of(3), torch.nn.functional.silu(gate) * linear, rtol=2e-2, atol=2e-3)
+
+
+def test_coverage_counts_the_routers_choices(qwen):
+    model, loaded, module = qwen
+    with torch.no_grad():
+        logits = model(input_ids=IDS, output_router_logits=True).router_logits
+    calibration = calibrate(module, loaded.weights, IDS)
+    wanted = [torch.bincount(layer.topk(2, dim=-1).indices.flatten(), minlength=8).tolist() for layer in logits]
+    assert [list(layer.tokens) for layer in calibration.coverage] == wanted
+    figures = calibration.to_dict()
+    assert figures["experts"] == 24 and figures["tokens"] == 120
+    assert figures["starved"] == sum(n < 32 for layer in wanted for n in layer)
+    assert figures["least"] == min(map(min, wanted)) and figures["mean"] == 30.0
+
+
+@pytest.mark.parametrize("starved", ["rtn", "force"])
+def test_experts_that_saw_too_few_are_quantized_all_the_same(qwen, starved):
+    _, loaded, _ = qwen
+    module = quantized(opt(loaded.module, TO_MOE), starved=starved)
+    few = IDS[:1]
+    calibration = calibrate(module, loaded.weights, few)
+    up = find(calibration, "layers.0.mlp", "gate_proj")
+    counts = calibration.coverage[0].tokens
+    assert min(counts) < 32
+    for count, chosen in zip(counts, up.chosen, strict=True):
+        if count < 32:
+            assert chosen is None if starved == "rtn" else len(chosen) == 40
+    if starved == "force":
+        down = find(calibration, "layers.0.mlp", "down_proj")
+        assert [len(c) for c in down.chosen] == [40 if count < 32 else count for count in counts]
+    source = Calibrated(loaded.weights, calibration.inputs)
+    runner = TiledInterpreter(module, source, tuple(few.shape), numbers=lambda recipe: recipe)
+    assert torch.isfinite(runner.run(module.main, main_inputs(module, few), {})[0]).all()
+
+
+def test_layouts_of_a_weight_have_one_key(qwen):
+    _, _, module = qwen
+    lowered = TARGETS["cpu"].lower(module)
+    keys = {weight_key(c.recipe) for c in module.by_name["layer"].consts if "experts" in c.value.name}
+    parts = {
+        weight_key(c.recipe.items[0])
+        for c in lowered.by_name["layer"].consts
+        if "experts" in c.value.name and c.value.name.endswith(".codes")
+    }
+    assert keys == parts and len(keys) == 2
+
+
+def test_too_short_a_text(qwen):
+    _, _, module = qwen
+    with pytest.raises(MoecError, match="has 9 tokens, one batch has 512"):
+        windows_of(CalibrationText((1,) * 9, "text", ""), module)
+    with pytest.raises(MoecError, match="has 0 tokens"):
+        windows_of(CalibrationText((), "text", ""), module)
+    assert windows_of(CalibrationText((1,) * 1100, "text", ""), module).shape == (2, 512)
+
+
+def test_compile_without_a_text_says_so(qwen, tmp_path):
+    _, loaded, _ = qwen
+    with pytest.raises(MoecError, match="there is no calibration text"):
+        moec.compile(loaded.folder, out=tmp_path / "x", quantize="int4,method=gptq,group=16")
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,117 @@
+"""DeepSeek-V4 checkpoints: official names with FP8 and FP4 codes, transformers' own, and what is refused."""
+
+import json
+
+import moec
+import numpy as np
+import pytest
+import torch
+from deepseek_v4_checkpoint import official_config, write_official
+from moec.compiler.errors import MoecError
+from moec.compiler.frontends import load
+from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.printer import print_module
+from moec.compiler.weights.checkpoint import Checkpoint
+from test_deepseek_v4 import PLAIN, PUBLISHED, YARN, Interpreted, difference, tokens
+from tiny_models import random_model, save
+
+# wide enough that blocks of 128 are cut at edges and rows hold several groups of 32
+WIDE = {
+    **PUBLISHED, "hidden_size": 192, "moe_intermediate_size": 160, "q_lora_rank": 160,
+    "rope_parameters": {"main": PLAIN, "compress": YARN},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["official", "base"])
+def written(request, tmp_path_factory):
+    """Return (model with the numbers that the codes stand for, its checkpoint folder in the official dialect)."""
+    base = request.param == "base"
+    model = random_model(FAMILIES["deepseek_v4"], **WIDE)
+    folder = tmp_path_factory.mktemp("v4") / request.param
+    return model, write_official(model, folder, official_config(model, base=base), base=base)
+
+
+def expected_logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=True).logits
+
+
+def test_official_checkpoint(written):
+    model, folder = written
+    runner = Interpreted(load(folder))
+    ids = tokens(2, 133)
+    found, states = runner.step(ids[:, :130], 0, runner.start(2))
+    more, _ = runner.step(ids[:, 130:], 130, states)
+    assert difference(torch.cat([found, more], 1), expected_logits(model, ids)) < 1e-5
+
+
+def test_artifact_of_an_official_checkpoint(written, tmp_path):
+    model, folder = written
+    artifact = moec.compile(folder, out=tmp_path / "made", quantize="f32")  # its FP8 has no exact format here
+    session, states = artifact.session(spinning=False), None
+    ids, past, cache, worst = tokens(2, 300), 0, None, 0.0
+    for part in (120, *[1] * 20, 110, *[1] * 50):  # across the window and the first two entries of 128 tokens
+        step = ids[:, past : past + part].numpy()
+        positions = np.tile(np.arange(past, past + part), (2, 1))
+        logits, states = session.step(step, np.ones((2, past + part), np.int64), positions, states)
+        with torch.no_grad():
+            expected = model(input_ids=ids[:, past : past + part], past_key_values=cache, use_cache=True)
+        worst, cache = max(worst, difference(torch.from_numpy(logits), expected.logits)), expected.past_key_values
+        past += part
+    assert worst < 1e-4
+
+
+def test_names_of_every_dialect_give_the_same_program(tmp_path):
+    model = random_model(FAMILIES["deepseek_v4"], **WIDE)
+    saved = load(save(model, tmp_path / "saved"))
+    live = load(model)
+    ids = tokens(1, 20)
+    logits = [Interpreted(loaded).step(ids, 0, Interpreted(loaded).start(1))[0] for loaded in (saved, live)]
+    assert torch.equal(*logits)
+    assert [len(f.ops) for f in saved.module.functions] == [len(f.ops) for f in live.module.functions]
+
+
+def test_import_reads_no_weights(written, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Checkpoint, "read", fail)
+    assert "dequantize(" in print_module(load(written[1]).module)
+
+
+def test_config_alone_gives_the_same_program(written, tmp_path):
+    folder = written[1]
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    texts = [print_module(load(f).module).replace(str(f), "") for f in (folder, tmp_path)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"n_shared_experts": 2}, "n_shared_experts is 2"),
+        ({"num_experts_per_tok": 9}, r"tid2eid is i64\[128, 2\], \[128, 9\] is wanted"),
+        ({"sliding_window": 0}, "a window of 0"),
+        ({"hidden_size": 128}, "is wanted"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "scales of"),
+    ],
+)
+def test_a_config_that_does_not_fit_says_why(written, tmp_path, change, message):
+    config = json.loads((written[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    (tmp_path / "model.safetensors").symlink_to(written[1] / "model.safetensors")
+    with pytest.raises(MoecError, match=message) as error:
+        load(tmp_path)
+    assert error.value.exit_code == 2
+
+
+def test_a_missing_tensor_is_named(written, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(written[1] / "model.safetensors")
+    tensors.pop("layers.2.attn.compressor.ape")
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((written[1] / "config.json").read_text())
+    with pytest.raises(MoecError, match=r"no tensor layers\.2\.attn\.compressor\.ape"):
+        load(tmp_path)

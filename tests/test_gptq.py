@@ -1,0 +1,142 @@
+"""gptq: against rounding to nearest, against a direct solution, in tiles, and with inputs that say nothing."""
+
+import pytest
+import torch
+from moec.compiler.formats import format_of
+from moec.compiler.ir import TensorType
+from moec.compiler.recipes import Tensor, step
+from moec.compiler.weights.calibrated import Calibrated, Inputs, weight_key
+from moec.compiler.weights.encode import decode, encode
+from moec.compiler.weights.gptq import gptq, inverse_factor
+from moec.compiler.weights.pull import pull
+from moec.compiler.weights.quantized import encode_rows
+from moec.compiler.weights.sources import ModuleSource
+
+FORMATS = ("uint4_g32", "int4_g64", "uint2_g16", "int8_g64", "uint4_g256")
+
+
+def correlated(rows, width, seed=0):
+    """Return inputs f32[rows, width] that lie near a space of a quarter of the width, as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width // 4, width, generator=generator)
+    numbers = torch.randn(rows, width // 4 + width, generator=generator)  # more rows begin with the same ones
+    return numbers[:, : width // 4] @ mixing + 0.3 * numbers[:, width // 4 :]
+
+
+def weights(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def output_error(parts, format, w, x):
+    return float((x @ (decode(parts, format, w.shape[1]) - w).T).square().mean())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_errs_less_than_rounding_to_nearest(name):
+    format, x, w = format_of(name), correlated(1000, 256), weights(48, 256)
+    found, plain = gptq(w, inverse_factor(x), format), encode(w, format)
+    layouts = [{k: (v.shape, v.dtype, v.stride()) for k, v in parts.items()} for parts in (found, plain)]
+    assert layouts[0] == layouts[1]
+    assert output_error(found, format, w, x) < 0.6 * output_error(plain, format, w, x)
+    unseen = correlated(3000, 256)[1000:]  # the same mixing, other tokens
+    assert output_error(found, format, w, unseen) < 0.6 * output_error(plain, format, w, unseen)
+
+
+def test_independent_inputs_of_one_size_mean_rounding_to_nearest():
+    format, w = format_of("uint4_g32"), weights(16, 64)
+    found = gptq(w, inverse_factor(torch.eye(64) * 3), format)
+    again = decode(found, format, 64)
+    scales = found["scales"].repeat_interleave(32, dim=1)
+    inside = (again - w).abs() <= scales / 2 + 1e-6  # nearest, unless the search clipped the number
+    ends = (decode(encode(w, format), format, 64) - w).abs() > scales / 2
+    assert (inside | ends).all()
+    assert output_error(found, format, w, torch.eye(64)) <= 1.2 * output_error(
+        encode(w, format), format, w, torch.eye(64)
+    )
+
+
+def test_the_factor_is_that_of_the_inverse():
+    x = correlated(300, 32)
+    h = (x.T @ x).double()
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    u = inverse_factor(x).double()
+    assert torch.allclose(u, u.triu())
+    assert torch.allclose(u.T @ u @ h, torch.eye(32, dtype=torch.float64), atol=1e-2)
+
+
+def test_the_update_is_the_best_one():
+    """After column 0 is rounded, the others as gptq left them minimise the error: compared with least squares."""
+    x, w = correlated(400, 16).double().float(), weights(1, 16)
+    u = inverse_factor(x)
+    rounded = w[0, 0].round()
+    updated = w[0, 1:] - (w[0, 0] - rounded) / u[0, 0] * u[0, 1:]
+    h = x.T @ x
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    wanted = w[0, 1:] + torch.linalg.solve(h[1:, 1:], h[1:, 0]) * (w[0, 0] - rounded)
+    assert torch.allclose(updated, wanted, atol=1e-3)
+
+
+def test_dead_inputs_do_no_harm():
+    format, x, w = format_of("uint4_g32"), correlated(500, 64), weights(8, 64)
+    x[:, 32:] = 0
+    w[:, :16] = 0
+    numbers = decode(gptq(w, inverse_factor(x), format), format, 64)
+    assert torch.isfinite(numbers).all()
+    assert float((numbers[:, 32:] - w[:, 32:]).square().mean()) < 0.05
+    assert inverse_factor(torch.zeros(10, 64)) is None
+    few = inverse_factor(correlated(3, 64))  # fewer rows than columns: H is singular but for the damping
+    assert torch.isfinite(decode(gptq(w, few, format), format, 64)).all()
+
+
+# --- through recipes -------------------------------------------------------------------------------------------
+
+
+def calibrated(name, *shape, inputs, **extra):
+    """Return a quantized recipe of a random tensor, its item, and a source that knows the inputs."""
+    source = ModuleSource({"w": weights(*shape)})
+    item = Tensor("w", TensorType.of("f32", *shape))
+    quantized = step("quantize", item, to=name, method="gptq", **extra)
+    return quantized, Calibrated(source, {weight_key(item): inputs})
+
+
+def test_tiles_are_the_whole():
+    x = correlated(200, 64).bfloat16()
+    quantized, source = calibrated("uint4_g32", 24, 64, inputs=Inputs(x))
+    whole = encode_rows(quantized, source, ((0, 24),))
+    for a, b in ((0, 8), (8, 9), (9, 24)):
+        found = encode_rows(quantized, source, ((a, b),))
+        assert torch.allclose(found["scales"], whole["scales"][a:b], rtol=1e-5)  # sums in another order
+        same = (found["codes"] == whole["codes"][a:b]).float().mean()
+        assert same > 0.99, "codes differ only where a number lies half way between two"
+    for name, part in whole.items():  # small parts are pulled one by one
+        assert torch.equal(pull(step(name, quantized), source), part)
+    assert torch.equal(pull(quantized, source), decode(whole, format_of("uint4_g32"), 64))
+
+
+def test_every_expert_has_its_own_inputs():
+    x = correlated(300, 64).bfloat16()
+    chosen = (torch.arange(100), None, torch.arange(100, 300))
+    quantized, source = calibrated("uint4_g32", 3, 8, 64, inputs=Inputs(x, chosen))
+    w, format = weights(3, 8, 64), format_of("uint4_g32")
+    found = encode_rows(quantized, source, ((0, 3), (0, 8)))
+    for e in (0, 2):
+        wanted = gptq(w[e], inverse_factor(x[chosen[e]].float()), format)
+        assert torch.equal(found["codes"][e], wanted["codes"])
+    assert torch.equal(found["codes"][1], encode(w[1], format)["codes"])  # it saw too few tokens
+
+
+def test_interleaved_rows_are_the_same_rows():
+    x = correlated(300, 64).bfloat16()
+    quantized, source = calibrated("uint4_g32", 3, 8, 64, inputs=Inputs(x, (torch.arange(300),) * 3))
+    item = quantized.items[0]
+    halves = [step("slice", item, axis=1, start=a, stop=a + 4) for a in (0, 4)]
+    turned = step("quantize", step("interleave", *halves, axis=1), to="uint4_g32", method="gptq")
+    plain = pull(quantized, source)
+    assert torch.equal(pull(turned, source), plain.reshape(3, 2, 4, 64).transpose(1, 2).reshape(3, 8, 64))
+
+
+def test_without_a_calibration_it_is_rounding_to_nearest():
+    quantized, source = calibrated("uint4_g32", 8, 64, inputs=Inputs(correlated(99, 64).bfloat16()))
+    plain = step("quantize", quantized.items[0], to="uint4_g32")
+    assert torch.equal(pull(quantized, source.source), pull(plain, source.source))
+    assert not torch.equal(pull(quantized, source), pull(plain, source.source))
