@@ -62,7 +62,7 @@ def main() -> None:
 @click.option(
     "--quantize",
     metavar="SPEC",
-    help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', auto, or the file of a plan.",
+    help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', auto, the file of a plan, or the codes of the checkpoint: keep (the default where it is quantized).",
 )
 @click.option("--budget", metavar="SIZE", help="For --quantize auto: 4.5bpw (bits per weight), or bytes as in 6GB.")
 @click.option("--calibration", metavar="FILE", help="The text that --quantize auto and method=gptq look at.")
@@ -104,7 +104,7 @@ def compile(
 ) -> None:
     """Compile SOURCE and print the artifact's folder.
 
-    SOURCE is a checkpoint folder, a .moir file or an artifact. A folder with only a config.json will do for --stop-after graph or moe.
+    SOURCE is a checkpoint folder, a .gguf file, a .moir file or an artifact. A folder with only a config.json will do for --stop-after graph or moe.
     """
     if stop_after and verify:
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")

@@ -173,6 +173,10 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
         click.echo(left_out_text(report["source"]["left_out"]), err=True)
     for entry in report["unfused"]:
         click.echo(line(entry), err=True)
+    for function, formats in report["figures"].get("kept", {}).items():
+        near = f"; near them, not the same: {', '.join(formats['near'])}" if "near" in formats else ""
+        exact = ", ".join(formats.get("exact", ["none"]))
+        click.echo(f"codes of the checkpoint kept in @{function}: {exact}{near}", err=True)
     figures = report["figures"].get("measured")
     if figures:
         verdict = "verified" if figures["passed"] else "verification failed"

@@ -25,9 +25,9 @@ from .recipes import Literal, Recipe, Tensor, bind
 TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides
 
 # Items of a step that hold no parameters of their own (scales).
-AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1,), "scale": (1,)}
-# Parameters in an element of a step's item, where it is not one.
-PACKED: Mapping[str, int] = {"unpack_e2m1": 2}
+AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1, 2), "packed": (1, 2), "gather": (1,), "scale": (1,)}
+# Steps whose item holds several parameters in an element.
+DENSE_ITEMS = ("unpack", "unpack_e2m1", "blocks")
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,11 @@ def _weight_costs(
             size = _whole(const.value.type.bytes)
             recipe = bind(const.recipe, function.weights, bound)
             _hold(compiled, recipe, _Held(number, 0, size, role, share))
-            for tensor, packed in leaves(recipe):
+            for tensor, held_each in leaves(recipe):
                 count = len(expand_range(tensor.name))
                 # a table of i64 says where to look (experts by token, say), it is nothing that was learned
-                parameters = 0 if tensor.type.dtype == "i64" else count * _whole(tensor.type.elements) * packed
+                learned = 0 if tensor.type.dtype == "i64" else held_each
+                parameters = _whole(count * tensor.type.elements * learned)
                 held = _Held(number, parameters, count * _whole(tensor.type.bytes), role, share)
                 _hold(stored, tensor.name, held)
     for held in stored.values():
@@ -214,17 +215,19 @@ def _hold(table: dict, key: object, new: _Held) -> None:
     held.role, held.share = max(held.role, new.role), max(held.share, new.share)
 
 
-def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, int]]:
-    """Yield the checkpoint tensors of a recipe, ranges not spread out, and how many parameters an element holds."""
+def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, Size]]:
+    """Yield the checkpoint tensors of a recipe, ranges not spread out, and the parameters that an element holds."""
     match recipe:
         case Tensor():
-            yield recipe, 1
+            yield recipe, sympy.S.One
         case Literal():
             return
         case _:
-            auxiliary, each = AUXILIARY.get(recipe.name, ()), PACKED.get(recipe.name, 1)
+            auxiliary = AUXILIARY.get(recipe.name, ())
+            dense = recipe.name in DENSE_ITEMS
             for i, item in enumerate(recipe.items):
-                yield from ((tensor, 0 if i in auxiliary else n * each) for tensor, n in leaves(item))
+                times = 0 if i in auxiliary else recipe.type.elements / item.type.elements if dense else 1
+                yield from ((tensor, share * times) for tensor, share in leaves(item))
 
 
 @lru_cache(maxsize=65536)

@@ -24,7 +24,18 @@ from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
 from .plan import PLAN
 from .planning import calibrated, find_plan
 from .printer import print_module
-from .quantization import AUTO, Spec, is_lossy, needs_calibration, precision, with_quantize
+from .quantization import (
+    AUTO,
+    KEEP,
+    Spec,
+    is_from_codes,
+    is_lossy,
+    kept_codes,
+    needs_calibration,
+    precision,
+    with_keep,
+    with_quantize,
+)  # fmt: skip
 from .report import left_out_of, per_token
 from .rewrite import Why, tell
 from .unfused import unfused
@@ -72,7 +83,8 @@ def compile(
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.Spec), or
-    `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan; `calibration` is the text that gptq and auto look at;
+    `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
+    its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
     tiles of weights may use beside the imports. `stop_after` is a stage or a pass. `check` compares the numbers before and
     after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
@@ -83,13 +95,16 @@ def compile(
     tell(why, [f"import: ops of moec stand for {name} of transformers" for name in loaded.replaced])
     text = pipeline if pipeline is not None else chosen.pipeline
     plan = None
-    if quantize is not None:
+    keep, _, others = (quantize or "").partition(",")
+    if keep == KEEP or (quantize is None and pipeline is None and is_from_codes(loaded.module)):
+        text = with_keep(text, others)
+    elif quantize is not None:
         spec = Spec.parse(quantize)
         _need_weights(loaded, wanted=spec.plan == AUTO)
         plan = find_plan(spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), chosen, calibration)
         planned = {} if plan is None else {"layers": plan.layers(), "method": plan.method}
         text = with_quantize(text, {**planned, **spec.options})
-    elif budget is not None:
+    if budget is not None and (keep == KEEP or quantize is None):
         raise MoecError("a budget is for --quantize auto", todo="add --quantize auto")
     if accuracy != "fast":
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
@@ -196,9 +211,11 @@ def _emit(
             plan.write(folder / PLAN)
         costs = module_costs(module)
         files = target.emit(module, loaded.weights, folder, tile, _with_total(progress, costs.total.compiled_bytes))
+        kept = kept_codes(module)
+        figures = {"counted": per_token(costs), **figures, **({"kept": kept} if kept else {})}
         write_manifest(
             folder, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
-            precision=precision(module), lossy=is_lossy(module), figures={"counted": per_token(costs), **figures},
+            precision=precision(module), lossy=is_lossy(module), figures=figures,
             unfused=unfused(module, notes),
         )  # fmt: skip
     return Artifact.open(out)

@@ -13,7 +13,8 @@ from .pipeline import spell_pass
 from .recipes import Recipe, Step
 from .roles import ROLES
 
-PASS, BEFORE = "quantize", "lower"
+PASS, KEEP_PASS, BEFORE = "quantize", "keep-codes", "lower"
+KEEP = "keep"  # what --quantize calls the pass keep-codes
 CALIBRATED = ("gptq", "awq")  # methods that look at the inputs of a weight
 
 
@@ -58,10 +59,26 @@ class Spec:
 
 def with_quantize(pipeline: str, options: Mapping[str, str]) -> str:
     """Return the pipeline with the pass `quantize` before the lowering."""
+    return before_lowering(pipeline, spell_pass(PASS, options))
+
+
+def with_keep(pipeline: str, options: str = "") -> str:
+    """Return the pipeline with the pass `keep-codes` before the lowering.
+
+    `options` are formats of roles, as in `attention=int8`: their weights are quantized where they do not keep codes.
+    """
+    kept = before_lowering(pipeline, KEEP_PASS)
+    if not options:
+        return kept
+    return with_quantize(kept, {**{role: "f32" for role in ROLES}, **Spec.parse(options).options})
+
+
+def before_lowering(pipeline: str, spelled: str) -> str:
+    """Return the pipeline with a pass before the lowering."""
     steps = [step for step in re.split(r",(?![^{]*})", pipeline) if step.strip()]
     names = [parse_pipeline(step)[0][0] for step in steps]
     place = names.index(BEFORE) if BEFORE in names else len(steps)
-    return ",".join([*steps[:place], spell_pass(PASS, options), *steps[place:]])
+    return ",".join([*steps[:place], spelled, *steps[place:]])
 
 
 def _everything(format: str) -> dict[str, str]:
@@ -84,10 +101,31 @@ def precision(module: Module) -> dict[str, list[str]]:
     for function in module.functions:
         names = set()
         for const in function.consts:
-            quantized = [str(s.attributes["to"]) for s in steps_of(const.recipe) if s.name == "quantize"]
+            quantized = [str(s.attributes["to"]) for s in steps_of(const.recipe) if s.name in ("quantize", "packed")]
             names.add(quantized[0] if quantized else const.value.type.dtype)
         if names:
             found[function.name] = sorted(names)
+    return found
+
+
+def is_from_codes(module: Module) -> bool:
+    """Return whether a weight of a module is quantized in its checkpoint, and none is stored in fewer bits yet."""
+    names = {s.name for f in module.functions for c in f.consts for s in steps_of(c.recipe)}
+    return "dequantize" in names and not names & {"quantize", "packed"}
+
+
+def kept_codes(module: Module) -> dict[str, dict[str, list[str]]]:
+    """Return for each function the formats that hold the checkpoint's codes, and those that are only near them."""
+    found = {}
+    for function in module.functions:
+        formats: dict[str, set[str]] = {"exact": set(), "near": set()}
+        for const in function.consts:
+            steps = list(steps_of(const.recipe))
+            formats["exact"].update(str(s.attributes["to"]) for s in steps if s.name == "packed")
+            if any(s.name == "dequantize" for s in steps):
+                formats["near"].update(str(s.attributes["to"]) for s in steps if s.name == "quantize")
+        if any(formats.values()):
+            found[function.name] = {kind: sorted(names) for kind, names in formats.items() if names}
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .code_steps import CODE_STEPS
 from .formats import Format, find_format, format_of
 from .ir import DTYPE_BITS, Attr, TensorType, expand_range, make_attrs
 
@@ -202,15 +203,6 @@ def _cast(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType
     return TensorType.of(dtype, *_one(types).shape)
 
 
-def _dequantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
-    codes, scales = types
-    block = attributes["block"]
-    wanted = tuple(-(-n // b) for n, b in zip(codes.sizes, block, strict=True))  # type: ignore[arg-type]
-    if scales.sizes != wanted:
-        raise ValueError(f"scales of {codes} in blocks of {block} are {list(wanted)}, not {scales}")
-    return TensorType.of("f32", *codes.shape)
-
-
 def _scale(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
     item, factors = types
     axes: Any = attributes["axes"]
@@ -277,8 +269,8 @@ STEPS: dict[str, StepRule] = {
     "scale": _scale,  # by factors that lie along axes, start=0 (on the last of them); inverse=false: divide
     "quantize": _quantize,  # to: a format; the numbers are those that the codes stand for
     **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
-    "unpack_e2m1": _unpack_e2m1,  # two codes in a byte along the last axis, the first in the low bits
-    "dequantize": _dequantize,  # codes, scales; block: codes[i, j] * scales[i // block[0], j // block[1]]
+    **CODE_STEPS,  # what reads quantized checkpoints
+    "unpack_e2m1": _unpack_e2m1,  # two codes in a byte along the last axis, the first in the low bits: their numbers
 }
 FITTED = ".awq"  # how the names of tensors end that no checkpoint has: they are fitted on a calibration text
 SPREADING = ("stack", "concat", "interleave")

@@ -1,7 +1,7 @@
 """The passes, one a file; a pass is in this table and nowhere else.
 
 graph: raise-norm, raise-rope, lift-moe (leaves stage moe).
-moe: fuse-router, fuse-dispatch, fuse-shared-experts, fuse-attention, fuse-norm, quantize.
+moe: fuse-router, fuse-dispatch, fuse-shared-experts, fuse-attention, fuse-norm, keep-codes, quantize.
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.
 """
 
@@ -14,6 +14,7 @@ from .fuse_dispatch import fuse_dispatch
 from .fuse_norm import fuse_norm
 from .fuse_router import fuse_router
 from .fuse_shared_experts import fuse_shared_experts
+from .keep_codes import keep_codes
 from .lift_moe import lift_moe
 from .quantize import quantize
 from .raise_norm import raise_norm
@@ -24,6 +25,6 @@ PASSES: dict[str, PassDef] = {
     p.name: p
     for p in (
         cleanup, fold_constants, share_expressions, drop_dead, raise_norm, raise_rope, lift_moe,
-        fuse_router, fuse_dispatch, fuse_shared_experts, fuse_attention, fuse_norm, quantize,
+        fuse_router, fuse_dispatch, fuse_shared_experts, fuse_attention, fuse_norm, keep_codes, quantize,
     )
 }  # fmt: skip

@@ -11,8 +11,10 @@ import sympy
 
 from ..compiler.dims import size
 from ..compiler.interpret import run_op
-from ..compiler.ir import Function, Module, Op, Value, make_attrs
+from ..compiler.ir import Const, Function, Module, Op, Value, make_attrs
 from ..compiler.pipeline import pass_
+from ..compiler.recipes import step
+from ..compiler.roles import weight_operands
 from ..compiler.sweep import Sweep
 
 # elementwise ops: on operands that hold one number everywhere, the result does too
@@ -32,7 +34,8 @@ _RESHAPING = frozenset(f"core.{name}" for name in ("reshape", "transpose", "expa
 def fold_constants(module: Module, target: Any) -> Module:
     """Compute ops on constants, leave out ops that change nothing, and join two reshapes or transposes into one.
 
-    Constants are scalars, and tensors that hold one number everywhere. Names of parameters and of results stay.
+    Constants are scalars, and tensors that hold one number everywhere. Transposes of weights move into the recipes of
+    the weights. Names of parameters and of results stay.
     """
     return module.with_functions({f.name: folded(f) for f in module.functions})
 
@@ -46,7 +49,45 @@ def folded(function: Function) -> Function:
         same = _unchanged(op, sweep)
         if same is None or not sweep.stand_for(op.results[0], same):
             sweep.keep(op)
-    return sweep.finish()
+    return _weights_in_order(sweep.finish())
+
+
+# --- weights that the program transposes -----------------------------------------------------------------------------
+
+
+def _weights_in_order(function: Function) -> Function:
+    """Return the function with transposes of weights in their recipes, where all that reads them are experts and linears.
+
+    Otherwise the program would hold a weight in one order and compute with it in another.
+    """
+    consts = {c.value.name: c for c in function.consts}
+    turned: dict[str, Value] = {}
+    for op in function.ops:
+        weight = op.operands[0] if op.name == "core.transpose" else None
+        if weight is None or weight.name not in consts or not _only_weights(function, op.results[0]):
+            continue
+        alone = len(function.uses[weight.name]) == 1
+        recipe = step("transpose", consts[weight.name].recipe, **op.attributes)
+        name = weight.name if alone else op.results[0].name
+        turned[op.results[0].name] = Value(name, recipe.type)
+        consts[name] = Const(turned[op.results[0].name], recipe)
+    if not turned:
+        return function
+    ops = tuple(
+        replace(op, operands=tuple(v and turned.get(v.name, v) for v in op.operands))
+        for op in function.ops
+        if not op.results or op.results[0].name not in turned
+    )
+    return replace(function, consts=tuple(consts.values()), ops=ops)
+
+
+def _only_weights(function: Function, value: Value) -> bool:
+    """Return whether a value is read as the weight of ops and as nothing else."""
+    users = function.uses.get(value.name, [])
+    return bool(users) and all(
+        op is not None and all(v != value or k in weight_operands(op) for k, v in enumerate(op.operands))
+        for op in users
+    )
 
 
 # --- constants -------------------------------------------------------------------------------------------------

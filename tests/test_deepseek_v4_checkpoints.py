@@ -47,7 +47,7 @@ def test_official_checkpoint(written):
 
 def test_artifact_of_an_official_checkpoint(written, tmp_path):
     model, folder = written
-    artifact = moec.compile(folder, out=tmp_path / "made")
+    artifact = moec.compile(folder, out=tmp_path / "made", quantize="f32")  # its FP8 has no exact format here
     session, states = artifact.session(spinning=False), None
     ids, past, cache, worst = tokens(2, 300), 0, None, 0.0
     for part in (120, *[1] * 20, 110, *[1] * 50):  # across the window and the first two entries of 128 tokens

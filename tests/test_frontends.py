@@ -166,7 +166,7 @@ def load_again(loaded, folder):
         ({"model_type": None}, "has no model_type"),
         ({"model_type": "no_such_model"}, "is not known to transformers"),
         ({"num_attention_heads": "four"}, "does not accept this config"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' are not understood"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq' are not understood"),
         ({"hidden_size": 128}, "do not belong together"),
         ({"num_hidden_layers": 4}, "has no tensor"),
     ],
@@ -199,7 +199,7 @@ def test_remote_code_is_not_run(tmp_path):
 def test_what_is_not_understood_is_named():
     settings = {"intermediate_size": 96, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}
     with pytest.raises(
-        MoecError, match="DogeForCausalLM cannot be imported|DogeAttention builds its own attention mask"
+        MoecError, match=r"DogeForCausalLM cannot be imported|DogeAttention builds its own attention mask"
     ):
         load(random_model(Family("Doge", "doge", "DogeConfig", settings)))
 

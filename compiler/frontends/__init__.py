@@ -8,6 +8,8 @@ capture             transformers' registration interfaces; attention, experts an
 skeleton            a model without weights
 layers              which layers a model has and which are alike
 export, aten        torch.export, and its operators as IR ops
+stored, layouts     how quantized checkpoints store weights
+gguf                a GGUF file
 names               parameter names to recipes over checkpoint tensors
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -13,16 +12,15 @@ import torch
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Module, TensorType
-from ..recipes import Recipe, Tensor, step
+from ..recipes import Recipe, Tensor
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from . import deepseek_v4
 from .capture import NAME, register
 from .deepseek_v4_weights import Weights
 from .names import expected_tensors, map_parameters
-from .skeleton import Skeleton, adopt, build, read_config
+from .skeleton import adopt, build, read_config
+from .stored import expected_quantized, layer_types, read_quantization, stored_tensors
 from .transformers_model import import_model
-
-BLOCK_FP8 = "fp8"  # quant_method of DeepSeek's 128x128 blocks
 
 
 def import_folder(
@@ -35,7 +33,7 @@ def import_folder(
     ops stand for. Reads no weight data.
     """
     config = read_config(folder, trust_remote_code)
-    quantization = _quantization(config, folder)
+    quantization = read_quantization(config, folder)
     checkpoint = open_checkpoint(folder) if has_weights(folder) else None
     dtype: Any = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     if config.model_type == deepseek_v4.MODEL_TYPE:
@@ -52,12 +50,15 @@ def import_folder(
             state = {k: v for k, v in skeleton.model.state_dict().items() if k in set(wanted)}
             # a config that names no dtype is taken for bfloat16, which most checkpoints are stored in
             stored = expected_tensors(skeleton.model, state, DTYPE_NAMES.get(dtype, "bf16"))
-            available = _expected_quantized(skeleton, stored, quantization) if quantization else stored
+            where = folder / "config.json"
+            available = expected_quantized(skeleton.model, stored, quantization, where) if quantization else stored
         else:
-            available = _stored(checkpoint, wanted, quantization)
+            available = stored_tensors(checkpoint, wanted, quantization)
         return map_parameters(skeleton.model, wanted, available)
 
-    module = import_model(skeleton, mapper, name, replaced)
+    # layers may differ in nothing but how they are stored
+    stored_as = layer_types(checkpoint) if checkpoint is not None and quantization else None
+    module = import_model(skeleton, mapper, name, replaced, stored_as)
     if checkpoint is not None:
         check_weights(module, checkpoint)
     return module, checkpoint, {}
@@ -104,71 +105,6 @@ def has_weights(folder: Path) -> bool:
     """Return whether a folder holds weights in any format, readable or not."""
     patterns = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
     return any(next(folder.glob(p), None) for p in patterns)
-
-
-# --- stored tensors, some of them quantized ------------------------------------------------------------------------
-
-
-def _quantization(config: Any, folder: Path) -> dict[str, Any] | None:
-    raw = getattr(config, "quantization_config", None)
-    if raw is None:
-        return None
-    found = raw if isinstance(raw, dict) else raw.to_dict()
-    if found.get("quant_method") != BLOCK_FP8 or not found.get("weight_block_size"):
-        raise MoecError(
-            f"weights quantized with {found.get('quant_method')!r} are not understood",
-            where=str(folder / "config.json"),
-            todo="FP8 with weight_block_size is; or give an unquantized checkpoint",
-        )
-    return found
-
-
-def _stored(checkpoint: Checkpoint, wanted: list[str], quantization: dict[str, Any] | None) -> dict[str, Recipe]:
-    """Return the stored tensors that can matter: those of the wanted layers and those outside of layers."""
-    numbers = {_first_number(name) for name in wanted}
-    found: dict[str, Recipe] = {}
-    for name, info in checkpoint.tensors.items():
-        if name.endswith("_scale_inv") or _first_number(name) not in numbers | {None}:
-            continue
-        scale = checkpoint.tensors.get(f"{name}_scale_inv")
-        found[name] = Tensor(name, info.type)
-        if scale is not None:
-            if quantization is None:
-                raise MoecError(f"{name} has scales, but config.json has no quantization_config", where=str(info.file))
-            found[name] = _dequantized(Tensor(name, info.type), Tensor(f"{name}_scale_inv", scale.type), quantization)
-    return found
-
-
-def _first_number(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _dequantized(codes: Tensor, scales: Tensor, quantization: dict[str, Any]) -> Recipe:
-    try:
-        return step("dequantize", codes, scales, block=tuple(quantization["weight_block_size"]))
-    except ValueError as error:
-        raise MoecError(f"{codes.name}: {error}", where=scales.name) from None
-
-
-def _expected_quantized(
-    skeleton: Skeleton, stored: Mapping[str, Recipe], quantization: dict[str, Any]
-) -> dict[str, Recipe]:
-    """Return the tensors of an FP8 checkpoint that is not at hand: codes and scales for every linear layer."""
-    skipped = (*(quantization.get("modules_to_not_convert") or ()), "lm_head")
-    modules = dict(skeleton.model.named_modules())
-    rows, columns = quantization["weight_block_size"]
-    found = dict(stored)
-    for name, recipe in stored.items():
-        owner = name.removesuffix(".weight")
-        linear = isinstance(modules.get(owner), torch.nn.Linear)
-        expert = ".experts." in name and len(recipe.type.shape) == 2
-        if not (linear or expert) or any(s in owner for s in skipped) or len(recipe.type.shape) != 2:
-            continue
-        n, k = recipe.type.sizes
-        codes = Tensor(name, TensorType.of("f8e4m3", n, k))
-        scales = Tensor(f"{name}_scale_inv", TensorType.of("f32", math.ceil(n / rows), math.ceil(k / columns)))
-        found[name] = _dequantized(codes, scales, quantization)
-    return found
 
 
 def check_weights(module: Module, checkpoint: Checkpoint) -> None:

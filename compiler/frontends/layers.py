@@ -8,7 +8,7 @@ the trace of the whole program every layer is a stub, a single op, so that it co
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,17 +124,24 @@ def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict
 # --- which layers are alike ------------------------------------------------------------------------------------
 
 
-def group_kinds(model: Any, prefix: str, layers: list[Layer], buffers: Mapping[str, Tensor]) -> list[Layer]:
+def group_kinds(
+    model: Any,
+    prefix: str,
+    layers: list[Layer],
+    buffers: Mapping[str, Tensor],
+    stored_as: Callable[[int], Hashable] | None = None,
+) -> list[Layer]:
     """Number the kinds of layers in order of appearance; return the first layer of each kind.
 
-    `buffers` are the values that layers compute for themselves, by full name; `prefix` is the name of the list.
+    `buffers` are the values that layers compute for themselves, by full name; `prefix` is the name of the list;
+    `stored_as` says how the weights of a layer are stored.
     """
     first: dict[Any, Layer] = {}
     for layer in layers:
         own = f"{prefix}.{layer.index}."
         values = {name.removeprefix(own): b for name, b in buffers.items() if name.startswith(own)}
         computed = tuple((name, tuple(b.flatten().tolist())) for name, b in sorted(values.items()))
-        key = (_key(model, layer), computed)
+        key = (_key(model, layer), computed, stored_as(layer.index) if stored_as else None)
         representative = first.setdefault(key, layer)
         layer.kind = layer.index if representative is layer else representative.index
     representatives = list(first.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +52,18 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         path = path / "program.moir"
     if path.suffix == ".moir":
         return _load_text(path, weights)
+    if (file := _gguf_file(path)) is not None:
+        from .gguf import import_gguf
+        from .huggingface import check_weights
+
+        module, opened = import_gguf(file, name.rstrip("/"))
+        check_weights(module, opened.checkpoint)
+        return Loaded(module, opened.checkpoint, file.parent)
     if path.suffix in (".onnx", ".pt2"):
         raise MoecError(f"{path.suffix} files are not read yet", where=name, todo="give the checkpoint folder")
     if not path.is_dir():
         what = "is a file of no known kind" if path.exists() else "does not exist"
-        raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder or a .moir file")
+        raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder, a .gguf or a .moir file")
     from .huggingface import import_folder
 
     replaced: list[str] = []
@@ -63,6 +71,19 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
     )
     return Loaded(module, checkpoint, path, left_out, tuple(replaced))
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """Return the GGUF file (the first of several parts) that a path names, or that a folder holds in place of shards."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    found = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if not found or any(path.glob("*.safetensors")):
+        return None
+    first = [file for file in found if not re.search(r"-of-\d{5}\.gguf$", file.name) or "-00001-of-" in file.name]
+    if len(first) != 1:
+        raise MoecError(f"the folder has {len(first)} GGUF models", where=str(path), todo="name one of the files")
+    return first[0]
 
 
 def _load_text(path: Path, weights: Path | str | None) -> Loaded:
@@ -79,6 +100,12 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
     from ..weights.checkpoint import open_checkpoint
     from .huggingface import check_weights, has_weights
 
+    if (file := _gguf_file(folder)) is not None:
+        from ..weights.gguf import open_gguf
+
+        opened = open_gguf(file)
+        check_weights(module, opened.checkpoint)
+        return Loaded(module, opened.checkpoint, file.parent)
     if not has_weights(folder):
         return Loaded(module, None, folder)
     checkpoint = open_checkpoint(folder)
@@ -89,13 +116,13 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
 def find_weights(module: Module, path: Path, weights: Path | str | None) -> Path | None:
     """Return the checkpoint folder of a program: `weights`, or its source seen from here or from the file's folder."""
     if weights is not None:
-        if not Path(weights).is_dir():
-            raise MoecError("the weights are not a folder", where=str(weights))
+        if not Path(weights).is_dir() and _gguf_file(Path(weights)) is None:
+            raise MoecError("the weights are neither a folder nor a GGUF file", where=str(weights))
         return Path(weights)
     if not module.source or module.source.startswith(LIVE):
         return None
     for candidate in (Path(module.source), path.parent / module.source):
-        if candidate.is_dir():
+        if candidate.is_dir() or _gguf_file(candidate) is not None:
             return candidate
     return None
 

@@ -6,7 +6,7 @@ value a layer; the results are `logits` and the present keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,10 +46,17 @@ class Import:
     tracing: Tracing
 
 
-def import_model(skeleton: Skeleton, mapper: Mapper, source: str, names: list[str] | None = None) -> Module:
+def import_model(
+    skeleton: Skeleton,
+    mapper: Mapper,
+    source: str,
+    names: list[str] | None = None,
+    stored_as: Callable[[int], Hashable] | None = None,
+) -> Module:
     """Return the module (stage graph) of a model; MoecError names what is not understood.
 
-    `names` gets the functions of the model's code that were replaced, see replace.py.
+    `names` gets the functions of the model's code that were replaced, see replace.py. `stored_as` says of a layer how its
+    weights are stored: layers that differ in it are kinds of their own.
     """
     model = skeleton.model
     with tracing() as session, replaced(model) as found, torch.no_grad():
@@ -57,7 +64,7 @@ def import_model(skeleton: Skeleton, mapper: Mapper, source: str, names: list[st
             names += found
         layers_name, modules = find_layers(model)
         layers = rehearse(model, modules, session)
-        kinds = group_kinds(model, layers_name, layers, skeleton.buffers)
+        kinds = group_kinds(model, layers_name, layers, skeleton.buffers, stored_as)
         recipes = _map_weights(model, mapper, layers_name, layers, kinds)
         job = Import(skeleton, layers_name, layers, kinds, recipes, session)
         functions = [_layer_function(job, kind) for kind in kinds]

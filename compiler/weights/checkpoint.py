@@ -101,7 +101,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             digest.update(f"{name} {-1 if content is None else len(content)}\n".encode() + (content or b""))
         shards: dict[str, dict[str, TensorInfo]] = {}
         for name in names:
-            descriptors[folder / name] = _open(folder / name)
+            descriptors[folder / name] = open_regular(folder / name)
             shards[name], header = read_header(folder / name, descriptors[folder / name])
             digest.update(f"{name} {len(header)}\n".encode() + header)
         tensors = _join(folder, shards, index)
@@ -162,7 +162,8 @@ def _shard_names(folder: Path, index: Mapping[str, str] | None) -> list[str]:
     raise MoecError("the folder has no safetensors files", str(folder), todo="give the folder that holds the weights")
 
 
-def _open(file: Path) -> int:
+def open_regular(file: Path) -> int:
+    """Open a regular file for reading; MoecError says why it cannot be opened."""
     try:
         # looked at before it is opened: opening a pipe would wait for a writer
         if not stat.S_ISREG(file.stat().st_mode):

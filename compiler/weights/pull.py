@@ -18,6 +18,7 @@ import torch
 from ..dtypes import TORCH_DTYPES, torch_dtype
 from ..ir import TensorType
 from ..recipes import Literal, Recipe, Step, Tensor, spread
+from .codes import CODES
 from .encode import E2M1
 from .sources import Box, WeightSource, check_box, cut, full_box
 
@@ -183,29 +184,6 @@ def _unpack_e2m1(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return numbers[..., low % 2 : low % 2 + high - low]
 
 
-def _dequantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
-    blocks = _ints(step, "block")
-    codes = inner(step.items[0], box)
-    scales = inner(step.items[1], tuple((a // n, -(-b // n)) for (a, b), n in zip(box, blocks, strict=True)))
-    scales = scales.to(torch.float32)
-    split: list[int] = []  # shape of the codes with whole blocks as an axis of their own: the scales broadcast over it
-    spread_: list[int] = []
-    for (low, high), block in zip(box, blocks, strict=True):
-        axis, size = len(spread_), high - low
-        if low % block == 0 and size % block == 0:
-            split += [size // block, block]
-            scales = scales.unsqueeze(axis + 1)
-            spread_ += [size // block, 1]
-        else:  # an edge cuts a block: the scales of this axis are written out
-            split += [size]
-            scales = scales.repeat_interleave(block, dim=axis).narrow(axis, low % block, size)
-            spread_ += [size]
-    values = codes.to(torch.float32)
-    wide = values.reshape(split)
-    fresh = wide.data_ptr() != codes.data_ptr()  # codes that were float32 may belong to the source
-    return (wide.mul_(scales) if fresh else wide * scales).reshape(_shape(box))
-
-
 def _scale(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     axes = _ints(step, "axes")
     start = _int(step, "start") if "start" in step.attributes else 0
@@ -329,7 +307,7 @@ EVALUATE: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
     "slice": _slice,
     "reshape": _reshape,
     "cast": _cast,
+    **CODES,
     "unpack_e2m1": _unpack_e2m1,
-    "dequantize": _dequantize,
     "scale": _scale,
 }

@@ -16,7 +16,7 @@ from ..formats import Format, format_of
 from ..ir import TensorType
 from ..recipes import PARTS, Recipe, Step, tensors
 from .calibrated import Calibrated
-from .encode import Parts, decode, encode
+from .encode import Parts, decode, encode, pack
 from .gptq import gptq
 from .pull import Pull, tiles
 from .sources import Box, WeightSource
@@ -50,15 +50,36 @@ def _format(quantized: Recipe) -> Format:
 
 
 def _encode(quantized: Step, box: Box, inner: Pull) -> Parts:
-    (item,) = quantized.items
-    numbers = inner(item, box).float()
     try:
+        if quantized.name == "packed":
+            return _packed(quantized, box, inner)
+        (item,) = quantized.items
+        numbers = inner(item, box).float()
         if quantized.attributes.get("method") == "gptq" and isinstance(inner.source, Calibrated):
             return _with_inputs(item, numbers, box, _format(quantized), inner.source)
         return encode(numbers, _format(quantized))
     except ValueError as error:
-        names = ", ".join(dict.fromkeys(t.name for t in tensors(item)))
+        names = ", ".join(dict.fromkeys(t.name for t in tensors(quantized)))
         raise MoecError(f"a weight cannot be quantized: {error}", model=names) from None
+
+
+def _packed(quantized: Step, box: Box, inner: Pull) -> Parts:
+    """Return the parts of rows whose codes and scales the checkpoint holds."""
+    format, codes = _format(quantized), quantized.items[0]
+    *rows, _ = box
+    groups = (*rows, (0, codes.type.sizes[-1] // format.group))
+    scales = inner(quantized.items[1], groups)
+    if not torch.isfinite(scales.float()).all():
+        raise ValueError("some scales are infinite or not numbers")
+    parts = {
+        "codes": pack(inner(codes, box), format.bits),
+        "scales": scales.view(torch.uint8) if format.scale == "f8e8m0" else scales.float(),
+    }
+    if format.zeros:
+        half = torch.full(scales.shape, 1 << (format.bits - 1), dtype=torch.uint8)
+        zeros = inner(quantized.items[2], groups) if len(quantized.items) > 2 else half
+        parts["zeros"] = pack(zeros, format.bits)
+    return parts
 
 
 def _with_inputs(item: Recipe, numbers: torch.Tensor, box: Box, format: Format, source: Calibrated) -> Parts:
@@ -106,4 +127,4 @@ def _part(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
 
 
 # the steps of recipes.STEPS on quantized weights, as in pull.EVALUATE
-QUANTIZED = {"quantize": _quantize, **{name: _part(name) for name in PARTS}}
+QUANTIZED = {"quantize": _quantize, "packed": _quantize, **{name: _part(name) for name in PARTS}}

@@ -184,6 +184,8 @@ def interleaved(recipe: Recipe) -> Recipe:
     match recipe:
         case Step("cast" | "quantize", (item,)):
             return step(recipe.name, interleaved(item), **recipe.attributes)
+        case Step("packed", items):
+            return step("packed", *map(interleaved, items), **recipe.attributes)
         case Step("concat", (gate, up)) if (
             recipe.attributes["axis"] == 1 and range_length(gate) == range_length(up) == 1 and gate.type == up.type
         ):

@@ -1,0 +1,188 @@
+"""Imports a GGUF file: llama.cpp's names for weights, and a config.json beside it or one made of its metadata.
+
+Only architectures whose converter is known to leave the numbers as they are (or, for llama, to reorder the rows of q
+and k) are read; a tensor without a place in the model is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..code_steps import BLOCKS
+from ..errors import MoecError
+from ..ir import Module
+from ..recipes import Recipe, Tensor, step
+from ..weights.gguf import Gguf, open_gguf
+from .skeleton import Skeleton, build, read_config
+from .stored import first_number, layer_types
+from .transformers_model import import_model
+
+# general.architecture -> model_types of transformers that are stored under it
+ARCHITECTURES = {
+    "llama": ("mixtral", "llama", "mistral"), "qwen2moe": ("qwen2_moe",), "qwen3moe": ("qwen3_moe",),
+    "olmoe": ("olmoe",), "qwen2": ("qwen2",), "qwen3": ("qwen3",),
+}  # fmt: skip
+REORDERED = ("llama",)  # the rows of q and k lie as interleaved rope wants them (convert_hf_to_gguf.py, permute)
+
+# a part of a name of transformers -> llama.cpp's; the order matters
+_NAMES = (
+    (r"^model\.embed_tokens\.", "token_embd."), (r"^model\.norm\.", "output_norm."), (r"^lm_head\.", "output."),
+    (r"^model\.layers\.", "blk."), (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."), (r"\.self_attn\.o_proj\.", ".attn_output."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn_\1."), (r"\.self_attn\.([qk])_norm\.", r".attn_\1_norm."),
+    (r"\.mlp\.gate\.", ".ffn_gate_inp."), (r"\.mlp\.shared_expert_gate\.", ".ffn_gate_inp_shexp."),
+    (r"\.mlp\.shared_expert\.(gate|up|down)_proj\.", r".ffn_\1_shexp."),
+    (r"\.mlp\.experts\.(gate_up|down)_proj$", r".ffn_\1_exps.weight"), (r"\.mlp\.(gate|up|down)_proj\.", r".ffn_\1."),
+)  # fmt: skip
+# a key of the metadata behind the architecture -> a key of the config
+_KEYS = {
+    "context_length": "max_position_embeddings", "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
+    "attention.key_length": "head_dim", "expert_used_count": "num_experts_per_tok",
+}  # fmt: skip
+
+
+def import_gguf(file: Path, name: str) -> tuple[Module, Gguf]:
+    """Return the module of a GGUF file and the opened file; config.json is read where it lies beside it."""
+    opened = open_gguf(file)
+    architecture = opened.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise MoecError(
+            f"GGUF files of architecture {architecture!r} are not understood",
+            where=str(file),
+            todo=f"there are {', '.join(ARCHITECTURES)}; or give the safetensors checkpoint",
+        )
+    beside = (file.parent / "config.json").is_file()
+    config = read_config(file.parent) if beside else _config(opened, str(architecture), file)
+    if config.model_type not in ARCHITECTURES[str(architecture)]:
+        what = f"config.json is of model_type {config.model_type!r}, the file of architecture {architecture!r}"
+        raise MoecError(
+            what, where=str(file.parent / "config.json"), todo="remove it, or bring those that belong together"
+        )
+    skeleton = build(config)
+    kinds, types = layer_types(opened.checkpoint), opened.kinds
+
+    def stored_as(layer: int) -> Hashable:
+        return kinds(layer), tuple(
+            sorted((n.partition(".")[2].partition(".")[2], k) for n, k in types.items() if first_number(n) == layer)
+        )
+
+    def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
+        found = {w: r for w in wanted if (r := _recipe(w, opened, skeleton, str(architecture))) is not None}
+        _check_all_used(opened, wanted, found, file)
+        return found
+
+    return import_model(skeleton, mapper, name, stored_as=stored_as), opened
+
+
+def gguf_name(name: str) -> str:
+    """Return llama.cpp's name of a parameter of transformers."""
+    for pattern, replacement in _NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _recipe(name: str, opened: Gguf, skeleton: Skeleton, architecture: str) -> Recipe | None:
+    """Return how a parameter is made; None where the file has no tensor for it."""
+    theirs = gguf_name(name)
+    if "ffn_gate_up_exps" in theirs:
+        halves = [_numbers(theirs.replace("gate_up", half), opened) for half in ("gate", "up")]
+        return step("concat", *halves, axis=1) if all(h is not None for h in halves) else None  # type: ignore[arg-type]
+    found = _numbers(theirs, opened)
+    if found is None:
+        return None
+    if "ffn_gate_inp_shexp" in theirs and len(found.type.shape) == 1:
+        return step("reshape", found, shape=(1, *found.type.sizes))
+    if architecture in REORDERED and (part := re.search(r"attn_([qk])\.", theirs)):
+        config = skeleton.config
+        heads = config.num_attention_heads if part[1] == "q" else config.num_key_value_heads
+        return _half_rotated(found, heads)
+    return found
+
+
+def _half_rotated(found: Recipe, heads: int) -> Recipe:
+    """Return the rows of each head with the first elements of all pairs first, as transformers has them."""
+    rows, *rest = found.type.sizes
+    pairs = step("reshape", found, shape=(heads, rows // heads // 2, 2, *rest))
+    turned = step("transpose", pairs, perm=(0, 2, 1, *range(3, 3 + len(rest))))
+    return step("reshape", turned, shape=(rows, *rest))
+
+
+def _numbers(name: str, opened: Gguf) -> Recipe | None:
+    """Return a tensor of the file as numbers."""
+    info = opened.checkpoint.tensors.get(name)
+    if info is None:
+        return None
+    tensor = Tensor(name, info.type)
+    return tensor if name not in opened.kinds else dequantized(tensor, opened.kinds[name])
+
+
+def dequantized(tensor: Tensor, kind: str) -> Recipe:
+    """Return the numbers of a tensor of blocks."""
+    block = BLOCKS[kind]
+    parts = ("codes", "scales", *(["minimums"] if block.minimums else []))
+    codes, *others = (step("blocks", tensor, of=kind, part=part) for part in parts)
+    shape = (*(1 for _ in tensor.type.shape[1:]), block.group)
+    if block.element != "int":
+        return step("dequantize", step("decode", codes, of=block.element), *others, block=shape)
+    return step("dequantize", codes, *others, block=shape, bits=block.bits)
+
+
+def _check_all_used(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe], file: Path) -> None:
+    """Raise MoecError for a tensor of a wanted layer, or outside of layers, that no parameter is made of."""
+    from ..recipes import tensors
+
+    numbers = {first_number(name) for name in wanted} | {None}
+    used = {t.name for recipe in found.values() for t in tensors(recipe)}
+    left = [n for n in opened.checkpoint.tensors if first_number(n) in numbers and n not in used]
+    if left:
+        raise MoecError(
+            f"the tensor {left[0]} has no place in the model"
+            + (f", nor have {len(left) - 1} more" if left[1:] else ""),
+            where=str(file),
+            todo="this variant of the architecture is not understood: give the safetensors checkpoint",
+        )
+
+
+def _config(opened: Gguf, architecture: str, file: Path) -> Any:
+    """Return the transformers config that the metadata says."""
+    from transformers import AutoConfig
+
+    about = {
+        k.removeprefix(f"{architecture}."): v for k, v in opened.metadata.items() if k.startswith(f"{architecture}.")
+    }
+    experts = about.get("expert_count", 0)
+    model_type = ARCHITECTURES[architecture][0 if experts or architecture != "llama" else 1]
+    scaling = about.get("rope.scaling.type", "none")
+    missing = [
+        k for k in ("block_count", "embedding_length", "attention.head_count", "context_length") if k not in about
+    ]
+    if missing or scaling != "none":
+        what = f"the metadata has no {architecture}.{missing[0]}" if missing else f"rope.scaling.type {scaling!r}"
+        raise MoecError(
+            f"a config cannot be made of it: {what}", where=str(file), todo="put config.json beside the file"
+        )
+    values = {ours: about[theirs] for theirs, ours in _KEYS.items() if theirs in about}
+    values |= {"rope_parameters": {"rope_type": "default", "rope_theta": values.pop("rope_theta", 10000.0)}}
+    length = opened.metadata.get("tokenizer.ggml.tokens", about.get("vocab_size"))
+    if isinstance(length, tuple):
+        length = len(length)
+    embedding = opened.checkpoint.tensors.get("token_embd.weight")
+    values["vocab_size"] = length or (embedding.type.sizes[0] if embedding else 0)
+    values["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
+    width, dense = about.get("expert_feed_forward_length"), about.get("feed_forward_length")
+    if model_type in ("qwen2_moe", "qwen3_moe"):
+        values |= {"moe_intermediate_size": width or dense, "intermediate_size": dense or width}
+        values["norm_topk_prob"] = model_type == "qwen3_moe"  # as llama.cpp computes them
+        shared = opened.checkpoint.tensors.get("blk.0.ffn_up_shexp.weight")
+        values["shared_expert_intermediate_size"] = shared.type.sizes[0] if shared else 0
+    else:
+        values["intermediate_size"] = width if width and experts else dense
+    values["tie_word_embeddings"] = "output.weight" not in opened.checkpoint.tensors
+    if "attention.sliding_window" in about:
+        values["sliding_window"] = about["attention.sliding_window"]
+    return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})

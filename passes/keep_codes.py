@@ -1,0 +1,152 @@
+"""Stores the weights of quantized checkpoints as the codes that lie there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..compiler.codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
+from ..compiler.formats import GROUPS, Format, format_of
+from ..compiler.ir import Const, Function, Module, Op, Value
+from ..compiler.pipeline import pass_
+from ..compiler.quantization import steps_of
+from ..compiler.recipes import Recipe, step
+from ..compiler.rewrite import Why, tell
+from ..compiler.roles import weight_roles
+
+Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> what stands there, and its format
+
+NEAREST_BITS = 8  # of the format for weights whose codes no format holds
+_UNGROUPED = 128  # the group of weights whose columns each have a scale of their own
+
+
+@pass_(reads="moe", tolerance=1.0)
+def keep_codes(module: Module, target: Any, why: Why) -> Module:
+    """Store the weights of a quantized checkpoint in the smallest format that the target runs and that holds their codes.
+
+    Where no format holds the codes of all weights of an op, those that have none are quantized again, to 8 bits in the
+    groups that they had. Weights that are not quantized in the checkpoint stay as they are.
+    """
+    notes: list[str] = []
+    functions = {}
+    for function, roles in ((f, weight_roles(module)[f.name]) for f in module.functions):
+        recipes = {c.value.name: c.recipe for c in function.consts}
+        places: dict[int, dict[int, Recipe]] = {}
+        for i, k in roles:
+            value = function.ops[i].operands[k]
+            assert value
+            places.setdefault(i, {})[k] = recipes[value.name]
+        chosen = {i: _choose(function, function.ops[i], weights, target, notes) for i, weights in places.items()}
+        functions[function.name] = _store(function, {i: stored for i, stored in chosen.items() if stored})
+    tell(why, notes)
+    return module.with_functions(functions)
+
+
+def _choose(function: Function, op: Op, weights: Mapping[int, Recipe], target: Any, notes: list[str]) -> Stored:
+    """Return how the weights of an op are stored; nothing where they stay as they are."""
+    if not any(map(is_stored_quantized, weights.values())):
+        return {}
+    place = f"@{function.name} {', '.join(op.loc)}: {', '.join(str(op.operands[k]) for k in weights)}"
+    found: dict[int, Codes] = {}
+    reasons: list[str] = []
+    for k, recipe in weights.items():
+        try:
+            found[k] = _by_rows(recipe)
+        except NotKept as error:
+            reasons.append(f"{op.operands[k]}: {error}")
+    exact = {k: [f for f in exact_formats(codes) if not _obstacle(op, f, target)] for k, codes in found.items()}
+    common = [f for f in next(iter(exact.values()), []) if all(f in formats for formats in exact.values())]
+    if common and len(found) == len(weights):
+        names = ", ".join(sorted({codes.name for codes in found.values()}))
+        notes.append(f"note: {place} keep the codes of the checkpoint, {names}, as {common[0].name}")
+        return {k: (packed(codes, common[0]), common[0]) for k, codes in found.items()}
+    if not all(map(is_stored_quantized, weights.values())):
+        notes.append(f"note: {place}: {'; '.join(reasons)}; they stay f32")
+        return {}
+    nearest = _nearest(op, weights, target)
+    reason = (
+        "; ".join(reasons) or f"no format of the target holds {', '.join(sorted({c.name for c in found.values()}))}"
+    )
+    if nearest is None:
+        notes.append(f"note: {place}: {reason}; no group divides their rows, they stay f32")
+        return {}
+    notes.append(f"note: {place}: {reason}; stored as {nearest.name}, which is near and not the same")
+    return {
+        k: (
+            packed(found[k], nearest) if nearest in exact.get(k, ()) else step("quantize", recipe, to=nearest.name),
+            nearest,
+        )
+        for k, recipe in weights.items()
+    }
+
+
+def _by_rows(recipe: Recipe) -> Codes:
+    """Return the codes of a weight that share scales along its rows."""
+    found = take_apart(recipe)
+    if found.axis != len(recipe.type.shape) - 1:
+        raise NotKept("its codes share scales across rows, and formats along them")
+    return found
+
+
+def _obstacle(op: Op, format: Format, target: Any) -> str:
+    return "" if target is None else target.holds(op, format) or ""
+
+
+def _nearest(op: Op, weights: Mapping[int, Recipe], target: Any) -> Format | None:
+    """Return the integers of 8 bits whose groups are those of the checkpoint, or the largest below them that fit."""
+    wanted = min(map(_source_group, weights.values()))
+    for group in reversed(GROUPS):
+        if group <= wanted and not any(recipe.type.sizes[-1] % group for recipe in weights.values()):
+            format = format_of(f"int{NEAREST_BITS}_g{group}")
+            if not _obstacle(op, format, target):
+                return format
+    return None
+
+
+def _source_group(recipe: Recipe) -> int:
+    """Return how many columns share a scale in the checkpoint."""
+    blocks: list[Any] = [s.attributes["block"] for s in steps_of(recipe) if s.name == "dequantize"]
+    group = min(int(max(block[-2:])) for block in blocks[:1])
+    return group if group > 1 else _UNGROUPED
+
+
+def _store(function: Function, chosen: Mapping[int, Stored]) -> Function:
+    """Return the function with other weights at operands; a weight that two ops hold in two formats becomes two."""
+    if not chosen:
+        return function
+    consts = {c.value.name: c for c in function.consts}
+    formats: dict[str, list[str]] = {}
+    for i, stored in chosen.items():
+        for k, (_, format) in stored.items():
+            formats.setdefault(_name(function.ops[i], k), []).append(format.name)
+    unchanged = _names_left(function, chosen)
+    ops = list(function.ops)
+    for i, stored in chosen.items():
+        operands = list(ops[i].operands)
+        for k, (recipe, format) in stored.items():
+            old = _name(function.ops[i], k)
+            alone = set(formats[old]) == {format.name} and old not in unchanged
+            value = Value(old if alone else f"{old}.{format.name}", recipe.type)
+            consts[value.name] = Const(value, recipe)
+            operands[k] = value
+        ops[i] = replace(ops[i], operands=tuple(operands))
+    used = {v.name for op in ops for v in op.inputs} | {v.name for v in function.results}
+    return replace(function, consts=tuple(c for c in consts.values() if c.value.name in used), ops=tuple(ops))
+
+
+def _name(op: Op, k: int) -> str:
+    value = op.operands[k]
+    assert value
+    return value.name
+
+
+def _names_left(function: Function, chosen: Mapping[int, Stored]) -> set[str]:
+    """Return the names that some op still reads as they were."""
+    kept = {
+        v.name
+        for i, op in enumerate(function.ops)
+        for k, v in enumerate(op.operands)
+        if v and k not in chosen.get(i, {})
+    }
+    return kept | {v.name for v in function.results}

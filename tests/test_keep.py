@@ -1,0 +1,222 @@
+"""`--quantize keep`: artifacts that hold the codes of their checkpoint, and what is said where none can."""
+
+import json
+import re
+
+import checkpoint_formats as formats
+import moec
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from moec.compiler.cli import main
+from moec.compiler.frontends import load
+from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.recipes import Step, step
+from moec.compiler.weights.pull import pull
+from tiny_models import padded_batch, random_model, save
+
+EXACT = 1e-4
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+CT4 = formats.ct_config("pack-quantized", type="int", num_bits=4, group_size=32)
+
+
+def quantized(write, skipped=("lm_head", "embed_tokens", ".gate", "norm")):
+    """Return a function that quantizes linears and experts, as the tools do."""
+    return lambda name, weight: None if name.endswith(skipped) else write(weight)
+
+
+def checkpoint(tmp_path, family, config, write, **changes):
+    plain = save(random_model(FAMILIES[family], **changes), tmp_path / "plain")
+    return formats.quantize_folder(tmp_path / "quantized", plain, config, write)
+
+
+def difference(artifact, plain, of=torch.max):
+    """Return the largest difference of logits from transformers, relative to the largest of them, in two steps.
+
+    With `of` the median: where weights are not the same, a token may go to another expert, and differ far.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    ids, mask, positions = padded_batch(128, 9)
+    session = artifact.session(spinning=False, accuracy="exact")
+    first, states = session.step(ids[:, :6].numpy(), mask[:, :6].numpy(), positions[:, :6].numpy())
+    second, _ = session.step(ids[:, 6:].numpy(), mask.numpy(), positions[:, 6:].numpy(), states)
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, position_ids=positions).logits
+    real = mask.bool()
+    found = torch.cat([torch.from_numpy(first), torch.from_numpy(second)], 1)
+    return float(of((found - wanted)[real].abs()) / wanted[real].abs().max())
+
+
+CASES = {
+    "gptq": (GPTQ, formats.gptq, "mixtral", "uint4_g"),
+    "gptq 3 bits": ({**GPTQ, "bits": 3}, lambda w: formats.gptq(w, bits=3), "qwen3_moe", "uint4_g"),
+    "awq": (AWQ, formats.awq, "qwen3_moe", "uint4_g"),
+    "ct int4": (CT4, formats.ct_packed, "qwen3_moe", "int4_g"),
+    "ct int4 zeros": (CT4, lambda w: formats.ct_packed(w, zeros=True), "qwen2_moe", "uint4_g"),
+    "ct int8 rows": (
+        formats.ct_config("int-quantized", type="int", num_bits=8), formats.ct_int8, "mixtral", "int8_g",
+    ),
+    "nvfp4": ({"quant_method": "modelopt"}, formats.nvfp4, "mixtral", "int8_g16"),
+    "mxfp4": (formats.ct_config("mxfp4-pack-quantized", num_bits=4), formats.mxfp4, "olmoe", "int8_g"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kept_codes_equal_the_dequantized_model(name, tmp_path):
+    config, write, family, expected = CASES[name]
+    folder, plain = checkpoint(tmp_path, family, config, quantized(write))
+    artifact = moec.compile(folder, out=tmp_path / "a", accuracy="exact")
+    kept = artifact.manifest["figures"]["kept"]["layer"]
+    assert set(kept) == {"exact"} and all(format.startswith(expected) for format in kept["exact"]), kept
+    assert not artifact.manifest["lossy"]
+    assert set(artifact.manifest["precision"]["layer"]) == {"f32", *kept["exact"]}
+    assert difference(artifact, plain) <= EXACT
+
+
+@pytest.mark.parametrize("name", ["gptq", "ct int4", "nvfp4"])
+def test_the_codes_are_those_of_the_checkpoint(name, tmp_path):
+    """Not one number is computed anew: what the parts stand for are the checkpoint's numbers, bit by bit."""
+    config, write, family, _ = CASES[name]
+    folder, _ = checkpoint(tmp_path, family, config, quantized(write))
+    weights = load(folder).weights
+    before, after = (moec.compile(folder, stop_after="moe", quantize=q) for q in ("f32", None))
+    consts = {c.value.name: c.recipe for c in before.by_name["layer"].consts}
+    seen = 0
+    for const in after.by_name["layer"].consts:
+        if isinstance(const.recipe, Step) and const.recipe.name == "packed":
+            bound = [_in_layer(after, recipe) for recipe in (consts[const.value.name], const.recipe)]
+            assert torch.equal(*(pull(recipe, weights) for recipe in bound))
+            seen += 1
+    assert seen == 4  # q, k and v in one, o, up, down
+
+
+def _in_layer(module, recipe):
+    from moec.compiler.recipes import bind
+
+    return bind(recipe, module.by_name["layer"].weights, {"layer": "1"})
+
+
+def test_without_keep_the_numbers_are_f32(tmp_path):
+    folder, plain = checkpoint(tmp_path, "mixtral", GPTQ, quantized(formats.gptq))
+    artifact = moec.compile(folder, out=tmp_path / "a", quantize="f32")
+    assert "kept" not in artifact.manifest["figures"] and artifact.manifest["precision"]["layer"] == ["f32"]
+    assert difference(artifact, plain) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "write", "reason"),
+    [
+        ("fp8", {"quant_method": "fp8", "weight_block_size": [32, 32]},
+         lambda w: formats.fp8(w, (32, 32), "weight_scale_inv"), "its codes are f8e4m3; .* stored as int8_g32"),
+        ("act-order", {**GPTQ, "desc_act": True}, lambda w: formats.gptq(w, act_order=True),
+         "each of its columns has a scale of its own .*; stored as int8_g"),
+    ],
+)  # fmt: skip
+def test_what_no_format_holds_is_stored_near_it(name, config, write, reason, tmp_path):
+    folder, plain = checkpoint(tmp_path, "mixtral", config, quantized(write))
+    notes = []
+    artifact = moec.compile(folder, out=tmp_path / "a", accuracy="exact", why=notes)
+    assert any(re.search(reason, note) for note in notes), notes
+    assert set(artifact.manifest["figures"]["kept"]["layer"]) == {"near"} and artifact.manifest["lossy"]
+    assert EXACT < difference(artifact, plain, of=torch.median) < 0.01
+
+
+def test_experts_of_one_op_share_a_format(tmp_path):
+    """Up in 4 bits and down in 8 become 8 bits, both exact; with FP8 down, down alone is near."""
+
+    def mixed(name, weight):
+        if name.endswith("w2"):
+            return formats.ct_packed(weight, bits=8)
+        return formats.ct_packed(weight) if name.endswith(("w1", "w3")) else None
+
+    config = {
+        **CT4,
+        "config_groups": {f"g{b}": {"weights": {"type": "int", "num_bits": b, "group_size": 32}} for b in (4, 8)},
+    }
+    folder, plain = checkpoint(tmp_path, "mixtral", config, mixed)
+    artifact = moec.compile(folder, out=tmp_path / "a", accuracy="exact")
+    assert artifact.manifest["figures"]["kept"]["layer"] == {"exact": ["int8_g32"]}
+    assert difference(artifact, plain) <= EXACT
+
+
+def test_layers_stored_in_other_ways_are_other_functions(tmp_path):
+    def second_plain(name, weight):
+        return None if ".layers.1." in name else quantized(formats.gptq)(name, weight)
+
+    folder, plain = checkpoint(tmp_path, "mixtral", GPTQ, second_plain)
+    artifact = moec.compile(folder, out=tmp_path / "a", accuracy="exact")
+    assert artifact.manifest["figures"]["kept"] == {"layer_0": {"exact": ["uint4_g32"]}}
+    assert difference(artifact, plain) <= EXACT
+
+
+def test_other_weights_can_be_quantized_beside(tmp_path):
+    def experts_only(name, weight):
+        return formats.ct_packed(weight) if ".experts." in name else None
+
+    folder, plain = checkpoint(tmp_path, "mixtral", CT4, experts_only)
+    artifact = moec.compile(folder, out=tmp_path / "a", accuracy="exact", quantize="keep,attention=int8_g32")
+    assert artifact.manifest["precision"]["layer"] == ["f32", "int4_g32", "int8_g32"]
+    assert EXACT < difference(artifact, plain, of=torch.median) < 0.01
+
+
+def test_gpt_oss_in_mxfp4(tmp_path):
+    model = random_model(FAMILIES["gpt_oss"])
+    plain = save(model, tmp_path / "plain")
+    from safetensors.torch import load_file, save_file
+
+    stored, meant = {}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            leaves, made = formats.mxfp4(tensor.transpose(1, 2).numpy(), "_blocks", "_scales")
+            leaves["_blocks"] = leaves["_blocks"].unflatten(-1, (-1, 16))
+            stored |= {f"{name}{leaf}": t.contiguous() for leaf, t in leaves.items()}
+            meant[name] = torch.from_numpy(made).transpose(1, 2).contiguous()
+        else:
+            stored[name] = meant[name] = tensor
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    save_file(stored, folder / "model.safetensors")
+    save_file(meant, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    artifact = moec.compile(folder, out=tmp_path / "a", accuracy="exact")
+    kept = artifact.manifest["figures"]["kept"]
+    assert all(formats["exact"] == ["int8_g16"] or formats["exact"] == ["int8_g32"] for formats in kept.values()), kept
+    assert difference(artifact, plain) <= EXACT
+    (folder / "model.safetensors").unlink()
+    printed = moec.compile(folder, stop_after="moe")
+    from moec.compiler.cost import module_costs
+
+    assert module_costs(printed).total.parameters == sum(t.numel() for t in meant.values())
+
+
+def test_the_command_says_what_was_kept(tmp_path):
+    folder, _ = checkpoint(tmp_path, "mixtral", AWQ, quantized(formats.awq))
+    done = CliRunner().invoke(main, ["compile", str(folder), "-o", str(tmp_path / "a"), "--quantize", "keep", "--why"])
+    assert done.exit_code == 0, done.output
+    assert "codes of the checkpoint kept in @layer: uint4_g32\n" in done.stderr
+    assert "keep the codes of the checkpoint, uint4 in groups of 32, as uint4_g32" in done.stderr
+
+
+def test_experts_interleave_as_codes():
+    """Rows of gate and up in turn, for codes, scales and zero points alike."""
+    from moec.compiler.ir import TensorType
+    from moec.compiler.recipes import Tensor
+    from moec.compiler.weights.sources import ModuleSource
+    from moec.targets.cpu.lower_quantized import interleaved
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "q": torch.randint(0, 16, (2, 6, 32), generator=generator).to(torch.uint8),
+        "s": torch.rand(2, 6, 2, generator=generator),
+        "z": torch.randint(0, 16, (2, 6, 2), generator=generator).to(torch.uint8),
+    }
+    types = {"q": "u8", "s": "f32", "z": "u8"}
+    leaves = [Tensor(n, TensorType.of(types[n], *t.shape)) for n, t in tensors.items()]
+    packed = step("packed", *leaves, to="uint4_g16")
+    whole, turned = (pull(r, ModuleSource(tensors)) for r in (packed, interleaved(packed)))
+    assert torch.equal(turned, torch.stack([whole[:, :3], whole[:, 3:]], 2).flatten(1, 2))
+    assert np.abs(whole.numpy()).max() > 0

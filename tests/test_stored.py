@@ -1,0 +1,231 @@
+"""Quantized checkpoints: what each layout decodes to, and what is said where one is not understood."""
+
+import json
+
+import checkpoint_formats as formats
+import numpy as np
+import pytest
+import torch
+from moec.compiler.codes import packed, take_apart
+from moec.compiler.errors import MoecError
+from moec.compiler.formats import format_of
+from moec.compiler.frontends.layouts import Stored, gptq
+from moec.compiler.frontends.stored import read_quantization, stored_tensors
+from moec.compiler.ir import TensorType
+from moec.compiler.recipes import Tensor, step
+from moec.compiler.weights.checkpoint import open_checkpoint
+from moec.compiler.weights.pull import pull
+from moec.compiler.weights.quantized import encode_rows
+from moec.compiler.weights.sources import RandomSource, cut
+from safetensors.torch import save_file
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+FP8 = {"quant_method": "fp8"}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+INT4 = {"type": "int", "num_bits": 4}
+
+# name -> (rows, columns, how it is written, quantization_config)
+LAYOUTS = {
+    "fp8 blocks": (40, 100, lambda w: formats.fp8(w, (16, 32), "weight_scale_inv"), {**FP8, "weight_block_size": [16, 32]}),
+    "fp8 tensor": (7, 33, lambda w: formats.fp8(w, shape=()), FP8),
+    "fp8 tensor, one element": (7, 33, lambda w: formats.fp8(w, shape=(1,)), {"quant_method": "modelopt"}),
+    "fp8 mistral": (7, 33, lambda w: formats.fp8(w, leaf="qscale_weight", shape=()), FP8),
+    "fp8 rows": (7, 33, lambda w: formats.fp8(w, (1, 0), shape=(7, 1)), formats.ct_config("float-quantized", type="float")),
+    "fp8 rows, flat": (7, 33, lambda w: formats.fp8(w, (1, 0), shape=(7,)), FP8),
+    "fp8 ct blocks": (
+        40, 70, lambda w: formats.fp8(w, (16, 32)), formats.ct_config("float-quantized", block_structure=[16, 32]),
+    ),
+    "mxfp8": (7, 96, formats.mxfp8, {"quant_method": "mxfp8"}),
+    "mxfp4": (7, 96, formats.mxfp4, formats.ct_config("mxfp4-pack-quantized", type="float", num_bits=4)),
+    "mxfp4 deepseek v4": (7, 96, lambda w: formats.mxfp4(w, "weight", "scale"), {**FP8, "weight_block_size": [128, 128]}),
+    "fp8 deepseek v4": (
+        200, 130, lambda w: formats.fp8(w, (128, 128), "scale"), {**FP8, "weight_block_size": [128, 128]},
+    ),
+    "nvfp4 modelopt": (7, 96, formats.nvfp4, MODELOPT),
+    "nvfp4 ct": (7, 96, lambda w: formats.nvfp4(w, "ct"), formats.ct_config("nvfp4-pack-quantized", type="float")),
+    "gptq": (40, 96, formats.gptq, GPTQ),
+    "gptq v2": (40, 96, lambda w: formats.gptq(w, version=2), {**GPTQ, "checkpoint_format": "gptq_v2"}),
+    "gptq act-order": (40, 96, lambda w: formats.gptq(w, act_order=True), {**GPTQ, "desc_act": True}),
+    "gptq act-order, not said": (40, 96, lambda w: formats.gptq(w, act_order=True), GPTQ),
+    "gptq short last group": (40, 112, formats.gptq, GPTQ),
+    "gptq 2 bits": (32, 96, lambda w: formats.gptq(w, bits=2), {**GPTQ, "bits": 2}),
+    "gptq 3 bits": (32, 96, lambda w: formats.gptq(w, bits=3), {**GPTQ, "bits": 3}),
+    "gptq 8 bits": (32, 96, lambda w: formats.gptq(w, bits=8), {**GPTQ, "bits": 8}),
+    "awq": (40, 96, formats.awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "ct int4": (7, 96, formats.ct_packed, formats.ct_config("pack-quantized", **INT4, group_size=32)),
+    "ct int4, short last group": (7, 100, formats.ct_packed, formats.ct_config("pack-quantized", **INT4, group_size=32)),
+    "ct int4 zeros": (
+        7, 100, lambda w: formats.ct_packed(w, zeros=True), formats.ct_config("pack-quantized", **INT4, group_size=32),
+    ),
+    "ct int4 rows": (7, 99, lambda w: formats.ct_packed(w, group=0), formats.ct_config("pack-quantized", **INT4)),
+    "ct int3": (
+        7, 100, lambda w: formats.ct_packed(w, bits=3, zeros=True),
+        formats.ct_config("pack-quantized", type="int", num_bits=3, group_size=32),
+    ),
+    "ct int8": (
+        7, 99, lambda w: formats.ct_packed(w, bits=8),
+        formats.ct_config("pack-quantized", type="int", num_bits=8, group_size=32),
+    ),
+    "ct int-quantized": (7, 99, formats.ct_int8, formats.ct_config("int-quantized", type="int", num_bits=8)),
+    "ct int-quantized zeros": (
+        7, 99, lambda w: formats.ct_int8(w, zeros=True), formats.ct_config("int-quantized", type="int", num_bits=8),
+    ),
+}  # fmt: skip
+
+
+class Config:
+    """As much of a transformers config as is asked."""
+
+    def __init__(self, quantization):
+        self.quantization_config = quantization
+
+    def get_text_config(self, decoder):
+        return self
+
+
+def opened(folder, leaves, quantization, name="model.layers.0.mlp.up_proj"):
+    """Write one module and return its tensors as recipes, and the checkpoint."""
+    save_file({f"{name}.{leaf}": t.contiguous() for leaf, t in leaves.items()}, folder / "model.safetensors")
+    checkpoint = open_checkpoint(folder)
+    found = read_quantization(Config(quantization), folder) if quantization else None
+    return stored_tensors(checkpoint, [f"{name}.weight"], found), checkpoint
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_decode_as_defined(name, tmp_path):
+    rows, columns, write, quantization = LAYOUTS[name]
+    weight = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
+    leaves, meant = write(weight)
+    recipes, checkpoint = opened(tmp_path, {**leaves, "bias": torch.ones(rows)}, quantization)
+    assert sorted(recipes) == ["model.layers.0.mlp.up_proj.bias", "model.layers.0.mlp.up_proj.weight"]
+    recipe = recipes["model.layers.0.mlp.up_proj.weight"]
+    made = pull(recipe, checkpoint)
+    assert np.array_equal(made.numpy(), meant)
+    assert 0 < np.abs(meant - weight).max() < (2.2 if " 2 bits" in name else 0.7)  # it is the weight, in fewer bits
+    for box in (((1, 4), (0, columns)), ((0, rows), (5, 31)), ((3, rows - 1), (17, columns))):
+        assert torch.equal(pull(recipe, checkpoint, box), cut(made, box))
+
+
+def test_a_tile_reads_its_own_codes_alone():
+    """Rows 8..16 of one expert: its words, scales and zero points for these rows, and nothing of the others."""
+    asked = {}
+
+    class Watch(RandomSource):
+        def read(self, name, box=None, expected=None):
+            asked[name] = box
+            return super().read(name, box, expected)
+
+    types = {
+        "qweight": TensorType.of("i32", 12, 40), "qzeros": TensorType.of("i32", 3, 5), "scales": TensorType.of("f16", 3, 40),
+    }  # fmt: skip
+    parts = {leaf: Tensor(f"experts.{{0..7}}.{leaf}", t) for leaf, t in types.items()}
+    stacked = step("stack", gptq(Stored(parts, GPTQ, None, lambda name: torch.empty(0))))
+    wanted = {"qweight": ((0, 12), (8, 16)), "qzeros": ((0, 3), (1, 2)), "scales": ((0, 3), (8, 16))}
+    wanted = {f"experts.5.{leaf}": box for leaf, box in wanted.items()}
+    rows = ((5, 6), (8, 16))
+    pull(stacked, Watch(), (*rows, (0, 96)))
+    assert asked == wanted
+    asked.clear()
+    encode_rows(packed(take_apart(stacked), format_of("uint4_g32")), Watch(), rows)
+    assert asked == wanted
+
+
+def test_the_experts_of_gpt_oss(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(3, 10, 64)).astype(np.float32)
+    leaves, meant = formats.mxfp4(weight, "_blocks", "_scales")
+    leaves["_blocks"] = leaves["_blocks"].reshape(3, 10, 2, 16)
+    save_file({f"layers.0.mlp.experts.up{k}": t for k, t in leaves.items()}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    recipes = stored_tensors(checkpoint, ["layers.0.x"], {"quant_method": "mxfp4"})
+    made = pull(recipes["layers.0.mlp.experts.up"], checkpoint)
+    assert np.array_equal(made.numpy(), meant.transpose(0, 2, 1))
+
+
+def test_as_compressed_tensors_decodes(tmp_path):
+    """Scales in f32 and numbers in f32: the library rounds to the dtype of the scales otherwise."""
+    base = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    assert base
+    cases = {
+        "ct int4": {"num_bits": 4, "strategy": "group", "group_size": 32},
+        "ct int3": {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False},
+        "ct int4 zeros": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        "ct int4 rows": {"num_bits": 4, "strategy": "channel"},
+        "ct int-quantized": {"num_bits": 8, "strategy": "channel"},
+        "ct int-quantized zeros": {"num_bits": 8, "strategy": "channel", "symmetric": False},
+        "fp8 rows": {"num_bits": 8, "type": "float", "strategy": "channel"},
+        "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+        "nvfp4 ct": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    }
+    for name, arguments in cases.items():
+        rows, _, write, quantization = LAYOUTS[name]
+        columns = 96
+        leaves, _ = write(np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32))
+        if name not in ("mxfp4", "nvfp4 ct"):
+            leaves["weight_scale"] = leaves["weight_scale"].float()
+        recipes, checkpoint = opened(tmp_path, leaves, quantization)
+        made = pull(recipes["model.layers.0.mlp.up_proj.weight"], checkpoint)
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
+        compressor = BaseCompressor.get_value_from_registry(quantization["format"])
+        wanted = compressor.decompress({k: v.clone() for k, v in leaves.items()}, scheme)["weight"]
+        assert torch.equal(made.to(wanted.dtype), wanted), name
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "hqq"}, "weights quantized with 'hqq' are not understood"),
+        ({"quant_method": "awq", "version": "gemv"}, "AWQ weights of version 'gemv'"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        (formats.ct_config("marlin-24"), "compressed tensors with format 'marlin-24'"),
+        (
+            {**formats.ct_config("pack-quantized"), "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config",
+        ),
+        ({**formats.ct_config("pack-quantized"), "transform_config": {"r1": {}}}, "transform_config is not understood"),
+    ],
+)
+def test_configs_that_are_not_understood(quantization, message, tmp_path):
+    with pytest.raises(MoecError, match=message) as caught:
+        read_quantization(Config(quantization), tmp_path)
+    assert caught.value.where.endswith("config.json") and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "nvfp4 modelopt",
+            {"pre_quant_scale": torch.ones(96)},
+            "up_proj.pre_quant_scale beside .*weight is not understood",
+        ),
+        ("nvfp4 modelopt", {"weight_scale_2": None}, "scales E4M3 without weight_scale_2"),
+        ("gptq", {"qzeros": None}, "a tensor 'qzeros' is missing"),
+        ("gptq", {"scales": torch.ones(3, 41, dtype=torch.float16)}, "up_proj.qweight is not understood"),
+        ("ct int4", {"weight_shape": torch.tensor([7, 200])}, r"weight_shape \[7, 200\]"),
+        ("fp8 blocks", {"weight_scale_inv": torch.ones(3, 7)}, "scales f32.3, 7. do not divide"),
+    ],
+)
+def test_tensors_that_are_not_understood(name, change, message, tmp_path):
+    rows, columns, write, quantization = LAYOUTS[name]
+    leaves, _ = write(np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32))
+    changed = {k: v for k, v in {**leaves, **change}.items() if v is not None}
+    with pytest.raises(MoecError, match=message) as caught:
+        opened(tmp_path, changed, quantization)
+    assert caught.value.where.endswith("model.safetensors")
+
+
+def test_scales_without_a_quantization_config(tmp_path):
+    leaves, _ = formats.fp8(np.ones((4, 4), np.float32), (2, 2), "weight_scale_inv")
+    with pytest.raises(MoecError, match=r"has scales, but config\.json has no quantization_config"):
+        opened(tmp_path, leaves, None)
+
+
+def test_the_config_of_modelopt_may_be_a_file_of_its_own(tmp_path):
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert read_quantization(Config(None), tmp_path) == MODELOPT
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(MoecError, match="has no `quantization`"):
+        read_quantization(Config(None), tmp_path)
