@@ -169,7 +169,6 @@ def test_a_closed_pipe_is_quiet():
     assert process.returncode == 141
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_interrupt_is_one_line(tmp_path):
     fifo = tmp_path / "pipe.moir"
     os.mkfifo(fifo)

@@ -177,8 +177,7 @@ def block_recipe(name, raw):
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_blocks_decode_as_gguf_does(name):
-    quants = pytest.importorskip("gguf.quants")
-    from gguf import GGMLQuantizationType
+    from gguf import GGMLQuantizationType, quants
 
     raw = random_blocks(name, 5, 3)
     wanted = quants.dequantize(raw, GGMLQuantizationType[name.upper()])

@@ -162,12 +162,12 @@ def test_a_config_beside_the_file_and_a_folder_as_the_source(tmp_path):
 
 
 def test_the_header_as_gguf_reads_it(tmp_path):
-    reader = pytest.importorskip("gguf").GGUFReader
+    from gguf import GGUFReader
     from gguf.quants import dequantize
 
     with torch.no_grad():
         file, _ = write_model(tmp_path, "qwen3_moe", lambda name: "q8_0")
-    opened, theirs = open_gguf(file), reader(file)
+    opened, theirs = open_gguf(file), GGUFReader(file)
     assert {t.name for t in theirs.tensors} == set(opened.checkpoint.tensors)
     for tensor in theirs.tensors:
         info, kind = opened.checkpoint.tensors[tensor.name], opened.kinds.get(tensor.name)

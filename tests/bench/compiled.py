@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,17 +38,7 @@ class Compiled:
         return self.artifact.run(tokens=prompt, max_new_tokens=tokens, greedy=True, eos=(), session=self.session)
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
+if __name__ == "__main__":
     import onnxruntime  # noqa: F401 - importing is not loading
 
-    vocabulary = json.loads((given.source / "config.json").read_text())["vocab_size"]
-    worker.serve(lambda: Compiled(given.source, given.threads), vocabulary)
-
-
-if __name__ == "__main__":
-    main()
+    worker.main(__doc__, Compiled)

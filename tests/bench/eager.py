@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,17 +59,7 @@ class Eager:
         return found.logits[:, -1].argmax(-1, keepdim=True), found.past_key_values
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
+if __name__ == "__main__":
     import transformers.models.olmoe.modeling_olmoe  # noqa: F401 - importing is not loading
 
-    vocabulary = json.loads((given.source / "config.json").read_text())["vocab_size"]
-    worker.serve(lambda: Eager(given.source, given.threads), vocabulary)
-
-
-if __name__ == "__main__":
-    main()
+    worker.main(__doc__, Eager)

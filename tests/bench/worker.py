@@ -6,6 +6,7 @@ alive between the rounds; whoever started it stops it (SIGSTOP) while another co
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -31,6 +32,16 @@ class Model(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """Return what the report should say: `weights_bytes` (the file) and others."""
+
+
+def main(description: str | None, load: Callable[[Path, int], Model]) -> None:
+    """Read the command line of a contender that takes a folder, and serve it; `load` gets the folder and the threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    vocabulary = json.loads((given.source / "config.json").read_text())["vocab_size"]
+    serve(lambda: load(given.source, given.threads), vocabulary)
 
 
 def serve(load: Callable[[], Model], vocabulary: int) -> None:
