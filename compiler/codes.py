@@ -89,9 +89,6 @@ def _leaf(recipe: Step) -> Codes:
     bits, element = recipe.attributes.get("bits"), "int"
     if isinstance(codes, Step) and codes.name == "decode":
         bits, element, codes = 4, str(codes.attributes["of"]), codes.items[0]
-    if isinstance(codes, Step) and codes.name == "unpack_e2m1":
-        bits, element = 4, "e2m1"
-        codes = step("unpack", codes.items[0], bits=4, axis=len(codes.type.shape) - 1)
     if bits is None:
         raise NotKept(f"its codes are {codes.type.dtype}")
     if zeros and zeros[0].type.dtype != "u8":

@@ -27,7 +27,7 @@ TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a 
 # Items of a step that hold no parameters of their own (scales).
 AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1, 2), "packed": (1, 2), "gather": (1,), "scale": (1,)}
 # Steps whose item holds several parameters in an element.
-DENSE_ITEMS = ("unpack", "unpack_e2m1", "blocks")
+DENSE_ITEMS = ("unpack", "blocks")
 
 
 @dataclass(frozen=True)

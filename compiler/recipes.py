@@ -213,13 +213,6 @@ def _scale(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorTyp
     return TensorType.of(item.dtype, *item.shape)
 
 
-def _unpack_e2m1(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
-    item = _one(types)
-    if item.dtype not in ("i8", "u8") or not item.shape:
-        raise ValueError(f"packed E2M1 codes are i8 or u8, not {item}")
-    return TensorType.of("f32", *item.shape[:-1], 2 * item.shape[-1])
-
-
 def _quantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
     item = _one(types)
     format = format_of(str(attributes["to"]))
@@ -270,7 +263,6 @@ STEPS: dict[str, StepRule] = {
     "quantize": _quantize,  # to: a format; the numbers are those that the codes stand for
     **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
     **CODE_STEPS,  # what reads quantized checkpoints
-    "unpack_e2m1": _unpack_e2m1,  # two codes in a byte along the last axis, the first in the low bits: their numbers
 }
 FITTED = ".awq"  # how the names of tensors end that no checkpoint has: they are fitted on a calibration text
 SPREADING = ("stack", "concat", "interleave")

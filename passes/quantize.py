@@ -15,7 +15,7 @@ from ..compiler.ir import Const, Function, Module, Op, Value
 from ..compiler.pipeline import pass_
 from ..compiler.plan import Unit, parse_layers
 from ..compiler.recipes import step
-from ..compiler.rewrite import Why
+from ..compiler.rewrite import Why, tell
 from ..compiler.roles import weight_operands, weight_roles
 
 KEEP = ("f32", "none")
@@ -63,9 +63,7 @@ def quantize(
         }
         scaled = fold(function, notes) if method == "awq" and chosen else function
         functions[function.name] = _store(scaled, chosen, how)
-    tell = why.append if isinstance(why, list) else why
-    for note in notes if tell else ():
-        tell(note)  # type: ignore[misc]
+    tell(why, notes)
     return module.with_functions(functions)
 
 

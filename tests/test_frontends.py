@@ -198,9 +198,7 @@ def test_remote_code_is_not_run(tmp_path):
 
 def test_what_is_not_understood_is_named():
     settings = {"intermediate_size": 96, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}
-    with pytest.raises(
-        MoecError, match=r"DogeForCausalLM cannot be imported|DogeAttention builds its own attention mask"
-    ):
+    with pytest.raises(MoecError, match="DogeAttention builds its own attention mask"):
         load(random_model(Family("Doge", "doge", "DogeConfig", settings)))
 
 

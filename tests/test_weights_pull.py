@@ -50,8 +50,11 @@ def reference(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
             return items[0].reshape([int(n) for n in a["shape"]])
         case "cast":
             return items[0].to(TORCH_DTYPES[a["to"]])
-        case "unpack_e2m1":
-            codes = torch.stack([items[0].int() & 15, items[0].int() >> 4 & 15], -1).flatten(-2)
+        case "unpack":
+            codes = torch.stack([items[0].int() & 15, items[0].int() >> 4 & 15], a["axis"] + 1)
+            return codes.flatten(a["axis"], a["axis"] + 1).to(torch.uint8)
+        case "decode":  # of e2m1: sign, two bits of exponent, one of mantissa
+            codes = items[0].int()
             return (1 - (codes >> 3) * 2.0) * torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
     codes, scales = (item.float() for item in items)
     for axis, block in enumerate(a["block"]):
@@ -82,7 +85,7 @@ def wrap(draw: st.DrawFn, item: Recipe, leaf: Callable[[tuple[int, ...], str], R
     """Draw one step around an item; steps of several items get leaves of the same type beside it."""
     sizes, rank = item.type.sizes, len(item.type.sizes)
     kinds = ["stack", "reshape", "cast"] + ["concat", "interleave", "transpose", "slice", "dequantize"] * (rank > 0)
-    kinds += ["unpack_e2m1"] * 3 * (rank > 0 and item.type.dtype == "i8")
+    kinds += ["e2m1"] * 3 * (rank > 0 and item.type.dtype == "i8")
     kind = draw(st.sampled_from(kinds))
     axis = draw(st.integers(0, rank - 1)) if rank else 0
     others = [leaf(sizes, item.type.dtype) for _ in range(draw(st.integers(0, 2)))]
@@ -99,8 +102,8 @@ def wrap(draw: st.DrawFn, item: Recipe, leaf: Callable[[tuple[int, ...], str], R
             return step("slice", item, axis=axis, start=start, stop=stop, step=draw(st.integers(1, 3)))
         case "reshape":
             return step("reshape", item, shape=tuple(split_size(draw, item.type.elements)))
-        case "unpack_e2m1":
-            return step("unpack_e2m1", item)
+        case "e2m1":
+            return step("decode", step("unpack", item, bits=4, axis=axis), of="e2m1")
         case "cast":
             return step("cast", item, to=draw(st.sampled_from(["f32", "bf16", "f16", "i32", "f64"])))
     block = tuple(draw(st.integers(1, 5)) for _ in sizes)

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import MoecError
 from ..ir import TensorType, expand_range
 from ..recipes import Recipe, Tensor, step
+from .layouts import e2m1
 
 FP4_GROUP = 32  # codes of a row that share a scale
 EXTRA = "mtp."  # multi-token prediction: blocks behind the model that draft tokens
@@ -123,7 +124,7 @@ class Weights:
             )
         codes: Recipe = Tensor(own, stored)
         if packed:
-            return self._dequantized(step("unpack_e2m1", codes), prefix, own, (1, FP4_GROUP))
+            return self._dequantized(e2m1(codes), prefix, own, (1, FP4_GROUP))
         if stored.dtype == "f8e4m3":
             return self._dequantized(codes, prefix, own, self._block())
         return codes if stored.dtype in ("f32", "i64") else step("cast", codes, to="f32")

@@ -92,6 +92,11 @@ def _group_blocks(config: Mapping[str, Any]) -> Any:
     return tuple(block) if isinstance(block, (list, tuple)) else None
 
 
+def e2m1(packed: Recipe) -> Recipe:
+    """Return the f32 numbers of E2M1 codes that lie two in a byte along the last axis, low nibble first."""
+    return step("decode", step("unpack", packed, bits=4, axis=len(packed.type.shape) - 1), of="e2m1")
+
+
 def float4(stored: Stored) -> Recipe:
     """Return E2M1 in bytes along the last axis, low nibble first: MXFP4 and both kinds of NVFP4.
 
@@ -100,7 +105,7 @@ def float4(stored: Stored) -> Recipe:
     """
     packed, scale = stored["weight_packed"], stored["weight_scale"]
     axis = len(packed.type.shape) - 1
-    numbers = step("decode", step("unpack", packed, bits=4, axis=axis), of="e2m1")
+    numbers = e2m1(packed)
     scales: Recipe = step("view", scale, to="f8e8m0") if scale.type.dtype == "u8" else scale
     whole = next((n for n in ("weight_scale_2", "weight_global_scale") if n in stored), None)
     if scale.type.dtype == "f8e4m3" and whole is None:
@@ -117,10 +122,10 @@ def gpt_oss(stored: Stored) -> Recipe:
     """Return the MXFP4 experts of gpt-oss: `_blocks` u8[E, out, in / 32, 16], low nibble first, `_scales` u8 E8M0."""
     blocks, scales = stored["_blocks"], stored["_scales"]
     *outer, groups, width = blocks.type.sizes
-    codes = step("unpack", step("reshape", blocks, shape=(*outer, groups * width)), bits=4, axis=len(outer))
     block = (*(1 for _ in outer), 2 * width)
     exponents = step("view", scales, to="f8e8m0") if scales.type.dtype == "u8" else scales
-    numbers = step("dequantize", step("decode", codes, of="e2m1"), exponents, block=block)
+    codes = step("reshape", blocks, shape=(*outer, groups * width))
+    numbers = step("dequantize", e2m1(codes), exponents, block=block)
     return step("transpose", numbers, perm=(*range(len(outer) - 1), len(outer), len(outer) - 1))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..code_steps import ELEMENTS
 from ..formats import Format
 
 Parts = Mapping[str, torch.Tensor]
@@ -23,8 +24,7 @@ WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9), 8: (1.0,)}
 CHUNK = 1 << 17  # elements that are worked on at once: what the search touches stays in a core's second-level cache
 _TINY = 1e-30
 
-# the sixteen numbers of E2M1: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0)
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_E2M1 = torch.tensor(ELEMENTS["e2m1"])
 # the least number that goes up at each half way between neighbours: half ways themselves go to the even code
 _HALF_WAYS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _E2M1_STEPS = torch.where(torch.arange(7) % 2 == 0, _HALF_WAYS.nextafter(torch.tensor(6.0)), _HALF_WAYS)
@@ -61,7 +61,7 @@ def decode(parts: Parts, format: Format, width: int) -> torch.Tensor:
         scales = scales.repeat_interleave(format.rows, dim=-2)[..., : codes.shape[-2], :]
         return codes.view(torch.float8_e4m3fn).float() * scales
     scales = parts["scales"].view(torch.float8_e8m0fnu) if format.scale == "f8e8m0" else parts["scales"]
-    numbers = E2M1[codes.long()].unflatten(-1, (-1, format.group)) * scales.float().unsqueeze(-1)
+    numbers = _E2M1[codes.long()].unflatten(-1, (-1, format.group)) * scales.float().unsqueeze(-1)
     return (numbers * parts["tensor_scale"] if format.tensor_scale else numbers).flatten(-2)
 
 
@@ -190,7 +190,7 @@ def _nearest_e2m1(groups: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Ten
     scaled = groups / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     codes = torch.bucketize(scaled.abs(), _E2M1_STEPS, right=True).to(torch.uint8)
     codes |= (scaled < 0).to(torch.uint8) << 3
-    return codes, E2M1[codes.long()] * scales.unsqueeze(-1)
+    return codes, _E2M1[codes.long()] * scales.unsqueeze(-1)
 
 
 def _encode_blocks(x: torch.Tensor, format: Format) -> Parts:

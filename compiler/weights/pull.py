@@ -12,23 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 
 from ..dtypes import TORCH_DTYPES, torch_dtype
 from ..ir import TensorType
 from ..recipes import Literal, Recipe, Step, Tensor, spread
 from .codes import CODES
-from .encode import E2M1
 from .sources import Box, WeightSource, check_box, cut, full_box
 
 # a tile is cut at multiples of this where it can be, so that blocks and quantization groups stay whole
 _GRAIN = 128
-
-# what each byte of two E2M1 codes stands for, as one element of 8 bytes: a lookup of whole bytes in numpy is seven
-# times as fast as one of codes in torch
-_BYTES = torch.arange(256)
-_E2M1_PAIRS = torch.stack((E2M1[_BYTES & 15], E2M1[_BYTES >> 4]), dim=-1).numpy().view(np.int64).ravel()
 
 
 @dataclass(frozen=True)
@@ -177,13 +170,6 @@ def _cast(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return inner(step.items[0], box).to(TORCH_DTYPES[step.type.dtype])
 
 
-def _unpack_e2m1(step: Step, box: Box, inner: Pull) -> torch.Tensor:
-    *outer, (low, high) = box
-    packed = inner(step.items[0], (*outer, (low // 2, -(-high // 2)))).contiguous().view(torch.uint8)
-    numbers = torch.from_numpy(_E2M1_PAIRS[packed.numpy()].view(np.float32))
-    return numbers[..., low % 2 : low % 2 + high - low]
-
-
 def _scale(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     axes = _ints(step, "axes")
     start = _int(step, "start") if "start" in step.attributes else 0
@@ -308,6 +294,5 @@ EVALUATE: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
     "reshape": _reshape,
     "cast": _cast,
     **CODES,
-    "unpack_e2m1": _unpack_e2m1,
     "scale": _scale,
 }
