@@ -172,7 +172,11 @@ def test_a_closed_pipe_is_quiet():
 def test_interrupt_is_one_line(tmp_path):
     fifo = tmp_path / "pipe.moir"
     os.mkfifo(fifo)
-    process = subprocess.Popen([*MOEC, "opt", str(fifo)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*MOEC, "opt", str(fifo)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell starts background jobs with interrupts ignored, and they pass that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     with process, fifo.open("w"):  # opens once the command reads
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
