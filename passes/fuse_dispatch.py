@@ -1,7 +1,7 @@
 """Makes one op of routed experts that are spelled out: no token is copied once for every expert it goes to.
 
 A rule is put together of parts: how the tokens reach their experts (`_Spelling`), where the gate and the other half of
-an expert's first matrix come from (`_HALVES`), and the activation.
+an expert's first matrix come from (`_halves`), and the activation.
 """
 
 from __future__ import annotations

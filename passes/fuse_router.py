@@ -13,7 +13,7 @@ from typing import Any
 from ..compiler.errors import Refuse
 from ..compiler.ir import Function, Module, Op, Value
 from ..compiler.pipeline import pass_
-from ..compiler.rewrite import Match, Why, apply, rule
+from ..compiler.rewrite import Match, Why, apply, rule, tell
 from ..compiler.routing import Router
 from .cleanup import cleanup
 
@@ -26,10 +26,7 @@ def fuse_router(module: Module, target: Any, why: Why) -> Module:
         spelled = cleanup(spelled, target)  # so that what is the same is one value again
     notes: list[str] = []
     fused = spelled.with_functions({f.name: _fuse_all(f, notes) for f in spelled.functions})
-    tell = why.append if isinstance(why, list) else why
-    if tell is not None:
-        for note in dict.fromkeys(notes):
-            tell(note)
+    tell(why, notes)
     return fused
 
 

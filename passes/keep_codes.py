@@ -106,8 +106,8 @@ def _nearest(op: Op, weights: Mapping[int, Recipe], target: Any) -> Format | Non
 
 def _source_group(recipe: Recipe) -> int:
     """Return how many columns share a scale in the checkpoint."""
-    blocks: list[Any] = [s.attributes["block"] for s in steps_of(recipe) if s.name == "dequantize"]
-    group = min(int(max(block[-2:])) for block in blocks[:1])
+    block: Any = next(s.attributes["block"] for s in steps_of(recipe) if s.name == "dequantize")
+    group = int(max(block[-2:]))
     return group if group > 1 else _UNGROUPED
 
 

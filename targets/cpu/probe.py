@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .capabilities import CRASHED, REJECTED, RIGHT, WRONG, Finding, Record, Variant
-from .session import usable_cores
+from .session import MODEL, native_errors, usable_cores, without_code
 from .variants import all_variants, has_speed
 
 # largest errors, relative to the largest number. f32: sums of up to 768 products. int8: a number of a normal distribution
@@ -121,7 +121,7 @@ def try_variant(variant: Variant, quick: bool = False) -> Finding:
     with _written(variant) as (folder, case):
         try:
             error = _error(folder, case)
-        except _native_errors() as raised:
+        except native_errors() as raised:
             return Finding(REJECTED, message=_reason(raised))
     finding = _judge(variant, error)
     if quick or finding.found != RIGHT or not has_speed(variant):
@@ -201,25 +201,15 @@ def _speed(folder: Path, case: Any) -> float:
 def _session(folder: Path) -> Any:
     import onnxruntime
 
-    from .emit import MODEL
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = usable_cores(), 1
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
 
 
-def _native_errors() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as native
-
-    own = tuple(e for e in vars(native).values() if isinstance(e, type) and issubclass(e, Exception))
-    return (RuntimeError, ValueError, *own)
-
-
 def _reason(error: Exception) -> str:
     """Return the last part of a runtime's message, without the places in its source."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = without_code(" ".join(str(error).split()))
     text = re.sub(r"^Load model from \S+ failed:\s*", "", text)
     text = re.sub(r"^Exception during initialization: \S+:\d+ .*?\)( const)?( \[with T = [^\]]*\])? ", "", text)
     text = re.sub(r"^Non-zero status code .* Status Message: ", "", text)

@@ -205,7 +205,7 @@ def _value(array: np.ndarray) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _families() -> tuple[type[Exception], ...]:
+def native_errors() -> tuple[type[Exception], ...]:
     """Return what the runtime raises: its exceptions share no base class, and binding raises RuntimeError."""
     from onnxruntime.capi import onnxruntime_pybind11_state as native
 
@@ -216,14 +216,18 @@ def _is_exception(thing: Any) -> bool:
     return isinstance(thing, type) and issubclass(thing, Exception)
 
 
+def without_code(message: str) -> str:
+    """Return a message of the runtime without the code that it starts with."""
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message)
+
+
 @contextmanager
 def _errors(what: str, path: Path, todo: str) -> Iterator[None]:
     """Reword what the runtime raises."""
     try:
         yield
-    except _families() as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(lines[:3]))
+    except native_errors() as error:
+        reason = without_code(" ".join([line.strip() for line in str(error).splitlines() if line.strip()][:3]))
         raise MoecError(f"{what}: {reason}", where=str(path), todo=todo) from error
 
 
