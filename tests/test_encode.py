@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moec.compiler.code_steps import ELEMENTS
 from moec.compiler.errors import MoecError
 from moec.compiler.formats import GROUPS, Format, format_of
 from moec.compiler.ir import TensorType
 from moec.compiler.recipes import PARTS, Step, Tensor, step
-from moec.compiler.weights.encode import E2M1, decode, encode, pack, unpack
+from moec.compiler.weights.encode import decode, encode, pack, unpack
 from moec.compiler.weights.pull import pull, tiles
 from moec.compiler.weights.quantized import part_names
 from moec.compiler.weights.sink import DataFile
@@ -22,6 +23,7 @@ from moec.compiler.weights.sources import ModuleSource
 
 INTEGERS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in GROUPS for sign in ("", "u")]
 FORMATS = [*INTEGERS, "mxfp4", "nvfp4", "fp8_b128"]
+E2M1 = torch.tensor(ELEMENTS["e2m1"])
 QUICK = settings(max_examples=60, deadline=None)
 
 # relative error (root of mean square) on normal numbers that a format must stay below: 10 % above what it has
