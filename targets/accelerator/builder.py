@@ -161,7 +161,8 @@ class Builder:
             if memory == source.memory:
                 continue
             moved = f"{name}_{memory}"
-            self._place(moved, memory, source.dtype, source.shape, self._stages if memory != DEVICE else 1)
+            # close to the matrix unit two buffers are enough: one is filled while the other is read
+            self._place(moved, memory, source.dtype, source.shape, min(self._stages, 2) if memory != DEVICE else 1)
             self._add(Move(moved, name))
             name, source = moved, self._buffers[moved]
         return name

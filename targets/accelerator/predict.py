@@ -26,6 +26,10 @@ ASSUMED: Mapping[str, float] = {
     "memory_reached": 0.92,  # share of the bandwidth that a long copy reaches
     "matrix_reached": 0.8,  # share of the matrix peak that a large product reaches
     "warp_matrix": 0.6,  # share of the peak for tiles too small for the instructions that reach it
+    "cache_times": 2.0,  # bandwidth of the cache behind device memory, in times that of device memory
+    "step": 1.5e-7,  # s, of one turn of a loop that loads, beside what it moves and computes
+    "point": 5e-7,  # s, of beginning and ending one point of a grid
+    "intensity": 32.0,  # m n / (m + n) of a tile from which its operands come from shared memory fast enough
 }
 
 
@@ -66,15 +70,19 @@ def predict(
     step = counts.traffic / max(counts.points * max(counts.steps, 1), 1)
     waiting = active * min(resident, rounds) * step * max(stages - 1, 0.5)
     memory = needed / min(bandwidth, max(waiting, 1) / ASSUMED["latency"])
-    cache = _seconds(counts.traffic / counts.points, _cache(profile), cores)
+    cache = _seconds(counts.traffic / counts.points, _cache(profile, bandwidth), cores)
     matrix = sum(
         _seconds(flops / counts.points, _peak(profile, dtype) * share, cores) for dtype, flops in counts.dots.items()
     )
+    inner = [_seconds(n / counts.points, profile.rate(*path), cores) for path, n in counts.moved.items()]
+    matrix = max(matrix, *inner) if inner else matrix  # the unit waits for its operands
     vector = _seconds(counts.computed / counts.points, profile.vector_peak and profile.vector_peak.value / 2, cores)
+    together = min(resident, rounds)  # points that wait at the same time, each for itself
+    overhead = (ASSUMED["point"] + counts.steps * ASSUMED["step"]) / together
     one = max(cache, matrix, vector) if stages > 1 or resident > 1 else cache + matrix + vector
     launch = profile.launch.value if profile.launch else ASSUMED["launch"]
     parts = {"memory": memory, "cache": rounds * cache, "matrix": rounds * matrix, "vector": rounds * vector}
-    busy = max(memory, rounds * one)
+    busy = max(memory, rounds * (one + overhead))
     total = launch + 2 * ASSUMED["latency"] + busy
     bound = max(parts, key=lambda name: parts[name]) if busy > launch else "launch"
     flops = sum(counts.dots.values())
@@ -100,10 +108,20 @@ def _seconds(amount: float, rate: float | None, cores: int) -> float:
     return amount * cores / rate if rate else 0.0
 
 
-def _cache(profile: Profile) -> float | None:
-    """Return bytes/s of the memory behind the device's own: what tiles are read again from; None where unknown."""
+def _cache(profile: Profile, device: float) -> float:
+    """Return bytes/s of the cache before device memory, from where tiles are read again."""
     shared = [m for m in profile.memories if m.per == "device"][1:]
-    return next((m.bandwidth.value for m in reversed(shared) if m.bandwidth), None)
+    known = [m.bandwidth.value for m in reversed(shared) if m.bandwidth]
+    return known[0] if known else device * (ASSUMED["cache_times"] if shared else 1.0)
+
+
+def matrix_share(profile: Profile, rows: int, columns: int) -> float:
+    """Return the share of the matrix peak that tiles of this shape reach on a chip."""
+    unit = profile.unit("bf16")
+    share = min(1.0, rows * columns / (rows + columns) / ASSUMED["intensity"])
+    if unit and unit.m and min(unit.m) > rows:
+        return min(share, ASSUMED["warp_matrix"])
+    return share
 
 
 def _peak(profile: Profile, dtype: str) -> float:
