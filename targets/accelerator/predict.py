@@ -27,7 +27,7 @@ ASSUMED: Mapping[str, float] = {
     "matrix_reached": 0.8,  # share of the matrix peak that a large product reaches
     "warp_matrix": 0.6,  # share of the peak for tiles too small for the instructions that reach it
     "cache_times": 2.0,  # bandwidth of the cache behind device memory, in times that of device memory
-    "step": 1.5e-7,  # s, of one turn of a loop that loads, beside what it moves and computes
+    "step": 1.5e-7,  # s, that one turn of a loop that loads takes at least
     "point": 5e-7,  # s, of beginning and ending one point of a grid
     "intensity": 32.0,  # m n / (m + n) of a tile from which its operands come from shared memory fast enough
 }
@@ -40,6 +40,7 @@ class Prediction:
     time: float
     launch: float
     memory: float
+    cores: float  # rounds of points, all that happens on the cores
     cache: float
     matrix: float
     vector: float
@@ -78,16 +79,17 @@ def predict(
     matrix = max(matrix, *inner) if inner else matrix  # the unit waits for its operands
     vector = _seconds(counts.computed / counts.points, profile.vector_peak and profile.vector_peak.value / 2, cores)
     together = min(resident, rounds)  # points that wait at the same time, each for itself
-    overhead = (ASSUMED["point"] + counts.steps * ASSUMED["step"]) / together
-    one = max(cache, matrix, vector) if stages > 1 or resident > 1 else cache + matrix + vector
+    steps = counts.steps * ASSUMED["step"] / together
+    one = max(cache, matrix, vector, steps) if stages > 1 or resident > 1 else cache + matrix + vector + steps
+    one += ASSUMED["point"] / together
     launch = profile.launch.value if profile.launch else ASSUMED["launch"]
     parts = {"memory": memory, "cache": rounds * cache, "matrix": rounds * matrix, "vector": rounds * vector}
-    busy = max(memory, rounds * (one + overhead))
+    busy = max(memory, rounds * one)
     total = launch + 2 * ASSUMED["latency"] + busy
     bound = max(parts, key=lambda name: parts[name]) if busy > launch else "launch"
     flops = sum(counts.dots.values())
     return Prediction(
-        total, launch, memory, parts["cache"], parts["matrix"], parts["vector"], bound, needed, counts.traffic, flops,
+        total, launch, memory, rounds * one, parts["cache"], parts["matrix"], parts["vector"], bound, needed, counts.traffic, flops,
         counts.points, rounds, resident,
     )  # fmt: skip
 

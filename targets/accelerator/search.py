@@ -24,6 +24,7 @@ from .tiles import BITS, Dot, Program, footprint, walk
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128)
 STAGES, WARPS = (1, 2, 3, 4), (4, 8)
 SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
+SLACK = 0.02
 KEPT = 5  # alternatives that a choice remembers
 
 
@@ -91,9 +92,13 @@ def search(kernel: Kernel, profile: Profile) -> Found:
     if not choices:
         worst = max(reasons, key=lambda reason: reasons[reason])
         raise MoecError(f"no tile of {kernel.name} fits {profile.name}: {worst}")
-    # of equal times the smaller use of memory: it leaves room for another block
-    choices.sort(key=lambda c: (c.prediction.time, sum(c.use.values()), c.tile.m, c.tile.n, c.tile.k))
+    choices.sort(key=lambda c: (_rank(c.prediction), sum(c.use.values()), c.tile.m, c.tile.n, c.tile.k))
     return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
+
+
+def _rank(p: Prediction) -> float:
+    """Return the time, and a share of what else is busy meanwhile: of nearly equal tiles the one with the most slack."""
+    return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
 
 
 def _warps(profile: Profile) -> tuple[int, ...]:
@@ -125,6 +130,8 @@ def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
     if unit is None:
         return f"the matrix unit of {profile.name} does not take {a.dtype}"
     m, n = acc.shape
+    if a.shape[1] * BITS[a.dtype] // 8 < (profile.rule("tile_k_bytes") or 0):
+        return f"{a.shape[1]} columns are less than one span of {profile.rule('tile_k_bytes')} bytes in shared memory"
     if a.shape[1] % unit.k:
         return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
     if rows := profile.rule("fractal_rows"):
