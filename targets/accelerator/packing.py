@@ -247,10 +247,9 @@ class Packing:
 
 
 def _e2m1(code: str) -> str:
-    """Return E2M1 as f32: sign, two bits of exponent, one of mantissa; 0 and 0.5 where the exponent is 0."""
+    """Return E2M1 as f32: its three bits of number are the same of an f32 2^126 times smaller, 0.5 among the subnormal."""
     bits = f'cast({code}, "i32")'
-    normal = f'bitcast((({bits} >> 1 & 3) + 126) << 23 | ({bits} & 1) << 22, "f32")'
-    return f'(where(({bits} & 6) == 0, cast({bits} & 1, "f32") * 0.5, {normal}) * cast(1 - ({bits} >> 3) * 2, "f32"))'
+    return f'(bitcast(({bits} & 8) << 28 | ({bits} & 7) << 22, "f32") * {2.0**126})'
 
 
 def _grouped(value: str, rows: int, width: int, group: int, operator: str, other: str) -> str:
