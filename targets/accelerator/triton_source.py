@@ -16,7 +16,16 @@ from ...compiler.errors import MoecError
 from .tile_expr import parse
 from .tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store
 from .triton_expr import (
-    HELPERS, Expressions, Kind, Printed, as_dtype, broadcast, call, dtype_node, powers_of_two, sizes_node,
+    HELPERS,
+    Expressions,
+    Kind,
+    Printed,
+    as_dtype,
+    broadcast,
+    call,
+    dtype_node,
+    powers_of_two,
+    sizes_node,
 )  # fmt: skip
 
 WIDTH = 116
