@@ -62,10 +62,15 @@ def find_profile(name: str, options: Mapping[str, str]) -> Profile:
     raw = _load(path)
     if "variant" in options:
         _take_variant(raw, options["variant"], path)
+        _check_schema(raw, path)
     for key, value in options.items():
         if key != "variant":
             where = f"-D {key}={value}"
-            _override(raw, key, {"value": value, "grade": "U", "source": where}, where)
+            kind = _override(raw, key, {"value": value, "grade": "U", "source": where}, where)
+            try:
+                quantity(value, kind)
+            except ValueError as error:
+                raise MoecError(f"{key} {error}", where=where) from None
     return _build(raw, path)
 
 
@@ -118,8 +123,8 @@ def _leaves(table: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _override(raw: Raw, key: str, figure: Any, where: str, prefix: str = "") -> None:
-    """Put a figure into the tables; MoecError if the chip has none of that key or the value cannot be."""
+def _override(raw: Raw, key: str, figure: Any, where: str, prefix: str = "") -> str:
+    """Put a figure into the tables and return its kind; MoecError if the chip has none of that key."""
     kind, known = kind_of(key), _keys(raw)
     if kind is None or key not in known:
         raise MoecError(f"{prefix}{key} is no figure of this profile", where=where, todo=_near(key, known))
@@ -127,13 +132,10 @@ def _override(raw: Raw, key: str, figure: Any, where: str, prefix: str = "") -> 
     inner = raw
     for table in tables:
         inner = inner.setdefault(table, {})
-    try:
-        quantity(figure["value"] if isinstance(figure, dict) else figure, kind)
-    except (ValueError, TypeError) as error:
-        raise MoecError(f"{prefix}{key} {error}", where=where) from None
     inner[last] = figure
     if last in ("bandwidth", "peak"):
         inner.pop("measured", None)  # it was measured at another one
+    return kind
 
 
 def _keys(raw: Raw) -> list[str]:

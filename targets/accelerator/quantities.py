@@ -59,7 +59,7 @@ def _read(text: str, kind: str) -> float:
     if scale is None:
         raise ValueError(f"is in {kind}, as in {EXAMPLES[kind]}, not {text!r}")
     value = float(found[1]) * scale
-    return round(value) if kind == "bytes" and scale > 1 else value  # 0.3GB is a whole number of bytes
+    return float(round(value)) if kind == "bytes" and scale > 1 else value  # 0.3GB is a whole number of bytes
 
 
 def quantity_text(value: float, kind: str, operations: str = "FLOPS") -> str:
