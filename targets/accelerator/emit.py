@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...compiler.atomic import write_error
 from ...compiler.ir import Module
 from ...compiler.weights.sink import TILE_BYTES
 from ...compiler.weights.sources import WeightSource
 from .chip import Profile
+from .objects import compile_kernels, write_files
 from .plan import make_plan
 from .shards import find_shards, write_shards
-from .spec import Kernels, KernelSpec, kernel_specs, packings
+from .spec import Kernels, kernel_specs, packings
 from .triton_source import triton_source
 
 KERNELS, PLAN, SOURCES = "kernels.json", "plan.json", "kernels"
@@ -29,43 +28,35 @@ def emit(
     progress: Callable[[int], None] | None = None,
     *,
     profile: Profile,
+    compiled: bool = True,
 ) -> dict[str, str]:
     """Write the artifact's files into a folder and return the sha256 of each by name.
 
-    `progress` is told the bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on
-    which a kernel does not fit, for weights that cannot be read and for a full disk.
+    Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set. `progress` is told the
+    bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on which a kernel does not
+    fit, for weights that cannot be read and for a full disk.
     """
     kernels = kernel_specs(module, profile)
     found = find_shards(module, packings(module, profile))
-    files = write_sources(kernels, folder)
-    files[KERNELS] = write_json(folder / KERNELS, kernels.to_json())
-    files[PLAN] = write_json(folder / PLAN, make_plan(module, profile, found, profile.name))
-    return files | write_shards(found, source, folder, tile_bytes, progress)
-
-
-def write_sources(kernels: Kernels, folder: Path) -> dict[str, str]:
-    """Write the Triton source of each kernel as a file of its name; return the sha256 of each."""
-    return {
-        f"{SOURCES}/{kernel.name}.py": write_text(folder / SOURCES / f"{kernel.name}.py", _source(kernel))
-        for kernel in kernels.kernels
+    objects: Mapping[str, bytes] = {}
+    if compiled:
+        made = compile_kernels(kernels, profile, SOURCES)
+        kernels, objects = made.kernels, made.files
+    sources = {f"{SOURCES}/{k.name}.py": triton_source(k.best.program, k.best.tile.warps) for k in kernels.kernels}
+    texts = {
+        **sources,
+        KERNELS: _json(_with_sources(kernels)),
+        PLAN: _json(make_plan(module, profile, found)),
     }
+    written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
+    return written | write_shards(found, source, folder, tile_bytes, progress)
 
 
-def _source(kernel: KernelSpec) -> str:
-    return triton_source(kernel.best.program, kernel.best.tile.warps)
+def _with_sources(kernels: Kernels) -> dict[str, Any]:
+    """Return what stands in kernels.json, each kernel with the file of its source."""
+    data = kernels.to_json()
+    return {**data, "kernels": [{**k, "source": f"{SOURCES}/{k['name']}.py"} for k in data["kernels"]]}
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> str:
-    """Write JSON, the same bytes for the same data, and return its sha256."""
-    return write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> str:
-    """Write a text and return its sha256; MoecError where that fails."""
-    raw = text.encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(raw)
-    except OSError as error:
-        raise write_error(error, path) from error
-    return hashlib.sha256(raw).hexdigest()
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"

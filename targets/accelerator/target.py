@@ -25,8 +25,15 @@ PIPELINE = (
 )
 
 
-def accelerator_target(profile: Profile, source: str = "") -> Target:
-    """Return the target for a chip; `source` is the name or TOML file that options are put on (the profile's name)."""
+OPTION = "kernels"  # of -D, beside the figures of the profile
+CHOICES = ("objects", "source")
+
+
+def accelerator_target(profile: Profile, source: str = "", kernels: str = CHOICES[0]) -> Target:
+    """Return the target for a chip; `source` is the name or TOML file that options are put on (the profile's name).
+
+    `kernels` is `objects` (sources, and compiled where the toolchain is installed) or `source`.
+    """
     return Target(
         name=profile.name,
         doc=line(profile),
@@ -35,15 +42,24 @@ def accelerator_target(profile: Profile, source: str = "") -> Target:
         holds=_holds,
         slow=_slow,
         lower=_lower,
-        emit=partial(_emit, profile=profile),
+        emit=partial(_emit, profile=profile, compiled=kernels == CHOICES[0]),
         load=_load,
         configure=partial(find_accelerator, source or profile.name),
     )
 
 
 def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
-    """Return the target of a shipped profile or of a TOML file, with a user's figures; see profile.find_profile."""
-    return accelerator_target(find_profile(name, options), name)
+    """Return the target of a shipped profile or of a TOML file, with a user's figures; see profile.find_profile.
+
+    `kernels=source` leaves the kernels uncompiled.
+    """
+    figures = {key: value for key, value in options.items() if key != OPTION}
+    kernels = options.get(OPTION, CHOICES[0])
+    if kernels not in CHOICES:
+        raise MoecError(
+            f"{OPTION} cannot be {kernels}", where=f"-D {OPTION}={kernels}", todo=f"give {' or '.join(CHOICES)}"
+        )
+    return accelerator_target(find_profile(name, figures), name, kernels)
 
 
 def _supported(op: Op) -> str | None:
@@ -72,11 +88,11 @@ def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast")
 
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
-    progress: Callable[[int], None] | None = None, *, profile: Profile,
+    progress: Callable[[int], None] | None = None, *, profile: Profile, compiled: bool,
 ) -> dict[str, str]:  # fmt: skip
     from .emit import emit
 
-    return emit(module, source, folder, tile_bytes, progress, profile=profile)
+    return emit(module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled)
 
 
 def _load(folder: Path, **options: Any) -> Any:
