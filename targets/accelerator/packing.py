@@ -56,6 +56,11 @@ class Packing:
         return self.format if f is None else "f8e4m3" if f.element == "e4m3" else "u8" if f.bits == 4 else "i8"
 
     @property
+    def operand(self) -> str:
+        """The dtype of the tiles that the matrix unit gets."""
+        return self.format if self.quantized is None else "bf16"
+
+    @property
     def step(self) -> int:
         """The columns that a loop over K has to take at once, or a multiple of them."""
         f = self.quantized
