@@ -85,7 +85,13 @@ def layer_of(fmt: str, hidden=160, inner=40, experts=5, chosen=2, **more) -> Exp
     """Return experts of sizes that are no multiples of a tile."""
     rows = inner * (2 if more.get("gated", True) else 1)
     return Experts(
-        experts, chosen, hidden, inner, Packing(fmt, rows, hidden, experts), Packing(fmt, hidden, inner, experts), **more
+        experts,
+        chosen,
+        hidden,
+        inner,
+        Packing(fmt, rows, hidden, experts),
+        Packing(fmt, hidden, inner, experts),
+        **more,
     )
 
 

@@ -37,10 +37,11 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Step | None:
     extra = {key: a[key] for key in ("act", "alpha", "beta", "limit")} if gated else {}
     interleaved = gated and a["layout"] == "interleaved"
     p = Linear(rows, weight.columns, weight, blocks, "bias" in operands, gated=gated, interleaved=interleaved, **extra)
-    return Step("gated_up" if gated else "linear", p, weights, lambda tokens, profile: _linear_ways(p, tokens))
+    return Step("gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_ways(p, tokens))
 
 
-def _linear_ways(p: Linear, tokens: Tokens) -> tuple[Way, ...]:
+def linear_ways(p: Linear, tokens: Tokens) -> tuple[Way, ...]:
+    """Return a linear in one kernel, and for few tokens cut along its depth with a sum behind."""
     count = {"T": tokens.count}
     tiles = shapes(row_choices(tokens.count), p.weight.step)
     ways = [Way("whole", (Kernel("linear", lambda t, layout: linear(p, t, layout), count, tiles),))]
