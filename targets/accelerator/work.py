@@ -87,11 +87,17 @@ def weight_bytes(module: Module, spread: Spread = Spread()) -> int:
     """Return the bytes of all weights that one device holds."""
     calls, total = call_counts(module), sympy.S.Zero
     for function in module.functions:
+        roots = _roots(function)
+        parted = {roots.get(v.name, v).name for op in function.ops for v in op.inputs if _is_parted(op, v)}
         for const in function.consts:
-            parted = any(_is_parted(op, const.value) for op in function.uses.get(const.value.name, []) if op)
             each = stored_bits(const) * const.value.type.elements / 8
-            total += each * calls[function.name] / (spread.devices if parted else 1)
+            total += each * calls[function.name] / (spread.devices if const.value.name in parted else 1)
     return int(sympy.ceiling(total))
+
+
+def state_bytes(module: Module) -> Size:
+    """Return the bytes of the states that a step starts from, a formula."""
+    return sympy.Add(*(_bytes(p.type, p.type.elements) for p in module.main.params if p.type.state))
 
 
 @lru_cache(maxsize=4096)
@@ -113,6 +119,16 @@ def _is_parted(op: Op, value: Value) -> bool:
     return any(operand == value and name in definition.rows for name, operand in _named(definition, op))
 
 
+def _roots(function: Function) -> dict[str, Value]:
+    """Return for each view by its name what it shows, which is no view."""
+    roots: dict[str, Value] = {}
+    for op in function.ops:
+        if op.name in OPS and OPS[op.name].view:
+            (source,), (result,) = op.inputs, op.results
+            roots[result.name] = roots.get(source.name, source)
+    return roots
+
+
 def _named(definition: OpDef, op: Op) -> Iterator[tuple[str, Value | None]]:
     names = [o.name for o in definition.signature.operands]
     return ((names[min(i, len(names) - 1)], operand) for i, operand in enumerate(op.operands))
@@ -124,6 +140,7 @@ class _Reader:
     def __init__(self, function: Function, lowest: Mapping[str, int], spread: Spread) -> None:
         self.function, self.lowest, self.spread = function, lowest, spread
         self.weights = {c.value.name: stored_bits(c) for c in function.consts}  # name -> bits of one number
+        self.roots = _roots(function)
 
     def work(self, op: Op, calls: int) -> Work | None:
         """Return what an op moves and computes; None for a call, and for what takes no kernel in a step."""
@@ -132,26 +149,11 @@ class _Reader:
         flops = op_flops(op)  # of an op that is not declared it raises
         definition = OPS[op.name]
         if definition.view:
-            for value in op.inputs:
-                if value.name in self.weights:  # another shape of a weight is still that weight
-                    self.weights |= {result.name: self.weights[value.name] for result in op.results}
             return None
         if not op.inputs and not any(v.type.elements.free_symbols for v in op.results):
             return None  # the same in every step: made once
-        weights = activations = states = sympy.S.Zero
-        appended = []
-        for name, value in _named(definition, op):
-            if value is None:
-                continue
-            if value.type.state and name in definition.appends:
-                appended.append(value.type)
-            moved = self._read(op, definition, name, value)
-            if value.name in self.weights:
-                weights += moved
-            elif value.type.state:
-                states += moved
-            else:
-                activations += moved
+        weights, activations, states = self._operands(op, definition)
+        appended = [v.type for name, v in _named(definition, op) if v and v.type.state and name in definition.appends]
         for result in op.results:
             if result.type.state:
                 states += _bytes(result.type, _new(result.type, appended))
@@ -160,7 +162,27 @@ class _Reader:
         unit = self._unit(op, flops)
         return Work(self.function.name, op.name, calls, weights, activations, states, flops, unit)
 
-    def _read(self, op: Op, definition: OpDef, name: str, value: Value) -> Size:
+    def _operands(self, op: Op, definition: OpDef) -> tuple[Size, Size, Size]:
+        """Return the bytes of weights, activations and states that an op reads."""
+        read: dict[Value, list[Size]] = {}
+        for name, value in _named(definition, op):
+            if value is not None:
+                root = self.roots.get(value.name, value)
+                read.setdefault(root, []).append(self._read(op, definition, name, value, root))
+        weights = activations = states = sympy.S.Zero
+        for root, amounts in read.items():
+            moved = sympy.Add(*amounts)
+            if len(amounts) > 1 or root not in op.inputs:  # parts of one tensor, or one that is read again and again
+                moved = sympy.Min(moved, self._sized(root, root, root.type.elements))
+            if root.name in self.weights:
+                weights += moved
+            elif root.type.state:
+                states += moved
+            else:
+                activations += moved
+        return weights, activations, states
+
+    def _read(self, op: Op, definition: OpDef, name: str, value: Value, root: Value) -> Size:
         """Return the bytes of an operand that one run reads."""
         types, attributes = list(op.operand_types), definition.complete(op.attributes)
         elements = value.type.elements
@@ -168,9 +190,13 @@ class _Reader:
             elements = size(definition.reads[name](types, attributes))
         elif name in definition.rows:
             rows = size(definition.rows[name](types, attributes))
-            parted = value.name in self.weights and _is_parted(op, value)
+            parted = root.name in self.weights and _is_parted(op, value)
             elements = elements / value.type.shape[0] * self._touched(rows, value.type.shape[0], parted)
-        bits = self.weights.get(value.name)
+        return self._sized(value, root, elements)
+
+    def _sized(self, value: Value, root: Value, elements: Size) -> Size:
+        """Return the bytes of numbers of a value, which are those of its root: of a weight as stored."""
+        bits = self.weights.get(root.name)
         return _bytes(value.type, elements) if bits is None else elements * bits / 8
 
     def _touched(self, rows: Size, slices: Size, parted: bool) -> Size:
