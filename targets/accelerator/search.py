@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ...compiler.errors import MoecError
+from .assumed import multiplies
 from .builder import Layout
 from .chip import Profile
 from .count import count
@@ -20,6 +21,7 @@ from .machine import chip_of, layout_of
 from .predict import Prediction, matrix_share, predict
 from .simulate import Chip
 from .tiles import BITS, Dot, Program, footprint, walk
+from .triton_predict import spills
 
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
 STAGES, WARPS = (2, 3, 4), (4, 8)  # one stage only where two do not fit
@@ -122,6 +124,8 @@ def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, prof
             return f"{memory} holds {chip.capacity.get(memory, 0)} bytes, {size} are needed"
     if "registers" in use and (most := _registers(profile, warps)) < use["registers"]:
         return f"{warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
+    if profile.toolchain == "triton" and profile.arch and spills(program, profile.arch, warps):
+        return f"{warps} warps have too few registers for its sums: they would spill"
     for statement in walk(program.body):
         if isinstance(statement, Dot) and (reason := _no_product(program, statement, profile)):
             return reason
@@ -137,9 +141,9 @@ def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return why the matrix unit cannot multiply these tiles."""
     a, acc = program.buffers[dot.a], program.buffers[dot.acc]
     unit = profile.unit(a.dtype)
-    if unit is None:
-        return f"the matrix unit of {profile.name} does not take {a.dtype}"
     m, n = acc.shape
+    if unit is None:
+        return None if multiplies(profile, a.dtype) else f"{profile.name} does not multiply {a.dtype}"
     if a.shape[1] * BITS[a.dtype] // 8 < (profile.rule("tile_k_bytes") or 0):
         return f"{a.shape[1]} columns are less than one span of {profile.rule('tile_k_bytes')} bytes in shared memory"
     if a.shape[1] % unit.k:
