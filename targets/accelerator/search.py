@@ -15,7 +15,7 @@ from ...compiler.errors import MoecError
 from .assumed import multiplies
 from .builder import Layout
 from .chip import Profile
-from .count import count
+from .count import Counts, count
 from .kernels_experts import Tile
 from .machine import chip_of, layout_of
 from .predict import Prediction, matrix_share, predict
@@ -73,11 +73,13 @@ def search(kernel: Kernel, profile: Profile) -> Found:
     reasons: dict[str, int] = {}
     tried = 0
     chips = {rows: chip_of(profile, layout_of(profile, rows)) for rows, _, _ in kernel.shapes}
-    for stages_of in (STAGES, (1,)) if kernel.staged else ((1,),):
+    # bytes and FLOPs do not depend on how many buffers and threads there are: a shape is counted once
+    counted: dict[tuple[int, int, int], Counts] = {}
+    for stages_of in (_stages(profile), (1,)) if kernel.staged else ((1,),):
         if choices:
             break
         for shape, stages in product(kernel.shapes, stages_of):
-            found, why = _fitting(kernel, Tile(*shape, stages), profile, chips[shape[0]])
+            found, why = _fitting(kernel, Tile(*shape, stages), profile, chips[shape[0]], counted)
             tried += len(found) + len(why)
             choices += found
             for reason in why:
@@ -89,14 +91,19 @@ def search(kernel: Kernel, profile: Profile) -> Found:
     return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
 
 
-def _fitting(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> tuple[list[Choice], list[str]]:
+def _fitting(
+    kernel: Kernel, tile: Tile, profile: Profile, chip: Chip, counted: dict[tuple[int, int, int], Counts]
+) -> tuple[list[Choice], list[str]]:
     """Return the choices of a tile with each number of warps, and why the other numbers cannot be."""
     program = kernel.make(tile, layout_of(profile, tile.m))
     use = footprint(program, chip.align)
     why = [unfit(program, warps, use, chip, profile) for warps in _warps(profile)]
     if all(why):
         return [], [reason for reason in why if reason]
-    counts = count(program, kernel.scalars, kernel.expect(tile))
+    shape = (tile.m, tile.n, tile.k)
+    if shape not in counted:
+        counted[shape] = count(program, kernel.scalars, kernel.expect(tile))
+    counts = counted[shape]
     found = []
     for warps, reason in zip(_warps(profile), why, strict=True):
         if reason is None:
@@ -111,6 +118,11 @@ def _fitting(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> tuple[
 def _rank(p: Prediction) -> float:
     """Return the time, and a share of what else is busy meanwhile: of nearly equal tiles the one with the most slack."""
     return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
+
+
+def _stages(profile: Profile) -> tuple[int, ...]:
+    """Return the choices of buffers: copies in turns where a chip moves tiles by commands of its own."""
+    return STAGES if profile.family in ("nvidia", "amd") else STAGES[:1]
 
 
 def _warps(profile: Profile) -> tuple[int, ...]:
