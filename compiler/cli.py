@@ -342,6 +342,10 @@ def inspect(
     from .cli_show import show_report
 
     show_report(found)
+    if "kernels" in found:
+        from .cli_kernels import show_kernels
+
+        show_kernels(found["kernels"])
     if target is not None:
         from .cli_predicted import show_predicted
 

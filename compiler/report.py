@@ -16,9 +16,10 @@ from .artifact import Artifact
 from .cost import Cost, Costs, Kind, Layer, module_costs
 from .errors import MoecError
 from .ir import Module, TensorType, Value
-from .manifest import MANIFEST
+from .manifest import MANIFEST, read_json
 from .ops.define import free
 
+KERNELS = "kernels.json"  # of an artifact for an accelerator
 CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
 
 
@@ -58,8 +59,8 @@ def inspect(
     """Return the figures of a source, opened or not (see `open_source`).
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
-    parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused and
-    files. Raises MoecError.
+    parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused,
+    files and (for an accelerator) kernels. Raises MoecError.
     """
     opened = source if isinstance(source, Opened) else open_source(source, trust_remote_code=trust_remote_code)
     module, chosen = opened.module, opened.context(context)
@@ -71,7 +72,8 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     if not (path / MANIFEST).is_file():
         return {}
     artifact = Artifact.open(path)
-    return {**artifact.manifest, "sizes": artifact.report["files"]}
+    kernels = {"kernels": read_json(path / KERNELS)} if (path / KERNELS).is_file() else {}
+    return {**artifact.manifest, "sizes": artifact.report["files"], **kernels}
 
 
 def _report(
@@ -96,6 +98,8 @@ def _report(
     }
     if manifest:
         report |= {"unfused": manifest["unfused"], "files": manifest["sizes"]}
+    if "kernels" in manifest:
+        report["kernels"] = manifest["kernels"]
     return report
 
 

@@ -11,13 +11,14 @@ from ...compiler.ir import Module
 from ...compiler.weights.sink import TILE_BYTES
 from ...compiler.weights.sources import WeightSource
 from .chip import Profile
+from .engine_files import engine_files
 from .objects import compile_kernels, write_files
 from .plan import make_plan
 from .shards import find_shards, write_shards
 from .spec import Kernels, kernel_specs, packings
 from .triton_source import triton_source
 
-KERNELS, PLAN, SOURCES = "kernels.json", "plan.json", "kernels"
+KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
 
 
 def emit(
@@ -43,8 +44,11 @@ def emit(
         made = compile_kernels(kernels, profile, SOURCES)
         kernels, objects = made.kernels, made.files
     sources = {f"{SOURCES}/{k.name}.py": triton_source(k.best.program, k.best.tile.warps) for k in kernels.kernels}
+    experts = (problem for kind, problem in kernels.problems if kind == "experts_up")
+    engines = {f"{ENGINES}/{name}": _json(content) for name, content in engine_files(experts, profile)}
     texts = {
         **sources,
+        **engines,
         KERNELS: _json(_with_sources(kernels)),
         PLAN: _json(make_plan(module, profile, found)),
     }

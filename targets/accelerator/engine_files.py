@@ -8,10 +8,8 @@ by one matrix at a time, so what is searched is the product without the activati
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .chip import Profile
@@ -81,7 +79,7 @@ def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:
     }
 
 
-def engine_files(problems: Iterator[Experts], profile: Profile) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def engine_files(problems: Iterable[Experts], profile: Profile) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (path, content) of the files for all routed experts of a model; none for a chip that the engines' kernel
     does not run on."""
     device = DEVICES.get(profile.name)
@@ -94,13 +92,3 @@ def engine_files(problems: Iterator[Experts], profile: Profile) -> Iterator[tupl
         content = entries(e, profile)
         yield f"vllm/{names['vllm']}", content
         yield f"sglang/triton_{TRITON.replace('.', '_')}/{names['sglang']}", content
-
-
-def write_engine_files(problems: Iterator[Experts], profile: Profile, folder: Path) -> list[str]:
-    """Write the files below a folder and return their paths in it."""
-    written = []
-    for path, content in engine_files(problems, profile):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-        written.append(path)
-    return written

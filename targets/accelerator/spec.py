@@ -125,6 +125,7 @@ class Kernels:
     functions: tuple[dict[str, Any], ...]  # each op with the names of its kernels by bucket
     framework: tuple[dict[str, Any], ...]  # ops that the framework computes between kernels
     buckets: tuple[int, ...]
+    problems: tuple[tuple[str, Any], ...] = ()  # what is computed, as (kind, problem)
 
     def to_json(self) -> dict[str, Any]:
         """Return what stands in kernels.json."""
@@ -198,7 +199,15 @@ def kernel_specs(
             steps.append({"op": op.name, "place": place, "kernels": group.name})
         functions.append({"name": function.name, "calls": calls.get(function.name, 0), "steps": steps})
     kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)), why)]
-    return Kernels(profile.name, profile, tuple(kernels), tuple(functions), _summed(framework), tuple(sorted(tokens)))
+    return Kernels(
+        profile.name,
+        profile,
+        tuple(kernels),
+        tuple(functions),
+        _summed(framework),
+        tuple(sorted(tokens)),
+        tuple(groups),
+    )
 
 
 @dataclass
