@@ -16,16 +16,7 @@ from ...compiler.errors import MoecError
 from .tile_expr import parse
 from .tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store
 from .triton_expr import (
-    HELPERS,
-    Expressions,
-    Kind,
-    Printed,
-    as_dtype,
-    broadcast,
-    call,
-    dtype_node,
-    powers_of_two,
-    sizes_node,
+    HELPERS, Expressions, Kind, Printed, as_dtype, broadcast, call, dtype_node, powers_of_two, sizes_node, strong,
 )  # fmt: skip
 
 WIDTH = 116
@@ -34,8 +25,8 @@ LIMIT = 2**31 - 1  # what an offset of 32 bits reaches
 Lines: TypeAlias = "list[str]"
 
 
-def triton_source(program: Program, warps: int = 4) -> str:
-    """Return the Python source of a kernel for `warps` warps of a block.
+def triton_source(program: Program, warps: int = 4, limit: int | None = None) -> str:
+    """Return the Python source of a kernel for `warps` warps of a block, with at most `limit` registers a thread.
 
     MoecError for what Triton cannot say: sizes of tiles that are no powers of two, dtypes that numpy and Triton would
     promote otherwise, names that are used behind the loop that makes them.
@@ -45,7 +36,7 @@ def triton_source(program: Program, warps: int = 4) -> str:
         before = (set(printer.negative), dict(printer.wider))
         body = printer.kernel()
         if before == (printer.negative, printer.wider):
-            return "\n".join(_file(program, body, printer.expressions.helpers, warps)) + "\n"
+            return "\n".join(_file(program, body, printer.expressions.helpers, warps, limit)) + "\n"
 
 
 def pointer(name: str) -> str:
@@ -56,7 +47,7 @@ def pointer(name: str) -> str:
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def _file(program: Program, body: Lines, helpers: set[str], warps: int) -> Lines:
+def _file(program: Program, body: Lines, helpers: set[str], warps: int, limit: int | None) -> Lines:
     tensors, scalars = [a.name for a in program.arguments], list(program.scalars)
     lines = [f'"""{program.doc or program.name}', "", "Tensors, row by row:", ""]
     for a in program.arguments:
@@ -71,7 +62,8 @@ def _file(program: Program, body: Lines, helpers: set[str], warps: int) -> Lines
     lines += [f"def grid({', '.join(scalars)}):", '    """Return the extents of the grid."""']
     lines += [f"    return ({_product([host(extent) for _, extent in program.grid])},)", "", ""]
     lines += [f"def launch({', '.join(tensors + scalars)}):", '    """Run the kernel on tensors of torch."""']
-    lines.append(f"    {program.name}[grid({', '.join(scalars)})]({', '.join(tensors + scalars)}, num_warps={warps})")
+    options = f"num_warps={warps}" + (f", maxnreg={limit}" if limit else "")
+    lines.append(f"    {program.name}[grid({', '.join(scalars)})]({', '.join(tensors + scalars)}, {options})")
     return lines
 
 
@@ -215,8 +207,7 @@ class _Printer:
         powers_of_two(kind.shape)
         wider = self.wider.get(name)
         if wider and kind.dtype != wider:
-            constant = kind.constant is not None
-            node = call("tl.full", sizes_node(()), node, dtype_node(wider)) if constant else as_dtype(node, wider)
+            node = strong(node, kind, wider)
             kind = Kind(wider, kind.shape, kind.natural)
         self._statement(f"{name} = ", node)
         self.expressions.kinds[name] = Kind(kind.dtype, kind.shape, kind.natural and name not in self.negative)
@@ -263,8 +254,7 @@ class _Printer:
         size = argument.shape[axis]
         short = isinstance(size, int) and isinstance(stride, ast.Constant) and size * stride.value <= LIMIT
         if not short and kind.dtype != "i64":
-            constant = kind.constant is not None
-            node = call("tl.full", sizes_node(()), node, dtype_node("i64")) if constant else as_dtype(node, "i64")
+            node = strong(node, kind, "i64")
         return ast.BinOp(node, ast.Mult(), stride)
 
     def _load(self, statement: Load) -> None:
