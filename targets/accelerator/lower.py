@@ -96,8 +96,11 @@ def _with_old_names(function: Function) -> Function:
 def _linear(draft: Draft, op: Op, routers: frozenset[str]) -> Op:
     x, weight, bias = op.operands
     if op.results[0].name in routers:
-        draft.recipe(weight)
-        return Op("acc.linear", op.operands, op.results, loc=op.loc)
+        # a rounded score may choose another expert: the weights keep all their numbers, the scores stay f32
+        narrow, exact = narrowed(draft.recipe(weight))
+        assert weight
+        kept = draft.weight(narrow, f"{weight.name}.bf16") if exact else weight
+        return Op("acc.linear", (x, kept, bias), op.results, make_attrs({"out": "f32"}), loc=op.loc)
     return Op("acc.linear", (x, _stored(draft, op, weight), bias), op.results, loc=op.loc)
 
 

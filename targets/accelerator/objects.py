@@ -20,6 +20,7 @@ from .search import Choice
 from .spec import Kernels, KernelSpec
 from .triton_compile import AMD, NVIDIA, Compiled, compile_all
 from .triton_compile import Choice as Wanted
+from .triton_predict import predict_shared
 
 Made: TypeAlias = "Compiled | MoecError"
 Compile = Callable[[Sequence[Wanted], int], Sequence[Made]]
@@ -107,7 +108,7 @@ def _entry(kernel: KernelSpec, made: Made, arch: str) -> dict[str, Any]:
     """Return what stands in kernels.json of an object."""
     if isinstance(made, MoecError):
         return {"arch": arch, "error": made.what}
-    predicted = next((kernel.best.use[name] for name in ("shared", "lds") if name in kernel.best.use), 0)
+    predicted = predict_shared(kernel.best.program, arch, kernel.best.tile.warps)
     return {
         "arch": arch, "registers": made.registers, "shared": made.shared, "shared_predicted": predicted,
         "tensor_memory": made.tensor_memory, "spills": made.spills, "scalar_spills": made.scalar_spills,

@@ -13,7 +13,8 @@ from typing import Any
 from ... import __version__
 from ...compiler.errors import MoecError
 from ...compiler.ir import Function, Module, Op, walk_calls
-from .assumed import ASSUMED
+from ...compiler.rewrite import tell
+from .assumed import ASSUMED, multiplies
 from .chip import Profile
 from .kinds import Step, Tokens
 from .machine import chip_of, layout_of
@@ -182,6 +183,9 @@ def kernel_specs(
                 raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
             place = f"@{function.name}/%{op.results[0].name}"
             step = KINDS[op.name](op, _weights(function, op, stored)) if op.name in KINDS else None
+            if step is not None and not multiplies(profile, step.products):
+                tell(why, [f"{place}: {profile.name} does not multiply {step.products}, so the framework computes it"])
+                step = None
             if step is None:
                 framework.append({"op": op.name, "place": place, "calls": calls.get(function.name, 0)})
                 continue

@@ -165,7 +165,9 @@ def _compiled(source: str, name: str, signature: tuple[tuple[str, str], ...], ar
 
     def build(limit: int | None) -> Compiled:
         options = {"num_warps": warps, "enable_fp_fusion": True} | ({"maxnreg": limit} if limit else {})
-        made = _run_triton(triton, ASTSource(kernel, dict(signature), {}, aligned), target, options, f"{name} for {arch}")
+        made = _run_triton(
+            triton, ASTSource(kernel, dict(signature), {}, aligned), target, options, f"{name} for {arch}"
+        )
         read = (_read_nvidia if arch in NVIDIA else _read_amd)(triton, made)
         return Compiled(
             name, arch, warps, **read, limit=limit, shared=made.metadata.shared,

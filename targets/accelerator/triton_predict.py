@@ -150,7 +150,9 @@ class _Loop:
                 whole += _size(self.program.buffers[s.name])
             most = max(most, used)
             if isinstance(s, Dot) and last[name := self.origin.get(s.b, s.b)] == i and second[name] in ASYNC:
-                used -= 0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
+                used -= (
+                    0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
+                )
         return whole if "tcgen05" in second.values() else most  # tcgen05's are all in use until the turn ends
 
 
