@@ -174,7 +174,7 @@ def _attention(draft: Draft, op: Op) -> Op:
     *given, mask, sinks = op.operands
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     y, key, value = op.results
-    first = {name: op.attributes[name] for name in ("heads", "eps") if name in op.attributes}
+    first: dict[str, Any] = {name: op.attributes[name] for name in ("heads", "eps") if name in op.attributes}
     types = OPS["acc.rope_append"].infer([None if v is None else v.type for v in given], first)
     q = Value(draft.fresh(f"{y.name}.q"), types[0])
     draft.ops.append(Op("acc.rope_append", tuple(given), (q, key, value), make_attrs(first), loc=op.loc))
