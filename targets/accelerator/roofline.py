@@ -147,8 +147,8 @@ class Step:
 def _sum(function: str, op: str, rows: Sequence[Row]) -> Row:
     numbers = ("kernels", "weights", "activations", "states", "device_bytes", "time")
     sums: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in numbers}
-    maps = {name: _added([getattr(row, name) for row in rows]) for name in ("flops", "parts")}
-    return Row(function, op, **sums, **maps)
+    flops, parts = _added([row.flops for row in rows]), _added([row.parts for row in rows])
+    return Row(function, op, **sums, flops=flops, parts=parts)
 
 
 def _added(maps: Sequence[Mapping[str, float]]) -> dict[str, float]:
