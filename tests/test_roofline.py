@@ -11,6 +11,7 @@ import sympy
 from moec.compiler.dims import dim
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Module
+from moec.compiler.ops import OPS
 from moec.compiler.parser import parse_module
 from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.assumed import ASSUMED, MEANING
@@ -153,6 +154,14 @@ def test_a_part_of_a_tensor_counts_no_more_than_its_type():
     text = LAYERS.replace(whole, 'slice(tensor("o", bf16[4096, 64]), axis=0, start=0, stop=1024)')
     consts = {c.value.name: stored_bits(c) for c in parse_module(text).by_name["layer"].consts}
     assert (consts["o"], consts["router"], consts["up"]) == (32, 32, 16)
+
+
+def test_costs_are_declared_of_operands_that_there_are():
+    for definition in OPS.values():
+        names = {o.name for o in definition.signature.operands}
+        assert {*definition.rows, *definition.reads, *definition.appends} <= names, definition.name
+        if definition.view:
+            assert (len(names), len(definition.signature.results), definition.custom_flops) == (1, 1, 0)
 
 
 # --- times ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def distinct_experts(experts: int, chosen: int, tokens: Any, skew: float = 0.0) 
     return zipf_number(experts, chosen, skew, tokens)
 
 
-class zipf_experts(sympy.Function):  # noqa: N801 as sympy names functions in formulas
+class zipf_experts(sympy.Function):
     """What `distinct_experts` is for skewed routing, in formulas: a sum over all experts would make them long."""
 
     nargs = 4
