@@ -69,4 +69,4 @@ def matrix_rate(profile: Profile, dtype: str) -> float:
 
 def vector_rate(profile: Profile) -> float | None:
     """Return FLOP/s outside of the matrix unit, None where unknown: what is computed there then counts as no time."""
-    return profile.vector_peak and profile.vector_peak.value * ASSUMED["vector_reached"]
+    return profile.vector_peak.value * ASSUMED["vector_reached"] if profile.vector_peak else None
