@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..compiler.dims import size
 from ..compiler.errors import Refuse
 from ..compiler.ir import Module
 from ..compiler.pipeline import pass_
@@ -41,18 +42,19 @@ def attend_to_latent(m: Match, target: Any) -> dict[str, Any]:
     """Multiply queries by W_UK and outputs by W_UV instead of every cached latent (DeepSeek-V2, arXiv 2405.04434, 2.1.2)."""
     if not m.latent.type.state:
         raise Refuse("it is no cache, its keys and values are made for the new tokens only", m.latent)
-    if len(m.latent.type.shape) != 4 or m.latent.type.shape[1] != 1:
-        raise Refuse(f"it is {m.latent.type}, not one latent for all heads", m.latent)
-    if len(m.rope.type.shape) != 4 or m.rope.type.shape[1] != 1:
-        raise Refuse(f"it is {m.rope.type}, not one for all heads", m.rope)
+    tokens = (size(m.B), size(1), size(m.T))
+    for value in (m.latent, m.rope):
+        if value.type.shape[:-1] != tokens:
+            raise Refuse(f"it is {value.type}, not one row for each token and all heads", value)
+    if m.q.type.shape[1] != m.H:
+        raise Refuse(f"queries of {m.q.type.shape[1]} heads share {m.H} heads of keys", m.q)
     weight = m.recipe("w")
     if weight is None:
         raise Refuse("it is not a weight, it cannot be taken apart beforehand", m.w)
-    _, heads, new, width = m.q.type.shape
     return {
-        "S": new, "D": width, "R": weight.type.sizes[1], "V": m.W - m.N,
-        "w_uk": _of_heads(weight, int(heads), 0, int(m.N), turned=True),
-        "w_uv": _of_heads(weight, int(heads), int(m.N), int(m.W), turned=False),
+        "S": m.q.type.shape[2], "D": m.q.type.shape[3], "R": weight.type.sizes[1], "V": m.W - m.N,
+        "w_uk": _of_heads(weight, m.H, 0, m.N, turned=True),
+        "w_uv": _of_heads(weight, m.H, m.N, m.W, turned=False),
     }  # fmt: skip
 
 
@@ -70,8 +72,10 @@ RULES = (attend_to_latent,)
 
 @pass_(reads="moe")
 def absorb_mla(module: Module, target: Any, why: Why) -> Module:
-    """Let attention to keys and values that are made of a cached latent work on the latent, as one head for all queries.
+    """Let attention over keys and values that are made of a cached latent work on the latent, one head for all queries.
 
-    TODO.
+    A step of few tokens no longer makes keys and values of all the cached ones: H (R + N + V) multiplications less for
+    each cached number of R, for H (2 R - N - V) more for each pair of tokens. So long prompts take more time, which the
+    many steps behind a prompt win back; one program serves both.
     """
     return apply(module, target, RULES, why)

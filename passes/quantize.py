@@ -257,11 +257,12 @@ def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str,
     consts = {c.value.name: c for c in function.consts}
     taken = set(function.names)
     made: dict[tuple[str, str], Value] = {}
-    # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by
+    # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by; what the
+    # blocks of a weight are multiplied with differs from block to block, and calibration keeps the inputs of whole rows
     multiplied = {
         (function.ops[i].operands[k].name, format.name)  # type: ignore[union-attr]
         for (i, k), format in chosen.items()
-        if function.ops[i].name != "nn.embedding"
+        if function.ops[i].name not in ("nn.embedding", "nn.block_linear")
     }
 
     def stored(value: Value, format: Format) -> Value:
