@@ -148,7 +148,9 @@ def _unsaid(owner: Rule, match: Match) -> set[str]:
         for n, v in owner.before[i].attrs.items()
         if isinstance(v, Var) and n not in op.attributes
     }
-    others = {v.name for p in owner.after for n, v in p.attrs.items() if isinstance(v, Var) and left_out.get(v.name) != n}
+    others = {
+        v.name for p in owner.after for n, v in p.attrs.items() if isinstance(v, Var) and left_out.get(v.name) != n
+    }
     return set(left_out) - others
 
 

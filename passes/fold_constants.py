@@ -167,7 +167,9 @@ def _slice_of_part(op: Op, sweep: Sweep) -> Op:
     for part in joined.inputs:
         high = low + part.type.shape[attributes["axis"]]
         if all(sympy.expand(d).is_nonnegative for d in (start - low, high - stop)):
-            return replace(op, operands=(part,), attrs=make_attrs({**attributes, "start": start - low, "stop": stop - low}))
+            return replace(
+                op, operands=(part,), attrs=make_attrs({**attributes, "start": start - low, "stop": stop - low})
+            )
         low = high
     return op
 
