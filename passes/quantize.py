@@ -63,6 +63,7 @@ def quantize(
         }
         scaled = fold(function, notes) if method == "awq" and chosen else function
         functions[function.name] = _store(scaled, chosen, how)
+        notes += _rounded_blocks(function, chosen) if how else []
     tell(why, notes)
     return module.with_functions(functions)
 
@@ -248,6 +249,13 @@ def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> st
 
 
 # --- storing it ------------------------------------------------------------------------------------------------
+
+
+def _rounded_blocks(function: Function, chosen: Mapping[Place, Format]) -> list[str]:
+    """Return a note for each weight of blocks, which no method looks at the inputs of."""
+    blocks = [(function.ops[i], k) for i, k in chosen if function.ops[i].name == "nn.block_linear"]
+    reason = "its blocks have inputs of their own, it is rounded to nearest"
+    return [f"note: @{function.name} {', '.join(op.loc)}: {op.operands[k]}: {reason}" for op, k in blocks]
 
 
 def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str, str]) -> Function:

@@ -15,6 +15,7 @@ from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.parser import parse_pipeline
 from moec.compiler.pipeline import run_pipeline
+from moec.compiler.quantization import method_of
 from moec.compiler.roles import weight_roles
 from moec.passes import PASSES
 from moec.targets import TARGETS
@@ -140,3 +141,17 @@ def test_keep_holds_the_codes_of_w_uv_and_says_that_those_of_w_uk_are_near(tmp_p
     stored = {c.value.name: c.value.type.dtype for c in module.by_name["layer_0"].consts}
     assert (stored["w_uk"], stored["w_uv"]) == ("int8_g32", "int4_g32")
     assert any("%w_uk: " in note and "near and not the same" in note for note in notes), notes
+
+
+def test_weights_of_heads_are_rounded_to_nearest_whatever_the_method(tmp_path):
+    FAMILIES["deepseek_v3"].config(**WIDE).save_pretrained(tmp_path)
+    notes: list[str] = []
+    passes = parse_pipeline(f"{INTO_MOE},quantize{{method=gptq,group=32}}")
+    module, _ = run_pipeline(load(tmp_path).module, passes, table=PASSES, target=TARGETS["cpu"], why=notes)
+    methods = {
+        c.value.name: method_of(c.recipe) for c in module.by_name["layer_0"].consts if "_g32" in c.value.type.dtype
+    }
+    assert {n for n, method in methods.items() if method == "rtn"} == {"w_uk", "w_uv"}
+    assert len(methods) > 2
+    for name in ("w_uk", "w_uv"):
+        assert any(f"%{name}: its blocks have inputs of their own" in note for note in notes), notes
