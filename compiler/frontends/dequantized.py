@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..dtypes import TORCH_DTYPES
 from ..errors import MoecError
 from ..recipes import Recipe
 from ..weights.checkpoint import open_checkpoint

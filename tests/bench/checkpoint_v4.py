@@ -116,20 +116,20 @@ def _blocks(name: str, rows: int, width: int) -> Tensors:
     return {f"{name}.weight": ("F8_E4M3", (rows, width)), f"{name}.scale": ("F8_E8M0", scales)}
 
 
-def content(name: str, dtype: str, shape: tuple[int, ...], experts: int) -> Iterator[np.ndarray]:
+def content(name: str, dtype: str, shape: tuple[int, ...], count: int) -> Iterator[np.ndarray]:
     """Yield the elements of a tensor, a few rows at a time; they follow from its name.
 
-    `experts` is how many a token's hash may name.
+    `count` is the number of experts, which a token's hash names.
     """
     random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
     rows = max(1, AT_ONCE // math.prod(shape[1:]))
     for start in range(0, shape[0], rows):
         part = (min(rows, shape[0] - start), *shape[1:])
         if dtype in ("I8", "F8_E4M3", "F8_E8M0"):
-            yield _codes(random, dtype, part, shape[-1] * (FP4_GROUP if ".experts." in name else BLOCK))
+            yield _codes(random, dtype, part, experts=".experts." in name)
         elif dtype == "I64":  # distinct ids in a row: a first one, and steps that do not come round
-            first, step = random.integers(0, experts, (part[0], 1)), random.integers(1, experts // shape[1], (part[0], 1))
-            yield (first + np.arange(shape[1]) * step) % experts
+            first = random.integers(0, count, (part[0], 1))
+            yield (first + np.arange(shape[1]) * random.integers(1, count // shape[1], (part[0], 1))) % count
         else:
             values = random.standard_normal(part, np.float32)
             if len(shape) == 1:  # norms and scales lie around 1, biases and sinks around 0
@@ -139,11 +139,11 @@ def content(name: str, dtype: str, shape: tuple[int, ...], experts: int) -> Iter
             yield values if dtype == "F32" else _bf16(values)
 
 
-def _codes(random: np.random.Generator, dtype: str, shape: tuple[int, ...], width: int) -> np.ndarray:
-    """Return codes, or scales of a matrix with so many inputs."""
+def _codes(random: np.random.Generator, dtype: str, shape: tuple[int, ...], experts: bool) -> np.ndarray:
+    """Return codes, or scales of codes: those of experts lie in groups, the others in blocks."""
     if dtype == "F8_E8M0":
-        size = E2M1_SIZE if shape[-1] * FP4_GROUP == width else E4M3_SIZE
-        least = 127 + math.floor(math.log2(1 / (size * math.sqrt(width))))
+        group, size = (FP4_GROUP, E2M1_SIZE) if experts else (BLOCK, E4M3_SIZE)
+        least = 127 + math.floor(math.log2(1 / (size * math.sqrt(shape[-1] * group))))
         return random.integers(least, least + 2, shape, np.uint8)
     codes = np.frombuffer(random.bytes(math.prod(shape)), np.uint8)
     return codes if dtype == "I8" else codes % E4M3_CODES | codes & 0x80
@@ -155,10 +155,9 @@ def _bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def write(folder: Path, layers: int) -> Path:
-    """Write the checkpoint, unless the folder holds this one already; return the folder."""
-    wanted = config(layers)
-    text = json.dumps(wanted, indent=2) + "\n"
+def write(folder: Path, wanted: dict[str, Any]) -> Path:
+    """Write the checkpoint of a config, unless the folder holds this one already; return the folder."""
+    layers, text = wanted["num_hidden_layers"], json.dumps(wanted, indent=2) + "\n"
     done = folder / "config.json"  # written last
     if done.is_file() and done.read_text() == text:
         return folder
@@ -171,7 +170,7 @@ def write(folder: Path, layers: int) -> Path:
         places |= dict.fromkeys(found, file)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    words = tokenizer(NAMED_TOKENS)
+    words = tokenizer(min(NAMED_TOKENS, wanted["vocab_size"]))
     (folder / "tokenizer.json").write_text(json.dumps(words, ensure_ascii=False))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
@@ -179,7 +178,7 @@ def write(folder: Path, layers: int) -> Path:
     return folder
 
 
-def _write_shard(path: Path, found: Tensors, experts: int) -> int:
+def _write_shard(path: Path, found: Tensors, count: int) -> int:
     """Write a safetensors file (8 bytes of length, a header in JSON, the tensors) and return the bytes of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -191,7 +190,7 @@ def _write_shard(path: Path, found: Tensors, experts: int) -> int:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in found.items():
-            for part in content(name, dtype, shape, experts):
+            for part in content(name, dtype, shape, count):
                 file.write(part.data)
     return end
 
@@ -202,7 +201,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=3, metavar="N", help="default 3")
     given = parser.parse_args()
-    print(write(given.out, given.layers))
+    print(write(given.out, config(given.layers)))
 
 
 if __name__ == "__main__":
