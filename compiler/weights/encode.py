@@ -141,9 +141,10 @@ def search(
         low, high = _one_sided(low, high, top)
     widths = torch.tensor(WIDTHS[format.bits]).unsqueeze(1)
     scale = (high - low) * (widths / top)
-    factor = torch.where(scale.abs() < _TINY, 1.0, scale).reciprocal_()
-    half = (top + 1) / 2
-    zero = (low * -widths * factor).round_().clamp_(0, top) if format.zeros else torch.full_like(factor, half)
+    scale = torch.where(scale.abs() < _TINY, 1.0, scale)
+    half = torch.full_like(scale, (top + 1) / 2)
+    zero = (low * -widths / scale).round_().clamp_(0, top) if format.zeros else half
+    factor = scale.reciprocal()
     codes, products = torch.empty(2, *x.shape) if room is None else room[:, :count]
     product, square = torch.empty(2, len(widths), count)
     for i in range(len(widths)):
