@@ -53,16 +53,17 @@ def file_name(engine: str, e: Experts, device: str) -> str | None:
 def entries(e: Experts, profile: Profile, tokens: tuple[int, ...] = TOKENS) -> dict[str, dict[str, int]]:
     """Return what a file says for each number of tokens."""
     product = replace(e, gated=False, inner=e.up.rows, act="identity")
-    found = {}
-    for count in tokens:
-        kernel = Kernel(
-            "fused_moe", lambda t, layout: grouped_up(product, t, layout), {"T": count},
-            shapes(row_choices(count * e.chosen / e.experts), e.up.step),
-            lambda t, count=count: {"tile": expected_tiles(e.experts, e.chosen, count, t.m)},
-            touched(e, "up", count),
-        )  # fmt: skip
-        found[str(count)] = _entry(search(kernel, profile).best.tile, e, count)
-    return found
+    return {str(count): _entry(_tile(product, profile, count), e, count) for count in tokens}
+
+
+def _tile(product: Experts, profile: Profile, tokens: int) -> Tile:
+    kernel = Kernel(
+        "fused_moe", lambda t, layout: grouped_up(product, t, layout), {"T": tokens},
+        shapes(row_choices(tokens * product.chosen / product.experts), product.up.step),
+        lambda t: {"tile": expected_tiles(product.experts, product.chosen, tokens, t.m)},
+        touched(product, "up", tokens),
+    )  # fmt: skip
+    return search(kernel, profile).best.tile
 
 
 def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:

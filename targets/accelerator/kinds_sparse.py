@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -28,9 +27,8 @@ CHOSEN = 1024  # entries that the choice looks at in one step
 
 def _route(op: Op, weights: Mapping[str, Packing]) -> Step:
     operands, a = given(op), attributes(op)
-    known = {f.name for f in fields(Route)}
-    there = {name: name in operands for name in ("bias", "given", "expert_scale")}
-    p = Route(int(operands["logits"].shape[1]), **{k: v for k, v in a.items() if k in known}, **there)
+    there: dict[str, Any] = {name: name in operands for name in ("bias", "given", "expert_scale")}
+    p = Route(int(operands["logits"].shape[1]), **a, **there)
 
     def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
         shapes = tuple((m, 1, 1) for m in ROUTED)
@@ -100,18 +98,19 @@ def _streams(op: Op, weights: Mapping[str, Packing]) -> Step:
     def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
         count = {"T": tokens.count}
         shapes = tuple((m, power(p.scores, 16), k) for m in row_choices(tokens.count) for k in (32, 64, 128))
-        found = []
-        for split in SPLITS if tokens.count <= FEW else SPLITS[:1]:
-            scores: Callable[..., Any] = lambda t, layout, split=split: stream_scores(p, t, layout, split)  # noqa: E731
-            mixed: Callable[..., Any] = lambda t, layout, split=split: streams_in(p, row_tile(t), layout, split)  # noqa: E731
-            kernels = (
-                Kernel("stream_scores", scores, count, shapes),
-                Kernel("streams_in", mixed, count, row_shapes(p.width, (1, 2, 4)), staged=False),
-            )
-            found.append(Way("whole rows" if split == 1 else f"rows in {split} parts", kernels))
-        return tuple(found)
+        splits = SPLITS if tokens.count <= FEW else SPLITS[:1]
+        return tuple(_streams_way(p, split, count, shapes) for split in splits)
 
     return Step("streams", p, {}, ways, products="f32")
+
+
+def _streams_way(p: Streams, split: int, count: Mapping[str, int], shapes: tuple[tuple[int, int, int], ...]) -> Way:
+    mixed = row_shapes(p.width, (1, 2, 4))
+    kernels = (
+        Kernel("stream_scores", lambda t, layout: stream_scores(p, t, layout, split), count, shapes),
+        Kernel("streams_in", lambda t, layout: streams_in(p, row_tile(t), layout, split), count, mixed, staged=False),
+    )
+    return Way("whole rows" if split == 1 else f"rows in {split} parts", kernels)
 
 
 def _streams_out(op: Op, weights: Mapping[str, Packing]) -> Step:

@@ -18,12 +18,12 @@ from ...compiler.weights.sink import usable_threads
 from .chip import Profile
 from .search import Choice
 from .spec import Kernels, KernelSpec
-from .triton_compile import AMD, NVIDIA, Compiled, compile_all
-from .triton_compile import Choice as Wanted
+from .triton_compile import AMD, NVIDIA, Compiled, Request, request
 from .triton_predict import predict_shared
+from .triton_workers import compile_all
 
 Made: TypeAlias = "Compiled | MoecError"
-Compile = Callable[[Sequence[Wanted], int], Sequence[Made]]
+Compile = Callable[[Sequence[Request], int], Sequence[Made]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _choose(specs: Sequence[KernelSpec], arch: str, make: Compile) -> list[tuple
     pending = list(range(len(specs)))
     while pending:
         wanted = {key: c for i in pending if (key := _key(c := current(i))) not in made}
-        jobs = [Wanted(c.program, arch, c.tile.warps) for c in wanted.values()]
+        jobs = [request(c.program, arch, c.tile.warps) for c in wanted.values()]
         made |= dict(zip(wanted, make(jobs, usable_threads()) if jobs else (), strict=True))
         pending = [i for i in pending if not _is_good(made[_key(current(i))]) and places[i] + 1 < len(orders[i])]
         for i in pending:
