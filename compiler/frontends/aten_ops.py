@@ -280,6 +280,19 @@ def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
     return g.builder.op("core.take", x, indices[given[0]], axis=given[0])
 
 
+@aten("aten.index_put")
+def _index_put(g: Graph, x: Value, indices: list[Any], value: Value, accumulate: bool = False) -> Value:
+    """Write one number where a mask is set."""
+    if accumulate or len(indices) != 1 or indices[0].type.shape != x.type.shape or value.type.elements != 1:
+        raise MoecError("writing by indices, or other than one number by a mask, is not understood")
+    return g.builder.op("core.where", indices[0], value, x)
+
+
+@aten("aten.scalar_tensor")
+def _scalar_tensor(g: Graph, number: Any, dtype: str = "f32", **kwargs: Any) -> Value:
+    return g.scalar(number, dtype)
+
+
 @aten("aten.arange")
 def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
     start, end = (0, args[0]) if len(args) == 1 else args[:2]

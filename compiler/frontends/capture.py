@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS, activate
+from .expert_rows import expert_rows
 from .indexer import causal, selected
 
 NAME = "moec"  # the name under which everything is registered with transformers
@@ -177,7 +178,9 @@ def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
     up = module.gate_up_proj if module.has_gate else module.up_proj
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
     if getattr(module, "has_post_expert_norm", False):
-        raise MoecError(f"{type(module).__name__} has a norm behind each expert, which is not understood")
+        if module.has_bias or module.is_transposed or not module.has_gate:
+            raise MoecError(f"{type(module).__name__} has a norm behind experts that are not plain, which is not understood")
+        return expert_rows(x, ids, gates, up, module.down_proj, module._apply_gate, module.post_expert_norm)
     up_bias = getattr(module, f"{prefix}_bias", None) if module.has_bias else None
     down_bias = module.down_proj_bias if module.has_bias else None
     known = current().activations

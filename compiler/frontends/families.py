@@ -62,16 +62,23 @@ class Family:
     layers: str = "attention, experts"
     checked: str = CHECKED
     padding: bool = True  # whether the rows of a batch may be padded on the left
+    whole: Mapping[str, Any] | None = None  # of a model of text and images: what is not the text model's config
 
     def config(self, **changes: Any) -> Any:
         """Return the tiny transformers config, with changes."""
         import transformers
 
-        return getattr(transformers, self.config_class)(**{**BASE, **self.tiny, **changes})
+        cls, tiny = getattr(transformers, self.config_class), {**BASE, **self.tiny, **changes}
+        return cls(**tiny) if self.whole is None else cls(text_config=tiny, **self.whole)
 
 
 _GROUPED = {**_DEEPSEEK, "head_dim": 16}
 _FOUR = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+# vision towers, which stand in the checkpoints and are left out of the programs
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION_QWEN = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+_SAM = {**_VISION, "image_size": 64, "output_channels": 32, "downsample_channels": [32, 32]}
 
 _SPARSE = "compressed_sparse_attention"
 
@@ -219,6 +226,38 @@ _ALL = (
            {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "router_hidden_size": 32,
             "num_hidden_layers": 4}, "kv, convolution, delayed values",
            "attention on convolved queries and keys, experts with a router over layers"),
+    Family("Kimi K2.5 (text)", "kimi_k25", "Kimi_K25Config", {**_MLA, **_DEEPSEEK, "model_type": "deepseek_v3"}, LATENT,
+           "MLA, dense and experts", whole={"vision_config": _VISION}),
+    Family("Qwen3-VL MoE (text)", "qwen3_vl_moe", "Qwen3VLMoeConfig",
+           {"intermediate_size": 96, "head_dim": 16, **_EIGHT}, whole={"vision_config": _VISION_QWEN}),
+    Family("GLM-4.5V (text)", "glm4v_moe", "Glm4vMoeConfig",
+           {**_DEEPSEEK, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2],
+                                             "partial_rotary_factor": 0.5}}, layers="attention, dense and experts",
+           whole={"vision_config": _VISION_QWEN}),
+    Family("ERNIE 4.5 VL (text)", "ernie4_5_vl_moe", "Ernie4_5_VLMoeConfig",
+           {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": [32, 16], "intermediate_size": 96,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]}},
+           layers="attention, dense and experts", whole={"vision_config": _VISION_QWEN}),
+    Family("DeepSeek-OCR 2 (text)", "deepseek_ocr2", "DeepseekOcr2Config",
+           {**_DEEPSEEK, "mlp_layer_types": ["dense", "sparse", "sparse"]}, layers="attention, dense and experts",
+           whole={"vision_config": {"sam_config": _SAM, "encoder_config": _VISION}}),
+    Family("Step 3.7 (text)", "step3p7", "Step3p7Config",
+           {"intermediate_size": 96, "head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "share_expert_dim": 32, "sliding_window": 4, "num_hidden_layers": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_sliding_attention_heads": 8,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "swiglu_limits": [None, 0.5, None, 0.7], "swiglu_limits_shared": [None, None, 0.6, 0.7],
+            "moe_router_scaling_factor": 2.0}, layers="sliding and full attention, dense and experts",
+           whole={"vision_config": _VISION}),
+    Family("Muse Spark (text)", "muse_spark", "MuseSparkConfig",
+           {"intermediate_size": 96, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "moe_hidden_size": 48, "sliding_window": 4, "num_hidden_layers": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "layer_rope_theta": [10000.0, 10000.0, 10000.0, 0]},
+           layers="sliding and full attention without positions, dense and experts with a norm behind each",
+           whole={"vision_config": _VISION}),
     Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}),
     Family("Gemma 3 (no experts)", "gemma3_text", "Gemma3TextConfig",
            {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}),

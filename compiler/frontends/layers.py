@@ -45,15 +45,16 @@ class Layer:
 def find_layers(model: Any) -> tuple[str, Any]:
     """Return the name and the ModuleList of a model's decoder layers: the largest list of the config's length.
 
-    Where a layer holds two attentions, num_hidden_layers counts those and num_layers the layers.
+    Layers of an encoder, of images say, are none of them. Where a layer holds two attentions, num_hidden_layers counts those and num_layers the layers.
     """
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lengths = {count, getattr(config, "num_layers", count)}
+    decoder = set(model.get_decoder().modules())
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) in lengths
+        if isinstance(module, torch.nn.ModuleList) and len(module) in lengths and module in decoder
     ]
     if not lists:
         raise MoecError(f"{type(model).__name__} has no list of {count} layers (num_hidden_layers)")

@@ -193,7 +193,7 @@ def _recipe(job: Import, name: str) -> Recipe:
     """Return how a parameter or buffer is made, in the dtype that the traced program computes in."""
     if name in job.skeleton.buffers:
         buffer = job.skeleton.buffers[name]
-        if buffer.numel() > MAX_LITERAL:
+        if buffer.is_meta or buffer.numel() > MAX_LITERAL:
             raise MoecError(f"the buffer {name} has {buffer.numel()} elements, too many to write into the program")
         kind = DTYPE_NAMES[buffer.dtype]
         return Literal(TensorType.of(kind, *buffer.shape), tuple(buffer.flatten().tolist()))
