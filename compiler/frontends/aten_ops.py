@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from ..dims import size
+from ..dims import FUNCTIONS, size
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Value
@@ -366,6 +366,26 @@ def _expert_linear(g: Graph, rows: Value, ids: Value, w: Value) -> Value:
     sorted_, offsets, perm = g.builder.op("moe.dispatch", rows, one, experts=w.type.shape[0])
     ones = g.builder.op("core.full", shape=(count, 1), value=1.0, dtype=rows.type.dtype)
     return g.builder.op("moe.combine", g.builder.op("moe.grouped_linear", sorted_, w, offsets, None), ones, perm)
+
+
+@aten("moec.blocks")
+def _blocks(g: Graph, x: Value, at: int, width: int, fill: float) -> Value:
+    """Add what fills up any last block, and cut at a whole number of blocks."""
+    shape = x.type.shape
+    count = FUNCTIONS["floordiv"](shape[at] + width - 1, size(width))
+    edge = g.builder.op("core.full", shape=(*shape[:at], width - 1, *shape[at + 1 :]), value=fill, dtype=x.type.dtype)
+    filled = g.builder.op("core.concat", x, edge, axis=at)
+    cut = g.builder.op("core.slice", filled, axis=at, start=0, stop=count * width)
+    return reshape(g, cut, (*shape[:at], count, width, *shape[at + 1 :]))
+
+
+@aten("moec.spread")
+def _spread(g: Graph, x: Value, width: int, like: Value) -> Value:
+    *outer, count = x.type.shape
+    opened = reshape(g, x, (*outer, count, 1))
+    repeated = g.builder.op("core.expand", opened, shape=(*outer, count, width))
+    flat = reshape(g, repeated, (*outer, count * width))
+    return g.builder.op("core.slice", flat, axis=len(outer), start=0, stop=like.type.shape[-1])
 
 
 @aten("moec.attention")

@@ -127,18 +127,19 @@ _IGNORED_ATTENTION = {
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None, **kwargs: Any,
+    s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None,
+    block_indices: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     unknown = {k for k, v in kwargs.items() if v is not None} - _IGNORED_ATTENTION
     if unknown:
         raise MoecError(
             f"the attention of {type(module).__name__} is called with {', '.join(sorted(unknown))}, which is not understood"
         )
-    if indices is not None and attention_mask is not None:
+    if block_indices is not None and attention_mask is not None:  # of block_indexers.py: what each query may read
+        attention_mask = block_indices & causal(attention_mask, query.shape[2])
+    elif indices is not None and attention_mask is not None:
         attention_mask = selected(attention_mask, indices)
-    elif attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
-        attention_mask = attention_mask[:, 0]
-    elif attention_mask is not None and attention_mask.dim() != 2:
+    elif attention_mask is not None and attention_mask.dim() not in (2, 4):
         raise MoecError(
             f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
         )
@@ -146,8 +147,14 @@ def _attention(
         raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     window, chunk = current().window
-    y = torch.ops.moec.attention(query, key, value, attention_mask, s_aux, scale, window, chunk, float(softcap or 0.0))
-    return y, None
+    masks = [attention_mask] if attention_mask is None or attention_mask.dim() < 4 else attention_mask.unbind(1)
+    parts = (x.chunk(len(masks), dim=1) for x in (query, key, value))  # heads that share a mask attend together
+    sinks = [None] * len(masks) if s_aux is None else s_aux.chunk(len(masks))
+    found = [
+        torch.ops.moec.attention(q, k, v, mask, sink, scale, window, chunk, float(softcap or 0.0))
+        for q, k, v, mask, sink in zip(*parts, masks, sinks, strict=True)
+    ]
+    return torch.cat(found, dim=2) if len(found) > 1 else found[0], None
 
 
 def _mask(
