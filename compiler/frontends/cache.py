@@ -42,8 +42,11 @@ class TraceCache:
         self.length = length
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append one layer's new keys and values."""
-        return self._append((layer_idx, "key"), key), self._append((layer_idx, "value"), value)
+        """Append one layer's new keys and values; values of width 0 (MLA without rotated keys) are no state."""
+        keys = self._append((layer_idx, "key"), key)
+        if value.shape[-1] == 0:
+            return keys, value.new_zeros(*value.shape[:2], keys.shape[2], 0)
+        return keys, self._append((layer_idx, "value"), value)
 
     def update_indexer(self, key: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Append the keys [B, S, D] that an indexer scores tokens by; they are kept as one head's."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS, activate
@@ -112,11 +113,17 @@ def _(x, ids, gates, up, down, up_bias, down_bias, act, gated, layout, transpose
 def register() -> None:
     """Make the attention, mask and experts functions known to transformers, once."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.cache_utils import KVSharingDict
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    pytree.register_pytree_node(KVSharingDict, _flatten_shared, lambda values, keys: KVSharingDict(zip(keys, values)))
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+
+
+def _flatten_shared(states: Any) -> tuple[list[Any], tuple[str, ...]]:
+    return list(states.values()), tuple(states)
 
 
 _IGNORED_ATTENTION = {

@@ -32,6 +32,8 @@ class Layer:
     spec: Any = None
     result_spec: Any = None
     results: list[Tensor] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)  # keys of the states that it hands on; they end the results
+    earlier: list[int] = field(default_factory=list)  # which tensor arguments are present states of earlier layers
     states: dict[StateKey, Tensor] = field(default_factory=dict)  # the present states, as the rehearsal made them
     window: tuple[int, int] = (0, 0)  # sliding window and chunk of its attention; 0: none
     kind: int = -1
@@ -72,6 +74,8 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
             if len(windows) > 1:
                 raise MoecError(f"layer {layer.index} gets masks with different windows")
+            kept = {id(t) for earlier in seen for t in earlier.states.values()}
+            layer.earlier = [i for i, tensor in enumerate(layer.tensors) if id(tensor) in kept]
             tracing.window = layer.window = windows.pop() if windows else (0, 0)
 
         return hook
@@ -81,7 +85,10 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             leaves, layer.result_spec = pytree.tree_flatten(output)
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise MoecError(f"{type(module).__name__} returns something that is no tensor")
-            layer.results = leaves
+            before = dict(_shared(pytree.tree_unflatten(layer.leaves, layer.spec)) or {})
+            after = _shared((args, kwargs)) or {}
+            layer.shared = [key for key, value in after.items() if value is not before.get(key)]
+            layer.results = [*leaves, *shared_results(layer, after)]
             layer.states = dict(cache.present)
             cache.present.clear()
 
@@ -107,6 +114,20 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     if any(s.spec is None or s.result_spec is None for s in seen):
         raise MoecError(f"{type(model).__name__} does not call every layer once")
     return seen
+
+
+def _shared(arguments: Any) -> Any:
+    """Return the dictionary by which layers hand on keys and values to later layers, None if there is none."""
+    from transformers.cache_utils import KVSharingDict
+
+    found = pytree.tree_leaves(arguments, is_leaf=lambda x: isinstance(x, KVSharingDict))
+    return next((x for x in found if isinstance(x, KVSharingDict)), None)
+
+
+def shared_results(layer: Layer, given: Any) -> list[Tensor]:
+    """Return what a layer wrote into the dictionary that it was given, or into that of its arguments."""
+    states = given if hasattr(given, "keys") else _shared(given)
+    return [tensor for key in layer.shared for tensor in states[key]]
 
 
 def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict[str, Tensor]:
@@ -164,7 +185,8 @@ def _key(model: Any, layer: Layer) -> Any:
     )
     states = tuple((label, tuple(s.shape)) for (_, label), s in layer.states.items())
     results = tuple(tuple(r.shape) for r in layer.results)
-    return (_module_key(layer.module), per_layer, arguments, str(layer.spec), states, results, layer.window)
+    handed = (tuple(layer.earlier), tuple(layer.shared))
+    return (_module_key(layer.module), per_layer, arguments, str(layer.spec), states, results, layer.window, handed)
 
 
 def _module_key(module: Any) -> Any:
@@ -229,7 +251,12 @@ class Stub(torch.nn.Module):
         """Emit `moec::layer`."""
         leaves = pytree.tree_flatten((args, kwargs))[0]
         results = torch.ops.moec.layer([t for t in leaves if isinstance(t, Tensor)], self.layer.index)
-        return pytree.tree_unflatten(results, self.layer.result_spec)
+        count = self.layer.result_spec.num_leaves
+        if self.layer.shared:
+            states, each = _shared((args, kwargs)), (len(results) - count) // len(self.layer.shared)
+            for i, key in enumerate(self.layer.shared):
+                states[key] = tuple(results[count + i * each : count + (i + 1) * each])
+        return pytree.tree_unflatten(results[:count], self.layer.result_spec)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -24,7 +24,7 @@ from .builder import Builder
 from .cache import PAST, SIZES, TraceCache, cache_class, past_like
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
-from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, stubbed
+from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, shared_results, stubbed
 from .names import relative_to_layer
 from .replace import replaced
 from .skeleton import Skeleton
@@ -110,8 +110,9 @@ class _LayerProgram(torch.nn.Module):
             for leaf in seen.leaves
         ]
         args, kwargs = pytree.tree_unflatten(leaves, seen.spec)
-        output = self.layer(*args, **kwargs)
-        return pytree.tree_flatten(output)[0], [cache.present[key] for key in seen.states]
+        output = pytree.tree_leaves(self.layer(*args, **kwargs))
+        output += shared_results(seen, (args, kwargs)) if seen.shared else []
+        return output, [cache.present[key] for key in seen.states]
 
 
 def _layer_function(job: Import, kind: Layer) -> Function:
@@ -125,8 +126,8 @@ def _layer_function(job: Import, kind: Layer) -> Function:
     builder = Builder(name)
     values: dict[str, Any] = {}
     names = [*_argument_names(kind), *_state_names(kind)]
-    for node, label, tensor in zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True):
-        state = label.startswith("past_")
+    for i, (node, label, tensor) in enumerate(zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True)):
+        state = label.startswith("past_") or i in kind.earlier
         values[str(node)] = builder.param(label, _type_of(tensor, state))
     prefix = _add_weights(job, builder, traced, values, "layer.", f"{place}.", kind.index)
     try:
