@@ -94,6 +94,11 @@ def _softplus(g: Graph, x: Value, beta: float = 1, threshold: float = 20) -> Val
     return g.builder.op("core.softplus", x)
 
 
+@aten("aten.log_sigmoid")
+def _log_sigmoid(g: Graph, x: Value) -> Value:
+    return g.builder.op("core.neg", g.builder.op("core.softplus", g.builder.op("core.neg", x)))
+
+
 @aten("aten.gelu")
 def _gelu(g: Graph, x: Value, approximate: str = "none") -> Value:
     return g.builder.op("core.gelu", x, approximate=approximate)
@@ -179,6 +184,25 @@ def _conv1d(
     return y if b is None else g.builder.op("core.add", y, reshape(g, b, (outputs, 1)))
 
 
+@aten("aten.scaled_dot_product_attention")
+def _products(
+    g: Graph, q: Value, k: Value, v: Value, mask: Any = None, dropout: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, **kwargs: Any,
+) -> Value:  # fmt: skip
+    """Attend as a model does outside of its attention layers: to all of a few rows."""
+    if mask is not None or is_causal or q.type.shape[:-2] != k.type.shape[:-2]:
+        raise MoecError("scaled_dot_product_attention with a mask or groups of heads is not understood")
+    scores = g.builder.op("core.matmul", q, _transposed(g, k))
+    factor = float(scale) if scale is not None else float(q.type.shape[-1]) ** -0.5
+    weights = g.builder.op("core.softmax", g.builder.op("core.mul", scores, g.like(factor, q)), axis=len(q.type.shape) - 1)
+    return g.builder.op("core.matmul", weights, v)
+
+
+def _transposed(g: Graph, x: Value) -> Value:
+    rank = len(x.type.shape)
+    return g.builder.op("core.transpose", x, perm=(*range(rank - 2), rank - 1, rank - 2))
+
+
 @aten("aten.addmm")
 def _addmm(g: Graph, b: Value, x: Value, y: Value, beta: Any = 1, alpha: Any = 1) -> Value:
     if beta != 1 or alpha != 1:
@@ -224,6 +248,14 @@ def _vector_norm(g: Graph, x: Value, ord: Any = 2, dim: Any = None, keepdim: boo
     if ord == 1:
         return HANDLERS["aten.sum"](g, g.builder.op("core.abs", x), dim, keepdim)
     return g.builder.op("core.sqrt", HANDLERS["aten.sum"](g, g.builder.op("core.mul", x, x), dim, keepdim))
+
+
+@aten("aten.logsumexp")
+def _logsumexp(g: Graph, x: Value, dim: Any, keepdim: bool = False) -> Value:
+    top = HANDLERS["aten.amax"](g, x, dim, True)
+    total = HANDLERS["aten.sum"](g, g.builder.op("core.exp", g.builder.op("core.sub", x, top)), dim, True)
+    y = g.builder.op("core.add", g.builder.op("core.log", total), top)
+    return y if keepdim else squeeze(g, y, dim)
 
 
 @aten("aten.cumsum")

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS, activate
+from .biased_attention import biased
 from .expert_rows import expert_rows
 from .indexer import causal, selected
 
@@ -35,7 +36,7 @@ class Tracing:
     names: dict[int, str] = field(default_factory=dict)  # activation functions by id
     layers: list[Any] = field(default_factory=list)  # what the stubs stand for
     recurrent: Tensor | None = None  # the recurrent state that was asked for last
-    activations: dict[int, tuple[str, float, float, float]] = field(default_factory=dict)  # by id of an experts module
+    activations: dict[int, tuple[str, float, float, float] | None] = field(default_factory=dict)  # by id of an experts module
 
 
 _CURRENT: list[Tracing] = []  # transformers calls the registered functions without a way to pass this along
@@ -135,7 +136,7 @@ _IGNORED_ATTENTION = {
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None,
-    block_indices: Tensor | None = None, **kwargs: Any,
+    block_indices: Tensor | None = None, position_bias: Tensor | None = None, sinks: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     unknown = {k for k, v in kwargs.items() if v is not None} - _IGNORED_ATTENTION
     if unknown:
@@ -154,6 +155,10 @@ def _attention(
         raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     window, chunk = current().window
+    if position_bias is not None and attention_mask is not None and not chunk:
+        return biased(query, key, value, causal(attention_mask, query.shape[2], window), scale, position_bias, sinks), None
+    if position_bias is not None or sinks is not None:
+        raise MoecError(f"{type(module).__name__} adds to its scores or sinks in a way that is not understood")
     masks = [attention_mask] if attention_mask is None or attention_mask.dim() < 4 else attention_mask.unbind(1)
     parts = (x.chunk(len(masks), dim=1) for x in (query, key, value))  # heads that share a mask attend together
     sinks = [None] * len(masks) if s_aux is None else s_aux.chunk(len(masks))
@@ -191,16 +196,18 @@ def _is_chunked(function: Any) -> bool:
 def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
     up = module.gate_up_proj if module.has_gate else module.up_proj
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
-    if getattr(module, "has_post_expert_norm", False):
-        if module.has_bias or module.is_transposed or not module.has_gate:
-            raise MoecError(f"{type(module).__name__} has a norm behind experts that are not plain, which is not understood")
-        return expert_rows(x, ids, gates, up, module.down_proj, module._apply_gate, module.post_expert_norm)
-    up_bias = getattr(module, f"{prefix}_bias", None) if module.has_bias else None
-    down_bias = module.down_proj_bias if module.has_bias else None
     known = current().activations
     if id(module) not in known:  # in the rehearsal; a trace cannot look at numbers
         known[id(module)] = activation_of(module)
-    act, alpha, beta, limit = known[id(module)]
+    found, norm = known[id(module)], getattr(module, "post_expert_norm", None)
+    if found is None or norm is not None:
+        if module.has_bias or module.is_transposed or not module.has_gate:
+            what = "a norm behind each expert" if norm is not None else "an activation that moe.experts does not know"
+            raise MoecError(f"{type(module).__name__} has {what}, which is understood of plain experts only")
+        return expert_rows(x, ids, gates, up, module.down_proj, module._apply_gate, norm)
+    act, alpha, beta, limit = found
+    up_bias = getattr(module, f"{prefix}_bias", None) if module.has_bias else None
+    down_bias = module.down_proj_bias if module.has_bias else None
     layout = "concat" if module.is_concatenated else "interleaved"
     return torch.ops.moec.experts(
         x, ids, gates, up, module.down_proj, up_bias, down_bias,
@@ -211,8 +218,8 @@ def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
 # --- which activation an experts module has --------------------------------------------------------------------
 
 
-def activation_of(module: Any) -> tuple[str, float, float, float]:
-    """Return (act, alpha, beta, limit) of `moe.experts` for a module, found by comparing numbers.
+def activation_of(module: Any) -> tuple[str, float, float, float] | None:
+    """Return (act, alpha, beta, limit) of `moe.experts` for a module, found by comparing numbers; None if it has none.
 
     A class may override the gate's formula, so its code is not trusted to be the usual one: every candidate is
     compared with what the module computes on random numbers.
@@ -234,6 +241,4 @@ def activation_of(module: Any) -> tuple[str, float, float, float]:
             expected = activate(h, act, module.has_gate, layout, a, b, c)
             if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-5, atol=1e-6):
                 return act, a, b, c
-    raise MoecError(
-        f"the activation of {type(module).__name__} is none that moe.experts knows", todo=", ".join(ACTIVATIONS)
-    )
+    return None

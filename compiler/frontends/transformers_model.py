@@ -25,7 +25,7 @@ from .cache import PAST, SIZES, TraceCache, cache_class, past_like
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
 from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, shared_results, stubbed
-from .names import relative_to_layer
+from .names import apart_from_layer, names_before, relative_to_layer
 from .replace import replaced
 from .skeleton import Skeleton
 
@@ -183,7 +183,10 @@ def _add_weights(
         recipe = _recipe(job, place + own)
         if layer is not None and not isinstance(recipe, Literal):
             located = relative_to_layer(recipe, layer)
-            if located is None or prefix not in ("", located[0]):
+            apart = apart_from_layer(recipe, layer) if located is None or prefix not in ("", located[0]) else None
+            if apart is not None:
+                located = prefix, apart
+            elif located is None or prefix not in ("", located[0]):
                 raise MoecError(f"the checkpoint names of {place}{own} do not hold the layer's number where others do")
             prefix, recipe = located
         values[node] = builder.const(_short_name(own), recipe)
@@ -255,7 +258,8 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
         hints = [f"hidden.{index}", *(f"aux_{i}.{index}" for i in range(1, len(layer.results)))]
         hints += [f"present.{key}" for key in keys]
         operands = _call_operands(callee, layer, [*tensors, *(states[key] for key in keys)])
-        results = graph.builder.call(callee, operands, hints, layer=index)
+        numbers = {"layer": index, **({"before": index - 1} if any(names_before(c.recipe) for c in callee.consts) else {})}
+        results = graph.builder.call(callee, operands, hints, **numbers)
         presents.update({key: value for key, value in zip(keys, results[len(layer.results) :], strict=True)})
         return results[: len(layer.results)]
 
