@@ -1,4 +1,4 @@
-"""Indexers that choose blocks of tokens in place of tokens: MiniMax-M3.
+"""Indexers that choose blocks of tokens in place of tokens: MiniMax-M3, GLM-5 Next.
 
 transformers counts the blocks in Python, so that a trace would hold for one number of them. The forward passes below
 say the same for any number, by `moec::blocks` and `moec::spread`. What they return is not indices but which slots each
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .indexer import LOWEST
 
@@ -77,6 +78,11 @@ def _to_slots(x: Tensor, slots: Tensor, first: Tensor) -> Tensor:
 # --- the indexers --------------------------------------------------------------------------------------------------
 
 
+def _whole(counts: Tensor, size: int) -> Tensor:
+    """Return the largest multiples of a size that are not above the counts."""
+    return (counts.float() / size).floor().long() * size
+
+
 def _minimax(
     self: Any, hidden_states: Tensor, position_embeddings: Any, past_key_values: Any, position_ids: Tensor
 ) -> Tensor:
@@ -106,4 +112,44 @@ def _minimax(
     return _to_slots(torch.ops.moec.spread(_among(chosen, best), self.block_size, scores), slots, first)
 
 
-METHODS: dict[str, Callable[..., Any]] = {"MiniMaxM3VLIndexer.forward": _minimax}
+def _glm(
+    self: Any, hidden_states: Tensor, q_resid: Tensor, attention_mask: Tensor, past_key_values: Any
+) -> Tensor:
+    """GLM-5 Next: pools of `index_kpool` tokens, each with a mean of its keys that the tokens weigh; the last tokens always.
+
+    `attention_mask` is of the new tokens only, so that the cache keeps it beside the keys. Returns bool[B, S, T].
+    """
+    batch, new, _ = hidden_states.shape
+    size, width = self.index_kpool, self.head_dim
+    q = self.wq_b(q_resid).view(batch, new, -1, width)
+    gates = functional.linear(hidden_states, self.index_kpool_compress_gate)
+    k = torch.cat((self.k_norm(self.wk(hidden_states)), gates, attention_mask.to(gates.dtype)[..., None]), dim=-1)
+    kept = past_key_values.update_indexer(k, self.layer_idx)
+    real = kept[..., -1] > 0
+    slots = torch.arange(kept.shape[1], device=kept.device)
+    first = (real.long().cumsum(-1) == 0).long().sum(-1, keepdim=True)
+    pools = torch.ops.moec.blocks(_from_first(kept, slots, first), 1, size, 0.0)
+    keys, gates = pools[..., :width], pools[..., width : 2 * width] + self.index_kpool_compress_ape
+    keys = (gates.softmax(dim=2) * keys).sum(2)
+    each = functional.relu(torch.matmul(q, keys.transpose(-1, -2).unsqueeze(1)) * self.softmax_scale)
+    weights = self.weights_proj(hidden_states) * self.n_heads**-0.5
+    scores = torch.matmul(weights.unsqueeze(-2), each).squeeze(-2)
+    seen = slots[kept.shape[1] - new :] - first + 1  # how many tokens each query may read
+    ends = (torch.arange(keys.shape[1], device=keys.device) + 1) * size
+    scores = scores.masked_fill(ends > seen[..., None], LOWEST)
+    chosen = scores.topk(self.index_topk // size, dim=-1).indices
+    read = torch.ops.moec.spread(_among(chosen, scores), size, real)
+    if self.index_kpool_always_select_tail:
+        read = read | (slots >= _whole(seen, size)[..., None])
+    return _to_slots(read.unsqueeze(1), slots, first)[:, 0] & real[:, None, :]
+
+
+def _glm_mask(self: Any, topk_indices: Tensor, query_states: Tensor, kv_length: Any) -> Tensor:
+    return topk_indices.unsqueeze(1)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "MiniMaxM3VLIndexer.forward": _minimax,
+    "Glm5NextTextIndexer.forward": _glm,
+    "Glm5NextTextAttention.build_attention_mask_from_topk": _glm_mask,
+}

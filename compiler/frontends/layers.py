@@ -31,6 +31,7 @@ class Layer:
     leaves: list[Any] = field(default_factory=list)  # arguments, flattened; tensors and the cache as they came
     spec: Any = None
     result_spec: Any = None
+    given: list[bool] = field(default_factory=list)  # which leaves of what it returns are not None
     results: list[Tensor] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)  # keys of the states that it hands on; they end the results
     earlier: list[int] = field(default_factory=list)  # which tensor arguments are present states of earlier layers
@@ -83,6 +84,8 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     def after(layer: Layer) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             leaves, layer.result_spec = pytree.tree_flatten(output)
+            layer.given = [leaf is not None for leaf in leaves]
+            leaves = [leaf for leaf in leaves if leaf is not None]
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise MoecError(f"{type(module).__name__} returns something that is no tensor")
             before = dict(_shared(pytree.tree_unflatten(layer.leaves, layer.spec)) or {})
@@ -251,12 +254,13 @@ class Stub(torch.nn.Module):
         """Emit `moec::layer`."""
         leaves = pytree.tree_flatten((args, kwargs))[0]
         results = torch.ops.moec.layer([t for t in leaves if isinstance(t, Tensor)], self.layer.index)
-        count = self.layer.result_spec.num_leaves
+        count = sum(self.layer.given)
         if self.layer.shared:
             states, each = _shared((args, kwargs)), (len(results) - count) // len(self.layer.shared)
             for i, key in enumerate(self.layer.shared):
                 states[key] = tuple(results[count + i * each : count + (i + 1) * each])
-        return pytree.tree_unflatten(results[:count], self.layer.result_spec)
+        found = iter(results[:count])
+        return pytree.tree_unflatten([next(found) if given else None for given in self.layer.given], self.layer.result_spec)
 
     def __getattr__(self, name: str) -> Any:
         try:

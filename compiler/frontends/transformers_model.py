@@ -110,7 +110,7 @@ class _LayerProgram(torch.nn.Module):
             for leaf in seen.leaves
         ]
         args, kwargs = pytree.tree_unflatten(leaves, seen.spec)
-        output = pytree.tree_leaves(self.layer(*args, **kwargs))
+        output = [leaf for leaf in pytree.tree_leaves(self.layer(*args, **kwargs)) if leaf is not None]
         output += shared_results(seen, (args, kwargs)) if seen.shared else []
         return output, [cache.present[key] for key in seen.states]
 
