@@ -400,6 +400,21 @@ def _expert_linear(g: Graph, rows: Value, ids: Value, w: Value) -> Value:
     return g.builder.op("moe.combine", g.builder.op("moe.grouped_linear", sorted_, w, offsets, None), ones, perm)
 
 
+@aten("moec.dispatch")
+def _dispatch(g: Graph, x: Value, ids: Value, experts: int) -> tuple[Value, ...]:
+    return g.builder.op("moe.dispatch", x, ids, experts=experts)
+
+
+@aten("moec.grouped_linear")
+def _grouped_linear(g: Graph, rows: Value, w: Value, offsets: Value) -> Value:
+    return g.builder.op("moe.grouped_linear", rows, w, offsets, None)
+
+
+@aten("moec.combine")
+def _combine(g: Graph, rows: Value, gates: Value, perm: Value) -> Value:
+    return g.builder.op("moe.combine", rows, gates, perm)
+
+
 @aten("moec.blocks")
 def _blocks(g: Graph, x: Value, at: int, width: int, fill: float) -> Value:
     """Add what fills up any last block, and cut at a whole number of blocks."""

@@ -20,6 +20,17 @@ from .capture import current
 from .expert_rows import expert_rows
 
 
+@torch.library.custom_op("moec::expert_linear", mutates_args=())
+def expert_linear_op(rows: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Stand for a linear layer whose weight each row [R, D] chooses by its id [R] from w [E, N, D]."""
+    return rows.new_empty(rows.shape[0], w.shape[1])
+
+
+@expert_linear_op.register_fake
+def _(rows, ids, w):
+    return rows.new_empty(rows.shape[0], w.shape[1])
+
+
 def _experts(x: Tensor, ids: Tensor, gates: Tensor, up: Tensor, down: Tensor, act: Any, transposed: bool) -> Tensor:
     """Emit gated experts with rows of all gates before those of up."""
     return torch.ops.moec.experts(

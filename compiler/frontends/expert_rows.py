@@ -1,4 +1,4 @@
-"""Experts with more between or behind their matrices than an activation: each token's choices as rows, matrix by matrix."""
+"""Experts with more between or behind their matrices than an activation: sorted rows, matrix by matrix."""
 
 from __future__ import annotations
 
@@ -8,15 +8,42 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("moec::expert_linear", mutates_args=())
-def expert_linear_op(rows: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-    """Stand for a linear layer whose weight each row [R, D] chooses by its id [R] from w [E, N, D]."""
+@torch.library.custom_op("moec::dispatch", mutates_args=())
+def dispatch_op(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stand for `moe.dispatch`."""
+    return _dispatched(x, ids, experts)
+
+
+@dispatch_op.register_fake
+def _(x, ids, experts):
+    return _dispatched(x, ids, experts)
+
+
+def _dispatched(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = ids.shape[0] * ids.shape[1]
+    return x.new_empty(rows, x.shape[1]), ids.new_empty(experts + 1), ids.new_empty(rows)
+
+
+@torch.library.custom_op("moec::grouped_linear", mutates_args=())
+def grouped_linear_op(rows: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """Stand for `moe.grouped_linear`."""
     return rows.new_empty(rows.shape[0], w.shape[1])
 
 
-@expert_linear_op.register_fake
-def _(rows, ids, w):
+@grouped_linear_op.register_fake
+def _(rows, w, offsets):
     return rows.new_empty(rows.shape[0], w.shape[1])
+
+
+@torch.library.custom_op("moec::combine", mutates_args=())
+def combine_op(rows: Tensor, gates: Tensor, perm: Tensor) -> Tensor:
+    """Stand for `moe.combine`."""
+    return rows.new_empty(gates.shape[0], rows.shape[1])
+
+
+@combine_op.register_fake
+def _(rows, gates, perm):
+    return rows.new_empty(gates.shape[0], rows.shape[1])
 
 
 def expert_rows(
@@ -27,9 +54,7 @@ def expert_rows(
 
     `between` takes rows [T K, N] to [T K, I], `behind` changes what an expert gives before the sum.
     """
-    count = ids.shape[1]
-    rows, flat = x[:, None, :].expand(-1, count, -1).reshape(-1, x.shape[1]), ids.reshape(-1)
-    h = between(torch.ops.moec.expert_linear(rows, flat, up))
-    y = torch.ops.moec.expert_linear(h, flat, down)
-    y = y if behind is None else behind(y)
-    return (y.reshape(-1, count, y.shape[1]) * gates[:, :, None]).sum(1)
+    rows, offsets, perm = torch.ops.moec.dispatch(x, ids, up.shape[0])
+    h = between(torch.ops.moec.grouped_linear(rows, up, offsets))
+    y = torch.ops.moec.grouped_linear(h, down, offsets)
+    return torch.ops.moec.combine(y if behind is None else behind(y), gates, perm)

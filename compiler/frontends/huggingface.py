@@ -12,13 +12,13 @@ import torch
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Module, TensorType, walk_calls
-from ..recipes import FITTED, Recipe, Tensor, bind, tensors
+from ..recipes import FITTED, Recipe, Tensor, bind, rename, tensors
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from . import deepseek_v4
 from .capture import register
 from .deepseek_v4_weights import Weights
 from .names import expected_tensors, map_parameters
-from .skeleton import adopt, build, read_config
+from .skeleton import PARTS, adopt, build, read_config
 from .stored import expected_quantized, layer_types, read_quantization, stored_tensors
 from .transformers_model import import_model
 
@@ -54,6 +54,11 @@ def import_folder(
             available = expected_quantized(skeleton.model, stored, quantization, where) if quantization else stored
         else:
             available = stored_tensors(checkpoint, wanted, quantization)
+        part = PARTS.get(config.model_type)
+        if part and checkpoint is not None:  # the recipes go on naming the tensors as they are stored
+            available = {name.removeprefix(f"{part}."): r for name, r in available.items() if name.startswith(f"{part}.")}
+        elif part:
+            available = {name: rename(r, lambda own: f"{part}.{own}") for name, r in available.items()}
         return map_parameters(skeleton.model, wanted, available)
 
     # layers may differ in nothing but how they are stored

@@ -20,6 +20,10 @@ _FACTORIES = {
 }  # fmt: skip
 
 
+# models of several: which of them reads and writes text; its tensors' names begin with this too
+PARTS = {"qwen3_omni_moe": "thinker"}
+
+
 class _LargeTensorsOnMeta(TorchFunctionMode):
     """Sends large new tensors to the meta device, and leaves small ones and all arithmetic (rope tables) on the CPU."""
 
@@ -116,6 +120,8 @@ def make_model(config: Any, trust_remote_code: bool = False, **options: Any) -> 
 def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
     """Build the causal LM of a config in float32 without memory for its weights."""
     register()
+    if part := PARTS.get(config.model_type):
+        config = getattr(config, f"{part}_config")
     text_config = config.get_text_config(decoder=True)
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if text_config is config:
