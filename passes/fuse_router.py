@@ -121,14 +121,14 @@ def _fuse_all(function: Function, notes: list[str]) -> Function:
 
 
 def _roots(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
-    """Yield weights and indices that are read together: by experts, by the sum over them, by a spread over all of them, by the caller."""
+    """Yield weights and indices that are read together: by experts or their sum, by a spread over all, by the caller."""
     for op in function.ops:
         spread = op.name == "core.scatter" and op.attributes["axis"] == 1 and len(op.inputs[1].type.shape) == 2
         if spread or op.name == "moe.experts":
             yield op.inputs[2], op.inputs[1], op
         if op.name == "moe.combine":
-            gates, sorted_ = function.producers.get(op.inputs[1].name), function.producers.get(op.inputs[2].name)
-            weighed = gates is None or gates.name != "core.full"  # rows that are sorted only have gates of 1
+            made, sorted_ = (function.producers.get(v.name) for v in op.inputs[1:3])
+            weighed = made is None or made.name != "core.full"  # rows that are sorted only have gates of 1
             if weighed and sorted_ and sorted_.name == "moe.dispatch":
                 yield op.inputs[1], sorted_.inputs[1], op
     for ids in function.results:

@@ -112,9 +112,7 @@ def _minimax(
     return _to_slots(torch.ops.moec.spread(_among(chosen, best), self.block_size, scores), slots, first)
 
 
-def _glm(
-    self: Any, hidden_states: Tensor, q_resid: Tensor, attention_mask: Tensor, past_key_values: Any
-) -> Tensor:
+def _glm(self: Any, hidden_states: Tensor, q_resid: Tensor, attention_mask: Tensor, past_key_values: Any) -> Tensor:
     """GLM-5 Next: pools of `index_kpool` tokens, each with a mean of its keys that the tokens weigh; the last tokens always.
 
     `attention_mask` is of the new tokens only, so that the cache keeps it beside the keys. Returns bool[B, S, T].

@@ -29,12 +29,19 @@ def past_like(label: str, present: Tensor) -> Tensor:
     return present.new_empty(shape)
 
 
+class _NoLayers(tuple[()]):
+    """The layers of a cache that has none of its own."""
+
+    def __getitem__(self, number: Any) -> Any:
+        raise MoecError("the model uses the layers of its cache one by one, which is not understood")
+
+
 class TraceCache:
     """Hands out past states and keeps the present ones. Without `past` it is the rehearsal's, and pasts are made up."""
 
     is_compileable = False
     is_initialized = True
-    layers: tuple[()] = ()
+    layers = _NoLayers()
 
     def __init__(self, past: dict[StateKey, Tensor] | None = None, length: Any = PAST) -> None:
         self.past = past

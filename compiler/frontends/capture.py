@@ -36,7 +36,9 @@ class Tracing:
     names: dict[int, str] = field(default_factory=dict)  # activation functions by id
     layers: list[Any] = field(default_factory=list)  # what the stubs stand for
     recurrent: Tensor | None = None  # the recurrent state that was asked for last
-    activations: dict[int, tuple[str, float, float, float] | None] = field(default_factory=dict)  # by id of an experts module
+    activations: dict[int, tuple[str, float, float, float] | None] = field(
+        default_factory=dict
+    )  # by id of an experts module
 
 
 _CURRENT: list[Tracing] = []  # transformers calls the registered functions without a way to pass this along
@@ -117,10 +119,16 @@ def register() -> None:
     from transformers.cache_utils import KVSharingDict
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    pytree.register_pytree_node(KVSharingDict, _flatten_shared, lambda values, keys: KVSharingDict(zip(keys, values)))
+    pytree.register_pytree_node(KVSharingDict, _flatten_shared, _shared_of)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+
+
+def _shared_of(values: Any, keys: tuple[str, ...]) -> Any:
+    from transformers.cache_utils import KVSharingDict
+
+    return KVSharingDict(zip(keys, values, strict=True))
 
 
 def _flatten_shared(states: Any) -> tuple[list[Any], tuple[str, ...]]:
@@ -147,26 +155,35 @@ def _attention(
         attention_mask = block_indices & causal(attention_mask, query.shape[2])
     elif indices is not None and attention_mask is not None:
         attention_mask = selected(attention_mask, indices)
-    elif attention_mask is not None and attention_mask.dim() not in (2, 4):
-        raise MoecError(
-            f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
-        )
+    masks = _masks(module, attention_mask, key.shape[1])
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     window, chunk = current().window
-    if position_bias is not None and attention_mask is not None and not chunk:
-        return biased(query, key, value, causal(attention_mask, query.shape[2], window), scale, position_bias, sinks), None
+    if position_bias is not None and attention_mask is not None and not chunk and not softcap:
+        return biased(
+            query, key, value, causal(attention_mask, query.shape[2], window), scale, position_bias, sinks
+        ), None
     if position_bias is not None or sinks is not None:
         raise MoecError(f"{type(module).__name__} adds to its scores or sinks in a way that is not understood")
-    masks = [attention_mask] if attention_mask is None or attention_mask.dim() < 4 else attention_mask.unbind(1)
     parts = (x.chunk(len(masks), dim=1) for x in (query, key, value))  # heads that share a mask attend together
-    sinks = [None] * len(masks) if s_aux is None else s_aux.chunk(len(masks))
+    offsets = [None] * len(masks) if s_aux is None else list(s_aux.chunk(len(masks)))
     found = [
         torch.ops.moec.attention(q, k, v, mask, sink, scale, window, chunk, float(softcap or 0.0))
-        for q, k, v, mask, sink in zip(*parts, masks, sinks, strict=True)
+        for q, k, v, mask, sink in zip(*parts, masks, offsets, strict=True)
     ]
     return torch.cat(found, dim=2) if len(found) > 1 else found[0], None
+
+
+def _masks(module: Any, mask: Tensor | None, heads: int) -> list[Tensor | None]:
+    """Return the mask of each group of heads: one for all of them, or those of bool[B, groups, S, T]."""
+    if mask is None or mask.dim() == 2 or (mask.dim() == 3 and mask.dtype == torch.bool):
+        return [mask]
+    if mask.dim() != 4 or mask.dtype != torch.bool or heads % mask.shape[1]:
+        raise MoecError(
+            f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
+        )
+    return list(mask.unbind(1))
 
 
 def _mask(

@@ -56,7 +56,9 @@ def import_folder(
             available = stored_tensors(checkpoint, wanted, quantization)
         part = PARTS.get(config.model_type)
         if part and checkpoint is not None:  # the recipes go on naming the tensors as they are stored
-            available = {name.removeprefix(f"{part}."): r for name, r in available.items() if name.startswith(f"{part}.")}
+            available = {
+                name.removeprefix(f"{part}."): r for name, r in available.items() if name.startswith(f"{part}.")
+            }
         elif part:
             available = {name: rename(r, lambda own: f"{part}.{own}") for name, r in available.items()}
         return map_parameters(skeleton.model, wanted, available)

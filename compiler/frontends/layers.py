@@ -260,7 +260,9 @@ class Stub(torch.nn.Module):
             for i, key in enumerate(self.layer.shared):
                 states[key] = tuple(results[count + i * each : count + (i + 1) * each])
         found = iter(results[:count])
-        return pytree.tree_unflatten([next(found) if given else None for given in self.layer.given], self.layer.result_spec)
+        return pytree.tree_unflatten(
+            [next(found) if given else None for given in self.layer.given], self.layer.result_spec
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:

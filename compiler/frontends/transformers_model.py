@@ -18,7 +18,7 @@ from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Dim, Function, Module, TensorType, Value
 from ..recipes import Literal, Recipe, step
-from . import aten_ops  # noqa: F401  (fills the table of handlers)
+from . import aten_moec, aten_ops  # noqa: F401  (these fill the table of handlers)
 from .aten import Graph, lower
 from .builder import Builder
 from .cache import PAST, SIZES, TraceCache, cache_class, past_like
@@ -126,7 +126,9 @@ def _layer_function(job: Import, kind: Layer) -> Function:
     builder = Builder(name)
     values: dict[str, Any] = {}
     names = [*_argument_names(kind), *_state_names(kind)]
-    for i, (node, label, tensor) in enumerate(zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True)):
+    for i, (node, label, tensor) in enumerate(
+        zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True)
+    ):
         state = label.startswith("past_") or i in kind.earlier
         values[str(node)] = builder.param(label, _type_of(tensor, state))
     prefix = _add_weights(job, builder, traced, values, "layer.", f"{place}.", kind.index)
@@ -258,7 +260,10 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
         hints = [f"hidden.{index}", *(f"aux_{i}.{index}" for i in range(1, len(layer.results)))]
         hints += [f"present.{key}" for key in keys]
         operands = _call_operands(callee, layer, [*tensors, *(states[key] for key in keys)])
-        numbers = {"layer": index, **({"before": index - 1} if any(names_before(c.recipe) for c in callee.consts) else {})}
+        numbers = {
+            "layer": index,
+            **({"before": index - 1} if any(names_before(c.recipe) for c in callee.consts) else {}),
+        }
         results = graph.builder.call(callee, operands, hints, **numbers)
         presents.update({key: value for key, value in zip(keys, results[len(layer.results) :], strict=True)})
         return results[: len(layer.results)]
