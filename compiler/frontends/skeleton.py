@@ -122,21 +122,25 @@ def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
     register()
     if part := PARTS.get(config.model_type):
         config = getattr(config, f"{part}_config")
-    text_config = config.get_text_config(decoder=True)
-    kwargs: dict[str, Any] = {"dtype": torch.float32}
-    if text_config is config:
-        kwargs["attn_implementation"] = NAME  # where there are more models in one, only the decoder is told: see adopt
     if hasattr(config, "quantization_config"):
         # the weights' storage is the recipes' affair; the traced arithmetic is float32
         del config.quantization_config
+    # where there are several models in one, only the decoder is told: see adopt
+    alone = config.get_text_config(decoder=True) is config
+    options = {"attn_implementation": NAME} if alone else {}
+    return adopt(make_empty(config, trust_remote_code, **options))
+
+
+def make_empty(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Build a config's causal LM in float32, its large tensors on the meta device; `options` as in `make_model`."""
     try:
         with _LargeTensorsOnMeta(), torch.no_grad():
-            model = make_model(config, trust_remote_code=trust_remote_code, **kwargs)
+            return make_model(config, trust_remote_code=trust_remote_code, dtype=torch.float32, **options)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        kind = config.get_text_config(decoder=True).model_type
         raise MoecError(
-            f"transformers cannot build a causal LM of model_type {text_config.model_type!r}: {_first_line(error)}"
+            f"transformers cannot build a causal LM of model_type {kind!r}: {_first_line(error)}"
         ) from error
-    return adopt(model)
 
 
 def adopt(model: Any) -> Skeleton:
