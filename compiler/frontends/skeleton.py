@@ -117,19 +117,22 @@ def make_model(config: Any, trust_remote_code: bool = False, **options: Any) -> 
 def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
     """Build the causal LM of a config in float32 without memory for its weights."""
     register()
-    text_config = config.get_text_config(decoder=True)
-    kwargs: dict[str, Any] = {"attn_implementation": NAME, "dtype": torch.float32}
     if hasattr(config, "quantization_config"):
         # the weights' storage is the recipes' affair; the traced arithmetic is float32
         del config.quantization_config
+    return adopt(make_empty(config, trust_remote_code, attn_implementation=NAME))
+
+
+def make_empty(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Build a config's causal LM in float32, its large tensors on the meta device; `options` as in `make_model`."""
     try:
         with _LargeTensorsOnMeta(), torch.no_grad():
-            model = make_model(config, trust_remote_code=trust_remote_code, **kwargs)
+            return make_model(config, trust_remote_code=trust_remote_code, dtype=torch.float32, **options)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        kind = config.get_text_config(decoder=True).model_type
         raise MoecError(
-            f"transformers cannot build a causal LM of model_type {text_config.model_type!r}: {_first_line(error)}"
+            f"transformers cannot build a causal LM of model_type {kind!r}: {_first_line(error)}"
         ) from error
-    return adopt(model)
 
 
 def adopt(model: Any) -> Skeleton:
