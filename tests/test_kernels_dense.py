@@ -95,3 +95,18 @@ def test_a_gated_linear_is_not_cut():
     p = Linear(8, 32, Packing("bf16", 16, 32), gated=True)
     with pytest.raises(MoecError, match="not cut along its depth"):
         linear(p, Tile(16, 16, 16), CHIPS["hopper"][0], 2)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_blocks_with_gates_and_biases(stacked):
+    layout, chip = CHIPS["ascend-950"]
+    rng = np.random.default_rng(5)
+    blocks, rows, depth = 2, 24, 32
+    packing = Packing("bf16", 2 * rows, depth, blocks) if stacked else Packing("bf16", blocks * 2 * rows, depth)
+    parts, w = weight(packing, rng)
+    x, bias = bf16(tokens(rng, 3, blocks, depth)), tokens(rng, blocks * 2 * rows)
+    p = Linear(rows, depth, packing, blocks, bias=True, act="silu", gated=True, out="f32")
+    y = run(linear(p, Tile(16, 16, 16), layout), chip, {"T": 3}, x=x, bias=bias, **named(parts, "w"))["y"]
+    each = w.reshape(blocks, 2 * rows, depth)
+    h = torch.einsum("tgk,gnk->tgn", x, each) + bias.reshape(blocks, 2 * rows)
+    close(y, (torch.nn.functional.silu(h[..., :rows]) * h[..., rows:]).flatten(1))
