@@ -12,7 +12,7 @@ from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, gro
 from moec.targets.accelerator.launch import Kernel, seconds
 from moec.targets.accelerator.packing import Packing
 from moec.targets.accelerator.triton_compile import AMD, NVIDIA, compile_kernel, compile_request, request
-from moec.targets.accelerator.triton_predict import matrix_unit, predict_shared, spills, units
+from moec.targets.accelerator.triton_predict import agrees, matrix_unit, predict_shared, spills, units
 from moec.targets.accelerator.triton_source import triton_source
 from moec.targets.accelerator.triton_workers import compile_all
 
@@ -98,7 +98,7 @@ def test_offsets_have_64_bits_where_a_tensor_may_be_long():
     e = Experts(256, 8, 7168, 2048, Packing("bf16", 4096, 7168, 256), Packing("bf16", 7168, 2048, 256))
     source = " ".join(triton_source(grouped_up(e, Tile(64, 64, 64), LAYOUT)).split())
     assert "up_ptr + (expert.to(tl.int64) * 29360128) + (gate_row[:, None] * 7168)" in source
-    assert "(token[:, None].to(tl.int64) * 7168)" in source
+    assert "x_ptr + token[:, None].to(tl.int64) * 7168 + (k" in source
 
 
 def test_an_accumulator_in_tensor_memory_prints_as_one_in_registers_does():
@@ -168,6 +168,7 @@ def test_large_tiles_use_the_matrix_unit_that_is_made_for_them(compiled):
 def test_shared_memory_is_what_was_predicted(compiled):
     for key, (program, result) in compiled.items():
         assert predict_shared(program, key[1], 4) == pytest.approx(result.shared, rel=0.25), key
+    assert agrees(0, 4096) and agrees(80, 100) and not agrees(7000, 10000)
 
 
 def test_the_units_of_tiles():

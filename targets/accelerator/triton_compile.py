@@ -35,6 +35,7 @@ UNITS: Mapping[str, str] = {
     "mma": r"mma\.sync",
     "mfma": "v_mfma",
 }
+TENSOR_COLUMNS = 512  # of 128 lanes of 32 bits, that a core of sm_100 has
 REGISTERS = 65536  # of 32 bits, that a core of NVIDIA's has
 ALIGN = 16  # bytes that every tensor's address is a multiple of
 
@@ -141,10 +142,15 @@ def compile_request(wanted: Request) -> Compiled:
         made = _run_triton(
             triton, ASTSource(kernel, dict(signature), {}, aligned), target, options, f"{name} for {arch}"
         )
+        if (columns := getattr(made.metadata, "tmem_size", 0) or 0) > TENSOR_COLUMNS:
+            raise MoecError(
+                f"{name} for {arch}: its sums take {columns} columns of tensor memory, there are {TENSOR_COLUMNS}",
+                exit_code=1,
+            )
         read = (_read_nvidia if arch in NVIDIA else _read_amd)(triton, made)
         return Compiled(
             name, arch, warps, **read, limit=limit, shared=made.metadata.shared,
-            tensor_memory=getattr(made.metadata, "tmem_size", 0) or 0, seconds=time.monotonic() - begin,
+            tensor_memory=columns, seconds=time.monotonic() - begin,
         )  # fmt: skip
 
     found = build(None)

@@ -13,7 +13,7 @@ f8e4m3 when cast to it (NaN in numpy, the largest in Triton), and the last bits 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -209,9 +209,9 @@ class Expressions:
     def _function(self, name: str, arguments: Sequence[ast.expr]) -> Printed:
         match name, arguments:
             case "arange", [size]:
-                shape = (_constant(size),)
-                powers_of_two(shape)
-                return call("tl.arange", ast.Constant(0), ast.Constant(shape[0])), Kind("i32", shape, True)
+                count = _constant(size)
+                powers_of_two((count,))
+                return call("tl.arange", ast.Constant(0), ast.Constant(count)), Kind("i32", (count,), True)
             case "full", [*sizes, value, ast.Constant(str() as dtype)]:
                 shape = tuple(map(_constant, sizes))
                 powers_of_two(shape)
@@ -288,7 +288,10 @@ class Expressions:
         (argument,) = given
         if argument[1].dtype not in FLOATS:
             raise MoecError(f"{name} of {argument[1].dtype}", todo="cast it to f32 first")
-        return _rounded(_MATH[name](_widened(*argument)), Kind(argument[1].dtype, argument[1].shape))
+        x = _widened(*argument)
+        return _rounded(
+            _tanh(x) if name == "tanh" else call(f"tl.{name}", x), Kind(argument[1].dtype, argument[1].shape)
+        )
 
     def _ceiling(self, a: Printed, b: Printed) -> Printed:
         left, right, kind = self._promoted(a, b)
@@ -303,13 +306,12 @@ class Expressions:
 
 
 _REDUCE = ("sum", "max", "min", "argmax", "cumsum")
-_MATH: Mapping[str, Callable[[ast.expr], ast.expr]] = {
-    **{name: (lambda x, name=name: call(f"tl.{name}", x)) for name in ("exp", "log", "sqrt", "rsqrt", "sigmoid", "erf")},
-    "tanh": lambda x: ast.BinOp(
-        ast.BinOp(ast.Constant(2.0), ast.Mult(), call("tl.sigmoid", ast.BinOp(ast.Constant(2.0), ast.Mult(), x))),
-        ast.Sub(), ast.Constant(1.0),
-    ),  # (1 - exp(-2 x)) / (1 + exp(-2 x))
-}  # fmt: skip
+
+
+def _tanh(x: ast.expr) -> ast.expr:
+    """Return 2 sigmoid(2 x) - 1."""
+    twice = ast.BinOp(ast.Constant(2.0), ast.Mult(), x)
+    return ast.BinOp(ast.BinOp(ast.Constant(2.0), ast.Mult(), call("tl.sigmoid", twice)), ast.Sub(), ast.Constant(1.0))
 
 
 def broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared m
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
 ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
 SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
+SMALL = 8192  # bytes that Triton takes for turning rows and adding across warps, which is not predicted
 COMPUTED = 32  # fewer of them where operands are computed: these pass through registers
 GROUPED = 16  # sums a thread at most where mma's operands are computed in groups, which changes who holds what
 
@@ -70,6 +71,11 @@ def spills(program: Program, arch: str, warps: int) -> bool:
     return False
 
 
+def agrees(predicted: int, found: int) -> bool:
+    """Return whether the bytes that were found are those predicted to 25 %, or too few of either to matter."""
+    return abs(predicted - found) <= 0.25 * found or max(predicted, found) <= SMALL
+
+
 def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
     return (s for s in walk(body) if isinstance(s, Dot))
 
@@ -98,12 +104,14 @@ class _Loop:
     arch: str
     warps: int
     loaded: dict[str, Buffer] = field(default_factory=dict)
+    outer: set[str] = field(default_factory=set)  # loaded somewhere else
 
     def bytes(self) -> int:
         statements = list(_flat(self.loop.body))
         for s in statements:
             if isinstance(s, Load) and s.name in self.program.buffers:
                 self.loaded[s.name] = self.program.buffers[s.name]
+        self.outer = {s.name for s in walk(self.program.body) if isinstance(s, Load)} - set(self.loaded)
         dots = [s for s in statements if isinstance(s, Dot)]
         first = {self.origin.get(d.a, d.a): self._unit(d) for d in dots}
         second = {self.origin.get(d.b, d.b): self._unit(d) for d in dots}
@@ -117,8 +125,8 @@ class _Loop:
             elif dots and _ahead(buffer) and not turned:
                 total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
         if copies == 1:
-            return self._unstaged(dots)
-        return total + self._computed(statements, second) + turned
+            return self._unstaged(dots) + self._kept(dots)
+        return total + self._computed(statements, second) + turned + self._kept(dots)
 
     def _unit(self, dot: Dot) -> str:
         m, n = self.program.buffers[dot.acc].shape
@@ -128,7 +136,9 @@ class _Loop:
         if unit in ASYNC:
             return stages
         if self.arch == "gfx950" and stages > 1:
-            few = second and all(self.program.buffers[d.acc].shape[0] <= 16 for d in _dots(self.loop.body))
+            few = second and all(
+                self.program.buffers[d.acc].shape[0] <= 16 and d.transpose for d in _dots(self.loop.body)
+            )
             return 0 if few else stages  # each wave has columns of its own: it loads them past the shared memory
         return stages - 1
 
@@ -143,6 +153,20 @@ class _Loop:
         ]
         return max(sizes, default=0)
 
+    def _kept(self, dots: Sequence[Dot]) -> int:
+        """Return the bytes of first operands that no turn loads: those from before the loop, and what a turn computes.
+
+        wgmma and tcgen05 take the latter from registers or tensor memory, AMD's waves the former.
+        """
+        sizes = {}
+        for dot in dots:
+            name = self.origin.get(dot.a, dot.a)
+            unit, rows = self._unit(dot), self.program.buffers[dot.acc].shape[0]
+            turned = unit == "mma" or (unit == "mfma" and rows > 16)
+            if name not in self.loaded and (unit != "mfma" if name in self.outer else turned):
+                sizes[name] = _size(self.program.buffers[name])
+        return sum(sizes.values())
+
     def _unstaged(self, dots: Sequence[Dot]) -> int:
         """Return the bytes through which operands and sums pass where nothing is loaded ahead."""
         held: dict[str, int] = {}
@@ -153,7 +177,7 @@ class _Loop:
             size = {name: _size(self.program.buffers[name]) for name in (a, b)}
             if self._unit(dot) in ASYNC:
                 held |= {name: size[name] for name in (a, b) if name in self.loaded}
-                made = max([made, *(size[name] for name in (a, b) if name not in self.loaded)])
+                made = max(made, 0 if b in self.loaded else size[b])
             elif self.arch.startswith("gfx"):
                 passed = max(passed, size[a], size[b] if b in self.loaded else 0)
             else:

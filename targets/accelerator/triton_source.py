@@ -27,7 +27,7 @@ from .triton_expr import (
     powers_of_two,
     sizes_node,
     strong,
-)  # fmt: skip
+)
 
 WIDTH = 116
 LIMIT = 2**31 - 1  # what an offset of 32 bits reaches
@@ -249,23 +249,24 @@ class _Printer:
 
     def _offset(self, argument: Argument, axis: int, node: ast.expr, kind: Kind) -> ast.expr:
         """Return index * stride, in 64 bits where the axis may reach further than 32."""
-        inner = argument.shape[axis + 1 :]
-        stride: ast.expr = ast.Constant(1)
-        for size in inner:
-            factor = self.expressions.print(size)[0]
-            known = isinstance(stride, ast.Constant) and isinstance(factor, ast.Constant)
-            stride = (
-                ast.Constant(stride.value * factor.value)  # type: ignore[attr-defined]
-                if known
-                else ast.BinOp(stride, ast.Mult(), factor)
-            )
-        if isinstance(stride, ast.Constant) and stride.value == 1:
+        constant, scalars = 1, []
+        for size in argument.shape[axis + 1 :]:
+            factor, of = self.expressions.print(size)
+            if of.constant is None:
+                scalars.append(factor)
+            else:
+                constant *= int(of.constant)
+        if constant == 1 and not scalars:
             return node
-        size = argument.shape[axis]
-        short = isinstance(size, int) and isinstance(stride, ast.Constant) and size * stride.value <= LIMIT
+        whole = argument.shape[axis]
+        short = isinstance(whole, int) and not scalars and whole * constant <= LIMIT
         if not short and kind.dtype != "i64":
             node = strong(node, kind, "i64")
-        return ast.BinOp(node, ast.Mult(), stride)
+        if constant != 1:
+            node = ast.BinOp(node, ast.Mult(), ast.Constant(constant))
+        for factor in scalars:  # one after the other: each product has the 64 bits of the index
+            node = ast.BinOp(node, ast.Mult(), factor)
+        return node
 
     def _load(self, statement: Load) -> None:
         address, mask, shape = self._place(statement.tensor, statement.at, statement.mask)
