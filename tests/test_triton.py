@@ -125,6 +125,18 @@ def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
     assert run.returncode == 0, run.stdout[-4000:]
 
 
+def test_every_kernel_that_is_simulated_is_the_same_in_triton():
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    files = sorted(here.glob("test_kernels_*.py"))
+    paths = [str(here), *sys.path]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_beside_simulator", "--tb=short", *map(str, files)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+
+
 # --- compiled ------------------------------------------------------------------------------------------------------
 
 UNIT = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma", "gfx950": "mfma"}

@@ -118,14 +118,18 @@ class _Loop:
         operands = first | second
         copies = max(self.loop.stages, 1)
         total, turned = 0, self._turned(statements, second)
+        both = self._both_ways(dots) if copies > 1 else set()
         for name, buffer in self.loaded.items():
             size = _size(buffer)
+            if name in both:
+                continue
             if name in operands:
                 total += size * self._copies(name, operands[name], name in second, copies)
             elif dots and _ahead(buffer) and not turned:
                 total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
         if copies == 1:
             return self._unstaged(dots) + self._kept(dots)
+        total += max((_size(self.loaded[name]) for name in both), default=0)
         return total + self._computed(statements, second) + turned + self._kept(dots)
 
     def _unit(self, dot: Dot) -> str:
@@ -152,6 +156,13 @@ class _Loop:
             if isinstance(s, Let) and s.name in second and "reshape(" in s.value
         ]
         return max(sizes, default=0)
+
+    def _both_ways(self, dots: Sequence[Dot]) -> set[str]:
+        """Return the loaded tiles that are multiplied as they are and transposed: gfx950 keeps them in registers."""
+        if self.arch != "gfx950":
+            return set()
+        ways = [{self.origin.get(d.b, d.b) for d in dots if d.transpose is way} for way in (True, False)]
+        return ways[0] & ways[1] & set(self.loaded)
 
     def _kept(self, dots: Sequence[Dot]) -> int:
         """Return the bytes of first operands that no turn loads: those from before the loop, and what a turn computes.

@@ -1,0 +1,46 @@
+"""A pytest plugin: whatever a test simulates on a GPU is printed for Triton and interpreted too, and must come out equal.
+
+Each kernel is tried as often as it is simulated, up to TRIES times. Loaded with -p by test_triton.py.
+"""
+
+from collections import Counter
+
+import numpy as np
+import torch
+import triton_interpreter  # noqa: F401
+from moec.targets.accelerator import simulate as simulator
+from moec.targets.accelerator.launch import TORCH, Kernel
+from moec.targets.accelerator.tile_expr import dtype_name
+
+TRIES = 3
+UNITS = (("shared", "shared", "registers"),)
+simulate = simulator.simulate
+tried: Counter[str] = Counter()
+
+
+def to_torch(array):
+    """Return an array of any dtype of the tile language as a tensor of its own."""
+    made = torch.empty(array.shape, dtype=TORCH[dtype_name(array)])
+    if array.size:
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
+        made.reshape(-1).view(torch.uint8).copy_(torch.from_numpy(raw))
+    return made
+
+
+def both(program, tensors, scalars, chip):
+    """Simulate, and interpret on copies; compare every tensor."""
+    if chip.operands not in UNITS or tried[program.name] >= TRIES:
+        return simulate(program, tensors, scalars, chip)
+    tried[program.name] += 1
+    copies = {name: to_torch(array) for name, array in tensors.items()}
+    peak = simulate(program, tensors, scalars, chip)
+    Kernel(program)(copies, scalars)
+    for a in program.arguments:
+        found, wanted = copies[a.name].float().numpy(), tensors[a.name].astype(np.float32)
+        share = 2e-2 if a.dtype in ("bf16", "f16") else 1e-4
+        size = np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=share * size, err_msg=f"{program.name}: {a.name}")
+    return peak
+
+
+simulator.simulate = both
