@@ -5,6 +5,7 @@ Every figure is counted from the IR (cost.py); none is measured. GB are 10^9 byt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +107,10 @@ def per_token(costs: Costs) -> dict[str, Any]:
 
 
 def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
-    """Return the names' first parts and the bytes of tensors that a program does not read; nothing without any."""
+    """Return the names' first parts (behind `model`) and the bytes of tensors that a program does not read; nothing without any."""
     if not tensors:
         return {}
-    names = sorted({f"{name.split('.')[0]}.*" for name in tensors})
+    names = sorted({re.sub(r"^((model\.)?[^.]*).*", r"\1.*", name) for name in tensors})
     return {"names": names, "tensors": len(tensors), "bytes": sum(int(t.bytes) for t in tensors.values())}
 
 
