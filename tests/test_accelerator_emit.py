@@ -169,8 +169,7 @@ def test_kernels_are_compiled(kernels):
     assert content.startswith(b"\x7fELF") and found.kernels.kernels[0].objects["sm_90"]["registers"] > 0
 
 
-def test_the_router_is_f32_with_the_numbers_of_the_checkpoint(artifact):
-    """One layer's router, row by row."""
+def test_the_router_keeps_its_numbers(artifact):
     router = safetensors.torch.load_file(artifact.folder / "weights/layer.1.safetensors")["layer.1/mlp_gate"]
     own = safetensors.torch.load_file(ROOT / "examples/tiny-moe/model.safetensors")["model.layers.1.mlp.gate.weight"]
-    assert router.dtype == torch.float32 and torch.equal(router, own.float())
+    assert torch.equal(router.float(), own.float())

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 
+import moec
 import pytest
 import torch
 from moec.compiler.check import compare_function
@@ -11,6 +12,7 @@ from moec.compiler.driver import find_target, passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.formats import format_of
 from moec.compiler.fragments import parse_pipeline
+from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir import TensorType
 from moec.compiler.narrow import is_narrowing, narrowed
 from moec.compiler.ops import OPS
@@ -22,6 +24,8 @@ from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
 from moec.targets.accelerator.formats import holds, slow
 from moec.targets.accelerator.lower import lower
+from moec.targets.accelerator.supported import supported
+from tiny_models import random_model, save
 
 TARGET = find_target("nvidia-h200", {})
 
@@ -213,6 +217,21 @@ def test_fp8_blocks_of_a_checkpoint_are_kept():
     lowered = lower(PASSES["round-weights"](kept))
     assert {c.value.name: c.value.type.dtype for c in lowered.main.consts} == {**blocks, "out": "bf16", "last": "bf16"}
     compare_function(PASSES["round-weights"](kept), lowered, "main", {}, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_v3", "deepseek_v4"])
+def test_families_are_lowered_with_their_numbers(family, tmp_path):
+    """Of random checkpoints in f32, so that every matrix is rounded; the lowering itself changes no number."""
+    folder = save(random_model(FAMILIES[family]), tmp_path)
+    why = []
+    module = moec.compile(folder, target="nvidia-h200", stop_after="lower", check=True, why=why)
+    assert [supported(op) for f in module.functions for op in f.ops if supported(op)] == []
+    assert is_lossy(module) and any("rounded to bf16" in note for note in why)
+    moe = [f for f in module.functions if any(op.name == "acc.grouped_up" for op in f.ops)]
+    assert moe
+    for function in moe:
+        dtypes = {c.value.name: c.value.type.dtype for c in function.consts if len(c.value.type.shape) == 3}
+        assert set(dtypes.values()) == {"bf16"}, dtypes
 
 
 # --- formats -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,6 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") 
 
 
 def _lower_function(function: Function, roles: Uses, notes: list[str]) -> Function:
-    # a rounded score may choose another expert, and a router is small: its weights stay f32, and so do its products
     routers = frozenset(function.ops[i].results[0].name for (i, _), role in roles.items() if role == "router")
     rewrites: dict[str, Rewrite] = {
         "core.linear": partial(_linear, routers=routers),
