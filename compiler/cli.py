@@ -340,25 +340,48 @@ def list_(what: str, as_json: bool) -> None:
 
 
 @main.command(
-    epilog=example("moec targets", "moec targets cpu --json", "moec targets cpu --probe -o capabilities.json")
+    epilog=example(
+        "moec targets",
+        "moec targets cpu --probe -o capabilities.json",
+        "moec targets ascend-950dt -D variant=36",
+        "moec targets my-chip.toml -D memory.dram.bandwidth=2.0TB/s --json",
+    )
 )
 @click.argument("name", required=False)
+@click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="A figure of an accelerator; repeatable.")
 @click.option("--probe", is_flag=True, help="Try what the target's runtime does, and compare it with the record.")
 @click.option("--quick", is_flag=True, help="With --probe: right or wrong only, no speeds.")
 @click.option("-o", "--out", metavar="FILE", help="With --probe: write what was found as a record.")
 @json_option
 @debug_option
-def targets(name: str | None, probe: bool, quick: bool, out: str | None, as_json: bool) -> None:
+def targets(
+    name: str | None, options: tuple[str, ...], probe: bool, quick: bool, out: str | None, as_json: bool
+) -> None:
     """List the targets, or show one.
+
+    Of an accelerator every figure is shown with its grade and source, and what is unknown. NAME may be a TOML file of your own. -D sets a figure, as in memory.gm.bandwidth=2.0TB/s, or chooses a bin, as in variant=28.
 
     --probe runs every operator variant of the record on the installed runtime against its reference. The exit code is 1 if one that is recorded as right is not.
     """
     from . import listing
 
+    if options and (name is None or probe):
+        raise click.UsageError("-D belongs to the name of an accelerator")
     if not probe:
         if quick or out:
             raise click.UsageError("--quick and -o belong to --probe")
-        return _show(listing.targets(name), as_json)
+        if (found := listing.profile(name, _key_values(options)) if name else None) is None:
+            rows = listing.targets(name)
+            if options:
+                raise click.UsageError(f"-D sets figures of an accelerator, and {name} is none")
+            if name is None and not as_json:  # a pipeline is long: it stands beside its one target
+                rows = [{"name": row["name"], "doc": row["doc"]} for row in rows]
+            return _show(rows, as_json)
+        if as_json:
+            return _show([found], as_json)
+        from .cli_profile import show_profile
+
+        return show_profile(found)
     if name is None:
         raise click.UsageError("--probe needs the name of a target")
     with progress_bar(f"probing {name}", unit="variants") as progress:
@@ -378,7 +401,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    from .cli_show import show_rows
+    from .cli_table import show_rows
 
     show_rows(rows)
 

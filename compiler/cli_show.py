@@ -1,53 +1,19 @@
-"""How `moec` shows things to people: tables of figures and lists, one-line summaries."""
+"""How `moec` shows things to people: tables of figures, one-line summaries."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from .cli_table import make_table, print_parts, stdout_console
 from .report import bytes_text, count_text, flops_text, left_out_text, ranges
 from .unfused import line
 
 if TYPE_CHECKING:
     from .artifact import Artifact
     from .generate import Generation
-
-PIPE_WIDTH = 1000  # columns of a table that goes to a file or a pipe: a row stays on its line
-
-
-def _console() -> Console:
-    """Return a console on the standard output of now (tests replace it); colours only on a terminal."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-
-
-def _table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table; a column is its title and whether it holds numbers."""
-    titled = any(title for title, _ in columns)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=titled)
-    for title, numeric in columns:
-        table.add_column(Text(title), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a type such as f32[B] is no markup
-    return table
-
-
-def _print(console: Console, *parts: Table | str) -> None:
-    """Print tables and lines without the blanks that pad them to the width."""
-    for part in parts:
-        with console.capture() as captured:
-            console.print(Text(part) if isinstance(part, str) else part)
-        text = captured.get()
-        click.echo(
-            text if console.is_terminal else "\n".join(line.rstrip() for line in text.splitlines()) + "\n", nl=False
-        )
-
 
 # --- inspect -------------------------------------------------------------------------------------------------------
 
@@ -56,17 +22,19 @@ def show_report(report: dict[str, Any]) -> None:
     """Print what report.inspect found."""
     context = report["per_token"]["context"]
     target = f", target {report['target']}" if report["target"] else ""
-    console = _console()
-    _print(console, f"{report['source'] or 'a program without a source'} (stage {report['stage']}{target})", "")
-    _print(console, _summary(report), "", _kinds(report["kinds"], context), "")
+    console = stdout_console()
+    print_parts(console, f"{report['source'] or 'a program without a source'} (stage {report['stage']}{target})", "")
+    print_parts(console, _summary(report), "", _kinds(report["kinds"], context), "")
     dims = ", ".join(f"{d['name']} in {d['low']}..{d['high']}" for d in report["dims"])
-    _print(console, f"dims: {dims}")
+    print_parts(console, f"dims: {dims}")
     for label in ("inputs", "outputs"):
-        _print(console, *_values(label, report[label]))
-    _print(console, *map(line, report.get("unfused", [])))
+        print_parts(console, *_values(label, report[label]))
+    print_parts(console, *map(line, report.get("unfused", [])))
     if "files" in report:
-        _print(
-            console, "", _table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()])
+        print_parts(
+            console,
+            "",
+            make_table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()]),
         )
 
 
@@ -96,7 +64,7 @@ def _summary(report: dict[str, Any]) -> Table:
         )
     if state["fixed_bytes"]:
         rows.append(("fixed state", bytes_text(state["fixed_bytes"]), "for each sequence"))
-    return _table((("", False), ("", True), ("", False)), rows)
+    return make_table((("", False), ("", True), ("", False)), rows)
 
 
 def _kinds(kinds: list[dict[str, Any]], context: int) -> Table:
@@ -118,7 +86,7 @@ def _kinds(kinds: list[dict[str, Any]], context: int) -> Table:
         )
         for kind in kinds
     ]
-    return _table(columns, rows)
+    return make_table(columns, rows)
 
 
 def _values(label: str, values: list[dict[str, Any]]) -> list[str]:
@@ -129,35 +97,6 @@ def _values(label: str, values: list[dict[str, Any]]) -> list[str]:
         if value["state"]:
             states[value["type"]] = states.get(value["type"], 0) + 1
     return lines + [f"  and {count} states {type}" for type, count in states.items()]
-
-
-# --- lists ---------------------------------------------------------------------------------------------------------
-
-
-def show_rows(rows: list[dict[str, Any]]) -> None:
-    """Print rows of listing.py as a table; long texts (the sides of rules) stand in --json only."""
-    if not rows:
-        click.echo("none", err=True)
-        return
-    keys = [key for key in rows[0] if key not in ("before", "after", "runtime")]
-    cells = [[_cell(row[key]) for key in keys] for row in rows]
-    _print(_console(), _table([(key.replace("_", " "), False) for key in keys], cells))
-    for runtime in (row["runtime"] for row in rows if "runtime" in row):
-        click.echo(f"\nwhat lowering goes by, tried with {runtime['recorded_with']}:\n")
-        show_rows(runtime["operators"])
-        click.echo()
-        show_rows(runtime["not_right"])
-
-
-def _cell(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case dict():
-            return ", ".join(f"{k}={v}" if v != "required" else k for k, v in value.items())
-        case list() | tuple():
-            return ", ".join(map(str, value))
-    return str(value)
 
 
 # --- one line ------------------------------------------------------------------------------------------------------

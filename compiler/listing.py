@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -102,22 +103,50 @@ def targets(name: str | None = None) -> Rows:
     from ..targets import TARGETS
 
     if name is not None and name not in TARGETS:
-        raise MoecError(f"there is no target {name!r}", todo=f"targets: {', '.join(sorted(TARGETS))}")
+        raise _no_target(name)
     chosen = [TARGETS[name]] if name else list(TARGETS.values())
     rows: Rows = [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]
     if name and chosen[0].recorded:
         record = chosen[0].recorded()
         broken = [row for row in record.rows if row["found"] != "right"]
         rows[0]["runtime"] = {"recorded_with": record.made_with, "operators": summary(record.rows), "not_right": broken}
-    return rows
+    return rows if name else rows + _accelerators()
+
+
+def _accelerators() -> Rows:
+    """Return the accelerators as rows of targets; those that TARGETS has are listed there."""
+    from ..targets import TARGETS
+    from ..targets.accelerator.describe import profiles
+
+    return [row for row in profiles() if row["name"] not in TARGETS]
+
+
+def _no_target(name: str) -> MoecError:
+    from ..targets import TARGETS
+    from ..targets.accelerator.profile import profile_names
+
+    known = sorted({*TARGETS, *profile_names()})
+    found = get_close_matches(name, known, n=3)
+    todo = f"did you mean {' or '.join(found)}?" if found else f"targets: {', '.join(known)}"
+    return MoecError(f"there is no target {name!r}", todo=todo)
+
+
+def profile(name: str, options: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return an accelerator's profile with figures of `options`, None for a target that is no accelerator."""
+    from ..targets.accelerator.describe import describe, is_profile
+    from ..targets.accelerator.profile import find_profile
+
+    return describe(find_profile(name, options)) if is_profile(name) else None
 
 
 def probe(name: str, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
     """Try what the runtime of a target does; MoecError for an unknown target and for one without a probe."""
     from ..targets import TARGETS
 
-    targets(name)
-    run = TARGETS[name].probe
+    run = None
+    if profile(name, {}) is None:
+        targets(name)
+        run = TARGETS[name].probe
     if run is None:
         raise MoecError(f"target {name} has no probe")
     return run(quick=quick, progress=progress)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from .errors import MoecError
 from .fragments import parse_pipeline
 from .ir import Module
+from .narrow import is_narrowing
 from .pipeline import spell_pass
 from .recipes import Recipe, Step
 from .roles import ROLES
 
-PASS, KEEP_PASS, BEFORE = "quantize", "keep-codes", "lower"
+PASS, KEEP_PASS = "quantize", "keep-codes"
+LAST = ("round-weights", "lower")  # passes that come behind those two: what is stored in few bits is rounded once
 KEEP = "keep"  # what --quantize calls the pass keep-codes
 CALIBRATED = ("gptq", "awq")  # methods that look at the inputs of a weight
 
@@ -77,7 +79,7 @@ def before_lowering(pipeline: str, spelled: str) -> str:
     """Return the pipeline with a pass before the lowering."""
     steps = [step for step in re.split(r",(?![^{]*})", pipeline) if step.strip()]
     names = [parse_pipeline(step)[0][0] for step in steps]
-    place = names.index(BEFORE) if BEFORE in names else len(steps)
+    place = next((i for i, name in enumerate(names) if name in LAST), len(steps))
     return ",".join([*steps[:place], spelled, *steps[place:]])
 
 
@@ -92,7 +94,8 @@ def _everything(format: str) -> dict[str, str]:
 
 def is_lossy(module: Module) -> bool:
     """Return whether a weight of a module is stored in fewer bits than it has in the checkpoint."""
-    return any(step.name == "quantize" for f in module.functions for c in f.consts for step in steps_of(c.recipe))
+    steps = [step for f in module.functions for c in f.consts for step in steps_of(c.recipe)]
+    return any(step.name == "quantize" or is_narrowing(step) for step in steps)
 
 
 def precision(module: Module) -> dict[str, list[str]]:

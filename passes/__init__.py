@@ -1,7 +1,7 @@
 """The passes, one a file; a pass is in this table and nowhere else.
 
 graph: raise-norm, raise-rope, lift-moe (leaves stage moe).
-moe: fuse-router, fuse-dispatch, fuse-shared-experts, fuse-attention, fuse-norm, keep-codes, quantize.
+moe: fuse-router, fuse-dispatch, fuse-shared-experts, fuse-attention, fuse-norm, keep-codes, quantize, round-weights.
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.
 """
 
@@ -19,6 +19,7 @@ from .lift_moe import lift_moe
 from .quantize import quantize
 from .raise_norm import raise_norm
 from .raise_rope import raise_rope
+from .round_weights import round_weights
 from .share_expressions import share_expressions
 
 PASSES: dict[str, PassDef] = {
@@ -26,5 +27,6 @@ PASSES: dict[str, PassDef] = {
     for p in (
         cleanup, fold_constants, share_expressions, drop_dead, raise_norm, raise_rope, lift_moe,
         fuse_router, fuse_dispatch, fuse_shared_experts, fuse_attention, fuse_norm, keep_codes, quantize,
+        round_weights,
     )
 }  # fmt: skip

@@ -67,6 +67,10 @@ class Builder:
         self._arguments.append(Argument(name, dtype, shape, role))
         return name
 
+    def dtype(self, tensor: str) -> str:
+        """Return the dtype of a tensor that is declared."""
+        return next(a.dtype for a in self._arguments if a.name == tensor)
+
     # --- body ---
 
     def let(self, name: str, value: str, shape: Sequence[int] = (), dtype: str = "", memory: str = "") -> str:
@@ -82,8 +86,7 @@ class Builder:
     ) -> str:  # fmt: skip
         """Load a scalar, an index vector, or (with a shape) a tile into the memory of vectors or the one that is named."""
         if shape:
-            dtype = next(a.dtype for a in self._arguments if a.name == tensor)
-            self._place(name, memory or self.layout.vector, dtype, shape, self._stages)
+            self._place(name, memory or self.layout.vector, self.dtype(tensor), shape, self._stages)
         self._add(Load(name, tensor, tuple(at), mask, other))
         return name
 
@@ -94,6 +97,24 @@ class Builder:
         way = self.layout.second if second else self.layout.first
         self.load(name, tensor, at, mask, shape=shape, memory=way[0])
         return self._move(name, way[1:])
+
+    def far(self, name: str, tensor: str, at: Sequence[str], mask: str, shape: Sequence[int], *, second: bool) -> str:
+        """Load a tile to the first memory on an operand's way, where it may wait until `near` takes it on."""
+        way = self.layout.second if second else self.layout.first
+        return self.load(name, tensor, at, mask, shape=shape, memory=way[0])
+
+    def near(self, name: str, *, second: bool) -> str:
+        """Take a tile of `far` to where the matrix unit reads it and return the name that it has there."""
+        return self._move(name, (self.layout.second if second else self.layout.first)[1:])
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Give back at the end what the matrix unit's own memories took, on chips where operands pass two memories."""
+        if max(len(self.layout.first), len(self.layout.second)) == 1:
+            yield
+        else:
+            with self.when("1"):
+                yield
 
     def as_operand(self, name: str, *, second: bool) -> str:
         """Take a computed tile to where the matrix unit reads it and return the name that it has there."""
@@ -114,6 +135,19 @@ class Builder:
     def result(self, acc: str) -> str:
         """Return the name of a finished sum where vectors are computed."""
         return self._move(acc, self.layout.leave)
+
+    def rescale_dot(self, total: str, by: str, a: str, b: str, shape: Sequence[int]) -> None:
+        """Set total = total by + a b, where `total` [M, N] f32 lies in the memory of vectors.
+
+        Where the matrix unit adds there too it adds to the total itself, elsewhere it begins a sum of its own.
+        """
+        if self.layout.result == self.layout.vector:
+            self.let(total, f"{total} * {by}", shape, "f32")
+            self.dot(total, a, b, transpose=False)
+            return
+        product = self.accumulator(f"{total}_new", shape)
+        self.dot(product, a, b, transpose=False)
+        self.let(total, f"{total} * {by} + {self.result(product)}", shape, "f32")
 
     def store(self, tensor: str, at: Sequence[str], value: str, mask: str = "", add: bool = False) -> None:
         """Store a tile, or add it."""
@@ -161,7 +195,8 @@ class Builder:
             if memory == source.memory:
                 continue
             moved = f"{name}_{memory}"
-            self._place(moved, memory, source.dtype, source.shape, self._stages if memory != DEVICE else 1)
+            # close to the matrix unit two buffers are enough: one is filled while the other is read
+            self._place(moved, memory, source.dtype, source.shape, min(self._stages, 2) if memory != DEVICE else 1)
             self._add(Move(moved, name))
             name, source = moved, self._buffers[moved]
         return name

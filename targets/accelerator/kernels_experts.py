@@ -6,7 +6,9 @@ by expert; with few pairs (`direct`) none is needed, each pair is a tile of its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from .builder import Builder, Layout
 from .packing import Packing
@@ -131,13 +133,13 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
             b.let(f"{name}_row", text)
             b.accumulator(name, (t.m, t.n))
         with b.loop("k", 0, e.hidden, t.k, t.stages):
-            _multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows})
+            multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows})
         value = {name: f"{b.result(name)}" for name in rows}
         if e.up_bias:
             for name in rows:
                 b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
                 value[name] = f"({value[name]} + {name}_bias[None, :])"
-        b.let("act", f'cast({_activation(e, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
+        b.let("act", f'cast({activation(e, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
         b.store("h", ["pair[:, None]", "n[None, :]"], "act", "live[:, None] & n_live[None, :]")
     return b.program()
 
@@ -162,7 +164,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False, scat
         b.let("n_live", f"n < {e.hidden}")
         b.accumulator("acc", (t.m, t.n))
         with b.loop("k", 0, e.inner, t.k, t.stages):
-            _multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"})
+            multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"})
         value = b.result("acc")
         if e.down_bias:
             b.load("bias", "down_bias", ["expert", "n"], "n_live")
@@ -202,23 +204,59 @@ def _orders(b: Builder, e: Experts, direct: bool) -> None:
         b.tensor("offsets", "i32", e.experts + 1)
 
 
-def _multiply(
-    b: Builder, weight: Packing, tensor: str, x: str, row: str, depth: int, t: Tile, sums: dict[str, str]
-) -> None:
-    """Add one step of K: sums[acc] gets x[row, k:] times the weight's rows, each weight tile split as its packing wants."""
+def multiply(
+    b: Builder, weight: Packing, tensor: str, x: str, row: str, depth: int, t: Tile, sums: dict[str, str],
+    expert: str = "expert", middle: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Add one step of K: sums[acc] gets x[row, ..., k:] times the weight's rows, each weight tile split as its packing wants.
+
+    `live` says which rows of x there are and `n_live` which of the weight, `middle` are indices between row and k. Rows
+    of another dtype than the weight's tiles are cast to theirs.
+    """
     loaded: dict[tuple[str, int], str] = {}
     for acc, rows in sums.items():
         label = f"w_{acc}"
-        for tile, first, width in weight.operands(b, label, tensor, "expert", rows, "n_live", "k", (t.n, t.k)):
+        for tile, first, width in weight.operands(b, label, tensor, expert, rows, "n_live", "k", (t.n, t.k)):
             if (first, width) not in loaded:
                 k = f"(k + {first} + arange({width}))[None, :]"
                 mask = "live[:, None]" + ("" if depth % t.k == 0 else f" & ({k} < {depth})")
                 name = "a" if first == "0" else f"a_{first}"
-                loaded[first, width] = b.operand(name, x, [f"{row}[:, None]", k], mask, (t.m, width), second=False)
+                at = [f"{row}[:, None]", *middle, k]
+                if b.dtype(x) == weight.operand:
+                    loaded[first, width] = b.operand(name, x, at, mask, (t.m, width), second=False)
+                else:
+                    b.load(f"{name}_given", x, at, mask, shape=(t.m, width))
+                    b.let(name, f'cast({name}_given, "{weight.operand}")', (t.m, width), weight.operand)
+                    loaded[first, width] = b.as_operand(name, second=False)
             b.dot(acc, loaded[first, width], tile)
 
 
-def _activation(e: Experts, value: dict[str, str]) -> str:
+class Activated(Protocol):
+    """What `activation` reads of a problem."""
+
+    @property
+    def act(self) -> str:
+        """The function, as moe.experts names it, or sigmoid."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a value beside the gate."""
+
+    @property
+    def alpha(self) -> float:
+        """The factor in silu's sigmoid."""
+
+    @property
+    def beta(self) -> float:
+        """What is added to the value."""
+
+    @property
+    def limit(self) -> float:
+        """Where gate and value are clamped."""
+
+
+def activation(e: Activated, value: dict[str, str]) -> str:
+    """Return the expression of act(gate) (value + beta), or of act(gate) alone."""
     g = value["gate"]
     if e.limit != float("inf") and e.gated:
         g = f"minimum({g}, {e.limit})"
@@ -233,6 +271,8 @@ def _activation(e: Experts, value: dict[str, str]) -> str:
             text = f"maximum({g}, 0.0)"
         case "relu2":
             text = f"maximum({g}, 0.0) * maximum({g}, 0.0)"
+        case "sigmoid":
+            text = f"sigmoid({g})"
         case _:
             text = g
     if not e.gated:

@@ -56,6 +56,11 @@ class Packing:
         return self.format if f is None else "f8e4m3" if f.element == "e4m3" else "u8" if f.bits == 4 else "i8"
 
     @property
+    def operand(self) -> str:
+        """The dtype of the tiles that the matrix unit gets."""
+        return self.format if self.quantized is None else "bf16"
+
+    @property
     def step(self) -> int:
         """The columns that a loop over K has to take at once, or a multiple of them."""
         f = self.quantized
@@ -247,10 +252,12 @@ class Packing:
 
 
 def _e2m1(code: str) -> str:
-    """Return E2M1 as f32: sign, two bits of exponent, one of mantissa; 0 and 0.5 where the exponent is 0."""
+    """Return E2M1 as f32: its bits as the lowest exponent bits and the highest mantissa bit of an f32, times 2^126.
+
+    Two bits of exponent and one of mantissa mean the same there, up to that factor, where the exponent is 0 too.
+    """
     bits = f'cast({code}, "i32")'
-    normal = f'bitcast((({bits} >> 1 & 3) + 126) << 23 | ({bits} & 1) << 22, "f32")'
-    return f'(where(({bits} & 6) == 0, cast({bits} & 1, "f32") * 0.5, {normal}) * cast(1 - ({bits} >> 3) * 2, "f32"))'
+    return f'(bitcast(({bits} & 7) << 22 | ({bits} & 8) << 28, "f32") * {2.0**126})'
 
 
 def _grouped(value: str, rows: int, width: int, group: int, operator: str, other: str) -> str:

@@ -1,0 +1,55 @@
+"""Rounds weights to the float that a target stores them in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..compiler.errors import MoecError
+from ..compiler.ir import Const, Function, Module
+from ..compiler.formats import find_format
+from ..compiler.narrow import narrowed
+from ..compiler.pipeline import pass_
+from ..compiler.recipes import step
+from ..compiler.rewrite import Why, tell
+from ..compiler.roles import Uses, weight_roles
+
+DTYPES = ("bf16", "f16")
+_ALSO = {"nn.block_linear": (1,)}  # weights that are never quantized and so have no role
+
+
+# Where a token's experts are nearly tied the rounding may turn the choice: the numbers of such a token are others.
+@pass_(reads="moe", tolerance=0.5)
+def round_weights(module: Module, target: object, why: Why, *, to: str = "bf16") -> Module:
+    """Round the weights of linears, experts and the embedding to bf16 (or f16); those that are bf16 stay as they are.
+
+    The types stay f32: a lowering stores what was rounded in the dtype that holds it. Quantized weights stay, and so
+    does the router: it is small, and a rounded score may choose another expert.
+    """
+    if to not in DTYPES:
+        raise MoecError(f"weights are not rounded to {to}", todo=f"there are {', '.join(DTYPES)}")
+    roles = weight_roles(module)
+    notes: list[str] = []
+    functions = {f.name: _round(f, roles[f.name], to, notes) for f in module.functions}
+    tell(why, notes)
+    return module.with_functions(functions)
+
+
+def _round(function: Function, roles: Uses, to: str, notes: list[str]) -> Function:
+    stored = {place for place, role in roles.items() if role != "router"}
+    stored |= {(i, k) for i, op in enumerate(function.ops) for k in _ALSO.get(op.name, ())}
+    names = {v.name for i, k in stored if (v := function.ops[i].operands[k])}
+    # a weight that the router reads too stays for both
+    others = {v.name for i, op in enumerate(function.ops) for k, v in enumerate(op.operands) if v and (i, k) not in stored}
+    consts, rounded = [], []
+    for const in function.consts:
+        if const.value.name in names - others and find_format(const.value.type.dtype) is None:
+            narrow, exact = narrowed(const.recipe, to)
+            if not exact and narrow.type.dtype != const.value.type.dtype:
+                rounded.append(const)
+                const = Const(const.value, step("cast", narrow, to=const.value.type.dtype))
+        consts.append(const)
+    if not rounded:
+        return function
+    listed = ", ".join(str(c.value) for c in rounded[:6]) + (" ..." if len(rounded) > 6 else "")
+    notes.append(f"note: @{function.name}: {len(rounded)} weights are rounded to {to}: {listed}")
+    return replace(function, consts=tuple(consts))

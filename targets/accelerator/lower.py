@@ -1,0 +1,157 @@
+"""From stage moe to stage kernel: what an accelerator has as one kernel becomes that op, the rest stays as it is.
+
+Matrices become bf16 where that loses nothing, which the pass round-weights sees to; quantized ones stay as they are.
+Norms, biases, sinks, angles and small tables stay f32: they are few, and what is computed with them is computed in f32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ...compiler.draft import Draft, Rewrite, rewrite_ops
+from ...compiler.errors import MoecError
+from ...compiler.formats import find_format
+from ...compiler.ir import Function, Module, Op, Value, make_attrs
+from ...compiler.narrow import narrowed
+from ...compiler.ops import OPS
+from ...compiler.roles import Uses, weight_roles
+from . import ops
+
+assert ops  # what is lowered to is declared there
+
+_ACTIVATION = ("act", "layout", "alpha", "beta", "limit")
+ACCURACIES = ("fast", "exact")
+
+
+def lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
+    """Return the module at stage kernel; `why` gets a note for each matrix that stays f32.
+
+    Both accuracies are the same here: activations are bf16 between kernels and f32 in them, never integers.
+    """
+    if accuracy not in ACCURACIES:
+        raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
+    if module.stage == "kernel":
+        return module
+    notes = why if why is not None else []
+    roles = weight_roles(module)
+    functions = tuple(_lower_function(f, roles[f.name], notes) for f in module.functions)
+    return replace(module, stage="kernel", functions=functions)
+
+
+def _lower_function(function: Function, roles: Uses, notes: list[str]) -> Function:
+    # a rounded score may choose another expert, and a router is small: its weights stay f32, and so do its products
+    routers = frozenset(function.ops[i].results[0].name for (i, _), role in roles.items() if role == "router")
+    rewrites: dict[str, Rewrite] = {
+        "core.linear": partial(_linear, routers=routers),
+        "nn.gated_mlp": _gated_mlp,
+        "nn.block_linear": _block_linear,
+        "nn.embedding": _embedding,
+        "moe.experts": _experts,
+        "nn.cached_attention": _attention,
+    }
+    return rewrite_ops(Draft(function), rewrites, "lower", notes)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+def _stored(draft: Draft, op: Op, weight: Value | None) -> Value:
+    """Return a weight as it is stored: quantized as it is, bf16 where that has all of its numbers, else f32."""
+    recipe = draft.recipe(weight)
+    assert weight
+    if find_format(weight.type.dtype):
+        return weight
+    narrow, exact = narrowed(recipe)
+    if not exact:
+        draft.note(op, f"{weight} stays {weight.type.dtype}: bf16 has not all of its numbers; round-weights rounds them")
+        return weight
+    return draft.weight(narrow, f"{weight.name}.bf16")
+
+
+# --- linears ---------------------------------------------------------------------------------------------------
+
+
+def _linear(draft: Draft, op: Op, routers: frozenset[str]) -> Op:
+    x, weight, bias = op.operands
+    if op.results[0].name in routers:
+        draft.recipe(weight)
+        return Op("acc.linear", op.operands, op.results, loc=op.loc)
+    return Op("acc.linear", (x, _stored(draft, op, weight), bias), op.results, loc=op.loc)
+
+
+def _block_linear(draft: Draft, op: Op) -> Op:
+    x, weight = op.operands
+    return Op("acc.block_linear", (x, _stored(draft, op, weight)), op.results, loc=op.loc)
+
+
+def _embedding(draft: Draft, op: Op) -> Op:
+    """Return a lookup in bf16 rows, which are widened behind it: the framework has it, and a token reads one row."""
+    ids, table = op.operands
+    stored = _stored(draft, op, table)
+    if table is None or stored.type.dtype != "bf16":
+        return op
+    (y,) = op.results
+    rows = draft.add("nn.embedding", ids, stored, hint=f"{y.name}.bf16", loc=op.loc)
+    return Op("core.cast", (rows,), (y,), make_attrs({"to": y.type.dtype}), loc=op.loc)
+
+
+def _gated_mlp(draft: Draft, op: Op) -> Op:
+    """Return nn.gated_mlp as the linear of both halves with the activation, the linear back, and the token's gate."""
+    x, up, down, up_bias, down_bias, gate = op.operands
+    loc, (y,) = op.loc, op.results
+    up, down = _stored(draft, op, up), _stored(draft, op, down)
+    kept = {name: value for name, value in op.attributes.items() if name in _ACTIVATION}
+    h = draft.add("acc.gated_up", x, up, up_bias, hint=f"{y.name}.h", loc=loc, **kept)
+    if gate is None:
+        return Op("acc.linear", (h, down, down_bias), (y,), loc=loc)
+    out = draft.add("acc.linear", h, down, down_bias, hint=f"{y.name}.down", loc=loc)
+    score = draft.add("acc.linear", x, gate, None, hint=f"{y.name}.score", loc=loc)
+    share = draft.add("core.sigmoid", score, hint=f"{y.name}.gate", loc=loc)
+    return Op("core.mul", (share, out), (y,), loc=loc)
+
+
+# --- routed experts --------------------------------------------------------------------------------------------
+
+
+def _experts(draft: Draft, op: Op) -> Op:
+    """Return routed experts as the sort of the pairs by expert and the two grouped linears."""
+    x, ids, gates, up, down, up_bias, down_bias = op.operands
+    loc, (y,) = op.loc, op.results
+    up, down = _stored(draft, op, up), _stored(draft, op, down)
+    assert ids
+    hints = (f"{ids.name}.order", f"{ids.name}.offsets")
+    order, offsets = _sorted(draft, ids, int(up.type.shape[0]), hints, loc)
+    pairs = (ids, order, offsets)
+    kept = {name: value for name, value in op.attributes.items() if name in (*_ACTIVATION, "gated")}
+    h = draft.add("acc.grouped_up", x, *pairs, up, up_bias, hint=f"{y.name}.h", loc=loc, **kept)
+    return Op("acc.grouped_down", (h, *pairs, gates, down, down_bias), (y,), loc=loc)
+
+
+def _sorted(draft: Draft, ids: Value, experts: int, hints: tuple[str, str], loc: tuple[str, ...]) -> tuple[Value, ...]:
+    """Return order and offsets of the pairs, sorted once for all experts of the same ids."""
+    for op in draft.ops:
+        if op.name == "acc.sort" and op.operands == (ids,) and op.attributes["experts"] == experts:
+            return op.results
+    return draft.add_all("acc.sort", ids, hints=hints, loc=loc, experts=experts)
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+
+def _attention(draft: Draft, op: Op) -> Op:
+    """Return nn.cached_attention as what is done with new heads, and the attention over the cache."""
+    *given, mask, sinks = op.operands
+    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    y, key, value = op.results
+    first = {name: op.attributes[name] for name in ("heads", "eps") if name in op.attributes}
+    types = OPS["acc.rope_append"].infer([None if v is None else v.type for v in given], first)
+    q = Value(draft.fresh(f"{y.name}.q"), types[0])
+    draft.ops.append(Op("acc.rope_append", tuple(given), (q, key, value), make_attrs(first), loc=op.loc))
+    kept = {name: attributes[name] for name in ("scale", "window", "softcap") if name in op.attributes}
+    heads = draft.add("nn.attention", q, key, value, mask, sinks, hint=f"{y.name}.heads", loc=op.loc, **kept)
+    shape = make_attrs({"shape": y.type.shape})
+    # the rewritten op's other results are made in front of it
+    return Op("core.reshape", (heads,), (y,), shape, loc=op.loc)
+

@@ -1,0 +1,252 @@
+"""`acc.*`: what an accelerator has as one kernel. Each stands for ops of stage moe and gives their numbers.
+
+Weights are typed as they are stored: bf16, f32, or a quantized format, which stands for its numbers in f32 (the
+variable W). Activations are f32 here; a kernel computes in f32 and hands bf16 on, which kernels.json states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+
+from ...compiler.dims import Size, size
+from ...compiler.formats import find_format
+from ...compiler.ir import TensorType
+from ...compiler.ops import OPS, op
+from ...compiler.ops.attention import turn
+from ...compiler.ops.compressed import block_linear as plain_block_linear
+from ...compiler.ops.define import Attributes, Types, fail
+from ...compiler.ops.moe import ACTIVATIONS, activate
+from ...compiler.ops.nn import rms_norm
+
+PLAIN = ("bf16", "f32")
+
+
+def _check_weight(name: str, weight: TensorType) -> None:
+    if weight.dtype not in PLAIN and find_format(weight.dtype) is None:
+        raise fail(f"{name}: weights are {', '.join(PLAIN)} or in a quantized format, not {weight}")
+
+
+# --- linear ----------------------------------------------------------------------------------------------------
+
+
+def _linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, w = types[:2]
+    _check_weight("acc.linear", w)
+    return (TensorType(x.dtype, (*x.shape[:-1], w.shape[0])),)
+
+
+@op(
+    "acc.linear",
+    "x: A[*X, K], w: W[N, K], bias: A[N]? -> y: A[*X, N]",
+    infer=_linear,
+    flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
+)
+def linear(x, w, bias):
+    """Multiply by a stored weight [out, in]: x wᵀ + bias."""
+    return torch.nn.functional.linear(x, w.float(), bias)
+
+
+def _block_linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, w = types
+    _check_weight("acc.block_linear", w)
+    return OPS["nn.block_linear"].infer((x, TensorType(x.dtype, w.shape)), {})
+
+
+@op(
+    "acc.block_linear",
+    "x: A[B, S, G, K], w: W[N, K] -> y: A[B, S, N]",
+    infer=_block_linear,
+    flops=lambda o, r, a: 2 * r[0].elements * o[1].shape[1],
+)
+def block_linear(x, w):
+    """Multiply each of G parts of the input by its own N / G rows of the stored weight, as nn.block_linear does."""
+    return plain_block_linear(x, w.float())
+
+
+def _inner(name: str, rows: Size, attributes: Attributes) -> Size:
+    """Return how many numbers the activation leaves of `rows`."""
+    if attributes["act"] not in ACTIVATIONS:
+        raise fail(f"{name} does not know act={attributes['act']}; it knows {', '.join(ACTIVATIONS)}")
+    if attributes["layout"] not in ("concat", "interleaved"):
+        raise fail(f"{name}: layout={attributes['layout']} is neither concat nor interleaved")
+    if not attributes["gated"]:
+        return rows
+    if rows % 2 != 0:
+        raise fail(f"{name}: {rows} rows are no halves for gate and up")
+    return rows / 2
+
+
+def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, up = types[:2]
+    _check_weight("acc.gated_up", up)
+    inner = _inner("acc.gated_up", up.shape[0], {**attributes, "gated": True})
+    return (TensorType(x.dtype, (*x.shape[:-1], inner)),)
+
+
+@op(
+    "acc.gated_up",
+    "x: A[*X, D], up: W[N, D], bias: A[N]? -> h: A[*X, I]",
+    infer=_gated_up,
+    flops=lambda o, r, a: r[0].elements * (4 * o[1].shape[1] + 4),
+)
+def gated_up(
+    x, up, bias, *, act: str = "silu", layout: str = "concat",
+    alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+):  # fmt: skip
+    """Compute act(g) (u + beta) with g, u the two halves of up(x): the first part of nn.gated_mlp, I = N / 2."""
+    h = torch.nn.functional.linear(x, up.float(), bias)
+    return activate(h, act, True, layout, alpha, beta, limit)
+
+
+# --- routed experts --------------------------------------------------------------------------------------------
+
+
+@op(
+    "acc.sort",
+    "ids: i64[T, K] -> order: i64[K*T], offsets: i64[experts + 1]",
+    flops=0,
+    domains={"ids": lambda types, attributes: attributes["experts"]},
+)
+def sort(ids, *, experts: int):
+    """List the pairs (token, choice), numbered token * K + choice, by expert.
+
+    `order[offsets[e]:offsets[e + 1]]` are the pairs of expert e, in rising order.
+    """
+    flat = ids.flatten()
+    counts = torch.bincount(flat, minlength=experts)
+    return flat.argsort(stable=True), torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _check_order(name: str, ids: TensorType, order: TensorType, offsets: TensorType, weight: TensorType) -> None:
+    _check_weight(name, weight)
+    if order.shape[0] != size(ids.elements):
+        raise fail(f"{name}: {order} does not order the {ids.elements} choices of {ids}")
+    if offsets.shape[0] != weight.shape[0] + 1:
+        raise fail(f"{name}: {offsets} are not the bounds of {weight.shape[0]} experts")
+
+
+def _grouped_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, ids, order, offsets, up = types[:5]
+    _check_order("acc.grouped_up", ids, order, offsets, up)
+    return (TensorType(x.dtype, (order.shape[0], _inner("acc.grouped_up", up.shape[1], attributes))),)
+
+
+def _grouped_up_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    ids, up = operands[1], operands[4]
+    return ids.elements * (2 * up.shape[1] * up.shape[2] + 4 * results[0].shape[1])
+
+
+_PAIRS = "ids: i64[T, K], order: i64[R], offsets: i64[F]"
+_ROWS = {"ids": lambda types, attributes: types[4].shape[0]}
+_ORDER = {
+    "order": lambda types, attributes: types[1].elements,
+    "offsets": lambda types, attributes: types[1].elements,
+}
+
+
+def _chosen(types: Types, attributes: Attributes) -> Size:
+    return types[1].elements
+
+
+@op(
+    "acc.grouped_up",
+    f"x: A[T, D], {_PAIRS}, up: W[E, N, D], up_bias: A[E, N]? -> h: A[R, I]",
+    infer=_grouped_up,
+    flops=_grouped_up_flops,
+    domains={**_ROWS, **_ORDER},
+    distinct=("ids", "order"),
+    rows=dict.fromkeys(("up", "up_bias"), _chosen),
+)
+def grouped_up(
+    x, ids, order, offsets, up, up_bias, *,
+    act: str = "silu", gated: bool = True, layout: str = "concat",
+    alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+):  # fmt: skip
+    """Gather each expert's tokens, multiply by its `up` and apply the activation: the first half of moe.experts.
+
+    Row t * K + j of the result is the pair (token t, choice j); I = N / 2 where there is a gate, else N. `order` and
+    `offsets` are acc.sort's and say the same as `ids`: a kernel for many pairs reads those, one for few pairs these.
+    """
+    h = x.new_zeros(len(order), up.shape[1] // 2 if gated else up.shape[1])
+    for expert, pairs in _by_expert(order, offsets):
+        y = torch.nn.functional.linear(x[pairs // ids.shape[1]], up[expert].float(), _at(up_bias, expert))
+        h[pairs] = activate(y, act, gated, layout, alpha, beta, limit)
+    return h
+
+
+def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    h, ids, order, offsets, _, down = types[:6]
+    _check_order("acc.grouped_down", ids, order, offsets, down)
+    return (TensorType(h.dtype, (ids.shape[0], down.shape[1])),)
+
+
+@op(
+    "acc.grouped_down",
+    f"h: A[R, I], {_PAIRS}, gates: A[T, K], down: W[E, D, I], down_bias: A[E, D]? -> y: A[T, D]",
+    infer=_grouped_down,
+    flops=lambda o, r, a: 2 * o[1].elements * o[5].shape[1] * o[5].shape[2],
+    domains={"ids": lambda types, attributes: types[5].shape[0], **_ORDER},
+    distinct=("ids", "order"),
+    rows=dict.fromkeys(("down", "down_bias"), _chosen),
+)
+def grouped_down(h, ids, order, offsets, gates, down, down_bias):
+    """Multiply each pair's row by its expert's `down`, weight it, and add up each token: the second half of moe.experts."""
+    rows = h.new_zeros(len(order), down.shape[1])
+    for expert, pairs in _by_expert(order, offsets):
+        rows[pairs] = torch.nn.functional.linear(h[pairs], down[expert].float(), _at(down_bias, expert))
+    return (rows.unflatten(0, tuple(ids.shape)) * gates[:, :, None]).sum(1)
+
+
+def _by_expert(order: torch.Tensor, offsets: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the experts that are chosen, each with its pairs."""
+    for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        if start < stop:
+            yield expert, order[start:stop]
+
+
+def _at(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    return None if bias is None else bias[expert]
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+
+def _rope_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    q, *_ = types
+    y, key, value = OPS["nn.cached_attention"].infer([*types, None, None], {**attributes, "scale": 1.0})
+    width = key.shape[3]
+    return TensorType(q.dtype, (y.shape[0], size(attributes["heads"]), y.shape[1], width)), key, value
+
+
+def _rope_append_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    q, key, _ = results
+    new = (q.elements, size(q.shape[0] * key.shape[1] * q.shape[2] * q.shape[3]))
+    cos, q_norm, k_norm = operands[5], operands[7], operands[8]
+    norms = sum((4 * n for norm, n in zip((q_norm, k_norm), new, strict=True) if norm), size(0))
+    return norms + (3 * sum(new) * cos.shape[2] / q.shape[3] if cos else 0)
+
+
+@op(
+    "acc.rope_append",
+    "q: A[B, S, N], k: A[B, S, M]?, v: A[B, S, M]?, past_key: state A[B, G, P, D], past_value: state A[B, G, P, D],"
+    " cos: A[C, S, R]?, sin: A[C, S, R]?, q_norm: A[D]?, k_norm: A[D]?"
+    " -> q: A[B, heads, S, D], key: state A[B, G, T, D], value: state A[B, G, T, D]",
+    infer=_rope_append,
+    flops=_rope_append_flops,
+    in_place=("past_key", "past_value"),
+)
+def rope_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, heads: int, eps: float = 0.0):
+    """Norm and rotate the heads of q and k and append k and v to the cache: what nn.cached_attention does first.
+
+    The operands are those of nn.cached_attention; q alone may hold the heads of q, k and v in this order.
+    """
+    groups, width = past_key.shape[1], past_key.shape[3]
+    if k is None:
+        q, k, v = q.split([heads * width, groups * width, groups * width], dim=-1)
+    q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
+    q = turn(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
+    k = turn(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
+    return q, torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)

@@ -1,0 +1,142 @@
+"""Predicts how long a kernel takes on a chip: a roofline for each level, what a program moves and computes on it.
+
+time = launch + fill + max(memory, cores), where
+  memory = bytes that have to come from and go to device memory / the bandwidth that enough bytes under way can use
+  cores  = rounds x (the slowest of loading, matrix unit and vector units of one point of the grid; their sum where
+           nothing is loaded ahead); rounds = points / cores, rounded up
+Bytes from device memory count once for each number that is used, what is read again comes from the cache: tiles that
+share a row or a column run at about the same time. What no source says is an assumption, and stands in ASSUMED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+
+from .chip import Profile
+from .count import Counts
+from .machine import core_count, device_memory
+from .tile_expr import evaluate
+from .tiles import BITS, Program
+
+ASSUMED: Mapping[str, float] = {
+    "launch": 3e-6,  # s, of a kernel, where the profile does not say
+    "latency": 8e-7,  # s, from asking device memory to having it
+    "memory_reached": 0.92,  # share of the bandwidth that a long copy reaches
+    "matrix_reached": 0.8,  # share of the matrix peak that a large product reaches
+    "warp_matrix": 0.6,  # share of the peak for tiles too small for the instructions that reach it
+    "cache_times": 2.0,  # bandwidth of the cache behind device memory, in times that of device memory
+    "step": 1.5e-7,  # s, that one turn of a loop that loads takes at least
+    "point": 5e-7,  # s, of beginning and ending one point of a grid
+    "intensity": 32.0,  # m n / (m + n) of a tile from which its operands come from shared memory fast enough
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds and what they are made of. `bound` names the largest part: memory, cache, matrix, vector or launch."""
+
+    time: float
+    launch: float
+    memory: float
+    cores: float  # rounds of points, all that happens on the cores
+    cache: float
+    matrix: float
+    vector: float
+    bound: str
+    device_bytes: float
+    cache_bytes: float
+    flops: float
+    points: float
+    rounds: int
+    resident: int  # points on one core at once
+
+
+def predict(
+    program: Program, counts: Counts, scalars: Mapping[str, int], profile: Profile, *, warps: int, stages: int,
+    use: Mapping[str, int], touched: Mapping[str, float], share: float = 1.0,
+) -> Prediction:  # fmt: skip
+    """Return the prediction for one kernel.
+
+    `use` has the bytes of each memory that a point takes, `touched` the share of a tensor that is needed (experts that
+    are chosen), `share` the part of the matrix peak that tiles of this shape can reach.
+    """
+    cores = core_count(profile)
+    resident = _resident(profile, use, warps)
+    needed = _needed(program, counts, scalars, touched)
+    rounds = ceil(counts.points / cores)
+    active = min(cores, counts.points)
+    bandwidth = profile.need(f"memory.{device_memory(profile)}.bandwidth") * ASSUMED["memory_reached"]
+    step = counts.traffic / max(counts.points * max(counts.steps, 1), 1)
+    waiting = active * min(resident, rounds) * step * max(stages - 1, 0.5)
+    memory = needed / min(bandwidth, max(waiting, 1) / ASSUMED["latency"])
+    cache = _seconds(counts.traffic / counts.points, _cache(profile, bandwidth), cores)
+    matrix = sum(
+        _seconds(flops / counts.points, _peak(profile, dtype) * share, cores) for dtype, flops in counts.dots.items()
+    )
+    inner = [_seconds(n / counts.points, profile.rate(*path), cores) for path, n in counts.moved.items()]
+    matrix = max(matrix, *inner) if inner else matrix  # the unit waits for its operands
+    vector = _seconds(counts.computed / counts.points, profile.vector_peak and profile.vector_peak.value / 2, cores)
+    together = min(resident, rounds)  # points that wait at the same time, each for itself
+    steps = counts.steps * ASSUMED["step"] / together
+    one = max(cache, matrix, vector, steps) if stages > 1 or resident > 1 else cache + matrix + vector + steps
+    one += ASSUMED["point"] / together
+    launch = profile.launch.value if profile.launch else ASSUMED["launch"]
+    parts = {"memory": memory, "cache": rounds * cache, "matrix": rounds * matrix, "vector": rounds * vector}
+    busy = max(memory, rounds * one)
+    total = launch + 2 * ASSUMED["latency"] + busy
+    bound = max(parts, key=lambda name: parts[name]) if busy > launch else "launch"
+    flops = sum(counts.dots.values())
+    return Prediction(
+        total, launch, memory, rounds * one, parts["cache"], parts["matrix"], parts["vector"], bound, needed, counts.traffic, flops,
+        counts.points, rounds, resident,
+    )  # fmt: skip
+
+
+def _needed(program: Program, counts: Counts, scalars: Mapping[str, int], touched: Mapping[str, float]) -> float:
+    """Return the bytes that have to pass device memory: each number that is used once."""
+    total = 0.0
+    for argument in program.arguments:
+        size = prod(int(evaluate(n, scalars)) for n in argument.shape) * BITS[argument.dtype] / 8
+        for moved in (counts.loaded.get(argument.name), counts.stored.get(argument.name)):
+            if moved is not None:
+                total += min(moved, size * touched.get(argument.name, 1.0))
+    return total
+
+
+def _seconds(amount: float, rate: float | None, cores: int) -> float:
+    """Return the time of one core with its share of a rate of the whole device; 0 where the rate is not known."""
+    return amount * cores / rate if rate else 0.0
+
+
+def _cache(profile: Profile, device: float) -> float:
+    """Return bytes/s of the cache before device memory, from where tiles are read again."""
+    shared = [m for m in profile.memories if m.per == "device"][1:]
+    known = [m.bandwidth.value for m in reversed(shared) if m.bandwidth]
+    return known[0] if known else device * (ASSUMED["cache_times"] if shared else 1.0)
+
+
+def matrix_share(profile: Profile, rows: int, columns: int) -> float:
+    """Return the share of the matrix peak that tiles of this shape reach on a chip."""
+    unit = profile.unit("bf16")
+    share = min(1.0, rows * columns / (rows + columns) / ASSUMED["intensity"])
+    if unit and unit.m and min(unit.m) > rows:
+        return min(share, ASSUMED["warp_matrix"])
+    return share
+
+
+def _peak(profile: Profile, dtype: str) -> float:
+    return profile.need(f"unit.{dtype}.peak") * ASSUMED["matrix_reached"]
+
+
+def _resident(profile: Profile, use: Mapping[str, int], warps: int) -> int:
+    """Return how many points of a grid one core holds at once."""
+    if profile.family not in ("nvidia", "amd"):
+        return 1
+    fits = [16, 2048 // (warps * profile.threads)]
+    for name, size in use.items():
+        memory = next((m for m in profile.memories if m.name == name and m.per == "core"), None)
+        if memory and memory.capacity and size:
+            fits.append(int(memory.capacity.value) // size)
+    return max(min(fits), 1)

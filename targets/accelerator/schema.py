@@ -1,0 +1,70 @@
+"""What the schema of profiles says against a file, as one message for the user."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+SCHEMA = Path(__file__).parent / "profile.schema.json"
+_TYPES = {
+    "number": "a number", "integer": "a whole number", "string": "a text", "object": "a table", "array": "a list",
+}  # fmt: skip
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def problem_of(tables: dict[str, Any]) -> tuple[str, str] | None:
+    """Return what is wrong with a profile's tables, with the key in front, and what to do; None if nothing is.
+
+    Of several problems a misspelt key comes first: it is often why another one is missing.
+    """
+    errors = sorted(_validator().iter_errors(tables), key=lambda e: (not _misspelt(e), len(e.absolute_path)))
+    return _message(errors[0]) if errors else None
+
+
+def _misspelt(error: Any) -> bool:
+    return error.validator == "additionalProperties" or "propertyNames" in error.absolute_schema_path
+
+
+def _message(error: Any) -> tuple[str, str]:
+    key = ".".join(map(str, error.absolute_path)).removesuffix(".value")
+    inside = f"{key}." if key else ""
+    given, wanted = error.instance, error.validator_value
+    match error.validator:
+        case "additionalProperties":
+            known = list(error.schema["properties"])
+            name = next(name for name in given if name not in known)
+            return f"{inside}{name} is no key of a profile", _near(name, known)
+        case "required":
+            return f"{inside}{next(name for name in wanted if name not in given)} is missing", ""
+        case "dependentRequired":
+            missing = next(name for key, names in wanted.items() if key in given for name in names if name not in given)
+            return f"{inside}{missing} is missing", ""
+        case "enum":
+            if "propertyNames" in error.absolute_schema_path:
+                return f"{inside}{given} is no key of a profile", _near(str(given), wanted)
+            return f"{key} cannot be {_text(given)}", _near(str(given), wanted)
+        case "type":
+            types = [wanted] if isinstance(wanted, str) else wanted
+            return f"{key} must be {' or '.join(_TYPES[name] for name in types)}, not {_text(given)}", ""
+        case "minimum" | "exclusiveMinimum":
+            least = "at least" if error.validator == "minimum" else "greater than"
+            return f"{key} must be {least} {wanted}, not {_text(given)}", ""
+    return f"{key}: {error.message}", ""
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _near(name: str, known: list[str]) -> str:
+    found = get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(known)}"

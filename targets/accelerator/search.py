@@ -1,0 +1,152 @@
+"""The tiling search: enumerates the tiles of a kernel that a chip can run, and ranks them by their predicted time.
+
+What can run is decided on the program of the tile itself: every memory holds its buffers, shapes fit the matrix unit
+and the fractals, registers suffice for the threads. What was left out counts as no alternative; a kernel without any
+tile is an error that names what did not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ...compiler.errors import MoecError
+from .builder import Layout
+from .chip import Profile
+from .count import Counts, count
+from .kernels_experts import Tile
+from .machine import chip_of, layout_of
+from .predict import Prediction, matrix_share, predict
+from .simulate import Chip
+from .tiles import BITS, Dot, Program, footprint, walk
+
+ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128)
+STAGES, WARPS = (1, 2, 3, 4), (4, 8)
+SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
+SLACK = 0.02
+KEPT = 5  # alternatives that a choice remembers
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to find a tile for: what makes its program, and what is known of a run at one number of tokens.
+
+    `expect(tile)` holds what the counts cannot see (see count.py); `touched` the share of each weight that is needed.
+    `shapes` are the choices of (rows, columns, depth), `staged` whether loads may run ahead.
+    """
+
+    name: str
+    make: Callable[[Tile, Layout], Program]
+    scalars: Mapping[str, int]
+    shapes: tuple[tuple[int, int, int], ...]
+    expect: Callable[[Tile], Mapping[str, float]] = lambda tile: {}
+    touched: Mapping[str, float] | None = None
+    staged: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile with its program and prediction."""
+
+    tile: Tile
+    program: Program
+    prediction: Prediction
+    use: Mapping[str, int]  # bytes of each memory, as `footprint` counts them
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the best choice and the next ones; `tried` and how many of these could run."""
+
+    best: Choice
+    others: tuple[Choice, ...]
+    tried: int
+    fitting: int
+
+
+def search(kernel: Kernel, profile: Profile) -> Found:
+    """Return the tile of the least predicted time. MoecError if no tile fits the chip."""
+    choices: list[Choice] = []
+    reasons: dict[str, int] = {}
+    tried = 0
+    for shape in kernel.shapes:
+        layout = layout_of(profile, shape[0])
+        chip = chip_of(profile, layout)
+        counts: Counts | None = None
+        for stages, warps in product(STAGES if kernel.staged else (1,), _warps(profile)):
+            tile = Tile(*shape, stages, warps)
+            program = kernel.make(tile, layout)
+            tried += 1
+            use = footprint(program, chip.align)
+            if reason := unfit(program, tile, use, chip, profile):
+                reasons[reason] = reasons.get(reason, 0) + 1
+                continue
+            # bytes and FLOPs do not depend on how many buffers and threads there are
+            counts = counts or count(program, kernel.scalars, kernel.expect(tile))
+            prediction = predict(
+                program, counts, kernel.scalars, profile, warps=warps, stages=stages, use=use,
+                touched=kernel.touched or {}, share=matrix_share(profile, *shape[:2]),
+            )  # fmt: skip
+            choices.append(Choice(tile, program, prediction, use))
+    if not choices:
+        worst = max(reasons, key=lambda reason: reasons[reason])
+        raise MoecError(f"no tile of {kernel.name} fits {profile.name}: {worst}")
+    choices.sort(key=lambda c: (_rank(c.prediction), sum(c.use.values()), c.tile.m, c.tile.n, c.tile.k))
+    return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
+
+
+def _rank(p: Prediction) -> float:
+    """Return the time, and a share of what else is busy meanwhile: of nearly equal tiles the one with the most slack."""
+    return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
+
+
+def _warps(profile: Profile) -> tuple[int, ...]:
+    return WARPS if profile.family in ("nvidia", "amd") else (1,)
+
+
+def unfit(program: Program, tile: Tile, use: Mapping[str, int], chip: Chip, profile: Profile) -> str | None:
+    """Return why a chip cannot run a program, None if it can."""
+    for memory, size in use.items():
+        if size > chip.capacity.get(memory, 0):
+            return f"{memory} holds {chip.capacity.get(memory, 0)} bytes, {size} are needed"
+    if "registers" in use and (most := _registers(profile, tile.warps)) < use["registers"]:
+        return f"{tile.warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
+    for statement in walk(program.body):
+        if isinstance(statement, Dot) and (reason := _no_product(program, statement, profile)):
+            return reason
+    return None
+
+
+def _registers(profile: Profile, warps: int) -> int:
+    each = profile.rule("registers_per_thread") or 255
+    return int(SPARED * 4 * each * warps * profile.threads)
+
+
+def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
+    """Return why the matrix unit cannot multiply these tiles."""
+    a, acc = program.buffers[dot.a], program.buffers[dot.acc]
+    unit = profile.unit(a.dtype)
+    if unit is None:
+        return f"the matrix unit of {profile.name} does not take {a.dtype}"
+    m, n = acc.shape
+    if a.shape[1] * BITS[a.dtype] // 8 < (profile.rule("tile_k_bytes") or 0):
+        return f"{a.shape[1]} columns are less than one span of {profile.rule('tile_k_bytes')} bytes in shared memory"
+    if a.shape[1] % unit.k:
+        return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
+    if rows := profile.rule("fractal_rows"):
+        width = (profile.rule("fractal_bytes") or 32) * 8 // BITS[a.dtype]
+        if m % rows or n % rows or a.shape[1] % width:
+            return f"a product of {m} x {n} x {a.shape[1]} is not made of fractals of {rows} x {width}"
+    return None
+
+
+def shapes(rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[int, ...] = COLUMNS) -> tuple:
+    """Return tile shapes of a product whose weight is read in multiples of `step` columns, codes 128 at once."""
+    depths = [k for k in DEPTHS if k % step == 0] or [128]
+    return tuple(product(rows, columns, depths))
+
+
+def with_tokens(kernel: Kernel, tokens: int) -> Kernel:
+    """Return a kernel at another number of tokens."""
+    return replace(kernel, scalars={**kernel.scalars, "T": tokens})

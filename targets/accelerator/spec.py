@@ -1,0 +1,276 @@
+"""Kernel specs: for each op of a lowered module the kernels that compute it, with the tile found for each number of tokens.
+
+kernels.json holds all of it (kernels.schema.json is its schema): the tile program itself, where each tile lies, what is
+expected of it and what else was considered. Equal ops of different layers share their kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ... import __version__
+from ...compiler.errors import MoecError
+from ...compiler.ir import Function, Module, Op, walk_calls
+from .chip import Profile
+from .kinds import FRAMEWORK, KINDS, Step, Tokens, supported
+from .machine import chip_of, layout_of
+from .packing import Packing
+from .predict import ASSUMED
+from .search import Choice, Found, search
+from .tiles import DEVICE, For, Program, walk
+
+SCHEMA = 1
+BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
+CONTEXT = 4096  # tokens before a decoding step, for what attention reads
+DECODE = 64  # steps of at most so many tokens count as decoding: one token of each of so many sequences
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel for one bucket of tokens: `low` to `high` tokens a step."""
+
+    name: str
+    kind: str
+    op: str
+    low: int
+    high: int
+    found: Found
+    weights: Mapping[str, Packing]
+    places: tuple[str, ...]  # results of the ops that it computes, as @function/%value
+    calls: int  # launches in one run of the whole program
+    objects: Mapping[str, Any] = field(default_factory=dict)  # what a toolchain made of it
+
+    @property
+    def best(self) -> Choice:
+        """The tile that was chosen."""
+        return self.found.best
+
+    def to_json(self, profile: Profile) -> dict[str, Any]:
+        """Return the spec as JSON values."""
+        choice, program = self.best, self.best.program
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "computes": {"op": self.op, "places": list(self.places), "calls": self.calls},
+            "tokens": [self.low, self.high],
+            "weights": {name: packing_json(p) for name, p in self.weights.items()},
+            "tile": asdict(choice.tile),
+            "grid": [{"axis": name, "extent": extent} for name, extent in program.grid],
+            "loops": [
+                {"var": s.var, "from": s.start, "to": s.stop, "step": s.step, "stages": s.stages}
+                for s in walk(program.body)
+                if isinstance(s, For)
+            ],
+            "placement": placement(choice, profile),
+            "pipeline": {"stages": choice.tile.stages, "warps": choice.tile.warps},
+            "predicted": prediction_json(choice),
+            "alternatives": [
+                {"tile": asdict(c.tile), "time": c.prediction.time, "bound": c.prediction.bound}
+                for c in self.found.others
+            ],
+            "considered": {"tried": self.found.tried, "fitting": self.found.fitting},
+            "program": program.to_json(),
+            **({"objects": dict(self.objects)} if self.objects else {}),
+        }
+
+
+def placement(choice: Choice, profile: Profile) -> dict[str, Any]:
+    """Return each memory's bytes in use, its limit, and the buffers in it."""
+    chip = chip_of(profile, layout_of(profile, choice.tile.m))
+    found: dict[str, Any] = {}
+    for memory, used in choice.use.items():
+        buffers = {
+            name: {"bytes": b.bytes, "copies": b.copies}
+            for name, b in choice.program.buffers.items()
+            if b.memory == memory
+        }
+        limit = None if memory == DEVICE else chip.capacity[memory]
+        found[memory] = {"bytes": used, "limit": limit, "align": chip.align.get(memory, 1), "buffers": buffers}
+    return found
+
+
+def prediction_json(choice: Choice) -> dict[str, Any]:
+    """Return a prediction as JSON values: seconds, bytes, FLOPs."""
+    p = choice.prediction
+    return {
+        "time": p.time, "bound": p.bound, "flops": p.flops, "bytes": {"device": p.device_bytes, "cache": p.cache_bytes},
+        "parts": {"launch": p.launch, "memory": p.memory, "cache": p.cache, "matrix": p.matrix, "vector": p.vector},
+        "points": p.points, "rounds": p.rounds, "resident": p.resident,
+    }  # fmt: skip
+
+
+def packing_json(p: Packing) -> dict[str, Any]:
+    """Return how a weight lies in memory as JSON values."""
+    order = "fractal" if p.fractal else "halves" if p.quantized and p.quantized.bits == 4 else "rows"
+    return {
+        "format": p.format,
+        "order": order,
+        "shape": [*([p.experts] if p.experts else []), p.rows, p.columns],
+        "bytes": p.bytes,
+        "parts": {name or "numbers": {"dtype": d, "shape": list(s)} for name, (d, s) in p.parts.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """All kernels of a module on a chip."""
+
+    target: str
+    profile: Profile
+    kernels: tuple[KernelSpec, ...]
+    functions: tuple[dict[str, Any], ...]  # each op with the names of its kernels by bucket
+    framework: tuple[dict[str, Any], ...]  # ops that the framework computes between kernels
+    buckets: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what stands in kernels.json."""
+        return {
+            "schema": SCHEMA,
+            "moec": __version__,
+            "target": self.target,
+            "chip": _chip_json(self.profile),
+            "assumed": dict(ASSUMED),
+            "buckets": list(self.buckets),
+            "context": CONTEXT,
+            "predicted": {str(b): self.time(b) for b in self.buckets},
+            "functions": list(self.functions),
+            "framework": list(self.framework),
+            "kernels": [k.to_json(self.profile) for k in self.kernels],
+        }
+
+    def time(self, tokens: int) -> float:
+        """Return the predicted seconds of all kernels of one step of so many tokens, one after the other."""
+        return sum(k.calls * k.best.prediction.time for k in self.kernels if k.low <= tokens <= k.high)
+
+
+def _chip_json(profile: Profile) -> dict[str, Any]:
+    figures = {
+        key: {"value": f.value, "grade": f.grade, "source": f.source} for key, f in profile.figures().items() if f
+    }
+    return {
+        "name": profile.name, "variant": profile.variant, "family": profile.family, "arch": profile.arch,
+        "toolchain": profile.toolchain, "figures": figures,
+    }  # fmt: skip
+
+
+# --- from a module -------------------------------------------------------------------------------------------------
+
+
+def kernel_specs(
+    module: Module, profile: Profile, tokens: Sequence[int] = BUCKETS, why: list[str] | None = None
+) -> Kernels:
+    """Return the kernels of a module of stage kernel for each bucket of tokens.
+
+    MoecError for an op that has no kernel, for a weight in a format that none reads, and where nothing fits the chip.
+    """
+    calls: dict[str, int] = {}
+    for function, _ in walk_calls(module):
+        calls[function.name] = calls.get(function.name, 0) + 1
+    stored = packings(module, profile)
+    groups: dict[tuple[str, Any], _Group] = {}
+    functions, framework = [], []
+    for function in module.functions:
+        steps = []
+        for op in function.ops:
+            if op.callee:
+                steps.append({"op": "call", "callee": op.callee})
+                continue
+            if reason := supported(op):
+                raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
+            place = f"@{function.name}/%{op.results[0].name}"
+            step = KINDS[op.name](op, _weights(function, op, stored)) if op.name in KINDS else None
+            if step is None:
+                framework.append({"op": op.name, "place": place, "calls": calls.get(function.name, 0)})
+                continue
+            group = groups.setdefault((step.kind, step.problem), _Group(step, f"{step.kind}_{len(groups)}", op.name))
+            group.places.append(place)
+            group.calls += calls.get(function.name, 0)
+            steps.append({"op": op.name, "place": place, "kernels": group.name})
+        functions.append({"name": function.name, "calls": calls.get(function.name, 0), "steps": steps})
+    kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)), why)]
+    return Kernels(profile.name, profile, tuple(kernels), tuple(functions), _summed(framework), tuple(sorted(tokens)))
+
+
+@dataclass
+class _Group:
+    """Ops that share their kernels."""
+
+    step: Step
+    name: str
+    op: str
+    places: list[str] = field(default_factory=list)
+    calls: int = 0
+
+
+def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[str] | None) -> Iterable[KernelSpec]:
+    low = 1
+    for high in buckets:
+        ways = group.step.ways(_tokens(high), profile)
+        found = [(way, [(kernel, search(kernel, profile)) for kernel in way.kernels]) for way in ways]
+        # several ways to compute the op: the one that is over first
+        way, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
+        if why is not None and len(ways) > 1:
+            why.append(f"{group.name}, up to {high} tokens: {way.name} of {', '.join(w.name for w in ways)}")
+        for kernel, choice in best:
+            yield KernelSpec(
+                f"{group.name}_{kernel.name}_{high}", kernel.name, group.op, low, high, choice, group.step.weights,
+                tuple(group.places), group.calls,
+            )  # fmt: skip
+        low = high + 1
+
+
+def _tokens(count: int) -> Tokens:
+    """Return what a step of so many tokens is: one of each of so many sequences, or a prompt."""
+    return Tokens(count, 1, CONTEXT) if count <= DECODE else Tokens(1, count, 0)
+
+
+def _summed(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        entry = found.setdefault(row["op"], {"op": row["op"], "calls": 0, "places": []})
+        entry["calls"] += row["calls"]
+        entry["places"].append(row["place"])
+    return tuple(found.values())
+
+
+def packings(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
+    """Return how the weights of the kernels are stored, by function and name; others lie as they are typed."""
+    fractal = any(layout.order == "FRACTAL_NZ" for layout in profile.layouts)
+    found = {}
+    for function in module.functions:
+        consts = {c.value.name: c.value.type for c in function.consts}
+        for op in function.ops:
+            for operand in op.inputs if op.name in KINDS else ():
+                type_ = consts.get(operand.name)
+                if type_ is not None and len(type_.shape) in (2, 3) and _is_packed(op, operand.name):
+                    *lead, rows, columns = map(int, type_.shape)
+                    plain = type_.dtype in ("bf16", "f16")
+                    found[function.name, operand.name] = Packing(
+                        type_.dtype, rows, columns, lead[0] if lead else 0, fractal and plain
+                    )
+    return found
+
+
+def _is_packed(op: Op, name: str) -> bool:
+    from ...compiler.ops import OPS
+
+    operands = [o.name for o in OPS[op.name].signature.operands]
+    index = next(i for i, v in enumerate(op.operands) if v is not None and v.name == name)
+    return operands[min(index, len(operands) - 1)] in ("w", "up", "down")
+
+
+def _weights(function: Function, op: Op, stored: Mapping[tuple[str, str], Packing]) -> dict[str, Packing]:
+    """Return the packings of an op's weights by the names of its operands."""
+    from ...compiler.ops import OPS
+
+    names = [o.name for o in OPS[op.name].signature.operands]
+    return {
+        names[min(i, len(names) - 1)]: stored[function.name, v.name]
+        for i, v in enumerate(op.operands)
+        if v is not None and (function.name, v.name) in stored
+    }
+
+
+__all__ = ["BUCKETS", "FRAMEWORK", "KernelSpec", "Kernels", "Program", "kernel_specs", "packings"]

@@ -1,0 +1,97 @@
+"""Kernels of dense layers, simulated on a chip of every family, equal the reference ops."""
+
+import numpy as np
+import pytest
+import torch
+from chips_for_tests import CHIPS, bf16, close, named, run, weight
+from moec.compiler.errors import MoecError
+from moec.compiler.ops.compressed import block_linear
+from moec.compiler.ops.mlp import gated_mlp as gated_mlp_op
+from moec.targets.accelerator.kernels_dense import Linear, Mlp, gated_mlp, linear, linear_sum
+from moec.targets.accelerator.kernels_experts import Tile
+from moec.targets.accelerator.packing import Packing
+
+FORMATS = ("bf16", "f32", "int4_g128", "uint4_g32", "int8_g64", "mxfp4", "fp8_b128")
+chips = pytest.mark.parametrize("name", CHIPS)
+
+
+def tokens(rng, *shape):
+    return torch.tensor(rng.standard_normal(shape), dtype=torch.float32)
+
+
+@chips
+@pytest.mark.parametrize("form", FORMATS)
+def test_linear_in_every_format(name, form):
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(1)
+    for rows, depth, count, dtype, out in ((40, 72, 1, "bf16", "bf16"), (33, 256, 19, "f32", "f32")):
+        packing = Packing(form, rows, depth, fractal=name.startswith("ascend") and form == "bf16")
+        parts, w = weight(packing, rng)
+        x = bf16(tokens(rng, count, depth))
+        t = Tile(16, 32, max(packing.step, 32))
+        y = run(linear(Linear(rows, depth, packing, dtype=dtype, out=out), t, layout), chip, {"T": count}, x=x,
+                **named(parts, "w"))["y"]  # fmt: skip
+        close(y, x @ (w if form == "f32" else bf16(w)).T, 5e-3 if out == "bf16" else 1e-5)
+
+
+@chips
+def test_linear_with_bias_and_activation_cut_along_its_depth(name):
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(2)
+    p = Linear(24, 100, Packing("bf16", 24, 100), bias=True, act="gelu", scaled=True, out="f32")
+    parts, w = weight(p.weight, rng)
+    x, bias, scale = bf16(tokens(rng, 5, 100)), tokens(rng, 24), tokens(rng, 5)
+    wanted = torch.nn.functional.gelu(x @ w.T + bias) * scale[:, None]
+    end = {"bias": bias, "scale": scale}
+    whole = run(linear(p, Tile(16, 16, 16), layout), chip, {"T": 5}, x=x, **named(parts, "w"), **end)["y"]
+    close(whole, wanted)
+    for split in (2, 3, 9):  # the last one leaves parts without a step
+        sums = run(linear(p, Tile(16, 16, 16), layout, split), chip, {"T": 5}, x=x, **named(parts, "w"))["parts"]
+        y = run(linear_sum(p, Tile(4, 32, 0), layout, split), chip, {"T": 5}, parts=sums, **end)["y"]
+        close(y, wanted)
+
+
+@chips
+@pytest.mark.parametrize("form", ["bf16", "fp8_b128"])
+def test_blocks(name, form):
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(3)
+    blocks, rows, depth = 3, 128, 40
+    x = bf16(tokens(rng, 7, blocks, depth))
+    for packing in (Packing(form, blocks * rows, depth), Packing(form, rows, depth, blocks)):
+        parts, w = weight(packing, rng)
+        p = Linear(rows, depth, packing, blocks, out="f32")
+        y = run(linear(p, Tile(16, 64, 128), layout), chip, {"T": 7}, x=x, **named(parts, "w"))["y"]
+        close(y, block_linear(x[None], bf16(w).reshape(-1, depth))[0])
+
+
+@chips
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("gate", [False, True])
+def test_gated_mlp(name, interleaved, gate):
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(4)
+    for count in (1, 18):
+        p = Mlp(48, 40, Packing("bf16", 80, 48), Packing("bf16", 48, 40), "silu", interleaved, 1.7, 1.0, 7.0, True, True,
+                Packing("bf16", 1, 48) if gate else None)  # fmt: skip
+        up_parts, up = weight(p.up, rng, 1.0)
+        down_parts, down = weight(p.down, rng)
+        x, up_bias, down_bias = bf16(tokens(rng, count, 48)), tokens(rng, 80), tokens(rng, 48)
+        programs = gated_mlp(p, Tile(16, 16, 32), Tile(16, 32, 16), layout)
+        scalars, given, gate_w = {"T": count}, {}, None
+        h = run(programs[0], chip, scalars, x=x, bias=up_bias, **named(up_parts, "w"))["y"]
+        if gate:
+            gate_parts, gate_w = weight(p.gate, rng)
+            given["scale"] = run(programs[1], chip, scalars, x=x, **named(gate_parts, "w"))["y"]
+        y = run(programs[-1], chip, scalars, x=h, bias=down_bias, **named(down_parts, "w"), **given)["y"]
+        form = "interleaved" if interleaved else "concat"
+        wanted = gated_mlp_op(
+            x, up, down, up_bias, down_bias, gate_w, act="silu", layout=form, alpha=1.7, beta=1.0, limit=7.0
+        )
+        close(y, wanted, 1e-2)
+
+
+def test_a_gated_linear_is_not_cut():
+    p = Linear(8, 32, Packing("bf16", 16, 32), gated=True)
+    with pytest.raises(MoecError, match="not cut along its depth"):
+        linear(p, Tile(16, 16, 16), CHIPS["hopper"][0], 2)
