@@ -23,6 +23,9 @@ from typing import IO, Any
 
 from ...compiler.atomic import MARK, atomic_folder
 from ...compiler.errors import MoecError
+from .ascend_program import for_ascend
+from .tiles import Program
+from .triton_source import pointer, triton_source
 
 REQUIREMENTS = ("triton-ascend==3.2.0", "pybind11==3.1.0")  # all that lowering imports: 164 MB, and no torch
 PYTHONS = ("3.11", "3.10", "3.9")  # what triton-ascend is built for, the one to prefer first
@@ -34,7 +37,7 @@ SHOWN = 12  # lines of a program's output in an error
 
 TYPES: Mapping[str, str] = {
     "f32": "fp32", "f16": "fp16", "bf16": "bf16", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5", "i64": "i64", "i32": "i32",
-    "i8": "i8", "u8": "u8", "bool": "i1",
+    "i8": "i8", "u8": "u8", "bool": "i8",
 }  # fmt: skip
 
 
@@ -189,6 +192,13 @@ def _end(text: str) -> str:
 # --- lowering ------------------------------------------------------------------------------------------------------
 
 
+def kernel_of(program: Program, arch: str) -> Kernel:
+    """Return the Triton source of a tile program as triton-ascend takes it for a chip; MoecError as in for_ascend."""
+    program = for_ascend(program, is_newer(arch))
+    tensors = {pointer(a.name): f"*{TYPES[a.dtype]}" for a in program.arguments}
+    return Kernel(triton_source(program), program.name, tensors | dict.fromkeys(program.scalars, "i32"))
+
+
 def lower(kernels: Sequence[Kernel], arch: str, where: Environment, seconds: float = KERNEL_SECONDS) -> list[Lowered]:
     """Lower kernels for a chip and return what came of each, in their order; one that fails leaves the others alone.
 
@@ -226,9 +236,8 @@ def _answers(jobs: Sequence[Mapping[str, Any]], where: Environment, seconds: flo
         )
     del answers[0]  # it said that it had started
     if len(answers) < len(jobs):
-        answers.append(
-            {"stage": "worker", "error": f"it ended the compiler, or took over {seconds:g} s\n{said}".strip()}
-        )
+        what = f"it took longer than {seconds:g} s" if late.is_set() else "it ended the compiler"
+        answers.append({"stage": "worker", "error": f"{what}\n{said}".strip()})
     return answers
 
 
@@ -248,8 +257,12 @@ def _lines(
         with suppress(ProcessLookupError):
             os.killpg(worker.pid, signal.SIGKILL)  # with the adapter program that it may have started
 
+    def too_late() -> None:
+        late.set()
+        end()
+
     def watch() -> threading.Timer:
-        timer = threading.Timer(seconds, lambda: (late.set(), end()))
+        timer = threading.Timer(seconds, too_late)
         timer.start()
         return timer
 
