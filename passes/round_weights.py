@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..compiler.errors import MoecError
-from ..compiler.ir import Const, Function, Module
 from ..compiler.formats import find_format
+from ..compiler.ir import Const, Function, Module
 from ..compiler.narrow import narrowed
 from ..compiler.pipeline import pass_
 from ..compiler.recipes import step
@@ -39,7 +39,9 @@ def _round(function: Function, roles: Uses, to: str, notes: list[str]) -> Functi
     stored |= {(i, k) for i, op in enumerate(function.ops) for k in _ALSO.get(op.name, ())}
     names = {v.name for i, k in stored if (v := function.ops[i].operands[k])}
     # a weight that the router reads too stays for both
-    others = {v.name for i, op in enumerate(function.ops) for k, v in enumerate(op.operands) if v and (i, k) not in stored}
+    others = {
+        v.name for i, op in enumerate(function.ops) for k, v in enumerate(op.operands) if v and (i, k) not in stored
+    }
     consts, rounded = [], []
     for const in function.consts:
         if const.value.name in names - others and find_format(const.value.type.dtype) is None:

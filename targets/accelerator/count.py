@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .tile_expr import evaluate, names, parse
+from .tile_expr import NUMPY, evaluate, names, parse
 from .tiles import BITS, Dot, For, If, Let, Load, Move, Program, Statement, Store
 
 
@@ -94,8 +94,13 @@ class _Counter:
 
     def bound(self, text: str) -> Any:
         """Return the value of an expression over what is known; tiles and other unknown numbers count as 0."""
-        missing = [n for n in names(text) if n not in self.values]
-        return evaluate(text, {**self.values, **dict.fromkeys(missing, 0)} if missing else self.values)
+        missing = {n: self.zero(n) for n in names(text) if n not in self.values}
+        with np.errstate(all="ignore"):
+            return evaluate(text, {**self.values, **missing} if missing else self.values)
+
+    def zero(self, name: str) -> Any:
+        buffer = self.program.buffers.get(name)
+        return np.broadcast_to(np.zeros((), NUMPY[buffer.dtype]), buffer.shape) if buffer else 0
 
     def let(self, name: str, value: str, times: float) -> None:
         if name in self.program.buffers:

@@ -65,7 +65,9 @@ def _stored(draft: Draft, op: Op, weight: Value | None) -> Value:
         return weight
     narrow, exact = narrowed(recipe)
     if not exact:
-        draft.note(op, f"{weight} stays {weight.type.dtype}: bf16 has not all of its numbers; round-weights rounds them")
+        draft.note(
+            op, f"{weight} stays {weight.type.dtype}: bf16 has not all of its numbers; round-weights rounds them"
+        )
         return weight
     return draft.weight(narrow, f"{weight.name}.bf16")
 
@@ -154,4 +156,3 @@ def _attention(draft: Draft, op: Op) -> Op:
     shape = make_attrs({"shape": y.type.shape})
     # the rewritten op's other results are made in front of it
     return Op("core.reshape", (heads,), (y,), shape, loc=op.loc)
-

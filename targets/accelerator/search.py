@@ -74,21 +74,22 @@ def search(kernel: Kernel, profile: Profile) -> Found:
         layout = layout_of(profile, shape[0])
         chip = chip_of(profile, layout)
         counts: Counts | None = None
-        for stages, warps in product(STAGES if kernel.staged else (1,), _warps(profile)):
-            tile = Tile(*shape, stages, warps)
-            program = kernel.make(tile, layout)
-            tried += 1
+        for stages in STAGES if kernel.staged else (1,):
+            program = kernel.make(Tile(*shape, stages), layout)
             use = footprint(program, chip.align)
-            if reason := unfit(program, tile, use, chip, profile):
-                reasons[reason] = reasons.get(reason, 0) + 1
-                continue
-            # bytes and FLOPs do not depend on how many buffers and threads there are
-            counts = counts or count(program, kernel.scalars, kernel.expect(tile))
-            prediction = predict(
-                program, counts, kernel.scalars, profile, warps=warps, stages=stages, use=use,
-                touched=kernel.touched or {}, share=matrix_share(profile, *shape[:2]),
-            )  # fmt: skip
-            choices.append(Choice(tile, program, prediction, use))
+            for warps in _warps(profile):
+                tile = Tile(*shape, stages, warps)
+                tried += 1
+                if reason := unfit(program, tile, use, chip, profile):
+                    reasons[reason] = reasons.get(reason, 0) + 1
+                    continue
+                # bytes and FLOPs do not depend on how many buffers and threads there are
+                counts = counts or count(program, kernel.scalars, kernel.expect(tile))
+                prediction = predict(
+                    program, counts, kernel.scalars, profile, warps=warps, stages=stages, use=use,
+                    touched=kernel.touched or {}, share=matrix_share(profile, *shape[:2]),
+                )  # fmt: skip
+                choices.append(Choice(tile, program, prediction, use))
     if not choices:
         worst = max(reasons, key=lambda reason: reasons[reason])
         raise MoecError(f"no tile of {kernel.name} fits {profile.name}: {worst}")

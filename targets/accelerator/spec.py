@@ -14,12 +14,13 @@ from ... import __version__
 from ...compiler.errors import MoecError
 from ...compiler.ir import Function, Module, Op, walk_calls
 from .chip import Profile
-from .kinds import FRAMEWORK, KINDS, Step, Tokens, supported
+from .kinds import Step, Tokens
 from .machine import chip_of, layout_of
 from .packing import Packing
 from .predict import ASSUMED
 from .search import Choice, Found, search
-from .tiles import DEVICE, For, Program, walk
+from .supported import KINDS, supported
+from .tiles import DEVICE, For, walk
 
 SCHEMA = 1
 BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
@@ -184,7 +185,10 @@ def kernel_specs(
             if step is None:
                 framework.append({"op": op.name, "place": place, "calls": calls.get(function.name, 0)})
                 continue
-            group = groups.setdefault((step.kind, step.problem), _Group(step, f"{step.kind}_{len(groups)}", op.name))
+            if (step.kind, step.problem) not in groups:
+                number = sum(g.step.kind == step.kind for g in groups.values())
+                groups[step.kind, step.problem] = _Group(step, f"{step.kind}_{number}", op.name)
+            group = groups[step.kind, step.problem]
             group.places.append(place)
             group.calls += calls.get(function.name, 0)
             steps.append({"op": op.name, "place": place, "kernels": group.name})
@@ -215,10 +219,15 @@ def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[
             why.append(f"{group.name}, up to {high} tokens: {way.name} of {', '.join(w.name for w in ways)}")
         for kernel, choice in best:
             yield KernelSpec(
-                f"{group.name}_{kernel.name}_{high}", kernel.name, group.op, low, high, choice, group.step.weights,
+                _name(group, kernel.name, high), kernel.name, group.op, low, high, choice, group.step.weights,
                 tuple(group.places), group.calls,
             )  # fmt: skip
         low = high + 1
+
+
+def _name(group: _Group, kernel: str, high: int) -> str:
+    """Return the name of a kernel, which is that of its file too: linear_0_t16, experts_down_0_combine_t16."""
+    return "_".join([group.name, *([] if kernel == group.step.kind else [kernel]), f"t{high}"])
 
 
 def _tokens(count: int) -> Tokens:
@@ -271,6 +280,3 @@ def _weights(function: Function, op: Op, stored: Mapping[tuple[str, str], Packin
         for i, v in enumerate(op.operands)
         if v is not None and (function.name, v.name) in stored
     }
-
-
-__all__ = ["BUCKETS", "FRAMEWORK", "KernelSpec", "Kernels", "Program", "kernel_specs", "packings"]
