@@ -317,32 +317,59 @@ def _spread(address: ast.expr, shape: tuple[int, ...]) -> ast.expr:
     return ast.BinOp(address, ast.Add(), zeros)
 
 
-def wrapped(target: str, node: ast.expr, width: int) -> Lines:
-    """Return `target` and an expression as lines that fit, broken at the arguments of calls and at operators."""
+def wrapped(target: str, node: ast.expr, width: int, inside: bool = False) -> Lines:
+    """Return `target` and an expression as lines that fit, broken at the arguments of calls and at operators.
+
+    `inside`: it stands between brackets, so that its lines need none of their own.
+    """
     whole = target + ast.unparse(node)
     if len(whole) <= width:
         return [whole]
     match node:
-        case ast.Call(function, arguments, named) if arguments or named:
+        case ast.Call(ast.Attribute(value, name), arguments, named) if len(ast.unparse(value)) > width // 2:
+            tail = ast.unparse(ast.Call(ast.Name(name), arguments, named))
+            return [f"{target}(", *_indented(wrapped("", value, width - 4, inside=True)), f").{tail}"]
+        case ast.Call(function, arguments, named):
             lines = [f"{target}{ast.unparse(function)}("]
-            for argument in arguments:
-                lines += _inside(wrapped("", argument, width - 5))
-            for word in named:
-                lines += _inside(wrapped(f"{word.arg}=", word.value, width - 5))
+            for prefix, argument in [*(("", a) for a in arguments), *((f"{w.arg}=", w.value) for w in named)]:
+                *first, last = wrapped(prefix, argument, width - 5, inside=not prefix)
+                lines += _indented([*first, last + ","])
             return [*lines, ")"]
-        case ast.BinOp(left, operator, right):
+        case ast.BinOp(_, operator, _):
             sign = ast.unparse(ast.BinOp(ast.Name("a"), operator, ast.Name("b")))[2:-2]
-            halves = []
-            for part, prefix in ((left, ""), (right, f"{sign} ")):
-                bare = isinstance(part, (ast.Call, ast.Name, ast.Constant, ast.Attribute, ast.Subscript))
-                text = wrapped("", part, width - 6)
-                if not bare and not (len(text) > 1 and text[0] == "("):
-                    text = ["(" + text[0] + ")"] if len(text) == 1 else ["(", *("    " + t for t in text), ")"]
-                halves += [prefix + text[0], *text[1:]]
-            return [f"{target}(", *("    " + line for line in halves), ")"]
+            lines = []
+            for number, part in enumerate(_operands(node, type(operator))):
+                lines += _operand(f"{sign} " if number else "", part, width - 4)
+            return lines if inside and not target else [f"{target}(", *_indented(lines), ")"]
+        case ast.Compare(left, [operator], [right]):
+            sign = ast.unparse(ast.Compare(ast.Name("a"), [operator], [ast.Name("b")]))[2:-2]
+            *first, last = _operand(target, left, width - 8)
+            return [*first, f"{last} {sign} {ast.unparse(right)}"]
+        case ast.Subscript(value, index):
+            *first, last = _operand(target, value, width - 16)
+            return [*first, f"{last}[{ast.unparse(index)}]"]
     return [whole]
 
 
-def _inside(lines: Lines) -> Lines:
-    return [*("    " + line for line in lines[:-1]), "    " + lines[-1] + ","]
+def _operands(node: ast.expr, operator: type[ast.operator]) -> list[ast.expr]:
+    """Return the parts of a chain a + b + c, which is grouped from the left."""
+    match node:
+        case ast.BinOp(left, found, right) if isinstance(found, operator):
+            return [*_operands(left, operator), right]
+    return [node]
 
+
+def _operand(prefix: str, node: ast.expr, width: int) -> Lines:
+    """Return an operand as lines, in brackets unless it needs none."""
+    if isinstance(node, (ast.Call, ast.Name, ast.Constant, ast.Attribute, ast.Subscript)):
+        return wrapped(prefix, node, width)
+    whole = f"{prefix}({ast.unparse(node)})"
+    if len(whole) <= width:
+        return [whole]
+    if isinstance(node, ast.BinOp):
+        return wrapped(prefix, node, width)
+    return [f"{prefix}(", *_indented(wrapped("", node, width - 4)), ")"]
+
+
+def _indented(lines: Lines) -> Lines:
+    return ["    " + line for line in lines]

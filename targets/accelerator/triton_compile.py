@@ -1,0 +1,197 @@
+"""Compiles printed kernels to GPU code through Triton's own compiler, on a machine that needs no GPU.
+
+What a compiled kernel takes of the chip is read back from what the compiler wrote: registers and local memory from the
+cubin with the cuobjdump that Triton brings, or from the metadata that ends AMD's assembly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import multiprocessing
+import re
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ...compiler.errors import MoecError
+from .tiles import Program
+from .triton_source import pointer, triton_source
+
+SIGNATURE: Mapping[str, str] = {
+    "f32": "fp32", "bf16": "bf16", "f16": "fp16", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5",
+    "i64": "i64", "i32": "i32", "i8": "i8", "u8": "u8", "bool": "i1",
+}  # fmt: skip
+NVIDIA, AMD = ("sm_90", "sm_100", "sm_120"), ("gfx942", "gfx950")
+UNITS: Mapping[str, str] = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"mma\.sync", "mfma": "v_mfma"}
+ALIGN = 16  # bytes that every tensor's address is a multiple of
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one architecture: `object` is a cubin or hsaco, `assembly` its PTX or AMD assembly.
+
+    `registers` a thread, `shared` bytes a block, `tensor_memory` columns of sm_100's. `spills`: bytes of local memory a
+    thread; `scalar_spills`: scalar registers that AMD's compiler keeps in vector ones. `uses`: which of UNITS it computes
+    products with. `seconds`: what compiling took.
+    """
+
+    name: str
+    arch: str
+    warps: int
+    object: bytes
+    assembly: str
+    registers: int
+    shared: int
+    tensor_memory: int
+    spills: int
+    scalar_spills: int
+    uses: frozenset[str]
+    seconds: float
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of a file that holds the object."""
+        return ".cubin" if self.arch in NVIDIA else ".hsaco"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to compile: a program for an architecture with so many warps."""
+
+    program: Program
+    arch: str
+    warps: int
+
+
+def compile_kernel(program: Program, arch: str, warps: int, source: str | None = None) -> Compiled:
+    """Compile a program, or the source that was printed from it; equal sources are compiled once in a process.
+
+    `arch` is one of NVIDIA or AMD. MoecError where Triton is not installed, cannot say the program or cannot compile it.
+    """
+    if arch not in (*NVIDIA, *AMD):
+        raise MoecError(f"no kernels are compiled for {arch}", todo=f"it knows {', '.join((*NVIDIA, *AMD))}")
+    tensors = tuple((pointer(a.name), "*" + SIGNATURE[a.dtype]) for a in program.arguments)
+    signature = (*tensors, *((name, "i32") for name in program.scalars))
+    return _compiled(source or triton_source(program, warps), program.name, signature, arch, warps)
+
+
+def compile_all(choices: Sequence[Choice], jobs: int = 1) -> list[Compiled | MoecError]:
+    """Compile each choice and return, in order, what it gave; one that fails, fails alone.
+
+    Compilers run in `jobs` processes of their own: one that dies takes only its own choice with it.
+    """
+    triton_module()
+    found: list[Compiled | MoecError] = []
+    left = list(choices)
+    while left:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(left)), mp_context=context) as pool:
+            futures = [pool.submit(_one, choice) for choice in left]
+            for future in futures:
+                try:
+                    found.append(future.result())
+                except BrokenProcessPool:
+                    break
+        left = left[len(found) - (len(choices) - len(left)) :]
+        if left and jobs > 1:
+            jobs = 1  # which of the running ones it was is not known: go on one by one
+        elif left:
+            found.append(MoecError(f"{left[0].program.name}: the compiler for {left[0].arch} died", exit_code=1))
+            left = left[1:]
+    return found
+
+
+def _one(choice: Choice) -> Compiled | MoecError:
+    try:
+        return compile_kernel(choice.program, choice.arch, choice.warps)
+    except MoecError as error:
+        return error
+
+
+def triton_module() -> ModuleType:
+    """Return the module triton; MoecError with what to install where there is none."""
+    try:
+        import triton
+        import triton.compiler
+    except ImportError as error:
+        raise MoecError(
+            "kernels are compiled by Triton, which is not installed here",
+            todo="pip install 'moec[kernels]' (on Linux); without it the kernels' source is written and not compiled",
+            exit_code=1,
+        ) from error
+    return triton
+
+
+def load_kernel(source: str, name: str) -> dict[str, Any]:
+    """Return what a printed source defines. Triton reads a kernel's text again, so it is left where Python looks for it."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = f"moec/{digest}/{name}.py"  # no place on this machine: it ends in the object's line table, which must reproduce
+    linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+    defined: dict[str, Any] = {"__name__": f"moec_kernel_{name}", "__file__": path}
+    exec(compile(source, path, "exec"), defined)
+    return defined
+
+
+@lru_cache(maxsize=4096)
+def _compiled(source: str, name: str, signature: tuple[tuple[str, str], ...], arch: str, warps: int) -> Compiled:
+    triton = triton_module()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = load_kernel(source, name)[name]
+    aligned = {
+        (i,): [["tt.divisibility", ALIGN]] for i, (_, dtype) in enumerate(signature) if dtype.startswith("*")
+    }
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch in NVIDIA else GPUTarget("hip", arch, 64)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        triton.knobs.cache.dir = folder
+        try:
+            made = triton.compile(ASTSource(kernel, dict(signature), {}, aligned), target=target, options=options)
+        except (triton.TritonError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise MoecError(f"{name}: Triton does not compile it for {arch}: {text[-1]}", exit_code=1) from error
+    read = _read_nvidia if arch in NVIDIA else _read_amd
+    return Compiled(
+        name, arch, warps, **read(triton, made), shared=made.metadata.shared,
+        tensor_memory=getattr(made.metadata, "tmem_size", 0) or 0, seconds=time.monotonic() - begin,
+    )  # fmt: skip
+
+
+def _read_nvidia(triton: Any, made: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(made.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "object": made.asm["cubin"], "assembly": made.asm["ptx"], "registers": found["REG"],
+        "spills": found["STACK"] + found["LOCAL"], "scalar_spills": 0, "uses": _units(made.asm["ptx"]),
+    }  # fmt: skip
+
+
+def _read_amd(triton: Any, made: Any) -> dict[str, Any]:
+    text = made.asm["amdgcn"]
+    keys = ("vgpr_count", "private_segment_fixed_size", "sgpr_spill_count")
+    registers, scratch, scalars = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1]) for key in keys)
+    return {
+        "object": made.asm["hsaco"], "assembly": text, "registers": registers, "spills": scratch,
+        "scalar_spills": scalars, "uses": _units(text),
+    }  # fmt: skip
+
+
+def _units(assembly: str) -> frozenset[str]:
+    return frozenset(name for name, pattern in UNITS.items() if re.search(pattern, assembly))
