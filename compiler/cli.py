@@ -370,7 +370,8 @@ def targets(
     if not probe:
         if quick or out:
             raise click.UsageError("--quick and -o belong to --probe")
-        if (found := listing.profile(name, _key_values(options)) if name else None) is None:
+        shown = listing.profile(name, _key_values(options)) if name else None
+        if shown is None:
             rows = listing.targets(name)
             if options:
                 raise click.UsageError(f"-D sets figures of an accelerator, and {name} is none")
@@ -378,10 +379,10 @@ def targets(
                 rows = [{"name": row["name"], "doc": row["doc"]} for row in rows]
             return _show(rows, as_json)
         if as_json:
-            return _show([found], as_json)
+            return _show([shown], as_json)
         from .cli_profile import show_profile
 
-        return show_profile(found)
+        return show_profile(shown)
     if name is None:
         raise click.UsageError("--probe needs the name of a target")
     with progress_bar(f"probing {name}", unit="variants") as progress:

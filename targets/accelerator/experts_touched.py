@@ -49,10 +49,12 @@ def _chances(experts: int, chosen: int, skew: float) -> tuple[float, ...]:
 def expected_tiles(experts: int, chosen: int, tokens: int, rows: int) -> float:
     """Return the expected number of tiles of `rows` rows with balanced routing: sum over experts of ceil(n / rows).
 
-    The pairs n of an expert are Poisson with mean T k / E.
+    The pairs n of an expert are binomial: each of T tokens chooses it with probability k / E.
     """
-    mean = tokens * chosen / experts
-    most = int(mean + 10 * mean**0.5 + 20)
-    n = np.arange(1, most + 1)
-    logs = n * np.log(mean) - mean - np.cumsum(np.log(n))
-    return float(experts * (np.exp(logs) * -(-n // rows)).sum())
+    if chosen >= experts:
+        return float(experts * -(-tokens // rows))
+    chance = chosen / experts
+    logs = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, tokens + 1)))))  # of the factorials
+    n = np.arange(tokens + 1)
+    log_odds = logs[-1] - logs - logs[::-1] + n * np.log(chance) + (tokens - n) * np.log1p(-chance)
+    return float(experts * (np.exp(log_odds) * -(-n // rows)).sum())

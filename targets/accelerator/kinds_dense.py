@@ -15,7 +15,7 @@ from .kernels_norm import Norm, add_rms_norm, layer_norm, power, rms_norm
 from .kernels_rope import Append, Rope, qk_rope_append, rope
 from .kinds import Kind, Step, Tokens, Way, attributes, given, one_way, row_shapes, row_tile
 from .packing import Packing
-from .search import ROWS, Kernel, shapes
+from .search import Kernel, row_choices, shapes
 
 SPLITS = (2, 4, 8)  # parts that the depth of a linear may be cut into
 FEW = 64  # tokens up to which that is considered
@@ -37,13 +37,13 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Step | None:
     extra = {key: a[key] for key in ("act", "alpha", "beta", "limit")} if gated else {}
     interleaved = gated and a["layout"] == "interleaved"
     p = Linear(rows, weight.columns, weight, blocks, "bias" in operands, gated=gated, interleaved=interleaved, **extra)
-    return Step("gated_up" if gated else "linear", p, weights, lambda tokens, profile: _linear_ways(p, tokens))
+    return Step("gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_ways(p, tokens))
 
 
-def _linear_ways(p: Linear, tokens: Tokens) -> tuple[Way, ...]:
+def linear_ways(p: Linear, tokens: Tokens) -> tuple[Way, ...]:
+    """Return a linear in one kernel, and for few tokens cut along its depth with a sum behind."""
     count = {"T": tokens.count}
-    rows = [m for m in ROWS if m < 2 * tokens.count] or [ROWS[0]]
-    tiles = shapes(tuple(rows), p.weight.step)
+    tiles = shapes(row_choices(tokens.count), p.weight.step)
     ways = [Way("whole", (Kernel("linear", lambda t, layout: linear(p, t, layout), count, tiles),))]
     if tokens.count <= FEW and not p.gated:
         for split in SPLITS:

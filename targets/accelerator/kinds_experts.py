@@ -10,7 +10,7 @@ from .experts_touched import distinct_experts, expected_tiles
 from .kernels_experts import Experts, combine, grouped_down, grouped_up, sort
 from .kinds import Kind, Step, Tokens, Way, attributes, given, one_way, row_shapes
 from .packing import Packing
-from .search import ROWS, Kernel, shapes
+from .search import ROWS, Kernel, row_choices, shapes
 
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
 
@@ -33,7 +33,8 @@ def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
     )
 
 
-def _touched(e: Experts, weight: str, tokens: int) -> dict[str, float]:
+def touched(e: Experts, weight: str, tokens: int) -> dict[str, float]:
+    """Return the share of each part of a weight that so many tokens need, with balanced routing."""
     share = distinct_experts(e.experts, e.chosen, tokens) / e.experts
     return {f"{weight}{part}": share for part in ("", "_codes", "_scales", "_zeros", "_bias")}
 
@@ -49,9 +50,9 @@ def _grouped(kernel: Callable, name: str, e: Experts, packing: Packing, which: s
         direct = _is_direct(e, count)
         matrix = Kernel(
             name, lambda t, layout: kernel(e, t, layout, direct), {"T": count},
-            shapes(ROWS[:1] if direct else ROWS, packing.step),
+            shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step),
             (lambda t: {}) if direct else (lambda t: {"tile": expected_tiles(e.experts, e.chosen, count, t.m)}),
-            _touched(e, which, count),
+            touched(e, which, count),
         )  # fmt: skip
         after = (_combine(e, count),) if which == "down" else ()
         return (Way("pair by pair" if direct else "sorted", (matrix, *after)),)

@@ -49,7 +49,9 @@ class Kernel:
                 found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise MoecError(f"{self.program.name}: {a.name} is {a.dtype}{list(shape)}, {found} was given")
             if not tensor.is_contiguous() or tensor.data_ptr() % ALIGN:
-                raise MoecError(f"{self.program.name}: {a.name} does not lie row by row from a multiple of {ALIGN} bytes")
+                raise MoecError(
+                    f"{self.program.name}: {a.name} does not lie row by row from a multiple of {ALIGN} bytes"
+                )
             given.append(tensor)
         check_device(given[0].device)
         self._launch(*given, *(scalars[name] for name in self.program.scalars))

@@ -252,12 +252,9 @@ class Packing:
 
 
 def _e2m1(code: str) -> str:
-    """Return E2M1 as f32: its bits as the lowest exponent bits and the highest mantissa bit of an f32, times 2^126.
-
-    Two bits of exponent and one of mantissa mean the same there, up to that factor, where the exponent is 0 too.
-    """
+    """Return E2M1 as f32: its three bits of number are the same of an f32 2^126 times smaller, 0.5 among the subnormal."""
     bits = f'cast({code}, "i32")'
-    return f'(bitcast(({bits} & 7) << 22 | ({bits} & 8) << 28, "f32") * {2.0**126})'
+    return f'(bitcast(({bits} & 8) << 28 | ({bits} & 7) << 22, "f32") * {2.0**126})'
 
 
 def _grouped(value: str, rows: int, width: int, group: int, operator: str, other: str) -> str:

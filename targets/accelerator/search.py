@@ -8,7 +8,7 @@ tile is an error that names what did not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from ...compiler.errors import MoecError
@@ -148,6 +148,6 @@ def shapes(rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[
     return tuple(product(rows, columns, depths))
 
 
-def with_tokens(kernel: Kernel, tokens: int) -> Kernel:
-    """Return a kernel at another number of tokens."""
-    return replace(kernel, scalars={**kernel.scalars, "T": tokens})
+def row_choices(rows: float) -> tuple[int, ...]:
+    """Return the rows of tiles that make sense for about so many rows: none of which half would be empty, and one more."""
+    return tuple(m for m in ROWS if m < 4 * rows) or ROWS[:1]

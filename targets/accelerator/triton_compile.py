@@ -32,7 +32,12 @@ SIGNATURE: Mapping[str, str] = {
     "i64": "i64", "i32": "i32", "i8": "i8", "u8": "u8", "bool": "i1",
 }  # fmt: skip
 NVIDIA, AMD = ("sm_90", "sm_100", "sm_120"), ("gfx942", "gfx950")
-UNITS: Mapping[str, str] = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"mma\.sync", "mfma": "v_mfma"}
+UNITS: Mapping[str, str] = {
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "mma": r"mma\.sync",
+    "mfma": "v_mfma",
+}
 ALIGN = 16  # bytes that every tensor's address is a multiple of
 
 
@@ -135,7 +140,9 @@ def triton_module() -> ModuleType:
 def load_kernel(source: str, name: str) -> dict[str, Any]:
     """Return what a printed source defines. Triton reads a kernel's text again, so it is left where Python looks for it."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = f"moec/{digest}/{name}.py"  # no place on this machine: it ends in the object's line table, which must reproduce
+    path = (
+        f"moec/{digest}/{name}.py"  # no place on this machine: it ends in the object's line table, which must reproduce
+    )
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
     defined: dict[str, Any] = {"__name__": f"moec_kernel_{name}", "__file__": path}
     exec(compile(source, path, "exec"), defined)
@@ -149,9 +156,7 @@ def _compiled(source: str, name: str, signature: tuple[tuple[str, str], ...], ar
     from triton.compiler import ASTSource
 
     kernel = load_kernel(source, name)[name]
-    aligned = {
-        (i,): [["tt.divisibility", ALIGN]] for i, (_, dtype) in enumerate(signature) if dtype.startswith("*")
-    }
+    aligned = {(i,): [["tt.divisibility", ALIGN]] for i, (_, dtype) in enumerate(signature) if dtype.startswith("*")}
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch in NVIDIA else GPUTarget("hip", arch, 64)
     options = {"num_warps": warps, "enable_fp_fusion": True}
     begin = time.monotonic()

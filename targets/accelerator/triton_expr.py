@@ -257,7 +257,9 @@ class Expressions:
 
     def _plain(self, name: str, given: Sequence[Printed]) -> Printed:
         if all(isinstance(kind.constant, int) for _, kind in given) and name in ("cdiv", "minimum", "maximum"):
-            return self._visit(ast.Constant(int(evaluate(f"{name}({', '.join(ast.unparse(n) for n, _ in given)})", {}))))
+            return self._visit(
+                ast.Constant(int(evaluate(f"{name}({', '.join(ast.unparse(n) for n, _ in given)})", {})))
+            )
         match name, given:
             case "where", [condition, a, b]:
                 left, right, kind = self._promoted(a, b)
@@ -265,7 +267,7 @@ class Expressions:
                     raise MoecError("where wants a bool and at least one number that has a dtype", todo="cast one")
                 shape = broadcast(condition[1].shape, kind.shape)
                 return call("tl.where", condition[0], left, right), Kind(kind.dtype, shape, kind.natural)
-            case ("minimum" | "maximum"), [a, b]:
+            case (("minimum" | "maximum"), [a, b]):
                 left, right, kind = self._promoted(a, b, wide=True)
                 _no_bool(kind, name)
                 natural = kind.natural or (name == "maximum" and (a[1].natural or b[1].natural))

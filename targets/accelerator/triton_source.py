@@ -290,7 +290,9 @@ class _Printer:
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b_shape[0] or acc.shape != (a.shape[0], b_shape[1]):
             raise MoecError(f"{statement.acc}{list(acc.shape)} += {list(a.shape)} times {list(b_shape)}")
         if a.dtype != b.dtype or acc.dtype != "f32" or a.dtype not in ("f32", "bf16", "f16", "f8e4m3", "f8e5m2"):
-            raise MoecError(f"{statement.acc} ({acc.dtype}) += {a.dtype} times {b.dtype}: it adds floats of one dtype in f32")
+            raise MoecError(
+                f"{statement.acc} ({acc.dtype}) += {a.dtype} times {b.dtype}: it adds floats of one dtype in f32"
+            )
         second = call("tl.trans", ast.Name(statement.b)) if statement.transpose else ast.Name(statement.b)
         precise = {"input_precision": ast.Constant("ieee")} if a.dtype == "f32" else {}
         self._assign(
@@ -298,7 +300,9 @@ class _Printer:
         )
 
     def _loop(self, loop: For) -> None:
-        (start, first), (stop, last), (step, by) = (self.expressions.print(n) for n in (loop.start, loop.stop, loop.step))
+        (start, first), (stop, last), (step, by) = (
+            self.expressions.print(n) for n in (loop.start, loop.stop, loop.step)
+        )
         if any(k.shape or k.dtype not in ("int", "i32", "i64") for k in (first, last, by)):
             raise MoecError(f"the bounds of {loop.var} are no ints", where=f"{loop.start}, {loop.stop}, {loop.step}")
         if not by.constant or by.constant < 0:

@@ -1,0 +1,188 @@
+"""Routed experts as tile programs: the simulator, in the memories of each family's chips, equals moe.experts."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from moec.compiler.errors import MoecError
+from moec.compiler.formats import find_format
+from moec.compiler.ops.moe import experts as reference
+from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.machine import chip_of, layout_of
+from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.profile import find_profile
+from moec.targets.accelerator.simulate import simulate
+from moec.targets.accelerator.tiles import Program, footprint
+
+CHIPS = ("nvidia-h200", "nvidia-b200", "amd-mi300x", "ascend-910b", "ascend-950dt", "cambricon-mlu370")
+FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "uint8_g64", "fp8_b128", "mxfp4", "nvfp4")
+BF16 = ml_dtypes.bfloat16
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1 = np.concatenate([E2M1, -E2M1])
+TOLERANCE = 2e-2  # of the largest number: x, h and y are bf16, and so are weights when they are multiplied
+
+
+def random_weight(packing, rng):
+    """Return (parts in device memory, the numbers that they stand for), computed from the definition of the format."""
+    shape, f = (packing.experts, packing.rows, packing.columns), find_format(packing.format)
+    if f is None:
+        w = (rng.standard_normal(shape) * 0.1).astype(BF16)
+        return packing.pack(w), w.astype(np.float32)
+    groups = -(-packing.columns // f.group)
+
+    def spread(a):
+        return np.repeat(a, f.group, 2)[:, :, : packing.columns]
+
+    if f.element == "e4m3":
+        codes = rng.standard_normal(shape).astype(ml_dtypes.float8_e4m3fn)
+        scales = (rng.random((packing.experts, -(-packing.rows // 128), groups)) * 0.1).astype(np.float32)
+        return packing.pack(codes=codes, scales=scales), codes.astype(np.float32) * spread(
+            np.repeat(scales, 128, 1)[:, : packing.rows]
+        )
+    if f.element == "e2m1":
+        codes = rng.integers(0, 16, shape).astype(np.uint8)
+        if f.tensor_scale:
+            scales = (rng.random((*shape[:2], groups)) + 0.5).astype(ml_dtypes.float8_e4m3fn)
+            whole = (rng.random(packing.experts) * 0.1).astype(np.float32)
+            parts = packing.pack(codes=codes, scales=scales, tensor_scale=whole)
+            return parts, E2M1[codes] * spread(scales.astype(np.float32)) * whole[:, None, None]
+        scales = rng.integers(120, 126, (*shape[:2], groups)).astype(np.uint8)
+        return packing.pack(codes=codes, scales=scales), E2M1[codes] * spread(2.0 ** (scales.astype(np.float32) - 127))
+    scales = (rng.random((*shape[:2], groups)) * 0.02).astype(np.float32)
+    if not f.zeros:
+        codes = rng.integers(-(2 ** (f.bits - 1)), 2 ** (f.bits - 1), shape).astype(np.int8)
+        return packing.pack(codes=codes, scales=scales), codes.astype(np.float32) * spread(scales)
+    codes = rng.integers(0, 2**f.bits, shape).astype(np.uint8)
+    zeros = rng.integers(0, 2**f.bits, scales.shape).astype(np.uint8)
+    numbers = (codes.astype(np.float32) - spread(zeros).astype(np.float32)) * spread(scales)
+    return packing.pack(codes=codes, scales=scales, zeros=zeros), numbers
+
+
+def named(prefix, parts):
+    return {f"{prefix}_{name}" if name else prefix: array for name, array in parts.items()}
+
+
+def run(e, tensors, tokens, profile, tile, direct=False, scatter=False):
+    """Simulate the kernels of a layer one after the other; return y and check what each says that it uses."""
+    layout = layout_of(profile, tile.m)
+    chip = chip_of(profile, layout)
+    programs = [] if direct else [sort(e, layout)]
+    programs += [grouped_up(e, tile, layout, direct), grouped_down(e, tile, layout, direct, scatter)]
+    programs += [] if scatter else [combine(e, 64, layout)]
+    pairs = tokens * e.chosen
+    tensors |= {
+        "order": np.zeros(pairs, np.int32), "offsets": np.zeros(e.experts + 1, np.int32),
+        "h": np.zeros((pairs, e.inner), BF16), "rows": np.zeros((pairs, e.hidden), np.float32),
+        "y": np.zeros((tokens, e.hidden), np.float32 if scatter else BF16),
+    }  # fmt: skip
+    for program in programs:
+        program = Program.from_json(program.to_json())
+        given = {a.name: tensors[a.name] for a in program.arguments}
+        used = simulate(program, given, {"T": tokens}, chip)
+        assert used == footprint(program, chip.align)
+        assert all(used[memory] <= chip.capacity[memory] for memory in used)
+    return tensors["y"].astype(np.float32)
+
+
+def layer(rng, experts=4, chosen=2, hidden=72, inner=40, tokens=5, format="bf16", fractal=False, ids=None, **options):
+    """Return (experts, tensors, expected y) of a random layer."""
+    up = Packing(format, inner * (2 if options.get("gated", True) else 1), hidden, experts, fractal)
+    down = Packing(format, hidden, inner, experts, fractal)
+    e = Experts(experts, chosen, hidden, inner, up, down, **options)
+    up_parts, up_numbers = random_weight(up, rng)
+    down_parts, down_numbers = random_weight(down, rng)
+    x = rng.standard_normal((tokens, hidden)).astype(BF16)
+    if ids is None:
+        ids = np.stack([rng.choice(experts, chosen, False) for _ in range(tokens)])
+    gates = rng.random((tokens, chosen)).astype(np.float32)
+    tensors = {"x": x, "ids": ids.reshape(-1).astype(np.int32), "gates": gates.reshape(-1)}
+    tensors |= named("up", up_parts) | named("down", down_parts)
+    biases = [None, None]
+    for i, (name, there, rows) in enumerate((("up_bias", e.up_bias, up.rows), ("down_bias", e.down_bias, hidden))):
+        if there:
+            tensors[name] = biases[i] = (rng.standard_normal((experts, rows)) * 0.1).astype(np.float32)
+
+    def as_torch(a):
+        return None if a is None else torch.tensor(np.asarray(a, np.float32))
+
+    y = reference(
+        as_torch(x), torch.tensor(ids), as_torch(gates), as_torch(up_numbers), as_torch(down_numbers), *map(as_torch, biases),
+        act=e.act, gated=e.gated, layout="interleaved" if e.interleaved else "concat", alpha=e.alpha, beta=e.beta,
+        limit=e.limit,
+    )  # fmt: skip
+    return e, tensors, y.numpy()
+
+
+def close(found, expected):
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_on_every_family(name, format):
+    profile = find_profile(name, {})
+    fractal = profile.family == "ascend" and format == "bf16"
+    e, tensors, expected = layer(np.random.default_rng(0), format=format, fractal=fractal)
+    close(run(e, tensors, 5, profile, Tile(16, 32, 64 if format == "bf16" else 128)), expected)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize(
+    "case", ["one token", "one expert has all", "experts without a token", "more than a tile each"]
+)
+def test_how_tokens_spread(name, case):
+    rng = np.random.default_rng(1)
+    tokens = {"one token": 1, "more than a tile each": 70}.get(case, 19)
+    ids = None
+    if case == "one expert has all":
+        ids = np.full((tokens, 1), 2)
+    elif case == "experts without a token":
+        ids = np.stack([rng.permutation([1, 6]) for _ in range(tokens)])
+    chosen = ids.shape[1] if ids is not None else 2
+    e, tensors, expected = layer(rng, experts=8, chosen=chosen, tokens=tokens, ids=ids, format="int4_g32")
+    profile = find_profile(name, {})
+    for rows in (16, 64):
+        if name == "ascend-910b" and rows == 64:
+            continue  # two sums of 64 x 128 and their tiles do not fit beside dequantized weights
+        close(run(e, dict(tensors), tokens, profile, Tile(rows, 32, 128)), expected)
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_pair_by_pair_and_added_up_in_place(tokens, scatter):
+    e, tensors, expected = layer(np.random.default_rng(2), tokens=tokens)
+    close(run(e, tensors, tokens, find_profile("nvidia-h200", {}), Tile(16, 32, 64), True, scatter), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"act": "gelu"},
+        {"act": "gelu_tanh"},
+        {"act": "relu2", "gated": False},
+        {"alpha": 1.702, "beta": 1.0, "limit": 7.0, "interleaved": True, "up_bias": True, "down_bias": True},
+        {"limit": 0.5},
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_activations_and_biases(options):
+    e, tensors, expected = layer(np.random.default_rng(3), **options)
+    close(run(e, tensors, 5, find_profile("nvidia-h200", {}), Tile(16, 32, 64)), expected)
+
+
+def test_what_does_not_fit_is_refused():
+    profile = find_profile("ascend-910b", {})
+    e, tensors, _ = layer(np.random.default_rng(4), tokens=20)
+    with pytest.raises(MoecError, match=r"does not fit: l0[bc] has \d+ bytes"):
+        run(e, tensors, 20, profile, Tile(128, 256, 128))
+
+
+def test_a_path_that_the_chip_lacks_is_refused():
+    old, new = find_profile("ascend-910b", {}), find_profile("ascend-950dt", {})
+    e, tensors, _ = layer(np.random.default_rng(5), format="mxfp4")
+    layout = layout_of(new, 16)  # from the sums straight to the vector unit, which 910B cannot
+    program = grouped_up(e, Tile(16, 32, 128), layout, direct=True)
+    tensors["h"] = np.zeros((10, e.inner), BF16)
+    given = {a.name: tensors[a.name] for a in program.arguments}
+    with pytest.raises(MoecError, match="no path from"):
+        simulate(program, given, {"T": 5}, chip_of(old, layout))

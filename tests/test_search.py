@@ -1,0 +1,139 @@
+"""The tiling search: what it finds fits the chip, for any size; and it finds what a person would."""
+
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moec.compiler.errors import MoecError
+from moec.targets.accelerator.experts_touched import distinct_experts, expected_tiles
+from moec.targets.accelerator.kernels_dense import Linear
+from moec.targets.accelerator.kernels_experts import Experts, grouped_up
+from moec.targets.accelerator.kinds import Tokens
+from moec.targets.accelerator.kinds_dense import linear_ways
+from moec.targets.accelerator.kinds_experts import touched
+from moec.targets.accelerator.machine import chip_of, layout_of
+from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.profile import find_profile, profile_names
+from moec.targets.accelerator.search import Kernel, row_choices, search, shapes
+from moec.targets.accelerator.tiles import BITS, Dot, aligned, walk
+
+UNKNOWN = {  # figures that nobody has published, as a user would give them
+    "cambricon-mlu590": {
+        "cores": "48", "memory.gm.bandwidth": "2.0TB/s", "unit.bf16.peak": "314TFLOPS", "unit.f16.peak": "314TFLOPS",
+    },
+}  # fmt: skip
+FORMATS = ("bf16", "int4_g128", "fp8_b128", "mxfp4")
+
+
+def profile_of(name):
+    return find_profile(name, UNKNOWN.get(name, {}))
+
+
+def kernel_of(hidden, inner, experts, chosen, format, tokens):
+    e = Experts(
+        experts,
+        chosen,
+        hidden,
+        inner,
+        Packing(format, 2 * inner, hidden, experts),
+        Packing(format, hidden, inner, experts),
+    )
+    return Kernel(
+        "grouped_up", lambda t, layout: grouped_up(e, t, layout), {"T": tokens},
+        shapes(row_choices(tokens * chosen / experts), e.up.step),
+        lambda t: {"tile": expected_tiles(experts, chosen, tokens, t.m)}, touched(e, "up", tokens),
+    )  # fmt: skip
+
+
+def check_fits(choice, profile):
+    """Check a choice against the profile, from its buffers and nothing else."""
+    chip = chip_of(profile, layout_of(profile, choice.tile.m))
+    for memory, used in choice.use.items():
+        align = chip.align.get(memory, 1)
+        buffers = [b for b in choice.program.buffers.values() if b.memory == memory]
+        assert used <= chip.capacity[memory]
+        assert used % align == 0
+        # no more than all of them at once, no less than the largest
+        sizes = [aligned(b.copies * prod(b.shape) * BITS[b.dtype] // 8, align) for b in buffers]
+        assert max(sizes) <= used <= sum(sizes)
+    for dot in (s for s in walk(choice.program.body) if isinstance(s, Dot)):
+        a, b, acc = (choice.program.buffers[n] for n in (dot.a, dot.b, dot.acc))
+        assert (a.memory, b.memory, acc.memory) == chip.operands
+        unit = profile.unit(a.dtype)
+        m, n = acc.shape
+        assert a.shape == (m, b.shape[1]) and b.shape[0] == n and a.shape[1] % unit.k == 0
+        if rows := profile.rule("fractal_rows"):
+            assert m % rows == n % rows == 0
+            assert a.shape[1] * BITS[a.dtype] // 8 % profile.rule("fractal_bytes") == 0
+
+
+@pytest.mark.parametrize("name", profile_names())
+@settings(max_examples=6, deadline=None)
+@given(
+    hidden=st.integers(16, 5000), inner=st.integers(8, 3000), experts=st.sampled_from([4, 60, 64, 256]),
+    format=st.sampled_from(FORMATS), tokens=st.sampled_from([1, 5, 64, 700, 8192]),
+)  # fmt: skip
+def test_what_is_found_fits(name, hidden, inner, experts, format, tokens):
+    profile = profile_of(name)
+    found = search(kernel_of(hidden, inner, experts, 2, format, tokens), profile)
+    for choice in (found.best, *found.others):
+        check_fits(choice, profile)
+    assert found.fitting <= found.tried
+    times = [c.prediction.time for c in (found.best, *found.others)]
+    assert min(times) > 0
+    assert found.best.prediction.time <= 1.1 * min(times)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_linears_fit(name):
+    profile = profile_of(name)
+    p = Linear(1000, 777, Packing("bf16", 1000, 777))
+    for tokens in (Tokens(1, 1, 10), Tokens(1, 2000, 0)):
+        for way in linear_ways(p, tokens):
+            for kernel in way.kernels:
+                check_fits(search(kernel, profile).best, profile)
+
+
+def test_decoding_is_bound_by_memory_and_prefill_is_not():
+    profile = profile_of("nvidia-h200")
+    one = search(kernel_of(2048, 1024, 64, 8, "bf16", 4), profile).best.prediction
+    weights = 2 * 2048 * 2048 * distinct_experts(64, 8, 4)
+    assert one.bound == "memory"
+    assert weights <= one.device_bytes <= 1.01 * weights
+    assert one.time >= weights / 4.8e12
+    many = search(kernel_of(2048, 1024, 64, 8, "bf16", 8192), profile).best
+    assert many.prediction.bound in ("matrix", "cache")
+    assert many.prediction.flops >= 2 * 8192 * 8 * 2048 * 2048
+    assert many.tile.m >= 64  # below, the fast instructions of the matrix unit are out of reach
+    assert many.prediction.time >= 2 * 8192 * 8 * 2048 * 2048 / 989.4e12
+
+
+def test_fewer_bytes_take_less_time():
+    profile = profile_of("nvidia-h200")
+    bf16, int4 = (search(kernel_of(4096, 2048, 64, 8, f, 16), profile).best.prediction for f in ("bf16", "int4_g128"))
+    assert int4.device_bytes < 0.3 * bf16.device_bytes
+    assert int4.time < 0.6 * bf16.time
+
+
+def test_a_figure_that_is_needed_is_named():
+    with pytest.raises(MoecError, match=r"cores of cambricon-mlu590 is unknown"):
+        search(kernel_of(64, 64, 4, 2, "bf16", 4), find_profile("cambricon-mlu590", {}))
+
+
+def test_a_chip_without_room_says_what_does_not_fit():
+    profile = find_profile("nvidia-h200", {"memory.shared.usable": "1KiB", "memory.shared.capacity": "1KiB"})
+    with pytest.raises(MoecError, match=r"no tile of grouped_up fits nvidia-h200: shared holds 1024 bytes"):
+        search(kernel_of(2048, 1024, 64, 8, "bf16", 4), profile)
+
+
+def test_expected_tiles_are_those_of_random_routing():
+    rng = np.random.default_rng(0)
+    for experts, chosen, tokens, rows in ((64, 8, 100, 16), (8, 2, 37, 64), (256, 6, 4, 16)):
+        counts = np.zeros((400, experts), int)
+        for i in range(400):
+            for _ in range(tokens):
+                counts[i, rng.choice(experts, chosen, False)] += 1
+        sampled = -(-counts // rows)
+        assert expected_tiles(experts, chosen, tokens, rows) == pytest.approx(sampled.sum(1).mean(), rel=0.05)

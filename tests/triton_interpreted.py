@@ -1,0 +1,126 @@
+"""Printed kernels under Triton's interpreter: equal to the simulator and to the reference op.
+
+Not collected by itself: test_triton.py runs it with the interpreter on, which must be so before triton is imported.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton_interpreter  # noqa: F401
+from moec.compiler.ops.moe import experts as reference
+from moec.targets.accelerator.builder import Layout
+from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.launch import TORCH, Kernel, Layer
+from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.simulate import Chip, simulate
+from moec.targets.accelerator.tile_expr import NUMPY, dtype_name
+from tile_weights import random_weight
+
+LAYOUT = Layout(("shared",), ("shared",), "registers", "registers")
+PATHS = {("device", "shared"), ("device", "registers"), ("registers", "device"), ("registers", "shared")}
+CHIP = Chip({"shared": 232448, "registers": 1 << 20}, {}, frozenset(PATHS), LAYOUT.operands)
+FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "fp8_b128", "mxfp4", "nvfp4")
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """Return an array of any dtype of the tile language as a tensor of its own."""
+    raw = torch.from_numpy(array.reshape(-1).view(np.uint8).copy()) if array.size else torch.empty(0, dtype=torch.uint8)
+    return raw.view(TORCH[dtype_name(array)]).reshape(array.shape)
+
+
+def plain(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().numpy()
+
+
+def kernels(e: Experts, tile: Tile, direct: bool, scatter: bool) -> Layer:
+    down = Kernel(grouped_down(e, tile, LAYOUT, direct, scatter))
+    last = None if scatter else Kernel(combine(e, 64, LAYOUT, 2))
+    first = None if direct else Kernel(sort(e, LAYOUT))
+    return Layer(Kernel(grouped_up(e, tile, LAYOUT, direct)), down, last, first)
+
+
+def check(e: Experts, tile: Tile, tokens: int, *, direct=False, scatter=False, one_expert=False, seed=0) -> None:
+    """Run all kernels of a layer both ways; the outputs of each kernel must agree, and y with moe.experts."""
+    generator = np.random.default_rng(seed)
+    parts, weights = {}, []
+    for name, packing in (("up", e.up), ("down", e.down)):
+        found, numbers = random_weight(packing, generator)
+        parts |= {f"{name}_{part}" if part else name: array for part, array in found.items()}
+        weights.append(torch.from_numpy(numbers.copy()))
+    x = torch.from_numpy(generator.standard_normal((tokens, e.hidden), np.float32)).bfloat16()
+    ids = [range(e.chosen) if one_expert else generator.choice(e.experts - 1, e.chosen, False) for _ in range(tokens)]
+    ids = torch.tensor(np.array([list(i) for i in ids]))  # the last expert never has a token
+    gates = torch.from_numpy(generator.random((tokens, e.chosen), np.float32))
+    for name, packing in (("up_bias", e.up), ("down_bias", e.down)):
+        if getattr(e, name):
+            parts[name] = generator.standard_normal((e.experts, packing.rows), np.float32)
+    layer = kernels(e, tile, direct, scatter)
+    tensors = layer.buffers(x, ids, gates, {name: to_torch(array) for name, array in parts.items()})
+    simulated = {n: parts.get(n, np.zeros(0)) for n in tensors}
+    for name, tensor in tensors.items():
+        if name not in parts:
+            raw = tensor.contiguous().view(torch.uint8).numpy().copy() if tensor.numel() else np.zeros(0, np.uint8)
+            dtype = next(k for k, v in TORCH.items() if v == tensor.dtype)
+            simulated[name] = raw.reshape(-1).view(NUMPY[dtype]).reshape(tensor.shape)
+    y = layer.run(tensors)
+    for kernel in layer.kernels:
+        simulate(kernel.program, {a.name: simulated[a.name] for a in kernel.program.arguments}, {"T": tokens}, CHIP)
+        for a in kernel.program.arguments:
+            if a.role == "output":
+                close(plain(tensors[a.name]), simulated[a.name].astype(np.float32), 1e-2 if a.dtype == "bf16" else 5e-3)
+    biases = [torch.from_numpy(parts[n]) if n in parts else None for n in ("up_bias", "down_bias")]
+    options = {"act": e.act, "gated": e.gated, "layout": "interleaved" if e.interleaved else "concat"}
+    options |= {"alpha": e.alpha, "beta": e.beta, "limit": e.limit}
+    close(plain(y), reference(x.float(), ids, gates, *weights, *biases, **options).numpy(), 2e-2)
+
+
+def close(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
+    """Compare to a share of the largest number."""
+    assert found.shape == wanted.shape
+    if wanted.size:
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(float(np.abs(wanted).max()), 1e-9))
+
+
+def layer_of(fmt: str, hidden=160, inner=40, experts=5, chosen=2, **more) -> Experts:
+    """Return experts of sizes that are no multiples of a tile."""
+    rows = inner * (2 if more.get("gated", True) else 1)
+    return Experts(
+        experts,
+        chosen,
+        hidden,
+        inner,
+        Packing(fmt, rows, hidden, experts),
+        Packing(fmt, hidden, inner, experts),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("tokens", (1, 7))
+def test_a_layer_equals_the_simulator_and_the_reference(fmt, tokens):
+    check(layer_of(fmt), Tile(16, 32, 128, 2), tokens)
+
+
+@pytest.mark.parametrize("fmt", ("bf16", "int4_g128", "fp8_b128", "mxfp4"))
+def test_all_tokens_on_one_expert(fmt):
+    check(layer_of(fmt, chosen=1), Tile(16, 32, 128, 1), 19, one_expert=True)
+
+
+@pytest.mark.parametrize("fmt", ("bf16", "nvfp4"))
+@pytest.mark.parametrize("scatter", (False, True))
+def test_each_pair_a_tile_and_added_atomically(fmt, scatter):
+    check(layer_of(fmt), Tile(16, 32, 128, 2), 3, direct=True, scatter=scatter)
+
+
+@pytest.mark.parametrize(
+    "more",
+    (
+        {"interleaved": True, "alpha": 1.702, "beta": 1.0, "limit": 7.0, "up_bias": True, "down_bias": True},
+        {"act": "gelu"},
+        {"act": "gelu_tanh"},
+        {"act": "relu2", "gated": False},
+        {"chosen": 3, "experts": 6},
+    ),
+)
+def test_activations_biases_and_other_numbers_of_choices(more):
+    check(layer_of("bf16", **more), Tile(32, 32, 64, 2), 5)
