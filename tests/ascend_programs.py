@@ -7,7 +7,7 @@ from moec.targets.accelerator.kernels_dense import Linear, linear, linear_sum
 from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.packing import Packing
 
-EXPERTS, CHOSEN, TOKENS = 6, 2, 9
+EXPERTS, CHOSEN, TOKENS = 6, 2, 5
 FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "mxfp4", "fp8_b128")
 
 
@@ -18,7 +18,7 @@ def routed(form, layout, sizes=(100, 40), direct=False):
     up = Packing(form, 2 * inner, hidden, EXPERTS, fractal=form == "bf16")
     down = Packing(form, hidden, inner, EXPERTS, fractal=form == "bf16")
     e = Experts(EXPERTS, CHOSEN, hidden, inner, up, down, limit=7.0, up_bias=True, interleaved=form == "mxfp4")
-    tile = Tile(16, 16, max(up.step, 32))
+    tile = Tile(16, 32, max(up.step, 32))
     ids = np.stack([rng.permutation(EXPERTS - 1)[:CHOSEN] for _ in range(TOKENS)]).astype(np.int32)  # one has no token
     pairs = ids.reshape(-1)
     order = np.argsort(pairs, kind="stable").astype(np.int32)

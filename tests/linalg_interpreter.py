@@ -136,7 +136,9 @@ class View:
 
     def part(self, offsets, sizes, strides):
         offset = self.offset + sum(o * s for o, s in zip(offsets, self.strides, strict=True))
-        return View(self.base, offset, tuple(sizes), tuple(a * b for a, b in zip(strides, self.strides, strict=True)), self.end)
+        return View(
+            self.base, offset, tuple(sizes), tuple(a * b for a, b in zip(strides, self.strides, strict=True)), self.end
+        )
 
 
 def whole(array):

@@ -3,26 +3,33 @@
 import json
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_kernels_attention as attentions
+import test_kernels_compressed as compresseds
+import test_kernels_norm as norms
 import torch
 from ascend_programs import FORMATS, TOKENS, programs, routed
 from chips_for_tests import CHIPS, cast, close, run
+from linalg_interpreter import run_linalg
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator import ascend
 from moec.targets.accelerator.ascend import Environment, Kernel, environment, is_newer, kernel_of, lower
 from moec.targets.accelerator.ascend_program import for_ascend
 from moec.targets.accelerator.builder import Builder
 from moec.targets.accelerator.profile import shipped_profiles
-from moec.targets.accelerator.tiles import Load, walk
+from moec.targets.accelerator.tile_expr import NUMPY, evaluate
+from moec.targets.accelerator.tiles import Dot, Load, Program, walk
 
 OLDER, NEWER = "Ascend910B4", "Ascend950DT_9582"
-ALL = [case for form in FORMATS for case in programs(CHIPS["ascend-950"][0], [form])]
+REWRITTEN = list(programs(CHIPS["ascend-950"][0], ["bf16", "fp8_b128"]))
 built = f"{sys.version_info[0]}.{sys.version_info[1]}" in ascend.PYTHONS and platform.machine() in ascend.MACHINES
 needs_build = pytest.mark.skipif(not built, reason="triton-ascend is not built for this Python or machine")
 
@@ -31,7 +38,7 @@ needs_build = pytest.mark.skipif(not built, reason="triton-ascend is not built f
 
 
 @pytest.mark.parametrize("newer", [False, True])
-@pytest.mark.parametrize("label, program, given", ALL, ids=[case[0] for case in ALL])
+@pytest.mark.parametrize("label, program, given", REWRITTEN, ids=[case[0] for case in REWRITTEN])
 def test_a_rewritten_program_computes_the_same(label, program, given, newer):
     _, chip = CHIPS["ascend-950"]
     roomy = replace(chip, capacity=dict.fromkeys(chip.capacity, 1 << 30))
@@ -40,6 +47,11 @@ def test_a_rewritten_program_computes_the_same(label, program, given, newer):
     found = run(rewritten, roomy, {"T": TOKENS}, **as_rewritten(program, rewritten, given))
     for name, value in wanted.items():
         close(found[name], torch.tensor(value.astype(np.float32)), 1e-2 if value.dtype.itemsize == 2 else 1e-5)
+
+
+def test_other_programs_stay_as_they_are():
+    for _, program, _ in programs(CHIPS["ascend-910b"][0], ["int4_g128", "mxfp4"]):
+        assert for_ascend(program, False) == program
 
 
 def as_rewritten(program, rewritten, given):
@@ -161,16 +173,6 @@ def test_another_machine(tmp_path, monkeypatch):
         environment(tmp_path / "new", create=True)
 
 
-@needs_build
-def test_without_a_network_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    with pytest.raises(MoecError, match=r"cannot install triton-ascend==3\.2\.0") as error:
-        environment(tmp_path / "new", create=True, python=sys.executable)
-    assert "No matching distribution" in error.value.excerpt
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_worker_that_does_not_start(tmp_path):
     kernel = Kernel("", "k", {})
     with pytest.raises(MoecError, match="triton-ascend does not start") as error:
@@ -187,4 +189,167 @@ def test_a_worker_that_does_not_start(tmp_path):
 @pytest.fixture(scope="session")
 def triton_ascend(request):
     """Return the environment, made in pytest's cache folder by the first run."""
+    if not built:
+        pytest.skip("triton-ascend is not built for this Python or machine")
     return environment(Path(request.config.cache.mkdir("ascend")) / "environment", create=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program that was simulated: what it was given and its outputs."""
+
+    program: Program
+    scalars: dict[str, int]
+    given: dict[str, np.ndarray]
+    wanted: dict[str, np.ndarray]
+
+
+def simulated(kind, name, monkeypatch):
+    """Return the programs of a kind of kernels, simulated on a chip: small ones of this file, or those of other tests."""
+    cases = []
+
+    def record(program, chip, scalars, **given):
+        arrays = {a.name: cast(given[a.name], a.dtype) for a in program.arguments if a.name in given}
+        wanted = run(program, chip, scalars, **given)
+        cases.append(Case(program, scalars, arrays, wanted))
+        return wanted
+
+    layout, chip = CHIPS[name]
+    if kind in FORMATS:
+        for _, program, given in programs(layout, [kind]):
+            record(program, chip, {"T": TOKENS}, **given)
+        return cases
+    module = {"norm": norms, "attention": attentions, "compressed": compresseds}[kind]
+    monkeypatch.setattr(module, "run", record)
+    if kind == "norm":
+        norms.test_norms(name, norms.RowTile(2, 64), 7)
+        norms.test_rope_of_halves(name, True)
+        norms.test_rope_of_pairs(name, True, True)
+        norms.test_what_stands_before_cached_attention(name, True, 5, 3, 8, True)
+    elif kind == "attention":
+        attentions.test_what_attention_has_beside(name, {"chunk": 12, "window": 5, "sinks": True}, 3)
+        attentions.test_masked_slots(name, {"sinks": True, "window": 4}, 1)
+        attentions.test_a_mask_for_each_token(name)
+        attentions.test_a_latent_whose_first_numbers_are_the_values(name, 16)
+    else:
+        compresseds.test_window_and_entries(name, 1, 4, True)
+        compresseds.test_window_and_entries(name, 3, 8, False)
+    return cases
+
+
+KINDS = (*FORMATS, "norm", "attention", "compressed")
+
+
+@pytest.mark.ascend
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, arch", [("ascend-910b", OLDER), ("ascend-950", NEWER)])
+def test_what_is_lowered_computes_the_same(name, arch, kind, triton_ascend, monkeypatch):
+    cases = simulated(kind, name, monkeypatch)
+    assert cases
+    for case, done in zip(cases, lower([kernel_of(c.program, arch) for c in cases], arch, triton_ascend), strict=True):
+        label = case.program.name
+        assert not done.error, f"{label}: {done.stage}: {done.error}"
+        check_form(case.program, done.linalg)
+        found = lowered_outputs(case, done.linalg, arch, triton_ascend)
+        for tensor, wanted in case.wanted.items():
+            tolerance = 1e-2 if wanted.dtype.itemsize == 2 else 2e-5
+            close(found[tensor], torch.tensor(wanted.astype(np.float32)), tolerance)
+
+
+def check_form(program, linalg):
+    """Check that a kernel is what bishengir-compile takes: one function of memrefs, products as linalg.matmul."""
+    dots = [s for s in walk(program.body) if isinstance(s, Dot)]
+    assert linalg.count("linalg.matmul ") == len(dots)
+    assert f"func.func @{program.name}(" in linalg
+    assert f'mix_mode = "{"mix" if dots else "aiv"}"' in linalg  # on cube and vector cores, or on vector cores alone
+    assert linalg.count("tt.tensor_kind = ") == len(program.arguments)
+    for dot in dots:
+        (m, k), (n, _) = program.buffers[dot.a].shape, program.buffers[dot.b].shape
+        n = n if dot.transpose else program.buffers[dot.b].shape[1]
+        assert re.search(
+            rf"linalg\.matmul .*tensor<{m}x{k}x\w+>, tensor<{k}x{n}x\w+>\) outs.*tensor<{m}x{n}xf32>", linalg
+        )
+
+
+def lowered_outputs(case, linalg, arch, triton_ascend):
+    """Run Linalg text on a case's tensors and return its outputs."""
+    rewritten = for_ascend(case.program, is_newer(arch))
+    tensors = {}
+    for argument in case.program.arguments:
+        shape = tuple(int(evaluate(n, case.scalars)) for n in argument.shape)
+        value = case.given.get(argument.name)
+        value = np.full(shape, 77, NUMPY[argument.dtype]) if value is None else value.reshape(shape)
+        signless = rewritten.argument(argument.name).dtype in ("u8", "bool")
+        tensors[argument.name] = np.array(value.view(np.int8) if signless else value)
+    points = np.prod([int(evaluate(extent, case.scalars)) for _, extent in rewritten.grid])
+    scalars = [case.scalars[name] for name in rewritten.scalars]
+    run_linalg(generic(linalg, triton_ascend), list(tensors.values()), scalars, int(points))
+    return {name: tensors[name].view(wanted.dtype).reshape(wanted.shape) for name, wanted in case.wanted.items()}
+
+
+def generic(text, triton_ascend):
+    """Return MLIR in generic form, printed by the adapter program itself."""
+    (adapter,) = triton_ascend.folder.glob("lib/python*/site-packages/triton/backends/ascend/triton-adapter-opt")
+    command = [str(adapter), "-", "--mlir-print-op-generic"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+COPY = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def copy(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i))
+"""
+
+
+@pytest.mark.ascend
+def test_one_kernel_that_fails_leaves_the_others_alone(triton_ascend):
+    copy = Kernel(COPY, "copy", {"x": "*fp32", "y": "*fp32"}, {"N": 64})
+    kernels = [
+        copy,
+        replace(copy, source=COPY + "import os; os.abort()\n"),
+        replace(copy, source=COPY + "import time; time.sleep(60)\n"),
+        replace(copy, source="def copy(:"),
+        replace(copy, name="other"),
+        replace(copy, signature={"x": "*fp8e4nv", "y": "*fp8e4nv"}),
+        copy,
+    ]
+    done = lower(kernels, OLDER, triton_ascend, seconds=10)
+    assert [d.stage for d in done] == ["", "worker", "worker", "source", "source", "triton", ""]
+    for found, said in zip(
+        done, ["", "it ended the compiler", "longer than 10 s", "SyntaxError", "AttributeError", "unexpected type fp8", ""],
+        strict=True,
+    ):  # fmt: skip
+        assert said in found.error
+    for found in (done[0], done[-1]):
+        assert "memref.copy" in found.linalg and "tt.func public @copy" in found.ttir
+    assert lower(kernels[5:6], NEWER, triton_ascend)[0].error == ""  # the Ascend 950 has these types
+
+
+@pytest.mark.ascend
+def test_what_the_adapter_leaves_undone_is_an_error(triton_ascend):
+    source = COPY.replace("tl.load(x + i)", "tl.load(x + i).to(tl.float32)")
+    (done,) = lower([Kernel(source, "copy", {"x": "*fp8e4nv", "y": "*fp32"}, {"N": 64})], NEWER, triton_ascend)
+    assert done.stage == "linalg" and "the adapter left tt.fp_to_fp in it" in done.error and not done.linalg
+
+
+@pytest.mark.ascend
+def test_an_environment_that_was_made_is_used_again(triton_ascend):
+    before = (triton_ascend.folder / "moec.json").stat().st_mtime_ns
+    assert environment(triton_ascend.folder) == environment(triton_ascend.folder, create=True) == triton_ascend
+    assert (triton_ascend.folder / "moec.json").stat().st_mtime_ns == before
+    assert not [p for p in triton_ascend.folder.parent.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.ascend
+@needs_build
+def test_without_a_network_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(MoecError, match=r"cannot install triton-ascend==3\.2\.0") as error:
+        environment(tmp_path / "new", create=True, python=sys.executable)
+    assert "No matching distribution" in error.value.excerpt
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -216,7 +217,14 @@ def lower(kernels: Sequence[Kernel], arch: str, where: Environment, seconds: flo
         answers: list[dict[str, Any]] = []
         while len(answers) < len(jobs):
             answers += _answers(jobs[len(answers) :], where, seconds)
-    return [Lowered(kernel.name, **answer) for kernel, answer in zip(kernels, answers, strict=True)]
+    return [_finished(kernel.name, answer) for kernel, answer in zip(kernels, answers, strict=True)]
+
+
+def _finished(kernel: str, answer: Mapping[str, str]) -> Lowered:
+    """Return what a worker's answer says; an operation of Triton's that the adapter left as it was is an error."""
+    if left := re.search(r"^ *(?:%\w+ = )?(tt\.\w+).*$", answer.get("linalg", ""), re.MULTILINE):
+        return Lowered(kernel, stage="linalg", error=f"the adapter left {left[1]} in it: {left[0].strip()}")
+    return Lowered(kernel, **answer)
 
 
 def _answers(jobs: Sequence[Mapping[str, Any]], where: Environment, seconds: float) -> list[dict[str, Any]]:

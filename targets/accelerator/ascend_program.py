@@ -1,6 +1,7 @@
 """Rewrites tile programs to what triton-ascend lowers well; what they compute stays the same.
 
-FP8 tensors are loaded as bytes: the adapter has no constants of those types, and none of the types before the Ascend 950.
+FP8 tensors are loaded as bytes and decoded by arithmetic, except for what a product takes as it is: before the Ascend
+950 there are no such types, and for it the adapter has neither constants of them nor a conversion to f32.
 Weights in fractals are loaded as tiles of three axes, block by block: by the quotients and remainders of their rows and
 columns the adapter would load number by number.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ...compiler.errors import MoecError
 from .tile_expr import parse
-from .tiles import Argument, Buffer, For, If, Let, Load, Program, Statement, Store, walk
+from .tiles import Argument, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
 
 EIGHT: Mapping[str, tuple[int, int]] = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
 
@@ -49,12 +50,15 @@ class _Rewriter:
     program: Program
     newer: bool
     buffers: dict[str, Buffer] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()  # tiles that stay FP8
     fractal: frozenset[str] = frozenset()  # weights of which each load is one of blocks
 
     def __post_init__(self) -> None:
         self.buffers = dict(self.program.buffers)
-        if not self.newer:
-            self.buffers = {n: replace(b, dtype="f32") if b.dtype in EIGHT else b for n, b in self.buffers.items()}
+        self.kept = _multiplied(self.program) if self.newer else frozenset()
+        for name, buffer in self.program.buffers.items():
+            if buffer.dtype in EIGHT and name not in self.kept:
+                self.buffers[name] = replace(buffer, dtype="f32")
         loads: dict[str, list[bool]] = {}
         for statement in walk(self.program.body):
             if isinstance(statement, (Load, Store)):
@@ -99,7 +103,7 @@ class _Rewriter:
             assert statement.other == 0
             bits = self.beside(name, "bits", "u8")
             yield from self.in_blocks(replace(statement, name=bits))
-            yield Let(name, f'bitcast({bits}, "{dtype}")' if self.newer else _decoded(bits, *EIGHT[dtype]))
+            yield Let(name, f'bitcast({bits}, "{dtype}")' if name in self.kept else _decoded(bits, *EIGHT[dtype]))
         else:
             yield from self.in_blocks(statement)
 
@@ -154,6 +158,15 @@ class _Rewriter:
             return None
         at = (block, f"({ast.unparse(rows)})[None, :, None]", f"arange({across})[None, None, :]")
         return _Blocks(at, mask, width, self.buffers[statement.name].shape[0], across)
+
+
+def _multiplied(program: Program) -> frozenset[str]:
+    """Return the tiles that the matrix unit takes as they are loaded."""
+    found = {name for s in walk(program.body) if isinstance(s, Dot) for name in (s.a, s.b)}
+    for statement in reversed(list(walk(program.body))):
+        if isinstance(statement, Move) and statement.name in found:
+            found.add(statement.value)
+    return frozenset(found)
 
 
 def _masks(mask: str, column: ast.expr, whole: str) -> str | None:

@@ -55,7 +55,8 @@ def to_triton_ir(function, job):
             "compile_on_910_95": newer,
             "multibuffer": not newer,
             "enable_auto_bind_sub_block": not newer,
-            "enable_select_analysis": newer,
+            # off for the 950 too, where it is on by itself: it turns where(i == n, x, 0) into a read at n, also behind x
+            "enable_select_analysis": False,
         }
     )
     context = ir.context()
