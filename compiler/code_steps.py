@@ -140,9 +140,9 @@ def _dequantize(types: Types, attributes: Attributes) -> TensorType:
 def _packed(types: Types, attributes: Attributes) -> TensorType:
     codes, scales, *zeros = types
     format = format_of(str(attributes["to"]))
-    if codes.dtype != "u8" or len(codes.shape) < 2 or codes.sizes[-1] % format.group or format.rows > 1:
+    if codes.dtype != "u8" or len(codes.shape) < 2 or codes.sizes[-1] % format.group or format.tensor_scale:
         raise ValueError(f"codes u8 in whole groups of {format.group} are kept, not {codes}")
-    wanted = (*codes.sizes[:-1], codes.sizes[-1] // format.group)
+    wanted = (*codes.sizes[:-2], -(-codes.sizes[-2] // format.rows), codes.sizes[-1] // format.group)
     if scales.sizes != wanted or len(zeros) > format.zeros or any(z.sizes != wanted for z in zeros):
         raise ValueError(f"{format.name} of {codes} has scales (and zero points) {list(wanted)}, not {types[1:]}")
     return TensorType.of(format.name, *codes.shape)

@@ -14,6 +14,8 @@ from .code_steps import ELEMENTS
 from .formats import GROUPS, Format, find_format
 from .recipes import Recipe, Step, step
 
+FP8_BLOCK = (128, 128)  # rows and columns of FP8 that share a scale, in checkpoints as in the format fp8_b128
+
 
 class NotKept(Exception):
     """Why a recipe cannot be taken apart; the text is a part of a sentence."""
@@ -23,7 +25,8 @@ class NotKept(Exception):
 class Codes:
     """Codes u8 and what they stand for: w = scale (code - zero), or an element of a table times the scale.
 
-    `scales` and `zeros` have the shape of the codes, with one element for every `group` codes along `axis`.
+    `scales` and `zeros` have the shape of the codes, with one element for every `group` codes along `axis`, and where
+    `rows` is not 1 for every `rows` codes along the axis before it.
     """
 
     codes: Recipe
@@ -32,11 +35,14 @@ class Codes:
     axis: int
     group: int
     bits: int
-    element: str = "int"  # int, or a key of code_steps.ELEMENTS
+    element: str = "int"  # int, a key of code_steps.ELEMENTS, or e4m3
+    rows: int = 1
 
     @property
     def name(self) -> str:
         """What the checkpoint holds, in words."""
+        if self.rows > 1:
+            return f"{self.element} in blocks of {self.rows} x {self.group}"
         kind = "mxfp4" if self.element == "e2m1" and self.scales.type.dtype == "f8e8m0" else self.element
         kind = f"{'u' * (self.zeros is not None)}int{self.bits}" if kind == "int" else kind
         return f"{kind} in groups of {self.group}"
@@ -75,6 +81,8 @@ def take_apart(recipe: Recipe) -> Codes:
         case "transpose":
             perm = tuple(attributes["perm"])  # type: ignore[arg-type]
             found = take_apart(recipe.items[0])
+            if found.rows > 1 and perm.index(found.axis) != perm.index(found.axis - 1) + 1:
+                raise NotKept("its blocks of rows and columns would be turned")
             return found.with_items([step("transpose", i, perm=perm) for i in found.items], perm.index(found.axis))
         case "slice":
             return _slice(recipe)
@@ -89,6 +97,10 @@ def _leaf(recipe: Step) -> Codes:
     bits, element = recipe.attributes.get("bits"), "int"
     if isinstance(codes, Step) and codes.name == "decode":
         bits, element, codes = 4, str(codes.attributes["of"]), codes.items[0]
+    if bits is None and codes.type.dtype == "f8e4m3" and block[-2:] == FP8_BLOCK and set(block[:-2]) <= {1}:
+        shared = min(FP8_BLOCK[1], codes.type.sizes[-1])
+        codes = step("view", codes, to="u8")
+        return Codes(codes, scales, None, len(block) - 1, shared, 8, "e4m3", FP8_BLOCK[0])
     if bits is None:
         raise NotKept(f"its codes are {codes.type.dtype}")
     if zeros and zeros[0].type.dtype != "u8":
@@ -115,7 +127,7 @@ def _spread(item: Recipe, axis: int, times: int, size: int) -> Recipe:
 def _together(recipe: Step) -> Codes:
     parts = [take_apart(item) for item in recipe.items]
     first = parts[0]
-    kinds = {(p.axis, p.group, p.bits, p.element, p.zeros is None) for p in parts}
+    kinds = {(p.axis, p.group, p.bits, p.element, p.zeros is None, p.rows) for p in parts}
     if len(kinds) > 1:
         raise NotKept(f"its parts are stored differently: {', '.join(sorted({p.name for p in parts}))}")
     axis = recipe.attributes.get("axis")
@@ -123,6 +135,9 @@ def _together(recipe: Step) -> Codes:
         raise NotKept("groups would be cut where its parts meet")
     if axis == first.axis and recipe.name == "interleave":
         raise NotKept("columns of different groups would lie in turn")
+    cut = recipe.name == "interleave" or any(p.codes.type.sizes[first.axis - 1] % first.rows for p in parts[:-1])
+    if recipe.name != "stack" and axis == first.axis - 1 and first.rows > 1 and cut:
+        raise NotKept("blocks of rows would be cut where its parts meet")
     items = [step(recipe.name, *column, **recipe.attributes) for column in zip(*(p.items for p in parts), strict=True)]
     return first.with_items(items, first.axis + (recipe.name == "stack"))
 
@@ -130,14 +145,16 @@ def _together(recipe: Step) -> Codes:
 def _slice(recipe: Step) -> Codes:
     found = take_apart(recipe.items[0])
     options = recipe.attributes
-    if options["axis"] != found.axis:
+    axis = int(options["axis"])  # type: ignore[arg-type]
+    shared = found.group if axis == found.axis else found.rows if axis == found.axis - 1 else 1
+    if shared == 1 and axis != found.axis:
         return found.with_items([step("slice", item, **options) for item in found.items])
     start, stop = int(options["start"]), int(options["stop"])  # type: ignore[arg-type]
-    if start % found.group or options.get("step", 1) != 1:
+    if start % shared or options.get("step", 1) != 1:
         raise NotKept("a slice of it begins within a group")
     codes = step("slice", found.codes, **options)
-    ends = {"start": start // found.group, "stop": -(-stop // found.group)}
-    return found.with_items([codes, *(step("slice", i, axis=found.axis, **ends) for i in found.items[1:])])
+    ends = {"start": start // shared, "stop": -(-stop // shared)}
+    return found.with_items([codes, *(step("slice", i, axis=axis, **ends) for i in found.items[1:])])
 
 
 def _reshape(recipe: Step) -> Codes:
@@ -147,8 +164,12 @@ def _reshape(recipe: Step) -> Codes:
     axis = next((k for k in range(len(after)) if math.prod(after[k + 1 :]) == behind and after[k] > 1), None)
     if axis is None or after[axis] != before[found.axis]:
         raise NotKept("a reshape of it changes the axis along which codes share scales")
+    if found.rows > 1 and after[axis - 1] != before[found.axis - 1]:
+        raise NotKept("a reshape of it changes the rows that share scales")
     groups = found.scales.type.sizes[found.axis]
     narrow = (*after[:axis], groups, *after[axis + 1 :])
+    if found.rows > 1:
+        narrow = (*narrow[: axis - 1], found.scales.type.sizes[found.axis - 1], *narrow[axis:])
     shapes = [after, *(narrow for _ in found.items[1:])]
     return found.with_items([step("reshape", i, shape=s) for i, s in zip(found.items, shapes, strict=True)], axis)
 
@@ -162,6 +183,10 @@ def exact_formats(found: Codes) -> Iterator[Format]:
     groups = [g for g in reversed(GROUPS) if columns % g == 0 and (found.group % g == 0 or found.group >= columns)]
     if found.element == "e2m1" and found.group == 32 and found.scales.type.dtype == "f8e8m0" and columns % 32 == 0:
         yield _format("mxfp4")
+    if found.element == "e4m3":
+        if (found.rows, found.group) == FP8_BLOCK:
+            yield _format("fp8_b128")
+        return
     for bits in (2, 4, 8):
         if bits >= (found.bits if found.element == "int" else 8):
             for prefix in ("", "u") if found.zeros is None else ("u",):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..passes import PASSES
-from ..targets import TARGETS, declare_kernel_ops
+from ..targets import declare_kernel_ops, open_target
 from . import frontends
 from .artifact import Artifact, record_figures
 from .atomic import atomic_folder
@@ -142,15 +142,8 @@ def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
 
 
 def find_target(name: str, options: Mapping[str, str]) -> Target:
-    """Return a target by name; MoecError lists what there is."""
-    if name not in TARGETS:
-        raise MoecError(f"there is no target {name}", todo=f"targets: {', '.join(sorted(TARGETS))}")
-    target = TARGETS[name]
-    if not options:
-        return target
-    if target.configure is None:
-        raise MoecError(f"target {name} has no option {', '.join(sorted(options))}", todo="leave out -D")
-    return target.configure(options)
+    """Return a target by name or by a chip's TOML file; MoecError lists what there is."""
+    return open_target(name, options)
 
 
 def passes_for(target: Target) -> dict[str, PassDef]:

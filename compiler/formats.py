@@ -6,7 +6,7 @@ Only weights have such a dtype; an op that reads one computes with the numbers t
     int4_g128   signed integers, one f32 scale for 128 codes along the last axis: w = scale q
     uint4_g128  the same with a zero point for each scale: w = scale (q - zero)
     mxfp4       E2M1, one power of two (E8M0) for 32 codes (OCP Microscaling Formats 1.0)
-    nvfp4       E2M1, one E4M3 scale for 16 codes, times one f32 scale for the tensor
+    nvfp4       E2M1, one E4M3 scale for 16 codes, times one f32 scale for the matrix
     fp8_b128    E4M3, one f32 scale for a block of 128 x 128
 """
 
@@ -32,7 +32,7 @@ class Format:
     zeros: bool = False  # a zero point for each scale
     rows: int = 1
     scale: str = "f32"
-    tensor_scale: bool = False  # one more f32 scale for the whole tensor
+    tensor_scale: bool = False  # one more f32 scale for the whole matrix
 
     @property
     def bits_per_weight(self) -> Fraction:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +48,7 @@ def passes() -> Rows:
     from ..targets import TARGETS
     from .driver import passes_for
 
-    table = {name: p for target in TARGETS.values() for name, p in passes_for(target).items()}
-
+    table = passes_for(TARGETS["cpu"])  # every target has these and a lowering of its own
     return [
         {
             "name": name,
@@ -100,35 +98,17 @@ def families() -> Rows:
 
 def targets(name: str | None = None) -> Rows:
     """Return the targets, or one with all that is known of it; MoecError for an unknown name."""
-    from ..targets import TARGETS
+    from ..targets import TARGETS, unknown_target
 
     if name is not None and name not in TARGETS:
-        raise _no_target(name)
+        raise unknown_target(name)
     chosen = [TARGETS[name]] if name else list(TARGETS.values())
     rows: Rows = [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]
     if name and chosen[0].recorded:
         record = chosen[0].recorded()
         broken = [row for row in record.rows if row["found"] != "right"]
         rows[0]["runtime"] = {"recorded_with": record.made_with, "operators": summary(record.rows), "not_right": broken}
-    return rows if name else rows + _accelerators()
-
-
-def _accelerators() -> Rows:
-    """Return the accelerators as rows of targets; those that TARGETS has are listed there."""
-    from ..targets import TARGETS
-    from ..targets.accelerator.describe import profiles
-
-    return [row for row in profiles() if row["name"] not in TARGETS]
-
-
-def _no_target(name: str) -> MoecError:
-    from ..targets import TARGETS
-    from ..targets.accelerator.profile import profile_names
-
-    known = sorted({*TARGETS, *profile_names()})
-    found = get_close_matches(name, known, n=3)
-    todo = f"did you mean {' or '.join(found)}?" if found else f"targets: {', '.join(known)}"
-    return MoecError(f"there is no target {name!r}", todo=todo)
+    return rows
 
 
 def profile(name: str, options: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,9 +1,64 @@
-"""The targets, by name. A target is a folder here and one line in `TARGETS`."""
+"""The targets, by name: `cpu`, and one for each profile of an accelerator. A target is a folder here and a name in `TARGETS`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from .cpu import TARGET as CPU
 from .target import Target
 
-TARGETS: dict[str, Target] = {CPU.name: CPU}
+if TYPE_CHECKING:
+    from ..compiler.errors import MoecError
+
+
+class _Targets(Mapping[str, Target]):
+    """Makes a target of an accelerator when it is asked for: a profile is a file, and names are those of the files."""
+
+    def __getitem__(self, name: str) -> Target:
+        if name == CPU.name:
+            return CPU
+        from .accelerator.profile import profile_names
+        from .accelerator.target import find_accelerator
+
+        if name not in profile_names():
+            raise KeyError(name)
+        return find_accelerator(name, {})
+
+    def __iter__(self) -> Iterator[str]:
+        from .accelerator.profile import profile_names
+
+        return iter((CPU.name, *profile_names()))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+TARGETS: Mapping[str, Target] = _Targets()
+
+
+def open_target(name: str, options: Mapping[str, str]) -> Target:
+    """Return a target by name, or that of a chip's TOML file, with options; MoecError for what there is not."""
+    from .accelerator.describe import is_profile
+    from .accelerator.target import find_accelerator
+
+    if is_profile(name):
+        return find_accelerator(name, options)
+    if name not in TARGETS:
+        raise unknown_target(name)
+    target = TARGETS[name]
+    return target.configure(options) if options and target.configure else target
+
+
+def unknown_target(name: str) -> MoecError:
+    """Return the error for a name that no target has, with those near it."""
+    from difflib import get_close_matches
+
+    from ..compiler.errors import MoecError
+
+    near = get_close_matches(name, TARGETS, n=3)
+    todo = f"did you mean {' or '.join(near)}?" if near else f"targets: {', '.join(TARGETS)}; or a chip's TOML file"
+    return MoecError(f"there is no target {name!r}", todo=todo)
 
 
 def declare_kernel_ops() -> None:
@@ -12,4 +67,4 @@ def declare_kernel_ops() -> None:
     from .cpu import ops, ops_quantized  # noqa: F401
 
 
-__all__ = ["TARGETS", "Target", "declare_kernel_ops"]
+__all__ = ["TARGETS", "Target", "declare_kernel_ops", "open_target", "unknown_target"]

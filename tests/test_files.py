@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 from moec.compiler.check import compare_function
+from moec.compiler.driver import find_target, passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Const, Function, Module, Op, Value
 from moec.compiler.parser import parse_module, parse_pipeline
 from moec.compiler.pipeline import TOLERANCE, run_pipeline
 from moec.compiler.printer import print_module
 from moec.passes import PASSES
+from moec.targets import Target
 
 FILES = sorted((Path(__file__).parent / "files").glob("*.moir"))
 SEPARATOR = "# ---- expect\n"
@@ -37,9 +39,10 @@ def test_file(path: Path, request: pytest.FixtureRequest):
     assert separator or comments, f"{path.name} says neither what comes out nor what goes wrong"
     notes: list[str] = []
     try:
+        passes, target = command(before)
+        table = PASSES if target is None else passes_for(target)
         module = parse_module(before, str(path))
-        passes = command(before)
-        result, _ = run_pipeline(module, passes, table=PASSES, check=True, why=notes)
+        result, _ = run_pipeline(module, passes, target=target, table=table, check=True, why=notes)
     except MoecError as error:
         check_error(error, comments)
         return
@@ -47,21 +50,24 @@ def test_file(path: Path, request: pytest.FixtureRequest):
     for _, _, wanted in comments:
         assert f"note: {wanted}" in notes, "\n".join(notes)
     if separator:
-        allowed = tolerance(passes)
+        allowed = tolerance(passes, table)
         compare_function(module, result, "main", {}, allowed)
         check_expected(path, before, expected, module, result, allowed, request.config.getoption("--update"))
 
 
-def command(text: str) -> list:
-    """Return the passes of the first line, `# moec opt -p 'a,b{x=1}'`."""
+def command(text: str) -> tuple[list, Target | None]:
+    """Return the passes of the first line, `# moec opt -p 'a,b{x=1}'`, and the target that `--target NAME` says."""
     words = shlex.split(text.splitlines()[0].removeprefix("#"))
-    assert words[:3] == ["moec", "opt", "-p"] and len(words) == 4, "the first line is `# moec opt -p PIPELINE`"
-    return parse_pipeline(words[3])
+    assert words[:3] == ["moec", "opt", "-p"] and len(words) in (4, 6), "the first line is `# moec opt -p PIPELINE`"
+    if len(words) == 4:
+        return parse_pipeline(words[3]), None
+    assert words[4] == "--target"
+    return parse_pipeline(words[3]), find_target(words[5], {})
 
 
-def tolerance(passes: list) -> float:
+def tolerance(passes: list, table: dict) -> float:
     """Return what the passes may cost together."""
-    return max([TOLERANCE, *(PASSES[name].tolerance or 0.0 for name, _ in passes)])
+    return max([TOLERANCE, *(table[name].tolerance or 0.0 for name, _ in passes)])
 
 
 def check_error(error: MoecError, comments: list) -> None:

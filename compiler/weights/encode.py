@@ -5,7 +5,7 @@ for its codes, and the width with the smallest error is kept. Everything works o
 
 What comes out are the parts that a target stores: `codes` u8[..., K bits / 8], packed along K, the first code in the
 lowest bits, integers with half of their range added (so that 0 is stored as 8 for 4 bits); `scales` f32[..., K / G]
-(or u8 of E8M0, or E4M3 for nvfp4); `zeros` u8[..., ceil(K / G bits / 8)], packed as the codes; `tensor_scale` f32[].
+(or u8 of E8M0, or E4M3 for nvfp4); `zeros` u8[..., ceil(K / G bits / 8)], packed as the codes; `tensor_scale` f32[...], one for each matrix.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def decode(parts: Parts, format: Format, width: int) -> torch.Tensor:
         return codes.view(torch.float8_e4m3fn).float() * scales
     scales = parts["scales"].view(torch.float8_e8m0fnu) if format.scale == "f8e8m0" else parts["scales"]
     numbers = _E2M1[codes.long()].unflatten(-1, (-1, format.group)) * scales.float().unsqueeze(-1)
-    return (numbers * parts["tensor_scale"] if format.tensor_scale else numbers).flatten(-2)
+    if format.tensor_scale:  # one for each matrix
+        whole = parts["tensor_scale"]
+        numbers = numbers * whole.reshape(*whole.shape, *(1 for _ in range(numbers.dim() - whole.dim())))
+    return numbers.flatten(-2)
 
 
 # --- packing ---------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ As a value, a quantized weight is the numbers that its codes stand for, in f32. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
 
+from ..code_steps import ELEMENTS
 from ..errors import MoecError
 from ..formats import Format, format_of
 from ..ir import TensorType
@@ -39,20 +41,70 @@ def row_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
     return tiles(TensorType("f32", tuple(rows)), max(4, limit_bytes // int(width)))
 
 
-def encode_rows(quantized: Step, source: WeightSource, box: Box) -> Parts:
-    """Return the parts of the rows in a box of the leading axes; MoecError for numbers that are not finite."""
-    whole = (*box, (0, quantized.type.sizes[-1]))
-    return _encode(quantized, whole, Pull(source))
+def block_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
+    """Yield boxes as `row_tiles` does, each of rows of one matrix and with whole blocks of rows that share scales."""
+    *lead, rows, width = quantized.type.sizes
+    block = _format(quantized).rows
+    step = max(1, limit_bytes // (4 * width) // block) * block
+    for outer in itertools.product(*map(range, lead)):
+        for low in range(0, rows, step):
+            yield (*((i, i + 1) for i in outer), (low, min(low + step, rows)))
+
+
+def encode_rows(quantized: Step, source: WeightSource, box: Box, whole: torch.Tensor | None = None) -> Parts:
+    """Return the parts of the rows in a box of the leading axes; MoecError for numbers that are not finite.
+
+    Rows that share scales must be whole in the box. `whole` is what `tensor_scales` gives, where it is known.
+    """
+    columns = (0, quantized.type.sizes[-1])
+    return _encode(quantized, (*box, columns), Pull(source), whole)
+
+
+def tensor_scales(quantized: Step, source: WeightSource, limit_bytes: int) -> torch.Tensor:
+    """Return the scale f32[...] of each matrix of a weight in a format that has one, reading a tile of rows at a time."""
+    lead = quantized.type.sizes[:-2]
+    found = [
+        _tensor_scale(quantized, index, Pull(source), limit_bytes) for index in itertools.product(*map(range, lead))
+    ]
+    return torch.tensor(found).reshape(lead)
 
 
 def _format(quantized: Recipe) -> Format:
     return format_of(quantized.type.dtype)
 
 
-def _encode(quantized: Step, box: Box, inner: Pull) -> Parts:
+_SCALED_AT_ONCE = 4 << 20  # bytes of f32 that are looked at for the largest number of a matrix
+
+
+def _tensor_scale(quantized: Step, index: tuple[int, ...], inner: Pull, limit_bytes: int = _SCALED_AT_ONCE) -> float:
+    """Return the scale of one matrix: with it the scale of the largest group is the largest E4M3."""
+    (item,), (rows, width) = quantized.items, quantized.type.sizes[-2:]
+    step = max(1, limit_bytes // (4 * width))
+    largest = 0.0
+    for low in range(0, rows, step):
+        box = (*((i, i + 1) for i in index), (low, min(low + step, rows)), (0, width))
+        largest = max(largest, float(inner(item, box).float().abs().max()))
+    return largest / (ELEMENTS["e2m1"][7] * torch.finfo(torch.float8_e4m3fn).max) or 1.0
+
+
+def _encode_scaled(quantized: Step, box: Box, inner: Pull, whole: torch.Tensor | None) -> Parts:
+    """Return the parts in a format with a scale for each matrix, one matrix after the other."""
+    format, numbers = _format(quantized), inner(quantized.items[0], box).float()
+    found = []
+    for place in itertools.product(*(range(n) for n in numbers.shape[:-2])):
+        index = tuple(low + i for i, (low, _) in zip(place, box, strict=False))
+        scale = _tensor_scale(quantized, index, inner) if whole is None else float(whole[index])
+        found.append(encode(numbers[place], format, scale))
+    lead = numbers.shape[:-2]
+    return {name: torch.stack([p[name] for p in found]).reshape((*lead, *found[0][name].shape)) for name in found[0]}
+
+
+def _encode(quantized: Step, box: Box, inner: Pull, whole: torch.Tensor | None = None) -> Parts:
     try:
         if quantized.name == "packed":
             return _packed(quantized, box, inner)
+        if _format(quantized).tensor_scale:
+            return _encode_scaled(quantized, box, inner, whole)
         (item,) = quantized.items
         numbers = inner(item, box).float()
         if quantized.attributes.get("method") == "gptq" and isinstance(inner.source, Calibrated):
@@ -66,8 +118,9 @@ def _encode(quantized: Step, box: Box, inner: Pull) -> Parts:
 def _packed(quantized: Step, box: Box, inner: Pull) -> Parts:
     """Return the parts of rows whose codes and scales the checkpoint holds."""
     format, codes = _format(quantized), quantized.items[0]
-    *rows, _ = box
-    groups = (*rows, (0, codes.type.sizes[-1] // format.group))
+    *lead, (low, high), _ = box
+    blocks = (low // format.rows, -(-high // format.rows))
+    groups = (*lead, blocks, (0, codes.type.sizes[-1] // format.group))
     scales = inner(quantized.items[1], groups)
     if not torch.isfinite(scales.float()).all():
         raise ValueError("some scales are infinite or not numbers")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -49,30 +50,23 @@ def usable_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class DataFile:
-    """A file that tensors are appended to, with the sha256 of what was written. A context manager.
+class TiledFile:
+    """A file whose tensors are written a tile at a time, with the sha256 of what was written. A context manager.
 
-    One thread appends; memory in use is about IN_USE tiles for each thread of the pool, whatever the size of a tensor.
+    `size` is where it ends; who writes sets it. Memory in use is about IN_USE tiles for each thread of the pool.
     """
 
     def __init__(
-        self,
-        path: Path,
-        tile_bytes: int = TILE_BYTES,
-        progress: Callable[[int], None] | None = None,
-        threads: int | None = None,
-    ) -> None:
+        self, path: Path, progress: Callable[[int], None] | None = None, threads: int | None = None
+    ) -> None:  # fmt: skip
         """Create the file. `progress` is told the number of bytes written so far, after each tile."""
         self.path = path
         self.size = 0
-        self._tile_bytes = tile_bytes
         self._progress = progress
         self._done = 0
         self._lock = threading.Lock()
         self._digest = hashlib.sha256()
         self._hashed: Future[None] | None = None
-        self._written: dict[tuple[str, int], tuple[int, int]] = {}
-        self._sources: list[WeightSource] = []  # kept, so that no id in the keys above is used twice
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -87,6 +81,81 @@ class DataFile:
         if self._hashed is not None:
             self._hashed.result()
         return self._digest.hexdigest()
+
+    def run(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Do jobs in the pool, a few ahead; wait for all, then let the hash follow. The first error is raised."""
+        pending: deque[Future[None]] = deque()
+        try:
+            for job in jobs:
+                pending.append(self._pool.submit(job))
+                if len(pending) > self._threads + 1:
+                    pending.popleft().result()
+            while pending:
+                pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+        self._hashed = self._hasher.submit(self._hash_up_to, self.size)
+
+    def write(self, offset: int, chunk: memoryview) -> None:
+        """Write bytes at a place of the file; MoecError when the disk is full or writing fails."""
+        done = 0
+        try:
+            while done < len(chunk):
+                done += os.pwrite(self._descriptor, chunk[done:], offset + done)
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        with self._lock:
+            self._done += done
+            if self._progress:
+                self._progress(self._done)
+
+    def close(self) -> None:
+        """Close the file; `sha256` and `size` stay readable."""
+        self._pool.shutdown(cancel_futures=True)
+        self._hasher.shutdown()
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                os.close(descriptor)
+            except OSError as error:
+                raise write_error(error, self.path) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _hash_up_to(self, end: int) -> None:
+        """Read back what was written last, which the system still has in memory, gaps as the zeros that they are."""
+        position = self._position
+        if os.fstat(self._descriptor).st_size < end:  # an empty tensor at the end
+            os.ftruncate(self._descriptor, end)
+        while position < end:
+            chunk = os.pread(self._descriptor, min(_HASHED_AT_ONCE, end - position), position)
+            self._digest.update(chunk)
+            position += len(chunk)
+        self._position = position
+
+    _position = 0  # up to where the file is hashed; only the hashing thread changes it
+
+
+class DataFile(TiledFile):
+    """A file that tensors are appended to, by one thread."""
+
+    def __init__(
+        self,
+        path: Path,
+        tile_bytes: int = TILE_BYTES,
+        progress: Callable[[int], None] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Create the file. `progress` is told the number of bytes written so far, after each tile."""
+        super().__init__(path, progress, threads)
+        self._tile_bytes = tile_bytes
+        self._written: dict[tuple[str, int], tuple[int, int]] = {}
+        self._sources: list[WeightSource] = []  # kept, so that no id in the keys above is used twice
 
     def append(self, recipe: Recipe, source: WeightSource) -> tuple[int, int]:
         """Write what a bound recipe makes and return its (offset, length) in bytes.
@@ -107,25 +176,8 @@ class DataFile:
                 for box in tiles(recipe.type, self._tile_bytes):
                     jobs.append(partial(self._tile, recipe, source, box, offset + position))
                     position += _box_elements(box) * recipe.type.bits // 8
-                self._run(jobs)
+                self.run(jobs)
         return self._written[self._key(recipe, source)]
-
-    def close(self) -> None:
-        """Close the file; `sha256` and `size` stay readable."""
-        self._pool.shutdown(cancel_futures=True)
-        self._hasher.shutdown()
-        if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            try:
-                os.close(descriptor)
-            except OSError as error:
-                raise write_error(error, self.path) from error
-
-    def __enter__(self) -> DataFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # --- one weight ------------------------------------------------------------------------------------------------
 
@@ -143,7 +195,7 @@ class DataFile:
         for box in row_tiles(quantized, self._tile_bytes):
             jobs.append(partial(self._rows, quantized, source, box, first, offsets))
             first += _box_elements(box)
-        self._run(jobs)
+        self.run(jobs)
 
     def _reserve(self, recipes: list[Recipe], source: WeightSource) -> list[int]:
         """Give each recipe its place behind what there is, and have the file hashed up to there once it is written."""
@@ -156,55 +208,14 @@ class DataFile:
             offsets.append(offset)
         return offsets
 
-    def _run(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Do jobs in the pool, a few ahead; wait for all, then let the hash follow. The first error is raised."""
-        pending: deque[Future[None]] = deque()
-        try:
-            for job in jobs:
-                pending.append(self._pool.submit(job))
-                if len(pending) > self._threads + 1:
-                    pending.popleft().result()
-            while pending:
-                pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-        self._hashed = self._hasher.submit(self._hash_up_to, self.size)
-
     def _tile(self, recipe: Recipe, source: WeightSource, box: Box, offset: int) -> None:
         # row-major bytes; numpy knows no bf16 or float8, hence the view as bytes
-        self._write(offset, pull(recipe, source, box).reshape(-1).view(torch.uint8))
+        self.write(offset, pull(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data)
 
     def _rows(self, quantized: Step, source: WeightSource, box: Box, first: int, offsets: dict[str, int]) -> None:
         for name, part in encode_rows(quantized, source, box).items():
             flat = part.contiguous().reshape(_box_elements(box), -1).view(torch.uint8)
-            self._write(offsets[name] + first * flat.shape[1], flat.reshape(-1))
-
-    def _write(self, offset: int, content: torch.Tensor) -> None:
-        chunk = content.numpy().data
-        done = 0
-        try:
-            while done < len(chunk):
-                done += os.pwrite(self._descriptor, chunk[done:], offset + done)
-        except OSError as error:
-            raise write_error(error, self.path) from error
-        with self._lock:
-            self._done += done
-            if self._progress:
-                self._progress(self._done)
-
-    def _hash_up_to(self, end: int) -> None:
-        """Read back what was written last, which the system still has in memory, gaps as the zeros that they are."""
-        position = self._position
-        if os.fstat(self._descriptor).st_size < end:  # an empty tensor at the end
-            os.ftruncate(self._descriptor, end)
-        while position < end:
-            chunk = os.pread(self._descriptor, min(_HASHED_AT_ONCE, end - position), position)
-            self._digest.update(chunk)
-            position += len(chunk)
-        self._position = position
-
-    _position = 0  # up to where the file is hashed; only the hashing thread changes it
+            self.write(offsets[name] + first * flat.shape[1], flat.reshape(-1).numpy().data)
 
 
 def _box_elements(box: Box) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...compiler.errors import MoecError
 from .quantities import EXAMPLES
@@ -238,13 +239,17 @@ class Profile:
         found |= {f"rate.{r.source}.{r.target}": r.per_cycle for r in self.rates}
         return found | {f"rule.{name}": figure for name, figure in self.rules}
 
+    @cached_property
+    def _figures(self) -> dict[str, Figure | None]:
+        return self.figures()
+
     def need(self, key: str) -> float:
         """Return the figure of a key such as `memory.l2.bandwidth` in SI units.
 
         `memory.NAME.usable` is the capacity where no less is usable. Raises MoecError, which says how to give the
         figure, if it is unknown, and for a key that the chip does not have.
         """
-        figures = self.figures()
+        figures = self._figures
         if key not in figures:
             raise MoecError(f"{self.name} has no figure {key}", todo=near_key(key, figures))
         figure = figures[key]

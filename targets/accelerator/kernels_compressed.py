@@ -112,16 +112,9 @@ def _blocks(b: Builder, p: Compressed) -> list[Blocks]:
         found.append(Blocks("entry", "0", "J", "entries", lambda column: [*key, column], "", prepare))
     elif p.ratio:
         ended = f"((P + token + 1) // {p.ratio})[:, None]"
-        found.append(
-            Blocks(
-                "entry",
-                "0",
-                f"(P + last + 1) // {p.ratio}",
-                "entries",
-                lambda column: ["batch", "j[:, None]", column],
-                f"(j[None, :] < {ended})",
-            )  # fmt: skip
-        )
+        key = ["batch", "j[:, None]"]
+        stop, visible = f"(P + last + 1) // {p.ratio}", f"(j[None, :] < {ended})"
+        found.append(Blocks("entry", "0", stop, "entries", lambda column: [*key, column], visible))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import product
-from typing import Any
 
 from ...compiler.dims import evaluate
 from ...compiler.ir import Op
@@ -91,18 +90,15 @@ def _ways(
 
         kernels = [Kernel(name, one, scalars, tiles)]
         if split > 1:
-            few: dict[str, Any] = {key: scalars[key] for key in "BS"}
-            kernels.append(
-                Kernel(
-                    "merge",
-                    lambda t, layout, split=split: merge(row_tile(t), layout, split),
-                    few,
-                    row_shapes(power(value), (1, 2, 4)),
-                    staged=False,
-                )  # fmt: skip
-            )
+            kernels.append(_merge(merge, split, scalars, value))
         ways.append(Way("keys in one go" if split == 1 else f"keys in {split} parts", tuple(kernels)))
     return tuple(ways)
+
+
+def _merge(merge: Merge, split: int, scalars: Mapping[str, int], value: int) -> Kernel:
+    few = {key: scalars[key] for key in "BS"}
+    tiles = row_shapes(power(value), (1, 2, 4))
+    return Kernel("merge", lambda t, layout: merge(row_tile(t), layout, split), few, tiles, staged=False)
 
 
 KINDS: dict[str, Kind] = {"nn.attention": _attention, "nn.compressed_attention": _compressed}

@@ -17,7 +17,7 @@ from .kinds import Kind, Step, Tokens, Way, attributes, given, one_way, row_shap
 from .packing import Packing
 from .search import Kernel, row_choices, shapes
 
-SPLITS = (2, 4, 8)  # parts that the depth of a linear may be cut into
+SPLITS = (4,)  # parts that the depth of a linear may be cut into
 FEW = 64  # tokens up to which that is considered
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ...compiler.draft import Draft, Rewrite, rewrite_ops
 from ...compiler.errors import MoecError
 from ...compiler.formats import find_format
-from ...compiler.ir import Function, Module, Op, Value, make_attrs
+from ...compiler.ir import Const, Function, Module, Op, Value, make_attrs
 from ...compiler.narrow import narrowed
 from ...compiler.ops import OPS
 from ...compiler.roles import Uses, weight_roles
@@ -21,6 +21,7 @@ from . import ops
 
 assert ops  # what is lowered to is declared there
 
+_STORED = ".bf16"  # behind the name of a weight that is stored so
 _ACTIVATION = ("act", "layout", "alpha", "beta", "limit")
 ACCURACIES = ("fast", "exact")
 
@@ -51,7 +52,7 @@ def _lower_function(function: Function, roles: Uses, notes: list[str]) -> Functi
         "moe.experts": _experts,
         "nn.cached_attention": _attention,
     }
-    return rewrite_ops(Draft(function), rewrites, "lower", notes)
+    return _with_old_names(rewrite_ops(Draft(function), rewrites, "lower", notes))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
@@ -69,7 +70,24 @@ def _stored(draft: Draft, op: Op, weight: Value | None) -> Value:
             op, f"{weight} stays {weight.type.dtype}: bf16 has not all of its numbers; round-weights rounds them"
         )
         return weight
-    return draft.weight(narrow, f"{weight.name}.bf16")
+    return draft.weight(narrow, f"{weight.name}{_STORED}")
+
+
+def _with_old_names(function: Function) -> Function:
+    """Give a weight the name of the one that it stands for, where that is gone."""
+    taken = {*function.names}
+    names = {
+        name: old
+        for name in (c.value.name for c in function.consts)
+        if name.endswith(_STORED) and (old := name.removesuffix(_STORED)) not in taken
+    }
+
+    def named(value: Value | None) -> Value | None:
+        return value and replace(value, name=names.get(value.name, value.name))
+
+    consts = tuple(replace(c, value=named(c.value)) for c in function.consts)  # type: ignore[arg-type]
+    ops = tuple(replace(op, operands=tuple(map(named, op.operands))) for op in function.ops)
+    return replace(function, consts=consts, ops=ops) if names else function
 
 
 # --- linears ---------------------------------------------------------------------------------------------------
@@ -91,9 +109,15 @@ def _block_linear(draft: Draft, op: Op) -> Op:
 def _embedding(draft: Draft, op: Op) -> Op:
     """Return a lookup in bf16 rows, which are widened behind it: the framework has it, and a token reads one row."""
     ids, table = op.operands
-    stored = _stored(draft, op, table)
-    if table is None or stored.type.dtype != "bf16":
+    recipe = draft.recipe(table)
+    assert table
+    narrow, exact = (recipe, False) if find_format(table.type.dtype) else narrowed(recipe)
+    if not exact:
+        draft.note(op, f"the table {table} stays {table.type.dtype}")
         return op
+    # a weight of its own: the head may have the same numbers, but it may pack them otherwise
+    stored = Value(draft.fresh(f"{table.name}.table"), narrow.type)
+    draft.consts[stored.name] = Const(stored, narrow)
     (y,) = op.results
     rows = draft.add("nn.embedding", ids, stored, hint=f"{y.name}.bf16", loc=op.loc)
     return Op("core.cast", (rows,), (y,), make_attrs({"to": y.type.dtype}), loc=op.loc)

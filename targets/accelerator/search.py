@@ -8,21 +8,21 @@ tile is an error that names what did not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ...compiler.errors import MoecError
 from .builder import Layout
 from .chip import Profile
-from .count import Counts, count
+from .count import count
 from .kernels_experts import Tile
 from .machine import chip_of, layout_of
 from .predict import Prediction, matrix_share, predict
 from .simulate import Chip
 from .tiles import BITS, Dot, Program, footprint, walk
 
-ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128)
-STAGES, WARPS = (1, 2, 3, 4), (4, 8)
+ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
+STAGES, WARPS = (2, 3, 4), (4, 8)  # one stage only where two do not fit
 SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
 SLACK = 0.02
 KEPT = 5  # alternatives that a choice remembers
@@ -70,31 +70,40 @@ def search(kernel: Kernel, profile: Profile) -> Found:
     choices: list[Choice] = []
     reasons: dict[str, int] = {}
     tried = 0
-    for shape in kernel.shapes:
-        layout = layout_of(profile, shape[0])
-        chip = chip_of(profile, layout)
-        counts: Counts | None = None
-        for stages in STAGES if kernel.staged else (1,):
-            program = kernel.make(Tile(*shape, stages), layout)
-            use = footprint(program, chip.align)
-            for warps in _warps(profile):
-                tile = Tile(*shape, stages, warps)
-                tried += 1
-                if reason := unfit(program, tile, use, chip, profile):
-                    reasons[reason] = reasons.get(reason, 0) + 1
-                    continue
-                # bytes and FLOPs do not depend on how many buffers and threads there are
-                counts = counts or count(program, kernel.scalars, kernel.expect(tile))
-                prediction = predict(
-                    program, counts, kernel.scalars, profile, warps=warps, stages=stages, use=use,
-                    touched=kernel.touched or {}, share=matrix_share(profile, *shape[:2]),
-                )  # fmt: skip
-                choices.append(Choice(tile, program, prediction, use))
+    chips = {rows: chip_of(profile, layout_of(profile, rows)) for rows, _, _ in kernel.shapes}
+    for stages_of in (STAGES, (1,)) if kernel.staged else ((1,),):
+        if choices:
+            break
+        for shape, stages in product(kernel.shapes, stages_of):
+            found, why = _fitting(kernel, Tile(*shape, stages), profile, chips[shape[0]])
+            tried += len(found) + len(why)
+            choices += found
+            for reason in why:
+                reasons[reason] = reasons.get(reason, 0) + 1
     if not choices:
         worst = max(reasons, key=lambda reason: reasons[reason])
         raise MoecError(f"no tile of {kernel.name} fits {profile.name}: {worst}")
     choices.sort(key=lambda c: (_rank(c.prediction), sum(c.use.values()), c.tile.m, c.tile.n, c.tile.k))
     return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
+
+
+def _fitting(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> tuple[list[Choice], list[str]]:
+    """Return the choices of a tile with each number of warps, and why the other numbers cannot be."""
+    program = kernel.make(tile, layout_of(profile, tile.m))
+    use = footprint(program, chip.align)
+    why = [unfit(program, warps, use, chip, profile) for warps in _warps(profile)]
+    if all(why):
+        return [], [reason for reason in why if reason]
+    counts = count(program, kernel.scalars, kernel.expect(tile))
+    found = []
+    for warps, reason in zip(_warps(profile), why, strict=True):
+        if reason is None:
+            prediction = predict(
+                program, counts, kernel.scalars, profile, warps=warps, stages=tile.stages, use=use,
+                touched=kernel.touched or {}, share=matrix_share(profile, tile.m, tile.n),
+            )  # fmt: skip
+            found.append(Choice(replace(tile, warps=warps), program, prediction, use))
+    return found, [reason for reason in why if reason]
 
 
 def _rank(p: Prediction) -> float:
@@ -106,13 +115,13 @@ def _warps(profile: Profile) -> tuple[int, ...]:
     return WARPS if profile.family in ("nvidia", "amd") else (1,)
 
 
-def unfit(program: Program, tile: Tile, use: Mapping[str, int], chip: Chip, profile: Profile) -> str | None:
+def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, profile: Profile) -> str | None:
     """Return why a chip cannot run a program, None if it can."""
     for memory, size in use.items():
         if size > chip.capacity.get(memory, 0):
             return f"{memory} holds {chip.capacity.get(memory, 0)} bytes, {size} are needed"
-    if "registers" in use and (most := _registers(profile, tile.warps)) < use["registers"]:
-        return f"{tile.warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
+    if "registers" in use and (most := _registers(profile, warps)) < use["registers"]:
+        return f"{warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
     for statement in walk(program.body):
         if isinstance(statement, Dot) and (reason := _no_product(program, statement, profile)):
             return reason

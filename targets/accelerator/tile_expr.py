@@ -131,11 +131,12 @@ def _is_axis(node: ast.expr) -> bool:
     return whole or (isinstance(node, ast.Constant) and node.value is None)
 
 
-def names(text: str) -> set[str]:
+@lru_cache(maxsize=65536)
+def names(text: str) -> frozenset[str]:
     """Return the names that an expression reads."""
     tree = parse(text)
     called = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called}
+    return frozenset(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called)
 
 
 def evaluate(text: str | int, values: Mapping[str, Any]) -> Any:

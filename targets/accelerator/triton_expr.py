@@ -67,6 +67,13 @@ def as_dtype(node: ast.expr, dtype: str) -> ast.expr:
     return ast.Call(ast.Attribute(node, "to"), [dtype_node(dtype)], [])
 
 
+def strong(node: ast.expr, kind: Kind, dtype: str) -> ast.expr:
+    """Return the tree of a value in a dtype, whether or not it is a number of Python's."""
+    if kind.constant is not None:
+        return call("tl.full", sizes_node(()), node, dtype_node(dtype))
+    return call("tl.cast", node, dtype_node(dtype)) if kind.weak else as_dtype(node, dtype)
+
+
 def dtype_node(dtype: str) -> ast.expr:
     """Return the tree of Triton's name of a dtype."""
     return ast.Attribute(ast.Name("tl"), TRITON[dtype])
@@ -366,8 +373,8 @@ def _shift(node: ast.expr, by: int) -> ast.expr:
 def _cast(value: Printed, dtype: str) -> Printed:
     node, kind = value
     natural = kind.natural or dtype in ("u8", "bool")
-    if kind.constant is not None:
-        return call("tl.full", sizes_node(()), node, dtype_node(dtype)), Kind(dtype, (), natural)
+    if kind.weak:
+        return strong(node, kind, dtype), Kind(dtype, (), natural)
     if dtype == "bool" and kind.dtype != "bool":
         return ast.Compare(_widened(node, kind), [ast.NotEq()], [ast.Constant(0)]), Kind("bool", kind.shape, True)
     if kind.dtype == dtype:

@@ -16,7 +16,7 @@ from ...compiler.errors import MoecError
 from .tile_expr import parse
 from .tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store
 from .triton_expr import (
-    HELPERS, Expressions, Kind, Printed, as_dtype, broadcast, call, dtype_node, powers_of_two, sizes_node,
+    HELPERS, Expressions, Kind, Printed, as_dtype, broadcast, call, dtype_node, powers_of_two, sizes_node, strong,
 )  # fmt: skip
 
 WIDTH = 116
@@ -206,8 +206,7 @@ class _Printer:
         powers_of_two(kind.shape)
         wider = self.wider.get(name)
         if wider and kind.dtype != wider:
-            constant = kind.constant is not None
-            node = call("tl.full", sizes_node(()), node, dtype_node(wider)) if constant else as_dtype(node, wider)
+            node = strong(node, kind, wider)
             kind = Kind(wider, kind.shape, kind.natural)
         self._statement(f"{name} = ", node)
         self.expressions.kinds[name] = Kind(kind.dtype, kind.shape, kind.natural and name not in self.negative)
@@ -254,8 +253,7 @@ class _Printer:
         size = argument.shape[axis]
         short = isinstance(size, int) and isinstance(stride, ast.Constant) and size * stride.value <= LIMIT
         if not short and kind.dtype != "i64":
-            constant = kind.constant is not None
-            node = call("tl.full", sizes_node(()), node, dtype_node("i64")) if constant else as_dtype(node, "i64")
+            node = strong(node, kind, "i64")
         return ast.BinOp(node, ast.Mult(), stride)
 
     def _load(self, statement: Load) -> None:

@@ -1,0 +1,62 @@
+"""Writes a module of stage kernel for an accelerator: kernels.json, kernels/, plan.json and weights/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...compiler.ir import Module
+from ...compiler.weights.sink import TILE_BYTES
+from ...compiler.weights.sources import WeightSource
+from .chip import Profile
+from .objects import compile_kernels, write_files
+from .plan import make_plan
+from .shards import find_shards, write_shards
+from .spec import Kernels, kernel_specs, packings
+from .triton_source import triton_source
+
+KERNELS, PLAN, SOURCES = "kernels.json", "plan.json", "kernels"
+
+
+def emit(
+    module: Module,
+    source: WeightSource,
+    folder: Path,
+    tile_bytes: int = TILE_BYTES,
+    progress: Callable[[int], None] | None = None,
+    *,
+    profile: Profile,
+    compiled: bool = True,
+) -> dict[str, str]:
+    """Write the artifact's files into a folder and return the sha256 of each by name.
+
+    Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set. `progress` is told the
+    bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on which a kernel does not
+    fit, for weights that cannot be read and for a full disk.
+    """
+    kernels = kernel_specs(module, profile)
+    found = find_shards(module, packings(module, profile))
+    objects: Mapping[str, bytes] = {}
+    if compiled:
+        made = compile_kernels(kernels, profile, SOURCES)
+        kernels, objects = made.kernels, made.files
+    sources = {f"{SOURCES}/{k.name}.py": triton_source(k.best.program, k.best.tile.warps) for k in kernels.kernels}
+    texts = {
+        **sources,
+        KERNELS: _json(_with_sources(kernels)),
+        PLAN: _json(make_plan(module, profile, found)),
+    }
+    written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
+    return written | write_shards(found, source, folder, tile_bytes, progress)
+
+
+def _with_sources(kernels: Kernels) -> dict[str, Any]:
+    """Return what stands in kernels.json, each kernel with the file of its source."""
+    data = kernels.to_json()
+    return {**data, "kernels": [{**k, "source": f"{SOURCES}/{k['name']}.py"} for k in data["kernels"]]}
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,104 @@
+"""An accelerator as the driver sees it: a profile, and what is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...compiler.errors import MoecError
+from ..target import Target
+from .chip import Profile
+from .describe import line
+from .profile import find_profile
+
+if TYPE_CHECKING:
+    from ...compiler.formats import Format
+    from ...compiler.ir import Module, Op
+    from ...compiler.weights.sources import WeightSource
+
+# what the functions below need takes long to import: they import it when they run
+PIPELINE = (
+    "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
+    "fuse-attention,fuse-norm,cleanup,round-weights,lower"
+)
+
+
+OPTION = "kernels"  # of -D, beside the figures of the profile
+CHOICES = ("objects", "source")
+
+
+def accelerator_target(profile: Profile, source: str = "", kernels: str = CHOICES[0]) -> Target:
+    """Return the target for a chip; `source` is the name or TOML file that options are put on (the profile's name).
+
+    `kernels` is `objects` (sources, and compiled where the toolchain is installed) or `source`.
+    """
+    return Target(
+        name=profile.name,
+        doc=line(profile),
+        pipeline=PIPELINE,
+        supported=_supported,
+        holds=_holds,
+        slow=_slow,
+        lower=_lower,
+        emit=partial(_emit, profile=profile, compiled=kernels == CHOICES[0]),
+        load=_load,
+        configure=partial(find_accelerator, source or profile.name),
+    )
+
+
+def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
+    """Return the target of a shipped profile or of a TOML file, with a user's figures; see profile.find_profile.
+
+    `kernels=source` leaves the kernels uncompiled.
+    """
+    figures = {key: value for key, value in options.items() if key != OPTION}
+    kernels = options.get(OPTION, CHOICES[0])
+    if kernels not in CHOICES:
+        raise MoecError(
+            f"{OPTION} cannot be {kernels}", where=f"-D {OPTION}={kernels}", todo=f"give {' or '.join(CHOICES)}"
+        )
+    return accelerator_target(find_profile(name, figures), name, kernels)
+
+
+def _supported(op: Op) -> str | None:
+    from .supported import supported
+
+    return supported(op)
+
+
+def _holds(op: Op, format: Format) -> str | None:
+    from .formats import holds
+
+    return holds(op, format)
+
+
+def _slow(op: Op, format: Format) -> str | None:
+    from .formats import slow
+
+    return slow(op, format)
+
+
+def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
+    from .lower import lower
+
+    return lower(module, why, accuracy)
+
+
+def _emit(
+    module: Module, source: WeightSource, folder: Path, tile_bytes: int,
+    progress: Callable[[int], None] | None = None, *, profile: Profile, compiled: bool,
+) -> dict[str, str]:  # fmt: skip
+    from .emit import emit
+
+    return emit(module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled)
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    """Refuse to run an artifact: its kernels are launched one by one, on the chip."""
+    raise MoecError(
+        "an artifact for an accelerator is not run from here",
+        where=str(folder),
+        todo="on a machine with the chip, kernels/*.py are launched with moec.targets.accelerator.launch",
+    )
