@@ -3,7 +3,9 @@
 FP8 tensors are loaded as bytes and decoded by arithmetic, except for what a product takes as it is: before the Ascend
 950 there are no such types, and for it the adapter has neither constants of them nor a conversion to f32.
 Weights in fractals are loaded as tiles of three axes, block by block: by the quotients and remainders of their rows and
-columns the adapter would load number by number.
+columns the adapter would load number by number. Where rows are gathered it reads those too that are masked, and throws
+them away: their indices are kept inside the tensor. Of a row it reads the whole tile: behind a tensor's end there must be
+room for a tile's columns.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...compiler.errors import MoecError
-from .tile_expr import parse
+from .tile_expr import names, parse
 from .tiles import Argument, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
 
 EIGHT: Mapping[str, tuple[int, int]] = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
@@ -50,6 +52,8 @@ class _Rewriter:
     program: Program
     newer: bool
     buffers: dict[str, Buffer] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)  # how a name's numbers follow each other, as `steps` says it
+    ranges: frozenset[str] = frozenset()  # names of masks that `is_range` is true of
     kept: frozenset[str] = frozenset()  # tiles that stay FP8
     fractal: frozenset[str] = frozenset()  # weights of which each load is one of blocks
 
@@ -85,8 +89,10 @@ class _Rewriter:
                 yield replace(statement, value=f'bitcast({value}, "u8")')
             case For(body=inner) | If(body=inner):
                 yield replace(statement, body=self.body(inner))
-            case Let(_, value):
+            case Let(name, value):
                 self.check(value)
+                self.known[name] = self.steps(parse(value))
+                self.ranges = self.ranges | {name} if self.is_range(parse(value)) else self.ranges - {name}
                 yield statement
             case _:
                 yield statement
@@ -98,6 +104,11 @@ class _Rewriter:
             raise MoecError(what, todo="keep these numbers in bf16, or in int8")
 
     def load(self, statement: Load) -> Iterator[Statement]:
+        reached = [self.steps(parse(index)) for index in statement.at]
+        loose = bool(statement.mask) and not self.is_range(parse(statement.mask))
+        if statement.mask and (loose or "any" in reached) and statement.tensor not in self.fractal:
+            statement = replace(statement, at=self.inside(statement, reached, loose))
+        self.known[statement.name] = "none" if set(reached) <= {"none"} else "any"
         name, dtype = statement.name, self.program.argument(statement.tensor).dtype
         if dtype in EIGHT:
             assert statement.other == 0
@@ -106,6 +117,53 @@ class _Rewriter:
             yield Let(name, f'bitcast({bits}, "{dtype}")' if name in self.kept else _decoded(bits, *EIGHT[dtype]))
         else:
             yield from self.in_blocks(statement)
+
+    def steps(self, node: ast.expr) -> str:
+        """Return how numbers follow each other: `none` for a scalar, `even` by the same step, or `any`."""
+        match node:
+            case ast.Name(name):
+                return self.known.get(name, "none")  # those that are not known are scalars of the launch and the grid
+            case ast.Call(ast.Name("arange")):
+                return "even"
+            case ast.Subscript(value):
+                return self.steps(value)
+            case ast.Call(ast.Name("sum" | "max" | "min" | "argmax"), [ast.expr() as value, _]):
+                tiles = {n for n in names(ast.unparse(value)) if n in self.buffers}
+                return "any" if tiles else "none"
+        parts = [self.steps(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        if isinstance(node, ast.Call):
+            parts = parts[1:]  # without the function's name
+        if all(part == "none" for part in parts):
+            return "none"
+        linear = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub | ast.Mult)
+        scaled = linear and isinstance(node.op, ast.Mult)
+        return "even" if linear and "any" not in parts and not (scaled and "none" not in parts) else "any"
+
+    def is_range(self, mask: ast.expr) -> bool:
+        """Return whether the adapter reads only what a mask allows: numbers of even steps are compared with scalars."""
+        match mask:
+            case ast.Name(name):
+                return name in self.ranges or self.known.get(name, "none") == "none"
+            case ast.Subscript(value):
+                return self.is_range(value)
+            case ast.BinOp(left, ast.BitAnd(), right):
+                return self.is_range(left) and self.is_range(right)
+            case ast.Compare(left, _, [right]):
+                return "any" not in (self.steps(left), self.steps(right))
+        return self.steps(mask) == "none"
+
+    def inside(self, statement: Load, reached: Sequence[str], loose: bool) -> tuple[str, ...]:
+        """Return the indices of a load, those of no even step kept inside the tensor; `loose`: all before the last."""
+        found = []
+        shape = self.program.argument(statement.tensor).shape
+        for axis, (index, size, how) in enumerate(zip(statement.at, shape, reached, strict=True)):
+            node = parse(index)
+            inner, axes = ast.unparse(node), ""
+            if isinstance(node, ast.Subscript):
+                inner, axes = ast.unparse(node.value), f"[{ast.unparse(node.slice).strip('()')}]"
+            kept = how == "any" or (loose and how == "even" and axis < len(shape) - 1)
+            found.append(f"maximum(minimum({inner}, {size} - 1), 0){axes}" if kept else index)
+        return tuple(found)
 
     def in_blocks(self, statement: Load) -> Iterator[Statement]:
         blocks = self.blocks(statement) if statement.tensor in self.fractal else None

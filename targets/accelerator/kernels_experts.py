@@ -124,8 +124,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
     b.tensor("h", e.dtype, f"T * {e.chosen}", e.inner, role="output")
     _find_tile(b, e, t, direct)
     with b.when("1" if direct else "there"):
-        # rows behind the last pair are not live, but a chip that reads whole tiles reads them: they must be there
-        b.let("token", f"minimum(pair, T * {e.chosen} - 1) // {e.chosen}" if direct else f"pair // {e.chosen}")
+        b.let("token", f"pair // {e.chosen}")
         b.let("n", f"{column} * {t.n} + arange({t.n})")
         b.let("n_live", f"n < {e.inner}")
         rows = {"gate": "n * 2", "value": "n * 2 + 1"} if e.interleaved else {"gate": "n", "value": f"n + {e.inner}"}
