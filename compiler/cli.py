@@ -299,30 +299,53 @@ def verify(
     epilog=example(
         "moec inspect examples/tiny-moe",
         "moec inspect folder-with-config-json --context 32768 --json | jq .parameters",
+        "moec inspect folder-with-config-json --target nvidia-b200 --batch 64",
     )
 )
 @click.argument("source")
 @click.option(
     "--context", type=click.IntRange(min=0), metavar="N", help="Past tokens of the decoded token.  [default: 4096]"
 )
+@click.option("--target", metavar="NAME", help="Predict a step on an accelerator; `moec targets` lists them.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="With --target: sequences.  [default: 1]")
+@click.option("--new", type=click.IntRange(min=1), metavar="N", help="New tokens of each sequence.  [default: 1]")
+@click.option("--devices", type=click.IntRange(min=1), metavar="N", help="Devices that share experts.  [default: 1]")
+@click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="A figure of the accelerator; repeatable.")
 @json_option
 @trust_option
 @debug_option
-def inspect(source: str, context: int | None, as_json: bool, trust_remote_code: bool) -> None:
-    """Show parameters, bytes, FLOPs and KV cache.
+def inspect(
+    source: str, context: int | None, target: str | None, options: tuple[str, ...], as_json: bool,
+    trust_remote_code: bool, **step: int | None,
+) -> None:  # fmt: skip
+    """Show parameters, bytes, FLOPs and KV cache, and with --target the predicted time of a step.
 
     Figures are for the whole and for each kind of layer. SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Nothing is run or measured:
-    every figure is counted from the IR.
+    every figure is counted from the IR, and predicted from it and from the figures of a chip.
     """
+    given = {name: value for name, value in step.items() if value is not None}
+    if target is None and (given or options):
+        raise click.UsageError(f"{next((f'--{name}' for name in given), '-D')} belongs to --target")
     from .report import inspect as report
+    from .report import open_source
 
-    found = report(source, context=context, trust_remote_code=trust_remote_code)
+    opened = open_source(source, trust_remote_code=trust_remote_code)
+    found = report(opened, context=context)
+    if target is not None:
+        from .driver import predict
+
+        past = opened.context(context)
+        found["predicted"] = predict(opened.module, target, _key_values(options), past=past, **given)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
     from .cli_show import show_report
 
     show_report(found)
+    if target is not None:
+        from .cli_predicted import show_predicted
+
+        show_predicted(found["predicted"])
 
 
 @main.command("list", epilog=example("moec list passes", "moec list ops --json"))

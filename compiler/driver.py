@@ -263,6 +263,27 @@ def opt(
     return module
 
 
+def predict(
+    module: Module, target: str, options: Mapping[str, str] | None = None, *,
+    batch: int = 1, new: int = 1, past: int = 0, devices: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """Return how long a step of a module is predicted to take on an accelerator, lowered as `compile` does unasked.
+
+    For the step see targets.target.Predict. MoecError for a target that is no accelerator, for a program that was
+    compiled for another one, and for a figure of the chip that is unknown.
+    """
+    chosen = find_target(target, options or {})
+    if chosen.predict is None:
+        raise MoecError(f"target {target} is not known by figures", todo="name an accelerator; moec targets lists them")
+    if module.stage == "kernel":
+        for function in module.functions:
+            for reason in filter(None, map(chosen.supported, function.ops)):
+                raise MoecError(reason, f"@{function.name}", todo="inspect the checkpoint that it was compiled from")
+    text = with_keep(chosen.pipeline, "") if is_from_codes(module) else chosen.pipeline
+    lowered, _ = run_pipeline(module, _remaining(module, text), target=chosen, table=passes_for(chosen))
+    return chosen.predict(lowered, batch=batch, new=new, past=past, devices=devices)
+
+
 def verify(folder: Path | str, against: Any = None, accuracy: str | None = None, **options: Any) -> Comparison:
     """Compare an artifact with its source model in transformers, and keep what is found in moec.json.
 

@@ -6,6 +6,7 @@ Every figure is counted from the IR (cost.py); none is measured. GB are 10^9 byt
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,48 @@ from .ops.define import free
 CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A source that is looked at: its program, what that does not read, and moec.json of an artifact."""
+
+    module: Module
+    left_out: Mapping[str, TensorType]
+    manifest: Mapping[str, Any]
+
+    def context(self, wanted: int | None) -> int:
+        """Return the past tokens to cost a token at; MoecError for more than the program takes."""
+        past = next((d.high for d in self.module.dims if d.name == "P"), CONTEXT)
+        chosen = min(CONTEXT, past) if wanted is None else wanted
+        if not 0 <= chosen <= past:
+            raise MoecError(f"a context of {chosen} tokens is outside the program's 0..{past}")
+        return chosen
+
+
+def open_source(source: Module | Path | str, *, trust_remote_code: bool = False) -> Opened:
+    """Open a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file; MoecError."""
+    if isinstance(source, Module):
+        return Opened(source, {}, {})
+    from ..targets import declare_kernel_ops
+    from .frontends.load import load
+
+    declare_kernel_ops()
+    manifest = _manifest(Path(source))
+    loaded = load(source, trust_remote_code=trust_remote_code)
+    return Opened(loaded.module, loaded.left_out, manifest)
+
+
 def inspect(
-    source: Module | Path | str, *, context: int | None = None, trust_remote_code: bool = False
+    source: Module | Path | str | Opened, *, context: int | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Return the figures of a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file.
+    """Return the figures of a source, opened or not (see `open_source`).
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
     parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused and
     files. Raises MoecError.
     """
-    manifest: Mapping[str, Any] = {}
-    left_out: Mapping[str, TensorType] = {}
-    if isinstance(source, Module):
-        module = source
-    else:
-        from ..targets import declare_kernel_ops
-        from .frontends.load import load
-
-        declare_kernel_ops()
-        manifest = _manifest(Path(source))
-        loaded = load(source, trust_remote_code=trust_remote_code)
-        module, left_out = loaded.module, loaded.left_out
-    past = next((d.high for d in module.dims if d.name == "P"), CONTEXT)
-    chosen = min(CONTEXT, past) if context is None else context
-    if not 0 <= chosen <= past:
-        raise MoecError(f"a context of {chosen} tokens is outside the program's 0..{past}")
-    return _report(module, module_costs(module), chosen, manifest, left_out)
+    opened = source if isinstance(source, Opened) else open_source(source, trust_remote_code=trust_remote_code)
+    module, chosen = opened.module, opened.context(context)
+    return _report(module, module_costs(module), chosen, opened.manifest, opened.left_out)
 
 
 def _manifest(path: Path) -> Mapping[str, Any]:

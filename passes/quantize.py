@@ -53,13 +53,16 @@ def quantize(
         raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
     module, policies = _split(module, policy, parse_layers(layers))
     roles = weight_roles(module)
+    # one format for everything is not meant for a table that the target only looks rows up in
+    everything = len({spec for role, spec in policy.items() if role != "router"}) == 1
     notes: list[str] = []
     functions = {}
     for function in module.functions:
+        own = roles[function.name]
         chosen = {
             place: format
-            for place, spec in _specs(function, roles[function.name], policies[function.name])
-            if (format := _choose(function, place, spec, group, symmetric, target, roles[function.name], notes))
+            for place, spec in _specs(function, own, policies[function.name])
+            if (format := _choose(function, place, spec, group, symmetric, target, own, notes, everything))
         }
         scaled = fold(function, notes) if method == "awq" and chosen else function
         functions[function.name] = _store(scaled, chosen, how)
@@ -193,9 +196,12 @@ def _free(name: str, taken: set[str]) -> str:
 
 def _choose(
     function: Function, place: Place, spec: str, group: int | None, symmetric: bool, target: Any,
-    roles: Mapping[Place, str], notes: list[str],
+    roles: Mapping[Place, str], notes: list[str], everything: bool,
 ) -> Format | None:  # fmt: skip
-    """Return the format of a weight; None where no group fits a weight whose group nobody asked for."""
+    """Return the format of a weight; None where no group fits a weight whose group nobody asked for.
+
+    `everything` says that all roles were given one format: then an embedding that cannot have it stays as it is.
+    """
     op, role = function.ops[place[0]], roles[place]
     weights = [v for k in weight_operands(op) if (v := op.operands[k]) is not None]  # an op stores all alike
     named = find_format(spec)
@@ -210,7 +216,7 @@ def _choose(
         groups = [group] if group else [g for g in preferred if 2 * g <= shortest] or preferred
         names = [f"{'u' * zeros}int{bits}_g{g}" for g in groups]
         candidates = [f for name in names if (f := find_format(name))]
-    asked_for = named is not None or group is not None
+    asked_for = (named is not None or group is not None) and not (everything and role == "embedding")
     reasons = []
     for format in candidates:
         # what the user asks for may be slow: lowering notes it

@@ -55,6 +55,15 @@ class Probe(Protocol):
     def __call__(self, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed: ...
 
 
+class Predict(Protocol):
+    """Predicts how long a step of a module of stage kernel takes, as plain data; see the target for what is in it.
+
+    A step is `new` tokens of each of `batch` sequences behind `past` others, on one of `devices` that share the experts.
+    """
+
+    def __call__(self, module: Module, *, batch: int, new: int, past: int, devices: int) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Target:
     """A target.
@@ -75,3 +84,4 @@ class Target:
     recorded: Callable[[], Probed] | None = None  # what the lowering goes by, for a target that has such a record
     probe: Probe | None = None
     configure: Callable[[Mapping[str, str]], Target] | None = None  # the target with options (-D), MoecError for others
+    predict: Predict | None = None  # for a target that is known by its figures

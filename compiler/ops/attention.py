@@ -50,6 +50,7 @@ def _cached_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
     " -> y: A[B, S, O], key: state A[B, G, T, D], value: state A[B, G, T, D]",
     infer=_cached,
     flops=_cached_flops,
+    appends=("past_key", "past_value"),
 )
 def cached_attention(
     q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks, *,

@@ -88,6 +88,8 @@ def _compress(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     " cos: A[F, R], sin: A[F, R] -> kept: state A[B, Y, N], all: state A[B, Z, D]",
     infer=_compress,
     flops=lambda o, r, a: 8 * o[0].elements,
+    reads={"entries": lambda types, attributes: size(0)},
+    appends=("entries",),
 )
 def compress_tokens(x, pending, entries, bias, norm, cos, sin, *, ratio: int, past: Size, overlap: bool, eps: float):
     """Append one entry for every window of `ratio` tokens that ends in this step.
@@ -170,12 +172,22 @@ def _windowed_flops(operands: Types, results: tuple[TensorType, ...], attributes
     return heads * slots * (4 * q.shape[3] + 5)
 
 
+def _read_entries(types: Types, attributes: Attributes) -> Size:
+    """Return how many numbers of the entries are read: of selected ones those that the new tokens chose at most."""
+    entries, selected = types[3], types[4]
+    if selected is None:
+        return entries.elements
+    chosen = sympy.Min(entries.shape[1], selected.shape[1] * selected.shape[2])
+    return entries.shape[0] * chosen * entries.shape[2]
+
+
 @op(
     "nn.compressed_attention",
     "q: A[B, S, H, D], kv: A[B, S, D], window: state A[B, M, D], entries: A[B, E, D]?, selected: i64[B, S, J]?,"
     " sinks: A[H] -> y: A[B, S, H, D], kept: state A[B, Y, D]",
     infer=_windowed,
     flops=_windowed_flops,
+    reads={"entries": _read_entries},
     domains={"selected": lambda types, attributes: types[3].shape[1]},
     distinct=("selected",),
 )

@@ -156,7 +156,7 @@ def _reshape(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     return (result,)
 
 
-@op("core.reshape", "x: A[*X] -> y: A[*Y]", infer=_reshape, flops=0)
+@op("core.reshape", "x: A[*X] -> y: A[*Y]", infer=_reshape, flops=0, view=True)
 def reshape(x, *, shape: tuple[Size, ...]):
     """Give the same elements, in row-major order, another shape."""
     return x.reshape(shape)
@@ -170,7 +170,7 @@ def _transpose(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     return (TensorType(x.dtype, tuple(x.shape[p] for p in perm)),)
 
 
-@op("core.transpose", "x: A[*X] -> y: A[*Y]", infer=_transpose, flops=0)
+@op("core.transpose", "x: A[*X] -> y: A[*Y]", infer=_transpose, flops=0, view=True)
 def transpose(x, *, perm: tuple[int, ...]):
     """Reorder the axes."""
     return x.permute(perm)
@@ -185,7 +185,7 @@ def _expand(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     return (result,)
 
 
-@op("core.expand", "x: A[*X] -> y: A[*Y]", infer=_expand, flops=0)
+@op("core.expand", "x: A[*X] -> y: A[*Y]", infer=_expand, flops=0, view=True)
 def expand(x, *, shape: tuple[Size, ...]):
     """Repeat axes of size 1 up to a shape."""
     return x.expand(shape)
@@ -203,7 +203,7 @@ def _slice(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     return (with_axis(x, axis, length),)
 
 
-@op("core.slice", "x: A[*X] -> y: A[*Y]", infer=_slice, flops=0)
+@op("core.slice", "x: A[*X] -> y: A[*Y]", infer=_slice, flops=0, view=True)
 def slice_(x, *, axis: int, start: Size, stop: Size, step: int = 1):
     """Take start:stop:step along an axis; start and stop count from the front and lie inside."""
     return x[(slice(None),) * axis + (slice(start, stop, step),)]

@@ -60,7 +60,9 @@ class OpDef:
     distinct: tuple[str, ...]  # integer operands whose last axis holds distinct numbers
     in_place: tuple[str, ...]  # states that the op only appends to: a runtime may keep them in one buffer
     rows: Mapping[str, Domain]  # operand -> slices of its first axis that one run reads at most; others are read whole
-    pure_view: bool = False
+    reads: Mapping[str, Domain]  # operand -> numbers of it that one run reads at most; others are read whole
+    appends: tuple[str, ...]  # states that grow where they lie: only what is new is written
+    view: bool = False  # the same numbers in another shape: nothing has to be moved
 
     @cached_property
     def signature(self) -> Signature:
@@ -114,6 +116,9 @@ def op(
     distinct: tuple[str, ...] = (),
     in_place: tuple[str, ...] = (),
     rows: Mapping[str, Domain] | None = None,
+    reads: Mapping[str, Domain] | None = None,
+    appends: tuple[str, ...] = (),
+    view: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare an op; the decorated torch function is its meaning and its keyword-only parameters its attributes."""
 
@@ -121,7 +126,10 @@ def op(
         if name in OPS:
             raise ValueError(f"op {name} is declared twice")
         text = doc or inspect.cleandoc(reference.__doc__ or "")
-        OPS[name] = OpDef(name, text, signature, reference, infer, flops, domains or {}, distinct, in_place, rows or {})
+        OPS[name] = OpDef(
+            name, text, signature, reference, infer, flops, domains or {}, distinct, in_place, rows or {}, reads or {},
+            (*in_place, *appends), view,
+        )  # fmt: skip
         return reference
 
     return declare

@@ -9,7 +9,7 @@ from ..dims import Size, size
 from ..formats import find_format
 from ..ir import TensorType
 from .core import axis_of, with_axis
-from .define import Attributes, Types, fail, op
+from .define import Attributes, Domain, Types, fail, op
 
 
 def _embedding(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
@@ -78,7 +78,10 @@ def _cache_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...
     return (TensorType(grown.dtype, grown.shape, state=True),)
 
 
-@op("nn.cache_append", "past: state A[*X], new: A[*Y] -> present: state A[*Z]", infer=_cache_append, flops=0)
+@op(
+    "nn.cache_append", "past: state A[*X], new: A[*Y] -> present: state A[*Z]", infer=_cache_append, flops=0,
+    reads={"past": lambda types, attributes: size(0)}, appends=("past",),
+)  # fmt: skip
 def cache_append(past, new, *, axis: int):
     """Return the state with the new tokens behind the past ones."""
     return torch.cat((past, new), dim=axis)
@@ -106,6 +109,18 @@ def attention_mask(mask, new: int, total: int, window: int, chunk: int = 0) -> t
     return visible & (mask.bool()[:, None] if mask.dim() == 3 else mask.bool()[:, None, None, :])
 
 
+def _read_slots(index: int) -> Domain:
+    """Return how many numbers of k or v are read: those of the slots that the new tokens may see."""
+
+    def read(types: Types, attributes: Attributes) -> Size:
+        batch, groups, slots, width = types[index].shape
+        for bound in (attributes["window"], attributes["chunk"]):
+            slots = sympy.Min(slots, size(bound) + types[0].shape[2] - 1) if bound else slots
+        return batch * groups * slots * width
+
+    return read
+
+
 def _attention_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     q, k, v = operands[:3]
     heads = q.elements / q.shape[-1]
@@ -119,6 +134,7 @@ def _attention_flops(operands: Types, results: tuple[TensorType, ...], attribute
     "nn.attention",
     "q: A[B, H, S, D], k: A[B, G, T, D], v: A[B, G, T, E], mask: M[B, *N, T]?, sinks: A[H]? -> y: A[B, S, H, E]",
     flops=_attention_flops,
+    reads={"k": _read_slots(1), "v": _read_slots(2)},
 )
 def attention(q, k, v, mask, sinks, *, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0):
     """Attend causally: softmax(scale q kᵀ) v over the slots that `attention_mask` leaves visible.

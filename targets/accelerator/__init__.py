@@ -12,6 +12,9 @@ packing.py                 how weights lie in memory and how kernels read them
 kernels_*.py               the kernels
 simulate.py                executes a tile program and checks what it does against the chip
 count.py, predict.py       what a program moves and computes, and how long that takes on a chip
+assumed.py                 what predictions take where no source says it
+work.py, roofline.py       what each op of a module moves and computes, and how long a step takes on a chip
+experts_touched.py         how many experts a step touches
 search.py                  the tiles that fit a chip, by predicted time
 kinds.py, spec.py          which kernels compute which op; kernels.json
 """

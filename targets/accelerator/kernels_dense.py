@@ -71,7 +71,7 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
     sums = _weight_rows(b, p)
     for acc in sums:
         b.accumulator(acc, (t.m, t.n))
-    start, stop = _depth(b, p, t, split)
+    start, stop = depth(b, p.depth, t.k, split)
     block = "block" if p.blocks > 1 else ""
     with b.loop("k", start, stop, t.k, t.stages):
         multiply(
@@ -131,12 +131,13 @@ def _weight_rows(b: Builder, p: Linear) -> tuple[str, ...]:
     return "gate", "value"
 
 
-def _depth(b: Builder, p: Linear, t: Tile, split: int) -> tuple[str, str]:
+def depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, str]:
+    """Add the bounds of one part of a depth that is cut in `split` parts, multiples of `step`, and return them."""
     if split == 1:
-        return "0", str(p.depth)
-    span = -(-p.depth // (t.k * split)) * t.k
+        return "0", str(whole)
+    span = -(-whole // (step * split)) * step
     b.let("start", f"part * {span}")
-    b.let("stop", f"minimum(start + {span}, {p.depth})")
+    b.let("stop", f"minimum(start + {span}, {whole})")
     return "start", "stop"
 
 

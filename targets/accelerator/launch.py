@@ -30,15 +30,16 @@ FLUSH = 1 << 28  # bytes written between two timed runs: more than any L2 holds
 
 @dataclass(frozen=True)
 class Kernel:
-    """A program that can be launched with so many warps a block."""
+    """A program that can be launched with so many warps a block, and at most `limit` registers a thread."""
 
     program: Program
     warps: int = 4
+    limit: int | None = None
 
     @cached_property
     def _launch(self) -> Callable[..., None]:
         triton_module()
-        return load_kernel(triton_source(self.program, self.warps), self.program.name)["launch"]
+        return load_kernel(triton_source(self.program, self.warps, self.limit), self.program.name)["launch"]
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, int]) -> None:
         """Run it: the tensors of its arguments by name, those of role output are changed. MoecError for one that does not fit."""

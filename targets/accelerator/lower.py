@@ -21,7 +21,7 @@ from . import ops
 
 assert ops  # what is lowered to is declared there
 
-_STORED = ".bf16"  # behind the name of a weight that is stored so
+_STORED, _TABLE = ".bf16", ".table"  # behind the names of weights that are stored so
 _ACTIVATION = ("act", "layout", "alpha", "beta", "limit")
 ACCURACIES = ("fast", "exact")
 
@@ -75,12 +75,12 @@ def _stored(draft: Draft, op: Op, weight: Value | None) -> Value:
 
 def _with_old_names(function: Function) -> Function:
     """Give a weight the name of the one that it stands for, where that is gone."""
-    taken = {*function.names}
-    names = {
-        name: old
-        for name in (c.value.name for c in function.consts)
-        if name.endswith(_STORED) and (old := name.removesuffix(_STORED)) not in taken
-    }
+    taken, names = {*function.names}, {}
+    for const in function.consts:
+        old, dot, suffix = const.value.name.rpartition(".")
+        if dot + suffix in (_STORED, _TABLE) and old not in taken:
+            names[const.value.name] = old
+            taken.add(old)
 
     def named(value: Value | None) -> Value | None:
         return value and replace(value, name=names.get(value.name, value.name))
@@ -116,7 +116,7 @@ def _embedding(draft: Draft, op: Op) -> Op:
         draft.note(op, f"the table {table} stays {table.type.dtype}")
         return op
     # a weight of its own: the head may have the same numbers, but it may pack them otherwise
-    stored = Value(draft.fresh(f"{table.name}.table"), narrow.type)
+    stored = Value(draft.fresh(f"{table.name}{_TABLE}"), narrow.type)
     draft.consts[stored.name] = Const(stored, narrow)
     (y,) = op.results
     rows = draft.add("nn.embedding", ids, stored, hint=f"{y.name}.bf16", loc=op.loc)

@@ -237,6 +237,7 @@ def _rope_append_flops(operands: Types, results: tuple[TensorType, ...], attribu
     infer=_rope_append,
     flops=_rope_append_flops,
     in_place=("past_key", "past_value"),
+    reads=dict.fromkeys(("past_key", "past_value"), lambda types, attributes: size(0)),
 )
 def rope_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, heads: int, eps: float = 0.0):
     """Norm and rotate the heads of q and k and append k and v to the cache: what nn.cached_attention does first.

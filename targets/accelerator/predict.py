@@ -14,23 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
+from .assumed import ASSUMED, cache_bandwidth, launch_time, matrix_rate, memory_rate, vector_rate
 from .chip import Profile
 from .count import Counts
-from .machine import core_count, device_memory
+from .machine import core_count
 from .tile_expr import evaluate
 from .tiles import BITS, Program
-
-ASSUMED: Mapping[str, float] = {
-    "launch": 3e-6,  # s, of a kernel, where the profile does not say
-    "latency": 8e-7,  # s, from asking device memory to having it
-    "memory_reached": 0.92,  # share of the bandwidth that a long copy reaches
-    "matrix_reached": 0.8,  # share of the matrix peak that a large product reaches
-    "warp_matrix": 0.6,  # share of the peak for tiles too small for the instructions that reach it
-    "cache_times": 2.0,  # bandwidth of the cache behind device memory, in times that of device memory
-    "step": 1.5e-7,  # s, that one turn of a loop that loads takes at least
-    "point": 5e-7,  # s, of beginning and ending one point of a grid
-    "intensity": 32.0,  # m n / (m + n) of a tile from which its operands come from shared memory fast enough
-}
 
 
 @dataclass(frozen=True)
@@ -67,22 +56,23 @@ def predict(
     needed = _needed(program, counts, scalars, touched)
     rounds = ceil(counts.points / cores)
     active = min(cores, counts.points)
-    bandwidth = profile.need(f"memory.{device_memory(profile)}.bandwidth") * ASSUMED["memory_reached"]
+    bandwidth = memory_rate(profile)
     step = counts.traffic / max(counts.points * max(counts.steps, 1), 1)
     waiting = active * min(resident, rounds) * step * max(stages - 1, 0.5)
     memory = needed / min(bandwidth, max(waiting, 1) / ASSUMED["latency"])
-    cache = _seconds(counts.traffic / counts.points, _cache(profile, bandwidth), cores)
+    cache = _seconds(counts.traffic / counts.points, cache_bandwidth(profile, bandwidth), cores)
     matrix = sum(
-        _seconds(flops / counts.points, _peak(profile, dtype) * share, cores) for dtype, flops in counts.dots.items()
+        _seconds(flops / counts.points, matrix_rate(profile, dtype) * share, cores)
+        for dtype, flops in counts.dots.items()
     )
     inner = [_seconds(n / counts.points, profile.rate(*path), cores) for path, n in counts.moved.items()]
     matrix = max(matrix, *inner) if inner else matrix  # the unit waits for its operands
-    vector = _seconds(counts.computed / counts.points, profile.vector_peak and profile.vector_peak.value / 2, cores)
+    vector = _seconds(counts.computed / counts.points, vector_rate(profile), cores)
     together = min(resident, rounds)  # points that wait at the same time, each for itself
     steps = counts.steps * ASSUMED["step"] / together
     one = max(cache, matrix, vector, steps) if stages > 1 or resident > 1 else cache + matrix + vector + steps
     one += ASSUMED["point"] / together
-    launch = profile.launch.value if profile.launch else ASSUMED["launch"]
+    launch = launch_time(profile)
     parts = {"memory": memory, "cache": rounds * cache, "matrix": rounds * matrix, "vector": rounds * vector}
     busy = max(memory, rounds * one)
     total = launch + 2 * ASSUMED["latency"] + busy
@@ -110,13 +100,6 @@ def _seconds(amount: float, rate: float | None, cores: int) -> float:
     return amount * cores / rate if rate else 0.0
 
 
-def _cache(profile: Profile, device: float) -> float:
-    """Return bytes/s of the cache before device memory, from where tiles are read again."""
-    shared = [m for m in profile.memories if m.per == "device"][1:]
-    known = [m.bandwidth.value for m in reversed(shared) if m.bandwidth]
-    return known[0] if known else device * (ASSUMED["cache_times"] if shared else 1.0)
-
-
 def matrix_share(profile: Profile, rows: int, columns: int) -> float:
     """Return the share of the matrix peak that tiles of this shape reach on a chip."""
     unit = profile.unit("bf16")
@@ -124,10 +107,6 @@ def matrix_share(profile: Profile, rows: int, columns: int) -> float:
     if unit and unit.m and min(unit.m) > rows:
         return min(share, ASSUMED["warp_matrix"])
     return share
-
-
-def _peak(profile: Profile, dtype: str) -> float:
-    return profile.need(f"unit.{dtype}.peak") * ASSUMED["matrix_reached"]
 
 
 def _resident(profile: Profile, use: Mapping[str, int], warps: int) -> int:

@@ -13,11 +13,11 @@ from typing import Any
 from ... import __version__
 from ...compiler.errors import MoecError
 from ...compiler.ir import Function, Module, Op, walk_calls
+from .assumed import ASSUMED
 from .chip import Profile
 from .kinds import Step, Tokens
 from .machine import chip_of, layout_of
 from .packing import Packing
-from .predict import ASSUMED
 from .search import Choice, Found, search
 from .supported import KINDS, supported
 from .tiles import DEVICE, For, walk

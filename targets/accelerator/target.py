@@ -45,6 +45,7 @@ def accelerator_target(profile: Profile, source: str = "", kernels: str = CHOICE
         emit=partial(_emit, profile=profile, compiled=kernels == CHOICES[0]),
         load=_load,
         configure=partial(find_accelerator, source or profile.name),
+        predict=partial(_predict, profile=profile),
     )
 
 
@@ -93,6 +94,12 @@ def _emit(
     from .emit import emit
 
     return emit(module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled)
+
+
+def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:
+    from .predicted import predicted
+
+    return predicted(module, profile, **step)
 
 
 def _load(folder: Path, **options: Any) -> Any:

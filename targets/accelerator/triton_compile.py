@@ -38,6 +38,7 @@ UNITS: Mapping[str, str] = {
     "mma": r"mma\.sync",
     "mfma": "v_mfma",
 }
+REGISTERS = 65536  # of 32 bits, that a core of NVIDIA's has
 ALIGN = 16  # bytes that every tensor's address is a multiple of
 
 
@@ -46,8 +47,9 @@ class Compiled:
     """A kernel for one architecture: `object` is a cubin or hsaco, `assembly` its PTX or AMD assembly.
 
     `registers` a thread, `shared` bytes a block, `tensor_memory` columns of sm_100's. `spills`: bytes of local memory a
-    thread; `scalar_spills`: scalar registers that AMD's compiler keeps in vector ones. `uses`: which of UNITS it computes
-    products with. `seconds`: what compiling took.
+    thread; `scalar_spills`: scalar registers that AMD's compiler keeps in vector ones. `limit`: how many registers the
+    assembler was told to take at most (Triton's maxnreg), where its own choice would have spilled. `uses`: which of
+    UNITS it computes products with. `seconds`: what compiling took.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Compiled:
     tensor_memory: int
     spills: int
     scalar_spills: int
+    limit: int | None
     uses: frozenset[str]
     seconds: float
 
@@ -158,21 +161,34 @@ def _compiled(source: str, name: str, signature: tuple[tuple[str, str], ...], ar
     kernel = load_kernel(source, name)[name]
     aligned = {(i,): [["tt.divisibility", ALIGN]] for i, (_, dtype) in enumerate(signature) if dtype.startswith("*")}
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch in NVIDIA else GPUTarget("hip", arch, 64)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
     begin = time.monotonic()
+
+    def build(limit: int | None) -> Compiled:
+        options = {"num_warps": warps, "enable_fp_fusion": True} | ({"maxnreg": limit} if limit else {})
+        made = _run_triton(triton, ASTSource(kernel, dict(signature), {}, aligned), target, options, f"{name} for {arch}")
+        read = (_read_nvidia if arch in NVIDIA else _read_amd)(triton, made)
+        return Compiled(
+            name, arch, warps, **read, limit=limit, shared=made.metadata.shared,
+            tensor_memory=getattr(made.metadata, "tmem_size", 0) or 0, seconds=time.monotonic() - begin,
+        )  # fmt: skip
+
+    found = build(None)
+    most = min(255, REGISTERS // (32 * warps))
+    if arch in NVIDIA and found.spills and found.registers < most:  # spilled to have more blocks on a core
+        again = build(most)
+        return again if again.spills < found.spills else found
+    return found
+
+
+def _run_triton(triton: Any, source: Any, target: Any, options: Mapping[str, Any], what: str) -> Any:
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        triton.knobs.cache.dir = folder
+        triton.knobs.cache.dir = folder  # nothing is left behind: the object is all that is wanted
         try:
-            made = triton.compile(ASTSource(kernel, dict(signature), {}, aligned), target=target, options=options)
+            return triton.compile(source, target=target, options=dict(options))
         except (triton.TritonError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
-            raise MoecError(f"{name}: Triton does not compile it for {arch}: {text[-1]}", exit_code=1) from error
-    read = _read_nvidia if arch in NVIDIA else _read_amd
-    return Compiled(
-        name, arch, warps, **read(triton, made), shared=made.metadata.shared,
-        tensor_memory=getattr(made.metadata, "tmem_size", 0) or 0, seconds=time.monotonic() - begin,
-    )  # fmt: skip
+            raise MoecError(f"Triton does not compile {what}: {text[-1]}", exit_code=1) from error
 
 
 def _read_nvidia(triton: Any, made: Any) -> dict[str, Any]:

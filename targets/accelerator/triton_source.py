@@ -25,8 +25,8 @@ LIMIT = 2**31 - 1  # what an offset of 32 bits reaches
 Lines: TypeAlias = "list[str]"
 
 
-def triton_source(program: Program, warps: int = 4) -> str:
-    """Return the Python source of a kernel for `warps` warps of a block.
+def triton_source(program: Program, warps: int = 4, limit: int | None = None) -> str:
+    """Return the Python source of a kernel for `warps` warps of a block, with at most `limit` registers a thread.
 
     MoecError for what Triton cannot say: sizes of tiles that are no powers of two, dtypes that numpy and Triton would
     promote otherwise, names that are used behind the loop that makes them.
@@ -36,7 +36,7 @@ def triton_source(program: Program, warps: int = 4) -> str:
         before = (set(printer.negative), dict(printer.wider))
         body = printer.kernel()
         if before == (printer.negative, printer.wider):
-            return "\n".join(_file(program, body, printer.expressions.helpers, warps)) + "\n"
+            return "\n".join(_file(program, body, printer.expressions.helpers, warps, limit)) + "\n"
 
 
 def pointer(name: str) -> str:
@@ -47,7 +47,7 @@ def pointer(name: str) -> str:
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def _file(program: Program, body: Lines, helpers: set[str], warps: int) -> Lines:
+def _file(program: Program, body: Lines, helpers: set[str], warps: int, limit: int | None) -> Lines:
     tensors, scalars = [a.name for a in program.arguments], list(program.scalars)
     lines = [f'"""{program.doc or program.name}', "", "Tensors, row by row:", ""]
     for a in program.arguments:
@@ -62,7 +62,8 @@ def _file(program: Program, body: Lines, helpers: set[str], warps: int) -> Lines
     lines += [f"def grid({', '.join(scalars)}):", '    """Return the extents of the grid."""']
     lines += [f"    return ({_product([host(extent) for _, extent in program.grid])},)", "", ""]
     lines += [f"def launch({', '.join(tensors + scalars)}):", '    """Run the kernel on tensors of torch."""']
-    lines.append(f"    {program.name}[grid({', '.join(scalars)})]({', '.join(tensors + scalars)}, num_warps={warps})")
+    options = f"num_warps={warps}" + (f", maxnreg={limit}" if limit else "")
+    lines.append(f"    {program.name}[grid({', '.join(scalars)})]({', '.join(tensors + scalars)}, {options})")
     return lines
 
 

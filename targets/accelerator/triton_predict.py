@@ -1,0 +1,170 @@
+"""Predicts what Triton makes of a program: which matrix unit its products use, shared memory, registers that spill.
+
+The rules were read off kernels that Triton 3.9 compiled. Where the unit reads both operands from shared memory by itself
+(wgmma, tcgen05, and gfx950's loads past the registers) Triton keeps all `stages` buffers of a loaded operand, elsewhere
+one less: the last is in registers. Other tiles that are loaded ahead have stages - 1. An operand that is computed has
+one buffer where the unit reads it from shared memory, and none elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from .tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, walk
+
+ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
+BEHIND = 4  # bytes of a row that a copy past the registers takes at least
+ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
+UNSTAGED = 1 << 14  # bytes that sums are turned in on their way to whole rows, at most
+SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
+
+
+def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
+    """Return what a product with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, or fma (no matrix unit)."""
+    if arch.startswith("gfx"):
+        return "mfma" if m >= 16 and n >= 16 else "fma"
+    if dtype == "f32":
+        return "fma"  # exact f32: no unit of NVIDIA's has it
+    if m >= 64 and warps % 4 == 0 and arch == "sm_90":
+        return "wgmma"
+    if m >= 64 and n >= 16 and warps % 4 == 0 and arch == "sm_100":
+        return "tcgen05"
+    return "mma"
+
+
+def units(program: Program, arch: str, warps: int) -> set[str]:
+    """Return the units that a program's products are expected to use."""
+    found = set()
+    for dot in _dots(program.body):
+        m, n = program.buffers[dot.acc].shape
+        found.add(matrix_unit(arch, m, n, program.buffers[dot.a].dtype, warps))
+    return found
+
+
+def predict_shared(program: Program, arch: str, warps: int) -> int:
+    """Return the bytes of shared memory (LDS) that Triton is expected to take for a block."""
+    origin = _origins(program.body)
+    return max((_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program)), default=0)
+
+
+def spills(program: Program, arch: str, warps: int) -> bool:
+    """Return whether the sums of the products are too many for a thread's registers, with what else it holds."""
+    threads = warps * (64 if arch.startswith("gfx") else 32)
+    sums = {dot.acc for dot in _dots(program.body)}
+    used = units(program, arch, warps)
+    held = sum(prod(program.buffers[name].shape) for name in sums) / threads
+    return bool(used) and held > min(SPILL_FREE[unit] for unit in used)
+
+
+def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
+    return (s for s in walk(body) if isinstance(s, Dot))
+
+
+def _loops(program: Program) -> Iterator[For]:
+    """Yield the loops that hold loads or products and no further loops: those whose loads run ahead."""
+    for statement in walk(program.body):
+        if isinstance(statement, For) and not any(isinstance(s, For) for s in walk(statement.body)):
+            yield statement
+
+
+def _origins(body: Sequence[Statement]) -> Mapping[str, str]:
+    """Return for each name that a move makes the name that it began as."""
+    found: dict[str, str] = {}
+    for statement in walk(body):
+        if isinstance(statement, Move):
+            found[statement.name] = found.get(statement.value, statement.value)
+    return found
+
+
+@dataclass
+class _Loop:
+    program: Program
+    loop: For
+    origin: Mapping[str, str]
+    arch: str
+    warps: int
+    loaded: dict[str, Buffer] = field(default_factory=dict)
+
+    def bytes(self) -> int:
+        statements = list(_flat(self.loop.body))
+        for s in statements:
+            if isinstance(s, Load) and s.name in self.program.buffers:
+                self.loaded[s.name] = self.program.buffers[s.name]
+        dots = [s for s in statements if isinstance(s, Dot)]
+        first = {self.origin.get(d.a, d.a): self._unit(d) for d in dots}
+        second = {self.origin.get(d.b, d.b): self._unit(d) for d in dots}
+        operands = first | second
+        copies = max(self.loop.stages, 1)
+        total, turned = 0, self._turned(statements, second)
+        for name, buffer in self.loaded.items():
+            size = _size(buffer)
+            if name in operands:
+                total += size * self._copies(name, operands[name], name in second, copies)
+            elif dots and _ahead(buffer) and not turned:
+                total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
+        return max(total + self._computed(statements, second) + turned, self._unstaged(dots))
+
+    def _unit(self, dot: Dot) -> str:
+        m, n = self.program.buffers[dot.acc].shape
+        return matrix_unit(self.arch, m, n, self.program.buffers[dot.a].dtype, self.warps)
+
+    def _copies(self, name: str, unit: str, second: bool, stages: int) -> int:
+        if unit in ASYNC:
+            return stages
+        if self.arch == "gfx950" and stages > 1:
+            few = second and all(self.program.buffers[d.acc].shape[0] <= 16 for d in _dots(self.loop.body))
+            return 0 if few else stages  # each wave has columns of its own: it loads them past the shared memory
+        return stages - 1
+
+    def _turned(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:
+        """Return the bytes through which gfx942 passes operands that are computed in groups, whose codes it loads late."""
+        if self.arch != "gfx942":
+            return 0
+        sizes = [
+            _size(self.program.buffers[s.name])
+            for s in statements
+            if isinstance(s, Let) and s.name in second and "reshape(" in s.value
+        ]
+        return max(sizes, default=0)
+
+    def _unstaged(self, dots: Sequence[Dot]) -> int:
+        """Return the bytes through which operands and sums pass where they are not kept in shared memory anyway."""
+        most = 0
+        for dot in dots:
+            a, b, acc = (_size(self.program.buffers[name]) for name in (dot.a, dot.b, dot.acc))
+            if self._unit(dot) in ASYNC:
+                most = max(most, a + b)
+            else:
+                most = max(most, a, b if self.arch.startswith("gfx") else min(acc, UNSTAGED))
+        return most if self.loop.stages <= 1 else 0
+
+    def _computed(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:
+        """Return the most bytes of second operands that are computed, from where they are to their last product."""
+        last = {self.origin.get(s.b, s.b): i for i, s in enumerate(statements) if isinstance(s, Dot)}
+        used, most, whole = 0, 0, 0
+        for i, s in enumerate(statements):
+            if isinstance(s, Let) and s.name in last and s.name not in self.loaded and second[s.name] in ASYNC:
+                used += _size(self.program.buffers[s.name])
+                whole += _size(self.program.buffers[s.name])
+            most = max(most, used)
+            if isinstance(s, Dot) and last[name := self.origin.get(s.b, s.b)] == i and second[name] in ASYNC:
+                used -= 0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
+        return whole if "tcgen05" in second.values() else most  # tcgen05's are all in use until the turn ends
+
+
+def _flat(body: Sequence[Statement]) -> Iterator[Statement]:
+    for statement in walk(body):
+        if not isinstance(statement, (For, If)):
+            yield statement
+
+
+def _size(buffer: Buffer) -> int:
+    return prod(buffer.shape) * BITS[buffer.dtype] // 8
+
+
+def _ahead(buffer: Buffer) -> bool:
+    """Return whether a tile can be copied past the registers: rows of enough bytes in a place that is known to be aligned."""
+    row = buffer.shape[-1] * BITS[buffer.dtype] // 8
+    return row >= (BEHIND if BITS[buffer.dtype] >= 32 else ROW)
