@@ -3,12 +3,13 @@
 Not collected by itself: test_triton.py runs it with the interpreter on, which must be so before triton is imported.
 """
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import triton_interpreter  # noqa: F401
 from moec.compiler.ops.moe import experts as reference
-from moec.targets.accelerator.builder import Layout
+from moec.targets.accelerator.builder import Builder, Layout
 from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.launch import TORCH, Kernel, Layer
 from moec.targets.accelerator.packing import Packing
@@ -124,3 +125,55 @@ def test_each_pair_a_tile_and_added_atomically(fmt, scatter):
 )
 def test_activations_biases_and_other_numbers_of_choices(more):
     check(layer_of("bf16", **more), Tile(32, 32, 64, 2), 5)
+
+
+EXPRESSIONS = (  # over i i32, j i32, f f32, g f32 (some equal, some NaN-free extremes), u u8, c i8, h bf16, all [32], and T
+    ("i32", "i // 6"), ("i32", "i % 6"), ("i32", "i // 8"), ("i32", "i % 8"), ("i32", "cdiv(i, 5)"), ("i32", "cdiv(i, 16)"),
+    ("i32", "-(i // 7) % 3"), ("i32", "(i - j) * T"), ("i32", "arange(32) // 5 + T % 3"), ("i32", "i >> 3 | (i & 5) << 4"),
+    ("i32", "~i ^ j"), ("i32", "cumsum(f > g, 0)"), ("i32", "cumsum(i, 0)"), ("i32", "where(f > g, i, 0 - j)"),
+    ("i32", "minimum(i, 3) + maximum(j, T)"), ("i32", "abs(i)"), ("i32", "i + u + c"), ("i32", "i + (f > g)"),
+    ("i32", "arange(32) + argmax(f, 0)"), ("i32", "arange(32) + argmax(where(i > 0, 1.0 + 0 * f, 0 * f), 0)"),
+    ("i32", "arange(32) + sum(f > 0.0, 0) * 2"), ("i32", "arange(32) + max(i, 0) - min(j, 0)"), ("i32", 'cast(f * 10.0, "i32")'),
+    ("i64", 'cast(i, "i64") * 4000000000'), ("u8", "u * u + 3"), ("u8", "u << 4"), ("u8", "(u >> 4) + (u & 15)"), ("u8", 'cast(i, "u8")'),
+    ("i8", "c + c"), ("i8", "c >> 2"), ("f32", 'cast(u, "f32") - 8.0'), ("f32", 'cast(c, "f32") * f'), ("f32", "f * u + g"),
+    ("f32", "f / g"), ("f32", "exp(-abs(f)) + log(abs(g) + 0.5)"), ("f32", "sqrt(abs(f)) + rsqrt(abs(g) + 1.0)"), ("f32", "sigmoid(f)"),
+    ("f32", "tanh(f)"), ("f32", "erf(f)"), ("f32", "minimum(f, g) - maximum(f, 0.25)"), ("f32", "f * T"), ("f32", "h + f"), ("f32", "f * 0.1"),
+    ("f32", 'bitcast(bitcast(f, "i32") ^ 1 << 20, "f32")'), ("f32", "where(f > g, f, -inf)"), ("f32", "cumsum(f, 0)"),
+    ("f32", 'cast(cast(f, "f8e4m3"), "f32")'), ("f32", 'cast(cast(f, "f8e5m2"), "f32")'), ("f32", 'cast(bitcast(u & 119, "f8e4m3"), "f32")'),
+    ("bf16", "h * h + h"), ("bf16", "h * 0.1"), ("bf16", 'cast(f, "bf16")'), ("bf16", "-h"), ("bf16", "maximum(h, 0.5)"),
+    ("bf16", "exp(h)"), ("bf16", "where(f > g, h, h * 2)"), ("bool", "(f > g) & ~(h < f) | (u == 3)"),
+    ("bool", 'cast(i, "bool")'), ("f32", "reshape(trans(reshape(f, 4, 8)), 32)"), ("f32", "reshape(reshape(f, 4, 8) * max(reshape(g, 4, 8), 1)[:, None], 32)"),
+    ("f32", "reshape(reshape(f, 2, 4, 4) + sum(reshape(g, 2, 4, 4), 2)[:, :, None], 32)"), ("f32", 'full(32, T, "f32") + f'),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "text"), EXPRESSIONS)
+def test_an_expression_means_the_same_in_numpy_and_in_triton(dtype, text):
+    generator = np.random.default_rng(7)
+    given = {
+        "i": generator.integers(-40, 40, 32, np.int32), "j": generator.integers(-9, 9, 32, np.int32),
+        "f": (generator.standard_normal(32) * 3).round(1).astype(np.float32),
+        "g": (generator.standard_normal(32) * 3).round(1).astype(np.float32) + np.float32(0.03),
+        "u": generator.integers(0, 256, 32, np.uint8), "c": generator.integers(-128, 128, 32, np.int8),
+        "h": generator.standard_normal(32).astype(ml_dtypes.bfloat16),
+    }  # fmt: skip
+    b = Builder("expression", LAYOUT)
+    b.scalar("T")
+    b.grid("point", 1)
+    for name, array in given.items():
+        b.tensor(name, dtype_name(array), 32)
+    b.tensor("out", dtype, 32, role="output")
+    for name in given:
+        b.load(name, name, ["arange(32)"])
+    b.let("value", text)
+    b.store("out", ["arange(32)"], "value")
+    program = b.program()
+    given["out"] = np.zeros(32, NUMPY[dtype])
+    tensors = {name: to_torch(array) for name, array in given.items()}
+    Kernel(program)(tensors, {"T": 13})
+    simulate(program, given, {"T": 13}, CHIP)
+    found, wanted = tensors["out"], given["out"]
+    if dtype in ("f32", "bf16"):
+        np.testing.assert_allclose(plain(found), wanted.astype(np.float32), rtol=3e-6, atol=3e-6)
+    else:
+        np.testing.assert_array_equal(found.numpy(), wanted)

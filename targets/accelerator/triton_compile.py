@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-import multiprocessing
 import re
 import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -73,57 +70,31 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What to compile: a program for an architecture with so many warps."""
+class Request:
+    """What to compile: a printed source, the name and signature of its kernel, for an architecture and so many warps."""
 
-    program: Program
+    source: str
+    name: str
+    signature: tuple[tuple[str, str], ...]
     arch: str
     warps: int
 
 
-def compile_kernel(program: Program, arch: str, warps: int, source: str | None = None) -> Compiled:
-    """Compile a program, or the source that was printed from it; equal sources are compiled once in a process.
+def request(program: Program, arch: str, warps: int, source: str | None = None) -> Request:
+    """Return what to compile for a program, printed here unless `source` is what was printed from it.
 
-    `arch` is one of NVIDIA or AMD. MoecError where Triton is not installed, cannot say the program or cannot compile it.
+    `arch` is one of NVIDIA or AMD; MoecError for another, and for what Triton cannot say.
     """
     if arch not in (*NVIDIA, *AMD):
         raise MoecError(f"no kernels are compiled for {arch}", todo=f"it knows {', '.join((*NVIDIA, *AMD))}")
     tensors = tuple((pointer(a.name), "*" + SIGNATURE[a.dtype]) for a in program.arguments)
     signature = (*tensors, *((name, "i32") for name in program.scalars))
-    return _compiled(source or triton_source(program, warps), program.name, signature, arch, warps)
+    return Request(source or triton_source(program, warps), program.name, signature, arch, warps)
 
 
-def compile_all(choices: Sequence[Choice], jobs: int = 1) -> list[Compiled | MoecError]:
-    """Compile each choice and return, in order, what it gave; one that fails, fails alone.
-
-    Compilers run in `jobs` processes of their own: one that dies takes only its own choice with it.
-    """
-    triton_module()
-    found: list[Compiled | MoecError] = []
-    left = list(choices)
-    while left:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(left)), mp_context=context) as pool:
-            futures = [pool.submit(_one, choice) for choice in left]
-            for future in futures:
-                try:
-                    found.append(future.result())
-                except BrokenProcessPool:
-                    break
-        left = left[len(found) - (len(choices) - len(left)) :]
-        if left and jobs > 1:
-            jobs = 1  # which of the running ones it was is not known: go on one by one
-        elif left:
-            found.append(MoecError(f"{left[0].program.name}: the compiler for {left[0].arch} died", exit_code=1))
-            left = left[1:]
-    return found
-
-
-def _one(choice: Choice) -> Compiled | MoecError:
-    try:
-        return compile_kernel(choice.program, choice.arch, choice.warps)
-    except MoecError as error:
-        return error
+def compile_kernel(program: Program, arch: str, warps: int, source: str | None = None) -> Compiled:
+    """Compile a program; equal sources are compiled once in a process. MoecError where Triton is not there or cannot."""
+    return compile_request(request(program, arch, warps, source))
 
 
 def triton_module() -> ModuleType:
@@ -153,19 +124,23 @@ def load_kernel(source: str, name: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(source: str, name: str, signature: tuple[tuple[str, str], ...], arch: str, warps: int) -> Compiled:
+def compile_request(wanted: Request) -> Compiled:
+    """Compile what is asked for. MoecError where Triton is not installed or does not compile it."""
     triton = triton_module()
+    name, arch, warps, signature = wanted.name, wanted.arch, wanted.warps, wanted.signature
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = load_kernel(source, name)[name]
+    kernel = load_kernel(wanted.source, name)[name]
     aligned = {(i,): [["tt.divisibility", ALIGN]] for i, (_, dtype) in enumerate(signature) if dtype.startswith("*")}
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch in NVIDIA else GPUTarget("hip", arch, 64)
     begin = time.monotonic()
 
     def build(limit: int | None) -> Compiled:
         options = {"num_warps": warps, "enable_fp_fusion": True} | ({"maxnreg": limit} if limit else {})
-        made = _run_triton(triton, ASTSource(kernel, dict(signature), {}, aligned), target, options, f"{name} for {arch}")
+        made = _run_triton(
+            triton, ASTSource(kernel, dict(signature), {}, aligned), target, options, f"{name} for {arch}"
+        )
         read = (_read_nvidia if arch in NVIDIA else _read_amd)(triton, made)
         return Compiled(
             name, arch, warps, **read, limit=limit, shared=made.metadata.shared,

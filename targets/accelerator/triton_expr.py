@@ -20,7 +20,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ...compiler.errors import MoecError
-from .tile_expr import evaluate, parse
+from .tile_expr import NUMPY, evaluate, parse
 from .tiles import BITS
 
 TRITON: Mapping[str, str] = {
@@ -337,6 +337,9 @@ def _common(a: Kind, b: Kind) -> str:
     if a.weak or b.weak:
         weak, strong = (a, b) if a.weak else (b, a)
         fits = strong.dtype in FLOATS or (weak.dtype == "int" and strong.dtype in (*SIGNED, *NARROW))
+        if weak.constant is not None and strong.dtype in (*SIGNED, *NARROW):
+            range_ = np.iinfo(NUMPY[strong.dtype])
+            fits = fits and range_.min <= weak.constant <= range_.max
         if fits and (weak.constant is not None or strong.dtype not in (*NARROW, *HALF)):
             return strong.dtype
         raise MoecError(f"{strong.dtype} with {weak.dtype}", todo="cast one of the two")

@@ -17,8 +17,9 @@ from .tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Stateme
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
 ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
-UNSTAGED = 1 << 14  # bytes that sums are turned in on their way to whole rows, at most
 SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
+COMPUTED = 32  # fewer of them where operands are computed: these pass through registers
+GROUPED = 16  # sums a thread at most where mma's operands are computed in groups, which changes who holds what
 
 
 def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
@@ -50,12 +51,23 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
 
 
 def spills(program: Program, arch: str, warps: int) -> bool:
-    """Return whether the sums of the products are too many for a thread's registers, with what else it holds."""
+    """Return whether the sums of the products may be too many for a thread's registers, with what else it holds.
+
+    It errs to the safe side: some that are said to spill just do not.
+    """
     threads = warps * (64 if arch.startswith("gfx") else 32)
     sums = {dot.acc for dot in _dots(program.body)}
-    used = units(program, arch, warps)
     held = sum(prod(program.buffers[name].shape) for name in sums) / threads
-    return bool(used) and held > min(SPILL_FREE[unit] for unit in used)
+    origin = _origins(program.body)
+    second = {origin.get(dot.b, dot.b) for dot in _dots(program.body)}
+    made = [s.value for s in walk(program.body) if isinstance(s, Let) and s.name in second]
+    for unit in units(program, arch, warps):
+        limit = SPILL_FREE[unit] // (2 if unit == "mfma" and warps > 4 else 1)  # two waves share a unit's registers
+        if made:
+            limit = GROUPED if unit == "mma" and any("reshape(" in text for text in made) else limit - COMPUTED
+        if held > limit:
+            return True
+    return False
 
 
 def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
@@ -104,7 +116,9 @@ class _Loop:
                 total += size * self._copies(name, operands[name], name in second, copies)
             elif dots and _ahead(buffer) and not turned:
                 total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
-        return max(total + self._computed(statements, second) + turned, self._unstaged(dots))
+        if copies == 1:
+            return self._unstaged(dots)
+        return total + self._computed(statements, second) + turned
 
     def _unit(self, dot: Dot) -> str:
         m, n = self.program.buffers[dot.acc].shape
@@ -130,15 +144,22 @@ class _Loop:
         return max(sizes, default=0)
 
     def _unstaged(self, dots: Sequence[Dot]) -> int:
-        """Return the bytes through which operands and sums pass where they are not kept in shared memory anyway."""
-        most = 0
+        """Return the bytes through which operands and sums pass where nothing is loaded ahead."""
+        held: dict[str, int] = {}
+        made, passed = 0, 0
         for dot in dots:
-            a, b, acc = (_size(self.program.buffers[name]) for name in (dot.a, dot.b, dot.acc))
+            a, b = self.origin.get(dot.a, dot.a), self.origin.get(dot.b, dot.b)
+            acc = self.program.buffers[dot.acc]
+            size = {name: _size(self.program.buffers[name]) for name in (a, b)}
             if self._unit(dot) in ASYNC:
-                most = max(most, a + b)
+                held |= {name: size[name] for name in (a, b) if name in self.loaded}
+                made = max([made, *(size[name] for name in (a, b) if name not in self.loaded)])
+            elif self.arch.startswith("gfx"):
+                passed = max(passed, size[a], size[b] if b in self.loaded else 0)
             else:
-                most = max(most, a, b if self.arch.startswith("gfx") else min(acc, UNSTAGED))
-        return most if self.loop.stages <= 1 else 0
+                turned = _size(acc) // (1 if acc.shape[0] <= 16 or b not in self.loaded else 2)
+                passed = max(passed, size[a], turned)
+        return sum(held.values()) + made + passed
 
     def _computed(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:
         """Return the most bytes of second operands that are computed, from where they are to their last product."""
@@ -150,7 +171,9 @@ class _Loop:
                 whole += _size(self.program.buffers[s.name])
             most = max(most, used)
             if isinstance(s, Dot) and last[name := self.origin.get(s.b, s.b)] == i and second[name] in ASYNC:
-                used -= 0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
+                used -= (
+                    0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
+                )
         return whole if "tcgen05" in second.values() else most  # tcgen05's are all in use until the turn ends
 
 

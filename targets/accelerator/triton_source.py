@@ -127,7 +127,7 @@ class _Printer:
             self._line(f"program = {rest}")
             rest = "program"
         for number, (name, extent) in enumerate(self.program.grid):
-            node, kind = self.expressions.print(extent)
+            node = self.expressions.print(extent)[0]
             last = number == len(self.program.grid) - 1
             size = ast.unparse(node)
             size = size if size.isidentifier() or size.isdigit() else f"({size})"

@@ -1,0 +1,232 @@
+"""Triton source printed from tile programs: what it refuses, that it means the same, that it compiles for every chip."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from moec.compiler.errors import MoecError
+from moec.targets.accelerator.builder import Builder, Layout
+from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.launch import Kernel, seconds
+from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.triton_compile import AMD, NVIDIA, compile_kernel, compile_request, request
+from moec.targets.accelerator.triton_predict import matrix_unit, predict_shared, spills, units
+from moec.targets.accelerator.triton_source import triton_source
+from moec.targets.accelerator.triton_workers import compile_all
+
+LAYOUT = Layout(("shared",), ("shared",), "registers", "registers")
+TENSOR = Layout(("shared",), ("shared",), "tensor", "registers", ("registers",))
+
+
+def experts(fmt: str, hidden=512, inner=256) -> Experts:
+    return Experts(8, 2, hidden, inner, Packing(fmt, 2 * inner, hidden, 8), Packing(fmt, hidden, inner, 8))
+
+
+def program_of(*lets: tuple[str, str], stored: str = "0"):
+    """Return a program over i, j i32[32], f f32[32], u u8[32], c i8[32], h bf16[32] and T, with these values in turn."""
+    b = Builder("tried", LAYOUT)
+    b.scalar("T")
+    b.grid("point", 1)
+    for name, dtype in (("i", "i32"), ("j", "i32"), ("f", "f32"), ("u", "u8"), ("c", "i8"), ("h", "bf16")):
+        b.tensor(name, dtype, 32)
+        b.load(name, name, ["arange(32)"])
+    b.tensor("out", "f32", 32, role="output")
+    for name, value in lets:
+        b.let(name, value)
+    b.store("out", ["arange(32)"], stored)
+    return b.program()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("i * f", "i32 with f32"),
+        ("i / j", "f64"),
+        ("i * 0.5", "i32 with float"),
+        ("T * 0.5", "only known at launch"),
+        ("u + T", "u8 with int"),
+        ("u + c", "u8 with i8"),
+        ("u & 256", "u8 with int"),
+        ("i ^ 1 << 31", "i32 with int"),
+        ("i // j", "may be negative"),
+        ("f // 2.0", "FloorDiv of f32"),
+        ("f & 1", "BitAnd of f32"),
+        ("(f > 0.0) + (f < 1.0)", "of bools"),
+        ("where(f > 0.0, 1.0, 0.0)", "at least one number that has a dtype"),
+        ("exp(i)", "exp of i32"),
+        ("sum(u, 0)", "sum of u8"),
+        ("arange(24)", "powers of two"),
+        ('bitcast(f, "i64")', "not the same bits"),
+        ("nothing + 1", "has no value"),
+        ("f + full(16, 0.0, \"f32\")", "[32] with [16]"),
+        ("f[:, None] + f", "as many axes"),
+    ],
+)  # fmt: skip
+def test_what_numpy_and_triton_take_otherwise_is_refused(text, why):
+    with pytest.raises(MoecError) as error:
+        triton_source(program_of(("value", text)))
+    assert why in str(error.value) and "tried" in error.value.where
+
+
+def test_a_name_is_gone_behind_its_loop_and_keeps_its_type_in_it():
+    b = Builder("tried", LAYOUT)
+    b.grid("point", 4)
+    b.tensor("out", "i32", 4, role="output")
+    with b.loop("k", 0, 4, 1):
+        b.let("last", "k")
+    b.store("out", ["point"], "last")
+    with pytest.raises(MoecError, match="last has no value here"):
+        triton_source(b.program())
+    b = Builder("tried", LAYOUT)
+    b.grid("point", 4)
+    b.let("total", 'full(2, 0.0, "f32")')
+    with b.loop("k", 0, 4, 1):
+        b.let("total", 'cast(total, "bf16")')
+    with pytest.raises(MoecError, match="Triton wants one type"):
+        triton_source(b.program())
+
+
+def test_division_of_what_may_be_negative_is_not_tritons():
+    source = triton_source(program_of(("a", "i // 8"), ("b", "i % 8"), ("c", "i // 6"), ("d", "arange(32) // 6")))
+    for line in ("a = i >> 3", "b = i & 7", "c = floor_div(i, 6)", "d = tl.arange(0, 32) // 6"):
+        assert f"    {line}\n" in source
+
+
+def test_offsets_have_64_bits_where_a_tensor_may_be_long():
+    e = Experts(256, 8, 7168, 2048, Packing("bf16", 4096, 7168, 256), Packing("bf16", 7168, 2048, 256))
+    source = " ".join(triton_source(grouped_up(e, Tile(64, 64, 64), LAYOUT)).split())
+    assert "up_ptr + (expert.to(tl.int64) * 29360128) + (gate_row[:, None] * 7168)" in source
+    assert "(token[:, None].to(tl.int64) * 7168)" in source
+
+
+def test_an_accumulator_in_tensor_memory_prints_as_one_in_registers_does():
+    e = experts("bf16")
+    printed = triton_source(grouped_up(e, Tile(128, 64, 64), TENSOR))
+    assert "gate_registers = gate" in printed and "value = tl.dot(a, tl.trans(w_value), value)" in printed
+
+
+def test_source_is_printed_the_same_again_and_says_how_it_is_launched():
+    program = grouped_down(experts("int4_g128"), Tile(16, 32, 128, 3), LAYOUT)
+    source = triton_source(program, 8, 255)
+    assert source == triton_source(type(program).from_json(program.to_json()), 8, 255)
+    assert "num_warps=8, maxnreg=255)" in source and "num_stages=3" in source
+    assert all(len(line) <= 120 for line in source.splitlines())
+
+
+def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("triton_interpreted.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+
+
+# --- compiled ------------------------------------------------------------------------------------------------------
+
+UNIT = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma", "gfx950": "mfma"}
+
+
+def large(fmt: str, arch: str):
+    """Return a program with a prefill-sized tile for an architecture."""
+    depth = 64 if fmt == "bf16" else 128
+    rows = 128 if arch == "sm_100" or (arch == "sm_90" and fmt == "bf16") else 64
+    return grouped_up(experts(fmt), Tile(rows, 64, depth, 2), TENSOR if arch == "sm_100" else LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compile what the tests look at, in two processes: {(format, arch, size): (program, what became of it)}."""
+    pytest.importorskip("triton")
+    programs = {("bf16", arch, "large"): large("bf16", arch) for arch in (*NVIDIA, *AMD)}
+    programs |= {(fmt, "sm_90", "large"): large(fmt, "sm_90") for fmt in ("int4_g128", "fp8_b128")}
+    programs["int4_g128", "sm_100", "large"] = large("int4_g128", "sm_100")
+    small = grouped_down(experts("int4_g128"), Tile(16, 64, 128, 3), LAYOUT)
+    programs |= {("int4_g128", arch, "small"): small for arch in ("sm_120", "gfx950")}
+    made = compile_all([request(p, arch, 4) for (_, arch, _), p in programs.items()], 2)
+    return {key: (p, result) for (key, p), result in zip(programs.items(), made, strict=True)}
+
+
+def test_kernels_compile_for_every_chip_without_spills(compiled):
+    for key, (_, result) in compiled.items():
+        assert not isinstance(result, MoecError), (key, str(result))
+        assert result.spills == 0, key
+        assert result.object[:4] == b"\x7fELF" and result.suffix == (".hsaco" if key[1] in AMD else ".cubin")
+
+
+def test_large_tiles_use_the_matrix_unit_that_is_made_for_them(compiled):
+    for key, (program, result) in compiled.items():
+        assert result.uses == units(program, key[1], 4), key
+        if key[2] == "large":
+            assert result.uses == {UNIT[key[1]]}, key
+    assert compiled["bf16", "sm_100", "large"][1].tensor_memory == 128  # columns: two sums of 64
+
+
+def test_shared_memory_is_what_was_predicted(compiled):
+    for key, (program, result) in compiled.items():
+        assert predict_shared(program, key[1], 4) == pytest.approx(result.shared, rel=0.25), key
+
+
+def test_the_units_of_tiles():
+    assert [matrix_unit("sm_90", m, 64, "bf16", w) for m, w in ((64, 4), (64, 2), (32, 4))] == ["wgmma", "mma", "mma"]
+    assert [matrix_unit("sm_100", m, 64, "bf16", 4) for m in (128, 64, 32)] == ["tcgen05", "tcgen05", "mma"]
+    assert matrix_unit("sm_90", 128, 64, "f32", 4) == "fma" and matrix_unit("gfx950", 16, 16, "bf16", 4) == "mfma"
+
+
+def test_sums_that_do_not_fit_the_registers_are_said_to_spill():
+    e = experts("bf16")
+    assert spills(grouped_up(e, Tile(128, 128, 64), LAYOUT), "sm_90", 4)
+    assert not spills(grouped_up(e, Tile(128, 128, 64), LAYOUT), "sm_90", 8)
+    assert spills(grouped_up(experts("fp8_b128"), Tile(128, 64, 128), LAYOUT), "sm_90", 4)
+
+
+def test_the_kernels_without_products_compile_and_objects_reproduce():
+    pytest.importorskip("triton")
+    e = experts("bf16")
+    for program in (sort(e, LAYOUT), combine(e, 512, LAYOUT)):
+        first = compile_kernel(program, "sm_90", 4)
+        assert not first.uses and not first.spills
+        compile_request.cache_clear()
+        again = compile_kernel(program, "sm_90", 4)
+        assert again is not first and again.object == first.object
+        assert compile_kernel(program, "sm_90", 4) is again
+
+
+def test_one_kernel_that_fails_fails_alone():
+    pytest.importorskip("triton")
+    program = combine(experts("bf16"), 512, LAYOUT)
+    good, bad = request(program, "sm_90", 4), request(program, "sm_90", 3)
+    dies = request(program, "sm_90", 4, "import os\nos._exit(3)\n")
+    results = compile_all([good, bad, dies, good], 2)
+    assert results[0] is results[3] and results[0].name == "combine"
+    assert "does not compile combine for sm_90" in str(results[1]) and "died over combine" in str(results[2])
+    with pytest.raises(MoecError, match="no kernels are compiled for sm_10"):
+        request(program, "sm_10", 4)
+
+
+def test_without_triton_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    program = combine(experts("bf16"), 512, LAYOUT)
+    assert "def combine(" in triton_source(program)
+    compile_request.cache_clear()
+    with pytest.raises(MoecError) as error:
+        compile_kernel(program, "sm_90", 4)
+    assert "pip install 'moec[kernels]'" in error.value.todo
+
+
+def test_a_launch_without_a_gpu_says_so():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    kernel = Kernel(combine(experts("bf16"), 512, LAYOUT))
+    tensors = {"rows": torch.zeros(2, 512), "y": torch.zeros(1, 512, dtype=torch.bfloat16)}
+    with pytest.raises(MoecError, match="kernels run on a GPU, not on cpu"):
+        kernel(tensors, {"T": 1})
+    with pytest.raises(MoecError, match=r"rows is f32\[2, 512\]"):
+        kernel(tensors | {"rows": torch.zeros(3, 512)}, {"T": 1})
+    with pytest.raises(MoecError, match="no GPU is here"):
+        seconds(lambda: None)
