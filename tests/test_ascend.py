@@ -18,13 +18,17 @@ import test_kernels_norm as norms
 import torch
 from ascend_programs import FORMATS, TOKENS, programs, routed
 from chips_for_tests import CHIPS, cast, close, run
+from click.testing import CliRunner
 from linalg_interpreter import run_linalg
+from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator import ascend
 from moec.targets.accelerator.ascend import Environment, Kernel, environment, is_newer, kernel_of, lower
+from moec.targets.accelerator.ascend_objects import MISSING, find_environment
 from moec.targets.accelerator.ascend_program import for_ascend
 from moec.targets.accelerator.builder import Builder
 from moec.targets.accelerator.profile import shipped_profiles
+from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile_expr import NUMPY, evaluate
 from moec.targets.accelerator.tiles import Dot, Load, Program, walk
 
@@ -183,6 +187,16 @@ def test_a_worker_that_does_not_start(tmp_path):
     assert lower([], OLDER, Environment(tmp_path / "gone")) == []
 
 
+def test_without_an_environment_it_is_said_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(ascend, "default_folder", lambda: tmp_path / "none")
+    assert find_environment(False) == (None, MISSING)
+    monkeypatch.setattr(ascend, "default_folder", lambda: make_folder(tmp_path / "old", ["triton-ascend==3.1.0"]))
+    where, why = find_environment(False)
+    assert where is None and "has triton-ascend==3.1.0" in why and "make it anew" in why
+    with pytest.raises(MoecError, match="toolchain cannot be build"):
+        find_accelerator("ascend-950dt", {"toolchain": "build"})
+
+
 # --- lowering ------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +319,21 @@ def copy(x, y, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y + i, tl.load(x + i))
 """
+
+
+@pytest.mark.ascend
+@pytest.mark.parametrize("target", ["ascend-910b", "ascend-950dt"])
+def test_all_kernels_of_a_model_are_lowered(target, triton_ascend, tmp_path, monkeypatch):
+    monkeypatch.setattr(ascend, "default_folder", lambda: triton_ascend.folder)
+    model = Path(__file__).parent.parent / "examples" / "tiny-moe"
+    done = CliRunner().invoke(main, ["compile", str(model), "--target", target, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    kernels = json.loads((tmp_path / "out" / "kernels.json").read_text())["kernels"]
+    for kernel in kernels:
+        (made,) = kernel["objects"].values()
+        assert "error" not in made, f"{kernel['name']}: {made}"
+        assert (tmp_path / "out" / made["file"]).read_text().count("linalg.matmul ") == made["products"]
+    assert sum(kernel["objects"][made["arch"]]["products"] > 0 for kernel in kernels) > 10
 
 
 @pytest.mark.ascend

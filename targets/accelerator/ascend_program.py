@@ -135,9 +135,12 @@ class _Rewriter:
             parts = parts[1:]  # without the function's name
         if all(part == "none" for part in parts):
             return "none"
-        linear = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub | ast.Mult)
-        scaled = linear and isinstance(node.op, ast.Mult)
-        return "even" if linear and "any" not in parts and not (scaled and "none" not in parts) else "any"
+        match node:
+            case ast.BinOp(op=ast.Add() | ast.Sub()) if "any" not in parts:
+                return "even"
+            case ast.BinOp(op=ast.Mult()) if "any" not in parts and "none" in parts:
+                return "even"
+        return "any"
 
     def is_range(self, mask: ast.expr) -> bool:
         """Return whether the adapter reads only what a mask allows: numbers of even steps are compared with scalars."""

@@ -32,6 +32,7 @@ def answer(job):
 def load(path, name):
     """Return a kernel of a source file."""
     spec = importlib.util.spec_from_file_location("kernel_source", path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)

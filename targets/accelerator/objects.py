@@ -15,11 +15,13 @@ from typing import Any, TypeAlias
 from ...compiler.atomic import write_error
 from ...compiler.errors import MoecError
 from ...compiler.weights.sink import usable_threads
+from .ascend_objects import find_environment, lower_kernels
 from .chip import Profile
 from .search import Choice
 from .spec import Kernels, KernelSpec
-from .triton_compile import AMD, NVIDIA, Compiled, compile_all
-from .triton_compile import Choice as Wanted
+from .triton_compile import AMD, NVIDIA, Compiled, request
+from .triton_compile import Request as Wanted
+from .triton_workers import compile_all
 
 Made: TypeAlias = "Compiled | MoecError"
 Compile = Callable[[Sequence[Wanted], int], Sequence[Made]]
@@ -33,13 +35,17 @@ class Objects:
     files: Mapping[str, bytes]
 
 
-def compile_kernels(kernels: Kernels, profile: Profile, folder: str, make: Compile = compile_all) -> Objects:
+def compile_kernels(
+    kernels: Kernels, profile: Profile, folder: str, make: Compile = compile_all, make_toolchain: bool = False
+) -> Objects:
     """Return the kernels with objects for the chip; their files have names below `folder`.
 
     Where nothing compiles for the chip here the kernels stay as they are, with the reason in the place of an object.
-    `make` compiles; tests give their own.
+    `make` compiles; tests give their own. `make_toolchain` makes the environment of triton-ascend if there is none.
     """
     arch = profile.arch or ""
+    if profile.toolchain == "triton-ascend":
+        return Objects(*lower_kernels(kernels, arch, folder, *find_environment(make_toolchain)))
     if profile.toolchain != "triton":
         return Objects(kernels, {})
     try:
@@ -77,7 +83,7 @@ def _choose(specs: Sequence[KernelSpec], arch: str, make: Compile) -> list[tuple
     pending = list(range(len(specs)))
     while pending:
         wanted = {key: c for i in pending if (key := _key(c := current(i))) not in made}
-        jobs = [Wanted(c.program, arch, c.tile.warps) for c in wanted.values()]
+        jobs = [request(c.program, arch, c.tile.warps) for c in wanted.values()]
         made |= dict(zip(wanted, make(jobs, usable_threads()) if jobs else (), strict=True))
         pending = [i for i in pending if not _is_good(made[_key(current(i))]) and places[i] + 1 < len(orders[i])]
         for i in pending:
