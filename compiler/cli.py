@@ -318,9 +318,9 @@ def inspect(
     source: str, context: int | None, target: str | None, options: tuple[str, ...], as_json: bool,
     trust_remote_code: bool, **step: int | None,
 ) -> None:  # fmt: skip
-    """Show parameters, bytes, FLOPs and KV cache, and with --target the predicted time of a step.
+    """Show parameters, bytes, FLOPs and KV cache.
 
-    Figures are for the whole and for each kind of layer. SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Nothing is run or measured:
+    With --target also the time that a step is predicted to take on an accelerator. Figures are for the whole and for each kind of layer. SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Nothing is run or measured:
     every figure is counted from the IR, and predicted from it and from the figures of a chip.
     """
     given = {name: value for name, value in step.items() if value is not None}
@@ -342,6 +342,10 @@ def inspect(
     from .cli_show import show_report
 
     show_report(found)
+    if "kernels" in found:
+        from .cli_kernels import show_kernels
+
+        show_kernels(found["kernels"])
     if target is not None:
         from .cli_predicted import show_predicted
 

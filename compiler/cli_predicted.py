@@ -22,7 +22,7 @@ def show_predicted(found: dict[str, Any]) -> None:
     parts: list[Table | str] = ["", f"on {chip}, predicted: {tokens} behind {found['past']:,} past tokens{many}", ""]
     parts += [_rows(found["functions"]), ""]
     parts += [
-        f"predicted step time {_time(found['time'])}, {found['tokens_per_second']:,.1f} tokens/s"
+        f"predicted step time {time_text(found['time'])}, {found['tokens_per_second']:,.1f} tokens/s"
         f"{' a device' if many else ''}; {found['bandwidth_share']:.0%} of the device memory's bandwidth",
         f"bytes {_named(found['bytes'], bytes_text)}; {_named(found['flops'], flops_text)}",
         _memory(found["memory"]),
@@ -49,7 +49,7 @@ def _rows(functions: list[dict[str, Any]]) -> Table:
 
 def _row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     amounts = bytes_text(sum(row["bytes"].values())), flops_text(sum(row["flops"].values()))
-    return (name, f"{row['kernels']:,}", *amounts, _time(row["time"]), row["bound"], f"{row['share']:.1%}")
+    return (name, f"{row['kernels']:,}", *amounts, time_text(row["time"]), row["bound"], f"{row['share']:.1%}")
 
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,5 +77,6 @@ def _memory(memory: dict[str, Any]) -> str:
     )
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Return seconds in ms or us."""
     return f"{seconds * 1e3:.4g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.4g} us"

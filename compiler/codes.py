@@ -98,9 +98,9 @@ def _leaf(recipe: Step) -> Codes:
     if isinstance(codes, Step) and codes.name == "decode":
         bits, element, codes = 4, str(codes.attributes["of"]), codes.items[0]
     if bits is None and codes.type.dtype == "f8e4m3" and block[-2:] == FP8_BLOCK and set(block[:-2]) <= {1}:
-        shared = min(FP8_BLOCK[1], codes.type.sizes[-1])
+        group = min(FP8_BLOCK[1], codes.type.sizes[-1])
         codes = step("view", codes, to="u8")
-        return Codes(codes, scales, None, len(block) - 1, shared, 8, "e4m3", FP8_BLOCK[0])
+        return Codes(codes, scales, None, len(block) - 1, group, 8, "e4m3", FP8_BLOCK[0])
     if bits is None:
         raise NotKept(f"its codes are {codes.type.dtype}")
     if zeros and zeros[0].type.dtype != "u8":

@@ -227,11 +227,19 @@ _HOLE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 def expand_range(name: str) -> list[str]:
     """Return the names that `a.{0..3}.b` stands for; a name without a range stands for itself."""
+    return [range_at(name, i) for i in range(range_size(name))]
+
+
+def range_size(name: str) -> int:
+    """Return how many names a name with a range stands for (1 without one)."""
     found = _HOLE.search(name)
-    if not found:
-        return [name]
-    low, high = int(found[1]), int(found[2])
-    return [name[: found.start()] + str(i) + name[found.end() :] for i in range(low, high + 1)]
+    return max(0, int(found[2]) - int(found[1]) + 1) if found else 1
+
+
+def range_at(name: str, index: int) -> str:
+    """Return one of the names that a name with a range stands for; itself without one."""
+    found = _HOLE.search(name)
+    return f"{name[: found.start()]}{int(found[1]) + index}{name[found.end() :]}" if found else name
 
 
 def bindings(op: Op) -> dict[str, str]:

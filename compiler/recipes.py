@@ -13,7 +13,7 @@ from typing import Any
 
 from .code_steps import CODE_STEPS
 from .formats import Format, find_format, format_of
-from .ir import DTYPE_BITS, Attr, TensorType, expand_range, make_attrs
+from .ir import DTYPE_BITS, Attr, TensorType, make_attrs, range_at, range_size
 
 
 @dataclass(frozen=True)
@@ -74,24 +74,27 @@ def tensors(recipe: Recipe) -> Iterator[Tensor]:
         yield recipe
 
 
-def spread(recipe: Step) -> list[Recipe]:
-    """Return the items of a `stack` or `concat` with every range in their names spread out."""
-    items: list[Recipe] = []
+def spread(recipe: Step, low: int = 0, high: int | None = None) -> list[Recipe]:
+    """Return the items of a `stack` or `concat`, or those from `low` to `high`, with every range in their names spread."""
+    found: list[Recipe] = []
+    position = 0
     for item in recipe.items:
         length = range_length(item)
-        items += [item] if length == 1 else [_at(item, i) for i in range(length)]
-    return items
+        stop = length if high is None else min(length, high - position)
+        found += [item if length == 1 else _at(item, i) for i in range(max(0, low - position), stop)]
+        position += length
+    return found
 
 
 def _at(template: Recipe, index: int) -> Recipe:
-    return rename(template, lambda name: expand_range(name)[index])
+    return rename(template, lambda name: range_at(name, index))
 
 
 def range_length(recipe: Recipe) -> int:
     """Return how many recipes a template with a range stands for (1 without one)."""
     match recipe:
         case Tensor(name):
-            return len(expand_range(name))
+            return range_size(name)
         case Literal():
             return 1
     if recipe.name in SPREADING:

@@ -1,4 +1,9 @@
-"""The source model in transformers as a runner: float32, eager attention, on the CPU, no remote code."""
+"""The source model in transformers as a runner: float32, eager attention, on the CPU, no remote code.
+
+What stands against an artifact is a forward that moec did not compute: the modules of transformers. Unquantized
+checkpoints are loaded by transformers too. Of quantized ones moec's recipes make the numbers that the codes stand for, so
+that no other package is needed; the recipes themselves are compared with the formats' own libraries by the tests.
+"""
 
 from __future__ import annotations
 
@@ -85,24 +90,23 @@ def _is_float32(model: Any) -> bool:
 
 
 def _load(folder: Path) -> Any:
-    """Load a checkpoint folder in float32; MoecError also for weights that would be made up."""
+    """Load a checkpoint folder or a GGUF file in float32; MoecError also for weights that would be made up."""
+    from .frontends.dequantized import dequantized_model
     from .frontends.skeleton import model_class, read_config
 
-    if not folder.is_dir():
+    if not folder.exists():
         raise MoecError(
             "the source model is not there", where=str(folder), todo="name its folder: moec verify DIR --against SOURCE"
         )
+    with _no_progress_bars():
+        if (model := dequantized_model(folder)) is not None:
+            return model
     config = read_config(folder)
-    extra = {}
-    if _method(config) == "fp8":
-        from transformers import FineGrainedFP8Config
-
-        extra["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     try:
         with _no_progress_bars():
             loaded: Any = model_class(config).from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-                output_loading_info=True, **extra,
+                output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -112,11 +116,6 @@ def _load(folder: Path) -> Any:
     if lacking:
         raise MoecError(f"the source model lacks {len(lacking)} tensors, such as {lacking[0]}", where=str(folder))
     return model.eval()
-
-
-def _method(config: Any) -> str | None:
-    raw = getattr(config, "quantization_config", None)
-    return raw.get("quant_method") if isinstance(raw, dict) else getattr(raw, "quant_method", None)
 
 
 @contextmanager

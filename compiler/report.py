@@ -5,6 +5,7 @@ Every figure is counted from the IR (cost.py); none is measured. GB are 10^9 byt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from .artifact import Artifact
 from .cost import Cost, Costs, Kind, Layer, module_costs
 from .errors import MoecError
 from .ir import Module, TensorType, Value
-from .manifest import MANIFEST
+from .manifest import MANIFEST, read_json
 from .ops.define import free
 
+KERNELS = "kernels.json"  # of an artifact for an accelerator
 CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
 
 
@@ -58,8 +60,8 @@ def inspect(
     """Return the figures of a source, opened or not (see `open_source`).
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
-    parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused and
-    files. Raises MoecError.
+    parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused,
+    files and (for an accelerator) kernels. Raises MoecError.
     """
     opened = source if isinstance(source, Opened) else open_source(source, trust_remote_code=trust_remote_code)
     module, chosen = opened.module, opened.context(context)
@@ -71,7 +73,8 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     if not (path / MANIFEST).is_file():
         return {}
     artifact = Artifact.open(path)
-    return {**artifact.manifest, "sizes": artifact.report["files"]}
+    kernels = {"kernels": read_json(path / KERNELS)} if (path / KERNELS).is_file() else {}
+    return {**artifact.manifest, "sizes": artifact.report["files"], **kernels}
 
 
 def _report(
@@ -96,6 +99,8 @@ def _report(
     }
     if manifest:
         report |= {"unfused": manifest["unfused"], "files": manifest["sizes"]}
+    if "kernels" in manifest:
+        report["kernels"] = manifest["kernels"]
     return report
 
 
@@ -106,10 +111,10 @@ def per_token(costs: Costs) -> dict[str, Any]:
 
 
 def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
-    """Return the names' first parts and the bytes of tensors that a program does not read; nothing without any."""
+    """Return the names' first parts (behind `model`) and the bytes of tensors that a program does not read; nothing without any."""
     if not tensors:
         return {}
-    names = sorted({f"{name.split('.')[0]}.*" for name in tensors})
+    names = sorted({re.sub(r"^((model\.)?[^.]*).*", r"\1.*", name) for name in tensors})
     return {"names": names, "tensors": len(tensors), "bytes": sum(int(t.bytes) for t in tensors.values())}
 
 

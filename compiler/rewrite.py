@@ -22,7 +22,7 @@ The guard may return more bindings for `after`: attributes, values, or recipes (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,6 +92,7 @@ class _Draft:
     values: dict[str, Value | None]
     attrs: dict[str, Any]
     taken: set[str]
+    unsaid: Collection[str] = ()  # attributes that are bound to a default
     consts: list[Const] = field(default_factory=list)
 
     def fresh(self, base: str) -> str:
@@ -122,7 +123,8 @@ def _build(owner: Rule, draft: _Draft, loc: tuple[str, ...]) -> list[Op]:
         if unbound:
             raise MoecError(f"rule {owner.name}: nothing binds %{unbound[0]} of `after`", exit_code=1)
         operands = tuple(draft.values[n] if n else None for n in statement.operands)
-        attrs = {name: _fill(owner, value, draft.attrs) for name, value in statement.attrs.items()}
+        given = {n: v for n, v in statement.attrs.items() if not (isinstance(v, Var) and v.name in draft.unsaid)}
+        attrs = {name: _fill(owner, value, draft.attrs) for name, value in given.items()}
         try:
             types = OPS[statement.name].infer([v.type if v else None for v in operands], attrs)
         except MoecError as error:
@@ -138,6 +140,20 @@ def _build(owner: Rule, draft: _Draft, loc: tuple[str, ...]) -> list[Op]:
     return ops
 
 
+def _unsaid(owner: Rule, match: Match) -> set[str]:
+    """Return the pattern variables of attributes that the matched op leaves out, and of the same name on both sides."""
+    left_out = {
+        v.name: n
+        for i, op in match.ops.items()
+        for n, v in owner.before[i].attrs.items()
+        if isinstance(v, Var) and n not in op.attributes
+    }
+    others = {
+        v.name for p in owner.after for n, v in p.attrs.items() if isinstance(v, Var) and left_out.get(v.name) != n
+    }
+    return set(left_out) - others
+
+
 def _fill(owner: Rule, value: Any, attrs: Mapping[str, Any]) -> Any:
     if isinstance(value, Var):
         if value.name not in attrs:
@@ -151,7 +167,7 @@ def _replace(owner: Rule, match: Match, removed: list[Op], extra: Mapping[str, A
     gone = {id(op) for op in removed}
     matched = [op for op in function.ops if any(op is m for m in match.ops.values())]
     loc = tuple(dict.fromkeys(text for op in matched if op.inputs or len(matched) == 1 for text in op.loc))
-    draft = _Draft(dict(match.values), dict(match.attrs), set(function.names))
+    draft = _Draft(dict(match.values), dict(match.attrs), set(function.names), _unsaid(owner, match) - set(extra))
     for name, given in extra.items():
         draft.bind(name, given)
     new = _build(owner, draft, loc)

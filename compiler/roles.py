@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from .ir import Function, Module, Op, Value
 from .ops import OPS
 
+LINEARS = ("core.linear", "nn.block_linear")
 ROLES = ("experts", "attention", "shared", "dense", "router", "embedding", "head")
 
 Uses = Mapping[tuple[int, int], str]  # (position of the op in its function, position of the operand) -> role
@@ -62,7 +63,7 @@ def _linear_roles(function: Function) -> dict[int, str]:
     for op in function.ops:
         if op.name in ("moe.experts", "moe.route"):
             routing = op.operands[1:3] if op.name == "moe.experts" else op.operands[:1]
-            mark(_back(function, routing, through=lambda o: o.name != "core.linear"), "router")
+            mark(_back(function, routing, through=lambda o: o.name not in LINEARS), "router")
     for op in function.ops:
         if _is_attention(op):
             states = {v.name for v in op.inputs if v.type.state}
@@ -71,12 +72,12 @@ def _linear_roles(function: Function) -> dict[int, str]:
             outputs = _forward(function, [v for v in op.results if not v.type.state])
             mark(outputs, "attention")
             mark(
-                _back(function, [o.operands[0] for o in outputs], through=lambda o: o.name != "core.linear"),
+                _back(function, [o.operands[0] for o in outputs], through=lambda o: o.name not in LINEARS),
                 "attention",
             )
     if function.name == "main":
         logits = [v for v in function.results if not v.type.state]
-        mark(_back(function, logits, through=lambda o: o.name != "core.linear" and not o.callee), "head")
+        mark(_back(function, logits, through=lambda o: o.name not in LINEARS and not o.callee), "head")
     return roles
 
 
@@ -100,7 +101,7 @@ def _back(function: Function, values: Iterable[Value | None], through: Callable[
         if op is None or op.results[0].name in seen:
             continue
         seen.add(op.results[0].name)
-        if op.name == "core.linear":
+        if op.name in LINEARS:
             found.append(op)
         if through(op):
             pending += op.inputs
@@ -108,7 +109,7 @@ def _back(function: Function, values: Iterable[Value | None], through: Callable[
 
 
 def _forward(function: Function, values: Iterable[Value]) -> list[Op]:
-    """Return the first linears that read what values become."""
+    """Return the first linears that read what values become, with those of single heads on the way."""
     found: list[Op] = []
     seen: set[str] = set()
     pending = list(values)
@@ -117,8 +118,9 @@ def _forward(function: Function, values: Iterable[Value]) -> list[Op]:
             if user is None or user.results[0].name in seen:
                 continue
             seen.add(user.results[0].name)
-            if user.name == "core.linear":
+            if user.name in LINEARS:
                 found.append(user)
-            elif not user.callee:
+            # blocks are those of heads: the output's linear is behind them
+            if user.name != "core.linear" and not user.callee:
                 pending += user.results
     return found

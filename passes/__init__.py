@@ -1,11 +1,13 @@
 """The passes, one a file; a pass is in this table and nowhere else.
 
 graph: raise-norm, raise-rope, lift-moe (leaves stage moe).
-moe: fuse-router, fuse-dispatch, fuse-shared-experts, fuse-attention, fuse-norm, keep-codes, quantize, round-weights.
+moe: fuse-router, fuse-dispatch, fuse-shared-experts, absorb-mla, fuse-attention, fuse-norm, keep-codes, quantize,
+    round-weights.
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.
 """
 
 from ..compiler.pipeline import PassDef
+from .absorb_mla import absorb_mla
 from .cleanup import cleanup
 from .drop_dead import drop_dead
 from .fold_constants import fold_constants
@@ -26,7 +28,7 @@ PASSES: dict[str, PassDef] = {
     p.name: p
     for p in (
         cleanup, fold_constants, share_expressions, drop_dead, raise_norm, raise_rope, lift_moe,
-        fuse_router, fuse_dispatch, fuse_shared_experts, fuse_attention, fuse_norm, keep_codes, quantize,
+        fuse_router, fuse_dispatch, fuse_shared_experts, absorb_mla, fuse_attention, fuse_norm, keep_codes, quantize,
         round_weights,
     )
 }  # fmt: skip

@@ -134,6 +134,8 @@ def _shorten(op: Op, sweep: Sweep) -> Op:
     """Return the op reading through an op of the same kind before it, where one does the work of both."""
     if op.name == "core.concat":
         return _without_empty(op)
+    if op.name == "core.slice":
+        return _slice_of_part(op, sweep)
     if op.name not in ("core.reshape", "core.transpose"):
         return op
     operand = op.operands[0]
@@ -152,6 +154,24 @@ def _without_empty(op: Op) -> Op:
     axis: Any = op.attributes["axis"]
     full = tuple(v for v in op.inputs if v.type.shape[axis] != 0)
     return replace(op, operands=full) if full and full != op.operands else op
+
+
+def _slice_of_part(op: Op, sweep: Sweep) -> Op:
+    """Return a slice of joined values that lies in one of them as the slice of that one."""
+    attributes: Any = op.attributes
+    joined = sweep.made.get(op.inputs[0].name)
+    if joined is None or joined.name != "core.concat" or joined.attributes["axis"] != attributes["axis"]:
+        return op
+    start, stop = size(attributes["start"]), size(attributes["stop"])
+    low = size(0)
+    for part in joined.inputs:
+        high = low + part.type.shape[attributes["axis"]]
+        if all(sympy.expand(d).is_nonnegative for d in (start - low, high - stop)):
+            return replace(
+                op, operands=(part,), attrs=make_attrs({**attributes, "start": start - low, "stop": stop - low})
+            )
+        low = high
+    return op
 
 
 def _unchanged(op: Op, sweep: Sweep) -> Value | None:

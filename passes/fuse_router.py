@@ -121,11 +121,16 @@ def _fuse_all(function: Function, notes: list[str]) -> Function:
 
 
 def _roots(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
-    """Yield weights and indices that are read together: by experts, by a spread over all of them, by the caller."""
+    """Yield weights and indices that are read together: by experts or their sum, by a spread over all, by the caller."""
     for op in function.ops:
         spread = op.name == "core.scatter" and op.attributes["axis"] == 1 and len(op.inputs[1].type.shape) == 2
         if spread or op.name == "moe.experts":
             yield op.inputs[2], op.inputs[1], op
+        if op.name == "moe.combine":
+            made, sorted_ = (function.producers.get(v.name) for v in op.inputs[1:3])
+            weighed = made is None or made.name != "core.full"  # rows that are sorted only have gates of 1
+            if weighed and sorted_ and sorted_.name == "moe.dispatch":
+                yield op.inputs[1], sorted_.inputs[1], op
     for ids in function.results:
         for gates in function.results:
             if ids.type.dtype == "i64" and gates.type.dtype != "i64" and gates.type.shape == ids.type.shape:
@@ -156,7 +161,7 @@ def _fuse(function: Function, gates: Value, ids: Value, reader: Op | None, notes
 
 
 def _note(notes: list[str], reader: Op | None, what: str, refusal: Refuse) -> None:
-    if reader and reader.name == "moe.experts":
+    if reader and reader.name in ("moe.experts", "moe.combine"):
         place = ", ".join(reader.loc) or reader.name
         notes.append(f"note: {what} at {reader.results[0]} ({place}): {refusal.reason}")
 

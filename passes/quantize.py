@@ -66,6 +66,7 @@ def quantize(
         }
         scaled = fold(function, notes) if method == "awq" and chosen else function
         functions[function.name] = _store(scaled, chosen, how)
+        notes += _rounded_blocks(function, chosen) if how else []
     tell(why, notes)
     return module.with_functions(functions)
 
@@ -256,6 +257,13 @@ def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> st
 # --- storing it ------------------------------------------------------------------------------------------------
 
 
+def _rounded_blocks(function: Function, chosen: Mapping[Place, Format]) -> list[str]:
+    """Return a note for each weight of blocks, which no method looks at the inputs of."""
+    blocks = [(function.ops[i], k) for i, k in chosen if function.ops[i].name == "nn.block_linear"]
+    reason = "its blocks have inputs of their own, it is rounded to nearest"
+    return [f"note: @{function.name} {', '.join(op.loc)}: {op.operands[k]}: {reason}" for op, k in blocks]
+
+
 def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str, str]) -> Function:
     """Return the function with the chosen operands quantized; the same weight in two formats becomes two."""
     if not chosen:
@@ -263,11 +271,12 @@ def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str,
     consts = {c.value.name: c for c in function.consts}
     taken = set(function.names)
     made: dict[tuple[str, str], Value] = {}
-    # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by
+    # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by; what the
+    # blocks of a weight are multiplied with differs from block to block, and calibration keeps the inputs of whole rows
     multiplied = {
         (function.ops[i].operands[k].name, format.name)  # type: ignore[union-attr]
         for (i, k), format in chosen.items()
-        if function.ops[i].name != "nn.embedding"
+        if function.ops[i].name not in ("nn.embedding", "nn.block_linear")
     }
 
     def stored(value: Value, format: Format) -> Value:

@@ -34,12 +34,15 @@ def parts():
     sys.path.insert(0, str(BENCH))
     try:
         import checkpoint
+        import checkpoint_v4
         import process
         import quality
         import report
+        import scale
     finally:
         sys.path.remove(str(BENCH))
-    return {"checkpoint": checkpoint, "process": process, "quality": quality, "report": report}
+    found = (checkpoint, checkpoint_v4, process, quality, report, scale)
+    return {module.__name__: module for module in found}
 
 
 def test_checkpoint_is_what_transformers_loads(checkpoint):
@@ -149,3 +152,54 @@ def test_held_out_windows_cover_the_text(parts):
     windows = parts["quality"]._windows(1000)
     assert [len(w) for w in windows] == [256, 256, 256, 232]
     assert all(isinstance(w, np.ndarray) for w in windows)
+
+
+# --- the checkpoint of DeepSeek-V4-Flash's width ---------------------------------------------------------------
+
+TINY_V4 = {
+    "hidden_size": 192, "moe_intermediate_size": 160, "q_lora_rank": 160, "o_lora_rank": 16, "o_groups": 2,
+    "num_attention_heads": 4, "head_dim": 32, "qk_rope_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "index_n_heads": 4, "index_head_dim": 16, "vocab_size": 320,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def v4(parts, tmp_path_factory):
+    """Return a small checkpoint of checkpoint_v4.py."""
+    made = parts["checkpoint_v4"]
+    return made.write(tmp_path_factory.mktemp("v4") / "tiny", {**made.config(3), **TINY_V4})
+
+
+def test_v4_checkpoint_is_official(v4):
+    """It names what the import reads, with all kinds of layers, and its logits are neither exploded nor collapsed."""
+    import torch
+    from moec.compiler.frontends import load
+    from moec.compiler.frontends.dequantized import dequantized_model
+
+    loaded = load(v4)
+    used = {"past_key_values." + p.name.split(".", 1)[1] for p in loaded.module.main.params if p.type.state}
+    assert {f"past_key_values.{n}" for n in ("0.window", "1.index_entries", "2.entries")} <= used
+    model = dequantized_model(v4)
+    with torch.no_grad():
+        logits = model(torch.arange(3, 43)[None]).logits[0]
+    assert 0.3 < logits.std() < 3
+    assert len(set(logits.argmax(-1).tolist())) > 20
+    ids = model.model.layers[0].mlp.gate.tid2eid
+    assert all(len(set(row)) == len(row) and max(row) < 8 for row in ids.tolist())
+
+
+def test_v4_checkpoint_compiles_and_its_figures_are_kept(v4, parts, tmp_path):
+    scale = parts["scale"]
+    cost, made = scale.compiled(v4, tmp_path / "artifact", scale.INT4, tmp_path / "log")
+    assert cost.seconds > 0 and cost.cpu_seconds > 0 and made > 10_000
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_scale_table(parts):
+    scale = parts["scale"]
+    costs = [{"seconds": s, "cpu_seconds": 2 * s, "peak_bytes": s * 10**9, "artifact_bytes": 10**9} for s in (3, 1, 2)]
+    row = scale.summary("x", 4 * 10**9, scale.INT4, costs)
+    assert (row["seconds"], row["seconds_per_gb"], row["cpu_seconds_per_gb"], row["peak_bytes"]) == (2, 0.5, 1, 3e9)
+    assert scale.table([row]).splitlines()[2] == (
+        "| x | 4.00 | `--quantize int4` | 2.0 (1.0 to 3.0) | 0.50 | 1.00 | 3.00 | 1.00 |"
+    )

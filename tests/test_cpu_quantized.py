@@ -19,7 +19,7 @@ from moec.targets.cpu.probe_cases import quantized, refer, write
 T = dim("T")
 FORMATS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in (16, 32, 64, 128, 256) for sign in ("", "u")]
 GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
-TESTED = {"ort.matmul_nbits", "ort.gather_nbits", "ort.qmoe", "ort.experts_nbits"}
+TESTED = {"ort.matmul_nbits", "ort.block_matmul_nbits", "ort.gather_nbits", "ort.qmoe", "ort.experts_nbits"}
 EXACT = 1e-5  # f32 activations; sums of up to 2880 products
 
 
@@ -80,6 +80,18 @@ def test_linear_with_int8_activations(format: str, groups: int, tmp_path: Path) 
 def test_rows_that_are_no_power_of_two(format: str, width: int, tmp_path: Path) -> None:
     feeds, weights = linear(format, rows=40, width=width)
     runs_right("ort.matmul_nbits", feeds, weights, tmp_path, bits=format_of(format).bits, group=format_of(format).group)
+
+
+@pytest.mark.parametrize(("format", "accuracy"), [("int4_g32", 0), ("uint4_g16", 4), ("int8_g64", 4), ("uint8_g32", 4)])
+@pytest.mark.parametrize(("blocks", "rows"), [(1, 5), (3, 8), (5, 7)])
+def test_linear_of_blocks(format: str, accuracy: int, blocks: int, rows: int, tmp_path: Path) -> None:
+    found = format_of(format)
+    width = 3 * found.group
+    weights = quantized(found, blocks * rows, width, seed=8)
+    feeds = {"x": torch.randn(6, 2, blocks, width, generator=torch.Generator().manual_seed(9))}
+    limit = INT8_MOST if accuracy else EXACT
+    attrs = {"bits": found.bits, "group": found.group, "accuracy": accuracy}
+    runs_right("ort.block_matmul_nbits", feeds, weights, tmp_path, limit, **attrs)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -183,7 +183,7 @@ def test_spelling():
 
 
 def test_tiles_fit_the_limit():
-    assert tile_bytes(10**9, threads=2) == 4 << 20
+    assert tile_bytes(10**9, threads=2) == 8 << 20
     assert tile_bytes(20 * 10**6, threads=2) == 10**6
     with pytest.raises(MoecError, match="too few") as caught:
         tile_bytes(10**6, threads=2)

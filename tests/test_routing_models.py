@@ -33,15 +33,21 @@ BETWEEN = {
     "llama4_text": {"core.full", "core.topk"},  # the scores multiply the experts' input, all gates are 1
     "longcat_flash": {"core.clamp", "core.where"},  # ids of identity experts are cut off
     "zaya": {"core.reshape"},  # logits of three axes
+    "inkling_text": {"moe.route", "core.slice"},  # shared experts enter the chosen ones' softmax
 }
+ROWS = ("muse_spark", "inkling2")  # what their experts do besides is none of moe.experts: matrix by matrix
 
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_router_of_a_family(name: str) -> None:
     notes: list[str] = []
     module = compile(random_model(FAMILIES[name]), stop_after="fuse-router", why=notes)
+    if name in ROWS:
+        names = [{op.name for op in f.ops} for f in module.functions]
+        assert any("moe.route" in found for found in names)
+        assert not any("core.topk" in found for found in names)
     routed = [(f, op) for f in module.functions for op in f.ops if op.name == "moe.experts"]
-    assert routed
+    assert bool(routed) == (name not in ROWS)
     for f, op in routed:
         assert {f.producers[v.name].name for v in op.inputs[1:3]} == BETWEEN.get(name, {"moe.route"})
     assert name in BETWEEN or not [n for n in notes if "fuse-router" in n]
@@ -118,6 +124,14 @@ ROUTERS = (
            {**SQRT, **SUM20, "scale": 1.5}, ("given",), extra=tokens),
     Router("openai_privacy_filter", "OpenAIPrivacyFilterTopKRouter", "OpenAIPrivacyFilterConfig", LOCAL,
            {**SOFTMAX, "order": "select_score", "scale": 0.5}, flat=True),
+    Router("minimax_m3_vl", "MiniMaxM3VLTopKRouter", "MiniMaxM3VLTextConfig", LOCAL,
+           {**SIGMOID, "renorm": "sum"}, ("bias",)),
+    Router("mistral_large4", "MistralLarge4TextTopkRouter", "MistralLarge4TextConfig", GROUPED,
+           {**SOFTMAX, **SUM20, **FOUR, "group_score": "top2", "mask": 0.0, "scale": 2.5}),
+    Router("inkling2", "Inkling2TopKRouter", "Inkling2TextConfig", {**ROUTED, "route_scale": 2.0},
+           {**SIGMOID, **SUM20, "scale": 2.0}, ("bias",)),
+    Router("inkling2", "Inkling2TopKRouter", "Inkling2TextConfig", {**ROUTED, "scoring_func": "sqrtsoftplus"},
+           {**SQRT, **SUM20, "scale": 8.0}, ("bias",)),
     Router("cohere2_moe", "Cohere2MoeTopKRouter", "Cohere2MoeConfig",
            {**EIGHT, "expert_selection_fn": "sigmoid", "norm_topk_prob": True},
            {**SIGMOID, "order": "select_score", "renorm": "sum"}, flat=True),

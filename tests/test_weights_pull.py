@@ -220,3 +220,20 @@ def test_tiles() -> None:
     assert list(tiles(TensorType.of("f32"), 1)) == [()]
     assert list(tiles(TensorType.of("f32", 0, 5), 100)) == []
     assert list(tiles(TensorType.of("i64", 2, 2), 16)) == [((0, 1), (0, 2)), ((1, 2), (0, 2))]
+
+
+def test_a_part_of_the_spread_items_makes_no_other_names(monkeypatch):
+    """Tiles of one expert among many: what they cost does not grow with the number of experts."""
+    from moec.compiler import recipes
+
+    numbered = Tensor("a.{3..258}.w", TensorType.of("f32", 2))
+    stacked = step("stack", Tensor("b", TensorType.of("f32", 2)), numbered, Tensor("c", TensorType.of("f32", 2)))
+    assert [t.name for t in spread(stacked)] == ["b", *(f"a.{i}.w" for i in range(3, 259)), "c"]
+    made: list[int] = []
+    counted = recipes.range_at
+    monkeypatch.setattr(recipes, "range_at", lambda name, index: made.append(index) or counted(name, index))
+    whole = spread(stacked)
+    for low, high in ((0, 1), (0, 2), (100, 101), (255, 258), (257, 258), (4, 4)):
+        made.clear()
+        assert spread(stacked, low, high) == whole[low:high]
+        assert len(made) <= high - low

@@ -10,6 +10,7 @@ layers              which layers a model has and which are alike
 export, aten        torch.export, and its operators as IR ops
 stored, layouts     how quantized checkpoints store weights
 gguf                a GGUF file
+dequantized         a quantized checkpoint as a model of transformers, for `moec verify`
 names               parameter names to recipes over checkpoint tensors
 """
 

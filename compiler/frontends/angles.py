@@ -85,6 +85,6 @@ METHODS: dict[str, Callable[..., Any]] = {
     "PhimoeRotaryEmbedding.forward": _phimoe_angles,
     **{
         f"{name}TextRotaryEmbedding.forward": _text_angles
-        for name in ("Qwen3_5Moe", "Qwen3VLMoe", "Glm4vMoe", "Qwen4Exp")
+        for name in ("Qwen3_5Moe", "Qwen3VLMoe", "Qwen3OmniMoeThinker", "Glm4vMoe", "Qwen4Exp")
     },
 }

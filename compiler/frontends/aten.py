@@ -104,7 +104,11 @@ def _lower_node(graph: Graph, node: Any) -> Any:
         raise MoecError(
             f"the operator {name} is not understood", model=place, todo="moec list ops shows what the IR has"
         )
-    raw = key.rpartition(".")[0] in ("aten.slice", "aten.copy")  # these two may see a tensor without values yet
+    raw = key.rpartition(".")[0] in (
+        "aten.slice",
+        "aten.alias",
+        "aten.copy",
+    )  # these may see a tensor without values yet
     args = [_value(graph, a, raw) for a in node.args]
     kwargs = {k: _value(graph, v) for k, v in node.kwargs.items()}
     result = handler(graph, *args, **kwargs)

@@ -94,6 +94,11 @@ def _softplus(g: Graph, x: Value, beta: float = 1, threshold: float = 20) -> Val
     return g.builder.op("core.softplus", x)
 
 
+@aten("aten.log_sigmoid")
+def _log_sigmoid(g: Graph, x: Value) -> Value:
+    return g.builder.op("core.neg", g.builder.op("core.softplus", g.builder.op("core.neg", x)))
+
+
 @aten("aten.gelu")
 def _gelu(g: Graph, x: Value, approximate: str = "none") -> Value:
     return g.builder.op("core.gelu", x, approximate=approximate)
@@ -179,6 +184,27 @@ def _conv1d(
     return y if b is None else g.builder.op("core.add", y, reshape(g, b, (outputs, 1)))
 
 
+@aten("aten.scaled_dot_product_attention")
+def _products(
+    g: Graph, q: Value, k: Value, v: Value, mask: Any = None, dropout: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, **kwargs: Any,
+) -> Value:  # fmt: skip
+    """Attend as a model does outside of its attention layers: to all of a few rows."""
+    if mask is not None or is_causal or q.type.shape[:-2] != k.type.shape[:-2]:
+        raise MoecError("scaled_dot_product_attention with a mask or groups of heads is not understood")
+    scores = g.builder.op("core.matmul", q, _transposed(g, k))
+    factor = float(scale) if scale is not None else float(q.type.shape[-1]) ** -0.5
+    weights = g.builder.op(
+        "core.softmax", g.builder.op("core.mul", scores, g.like(factor, q)), axis=len(q.type.shape) - 1
+    )
+    return g.builder.op("core.matmul", weights, v)
+
+
+def _transposed(g: Graph, x: Value) -> Value:
+    rank = len(x.type.shape)
+    return g.builder.op("core.transpose", x, perm=(*range(rank - 2), rank - 1, rank - 2))
+
+
 @aten("aten.addmm")
 def _addmm(g: Graph, b: Value, x: Value, y: Value, beta: Any = 1, alpha: Any = 1) -> Value:
     if beta != 1 or alpha != 1:
@@ -224,6 +250,14 @@ def _vector_norm(g: Graph, x: Value, ord: Any = 2, dim: Any = None, keepdim: boo
     if ord == 1:
         return HANDLERS["aten.sum"](g, g.builder.op("core.abs", x), dim, keepdim)
     return g.builder.op("core.sqrt", HANDLERS["aten.sum"](g, g.builder.op("core.mul", x, x), dim, keepdim))
+
+
+@aten("aten.logsumexp")
+def _logsumexp(g: Graph, x: Value, dim: Any, keepdim: bool = False) -> Value:
+    top = HANDLERS["aten.amax"](g, x, dim, True)
+    total = HANDLERS["aten.sum"](g, g.builder.op("core.exp", g.builder.op("core.sub", x, top)), dim, True)
+    y = g.builder.op("core.add", g.builder.op("core.log", total), top)
+    return y if keepdim else squeeze(g, y, dim)
 
 
 @aten("aten.cumsum")
@@ -280,6 +314,19 @@ def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
     return g.builder.op("core.take", x, indices[given[0]], axis=given[0])
 
 
+@aten("aten.index_put")
+def _index_put(g: Graph, x: Value, indices: list[Any], value: Value, accumulate: bool = False) -> Value:
+    """Write one number where a mask is set."""
+    if accumulate or len(indices) != 1 or indices[0].type.shape != x.type.shape or value.type.elements != 1:
+        raise MoecError("writing by indices, or other than one number by a mask, is not understood")
+    return g.builder.op("core.where", indices[0], value, x)
+
+
+@aten("aten.scalar_tensor")
+def _scalar_tensor(g: Graph, number: Any, dtype: str = "f32", **kwargs: Any) -> Value:
+    return g.scalar(number, dtype)
+
+
 @aten("aten.arange")
 def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
     start, end = (0, args[0]) if len(args) == 1 else args[:2]
@@ -313,76 +360,3 @@ for _name, _number in (("zeros", 0.0), ("ones", 1.0), ("full", None)):
     aten(f"aten.{_name}")(_filled(_number, False, False))
     aten(f"aten.{_name}_like")(_filled(_number, True, False))
     aten(f"aten.new_{_name}")(_filled(_number, False, True))
-
-
-# --- the single ops --------------------------------------------------------------------------------------------
-
-
-@aten("moec.cache_append")
-def _cache_append(g: Graph, past: Value, new: Value) -> Value:
-    return g.builder.op("nn.cache_append", past, new, axis=2, hint=past.name.replace("past", "present"))
-
-
-@aten("moec.conv_window")
-def _conv_window(g: Graph, past: Value, new: Value) -> tuple[Value, ...]:
-    return g.builder.op("nn.conv_window", past, new)
-
-
-@aten("moec.new_state")
-def _new_state(g: Graph, x: Value) -> Value:
-    return x if x.type.state else g.builder.op("nn.new_state", x)
-
-
-@aten("moec.causal_conv")
-def _causal_conv(g: Graph, x: Value, w: Value, b: Any) -> Value:
-    return g.builder.op("nn.causal_conv", x, w, b)
-
-
-@aten("moec.linear_attention")
-def _linear_attention(
-    g: Graph, q: Value, k: Value, v: Value, decay: Any, beta: Any, past: Value, scale: float
-) -> tuple[Value, ...]:
-    options = {} if scale == 1 else {"scale": float(scale)}
-    return g.builder.op("nn.linear_attention", q, k, v, decay, beta, past, **options)
-
-
-@aten("moec.expert_linear")
-def _expert_linear(g: Graph, rows: Value, ids: Value, w: Value) -> Value:
-    count = rows.type.shape[0]
-    one = g.builder.op("core.reshape", ids, shape=(count, 1))
-    sorted_, offsets, perm = g.builder.op("moe.dispatch", rows, one, experts=w.type.shape[0])
-    ones = g.builder.op("core.full", shape=(count, 1), value=1.0, dtype=rows.type.dtype)
-    return g.builder.op("moe.combine", g.builder.op("moe.grouped_linear", sorted_, w, offsets, None), ones, perm)
-
-
-@aten("moec.attention")
-def _attention(
-    g: Graph, q: Value, k: Value, v: Value, mask: Any, sinks: Any, scale: float, window: int, chunk: int, softcap: float
-) -> Value:
-    options: dict[str, Any] = {
-        "scale": float(scale),
-        **({"window": window} if window else {}),
-        **({"chunk": chunk} if chunk else {}),
-        **({"softcap": softcap} if softcap else {}),
-    }
-    return g.builder.op("nn.attention", q, k, v, mask, sinks, **options)
-
-
-@aten("moec.experts")
-def _experts(
-    g: Graph, x: Value, ids: Value, gates: Value, up: Value, down: Value, up_bias: Any, down_bias: Any,
-    act: str, gated: bool, layout: str, transposed: bool, alpha: float, beta: float, limit: float,
-) -> Value:  # fmt: skip
-    if transposed:
-        up, down = (g.builder.op("core.transpose", w, perm=(0, 2, 1)) for w in (up, down))
-    options: dict[str, Any] = {"act": act, "layout": layout}
-    options |= {} if gated else {"gated": False}
-    options |= {k: v for k, v, default in (("alpha", alpha, 1.0), ("beta", beta, 0.0)) if v != default}
-    options |= {"limit": limit} if math.isfinite(limit) else {}
-    return g.builder.op("moe.experts", x, ids, gates, up, down, up_bias, down_bias, **options)
-
-
-@aten("moec.layer")
-def _layer(g: Graph, tensors: list[Value], index: int) -> tuple[Value, ...]:
-    assert g.calls is not None
-    return g.calls(g, tensors, index)

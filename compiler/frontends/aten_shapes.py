@@ -123,7 +123,9 @@ def _expand_as(g: Graph, x: Value, other: Value) -> Value:
 
 @aten("aten.cat", "aten.concat")
 def _cat(g: Graph, xs: list[Value], dim: int = 0) -> Value:
-    return g.builder.op("core.concat", *xs, axis=axis(xs[0], dim))
+    a = axis(xs[0], dim)
+    some = [x for x in xs if x.type.shape[a] != 0] or xs[:1]
+    return some[0] if len(some) == 1 else g.builder.op("core.concat", *some, axis=a)
 
 
 @aten("aten.stack")
@@ -152,6 +154,8 @@ def _empty(g: Graph, x: Value, shape: Any = None, dtype: str | None = None, **kw
 
 @aten("aten.copy")
 def _copy(g: Graph, target: Any, source: Value, non_blocking: bool = False) -> Any:
+    if isinstance(target, Uninitialised):
+        target = target.piece(0, size(0), target.type.shape[0])
     if not isinstance(target, Piece):
         raise MoecError("copying into a tensor that has values already is not understood")
     target.fill(g.cast(_expand(g, source, target.type.shape), target.type.dtype))

@@ -29,12 +29,19 @@ def past_like(label: str, present: Tensor) -> Tensor:
     return present.new_empty(shape)
 
 
+class _NoLayers(tuple[()]):
+    """The layers of a cache that has none of its own."""
+
+    def __getitem__(self, number: Any) -> Any:
+        raise MoecError("the model uses the layers of its cache one by one, which is not understood")
+
+
 class TraceCache:
     """Hands out past states and keeps the present ones. Without `past` it is the rehearsal's, and pasts are made up."""
 
     is_compileable = False
     is_initialized = True
-    layers: tuple[()] = ()
+    layers = _NoLayers()
 
     def __init__(self, past: dict[StateKey, Tensor] | None = None, length: Any = PAST) -> None:
         self.past = past
@@ -42,8 +49,11 @@ class TraceCache:
         self.length = length
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append one layer's new keys and values."""
-        return self._append((layer_idx, "key"), key), self._append((layer_idx, "value"), value)
+        """Append one layer's new keys and values; values of width 0 (MLA without rotated keys) are no state."""
+        keys = self._append((layer_idx, "key"), key)
+        if value.shape[-1] == 0:
+            return keys, value.new_zeros(*value.shape[:2], keys.shape[2], 0)
+        return keys, self._append((layer_idx, "value"), value)
 
     def update_indexer(self, key: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Append the keys [B, S, D] that an indexer scores tokens by; they are kept as one head's."""

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS, activate
+from .biased_attention import biased
+from .expert_rows import expert_rows
 from .indexer import causal, selected
 
 NAME = "moec"  # the name under which everything is registered with transformers
@@ -33,7 +36,9 @@ class Tracing:
     names: dict[int, str] = field(default_factory=dict)  # activation functions by id
     layers: list[Any] = field(default_factory=list)  # what the stubs stand for
     recurrent: Tensor | None = None  # the recurrent state that was asked for last
-    activations: dict[int, tuple[str, float, float, float]] = field(default_factory=dict)  # by id of an experts module
+    activations: dict[int, tuple[str, float, float, float] | None] = field(
+        default_factory=dict
+    )  # by id of an experts module
 
 
 _CURRENT: list[Tracing] = []  # transformers calls the registered functions without a way to pass this along
@@ -111,11 +116,23 @@ def _(x, ids, gates, up, down, up_bias, down_bias, act, gated, layout, transpose
 def register() -> None:
     """Make the attention, mask and experts functions known to transformers, once."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.cache_utils import KVSharingDict
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    pytree.register_pytree_node(KVSharingDict, _flatten_shared, _shared_of)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+
+
+def _shared_of(values: Any, keys: tuple[str, ...]) -> Any:
+    from transformers.cache_utils import KVSharingDict
+
+    return KVSharingDict(zip(keys, values, strict=True))
+
+
+def _flatten_shared(states: Any) -> tuple[list[Any], tuple[str, ...]]:
+    return list(states.values()), tuple(states)
 
 
 _IGNORED_ATTENTION = {
@@ -126,27 +143,47 @@ _IGNORED_ATTENTION = {
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None, **kwargs: Any,
+    s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None,
+    block_indices: Tensor | None = None, position_bias: Tensor | None = None, sinks: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     unknown = {k for k, v in kwargs.items() if v is not None} - _IGNORED_ATTENTION
     if unknown:
         raise MoecError(
             f"the attention of {type(module).__name__} is called with {', '.join(sorted(unknown))}, which is not understood"
         )
-    if indices is not None and attention_mask is not None:
+    if block_indices is not None and attention_mask is not None:  # of block_indexers.py: what each query may read
+        attention_mask = block_indices & causal(attention_mask, query.shape[2])
+    elif indices is not None and attention_mask is not None:
         attention_mask = selected(attention_mask, indices)
-    elif attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
-        attention_mask = attention_mask[:, 0]
-    elif attention_mask is not None and attention_mask.dim() != 2:
-        raise MoecError(
-            f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
-        )
+    masks = _masks(module, attention_mask, key.shape[1])
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     window, chunk = current().window
-    y = torch.ops.moec.attention(query, key, value, attention_mask, s_aux, scale, window, chunk, float(softcap or 0.0))
-    return y, None
+    if position_bias is not None and attention_mask is not None and not chunk and not softcap:
+        return biased(
+            query, key, value, causal(attention_mask, query.shape[2], window), scale, position_bias, sinks
+        ), None
+    if position_bias is not None or sinks is not None:
+        raise MoecError(f"{type(module).__name__} adds to its scores or sinks in a way that is not understood")
+    parts = (x.chunk(len(masks), dim=1) for x in (query, key, value))  # heads that share a mask attend together
+    offsets = [None] * len(masks) if s_aux is None else list(s_aux.chunk(len(masks)))
+    found = [
+        torch.ops.moec.attention(q, k, v, mask, sink, scale, window, chunk, float(softcap or 0.0))
+        for q, k, v, mask, sink in zip(*parts, masks, offsets, strict=True)
+    ]
+    return torch.cat(found, dim=2) if len(found) > 1 else found[0], None
+
+
+def _masks(module: Any, mask: Tensor | None, heads: int) -> list[Tensor | None]:
+    """Return the mask of each group of heads: one for all of them, or those of bool[B, groups, S, T]."""
+    if mask is None or mask.dim() == 2 or (mask.dim() == 3 and mask.dtype == torch.bool):
+        return [mask]
+    if mask.dim() != 4 or mask.dtype != torch.bool or heads % mask.shape[1]:
+        raise MoecError(
+            f"{type(module).__name__} builds its own attention mask; only [batch, slots] masks are understood"
+        )
+    return list(mask.unbind(1))
 
 
 def _mask(
@@ -176,14 +213,18 @@ def _is_chunked(function: Any) -> bool:
 def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
     up = module.gate_up_proj if module.has_gate else module.up_proj
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
-    if getattr(module, "has_post_expert_norm", False):
-        raise MoecError(f"{type(module).__name__} has a norm behind each expert, which is not understood")
-    up_bias = getattr(module, f"{prefix}_bias", None) if module.has_bias else None
-    down_bias = module.down_proj_bias if module.has_bias else None
     known = current().activations
     if id(module) not in known:  # in the rehearsal; a trace cannot look at numbers
         known[id(module)] = activation_of(module)
-    act, alpha, beta, limit = known[id(module)]
+    found, norm = known[id(module)], getattr(module, "post_expert_norm", None)
+    if found is None or norm is not None:
+        if module.has_bias or module.is_transposed or not module.has_gate:
+            what = "a norm behind each expert" if norm is not None else "an activation that moe.experts does not know"
+            raise MoecError(f"{type(module).__name__} has {what}, which is understood of plain experts only")
+        return expert_rows(x, ids, gates, up, module.down_proj, module._apply_gate, norm)
+    act, alpha, beta, limit = found
+    up_bias = getattr(module, f"{prefix}_bias", None) if module.has_bias else None
+    down_bias = module.down_proj_bias if module.has_bias else None
     layout = "concat" if module.is_concatenated else "interleaved"
     return torch.ops.moec.experts(
         x, ids, gates, up, module.down_proj, up_bias, down_bias,
@@ -194,8 +235,8 @@ def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
 # --- which activation an experts module has --------------------------------------------------------------------
 
 
-def activation_of(module: Any) -> tuple[str, float, float, float]:
-    """Return (act, alpha, beta, limit) of `moe.experts` for a module, found by comparing numbers.
+def activation_of(module: Any) -> tuple[str, float, float, float] | None:
+    """Return (act, alpha, beta, limit) of `moe.experts` for a module, found by comparing numbers; None if it has none.
 
     A class may override the gate's formula, so its code is not trusted to be the usual one: every candidate is
     compared with what the module computes on random numbers.
@@ -217,6 +258,4 @@ def activation_of(module: Any) -> tuple[str, float, float, float]:
             expected = activate(h, act, module.has_gate, layout, a, b, c)
             if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-5, atol=1e-6):
                 return act, a, b, c
-    raise MoecError(
-        f"the activation of {type(module).__name__} is none that moe.experts knows", todo=", ".join(ACTIVATIONS)
-    )
+    return None

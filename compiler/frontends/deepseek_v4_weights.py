@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import MoecError
 from ..ir import TensorType, expand_range
-from ..recipes import Recipe, Tensor, step
+from ..recipes import Recipe, Tensor, bind, step
 from .layouts import e2m1
 
 FP4_GROUP = 32  # codes of a row that share a scale
@@ -111,6 +111,24 @@ class Weights:
         each = f"ffn.experts.{{0..{count - 1}}}"
         gate, up, down = (step("stack", self.layer(layer, f"{each}.{w}.weight", *s)) for w, s in shapes.items())
         return step("concat", gate, up, axis=1), down
+
+    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
+        """Return the parameters of a live model by name, from their shapes; the names in the recipes are absolute."""
+        around = {memory: official for official, (_, memory) in _AROUND.items()}
+        leaves = {memory: official for official, memory in _MEMORY.items()}
+        found = {}
+        for name, shape in shapes.items():
+            if name in around:
+                found[name] = self.around(around[name], *shape)
+                continue
+            number, leaf = name.removeprefix("model.layers.").split(".", 1)
+            if leaf.startswith("mlp.experts."):
+                count, width, inner = shapes[name.replace("gate_up_proj", "down_proj")]
+                made = self.experts(int(number), count, width, inner)["gate_up" not in leaf]
+            else:
+                made = self.layer(int(number), leaves[leaf], *shape)
+            found[name] = bind(made, self.prefix, {"layer": number})
+        return found
 
     def _recipe(self, prefix: str, own: str, name: str, sizes: tuple[int, ...]) -> Recipe:
         """Return a weight as f32 (integers stay integers); `name` is what the official dialect calls it."""

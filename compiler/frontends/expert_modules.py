@@ -17,6 +17,7 @@ from torch.nn import functional
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS
 from .capture import current
+from .expert_rows import expert_rows
 
 
 @torch.library.custom_op("moec::expert_linear", mutates_args=())
@@ -88,6 +89,14 @@ def _longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return y + hidden_states * torch.where(real, zero, top_k_weights).sum(-1, keepdim=True)
 
 
+def _step_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Step 3.7: some layers clamp the gate behind its activation, where `moe.experts` clamps before it."""
+    up, down = self.gate_up_proj, self.down_proj
+    if math.isinf(self.limit):
+        return _experts(hidden_states, top_k_index, top_k_weights, up, down, self.act_fn, False)
+    return expert_rows(hidden_states, top_k_index, top_k_weights, up, down, self._apply_gate)
+
+
 # --- JetMoE: attention heads are experts too -----------------------------------------------------------------------
 
 
@@ -128,6 +137,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "Llama4TextMoe.forward": _llama4_moe,
     "DbrxExperts.forward": _dbrx_experts,
     "LongcatFlashExperts.forward": _longcat_experts,
+    "Step3p7Experts.forward": _step_experts,
     "JetMoeMoE.forward": _jetmoe_moe,
     "JetMoeMoA.map": _jetmoe_queries,
     "JetMoeMoA.reduce": _jetmoe_outputs,

@@ -62,16 +62,23 @@ class Family:
     layers: str = "attention, experts"
     checked: str = CHECKED
     padding: bool = True  # whether the rows of a batch may be padded on the left
+    whole: Mapping[str, Any] | None = None  # of a model of text and images: what is not the text model's config
 
     def config(self, **changes: Any) -> Any:
         """Return the tiny transformers config, with changes."""
         import transformers
 
-        return getattr(transformers, self.config_class)(**{**BASE, **self.tiny, **changes})
+        cls, tiny = getattr(transformers, self.config_class), {**BASE, **self.tiny, **changes}
+        return cls(**tiny) if self.whole is None else cls(text_config=tiny, **self.whole)
 
 
 _GROUPED = {**_DEEPSEEK, "head_dim": 16}
 _FOUR = {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+# vision towers, which stand in the checkpoints and are left out of the programs
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION_QWEN = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+_SAM = {**_VISION, "image_size": 64, "output_channels": 32, "downsample_channels": [32, 32]}
 
 _SPARSE = "compressed_sparse_attention"
 
@@ -219,6 +226,86 @@ _ALL = (
            {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "router_hidden_size": 32,
             "num_hidden_layers": 4}, "kv, convolution, delayed values",
            "attention on convolved queries and keys, experts with a router over layers"),
+    Family("Kimi K2.5 (text)", "kimi_k25", "Kimi_K25Config", {**_MLA, **_DEEPSEEK, "model_type": "deepseek_v3"}, LATENT,
+           "MLA, dense and experts", whole={"vision_config": _VISION}),
+    Family("Qwen3-VL MoE (text)", "qwen3_vl_moe", "Qwen3VLMoeConfig",
+           {"intermediate_size": 96, "head_dim": 16, **_EIGHT}, whole={"vision_config": _VISION_QWEN}),
+    Family("GLM-4.5V (text)", "glm4v_moe", "Glm4vMoeConfig",
+           {**_DEEPSEEK, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2],
+                                             "partial_rotary_factor": 0.5}}, layers="attention, dense and experts",
+           whole={"vision_config": _VISION_QWEN}),
+    Family("ERNIE 4.5 VL (text)", "ernie4_5_vl_moe", "Ernie4_5_VLMoeConfig",
+           {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": [32, 16], "intermediate_size": 96,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]}},
+           layers="attention, dense and experts", whole={"vision_config": _VISION_QWEN}),
+    Family("DeepSeek-OCR 2 (text)", "deepseek_ocr2", "DeepseekOcr2Config",
+           {**_DEEPSEEK, "mlp_layer_types": ["dense", "sparse", "sparse"]}, layers="attention, dense and experts",
+           whole={"vision_config": {"sam_config": _SAM, "encoder_config": _VISION}}),
+    Family("Step 3.7 (text)", "step3p7", "Step3p7Config",
+           {"intermediate_size": 96, "head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "share_expert_dim": 32, "sliding_window": 4, "num_hidden_layers": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_sliding_attention_heads": 8,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "swiglu_limits": [None, 0.5, None, 0.7], "swiglu_limits_shared": [None, None, 0.6, 0.7],
+            "moe_router_scaling_factor": 2.0}, layers="sliding and full attention, dense and experts",
+           whole={"vision_config": _VISION}),
+    Family("Muse Spark (text)", "muse_spark", "MuseSparkConfig",
+           {"intermediate_size": 96, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "moe_hidden_size": 48, "sliding_window": 4, "num_hidden_layers": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "layer_rope_theta": [10000.0, 10000.0, 10000.0, 0]},
+           layers="sliding and full attention without positions, dense and experts with a norm behind each",
+           whole={"vision_config": _VISION, "audio_config": {"patch_sizes": [2], "hidden_sizes": [32], "depths": [1],
+                                                             "num_hidden_layers": 1, "out_hidden_size": 64},
+                  "out_hidden_size": 64, "projector_hidden_size": 32}),
+    Family("MiniMax-M3 (text)", "minimax_m3_vl", "MiniMaxM3VLConfig",
+           {"num_hidden_layers": 4, "head_dim": 16, "intermediate_size": 32, "num_local_experts": 8,
+            "num_experts_per_tok": 2, "dense_intermediate_size": 96, "shared_intermediate_size": 32,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "rotary_dim": 8, "index_n_heads": 2,
+            "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 3, "index_local_blocks": 1,
+            "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse", "full_attention"]},
+           "kv, index keys", "attention to chosen blocks and full attention, dense and experts",
+           "prefill, cached steps, greedy tokens", padding=False, whole={"vision_config": _VISION}),
+    Family("Mistral Large 4 (text)", "mistral_large4", "MistralLarge4Config",
+           {**_MLA, **_DEEPSEEK, **_INDEXER, "head_dim": 8, "num_hidden_layers": 6,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse", "sparse"],
+            "no_rope_layers": [1, 0, 1, 1, 0, 1], "kv_source_layers": [0, 1, 2, 2, 1, 5],
+            "indexer_types": ["full", "full", "shared", "full", "shared", "full"]}, INDEXED,
+           "sparse MLA, some without positions or with the latents of an earlier layer, dense and experts",
+           whole={"vision_config": {**_VISION, "model_type": "pixtral"}}),
+    Family("Inkling (text)", "inkling_text", "InklingTextConfig",
+           {"intermediate_size": 96, "head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_shared_experts": 2, "sliding_window_size": 4, "num_hidden_layers": 4,
+            "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 8,
+            "rel_extent": 12, "log_scaling_n_floor": 10, "route_scale": 2.0, "unpadded_vocab_size": 120,
+            "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid_sliding"],
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "logits_mup_width_multiplier": 2.0},
+           "kv, convolution", "sliding and full attention by distance, short convolutions, dense and experts"),
+    Family("Inkling 2 (text)", "inkling2", "Inkling2Config",
+           {"head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "sliding_window_size": 4, "num_hidden_layers": 5, "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 8, "rel_extent": 12, "log_scaling_n_floor": 10,
+            "route_scale": 2.0, "unpadded_vocab_size": 120, "n_layers_per_attn_res_block": 3,
+            "qk_l2_clip_threshold": 3.0, "rel_l2_clip_threshold": 2.0,
+            "layer_types": ["hybrid_sliding"] * 3 + ["hybrid"] * 2},
+           "kv, convolution", "sliding and full attention by distance, short convolutions, experts, attention over layers",
+           whole={"vision_config": {**_VISION, "text_hidden_size": 64}}),
+    Family("Qwen3-Omni MoE (thinker)", "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerConfig",
+           {"intermediate_size": 96, "head_dim": 16, **_EIGHT},
+           whole={"vision_config": _VISION_QWEN, "vision_start_token_id": 125, "audio_start_token_id": 126,
+                  "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2,
+                                   "encoder_ffn_dim": 32, "output_dim": 64, "downsample_hidden_size": 32}}),
+    Family("GLM-5 Next (text)", "glm5_next", "Glm5NextConfig",
+           {**_MLA, **_DEEPSEEK, **_INDEXER, "qk_rope_head_dim": 0, "index_n_heads": 32, "index_topk": 6,
+            "index_kpool": 3, "linear_num_heads": 4, "linear_head_dim": 8, "rms_norm_eps": _EPS, "swiglu_limit": 0.7,
+            "num_hidden_layers": 5, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse"],
+            "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention", "full_attention"],
+            "indexer_types": ["full", "full", "shared", "full", "full"]},
+           "latent kv, index keys, convolution, delta rule",
+           "KDA and MLA to chosen blocks without positions, hyper-connections, dense and experts",
+           whole={"vision_config": _VISION_QWEN}),
     Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}),
     Family("Gemma 3 (no experts)", "gemma3_text", "Gemma3TextConfig",
            {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}),

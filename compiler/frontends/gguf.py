@@ -16,7 +16,7 @@ from ..errors import MoecError
 from ..ir import Module
 from ..recipes import Recipe, Tensor, step
 from ..weights.gguf import Gguf, open_gguf
-from .skeleton import Skeleton, build, read_config
+from .skeleton import build, read_config
 from .stored import first_number, layer_types
 from .transformers_model import import_model
 
@@ -49,6 +49,20 @@ _KEYS = {
 def import_gguf(file: Path, name: str) -> tuple[Module, Gguf]:
     """Return the module of a GGUF file and the opened file; config.json is read where it lies beside it."""
     opened = open_gguf(file)
+    config = gguf_config(opened, file)
+    kinds, types = layer_types(opened.checkpoint), opened.kinds
+
+    def stored_as(layer: int) -> Hashable:
+        return kinds(layer), tuple(
+            sorted((n.partition(".")[2].partition(".")[2], k) for n, k in types.items() if first_number(n) == layer)
+        )
+
+    mapper = lambda wanted: gguf_parameters(wanted, opened, config, file)  # noqa: E731
+    return import_model(build(config), mapper, name, stored_as=stored_as), opened
+
+
+def gguf_config(opened: Gguf, file: Path) -> Any:
+    """Return the transformers config of a GGUF file; MoecError for an architecture that is not understood."""
     architecture = opened.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise MoecError(
@@ -63,20 +77,15 @@ def import_gguf(file: Path, name: str) -> tuple[Module, Gguf]:
         raise MoecError(
             what, where=str(file.parent / "config.json"), todo="remove it, or bring those that belong together"
         )
-    skeleton = build(config)
-    kinds, types = layer_types(opened.checkpoint), opened.kinds
+    return config
 
-    def stored_as(layer: int) -> Hashable:
-        return kinds(layer), tuple(
-            sorted((n.partition(".")[2].partition(".")[2], k) for n, k in types.items() if first_number(n) == layer)
-        )
 
-    def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
-        found = {w: r for w in wanted if (r := _recipe(w, opened, skeleton, str(architecture))) is not None}
-        _check_all_used(opened, wanted, found, file)
-        return found
-
-    return import_model(skeleton, mapper, name, stored_as=stored_as), opened
+def gguf_parameters(wanted: list[str], opened: Gguf, config: Any, file: Path) -> dict[str, Recipe]:
+    """Return a recipe for each wanted parameter that the file has; MoecError for a tensor that none is made of."""
+    architecture = str(opened.metadata["general.architecture"])
+    found = {w: r for w in wanted if (r := _recipe(w, opened, config, architecture)) is not None}
+    _check_all_used(opened, wanted, found, file)
+    return found
 
 
 def gguf_name(name: str) -> str:
@@ -86,7 +95,7 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def _recipe(name: str, opened: Gguf, skeleton: Skeleton, architecture: str) -> Recipe | None:
+def _recipe(name: str, opened: Gguf, config: Any, architecture: str) -> Recipe | None:
     """Return how a parameter is made; None where the file has no tensor for it."""
     theirs = gguf_name(name)
     if "ffn_gate_up_exps" in theirs:
@@ -98,7 +107,6 @@ def _recipe(name: str, opened: Gguf, skeleton: Skeleton, architecture: str) -> R
     if "ffn_gate_inp_shexp" in theirs and len(found.type.shape) == 1:
         return step("reshape", found, shape=(1, *found.type.sizes))
     if architecture in REORDERED and (part := re.search(r"attn_([qk])\.", theirs)):
-        config = skeleton.config
         heads = config.num_attention_heads if part[1] == "q" else config.num_key_value_heads
         return _half_rotated(found, heads)
     return found

@@ -11,14 +11,14 @@ import torch
 
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
-from ..ir import Module, TensorType
-from ..recipes import Recipe, Tensor
+from ..ir import Module, TensorType, walk_calls
+from ..recipes import FITTED, Recipe, Tensor, bind, rename, tensors
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from . import deepseek_v4
-from .capture import NAME, register
+from .capture import register
 from .deepseek_v4_weights import Weights
 from .names import expected_tensors, map_parameters
-from .skeleton import adopt, build, read_config
+from .skeleton import PARTS, adopt, build, read_config
 from .stored import expected_quantized, layer_types, read_quantization, stored_tensors
 from .transformers_model import import_model
 
@@ -54,6 +54,13 @@ def import_folder(
             available = expected_quantized(skeleton.model, stored, quantization, where) if quantization else stored
         else:
             available = stored_tensors(checkpoint, wanted, quantization)
+        part = PARTS.get(config.model_type)
+        if part and checkpoint is not None:  # the recipes go on naming the tensors as they are stored
+            available = {
+                name.removeprefix(f"{part}."): r for name, r in available.items() if name.startswith(f"{part}.")
+            }
+        elif part:
+            available = {name: rename(r, lambda own: f"{part}.{own}") for name, r in available.items()}
         return map_parameters(skeleton.model, wanted, available)
 
     # layers may differ in nothing but how they are stored
@@ -61,7 +68,9 @@ def import_folder(
     module = import_model(skeleton, mapper, name, replaced, stored_as)
     if checkpoint is not None:
         check_weights(module, checkpoint)
-    return module, checkpoint, {}
+    # a model of text and images is compiled for text: towers for images are left out on purpose
+    whole = config.get_text_config(decoder=True) is not config
+    return module, checkpoint, _unread(module, checkpoint) if checkpoint is not None and whole else {}
 
 
 def import_live(model: Any, replaced: list[str] | None = None) -> tuple[Module, dict[str, torch.Tensor]]:
@@ -69,18 +78,18 @@ def import_live(model: Any, replaced: list[str] | None = None) -> tuple[Module, 
 
     `replaced` gets the names of code that moec's own ops stand for.
     """
-    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    live = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     if model.config.model_type == deepseek_v4.MODEL_TYPE:
-        weights = Weights({name: _type(t) for name, t in tensors.items()})
-        return deepseek_v4.build(model.config, weights, f"python:{type(model).__name__}"), tensors
+        weights = Weights({name: _type(t) for name, t in live.items()})
+        return deepseek_v4.build(model.config, weights, f"python:{type(model).__name__}"), live
     shell = _without_data(model)
-    mapper = lambda wanted: {n: Tensor(n, _type(tensors[n])) for n in wanted}  # noqa: E731
-    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}", replaced), tensors
+    mapper = lambda wanted: {n: Tensor(n, _type(live[n])) for n in wanted}  # noqa: E731
+    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}", replaced), live
 
 
 def _without_data(model: Any) -> Any:
     """Copy a model with its parameters on the meta device; it will be traced with the functions of `capture`."""
-    register()  # before transformers is told their name
+    register()
     memo: dict[int, Any] = {}
     persistent = set(model.state_dict(keep_vars=True))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -88,9 +97,7 @@ def _without_data(model: Any) -> Any:
             empty = torch.empty(tensor.shape, dtype=_float32(tensor.dtype), device="meta")
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             memo[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-    shell = deepcopy(model, memo)
-    shell.set_attn_implementation(NAME)
-    return shell
+    return deepcopy(model, memo)
 
 
 def _float32(dtype: torch.dtype) -> torch.dtype:
@@ -107,11 +114,19 @@ def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(p), None) for p in patterns)
 
 
+def _unread(module: Module, checkpoint: Checkpoint) -> dict[str, TensorType]:
+    """Return the checkpoint's tensors that no call of any function reads."""
+    read = {
+        tensor.name
+        for function, bound in walk_calls(module)
+        for const in function.consts
+        for tensor in tensors(bind(const.recipe, function.weights, bound))
+    }
+    return {name: info.type for name, info in checkpoint.tensors.items() if name not in read}
+
+
 def check_weights(module: Module, checkpoint: Checkpoint) -> None:
     """Check that every tensor that any call of any function reads is there, with the dtype and shape it should have."""
-    from ..ir import walk_calls
-    from ..recipes import FITTED, bind, tensors
-
     for function, bound in walk_calls(module):
         for const in function.consts:
             for tensor in tensors(bind(const.recipe, function.weights, bound)):

@@ -50,9 +50,12 @@ def selected(visible: Tensor, indices: Tensor) -> Tensor:
     return visible[:, 0] & chosen.scatter(-1, indices.long(), True)[..., :total]
 
 
-def causal(mask: Tensor, new: Any) -> Tensor:
-    """Return bool[B, 1, S, T]: which slots each new token may read, from a padding mask [B, T]."""
+def causal(mask: Tensor, new: Any, window: int = 0) -> Tensor:
+    """Return bool[B, 1, S, T]: which slots each new token may read, from a padding mask [B, T]; 0 is no window."""
     total = mask.shape[1]
     slots = torch.arange(total, device=mask.device)
     queries = slots[total - new :]
-    return (slots[None, :] <= queries[:, None])[None, None] & mask.bool()[:, None, None, :]
+    visible = slots[None, :] <= queries[:, None]
+    if window:
+        visible = visible & (queries[:, None] - slots[None, :] < window)
+    return visible[None, None] & mask.bool()[:, None, None, :]

@@ -31,7 +31,10 @@ class Layer:
     leaves: list[Any] = field(default_factory=list)  # arguments, flattened; tensors and the cache as they came
     spec: Any = None
     result_spec: Any = None
+    given: list[bool] = field(default_factory=list)  # which leaves of what it returns are not None
     results: list[Tensor] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)  # keys of the states that it hands on; they end the results
+    earlier: list[int] = field(default_factory=list)  # which tensor arguments are present states of earlier layers
     states: dict[StateKey, Tensor] = field(default_factory=dict)  # the present states, as the rehearsal made them
     window: tuple[int, int] = (0, 0)  # sliding window and chunk of its attention; 0: none
     kind: int = -1
@@ -45,15 +48,16 @@ class Layer:
 def find_layers(model: Any) -> tuple[str, Any]:
     """Return the name and the ModuleList of a model's decoder layers: the largest list of the config's length.
 
-    Where a layer holds two attentions, num_hidden_layers counts those and num_layers the layers.
+    Layers of an encoder, of images say, are none of them. Where a layer holds two attentions, num_hidden_layers counts those and num_layers the layers.
     """
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
     lengths = {count, getattr(config, "num_layers", count)}
+    decoder = set(model.get_decoder().modules())
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) in lengths
+        if isinstance(module, torch.nn.ModuleList) and len(module) in lengths and module in decoder
     ]
     if not lists:
         raise MoecError(f"{type(model).__name__} has no list of {count} layers (num_hidden_layers)")
@@ -71,6 +75,8 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
             if len(windows) > 1:
                 raise MoecError(f"layer {layer.index} gets masks with different windows")
+            kept = {id(t) for earlier in seen for t in earlier.states.values()}
+            layer.earlier = [i for i, tensor in enumerate(layer.tensors) if id(tensor) in kept]
             tracing.window = layer.window = windows.pop() if windows else (0, 0)
 
         return hook
@@ -78,9 +84,14 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     def after(layer: Layer) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             leaves, layer.result_spec = pytree.tree_flatten(output)
+            layer.given = [leaf is not None for leaf in leaves]
+            leaves = [leaf for leaf in leaves if leaf is not None]
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 raise MoecError(f"{type(module).__name__} returns something that is no tensor")
-            layer.results = leaves
+            before = dict(_shared(pytree.tree_unflatten(layer.leaves, layer.spec)) or {})
+            after = _shared((args, kwargs)) or {}
+            layer.shared = [key for key, value in after.items() if value is not before.get(key)]
+            layer.results = [*leaves, *shared_results(layer, after)]
             layer.states = dict(cache.present)
             cache.present.clear()
 
@@ -106,6 +117,20 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     if any(s.spec is None or s.result_spec is None for s in seen):
         raise MoecError(f"{type(model).__name__} does not call every layer once")
     return seen
+
+
+def _shared(arguments: Any) -> Any:
+    """Return the dictionary by which layers hand on keys and values to later layers, None if there is none."""
+    from transformers.cache_utils import KVSharingDict
+
+    found = pytree.tree_leaves(arguments, is_leaf=lambda x: isinstance(x, KVSharingDict))
+    return next((x for x in found if isinstance(x, KVSharingDict)), None)
+
+
+def shared_results(layer: Layer, given: Any) -> list[Tensor]:
+    """Return what a layer wrote into the dictionary that it was given, or into that of its arguments."""
+    states = given if hasattr(given, "keys") else _shared(given)
+    return [tensor for key in layer.shared for tensor in states[key]]
 
 
 def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict[str, Tensor]:
@@ -163,7 +188,8 @@ def _key(model: Any, layer: Layer) -> Any:
     )
     states = tuple((label, tuple(s.shape)) for (_, label), s in layer.states.items())
     results = tuple(tuple(r.shape) for r in layer.results)
-    return (_module_key(layer.module), per_layer, arguments, str(layer.spec), states, results, layer.window)
+    handed = (tuple(layer.earlier), tuple(layer.shared))
+    return (_module_key(layer.module), per_layer, arguments, str(layer.spec), states, results, layer.window, handed)
 
 
 def _module_key(module: Any) -> Any:
@@ -228,7 +254,15 @@ class Stub(torch.nn.Module):
         """Emit `moec::layer`."""
         leaves = pytree.tree_flatten((args, kwargs))[0]
         results = torch.ops.moec.layer([t for t in leaves if isinstance(t, Tensor)], self.layer.index)
-        return pytree.tree_unflatten(results, self.layer.result_spec)
+        count = sum(self.layer.given)
+        if self.layer.shared:
+            states, each = _shared((args, kwargs)), (len(results) - count) // len(self.layer.shared)
+            for i, key in enumerate(self.layer.shared):
+                states[key] = tuple(results[count + i * each : count + (i + 1) * each])
+        found = iter(results[:count])
+        return pytree.tree_unflatten(
+            [next(found) if given else None for given in self.layer.given], self.layer.result_spec
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -52,7 +52,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         path = path / "program.moir"
     if path.suffix == ".moir":
         return _load_text(path, weights)
-    if (file := _gguf_file(path)) is not None:
+    if (file := gguf_file(path)) is not None:
         from .gguf import import_gguf
         from .huggingface import check_weights
 
@@ -73,7 +73,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
     return Loaded(module, checkpoint, path, left_out, tuple(replaced))
 
 
-def _gguf_file(path: Path) -> Path | None:
+def gguf_file(path: Path) -> Path | None:
     """Return the GGUF file (the first of several parts) that a path names, or that a folder holds in place of shards."""
     if path.suffix == ".gguf" and path.is_file():
         return path
@@ -100,7 +100,7 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
     from ..weights.checkpoint import open_checkpoint
     from .huggingface import check_weights, has_weights
 
-    if (file := _gguf_file(folder)) is not None:
+    if (file := gguf_file(folder)) is not None:
         from ..weights.gguf import open_gguf
 
         opened = open_gguf(file)
@@ -116,13 +116,13 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
 def find_weights(module: Module, path: Path, weights: Path | str | None) -> Path | None:
     """Return the checkpoint folder of a program: `weights`, or its source seen from here or from the file's folder."""
     if weights is not None:
-        if not Path(weights).is_dir() and _gguf_file(Path(weights)) is None:
+        if not Path(weights).is_dir() and gguf_file(Path(weights)) is None:
             raise MoecError("the weights are neither a folder nor a GGUF file", where=str(weights))
         return Path(weights)
     if not module.source or module.source.startswith(LIVE):
         return None
     for candidate in (Path(module.source), path.parent / module.source):
-        if candidate.is_dir() or _gguf_file(candidate) is not None:
+        if candidate.is_dir() or gguf_file(candidate) is not None:
             return candidate
     return None
 

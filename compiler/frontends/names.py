@@ -256,6 +256,28 @@ def relative_to_layer(recipe: Recipe, layer: int) -> tuple[str, Recipe] | None:
     return prefix[: -len(f"{layer}.")] + "{layer}.", rename(recipe, lambda n: n[len(prefix) :])
 
 
+def apart_from_layer(recipe: Recipe, layer: int) -> Recipe | None:
+    """Return the recipe with absolute names where one part is the layer's number, or the number before it, if all have one.
+
+    They become `{layer}` and `{before}`: tensors that lie outside of their layers (`attn_res.attn_queries.0` is layer 1's).
+    """
+    made: dict[str, str] = {}
+    for tensor in _leaves(recipe):
+        parts = tensor.name.split(".")
+        for number, label in ((layer, "{layer}"), (layer - 1, "{before}")):
+            if parts.count(str(number)) == 1 and tensor.name not in made:
+                parts[parts.index(str(number))] = label
+                made[tensor.name] = "/" + ".".join(parts)
+        if tensor.name not in made:
+            return None
+    return rename(recipe, made.__getitem__)
+
+
+def names_before(recipe: Recipe) -> bool:
+    """Return whether a name of the recipe holds the number of the layer before."""
+    return any("{before}" in tensor.name for tensor in _leaves(recipe))
+
+
 def _leaves(recipe: Recipe) -> Iterable[Tensor]:
     if isinstance(recipe, Tensor):
         yield recipe

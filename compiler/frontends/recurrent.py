@@ -7,6 +7,7 @@ which say the same in `moec::causal_conv` and `moec::linear_attention`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,26 @@ def _lightning(
     return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * y), None
 
 
+def _dynamic_convolution(
+    self: Any, hidden_states: Tensor, dynamic_input: Tensor, past_key_values: Any = None,
+    conv_mask: Tensor | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Inkling 2's short convolution, whose taps are a sum of weights and of what each token says, tap by tap."""
+    batch, new, width = hidden_states.shape
+    taps = self.conv_kernel_size
+    by_token = self.weight_proj(dynamic_input).view(batch, new, self.num_heads, 1, taps)
+    weights = self.static_weight.T.view(self.num_heads, -1, taps) + by_token
+    seen = hidden_states if conv_mask is None else hidden_states * conv_mask[:, :, None].to(hidden_states.dtype)
+    whole = past_key_values.update_conv_state(
+        seen.transpose(1, 2), self.layer_idx, state_idx=self.conv_idx, conv_kernel_size=taps
+    )
+    total = hidden_states.view(batch, new, self.num_heads, -1)
+    for lag in range(taps):
+        piece = whole[:, :, taps - lag : whole.shape[2] - lag].transpose(1, 2)
+        total = total + piece.reshape(batch, new, self.num_heads, -1) * weights[..., lag]
+    return total.reshape(batch, new, width) / math.sqrt(2 * taps + 1)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _causal_conv1d,
     "torch_chunk_gated_delta_rule": _delta_rule,
@@ -170,4 +191,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _mamba2,
     "create_recurrent_attention_mask": _padding_mask,
 }
-METHODS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention.forward": _lightning}
+METHODS: dict[str, Callable[..., Any]] = {
+    "MiniMaxLightningAttention.forward": _lightning,
+    "Inkling2DynamicShortConvolution.forward": _dynamic_convolution,
+}

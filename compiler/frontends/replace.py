@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import angles, expert_modules, indexer, recurrent
+from . import angles, block_indexers, expert_modules, indexer, recurrent
 
 FUNCTIONS = {**recurrent.FUNCTIONS}
 LOCAL_FUNCTIONS = {**angles.LOCAL_FUNCTIONS}  # by modelling file too: others have functions of the same name
-METHODS = {**recurrent.METHODS, **expert_modules.METHODS, **angles.METHODS}
+METHODS = {**recurrent.METHODS, **expert_modules.METHODS, **angles.METHODS, **block_indexers.METHODS}
 CACHES = ("MiniMaxCache",)  # cache classes that a model insists on: a TraceCache is none of them
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from dataclasses import dataclass
@@ -19,6 +18,10 @@ _FACTORIES = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand, torch.empty_like, torch.zeros_like,
     torch.ones_like,
 }  # fmt: skip
+
+
+# models of several: which of them reads and writes text; its tensors' names begin with this too
+PARTS = {"qwen3_omni_moe": "thinker"}
 
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
@@ -95,15 +98,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def model_class(config: Any) -> Any:
-    """Return the class of a config's causal LM: AutoModelForCausalLM, or one that it does not list (Mistral 4)."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    """Return the class of a config's causal LM: AutoModelForCausalLM, or one that it does not list.
 
-    name = type(config).__module__.replace(".configuration_", ".modeling_")
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not name.startswith("transformers.models."):
-        return AutoModelForCausalLM
-    source = importlib.import_module(name)
-    found = [c for n, c in vars(source).items() if n.endswith("ForCausalLM") and c.config_class is type(config)]
-    return found[0] if found else AutoModelForCausalLM
+    These are Mistral 4, and models of text and images, whose path for text alone is the causal LM.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    return AutoModelForCausalLM
 
 
 def make_model(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -117,29 +120,34 @@ def make_model(config: Any, trust_remote_code: bool = False, **options: Any) -> 
 def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
     """Build the causal LM of a config in float32 without memory for its weights."""
     register()
-    text_config = config.get_text_config(decoder=True)
-    kwargs: dict[str, Any] = {"attn_implementation": NAME, "dtype": torch.float32}
+    if part := PARTS.get(config.model_type):
+        config = getattr(config, f"{part}_config")
     if hasattr(config, "quantization_config"):
         # the weights' storage is the recipes' affair; the traced arithmetic is float32
         del config.quantization_config
+    # where there are several models in one, only the decoder is told: see adopt
+    alone = config.get_text_config(decoder=True) is config
+    options = {"attn_implementation": NAME} if alone else {}
+    return adopt(make_empty(config, trust_remote_code, **options))
+
+
+def make_empty(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Build a config's causal LM in float32, its large tensors on the meta device; `options` as in `make_model`."""
     try:
         with _LargeTensorsOnMeta(), torch.no_grad():
-            model = make_model(config, trust_remote_code=trust_remote_code, **kwargs)
+            return make_model(config, trust_remote_code=trust_remote_code, dtype=torch.float32, **options)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        kind = config.get_text_config(decoder=True).model_type
         raise MoecError(
-            f"transformers cannot build a causal LM of model_type {text_config.model_type!r}: {_first_line(error)}"
+            f"transformers cannot build a causal LM of model_type {kind!r}: {_first_line(error)}"
         ) from error
-    return adopt(model)
 
 
 def adopt(model: Any) -> Skeleton:
     """Put a model on the meta device, keeping the values of its non-persistent buffers."""
-    use_moec_experts(model)
+    use_moec_ops(model)
     persistent = set(model.state_dict(keep_vars=True))
     buffers = {name: b.detach().clone() for name, b in model.named_buffers() if name not in persistent}
-    lost = [name for name, b in buffers.items() if b.is_meta]
-    if lost:
-        raise MoecError(f"the buffer {lost[0]} is computed by the model but too large to keep in the program")
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -147,9 +155,12 @@ def adopt(model: Any) -> Skeleton:
     return Skeleton(model.to("meta").eval(), model.config, buffers, tied)
 
 
-def use_moec_experts(model: Any) -> None:
-    """Route every experts module that transformers can dispatch through `moec::experts`."""
+def use_moec_ops(model: Any) -> None:
+    """Route the decoder's attention, and every experts module that transformers can dispatch, through moec's ops."""
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
             module.config._experts_implementation = NAME
             module.config._experts_implementation_internal = NAME
+    for module in model.get_decoder().modules():
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
+            module.config._attn_implementation_internal = NAME

@@ -103,12 +103,14 @@ def stored_tensors(
 ) -> dict[str, Recipe]:
     """Return the stored weights that can matter, by name: those of the wanted layers and those outside of layers.
 
+    A name that ends with a number may be outside of layers and belong to another layer than that of the number.
+
     MoecError names a tensor of a quantized module that is not understood.
     """
     numbers = {first_number(name) for name in wanted} | {None}
     modules: dict[str, dict[str, Tensor]] = {}
     for name, info in checkpoint.tensors.items():
-        if first_number(name) in numbers:
+        if first_number(name) in numbers or name.rpartition(".")[2].isdigit():
             module, leaf = _split(name)
             modules.setdefault(module, {})[leaf] = Tensor(name, info.type)
     found: dict[str, Recipe] = {}

@@ -18,14 +18,14 @@ from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import Dim, Function, Module, TensorType, Value
 from ..recipes import Literal, Recipe, step
-from . import aten_ops  # noqa: F401  (fills the table of handlers)
+from . import aten_moec, aten_ops  # noqa: F401  (these fill the table of handlers)
 from .aten import Graph, lower
 from .builder import Builder
 from .cache import PAST, SIZES, TraceCache, cache_class, past_like
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
-from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, stubbed
-from .names import relative_to_layer
+from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, shared_results, stubbed
+from .names import apart_from_layer, names_before, relative_to_layer
 from .replace import replaced
 from .skeleton import Skeleton
 
@@ -110,8 +110,9 @@ class _LayerProgram(torch.nn.Module):
             for leaf in seen.leaves
         ]
         args, kwargs = pytree.tree_unflatten(leaves, seen.spec)
-        output = self.layer(*args, **kwargs)
-        return pytree.tree_flatten(output)[0], [cache.present[key] for key in seen.states]
+        output = [leaf for leaf in pytree.tree_leaves(self.layer(*args, **kwargs)) if leaf is not None]
+        output += shared_results(seen, (args, kwargs)) if seen.shared else []
+        return output, [cache.present[key] for key in seen.states]
 
 
 def _layer_function(job: Import, kind: Layer) -> Function:
@@ -125,8 +126,10 @@ def _layer_function(job: Import, kind: Layer) -> Function:
     builder = Builder(name)
     values: dict[str, Any] = {}
     names = [*_argument_names(kind), *_state_names(kind)]
-    for node, label, tensor in zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True):
-        state = label.startswith("past_")
+    for i, (node, label, tensor) in enumerate(
+        zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True)
+    ):
+        state = label.startswith("past_") or i in kind.earlier
         values[str(node)] = builder.param(label, _type_of(tensor, state))
     prefix = _add_weights(job, builder, traced, values, "layer.", f"{place}.", kind.index)
     try:
@@ -182,7 +185,10 @@ def _add_weights(
         recipe = _recipe(job, place + own)
         if layer is not None and not isinstance(recipe, Literal):
             located = relative_to_layer(recipe, layer)
-            if located is None or prefix not in ("", located[0]):
+            apart = apart_from_layer(recipe, layer) if located is None or prefix not in ("", located[0]) else None
+            if apart is not None:
+                located = prefix, apart
+            elif located is None or prefix not in ("", located[0]):
                 raise MoecError(f"the checkpoint names of {place}{own} do not hold the layer's number where others do")
             prefix, recipe = located
         values[node] = builder.const(_short_name(own), recipe)
@@ -193,7 +199,7 @@ def _recipe(job: Import, name: str) -> Recipe:
     """Return how a parameter or buffer is made, in the dtype that the traced program computes in."""
     if name in job.skeleton.buffers:
         buffer = job.skeleton.buffers[name]
-        if buffer.numel() > MAX_LITERAL:
+        if buffer.is_meta or buffer.numel() > MAX_LITERAL:
             raise MoecError(f"the buffer {name} has {buffer.numel()} elements, too many to write into the program")
         kind = DTYPE_NAMES[buffer.dtype]
         return Literal(TensorType.of(kind, *buffer.shape), tuple(buffer.flatten().tolist()))
@@ -254,7 +260,11 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
         hints = [f"hidden.{index}", *(f"aux_{i}.{index}" for i in range(1, len(layer.results)))]
         hints += [f"present.{key}" for key in keys]
         operands = _call_operands(callee, layer, [*tensors, *(states[key] for key in keys)])
-        results = graph.builder.call(callee, operands, hints, layer=index)
+        numbers = {
+            "layer": index,
+            **({"before": index - 1} if any(names_before(c.recipe) for c in callee.consts) else {}),
+        }
+        results = graph.builder.call(callee, operands, hints, **numbers)
         presents.update({key: value for key, value in zip(keys, results[len(layer.results) :], strict=True)})
         return results[: len(layer.results)]
 

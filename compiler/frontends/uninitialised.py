@@ -53,4 +53,5 @@ class Piece:
         """Write the part."""
         if self.whole.made is not None:
             raise MoecError("a tensor is written after it was read")
-        self.whole.pieces.append((self.axis, self.start, self.stop, value))
+        if self.start != self.stop:
+            self.whole.pieces.append((self.axis, self.start, self.stop, value))

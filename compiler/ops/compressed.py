@@ -40,7 +40,7 @@ def _block_linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...
 
 @op(
     "nn.block_linear",
-    "x: A[B, S, G, K], w: A[N, K] -> y: A[B, S, N]",
+    "x: A[B, S, G, K], w: Q[N, K] -> y: A[B, S, N]",
     infer=_block_linear,
     flops=lambda o, r, a: 2 * r[0].elements * o[1].shape[1],
 )

@@ -107,7 +107,7 @@ def _allocate(step: Step, box: Box) -> torch.Tensor:
 
 def _stack(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     (low, high), rest = box[0], box[1:]
-    items = spread(step)[low:high]
+    items = spread(step, low, high)
     if len(items) == 1:
         return inner(items[0], rest).unsqueeze(0)
     result = _allocate(step, box)

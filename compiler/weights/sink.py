@@ -25,14 +25,15 @@ from .pull import pull, tiles
 from .quantized import encode_rows, is_part, part_names, row_tiles
 from .sources import Box, WeightSource
 
-# Measured on two cores: larger tiles are no faster, and up to ten times their size is in use at once.
-TILE_BYTES = 4 << 20
+# Measured on two cores: with smaller tiles threads wait for the interpreter, larger ones are no faster.
+TILE_BYTES = 8 << 20
 SMALLEST_TILE = 64 << 10
 IN_USE = 10  # times the size of a tile that one thread uses at most: what was read, f32, codes, the search's values
 MEMORY_LIMIT = 10**9  # bytes in use for tiles, by default
 # Tensors of a page or more start on a page, so that a runtime can map them; small ones on a cache line.
 PAGE, LINE = 4096, 64
 _HASHED_AT_ONCE = 4 << 20
+_LARGEST_KEPT = 31 << 20  # bytes, with a header just under the 32 MB at which glibc gives every block back
 
 
 def tile_bytes(limit: int, threads: int | None = None) -> int:
@@ -72,6 +73,7 @@ class TiledFile:
         except OSError as error:
             raise write_error(error, path) from error
         self._threads = threads or usable_threads()
+        _keep_freed_memory()
         self._pool = _quiet_pool(self._threads)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="moec-sha256")
 
@@ -223,6 +225,15 @@ def _box_elements(box: Box) -> int:
     for start, stop in box:
         count *= stop - start
     return count
+
+
+def _keep_freed_memory() -> None:
+    """Have tiles use memory again that earlier ones freed, which the system would have to clear anew otherwise.
+
+    glibc maps large blocks one by one until it sees one freed; from then on it keeps blocks of up to that size, and
+    twice as many bytes in all, to hand them out again (mallopt(3), M_MMAP_THRESHOLD). Elsewhere this does nothing.
+    """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def _quiet_pool(threads: int) -> ThreadPoolExecutor:

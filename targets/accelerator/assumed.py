@@ -53,11 +53,20 @@ def cache_bandwidth(profile: Profile, device: float) -> float:
     return known[0] if known else device * (ASSUMED["cache_times"] if shared else 1.0)
 
 
+def multiplies(profile: Profile, dtype: str) -> bool:
+    """Return whether a chip has products of matrices of a dtype; those of f32 need no matrix unit on a GPU."""
+    return profile.unit(dtype) is not None or (
+        dtype == "f32" and profile.family in ("nvidia", "amd") and profile.vector_peak is not None
+    )
+
+
 def matrix_rate(profile: Profile, dtype: str) -> float:
     """Return FLOP/s that a large product reaches; MoecError for an unknown peak."""
+    if profile.unit(dtype) is None and multiplies(profile, dtype):
+        return profile.need("vector_peak") * ASSUMED["matrix_reached"]
     return profile.need(f"unit.{dtype}.peak") * ASSUMED["matrix_reached"]
 
 
 def vector_rate(profile: Profile) -> float | None:
     """Return FLOP/s outside of the matrix unit, None where unknown: what is computed there then counts as no time."""
-    return profile.vector_peak and profile.vector_peak.value * ASSUMED["vector_reached"]
+    return profile.vector_peak.value * ASSUMED["vector_reached"] if profile.vector_peak else None

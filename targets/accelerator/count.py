@@ -49,6 +49,7 @@ def count(program: Program, scalars: Mapping[str, int], expect: Mapping[str, flo
         points *= min(size, expect.get(name, size))
         values[name] = int((size - 1) / 2)
     values |= {name: value for name, value in expect.items() if name not in values}
+    points = max(points, 1.0)  # a launch that finds nothing to do costs as one that finds one point
     counts = Counts(points)
     _Counter(program, counts, values).body(program.body, points)
     return counts
@@ -67,7 +68,7 @@ class _Counter:
                     self.let(name, value, times)
                 case Load(name, tensor, at):
                     if name not in self.program.buffers:
-                        self.values[name] = np.zeros(self.shape(at), np.int32)
+                        self.values[name] = np.zeros(self.shape(at), NUMPY[self.program.argument(tensor).dtype])
                     size = self.elements(name) * BITS[self.program.argument(tensor).dtype] / 8
                     self.counts.loaded[tensor] = self.counts.loaded.get(tensor, 0) + times * size
                 case Store(tensor, at):

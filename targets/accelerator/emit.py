@@ -12,13 +12,14 @@ from ...compiler.weights.sink import TILE_BYTES
 from ...compiler.weights.sources import WeightSource
 from .ascend_objects import source_of
 from .chip import Profile
+from .engine_files import engine_files
 from .objects import compile_kernels, write_files
 from .plan import make_plan
 from .shards import find_shards, write_shards
 from .spec import Kernels, KernelSpec, kernel_specs, packings
 from .triton_source import triton_source
 
-KERNELS, PLAN, SOURCES = "kernels.json", "plan.json", "kernels"
+KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
 
 
 def emit(
@@ -46,8 +47,11 @@ def emit(
         made = compile_kernels(kernels, profile, SOURCES, make_toolchain=make_toolchain)
         kernels, objects = made.kernels, made.files
     sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
+    experts = (problem for kind, problem in kernels.problems if kind == "experts_up")
+    engines = {f"{ENGINES}/{name}": _json(content) for name, content in engine_files(experts, profile)}
     texts = {
         **sources,
+        **engines,
         KERNELS: _json(_with_sources(kernels)),
         PLAN: _json(make_plan(module, profile, found)),
     }

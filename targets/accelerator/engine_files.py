@@ -8,10 +8,8 @@ by one matrix at a time, so what is searched is the product without the activati
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .chip import Profile
@@ -55,16 +53,17 @@ def file_name(engine: str, e: Experts, device: str) -> str | None:
 def entries(e: Experts, profile: Profile, tokens: tuple[int, ...] = TOKENS) -> dict[str, dict[str, int]]:
     """Return what a file says for each number of tokens."""
     product = replace(e, gated=False, inner=e.up.rows, act="identity")
-    found = {}
-    for count in tokens:
-        kernel = Kernel(
-            "fused_moe", lambda t, layout: grouped_up(product, t, layout), {"T": count},
-            shapes(row_choices(count * e.chosen / e.experts), e.up.step),
-            lambda t, count=count: {"tile": expected_tiles(e.experts, e.chosen, count, t.m)},
-            touched(e, "up", count),
-        )  # fmt: skip
-        found[str(count)] = _entry(search(kernel, profile).best.tile, e, count)
-    return found
+    return {str(count): _entry(_tile(product, profile, count), e, count) for count in tokens}
+
+
+def _tile(product: Experts, profile: Profile, tokens: int) -> Tile:
+    kernel = Kernel(
+        "fused_moe", lambda t, layout: grouped_up(product, t, layout), {"T": tokens},
+        shapes(row_choices(tokens * product.chosen / product.experts), product.up.step),
+        lambda t: {"tile": expected_tiles(product.experts, product.chosen, tokens, t.m)},
+        touched(product, "up", tokens),
+    )  # fmt: skip
+    return search(kernel, profile).best.tile
 
 
 def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:
@@ -81,7 +80,7 @@ def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:
     }
 
 
-def engine_files(problems: Iterator[Experts], profile: Profile) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def engine_files(problems: Iterable[Experts], profile: Profile) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (path, content) of the files for all routed experts of a model; none for a chip that the engines' kernel
     does not run on."""
     device = DEVICES.get(profile.name)
@@ -94,13 +93,3 @@ def engine_files(problems: Iterator[Experts], profile: Profile) -> Iterator[tupl
         content = entries(e, profile)
         yield f"vllm/{names['vllm']}", content
         yield f"sglang/triton_{TRITON.replace('.', '_')}/{names['sglang']}", content
-
-
-def write_engine_files(problems: Iterator[Experts], profile: Profile, folder: Path) -> list[str]:
-    """Write the files below a folder and return their paths in it."""
-    written = []
-    for path, content in engine_files(problems, profile):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-        written.append(path)
-    return written

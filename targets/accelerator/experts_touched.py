@@ -24,10 +24,26 @@ def distinct_experts(experts: int, chosen: int, tokens: Any, skew: float = 0.0) 
         return (
             experts * (1 - miss**tokens) if isinstance(tokens, sympy.Basic) else experts * (1 - float(miss) ** tokens)
         )
-    each = [sympy.Float(float(p)) for p in _chances(experts, chosen, skew)]
     if isinstance(tokens, sympy.Basic):
-        return sympy.Add(*(1 - (1 - p) ** tokens for p in each))
-    return float(sum(1 - (1 - float(p)) ** tokens for p in each))
+        return zipf_experts(experts, chosen, sympy.Float(skew), tokens)
+    return zipf_number(experts, chosen, skew, tokens)
+
+
+class zipf_experts(sympy.Function):
+    """What `distinct_experts` is for skewed routing, in formulas: a sum over all experts would make them long."""
+
+    nargs = 4
+
+    def _eval_evalf(self, prec: int) -> sympy.Float | None:
+        if self.free_symbols:
+            return None
+        experts, chosen, skew, tokens = self.args
+        return sympy.Float(zipf_number(int(experts), int(chosen), float(skew), float(tokens)), prec)
+
+
+def zipf_number(experts: int, chosen: int, skew: float, tokens: float) -> float:
+    """Return the expected number of experts that so many tokens touch with skewed routing."""
+    return float((1 - (1 - np.array(_chances(experts, chosen, skew))) ** tokens).sum())
 
 
 @lru_cache(maxsize=256)

@@ -50,6 +50,7 @@ class Step:
     problem: Any
     weights: Mapping[str, Packing]
     ways: Callable[[Tokens, Profile], tuple[Way, ...]]
+    products: str = "bf16"  # dtype of what is multiplied as matrices: a chip that has none leaves it to the framework
 
 
 Kind = Callable[[Op, Mapping[str, Packing]], Step | None]  # None: the framework computes this one

@@ -46,14 +46,17 @@ def linear_ways(p: Linear, tokens: Tokens) -> tuple[Way, ...]:
     tiles = shapes(row_choices(tokens.count), p.weight.step)
     ways = [Way("whole", (Kernel("linear", lambda t, layout: linear(p, t, layout), count, tiles),))]
     if tokens.count <= FEW and not p.gated:
-        for split in SPLITS:
-            part = Kernel("linear", lambda t, layout, split=split: linear(p, t, layout, split), count, tiles)
-            total = Kernel(
-                "linear_sum", lambda t, layout, split=split: linear_sum(p, t, layout, split), count,
-                row_shapes(p.rows * p.blocks), staged=False,
-            )  # fmt: skip
-            ways.append(Way(f"depth in {split} parts", (part, total)))
+        ways += [_split_way(p, split, count, tiles) for split in SPLITS]
     return tuple(ways)
+
+
+def _split_way(p: Linear, split: int, count: Mapping[str, int], tiles: tuple[tuple[int, int, int], ...]) -> Way:
+    part = Kernel("linear", lambda t, layout: linear(p, t, layout, split), count, tiles)
+    total = Kernel(
+        "linear_sum", lambda t, layout: linear_sum(p, t, layout, split), count, row_shapes(p.rows * p.blocks),
+        staged=False,
+    )  # fmt: skip
+    return Way(f"depth in {split} parts", (part, total))
 
 
 # --- norms and heads -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ def time_layer(
     gates = torch.rand((tokens, chosen), generator=generator, device="cuda")
     kernels = layer(tokens)
     tensors = kernels.buffers(x, ids, gates, weights)
-    each = {k.program.name: seconds(lambda k=k: k(tensors, {"T": tokens})) for k in kernels.kernels}
+    each = {k.program.name: seconds(partial(k, tensors, {"T": tokens})) for k in kernels.kernels}
     return Timing(
         tokens, each, seconds(lambda: kernels.run(tensors)), seconds(lambda: grouped_mm_layer(x, ids, gates, up, down))
     )

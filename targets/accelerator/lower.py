@@ -96,8 +96,11 @@ def _with_old_names(function: Function) -> Function:
 def _linear(draft: Draft, op: Op, routers: frozenset[str]) -> Op:
     x, weight, bias = op.operands
     if op.results[0].name in routers:
-        draft.recipe(weight)
-        return Op("acc.linear", op.operands, op.results, loc=op.loc)
+        # a rounded score may choose another expert: the weights keep all their numbers, the scores stay f32
+        narrow, exact = narrowed(draft.recipe(weight))
+        assert weight
+        kept = draft.weight(narrow, f"{weight.name}.bf16") if exact else weight
+        return Op("acc.linear", (x, kept, bias), op.results, make_attrs({"out": "f32"}), loc=op.loc)
     return Op("acc.linear", (x, _stored(draft, op, weight), bias), op.results, loc=op.loc)
 
 
@@ -171,7 +174,7 @@ def _attention(draft: Draft, op: Op) -> Op:
     *given, mask, sinks = op.operands
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     y, key, value = op.results
-    first = {name: op.attributes[name] for name in ("heads", "eps") if name in op.attributes}
+    first: dict[str, Any] = {name: op.attributes[name] for name in ("heads", "eps") if name in op.attributes}
     types = OPS["acc.rope_append"].infer([None if v is None else v.type for v in given], first)
     q = Value(draft.fresh(f"{y.name}.q"), types[0])
     draft.ops.append(Op("acc.rope_append", tuple(given), (q, key, value), make_attrs(first), loc=op.loc))

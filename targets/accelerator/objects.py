@@ -19,12 +19,12 @@ from .ascend_objects import find_environment, lower_kernels
 from .chip import Profile
 from .search import Choice
 from .spec import Kernels, KernelSpec
-from .triton_compile import AMD, NVIDIA, Compiled, request
-from .triton_compile import Request as Wanted
+from .triton_compile import AMD, NVIDIA, Compiled, Request, request
+from .triton_predict import predict_shared
 from .triton_workers import compile_all
 
 Made: TypeAlias = "Compiled | MoecError"
-Compile = Callable[[Sequence[Wanted], int], Sequence[Made]]
+Compile = Callable[[Sequence[Request], int], Sequence[Made]]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _entry(kernel: KernelSpec, made: Made, arch: str) -> dict[str, Any]:
     """Return what stands in kernels.json of an object."""
     if isinstance(made, MoecError):
         return {"arch": arch, "error": made.what}
-    predicted = next((kernel.best.use[name] for name in ("shared", "lds") if name in kernel.best.use), 0)
+    predicted = predict_shared(kernel.best.program, arch, kernel.best.tile.warps)
     return {
         "arch": arch, "registers": made.registers, "shared": made.shared, "shared_predicted": predicted,
         "tensor_memory": made.tensor_memory, "spills": made.spills, "scalar_spills": made.scalar_spills,

@@ -44,8 +44,8 @@ def _linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     infer=_linear,
     flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
 )
-def linear(x, w, bias):
-    """Multiply by a stored weight [out, in]: x wᵀ + bias."""
+def linear(x, w, bias, *, out: str = "bf16"):
+    """Multiply by a stored weight [out, in]: x wᵀ + bias. `out` is the dtype that the kernel hands the result on in."""
     return torch.nn.functional.linear(x, w.float(), bias)
 
 

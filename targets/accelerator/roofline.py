@@ -25,6 +25,7 @@ from ...compiler.errors import MoecError
 from ...compiler.ir import Module
 from .assumed import ASSUMED, MEANING, cache_bandwidth, launch_time, matrix_rate, memory_rate, vector_rate
 from .chip import Profile
+from .experts_touched import zipf_experts, zipf_number
 from .machine import device_memory
 from .work import MATRIX, VECTOR, Spread, Work, module_work, weight_bytes
 
@@ -146,8 +147,8 @@ class Step:
 def _sum(function: str, op: str, rows: Sequence[Row]) -> Row:
     numbers = ("kernels", "weights", "activations", "states", "device_bytes", "time")
     sums: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in numbers}
-    maps = {name: _added([getattr(row, name) for row in rows]) for name in ("flops", "parts")}
-    return Row(function, op, **sums, **maps)
+    flops, parts = _added([row.flops for row in rows]), _added([row.parts for row in rows])
+    return Row(function, op, **sums, flops=flops, parts=parts)
 
 
 def _added(maps: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -188,7 +189,7 @@ class Roofline:
         formulas = [getattr(w, name) for w in self.works for name in (*_KINDS, "flops")]
         different = list(dict.fromkeys(formulas))
         place = {formula: i for i, formula in enumerate(different)}
-        compute = sympy.lambdify(symbols, different, modules="math")
+        compute = sympy.lambdify(symbols, different, modules=[{zipf_experts.__name__: zipf_number}, "math"])
         order = [place[formula] for formula in formulas]
 
         def numbers(*values: int) -> list[float]:

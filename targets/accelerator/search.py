@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ...compiler.errors import MoecError
+from .assumed import multiplies
 from .builder import Layout
 from .chip import Profile
-from .count import count
+from .count import Counts, count
 from .kernels_experts import Tile
 from .machine import chip_of, layout_of
 from .predict import Prediction, matrix_share, predict
 from .simulate import Chip
 from .tiles import BITS, Dot, Program, footprint, walk
+from .triton_predict import spills
 
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
 STAGES, WARPS = (2, 3, 4), (4, 8)  # one stage only where two do not fit
@@ -71,11 +73,13 @@ def search(kernel: Kernel, profile: Profile) -> Found:
     reasons: dict[str, int] = {}
     tried = 0
     chips = {rows: chip_of(profile, layout_of(profile, rows)) for rows, _, _ in kernel.shapes}
-    for stages_of in (STAGES, (1,)) if kernel.staged else ((1,),):
+    # bytes and FLOPs do not depend on how many buffers and threads there are: a shape is counted once
+    counted: dict[tuple[int, int, int], Counts] = {}
+    for stages_of in (_stages(profile), (1,)) if kernel.staged else ((1,),):
         if choices:
             break
         for shape, stages in product(kernel.shapes, stages_of):
-            found, why = _fitting(kernel, Tile(*shape, stages), profile, chips[shape[0]])
+            found, why = _fitting(kernel, Tile(*shape, stages), profile, chips[shape[0]], counted)
             tried += len(found) + len(why)
             choices += found
             for reason in why:
@@ -87,14 +91,19 @@ def search(kernel: Kernel, profile: Profile) -> Found:
     return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
 
 
-def _fitting(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> tuple[list[Choice], list[str]]:
+def _fitting(
+    kernel: Kernel, tile: Tile, profile: Profile, chip: Chip, counted: dict[tuple[int, int, int], Counts]
+) -> tuple[list[Choice], list[str]]:
     """Return the choices of a tile with each number of warps, and why the other numbers cannot be."""
     program = kernel.make(tile, layout_of(profile, tile.m))
     use = footprint(program, chip.align)
     why = [unfit(program, warps, use, chip, profile) for warps in _warps(profile)]
     if all(why):
         return [], [reason for reason in why if reason]
-    counts = count(program, kernel.scalars, kernel.expect(tile))
+    shape = (tile.m, tile.n, tile.k)
+    if shape not in counted:
+        counted[shape] = count(program, kernel.scalars, kernel.expect(tile))
+    counts = counted[shape]
     found = []
     for warps, reason in zip(_warps(profile), why, strict=True):
         if reason is None:
@@ -111,6 +120,11 @@ def _rank(p: Prediction) -> float:
     return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
 
 
+def _stages(profile: Profile) -> tuple[int, ...]:
+    """Return the choices of buffers: copies in turns where a chip moves tiles by commands of its own."""
+    return STAGES if profile.family in ("nvidia", "amd") else STAGES[:1]
+
+
 def _warps(profile: Profile) -> tuple[int, ...]:
     return WARPS if profile.family in ("nvidia", "amd") else (1,)
 
@@ -122,6 +136,8 @@ def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, prof
             return f"{memory} holds {chip.capacity.get(memory, 0)} bytes, {size} are needed"
     if "registers" in use and (most := _registers(profile, warps)) < use["registers"]:
         return f"{warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
+    if profile.toolchain == "triton" and profile.arch and spills(program, profile.arch, warps):
+        return f"{warps} warps have too few registers for its sums: they would spill"
     for statement in walk(program.body):
         if isinstance(statement, Dot) and (reason := _no_product(program, statement, profile)):
             return reason
@@ -137,9 +153,9 @@ def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return why the matrix unit cannot multiply these tiles."""
     a, acc = program.buffers[dot.a], program.buffers[dot.acc]
     unit = profile.unit(a.dtype)
-    if unit is None:
-        return f"the matrix unit of {profile.name} does not take {a.dtype}"
     m, n = acc.shape
+    if unit is None:
+        return None if multiplies(profile, a.dtype) else f"{profile.name} does not multiply {a.dtype}"
     if a.shape[1] * BITS[a.dtype] // 8 < (profile.rule("tile_k_bytes") or 0):
         return f"{a.shape[1]} columns are less than one span of {profile.rule('tile_k_bytes')} bytes in shared memory"
     if a.shape[1] % unit.k:

@@ -185,14 +185,16 @@ def _write(file: TiledFile, shard: Shard, source: WeightSource, tile_bytes: int)
 
 def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
     """Return the header with its length in front, and where each tensor begins in the file."""
-    entries, end = {}, 0
+    entries: dict[str, dict[str, Any]] = {}
+    begins: dict[str, int] = {}
+    end = 0
     for name, (dtype, shape) in shard.tensors.items():
-        begin, end = end, end + _bytes(dtype, shape)
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begins[name], end = end, end + _bytes(dtype, shape)
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _START)
     start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {n: start + e["data_offsets"][0] for n, e in entries.items()}  # type: ignore[index]
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:

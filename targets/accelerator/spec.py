@@ -13,7 +13,8 @@ from typing import Any
 from ... import __version__
 from ...compiler.errors import MoecError
 from ...compiler.ir import Function, Module, Op, walk_calls
-from .assumed import ASSUMED
+from ...compiler.rewrite import tell
+from .assumed import ASSUMED, multiplies
 from .chip import Profile
 from .kinds import Step, Tokens
 from .machine import chip_of, layout_of
@@ -124,6 +125,7 @@ class Kernels:
     functions: tuple[dict[str, Any], ...]  # each op with the names of its kernels by bucket
     framework: tuple[dict[str, Any], ...]  # ops that the framework computes between kernels
     buckets: tuple[int, ...]
+    problems: tuple[tuple[str, Any], ...] = ()  # what is computed, as (kind, problem)
 
     def to_json(self) -> dict[str, Any]:
         """Return what stands in kernels.json."""
@@ -182,6 +184,9 @@ def kernel_specs(
                 raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
             place = f"@{function.name}/%{op.results[0].name}"
             step = KINDS[op.name](op, _weights(function, op, stored)) if op.name in KINDS else None
+            if step is not None and not multiplies(profile, step.products):
+                tell(why, [f"{place}: {profile.name} does not multiply {step.products}, so the framework computes it"])
+                step = None
             if step is None:
                 framework.append({"op": op.name, "place": place, "calls": calls.get(function.name, 0)})
                 continue
@@ -194,7 +199,15 @@ def kernel_specs(
             steps.append({"op": op.name, "place": place, "kernels": group.name})
         functions.append({"name": function.name, "calls": calls.get(function.name, 0), "steps": steps})
     kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)), why)]
-    return Kernels(profile.name, profile, tuple(kernels), tuple(functions), _summed(framework), tuple(sorted(tokens)))
+    return Kernels(
+        profile.name,
+        profile,
+        tuple(kernels),
+        tuple(functions),
+        _summed(framework),
+        tuple(sorted(tokens)),
+        tuple(groups),
+    )
 
 
 @dataclass

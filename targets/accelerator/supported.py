@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 
 from ...compiler.ir import Op
-from . import kinds_attention, kinds_dense, kinds_experts
+from . import kinds_attention, kinds_dense, kinds_experts, kinds_sparse
 from .kinds import Kind
 
-KINDS: dict[str, Kind] = {**kinds_experts.KINDS, **kinds_dense.KINDS, **kinds_attention.KINDS}
-FRAMEWORK = ("nn.embedding", "nn.cache_append", "moe.route")  # and core.*
+KINDS: dict[str, Kind] = {**kinds_experts.KINDS, **kinds_dense.KINDS, **kinds_attention.KINDS, **kinds_sparse.KINDS}
+FRAMEWORK = ("nn.embedding", "nn.cache_append")  # and core.*
 
 
 def supported(op: Op) -> str | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # what the functions below need takes long to import: they import it when they run
 PIPELINE = (
     "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
-    "fuse-attention,fuse-norm,cleanup,round-weights,lower"
+    "absorb-mla,fuse-attention,fuse-norm,cleanup,round-weights,lower"
 )
 
 

@@ -16,7 +16,17 @@ from ...compiler.errors import MoecError
 from .tile_expr import parse
 from .tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store
 from .triton_expr import (
-    HELPERS, Expressions, Kind, Printed, as_dtype, broadcast, call, dtype_node, powers_of_two, sizes_node, strong,
+    HELPERS,
+    Expressions,
+    Kind,
+    Printed,
+    as_dtype,
+    broadcast,
+    call,
+    dtype_node,
+    powers_of_two,
+    sizes_node,
+    strong,
 )  # fmt: skip
 
 WIDTH = 116

@@ -98,7 +98,7 @@ TARGET = Target(
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
     pipeline=(
         "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
-        "fuse-attention,fuse-norm,cleanup,lower"
+        "absorb-mla,fuse-attention,fuse-norm,cleanup,lower"
     ),
     supported=_supported,
     holds=_holds,

@@ -218,7 +218,7 @@ def _weights_of(op: Op, format: Format, record: Record) -> list[Variant]:
     match op.name:
         case "nn.embedding":
             return [Variant("GatherBlockQuantized", format.name)]
-        case "core.linear" | "nn.gated_mlp":
+        case "core.linear" | "nn.gated_mlp" | "nn.block_linear":
             widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 2 and v.type.shape[0] != 1]
             return weight_variants("MatMulNBits", format, *widths)
         case "moe.experts":

@@ -135,6 +135,27 @@ class Graph:
 
         return self.once(("sizes", name, tuple(sizes)), make)
 
+    def rows_of(self, name: str, index: int, count: int) -> str:
+        """Return an initializer with the bytes of one of `count` equal shares of the rows of another one."""
+
+        def make() -> str:
+            tensor = TensorProto()
+            tensor.CopyFrom(self.initializers[name])
+            tensor.name = self.fresh(f"{name}.{index}")
+            tensor.dims[0] //= count
+            if tensor.data_location == TensorProto.EXTERNAL:
+                place = {entry.key: entry for entry in tensor.external_data}
+                length = int(place["length"].value) // count
+                place["offset"].value = str(int(place["offset"].value) + index * length)
+                place["length"].value = str(length)
+            else:
+                length = len(tensor.raw_data) // count
+                tensor.raw_data = tensor.raw_data[index * length : (index + 1) * length]
+            self.initializers[tensor.name] = tensor
+            return tensor.name
+
+        return self.once(("rows", name, index, count), make)
+
     def take_sum(self, name: str) -> tuple[str, str] | None:
         """Take back the Add that makes a value and return its terms, if it is the last node of all."""
         terms = self.sums.get(name)

@@ -62,6 +62,7 @@ def _lower_function(function: Function, accuracy: str, record: Record, notes: li
     }
     weights: dict[str, Rewrite] = {
         "core.linear": partial(lower_linear, accuracy=accuracy, record=record),
+        "nn.block_linear": partial(lower_linear, accuracy=accuracy, record=record),
         "nn.embedding": partial(lower_embedding, record=record),
     }
     function = rewrite_ops(Draft(function), {"moe.experts": _merge_choices}, "lower", notes)

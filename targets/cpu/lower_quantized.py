@@ -27,8 +27,8 @@ _ACTIVATION = ("act", "gated", "alpha", "beta", "limit")
 
 
 def lower_linear(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
-    """Return a linear with a quantized weight as ort.matmul_nbits; others as they are."""
-    x, weight, bias = op.operands
+    """Return a linear with a quantized weight as ort.matmul_nbits, one of blocks as one for each; others as they are."""
+    x, weight, *bias = op.operands
     assert x and weight
     format = find_format(weight.type.dtype)
     if format is None:
@@ -39,7 +39,8 @@ def lower_linear(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
         return _widened(draft, op, reason)
     _note_slow(draft, op, record, at_level(variants, level), format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
-    return Op("ort.matmul_nbits", (x, *_parts(draft, weight), bias), op.results, make_attrs(attrs), loc=op.loc)
+    name = "ort.matmul_nbits" if op.name == "core.linear" else "ort.block_matmul_nbits"
+    return Op(name, (x, *_parts(draft, weight), *bias), op.results, make_attrs(attrs), loc=op.loc)
 
 
 def lower_embedding(draft: Draft, op: Op, record: Record) -> Op:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...compiler.dims import size
 from ...compiler.ir import Op
 from .graph import CONTRIB, Context, Kernel
 from .onnx_moe import activation_options, expert_loop
@@ -18,10 +19,32 @@ def matmul_nbits(ctx: Context, op: Op) -> None:
     inputs = [x, codes, scales, zeros, "", bias]
     while not inputs[-1]:
         inputs.pop()
-    ctx.finish(
-        op, "MatMulNBits", *inputs, domain=CONTRIB, K=groups * a["group"], N=out, bits=a["bits"],
-        block_size=a["group"], accuracy_level=a["accuracy"],
-    )  # fmt: skip
+    ctx.finish(op, "MatMulNBits", *inputs, **_product_options(a, out, groups))
+
+
+def block_matmul_nbits(ctx: Context, op: Op) -> None:
+    """Emit a MatMulNBits for each block, on its rows of the codes as they lie in the data file."""
+    x, *parts = ctx.inputs(op)
+    a, graph = ctx.attributes(op), ctx.graph
+    batch, new, blocks, width = op.inputs[0].type.shape
+    rows, groups = (int(s) for s in op.operands[2].type.shape)  # type: ignore[union-attr]
+    count, each = int(blocks), rows // int(blocks)
+    flat = ctx.reshape(x, (batch, new, blocks, width), (batch * new, blocks, width))
+    by_block = ctx.nodes("Split", flat, outputs=count, axis=1, num_outputs=count) if count > 1 else [flat]
+    products = []
+    for i, block in enumerate(by_block):
+        codes, scales, *zeros = (graph.rows_of(part, i, count) for part in parts if part)
+        codes = graph.with_sizes(codes, [each, groups, a["group"] * a["bits"] // 8])
+        products.append(ctx.node("MatMulNBits", block, codes, scales, *zeros, **_product_options(a, each, groups)))
+    joined = ctx.node("Concat", *products, axis=1) if count > 1 else products[0]
+    ctx.alias(op.results[0], ctx.reshape(joined, (batch * new, blocks, size(each)), (batch, new, size(rows))))
+
+
+def _product_options(a: dict[str, Any], rows: int, groups: int) -> dict[str, Any]:
+    return {
+        "domain": CONTRIB, "K": groups * a["group"], "N": rows, "bits": a["bits"], "block_size": a["group"],
+        "accuracy_level": a["accuracy"],
+    }  # fmt: skip
 
 
 def gather_nbits(ctx: Context, op: Op) -> None:
@@ -87,6 +110,7 @@ def experts_nbits(ctx: Context, op: Op) -> None:
 
 KERNELS: dict[str, Kernel] = {
     "ort.matmul_nbits": matmul_nbits,
+    "ort.block_matmul_nbits": block_matmul_nbits,
     "ort.gather_nbits": gather_nbits,
     "ort.qmoe": qmoe,
     "ort.experts_nbits": experts_nbits,

@@ -14,6 +14,7 @@ from ...compiler.dims import Size, size
 from ...compiler.formats import Format
 from ...compiler.ir import TensorType
 from ...compiler.ops import OPS, op
+from ...compiler.ops.compressed import block_linear
 from ...compiler.ops.define import Attributes, Types, fail
 from ...compiler.ops.moe import experts
 from ...compiler.weights.encode import decode
@@ -62,6 +63,24 @@ def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 def matmul_nbits(x, codes, scales, zeros, b, *, bits: int, group: int, accuracy: int = 0):
     """Multiply by a quantized weight stored [out, in]: x wᵀ + b."""
     return torch.nn.functional.linear(x, dequantize(codes, scales, zeros, bits, group), b)
+
+
+def _block_matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, codes, scales, zeros = types
+    assert x and codes and scales
+    width = _width("ort.block_matmul_nbits", codes, scales, zeros, attributes)
+    return OPS["nn.block_linear"].infer([x, TensorType("f32", (codes.shape[0], width))], {})
+
+
+@op(
+    "ort.block_matmul_nbits",
+    "x: f32[B, S, G, K], codes: u8[N, C], scales: f32[N, R], zeros: u8[N, Z]? -> y: f32[B, S, N]",
+    infer=_block_matmul,
+    flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
+)
+def block_matmul_nbits(x, codes, scales, zeros, *, bits: int, group: int, accuracy: int = 0):
+    """Multiply each part of the input by its own rows of a quantized weight, as nn.block_linear does."""
+    return block_linear(x, dequantize(codes, scales, zeros, bits, group))
 
 
 def _gather(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:

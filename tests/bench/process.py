@@ -19,10 +19,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took: wall-clock seconds of the whole process, and the largest resident memory in bytes."""
+    """What a command took, as a whole process: wall-clock seconds, the largest resident memory in bytes, and the
+    seconds that its threads computed."""
 
     seconds: float
     peak_bytes: int
+    cpu_seconds: float | None = None
 
 
 def moec_compile(source: Path, out: Path, options: str) -> list[str | Path]:
@@ -42,7 +44,7 @@ def measured(command: Sequence[str | Path], log: Path) -> Cost:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}\nfailed ({process.returncode}):\n{_tail(log)}")
-    return Cost(seconds, usage.ru_maxrss * 1024)
+    return Cost(seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
 def remembered(command: Sequence[str | Path], log: Path, made: Path) -> Cost:

@@ -1,0 +1,92 @@
+"""A quantized checkpoint as a model of transformers in float32: its weights are the numbers that the codes stand for.
+
+transformers opens such checkpoints through one package a format, and some not at all on a CPU. Here the model is built
+from its config, and moec's own recipes fill it, a tile at a time: memory is that of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MoecError
+from ..recipes import Recipe
+from ..weights.checkpoint import open_checkpoint
+from ..weights.pull import pull, tiles
+from ..weights.sources import WeightSource
+from .deepseek_v4 import MODEL_TYPE
+from .deepseek_v4_weights import Weights
+from .gguf import gguf_config, gguf_parameters
+from .load import gguf_file
+from .names import map_parameters
+from .skeleton import make_empty, read_config
+from .stored import read_quantization, stored_tensors
+
+_TILE = 16 << 20  # bytes of f32
+
+
+def dequantized_model(path: Path) -> Any | None:
+    """Return the causal LM of a checkpoint folder or GGUF file, evaluated, with eager attention; None for a checkpoint
+    that is not quantized.
+
+    Raises MoecError for what an import would refuse, and for parameters that the checkpoint does not have.
+    """
+    if (file := gguf_file(path)) is not None:
+        from ..weights.gguf import open_gguf
+
+        opened = open_gguf(file)
+        with opened.checkpoint as source:
+            config = gguf_config(opened, file)
+            model = _empty(config)
+            return _filled(model, gguf_parameters(list(model.state_dict()), opened, config, file), source, path)
+    config = read_config(path)
+    quantization = read_quantization(config, path)
+    if quantization is None:
+        return None
+    model = _empty(config)
+    with open_checkpoint(path) as source:
+        if config.model_type == MODEL_TYPE:
+            types = {name: info.type for name, info in source.tensors.items()}
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            return _filled(model, Weights(types, quantization).parameters(shapes), source, path)
+        wanted = list(model.state_dict())
+        recipes = map_parameters(model, wanted, stored_tensors(source, wanted, quantization))
+        return _filled(model, recipes, source, path)
+
+
+def _empty(config: Any) -> Any:
+    config = deepcopy(config)
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return make_empty(config, attn_implementation="eager")
+
+
+def _filled(model: Any, recipes: Mapping[str, Recipe], source: WeightSource, path: Path) -> Any:
+    """Put what the recipes make into a model; MoecError names a parameter that has none."""
+    state = model.state_dict(keep_vars=True)
+    same: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        same.setdefault(id(tensor), []).append(name)
+    lacking = [names[0] for names in same.values() if not recipes.keys() & names]
+    if lacking:
+        raise MoecError(f"the source model lacks {len(lacking)} tensors, such as {lacking[0]}", where=str(path))
+    made = {name: _numbers(recipes[name], state[name].dtype, source) for name in state if name in recipes}
+    model.load_state_dict(made, strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise MoecError(f"{left[0]} is computed by the model but too large to keep", where=str(path))
+    return model.eval()
+
+
+def _numbers(recipe: Recipe, dtype: torch.dtype, source: WeightSource) -> torch.Tensor:
+    """Return what a recipe makes."""
+    found = torch.empty(recipe.type.sizes, dtype=dtype)
+    for box in tiles(recipe.type, _TILE):
+        found[tuple(slice(*span) for span in box)] = pull(recipe, source, box).to(dtype)
+    return found

@@ -1,0 +1,288 @@
+"""From stage moe to an accelerator's ops: their numbers, costs and weights, which formats they hold, the targets by name."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from moec.compiler.check import compare_function
+from moec.compiler.driver import find_target, passes_for
+from moec.compiler.errors import MoecError
+from moec.compiler.formats import format_of
+from moec.compiler.fragments import parse_pipeline
+from moec.compiler.ir import TensorType
+from moec.compiler.narrow import is_narrowing, narrowed
+from moec.compiler.ops import OPS
+from moec.compiler.parser import parse_module
+from moec.compiler.pipeline import run_pipeline
+from moec.compiler.quantization import before_lowering, is_lossy
+from moec.compiler.recipes import Tensor, step
+from moec.passes import PASSES
+from moec.targets import TARGETS, open_target
+from moec.targets.accelerator.formats import holds, slow
+from moec.targets.accelerator.lower import lower
+
+TARGET = find_target("nvidia-h200", {})
+
+
+def reference(name, *operands, **attributes):
+    return OPS[name].reference(*operands, **attributes)
+
+
+def types(*tensors):
+    names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int64: "i64"}
+    return [None if t is None else TensorType.of(names[t.dtype], *t.shape) for t in tensors]
+
+
+# --- ops -----------------------------------------------------------------------------------------------------------
+
+ACTS = [
+    {"act": "silu"}, {"act": "silu", "layout": "interleaved", "alpha": 1.702, "beta": 1.0, "limit": 0.5},
+    {"act": "gelu_tanh"}, {"act": "relu2", "gated": False}, {"act": "gelu", "gated": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attributes", ACTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", ["some", "one", "all on one expert"])
+def test_sort_and_grouped_linears_are_the_experts(attributes, dtype, bias, tokens):
+    torch.manual_seed(0)
+    count, experts, chosen, hidden, inner = (1 if tokens == "one" else 9), 6, 2, 12, 10
+    x = torch.randn(count, hidden)
+    ids = torch.rand(count, experts - 2).argsort(-1)[:, :chosen]  # two experts get nothing
+    if tokens == "all on one expert":
+        ids = torch.full((count, 1), 3)
+    gates = torch.rand(ids.shape)
+    rows = inner * (2 if attributes.get("gated", True) else 1)
+    up, down = torch.randn(experts, rows, hidden).to(dtype), torch.randn(experts, hidden, inner).to(dtype)
+    up_bias, down_bias = (torch.randn(experts, rows), torch.randn(experts, hidden)) if bias else (None, None)
+    order, offsets = reference("acc.sort", ids, experts=experts)
+    pairs = (ids, order, offsets)
+    for e in range(experts):
+        own = order[offsets[e] : offsets[e + 1]]
+        assert own.tolist() == (ids.flatten() == e).nonzero().flatten().tolist()
+    h = reference("acc.grouped_up", x, *pairs, up, up_bias, **attributes)
+    y = reference("acc.grouped_down", h, *pairs, gates, down, down_bias)
+    wanted = reference("moe.experts", x, ids, gates, up.float(), down.float(), up_bias, down_bias, **attributes)
+    assert torch.allclose(y, wanted, atol=1e-5 * float(wanted.abs().max()))
+    first, second = types(x, *pairs, up, up_bias), types(h, *pairs, gates, down, down_bias)
+    assert OPS["acc.grouped_up"].infer(first, attributes)[0].sizes == h.shape
+    assert OPS["acc.grouped_down"].infer(second, {})[0].sizes == y.shape
+    whole = types(x, ids, gates, up.float(), down.float(), up_bias, down_bias)
+    flops = OPS["moe.experts"].flops(whole, tuple(types(y)), attributes)
+    assert flops == sum((
+        OPS["acc.grouped_up"].flops(first, tuple(types(h)), attributes),
+        OPS["acc.grouped_down"].flops(second, tuple(types(y)), {}),
+    ))  # fmt: skip
+
+
+def test_gated_mlp_in_two_parts():
+    x, up, down = torch.randn(3, 2, 8), torch.randn(12, 8), torch.randn(8, 6)
+    h = reference("acc.gated_up", x, up, None, act="gelu_tanh", layout="interleaved", beta=0.5)
+    y = reference("acc.linear", h, down, None)
+    wanted = reference("nn.gated_mlp", x, up, down, None, None, None, act="gelu_tanh", layout="interleaved", beta=0.5)
+    assert torch.equal(y, wanted)
+    flops = OPS["nn.gated_mlp"].flops([*types(x, up, down), None, None, None], tuple(types(y)), {})
+    first = OPS["acc.gated_up"].flops([*types(x, up), None], tuple(types(h)), {})
+    assert flops == first + OPS["acc.linear"].flops([*types(h, down), None], tuple(types(y)), {})
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("extras", [True, False])
+def test_rope_append_and_attention_are_the_cached_attention(packed, extras):
+    torch.manual_seed(1)
+    batch, new, past, heads, groups, width = 2, 3, 4, 4, 2, 8
+    q, k, v = (torch.randn(batch, new, n * width) for n in (heads, groups, groups))
+    states = torch.randn(2, batch, groups, past, width)
+    cos, sin = (torch.randn(1, new, 4), torch.randn(1, new, 4)) if extras else (None, None)
+    norms = (torch.rand(width), torch.rand(width)) if extras else (None, None)
+    given = (torch.cat((q, k, v), -1), None, None) if packed else (q, k, v)
+    given = (*given, *states, cos, sin, *norms)
+    turned, key, value = reference("acc.rope_append", *given, heads=heads, eps=1e-6)
+    y = reference("nn.attention", turned, key, value, None, None, scale=0.3, window=3).flatten(2)
+    wanted = reference("nn.cached_attention", *given, None, None, heads=heads, eps=1e-6, scale=0.3, window=3)
+    assert all(map(torch.equal, (y, key, value), wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "attributes", "what"),
+    [
+        ("acc.linear", ["f32[2, 8]", "i64[4, 8]", None], {}, "weights are bf16, f32 or in a quantized format"),
+        ("acc.gated_up", ["f32[2, 8]", "bf16[5, 8]", None], {}, "5 rows are no halves"),
+        ("acc.gated_up", ["f32[2, 8]", "bf16[4, 8]", None], {"act": "swish"}, "does not know act=swish"),
+        ("acc.grouped_up", ["f32[2, 8]", "i64[2, 2]", "i64[3]", "i64[4]", "bf16[3, 4, 8]", None], {}, "does not order"),
+        ("acc.grouped_up", ["f32[2, 8]", "i64[2, 2]", "i64[4]", "i64[5]", "bf16[3, 4, 8]", None], {}, "not the bounds"),
+    ],
+)
+def test_operands_that_do_not_fit(name, operands, attributes, what):
+    def type_of(text):
+        dtype, _, sizes = text.partition("[")
+        return TensorType.of(dtype, *map(int, sizes[:-1].split(",")))
+
+    with pytest.raises(MoecError, match=what):
+        OPS[name].infer([text and type_of(text) for text in operands], attributes)
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def leaf(dtype, *sizes):
+    return Tensor("w", TensorType.of(dtype, *(sizes or (4, 4))))
+
+
+def test_narrowed():
+    wide = step("cast", leaf("bf16"), to="f32")
+    assert narrowed(wide) == (leaf("bf16"), True)
+    assert narrowed(step("transpose", wide, perm=(1, 0))) == (step("transpose", leaf("bf16"), perm=(1, 0)), True)
+    mixed = step("concat", wide, step("cast", leaf("f16"), to="f32"), axis=0)
+    assert narrowed(mixed) == (step("concat", leaf("bf16"), step("cast", leaf("f16"), to="bf16"), axis=0), False)
+    assert narrowed(step("cast", leaf("f8e4m3"), to="f32")) == (step("cast", leaf("f8e4m3"), to="bf16"), True)
+    assert narrowed(wide, "f16") == (step("cast", leaf("bf16"), to="f16"), False)
+    assert not is_narrowing(wide) and is_narrowing(step("cast", leaf("f32"), to="bf16"))
+    assert not is_narrowing(step("cast", leaf("f8e4m3"), to="bf16"))
+    assert is_narrowing(step("cast", leaf("bf16"), to="f16"))
+
+
+LINEAR = """moec 1 stage moe
+dim T in 1..64
+func @main(%x: f32[T, 256]) -> (f32[T, 256]) {{
+  const %w : f32[256, 256] = {}
+  %y = core.linear(%x, %w, _) : f32[T, 256]
+  return %y
+}}
+"""
+
+
+def test_rounding_is_lossy_and_bf16_is_not():
+    steps = parse_pipeline("round-weights,lower")
+    for recipe, lossy in [('tensor("w", f32[256, 256])', True), ('cast(tensor("w", bf16[256, 256]), to=f32)', False)]:
+        module = parse_module(LINEAR.format(recipe))
+        why = []
+        lowered, timings = run_pipeline(module, steps, target=TARGET, check=True, table=passes_for(TARGET), why=why)
+        assert lowered.main.consts[0].value.type.dtype == "bf16" and lowered.main.consts[0].value.name == "w"
+        assert is_lossy(lowered) == lossy == timings[0].changed
+        assert any("1 weights are rounded to bf16: %w" in note for note in why) == lossy
+    with pytest.raises(MoecError, match="not rounded to f8"):
+        PASSES["round-weights"](module, to="f8")
+
+
+def test_a_matrix_that_bf16_does_not_hold_stays_and_says_so():
+    why = []
+    lowered = lower(parse_module(LINEAR.format('tensor("w", f32[256, 256])')), why)
+    assert lowered.main.consts[0].value.type.dtype == "f32"
+    assert any("%w stays f32" in note and "round-weights" in note for note in why)
+    with pytest.raises(MoecError, match="no accuracy"):
+        lower(lowered, accuracy="half")
+    assert lower(lowered) is lowered
+
+
+def test_quantize_comes_before_rounding():
+    assert before_lowering("a,round-weights,lower", "q{x=1}") == "a,q{x=1},round-weights,lower"
+    assert before_lowering("a,lower", "q") == "a,q,lower"
+
+
+BLOCKS = """moec 1 stage moe
+dim T in 1..64
+func @main(%x: f32[T, 256], %ids: i64[T, 2], %gates: f32[T, 2]) -> (f32[T, 256]) {
+  const %w : f32[200, 256] = dequantize(tensor("w", f8e4m3[200, 256]), tensor("w.s", f32[2, 2]), block=[128, 128])
+  const %part : f32[128, 256] = slice(dequantize(tensor("p", f8e4m3[384, 256]), tensor("p.s", f8e8m0[3, 2]), block=[128, 128]), axis=0, start=128, stop=256)
+  const %up : f32[4, 256, 256] = concat(stack(dequantize(tensor("e.{0..3}.gate", f8e4m3[128, 256]), tensor("e.{0..3}.gate.s", f32[1, 2]), block=[128, 128])), stack(dequantize(tensor("e.{0..3}.up", f8e4m3[128, 256]), tensor("e.{0..3}.up.s", f32[1, 2]), block=[128, 128])), axis=1)
+  const %down : f32[4, 256, 128] = stack(dequantize(tensor("e.{0..3}.down", f8e4m3[256, 128]), tensor("e.{0..3}.down.s", f32[2, 1]), block=[128, 128]))
+  const %out : f32[256, 200] = transpose(dequantize(tensor("o", f8e4m3[200, 256]), tensor("o.s", f32[2, 2]), block=[128, 128]), perm=[1, 0])
+  const %last : f32[256, 128] = tensor("last", f32[256, 128])
+  %y = moe.experts(%x, %ids, %gates, %up, %down, _, _) : f32[T, 256]
+  %a = core.linear(%y, %w, _) : f32[T, 200]
+  %b = core.linear(%a, %out, _) : f32[T, 256]
+  %c = core.linear(%b, %part, _) : f32[T, 128]
+  %d = core.linear(%c, %last, _) : f32[T, 256]
+  return %d
+}
+"""
+
+
+def test_fp8_blocks_of_a_checkpoint_are_kept():
+    module, notes = parse_module(BLOCKS), []
+    kept = PASSES["keep-codes"](module, TARGET, notes)
+    formats = {c.value.name: c.value.type.dtype for c in kept.main.consts}
+    blocks = dict.fromkeys(("w", "part", "up", "down"), "fp8_b128")
+    assert formats == {**blocks, "out": formats["out"], "last": "f32"} and formats["out"].startswith("f32"), notes
+    assert any("blocks of rows and columns would be turned" in note for note in notes)
+    compare_function(module, kept, "main", {}, 1e-6)
+    lowered = lower(PASSES["round-weights"](kept))
+    assert {c.value.name: c.value.type.dtype for c in lowered.main.consts} == {**blocks, "out": "bf16", "last": "bf16"}
+    compare_function(PASSES["round-weights"](kept), lowered, "main", {}, 1e-6)
+
+
+# --- formats -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Use:
+    name: str
+
+
+@pytest.mark.parametrize("format", ["int4_g16", "uint4_g128", "int8_g32", "uint8_g64", "mxfp4", "nvfp4", "fp8_b128"])
+def test_formats_that_kernels_read(format):
+    for name in ("core.linear", "nn.gated_mlp", "moe.experts"):
+        assert holds(Use(name), format_of(format)) is None and slow(Use(name), format_of(format)) is None
+    assert "in bf16" in holds(Use("nn.embedding"), format_of(format))
+    assert "no kernel of moe.grouped_linear" in holds(Use("moe.grouped_linear"), format_of(format))
+
+
+def test_formats_that_they_do_not_read():
+    assert "integers of 4 and 8 bits" in holds(Use("core.linear"), format_of("int2_g32"))
+    assert "256" in slow(Use("core.linear"), format_of("int8_g256"))
+
+
+@pytest.mark.parametrize(
+    ("options", "format"),
+    [
+        ({}, "uint4_g128"),
+        ({"head": "int4", "symmetric": True, "group": 32}, "int4_g32"),
+        ({"head": "int8"}, "int8_g128"),
+    ],
+)
+def test_quantize_picks_groups(options, format):
+    module = parse_module(LINEAR.format('tensor("w", f32[256, 256])'))
+    assert PASSES["quantize"](module, TARGET, [], **options).main.consts[0].value.type.dtype == format
+
+
+def test_one_format_for_everything_leaves_out_the_embedding():
+    text = LINEAR.format('tensor("w", f32[256, 256])').replace("%x: f32[T, 256]", "%t: i64[T]")
+    text = text.replace(
+        "  %y", '  const %e : f32[9, 256] = tensor("e", f32[9, 256])\n  %x = nn.embedding(%t, %e) : f32[T, 256]\n  %y'
+    )
+    module, notes = parse_module(text), []
+    everything = dict.fromkeys(("experts", "attention", "shared", "dense", "embedding", "head"), "mxfp4")
+    made = PASSES["quantize"](module, TARGET, notes, **everything)
+    assert {c.value.name: c.value.type.dtype for c in made.main.consts} == {"w": "mxfp4", "e": "f32"}
+    assert any("looked up by the framework" in note for note in notes)
+    with pytest.raises(MoecError, match="looked up by the framework"):
+        PASSES["quantize"](module, TARGET, [], embedding="mxfp4")
+
+
+# --- targets -------------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_name(tmp_path):
+    assert "nvidia-h200" in TARGETS and "cpu" in TARGETS and "nvidia-h2" not in TARGETS
+    assert len(TARGETS) == len(set(TARGETS)) > 10
+    assert TARGETS["ascend-950dt"].name == "ascend-950dt"
+    with pytest.raises(MoecError, match="there is no target 'nvidia-h2'") as caught:
+        open_target("nvidia-h2", {})
+    assert "nvidia-h200" in caught.value.todo
+    with pytest.raises(MoecError, match="kernels cannot be ptx"):
+        open_target("nvidia-h200", {"kernels": "ptx"})
+    with pytest.raises(MoecError, match="no figure of this profile"):
+        open_target("nvidia-h200", {"memory.dram.bandwith": "1TB/s"})
+    assert open_target("nvidia-h200", {"memory.dram.bandwidth": "1TB/s", "kernels": "source"}).name == "nvidia-h200"
+    with pytest.raises(MoecError, match="cannot be read"):
+        open_target(str(tmp_path / "mine.toml"), {})
+
+
+def test_names_of_targets_are_known_without_reading_profiles():
+    code = "import sys, moec.targets as t; n = list(t.TARGETS); print(len(n) > 10, sorted({'tomllib', 'torch', 'jsonschema'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["True", "[]\n"]
