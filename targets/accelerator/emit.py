@@ -10,12 +10,13 @@ from typing import Any
 from ...compiler.ir import Module
 from ...compiler.weights.sink import TILE_BYTES
 from ...compiler.weights.sources import WeightSource
+from .ascend_objects import source_of
 from .chip import Profile
 from .engine_files import engine_files
 from .objects import compile_kernels, write_files
 from .plan import make_plan
 from .shards import find_shards, write_shards
-from .spec import Kernels, kernel_specs, packings
+from .spec import Kernels, KernelSpec, kernel_specs, packings
 from .triton_source import triton_source
 
 KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
@@ -30,10 +31,12 @@ def emit(
     *,
     profile: Profile,
     compiled: bool = True,
+    make_toolchain: bool = False,
 ) -> dict[str, str]:
     """Write the artifact's files into a folder and return the sha256 of each by name.
 
-    Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set. `progress` is told the
+    Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set; `make_toolchain` makes
+    triton-ascend's environment if it takes that and there is none. `progress` is told the
     bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on which a kernel does not
     fit, for weights that cannot be read and for a full disk.
     """
@@ -41,9 +44,9 @@ def emit(
     found = find_shards(module, packings(module, profile))
     objects: Mapping[str, bytes] = {}
     if compiled:
-        made = compile_kernels(kernels, profile, SOURCES)
+        made = compile_kernels(kernels, profile, SOURCES, make_toolchain=make_toolchain)
         kernels, objects = made.kernels, made.files
-    sources = {f"{SOURCES}/{k.name}.py": triton_source(k.best.program, k.best.tile.warps) for k in kernels.kernels}
+    sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
     experts = (problem for kind, problem in kernels.problems if kind == "experts_up")
     engines = {f"{ENGINES}/{name}": _json(content) for name, content in engine_files(experts, profile)}
     texts = {
@@ -54,6 +57,13 @@ def emit(
     }
     written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
     return written | write_shards(found, source, folder, tile_bytes, progress)
+
+
+def _source(kernel: KernelSpec, profile: Profile) -> str:
+    program = kernel.best.program
+    if profile.toolchain == "triton-ascend":
+        return source_of(program, profile.arch or "")
+    return triton_source(program, kernel.best.tile.warps)
 
 
 def _with_sources(kernels: Kernels) -> dict[str, Any]:

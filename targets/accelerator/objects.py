@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from ...compiler.atomic import write_error
 from ...compiler.errors import MoecError
 from ...compiler.weights.sink import usable_threads
+from .ascend_objects import find_environment, lower_kernels
 from .chip import Profile
 from .search import Choice
 from .spec import Kernels, KernelSpec
@@ -34,13 +35,17 @@ class Objects:
     files: Mapping[str, bytes]
 
 
-def compile_kernels(kernels: Kernels, profile: Profile, folder: str, make: Compile = compile_all) -> Objects:
+def compile_kernels(
+    kernels: Kernels, profile: Profile, folder: str, make: Compile = compile_all, make_toolchain: bool = False
+) -> Objects:
     """Return the kernels with objects for the chip; their files have names below `folder`.
 
     Where nothing compiles for the chip here the kernels stay as they are, with the reason in the place of an object.
-    `make` compiles; tests give their own.
+    `make` compiles; tests give their own. `make_toolchain` makes the environment of triton-ascend if there is none.
     """
     arch = profile.arch or ""
+    if profile.toolchain == "triton-ascend":
+        return Objects(*lower_kernels(kernels, arch, folder, *find_environment(make_toolchain)))
     if profile.toolchain != "triton":
         return Objects(kernels, {})
     try:

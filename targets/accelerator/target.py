@@ -25,14 +25,17 @@ PIPELINE = (
 )
 
 
-OPTION = "kernels"  # of -D, beside the figures of the profile
-CHOICES = ("objects", "source")
+# of -D, beside the figures of the profile: choices, the first by default
+OPTIONS = {"kernels": ("objects", "source"), "toolchain": ("found", "make")}
 
 
-def accelerator_target(profile: Profile, source: str = "", kernels: str = CHOICES[0]) -> Target:
+def accelerator_target(
+    profile: Profile, source: str = "", kernels: str = "objects", toolchain: str = "found"
+) -> Target:
     """Return the target for a chip; `source` is the name or TOML file that options are put on (the profile's name).
 
-    `kernels` is `objects` (sources, and compiled where the toolchain is installed) or `source`.
+    `kernels` is `objects` (sources, and compiled where the toolchain is installed) or `source`; `toolchain` is `found`
+    or `make` (triton-ascend's environment is made if there is none).
     """
     return Target(
         name=profile.name,
@@ -42,7 +45,7 @@ def accelerator_target(profile: Profile, source: str = "", kernels: str = CHOICE
         holds=_holds,
         slow=_slow,
         lower=_lower,
-        emit=partial(_emit, profile=profile, compiled=kernels == CHOICES[0]),
+        emit=partial(_emit, profile=profile, compiled=kernels == "objects", make_toolchain=toolchain == "make"),
         load=_load,
         configure=partial(find_accelerator, source or profile.name),
         predict=partial(_predict, profile=profile),
@@ -52,15 +55,16 @@ def accelerator_target(profile: Profile, source: str = "", kernels: str = CHOICE
 def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
     """Return the target of a shipped profile or of a TOML file, with a user's figures; see profile.find_profile.
 
-    `kernels=source` leaves the kernels uncompiled.
+    `kernels=source` leaves the kernels uncompiled; `toolchain=make` makes what compiles them, for a chip that takes an
+    environment of its own.
     """
-    figures = {key: value for key, value in options.items() if key != OPTION}
-    kernels = options.get(OPTION, CHOICES[0])
-    if kernels not in CHOICES:
-        raise MoecError(
-            f"{OPTION} cannot be {kernels}", where=f"-D {OPTION}={kernels}", todo=f"give {' or '.join(CHOICES)}"
-        )
-    return accelerator_target(find_profile(name, figures), name, kernels)
+    figures = {key: value for key, value in options.items() if key not in OPTIONS}
+    chosen = {key: options.get(key, choices[0]) for key, choices in OPTIONS.items()}
+    for key, value in chosen.items():
+        if value not in OPTIONS[key]:
+            todo = f"give {' or '.join(OPTIONS[key])}"
+            raise MoecError(f"{key} cannot be {value}", where=f"-D {key}={value}", todo=todo)
+    return accelerator_target(find_profile(name, figures), name, **chosen)
 
 
 def _supported(op: Op) -> str | None:
@@ -90,10 +94,13 @@ def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast")
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
     progress: Callable[[int], None] | None = None, *, profile: Profile, compiled: bool,
+    make_toolchain: bool,
 ) -> dict[str, str]:  # fmt: skip
     from .emit import emit
 
-    return emit(module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled)
+    return emit(
+        module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled, make_toolchain=make_toolchain
+    )
 
 
 def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:

@@ -227,16 +227,23 @@ class _Printer:
         argument = self.program.argument(tensor)
         if len(at) != len(argument.shape):
             raise MoecError(f"{tensor} has {len(argument.shape)} axes, {len(at)} indices were given")
-        address: ast.expr = ast.Name(pointer(tensor))
+        offsets: list[ast.expr] = []
+        first = 0
         shape: tuple[int, ...] = ()
         for axis, text in enumerate(at):
             node, kind = self.expressions.print(text)
+            if axis == len(at) - 1:
+                first, node = _split(node)
             if kind.dtype not in ("int", "i32", "i64"):
                 raise MoecError(f"an index that is {kind.dtype}", where=text)
             shape = broadcast(shape, kind.shape)
-            if kind.constant == 0:
-                continue
-            address = ast.BinOp(address, ast.Add(), self._offset(argument, axis, node, kind))
+            if kind.constant != 0:
+                offsets.append(self._offset(argument, axis, node, kind))
+        if first:  # before the rest: where it stands behind, triton-ascend fails when every second number is read
+            offsets.insert(0, ast.Constant(first))
+        address: ast.expr = ast.Name(pointer(tensor))
+        for offset in offsets:
+            address = ast.BinOp(address, ast.Add(), offset)
         if not mask:
             return address, None, shape
         node, kind = self.expressions.print(mask)
@@ -324,6 +331,16 @@ class _Printer:
         self.expressions.kinds[loop.var] = Kind("int", natural=first.natural)
         self._inner(loop.body)
         del self.expressions.kinds[loop.var]
+
+
+def _split(node: ast.expr) -> tuple[int, ast.expr]:
+    """Return an index as a constant and the rest, which is added to it; 0 where it has none in front."""
+    match node:
+        case ast.BinOp(ast.Constant(int() as first), ast.Add(), rest):
+            return first, rest
+        case ast.Subscript(ast.BinOp(ast.Constant(int() as first), ast.Add(), rest), axes):
+            return first, ast.Subscript(rest, axes)
+    return 0, node
 
 
 def _spread(address: ast.expr, shape: tuple[int, ...]) -> ast.expr:

@@ -1,0 +1,62 @@
+"""Small tile programs of every kernel kind, with what they read, for the tests of Ascend."""
+
+import numpy as np
+import torch
+from chips_for_tests import named, weight
+from moec.targets.accelerator.kernels_dense import Linear, linear, linear_sum
+from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.packing import Packing
+
+EXPERTS, CHOSEN, TOKENS = 6, 2, 5
+FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "mxfp4", "fp8_b128")
+
+
+def routed(form, layout, sizes=(100, 40), direct=False):
+    """Yield (label, program, tensors) of routed experts with weights in a format; bf16 lies in fractals."""
+    hidden, inner = sizes
+    rng = np.random.default_rng(1)
+    up = Packing(form, 2 * inner, hidden, EXPERTS, fractal=form == "bf16")
+    down = Packing(form, hidden, inner, EXPERTS, fractal=form == "bf16")
+    e = Experts(EXPERTS, CHOSEN, hidden, inner, up, down, limit=7.0, up_bias=True, interleaved=form == "mxfp4")
+    tile = Tile(16, 32, max(up.step, 32))
+    ids = np.stack([rng.permutation(EXPERTS - 1)[:CHOSEN] for _ in range(TOKENS)]).astype(np.int32)  # one has no token
+    pairs = ids.reshape(-1)
+    order = np.argsort(pairs, kind="stable").astype(np.int32)
+    offsets = np.searchsorted(pairs[order], np.arange(EXPERTS + 1)).astype(np.int32)
+    where = {"ids": pairs} if direct else {"order": order, "offsets": offsets}
+    up_parts, _ = weight(up, rng)
+    down_parts, _ = weight(down, rng)
+    given = {"x": rng.standard_normal((TOKENS, hidden)), "up_bias": rng.standard_normal((EXPERTS, 2 * inner))}
+    label = f"{form}{' direct' if direct else ''}"
+    yield f"up {label}", grouped_up(e, tile, layout, direct), {**given, **where, **named(up_parts, "up")}
+    given = {"h": rng.standard_normal((TOKENS * CHOSEN, inner)), "gates": rng.random(TOKENS * CHOSEN), **where}
+    for scatter in (False, True):
+        program = grouped_down(e, tile, layout, direct, scatter)
+        yield f"down {label}{' scattered' if scatter else ''}", program, {**given, **named(down_parts, "down")}
+    if not direct and form == "bf16":
+        yield "sort", sort(e, layout), {"ids": pairs}
+        rows = rng.standard_normal((TOKENS * CHOSEN, hidden))
+        yield "combine", combine(e, 64, layout, 2), {"rows": rows}
+
+
+def dense(form, layout):
+    """Yield (label, program, tensors) of dense layers with a weight in a format."""
+    rng = np.random.default_rng(2)
+    rows, depth, tile = 40, 136, Tile(16, 16, 128)
+    packing = Packing(form, rows, depth, fractal=form == "bf16")
+    parts, _ = weight(packing, rng)
+    x = torch.tensor(rng.standard_normal((TOKENS, depth)), dtype=torch.bfloat16)
+    p = Linear(rows, depth, packing, bias=True, act="gelu", scaled=True)
+    end = {"bias": rng.standard_normal(rows), "scale": rng.random(TOKENS)}
+    yield f"linear {form}", linear(p, tile, layout), {"x": x, **named(parts, "w"), **end}
+    yield f"linear {form} in parts", linear(p, tile, layout, 2), {"x": x, **named(parts, "w")}
+    if form == "bf16":
+        yield "linear_sum", linear_sum(p, Tile(4, 32, 0), layout, 2), {"parts": rng.random((2, TOKENS, rows)), **end}
+
+
+def programs(layout, forms=FORMATS):
+    """Yield (label, program, tensors) of everything."""
+    for form in forms:
+        yield from routed(form, layout)
+        yield from routed(form, layout, direct=True)
+        yield from dense(form, layout)
