@@ -166,13 +166,16 @@ def _attention(
         ), None
     if position_bias is not None or sinks is not None:
         raise MoecError(f"{type(module).__name__} adds to its scores or sinks in a way that is not understood")
+    if len(masks) == 1:
+        shared, bound = masks[0], float(softcap or 0.0)
+        return torch.ops.moec.attention(query, key, value, shared, s_aux, scale, window, chunk, bound), None
     parts = (x.chunk(len(masks), dim=1) for x in (query, key, value))  # heads that share a mask attend together
     offsets = [None] * len(masks) if s_aux is None else list(s_aux.chunk(len(masks)))
     found = [
         torch.ops.moec.attention(q, k, v, mask, sink, scale, window, chunk, float(softcap or 0.0))
         for q, k, v, mask, sink in zip(*parts, masks, offsets, strict=True)
     ]
-    return torch.cat(found, dim=2) if len(found) > 1 else found[0], None
+    return torch.cat(found, dim=2), None
 
 
 def _masks(module: Any, mask: Tensor | None, heads: int) -> list[Tensor | None]:
