@@ -117,7 +117,7 @@ def _entry(kernel: KernelSpec, made: Made, arch: str) -> dict[str, Any]:
     return {
         "arch": arch, "registers": made.registers, "shared": made.shared, "shared_predicted": predicted,
         "tensor_memory": made.tensor_memory, "spills": made.spills, "scalar_spills": made.scalar_spills,
-        "instructions": sorted(made.uses),
+        "instructions": sorted(made.uses), **({} if made.limit is None else {"register_limit": made.limit}),
     }  # fmt: skip
 
 
