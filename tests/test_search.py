@@ -63,7 +63,9 @@ def check_fits(choice, profile):
         assert (a.memory, b.memory, acc.memory) == chip.operands
         unit = profile.unit(a.dtype)
         m, n = acc.shape
-        assert a.shape == (m, b.shape[1]) and b.shape[0] == n and a.shape[1] % unit.k == 0
+        columns, depth = b.shape if dot.transpose else b.shape[::-1]
+        assert (a.shape, columns) == ((m, depth), n)
+        assert depth % (unit.k if unit else 1) == 0
         if rows := profile.rule("fractal_rows"):
             assert m % rows == n % rows == 0
             assert a.shape[1] * BITS[a.dtype] // 8 % profile.rule("fractal_bytes") == 0

@@ -16,6 +16,7 @@ from ...compiler.ir import Function, Module, Op, walk_calls
 from ...compiler.rewrite import tell
 from .assumed import ASSUMED, multiplies
 from .chip import Profile
+from .exchange import exchanges
 from .kinds import Step, Tokens
 from .machine import chip_of, layout_of
 from .packing import Packing
@@ -138,10 +139,19 @@ class Kernels:
             "buckets": list(self.buckets),
             "context": CONTEXT,
             "predicted": {str(b): self.time(b) for b in self.buckets},
+            "exchange": self.exchange(),
             "functions": list(self.functions),
             "framework": list(self.framework),
             "kernels": [k.to_json(self.profile) for k in self.kernels],
         }
+
+    def exchange(self) -> list[dict[str, Any]]:
+        """Return what dispatch and combine cost where the routed experts lie on several devices."""
+        experts = [problem for kind, problem in self.problems if kind == "experts_up"]
+        return [
+            {"experts": [e.experts, e.chosen, e.hidden], "groups": exchanges(e, self.profile, self.buckets)}
+            for e in experts
+        ]
 
     def time(self, tokens: int) -> float:
         """Return the predicted seconds of all kernels of one step of so many tokens, one after the other."""

@@ -48,7 +48,15 @@ def units(program: Program, arch: str, warps: int) -> set[str]:
 def predict_shared(program: Program, arch: str, warps: int) -> int:
     """Return the bytes of shared memory (LDS) that Triton is expected to take for a block."""
     origin = _origins(program.body)
-    return max((_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program)), default=0)
+    looped = {id(dot) for loop in _loops(program) for dot in _dots(loop.body)}
+    # a product that no loop holds takes its operands' bytes while it runs, AMD's takes one operand after the other
+    together = max if arch.startswith("gfx") else sum
+    once = [
+        together(_size(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
+        for dot in _dots(program.body)
+        if id(dot) not in looped
+    ]
+    return max([*once, *(_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program))], default=0)
 
 
 def spills(program: Program, arch: str, warps: int) -> bool:
@@ -125,7 +133,7 @@ class _Loop:
                 continue
             if name in operands:
                 total += size * self._copies(name, operands[name], name in second, copies)
-            elif dots and _ahead(buffer) and not turned:
+            elif dots and _ahead(buffer) and not turned and not self._widened(dots):
                 total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
         if copies == 1:
             return self._unstaged(dots) + self._kept(dots)
@@ -135,6 +143,10 @@ class _Loop:
     def _unit(self, dot: Dot) -> str:
         m, n = self.program.buffers[dot.acc].shape
         return matrix_unit(self.arch, m, n, self.program.buffers[dot.a].dtype, self.warps)
+
+    def _widened(self, dots: Sequence[Dot]) -> bool:
+        """Return whether these are products of f32 on AMD: what is widened to f32 is turned there, not what it was."""
+        return self.arch.startswith("gfx") and any(self.program.buffers[d.a].dtype == "f32" for d in dots)
 
     def _copies(self, name: str, unit: str, second: bool, stages: int) -> int:
         if unit in ASYNC:
@@ -173,7 +185,7 @@ class _Loop:
         for dot in dots:
             name = self.origin.get(dot.a, dot.a)
             unit, rows = self._unit(dot), self.program.buffers[dot.acc].shape[0]
-            turned = unit == "mma" or (unit == "mfma" and rows > 16)
+            turned = unit in ("mma", "fma") or (unit == "mfma" and (rows > 16 or self._widened([dot])))
             if name not in self.loaded and (unit != "mfma" if name in self.outer else turned):
                 sizes[name] = _size(self.program.buffers[name])
         return sum(sizes.values())

@@ -1,0 +1,96 @@
+"""kernels.json of a model for every target: it passes its schema, and what it states fits the chip."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import moec
+import numpy as np
+import pytest
+from moec.compiler.errors import MoecError
+from moec.targets.accelerator.machine import chip_of, layout_of
+from moec.targets.accelerator.profile import profile_names
+from moec.targets.accelerator.simulate import simulate
+from moec.targets.accelerator.spec import kernel_specs
+from moec.targets.accelerator.tile_expr import NUMPY, evaluate
+from moec.targets.accelerator.tiles import Program, footprint
+from test_search import check_fits, profile_of
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = json.loads((ROOT / "targets/accelerator/kernels.schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    return moec.compile(ROOT / "examples/tiny-moe", target="nvidia-h200", stop_after="kernel")
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_tiny_moe_for_every_target(name, lowered):
+    profile = profile_of(name)
+    kernels = kernel_specs(lowered, profile, tokens=(1, 64, 2048))
+    jsonschema.validate(kernels.to_json(), SCHEMA)
+    for kernel in kernels.kernels:
+        check_fits(kernel.best, profile)
+        read = Program.from_json(json.loads(json.dumps(kernel.best.program.to_json())))
+        chip = chip_of(profile, layout_of(profile, kernel.best.tile.m))
+        assert read == kernel.best.program
+        assert footprint(read, chip.align) == kernel.best.use
+    kinds = {k.name.rstrip("0123456789").removesuffix("_t") for k in kernels.kernels}
+    assert {"experts_up_0_grouped_up", "sort_0", "route_0", "attention_0", "linear_0", "norm_0_rms_norm"} <= kinds
+
+
+def test_buckets_cover_every_number_of_tokens(lowered):
+    kernels = kernel_specs(lowered, profile_of("nvidia-h200"), tokens=(64, 1, 2048))
+    assert kernels.buckets == (1, 64, 2048)
+    ranges = [(k.low, k.high) for k in kernels.kernels if k.name.startswith("linear_0_t")]
+    assert ranges == [(1, 1), (2, 64), (65, 2048)]
+    assert kernels.time(2048) > kernels.time(1) > 0
+
+
+def test_what_stands_in_the_file_runs(lowered):
+    """A kernel that is read back from kernels.json computes what its op does: the simulator runs it as it stands."""
+    profile = profile_of("ascend-950dt")
+    kernels = kernel_specs(lowered, profile, tokens=(16,))
+    data = json.loads(json.dumps(kernels.to_json()))
+    entry = next(k for k in data["kernels"] if k["kind"] == "rms_norm")
+    program = Program.from_json(entry["program"])
+    rng, scalars = np.random.default_rng(0), {"T": 13}
+    tensors = {
+        a.name: rng.standard_normal([int(evaluate(n, scalars)) for n in a.shape]).astype(NUMPY[a.dtype])
+        for a in program.arguments
+    }
+    chip = chip_of(profile, layout_of(profile, entry["tile"]["m"]))
+    simulate(program, tensors, scalars, chip)
+    x = tensors["x"].astype(np.float32)
+    wanted = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-6) * tensors["w"]
+    assert np.abs(tensors["y"].astype(np.float32) - wanted).max() <= 1e-2 * np.abs(wanted).max()
+
+
+def test_exchange_grows_with_tokens_and_devices(lowered):
+    (layer,) = kernel_specs(lowered, profile_of("nvidia-h200"), tokens=(1, 64)).exchange()
+    assert [group["devices"] for group in layer["groups"]] == [2, 8]
+    for group in layer["groups"]:
+        one, many = (step["dispatch"]["bytes"] for step in group["steps"])
+        assert many == pytest.approx(64 * one)
+        assert group["steps"][1]["combine"]["bytes"] > many  # bf16 comes back where fp8 went
+
+
+def test_an_op_without_a_kernel_names_near_ones():
+    text = """moec 1 stage kernel
+dim B in 1..4
+dim S in 1..8
+
+func @main(%x: f32[B, S, 8], %past: state f32[B, 3, 8]) -> (f32[B, S, 8], state f32[B, 3, 8]) {
+  const %w : f32[8, 4] = tensor("w", f32[8, 4])
+  %y, %kept = nn.causal_conv(%x, %w, _, %past) : f32[B, S, 8], state f32[B, 3, 8]
+  return %y, %kept
+}
+"""
+    from moec.compiler.ir import Op
+    from moec.targets.accelerator.supported import supported
+
+    assert text  # what such a program would say
+    assert "there are those for" in supported(Op("nn.causal_conv", (), ()))
+    with pytest.raises(MoecError, match="no accelerator"):
+        profile_of("nvidia-h2000")
