@@ -16,6 +16,7 @@ from .tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Stateme
 
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
+PIECE = 4  # rows of a second operand that mma.sync passes for each warp where no loop holds the product
 ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
 SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
 SMALL = 8192  # bytes that Triton takes for turning rows and adding across warps, which is not predicted
@@ -49,14 +50,23 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
     """Return the bytes of shared memory (LDS) that Triton is expected to take for a block."""
     origin = _origins(program.body)
     looped = {id(dot) for loop in _loops(program) for dot in _dots(loop.body)}
-    # a product that no loop holds takes its operands' bytes while it runs, AMD's takes one operand after the other
-    together = max if arch.startswith("gfx") else sum
-    once = [
-        together(_size(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
-        for dot in _dots(program.body)
-        if id(dot) not in looped
-    ]
+    once = [_alone(program, dot, origin, arch, warps) for dot in _dots(program.body) if id(dot) not in looped]
     return max([*once, *(_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program))], default=0)
+
+
+def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:
+    """Return the bytes of a product that no loop holds: its operands' while it runs, AMD's one after the other.
+
+    mma.sync passes the second operand piece by piece, about four rows for each warp.
+    """
+    a, b = (_size(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
+    if arch.startswith("gfx"):
+        return max(a, b)
+    m, n = program.buffers[dot.acc].shape
+    first = program.buffers[dot.a]
+    if matrix_unit(arch, m, n, first.dtype, warps) in ASYNC:
+        return a + b
+    return a + min(b, warps * PIECE * first.shape[1] * BITS[first.dtype] // 8)
 
 
 def spills(program: Program, arch: str, warps: int) -> bool:
