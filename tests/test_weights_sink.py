@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,15 @@ def test_data_file_is_the_same_every_time(tmp_path: Path) -> None:
 
 def test_data_file_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = [100_000]
-    write = os.pwrite
+    write, one_at_a_time = os.pwrite, threading.Lock()
 
     def tight(descriptor: int, data: memoryview, offset: int) -> int:
         """A disk that writes less than it was given, and then nothing."""
-        if len(data) and not room[0]:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        done = write(descriptor, data[: min(room[0], 1 + len(data) // 2)], offset)
-        room[0] -= done
+        with one_at_a_time:
+            if len(data) and not room[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done = write(descriptor, data[: min(room[0], 1 + len(data) // 2)], offset)
+            room[0] -= done
         return done
 
     monkeypatch.setattr(os, "pwrite", tight)
