@@ -94,6 +94,21 @@ def agrees(predicted: int, found: int) -> bool:
     return abs(predicted - found) <= 0.25 * found or max(predicted, found) <= SMALL
 
 
+def _own_columns(m: int, n: int, warps: int) -> bool:
+    """Return whether each of AMD's waves has columns of its own of a product, and all rows of them.
+
+    Waves are added along the side on which more instructions are left for each, along columns where both are equal.
+    """
+    side = 16 if m <= 16 else 32
+    rows = columns = 1
+    while rows * columns < warps:
+        if m // side // rows > n // side // columns:
+            rows *= 2
+        else:
+            columns *= 2
+    return rows == 1 and columns * side <= n
+
+
 def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
     return (s for s in walk(body) if isinstance(s, Dot))
 
@@ -162,10 +177,11 @@ class _Loop:
         if unit in ASYNC:
             return stages
         if self.arch == "gfx950" and stages > 1:
-            few = second and all(
-                self.program.buffers[d.acc].shape[0] <= 16 and d.transpose for d in _dots(self.loop.body)
+            own = second and all(
+                _own_columns(*self.program.buffers[d.acc].shape, self.warps) and d.transpose
+                for d in _dots(self.loop.body)
             )
-            return 0 if few else stages  # each wave has columns of its own: it loads them past the shared memory
+            return 0 if own else stages  # each wave loads its columns past the shared memory
         return stages - 1
 
     def _turned(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:
