@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 from chips_for_tests import named, weight
+from moec.targets.accelerator.choices import Tile
 from moec.targets.accelerator.kernels_dense import Linear, linear, linear_sum
-from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.packing import Packing
 
 EXPERTS, CHOSEN, TOKENS = 6, 2, 5

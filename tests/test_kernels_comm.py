@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from chips_for_tests import CHIPS, run
 from moec.compiler.errors import MoecError
+from moec.targets.accelerator.choices import RowTile
 from moec.targets.accelerator.kernels_comm import (
     Exchange,
     Link,
@@ -17,7 +18,6 @@ from moec.targets.accelerator.kernels_comm import (
     sent,
     volume,
 )
-from moec.targets.accelerator.kernels_norm import RowTile
 
 GB, US = 1e9, 1e-6
 FP8, BF16 = row_bytes("fp8", 7168, 16), row_bytes("bf16", 7168)

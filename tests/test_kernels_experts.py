@@ -7,7 +7,8 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats import find_format
 from moec.compiler.ops.moe import experts as reference
-from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.choices import Tile
+from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.machine import chip_of, layout_of
 from moec.targets.accelerator.packing import Packing
 from moec.targets.accelerator.profile import find_profile

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator.builder import Builder, Layout
-from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.choices import Tile
+from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.launch import Kernel, seconds
 from moec.targets.accelerator.packing import Packing
 from moec.targets.accelerator.triton_compile import AMD, NVIDIA, compile_kernel, compile_request, request

@@ -10,7 +10,8 @@ import torch
 import triton_interpreter  # noqa: F401
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.builder import Builder, Layout
-from moec.targets.accelerator.kernels_experts import Experts, Tile, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.choices import Tile
+from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.launch import TORCH, Kernel, Layer
 from moec.targets.accelerator.packing import Packing
 from moec.targets.accelerator.simulate import Chip, simulate

@@ -11,24 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .builder import Builder
+from .choices import AttentionTile
 from .kernels_norm import power
 
 LEAST = 16  # columns of the narrowest tile of a product
-
-
-@dataclass(frozen=True)
-class AttentionTile:
-    """The choices of an attention kernel: rows of queries, keys at once, widest part of a head, buffers of loads, warps.
-
-    `split` runs share the keys of a row of queries; attention_merge puts their results together.
-    """
-
-    m: int
-    n: int
-    part: int = 128
-    stages: int = 2
-    warps: int = 4
-    split: int = 1
 
 
 @dataclass(frozen=True)

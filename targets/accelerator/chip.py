@@ -140,7 +140,7 @@ class Operands:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Order:
     """The order of elements that a memory holds matrices in, by its name in the field (zN, nZ, FRACTAL_NZ ...)."""
 
     memory: str
@@ -181,7 +181,7 @@ class Profile:
     variants: tuple[str, ...]  # names of all bins, the shown one first
     variant: str = ""  # the bin that the figures are of
     operands: Operands | None = None
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[Order, ...] = ()
     rates: tuple[Rate, ...] = ()
     rules: tuple[tuple[str, Figure], ...] = ()
     warp: Figure | None = None  # where `threads` is from

@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from .chip import Profile
+from .choices import Tile
 from .experts_touched import expected_tiles
-from .kernels_experts import Experts, Tile, grouped_up
+from .kernels_experts import Experts, grouped_up
 from .kinds_experts import touched
 from .search import Kernel, row_choices, search, shapes
 

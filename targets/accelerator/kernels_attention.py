@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...compiler.errors import MoecError
-from .attend import Attend, AttentionTile, Blocks, declare_portions, merge, parts
+from .attend import Attend, Blocks, declare_portions, merge, parts
 from .builder import Builder, Layout
-from .kernels_norm import RowTile
+from .choices import AttentionTile, RowTile
 from .tiles import Program
 
 LOOK = 1024  # slots of the mask that are looked at in one step

@@ -11,7 +11,8 @@ from math import comb
 
 from ...compiler.errors import MoecError
 from .builder import Builder, Layout
-from .kernels_norm import RowTile, power
+from .choices import RowTile
+from .kernels_norm import power
 from .tiles import Program
 
 GROUP = 128  # numbers of a row that share a scale in fp8

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .attend import Attend, AttentionTile, Blocks, declare_portions, merge, parts
+from .attend import Attend, Blocks, declare_portions, merge, parts
 from .builder import Builder, Layout
-from .kernels_norm import RowTile
+from .choices import AttentionTile, RowTile
 from .tiles import Program
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from ...compiler.errors import MoecError
 from .builder import Builder, Layout
-from .kernels_experts import Tile, activation, multiply
+from .choices import Tile
+from .kernels_experts import activation, multiply
 from .packing import Packing
 from .tiles import Program
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...compiler.errors import MoecError
-from .attend import AttentionTile, parts
+from .attend import parts
 from .builder import Builder, Layout
-from .kernels_norm import RowTile, power
+from .choices import AttentionTile, RowTile
+from .kernels_norm import power
 from .tiles import Program
 
 

@@ -11,21 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .builder import Builder, Layout
+from .choices import Tile
 from .packing import Packing
 from .tiles import Program
 
 LOOK = 1024  # pairs that sort looks at in one step
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The choices of a matrix kernel: rows, columns and depth of a tile, buffers of its loads, warps of a block."""
-
-    m: int
-    n: int
-    k: int
-    stages: int = 2
-    warps: int = 4
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .builder import Builder, Layout
+from .choices import RowTile, Tile
 from .kernels_dense import depth
-from .kernels_experts import Tile
-from .kernels_norm import RowTile, power
+from .kernels_norm import power
 from .tiles import Program
 
 

@@ -7,16 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .builder import Builder, Layout
+from .choices import RowTile
 from .tiles import Program
-
-
-@dataclass(frozen=True)
-class RowTile:
-    """The choices of a kernel without products: rows and columns of a tile, warps of a block."""
-
-    m: int
-    n: int
-    warps: int = 4
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .builder import Builder, Layout
-from .kernels_norm import RowTile, power
+from .choices import RowTile
+from .kernels_norm import power
 from .tiles import Program
 
 

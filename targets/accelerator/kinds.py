@@ -9,8 +9,7 @@ from typing import Any
 from ...compiler.ir import Op
 from ...compiler.ops import OPS
 from .chip import Profile
-from .kernels_experts import Tile
-from .kernels_norm import RowTile
+from .choices import RowTile, Tile
 from .packing import Packing
 from .search import Kernel
 

@@ -7,13 +7,12 @@ from itertools import product
 
 from ...compiler.dims import evaluate
 from ...compiler.ir import Op
-from .attend import AttentionTile
 from .builder import Layout
 from .chip import Profile
+from .choices import AttentionTile, RowTile, Tile
 from .kernels_attention import Attention, attention, attention_merge
 from .kernels_compressed import Compressed, compressed_attention, compressed_merge, slide
-from .kernels_experts import Tile
-from .kernels_norm import RowTile, power
+from .kernels_norm import power
 from .kinds import Kind, Step, Tokens, Way, attributes, given, row_shapes, row_tile
 from .packing import Packing
 from .search import Kernel, row_choices

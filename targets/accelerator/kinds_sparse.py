@@ -8,8 +8,8 @@ from typing import Any
 
 from ...compiler.dims import evaluate
 from ...compiler.ir import Op
-from .attend import AttentionTile
 from .chip import Profile
+from .choices import AttentionTile
 from .kernels_compressed import slide
 from .kernels_entries import Compress, Select, choose_entries, compress_tokens, entry_scores
 from .kernels_hyper import Streams, stream_scores, streams_in, streams_out

@@ -13,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from ...compiler.errors import MoecError
-from .chip import FIGURES, RULES, TOP, Figure, Layout, Link, Memory, Operands, Origin, Profile, Rate, Unit, kind_of
+from .chip import FIGURES, RULES, TOP, Figure, Link, Memory, Operands, Order, Origin, Profile, Rate, Unit, kind_of
 from .quantities import quantity
 from .schema import problem_of
 
 __all__ = [
-    "Figure", "Layout", "Link", "Memory", "Operands", "Origin", "Profile", "Rate", "Unit",
-    "find_profile", "profile_names", "read_profile", "shipped_profiles",
+    "Figure",
+    "Link",
+    "Memory",
+    "Operands",
+    "Order",
+    "Origin",
+    "Profile",
+    "Rate",
+    "Unit",
+    "find_profile",
+    "profile_names",
+    "read_profile",
+    "shipped_profiles",
 ]  # fmt: skip
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -243,7 +254,7 @@ def _build(raw: Raw, path: Path) -> Profile:
         variant=raw.get("variant", ""),
         operands=operands
         and Operands(tuple(operands["left"]), tuple(operands["right"]), operands["result"], read.origin(operands)),
-        layouts=tuple(Layout(memory, table["order"], read.origin(table)) for memory, table in layouts.items()),
+        layouts=tuple(Order(memory, table["order"], read.origin(table)) for memory, table in layouts.items()),
         rates=tuple(Rate(a, b, _known(read.figure(f"rate.{a}.{b}"))) for a, b in rates),
         rules=tuple((name, _known(read.figure(f"rule.{name}"))) for name in raw.get("rule", {})),
         warp=warp,

@@ -15,8 +15,8 @@ from ...compiler.errors import MoecError
 from .assumed import multiplies
 from .builder import Layout
 from .chip import Profile
+from .choices import Tile
 from .count import Counts, count
-from .kernels_experts import Tile
 from .machine import chip_of, layout_of
 from .predict import Prediction, matrix_share, predict
 from .simulate import Chip

@@ -94,11 +94,12 @@ def agrees(predicted: int, found: int) -> bool:
     return abs(predicted - found) <= 0.25 * found or max(predicted, found) <= SMALL
 
 
-def _own_columns(m: int, n: int, warps: int) -> bool:
+def _own_columns(shape: tuple[int, ...], warps: int) -> bool:
     """Return whether each of AMD's waves has columns of its own of a product, and all rows of them.
 
     Waves are added along the side on which more instructions are left for each, along columns where both are equal.
     """
+    m, n = shape
     side = 16 if m <= 16 else 32
     rows = columns = 1
     while rows * columns < warps:
@@ -178,7 +179,7 @@ class _Loop:
             return stages
         if self.arch == "gfx950" and stages > 1:
             own = second and all(
-                _own_columns(*self.program.buffers[d.acc].shape, self.warps) and d.transpose
+                _own_columns(self.program.buffers[d.acc].shape, self.warps) and d.transpose
                 for d in _dots(self.loop.body)
             )
             return 0 if own else stages  # each wave loads its columns past the shared memory
