@@ -40,10 +40,40 @@ from ..compiler.rewrite import Match, Why, apply, rule
 )  # fmt: skip
 def attend_to_latent(m: Match, target: Any) -> dict[str, Any]:
     """Multiply queries by W_UK and outputs by W_UV instead of every cached latent (DeepSeek-V2, arXiv 2405.04434, 2.1.2)."""
+    return _absorbed(m, (m.latent, m.rope))
+
+
+@rule(
+    before="""
+      %expanded = core.linear(%latent, %w, _)
+      %heads = core.reshape(%expanded) {shape=[B, T, H, W]}
+      %turned = core.transpose(%heads) {perm=[0, 2, 1, 3]}
+      %k = core.slice(%turned) {axis=3, start=0, stop=N, step=1}
+      %v = core.slice(%turned) {axis=3, start=N, stop=W, step=1}
+      %y = nn.attention(%q, %k, %v, %mask, %sinks) {scale=Scale, window=Window, chunk=Chunk, softcap=Cap}
+    """,
+    after="""
+      %q.rows = core.transpose(%q) {perm=[0, 2, 1, 3]}
+      %q_latent.rows = nn.block_linear(%q.rows, %w_uk)
+      %q_latent.heads = core.reshape(%q_latent.rows) {shape=[B, S, H, R]}
+      %q_latent = core.transpose(%q_latent.heads) {perm=[0, 2, 1, 3]}
+      %y.latent = nn.attention(%q_latent, %latent, %latent, %mask, %sinks) {scale=Scale, window=Window, chunk=Chunk, softcap=Cap}
+      %y.rows = nn.block_linear(%y.latent, %w_uv)
+      %y = core.reshape(%y.rows) {shape=[B, S, H, V]}
+    """,
+    optional=("mask", "sinks"),
+)  # fmt: skip
+def attend_to_latent_without_positions(m: Match, target: Any) -> dict[str, Any]:
+    """Do the same where keys have no part with positions: the latent is key and value at once."""
+    return _absorbed(m, (m.latent,))
+
+
+def _absorbed(m: Match, cached: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what `after` needs beside the match; Refuse where the latent is none, or queries do not fit it."""
     if not m.latent.type.state:
         raise Refuse("it is no cache, its keys and values are made for the new tokens only", m.latent)
     tokens = (size(m.B), size(1), size(m.T))
-    for value in (m.latent, m.rope):
+    for value in cached:
         if value.type.shape[:-1] != tokens:
             raise Refuse(f"it is {value.type}, not one row for each token and all heads", value)
     if m.q.type.shape[1] != m.H:
@@ -67,7 +97,7 @@ def _of_heads(weight: Recipe, heads: int, start: int, stop: int, turned: bool) -
     return step("reshape", part, shape=(heads * part.type.sizes[1], part.type.sizes[2]))
 
 
-RULES = (attend_to_latent,)
+RULES = (attend_to_latent, attend_to_latent_without_positions)
 
 
 @pass_(reads="moe")
