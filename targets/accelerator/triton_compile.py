@@ -28,14 +28,14 @@ SIGNATURE: Mapping[str, str] = {
     "f32": "fp32", "bf16": "bf16", "f16": "fp16", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5",
     "i64": "i64", "i32": "i32", "i8": "i8", "u8": "u8", "bool": "i1",
 }  # fmt: skip
-NVIDIA, AMD = ("sm_90", "sm_100", "sm_120"), ("gfx942", "gfx950")
+NVIDIA, AMD = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"), ("gfx942", "gfx950")
 UNITS: Mapping[str, str] = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "mma": r"mma\.sync",
     "mfma": "v_mfma",
 }
-TENSOR_COLUMNS = 512  # of 128 lanes of 32 bits, that a core of sm_100 has
+TENSOR_COLUMNS = 512  # of 128 lanes of 32 bits, that a core of sm_100 and sm_103 has
 REGISTERS = 65536  # of 32 bits, that a core of NVIDIA's has
 ALIGN = 16  # bytes that every tensor's address is a multiple of
 

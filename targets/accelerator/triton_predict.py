@@ -32,7 +32,7 @@ def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
         return "fma"  # exact f32: no unit of NVIDIA's has it
     if m >= 64 and warps % 4 == 0 and arch == "sm_90":
         return "wgmma"
-    if m >= 64 and n >= 16 and warps % 4 == 0 and arch == "sm_100":
+    if m >= 64 and n >= 16 and warps % 4 == 0 and arch in ("sm_100", "sm_103"):
         return "tcgen05"
     return "mma"
 
