@@ -140,14 +140,17 @@ def test_every_kernel_that_is_simulated_is_the_same_in_triton():
 
 # --- compiled ------------------------------------------------------------------------------------------------------
 
-UNIT = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma", "gfx950": "mfma"}
+UNIT = {
+    "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_103": "tcgen05", "sm_120": "mma", "sm_121": "mma",
+    "gfx942": "mfma", "gfx950": "mfma",
+}  # fmt: skip
 
 
 def large(fmt: str, arch: str):
     """Return a program with a prefill-sized tile for an architecture."""
     depth = 64 if fmt == "bf16" else 128
-    rows = 128 if arch == "sm_100" or (arch == "sm_90" and fmt == "bf16") else 64
-    return grouped_up(experts(fmt), Tile(rows, 64, depth, 2), TENSOR if arch == "sm_100" else LAYOUT)
+    rows = 128 if UNIT[arch] == "tcgen05" or (arch == "sm_90" and fmt == "bf16") else 64
+    return grouped_up(experts(fmt), Tile(rows, 64, depth, 2), TENSOR if UNIT[arch] == "tcgen05" else LAYOUT)
 
 
 @pytest.fixture(scope="module")
