@@ -41,6 +41,15 @@ def test_tiny_moe_for_every_target(name, lowered):
     assert {"experts_up_0_grouped_up", "sort_0", "route_0", "attention_0", "linear_0", "norm_0_rms_norm"} <= kinds
 
 
+def test_a_router_hands_its_scores_on_as_the_choice_reads_them(lowered):
+    """What one kernel writes is what the next one reads: scores stay f32, activations are bf16."""
+    kernels = kernel_specs(lowered, profile_of("nvidia-h200"), tokens=(64,)).kernels
+    written = {p: k.best.program.argument("y").dtype for k in kernels if k.op == "acc.linear" for p in k.places}
+    (route,) = (k for k in kernels if k.kind == "route")
+    assert written["@layer/%gate"] == route.best.program.argument("logits").dtype == "f32"
+    assert written["@layer/%qkv"] == written["@layer/%o_proj"] == "bf16"
+
+
 def test_buckets_cover_every_number_of_tokens(lowered):
     kernels = kernel_specs(lowered, profile_of("nvidia-h200"), tokens=(64, 1, 2048))
     assert kernels.buckets == (1, 64, 2048)

@@ -36,7 +36,10 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Step | None:
     rows = weight.rows // blocks // (2 if gated else 1)
     extra = {key: a[key] for key in ("act", "alpha", "beta", "limit")} if gated else {}
     interleaved = gated and a["layout"] == "interleaved"
-    p = Linear(rows, weight.columns, weight, blocks, "bias" in operands, gated=gated, interleaved=interleaved, **extra)
+    p = Linear(
+        rows, weight.columns, weight, blocks, "bias" in operands, gated=gated, interleaved=interleaved,
+        out=a.get("out", "bf16"), **extra,
+    )  # fmt: skip
     return Step("gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_ways(p, tokens))
 
 

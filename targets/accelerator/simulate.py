@@ -18,8 +18,6 @@ from ...compiler.errors import MoecError
 from .tile_expr import NUMPY, dtype_name, evaluate
 from .tiles import DEVICE, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, Usage
 
-HALF = ("bf16", "f16")
-
 
 @dataclass(frozen=True)
 class Chip:
