@@ -9,6 +9,7 @@ import moec
 import pytest
 import safetensors.torch
 import torch
+from chips_for_tests import needs_triton
 from click.testing import CliRunner
 from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
@@ -166,8 +167,8 @@ def test_without_a_compiler_the_reason_stands_there(kernels):
     assert compile_kernels(kernels, cambricon, "kernels", make) == objects.Objects(kernels, {})
 
 
+@needs_triton
 def test_kernels_are_compiled(kernels):
-    pytest.importorskip("triton")
     found = compile_kernels(kernels, H200, "kernels")
     (content,) = found.files.values()
     assert content.startswith(b"\x7fELF") and found.kernels.kernels[0].objects["sm_90"]["registers"] > 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import moec
 import pytest
+from chips_for_tests import needs_triton
 from moec.targets.accelerator.objects import compile_kernels
 from moec.targets.accelerator.profile import find_profile
 from moec.targets.accelerator.spec import kernel_specs
@@ -26,6 +27,7 @@ CASES = [
 ]
 
 
+@needs_triton
 @pytest.mark.parametrize(("model", "target"), CASES)
 def test_all_kernels_compile(model, target):
     profile = find_profile(target, {})

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from chips_for_tests import needs_triton
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator.builder import Builder, Layout
 from moec.targets.accelerator.choices import Tile
@@ -116,8 +118,8 @@ def test_source_is_printed_the_same_again_and_says_how_it_is_launched():
     assert all(len(line) <= 120 for line in source.splitlines())
 
 
+@needs_triton
 def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
-    pytest.importorskip("triton")
     file = Path(__file__).with_name("triton_interpreted.py")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", file],
@@ -126,8 +128,8 @@ def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
     assert run.returncode == 0, run.stdout[-4000:]
 
 
+@needs_triton
 def test_every_kernel_that_is_simulated_is_the_same_in_triton():
-    pytest.importorskip("triton")
     here = Path(__file__).parent
     files = sorted(here.glob("test_kernels_*.py"))
     paths = [str(here), *sys.path]
@@ -156,7 +158,6 @@ def large(fmt: str, arch: str):
 @pytest.fixture(scope="module")
 def compiled():
     """Compile what the tests look at, in two processes: {(format, arch, size): (program, what became of it)}."""
-    pytest.importorskip("triton")
     programs = {("bf16", arch, "large"): large("bf16", arch) for arch in (*NVIDIA, *AMD)}
     programs |= {(fmt, "sm_90", "large"): large(fmt, "sm_90") for fmt in ("int4_g128", "fp8_b128")}
     programs["int4_g128", "sm_100", "large"] = large("int4_g128", "sm_100")
@@ -166,6 +167,7 @@ def compiled():
     return {key: (p, result) for (key, p), result in zip(programs.items(), made, strict=True)}
 
 
+@needs_triton
 def test_kernels_compile_for_every_chip_without_spills(compiled):
     for key, (_, result) in compiled.items():
         assert not isinstance(result, MoecError), (key, str(result))
@@ -173,6 +175,7 @@ def test_kernels_compile_for_every_chip_without_spills(compiled):
         assert result.object[:4] == b"\x7fELF" and result.suffix == (".hsaco" if key[1] in AMD else ".cubin")
 
 
+@needs_triton
 def test_large_tiles_use_the_matrix_unit_that_is_made_for_them(compiled):
     for key, (program, result) in compiled.items():
         assert result.uses == units(program, key[1], 4), key
@@ -181,6 +184,7 @@ def test_large_tiles_use_the_matrix_unit_that_is_made_for_them(compiled):
     assert compiled["bf16", "sm_100", "large"][1].tensor_memory == 128  # columns: two sums of 64
 
 
+@needs_triton
 def test_shared_memory_is_what_was_predicted(compiled):
     for key, (program, result) in compiled.items():
         assert predict_shared(program, key[1], 4) == pytest.approx(result.shared, rel=0.25), key
@@ -200,8 +204,8 @@ def test_sums_that_do_not_fit_the_registers_are_said_to_spill():
     assert spills(grouped_up(experts("fp8_b128"), Tile(128, 64, 128), LAYOUT), "sm_90", 4)
 
 
+@needs_triton
 def test_the_kernels_without_products_compile_and_objects_reproduce():
-    pytest.importorskip("triton")
     e = experts("bf16")
     for program in (sort(e, LAYOUT), combine(e, 512, LAYOUT)):
         first = compile_kernel(program, "sm_90", 4)
@@ -212,8 +216,8 @@ def test_the_kernels_without_products_compile_and_objects_reproduce():
         assert compile_kernel(program, "sm_90", 4) is again
 
 
+@needs_triton
 def test_one_kernel_that_fails_fails_alone():
-    pytest.importorskip("triton")
     program = combine(experts("bf16"), 512, LAYOUT)
     good, bad = request(program, "sm_90", 4), request(program, "sm_90", 3)
     dies = request(program, "sm_90", 4, "import os\nos._exit(3)\n")
@@ -234,9 +238,8 @@ def test_without_triton_it_is_said_what_to_install(monkeypatch):
     assert "pip install 'moec[kernels]'" in error.value.todo
 
 
+@needs_triton
 def test_a_launch_without_a_gpu_says_so():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     kernel = Kernel(combine(experts("bf16"), 512, LAYOUT))
