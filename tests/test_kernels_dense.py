@@ -8,7 +8,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ops.compressed import block_linear
 from moec.compiler.ops.mlp import gated_mlp as gated_mlp_op
 from moec.targets.accelerator.choices import Tile
-from moec.targets.accelerator.kernels_dense import Linear, Mlp, gated_mlp, linear, linear_sum
+from moec.targets.accelerator.kernels_dense import Linear, linear, linear_sum
 from moec.targets.accelerator.packing import Packing
 
 FORMATS = ("bf16", "f32", "int4_g128", "uint4_g32", "int8_g64", "mxfp4", "fp8_b128")
@@ -72,18 +72,32 @@ def test_gated_mlp(name, interleaved, gate):
     layout, chip = CHIPS[name]
     rng = np.random.default_rng(4)
     for count in (1, 18):
-        p = Mlp(48, 40, Packing("bf16", 80, 48), Packing("bf16", 48, 40), "silu", interleaved, 1.7, 1.0, 7.0, True, True,
-                Packing("bf16", 1, 48) if gate else None)  # fmt: skip
-        up_parts, up = weight(p.up, rng, 1.0)
-        down_parts, down = weight(p.down, rng)
+        up_packing, down_packing = Packing("bf16", 80, 48), Packing("bf16", 48, 40)
+        first = Linear(
+            40,
+            48,
+            up_packing,
+            bias=True,
+            act="silu",
+            gated=True,
+            interleaved=interleaved,
+            alpha=1.7,
+            beta=1.0,
+            limit=7.0,
+        )
+        second = Linear(48, 40, down_packing, bias=True, scaled=gate)
+        up_parts, up = weight(up_packing, rng, 1.0)
+        down_parts, down = weight(down_packing, rng)
         x, up_bias, down_bias = bf16(tokens(rng, count, 48)), tokens(rng, 80), tokens(rng, 48)
-        programs = gated_mlp(p, Tile(16, 16, 32), Tile(16, 32, 16), layout)
         scalars, given, gate_w = {"T": count}, {}, None
-        h = run(programs[0], chip, scalars, x=x, bias=up_bias, **named(up_parts, "w"))["y"]
+        h = run(linear(first, Tile(16, 16, 32), layout), chip, scalars, x=x, bias=up_bias, **named(up_parts, "w"))["y"]
         if gate:
-            gate_parts, gate_w = weight(p.gate, rng)
-            given["scale"] = run(programs[1], chip, scalars, x=x, **named(gate_parts, "w"))["y"]
-        y = run(programs[-1], chip, scalars, x=h, bias=down_bias, **named(down_parts, "w"), **given)["y"]
+            gate_packing = Packing("bf16", 1, 48)
+            gate_parts, gate_w = weight(gate_packing, rng)
+            factor = linear(Linear(1, 48, gate_packing, act="sigmoid", out="f32"), Tile(16, 16, 32), layout)
+            given["scale"] = run(factor, chip, scalars, x=x, **named(gate_parts, "w"))["y"]
+        down_program = linear(second, Tile(16, 32, 16), layout)
+        y = run(down_program, chip, scalars, x=h, bias=down_bias, **named(down_parts, "w"), **given)["y"]
         form = "interleaved" if interleaved else "concat"
         wanted = gated_mlp_op(
             x, up, down, up_bias, down_bias, gate_w, act="silu", layout=form, alpha=1.7, beta=1.0, limit=7.0

@@ -6,18 +6,18 @@ A linear may be cut along its depth (`split`), for few tokens and few rows: then
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 
 from ...compiler.errors import MoecError
 from .builder import Builder, Layout
 from .choices import Tile
-from .kernels_experts import activation, multiply
+from .kernels_experts import Activated, activation, multiply
 from .packing import Packing
 from .tiles import Program
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Activated):
     """y[t] = act(w x[t] + bias), in `blocks` independent parts: y [T, blocks rows], x [T, depth] or [T, blocks, depth].
 
     The weight has `rows` (gated: twice as many) for each block: one behind the other, or as experts of the packing.
@@ -29,12 +29,9 @@ class Linear:
     weight: Packing
     blocks: int = 1
     bias: bool = False
+    _: KW_ONLY
     act: str = "identity"
     gated: bool = False
-    interleaved: bool = False
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = float("inf")
     scaled: bool = False
     dtype: str = "bf16"  # of x
     out: str = "bf16"
@@ -155,56 +152,3 @@ def _finish(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int, int]
         b.load("scale_row", "scale", ["row"], "live")
         text = f"({text}) * scale_row[:, None]"
     b.let("y_tile", f'cast({text}, "{p.out}")', shape, p.out)
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """A gated MLP, as nn.gated_mlp has it: packings of `up` [2 I, D] and `down` [D, I]; `gate`: one more factor a token."""
-
-    hidden: int
-    inner: int
-    up: Packing
-    down: Packing
-    act: str = "silu"
-    interleaved: bool = False
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = float("inf")
-    up_bias: bool = False
-    down_bias: bool = False
-    gate: Packing | None = None
-    dtype: str = "bf16"
-
-    @property
-    def first(self) -> Linear:
-        """h = act(gate) (value + beta)."""
-        return Linear(
-            self.inner, self.hidden, self.up, bias=self.up_bias, act=self.act, gated=True, interleaved=self.interleaved,
-            alpha=self.alpha, beta=self.beta, limit=self.limit, dtype=self.dtype, out=self.dtype,
-        )  # fmt: skip
-
-    @property
-    def factor(self) -> Linear | None:
-        """scale[t] = sigmoid(x[t] gateᵀ), where there is a gate."""
-        if self.gate is None:
-            return None
-        return Linear(1, self.hidden, self.gate, act="sigmoid", dtype=self.dtype, out="f32")
-
-    @property
-    def second(self) -> Linear:
-        """y[t] = scale[t] (down h[t] + bias)."""
-        scaled = self.gate is not None
-        return Linear(
-            self.hidden, self.inner, self.down, bias=self.down_bias, scaled=scaled, dtype=self.dtype, out=self.dtype
-        )
-
-
-def gated_mlp(p: Mlp, up: Tile, down: Tile, layout: Layout) -> tuple[Program, ...]:
-    """Return the kernels of an MLP in the order in which they run: gate_up, (token_gate,) down.
-
-    The result h of gate_up is x of down, the result of token_gate [T, 1] is its scale.
-    """
-    programs = [linear(p.first, up, layout, name="gate_up")]
-    if p.factor:
-        programs.append(linear(p.factor, replace(up, n=16), layout, name="token_gate"))
-    return (*programs, linear(p.second, down, layout, name="down"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from .builder import Builder, Layout
 from .choices import Tile
@@ -18,8 +17,23 @@ from .tiles import Program
 LOOK = 1024  # pairs that sort looks at in one step
 
 
+@dataclass(frozen=True, kw_only=True)
+class Activated:
+    """What stands behind a product: act(gate) (value + beta), or without `gated` act(gate) alone; see moe.experts.
+
+    `act` is a function of moe.experts or sigmoid; rows of gate and value lie one behind the other, or `interleaved`.
+    """
+
+    act: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float = float("inf")
+
+
 @dataclass(frozen=True)
-class Experts:
+class Experts(Activated):
     """Routed experts, as moe.experts has them: sizes, activation, the packings of `up` [E, N, D] and `down` [E, D, I]."""
 
     experts: int
@@ -28,12 +42,6 @@ class Experts:
     inner: int
     up: Packing
     down: Packing
-    act: str = "silu"
-    gated: bool = True
-    interleaved: bool = False
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = float("inf")
     up_bias: bool = False
     down_bias: bool = False
     dtype: str = "bf16"  # of x, y and what lies between
@@ -219,30 +227,6 @@ def multiply(
                     b.let(name, f'cast({name}_given, "{weight.operand}")', (t.m, width), weight.operand)
                     loaded[first, width] = b.as_operand(name, second=False)
             b.dot(acc, loaded[first, width], tile)
-
-
-class Activated(Protocol):
-    """What `activation` reads of a problem."""
-
-    @property
-    def act(self) -> str:
-        """The function, as moe.experts names it, or sigmoid."""
-
-    @property
-    def gated(self) -> bool:
-        """Whether there is a value beside the gate."""
-
-    @property
-    def alpha(self) -> float:
-        """The factor in silu's sigmoid."""
-
-    @property
-    def beta(self) -> float:
-        """What is added to the value."""
-
-    @property
-    def limit(self) -> float:
-        """Where gate and value are clamped."""
 
 
 def activation(e: Activated, value: dict[str, str]) -> str:

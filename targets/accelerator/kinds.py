@@ -66,6 +66,12 @@ def given(op: Op) -> dict[str, Any]:
     return {name: v.type for name, v in zip(names, op.operands, strict=False) if v is not None}
 
 
+def activated(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of kernels_experts.Activated that an op with an activation says."""
+    kept = {name: attributes[name] for name in ("act", "alpha", "beta", "limit")}
+    return {**kept, "gated": attributes.get("gated", True), "interleaved": attributes["layout"] == "interleaved"}
+
+
 def row_tile(tile: Tile) -> RowTile:
     """Return a tile of the search as one of a kernel without products."""
     return RowTile(tile.m, tile.n, tile.warps)

@@ -13,7 +13,7 @@ from .chip import Profile
 from .kernels_dense import Linear, linear, linear_sum
 from .kernels_norm import Norm, add_rms_norm, layer_norm, power, rms_norm
 from .kernels_rope import Append, Rope, qk_rope_append, rope
-from .kinds import Kind, Step, Tokens, Way, attributes, given, one_way, row_shapes, row_tile
+from .kinds import Kind, Step, Tokens, Way, activated, attributes, given, one_way, row_shapes, row_tile
 from .packing import Packing
 from .search import Kernel, row_choices, shapes
 
@@ -34,12 +34,8 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Step | None:
     blocks = int(operands["x"].shape[2]) if op.name == "acc.block_linear" else 1
     gated = op.name == "acc.gated_up"
     rows = weight.rows // blocks // (2 if gated else 1)
-    extra = {key: a[key] for key in ("act", "alpha", "beta", "limit")} if gated else {}
-    interleaved = gated and a["layout"] == "interleaved"
-    p = Linear(
-        rows, weight.columns, weight, blocks, "bias" in operands, gated=gated, interleaved=interleaved,
-        out=a.get("out", "bf16"), **extra,
-    )  # fmt: skip
+    extra = activated(a) if gated else {}
+    p = Linear(rows, weight.columns, weight, blocks, "bias" in operands, out=a.get("out", "bf16"), **extra)
     return Step("gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_ways(p, tokens))
 
 

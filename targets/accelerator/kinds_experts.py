@@ -8,7 +8,7 @@ from ...compiler.ir import Op
 from .chip import Profile
 from .experts_touched import distinct_experts, expected_tiles
 from .kernels_experts import Experts, combine, grouped_down, grouped_up, sort
-from .kinds import Kind, Step, Tokens, Way, attributes, given, one_way, row_shapes
+from .kinds import Kind, Step, Tokens, Way, activated, attributes, given, one_way, row_shapes
 from .packing import Packing
 from .search import ROWS, Kernel, row_choices, shapes
 
@@ -25,8 +25,7 @@ def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
     if op.name == "acc.grouped_up":
         inner = weight.rows // 2 if a["gated"] else weight.rows
         return Experts(
-            weight.experts, chosen, weight.columns, inner, weight, weight, a["act"], a["gated"],
-            a["layout"] == "interleaved", a["alpha"], a["beta"], a["limit"], "up_bias" in operands,
+            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, **activated(a)
         )  # fmt: skip
     return Experts(
         weight.experts, chosen, weight.rows, weight.columns, weight, weight, down_bias="down_bias" in operands
