@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from ..compiler.weights.sources import WeightSource
 
 
+# what every target does before its own lowering: the ops of stage moe, fused
+FUSED = (
+    "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
+    "absorb-mla,fuse-attention,fuse-norm,cleanup"
+)
+
+
 class Lower(Protocol):
     """Turns a module of stage moe into one of stage kernel; appends to `why` what it left unfused, and the reason."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import MoecError
-from ..target import Target
+from ..target import FUSED, Target
 from .chip import Profile
 from .describe import line
 from .profile import find_profile
@@ -18,12 +18,8 @@ if TYPE_CHECKING:
     from ...compiler.ir import Module, Op
     from ...compiler.weights.sources import WeightSource
 
-# what the functions below need takes long to import: they import it when they run
-PIPELINE = (
-    "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
-    "absorb-mla,fuse-attention,fuse-norm,cleanup,round-weights,lower"
-)
 
+# what the functions below need takes long to import: they import it when they run
 
 # of -D, beside the figures of the profile: choices, the first by default
 OPTIONS = {"kernels": ("objects", "source"), "toolchain": ("found", "make")}
@@ -40,7 +36,7 @@ def accelerator_target(
     return Target(
         name=profile.name,
         doc=line(profile),
-        pipeline=PIPELINE,
+        pipeline=f"{FUSED},round-weights,lower",
         supported=_supported,
         holds=_holds,
         slow=_slow,

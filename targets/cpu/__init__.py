@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import MoecError
-from ..target import Probed, Target
+from ..target import FUSED, Probed, Target
 
 if TYPE_CHECKING:
     from ...compiler.formats import Format
@@ -96,10 +96,7 @@ def _configure(options: Mapping[str, str]) -> Target:
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
-    pipeline=(
-        "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
-        "absorb-mla,fuse-attention,fuse-norm,cleanup,lower"
-    ),
+    pipeline=f"{FUSED},lower",
     supported=_supported,
     holds=_holds,
     slow=_slow,
