@@ -5,15 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .chip import GRADES, RULES, Figure, Origin, Profile, kind_of
-from .profile import profile_names, shipped_profiles
+from .profile import profile_names
 from .quantities import quantity_text
 
 _OPTIONAL = (".usable", ".measured", ".align")  # without one there is nothing to know: the capacity, or no measurement
-
-
-def profiles() -> list[dict[str, Any]]:
-    """Return a row for every profile that moec brings along, as `moec targets` lists targets."""
-    return [{"name": p.name, "pipeline": None, "doc": line(p)} for p in shipped_profiles().values()]
 
 
 def is_profile(name: str) -> bool:

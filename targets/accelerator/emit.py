@@ -60,10 +60,12 @@ def emit(
 
 
 def _source(kernel: KernelSpec, profile: Profile) -> str:
-    program = kernel.best.program
+    program, arch = kernel.best.program, profile.arch or ""
     if profile.toolchain == "triton-ascend":
-        return source_of(program, profile.arch or "")
-    return triton_source(program, kernel.best.tile.warps)
+        return source_of(program, arch)
+    # a kernel that was compiled with fewer registers is launched so too
+    limit = kernel.objects.get(arch, {}).get("register_limit")
+    return triton_source(program, kernel.best.tile.warps, limit)
 
 
 def _with_sources(kernels: Kernels) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...compiler.ir import Op
+from ...compiler.ir import Op, TensorType, Value
 from ...compiler.ops import OPS
 from .chip import Profile
 from .choices import RowTile, Tile
@@ -60,10 +60,15 @@ def attributes(op: Op) -> dict[str, Any]:
     return OPS[op.name].complete(op.attributes)
 
 
-def given(op: Op) -> dict[str, Any]:
-    """Return the types of an op's operands by their names in its signature; absent ones are left out."""
+def named(op: Op) -> dict[str, Value]:
+    """Return an op's operands by their names in its signature; absent ones are left out."""
     names = [o.name for o in OPS[op.name].signature.operands]
-    return {name: v.type for name, v in zip(names, op.operands, strict=False) if v is not None}
+    return {name: v for name, v in zip(names, op.operands, strict=True) if v is not None}
+
+
+def given(op: Op) -> dict[str, TensorType]:
+    """Return the types of an op's operands by their names in its signature; absent ones are left out."""
+    return {name: v.type for name, v in named(op).items()}
 
 
 def activated(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,19 +12,21 @@ from typing import Any
 
 from ... import __version__
 from ...compiler.errors import MoecError
-from ...compiler.ir import Function, Module, Op, walk_calls
+from ...compiler.ir import Function, Module, Op
 from ...compiler.rewrite import tell
 from .assumed import ASSUMED, multiplies
 from .chip import Profile
 from .exchange import exchanges
-from .kinds import Step, Tokens
+from .kinds import Step, Tokens, named
 from .machine import chip_of, layout_of
 from .packing import Packing
 from .search import Choice, Found, search
 from .supported import KINDS, supported
 from .tiles import DEVICE, For, walk
+from .work import call_counts
 
 SCHEMA = 1
+WEIGHTS = ("w", "up", "down")  # operands of kernels that are packed
 BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
 CONTEXT = 4096  # tokens before a decoding step, for what attention reads
 DECODE = 64  # steps of at most so many tokens count as decoding: one token of each of so many sequences
@@ -178,9 +180,7 @@ def kernel_specs(
 
     MoecError for an op that has no kernel, for a weight in a format that none reads, and where nothing fits the chip.
     """
-    calls: dict[str, int] = {}
-    for function, _ in walk_calls(module):
-        calls[function.name] = calls.get(function.name, 0) + 1
+    calls = call_counts(module)
     stored = packings(module, profile)
     groups: dict[tuple[str, Any], _Group] = {}
     functions, framework = [], []
@@ -198,16 +198,16 @@ def kernel_specs(
                 tell(why, [f"{place}: {profile.name} does not multiply {step.products}, so the framework computes it"])
                 step = None
             if step is None:
-                framework.append({"op": op.name, "place": place, "calls": calls.get(function.name, 0)})
+                framework.append({"op": op.name, "place": place, "calls": calls[function.name]})
                 continue
             if (step.kind, step.problem) not in groups:
                 number = sum(g.step.kind == step.kind for g in groups.values())
                 groups[step.kind, step.problem] = _Group(step, f"{step.kind}_{number}", op.name)
             group = groups[step.kind, step.problem]
             group.places.append(place)
-            group.calls += calls.get(function.name, 0)
+            group.calls += calls[function.name]
             steps.append({"op": op.name, "place": place, "kernels": group.name})
-        functions.append({"name": function.name, "calls": calls.get(function.name, 0), "steps": steps})
+        functions.append({"name": function.name, "calls": calls[function.name], "steps": steps})
     kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)), why)]
     return Kernels(
         profile.name,
@@ -272,34 +272,19 @@ def packings(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]
     fractal = any(layout.order == "FRACTAL_NZ" for layout in profile.layouts)
     found = {}
     for function in module.functions:
-        consts = {c.value.name: c.value.type for c in function.consts}
+        consts = {c.value.name for c in function.consts}
         for op in function.ops:
-            for operand in op.inputs if op.name in KINDS else ():
-                type_ = consts.get(operand.name)
-                if type_ is not None and len(type_.shape) in (2, 3) and _is_packed(op, operand.name):
-                    *lead, rows, columns = map(int, type_.shape)
-                    plain = type_.dtype in ("bf16", "f16")
-                    found[function.name, operand.name] = Packing(
-                        type_.dtype, rows, columns, lead[0] if lead else 0, fractal and plain
+            for operand, value in named(op).items() if op.name in KINDS else ():
+                if operand in WEIGHTS and value.name in consts and len(value.type.shape) in (2, 3):
+                    *lead, rows, columns = map(int, value.type.shape)
+                    plain = value.type.dtype in ("bf16", "f16")
+                    found[function.name, value.name] = Packing(
+                        value.type.dtype, rows, columns, lead[0] if lead else 0, fractal and plain
                     )
     return found
 
 
-def _is_packed(op: Op, name: str) -> bool:
-    from ...compiler.ops import OPS
-
-    operands = [o.name for o in OPS[op.name].signature.operands]
-    index = next(i for i, v in enumerate(op.operands) if v is not None and v.name == name)
-    return operands[min(index, len(operands) - 1)] in ("w", "up", "down")
-
-
 def _weights(function: Function, op: Op, stored: Mapping[tuple[str, str], Packing]) -> dict[str, Packing]:
     """Return the packings of an op's weights by the names of its operands."""
-    from ...compiler.ops import OPS
-
-    names = [o.name for o in OPS[op.name].signature.operands]
-    return {
-        names[min(i, len(names) - 1)]: stored[function.name, v.name]
-        for i, v in enumerate(op.operands)
-        if v is not None and (function.name, v.name) in stored
-    }
+    places = {name: (function.name, v.name) for name, v in named(op).items()}
+    return {name: stored[place] for name, place in places.items() if place in stored}
