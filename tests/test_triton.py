@@ -11,6 +11,7 @@ from chips_for_tests import needs_triton
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator.builder import Builder, Layout
 from moec.targets.accelerator.choices import Tile
+from moec.targets.accelerator.kernels_dense import Linear, linear
 from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.launch import Kernel, seconds
 from moec.targets.accelerator.packing import Packing
@@ -189,6 +190,23 @@ def test_shared_memory_is_what_was_predicted(compiled):
     for key, (program, result) in compiled.items():
         assert predict_shared(program, key[1], 4) == pytest.approx(result.shared, rel=0.25), key
     assert agrees(0, 4096) and agrees(80, 100) and not agrees(7000, 10000)
+
+
+@needs_triton
+def test_sums_that_are_stored_pass_through_the_bytes_that_were_predicted():
+    tiles = (Tile(256, 64, 32, 2, 8), Tile(16, 256, 64, 2, 2), Tile(64, 128, 32, 1, 4), Tile(128, 32, 64, 2, 8))
+    cases = [(a, out, t) for a in ("sm_89", "sm_90", "sm_121") for out in ("f32", "bf16") for t in tiles]
+    programs = [linear(Linear(512, 1024, Packing("bf16", 512, 1024), out=out), t, LAYOUT) for _, out, t in cases]
+    jobs = [request(p, arch, t.warps) for p, (arch, _, t) in zip(programs, cases, strict=True)]
+    found = {}
+    for case, program, result in zip(cases, programs, compile_all(jobs, 2), strict=True):
+        assert not isinstance(result, MoecError), (case, str(result))
+        assert predict_shared(program, case[0], case[2].warps) == result.shared, case
+        found[case] = result.shared
+    exact = linear(Linear(512, 1024, Packing("f32", 512, 1024), dtype="f32", out="f32"), Tile(16, 64, 32, 1, 4), LAYOUT)
+    assert predict_shared(exact, "sm_90", 4) == compile_kernel(exact, "sm_90", 4).shared == (16 + 64) * 32 * 4
+    # these sums, and not the loop's operands, are what the block needs the memory for
+    assert found["sm_121", "f32", tiles[0]] > found["sm_121", "bf16", tiles[0]] == (256 + 64) * 32 * 2
 
 
 def test_the_units_of_tiles():

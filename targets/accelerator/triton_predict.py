@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from .tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, walk
+from .tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from .triton_turn import COLUMNS, turn_bytes, warps_along
 
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
@@ -51,7 +52,20 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
     origin = _origins(program.body)
     looped = {id(dot) for loop in _loops(program) for dot in _dots(loop.body)}
     once = [_alone(program, dot, origin, arch, warps) for dot in _dots(program.body) if id(dot) not in looped]
-    return max([*once, *(_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program))], default=0)
+    loops = [_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program)]
+    return max([*once, *loops, *_stored(program, arch, warps)], default=0)
+
+
+def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
+    """Yield the bytes through which each tile that comes of a product is turned when it is stored."""
+    results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots(program.body)}
+    for store in walk(program.body):
+        if isinstance(store, Store) and store.value in program.buffers:
+            shape = program.buffers[store.value].shape
+            if shape in results:
+                m, n = shape
+                bits = BITS[program.argument(store.tensor).dtype]
+                yield turn_bytes(m, n, bits, matrix_unit(arch, m, n, results[shape], warps), arch, warps)
 
 
 def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:
@@ -218,21 +232,24 @@ class _Loop:
         return sum(sizes.values())
 
     def _unstaged(self, dots: Sequence[Dot]) -> int:
-        """Return the bytes through which operands and sums pass where nothing is loaded ahead."""
+        """Return the bytes through which operands pass where nothing is loaded ahead."""
         held: dict[str, int] = {}
         made, passed = 0, 0
         for dot in dots:
             a, b = self.origin.get(dot.a, dot.a), self.origin.get(dot.b, dot.b)
-            acc = self.program.buffers[dot.acc]
             size = {name: _size(self.program.buffers[name]) for name in (a, b)}
             if self._unit(dot) in ASYNC:
                 held |= {name: size[name] for name in (a, b) if name in self.loaded}
                 made = max(made, 0 if b in self.loaded else size[b])
             elif self.arch.startswith("gfx"):
                 passed = max(passed, size[a], size[b] if b in self.loaded else 0)
+            elif self._unit(dot) == "fma":
+                passed = max(passed, size[a] + size[b])
             else:
-                turned = _size(acc) // (1 if acc.shape[0] <= 16 or b not in self.loaded else 2)
-                passed = max(passed, size[a], turned)
+                m, n = self.program.buffers[dot.acc].shape
+                _, along = warps_along(m, n, "mma", self.warps)
+                piece = along * COLUMNS * size[b] // n  # the columns of one instruction of each warp
+                passed = max(passed, size[a], min(size[b], piece))
         return sum(held.values()) + made + passed
 
     def _computed(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:

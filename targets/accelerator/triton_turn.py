@@ -1,0 +1,57 @@
+"""Predicts the shared memory through which Triton turns the sums of a product into rows, which it does to store them.
+
+A matrix unit leaves a thread with pieces of several rows; a store wants neighbouring columns in each thread. Both ways
+of dealing a tile out over registers, lanes and warps are linear in the bits of row and column (Triton's linear layouts),
+so what counts of a way are the bits that a thread holds by itself, in registers. Bits that both ways hold in registers
+stand for parts of the tile that can pass one after the other through the same memory, but for those that make up the
+widest access. The rules were read off kernels that Triton 3.9 compiled.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+Held: TypeAlias = "set[tuple[str, int]]"  # what a thread's registers run over: ("row" or "column", power of two)
+ACCESS = 128  # bits that a thread reads or writes at once at most
+LANES = 32  # threads of a warp
+ROWS, COLUMNS = 16, 8  # of a result of the smallest instruction: mma.sync's, and one warp's of wgmma
+
+
+def turn_bytes(m: int, n: int, bits: int, unit: str, arch: str, warps: int) -> int:
+    """Return the bytes that turning sums of [m, n] for a store takes: numbers of `bits` from mma or wgmma; others 0."""
+    if unit not in ("mma", "wgmma"):
+        return 0
+    both = len(_held_by_unit(m, n, unit, warps) & _held_by_store(m, n, bits, warps))
+    matrices = bits == 16 and int(arch.removeprefix("sm_")) >= 90  # stmatrix writes pieces of 16 bits that lie apart
+    within = 1 if matrices else (ACCESS // bits).bit_length() - 1
+    return m * n * bits // 8 >> max(0, both - within)
+
+
+def warps_along(m: int, n: int, unit: str, warps: int) -> tuple[int, int]:
+    """Return how many warps lie along the rows and along the columns of sums of [m, n]: wgmma's in groups of four."""
+    rows, columns = (4, 1) if unit == "wgmma" else (1, 1)
+    while rows * columns < warps:
+        free = m // ROWS // rows
+        if free > 1 and (unit == "wgmma" or free >= n // COLUMNS // columns):
+            rows *= 2
+        else:
+            columns *= 2
+    return rows, columns
+
+
+def _held_by_unit(m: int, n: int, unit: str, warps: int) -> Held:
+    rows, columns = warps_along(m, n, unit, warps)
+    own = _bits("column", COLUMNS, n // columns) if unit == "wgmma" else _bits("column", COLUMNS * columns, n)
+    return {("column", 1), ("row", COLUMNS)} | own | _bits("row", ROWS * rows, m)
+
+
+def _held_by_store(m: int, n: int, bits: int, warps: int) -> Held:
+    """Return what a thread stores: a piece of a row, the same piece of later rows, and what a row is longer than that."""
+    piece = max(1, min(ACCESS // bits, m * n // (LANES * warps), n))
+    along = min(LANES * warps, max(1, n // piece))  # threads of a row
+    return _bits("column", 1, piece) | _bits("column", piece * along, n) | _bits("row", LANES * warps // along, m)
+
+
+def _bits(axis: str, first: int, end: int) -> Held:
+    """Return the powers of two from `first` to below `end`, both powers of two."""
+    return {(axis, 1 << i) for i in range(first.bit_length() - 1, end.bit_length() - 1)}
