@@ -10,7 +10,7 @@ lowest bits, integers with half of their range added (so that 0 is stored as 8 f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ Parts = Mapping[str, torch.Tensor]
 
 # widths of the codes' range that are tried, as shares of the range of the numbers; fewer levels gain from clipping more
 WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9), 8: (1.0,)}
-CHUNK = 1 << 19  # elements that are worked on at once: measured; fewer cost more calls, more leave the caches
+CHUNK = 1 << 18  # elements that are worked on at once: measured; fewer cost more calls, more leave the caches
 _TINY = 1e-30
+# f32 of this size are integers: adding it rounds, half ways to the even one, and leaves the integer in the lowest bits
+_ROUND = 1.5 * 2**23
 
 _E2M1 = torch.tensor(ELEMENTS["e2m1"])
 # the least number that goes up at each half way between neighbours: half ways themselves go to the even code
@@ -102,42 +104,35 @@ def unpack(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
 
 
 def _encode_integers(x: torch.Tensor, format: Format) -> Parts:
-    shape, group, bits = x.shape, format.group, format.bits
-    flat = x.reshape(-1, group)
-    codes = torch.empty(flat.shape[0], group * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(flat.shape[0])
-    zeros = torch.empty(flat.shape[0] if format.zeros else 0)
-    step = max(1, CHUNK // group)
-    room = torch.empty(2, step, group)
-    for start in range(0, flat.shape[0], step):
-        part = flat[start : start + step]
-        found, scale, zero = search(part, format, room)
-        with np.errstate(invalid="ignore"):  # scales that are not finite are refused at the end
-            whole = found.numpy().astype(np.uint8)  # six times as fast as torch's conversion
-        codes[start : start + step] = pack(torch.from_numpy(whole), bits)
-        scales[start : start + step] = scale
-        if format.zeros:
-            zeros[start : start + step] = zero
+    shape, bits = x.shape, format.bits
+    flat = x.reshape(-1, format.group)
+    factor, scale, zero = search(flat, format)
+    codes = torch.empty(len(flat), format.group * bits // 8, dtype=torch.uint8)
+    for part, room in _chunks(flat):
+        rounded = _rounded(flat[part], factor[part], zero[part], format, room)
+        lowest = rounded.numpy().view(np.int32).astype(np.uint8)  # the bits of a code, see _ROUND
+        codes[part] = pack(torch.from_numpy(lowest), bits)
     parts = {
         "codes": codes.reshape(*shape[:-1], shape[-1] * bits // 8),
-        "scales": scales.reshape(*shape[:-1], shape[-1] // group),
+        "scales": scale.reshape(*shape[:-1], shape[-1] // format.group),
     }
     if format.zeros:
-        parts["zeros"] = pack(zeros.to(torch.uint8).reshape(*shape[:-1], shape[-1] // group), bits)
+        parts["zeros"] = pack(zero.to(torch.uint8).reshape(*shape[:-1], shape[-1] // format.group), bits)
     return parts
 
 
-def search(
-    x: torch.Tensor, format: Format, room: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return codes f32[N, G] (0 .. 2^bits - 1), scales f32[N] and zero points f32[N] of groups f32[N, G].
+def search(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return for groups f32[N, G] the factor, scale and zero point f32[N] with which they are rounded best.
 
-    For given codes c, the scale of least squares is s = (x c) / (c c), and the error is x x - (x c)^2 / (c c): the
-    width with the largest (x c)^2 / (c c) is the best one. `room` is f32[2, N or more, G] to work in; the codes lie
-    there. Fresh memory costs more than the arithmetic, for the system clears its pages.
+    The codes are round(x factor + zero) in 0 .. 2^bits - 1, and stand for (codes - zero) scale. For given codes c
+    around the zero point the scale of least squares is s = (x c) / (c c), and the error is x x - (x c)^2 / (c c): the
+    width with the largest (x c)^2 / (c c) is the best one.
     """
     top, count = float((1 << format.bits) - 1), len(x)
-    low, high = x.amin(1), x.amax(1)  # twice as fast as aminmax
+    low, high = torch.empty(2, count)
+    for part, _ in _chunks(x):
+        torch.amin(x[part], 1, out=low[part])  # twice as fast as aminmax
+        torch.amax(x[part], 1, out=high[part])
     if format.zeros:
         low, high = low.clamp_(max=0), high.clamp_(min=0)  # 0 stays a number that the codes can say
     else:
@@ -148,27 +143,45 @@ def search(
     half = torch.full_like(scale, (top + 1) / 2)
     zero = (low * -widths / scale).round_().clamp_(0, top) if format.zeros else half
     factor = scale.reciprocal()
-    codes, products = torch.empty(2, *x.shape) if room is None else room[:, :count]
-    product, square = torch.empty(2, len(widths), count)
-    for i in range(len(widths)):
-        centred = _rounded(x, factor[i], zero[i], top, codes).sub_(zero[i].unsqueeze(1))
-        torch.sum(torch.mul(x, centred, out=products), 1, out=product[i])
-        torch.sum(torch.mul(centred, centred, out=products), 1, out=square[i])
-    square.clamp_(min=_TINY)
-    if len(widths) == 1:
-        return codes.add_(zero[0].unsqueeze(1)), (product / square)[0], zero[0]
-    candidates = torch.stack((product * product / square, product / square, factor, zero), 1)
+    product, square = torch.empty(2, *scale.shape)
+    for part, room in _chunks(x):
+        for i in range(len(widths)):
+            centred = _rounded(x[part], factor[i, part], zero[i, part], format, room)
+            centred -= (zero[i, part] + _ROUND).unsqueeze(1)
+            _dot(x[part], centred, product[i, part])
+            torch.linalg.vector_norm(centred, dim=1, out=square[i, part])
+    square.square_().clamp_(min=_TINY)
+    candidates = torch.stack((product * product / square, factor, product / square, zero), 1)
     best = candidates[0]
     for found in candidates[1:]:
         best = torch.where(found[0] > best[0], found, best)
-    _, scale, factor, zero = best
-    # computing the chosen codes again is quicker than keeping those of every width
-    return _rounded(x, factor, zero, top, codes), scale, zero
+    _, factor, scale, zero = best
+    return factor, scale, zero
 
 
-def _rounded(x: torch.Tensor, factor: torch.Tensor, zero: torch.Tensor, top: float, out: torch.Tensor) -> torch.Tensor:
-    """Return the codes of groups f32[N, G] in `out`, for factors and zero points f32[N]."""
-    return torch.mul(x, factor.unsqueeze(1), out=out).add_(zero.unsqueeze(1)).round_().clamp_(0, top)
+def _chunks(x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield slices of groups [N, G] that are worked on at once, each with a tensor of its size to work in.
+
+    They share that memory: fresh memory costs more than the arithmetic, for the system clears its pages.
+    """
+    step = max(1, CHUNK // x.shape[1])
+    room = torch.empty(min(step, len(x)), x.shape[1])
+    for start in range(0, len(x), step):
+        stop = min(start + step, len(x))
+        yield slice(start, stop), room[: stop - start]
+
+
+def _rounded(
+    x: torch.Tensor, factor: torch.Tensor, zero: torch.Tensor, format: Format, room: torch.Tensor
+) -> torch.Tensor:
+    """Return _ROUND plus the codes of groups f32[N, G], made in `room`, for factors and zero points f32[N]."""
+    torch.mul(x, factor.unsqueeze(1), out=room)
+    return room.add_((zero + _ROUND).unsqueeze(1)).clamp_(_ROUND, _ROUND + (1 << format.bits) - 1)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """Put the inner products of the rows of [N, G] in `out`; in torch a product and a sum pass over memory thrice."""
+    np.einsum("ng,ng->n", a.numpy(), b.numpy(), out=out.numpy())
 
 
 def _one_sided(low: torch.Tensor, high: torch.Tensor, top: float) -> tuple[torch.Tensor, torch.Tensor]:
