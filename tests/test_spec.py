@@ -58,6 +58,15 @@ def test_buckets_cover_every_number_of_tokens(lowered):
     assert kernels.time(2048) > kernels.time(1) > 0
 
 
+def test_a_bucket_finds_what_a_search_for_it_alone_finds():
+    """Programs are made once for all buckets: none depends on the number of tokens, in the model with most kinds."""
+    module = moec.compile(ROOT / "tests/configs/DeepSeek-V4-Flash", target="nvidia-h200", stop_after="kernel")
+    profile, buckets = profile_of("nvidia-h200"), (4, 64, 8192)
+    together = {k.name: k.found for k in kernel_specs(module, profile, tokens=buckets).kernels}
+    alone = {k.name: k.found for high in buckets for k in kernel_specs(module, profile, tokens=(high,)).kernels}
+    assert together == alone and len(alone) > 100
+
+
 def test_what_stands_in_the_file_runs(lowered):
     """A kernel that is read back from kernels.json computes what its op does: the simulator runs it as it stands."""
     profile = profile_of("ascend-950dt")

@@ -17,7 +17,7 @@ from .choices import Tile
 from .experts_touched import expected_tiles
 from .kernels_experts import Experts, grouped_up
 from .kinds_experts import touched
-from .search import Kernel, row_choices, search, shapes
+from .search import Fit, Kernel, row_choices, search, shapes
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 DEVICES: Mapping[str, str] = {  # profile -> torch.cuda.get_device_name() as the engines' own files spell it
@@ -54,17 +54,18 @@ def file_name(engine: str, e: Experts, device: str) -> str | None:
 def entries(e: Experts, profile: Profile, tokens: tuple[int, ...] = TOKENS) -> dict[str, dict[str, int]]:
     """Return what a file says for each number of tokens."""
     product = replace(e, gated=False, inner=e.up.rows, act="identity")
-    return {str(count): _entry(_tile(product, profile, count), e, count) for count in tokens}
+    fits: dict[Tile, Fit] = {}
+    return {str(count): _entry(_tile(product, profile, count, fits), e, count) for count in tokens}
 
 
-def _tile(product: Experts, profile: Profile, tokens: int) -> Tile:
+def _tile(product: Experts, profile: Profile, tokens: int, fits: dict[Tile, Fit]) -> Tile:
     kernel = Kernel(
         "fused_moe", lambda t, layout: grouped_up(product, t, layout), {"T": tokens},
         shapes(row_choices(tokens * product.chosen / product.experts), product.up.step),
         lambda t: {"tile": expected_tiles(product.experts, product.chosen, tokens, t.m)},
         touched(product, "up", tokens),
     )  # fmt: skip
-    return search(kernel, profile).best.tile
+    return search(kernel, profile, fits).best.tile
 
 
 def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:

@@ -67,8 +67,22 @@ class Found:
     fitting: int
 
 
-def search(kernel: Kernel, profile: Profile) -> Found:
-    """Return the tile of the least predicted time. MoecError if no tile fits the chip."""
+@dataclass(frozen=True)
+class Fit:
+    """The program of a tile with its bytes in each memory and, for each number of warps, why the chip cannot run it."""
+
+    program: Program
+    use: Mapping[str, int]
+    why: tuple[str | None, ...]
+
+
+def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None) -> Found:
+    """Return the tile of the least predicted time. MoecError if no tile fits the chip.
+
+    `fits` holds what earlier searches found out about tiles of this kernel on this chip, for other numbers of tokens,
+    which a program does not depend on; what this one finds out is added.
+    """
+    fits = {} if fits is None else fits
     choices: list[Choice] = []
     reasons: dict[str, int] = {}
     tried = 0
@@ -79,7 +93,10 @@ def search(kernel: Kernel, profile: Profile) -> Found:
         if choices:
             break
         for shape, stages in product(kernel.shapes, stages_of):
-            found, why = _fitting(kernel, Tile(*shape, stages), profile, chips[shape[0]], counted)
+            tile = Tile(*shape, stages)
+            if tile not in fits:
+                fits[tile] = _fit(kernel, tile, profile, chips[shape[0]])
+            found, why = _choices(kernel, tile, fits[tile], profile, counted)
             tried += len(found) + len(why)
             choices += found
             for reason in why:
@@ -91,28 +108,31 @@ def search(kernel: Kernel, profile: Profile) -> Found:
     return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
 
 
-def _fitting(
-    kernel: Kernel, tile: Tile, profile: Profile, chip: Chip, counted: dict[tuple[int, int, int], Counts]
-) -> tuple[list[Choice], list[str]]:
-    """Return the choices of a tile with each number of warps, and why the other numbers cannot be."""
+def _fit(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> Fit:
     program = kernel.make(tile, layout_of(profile, tile.m))
     use = footprint(program, chip.align)
-    why = [unfit(program, warps, use, chip, profile) for warps in _warps(profile)]
-    if all(why):
-        return [], [reason for reason in why if reason]
+    return Fit(program, use, tuple(unfit(program, warps, use, chip, profile) for warps in _warps(profile)))
+
+
+def _choices(
+    kernel: Kernel, tile: Tile, fit: Fit, profile: Profile, counted: dict[tuple[int, int, int], Counts]
+) -> tuple[list[Choice], list[str]]:
+    """Return the choices of a tile with each number of warps, and why the other numbers cannot be."""
+    reasons = [reason for reason in fit.why if reason]
+    if all(fit.why):
+        return [], reasons
     shape = (tile.m, tile.n, tile.k)
     if shape not in counted:
-        counted[shape] = count(program, kernel.scalars, kernel.expect(tile))
-    counts = counted[shape]
+        counted[shape] = count(fit.program, kernel.scalars, kernel.expect(tile))
     found = []
-    for warps, reason in zip(_warps(profile), why, strict=True):
+    for warps, reason in zip(_warps(profile), fit.why, strict=True):
         if reason is None:
             prediction = predict(
-                program, counts, kernel.scalars, profile, warps=warps, stages=tile.stages, use=use,
+                fit.program, counted[shape], kernel.scalars, profile, warps=warps, stages=tile.stages, use=fit.use,
                 touched=kernel.touched or {}, share=matrix_share(profile, tile.m, tile.n),
             )  # fmt: skip
-            found.append(Choice(replace(tile, warps=warps), program, prediction, use))
-    return found, [reason for reason in why if reason]
+            found.append(Choice(replace(tile, warps=warps), fit.program, prediction, fit.use))
+    return found, reasons
 
 
 def _rank(p: Prediction) -> float:

@@ -6,6 +6,7 @@ expected of it and what else was considered. Equal ops of different layers share
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,11 +17,12 @@ from ...compiler.ir import Function, Module, Op
 from ...compiler.rewrite import tell
 from .assumed import ASSUMED, multiplies
 from .chip import Profile
+from .choices import Tile
 from .exchange import exchanges
 from .kinds import Step, Tokens, named
 from .machine import chip_of, layout_of
 from .packing import Packing
-from .search import Choice, Found, search
+from .search import Choice, Fit, Found, search
 from .supported import KINDS, supported
 from .tiles import DEVICE, For, walk
 from .work import call_counts
@@ -233,9 +235,13 @@ class _Group:
 
 def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[str] | None) -> Iterable[KernelSpec]:
     low = 1
+    fits: defaultdict[tuple[str, str], dict[Tile, Fit]] = defaultdict(dict)  # of a kernel, by its way and its name
     for high in buckets:
         ways = group.step.ways(_tokens(high), profile)
-        found = [(way, [(kernel, search(kernel, profile)) for kernel in way.kernels]) for way in ways]
+        found = [
+            (way, [(kernel, search(kernel, profile, fits[way.name, kernel.name])) for kernel in way.kernels])
+            for way in ways
+        ]
         # several ways to compute the op: the one that is over first
         way, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
         if why is not None and len(ways) > 1:
