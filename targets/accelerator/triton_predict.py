@@ -8,10 +8,11 @@ one buffer where the unit reads it from shared memory, and none elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from .tile_expr import names
 from .tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
 from .triton_turn import COLUMNS, turn_bytes, warps_along
 
@@ -20,6 +21,8 @@ BEHIND = 4  # bytes of a row that a copy past the registers takes at least
 PIECE = 4  # rows of a second operand that mma.sync passes for each warp where no loop holds the product
 ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
 SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
+SIDES = (16, 32)  # of AMD's products: the smaller one where there are no more rows
+SCALES = 8  # bytes of a column's scales that AMD's waves pass on
 SMALL = 8192  # bytes that Triton takes for turning rows and adding across warps, which is not predicted
 COMPUTED = 32  # fewer of them where operands are computed: these pass through registers
 GROUPED = 16  # sums a thread at most where mma's operands are computed in groups, which changes who holds what
@@ -114,7 +117,7 @@ def _own_columns(shape: tuple[int, ...], warps: int) -> bool:
     Waves are added along the side on which more instructions are left for each, along columns where both are equal.
     """
     m, n = shape
-    side = 16 if m <= 16 else 32
+    side = SIDES[m > SIDES[0]]
     rows = columns = 1
     while rows * columns < warps:
         if m // side // rows > n // side // columns:
@@ -165,20 +168,23 @@ class _Loop:
         second = {self.origin.get(d.b, d.b): self._unit(d) for d in dots}
         operands = first | second
         copies = max(self.loop.stages, 1)
-        total, turned = 0, self._turned(statements, second)
+        chained = self._chained(statements) if self.arch == "gfx950" else set()
+        total, grouped = 0, self._grouped(statements, dots)
         both = self._both_ways(dots) if copies > 1 else set()
         for name, buffer in self.loaded.items():
             size = _size(buffer)
             if name in both:
                 continue
             if name in operands:
-                total += size * self._copies(name, operands[name], name in second, copies)
-            elif dots and _ahead(buffer) and not turned and not self._widened(dots):
+                stages = max(2, copies - 1) if name in chained and copies > 1 else copies
+                total += size * self._copies(name, operands[name], name in second, stages)
+            elif dots and _ahead(buffer) and grouped is None and not self._widened(dots):
                 total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
         if copies == 1:
             return self._unstaged(dots) + self._kept(dots)
         total += max((_size(self.loaded[name]) for name in both), default=0)
-        return total + self._computed(statements, second) + turned + self._kept(dots)
+        total += self._computed(statements, second) + (grouped or 0) + self._kept(dots)
+        return max([total, *self._entering(first)])
 
     def _unit(self, dot: Dot) -> str:
         m, n = self.program.buffers[dot.acc].shape
@@ -199,16 +205,42 @@ class _Loop:
             return 0 if own else stages  # each wave loads its columns past the shared memory
         return stages - 1
 
-    def _turned(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:
-        """Return the bytes through which gfx942 passes operands that are computed in groups, whose codes it loads late."""
-        if self.arch != "gfx942":
-            return 0
-        sizes = [
-            _size(self.program.buffers[s.name])
-            for s in statements
-            if isinstance(s, Let) and s.name in second and "reshape(" in s.value
-        ]
-        return max(sizes, default=0)
+    def _grouped(self, statements: Sequence[Statement], dots: Sequence[Dot]) -> int | None:
+        """Return the bytes through which AMD's waves pass operands that are computed in groups, whose codes they load late.
+
+        gfx950's waves that have columns of their own pass the scales alone, and none of a group of columns that they
+        share. None where no operand is computed so.
+        """
+        made = {s.name: s.value for s in statements if isinstance(s, Let)}
+        shapes = {}  # of the operands: those of their products
+        for dot in dots:
+            name = self.origin.get(dot.b, dot.b)
+            if "reshape(" in made.get(name, ""):
+                shapes[name] = self.program.buffers[dot.acc].shape
+        if not shapes or not self.arch.startswith("gfx"):
+            return None
+        m, n = next(iter(shapes.values()))
+        if self.arch == "gfx950" and m <= SIDES[0] and _own_columns((m, n), self.warps):
+            return 0 if n == SIDES[0] * self.warps else n * SCALES
+        return max(_size(self.program.buffers[name]) for name in shapes)
+
+    def _chained(self, statements: Sequence[Statement]) -> set[str]:
+        """Return the tiles that are loaded by what the same turn loads, in their places or masks: a stage later."""
+        known: set[str] = set()  # loaded in this turn, or computed from it
+        found = set()
+        for s in statements:
+            texts = (*s.at, s.mask) if isinstance(s, Load) else (s.value,) if isinstance(s, (Let, Move)) else ()
+            late = any(known & names(text) for text in texts if text)
+            if isinstance(s, Load) and late:
+                found.add(s.name)
+            if isinstance(s, Load) or (isinstance(s, (Let, Move)) and late):
+                known.add(s.name)
+        return found
+
+    def _entering(self, first: Iterable[str]) -> Iterator[int]:
+        """Yield the bytes through which AMD's waves take first operands that were loaded before the loop, one by one."""
+        if self.arch.startswith("gfx"):
+            yield from (_size(self.program.buffers[name]) for name in first if name in self.outer)
 
     def _both_ways(self, dots: Sequence[Dot]) -> set[str]:
         """Return the loaded tiles that are multiplied as they are and transposed: gfx950 keeps them in registers."""
