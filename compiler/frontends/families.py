@@ -306,10 +306,10 @@ _ALL = (
            "latent kv, index keys, convolution, delta rule",
            "KDA and MLA to chosen blocks without positions, hyper-connections, dense and experts",
            whole={"vision_config": _VISION_QWEN}),
-    Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}),
+    Family("Llama (no experts)", "llama", "LlamaConfig", {"intermediate_size": 96}, layers="attention, dense"),
     Family("Gemma 3 (no experts)", "gemma3_text", "Gemma3TextConfig",
-           {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}),
-    Family("GPT-NeoX (no experts)", "gpt_neox", "GPTNeoXConfig", {"intermediate_size": 96}),
+           {"intermediate_size": 96, "head_dim": 16, "sliding_window": 4}, layers="full and sliding attention, dense"),
+    Family("GPT-NeoX (no experts)", "gpt_neox", "GPTNeoXConfig", {"intermediate_size": 96}, layers="attention, dense"),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
