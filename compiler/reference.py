@@ -56,9 +56,11 @@ class Reference:
         """Run new tokens after those in `states`; see generate.Runner. The model makes its own kind of cache."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         tensors = {key: torch.from_numpy(np.array(a, np.int64)) for key, a in given.items() if key in self.takes}
+        from .frontends.cache import cache_argument, returned_cache
+
         with torch.no_grad():
-            found = self.model(**tensors, past_key_values=states, use_cache=True)
-        return found.logits[:, -last:].float().numpy(), found.past_key_values
+            found = self.model(**tensors, **cache_argument(self.model, states), use_cache=True)
+        return found.logits[:, -last:].float().numpy(), returned_cache(found)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from moec.compiler.interpret import interpret
 from moec.compiler.printer import print_module
 from moec.compiler.verify import verify
 from moec.compiler.weights.pull import pull
-from tiny_models import padded_batch, random_model, save
+from tiny_models import padded_batch, random_model, save, stepped
 
 # family, changes to its tiny config, kinds of layers
 CASES = {
@@ -61,18 +61,15 @@ def difference(actual, expected, mask):
 def test_numbers_equal_transformers(case):
     model, loaded, _ = case
     ids, mask, positions = padded_batch(128, 9)
+    expected, cache = stepped(model, input_ids=ids, attention_mask=mask, position_ids=positions)
     with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         step = torch.randint(3, 128, (3, 1), generator=torch.Generator().manual_seed(5))
         longer = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], 1)
         logits, *states = run(loaded, ids, mask, positions, empty_states(loaded.module, 3))
         after, *_ = run(loaded, step, longer, positions[:, -1:] + 1, states)
-        reference = model(
-            input_ids=step, attention_mask=longer, position_ids=positions[:, -1:] + 1,
-            past_key_values=expected.past_key_values, use_cache=True,
-        )  # fmt: skip
-    assert difference(logits, expected.logits, mask) < 1e-5
-    assert difference(after, reference.logits, torch.ones(3, 1)) < 1e-5
+    reference, _ = stepped(model, cache, input_ids=step, attention_mask=longer, position_ids=positions[:, -1:] + 1)
+    assert difference(logits, expected, mask) < 1e-5
+    assert difference(after, reference, torch.ones(3, 1)) < 1e-5
 
 
 def test_layers_of_a_kind_are_one_function(case):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.frontends.families import FAMILIES
-from tiny_models import padded_batch, random_model, save
+from tiny_models import padded_batch, random_model, save, stepped
 
 LIVE = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")  # compiled from the live model too
 ALWAYS = (*LIVE, "lfm2_moe", "kimi_linear", "granitemoehybrid")  # the others belong to the long matrix
@@ -38,14 +38,10 @@ def prefill_and_decode(model, session, length):
     states = session.start(len(ids))
     cache = None
     for _ in range(STEPS + 1):
-        with torch.no_grad():
-            expected = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-        cache = expected.past_key_values
+        expected, cache = stepped(model, cache, input_ids=ids, attention_mask=mask, position_ids=positions)
         logits, states = session.step(ids.numpy(), mask.numpy(), positions.numpy(), states)
-        yield logits, expected.logits.numpy(), mask[:, -ids.shape[1] :].bool().numpy()
-        ids = expected.logits[:, -1:].argmax(-1)
+        yield logits, expected.numpy(), mask[:, -ids.shape[1] :].bool().numpy()
+        ids = expected[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones(len(ids), 1, dtype=torch.int64)], 1)
         positions = positions[:, -1:] + 1
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from moec.compiler.frontends.cache import cache_argument, returned_cache
 from moec.compiler.frontends.families import Family
 from moec.compiler.frontends.skeleton import make_model
 
@@ -49,6 +51,14 @@ def save(model: torch.nn.Module, folder: Path) -> Path:
     """Save as a checkpoint folder with the family's own tensor names."""
     model.save_pretrained(folder)
     return folder
+
+
+def stepped(model: torch.nn.Module, cache: Any = None, **inputs) -> tuple[torch.Tensor, Any]:
+    """Return what transformers computes for new tokens behind those of a cache: the logits and the cache after them."""
+    given = cache_argument(model, cache)
+    with torch.no_grad():
+        found = model(**inputs, **given, use_cache=True)
+    return found.logits, returned_cache(found)
 
 
 def padded_batch(

@@ -1,4 +1,5 @@
-"""Attention with something added to its scores, as products and a softmax: `nn.attention` has no place for it."""
+"""Attention as products and a softmax, where `nn.attention` has no place for it: with something added to its scores, or
+to things that are no tokens."""
 
 from __future__ import annotations
 
@@ -23,4 +24,15 @@ def biased(
     if sinks is not None:
         weights = weights[..., : k.shape[2]]
     y = torch.matmul(weights.reshape(*apart.shape[:4], k.shape[2]), v.unsqueeze(2))
+    return y.reshape(*q.shape[:3], v.shape[3]).transpose(1, 2)
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attend to all of a fixed number N of things, such as what earlier layers made of a token.
+
+    q is [B, H, Q, D], k [B, G, N, D], v [B, G, N, E]; the result is [B, Q, H, E].
+    """
+    apart = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])
+    weights = torch.softmax(torch.matmul(apart, k.unsqueeze(2).transpose(-1, -2)) * scale, dim=-1)
+    y = torch.matmul(weights, v.unsqueeze(2))
     return y.reshape(*q.shape[:3], v.shape[3]).transpose(1, 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .cache import takes_cache
 from .indexer import LOWEST
 
 
@@ -83,9 +84,8 @@ def _whole(counts: Tensor, size: int) -> Tensor:
     return (counts.float() / size).floor().long() * size
 
 
-def _minimax(
-    self: Any, hidden_states: Tensor, position_embeddings: Any, past_key_values: Any, position_ids: Tensor
-) -> Tensor:
+@takes_cache
+def _minimax(self: Any, hidden_states: Tensor, position_embeddings: Any, cache: Any, position_ids: Tensor) -> Tensor:
     """MiniMax-M3: for each group of heads the blocks of the highest score, the query's own and those before it always.
 
     A block's score is that of its best key. Returns bool[B, H, S, T]. transformers counts blocks from slot 0, padding
@@ -97,7 +97,7 @@ def _minimax(
     k = self.k_norm(self.k_proj(hidden_states).view(batch, new, 1, self.head_dim)).transpose(1, 2)
     cos, sin = position_embeddings
     q, k = turn(q, k, cos[..., : self.head_dim], sin[..., : self.head_dim])
-    keys = past_key_values.update_indexer(k.squeeze(1), self.layer_idx)
+    keys = cache.update_indexer(k.squeeze(1), self.layer_idx)
     slots = torch.arange(keys.shape[1], device=keys.device)
     first = _first(slots, position_ids)
     keys = _from_first(keys, slots, first)
@@ -112,7 +112,8 @@ def _minimax(
     return _to_slots(torch.ops.moec.spread(_among(chosen, best), self.block_size, scores), slots, first)
 
 
-def _glm(self: Any, hidden_states: Tensor, q_resid: Tensor, attention_mask: Tensor, past_key_values: Any) -> Tensor:
+@takes_cache
+def _glm(self: Any, hidden_states: Tensor, q_resid: Tensor, attention_mask: Tensor, cache: Any) -> Tensor:
     """GLM-5 Next: pools of `index_kpool` tokens, each with a mean of its keys that the tokens weigh; the last tokens always.
 
     `attention_mask` is of the new tokens only, so that the cache keeps it beside the keys. Returns bool[B, S, T].
@@ -122,7 +123,7 @@ def _glm(self: Any, hidden_states: Tensor, q_resid: Tensor, attention_mask: Tens
     q = self.wq_b(q_resid).view(batch, new, -1, width)
     gates = functional.linear(hidden_states, self.index_kpool_compress_gate)
     k = torch.cat((self.k_norm(self.wk(hidden_states)), gates, attention_mask.to(gates.dtype)[..., None]), dim=-1)
-    kept = past_key_values.update_indexer(k, self.layer_idx)
+    kept = cache.update_indexer(k, self.layer_idx)
     real = kept[..., -1] > 0
     slots = torch.arange(kept.shape[1], device=kept.device)
     first = (real.long().cumsum(-1) == 0).long().sum(-1, keepdim=True)

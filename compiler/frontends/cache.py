@@ -5,7 +5,9 @@ Keys and values grow by `moec::cache_append`. The states of convolutions and of 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -144,6 +146,34 @@ class TraceCache:
 
 def _numbered(label: str, index: int) -> str:
     return f"{label}_{index}" if index else label
+
+
+# --- what transformers calls a cache ------------------------------------------------------------------------------
+
+NAME = "cache"  # since transformers 5.24; before it was one of the others
+OLD_NAMES = ("past_key_values", "cache_params")
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument by which a model is given its cache."""
+    known = signature(model.forward).parameters
+    return {next((name for name in (NAME, *OLD_NAMES) if name in known), NAME): cache}
+
+
+def returned_cache(output: Any) -> Any:
+    """Return the cache that a model's output holds."""
+    # transformers warns where an old name is asked for beside the new one
+    return getattr(output, next(name for name in (NAME, *OLD_NAMES) if hasattr(output, name)))
+
+
+def takes_cache(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function whose parameter is `cache` be called by the old names too."""
+
+    @wraps(function)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{NAME if key in OLD_NAMES else key: value for key, value in kwargs.items()})
+
+    return renamed
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import MoecError
 from ..ops.moe import ACTIVATIONS, activate
-from .biased_attention import biased
+from .biased_attention import biased, unmasked
+from .cache import SIZES
 from .expert_rows import expert_rows
 from .indexer import causal, selected
 
@@ -155,10 +156,13 @@ def _attention(
         attention_mask = block_indices & causal(attention_mask, query.shape[2])
     elif indices is not None and attention_mask is not None:
         attention_mask = selected(attention_mask, indices)
-    masks = _masks(module, attention_mask, key.shape[1])
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        added = any(x is not None for x in (attention_mask, s_aux, softcap, position_bias, sinks))
+        if added or not isinstance(key.shape[2], int) or key.shape[2] in SIZES:
+            raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
+        return unmasked(query, key, value, scale), None  # to a fixed number of things, which are no tokens
+    masks = _masks(module, attention_mask, key.shape[1])
     window, chunk = current().window
     if position_bias is not None and attention_mask is not None and not chunk and not softcap:
         return biased(

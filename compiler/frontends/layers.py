@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import MoecError
-from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_class
+from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_class
 from .capture import Tracing, current
 
 
@@ -103,7 +103,7 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     )]  # fmt: skip
     try:
         with torch.no_grad():
-            model(**example_inputs(), past_key_values=cache, use_cache=True)
+            model(**example_inputs(), **cache_argument(model, cache), use_cache=True)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         # whatever stops a model's own code here has one meaning: it needs more than shapes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -7,6 +7,7 @@ what is done to them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -110,6 +111,41 @@ def _unsqueeze(x: Any, dim: int) -> Any:
     return _reshape(x, shape)
 
 
+def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    first, last = start_dim % x.dim(), end_dim % x.dim()
+    return _reshape(x, [*x.shape[:first], math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :]])
+
+
+def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
+    axis, known = dim % x.dim(), math.prod(n for n in sizes if n != -1)
+    whole = [x.shape[axis] // known if n == -1 else n for n in sizes]
+    return _reshape(x, [*x.shape[:axis], *whole, *x.shape[axis + 1 :]])
+
+
+def _index(x: Any, index: Any) -> Any:
+    """Take slices along axes, and single places, whose axes vanish."""
+    places = list(index) if isinstance(index, tuple) else [index]
+    if any(p is ... for p in places):
+        at = next(i for i, p in enumerate(places) if p is ...)
+        places[at : at + 1] = [slice(None)] * (x.dim() - len(places) + 1)
+    if not all(isinstance(p, int) or (isinstance(p, slice) and p.step in (None, 1)) for p in places):
+        raise MoecError(f"the weight conversion step [{index}] is not understood")
+    recipe = x.recipe
+    for axis, place in enumerate(places):
+        start, stop, _ = (slice(place, place + 1 or None) if isinstance(place, int) else place).indices(x.shape[axis])
+        if (start, stop) != (0, x.shape[axis]):
+            recipe = step("slice", recipe, axis=axis, start=start, stop=stop)
+    kept = [n for i, n in enumerate(recipe.type.sizes) if not (i < len(places) and isinstance(places[i], int))]
+    return _reshape(RecipeTensor.of(recipe), kept)
+
+
+def _to(x: Any, dtype: Any, **kwargs: Any) -> Any:
+    if not isinstance(dtype, torch.dtype):  # a device: there is no data here
+        return x
+    wanted = DTYPE_NAMES[dtype]
+    return x if x.recipe.type.dtype == wanted else _made(step("cast", x.recipe, to=wanted))
+
+
 def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
@@ -119,6 +155,7 @@ _STEPS: dict[str, Callable[..., Any]] = {
     "transpose": _transpose, "reshape": _reshape, "view": _reshape, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
     "contiguous": _same, "clone": _same, "detach": _same, "permute": lambda x, *p: _made(
         step("transpose", x.recipe, perm=tuple(p[0] if isinstance(p[0], (tuple, list)) else p))),
+    "flatten": _flatten, "unflatten": _unflatten, "__getitem__": _index, "to": _to,
     "t": lambda x: _transpose(x, 0, 1),
 }  # fmt: skip
 

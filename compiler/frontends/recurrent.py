@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import MoecError
+from .cache import takes_cache
 from .capture import current
 
 # --- the single ops --------------------------------------------------------------------------------------------
@@ -145,9 +146,10 @@ def _padding_mask(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | N
     return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
 
+@takes_cache
 def _lightning(
     self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Tensor | None,
-    past_key_values: Any = None, **kwargs: Any,
+    cache: Any = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Lightning attention (Qin et al. 2024): linear attention with a fixed decay for each head."""
     batch, new, _ = hidden_states.shape
@@ -156,16 +158,17 @@ def _lightning(
     qkv = qkv.reshape(batch, new, self.num_attention_heads, 3 * self.head_dim)
     q, k, v = torch.split(qkv, self.head_dim, dim=3)
     decay = (-self.slope_rate.reshape(1, 1, -1, 1)).expand(batch, new, -1, -1)
-    past = past_key_values.get_recurrent_state(self.layer_idx)
+    past = cache.get_recurrent_state(self.layer_idx)
     y, state = linear_attention(q, k, v, decay, None, past)
-    past_key_values.update_recurrent_state(state, self.layer_idx)
+    cache.update_recurrent_state(state, self.layer_idx)
     y = self.norm(y.reshape(batch, new, self.num_attention_heads * self.head_dim))
     return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * y), None
 
 
+@takes_cache
 def _dynamic_convolution(
-    self: Any, hidden_states: Tensor, dynamic_input: Tensor, past_key_values: Any = None,
-    conv_mask: Tensor | None = None, **kwargs: Any,
+    self: Any, hidden_states: Tensor, dynamic_input: Tensor, cache: Any = None,
+    conv_mask: Tensor | None = None, cache_offset: int = 0, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """Inkling 2's short convolution, whose taps are a sum of weights and of what each token says, tap by tap."""
     batch, new, width = hidden_states.shape
@@ -173,8 +176,8 @@ def _dynamic_convolution(
     by_token = self.weight_proj(dynamic_input).view(batch, new, self.num_heads, 1, taps)
     weights = self.static_weight.T.view(self.num_heads, -1, taps) + by_token
     seen = hidden_states if conv_mask is None else hidden_states * conv_mask[:, :, None].to(hidden_states.dtype)
-    whole = past_key_values.update_conv_state(
-        seen.transpose(1, 2), self.layer_idx, state_idx=self.conv_idx, conv_kernel_size=taps
+    whole = cache.update_conv_state(
+        seen.transpose(1, 2), self.layer_idx + cache_offset, state_idx=self.conv_idx, conv_kernel_size=taps
     )
     total = hidden_states.view(batch, new, self.num_heads, -1)
     for lag in range(taps):

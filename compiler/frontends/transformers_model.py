@@ -21,7 +21,7 @@ from ..recipes import Literal, Recipe, step
 from . import aten_moec, aten_ops  # noqa: F401  (these fill the table of handlers)
 from .aten import Graph, lower
 from .builder import Builder
-from .cache import PAST, SIZES, TraceCache, cache_class, past_like
+from .cache import PAST, SIZES, TraceCache, cache_argument, cache_class, past_like
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
 from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, shared_results, stubbed
@@ -233,9 +233,8 @@ class _MainProgram(torch.nn.Module):
     def forward(self, tensors: list[Tensor]) -> Tensor:
         ids, mask, positions, past = tensors
         cache = cache_class()(length=past.shape[2])
-        return self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).logits
+        given = cache_argument(self.model, cache)
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **given).logits
 
 
 def _main_function(job: Import, modules: Any, functions: list[Function]) -> Function:

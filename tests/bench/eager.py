@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ class Eager:
         self.torch, self.folder = torch, folder
         torch.set_num_threads(threads)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).eval()
+        known = inspect.signature(self.model.forward).parameters
+        self.cache = "cache" if "cache" in known else "past_key_values"  # its name up to transformers 5.23
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """Evaluate a prompt at once."""
@@ -55,8 +58,8 @@ class Eager:
 
     def _step(self, ids: Any, cache: Any) -> tuple[Any, Any]:
         with self.torch.inference_mode():
-            found = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return found.logits[:, -1].argmax(-1, keepdim=True), found.past_key_values
+            found = self.model(ids, **{self.cache: cache}, use_cache=True, logits_to_keep=1)
+        return found.logits[:, -1].argmax(-1, keepdim=True), found[self.cache]
 
 
 if __name__ == "__main__":
