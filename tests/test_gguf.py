@@ -53,6 +53,14 @@ def interleaved_rope(x, heads):
 def write_model(folder, family, kind_of, **changes):
     """Write a random model as GGUF and, as a checkpoint of what that stands for, in safetensors; return both."""
     model = random_model(FAMILIES[family], **changes)
+    tensors = gguf_tensors(model, family, kind_of)
+    plain = save(model, folder / "plain")
+    (folder / "file").mkdir()
+    return gguf_files.write(folder / "file" / "m.gguf", metadata(model.config, ARCHITECTURES[family]), tensors), plain
+
+
+def gguf_tensors(model, family, kind_of):
+    """Return a model's tensors as a GGUF file has them; the model gets the numbers that these stand for."""
     tensors = {}
     for name, parameter in model.state_dict().items():
         numbers, theirs = parameter.numpy(), gguf_name(name)
@@ -75,9 +83,7 @@ def write_model(folder, family, kind_of, **changes):
             tensors[theirs] = (kind, numbers.shape[1:], raw.tobytes())
         else:
             tensors[theirs] = (kind, numbers.shape, raw.tobytes())
-    plain = save(model, folder / "plain")
-    (folder / "file").mkdir()
-    return gguf_files.write(folder / "file" / "m.gguf", metadata(model.config, ARCHITECTURES[family]), tensors), plain
+    return tensors
 
 
 def metadata(config, architecture):

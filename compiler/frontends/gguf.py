@@ -1,4 +1,4 @@
-"""Imports a GGUF file: llama.cpp's names for weights, and a config.json beside it or one made of its metadata.
+"""Imports a GGUF file: llama.cpp's names for weights; gguf_config.py has the config.
 
 Only architectures whose converter is known to leave the numbers as they are (or, for llama, to reorder the rows of q
 and k) are read; a tensor without a place in the model is an error.
@@ -16,15 +16,12 @@ from ..errors import MoecError
 from ..ir import Module
 from ..recipes import Recipe, Tensor, step
 from ..weights.gguf import Gguf, open_gguf
-from .skeleton import build, read_config
+from .gguf_config import gguf_config
+from .gguf_rope import FREQUENCIES
+from .skeleton import build
 from .stored import first_number, layer_types
 from .transformers_model import import_model
 
-# general.architecture -> model_types of transformers that are stored under it
-ARCHITECTURES = {
-    "llama": ("mixtral", "llama", "mistral"), "qwen2moe": ("qwen2_moe",), "qwen3moe": ("qwen3_moe",),
-    "olmoe": ("olmoe",), "qwen2": ("qwen2",), "qwen3": ("qwen3",),
-}  # fmt: skip
 REORDERED = ("llama",)  # the rows of q and k lie as interleaved rope wants them (convert_hf_to_gguf.py, permute)
 
 # a part of a name of transformers -> llama.cpp's; the order matters
@@ -37,13 +34,6 @@ _NAMES = (
     (r"\.mlp\.shared_expert\.(gate|up|down)_proj\.", r".ffn_\1_shexp."),
     (r"\.mlp\.experts\.(gate_up|down)_proj$", r".ffn_\1_exps.weight"), (r"\.mlp\.(gate|up|down)_proj\.", r".ffn_\1."),
 )  # fmt: skip
-# a key of the metadata behind the architecture -> a key of the config
-_KEYS = {
-    "context_length": "max_position_embeddings", "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
-    "attention.key_length": "head_dim", "expert_used_count": "num_experts_per_tok",
-}  # fmt: skip
 
 
 def import_gguf(file: Path, name: str) -> tuple[Module, Gguf]:
@@ -59,25 +49,6 @@ def import_gguf(file: Path, name: str) -> tuple[Module, Gguf]:
 
     mapper = lambda wanted: gguf_parameters(wanted, opened, config, file)  # noqa: E731
     return import_model(build(config), mapper, name, stored_as=stored_as), opened
-
-
-def gguf_config(opened: Gguf, file: Path) -> Any:
-    """Return the transformers config of a GGUF file; MoecError for an architecture that is not understood."""
-    architecture = opened.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise MoecError(
-            f"GGUF files of architecture {architecture!r} are not understood",
-            where=str(file),
-            todo=f"there are {', '.join(ARCHITECTURES)}; or give the safetensors checkpoint",
-        )
-    beside = (file.parent / "config.json").is_file()
-    config = read_config(file.parent) if beside else _config(opened, str(architecture), file)
-    if config.model_type not in ARCHITECTURES[str(architecture)]:
-        what = f"config.json is of model_type {config.model_type!r}, the file of architecture {architecture!r}"
-        raise MoecError(
-            what, where=str(file.parent / "config.json"), todo="remove it, or bring those that belong together"
-        )
-    return config
 
 
 def gguf_parameters(wanted: list[str], opened: Gguf, config: Any, file: Path) -> dict[str, Recipe]:
@@ -146,7 +117,7 @@ def _check_all_used(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe]
 
     numbers = {first_number(name) for name in wanted} | {None}
     used = {t.name for recipe in found.values() for t in tensors(recipe)}
-    left = [n for n in opened.checkpoint.tensors if first_number(n) in numbers and n not in used]
+    left = [n for n in opened.checkpoint.tensors if first_number(n) in numbers and n not in used and n != FREQUENCIES]
     if left:
         raise MoecError(
             f"the tensor {left[0]} has no place in the model"
@@ -154,43 +125,3 @@ def _check_all_used(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe]
             where=str(file),
             todo="this variant of the architecture is not understood: give the safetensors checkpoint",
         )
-
-
-def _config(opened: Gguf, architecture: str, file: Path) -> Any:
-    """Return the transformers config that the metadata says."""
-    from transformers import AutoConfig
-
-    about = {
-        k.removeprefix(f"{architecture}."): v for k, v in opened.metadata.items() if k.startswith(f"{architecture}.")
-    }
-    experts = about.get("expert_count", 0)
-    model_type = ARCHITECTURES[architecture][0 if experts or architecture != "llama" else 1]
-    scaling = about.get("rope.scaling.type", "none")
-    missing = [
-        k for k in ("block_count", "embedding_length", "attention.head_count", "context_length") if k not in about
-    ]
-    if missing or scaling != "none":
-        what = f"the metadata has no {architecture}.{missing[0]}" if missing else f"rope.scaling.type {scaling!r}"
-        raise MoecError(
-            f"a config cannot be made of it: {what}", where=str(file), todo="put config.json beside the file"
-        )
-    values = {ours: about[theirs] for theirs, ours in _KEYS.items() if theirs in about}
-    values |= {"rope_parameters": {"rope_type": "default", "rope_theta": values.pop("rope_theta", 10000.0)}}
-    length = opened.metadata.get("tokenizer.ggml.tokens", about.get("vocab_size"))
-    if isinstance(length, tuple):
-        length = len(length)
-    embedding = opened.checkpoint.tensors.get("token_embd.weight")
-    values["vocab_size"] = length or (embedding.type.sizes[0] if embedding else 0)
-    values["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
-    width, dense = about.get("expert_feed_forward_length"), about.get("feed_forward_length")
-    if model_type in ("qwen2_moe", "qwen3_moe"):
-        values |= {"moe_intermediate_size": width or dense, "intermediate_size": dense or width}
-        values["norm_topk_prob"] = model_type == "qwen3_moe"  # as llama.cpp computes them
-        shared = opened.checkpoint.tensors.get("blk.0.ffn_up_shexp.weight")
-        values["shared_expert_intermediate_size"] = shared.type.sizes[0] if shared else 0
-    else:
-        values["intermediate_size"] = width if width and experts else dense
-    values["tie_word_embeddings"] = "output.weight" not in opened.checkpoint.tensors
-    if "attention.sliding_window" in about:
-        values["sliding_window"] = about["attention.sliding_window"]
-    return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})

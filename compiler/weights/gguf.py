@@ -37,13 +37,23 @@ _OTHERS = {
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST = 1 << 24  # entries of a list; files have up to a few hundred thousand
+_MOST_KEYS, _MOST_TENSORS = 1 << 16, 1 << 20
 _LONG = 4096  # arrays with more elements (vocabularies) are not kept: their length is
+_LONG_KEY, _LONG_STRING = 1 << 16, 1 << 24  # bytes; chat templates have some 10,000
+_PIECE = 1 << 20  # bytes of an array that are read at once
 _DAMAGED = "the file is damaged: download it again"
 
 
 @dataclass(frozen=True)
+class LongArray:
+    """Stands for an array of the metadata that is too long to keep."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class Gguf:
-    """A model in GGUF: its tensors, its metadata (a long array is its length), the block type of quantized tensors."""
+    """A model in GGUF: its tensors, its metadata, the block type of quantized tensors."""
 
     checkpoint: Checkpoint
     metadata: Mapping[str, Any]
@@ -61,11 +71,13 @@ def open_gguf(file: Path) -> Gguf:
     kinds: dict[str, str] = {}
     metadata: dict[str, Any] = {}
     try:
-        for part in _parts(Path(file)):
+        parts = _parts(Path(file))
+        for part in parts:
             descriptors[part] = open_regular(part)
             with part.open("rb") as stream:
                 header = _Header(part, stream, os.fstat(descriptors[part]).st_size)
                 found, own = header.read()
+            _check_part(own, part, len(parts))
             metadata = own | metadata
             for name, (info, kind) in found.items():
                 if name in tensors:
@@ -84,9 +96,22 @@ def open_gguf(file: Path) -> Gguf:
 def _parts(file: Path) -> list[Path]:
     """Return the files of a model: of several where the name says `-00001-of-00003`."""
     found = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", file.name)
-    if not found:
+    if not found or int(found[3]) == 0:
         return [file]
     return [file.with_name(f"{found[1]}{i:05}-of-{found[3]}.gguf") for i in range(1, int(found[3]) + 1)]
+
+
+def _check_part(metadata: Mapping[str, Any], part: Path, parts: int) -> None:
+    """Raise MoecError for a file that is one of more parts than its name says."""
+    count = metadata.get("split.count")
+    if count is not None and count != max(parts, 1) and not (count == 0 and parts == 1):
+        number = metadata.get("split.no")
+        at = f"part {number + 1} of" if isinstance(number, int) else "one of"
+        raise MoecError(
+            f"this is {at} {count!r:.40} parts, by split.count, and of {parts} by its name",
+            str(part),
+            todo="name the parts as they came: model-00001-of-00003.gguf",
+        )
 
 
 @dataclass
@@ -108,15 +133,21 @@ class _Header:
             todo = "versions 2 and 3, little endian, are: convert it again with a current llama.cpp"
             raise MoecError(f"GGUF version {version} is not read", str(self.file), todo=todo)
         tensors, pairs = self.numbers("QQ")
-        self.check(max(tensors, pairs) <= _MOST, f"the header announces {tensors} tensors and {pairs} keys")
-        metadata = {}
+        self.check(
+            tensors <= _MOST_TENSORS and pairs <= _MOST_KEYS, f"the header announces {tensors} tensors and {pairs} keys"
+        )
+        metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            key = self.string()
+            key = self.string(_LONG_KEY)
+            self.check(key not in metadata, f"the key {key!r:.80} is there twice")
             (kind,) = self.numbers("I")
             metadata[key] = self.value(kind, key)
         entries = [self.entry() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
-        self.check(isinstance(alignment, int) and 0 < alignment <= 1 << 20, f"general.alignment is {alignment!r}")
+        self.check(
+            isinstance(alignment, int) and not isinstance(alignment, bool) and 0 < alignment <= 1 << 20,
+            f"general.alignment is {alignment!r:.80}",
+        )
         start = self.end + -self.end % alignment
         found: dict[str, tuple[TensorInfo, str]] = {}
         for name, type_, kind, offset in entries:
@@ -131,7 +162,7 @@ class _Header:
 
     def entry(self) -> tuple[str, TensorType, str, int]:
         """Return name, type, block type and offset of a tensor."""
-        name = self.string()
+        name = self.string(_LONG_KEY)
         (rank,) = self.numbers("I")
         self.check(rank <= 8, f"tensor {name!r} has {rank} axes")
         sizes = tuple(reversed(self.numbers(f"{rank}Q")))
@@ -151,33 +182,42 @@ class _Header:
         return name, TensorType.of("u8", *sizes[:-1], width), _BLOCKS[number], offset
 
     def value(self, kind: int, key: str) -> Any:
-        """Return a value of the metadata; of a long array its length."""
+        """Return a value of the metadata: a number, a string, a tuple of these, or LongArray."""
         if kind == _STRING:
             return self.string()
         if kind in _NUMBERS:
             return self.numbers(_NUMBERS[kind])[0]
-        self.check(kind == _ARRAY, f"the key {key!r} has the unknown type {kind}")
+        self.check(kind == _ARRAY, f"the key {key!r:.80} has the unknown type {kind}")
         inner, count = self.numbers("IQ")
-        self.check(count <= _MOST and (inner == _STRING or inner in _NUMBERS), f"the key {key!r} has no valid array")
+        self.check(
+            count <= _MOST and (inner == _STRING or inner in _NUMBERS), f"the key {key!r:.80} has no valid array"
+        )
+        if count <= _LONG:
+            return tuple(self.value(inner, key) for _ in range(count))
         if inner == _STRING:
-            strings = [self.string() if count <= _LONG else self.string_bytes() for _ in range(count)]
-            return tuple(strings) if count <= _LONG else count
-        values = self.numbers(f"{count}{_NUMBERS[inner]}")
-        return values if count <= _LONG else count
+            for _ in range(count):
+                self.string_bytes()
+        else:
+            left = count * struct.calcsize(f"<{_NUMBERS[inner]}")
+            while left:
+                left -= len(self.take(min(left, _PIECE)))
+        return LongArray(count)
 
-    def string(self) -> str:
+    def string(self, most: int = _LONG_STRING) -> str:
         """Return a string; bytes that are no UTF-8 are an error."""
-        raw = self.string_bytes()
+        raw = self.string_bytes(most)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             raise MoecError(
-                f"the header has a string that is not UTF-8: {raw!r:.60}", str(self.file), todo=_DAMAGED
+                f"the header has a string that is not UTF-8: {raw[:60]!r:.60}", str(self.file), todo=_DAMAGED
             ) from None
 
-    def string_bytes(self) -> bytes:
+    def string_bytes(self, most: int = _LONG_STRING) -> bytes:
         """Return the bytes of a string."""
         (length,) = self.numbers("Q")
+        self.check(self.end + length <= self.size, "the file is truncated")
+        self.check(length <= most, f"the header has a string of {length} bytes")
         return self.take(length)
 
     def numbers(self, layout: str) -> tuple[Any, ...]:
