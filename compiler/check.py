@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import MoecError
-from .interpret import Weights, interpret, random_inputs
-from .ir import Function, Module, walk_calls
+from .interpret import interpret, random_inputs
+from .ir import Function, Module, expand_range, walk_calls
+from .quantization import steps_of
+from .recipes import Recipe, bind, tensors
 from .weights.pull import pull
 from .weights.sources import RandomSource
 
@@ -61,8 +63,12 @@ def compare_function(
     before: Module, after: Module, name: str, bound: Mapping[str, str], tolerance: float, seed: int = 0
 ) -> None:
     """Raise MoecError unless a function gives the same numbers in both modules."""
-    weights = _random_weights(seed)
+    source = random_source(before, after, seed=seed)
     dims = small_dims(before)
+
+    def weights(recipe: Recipe) -> Tensor:
+        return pull(recipe, source)
+
     inputs = random_inputs(before, name, dims, seed)
     expected = interpret(before, inputs, weights, name, bound, dims)
     try:
@@ -75,9 +81,20 @@ def compare_function(
             raise _report(before.by_name[name], i, problem)
 
 
-def _random_weights(seed: int) -> Weights:
-    source = RandomSource(seed)
-    return lambda recipe: pull(recipe, source)
+def random_source(*modules: Module, seed: int = 0) -> RandomSource:
+    """Return a source of random weights for modules, with indices inside of what they choose from."""
+    return RandomSource(seed, below=dict(bound for module in modules for bound in _index_sizes(module)))
+
+
+def _index_sizes(module: Module) -> Iterator[tuple[str, int]]:
+    """Yield the tensors that hold indices, each with the number of things to choose from."""
+    for function, bound in walk_calls(module):
+        for const in function.consts:
+            for found in steps_of(const.recipe):
+                if found.name == "gather":
+                    size = found.items[0].type.sizes[int(found.attributes["axis"])]  # type: ignore[arg-type]
+                    names = tensors(bind(found.items[1], function.weights, bound))
+                    yield from ((name, size) for tensor in names for name in expand_range(tensor.name))
 
 
 def _report(function: Function, index: int, problem: str) -> MoecError:

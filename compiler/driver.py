@@ -157,7 +157,7 @@ def passes_for(target: Target) -> dict[str, PassDef]:
 
     doc = f"Rewrite the module in the ops that target {target.name} runs."
     options = {"accuracy": Option("accuracy", str, False, "fast")}
-    return {**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", None, options, notes=True)}
+    return {**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", False, options, notes=True)}
 
 
 def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]]:

@@ -55,7 +55,7 @@ def passes() -> Rows:
             "reads": p.reads,
             "leaves": p.leaves,
             "options": [str(option) for option in p.options.values()],
-            "tolerance": p.tolerance,
+            "rounds": p.rounds,
             "doc": _first(p.doc),
         }
         for name, p in sorted(table.items())

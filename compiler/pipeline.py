@@ -28,7 +28,7 @@ from .printer import print_module
 from .rewrite import Why
 from .verify import verify
 
-TOLERANCE = 1e-4  # of exact passes: largest difference relative to the largest number before
+TOLERANCE = 1e-4  # largest difference relative to the largest number before, apart from rounded weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PassDef:
     function: Callable[..., Module]
     reads: str
     leaves: str
-    tolerance: float | None
+    rounds: bool
     options: Mapping[str, Option]
     notes: bool
 
@@ -104,9 +104,9 @@ def _number(value: str | int | float, type: type) -> int | float | None:
 
 
 def pass_(
-    *, reads: str = "any", leaves: str | None = None, tolerance: float | None = None
+    *, reads: str = "any", leaves: str | None = None, rounds: bool = False
 ) -> Callable[[Callable[..., Module]], PassDef]:
-    """Declare a pass; `leaves` is `reads` unless given, `tolerance` is for lossy passes only."""
+    """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits."""
 
     def declare(function: Callable[..., Module]) -> PassDef:
         signature = inspect.signature(function, eval_str=True)
@@ -115,7 +115,7 @@ def pass_(
             p.name: _option(name, p) for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
         doc = inspect.cleandoc(function.__doc__ or "")
-        return PassDef(name, doc, function, reads, leaves or reads, tolerance, options, "why" in signature.parameters)
+        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, "why" in signature.parameters)
 
     return declare
 
@@ -291,8 +291,9 @@ def _check_result(before: Module, after: Module, definition: PassDef, settings: 
     _check_signature(before, after)
     if settings.check:
         from .check import compare_modules
+        from .check_rounding import compare_rounded
 
-        compare_modules(before, after, TOLERANCE if definition.tolerance is None else definition.tolerance)
+        (compare_rounded if definition.rounds else compare_modules)(before, after, TOLERANCE)
 
 
 def _check_signature(before: Module, after: Module) -> None:

@@ -21,7 +21,7 @@ NEAREST_BITS = 8  # of the format for weights whose codes no format holds
 _UNGROUPED = 128  # the group of weights whose columns each have a scale of their own
 
 
-@pass_(reads="moe", tolerance=1.0)
+@pass_(reads="moe", rounds=True)
 def keep_codes(module: Module, target: Any, why: Why) -> Module:
     """Store the weights of a quantized checkpoint in the smallest format that the target runs and that holds their codes.
 

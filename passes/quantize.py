@@ -26,7 +26,7 @@ PREFERRED = {"experts": (256, 128, 64, 32, 16), "attention": (32, 16)}
 PREFERRED_ELSEWHERE = (128, 64, 32, 16)
 
 
-@pass_(reads="moe", tolerance=1.0)
+@pass_(reads="moe", rounds=True)
 def quantize(
     module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,

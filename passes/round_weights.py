@@ -17,8 +17,7 @@ DTYPES = ("bf16", "f16")
 _ALSO = {"nn.block_linear": (1,)}  # weights that are never quantized and so have no role
 
 
-# Where a token's experts are nearly tied the rounding may turn the choice: the numbers of such a token are others.
-@pass_(reads="moe", tolerance=0.5)
+@pass_(reads="moe", rounds=True)
 def round_weights(module: Module, target: object, why: Why, *, to: str = "bf16") -> Module:
     """Round the weights of linears, experts and the embedding to bf16 (or f16); those that are bf16 stay as they are.
 

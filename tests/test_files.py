@@ -11,11 +11,13 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from moec.compiler.check import compare_function
+from moec.compiler.check_rounding import compare_rounded
 from moec.compiler.driver import find_target, passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Const, Function, Module, Op, Value
@@ -50,9 +52,9 @@ def test_file(path: Path, request: pytest.FixtureRequest):
     for _, _, wanted in comments:
         assert f"note: {wanted}" in notes, "\n".join(notes)
     if separator:
-        allowed = tolerance(passes, table)
-        compare_function(module, result, "main", {}, allowed)
-        check_expected(path, before, expected, module, result, allowed, request.config.getoption("--update"))
+        compare = compare_rounded if any(table[name].rounds for name, _ in passes) else compare_programs
+        compare(module, result, TOLERANCE)
+        check_expected(path, before, expected, module, result, compare, request.config.getoption("--update"))
 
 
 def command(text: str) -> tuple[list, Target | None]:
@@ -65,9 +67,9 @@ def command(text: str) -> tuple[list, Target | None]:
     return parse_pipeline(words[3]), find_target(words[5], {})
 
 
-def tolerance(passes: list, table: dict) -> float:
-    """Return what the passes may cost together."""
-    return max([TOLERANCE, *(table[name].tolerance or 0.0 for name, _ in passes)])
+def compare_programs(before: Module, after: Module, tolerance: float) -> None:
+    """Hold the numbers of two programs against each other."""
+    compare_function(before, after, "main", {}, tolerance)
 
 
 def check_error(error: MoecError, comments: list) -> None:
@@ -82,7 +84,7 @@ def check_error(error: MoecError, comments: list) -> None:
 
 
 def check_expected(
-    path: Path, before: str, expected: str, module: Module, result: Module, allowed: float, update: bool
+    path: Path, before: str, expected: str, module: Module, result: Module, compare: Callable, update: bool
 ) -> None:
     """Compare the structure and the numbers with the expected module, or write it."""
     actual = print_module(result)
@@ -90,7 +92,7 @@ def check_expected(
         path.write_text(before + SEPARATOR + actual, "utf-8")
         return
     wanted = parse_module(expected, f"{path} (expected)")
-    compare_function(module, wanted, "main", {}, allowed)
+    compare(module, wanted, TOLERANCE)
     if canonical(wanted) != canonical(result):
         lines = difflib.unified_diff(expected.splitlines(), actual.splitlines(), "expected", "actual", lineterm="")
         pytest.fail("\n".join(lines), pytrace=False)

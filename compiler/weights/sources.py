@@ -66,11 +66,15 @@ class RandomSource:
 
     Floats are normal with standard deviation 1/sqrt(last size), vectors and scalars 1 + 0.1 * normal (they scale
     norms; so do fitted factors), float8 the same through a cast; f8e8m0 are powers of two from 1/16 to 1; i8 lie in -8..7, other integers
-    in 0..3. `types` is needed only by callers that read without `expected`.
+    in 0..3. `types` is needed only by callers that read without `expected`; `below` names integer tensors whose numbers
+    have to be smaller than that, such as indices.
     """
 
-    def __init__(self, seed: int = 0, types: Mapping[str, TensorType] | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, types: Mapping[str, TensorType] | None = None, below: Mapping[str, int] | None = None
+    ) -> None:
         self.seed = seed
+        self._below = dict(below or {})
         self.tensors: Mapping[str, TensorInfo] = {name: TensorInfo(t) for name, t in (types or {}).items()}
         # the tiles of a tensor are asked for one after the other: the last tensors are kept
         self._whole = lru_cache(maxsize=2)(self._make)
@@ -88,7 +92,9 @@ class RandomSource:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         target = TORCH_DTYPES[dtype]
         if not target.is_floating_point:
-            low, high = {"bool": (0, 2), "i8": (-8, 8)}.get(dtype, (0, 4))
+            low, high = (
+                (0, self._below[name]) if name in self._below else {"bool": (0, 2), "i8": (-8, 8)}.get(dtype, (0, 4))
+            )
             return torch.randint(low, high, sizes, generator=generator).to(target)
         if dtype == "f8e8m0":
             return torch.randint(-4, 1, sizes, generator=generator).float().exp2().to(target)
