@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import MoecError
 from .generate import Generation, Runner, generate
-from .manifest import MANIFEST, add_figures, check_files, read_json, read_manifest
+from .generation_files import EndTokens, find_end_tokens, find_sampling
+from .manifest import MANIFEST, add_figures, check_files, read_manifest
 from .tokenizer import TextStream, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -120,25 +121,17 @@ class Artifact:
 
     def sampling(self) -> dict[str, Any]:
         """Return temperature, top_k and top_p as generation_config.json wants them."""
-        config = self._config("generation_config.json")
-        if not config.get("do_sample"):
-            return {"temperature": 0.0, "top_k": None, "top_p": 1.0}
-        values = {"temperature": config.get("temperature"), "top_p": config.get("top_p")}
-        defaults = {key: 1.0 if value is None else float(value) for key, value in values.items()}
-        return {**defaults, "top_k": config.get("top_k") or None}
+        return find_sampling(self.folder)
+
+    @property
+    def end_tokens(self) -> EndTokens:
+        """The tokens that end a sequence: every one that a file of the checkpoint names (see generation_files)."""
+        return find_end_tokens(self.folder)
 
     @property
     def eos(self) -> frozenset[int]:
-        """The tokens that end a sequence, from generation_config.json or else config.json."""
-        config = self._config("config.json")
-        inner = config.get("text_config")
-        places = [self._config("generation_config.json"), config, inner if isinstance(inner, dict) else {}]
-        value: Any = next((p["eos_token_id"] for p in places if p.get("eos_token_id") is not None), [])
-        return frozenset(value if isinstance(value, list) else [value])
-
-    def _config(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        return read_json(path) if path.is_file() else {}
+        """Their ids."""
+        return frozenset(self.end_tokens.ids)
 
     def _rows(self, prompt: Any, tokens: Any) -> list[list[int]]:
         if (prompt is None) == (tokens is None):

@@ -203,11 +203,12 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
     type=click.Choice(["fast", "exact"]),
     help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: as compiled]",
 )
+@click.option("--check-files", is_flag=True, help="Compare the sha256 of every file with moec.json first.")
 @json_option
 @debug_option
 def run(
     folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, threads: int | None,
-    accuracy: str | None, **settings: Any,
+    accuracy: str | None, check_files: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Generate with an artifact.
 
@@ -217,9 +218,9 @@ def run(
         raise click.UsageError("give one of --prompt and --tokens")
     ids = None if tokens is None else _token_ids(tokens)
     from .artifact import Artifact
-    from .cli_show import generation_json, speed
+    from .cli_show import end_notes, generation_json, speed
 
-    artifact = Artifact.open(Path(folder))
+    artifact = Artifact.open(Path(folder), check=check_files)
     draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
     if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
         settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw
@@ -231,6 +232,8 @@ def run(
         return
     click.echo()
     click.echo(speed(result), err=True)
+    for note in end_notes(artifact.end_tokens):
+        click.echo(note, err=True)
 
 
 def _token_ids(text: str) -> list[int]:
@@ -278,7 +281,7 @@ def verify(
 ) -> None:
     """Compare an artifact with its source model.
 
-    The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text: KL divergence, top-1 agreement, perplexity. The figures are kept in moec.json.
+    First the sha256 of every file is compared with moec.json. The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text: KL divergence, top-1 agreement, perplexity. The figures are kept in moec.json.
     """
     written = None if text is None else read_text(text)
     from . import driver

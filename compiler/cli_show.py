@@ -14,6 +14,7 @@ from .unfused import line
 if TYPE_CHECKING:
     from .artifact import Artifact
     from .generate import Generation
+    from .generation_files import EndTokens
 
 # --- inspect -------------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,16 @@ def _coverage(seen: dict[str, Any]) -> str:
         return text
     few = f"{seen['starved']} of {seen['experts']} experts saw fewer than {seen['starved_below']}"
     return f"{text}; an expert saw {seen['mean']:.0f} of them on average, at least {seen['least']}; {few}"
+
+
+def end_notes(ends: EndTokens) -> list[str]:
+    """Return what there is to say of the tokens at which generation stops."""
+    notes = [
+        f"note: the end token {text!r} has no number in the tokenizer's files: not stopped at" for text in ends.unknown
+    ]
+    if not ends.ids:
+        notes.append("note: no file of the checkpoint names an end token: generation stops at --max-new-tokens")
+    return notes
 
 
 def generation_json(found: Generation) -> dict[str, Any]:

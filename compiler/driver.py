@@ -290,8 +290,6 @@ def verify(folder: Path | str, against: Any = None, accuracy: str | None = None,
     Options as in `parity.verify`; `accuracy` is that of the session (None: as compiled).
     """
     artifact = Artifact.open(Path(folder))
-    if accuracy is not None:
-        options["session"] = artifact.session(spinning=False, accuracy=accuracy)
-    found = artifact.verify(against=against, **options)
+    found = artifact.verify(against=against, accuracy=accuracy, **options)
     record_figures(artifact.folder, {"measured": {**found.to_dict(), **({"accuracy": accuracy} if accuracy else {})}})
     return found

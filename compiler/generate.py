@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,10 @@ CANDIDATES = 1024  # logits that are sorted first for top-p; the whole vocabular
 
 class Runner(Protocol):
     """One step of a language model, whatever runs it. States are the runner's own; None starts a sequence."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has an embedding for: ids are below it."""
 
     def step(
         self,
@@ -88,6 +92,7 @@ def generate(
     """
     temperature = 0.0 if greedy else temperature
     _check_settings(tokens, max_new_tokens, temperature, top_k, top_p)
+    check_tokens((token for row in tokens for token in row), session.vocabulary)
     if max_new_tokens == 0:
         return Generation([[] for _ in tokens], 0, 0.0, 0.0)
     generators = [np.random.default_rng([seed, row]) for row in range(len(tokens))]
@@ -162,6 +167,18 @@ def _nucleus(weights: np.ndarray, order: np.ndarray, mass: float) -> np.ndarray:
         if sums[-1] >= mass:
             return found[: int(np.searchsorted(sums, mass)) + 1]
     return found
+
+
+def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
+    """Raise MoecError for the first token id that a model has no embedding for; some runtimes would read another one's."""
+    for token in tokens:
+        if token < 0:  # a runtime may count it from the end of the vocabulary
+            raise MoecError(f"the token {token} is negative", todo=f"this model has the tokens 0..{vocabulary - 1}")
+        if token >= vocabulary:
+            what = f"the token {token} is outside of the vocabulary of {vocabulary} tokens"
+            raise MoecError(
+                what, todo=f"this model has the tokens 0..{vocabulary - 1}; does the tokenizer belong to it?"
+            )
 
 
 def _check_settings(

@@ -12,16 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic import write_error
 from .errors import MoecError
+from .json_files import Shape, misfit, no_constant, read_json
 
 if TYPE_CHECKING:
     from .ir import Function, Module, Value
 
 MANIFEST = "moec.json"
 SCHEMA = 1
-REQUIRED: dict[str, type] = {
-    "schema": int, "moec": str, "source": dict, "target": str, "pipeline": str, "precision": dict, "lossy": bool,
-    "dims": dict, "inputs": list, "outputs": list, "states": list, "figures": dict, "files": dict,
+_VALUE: Shape = {"name": str, "dtype": str, "shape": [(int, str)]}
+_BLOCK: Shape = {"function": str, "place": str, "reason": str, "cost": str}
+# the parts of it that are read again; "sizes", "unfused" and "vocabulary" are missing in artifacts of the first versions
+SHAPE: Shape = {
+    "schema": int, "moec": str, "source": {"name?": str, "sha256?": str}, "target": str, "pipeline": str,
+    "precision": {None: [str]}, "lossy": bool, "dims": {None: [int]}, "inputs": [_VALUE], "outputs": [_VALUE],
+    "states": [{"past": str, "present": str, "axis": (int, None), "dtype": str, "shape": [(int, str)], "in_place?": bool}],
+    "figures": dict, "unfused?": [_BLOCK], "files": {None: str}, "sizes?": {None: int}, "vocabulary?": (int, None),
 }  # fmt: skip
+_LOOKUPS = ("nn.embedding", "ort.gather_nbits")  # ops that take rows of a table, by ids
+LARGEST = 1 << 48  # of a size: more would not be a size of anything that runs
 
 
 @dataclass(frozen=True)
@@ -50,19 +58,26 @@ class State:
 
     def sizes(self, **dims: int) -> tuple[int, ...]:
         """Return the shape as ints, e.g. `sizes(B=1, P=0)`; MoecError for a size that the dims do not tell."""
-        return tuple(size if isinstance(size, int) else self._size(size, dims) for size in self.shape)
+        return tuple(self._size(size, dims) for size in self.shape)
 
-    def _size(self, text: str, dims: Mapping[str, int]) -> int:
-        if text in dims:
-            return dims[text]
-        from .dims import evaluate
-        from .fragments import parse_size
-
+    def _size(self, size: int | str, dims: Mapping[str, int]) -> int:
+        if isinstance(size, str) and size in dims:
+            return dims[size]
+        what = f"the state {self.past} has the size {size}"
         try:
-            return evaluate(parse_size(text, dims), dims)
-        except MoecError as error:
-            what = f"the state {self.past} has the size {text}"
+            found = size if isinstance(size, int) else _evaluate(size, dims)
+        except (MoecError, TypeError, ArithmeticError, ValueError) as error:  # a size such as floordiv(P, 0)
             raise MoecError(what, todo=f"known are {', '.join(dims)}") from error
+        if not 0 <= found <= LARGEST:
+            raise MoecError(what, todo=f"{MANIFEST} and the model do not belong together: compile it again")
+        return found
+
+
+def _evaluate(text: str, dims: Mapping[str, int]) -> int:
+    from .dims import evaluate
+    from .fragments import parse_size
+
+    return evaluate(parse_size(text, dims), dims)
 
 
 def write_manifest(
@@ -81,14 +96,19 @@ def write_manifest(
 ) -> None:
     """Write moec.json for a folder that is otherwise complete; the same inputs give the same bytes.
 
-    `unfused` are the MoE blocks left in plain ops (see unfused.py). `files` holds the sha256 of files whose hash is known already; the others are read.
+    `unfused` are the MoE blocks left in plain ops (see unfused.py). `files` holds the sha256 of files whose hash is
+    known already; the others are read.
     """
     known = files or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = [name for name in names if name != MANIFEST]
+    vocabulary = vocabulary_of(module)
     manifest = {
         "schema": SCHEMA, "moec": moec, "source": dict(source), "target": target, "pipeline": pipeline,
         "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), "unfused": [dict(entry) for entry in unfused], **interface(module),
-        "files": {name: known.get(name) or file_sha256(folder / name) for name in names if name != MANIFEST},
+        "files": {name: known.get(name) or file_sha256(folder / name) for name in names},
+        "sizes": {name: (folder / name).stat().st_size for name in names},
+        **({} if vocabulary is None else {"vocabulary": vocabulary}),
     }  # fmt: skip
     _write(folder / MANIFEST, manifest)
 
@@ -132,6 +152,19 @@ def _state(past: Value, present: Value) -> dict[str, Any]:
     return {"past": past.name, "present": present.name, "axis": axis, "dtype": past.type.dtype, "shape": _shape(past)}
 
 
+def vocabulary_of(module: Module) -> int | None:
+    """Return how many rows the table has in which @main looks token ids up; None where it changes the ids before."""
+    main = module.main
+    ids = {v.name for v in main.params if v.name == "input_ids"}
+    rows: list[int] = []
+    for op in main.ops:
+        if op.name in _LOOKUPS and op.inputs[0].name in ids:
+            rows.append(op.inputs[1].type.sizes[0])
+        elif op.name in ("core.reshape", "core.cast") and op.inputs[0].name in ids:
+            ids.add(op.results[0].name)
+    return min(rows, default=None)
+
+
 def _in_place(module: Module, function: Function, state: Value) -> bool:
     """Return whether a state is read by one op only, which appends to it."""
     from .ops import OPS
@@ -160,43 +193,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         what = f"the folder has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
         raise MoecError(what, where=str(folder), todo="give an artifact: a folder that moec compile wrote")
-    manifest = read_json(path)
+    manifest = read_json(path, parse_constant=no_constant)
     schema = manifest.get("schema")
     if schema != SCHEMA:
         todo = "compile it again with this version, or use the version of moec that wrote it"
         raise MoecError(f"schema {schema!r} of {MANIFEST} is not known, only {SCHEMA} is", where=str(path), todo=todo)
-    manifest.setdefault("unfused", [])  # artifacts of the first versions do not say
-    for key, kind in {**REQUIRED, "unfused": list}.items():
-        if not isinstance(manifest.get(key), kind):
-            problem = "is not what it should be" if key in manifest else "is missing"
-            raise MoecError(f"{key} {problem} in {MANIFEST}", where=str(path), todo="compile it again")
+    if (place := misfit(manifest, SHAPE)) is not None:
+        problem = "is missing" if place in set(SHAPE) - set(manifest) else "is not what it should be"
+        raise MoecError(f"{place} {problem} in {MANIFEST}", where=str(path), todo="compile it again")
     for entry in manifest["states"]:
-        if not _is_state(entry):
-            raise MoecError(
-                f"states of {MANIFEST} holds something else: {entry}", where=str(path), todo="compile it again"
-            )
-    return manifest
-
-
-def _is_state(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not {"past", "present", "axis", "dtype", "shape"} <= set(entry):
-        return False
-    axis, shape = entry["axis"], entry["shape"]
-    texts = all(isinstance(entry[key], str) for key in ("past", "present", "dtype"))
-    sizes = isinstance(shape, list) and all(isinstance(s, (int, str)) for s in shape)
-    return texts and sizes and (axis is None or (isinstance(axis, int) and 0 <= axis < len(shape)))
+        if entry["axis"] is not None and not 0 <= entry["axis"] < len(entry["shape"]):
+            raise MoecError(f"a state of {MANIFEST} has no axis {entry['axis']}", str(path), todo="compile it again")
+    for name, bounds in manifest["dims"].items():
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= LARGEST:
+            raise MoecError(f"the dim {name} of {MANIFEST} is {bounds!r:.80}", str(path), todo="compile it again")
+    return {"unfused": [], "sizes": {}, "vocabulary": None, **manifest}
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], hashes: bool = False) -> None:
-    """Check that every file of the manifest is there, and with `hashes` that it is unchanged."""
+    """Check that every file of the manifest is there with its size, and with `hashes` that its content is unchanged."""
+    todo = "compile it again, or take a fresh copy"
     for name, expected in sorted(manifest["files"].items()):
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise MoecError(f"the manifest names a file outside of the artifact: {name}", where=str(folder / MANIFEST))
         if not path.is_file():
             raise MoecError(f"the artifact lacks {name}", where=str(folder), todo="compile it again")
+        wanted, size = manifest["sizes"].get(name), path.stat().st_size
+        if wanted not in (None, size):
+            what = f"{name} is not as it was written: it has {size} bytes, not {wanted}"
+            raise MoecError(what, where=str(path), todo=todo)
         if hashes and file_sha256(path) != expected:
-            todo = "compile it again, or take a fresh copy"
             raise MoecError(f"{name} is not as it was written: its sha256 differs", where=str(path), todo=todo)
 
 
@@ -204,18 +231,6 @@ def file_sha256(path: Path) -> str:
     """Return the hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MoecError(f"{path.name} is not JSON: {error}", where=str(path)) from None
-    except OSError as error:
-        raise MoecError(f"{path.name} cannot be read: {error.strerror}", where=str(path)) from error
-    if not isinstance(found, dict):
-        raise MoecError(f"{path.name} is not a JSON object", where=str(path))
-    return found
 
 
 def _write(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import MoecError
 from .generate import Runner, left_pad
+from .manifest import check_files
 
 if TYPE_CHECKING:
     from .artifact import Artifact
@@ -113,13 +114,15 @@ def verify(
     lengths: Sequence[int] = LENGTHS,
     steps: int = STEPS,
     session: Runner | None = None,
+    accuracy: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare an artifact with its source: a folder or a live model (default: the folder named in the manifest).
 
     A batch of three prompts with left padding runs `steps` cached steps, and once more in two parts; single prompts of
     `lengths` run a few. `text` (default: a sample of prose and Python) is scored on at most `tokens` tokens; without a
-    tokenizer, random tokens are. `progress` is told the parts done and in all.
+    tokenizer, random tokens are. `accuracy` is that of the session (None: as compiled), `progress` is told the parts
+    done and in all. MoecError if a file of the artifact is not as it was written.
     """
     from .reference import open_reference
 
@@ -130,8 +133,9 @@ def verify(
         raise MoecError(
             "the artifact does not name a source folder", str(artifact.folder), todo="say what to compare with"
         )
+    check_files(artifact.folder, artifact.manifest, hashes=True)
     # torch computes between its steps: threads that spin meanwhile would take the cores
-    runner = session or artifact.session(spinning=False)
+    runner = session or artifact.session(spinning=False, accuracy=accuracy)
     with open_reference(source) as reference:
         limit = min(reference.context, int(artifact.manifest["dims"].get("S", (1, 1 << 31))[1]))
         pool, name = _tokens(artifact, reference, text, tokens)

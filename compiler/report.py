@@ -17,7 +17,8 @@ from .artifact import Artifact
 from .cost import Cost, Costs, Kind, Layer, module_costs
 from .errors import MoecError
 from .ir import Module, TensorType, Value
-from .manifest import MANIFEST, read_json
+from .json_files import read_json
+from .manifest import MANIFEST
 from .ops.define import free
 
 KERNELS = "kernels.json"  # of an artifact for an accelerator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,53 @@ def test_verify(artifact, tmp_path, monkeypatch):
     text.write_text("the quick brown fox " * 20, "utf-8")
     lines = moec("verify", artifact, "--text", text, "--against", artifact.parent / "tiny").stdout.splitlines()
     assert any("perplexity" in line for line in lines)
+
+
+# --- files that were changed ---------------------------------------------------------------------------------------
+
+
+def flip_a_bit(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+def changed(artifact: Path, tmp_path: Path, name: str, change) -> Path:
+    """Return a copy of the artifact with one file changed."""
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    return copy
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "model.onnx", "program.moir", "config.json", "tokenizer.json"])
+def test_a_changed_byte_is_found(artifact, tmp_path, name):
+    copy = changed(artifact, tmp_path, name, flip_a_bit)
+    for command in (
+        ["verify", copy, "--against", artifact.parent / "tiny"],
+        ["run", copy, "--tokens", "5", "--check-files"],
+    ):
+        result = moec(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(
+            f"error: {name} is not as it was written: its sha256 differs\n  at {copy / name}"
+        )
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize("change", [lambda data: data + b"\n", lambda data: data[:-1]], ids=["longer", "shorter"])
+@pytest.mark.parametrize("name", ["model.onnx.data", "generation_config.json"])
+def test_a_changed_size_is_always_found(artifact, tmp_path, name, change):
+    copy = changed(artifact, tmp_path, name, change)
+    for command in (["run", copy, "--tokens", "5"], ["inspect", copy], ["verify", copy]):
+        result = moec(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {name} is not as it was written: it has "), result.stderr
+
+
+def test_tokens_beyond_the_vocabulary(artifact):
+    for tokens in ("1,259", "100000000", "99999999999999999999"):
+        result = moec("run", artifact, "--tokens", tokens, "--max-new-tokens", "2")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "is outside of the vocabulary of 259 tokens" in result.stderr
+    assert moec("run", artifact, "--tokens", "1,258", "--max-new-tokens", "2").exit_code == 0
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -316,7 +316,7 @@ def test_interleaved_recipes() -> None:
 
 def test_genai_config() -> None:
     config = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1}
-    made = genai_config(lower(program()), config, {"eos_token_id": [2, 3], "top_p": 0.9})
+    made = genai_config(lower(program()), config, {"top_p": 0.9}, (2, 3))
     assert made is not None
     decoder = made["model"]["decoder"]
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 8)
@@ -327,7 +327,7 @@ def test_genai_config() -> None:
     )
     assert made["search"]["top_p"] == 0.9 and made["search"]["max_length"] == 64
     why: list[str] = []
-    assert genai_config(lower(program()), config, None, why) is None
+    assert genai_config(lower(program()), config, {}, (), why) is None
     assert "end-of-text" in why[0]
 
 

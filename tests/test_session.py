@@ -108,8 +108,11 @@ def test_wrong_tokens_and_states(tiny_lm):
     session = load(tiny_lm[1])
     with pytest.raises(MoecError, match="negative"):
         feed(session, [-1])
-    with pytest.raises(MoecError, match="cannot run the model"):
-        feed(session, [40])
+    for beyond in (40, 10**8, 2**63, 10**30):
+        with pytest.raises(MoecError, match=r"outside of the vocabulary of 40 tokens|64-bit integers"):
+            feed(session, [1, beyond])
+    with pytest.raises(MoecError, match="cannot run the model"):  # positions beyond the table of positions
+        session.step(np.ones((1, 1)), np.ones((1, 1)), np.full((1, 1), 100))
     _, states = feed(session, [1, 2])
     with pytest.raises(MoecError, match="not the states of a step"):
         feed(session, [1], list(states), 2)

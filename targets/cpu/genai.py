@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...compiler.errors import Refuse
+from ...compiler.generation_files import CONFIG, GENERATION, find_end_tokens, read_object
 from ...compiler.ir import Module, TensorType, Value
 
 NAME = "genai_config.json"
 TYPE = "decoder"  # GenAI knows few model types by name; this one takes any decoder with the inputs below
-_CONFIGS = ("config.json", "generation_config.json")
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -21,36 +21,37 @@ _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 def write_genai_config(module: Module, folder: Path) -> None:
     """Write genai_config.json into an artifact that has the checkpoint's config.json, where GenAI can run it."""
-    files = [folder / name for name in _CONFIGS]
-    config, generation = (json.loads(f.read_text(encoding="utf-8")) if f.is_file() else None for f in files)
-    content = genai_config(module, config, generation) if config else None
+    config, generation = (read_object(folder, name) for name in (CONFIG, GENERATION))
+    ends = find_end_tokens(folder).ids
+    content = genai_config(module, config, generation, ends) if config else None
     if content:
         (folder / NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def genai_config(
-    module: Module, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None,
+    module: Module, config: Mapping[str, Any], generation_config: Mapping[str, Any], ends: Sequence[int],
     why: list[str] | None = None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Return the content of genai_config.json, or None where GenAI cannot run the program; `why` gets the reason.
 
-    `config` and `generation_config` are the checkpoint's files as read. GenAI wants token ids, a mask and positions,
-    one key and one value cache for each layer, all of one shape, and logits for every new token.
+    `config` and `generation_config` are the checkpoint's files as read, `ends` its end tokens. GenAI wants
+    token ids, a mask and positions, one key and one value cache for each layer, all of one shape, and logits for every
+    new token.
     """
-    config = config.get("text_config") or config
-    tokens = {**config, **{k: v for k, v in (generation_config or {}).items() if v is not None}}
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    tokens = {**config, **{k: v for k, v in generation_config.items() if v is not None}}
     try:
         cache = _caches(module)
         vocabulary = _logits(module)
-        eos = tokens.get("eos_token_id")
-        if eos is None:
-            raise Refuse("the checkpoint names no end-of-text token (eos_token_id)")
+        if not ends:
+            raise Refuse("the checkpoint names no end-of-text token")
         heads, hidden = (_number(config, name) for name in ("num_attention_heads", "hidden_size"))
     except Refuse as refusal:
         if why is not None:
             why.append(f"no {NAME}: {refusal.reason}")
         return None
-    first = eos[0] if isinstance(eos, list) else eos
+    first = ends[0]
     context = config.get("max_position_embeddings") or next(d.high for d in module.dims if d.name == "P")
     given = [p.name for p in module.main.params if p.name in _INPUTS]
     decoder = {
@@ -77,7 +78,7 @@ def genai_config(
         "vocab_size": vocabulary,
         "context_length": context,
         "bos_token_id": _first(tokens.get("bos_token_id"), first),
-        "eos_token_id": eos,
+        "eos_token_id": list(ends) if len(ends) > 1 else first,
         "pad_token_id": _first(tokens.get("pad_token_id"), first),
         "decoder": decoder,
     }

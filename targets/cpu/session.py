@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...compiler.errors import MoecError
+from ...compiler.generate import check_tokens
 from ...compiler.manifest import State, check_files, read_manifest
 from .caches import ELEMENTS, States, start
 
@@ -25,12 +26,17 @@ KEEP = "logits_to_keep"  # how many tokens at the end get logits; a model withou
 
 @dataclass(frozen=True)
 class Session:
-    """An open model. `vocabulary` is the width of the logits, `context` the most tokens a sequence may have."""
+    """An open model.
+
+    `width` is that of the logits, `vocabulary` how many tokens have an embedding, `context` the most tokens that a
+    sequence may have.
+    """
 
     folder: Path
     runtime: Any  # onnxruntime.InferenceSession
     inputs: tuple[str, ...]
     states: tuple[State, ...]
+    width: int
     vocabulary: int
     context: int
     keeps: bool = False  # whether the model can leave out the logits of earlier tokens
@@ -45,18 +51,18 @@ class Session:
     ) -> tuple[np.ndarray, States]:
         """Run new tokens i64[B, S] after P past ones; mask i64[B, P + S] (1 = token), positions i64[B, S].
 
-        `states` are what the step before returned (None: nothing is past). Returns logits f32[B, S, vocabulary] and
+        `states` are what the step before returned (None: nothing is past). Returns logits f32[B, S, width] and
         the new states; with `last` the logits of that many tokens at the end only. Raises MoecError for sizes that do
-        not fit and for what the runtime refuses.
+        not fit, for tokens beyond the vocabulary and for what the runtime refuses.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        arrays = {name: np.ascontiguousarray(array, np.int64) for name, array in given.items()}
+        arrays = {name: _integers(name, array) for name, array in given.items()}
         if states is None:
             states = self.start(len(arrays["input_ids"]))
         past = self._check(arrays, states)
         batch, new = arrays["input_ids"].shape
         kept = min(last, new) if last and self.keeps else new
-        logits = np.empty((batch, kept, self.vocabulary), np.float32)
+        logits = np.empty((batch, kept, self.width), np.float32)
         states = states.with_room(self._in_place, new)
         with _errors("ONNX Runtime cannot run the model", self.folder / MODEL, todo=f"{new} new tokens after {past}"):
             binding = self._binding(states)
@@ -120,9 +126,21 @@ class Session:
                 "this model takes no padding: the positions of all rows count from 0",
                 todo="run prompts of one length together, or one after the other",
             )
-        if ids.min() < 0:  # the runtime would count it from the end of the vocabulary
-            raise MoecError(f"the token {ids.min()} is negative")
+        check_tokens((int(ids.min()), int(ids.max())), self.vocabulary)
         return past
+
+
+def _integers(name: str, given: Any) -> np.ndarray:
+    """Return an input as an array of the runtime's integers; MoecError for numbers that are none."""
+    try:
+        array = np.asarray(given)
+        with np.errstate(invalid="ignore"):  # a number beyond them, which the comparison finds
+            found = np.ascontiguousarray(array, np.int64)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise MoecError(f"{name} is no array of 64-bit integers: {error}") from error
+    if array.dtype.kind not in "bi" and not (found == array).all():
+        raise MoecError(f"{name} holds numbers that are no 64-bit integers")
+    return found
 
 
 def load(folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None) -> Session:
@@ -167,7 +185,9 @@ def load(folder: Path | str, threads: int | None = None, spinning: bool = True, 
     taken = tuple(i.name for i in runtime.get_inputs() if i.name in INPUTS)
     limit = manifest["dims"].get("S", (1, 1 << 31))[1]
     keeps = KEEP in {i.name for i in runtime.get_overridable_initializers()}
-    return Session(folder, runtime, taken, states, width, limit, keeps)
+    # without a record the width of the logits bounds them: no model has a logit for a token that it cannot read
+    vocabulary = manifest["vocabulary"] or width
+    return Session(folder, runtime, taken, states, width, vocabulary, limit, keeps)
 
 
 def _options(threads: int | None, spinning: bool) -> Any:
