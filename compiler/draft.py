@@ -60,7 +60,7 @@ class Draft:
     def weight(self, recipe: Recipe, hint: str) -> Value:
         """Return the weight with this recipe, added under a new name if there is none."""
         for const in self.consts.values():
-            if repr(const.recipe) == repr(recipe):  # not ==, which takes 0.0 and -0.0 for the same number
+            if const.recipe == recipe:
                 return const.value
         value = Value(self.fresh(hint), recipe.type)
         self.consts[value.name] = Const(value, recipe)

@@ -9,11 +9,13 @@ Nothing here is ever changed in place: a pass returns a new module, and "unchang
 from __future__ import annotations
 
 import re
+import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 
@@ -38,6 +40,36 @@ def is_dtype(name: str) -> bool:
 
 
 Attr: TypeAlias = int | float | bool | str | Size | tuple["Attr", ...]
+
+
+def attr_key(value: Attr) -> Any:
+    """Return what tells attributes apart in a program: 0.0 and -0.0, 1 and 1.0 and true, and NaNs bit by bit.
+
+    Python has the first three equal in pairs, and a NaN equal to nothing.
+    """
+    match value:
+        case bool() | float():  # as bytes, which no attribute is
+            return struct.pack("?" if isinstance(value, bool) else ">d", value)
+        case tuple():
+            return tuple(map(attr_key, value))
+    return value
+
+
+class Keyed(ABC):
+    """Something whose equality and hash are those of its key."""
+
+    @property
+    @abstractmethod
+    def key(self) -> Any:
+        """What it is equal by; best a cached property."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other one is of the same class and has the same key."""
+        return self is other or (type(self) is type(other) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        """Return the hash of the key."""
+        return hash(self.key)
 
 
 @dataclass(frozen=True)
@@ -103,8 +135,8 @@ class Const:
     recipe: Recipe
 
 
-@dataclass(frozen=True)
-class Op:
+@dataclass(frozen=True, eq=False)
+class Op(Keyed):
     """One statement. An absent optional operand is None. A call has the name `call` and a callee."""
 
     name: str
@@ -112,7 +144,12 @@ class Op:
     results: tuple[Value, ...]
     attrs: tuple[tuple[str, Attr], ...] = ()  # sorted by name
     callee: str = ""
-    loc: tuple[str, ...] = field(default=(), compare=False)
+    loc: tuple[str, ...] = ()
+
+    @cached_property
+    def key(self) -> Any:
+        """All but where it comes from."""
+        return self.name, self.operands, self.results, attr_key(self.attrs), self.callee
 
     @cached_property
     def attributes(self) -> dict[str, Attr]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import MoecError
 from .fragments import PatternOp, Var, parse_statements
-from .ir import Attr, Function, Op, Value
+from .ir import Attr, Function, Op, Value, attr_key
 from .ops import OPS
 from .recipes import Literal, Recipe
 
@@ -155,7 +155,7 @@ class Match:
         made, recipe = self.op(name), self.recipe(name)
         if made is not None and made.name in ("core.constant", "core.full"):
             return made.attributes["value"]  # type: ignore[return-value]
-        if isinstance(recipe, Literal) and len(set(recipe.values)) == 1:
+        if isinstance(recipe, Literal) and len(set(map(attr_key, recipe.values))) == 1:
             return recipe.values[0]
         return None
 

@@ -7,6 +7,7 @@ Attributes are sorted, a statement takes one line, neighbours that count up are 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import sympy
 
 from .dims import size_text
-from .ir import Attr, Const, Function, Module, Op, TensorType, Value
+from .ir import Attr, Const, Function, Module, Op, TensorType, Value, attr_key
 from .recipes import Literal, Recipe, Tensor
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -95,9 +96,15 @@ def _attribute(value: Attr, dims: Dims) -> str:
         case int():
             return int.__repr__(value)
         case float():
-            return float.__repr__(value)
+            plain = not math.isnan(value) or attr_key(value) == attr_key(math.nan)
+            return float.__repr__(value) if plain else f"nan0x{attr_key(value).hex()}"
         case str():
-            bare = _NAME.fullmatch(value) and value not in _RESERVED and value not in dims
+            bare = (
+                _NAME.fullmatch(value)
+                and value not in _RESERVED
+                and not value.startswith("nan0x")
+                and value not in dims
+            )
             return value if bare else _quoted(value)
         case tuple():
             return f"[{', '.join(_attribute(v, dims) for v in value)}]"
@@ -197,8 +204,7 @@ def _pair(a: Op, b: Op) -> _Run | None:
         return None
     if [v.type for v in a.results] != [v.type for v in b.results] or len(a.operands) != len(b.operands):
         return None
-    # by repr: 1, 1.0 and true are equal in Python and differ in the text
-    differing = [(x, y) for x, y in zip(a.attrs, b.attrs, strict=True) if repr(x) != repr(y)]
+    differing = [(x, y) for x, y in zip(a.attrs, b.attrs, strict=True) if attr_key(x) != attr_key(y)]
     if len(differing) != 1:
         return None
     (name, low), (other, high) = differing[0]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from .code_steps import CODE_STEPS
 from .formats import Format, find_format, format_of
-from .ir import DTYPE_BITS, Attr, TensorType, make_attrs, range_at, range_size
+from .ir import DTYPE_BITS, Attr, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,21 @@ class Tensor:
     type: TensorType
 
 
-@dataclass(frozen=True)
-class Literal:
-    """Numbers written into the program, in row-major order."""
+@dataclass(frozen=True, eq=False)
+class Literal(Keyed):
+    """Numbers written into the program, in row-major order. Those that differ in a bit are different numbers."""
 
     type: TensorType
     values: tuple[int | float | bool, ...]
 
+    @cached_property
+    def key(self) -> Any:
+        """The type and the numbers bit by bit."""
+        return self.type, attr_key(self.values)
 
-@dataclass(frozen=True)
-class Step:
+
+@dataclass(frozen=True, eq=False)
+class Step(Keyed):
     """One step (a key of STEPS) on other recipes. Make it with `step`, which computes the type."""
 
     name: str
@@ -41,10 +47,24 @@ class Step:
     attrs: tuple[tuple[str, Attr], ...]
     type: TensorType
 
+    @cached_property
+    def key(self) -> Any:
+        """All that the step is made of, with its hash: recipes are looked up often, and deep."""
+        return _Hashed((self.name, self.items, attr_key(self.attrs), self.type))
+
     @property
     def attributes(self) -> dict[str, Attr]:
         """The attributes by name."""
         return dict(self.attrs)
+
+
+class _Hashed(tuple):
+    """A tuple that computes its hash once."""
+
+    def __hash__(self) -> int:
+        if not hasattr(self, "_hash"):
+            self._hash = super().__hash__()
+        return self._hash
 
 
 Recipe = Tensor | Literal | Step
@@ -211,7 +231,7 @@ def _scale(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorTyp
     axes: Any = attributes["axes"]
     start = int(attributes.get("start", 0))  # type: ignore[arg-type]
     sizes = [item.sizes[axis] for axis in axes]
-    if axes and list(factors.sizes) != [*sizes[:-1], sizes[-1] - start]:
+    if not axes or list(factors.sizes) != [*sizes[:-1], sizes[-1] - start]:
         raise ValueError(f"factors {factors} do not fit the axes {list(axes)} of {item} from {start} on")
     return TensorType.of(item.dtype, *item.shape)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from .ir import Attr
 
 LONGEST_RANGE = 65536  # a{0..65535}: more is a slip of the pen, or an attack
 LONGEST_INT = 40  # digits
-NUMBERS = {"inf": math.inf, "nan": math.nan}  # tuples with the same nan object are equal, so it is always this one
 
 Node = tuple[Any, ...]  # a literal or a size: (kind, parts...), with tokens as leaves
 
@@ -138,6 +138,12 @@ class Slot(NamedTuple):
     variadic: bool
 
 
+def _nan(token: str) -> float:
+    """Return the NaN with the bits that a text says; NaN itself where they are those of a number."""
+    (value,) = struct.unpack(">d", bytes.fromhex(token.removeprefix("nan0x")))
+    return value if math.isnan(value) else math.nan
+
+
 def _unquote(token: Token) -> str:
     try:
         return json.loads(token, strict=False)
@@ -228,10 +234,10 @@ class _Builder(Transformer):
         return ("value", _unquote(token))
 
     def float(self, token: Token) -> Node:
-        return ("value", NUMBERS[token] if token in NUMBERS else float(token))
+        return ("value", _nan(token) if token.startswith("nan0x") else float(token))
 
     def negative_float(self, token: Token) -> Node:
-        return ("value", NUMBERS["nan"] if token == "nan" else -float(token))
+        return ("value", math.nan if token.startswith("nan") else -float(token))
 
     def true(self) -> Node:
         return ("value", True)

@@ -11,7 +11,7 @@ import sympy
 
 from ..compiler.dims import size
 from ..compiler.interpret import run_op
-from ..compiler.ir import Const, Function, Module, Op, Value, make_attrs
+from ..compiler.ir import Const, Function, Module, Op, Value, attr_key, make_attrs
 from ..compiler.pipeline import pass_
 from ..compiler.recipes import step
 from ..compiler.roles import weight_operands
@@ -108,12 +108,12 @@ def _constant(op: Op, sweep: Sweep) -> Op | None:
         return None
     type_ = op.results[0].type
     if op.name in _RESHAPING:
-        if len({(type(n), n) for n in numbers}) > 1:
+        if len({attr_key(n) for n in numbers if n is not None}) > 1:
             return None
         number = numbers[0]
     else:
         number = _compute(op, numbers)
-    if isinstance(number, float) and math.isnan(number):  # a NaN equals nothing: two such modules would never be equal
+    if isinstance(number, float) and math.isnan(number):  # its bits are another machine's choice
         return None
     attrs = {"value": number, "dtype": type_.dtype, **({"shape": type_.shape} if type_.shape else {})}
     return Op("core.full" if type_.shape else "core.constant", (), op.results, make_attrs(attrs), loc=op.loc)

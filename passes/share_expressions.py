@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..compiler.ir import Const, Function, Module, Op
+from ..compiler.ir import Const, Function, Module, Op, attr_key
 from ..compiler.pipeline import pass_
 from ..compiler.sweep import Sweep
 
@@ -47,5 +47,4 @@ def _shared_consts(sweep: Sweep) -> tuple[Const, ...]:
 
 
 def _key(op: Op) -> tuple:
-    # 1, 1.0 and True are equal in Python but not in a program
-    return op.name, op.callee, op.operands, tuple((name, type(value), value) for name, value in op.attrs)
+    return op.name, op.callee, op.operands, attr_key(op.attrs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import struct
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -35,7 +35,8 @@ letters = st.sampled_from(["a", "h", "k1", "x_y", "state", "_q"])
 parts = st.sampled_from(["0", "1", "2", "9", "10", "01", "key", "a1", "9a", "_"])
 dtypes = st.sampled_from(["f32", "bf16", "i64", "bool", "f8e4m3"])
 texts = st.one_of(
-    st.text(max_size=8), st.sampled_from(["true", "inf", "nan", "B", "S", "a b", '"', "\\", "é", "\u2028"])
+    st.text(max_size=8),
+    st.sampled_from(["true", "inf", "nan", "nan0x7ff8000000000001", "B", "S", "a b", '"', "\\", "é", "\u2028"]),
 )
 
 
@@ -67,7 +68,8 @@ sizes = st.recursive(
     st.one_of(st.integers(0, 99).map(size), st.sampled_from(DIMS).map(dim)), _combine, max_leaves=4
 ).map(size)
 types = st.builds(TensorType, dtypes, st.lists(sizes, max_size=3).map(tuple), st.booleans())
-floats = st.floats().map(lambda f: math.nan if math.isnan(f) else f)
+# any bits, so that there are zeros of both signs and NaNs of all kinds
+floats = st.one_of(st.floats(), st.binary(min_size=8, max_size=8).map(lambda b: struct.unpack("<d", b)[0]))
 values = st.recursive(
     st.one_of(st.integers(-(10**9), 10**9), floats, st.booleans(), texts, sizes),
     lambda inner: st.lists(inner, max_size=3).map(tuple),

@@ -20,6 +20,8 @@ from ..recipes import Literal, Recipe, Step, Tensor, spread
 from .codes import CODES
 from .sources import Box, WeightSource, check_box, cut, full_box
 
+_FRACTION_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+
 # a tile is cut at multiples of this where it can be, so that blocks and quantization groups stay whole
 _GRAIN = 128
 
@@ -97,8 +99,22 @@ def _shape(box: Box) -> tuple[int, ...]:
 
 def _literal(literal: Literal, box: Box) -> torch.Tensor:
     dtype = TORCH_DTYPES[literal.type.dtype]
-    wide = torch.float64 if dtype.is_floating_point else torch.int64
-    return cut(torch.tensor(literal.values, dtype=wide).to(dtype).reshape(literal.type.sizes), box)
+    wide = torch.tensor(literal.values, dtype=torch.float64 if dtype.is_floating_point else torch.int64)
+    numbers = wide.to(dtype)
+    if dtype in _FRACTION_BITS and bool(wide.isnan().any()):  # a conversion may give any NaN for one
+        numbers = torch.where(wide.isnan(), _nans(wide, dtype), numbers)
+    return cut(numbers.reshape(literal.type.sizes), box)
+
+
+def _nans(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return NaNs with the sign and the first bits of the fraction of f64[N], in another dtype."""
+    size, kept = dtype.itemsize * 8, _FRACTION_BITS[dtype]
+    bits = wide.view(torch.int64)
+    exponent = ((1 << (size - 1 - kept)) - 1) << kept
+    fraction = (bits >> (52 - kept)) & ((1 << kept) - 1)
+    fraction = torch.where(fraction == 0, 1 << (kept - 1), fraction)  # 0 would be an infinity
+    found = ((bits < 0).long() << (size - 1)) | exponent | fraction
+    return found.to({16: torch.int16, 32: torch.int32, 64: torch.int64}[size]).view(dtype)
 
 
 def _allocate(step: Step, box: Box) -> torch.Tensor:

@@ -156,7 +156,7 @@ class DataFile(TiledFile):
         """Create the file. `progress` is told the number of bytes written so far, after each tile."""
         super().__init__(path, progress, threads)
         self._tile_bytes = tile_bytes
-        self._written: dict[tuple[str, int], tuple[int, int]] = {}
+        self._written: dict[tuple[Recipe, int], tuple[int, int]] = {}
         self._sources: list[WeightSource] = []  # kept, so that no id in the keys above is used twice
 
     def append(self, recipe: Recipe, source: WeightSource) -> tuple[int, int]:
@@ -183,9 +183,8 @@ class DataFile(TiledFile):
 
     # --- one weight ------------------------------------------------------------------------------------------------
 
-    def _key(self, recipe: Recipe, source: WeightSource) -> tuple[str, int]:
-        # repr and not ==, which takes the literals 0.0, -0.0 and False for the same number
-        return repr(recipe), id(source)
+    def _key(self, recipe: Recipe, source: WeightSource) -> tuple[Recipe, int]:
+        return recipe, id(source)
 
     def _append_parts(self, part: Step, source: WeightSource) -> None:
         """Write all parts of a quantized weight, a tile of its rows at a time."""

@@ -94,7 +94,7 @@ def find_shards(module: Module, packings: Packings) -> Shards:
     """Return the files that a module of stage kernel needs, a file for each call in @main and one for its own weights."""
     found = Shards()
     weights: dict[str, list[Stored]] = {}
-    written: dict[tuple[str, Packing | None], str] = {}
+    written: dict[tuple[Recipe, Packing | None], str] = {}
     taken: set[str] = set()
 
     def visit(function: Function, label: str, bound: Mapping[str, str]) -> None:
@@ -105,7 +105,7 @@ def find_shards(module: Module, packings: Packings) -> Shards:
                 continue
             recipe = bind(const.recipe, function.weights, bound)
             packing = _packing(packings.get((function.name, value.name)), recipe, f"{value} in @{function.name}")
-            name, key = f"{label}/{value.name}", (repr(recipe), packing)
+            name, key = f"{label}/{value.name}", (recipe, packing)
             if key in written:
                 found.same[name] = written[key]
             else:

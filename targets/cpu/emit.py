@@ -122,7 +122,7 @@ class _Writer:
     graph: Graph
     source: WeightSource
     data: DataFile
-    weights: dict[str, str] = field(default_factory=dict)  # bound recipe -> initializer
+    weights: dict[Recipe, str] = field(default_factory=dict)  # bound recipe -> initializer
 
     def inline(
         self, function: Function, inputs: Sequence[str], outputs: Sequence[str], prefix: str, bound: Mapping[str, str]
@@ -158,10 +158,9 @@ class _Writer:
 
     def weight(self, recipe: Recipe, name: str) -> str:
         """Return the initializer of a bound recipe, written at its first use."""
-        key = repr(recipe)  # not ==, which takes 0.0, -0.0 and False for the same number
-        if key not in self.weights:
-            self.weights[key] = self._weight(recipe, name)
-        return self.weights[key]
+        if recipe not in self.weights:
+            self.weights[recipe] = self._weight(recipe, name)
+        return self.weights[recipe]
 
     def _weight(self, recipe: Recipe, name: str) -> str:
         type_ = recipe.type
