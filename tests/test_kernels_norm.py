@@ -103,4 +103,4 @@ def test_what_stands_before_cached_attention(name, joined, past, new, rotary, no
     wanted = nn.rms_norm(heads_of_q, weights["q_norm"], eps=1e-5) if norm else heads_of_q
     if rotary:
         wanted = torch.cat((nn.rope(wanted[..., :rotary], cos, sin), wanted[..., rotary:]), -1)
-    close(found["y"], wanted.transpose(1, 2))
+    close(found["y"], wanted)  # [B, H, S, D], as the attention kernel reads it

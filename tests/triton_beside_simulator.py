@@ -7,11 +7,12 @@ from collections import Counter
 
 import numpy as np
 import torch
-import triton_interpreter  # noqa: F401
 from moec.targets.accelerator import simulate as simulator
 from moec.targets.accelerator.launch import TORCH, Kernel
+from moec.targets.accelerator.run.interpreter import mend
 from moec.targets.accelerator.tile_expr import dtype_name
 
+mend()
 TRIES = 3
 UNITS = (("shared", "shared", "registers"),)
 simulate = simulator.simulate

@@ -7,17 +7,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import triton_interpreter  # noqa: F401
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.builder import Builder, Layout
 from moec.targets.accelerator.choices import Tile
 from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.launch import TORCH, Kernel, Layer
 from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.run.interpreter import mend
 from moec.targets.accelerator.simulate import Chip, simulate
 from moec.targets.accelerator.tile_expr import NUMPY, dtype_name
 from tile_weights import random_weight
 
+mend()
 LAYOUT = Layout(("shared",), ("shared",), "registers", "registers")
 PATHS = {("device", "shared"), ("device", "registers"), ("registers", "device"), ("registers", "shared")}
 CHIP = Chip({"shared": 232448, "registers": 1 << 20}, {}, frozenset(PATHS), LAYOUT.operands)

@@ -82,7 +82,7 @@ class Append:
 def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
     """Write the turned heads of q, and those of k and v to slots P .. P + S - 1 of the cache, which has C slots.
 
-    The cache is changed in place, key and value [B, G, C, D]: its first P slots are not touched.
+    y is [B, H, S, D], as `attention` reads queries with `heads_first`. The cache is changed in place, key and value [B, G, C, D]: its first P slots are not touched.
     """
     b = Builder(
         "qk_rope_append", layout, "y = q normed and turned; key[:, :, P:] = k normed and turned; value[:, :, P:] = v"
@@ -102,7 +102,7 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
     for name, there in (("q_norm", p.q_norm), ("k_norm", p.k_norm)):
         if there:
             b.tensor(name, "f32", p.width, role="weight")
-    b.tensor("y", p.dtype, "B", "S", p.heads, p.width, role="output")
+    b.tensor("y", p.dtype, "B", p.heads, "S", p.width, role="output")
     b.tensor("key", p.dtype, "B", p.groups, "C", p.width, role="output")
     b.tensor("value", p.dtype, "B", p.groups, "C", p.width, role="output")
     _tokens(b, turn, t)
@@ -115,11 +115,14 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
     def slot(first: int) -> Callable[[str], list[str]]:
         return lambda column: ["batch", f"head - {first}", "(P + token)[:, None]", f"({column})[None, :]"]
 
+    def turned(column: str) -> list[str]:
+        return ["batch", "head", "token[:, None]", f"({column})[None, :]"]
+
     def normed(there: bool) -> Rope:
         return Rope(p.heads, p.width, p.rotary, norm=there, weight=there, eps=p.eps, dtype=p.dtype)
 
     with b.when(f"head < {p.heads}"):
-        _turn(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", source(0))
+        _turn(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", turned)
     with b.when(f"(head >= {p.heads}) & (head < {last})"):
         _turn(b, normed(p.k_norm), t, "qkv" if p.joined else "k", source(p.heads), "k_norm", "key", slot(p.heads))
     with b.when(f"head >= {last}"):

@@ -64,7 +64,7 @@ def _compressed(op: Op, weights: Mapping[str, Packing]) -> Step:
         kept = {"O": min(past, p.window - 1), "Y": min(past + new, p.window - 1)}
         state = Kernel(
             "slide", lambda t, layout: slide(p.width, row_tile(t), layout), {"B": batch, "S": new, **kept},
-            row_shapes(power(p.width)), staged=False,
+            row_shapes(power(p.width)), staged=False, renamed={"old": "window", "new": "kv"},
         )  # fmt: skip
         found = _ways(
             "compressed_attention", lambda t, layout: compressed_attention(p, t, layout),
@@ -87,7 +87,7 @@ def _ways(
         def one(t: Tile, layout: Layout, split: int = split) -> Program:
             return make(AttentionTile(t.m, t.n, t.k, t.stages, t.warps, split), layout)
 
-        kernels = [Kernel(name, one, scalars, tiles)]
+        kernels = [Kernel(name, one, scalars, tiles, renamed={"key": "k", "value": "v"})]
         if split > 1:
             kernels.append(_merge(merge, split, scalars, value))
         ways.append(Way("keys in one go" if split == 1 else f"keys in {split} parts", tuple(kernels)))

@@ -43,7 +43,10 @@ def linear_ways(p: Linear, tokens: Tokens) -> tuple[Way, ...]:
     """Return a linear in one kernel, and for few tokens cut along its depth with a sum behind."""
     count = {"T": tokens.count}
     tiles = shapes(row_choices(tokens.count), p.weight.step)
-    ways = [Way("whole", (Kernel("linear", lambda t, layout: linear(p, t, layout), count, tiles),))]
+    whole = Kernel(
+        "linear", lambda t, layout: linear(p, t, layout), count, tiles, renamed={"w": "up", "y": "h"} if p.gated else {}
+    )
+    ways = [Way("whole", (whole,))]
     if tokens.count <= FEW and not p.gated:
         ways += [_split_way(p, split, count, tiles) for split in SPLITS]
     return tuple(ways)
@@ -115,14 +118,18 @@ def _append(op: Op, weights: Mapping[str, Packing]) -> Step:
     def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
         return one_way(
-            _head_kernel("qk_rope_append", lambda t, layout: qk_rope_append(p, row_tile(t), layout), scalars)
-        )
+            _head_kernel(
+                "qk_rope_append", lambda t, layout: qk_rope_append(p, row_tile(t), layout), scalars,
+                renamed={"qkv": "q", "y": "q"},
+                appended={"key": ("past_key", "key"), "value": ("past_value", "value")},
+            )
+        )  # fmt: skip
 
     return Step("rope_append", p, {}, ways)
 
 
-def _head_kernel(name: str, make: Any, scalars: Mapping[str, int]) -> Kernel:
-    return Kernel(name, make, scalars, tuple((m, 1, 1) for m in (1, 2, 4, 8, 16, 32)), staged=False)
+def _head_kernel(name: str, make: Any, scalars: Mapping[str, int], **bound: Any) -> Kernel:
+    return Kernel(name, make, scalars, tuple((m, 1, 1) for m in (1, 2, 4, 8, 16, 32)), staged=False, **bound)
 
 
 KINDS: dict[str, Kind] = {

@@ -76,10 +76,12 @@ def _compress(op: Op, weights: Mapping[str, Packing]) -> Step:
         make = Kernel(
             "compress_tokens", lambda t, layout: compress_tokens(p, row_tile(t), layout), {**scalars, "C": entries},
             tuple((m, n, 1) for m in (4, 8, 16, 32, 64) if m <= p.ratio for n in (power(width),)), staged=False,
+            appended={"entries": ("entries", "all")},
         )  # fmt: skip
         state = Kernel(
             "slide", lambda t, layout: slide(token, row_tile(t), layout),
             {"B": tokens.batch, "S": tokens.new, "O": sizes["pending"], "Y": kept}, row_shapes(power(token)), staged=False,
+            renamed={"old": "pending", "new": "x"},
         )  # fmt: skip
         return one_way(make, state)
 

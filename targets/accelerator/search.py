@@ -8,7 +8,7 @@ tile is an error that names what did not fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from ...compiler.errors import MoecError
@@ -35,7 +35,9 @@ class Kernel:
     """A kernel to find a tile for: what makes its program, and what is known of a run at one number of tokens.
 
     `expect(tile)` holds what the counts cannot see (see count.py); `touched` the share of each weight that is needed.
-    `shapes` are the choices of (rows, columns, depth), `staged` whether loads may run ahead.
+    `shapes` are the choices of (rows, columns, depth), `staged` whether loads may run ahead. `renamed` says which operand
+    or result of the op an argument of another name is, `appended` which states an argument appends to: argument -> (the
+    operand, the result); see bindings.py.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Kernel:
     expect: Callable[[Tile], Mapping[str, float]] = lambda tile: {}
     touched: Mapping[str, float] | None = None
     staged: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    appended: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
+
+import sympy
 
 from ... import __version__
 from ...compiler.errors import MoecError
-from ...compiler.ir import Function, Module, Op
+from ...compiler.ir import Function, Module, Op, bindings
+from ...compiler.ops import OPS
+from ...compiler.ops.define import free
 from ...compiler.rewrite import tell
 from .assumed import ASSUMED, multiplies
+from .bindings import Binding, bind, check_op
 from .chip import Profile
 from .choices import Tile
 from .exchange import exchanges
@@ -27,7 +33,7 @@ from .supported import KINDS, supported
 from .tiles import DEVICE, For, walk
 from .work import call_counts
 
-SCHEMA = 1
+SCHEMA = 2  # 2: bindings, every step, and what a simulation needs of the chip
 WEIGHTS = ("w", "up", "down")  # operands of kernels that are packed
 BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
 CONTEXT = 4096  # tokens before a decoding step, for what attention reads
@@ -48,6 +54,8 @@ class KernelSpec:
     places: tuple[str, ...]  # results of the ops that it computes, as @function/%value
     calls: int  # launches in one run of the whole program
     objects: Mapping[str, Any] = field(default_factory=dict)  # what a toolchain made of it
+    binding: Binding = field(default_factory=Binding)
+    group: str = ""  # what the steps of kernels.json name: the kernels of the same ops
 
     @property
     def best(self) -> Choice:
@@ -59,10 +67,12 @@ class KernelSpec:
         choice, program = self.best, self.best.program
         return {
             "name": self.name,
+            "group": self.group,
             "kind": self.kind,
             "computes": {"op": self.op, "places": list(self.places), "calls": self.calls},
             "tokens": [self.low, self.high],
             "weights": {name: packing_json(p) for name, p in self.weights.items()},
+            "binding": self.binding.to_json(),
             "tile": asdict(choice.tile),
             "grid": [{"axis": name, "extent": extent} for name, extent in program.grid],
             "loops": [
@@ -78,6 +88,7 @@ class KernelSpec:
                 for c in self.found.others
             ],
             "considered": {"tried": self.found.tried, "fitting": self.found.fitting},
+            "operands": list(layout_of(profile, choice.tile.m).operands),
             "program": program.to_json(),
             **({"objects": dict(self.objects)} if self.objects else {}),
         }
@@ -139,6 +150,7 @@ class Kernels:
             "moec": __version__,
             "target": self.target,
             "chip": _chip_json(self.profile),
+            "memories": _memories_json(self.profile),
             "assumed": dict(ASSUMED),
             "buckets": list(self.buckets),
             "context": CONTEXT,
@@ -172,6 +184,13 @@ def _chip_json(profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _memories_json(profile: Profile) -> dict[str, Any]:
+    """Return what a simulation checks, beside the operands of each kernel: room, alignment, and paths between memories."""
+    chip = chip_of(profile, layout_of(profile))
+    room = {name: {"bytes": size, "align": chip.align.get(name, 1)} for name, size in chip.capacity.items()}
+    return {"room": room, "paths": sorted(map(list, chip.paths))}
+
+
 # --- from a module -------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +209,7 @@ def kernel_specs(
         steps = []
         for op in function.ops:
             if op.callee:
-                steps.append({"op": "call", "callee": op.callee})
+                steps.append({"op": "call", "callee": op.callee, **_values(op), "bindings": bindings(op)})
                 continue
             if reason := supported(op):
                 raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
@@ -201,14 +220,16 @@ def kernel_specs(
                 step = None
             if step is None:
                 framework.append({"op": op.name, "place": place, "calls": calls[function.name]})
+                steps.append({"op": op.name, "place": place, **_values(op), "attributes": _attributes(op)})
                 continue
             if (step.kind, step.problem) not in groups:
                 number = sum(g.step.kind == step.kind for g in groups.values())
                 groups[step.kind, step.problem] = _Group(step, f"{step.kind}_{number}", op.name)
             group = groups[step.kind, step.problem]
             group.places.append(place)
+            group.ops.setdefault((op.operand_types, tuple(v.type for v in op.results)), (op, place))
             group.calls += calls[function.name]
-            steps.append({"op": op.name, "place": place, "kernels": group.name})
+            steps.append({"op": op.name, "place": place, "kernels": group.name, **_values(op, named=True)})
         functions.append({"name": function.name, "calls": calls[function.name], "steps": steps})
     kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)), why)]
     return Kernels(
@@ -231,6 +252,35 @@ class _Group:
     op: str
     places: list[str] = field(default_factory=list)
     calls: int = 0
+    ops: dict[Any, tuple[Op, str]] = field(default_factory=dict)  # one of each types of operands and results
+
+
+def _values(op: Op, named: bool = False) -> dict[str, Any]:
+    """Return the names of an op's operands and results: in order, or `named` as its signature has them."""
+    operands, results = [None if v is None else v.name for v in op.operands], [v.name for v in op.results]
+    if not named:
+        return {"operands": operands, "results": results}
+    signature = OPS[op.name].signature
+    return {
+        "operands": {d.name: name for d, name in zip(signature.operands, operands, strict=True)},
+        "results": {d.name: name for d, name in zip(signature.results, results, strict=True)},
+    }
+
+
+def _attributes(op: Op) -> dict[str, Any]:
+    """Return an op's attributes as JSON values; sizes and numbers that are not finite as texts."""
+    return {name: _plain(value) for name, value in op.attributes.items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case tuple():
+            return [_plain(v) for v in value]
+        case sympy.Expr():
+            return free(value)
+        case float() if not isfinite(value):
+            return str(value)
+    return value
 
 
 def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[str] | None) -> Iterable[KernelSpec]:
@@ -246,10 +296,14 @@ def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[
         way, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
         if why is not None and len(ways) > 1:
             why.append(f"{group.name}, up to {high} tokens: {way.name} of {', '.join(w.name for w in ways)}")
+        made: set[str] = set()
         for kernel, choice in best:
+            binding = bind(group.op, kernel, choice.best.program, group.step.weights, made)
+            for op, place in group.ops.values():
+                check_op(op, choice.best.program, binding, place)
             yield KernelSpec(
                 _name(group, kernel.name, high), kernel.name, group.op, low, high, choice, group.step.weights,
-                tuple(group.places), group.calls,
+                tuple(group.places), group.calls, binding=binding, group=group.name,
             )  # fmt: skip
         low = high + 1
 
@@ -274,18 +328,26 @@ def _summed(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
 
 
 def packings(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
-    """Return how the weights of the kernels are stored, by function and name; others lie as they are typed."""
+    """Return how the weights of the kernels are stored, by function and name; others lie as they are typed.
+
+    A weight that is read otherwise too, as a tied table is whose rows are looked up, lies row by row, not in fractals.
+    """
     fractal = any(layout.order == "FRACTAL_NZ" for layout in profile.layouts)
     found = {}
     for function in module.functions:
         consts = {c.value.name for c in function.consts}
+        looked_up = {v.name for op in function.ops if op.name not in KINDS for v in op.inputs}
         for op in function.ops:
             for operand, value in named(op).items() if op.name in KINDS else ():
                 if operand in WEIGHTS and value.name in consts and len(value.type.shape) in (2, 3):
                     *lead, rows, columns = map(int, value.type.shape)
                     plain = value.type.dtype in ("bf16", "f16")
                     found[function.name, value.name] = Packing(
-                        value.type.dtype, rows, columns, lead[0] if lead else 0, fractal and plain
+                        value.type.dtype,
+                        rows,
+                        columns,
+                        lead[0] if lead else 0,
+                        fractal and plain and value.name not in looked_up,
                     )
     return found
 

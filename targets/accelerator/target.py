@@ -106,9 +106,6 @@ def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]
 
 
 def _load(folder: Path, **options: Any) -> Any:
-    """Refuse to run an artifact: its kernels are launched one by one, on the chip."""
-    raise MoecError(
-        "an artifact for an accelerator is not run from here",
-        where=str(folder),
-        todo="on a machine with the chip, kernels/*.py are launched with moec.targets.accelerator.launch",
-    )
+    from .run.session import load
+
+    return load(folder, **options)

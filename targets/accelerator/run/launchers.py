@@ -1,0 +1,141 @@
+"""What a kernel is launched on: the simulator in numpy, Triton's interpreter, or a GPU through Triton."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ....compiler.errors import MoecError
+from ..simulate import simulate
+from ..tile_expr import NUMPY, evaluate
+from ..tiles import Argument
+from .artifact import Kernels, Launch
+
+DEVICES = ("auto", "simulator", "interpreter", "cuda")
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Launcher(Protocol):
+    """Launches kernels. `runs` says in words what they run on, `device` where the tensors lie."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def runs(self) -> str: ...
+
+    def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
+        """Run a kernel on tensors of exactly its arguments' shapes and dtypes; outputs are changed in place."""
+
+
+class Simulated:
+    """Executes tile programs in numpy, with the checks of simulate.py: it needs no chip and no compiler."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, kernels: Kernels) -> None:
+        """Simulate the chip that the kernels are for."""
+        self._kernels = kernels
+        self.runs = f"the simulator of {kernels.target}"
+
+    def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
+        """Run a kernel."""
+        arrays = {a.name: _array(tensors[a.name], a) for a in launch.program.arguments}
+        simulate(launch.program, arrays, scalars, self._kernels.chip_for(launch))
+
+
+def _array(tensor: torch.Tensor, a: Argument) -> np.ndarray:
+    """Return the same memory as an array; bytes are viewed, since numpy has not all dtypes by itself."""
+    kind = np.dtype(NUMPY[a.dtype])
+    if not tensor.numel():
+        return np.zeros(tuple(tensor.shape), kind)
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().view(kind).reshape(tuple(tensor.shape))
+
+
+class Printed:
+    """Launches the printed Triton source of each program: on a GPU, or where Triton interprets, on the CPU."""
+
+    def __init__(self, kernels: Kernels, interpreted: bool) -> None:
+        """Prepare Triton; MoecError where it cannot be used so."""
+        if interpreted:
+            start_interpreter()
+        from ..launch import check_gpu
+
+        if not interpreted:
+            check_gpu()
+        self._arch = kernels.chip.get("arch") or ""
+        self._made: dict[str, _PrintedKernel] = {}
+        self._interpreted = interpreted
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where tensors lie."""
+        return torch.device("cpu" if self._interpreted else "cuda")
+
+    @cached_property
+    def runs(self) -> str:
+        """What runs, in words."""
+        return "Triton's interpreter" if self._interpreted else f"{torch.cuda.get_device_name()}, through Triton"
+
+    def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
+        """Run a kernel; a grid without points launches nothing."""
+        if launch.name not in self._made:
+            self._made[launch.name] = _PrintedKernel(launch, self._arch)
+        self._made[launch.name](tensors, scalars)
+
+
+class _PrintedKernel:
+    """One kernel, printed when it is first launched."""
+
+    def __init__(self, launch: Launch, arch: str) -> None:
+        from ..launch import Kernel
+
+        limit = launch.objects.get(arch, {}).get("register_limit")
+        self._program = launch.program
+        self._kernel = Kernel(launch.program, launch.warps, limit)
+
+    def __call__(self, tensors: Tensors, scalars: Mapping[str, int]) -> None:
+        if all(int(evaluate(extent, scalars)) > 0 for _, extent in self._program.grid):
+            self._kernel(tensors, scalars)
+
+
+def start_interpreter() -> None:
+    """Make Triton interpret, which is decided when it is imported. MoecError where it was imported otherwise before."""
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    from ..triton_compile import triton_module
+
+    if not triton_module().knobs.runtime.interpret:
+        raise MoecError(
+            "Triton was imported before it could be told to interpret",
+            todo="set TRITON_INTERPRET=1 before Python starts",
+        )
+    from . import interpreter
+
+    interpreter.mend()
+
+
+def open_launcher(device: str | None, kernels: Kernels) -> Launcher:
+    """Return what runs the kernels on `device`, one of DEVICES: auto (None) is a GPU that they are for, else the simulator.
+
+    MoecError for a device that there is not, and for one that does not run kernels of this chip.
+    """
+    name = device or "auto"
+    if name not in DEVICES:
+        raise MoecError(f"there is no device {name}", todo=f"give one of {', '.join(DEVICES)}")
+    family = kernels.chip.get("family")
+    on_gpu = family in ("nvidia", "amd")
+    if name == "auto":
+        name = "cuda" if on_gpu and torch.cuda.is_available() else "simulator"
+    if name != "simulator" and not on_gpu:
+        raise MoecError(
+            f"kernels for {kernels.target} are not run by {name}: it is a chip of the family {family}",
+            todo="run them with --device simulator",
+        )
+    return Simulated(kernels) if name == "simulator" else Printed(kernels, interpreted=name == "interpreter")

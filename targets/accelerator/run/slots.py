@@ -1,0 +1,61 @@
+"""States with room for more tokens: a kernel appends to a buffer in place instead of copying what is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+STEP = 64  # buffers have room for a multiple of so many tokens
+
+
+@dataclass
+class _Filled:
+    """How many slots of a buffer are taken, by the newest state in it."""
+
+    slots: int
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """The first `length` slots along an axis of a buffer, which has room for more.
+
+    Who appends to an older state than the newest one in the buffer gets a copy: a state never changes under the hands
+    of others.
+    """
+
+    buffer: torch.Tensor
+    axis: int
+    length: int
+    _filled: _Filled = field(repr=False)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The slots that are taken."""
+        return self.buffer.narrow(self.axis, 0, self.length)
+
+
+Held: TypeAlias = "torch.Tensor | Slots"
+
+
+def tensor_of(value: Held) -> torch.Tensor:
+    """Return the numbers of a value, whether it has room or not."""
+    return value.tensor if isinstance(value, Slots) else value
+
+
+def with_room(past: Held, axis: int, length: int, dtype: torch.dtype) -> Slots:
+    """Return a buffer that begins with the slots of `past` and has `length` in all, those behind not yet written."""
+    if isinstance(past, Slots) and past.axis == axis and past.buffer.dtype == dtype:
+        fits = past._filled.slots == past.length and length <= past.buffer.shape[axis]
+        if fits:
+            past._filled.slots = length
+            return Slots(past.buffer, axis, length, past._filled)
+    old = tensor_of(past)
+    shape = list(old.shape)
+    # a buffer that is outgrown grows by half, so that a long generation copies each token a few times at most
+    wanted = max(length, shape[axis] * 3 // 2 if shape[axis] else 0)
+    shape[axis] = -(-max(wanted, 1) // STEP) * STEP
+    buffer = torch.zeros(shape, dtype=dtype, device=old.device)
+    buffer.narrow(axis, 0, old.shape[axis]).copy_(old)
+    return Slots(buffer, axis, length, _Filled(length))

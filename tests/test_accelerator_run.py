@@ -1,0 +1,145 @@
+"""Artifacts for accelerators run: whole models through the kernels, against transformers."""
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+
+import moec
+import numpy as np
+import pytest
+import torch
+from moec.compiler.artifact import Artifact
+from moec.compiler.errors import MoecError
+from moec.compiler.generate import left_pad
+from moec.compiler.reference import Reference
+from moec.targets.accelerator import kinds_dense
+from moec.targets.accelerator.profile import find_profile
+from moec.targets.accelerator.spec import kernel_specs
+from moec.targets.accelerator.tiles import Argument
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples/tiny-moe"
+TARGETS = (
+    "nvidia-h200", "ascend-950dt", *(pytest.param(n, marks=pytest.mark.long) for n in ("amd-mi355x", "cambricon-mlu370"))
+)  # fmt: skip
+TYPICAL, TIE = (
+    0.01,
+    0.02,
+)  # relative to the largest logit: of most tokens, and of choices that are as good as each other
+
+
+@pytest.fixture(scope="module")
+def references():
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    dtypes = (torch.bfloat16, torch.float32)
+    models = [load(TINY, dtype=dtype, attn_implementation="eager").eval() for dtype in dtypes]
+    return [Reference.of(model, str(TINY)) for model in models]
+
+
+@pytest.fixture(scope="module")
+def open_session(tmp_path_factory):
+    """Return a function from a target's name to a session on the tiny model compiled for it, made once."""
+
+    @cache
+    def made(target):
+        out = tmp_path_factory.mktemp("run") / target
+        return moec.compile(TINY, target=target, out=out, options={"kernels": "source"}).session(threads=1)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def session(open_session):
+    return open_session("nvidia-h200")
+
+
+def compare(found, wanted):
+    """Compare logits of tokens [N, V]: rounding to bf16 chooses another expert for a few, and other logits tie."""
+    scale = np.abs(wanted).max()
+    off = np.abs(found - wanted).max(-1) / scale
+    assert np.quantile(off, 0.8) <= TYPICAL, np.sort(off)[-5:]
+    rows = np.arange(len(wanted))
+    behind = (wanted.max(-1) - wanted[rows, found.argmax(-1)]) / scale
+    assert np.mean(behind <= TIE) >= 0.97, np.sort(behind)[-5:]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_prefill_of_one_and_two_sequences_and_cached_steps(target, open_session, references):
+    """The prompts begin as text does; 40 and 11 tokens in one batch, with padding, and then one by one."""
+    session = open_session(target)
+    text = Artifact.open(session.folder).tokenizer.encode((ROOT / "compiler/sample.txt").read_text())
+    one = np.array([text[:1]])
+    found, _ = session.step(one, np.ones_like(one), np.zeros_like(one))
+    for reference in references:
+        compare(found[0], reference.step(one, np.ones_like(one), np.zeros_like(one))[0][0])
+    ids, mask, positions = left_pad([text[:40], text[50:61]])
+    found, states = session.step(ids, mask, positions)
+    wanted, caches = zip(*(r.step(ids, mask, positions) for r in references), strict=True)
+    real = mask.astype(bool)
+    for logits in wanted:
+        compare(found[real], logits[real])
+    for count in range(8):
+        chosen = wanted[1][:, -1].argmax(-1)[:, None]
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        following = positions[:, -1:] + 1 + count
+        found, states = session.step(chosen, mask, following, states)
+        both = [r.step(chosen, mask, following, c) for r, c in zip(references, caches, strict=True)]
+        wanted, caches = zip(*both, strict=True)
+        for logits in wanted:
+            compare(found[:, -1], logits[:, -1])
+    assert states.length == 48 and len(states) == 8
+
+
+def test_states_do_not_change_under_the_hands_of_others(session):
+    ids = np.array([[5, 9, 17]])
+    _, states = session.step(ids, np.ones_like(ids), np.arange(3)[None])
+    mask, position = np.ones((1, 4), np.int64), np.array([[3]])
+    first, _ = session.step(np.array([[7]]), mask, position, states)
+    other, _ = session.step(np.array([[8]]), mask, position, states)
+    again, _ = session.step(np.array([[7]]), mask, position, states)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    for given, what in (
+        ((np.array([[7]]), np.ones((1, 3)), position, states), "attention_mask has the shape"),
+        ((np.array([[5000]]), mask, position, states), "there is no token 5000"),
+        ((np.array([[7], [8]]), mask, position, states), "the states are those of 1 rows"),
+    ):
+        with pytest.raises(MoecError, match=what):
+            session.step(*given)
+
+
+# --- what kernels.json says ----------------------------------------------------------------------------------------
+
+
+def test_another_layout_than_the_op_has_is_refused(monkeypatch):
+    """A kernel that stored the heads of q behind the tokens, for attention to read them in front of these."""
+    original = kinds_dense.qk_rope_append
+
+    def other(p, t, layout):
+        program = original(p, t, layout)
+        y = program.argument("y")
+        batch, heads, tokens, width = y.shape
+        turned = Argument("y", y.dtype, (batch, tokens, heads, width), y.role)
+        return dataclasses.replace(program, arguments=tuple(turned if a is y else a for a in program.arguments))
+
+    monkeypatch.setattr(kinds_dense, "qk_rope_append", other)
+    module = moec.compile(TINY, target="nvidia-h200", stop_after="kernel")
+    with pytest.raises(MoecError, match=r"has y as \[B, S, 4, 64\], it is f32\[B, 4, S, 64\]"):
+        kernel_specs(module, find_profile("nvidia-h200", {}), (16,))
+
+
+def test_an_older_artifact_says_what_to_do(session, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for path in session.folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    data = json.loads((session.folder / "kernels.json").read_text())
+    (folder / "kernels.json").unlink()
+    (folder / "kernels.json").write_text(json.dumps({**data, "schema": 1}))
+    with pytest.raises(MoecError, match="schema 1, which an older moec wrote") as caught:
+        Artifact.open(folder).session()
+    assert caught.value.todo == "compile it again: moec compile SOURCE --target nvidia-h200"
+    with pytest.raises(MoecError, match="there is no device gpu"):
+        Artifact.open(session.folder).session(device="gpu")
