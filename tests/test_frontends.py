@@ -199,14 +199,6 @@ def test_what_is_not_understood_is_named():
         load(random_model(Family("Doge", "doge", "DogeConfig", settings)))
 
 
-def test_layers_with_other_computed_buffers_are_other_kinds():
-    model = random_model(FAMILIES["llama"])
-    for i, layer in enumerate(model.model.layers):
-        layer.self_attn.register_buffer("table", torch.full((4,), float(i % 2)), persistent=False)
-    calls = [op.callee for op in load(model).module.main.ops if op.callee]
-    assert calls[0] == calls[2] != calls[1]
-
-
 def test_a_live_model_may_be_the_first_thing_imported():
     """What transformers has to know of this package is told it by whatever comes first in a process."""
     code = (

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .cache import SIZES
+
 NAME = "Indexer"  # how the names of these modules end
 LOWEST = float("-inf")
 
@@ -28,8 +30,11 @@ class _Topk(TorchFunctionMode):
 
 
 def least(*numbers: Any) -> Any:
-    """Return the number among sizes: what `min(index_topk, tokens)` is when there are enough of them."""
-    fixed = [n for n in numbers if type(n) is int]
+    """Return the number among sizes: what `min(index_topk, tokens)` is when there are enough of them.
+
+    The rehearsal's sizes are numbers too, and a large `index_topk` is above them.
+    """
+    fixed = [n for n in numbers if type(n) is int and n not in SIZES]
     return min(fixed) if len(numbers) == 2 and fixed else min(*numbers)
 
 

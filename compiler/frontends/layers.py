@@ -1,14 +1,13 @@
-"""Finds a model's repeated layers, and traces each distinct kind of layer once.
+"""Finds a model's repeated layers, and puts one op in the place of each.
 
 A rehearsal runs the whole model on the meta device (shapes only) and records what every layer is called with and
-which caches it updates. Layers of the same kind (same modules, shapes, settings and arguments) share one trace. In
-the trace of the whole program every layer is a stub, a single op, so that it costs nothing to have 94 of them.
+which caches it updates. Layers of the same kind (see kinds.py) share one trace. In the trace of the whole program
+every layer is a stub, a single op, so that it costs nothing to have 94 of them.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,78 +143,6 @@ def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict
         "attention_mask": ints(batch, past + new),
         "position_ids": ints(batch, new),
     }
-
-
-# --- which layers are alike ------------------------------------------------------------------------------------
-
-
-def group_kinds(
-    model: Any,
-    prefix: str,
-    layers: list[Layer],
-    buffers: Mapping[str, Tensor],
-    stored_as: Callable[[int], Hashable] | None = None,
-) -> list[Layer]:
-    """Number the kinds of layers in order of appearance; return the first layer of each kind.
-
-    `buffers` are the values that layers compute for themselves, by full name; `prefix` is the name of the list;
-    `stored_as` says how the weights of a layer are stored.
-    """
-    first: dict[Any, Layer] = {}
-    for layer in layers:
-        own = f"{prefix}.{layer.index}."
-        values = {name.removeprefix(own): b for name, b in buffers.items() if name.startswith(own)}
-        computed = tuple((name, tuple(b.flatten().tolist())) for name, b in sorted(values.items()))
-        key = (_key(model, layer), computed, stored_as(layer.index) if stored_as else None)
-        representative = first.setdefault(key, layer)
-        layer.kind = layer.index if representative is layer else representative.index
-    representatives = list(first.values())
-    numbers = {r.index: i for i, r in enumerate(representatives)}
-    for layer in layers:
-        layer.kind = numbers[layer.kind]
-    return representatives
-
-
-def _key(model: Any, layer: Layer) -> Any:
-    config = model.config.get_text_config(decoder=True)
-    per_layer = tuple(
-        (name, repr(value[layer.index]))
-        for name, value in sorted(config.to_dict().items())
-        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
-    )
-    arguments = tuple(
-        (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else _plain(leaf) for leaf in layer.leaves
-    )
-    states = tuple((label, tuple(s.shape)) for (_, label), s in layer.states.items())
-    results = tuple(tuple(r.shape) for r in layer.results)
-    handed = (tuple(layer.earlier), tuple(layer.shared))
-    return (_module_key(layer.module), per_layer, arguments, str(layer.spec), states, results, layer.window, handed)
-
-
-def _module_key(module: Any) -> Any:
-    own = [
-        (name, _plain(value))
-        for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and name not in ("layer_idx", "layer_index", "training", "config", "layer_number")
-    ]
-    tensors = [
-        (name, tuple(t.shape), str(t.dtype))
-        for name, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    ]
-    children = [(name, _module_key(child)) for name, child in module.named_children()]
-    return (type(module).__qualname__, tuple(own), tuple(tensors), tuple(children))
-
-
-def _plain(value: Any) -> Any:
-    """Return a hashable description of a setting that a layer holds or is called with."""
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case list() | tuple():
-            return tuple(_plain(v) for v in value)
-        case types.FunctionType() | types.MethodType():
-            return value.__qualname__
-    return type(value).__qualname__
 
 
 # --- stubs: a layer as one op in the trace of the whole program ---------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import MoecError
 from ..ir import Module, TensorType
 from ..weights.sources import WeightSource
+from .merge import merge_functions
 
 LIVE = "python:"  # how the source of a live module starts
 
@@ -58,7 +59,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
 
         module, opened = import_gguf(file, name.rstrip("/"))
         check_weights(module, opened.checkpoint)
-        return Loaded(module, opened.checkpoint, file.parent)
+        return Loaded(merge_functions(module), opened.checkpoint, file.parent)
     if path.suffix in (".onnx", ".pt2"):
         raise MoecError(f"{path.suffix} files are not read yet", where=name, todo="give the checkpoint folder")
     if not path.is_dir():
@@ -70,7 +71,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
     module, checkpoint, left_out = import_folder(
         path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
     )
-    return Loaded(module, checkpoint, path, left_out, tuple(replaced))
+    return Loaded(merge_functions(module), checkpoint, path, left_out, tuple(replaced))
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -140,4 +141,4 @@ def _load_live(model: Any) -> Loaded:
 
     replaced: list[str] = []
     module, tensors = import_live(model, replaced)
-    return Loaded(module, ModuleSource(tensors), None, replaced=tuple(replaced))
+    return Loaded(merge_functions(module), ModuleSource(tensors), None, replaced=tuple(replaced))

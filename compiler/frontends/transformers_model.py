@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
@@ -21,10 +20,12 @@ from ..recipes import Literal, Recipe, step
 from . import aten_moec, aten_ops  # noqa: F401  (these fill the table of handlers)
 from .aten import Graph, lower
 from .builder import Builder
-from .cache import PAST, SIZES, TraceCache, cache_argument, cache_class, past_like
+from .cache import PAST, SIZES, cache_argument, cache_class, past_like
 from .capture import Tracing, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
-from .layers import Layer, example_inputs, find_layers, group_kinds, rehearse, shared_results, stubbed
+from .kinds import group_kinds
+from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
+from .layers import Layer, example_inputs, find_layers, rehearse, stubbed
 from .names import apart_from_layer, names_before, relative_to_layer
 from .replace import replaced
 from .skeleton import Skeleton
@@ -64,7 +65,7 @@ def import_model(
             names += found
         layers_name, modules = find_layers(model)
         layers = rehearse(model, modules, session)
-        kinds = group_kinds(model, layers_name, layers, skeleton.buffers, stored_as)
+        kinds = group_kinds(layers_name, layers, skeleton.buffers, stored_as)
         recipes = _map_weights(model, mapper, layers_name, layers, kinds)
         job = Import(skeleton, layers_name, layers, kinds, recipes, session)
         functions = [_layer_function(job, kind) for kind in kinds]
@@ -90,42 +91,16 @@ def _map_weights(
 # --- one layer -------------------------------------------------------------------------------------------------
 
 
-class _LayerProgram(torch.nn.Module):
-    """A layer as a function of its tensor arguments and its past states, in one list."""
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.layer = layer.module
-        self.__dict__["seen"] = layer
-
-    def forward(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        seen: Layer = self.__dict__["seen"]
-        count = len(seen.tensors)
-        pasts = tensors[count:]
-        named = dict(zip(seen.states, pasts, strict=True))
-        cache = cache_class()(named, next((p.shape[2] for (_, label), p in named.items() if label == "key"), None))
-        given = iter(tensors[:count])
-        leaves = [
-            next(given) if isinstance(leaf, Tensor) else cache if isinstance(leaf, TraceCache) else leaf
-            for leaf in seen.leaves
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, seen.spec)
-        output = [leaf for leaf in pytree.tree_leaves(self.layer(*args, **kwargs)) if leaf is not None]
-        output += shared_results(seen, (args, kwargs)) if seen.shared else []
-        return output, [cache.present[key] for key in seen.states]
-
-
 def _layer_function(job: Import, kind: Layer) -> Function:
     """Trace one kind of layer and return its function: (tensor arguments, past states) -> (results, states)."""
     name = f"layer_{job.kinds.index(kind)}" if len(job.kinds) > 1 else "layer"
     job.tracing.window = kind.window
-    pasts = [past_like(label, s) for (_, label), s in kind.states.items()]
-    inputs = [*kind.tensors, *pasts]
+    inputs = layer_inputs(kind)
     place = f"{job.layers_name}.{kind.index}"
-    traced = trace(_LayerProgram(kind), inputs, place)
+    traced = trace(LayerProgram(kind), inputs, place)
     builder = Builder(name)
     values: dict[str, Any] = {}
-    names = [*_argument_names(kind), *_state_names(kind)]
+    names = [*argument_names(kind), *state_names(kind)]
     for i, (node, label, tensor) in enumerate(
         zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True)
     ):
@@ -137,30 +112,6 @@ def _layer_function(job: Import, kind: Layer) -> Function:
     except MoecError as error:
         raise replace(error, model=".".join(filter(None, (place, error.model)))) from None
     return prune(builder.finish(results, prefix))
-
-
-def _argument_names(kind: Layer) -> list[str]:
-    """Name a layer's tensor arguments after the keywords that they are passed by."""
-    args, kwargs = pytree.tree_unflatten(list(range(len(kind.leaves))), kind.spec)
-    labels: dict[int, str] = {}
-    for i, tree in enumerate(args):
-        for leaf in pytree.tree_leaves(tree):
-            labels[leaf] = "hidden" if i == 0 else f"arg_{i}"
-    for key, tree in kwargs.items():
-        leaves = pytree.tree_leaves(tree)
-        named = ("cos", "sin") if key == "position_embeddings" and len(leaves) == 2 else None
-        for i, leaf in enumerate(leaves):
-            labels[leaf] = (
-                named[i] if named else "hidden" if key == "hidden_states" else key if len(leaves) == 1 else f"{key}_{i}"
-            )
-    return [labels[i] for i, leaf in enumerate(kind.leaves) if isinstance(leaf, Tensor)]
-
-
-def _state_names(kind: Layer) -> list[str]:
-    """Name a layer's states; a layer that holds two attentions has two of a name."""
-    labels = [label for _, label in kind.states]
-    counts = [labels[:i].count(label) for i, label in enumerate(labels)]
-    return [f"past_{label}.{n}" if n else f"past_{label}" for label, n in zip(labels, counts, strict=True)]
 
 
 def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
@@ -275,7 +226,7 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
 
 def _call_operands(callee: Function, layer: Layer, given: list[Value]) -> list[Value]:
     """Return the operands that the callee still has after unused parameters were pruned."""
-    names = [*_argument_names(layer), *_state_names(layer)]
+    names = [*argument_names(layer), *state_names(layer)]
     by_name = dict(zip(names, given, strict=True))
     return [by_name[p.name] for p in callee.params]
 
