@@ -204,6 +204,8 @@ def _emit(
             plan.write(folder / PLAN)
         costs = module_costs(module)
         files = target.emit(module, loaded.weights, folder, tile, _with_total(progress, costs.total.compiled_bytes))
+        if (opened := getattr(loaded.weights, "opened", None)) is not None:
+            opened.check()
         kept = kept_codes(module)
         figures = {"counted": per_token(costs), **figures, **({"kept": kept} if kept else {})}
         write_manifest(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -163,6 +165,45 @@ def test_a_changed_size_is_always_found(artifact, tmp_path, name, change):
         result = moec(*command)
         assert result.exit_code == 2
         assert result.stderr.startswith(f"error: {name} is not as it was written: it has "), result.stderr
+
+
+@pytest.fixture(scope="module")
+def quantized(artifact, tmp_path_factory) -> Path:
+    """The checkpoint with int4 weights, which have an accuracy."""
+    out = tmp_path_factory.mktemp("int4") / "art"
+    assert moec("compile", artifact.parent / "tiny", "-o", out, "--quantize", "int4").exit_code == 0
+    return out
+
+
+def linked_as_in_a_hub(artifact: Path, folder: Path) -> Path:
+    """Make every file a link to a file in another folder that is named by its hash."""
+    (folder / "blobs").mkdir()
+    snapshot = folder / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for file in artifact.iterdir():
+        blob = folder / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+def weights_on_another_disk(artifact: Path, folder: Path) -> Path:
+    copy = Path(shutil.copytree(artifact, folder / "copy"))
+    (copy / "model.onnx.data").rename(folder / "weights.bin")
+    (copy / "model.onnx.data").symlink_to(folder / "weights.bin")
+    return copy
+
+
+@pytest.mark.parametrize("link", [linked_as_in_a_hub, weights_on_another_disk])
+def test_an_artifact_of_links_runs(quantized, tmp_path, link):
+    folder = link(quantized, tmp_path)
+    for accuracy in ("fast", "exact"):
+        command = ["--tokens", "5,6,7", "--greedy", "--max-new-tokens", "8", "--accuracy", accuracy]
+        found = moec("run", folder, *command)
+        assert found.exit_code == 0, found.stderr
+        assert found.stdout == moec("run", quantized, *command).stdout
+    assert moec("run", folder, "--tokens", "5", "--max-new-tokens", "1", "--check-files").exit_code == 0
+    assert moec("inspect", folder).exit_code == 0
 
 
 def test_tokens_beyond_the_vocabulary(artifact):

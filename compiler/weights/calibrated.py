@@ -15,6 +15,7 @@ from ..recipes import Recipe, Step, step
 from .gptq import inverse_factor
 from .safetensors_header import TensorInfo
 from .sources import Box, WeightSource, cut
+from .unchanged import Opened
 
 _KEPT = 4  # factors that are kept: the tiles of a weight come one after the other, to a few threads
 
@@ -58,6 +59,11 @@ class Calibrated:
     def fingerprint(self) -> str:
         """What stands for the weights in an artifact."""
         return getattr(self.source, "fingerprint", "")
+
+    @property
+    def opened(self) -> Opened | None:
+        """The files of the source as they were opened; None for weights in memory."""
+        return getattr(self.source, "opened", None)
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
         """Return the part of a tensor in `box`; fitted tensors are at hand."""

@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,6 +25,7 @@ from ..errors import MoecError
 from ..ir import TensorType
 from .safetensors_header import TensorInfo, parse_json, read_header
 from .sources import Box, check_box, full_box
+from .unchanged import Opened, stamp_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,12 +37,14 @@ class Checkpoint:
     """The tensors of a folder. Make it with `open_checkpoint`; it is a context manager and a `WeightSource`.
 
     `fingerprint` is a sha256 over config.json, the index and every shard's header; it stands for names, types and
-    layout, not for the numbers, so that it costs no reading of the data.
+    layout, not for the numbers, so that it costs no reading of the data. `opened.check()` says whether the files are
+    still the same.
     """
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
     fingerprint: str
+    opened: Opened = field(repr=False)
     _descriptors: dict[Path, int] = field(repr=False)
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
@@ -109,7 +113,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         for descriptor in descriptors.values():
             os.close(descriptor)
         raise
-    return Checkpoint(folder, MappingProxyType(tensors), digest.hexdigest(), descriptors)
+    found = digest.hexdigest()
+    opened = Opened({f: stamp_of(d) for f, d in descriptors.items()}, found, partial(_fingerprint_again, folder))
+    return Checkpoint(folder, MappingProxyType(tensors), found, opened, descriptors)
+
+
+def _fingerprint_again(folder: Path) -> str:
+    with open_checkpoint(folder) as found:
+        return found.fingerprint
 
 
 def _read_small(file: Path) -> bytes | None:

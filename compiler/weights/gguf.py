@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from ..errors import MoecError
 from ..ir import DTYPE_BITS, TensorType
 from .checkpoint import Checkpoint, open_regular
 from .safetensors_header import TensorInfo
+from .unchanged import Opened, stamp_of
 
 # numbers of types in the file -> dtypes, and block types (ggml.h)
 _PLAIN = {0: "f32", 1: "f16", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 30: "bf16"}
@@ -89,8 +91,15 @@ def open_gguf(file: Path) -> Gguf:
         for descriptor in descriptors.values():
             os.close(descriptor)
         raise
-    checkpoint = Checkpoint(Path(file), MappingProxyType(tensors), digest.hexdigest(), descriptors)
+    fingerprint = digest.hexdigest()
+    opened = Opened({f: stamp_of(d) for f, d in descriptors.items()}, fingerprint, partial(_fingerprint_again, file))
+    checkpoint = Checkpoint(Path(file), MappingProxyType(tensors), fingerprint, opened, descriptors)
     return Gguf(checkpoint, MappingProxyType(metadata), MappingProxyType(kinds))
+
+
+def _fingerprint_again(file: Path) -> str:
+    with open_gguf(file).checkpoint as found:
+        return found.fingerprint
 
 
 def _parts(file: Path) -> list[Path]:

@@ -17,8 +17,9 @@ from ...compiler.errors import MoecError
 from ...compiler.generate import check_tokens
 from ...compiler.manifest import State, check_files, read_manifest
 from .caches import ELEMENTS, States, start
+from .model_file import open_model
 
-MODEL = "model.onnx"
+MODEL, DATA = "model.onnx", "model.onnx.data"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS = "logits"
 KEEP = "logits_to_keep"  # how many tokens at the end get logits; a model without it gives them all
@@ -168,12 +169,9 @@ def load(folder: Path | str, threads: int | None = None, spinning: bool = True, 
 
     options = _options(threads, spinning)
     with _errors("ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"):
-        model: Any = str(path)
-        if accuracy is not None:
-            from .accuracy import with_accuracy
-
-            model = with_accuracy(path, accuracy)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        model, beside = open_model(path, DATA, accuracy)
+        if isinstance(model, bytes):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
         runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     _check_names(path, runtime, states)
     outputs = {output.name: output for output in runtime.get_outputs()}
