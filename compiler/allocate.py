@@ -16,7 +16,6 @@ from .errors import MoecError
 from .formats import find_format
 from .plan import Unit
 from .recipes import Recipe
-from .weights.calibrated import weight_key
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Weight:
     experts: tuple[int, ...] = ()  # those that it is about; none: all of it
 
     @property
-    def key(self) -> str:
+    def key(self) -> tuple[Recipe, tuple[int, ...]]:
         """What names it: two units with the same weight store it once."""
-        return f"{weight_key(self.recipe)}{list(self.experts)}"
+        return self.recipe, self.experts
 
     @property
     def elements(self) -> int:
@@ -88,7 +87,7 @@ def choose(
 
 def _options(units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]]) -> list[list[Option]]:
     """Return the options of each unit; units that store the same weight (a tied head) choose together, and share bytes."""
-    owners: dict[str, Unit] = {}
+    owners: dict[tuple[Recipe, tuple[int, ...]], Unit] = {}
     groups: dict[Unit, list[Unit]] = {}
     for unit, weights in units.items():
         owner = next((owners[w.key] for w in weights if w.key in owners), unit)

@@ -21,11 +21,11 @@ import torch
 from .dims import evaluate
 from .errors import MoecError
 from .ir import Function, Module, Op
-from .quantization import CALIBRATED, method_of, option_of
+from .quantization import CALIBRATED, method_of, option_of, weight_of
 from .recipes import Recipe
 from .tiled import TiledInterpreter
 from .tokenizer import load_tokenizer
-from .weights.calibrated import Inputs, weight_key
+from .weights.calibrated import Inputs
 from .weights.sources import WeightSource
 
 TOKENS, WINDOW = 8192, 512
@@ -182,7 +182,7 @@ class _Recorder(TiledInterpreter):
         """Keep the inputs of a weight whose method wants them."""
         if method_of(weight) in CALIBRATED:
             enough = None if chosen is None else tuple(c if len(c) >= STARVED else None for c in chosen)
-            self.inputs[weight_key(weight)] = Inputs(self._keep(rows), enough)
+            self.inputs[weight_of(weight)] = Inputs(self._keep(rows), enough)
 
     def forced(self, weight: Recipe, token: torch.Tensor, rows: int) -> torch.Tensor:
         """Return the rows of an expert; a starved one is given some of all rows where the weight says so."""

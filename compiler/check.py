@@ -12,6 +12,7 @@ from .interpret import interpret, random_inputs
 from .ir import Function, Module, expand_range, walk_calls
 from .quantization import steps_of
 from .recipes import Recipe, bind, tensors
+from .weights.calibrated import uncalibrated
 from .weights.pull import pull
 from .weights.sources import RandomSource
 
@@ -67,7 +68,7 @@ def compare_function(
     dims = small_dims(before)
 
     def weights(recipe: Recipe) -> Tensor:
-        return pull(recipe, source)
+        return pull(uncalibrated(recipe), source)
 
     inputs = random_inputs(before, name, dims, seed)
     expected = interpret(before, inputs, weights, name, bound, dims)

@@ -20,6 +20,7 @@ from .ir import Function, Module, Op, TensorType, walk_calls
 from .narrow import is_narrowing
 from .quantization import steps_of
 from .recipes import FITTED, SPREADING, Recipe, Step, bind, step
+from .weights.calibrated import uncalibrated
 from .weights.pull import pull
 from .weights.rounding import rounding_bounds
 from .weights.safetensors_header import TensorInfo
@@ -148,7 +149,7 @@ def _other_numbers(old: Recipe, new: Recipe, source: WeightSource) -> str:
         return f"is {list(new.type.sizes)}, before {list(old.type.sizes)}"
     fitted = any(s.name == "scale" for s in steps_of(new))
     for box in _matrices(old):
-        a, b = pull(old, source, box).double(), pull(new, source, box).double()
+        a, b = (pull(uncalibrated(recipe), source, box).double() for recipe in (old, new))
         if torch.equal(a, b):
             continue
         error, size = float((a - b).norm()), float(a.norm())
@@ -164,7 +165,7 @@ def _check_step(rounding: Step, where: str, source: WeightSource) -> None:
     """Raise MoecError unless what a step makes of random numbers is as near to them as its format promises."""
     (item,) = rounding.items
     for box in _matrices(item):
-        numbers, found = (pull(recipe, source, box).double() for recipe in (item, rounding))
+        numbers, found = (pull(uncalibrated(recipe), source, box).double() for recipe in (item, rounding))
         errors = numbers - found
         bound, rows = _bounds(numbers, rounding.type.dtype)
         far = ~(errors.norm(dim=-1) <= rows)  # not >: what is no number is caught too

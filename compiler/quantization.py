@@ -11,7 +11,7 @@ from .fragments import parse_pipeline
 from .ir import Module
 from .narrow import is_narrowing
 from .pipeline import spell_pass
-from .recipes import Recipe, Step
+from .recipes import WEIGHT, Recipe, Step
 from .roles import ROLES
 
 PASS, KEEP_PASS = "quantize", "keep-codes"
@@ -140,6 +140,11 @@ def needs_calibration(module: Module) -> bool:
 def method_of(recipe: Recipe) -> str:
     """Return the method by which a weight is quantized."""
     return option_of(recipe, "method")
+
+
+def weight_of(recipe: Recipe) -> str:
+    """Return the name of a weight that is quantized with its inputs, bound as its tensors are; nothing for others."""
+    return next((str(s.attributes[WEIGHT]) for s in steps_of(recipe) if WEIGHT in s.attributes), "")
 
 
 def option_of(recipe: Recipe, name: str) -> str:

@@ -126,12 +126,13 @@ def range_length(recipe: Recipe) -> int:
 
 
 def rename(recipe: Recipe, function: Callable[[str], str]) -> Recipe:
-    """Return the recipe with every tensor name passed through `function`."""
+    """Return the recipe with every name of a tensor, and of a quantized weight, passed through `function`."""
     match recipe:
         case Tensor():
             return replace(recipe, name=function(recipe.name))
         case Step():
-            return replace(recipe, items=tuple(rename(item, function) for item in recipe.items))
+            named = tuple((k, function(str(v)) if k == WEIGHT else v) for k, v in recipe.attrs)
+            return replace(recipe, items=tuple(rename(item, function) for item in recipe.items), attrs=named)
     return recipe
 
 
@@ -283,9 +284,10 @@ STEPS: dict[str, StepRule] = {
     "reshape": _reshape,  # shape
     "cast": _cast,  # to
     "scale": _scale,  # by factors that lie along axes, start=0 (on the last of them); inverse=false: divide
-    "quantize": _quantize,  # to: a format; the numbers are those that the codes stand for
+    "quantize": _quantize,  # to: a format, method, starved, weight: see quantization.CALIBRATED; the numbers are those that the codes stand for
     **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
     **CODE_STEPS,  # what reads quantized checkpoints
 }
+WEIGHT = "weight"  # the option of quantize that names a weight, for methods that look at what it is multiplied with
 FITTED = ".awq"  # how the names of tensors end that no checkpoint has: they are fitted on a calibration text
 SPREADING = ("stack", "concat", "interleave")

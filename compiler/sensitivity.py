@@ -30,7 +30,6 @@ from .plan import Budget, Entry, Plan, Unit, spell_layers
 from .recipes import Recipe, bind
 from .roles import weight_roles
 from .tiled import TiledInterpreter
-from .weights.calibrated import weight_key
 from .weights.encode import decode, encode
 from .weights.pull import pull, tiles
 from .weights.sources import WeightSource
@@ -82,7 +81,7 @@ class _Reference(TiledInterpreter):
     """Runs the float program; keeps what @main held before each op, and the mean square of what weights are multiplied with."""
 
     snapshots: dict[int, dict[str, Any]] = field(default_factory=dict)
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    squares: dict[Recipe, torch.Tensor] = field(default_factory=dict)
 
     def before(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
         """Keep the values of @main."""
@@ -93,10 +92,10 @@ class _Reference(TiledInterpreter):
     def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
         """Keep the mean squares f32[K]; of experts the sums over their rows, as shares of all tokens, f32[E, K]."""
         if chosen is None:
-            self.squares[weight_key(weight)] = rows.square().mean(0)
+            self.squares[weight] = rows.square().mean(0)
         else:
             tokens = self.dims["B"] * self.dims["S"]
-            self.squares[weight_key(weight)] = torch.stack([rows[c].square().sum(0) for c in chosen]) / tokens
+            self.squares[weight] = torch.stack([rows[c].square().sum(0) for c in chosen]) / tokens
 
 
 def measure(
@@ -185,12 +184,12 @@ def _kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
     return max(total / len(wanted), 0.0)
 
 
-def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Recipe, torch.Tensor]) -> torch.Tensor:
     """Return the squared error of a format, each column counted by the mean square of its inputs: f32[E], or f32[1]."""
     format = find_format(name)
     assert format
     sizes = recipe.type.sizes
-    weight = squares.get(weight_key(recipe))  # a table that is only looked up has none: all columns count alike
+    weight = squares.get(recipe)  # a table that is only looked up has none: all columns count alike
     found = torch.zeros(sizes[0] if len(sizes) == 3 else 1)
     for box in tiles(recipe.type, 4 << 20):
         numbers = pull(recipe, source, box)

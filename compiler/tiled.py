@@ -6,6 +6,7 @@ a time. What is held is the values that are still to be read: one layer's activa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,8 @@ from .interpret import run_op
 from .ir import Function, Module, Op, bindings
 from .ops import OPS
 from .ops.moe import activate
-from .recipes import Recipe, bind
-from .weights.calibrated import unquantized, weight_key
+from .recipes import Recipe, bind, tensors
+from .weights.calibrated import unquantized
 from .weights.pull import pull, tiles
 from .weights.sources import Box, WeightSource, full_box
 
@@ -91,6 +92,8 @@ class TiledInterpreter:
                 return (self.embedding(*operands),)
             case "moe.experts" if isinstance(operands[3], Recipe) and isinstance(operands[4], Recipe):
                 return (self.experts(op, operands, bound),)
+            case "moe.grouped_linear" if isinstance(operands[1], Recipe):
+                return (self.grouped(*operands),)
             case "nn.gated_mlp" if isinstance(operands[1], Recipe) and isinstance(operands[2], Recipe):
                 return (self.gated_mlp(op, operands),)
         tensors = [self.tensor(v) for v in operands]
@@ -109,7 +112,9 @@ class TiledInterpreter:
         y = torch.empty(len(rows), weight.type.sizes[0])
         for box in tiles(weight.type if weight.type.dtype in ("f32", "f64") else unquantized(weight).type, _TILE):
             if box[1] != (0, rows.shape[1]):
-                raise MoecError("a row of a weight is larger than a tile", model=weight_key(weight)[:80])
+                raise MoecError(
+                    "a row of a weight is larger than a tile", model=", ".join(t.name for t in tensors(weight))[:80]
+                )
             y[:, slice(*box[0])] = rows @ self.tensor(weight, box).T
         if bias is not None:
             y += self.tensor(bias)
@@ -148,6 +153,17 @@ class TiledInterpreter:
             own = torch.nn.functional.linear(own, self.tensor(down, _expert(down, e))[0], _at(down_bias, e))
             y.index_add_(0, token, own * gates[token, choice, None])
         self.seen(down, hidden, tuple(spans))
+        return y
+
+    def grouped(self, rows: torch.Tensor, weight: Recipe, offsets: torch.Tensor, bias: Any) -> torch.Tensor:
+        """Multiply the rows of each expert with its matrix, one after the other."""
+        spans = list(itertools.pairwise(offsets.tolist()))
+        self.seen(weight, rows, tuple(torch.arange(start, stop) for start, stop in spans))
+        y, bias = torch.empty(len(rows), weight.type.sizes[1]), self.tensor(bias)
+        for e, (start, stop) in enumerate(spans):
+            if start < stop:
+                w = self.tensor(weight, _expert(weight, e))[0]
+                y[start:stop] = torch.nn.functional.linear(rows[start:stop], w, _at(bias, e))
         return y
 
     def gated_mlp(self, op: Op, operands: Sequence[Any]) -> torch.Tensor:

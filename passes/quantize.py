@@ -14,7 +14,7 @@ from ..compiler.formats import FORMAT_NAMES, GROUPS, Format, find_format
 from ..compiler.ir import Const, Function, Module, Op, Value
 from ..compiler.pipeline import pass_
 from ..compiler.plan import Unit, parse_layers
-from ..compiler.recipes import step
+from ..compiler.recipes import WEIGHT, step
 from ..compiler.rewrite import Why, tell
 from ..compiler.roles import weight_operands, weight_roles
 
@@ -282,12 +282,13 @@ def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str,
     def stored(value: Value, format: Format) -> Value:
         key = (value.name, format.name)
         if key not in made:
-            options = how if format.element == "int" and key in multiplied else {}
-            recipe = step("quantize", consts[value.name].recipe, to=format.name, **options)
             name = f"{value.name}.{format.name}"
             while name in taken:
                 name += ".1"
             taken.add(name)
+            calibrated = bool(how) and format.element == "int" and key in multiplied
+            options = {**how, WEIGHT: f"{function.name}:{name}"} if calibrated else {}
+            recipe = step("quantize", consts[value.name].recipe, to=format.name, **options)
             made[key] = Value(name, recipe.type)
             consts[name] = Const(made[key], recipe)
         return made[key]

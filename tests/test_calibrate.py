@@ -4,12 +4,18 @@ import moec
 import pytest
 import torch
 from moec.compiler import frontends
-from moec.compiler.calibrate import CalibrationText, calibrate, main_inputs, windows_of
-from moec.compiler.driver import opt
+from moec.compiler.calibrate import CalibrationText, _Recorder, calibrate, main_inputs, windows_of
+from moec.compiler.driver import find_target, opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.ir import walk_calls
+from moec.compiler.parser import parse_module
+from moec.compiler.quantization import weight_of
+from moec.compiler.recipes import bind
 from moec.compiler.tiled import TiledInterpreter
-from moec.compiler.weights.calibrated import Calibrated, weight_key
+from moec.compiler.weights.calibrated import Calibrated
+from moec.compiler.weights.sources import ModuleSource
+from moec.passes import PASSES
 from moec.targets import TARGETS
 from tiny_models import random_model, save
 
@@ -72,14 +78,19 @@ def test_inputs_are_those_of_hooks(qwen):
         h.remove()
     calibration = calibrate(module, loaded.weights, IDS)
     assert calibration.tokens == IDS.numel()
-    weights = {"q": "1.self_attn.q_proj", "o": "1.self_attn.o_proj", "mlp": "layers.1.mlp", "head": "lm_head"}
+    weights = {
+        "q": "1.layer:qkv_proj",
+        "o": "1.layer:self_attn_o_proj",
+        "mlp": "1.layer:experts_gate",
+        "head": "main:lm_head",
+    }
     for name, word in weights.items():
-        rows = find(calibration, word, *(["gate_proj"] if name == "mlp" else [])).rows.float()
+        rows = find(calibration, word).rows.float()
         assert torch.allclose(rows, seen[name], rtol=1e-2, atol=1e-3), name
-    experts = find(calibration, "layers.1.mlp", "down_proj")
+    experts = find(calibration, "layers.1.", "down_proj")
     up = layer.mlp.experts.gate_up_proj[3]
     with torch.no_grad():
-        chosen = find(calibration, "layers.1.mlp", "gate_proj").chosen[3]
+        chosen = find(calibration, "layers.1.", "gate_up_proj").chosen[3]
         if chosen is not None:
             gate, linear = (seen["mlp"][chosen] @ up.T).chunk(2, dim=-1)
             assert torch.allclose(experts.of(3), torch.nn.functional.silu(gate) * linear, rtol=2e-2, atol=2e-3)
@@ -104,30 +115,89 @@ def test_experts_that_saw_too_few_are_quantized_all_the_same(qwen, starved):
     module = quantized(opt(loaded.module, TO_MOE), starved=starved)
     few = IDS[:1]
     calibration = calibrate(module, loaded.weights, few)
-    up = find(calibration, "layers.0.mlp", "gate_proj")
+    up = find(calibration, "layers.0.", "gate_up_proj")
     counts = calibration.coverage[0].tokens
     assert min(counts) < 32
     for count, chosen in zip(counts, up.chosen, strict=True):
         if count < 32:
             assert chosen is None if starved == "rtn" else len(chosen) == 40
     if starved == "force":
-        down = find(calibration, "layers.0.mlp", "down_proj")
+        down = find(calibration, "layers.0.", "down_proj")
         assert [len(c) for c in down.chosen] == [40 if count < 32 else count for count in counts]
     source = Calibrated(loaded.weights, calibration.inputs)
     runner = TiledInterpreter(module, source, tuple(few.shape), numbers=lambda recipe: recipe)
     assert torch.isfinite(runner.run(module.main, main_inputs(module, few), {})[0]).all()
 
 
-def test_layouts_of_a_weight_have_one_key(qwen):
-    _, _, module = qwen
-    lowered = TARGETS["cpu"].lower(module)
-    keys = {weight_key(c.recipe) for c in module.by_name["layer"].consts if "experts" in c.value.name}
-    parts = {
-        weight_key(c.recipe.items[0])
-        for c in lowered.by_name["layer"].consts
-        if "experts" in c.value.name and c.value.name.endswith(".codes")
+@pytest.mark.parametrize("target", ["cpu", "nvidia-h100"])
+def test_a_weight_keeps_its_name_through_the_lowering(qwen, target):
+    """Whatever a target makes of a weight, in the order of its rows and in its parts."""
+    _, loaded, module = qwen
+    calibration = calibrate(module, loaded.weights, IDS)
+    lowered = find_target(target, {}).lower(module)
+    names = {
+        weight_of(bind(c.recipe, f.weights, bound)) for f, bound in walk_calls(lowered) for c in f.consts
+    } - {""}  # fmt: skip
+    assert names == set(calibration.inputs)
+    assert len(names) == 3 * 4 + 1  # q, k and v in one, o, up, down; the head
+    assert "model.layers.2.layer:experts_down_proj.uint4_g16" in names
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_lost_input_is_an_error(method, tmp_path, monkeypatch):
+    """One weight whose inputs the calibration loses: never quantized all the same, and nothing is written."""
+    seen = _Recorder.seen
+
+    def forgetful(self, weight, rows, chosen=None):
+        if "layers.1" not in weight_of(weight) or "down" not in weight_of(weight):
+            seen(self, weight, rows, chosen)
+
+    monkeypatch.setattr(_Recorder, "seen", forgetful)
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a model of eight experts. " * 60)
+    with pytest.raises(MoecError, match=r"saw nothing that the weight model\.layers\.1\.layer:experts_down") as caught:
+        moec.compile("examples/tiny-moe", out=tmp_path / "x", quantize=f"int4,method={method}", calibration=text)
+    assert caught.value.exit_code == 2 and "down_proj" in caught.value.model
+    assert not (tmp_path / "x").exists()
+
+
+GROUPED = """moec 1 stage moe
+dim B in 1..8
+dim S in 1..64
+
+func @main(%input_ids: i64[B, S]) -> (f32[2*B*S, 8]) {
+  const %table : f32[128, 32] = tensor("table", f32[128, 32])
+  const %router : f32[4, 32] = tensor("router", f32[4, 32])
+  const %w : f32[4, 8, 32] = tensor("w", f32[4, 8, 32])
+  %e = nn.embedding(%input_ids, %table) : f32[B, S, 32]
+  %x = core.reshape(%e) {shape=[B*S, 32]} : f32[B*S, 32]
+  %scores = core.linear(%x, %router, _) : f32[B*S, 4]
+  %best, %ids = core.topk(%scores) {axis=1, k=2} : f32[B*S, 2], i64[B*S, 2]
+  %rows, %offsets, %perm = moe.dispatch(%x, %ids) {experts=4} : f32[2*B*S, 32], i64[5], i64[2*B*S]
+  %logits = moe.grouped_linear(%rows, %w, %offsets, _) : f32[2*B*S, 8]
+  return %logits
+}
+"""
+
+
+def test_experts_that_were_not_fused_are_calibrated_too():
+    """A linear for each expert's rows: what each expert is given, worked out from the scores."""
+    module = PASSES["quantize"](parse_module(GROUPED), method="gptq", experts="uint4_g16", embedding="f32", head="f32")
+    generator = torch.Generator().manual_seed(2)
+    state = {
+        n: torch.randn(s, generator=generator)
+        for n, s in (("table", (128, 32)), ("router", (4, 32)), ("w", (4, 8, 32)))
     }
-    assert keys == parts and len(keys) == 2
+    source = ModuleSource(state)
+    calibration = calibrate(module, source, IDS)
+    (found,) = calibration.inputs.values()
+    x = state["table"][IDS.flatten()]
+    chosen = (x @ state["router"].T).topk(2).indices
+    for e in range(4):
+        wanted = x[(chosen == e).any(1)]
+        assert torch.allclose(found.of(e), wanted.bfloat16().float())
+    runner = TiledInterpreter(module, Calibrated(source, calibration.inputs), tuple(IDS.shape), numbers=lambda r: r)
+    assert torch.isfinite(runner.run(module.main, main_inputs(module, IDS), {})[0]).all()
 
 
 def test_too_short_a_text(qwen):

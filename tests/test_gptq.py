@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from moec.compiler.errors import MoecError
 from moec.compiler.formats import format_of
 from moec.compiler.ir import TensorType
 from moec.compiler.recipes import Tensor, step
-from moec.compiler.weights.calibrated import Calibrated, Inputs, weight_key
+from moec.compiler.weights.calibrated import Calibrated, Inputs, uncalibrated
 from moec.compiler.weights.encode import decode, encode
 from moec.compiler.weights.gptq import gptq, inverse_factor
 from moec.compiler.weights.pull import pull
@@ -95,8 +96,8 @@ def calibrated(name, *shape, inputs, **extra):
     """Return a quantized recipe of a random tensor, its item, and a source that knows the inputs."""
     source = ModuleSource({"w": weights(*shape)})
     item = Tensor("w", TensorType.of("f32", *shape))
-    quantized = step("quantize", item, to=name, method="gptq", **extra)
-    return quantized, Calibrated(source, {weight_key(item): inputs})
+    quantized = step("quantize", item, to=name, method="gptq", weight="main:w", **extra)
+    return quantized, Calibrated(source, {"main:w": inputs})
 
 
 def test_tiles_are_the_whole():
@@ -130,13 +131,19 @@ def test_interleaved_rows_are_the_same_rows():
     quantized, source = calibrated("uint4_g32", 3, 8, 64, inputs=Inputs(x, (torch.arange(300),) * 3))
     item = quantized.items[0]
     halves = [step("slice", item, axis=1, start=a, stop=a + 4) for a in (0, 4)]
-    turned = step("quantize", step("interleave", *halves, axis=1), to="uint4_g32", method="gptq")
+    turned = step("quantize", step("interleave", *halves, axis=1), to="uint4_g32", method="gptq", weight="main:w")
     plain = pull(quantized, source)
     assert torch.equal(pull(turned, source), plain.reshape(3, 2, 4, 64).transpose(1, 2).reshape(3, 8, 64))
 
 
-def test_without_a_calibration_it_is_rounding_to_nearest():
+def test_a_weight_whose_inputs_are_lost_is_never_rounded_to_nearest():
     quantized, source = calibrated("uint4_g32", 8, 64, inputs=Inputs(correlated(99, 64).bfloat16()))
+    nameless = step("quantize", quantized.items[0], to="uint4_g32", method="gptq")
+    other = step("quantize", quantized.items[0], to="uint4_g32", method="gptq", weight="main:other")
+    for recipe, given in ((quantized, source.source), (nameless, source), (other, source)):
+        with pytest.raises(MoecError, match="the calibration saw nothing that the weight") as caught:
+            pull(recipe, given)
+        assert caught.value.model == "w" and "method=gptq" in caught.value.todo
     plain = step("quantize", quantized.items[0], to="uint4_g32")
-    assert torch.equal(pull(quantized, source.source), pull(plain, source.source))
+    assert torch.equal(pull(uncalibrated(quantized), source.source), pull(plain, source.source))
     assert not torch.equal(pull(quantized, source), pull(plain, source.source))

@@ -13,8 +13,9 @@ import torch
 
 from ..formats import format_of
 from ..ir import Module, TensorType, walk_calls
+from ..quantization import method_of
 from ..recipes import Recipe, Step, Tensor, bind
-from .calibrated import Inputs, weight_key
+from .calibrated import Inputs, inputs_of
 from .encode import decode, encode
 from .pull import pull
 from .sources import WeightSource
@@ -28,7 +29,7 @@ def fit(module: Module, source: WeightSource, inputs: Mapping[str, Inputs]) -> d
     found: dict[str, torch.Tensor] = {}
     for name, weights in _scaled(module).items():
         per_expert = len(weights[0][0].sizes) == 2
-        quantized = [(w, i) for _, w in weights if w.name == "quantize" and (i := inputs.get(weight_key(w)))]
+        quantized = [(w, inputs_of(w, inputs)) for _, w in weights if w.name == "quantize" and method_of(w) == "awq"]
         found[name] = torch.ones(weights[0][0].sizes)
         if per_expert:
             for weight, seen in quantized:

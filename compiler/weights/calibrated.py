@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ..errors import MoecError
 from ..ir import TensorType
-from ..recipes import Recipe, Step, step
+from ..recipes import WEIGHT, Recipe, Step, step, tensors
 from .gptq import inverse_factor
 from .safetensors_header import TensorInfo
 from .sources import Box, WeightSource, cut
@@ -41,7 +43,7 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """A source with the inputs of quantized weights, by `weight_key`, and with tensors fitted to them. Thread-safe."""
+    """A source with the inputs of quantized weights, by their names, and with tensors fitted to them. Thread-safe."""
 
     source: WeightSource
     inputs: Mapping[str, Inputs]
@@ -71,12 +73,10 @@ class Calibrated:
             return cut(self.fitted[name], box)
         return self.source.read(name, box, expected)
 
-    def factor(self, weight: Recipe, expert: int | None) -> torch.Tensor | None:
-        """Return gptq's factor for a weight (of one expert); None where there are no inputs to make it of."""
-        key = (weight_key(weight), expert)
-        found = self.inputs.get(key[0])
-        if found is None:
-            return None
+    def factor(self, quantized: Step, expert: int | None) -> torch.Tensor | None:
+        """Return gptq's factor for a weight (of one expert); None for an expert that saw too few tokens, or only zeros."""
+        found = inputs_of(quantized, self.inputs)
+        key = (str(quantized.attributes[WEIGHT]), expert)
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:  # the threads that work on tiles of the same weight wait for the first of them
@@ -92,32 +92,26 @@ class Calibrated:
             return factor
 
 
-def weight_key(recipe: Recipe) -> str:
-    """Return what names a weight whatever the order of its rows: its bound recipe, not quantized, not interleaved."""
-    return repr(_plain(recipe))
-
-
 def unquantized(recipe: Recipe) -> Recipe:
     """Return the recipe of a weight's own numbers: not quantized, and not scaled for that."""
     return _rebuilt(recipe, lambda s: s.items[0] if s.name in ("quantize", "scale") else s)
 
 
-def _plain(recipe: Recipe) -> Recipe:
-    return _rebuilt(unquantized(recipe), _in_order)
+def uncalibrated(recipe: Recipe) -> Recipe:
+    """Return the recipe of a weight whose inputs nobody knows, as where its numbers are made up: rounded to nearest."""
+    return _rebuilt(recipe, lambda s: step("quantize", *s.items, to=s.attributes["to"]) if s.name == "quantize" else s)
 
 
-def _in_order(found: Step) -> Recipe:
-    """Return a step with interleaved rows as one with the rows one behind the other."""
-    if found.name != "interleave":
-        return found
-    axis: Any = found.attributes["axis"]
-    match found.items:
-        case (Step("slice", (first,)) as a, Step("slice", (second,)) as b) if repr(first) == repr(second):
-            half = first.type.sizes[axis] // 2
-            spans = [(s.attributes["axis"], s.attributes["start"], s.attributes["stop"]) for s in (a, b)]
-            if spans == [(axis, 0, half), (axis, half, 2 * half)]:
-                return first
-    return step("concat", *found.items, axis=axis)
+def inputs_of(quantized: Step, inputs: Mapping[str, Inputs]) -> Inputs:
+    """Return what a weight is multiplied with; MoecError if the calibration did not see it."""
+    name = quantized.attributes.get(WEIGHT)
+    if name not in inputs:
+        raise MoecError(
+            f"the calibration saw nothing that the weight {name or 'without a name'} is multiplied with",
+            model=", ".join(t.name for t in itertools.islice(tensors(quantized), 3)),
+            todo=f"method={quantized.attributes['method']} needs it: run the pass quantize again, or with method=rtn",
+        )
+    return inputs[str(name)]
 
 
 def _rebuilt(recipe: Recipe, change: Any) -> Recipe:

@@ -107,8 +107,8 @@ def _encode(quantized: Step, box: Box, inner: Pull, whole: torch.Tensor | None =
             return _encode_scaled(quantized, box, inner, whole)
         (item,) = quantized.items
         numbers = inner(item, box).float()
-        if quantized.attributes.get("method") == "gptq" and isinstance(inner.source, Calibrated):
-            return _with_inputs(item, numbers, box, _format(quantized), inner.source)
+        if quantized.attributes.get("method") == "gptq":
+            return _with_inputs(quantized, numbers, box, inner.source)
         return encode(numbers, _format(quantized))
     except ValueError as error:
         names = ", ".join(dict.fromkeys(t.name for t in tensors(quantized)))
@@ -135,16 +135,18 @@ def _packed(quantized: Step, box: Box, inner: Pull) -> Parts:
     return parts
 
 
-def _with_inputs(item: Recipe, numbers: torch.Tensor, box: Box, format: Format, source: Calibrated) -> Parts:
-    """Return parts chosen with the inputs of the weight; rounded to nearest where there are none, as for starved experts."""
+def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: WeightSource) -> Parts:
+    """Return parts chosen with the inputs of the weight; experts that saw too few tokens are rounded to nearest."""
+    format, known = _format(quantized), source if isinstance(source, Calibrated) else Calibrated(source, {})
+
+    def parts(rows: torch.Tensor, expert: int | None) -> Parts:
+        factor = known.factor(quantized, expert)
+        return encode(rows, format) if factor is None else gptq(rows, factor, format)
+
     if numbers.dim() == 2:
-        factor = source.factor(item, None)
-        return encode(numbers, format) if factor is None else gptq(numbers, factor, format)
-    found = []
-    for rows, expert in zip(numbers, range(*box[0]), strict=True):
-        factor = source.factor(item, expert)
-        found.append(encode(rows, format) if factor is None else gptq(rows, factor, format))
-    return {name: torch.stack([parts[name] for parts in found]) for name in found[0]}
+        return parts(numbers, None)
+    found = [parts(rows, expert) for rows, expert in zip(numbers, range(*box[0]), strict=True)]
+    return {name: torch.stack([p[name] for p in found]) for name in found[0]}
 
 
 def _quantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
