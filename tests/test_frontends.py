@@ -161,11 +161,15 @@ def load_again(loaded, folder):
     ("change", "message"),
     [
         ({"model_type": None}, "has no model_type"),
-        ({"model_type": "no_such_model"}, "is not known to transformers"),
+        ({"model_type": "no_such_model", "architectures": ["NoSuchForCausalLM"]}, "is not known to transformers"),
         ({"num_attention_heads": "four"}, "does not accept this config"),
         ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq' are not understood"),
         ({"hidden_size": 128}, "do not belong together"),
         ({"num_hidden_layers": 4}, "has no tensor"),
+        (
+            {"num_hidden_layers": 2},
+            r"announces num_hidden_layers 2, but the checkpoint has model\.layers\.2\..* and \d+ more",
+        ),
     ],
 )
 def test_bad_configs_have_one_clear_error(tmp_path, change, message):

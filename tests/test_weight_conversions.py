@@ -3,7 +3,7 @@
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends.names import RecipeTensor
+from moec.compiler.frontends.recipe_tensor import RecipeTensor
 from moec.compiler.ir import TensorType
 from moec.compiler.recipes import Tensor
 from moec.compiler.weights.pull import pull

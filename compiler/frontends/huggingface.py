@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from ..recipes import FITTED, Recipe, Tensor, bind, rename, tensors
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from . import deepseek_v4
 from .capture import register
+from .checkpoint_layers import check_left, layer_prefixes, layer_storage, missing_parameter
 from .deepseek_v4_weights import Weights
 from .names import expected_tensors, map_parameters
 from .skeleton import PARTS, adopt, build, read_config
-from .stored import expected_quantized, layer_types, read_quantization, stored_tensors
+from .stored import expected_quantized, read_quantization, stored_tensors
 from .transformers_model import import_model
 
 
@@ -54,23 +56,24 @@ def import_folder(
             available = expected_quantized(skeleton.model, stored, quantization, where) if quantization else stored
         else:
             available = stored_tensors(checkpoint, wanted, quantization)
-        part = PARTS.get(config.model_type)
-        if part and checkpoint is not None:  # the recipes go on naming the tensors as they are stored
-            available = {
-                name.removeprefix(f"{part}."): r for name, r in available.items() if name.startswith(f"{part}.")
-            }
-        elif part:
+        if checkpoint is not None:
+            return map_parameters(skeleton.model, wanted, available, checkpoint.lacks)
+        if part := PARTS.get(config.model_type):
             available = {name: rename(r, lambda own: f"{part}.{own}") for name, r in available.items()}
         return map_parameters(skeleton.model, wanted, available)
 
+    if checkpoint is None:
+        return import_model(skeleton, mapper, name, replaced), None, {}
+    missing = partial(missing_parameter, skeleton.model, checkpoint)
+    prefixes = layer_prefixes(skeleton.model, checkpoint.tensors)
     # layers may differ in nothing but how they are stored
-    stored_as = layer_types(checkpoint) if checkpoint is not None and quantization else None
-    module = import_model(skeleton, mapper, name, replaced, stored_as)
-    if checkpoint is not None:
-        check_weights(module, checkpoint)
+    module = import_model(skeleton, mapper, name, replaced, layer_storage(checkpoint, prefixes), missing)
+    check_weights(module, checkpoint)
+    left = _unread(module, checkpoint)
+    check_left(skeleton.model, left, prefixes, str(folder))
     # a model of text and images is compiled for text: towers for images are left out on purpose
     whole = config.get_text_config(decoder=True) is not config
-    return module, checkpoint, _unread(module, checkpoint) if checkpoint is not None and whole else {}
+    return module, checkpoint, left if whole else {}
 
 
 def import_live(model: Any, replaced: list[str] | None = None) -> tuple[Module, dict[str, torch.Tensor]]:
@@ -134,11 +137,7 @@ def check_weights(module: Module, checkpoint: Checkpoint) -> None:
                     continue
                 info = checkpoint.tensors.get(tensor.name)
                 if info is None:
-                    raise MoecError(
-                        f"the checkpoint has no tensor {tensor.name}",
-                        where=str(checkpoint.folder),
-                        todo="a shard is missing, or config.json and the weights do not belong together",
-                    )
+                    raise checkpoint.lacks(tensor.name)
                 if info.type != tensor.type:
                     raise MoecError(
                         f"the tensor {tensor.name} is {info.type}, {tensor.type} is wanted", where=str(info.file)

@@ -7,257 +7,284 @@ what is done to them.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..dtypes import DTYPE_NAMES, TORCH_DTYPES
+from ..dtypes import DTYPE_NAMES
 from ..errors import MoecError
 from ..ir import TensorType
 from ..recipes import Recipe, Step, Tensor, rename, step
+from .other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
+from .recipe_tensor import RecipeTensor
 
 
-class RecipeTensor(torch.Tensor):
-    """A tensor on the meta device that knows by which recipe it is made."""
+@dataclass(frozen=True)
+class Claim:
+    """A tensor of the checkpoint that goes into a parameter.
 
-    recipe: Recipe
+    `resolved` is its name as the family spells it, `pattern` the conversion's pattern that it matches (None: it is the
+    parameter itself).
+    """
 
-    @staticmethod
-    def of(recipe: Recipe) -> RecipeTensor:
-        """Return a tensor with the recipe's shape and dtype."""
-        meta = torch.empty(recipe.type.sizes, dtype=TORCH_DTYPES[recipe.type.dtype], device="meta")
-        tensor = torch.Tensor._make_subclass(RecipeTensor, meta)
-        tensor.recipe = recipe
-        return tensor
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        if name in _STEPS:
-            return _STEPS[name](*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            raise MoecError(f"the weight conversion step {name} is not understood")
-        return result
+    name: str
+    resolved: str
+    pattern: str | None
 
 
-def _made(*recipes: Recipe) -> Any:
-    tensors = tuple(RecipeTensor.of(r) for r in recipes)
-    return tensors[0] if len(tensors) == 1 else tensors
+class Rules:
+    """Transformers' rules for the names of a model's tensors."""
 
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-def _stack(tensors: Sequence[Any], dim: int = 0) -> Any:
-    stacked = step("stack", *gather_range([t.recipe for t in tensors]))
-    if dim == 0:
-        return _made(stacked)
-    order = list(range(1, len(stacked.type.shape)))
-    return _made(step("transpose", stacked, perm=tuple([*order[:dim], 0, *order[dim:]])))
+        self.state = model.state_dict()
+        self._base = model.base_model_prefix
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+        self._converters = [r for r in rules if isinstance(r, WeightConverter)]
+        self.by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        self._prefixes = sorted({key.removesuffix(without_text_prefix(key)) for key in self.state})
 
+    def find(self, name: str) -> tuple[str, Claim] | None:
+        """Return the parameter that a tensor goes into, None if there is none.
 
-def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
-    return _made(step("concat", *gather_range([t.recipe for t in tensors]), axis=dim % tensors[0].dim()))
-
-
-def _transpose(x: Any, dim0: int, dim1: int) -> Any:
-    perm = list(range(x.dim()))
-    perm[dim0], perm[dim1] = perm[dim1], perm[dim0]
-    return _made(step("transpose", x.recipe, perm=tuple(perm)))
-
-
-def _split(x: Any, split_size_or_sections: int | Sequence[int], dim: int = 0) -> Any:
-    length, sizes = x.shape[dim], split_size_or_sections
-    if isinstance(sizes, int):
-        sizes = [min(sizes, length - i) for i in range(0, length, sizes)]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    pieces = [
-        step("slice", x.recipe, axis=dim % x.dim(), start=a, stop=a + n) for a, n in zip(starts, sizes, strict=True)
-    ]
-    return tuple(RecipeTensor.of(p) for p in pieces)
-
-
-def _chunk(x: Any, chunks: int, dim: int = 0) -> Any:
-    return _split(x, -(-x.shape[dim] // chunks), dim)
-
-
-def _unbind(x: Any, dim: int = 0) -> Any:
-    return tuple(_squeeze(piece, dim) for piece in _split(x, 1, dim))
-
-
-def _reshape(x: Any, *shape: Any) -> Any:
-    sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape)
-    if -1 in sizes:
-        known = -1
-        for n in sizes:
-            known *= n if n != -1 else -1
-        sizes[sizes.index(-1)] = x.numel() // abs(known)
-    if tuple(sizes) == tuple(x.shape):
-        return x
-    return _made(step("reshape", x.recipe, shape=tuple(int(s) for s in sizes)))
-
-
-def _squeeze(x: Any, dim: int) -> Any:
-    return _reshape(x, [n for i, n in enumerate(x.shape) if i != dim % x.dim() or n != 1])
-
-
-def _unsqueeze(x: Any, dim: int) -> Any:
-    shape = list(x.shape)
-    shape.insert(dim if dim >= 0 else dim + x.dim() + 1, 1)
-    return _reshape(x, shape)
-
-
-def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    first, last = start_dim % x.dim(), end_dim % x.dim()
-    return _reshape(x, [*x.shape[:first], math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :]])
-
-
-def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
-    axis, known = dim % x.dim(), math.prod(n for n in sizes if n != -1)
-    whole = [x.shape[axis] // known if n == -1 else n for n in sizes]
-    return _reshape(x, [*x.shape[:axis], *whole, *x.shape[axis + 1 :]])
-
-
-def _index(x: Any, index: Any) -> Any:
-    """Take slices along axes, and single places, whose axes vanish."""
-    places = list(index) if isinstance(index, tuple) else [index]
-    if any(p is ... for p in places):
-        at = next(i for i, p in enumerate(places) if p is ...)
-        places[at : at + 1] = [slice(None)] * (x.dim() - len(places) + 1)
-    if not all(isinstance(p, int) or (isinstance(p, slice) and p.step in (None, 1)) for p in places):
-        raise MoecError(f"the weight conversion step [{index}] is not understood")
-    recipe = x.recipe
-    for axis, place in enumerate(places):
-        start, stop, _ = (slice(place, place + 1 or None) if isinstance(place, int) else place).indices(x.shape[axis])
-        if (start, stop) != (0, x.shape[axis]):
-            recipe = step("slice", recipe, axis=axis, start=start, stop=stop)
-    kept = [n for i, n in enumerate(recipe.type.sizes) if not (i < len(places) and isinstance(places[i], int))]
-    return _reshape(RecipeTensor.of(recipe), kept)
-
-
-def _to(x: Any, dtype: Any, **kwargs: Any) -> Any:
-    if not isinstance(dtype, torch.dtype):  # a device: there is no data here
-        return x
-    wanted = DTYPE_NAMES[dtype]
-    return x if x.recipe.type.dtype == wanted else _made(step("cast", x.recipe, to=wanted))
-
-
-def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
-    return x
-
-
-_STEPS: dict[str, Callable[..., Any]] = {
-    "stack": _stack, "cat": _cat, "concat": _cat, "chunk": _chunk, "split": _split, "unbind": _unbind,
-    "transpose": _transpose, "reshape": _reshape, "view": _reshape, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
-    "contiguous": _same, "clone": _same, "detach": _same, "permute": lambda x, *p: _made(
-        step("transpose", x.recipe, perm=tuple(p[0] if isinstance(p[0], (tuple, list)) else p))),
-    "flatten": _flatten, "unflatten": _unflatten, "__getitem__": _index, "to": _to,
-    "t": lambda x: _transpose(x, 0, 1),
-}  # fmt: skip
-
-
-# --- ranges: 64 recipes that differ in one number are one recipe with {0..63} in its names ------------------------
-
-
-def gather_range(recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
-    """Return one template where the recipes are alike but for one number that counts up, else the recipes."""
-    template = _template(recipes) if len(recipes) > 1 else None
-    return (template,) if template is not None else tuple(recipes)
-
-
-def _template(recipes: Sequence[Recipe]) -> Recipe | None:
-    first = recipes[0]
-    if isinstance(first, Tensor):
-        if any(not isinstance(r, Tensor) or r.type != first.type for r in recipes):
-            return None
-        name = _name_range([r.name for r in recipes if isinstance(r, Tensor)])
-        return Tensor(name, first.type) if name else None
-    if not isinstance(first, Step):
+        What stands in front of the model of text may be other than what the family writes there.
+        """
+        rest = without_text_prefix(name)
+        for resolved in dict.fromkeys((name, *(prefix + rest for prefix in self._prefixes))):
+            target, pattern = self._rename(resolved)
+            if target not in self.state and resolved in self.state:
+                target, pattern = resolved, None
+            if target in self.state:
+                return target, Claim(name, resolved, pattern)
         return None
-    if any(
-        not isinstance(r, Step) or (r.name, r.attrs, r.type) != (first.name, first.attrs, first.type) for r in recipes
-    ):
-        return None
-    if first.name in ("stack", "concat", "interleave"):
-        return None
-    columns = zip(*(r.items for r in recipes if isinstance(r, Step)), strict=True)
-    items = [_template(column) for column in columns]
-    if any(item is None for item in items):
-        return None
-    return Step(first.name, tuple(i for i in items if i is not None), first.attrs, first.type)
+
+    def _rename(self, name: str) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(name, self._renamings, self._converters, self._base, self.state)
+
+    def keeps_orientation(self, pattern: str | None) -> bool | None:
+        """Return whether a conversion leaves the axes of a tensor as they are; None if it decides by the shape."""
+        if pattern is None:
+            return True
+        operations = self.by_pattern[pattern].operations
+        by_shape = len(operations) == 1 and getattr(operations[0], "check_dims", False)
+        return None if by_shape else False
 
 
-def _name_range(names: Sequence[str]) -> str | None:
-    parts = [n.split(".") for n in names]
-    if len({len(p) for p in parts}) != 1:
-        return None
-    differing = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
-    if len(differing) != 1:
-        return None
-    numbers = [p[differing[0]] for p in parts]
-    if not numbers[0].isdigit() or numbers != [str(int(numbers[0]) + i) for i in range(len(numbers))]:
-        return None
-    parts[0][differing[0]] = f"{{{numbers[0]}..{numbers[-1]}}}"
-    return ".".join(parts[0])
+def _no_tensor(name: str) -> MoecError:
+    return MoecError(f"the checkpoint has no tensor {name}")
 
 
-# --- the mapping ---------------------------------------------------------------------------------------------------
-
-
-def map_parameters(model: Any, wanted: Iterable[str], available: Mapping[str, Recipe]) -> dict[str, Recipe]:
+def map_parameters(
+    model: Any,
+    wanted: Iterable[str],
+    available: Mapping[str, Recipe],
+    lacks: Callable[[str], MoecError] = _no_tensor,
+) -> dict[str, Recipe]:
     """Return a recipe for each wanted parameter name of a transformers model on the meta device.
 
     `available` are the checkpoint's tensors by name, as recipes, since a stored tensor may need dequantizing first.
+    `lacks` returns the error for a tensor that is missing.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    state = model.state_dict()
-    wanted = set(wanted)
-    rules = get_model_conversion_mapping(model)
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    collected: dict[str, Any] = {}
-    for original in sorted(available, key=_natural):
-        renamed, pattern = rename_source_key(original, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and original in state:
-            renamed, pattern = original, None
-        if renamed not in state:
-            continue
-        if pattern is None:
-            entry = collected.setdefault(renamed, WeightRenaming(original, renamed))
-            pattern = original
-        else:
-            entry = collected.setdefault(renamed, deepcopy(by_pattern[pattern]))
-        entry.add_tensor(renamed, original, pattern, RecipeTensor.of(available[original]))
-    recipes: dict[str, Recipe] = {}
-    for first_name, entry in collected.items():
-        if first_name not in wanted and isinstance(entry, WeightRenaming):
-            continue
-        for name, made in entry.convert(first_name, model=model, config=model.config).items():
-            made = made[0] if isinstance(made, list) else made
-            if name in wanted:
-                _check_shape(name, made.recipe, state[name])
-                recipes[name] = made.recipe
-    return recipes
+    return _Mapping(model, set(wanted), available, lacks).recipes()
 
 
-def _check_shape(name: str, recipe: Recipe, parameter: torch.Tensor) -> None:
-    if tuple(recipe.type.sizes) != tuple(parameter.shape):
-        first = recipe
-        while isinstance(first, Step):
-            first = first.items[0]
+class _Mapping:
+    """From parameters to recipes: by transformers' rules, and for what those leave over by the names of other tools."""
+
+    def __init__(
+        self, model: Any, wanted: set[str], available: Mapping[str, Recipe], lacks: Callable[[str], MoecError]
+    ) -> None:
+        self.model, self.wanted, self.available, self.lacks = model, wanted, available, lacks
+        self.rules = Rules(model)
+        self.state = self.rules.state
+        self.claims: dict[str, list[Claim]] = {}
+        self.stacks: dict[str, tuple[Recipe, bool | None]] = {}  # stacked experts as the checkpoint has them, see _turn
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Return the recipes by parameter."""
+        left = self._claim()
+        names = [canonical(key) for key in self.state]
+        by_name = {name: key for name, key in zip(names, self.state, strict=True) if names.count(name) == 1}
+        blocks = self._blocks(left, by_name)
+        found: dict[str, Recipe] = {}
+        for target, claims in self.claims.items():
+            if target in self.wanted or any(claim.pattern is not None for claim in claims):
+                found |= self._converted(target, claims)
+        for block, experts in blocks.items():
+            found |= self._experts(block, experts, by_name)
+        missing = self.wanted - found.keys()
+        if missing and left:
+            shapes = {name: self.state[key].shape for name, key in by_name.items()}
+            sources = {canonical(name): self.available[name] for name in left}
+            for name in missing:
+                own = canonical(name)
+                made = sources.get(own) if by_name.get(own) == name else None
+                made = made if made is not None else taken_apart(shapes, own, sources)
+                if made is not None:
+                    found[name] = made
+        self._turn(found)
+        for name, recipe in found.items():
+            self._check_shape(name, recipe)
+        return {name: recipe for name, recipe in found.items() if name in self.wanted}
+
+    def _claim(self) -> list[str]:
+        """Say of every tensor which parameter it goes into; return the names of those that no rule knows."""
+        resolved: dict[str, str] = {}
+        left = []
+        for name in sorted(self.available, key=_natural):
+            found = self.rules.find(name)
+            if found is None:
+                left.append(name)
+                continue
+            target, claim = found
+            own = without_text_prefix(claim.resolved)
+            if own in resolved:
+                raise twice(name, resolved[own])
+            resolved[own] = name
+            self.claims.setdefault(target, []).append(claim)
+        for claims in self.claims.values():
+            claims.sort(key=lambda claim: _natural(without_text_prefix(claim.resolved)))
+        return left
+
+    def _converted(self, target: str, claims: list[Claim]) -> dict[str, Recipe]:
+        """Return what transformers' conversion makes of the tensors of a parameter: it, and others with it."""
+        from transformers.core_model_loading import WeightRenaming
+
+        first = claims[0]
+        entry: Any = WeightRenaming(first.resolved, target)
+        if first.pattern is not None:
+            entry = deepcopy(self.rules.by_pattern[first.pattern])
+        elif len(claims) > 1:
+            raise twice(claims[1].name, first.name)
+        for claim in claims:
+            recipe = self.available[claim.name]
+            entry.add_tensor(target, claim.resolved, claim.pattern or first.resolved, RecipeTensor.of(recipe))
+        try:
+            made = entry.convert(target, model=self.model, config=self.model.config)
+        except ValueError as error:
+            raise self._incomplete(target, claims) or MoecError(
+                f"the tensors of {target} do not fit together: {error}", where=self._odd_one(claims)
+            ) from None
+        found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        found = {name: value.recipe for name, value in found.items()}
+        if first.pattern is not None and any(
+            tuple(recipe.type.sizes) != tuple(self.state[name].shape) for name, recipe in found.items()
+        ):
+            error = self._incomplete(target, claims)
+            if error is not None:
+                raise error
+        if len(claims) == 1:
+            piece, own = piece_of(canonical(first.name)), self.available[first.name]
+            keeps = self.rules.keeps_orientation(first.pattern)
+            if piece and piece.expert is None and keeps is not False and target.endswith(f".{piece.matrix}"):
+                self.stacks[target] = own, keeps
+        return found
+
+    def _incomplete(self, target: str, claims: list[Claim]) -> MoecError | None:
+        """Return the error for an expert that lacks a tensor, None if all have theirs."""
+        experts = Experts()
+        for claim in claims:
+            piece = piece_of(canonical(claim.name))
+            if piece is None or piece.expert is None:
+                return None
+            experts.add(piece, claim.name, self.available[claim.name])
+        counts = self.state[target].shape[0]
+        name = experts.lacking(counts)
+        return None if name is None else self.lacks(name)
+
+    def _odd_one(self, claims: list[Claim]) -> str:
+        """Return the name of the tensor whose type is the rarest, which is the one that does not fit."""
+        types = [str(self.available[claim.name].type) for claim in claims]
+        return min(claims, key=lambda claim: types.count(str(self.available[claim.name].type))).name
+
+    def _blocks(self, left: list[str], by_name: Mapping[str, str]) -> dict[str, Experts]:
+        """Return the blocks of experts of which tensors are left, with all their tensors; their claims fall away."""
+        odd = {piece.block for name in left if (piece := piece_of(canonical(name)))}
+        known = {piece.block for name in by_name if (piece := piece_of(name))}
+        blocks: dict[str, Experts] = {}
+        for name in sorted(self.available, key=_natural) if odd & known else ():
+            piece = piece_of(canonical(name))
+            if piece and piece.block in odd & known:
+                blocks.setdefault(piece.block, Experts()).add(piece, name, self.available[name])
+        for target in list(self.claims):
+            piece = piece_of(canonical(target))
+            if piece and piece.block in blocks:
+                del self.claims[target]
+        return blocks
+
+    def _experts(self, block: str, experts: Experts, by_name: Mapping[str, str]) -> dict[str, Recipe]:
+        """Return the parameters of a block of experts whose tensors have names that transformers' rules do not know."""
+        found = {}
+        for own, target in by_name.items():
+            piece = piece_of(own)
+            if piece is None or piece.block != block or target not in self.wanted:
+                continue
+            module = self.model.get_submodule(target.rpartition(".")[0])
+            made = experts.assembled(piece, tuple(self.state[target].shape), module)
+            if isinstance(made, str):
+                raise self.lacks(made)
+            found[target] = made
+            whole = experts.pieces.get(piece)
+            if whole is not None and not piece.bias:
+                self.stacks[target] = whole, None
+        return found
+
+    def _turn(self, found: dict[str, Recipe]) -> None:
+        """Transpose stacked experts that are stored the other way round; a square one is stored as its sibling is.
+
+        The shape of a square matrix does not say which of its axes is which.
+        """
+        for target, (stack, _) in self.stacks.items():
+            if target in found and (turned := self._is_turned(target)) is not None:
+                found[target] = step("transpose", stack, perm=(0, 2, 1)) if turned else stack
+
+    def _is_turned(self, target: str) -> bool | None:
+        """Return whether a stack has its axes the other way round than the model; None if its shape fits neither way."""
+        turned = self._by_shape(target)
+        if turned is not None or len(set(self.stacks[target][0].type.sizes[1:])) != 1:
+            return turned
+        block = target.rpartition(".")[0]
+        siblings = [self._by_shape(other) for other in self.stacks if other.rpartition(".")[0] == block]
+        decided = {turned for turned in siblings if turned is not None}
+        stack, keeps = self.stacks[target]
+        if len(decided) == 1:
+            return decided.pop()
+        if keeps:
+            return None
+        name = next(claim.name for claim in self.claims[target]) if target in self.claims else target
         raise MoecError(
-            f"the checkpoint's tensors give {name} the shape {list(recipe.type.sizes)}, "
-            f"the config wants {list(parameter.shape)}",
-            where=first.name if isinstance(first, Tensor) else "",
-            todo="config.json and the weights do not belong together, or a tensor is incomplete",
+            f"{name} is square ({stack.type}) and no other matrix of its experts says which of its axes are the rows",
+            todo="save the experts one by one, as transformers' save_pretrained does",
         )
+
+    def _by_shape(self, target: str) -> bool | None:
+        """Return whether the shape of a stack is the model's with the axes of each expert exchanged; None: no answer."""
+        sizes, wanted = tuple(self.stacks[target][0].type.sizes), tuple(self.state[target].shape)
+        if len(sizes) != 3 or sizes[1] == sizes[2]:
+            return None
+        return {wanted: False, (wanted[0], wanted[2], wanted[1]): True}.get(sizes) if len(wanted) == 3 else None
+
+    def _check_shape(self, name: str, recipe: Recipe) -> None:
+        parameter = self.state[name]
+        if tuple(recipe.type.sizes) != tuple(parameter.shape):
+            first = recipe
+            while isinstance(first, Step):
+                first = first.items[0]
+            raise MoecError(
+                f"the checkpoint's tensors give {name} the shape {list(recipe.type.sizes)}, "
+                f"the config wants {list(parameter.shape)}",
+                where=first.name if isinstance(first, Tensor) else "",
+                todo="config.json and the weights do not belong together, or a tensor is incomplete",
+            )
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -17,7 +17,7 @@ import torch
 from ..errors import MoecError
 from ..ir import TensorType
 from ..recipes import Recipe, Tensor, step
-from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint import Checkpoint, first_number
 from .layouts import Layout, Stored, awq, float4, gpt_oss, gptq, packed_integers, scaled
 
 # leaves of a module that say something about activations or caches, which stay floats here, or that others imply
@@ -172,11 +172,6 @@ def _decoded(layout: Layout, stored: Stored, name: str, checkpoint: Checkpoint) 
         raise MoecError(
             f"{name} is not understood: {what}", where=str(checkpoint.tensors[name].file), todo=todo
         ) from None
-
-
-def first_number(name: str) -> int | None:
-    """Return the first number among the parts of a name: the layer."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def layer_types(checkpoint: Checkpoint) -> Callable[[int], Hashable]:

@@ -45,6 +45,11 @@ class Import:
     kinds: list[Layer]
     recipes: Mapping[str, Recipe]
     tracing: Tracing
+    missing: Callable[[str], MoecError]
+
+
+def _missing(name: str) -> MoecError:
+    return MoecError(f"the checkpoint has no tensor for {name}", todo="do config.json and the weights belong together?")
 
 
 def import_model(
@@ -53,11 +58,13 @@ def import_model(
     source: str,
     names: list[str] | None = None,
     stored_as: Callable[[int], Hashable] | None = None,
+    missing: Callable[[str], MoecError] = _missing,
 ) -> Module:
     """Return the module (stage graph) of a model; MoecError names what is not understood.
 
     `names` gets the functions of the model's code that were replaced, see replace.py. `stored_as` says of a layer how its
-    weights are stored: layers that differ in it are kinds of their own.
+    weights are stored: layers that differ in it are kinds of their own. `missing` returns the error for a parameter
+    without a recipe.
     """
     model = skeleton.model
     with tracing() as session, replaced(model) as found, torch.no_grad():
@@ -67,7 +74,7 @@ def import_model(
         layers = rehearse(model, modules, session)
         kinds = group_kinds(layers_name, layers, skeleton.buffers, stored_as)
         recipes = _map_weights(model, mapper, layers_name, layers, kinds)
-        job = Import(skeleton, layers_name, layers, kinds, recipes, session)
+        job = Import(skeleton, layers_name, layers, kinds, recipes, session, missing)
         functions = [_layer_function(job, kind) for kind in kinds]
         main = _main_function(job, modules, functions)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 131072
@@ -156,10 +163,7 @@ def _recipe(job: Import, name: str) -> Recipe:
         return Literal(TensorType.of(kind, *buffer.shape), tuple(buffer.flatten().tolist()))
     stored = next((n for n in (name, *job.skeleton.tied.get(name, ())) if n in job.recipes), None)
     if stored is None:
-        raise MoecError(
-            f"the checkpoint has no tensor for {name}",
-            todo="is a shard missing, or do config.json and the weights not belong together?",
-        )
+        raise job.missing(name)
     recipe = job.recipes[stored]
     state = job.skeleton.model.state_dict(keep_vars=True)[name]
     wanted = DTYPE_NAMES[state.dtype]

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Checkpoint:
     """The tensors of a folder. Make it with `open_checkpoint`; it is a context manager and a `WeightSource`.
 
+    `unreadable` says of names why no tensor of `tensors` has them, though the folder speaks of them: a dtype that is not
+    understood, or an entry of the index for what no shard holds. They stop nothing as long as nobody needs them.
     `fingerprint` is a sha256 over config.json, the index and every shard's header; it stands for names, types and
     layout, not for the numbers, so that it costs no reading of the data. `opened.check()` says whether the files are
     still the same.
@@ -46,6 +48,7 @@ class Checkpoint:
     fingerprint: str
     opened: Opened = field(repr=False)
     _descriptors: dict[Path, int] = field(repr=False)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
         """Return a tensor, or the part of it in `box`, with the dtype that it has in the checkpoint.
@@ -53,7 +56,9 @@ class Checkpoint:
         Only the bytes of the box are read. `expected` is the type that a recipe gives to the tensor. Thread-safe.
         Raises MoecError for an unknown name, another type than expected, and read errors.
         """
-        info = self.tensors.get(name) or self._unknown(name)
+        info = self.tensors.get(name)
+        if info is None:
+            raise self.lacks(name)
         if expected is not None and expected.plain != info.type:
             what = f"tensor {name!r} is {info.type} in the checkpoint, {expected} is wanted"
             todo = "the program was made from another checkpoint, or config.json does not belong to the weights"
@@ -81,10 +86,35 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _unknown(self, name: str) -> TensorInfo:
-        near = difflib.get_close_matches(name, itertools.islice(self.tensors, 20000), n=3, cutoff=0.8)
-        todo = f"similar names: {', '.join(near)}" if near else "the weights do not belong to this config.json"
-        raise MoecError(f"the checkpoint has no tensor {name!r}", str(self.folder), todo=todo)
+    def lacks(self, name: str) -> MoecError:
+        """Return the error that says why a tensor cannot be read, or that there is none, and which names are like it."""
+        if name in self.unreadable:
+            todo = "convert the tensor, or download the checkpoint again"
+            return MoecError(f"the tensor {name} {self.unreadable[name]}", str(self.folder), todo=todo)
+        return MoecError(f"the checkpoint has no tensor {name}", str(self.folder), todo=self.like(name))
+
+    def like(self, name: str) -> str:
+        """Say which names of the checkpoint are like a name, for an error about what is missing."""
+        near = closest(name, self.tensors)
+        if near:
+            return f"the closest names that are there: {', '.join(near)}"
+        some = ", ".join(itertools.islice(self.tensors, 3))
+        return f"config.json and the weights do not belong together: the tensors have names such as {some}"
+
+
+def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """Return the names that are most like a name: those that end alike, best first; none where nothing is like it."""
+    parts, number = name.split("."), first_number(name)
+    # difflib is slow; names of other layers cannot be closer than those of the layer itself
+    own = [other for other in names if first_number(other) == number]
+    ends = {parts[-1], parts[-2] if len(parts) > 1 else ""}
+    found = [other for other in own if ends & set(other.split(".")[-2:])] or own
+    return difflib.get_close_matches(name, found[:5000], n=count, cutoff=0.6)
+
+
+def first_number(name: str) -> int | None:
+    """Return the first number among the parts of a name: the layer."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -103,19 +133,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         for name in ("config.json", INDEX):
             content = _read_small(folder / name)
             digest.update(f"{name} {-1 if content is None else len(content)}\n".encode() + (content or b""))
-        shards: dict[str, dict[str, TensorInfo]] = {}
+        shards: dict[str, Mapping[str, TensorInfo]] = {}
+        unreadable: dict[str, str] = {}
         for name in names:
             descriptors[folder / name] = open_regular(folder / name)
-            shards[name], header = read_header(folder / name, descriptors[folder / name])
-            digest.update(f"{name} {len(header)}\n".encode() + header)
-        tensors = _join(folder, shards, index)
+            header = read_header(folder / name, descriptors[folder / name])
+            shards[name] = header.tensors
+            unreadable |= header.unreadable
+            digest.update(f"{name} {len(header.content)}\n".encode() + header.content)
+        tensors = _join(folder, shards, index or {})
     except BaseException:
         for descriptor in descriptors.values():
             os.close(descriptor)
         raise
+    for name, shard in (index or {}).items():
+        if name not in tensors and name not in unreadable:
+            unreadable[name] = f"is in {shard} by the index, and no shard holds it"
     found = digest.hexdigest()
     opened = Opened({f: stamp_of(d) for f, d in descriptors.items()}, found, partial(_fingerprint_again, folder))
-    return Checkpoint(folder, MappingProxyType(tensors), found, opened, descriptors)
+    return Checkpoint(folder, MappingProxyType(tensors), found, opened, descriptors, MappingProxyType(unreadable))
 
 
 def _fingerprint_again(folder: Path) -> str:
@@ -185,18 +221,15 @@ def open_regular(file: Path) -> int:
 
 
 def _join(
-    folder: Path, shards: Mapping[str, dict[str, TensorInfo]], index: Mapping[str, str] | None
+    folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]], index: Mapping[str, str]
 ) -> dict[str, TensorInfo]:
-    """Return all tensors by name. With an index, the index says which tensors there are."""
-    if index:
-        for tensor, shard in index.items():
-            if tensor not in shards[shard]:
-                what = f"the index says that {tensor!r} is in {shard}, which does not hold it"
-                raise MoecError(what, str(folder / INDEX), todo="index and shards come from different versions")
-        return {tensor: shards[shard][tensor] for tensor, shard in index.items()}
+    """Return all tensors by name. As in transformers, what the shards hold counts; the index decides between two of a name."""
     found: dict[str, TensorInfo] = {}
     for shard, tensors in shards.items():
         for tensor, info in tensors.items():
+            said = index.get(tensor)
+            if said is not None and said != shard and tensor in shards[said]:
+                continue
             if tensor in found:
                 other = found[tensor].file
                 what = f"tensor {tensor!r} is in two files: {other.name if other else ''} and {shard}"

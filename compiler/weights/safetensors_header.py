@@ -42,11 +42,24 @@ class TensorInfo:
     offset: int = 0
 
 
-def read_header(file: Path, descriptor: int) -> tuple[dict[str, TensorInfo], bytes]:
-    """Return the tensors of an open safetensors file and the bytes of its header (length included).
+@dataclass(frozen=True)
+class Header:
+    """What the header of a safetensors file says, and its bytes (length included).
 
-    Raises MoecError for a truncated file, a header that is not JSON, an unknown dtype, and offsets that do not
-    fit the shapes, each other, or the file.
+    `unreadable` are tensors of dtypes that have no meaning here, with the reason: they stop a compile only if it needs
+    them.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    unreadable: Mapping[str, str]
+    content: bytes
+
+
+def read_header(file: Path, descriptor: int) -> Header:
+    """Return the header of an open safetensors file.
+
+    Raises MoecError for a truncated file, a header that is not JSON, and offsets that do not fit the shapes, each
+    other, or the file.
     """
     size = os.fstat(descriptor).st_size
     start = os.pread(descriptor, 8, 0)
@@ -72,8 +85,17 @@ def read_header(file: Path, descriptor: int) -> tuple[dict[str, TensorInfo], byt
     data_start = 8 + length
     spans = {name: _entry(name, entry, file) for name, entry in entries.items()}
     _check_cover(spans, size - data_start, file)
-    found = {name: TensorInfo(type_, file, data_start + begin) for name, (type_, begin, _) in spans.items()}
-    return found, start + text
+    found = {
+        name: TensorInfo(type_, file, data_start + begin)
+        for name, (type_, begin, _) in spans.items()
+        if isinstance(type_, TensorType)
+    }
+    unreadable = {
+        name: f"has the dtype {kind} in {file.name}, which is not understood; known: {', '.join(DTYPES)}"
+        for name, (kind, _, _) in spans.items()
+        if isinstance(kind, str)
+    }
+    return Header(found, unreadable, start + text)
 
 
 def parse_json(text: bytes, file: Path, what: str) -> Any:
@@ -101,19 +123,20 @@ def _check_metadata(metadata: Any, file: Path) -> None:
         raise MoecError("__metadata__ in the header is not a table of strings", str(file), todo=_DAMAGED)
 
 
-def _entry(name: str, entry: Any, file: Path) -> tuple[TensorType, int, int]:
-    """Return the type and the byte range (within the data) of one tensor."""
+def _entry(name: str, entry: Any, file: Path) -> tuple[TensorType | str, int, int]:
+    """Return the type (the dtype alone where it is unknown) and the byte range (within the data) of one tensor."""
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise MoecError(f"tensor {name!r}: dtype, shape or data_offsets is missing", str(file), todo=_DAMAGED)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        todo = f"known dtypes: {', '.join(DTYPES)}; convert the tensor to one of them"
-        raise MoecError(f"tensor {name!r} has the unknown dtype {dtype!r}", str(file), todo=todo)
+    if not isinstance(dtype, str):
+        raise MoecError(f"tensor {name!r} has the unknown dtype {dtype!r:.80}", str(file), todo=_DAMAGED)
     if not _counts(shape) or math.prod(n or 1 for n in shape) >= 2**63:
         raise MoecError(f"tensor {name!r} has no valid shape: {shape!r:.80}", str(file), todo=_DAMAGED)
     if not _counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         what = f"tensor {name!r} has no valid data_offsets: {offsets!r:.80}"
         raise MoecError(what, str(file), todo=_DAMAGED)
+    if dtype not in DTYPES:
+        return dtype[:40], offsets[0], offsets[1]
     wanted = math.prod(shape) * DTYPE_BITS[DTYPES[dtype]] // 8
     if offsets[1] - offsets[0] != wanted:
         what = f"the header lies about sizes: tensor {name!r} {dtype}{shape} takes {wanted} bytes, not"
@@ -131,7 +154,7 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _check_cover(spans: Mapping[str, tuple[TensorType, int, int]], length: int, file: Path) -> None:
+def _check_cover(spans: Mapping[str, tuple[TensorType | str, int, int]], length: int, file: Path) -> None:
     """Check that the byte ranges follow each other without holes and overlaps and fill the data exactly."""
     position, before = 0, "the header"
     for name, (_, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):

@@ -1,0 +1,100 @@
+"""Which tensors of a checkpoint are a model's layers, how each layer is stored, and what is left that should not be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+from ..errors import MoecError
+from ..ir import TensorType
+from ..weights.checkpoint import Checkpoint, first_number
+from .layers import find_layers
+from .names import Rules
+from .other_names import canonical, piece_of
+
+# config keys that announce layers behind num_hidden_layers: they draft tokens
+_DRAFTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+# tensors of adapters (LoRA and its kin) that were not merged into the weights
+_ADAPTER = re.compile(
+    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|ia3_l|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_[rR]|vera_lambda_[bd])(\.|$)"
+)
+
+
+def layer_prefixes(model: Any, names: Iterable[str]) -> set[str]:
+    """Return what stands before the layer's number in the names of the tensors of the decoder's layers."""
+    place = f"{find_layers(model)[0]}."
+    rules = Rules(model)
+    known = {canonical(key) for key in rules.state if key.startswith(place)}
+    examples: dict[str, dict[str, str]] = {}
+    for name in names:
+        if (number := first_number(name)) is not None:
+            prefix = name[: name.index(f"{number}.")]
+            examples.setdefault(prefix, {}).setdefault(re.sub(r"\d+", "#", name), name)
+    found = set()
+    for prefix, own in examples.items():
+        for name in own.values():
+            target = rules.find(name)
+            if (target is not None and target[0].startswith(place)) or canonical(name) in known:
+                found.add(prefix)
+                break
+    return found
+
+
+def layer_storage(checkpoint: Checkpoint, prefixes: set[str]) -> Callable[[int], Hashable]:
+    """Return a function that says how the tensors of a layer are named and stored: layers stored alike get the same."""
+    found: dict[int, list[tuple[str, TensorType]]] = {}
+    for name, info in checkpoint.tensors.items():
+        number = first_number(name)
+        if number is not None and name[: (place := name.index(f"{number}."))] in prefixes:
+            found.setdefault(number, []).append(
+                (f"{name[:place]}{{layer}}{name[place + len(str(number)) :]}", info.type)
+            )
+    kinds = {number: tuple(sorted(own, key=lambda item: item[0])) for number, own in found.items()}
+    return kinds.get
+
+
+def check_left(model: Any, left: Mapping[str, TensorType], prefixes: set[str], folder: str) -> None:
+    """Raise MoecError if tensors that no program reads show that the program is not the checkpoint's model."""
+    adapter = next((name for name in left if _ADAPTER.search(name)), None)
+    if adapter is not None:
+        what = f"{adapter} belongs to an adapter (LoRA or the like) that is not merged into the weights"
+        raise MoecError(what, where=folder, todo="merge it first: merge_and_unload() of peft, then save_pretrained")
+    config = model.config.get_text_config(decoder=True)
+    layers = len(find_layers(model)[1])
+    drafting = {key: int(n) for key in _DRAFTING if isinstance(n := getattr(config, key, None), int)}
+    announced = layers + max(drafting.values(), default=0)
+    known = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    beyond = [
+        name
+        for name in left
+        if (number := first_number(name)) is not None
+        and number >= announced
+        and name[: name.index(f"{number}.")] in prefixes
+        and not any(pattern.search(name) for pattern in known)
+    ]
+    if beyond:
+        first = min(beyond, key=lambda name: (first_number(name), name))
+        count = len({first_number(name) for name in beyond})
+        more = "".join(f" and {key} {n}" for key, n in drafting.items() if n)
+        raise MoecError(
+            f"config.json announces num_hidden_layers {layers}{more}, but the checkpoint has {first} "
+            f"and {len(beyond) - 1} more tensors of {count} layer{'s' if count > 1 else ''} beyond",
+            where=folder,
+            todo="config.json does not belong to the weights: num_hidden_layers must count the layers that are there",
+        )
+
+
+def missing_parameter(model: Any, checkpoint: Checkpoint, name: str) -> MoecError:
+    """Return the error for a parameter that no tensor of the checkpoint makes."""
+    rules = Rules(model)
+    piece = piece_of(canonical(name))
+    for other in checkpoint.unreadable:
+        found, own = rules.find(other), piece_of(canonical(other))
+        if (found is not None and found[0] == name) or canonical(other) == canonical(name):
+            return checkpoint.lacks(other)
+        if piece is not None and own is not None and own.block == piece.block:
+            return checkpoint.lacks(other)
+    return MoecError(
+        f"the checkpoint has no tensor for {name}", where=str(checkpoint.folder), todo=checkpoint.like(name)
+    )
