@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MoecError
 from .capture import NAME, register
+from .config_types import known_config, refuse_adapter
 
 _FACTORIES = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand, torch.empty_like, torch.zeros_like,
@@ -55,6 +56,7 @@ class Skeleton:
 def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return the transformers config of a folder; MoecError says what is wrong with it."""
     path = folder / "config.json"
+    refuse_adapter(folder)
     if not path.is_file():
         raise MoecError("there is no config.json", where=str(folder), todo="give a Hugging Face checkpoint folder")
     try:
@@ -68,6 +70,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     import transformers
     from transformers import AutoConfig
 
+    known = known_config(raw)
+    renamed, raw = known != raw, known
     remote = raw.get("auto_map") and raw["model_type"] not in transformers.CONFIG_MAPPING
     if remote and not trust_remote_code:
         raise MoecError(
@@ -80,6 +84,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"model_type {raw['model_type']!r} is not known to transformers {transformers.__version__}", where=str(path)
         )
     try:
+        if renamed:
+            return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         return AutoConfig.from_pretrained(folder, trust_remote_code=bool(remote), local_files_only=True)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise MoecError(f"transformers does not accept this config: {_first_line(error)}", where=str(path)) from error
