@@ -179,9 +179,9 @@ class _Mapping:
         if first.pattern is not None and any(
             tuple(recipe.type.sizes) != tuple(self.state[name].shape) for name, recipe in found.items()
         ):
-            error = self._incomplete(target, claims)
-            if error is not None:
-                raise error
+            incomplete = self._incomplete(target, claims)
+            if incomplete is not None:
+                raise incomplete
         if len(claims) == 1:
             piece, own = piece_of(canonical(first.name)), self.available[first.name]
             keeps = self.rules.keeps_orientation(first.pattern)
