@@ -286,10 +286,12 @@ def verify(
     written = None if text is None else read_text(text)
     from . import driver
 
+    notes: list[str] = []
     with progress_bar(f"verifying {folder}", unit="parts") as progress:
         comparison = driver.verify(
-            folder, against, text=written, tokens=text_tokens, accuracy=accuracy, progress=progress
+            folder, against, text=written, tokens=text_tokens, accuracy=accuracy, notes=notes, progress=progress
         )
+    print_notes(notes)
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), indent=2))
     else:

@@ -286,12 +286,26 @@ def predict(
     return chosen.predict(lowered, batch=batch, new=new, past=past, devices=devices)
 
 
-def verify(folder: Path | str, against: Any = None, accuracy: str | None = None, **options: Any) -> Comparison:
+def verify(
+    folder: Path | str,
+    against: Any = None,
+    accuracy: str | None = None,
+    notes: list[str] | None = None,
+    **options: Any,
+) -> Comparison:
     """Compare an artifact with its source model in transformers, and keep what is found in moec.json.
 
-    Options as in `parity.verify`; `accuracy` is that of the session (None: as compiled).
+    Options as in `parity.verify`; `accuracy` is that of the session (None: as compiled). Where moec.json cannot be
+    written that is a note: the figures are found all the same.
     """
     artifact = Artifact.open(Path(folder))
     found = artifact.verify(against=against, accuracy=accuracy, **options)
-    record_figures(artifact.folder, {"measured": {**found.to_dict(), **({"accuracy": accuracy} if accuracy else {})}})
+    measured = {**found.to_dict(), **({"accuracy": accuracy} if accuracy else {})}
+    try:
+        record_figures(artifact.folder, {"measured": measured})
+    except MoecError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        if notes is not None:
+            notes.append(f"note: the figures are not kept: {error.what}")
     return found

@@ -16,6 +16,7 @@ from .manifest import check_files
 
 if TYPE_CHECKING:
     from .artifact import Artifact
+    from .frontends.decoded import Decoding
     from .reference import Reference
 
 TOLERANCE = 1e-4  # of artifacts without a lossy pass: largest difference of logits, relative to the largest logit
@@ -62,13 +63,17 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `verify` found. `lossless` artifacts have to be within `tolerance`; lossy ones only report."""
+    """What `verify` found. `lossless` artifacts have to be within `tolerance`; lossy ones only report.
+
+    `decoding` says who decoded the weights of a quantized source; where it was moec, nothing has checked that.
+    """
 
     against: str
     lossless: bool
     tolerance: float
     cases: tuple[Case, ...]
     text: TextScore
+    decoding: Decoding | None = None
 
     @property
     def relative(self) -> float:
@@ -86,6 +91,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; numbers that are not finite become None."""
         found = {**asdict(self), "relative": self.relative, "passed": self.passed}
+        if self.decoding is not None:
+            found["decoding"] = self.decoding.to_dict()
         return _finite(found)
 
     def lines(self) -> list[str]:
@@ -100,6 +107,8 @@ class Comparison:
             f"{t.text}, {t.tokens} tokens: KL {t.kl_mean:.3g} mean, {t.kl_max:.3g} max; top-1 agreement {t.top1:.2%}; "
             f"perplexity {t.perplexity:.5g}, source {t.reference_perplexity:.5g}"
         )
+        if self.decoding is not None:
+            found.append(self.decoding.line())
         bound = f"at most {self.tolerance:g} is allowed" if self.lossless else "the weights are quantized"
         verdict = "equal to" if self.lossless and self.passed else "compared with" if self.passed else "differs from"
         return [*found, f"{verdict} {self.against}: relative difference of logits {self.relative:.2g} ({bound})"]
@@ -152,7 +161,7 @@ def verify(
                 progress(done, total)
         tick = (lambda i: progress(done + i, total)) if progress else None
         score = score_text(runner, reference, windows, name, tick)
-    return Comparison(reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score)
+    return Comparison(reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score, reference.decoding)
 
 
 def _tokens(artifact: Artifact, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:

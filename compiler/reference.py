@@ -1,8 +1,8 @@
 """The source model in transformers as a runner: float32, eager attention, on the CPU, no remote code.
 
 What stands against an artifact is a forward that moec did not compute: the modules of transformers. Unquantized
-checkpoints are loaded by transformers too. Of quantized ones moec's recipes make the numbers that the codes stand for, so
-that no other package is needed; the recipes themselves are compared with the formats' own libraries by the tests.
+checkpoints are loaded by transformers too. Of quantized ones the library of the format makes the numbers that the codes
+stand for; where it is not installed moec's recipes do, and `decoding` says so.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .errors import MoecError
+
+if TYPE_CHECKING:
+    from .frontends.decoded import Decoding
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,12 @@ class Reference:
     model: Any
     name: str
     takes: frozenset[str]  # the keywords of its forward
+    decoding: Decoding | None = None  # who decoded its weights, if they are quantized
 
     @staticmethod
-    def of(model: Any, name: str) -> Reference:
+    def of(model: Any, name: str, decoding: Decoding | None = None) -> Reference:
         """Return the runner of a model."""
-        return Reference(model, name, frozenset(inspect.signature(model.forward).parameters))
+        return Reference(model, name, frozenset(inspect.signature(model.forward).parameters), decoding)
 
     @property
     def context(self) -> int:
@@ -70,7 +74,8 @@ def open_reference(source: Any) -> Iterator[Reference]:
     Raises MoecError if the folder is not there, or transformers cannot load all of it.
     """
     if isinstance(source, (str, Path)):
-        yield Reference.of(_load(Path(source)), str(source))
+        model, decoding = _load(Path(source))
+        yield Reference.of(model, str(source), decoding)
         return
     if not hasattr(source, "forward") or not hasattr(source, "config"):
         raise MoecError(
@@ -91,7 +96,7 @@ def _is_float32(model: Any) -> bool:
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path) -> tuple[Any, Decoding | None]:
     """Load a checkpoint folder or a GGUF file in float32; MoecError also for weights that would be made up."""
     from .frontends.dequantized import dequantized_model
     from .frontends.skeleton import model_class, read_config
@@ -101,8 +106,8 @@ def _load(folder: Path) -> Any:
             "the source model is not there", where=str(folder), todo="name its folder: moec verify DIR --against SOURCE"
         )
     with _no_progress_bars():
-        if (model := dequantized_model(folder)) is not None:
-            return model
+        if (found := dequantized_model(folder)) is not None:
+            return found
     config = read_config(folder)
     try:
         with _no_progress_bars():
@@ -117,7 +122,7 @@ def _load(folder: Path) -> Any:
     lacking = sorted(str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]))
     if lacking:
         raise MoecError(f"the source model lacks {len(lacking)} tensors, such as {lacking[0]}", where=str(folder))
-    return model.eval()
+    return model.eval(), None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ EXACT = 1e-4
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 CT4 = formats.ct_config("pack-quantized", type="int", num_bits=4, group_size=32)
+CT4_ZEROS = formats.ct_config("pack-quantized", type="int", num_bits=4, group_size=32, symmetric=False)
 
 
 def quantized(write, skipped=("lm_head", "embed_tokens", ".gate", "norm")):
@@ -55,12 +56,12 @@ CASES = {
     "gptq 3 bits": ({**GPTQ, "bits": 3}, lambda w: formats.gptq(w, bits=3), "qwen3_moe", "uint4_g"),
     "awq": (AWQ, formats.awq, "qwen3_moe", "uint4_g"),
     "ct int4": (CT4, formats.ct_packed, "qwen3_moe", "int4_g"),
-    "ct int4 zeros": (CT4, lambda w: formats.ct_packed(w, zeros=True), "qwen2_moe", "uint4_g"),
+    "ct int4 zeros": (CT4_ZEROS, lambda w: formats.ct_packed(w, zeros=True), "qwen2_moe", "uint4_g"),
     "ct int8 rows": (
-        formats.ct_config("int-quantized", type="int", num_bits=8), formats.ct_int8, "mixtral", "int8_g",
+        formats.ct_config("int-quantized", type="int", num_bits=8, strategy="channel"), formats.ct_int8, "mixtral", "int8_g",
     ),
     "nvfp4": ({"quant_method": "modelopt"}, formats.nvfp4, "mixtral", "int8_g16"),
-    "mxfp4": (formats.ct_config("mxfp4-pack-quantized", num_bits=4), formats.mxfp4, "olmoe", "int8_g"),
+    "mxfp4": (formats.ct_config("mxfp4-pack-quantized", type="float", num_bits=4, group_size=32), formats.mxfp4, "olmoe", "int8_g"),
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """A quantized checkpoint as a model of transformers in float32: its weights are the numbers that the codes stand for.
 
 transformers opens such checkpoints through one package a format, and some not at all on a CPU. Here the model is built
-from its config, and moec's own recipes fill it, a tile at a time: memory is that of the model.
+from its config and filled a tile at a time, so that memory is that of the model. The numbers of the codes come from the
+formats' own libraries where these are installed (decoded.py); which parameter is made of which tensors, from moec.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ..recipes import Recipe
 from ..weights.checkpoint import open_checkpoint
 from ..weights.pull import pull, tiles
 from ..weights.sources import WeightSource
+from .decoded import Decoding, gguf_source, safetensors_source
 from .deepseek_v4 import MODEL_TYPE
 from .deepseek_v4_weights import Weights
 from .gguf import gguf_config, gguf_parameters
@@ -29,33 +31,41 @@ from .stored import read_quantization, stored_tensors
 _TILE = 16 << 20  # bytes of f32
 
 
-def dequantized_model(path: Path) -> Any | None:
-    """Return the causal LM of a checkpoint folder or GGUF file, evaluated, with eager attention; None for a checkpoint
-    that is not quantized.
+def dequantized_model(path: Path) -> tuple[Any, Decoding] | None:
+    """Return the causal LM of a checkpoint folder or GGUF file, evaluated, with eager attention, and who decoded its
+    weights; None for a checkpoint that is not quantized.
 
-    Raises MoecError for what an import would refuse, and for parameters that the checkpoint does not have.
+    Raises MoecError for what an import would refuse, for parameters that the checkpoint does not have, and (exit code
+    1) for a weight that moec decodes otherwise than its format's library.
     """
     if (file := gguf_file(path)) is not None:
         from ..weights.gguf import open_gguf
 
         opened = open_gguf(file)
-        with opened.checkpoint as source:
+        with opened.checkpoint:
             config = gguf_config(opened, file)
             model = _empty(config)
-            return _filled(model, gguf_parameters(list(model.state_dict()), opened, config, file), source, path)
+            decoded = gguf_source(opened)
+            recipes = gguf_parameters(list(model.state_dict()), opened, config, file)
+            recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
+            return _filled(model, recipes, decoded, path), decoded.decoding
     config = read_config(path)
     quantization = read_quantization(config, path)
     if quantization is None:
         return None
     model = _empty(config)
     with open_checkpoint(path) as source:
+        decoded = safetensors_source(source, quantization)
         if config.model_type == MODEL_TYPE:
             types = {name: info.type for name, info in source.tensors.items()}
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            return _filled(model, Weights(types, quantization).parameters(shapes), source, path)
+            recipes = Weights(types, quantization).parameters(shapes)
+            recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
+            return _filled(model, recipes, decoded, path), decoded.decoding
         wanted = list(model.state_dict())
-        recipes = map_parameters(model, wanted, stored_tensors(source, wanted, quantization))
-        return _filled(model, recipes, source, path)
+        stored = stored_tensors(source, wanted, quantization)
+        recipes = map_parameters(model, wanted, {name: decoded.whole(recipe) for name, recipe in stored.items()})
+        return _filled(model, recipes, decoded, path), decoded.decoding
 
 
 def _empty(config: Any) -> Any:
@@ -76,8 +86,10 @@ def _filled(model: Any, recipes: Mapping[str, Recipe], source: WeightSource, pat
     if lacking:
         raise MoecError(f"the source model lacks {len(lacking)} tensors, such as {lacking[0]}", where=str(path))
     made = {name: _numbers(recipes[name], state[name].dtype, source) for name in state if name in recipes}
+    for names in same.values():  # parameters that the model ties: one that the checkpoint holds is not another's
+        there = next(name for name in names if name in made)
+        made |= {name: made[there] for name in names if name not in made}
     model.load_state_dict(made, strict=False, assign=True)
-    model.tie_weights()
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise MoecError(f"{left[0]} is computed by the model but too large to keep", where=str(path))
