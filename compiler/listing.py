@@ -92,7 +92,7 @@ def families() -> Rows:
     """Return the model families that moec's tests check."""
     from .frontends.families import FAMILIES
 
-    columns = ("name", "model_type", "layers", "state", "checked")
+    columns = ("name", "model_type", "layers", "state", "checked", "needs")
     return [{column: getattr(family, column) for column in columns} for family in FAMILIES.values()]
 
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.frontends.families import FAMILIES
-from tiny_models import padded_batch, random_model, save, stepped
+from tiny_models import INSTALLED, padded_batch, random_model, save, stepped
 
 LIVE = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")  # compiled from the live model too
 ALWAYS = (*LIVE, "lfm2_moe", "kimi_linear", "granitemoehybrid")  # the others belong to the long matrix
-SOURCES = [(name, "folder") for name in FAMILIES] + [(name, "live") for name in LIVE]
+SOURCES = [(name, "folder") for name in INSTALLED] + [(name, "live") for name in LIVE]
 CHECKED = [
     pytest.param(pair, marks=() if pair[0] in ALWAYS else pytest.mark.long, id="-".join(pair)) for pair in SOURCES
 ]

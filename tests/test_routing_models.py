@@ -22,11 +22,11 @@ from moec.compiler.frontends.layers import BATCH, NEW
 from moec.compiler.frontends.transformers_model import _type_of
 from moec.compiler.ir import Dim, Module, TensorType
 from moec.compiler.recipes import Tensor
-from tiny_models import random_model
+from tiny_models import INSTALLED, random_model
 
 ALWAYS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")  # the others belong to the long matrix
 DENSE = ("llama", "gemma3_text", "gpt_neox")
-CHECKED = [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.long) for n in FAMILIES if n not in DENSE]
+CHECKED = [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.long) for n in INSTALLED if n not in DENSE]
 
 # what makes ids and gates where that is not one moe.route alone: some of the family's own code stands between
 BETWEEN = {
@@ -35,7 +35,11 @@ BETWEEN = {
     "zaya": {"core.reshape"},  # logits of three axes
     "inkling_text": {"moe.route", "core.slice"},  # shared experts enter the chosen ones' softmax
 }
-ROWS = ("muse_spark", "inkling2")  # what their experts do besides is none of moe.experts: matrix by matrix
+ROWS = (
+    "muse_spark",
+    "inkling2",
+    "inkling2_loop",
+)  # what their experts do besides is none of moe.experts: matrix by matrix
 
 
 @pytest.mark.parametrize("name", CHECKED)

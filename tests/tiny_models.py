@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from moec.compiler.frontends.cache import cache_argument, returned_cache
-from moec.compiler.frontends.families import Family
+from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.frontends.skeleton import make_model
 
+INSTALLED = tuple(name for name, family in FAMILIES.items() if hasattr(transformers, family.config_class))
 ROUTER = re.compile(r"(\.(mlp|feed_forward|mixer)\.gate|\.gate\.wg|router(_gate)?(\.\w+)?)\.weight$")
 COMPUTED = ("slope_rate", "_decay")  # buffers that a model computes from its config and saves all the same
 

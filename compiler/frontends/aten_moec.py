@@ -110,6 +110,6 @@ def _experts(
 
 
 @aten("moec.layer")
-def _layer(g: Graph, tensors: list[Value], index: int) -> tuple[Value, ...]:
+def _layer(g: Graph, tensors: list[Value], place: int) -> tuple[Value, ...]:
     assert g.calls is not None
-    return g.calls(g, tensors, index)
+    return g.calls(g, tensors, place)

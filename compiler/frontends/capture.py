@@ -35,7 +35,8 @@ class Tracing:
     masks: list[Tensor] = field(default_factory=list)  # keeps the ids above alive
     window: tuple[int, int] = (0, 0)  # the window and the chunk of the layer that is being traced
     names: dict[int, str] = field(default_factory=dict)  # activation functions by id
-    layers: list[Any] = field(default_factory=list)  # what the stubs stand for
+    layers: list[Any] = field(default_factory=list)  # what the stubs stand for, call by call
+    called: int = 0  # how many of these calls the pass of the model that is being traced has made
     recurrent: Tensor | None = None  # the recurrent state that was asked for last
     activations: dict[int, tuple[str, float, float, float] | None] = field(
         default_factory=dict

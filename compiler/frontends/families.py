@@ -63,6 +63,7 @@ class Family:
     checked: str = CHECKED
     padding: bool = True  # whether the rows of a batch may be padded on the left
     whole: Mapping[str, Any] | None = None  # of a model of text and images: what is not the text model's config
+    needs: str = ""  # the transformers that it needs; empty: any that can be installed
 
     def config(self, **changes: Any) -> Any:
         """Return the tiny transformers config, with changes."""
@@ -292,6 +293,19 @@ _ALL = (
             "layer_types": ["hybrid_sliding"] * 3 + ["hybrid"] * 2},
            "kv, convolution", "sliding and full attention by distance, short convolutions, experts, attention over layers",
            whole={"vision_config": {**_VISION, "text_hidden_size": 64}}),
+    Family("Inkling 2 Loop (text)", "inkling2_loop", "Inkling2LoopConfig",
+           {"head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "sliding_window_size": 4, "num_hidden_layers": 5, "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 8, "rel_extent": 12, "log_scaling_n_floor": 10,
+            "route_scale": 2.0, "unpadded_vocab_size": 120, "n_layers_per_attn_res_block": 2,
+            "qk_l2_clip_threshold": 3.0, "rel_l2_clip_threshold": 2.0, "loop_layer_index_start": 2,
+            "loop_layer_index_end": 4, "loop_num_passes": 3, "loop_gate_rank": 8,
+            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid", "hybrid_sliding"]},
+           "kv, convolution, for each pass", "as Inkling 2, some layers in three passes with messages to the next one",
+           whole={"vision_config": {**_VISION, "text_hidden_size": 64}}, needs="transformers 5.24"),
+    Family("Lara Mini", "lara_mini", "LaraMiniConfig",
+           {**_EIGHT, **_LINEAR, "num_hidden_layers": 4, "shared_expert_intermediate_size": 32, "head_dim": 16,
+            "sliding_window": 4}, DELTA, "gated delta net, sliding and full attention, experts", needs="transformers 5.24"),
     Family("Qwen3-Omni MoE (thinker)", "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerConfig",
            {"intermediate_size": 96, "head_dim": 16, **_EIGHT},
            whole={"vision_config": _VISION_QWEN, "vision_start_token_id": 125, "audio_start_token_id": 126,

@@ -1,8 +1,9 @@
 """Sorts a model's layers into kinds, each of which is traced once.
 
-Every layer is run on shapes alone and each of its operations is recorded. Layers that do the same are one kind, whatever
-tells them apart (a list of layer numbers in the config, an attribute that nothing reads); layers that are made of the
-same modules and do something else (a scale that hangs on the layer's number) are not.
+Every call of a layer is run on shapes alone and each of its operations is recorded. Calls that do the same are one kind,
+whatever tells them apart (a list of layer numbers in the config, an attribute that nothing reads, the place of their
+states in the cache); layers that are made of the same modules and do something else (a scale that hangs on the layer's
+number) are not.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def group_kinds(
     buffers: Mapping[str, Tensor],
     stored_as: Callable[[int], Hashable] | None = None,
 ) -> list[Layer]:
-    """Number the kinds of layers in order of appearance; return the first layer of each kind.
+    """Number the kinds of calls of layers in order of appearance; return the first call of each kind.
 
     `buffers` are the values that layers compute for themselves, by full name; `prefix` is the name of the list;
     `stored_as` says how the weights of a layer are stored.
@@ -72,7 +73,7 @@ def _recorded(layer: Layer, computed: Mapping[str, Hashable]) -> Hashable:
         with _Recorder(program, inputs, computed) as recorder, torch.no_grad():
             results, states = program(inputs)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, LookupError, MoecError):
-        return layer.index  # it stays a kind of its own, and tracing it says what is wrong
+        return layer.place  # it stays a kind of its own, and tracing it says what is wrong
     return (tuple(recorder.lines), recorder.name(results), recorder.name(states))
 
 

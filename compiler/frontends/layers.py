@@ -21,11 +21,12 @@ from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_clas
 from .capture import Tracing, current
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
-    """What the rehearsal saw of one layer."""
+    """What the rehearsal saw of one call of a layer; some models run through a part of their layers several times."""
 
-    index: int
+    index: int  # the layer's number in its list
+    place: int  # which of the model's calls of layers it is
     module: Any
     leaves: list[Any] = field(default_factory=list)  # arguments, flattened; tensors and the cache as they came
     spec: Any = None
@@ -64,12 +65,13 @@ def find_layers(model: Any) -> tuple[str, Any]:
 
 
 def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
-    """Run the model on shapes alone and return what each layer was called with."""
-    seen = [Layer(i, module) for i, module in enumerate(layers)]
+    """Run the model on shapes alone and return what each layer was called with, call by call."""
+    seen: list[Layer] = []
     cache = cache_class()()
 
-    def before(layer: Layer) -> Any:
+    def before(index: int) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> None:
+            layer = Layer(index, len(seen), module)
             layer.leaves, layer.spec = pytree.tree_flatten((args, kwargs))
             windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
             if len(windows) > 1:
@@ -77,28 +79,30 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             kept = {id(t) for earlier in seen for t in earlier.states.values()}
             layer.earlier = [i for i, tensor in enumerate(layer.tensors) if id(tensor) in kept]
             tracing.window = layer.window = windows.pop() if windows else (0, 0)
+            seen.append(layer)
 
         return hook
 
-    def after(layer: Layer) -> Any:
-        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            leaves, layer.result_spec = pytree.tree_flatten(output)
-            layer.given = [leaf is not None for leaf in leaves]
-            leaves = [leaf for leaf in leaves if leaf is not None]
-            if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                raise MoecError(f"{type(module).__name__} returns something that is no tensor")
-            before = dict(_shared(pytree.tree_unflatten(layer.leaves, layer.spec)) or {})
-            after = _shared((args, kwargs)) or {}
-            layer.shared = [key for key, value in after.items() if value is not before.get(key)]
-            layer.results = [*leaves, *shared_results(layer, after)]
-            layer.states = dict(cache.present)
-            cache.present.clear()
+    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        layer = seen[-1]
+        if layer.module is not module:
+            raise MoecError(f"{type(module).__name__} calls other layers of the model, which is not understood")
+        leaves, layer.result_spec = pytree.tree_flatten(output)
+        layer.given = [leaf is not None for leaf in leaves]
+        leaves = [leaf for leaf in leaves if leaf is not None]
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise MoecError(f"{type(module).__name__} returns something that is no tensor")
+        handed = dict(_shared(pytree.tree_unflatten(layer.leaves, layer.spec)) or {})
+        given = _shared((args, kwargs)) or {}
+        layer.shared = [key for key, value in given.items() if value is not handed.get(key)]
+        layer.results = [*leaves, *shared_results(layer, given)]
+        layer.states = dict(cache.present)
+        cache.present.clear()
+        _check_states(layer, seen[:-1])
 
-        return hook
-
-    hooks = [h for s in seen for h in (
-        s.module.register_forward_pre_hook(before(s), with_kwargs=True),
-        s.module.register_forward_hook(after(s), with_kwargs=True),
+    hooks = [h for i, module in enumerate(layers) for h in (
+        module.register_forward_pre_hook(before(i), with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
     )]  # fmt: skip
     try:
         with torch.no_grad():
@@ -113,9 +117,20 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     finally:
         for hook in hooks:
             hook.remove()
-    if any(s.spec is None or s.result_spec is None for s in seen):
-        raise MoecError(f"{type(model).__name__} does not call every layer once")
+    lacking = set(range(len(layers))) - {s.index for s in seen}
+    if lacking:
+        raise MoecError(f"{type(model).__name__} does not call layer {min(lacking)}")
     return seen
+
+
+def _check_states(layer: Layer, earlier: list[Layer]) -> None:
+    """Refuse a layer that changes a state which another call in the same step has changed."""
+    for number, label in layer.states:
+        if any((number, label) in other.states for other in earlier):
+            raise MoecError(
+                f"layer {layer.index} updates the {label} state {number} of its cache, which an earlier call in the same "
+                "step has updated: that is not understood"
+            )
 
 
 def _shared(arguments: Any) -> Any:
@@ -149,18 +164,18 @@ def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict
 
 
 @torch.library.custom_op("moec::layer", mutates_args=())
-def layer_op(tensors: list[Tensor], index: int) -> list[Tensor]:
-    """Stand for one layer; results have the shapes that the rehearsal saw."""
-    return _stub_results(tensors, index)
+def layer_op(tensors: list[Tensor], place: int) -> list[Tensor]:
+    """Stand for one call of a layer; results have the shapes that the rehearsal saw."""
+    return _stub_results(tensors, place)
 
 
 @layer_op.register_fake
-def _(tensors, index):
-    return _stub_results(tensors, index)
+def _(tensors, place):
+    return _stub_results(tensors, place)
 
 
-def _stub_results(tensors: list[Tensor], index: int) -> list[Tensor]:
-    layer = current().layers[index]
+def _stub_results(tensors: list[Tensor], place: int) -> list[Tensor]:
+    layer = current().layers[place]
     sizes: dict[int, Any] = {}
     for tensor, seen in zip(tensors, layer.tensors, strict=True):
         for actual, number in zip(tensor.shape, seen.shape, strict=True):
@@ -173,39 +188,49 @@ def _stub_results(tensors: list[Tensor], index: int) -> list[Tensor]:
 class Stub(torch.nn.Module):
     """Takes a layer's place in its list: no parameters, one op; other attributes are the layer's own."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not registered, so that the layer's parameters stay out of the trace
+        self.__dict__["module"] = module  # not registered, so that the layer's parameters stay out of the trace
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Emit `moec::layer`."""
+        layer = _next_call(self.__dict__["module"])
         leaves = pytree.tree_flatten((args, kwargs))[0]
-        results = torch.ops.moec.layer([t for t in leaves if isinstance(t, Tensor)], self.layer.index)
-        count = sum(self.layer.given)
-        if self.layer.shared:
-            states, each = _shared((args, kwargs)), (len(results) - count) // len(self.layer.shared)
-            for i, key in enumerate(self.layer.shared):
+        results = torch.ops.moec.layer([t for t in leaves if isinstance(t, Tensor)], layer.place)
+        count = sum(layer.given)
+        if layer.shared:
+            states, each = _shared((args, kwargs)), (len(results) - count) // len(layer.shared)
+            for i, key in enumerate(layer.shared):
                 states[key] = tuple(results[count + i * each : count + (i + 1) * each])
         found = iter(results[:count])
-        return pytree.tree_unflatten(
-            [next(found) if given else None for given in self.layer.given], self.layer.result_spec
-        )
+        return pytree.tree_unflatten([next(found) if given else None for given in layer.given], layer.result_spec)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["layer"].module, name)
+            return getattr(self.__dict__["module"], name)
+
+
+def _next_call(module: Any) -> Layer:
+    """Return what the rehearsal saw of the call of a layer that comes next in a pass of the model."""
+    tracing = current()
+    found = tracing.layers[tracing.called] if tracing.called < len(tracing.layers) else None
+    if found is None or found.module is not module:
+        raise MoecError(f"the order in which the model calls its layers changes: {type(module).__name__} is not next")
+    tracing.called += 1
+    return found
 
 
 @contextmanager
 def stubbed(layers: list[Layer], modules: Any) -> Iterator[None]:
     """Replace every layer of a ModuleList by its stub."""
     current().layers = layers
+    own = list(modules)
     try:
-        for layer in layers:
-            modules[layer.index] = Stub(layer)
+        for i, module in enumerate(own):
+            modules[i] = Stub(module)
         yield
     finally:
-        for layer in layers:
-            modules[layer.index] = layer.module
+        for i, module in enumerate(own):
+            modules[i] = module

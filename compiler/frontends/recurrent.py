@@ -197,4 +197,5 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 METHODS: dict[str, Callable[..., Any]] = {
     "MiniMaxLightningAttention.forward": _lightning,
     "Inkling2DynamicShortConvolution.forward": _dynamic_convolution,
+    "Inkling2LoopDynamicShortConvolution.forward": _dynamic_convolution,
 }

@@ -21,7 +21,7 @@ from . import aten_moec, aten_ops  # noqa: F401  (these fill the table of handle
 from .aten import Graph, lower
 from .builder import Builder
 from .cache import PAST, SIZES, cache_argument, cache_class, past_like
-from .capture import Tracing, tracing
+from .capture import Tracing, current, tracing
 from .export import DIM_EXPRESSIONS, Traced, trace
 from .kinds import group_kinds
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
@@ -189,6 +189,7 @@ class _MainProgram(torch.nn.Module):
         ids, mask, positions, past = tensors
         cache = cache_class()(length=past.shape[2])
         given = cache_argument(self.model, cache)
+        current().called = 0
         return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **given).logits
 
 
@@ -207,8 +208,9 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
     _add_weights(job, builder, traced, values, "model.", "", None)
     presents: dict[str, Value] = {}
 
-    def call(graph: Graph, tensors: list[Value], index: int) -> tuple[Value, ...]:
-        layer = job.layers[index]
+    def call(graph: Graph, tensors: list[Value], place: int) -> tuple[Value, ...]:
+        layer = job.layers[place]
+        index = layer.index
         callee = functions[layer.kind]
         keys = [f"{number}.{label}" for number, label in layer.states]
         hints = [f"hidden.{index}", *(f"aux_{i}.{index}" for i in range(1, len(layer.results)))]
