@@ -117,6 +117,8 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
         near = f"; near them, not the same: {', '.join(formats['near'])}" if "near" in formats else ""
         exact = ", ".join(formats.get("exact", ["none"]))
         click.echo(f"codes of the checkpoint kept in @{function}: {exact}{near}", err=True)
+    for note in report["figures"].get("notes", []):
+        click.echo(f"note: {note}", err=True)
     figures = report["figures"].get("measured")
     if figures:
         verdict = "verified" if figures["passed"] else "verification failed"

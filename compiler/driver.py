@@ -203,11 +203,19 @@ def _emit(
         if plan is not None:
             plan.write(folder / PLAN)
         costs = module_costs(module)
-        files = target.emit(module, loaded.weights, folder, tile, _with_total(progress, costs.total.compiled_bytes))
+        said: list[str] = []
+        files = target.emit(
+            module, loaded.weights, folder, tile, _with_total(progress, costs.total.compiled_bytes), said
+        )
         if (opened := getattr(loaded.weights, "opened", None)) is not None:
             opened.check()
         kept = kept_codes(module)
-        figures = {"counted": per_token(costs), **figures, **({"kept": kept} if kept else {})}
+        figures = {
+            "counted": per_token(costs),
+            **figures,
+            **({"kept": kept} if kept else {}),
+            **({"notes": said} if said else {}),
+        }
         write_manifest(
             folder, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
             precision=precision(module), lossy=is_lossy(module), figures=figures,

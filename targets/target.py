@@ -29,7 +29,8 @@ class Lower(Protocol):
 class Emit(Protocol):
     """Writes a module of stage kernel into a folder and returns the sha256 of each file by its name.
 
-    Weights are worked on in tiles of `tile_bytes` of f32. `progress` is told the bytes of weights written so far.
+    Weights are worked on in tiles of `tile_bytes` of f32. `progress` is told the bytes of weights written so far;
+    `notes` gets what a user should know of what was left out.
     """
 
     def __call__(
@@ -39,6 +40,7 @@ class Emit(Protocol):
         folder: Path,
         tile_bytes: int,
         progress: Callable[[int], None] | None = None,
+        notes: list[str] | None = None,
     ) -> dict[str, str]: ...
 
 

@@ -15,7 +15,9 @@ from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
 from moec.compiler.manifest import check_files, read_manifest
 from moec.compiler.parser import parse_module
+from moec.targets import declare_kernel_ops
 from moec.targets.accelerator import objects
+from moec.targets.accelerator.engine_files import engine_files, file_name, find_problems
 from moec.targets.accelerator.lower import lower
 from moec.targets.accelerator.objects import compile_kernels
 from moec.targets.accelerator.plan import make_plan
@@ -176,3 +178,73 @@ def test_the_router_keeps_its_numbers(artifact):
     router = safetensors.torch.load_file(artifact.folder / "weights/layer.1.safetensors")["layer.1/mlp_gate"]
     own = safetensors.torch.load_file(ROOT / "examples/tiny-moe/model.safetensors")["model.layers.1.mlp.gate.weight"]
     assert torch.equal(router.float(), own.float())
+
+
+# --- tuning files of other engines -----------------------------------------------------------------------------------
+
+GROUPED = """moec 1 stage kernel
+source "none"
+dim T in 1..128
+
+func @main(%x: f32[T, 256], %ids: i64[T, 2], %order: i64[2*T], %offsets: i64[9])
+    -> (f32[2*T, 256]) {
+  const %up : WEIGHT[8, 256, 256] = RECIPE
+  %h = acc.grouped_up(%x, %ids, %order, %offsets, %up, _) {act=silu, gated=false, layout=concat} : f32[2*T, 256]
+  return %h
+}
+"""
+PLAIN = 'stack(tensor("e.{0..7}.weight", bf16[256, 256]))'
+CODES = 'stack(dequantize(tensor("e.{0..7}.weight", f8e4m3[256, 256]), tensor("e.{0..7}.scale", f32[ROWS, 1]), block=[BLOCK, 256]))'
+
+
+@pytest.mark.parametrize(
+    ("weight", "recipe", "vllm", "sglang"),
+    [
+        ("bf16", PLAIN, "", ""),
+        ("int8_g32", f"quantize(cast({PLAIN}, to=f32), to=int8_g32)", ",dtype=int8_w8a16", ",dtype=int8_w8a16"),
+        ("uint4_g32", f"quantize(cast({PLAIN}, to=f32), to=uint4_g32)", ",dtype=int4_w4a16", ",dtype=int4_w4a16"),
+        # FP8 in the checkpoint, whatever moec's kernels read: one scale for a tensor, or for a row
+        (
+            "int8_g256",
+            f"quantize({CODES}, to=int8_g256)".replace("ROWS", "1").replace("BLOCK", "256"),
+            ",dtype=fp8_w8a8",
+            ",dtype=fp8_w8a8",
+        ),
+        (
+            "int8_g256",
+            f"quantize({CODES}, to=int8_g256)".replace("ROWS", "256").replace("BLOCK", "1"),
+            ",dtype=fp8_w8a8",
+            ",dtype=fp8_w8a8,per_channel_quant=True",
+        ),
+        (
+            "fp8_b128",
+            f"quantize(cast({PLAIN}, to=f32), to=fp8_b128)",
+            ",dtype=fp8_w8a8,block_shape=[128,128]",
+            ",dtype=fp8_w8a8,block_shape=[128, 128]",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("chip", "device"), [("nvidia-gb10", "NVIDIA_GB10"), ("nvidia-b300", "NVIDIA_B300_SXM6_AC")])
+def test_tuning_files_have_the_engines_names(weight, recipe, vllm, sglang, chip, device):
+    profile = find_profile(chip, {})
+    declare_kernel_ops()
+    module = parse_module(GROUPED.replace("WEIGHT", weight).replace("RECIPE", recipe))
+    (problem,) = find_problems(module, packings(module, profile))
+    for engine, suffix in (("vllm", vllm), ("sglang", sglang)):
+        assert file_name(engine, problem, device) == f"E=8,N=256,device_name={device}{suffix}.json"
+    notes: list[str] = []
+    names = []
+    for name, content in engine_files([problem], profile, notes):
+        names.append(name)
+        itemsize = 1 if "fp8" in suffix else 2
+        for entry in content.values():  # what the engines' kernel keeps in shared memory has to fit there
+            tile = (entry["BLOCK_SIZE_M"] + entry["BLOCK_SIZE_N"]) * entry["BLOCK_SIZE_K"] * itemsize
+            assert (entry["num_stages"] - 1) * tile <= {"nvidia-gb10": 101376, "nvidia-b300": 232448}[chip]
+    assert len(names) == 2 and not notes
+
+
+def test_tuning_files_that_cannot_be_are_noted(artifact):
+    (note,) = artifact.manifest["figures"]["notes"]
+    assert note.startswith(
+        "no tuning files of vLLM and SGLang for experts of mxfp4: their fused-MoE kernel has no weights"
+    )

@@ -12,7 +12,7 @@ from ...compiler.weights.sink import TILE_BYTES
 from ...compiler.weights.sources import WeightSource
 from .ascend_objects import source_of
 from .chip import Profile
-from .engine_files import engine_files
+from .engine_files import engine_files, find_problems
 from .objects import compile_kernels, write_files
 from .plan import make_plan
 from .shards import find_shards, write_shards
@@ -28,6 +28,7 @@ def emit(
     folder: Path,
     tile_bytes: int = TILE_BYTES,
     progress: Callable[[int], None] | None = None,
+    notes: list[str] | None = None,
     *,
     profile: Profile,
     compiled: bool = True,
@@ -37,18 +38,20 @@ def emit(
 
     Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set; `make_toolchain` makes
     triton-ascend's environment if it takes that and there is none. `progress` is told the
-    bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on which a kernel does not
+    bytes of weights written so far, `notes` gets which tuning files of other engines are left out. MoecError for an op that no kernel computes, for a chip on which a kernel does not
     fit, for weights that cannot be read and for a full disk.
     """
     kernels = kernel_specs(module, profile)
-    found = find_shards(module, packings(module, profile))
+    packed = packings(module, profile)
+    found = find_shards(module, packed)
     objects: Mapping[str, bytes] = {}
     if compiled:
         made = compile_kernels(kernels, profile, SOURCES, make_toolchain=make_toolchain)
         kernels, objects = made.kernels, made.files
     sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
-    experts = (problem for kind, problem in kernels.problems if kind == "experts_up")
-    engines = {f"{ENGINES}/{name}": _json(content) for name, content in engine_files(experts, profile)}
+    left_out = [] if notes is None else notes
+    tuned = engine_files(find_problems(module, packed), profile, left_out)
+    engines = {f"{ENGINES}/{name}": _json(content) for name, content in tuned}
     texts = {
         **sources,
         **engines,

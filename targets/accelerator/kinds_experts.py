@@ -17,10 +17,14 @@ SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is ta
 
 def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
     """Return the half of routed experts that an op is; the other half is filled in alike and does not matter."""
+    return experts_of(op, next(iter(weights.values())))
+
+
+def experts_of(op: Op, weight: Packing) -> Experts:
+    """Return the routed experts whose first or second product an op is, with its packed weight."""
     a, ids = attributes(op), op.operands[1]
     assert ids
     chosen = int(ids.type.shape[1])
-    weight = next(iter(weights.values()))
     operands = given(op)
     if op.name == "acc.grouped_up":
         inner = weight.rows // 2 if a["gated"] else weight.rows

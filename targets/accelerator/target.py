@@ -89,14 +89,15 @@ def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast")
 
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
-    progress: Callable[[int], None] | None = None, *, profile: Profile, compiled: bool,
-    make_toolchain: bool,
+    progress: Callable[[int], None] | None = None, notes: list[str] | None = None, *, profile: Profile,
+    compiled: bool, make_toolchain: bool,
 ) -> dict[str, str]:  # fmt: skip
     from .emit import emit
 
     return emit(
-        module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled, make_toolchain=make_toolchain
-    )
+        module, source, folder, tile_bytes, progress, notes, profile=profile, compiled=compiled,
+        make_toolchain=make_toolchain,
+    )  # fmt: skip
 
 
 def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:

@@ -44,8 +44,9 @@ def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast")
 
 
 def _emit(
-    module: Module, source: WeightSource, folder: Path, tile_bytes: int, progress: Callable[[int], None] | None = None
-) -> dict[str, str]:
+    module: Module, source: WeightSource, folder: Path, tile_bytes: int,
+    progress: Callable[[int], None] | None = None, notes: list[str] | None = None,
+) -> dict[str, str]:  # fmt: skip
     from .emit import emit
 
     return emit(module, source, folder, tile_bytes, progress)
