@@ -12,19 +12,15 @@ from .. import __version__
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
 from . import frontends
-from .artifact import Artifact, record_figures
-from .atomic import atomic_folder
-from .cost import module_costs
+from .artifact.atomic import atomic_folder
+from .artifact.manifest import write_manifest
+from .cli.report import left_out_of, per_token
+from .cost.count import module_costs
 from .errors import MoecError
-from .fragments import parse_pipeline
 from .frontends import Loaded
-from .ir import STAGES, Module
-from .manifest import write_manifest
-from .pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
-from .plan import PLAN
-from .planning import calibrated, find_plan
-from .printer import print_module
-from .quantization import (
+from .ir.fragments import parse_pipeline
+from .ir.module import STAGES, Module
+from .quantize.options import (  # fmt: skip
     AUTO,
     KEEP,
     Spec,
@@ -35,16 +31,20 @@ from .quantization import (
     precision,
     with_keep,
     with_quantize,
-)  # fmt: skip
-from .report import left_out_of, per_token
-from .rewrite import Why, tell
-from .unfused import unfused
+)
+from .quantize.plan import PLAN
+from .quantize.planning import calibrated, find_plan
+from .rewrite.pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
+from .rewrite.rules import Why, tell
+from .rewrite.unfused import unfused
+from .runtime.artifact import Artifact, record_figures
+from .text.printer import print_module
 from .weights.sink import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
-    from .parity import Comparison
-    from .plan import Plan
+    from .quantize.plan import Plan
+    from .runtime.compare import Comparison
 
 Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
 

@@ -6,7 +6,7 @@ moe: fuse-router, fuse-dispatch, fuse-shared-experts, absorb-mla, fuse-attention
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.
 """
 
-from ..compiler.pipeline import PassDef
+from ..compiler.rewrite.pipeline import PassDef
 from .absorb_mla import absorb_mla
 from .cleanup import cleanup
 from .drop_dead import drop_dead

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compiler.dims import size
 from ..compiler.errors import Refuse
-from ..compiler.ir import Module
-from ..compiler.pipeline import pass_
-from ..compiler.recipes import Recipe, step
-from ..compiler.rewrite import Match, Why, apply, rule
+from ..compiler.ir.dims import size
+from ..compiler.ir.module import Module
+from ..compiler.ir.recipes import Recipe, step
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.rules import Match, Why, apply, rule
 
 
 @rule(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..compiler.ir import Function, Module, Op, walk_calls
-from ..compiler.pipeline import pass_
+from ..compiler.ir.module import Function, Module, Op, walk_calls
+from ..compiler.rewrite.pipeline import pass_
 
 
 @pass_(reads="any")

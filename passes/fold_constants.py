@@ -9,13 +9,13 @@ from typing import Any
 
 import sympy
 
-from ..compiler.dims import size
-from ..compiler.interpret import run_op
-from ..compiler.ir import Const, Function, Module, Op, Value, attr_key, make_attrs
-from ..compiler.pipeline import pass_
-from ..compiler.recipes import step
-from ..compiler.roles import weight_operands
-from ..compiler.sweep import Sweep
+from ..compiler.check.interpret import run_op
+from ..compiler.ir.dims import size
+from ..compiler.ir.module import Const, Function, Module, Op, Value, attr_key, make_attrs
+from ..compiler.ir.recipes import step
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.roles import weight_operands
+from ..compiler.rewrite.sweep import Sweep
 
 # elementwise ops: on operands that hold one number everywhere, the result does too
 _ELEMENTWISE = frozenset(

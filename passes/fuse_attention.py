@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..compiler.draft import Draft, join, rewrite_ops
 from ..compiler.errors import Refuse
-from ..compiler.ir import Function, Module, Op, TensorType, Value, make_attrs
+from ..compiler.ir.module import Function, Module, Op, TensorType, Value, make_attrs
 from ..compiler.ops import OPS
-from ..compiler.pipeline import pass_
-from ..compiler.rewrite import Note, Why, tell
+from ..compiler.rewrite.draft import Draft, join, rewrite_ops
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.rules import Note, Why, tell
 
 FUSED = "nn.cached_attention"
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..compiler.draft import join
 from ..compiler.errors import Refuse
-from ..compiler.ir import Function, Module, Value
-from ..compiler.pipeline import pass_
-from ..compiler.recipes import Recipe
-from ..compiler.rewrite import Match, Note, Rule, Why, apply, rule, tell
+from ..compiler.ir.module import Function, Module, Value
+from ..compiler.ir.recipes import Recipe
+from ..compiler.rewrite.draft import join
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.rules import Match, Note, Rule, Why, apply, rule, tell
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..compiler.errors import Refuse
-from ..compiler.ir import Module
-from ..compiler.pipeline import pass_
-from ..compiler.rewrite import Match, Why, apply, rule
+from ..compiler.ir.module import Module
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.rules import Match, Why, apply, rule
 
 
 @rule(

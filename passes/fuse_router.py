@@ -11,10 +11,10 @@ from math import inf
 from typing import Any
 
 from ..compiler.errors import Refuse
-from ..compiler.ir import Function, Module, Op, Value
-from ..compiler.pipeline import pass_
-from ..compiler.rewrite import Match, Why, apply, rule, tell
-from ..compiler.routing import Router
+from ..compiler.ir.module import Function, Module, Op, Value
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.routing import Router
+from ..compiler.rewrite.rules import Match, Why, apply, rule, tell
 from .cleanup import cleanup
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..compiler.draft import join
 from ..compiler.errors import Refuse
-from ..compiler.ir import Module
-from ..compiler.pipeline import pass_
-from ..compiler.recipes import Recipe
-from ..compiler.rewrite import Match, Rule, Why, apply, rule
+from ..compiler.ir.module import Module
+from ..compiler.ir.recipes import Recipe
+from ..compiler.rewrite.draft import join
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.rules import Match, Rule, Why, apply, rule
 
 ACTS = {
     "silu": "core.silu(%g)",

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..compiler.codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
-from ..compiler.formats import GROUPS, Format, format_of
-from ..compiler.ir import Const, Function, Module, Op, Value
-from ..compiler.pipeline import pass_
-from ..compiler.quantization import steps_of
-from ..compiler.recipes import Recipe, step
-from ..compiler.rewrite import Why, tell
-from ..compiler.roles import weight_roles
+from ..compiler.formats.codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
+from ..compiler.ir.module import Const, Function, Module, Op, Value
+from ..compiler.ir.recipes import Recipe, step
+from ..compiler.ir.storage import GROUPS, Format, format_of
+from ..compiler.quantize.options import steps_of
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.roles import weight_roles
+from ..compiler.rewrite.rules import Why, tell
 
 Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> what stands there, and its format
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..compiler.errors import MoecError
-from ..compiler.ir import Module
-from ..compiler.pipeline import pass_
-from ..compiler.verify import STAGE_DIALECTS
+from ..compiler.ir.module import Module
+from ..compiler.ops.verify import STAGE_DIALECTS
+from ..compiler.rewrite.pipeline import pass_
 
 
 @pass_(reads="graph", leaves="moe")

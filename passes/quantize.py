@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..compiler.awq import fold
 from ..compiler.errors import MoecError
-from ..compiler.expert_groups import split_experts
-from ..compiler.formats import FORMAT_NAMES, GROUPS, Format, find_format
-from ..compiler.ir import Const, Function, Module, Op, Value
-from ..compiler.pipeline import pass_
-from ..compiler.plan import Unit, parse_layers
-from ..compiler.recipes import WEIGHT, step
-from ..compiler.rewrite import Why, tell
-from ..compiler.roles import weight_operands, weight_roles
+from ..compiler.ir.module import Const, Function, Module, Op, Value
+from ..compiler.ir.recipes import WEIGHT, step
+from ..compiler.ir.storage import FORMAT_NAMES, GROUPS, Format, find_format
+from ..compiler.quantize.awq_scales import fold
+from ..compiler.quantize.plan import Unit, parse_layers
+from ..compiler.rewrite.expert_groups import split_experts
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.roles import weight_operands, weight_roles
+from ..compiler.rewrite.rules import Why, tell
 
 KEEP = ("f32", "none")
 METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..compiler.errors import MoecError
-from ..compiler.formats import find_format
-from ..compiler.ir import Const, Function, Module
-from ..compiler.narrow import narrowed
-from ..compiler.pipeline import pass_
-from ..compiler.recipes import step
-from ..compiler.rewrite import Why, tell
-from ..compiler.roles import Uses, weight_roles
+from ..compiler.ir.module import Const, Function, Module
+from ..compiler.ir.narrow import narrowed
+from ..compiler.ir.recipes import step
+from ..compiler.ir.storage import find_format
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.roles import Uses, weight_roles
+from ..compiler.rewrite.rules import Why, tell
 
 DTYPES = ("bf16", "f16")
 _ALSO = {"nn.block_linear": (1,)}  # weights that are never quantized and so have no role

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..compiler.ir import Const, Function, Module, Op, attr_key
-from ..compiler.pipeline import pass_
-from ..compiler.sweep import Sweep
+from ..compiler.ir.module import Const, Function, Module, Op, attr_key
+from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.sweep import Sweep
 
 
 @pass_(reads="any")

@@ -18,7 +18,7 @@ class _Targets(Mapping[str, Target]):
     def __getitem__(self, name: str) -> Target:
         if name == CPU.name:
             return CPU
-        from .accelerator.profile import profile_names
+        from .accelerator.chip.profile import profile_names
         from .accelerator.target import find_accelerator
 
         if name not in profile_names():
@@ -26,7 +26,7 @@ class _Targets(Mapping[str, Target]):
         return find_accelerator(name, {})
 
     def __iter__(self) -> Iterator[str]:
-        from .accelerator.profile import profile_names
+        from .accelerator.chip.profile import profile_names
 
         return iter((CPU.name, *profile_names()))
 
@@ -39,7 +39,7 @@ TARGETS: Mapping[str, Target] = _Targets()
 
 def open_target(name: str, options: Mapping[str, str]) -> Target:
     """Return a target by name, or that of a chip's TOML file, with options; MoecError for what there is not."""
-    from .accelerator.describe import is_profile
+    from .accelerator.chip.describe import is_profile
     from .accelerator.target import find_accelerator
 
     if is_profile(name):

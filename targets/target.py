@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from ..compiler.formats import Format
-    from ..compiler.ir import Module, Op
-    from ..compiler.weights.sources import WeightSource
+    from ..compiler.ir.module import Module, Op
+    from ..compiler.ir.storage import Format
+    from ..compiler.weights.sources.source import WeightSource
 
 
 # what every target does before its own lowering: the ops of stage moe, fused

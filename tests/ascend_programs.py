@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 from chips_for_tests import named, weight
-from moec.targets.accelerator.choices import Tile
-from moec.targets.accelerator.kernels_dense import Linear, linear, linear_sum
-from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
-from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.kernels.choices import Tile
+from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
+from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.tile.packing import Packing
 
 EXPERTS, CHOSEN, TOKENS = 6, 2, 5
 FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "mxfp4", "fp8_b128")

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from moec.targets.accelerator.builder import Layout
-from moec.targets.accelerator.simulate import Chip, simulate
-from moec.targets.accelerator.tile_expr import NUMPY, evaluate
-from moec.targets.accelerator.tiles import DEVICE, Program, footprint
+from moec.targets.accelerator.tile.builder import Layout
+from moec.targets.accelerator.tile.expr import NUMPY, evaluate
+from moec.targets.accelerator.tile.simulate import Chip, simulate
+from moec.targets.accelerator.tile.tiles import DEVICE, Program, footprint
 
 KB = 1 << 10
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from moec.compiler.frontends.deepseek_v4_weights import _AROUND, _MEMORY
+from moec.compiler.frontends.deepseek_v4.weights import _AROUND, _MEMORY
 from safetensors.torch import save_file
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])

@@ -9,14 +9,14 @@ import onnx
 import pytest
 import test_keep
 import torch
-from moec.compiler.cost import op_flops
-from moec.compiler.dims import evaluate
+from moec.compiler.cost.count import op_flops
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.parser import parse_pipeline
-from moec.compiler.pipeline import run_pipeline
-from moec.compiler.quantization import method_of
-from moec.compiler.roles import weight_roles
+from moec.compiler.ir.dims import evaluate
+from moec.compiler.quantize.options import method_of
+from moec.compiler.rewrite.pipeline import run_pipeline
+from moec.compiler.rewrite.roles import weight_roles
+from moec.compiler.text.parser import parse_pipeline
 from moec.passes import PASSES
 from moec.targets import TARGETS
 from tiny_models import padded_batch, random_model, save

@@ -11,21 +11,21 @@ import safetensors.torch
 import torch
 from chips_for_tests import needs_triton
 from click.testing import CliRunner
-from moec.compiler.cli import main
+from moec.compiler.artifact.manifest import check_files, read_manifest
+from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
-from moec.compiler.manifest import check_files, read_manifest
-from moec.compiler.parser import parse_module
+from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
-from moec.targets.accelerator import objects
-from moec.targets.accelerator.engine_files import engine_files, file_name, find_problems
+from moec.targets.accelerator.artifact import objects
+from moec.targets.accelerator.artifact.engine_files import engine_files, file_name, find_problems
+from moec.targets.accelerator.artifact.objects import compile_kernels
+from moec.targets.accelerator.artifact.plan import make_plan
+from moec.targets.accelerator.artifact.shards import find_shards
+from moec.targets.accelerator.artifact.spec import kernel_specs, packings
+from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.lower import lower
-from moec.targets.accelerator.objects import compile_kernels
-from moec.targets.accelerator.plan import make_plan
-from moec.targets.accelerator.profile import find_profile
-from moec.targets.accelerator.shards import find_shards
-from moec.targets.accelerator.spec import kernel_specs, packings
-from moec.targets.accelerator.triton_compile import Compiled
-from moec.targets.accelerator.triton_source import triton_source
+from moec.targets.accelerator.triton.compile import Compiled
+from moec.targets.accelerator.triton.source import triton_source
 
 ROOT = Path(__file__).parent.parent
 H200 = find_profile("nvidia-h200", {})

@@ -7,24 +7,24 @@ import sys
 import moec
 import pytest
 import torch
-from moec.compiler.check import compare_function
+from moec.compiler.check.compare import compare_function
 from moec.compiler.driver import find_target, passes_for
 from moec.compiler.errors import MoecError
-from moec.compiler.formats import format_of
-from moec.compiler.fragments import parse_pipeline
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir import TensorType
-from moec.compiler.narrow import is_narrowing, narrowed
+from moec.compiler.ir.fragments import parse_pipeline
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.narrow import is_narrowing, narrowed
+from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.storage import format_of
 from moec.compiler.ops import OPS
-from moec.compiler.parser import parse_module
-from moec.compiler.pipeline import run_pipeline
-from moec.compiler.quantization import before_lowering, is_lossy
-from moec.compiler.recipes import Tensor, step
+from moec.compiler.quantize.options import before_lowering, is_lossy
+from moec.compiler.rewrite.pipeline import run_pipeline
+from moec.compiler.text.parser import parse_module
 from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
-from moec.targets.accelerator.formats import holds, slow
+from moec.targets.accelerator.kernels.formats import holds, slow
 from moec.targets.accelerator.lower import lower
-from moec.targets.accelerator.supported import supported
+from moec.targets.accelerator.select.supported import supported
 from tiny_models import random_model, save
 
 TARGET = find_target("nvidia-h200", {})

@@ -9,14 +9,14 @@ import moec
 import numpy as np
 import pytest
 import torch
-from moec.compiler.artifact import Artifact
 from moec.compiler.errors import MoecError
-from moec.compiler.generate import left_pad
-from moec.compiler.reference import Reference
-from moec.targets.accelerator import kinds_dense
-from moec.targets.accelerator.profile import find_profile
-from moec.targets.accelerator.spec import kernel_specs
-from moec.targets.accelerator.tiles import Argument
+from moec.compiler.runtime.artifact import Artifact
+from moec.compiler.runtime.generate import left_pad
+from moec.compiler.runtime.reference import Reference
+from moec.targets.accelerator.artifact.spec import kernel_specs
+from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.select import dense as kinds_dense
+from moec.targets.accelerator.tile.tiles import Argument
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples/tiny-moe"

@@ -8,12 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Const, Function, Module, Op, TensorType, Value
-from moec.compiler.recipes import Tensor, step
+from moec.compiler.ir.module import Const, Function, Module, Op, TensorType, Value
+from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import ModuleSource, RandomSource
-from moec.targets.accelerator.packing import Packing
-from moec.targets.accelerator.shards import find_shards, write_shards
+from moec.compiler.weights.sources.source import ModuleSource, RandomSource
+from moec.targets.accelerator.artifact.shards import find_shards, write_shards
+from moec.targets.accelerator.tile.packing import Packing
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 FORMATS = [

@@ -20,17 +20,17 @@ from ascend_programs import FORMATS, TOKENS, dense, programs, routed
 from chips_for_tests import CHIPS, cast, close, run
 from click.testing import CliRunner
 from linalg_interpreter import run_linalg
-from moec.compiler.cli import main
+from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
-from moec.targets.accelerator import ascend
-from moec.targets.accelerator.ascend import Environment, Kernel, environment, is_newer, kernel_of, lower
-from moec.targets.accelerator.ascend_objects import MISSING, find_environment
-from moec.targets.accelerator.ascend_program import for_ascend
-from moec.targets.accelerator.builder import Builder
-from moec.targets.accelerator.profile import shipped_profiles
+from moec.targets.accelerator.artifact.ascend_objects import MISSING, find_environment
+from moec.targets.accelerator.ascend import lower as ascend
+from moec.targets.accelerator.ascend.lower import Environment, Kernel, environment, is_newer, kernel_of, lower
+from moec.targets.accelerator.ascend.program import for_ascend
+from moec.targets.accelerator.chip.profile import shipped_profiles
 from moec.targets.accelerator.target import find_accelerator
-from moec.targets.accelerator.tile_expr import NUMPY, evaluate
-from moec.targets.accelerator.tiles import Dot, Load, Program, walk
+from moec.targets.accelerator.tile.builder import Builder
+from moec.targets.accelerator.tile.expr import NUMPY, evaluate
+from moec.targets.accelerator.tile.tiles import Dot, Load, Program, walk
 
 OLDER, NEWER = "Ascend910B4", "Ascend950DT_9582"
 REWRITTEN = list(programs(CHIPS["ascend-950"][0], ["bf16", "fp8_b128"]))

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from moec.compiler import atomic
-from moec.compiler.atomic import atomic_folder, recover
+from moec.compiler.artifact import atomic
+from moec.compiler.artifact.atomic import atomic_folder, recover
 from moec.compiler.errors import MoecError
 
 
@@ -183,7 +183,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from moec.compiler import atomic
+from moec.compiler.artifact import atomic
 if sys.argv[2] == "two renames":
     atomic._exchange = lambda first, second: False
 atomic._sync = lambda folder: None  # a killed process loses nothing that was written: more swaps a second

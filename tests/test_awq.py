@@ -3,18 +3,18 @@
 import pytest
 import torch
 from moec.compiler import frontends
-from moec.compiler.awq import fold
-from moec.compiler.calibrate import calibrate, main_inputs
+from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
+from moec.compiler.formats.encode import decode, encode
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir import TensorType
-from moec.compiler.recipes import FITTED, Tensor, step, tensors
-from moec.compiler.tiled import TiledInterpreter
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import FITTED, Tensor, step, tensors
+from moec.compiler.quantize.awq_scales import fold
+from moec.compiler.quantize.calibrate import calibrate, main_inputs
 from moec.compiler.weights.awq import _search, fit
 from moec.compiler.weights.calibrated import Calibrated, Inputs
-from moec.compiler.weights.encode import decode, encode
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import ModuleSource
+from moec.compiler.weights.sources.source import ModuleSource
 from moec.targets import TARGETS
 from tiny_models import random_model, save
 
@@ -87,7 +87,7 @@ def test_a_few_large_channels_are_kept():
         parts = encode(w * factors, find("uint4_g64"))
         return float((x @ (decode(parts, find("uint4_g64"), 64) / factors - w).T).square().mean())
 
-    from moec.compiler.formats import format_of as find
+    from moec.compiler.ir.storage import format_of as find
 
     assert float(s[::16].min()) > float(s[1::16].max())
     assert error(s) < 0.6 * error(torch.ones(64))

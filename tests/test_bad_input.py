@@ -6,9 +6,9 @@ import struct
 
 import pytest
 from click.testing import CliRunner
-from moec.compiler.artifact import Artifact
-from moec.compiler.cli import main
+from moec.compiler.cli.commands import main
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.runtime.artifact import Artifact
 from tiny_models import random_model, save
 
 

@@ -174,7 +174,7 @@ def test_v4_checkpoint_is_official(v4):
     """It names what the import reads, with all kinds of layers, and its logits are neither exploded nor collapsed."""
     import torch
     from moec.compiler.frontends import load
-    from moec.compiler.frontends.dequantized import dequantized_model
+    from moec.compiler.frontends.transformers.dequantized import dequantized_model
 
     loaded = load(v4)
     used = {"past_key_values." + p.name.split(".", 1)[1] for p in loaded.module.main.params if p.type.state}

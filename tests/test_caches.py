@@ -4,7 +4,7 @@ import moec
 import numpy as np
 import pytest
 from moec.compiler.frontends.families import FAMILIES
-from moec.targets.cpu.caches import STEP
+from moec.targets.cpu.run.caches import STEP
 from tiny_models import random_model
 
 

@@ -4,17 +4,17 @@ import moec
 import pytest
 import torch
 from moec.compiler import frontends
-from moec.compiler.calibrate import CalibrationText, _Recorder, calibrate, main_inputs, windows_of
+from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import find_target, opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir import walk_calls
-from moec.compiler.parser import parse_module
-from moec.compiler.quantization import weight_of
-from moec.compiler.recipes import bind
-from moec.compiler.tiled import TiledInterpreter
+from moec.compiler.ir.module import walk_calls
+from moec.compiler.ir.recipes import bind
+from moec.compiler.quantize.calibrate import CalibrationText, _Recorder, calibrate, main_inputs, windows_of
+from moec.compiler.quantize.options import weight_of
+from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.calibrated import Calibrated
-from moec.compiler.weights.sources import ModuleSource
+from moec.compiler.weights.sources.source import ModuleSource
 from moec.passes import PASSES
 from moec.targets import TARGETS
 from tiny_models import random_model, save

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from moec.compiler import cli
+from moec.compiler.cli import commands as cli
 from moec.compiler.errors import MoecError
-from moec.targets.cpu import capabilities, probe
+from moec.targets.cpu import capabilities
 from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, shipped
-from moec.targets.cpu.variants import all_variants, has_speed
+from moec.targets.cpu.probe import probe
+from moec.targets.cpu.probe.variants import all_variants, has_speed
 
 # --- the probe -----------------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def test_a_fault_of_the_probe_is_no_finding() -> None:
 
 def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that read the zero points wrongly would be seen."""
-    from moec.targets.cpu import probe_others
+    from moec.targets.cpu.probe import others as probe_others
 
     def off(name: str, given: dict[str, Any], **attrs: Any) -> Any:
         return refer(name, {**given, "zeros": given["zeros"] ^ 0x11}, **attrs)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.weights.gguf import open_gguf
+from moec.compiler.weights.sources.gguf import open_gguf
 from tiny_models import random_model, save
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from moec.compiler import frontends
 from moec.compiler.errors import MoecError
-from moec.compiler.formats import FORMAT_NAMES, GROUPS, find_format
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir import Const, TensorType
-from moec.compiler.parser import parse_module
-from moec.compiler.pipeline import pass_, run_pipeline
-from moec.compiler.recipes import Literal, Step, step
+from moec.compiler.ir.module import Const, TensorType
+from moec.compiler.ir.recipes import Literal, Step, step
+from moec.compiler.ir.storage import FORMAT_NAMES, GROUPS, find_format
+from moec.compiler.rewrite.pipeline import pass_, run_pipeline
+from moec.compiler.text.parser import parse_module
 from moec.compiler.weights import quantized as evaluated
 from moec.passes import PASSES
 from test_keep import CASES, checkpoint, quantized

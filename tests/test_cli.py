@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from moec.compiler import cli
-from moec.compiler.cli_base import progress_bar
+from moec.compiler.cli import commands as cli
+from moec.compiler.cli.base import progress_bar
 from moec.compiler.errors import MoecError
-from moec.compiler.parser import parse_module
+from moec.compiler.text.parser import parse_module
 
-MOEC = [sys.executable, "-m", "moec.compiler.cli"]
+MOEC = [sys.executable, "-m", "moec.compiler.cli.commands"]
 COMMANDS = ("compile", "opt", "run", "verify", "inspect", "list", "targets")
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -135,7 +135,7 @@ def test_debug_shows_the_traceback_too(arguments):
 
 
 def failing(monkeypatch, error: BaseException) -> Result:
-    from moec.compiler import listing
+    from moec.compiler.cli import listing
 
     def fail(name):
         raise error
@@ -184,7 +184,7 @@ def test_interrupt_is_one_line(tmp_path):
 
 
 def test_the_command_starts_without_heavy_imports():
-    code = "import sys, moec.compiler.cli; print([m for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'sympy') if m in sys.modules])"
+    code = "import sys, moec.compiler.cli.commands; print([m for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'sympy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from moec.compiler import cli
-from moec.compiler.parser import parse_module
+from moec.compiler.cli import commands as cli
+from moec.compiler.text.parser import parse_module
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -25,7 +25,7 @@ def moec(*arguments: object) -> Result:
 
 def shell(*arguments: object, **options) -> subprocess.CompletedProcess:
     """Run the command as its own process."""
-    command = [sys.executable, "-m", "moec.compiler.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "moec.compiler.cli.commands", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from moec.compiler.code_steps import BLOCKS
-from moec.compiler.dtypes import DTYPE_NAMES
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import TensorType
-from moec.compiler.recipes import Tensor, step
+from moec.compiler.ir.code_steps import BLOCKS
+from moec.compiler.ir.dtypes import DTYPE_NAMES
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.quantized import encode_rows
-from moec.compiler.weights.sources import ModuleSource, cut
+from moec.compiler.weights.sources.source import ModuleSource, cut
 
 
 def leaf(name, tensor):

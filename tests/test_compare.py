@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from moec.compiler.artifact import Artifact, record_figures
 from moec.compiler.errors import MoecError
-from moec.compiler.parity import SAMPLE, compare_prompts, relative, score_text, verify
-from moec.compiler.reference import Reference, open_reference
+from moec.compiler.runtime.artifact import Artifact, record_figures
+from moec.compiler.runtime.compare import SAMPLE, compare_prompts, relative, score_text, verify
+from moec.compiler.runtime.reference import Reference, open_reference
 
 SMALL = {"tokens": 60, "steps": 12}
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import moec
 import pytest
 from chips_for_tests import needs_triton
-from moec.targets.accelerator.objects import compile_kernels
-from moec.targets.accelerator.profile import find_profile
-from moec.targets.accelerator.spec import kernel_specs
-from moec.targets.accelerator.triton_predict import agrees
+from moec.targets.accelerator.artifact.objects import compile_kernels
+from moec.targets.accelerator.artifact.spec import kernel_specs
+from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.triton.predict import agrees
 
 CONFIGS = Path(__file__).parent / "configs"
 # two buckets: decoding, and a prompt; a full matrix of buckets takes half an hour

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from moec.compiler.cost import Costs, module_costs
+from moec.compiler.cli.report import bytes_text, count_text, flops_text, inspect, ranges
+from moec.compiler.cost.count import Costs, module_costs
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Module, Op
+from moec.compiler.ir.module import Module, Op
 from moec.compiler.ops import OPS
-from moec.compiler.parser import parse_module
-from moec.compiler.report import bytes_text, count_text, flops_text, inspect, ranges
+from moec.compiler.text.parser import parse_module
 
 CONFIGS = Path(__file__).parent / "configs"
 

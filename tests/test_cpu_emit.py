@@ -14,21 +14,21 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
-from moec.compiler.interpret import interpret
-from moec.compiler.ir import Function, Module, Op, TensorType, Value
-from moec.compiler.parser import parse_module
-from moec.compiler.printer import print_module
-from moec.compiler.recipes import Recipe, Tensor, step
-from moec.compiler.verify import verify
+from moec.compiler.ir.module import Function, Module, Op, TensorType, Value
+from moec.compiler.ir.recipes import Recipe, Tensor, step
+from moec.compiler.ops.verify import verify
+from moec.compiler.text.parser import parse_module
+from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import RandomSource
+from moec.compiler.weights.sources.source import RandomSource
 from moec.passes import PASSES
 from moec.targets import TARGETS
-from moec.targets.cpu.emit import DATA, MODEL, emit, supported
-from moec.targets.cpu.genai import genai_config
-from moec.targets.cpu.lower import lower
-from moec.targets.cpu.lower_quantized import interleaved
+from moec.targets.cpu.lower.module import lower
+from moec.targets.cpu.lower.quantized import interleaved
+from moec.targets.cpu.onnx.emit import DATA, MODEL, emit, supported
+from moec.targets.cpu.onnx.genai import genai_config
 
 SOURCE = RandomSource(3)
 

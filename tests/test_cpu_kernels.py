@@ -13,14 +13,14 @@ import pytest
 import sympy
 import test_cpu_quantized
 import torch
-from moec.compiler.dims import dim, floordiv, size
-from moec.compiler.interpret import interpret, random_inputs
-from moec.compiler.ir import Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.check.interpret import interpret, random_inputs
+from moec.compiler.ir.dims import dim, floordiv, size
+from moec.compiler.ir.module import Dim, Function, Module, Op, TensorType, Value, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.ops.compressed import pending_tokens
-from moec.compiler.weights.sources import RandomSource
-from moec.targets.cpu.emit import KERNELS, MODEL, emit
-from moec.targets.cpu.lower import lower
+from moec.compiler.weights.sources.source import RandomSource
+from moec.targets.cpu.lower.module import lower
+from moec.targets.cpu.onnx.emit import KERNELS, MODEL, emit
 
 B, S, P = dim("B"), dim("S"), dim("P")
 DIMS = (Dim("B", 1, 1024), Dim("S", 1, 131072), Dim("P", 0, 131072))

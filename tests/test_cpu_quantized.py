@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from moec.compiler.dims import dim
-from moec.compiler.formats import format_of
-from moec.compiler.ir import TensorType
-from moec.targets.cpu.emit import MODEL
-from moec.targets.cpu.probe import INT8_MOST
-from moec.targets.cpu.probe_cases import quantized, refer, write
+from moec.compiler.ir.dims import dim
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.storage import format_of
+from moec.targets.cpu.onnx.emit import MODEL
+from moec.targets.cpu.probe.cases import quantized, refer, write
+from moec.targets.cpu.probe.probe import INT8_MOST
 
 T = dim("T")
 FORMATS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in (16, 32, 64, 128, 256) for sign in ("", "u")]

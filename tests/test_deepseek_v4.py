@@ -4,13 +4,13 @@ import moec
 import numpy as np
 import pytest
 import torch
-from moec.compiler.dims import evaluate
+from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.generate import generate
-from moec.compiler.interpret import interpret
-from moec.compiler.verify import verify
+from moec.compiler.ir.dims import evaluate
+from moec.compiler.ops.verify import verify
+from moec.compiler.runtime.generate import generate
 from moec.compiler.weights.pull import pull
 from tiny_models import random_model, save, stepped
 

@@ -10,8 +10,8 @@ from deepseek_v4_checkpoint import official_config, write_official
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.printer import print_module
-from moec.compiler.weights.checkpoint import Checkpoint
+from moec.compiler.text.printer import print_module
+from moec.compiler.weights.sources.checkpoint import Checkpoint
 from test_deepseek_v4 import PLAIN, PUBLISHED, YARN, Interpreted, difference, tokens
 from tiny_models import random_model, save, stepped
 

@@ -4,15 +4,15 @@ import time
 from pathlib import Path
 
 import pytest
-from moec.compiler.cost import module_costs, op_flops
-from moec.compiler.dims import evaluate
+from moec.compiler.cli.report import inspect
+from moec.compiler.cost.count import module_costs, op_flops
 from moec.compiler.frontends import load
-from moec.compiler.ir import walk_calls
-from moec.compiler.parser import parse_module
-from moec.compiler.printer import print_module
-from moec.compiler.recipes import Step
-from moec.compiler.report import inspect
-from moec.compiler.verify import verify
+from moec.compiler.ir.dims import evaluate
+from moec.compiler.ir.module import walk_calls
+from moec.compiler.ir.recipes import Step
+from moec.compiler.ops.verify import verify
+from moec.compiler.text.parser import parse_module
+from moec.compiler.text.printer import print_module
 
 CONFIGS = Path(__file__).parent / "configs"
 MILLION = 1 << 20

@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler import frontends
-from moec.compiler.calibrate import calibrate, main_inputs
-from moec.compiler.check import compare_function
+from moec.compiler.check.compare import compare_function
+from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
-from moec.compiler.expert_groups import split_experts
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir import Module
-from moec.compiler.parser import parse_module
-from moec.compiler.tiled import TiledInterpreter
-from moec.compiler.verify import verify
+from moec.compiler.ir.module import Module
+from moec.compiler.ops.verify import verify
+from moec.compiler.quantize.calibrate import calibrate, main_inputs
+from moec.compiler.rewrite.expert_groups import split_experts
+from moec.compiler.text.parser import parse_module
 from moec.targets import TARGETS
 from tiny_models import random_model, save
 

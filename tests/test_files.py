@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from moec.compiler.check import compare_function
-from moec.compiler.check_rounding import compare_rounded
+from moec.compiler.check.compare import compare_function
+from moec.compiler.check.rounding import compare_rounded
 from moec.compiler.driver import find_target, passes_for
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Const, Function, Module, Op, Value
-from moec.compiler.parser import parse_module, parse_pipeline
-from moec.compiler.pipeline import TOLERANCE, run_pipeline
-from moec.compiler.printer import print_module
+from moec.compiler.ir.module import Const, Function, Module, Op, Value
+from moec.compiler.rewrite.pipeline import TOLERANCE, run_pipeline
+from moec.compiler.text.parser import parse_module, parse_pipeline
+from moec.compiler.text.printer import print_module
 from moec.passes import PASSES
 from moec.targets import Target
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import moec
 import pytest
 import torch
+from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES, Family
-from moec.compiler.interpret import interpret
-from moec.compiler.printer import print_module
-from moec.compiler.verify import verify
+from moec.compiler.ops.verify import verify
+from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
 from tiny_models import padded_batch, random_model, save, stepped
 
@@ -93,7 +93,7 @@ def test_live_module_gives_the_same_program(case):
 
 def test_import_reads_no_weights(tmp_path, monkeypatch):
     folder = save(random_model(FAMILIES["mixtral"]), tmp_path)
-    from moec.compiler.weights.checkpoint import Checkpoint
+    from moec.compiler.weights.sources.checkpoint import Checkpoint
 
     def fail(*args, **kwargs):
         raise AssertionError("weights were read")
@@ -152,7 +152,7 @@ def test_fp8_blocks_are_dequantized(tmp_path):
 def load_again(loaded, folder):
     """Return the program with the weights that lie in the folder now."""
     from moec.compiler.frontends import Loaded
-    from moec.compiler.weights.checkpoint import open_checkpoint
+    from moec.compiler.weights.sources.checkpoint import open_checkpoint
 
     return Loaded(loaded.module, open_checkpoint(folder), folder)
 

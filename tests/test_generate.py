@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from moec.compiler import generate as generation
-from moec.compiler.artifact import Artifact
 from moec.compiler.errors import MoecError
-from moec.compiler.generate import generate, left_pad, pick
-from moec.compiler.tokenizer import TextStream, Tokenizer, load_tokenizer
-from moec.targets.cpu.session import load
+from moec.compiler.runtime import generate as generation
+from moec.compiler.runtime.artifact import Artifact
+from moec.compiler.runtime.generate import generate, left_pad, pick
+from moec.compiler.runtime.tokenizer import TextStream, Tokenizer, load_tokenizer
+from moec.targets.cpu.run.session import load
 
 PROMPTS = [[5, 9, 2, 11, 30], [7], [3, 3, 8]]
 

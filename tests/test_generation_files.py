@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from moec.compiler.artifact.generation_files import find_end_tokens, find_sampling
 from moec.compiler.errors import MoecError
-from moec.compiler.generation_files import find_end_tokens, find_sampling
 
 UNIGRAM = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", -1.5], ["a", -2.0]]}}
 BPE = {"added_tokens": [{"id": 9, "content": "<|im_end|>"}], "model": {"type": "BPE", "vocab": {"<|end|>": 4, "a": 5}}}

@@ -10,12 +10,12 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.gguf import dequantized, gguf_name
-from moec.compiler.ir import TensorType
-from moec.compiler.recipes import Tensor
-from moec.compiler.weights.gguf import open_gguf
+from moec.compiler.frontends.gguf.model import dequantized, gguf_name
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import ModuleSource
+from moec.compiler.weights.sources.gguf import open_gguf
+from moec.compiler.weights.sources.source import ModuleSource
 from test_code_steps import random_blocks
 from test_keep import EXACT, difference
 from tiny_models import random_model, save

@@ -5,7 +5,7 @@ import struct
 import gguf_files
 import pytest
 from moec.compiler.errors import MoecError
-from moec.compiler.weights.gguf import LongArray, open_gguf
+from moec.compiler.weights.sources.gguf import LongArray, open_gguf
 
 
 def header(*pairs, tensors=0):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
-from moec.compiler.cli import main
+from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.gguf_config import gguf_config
-from moec.compiler.weights.gguf import open_gguf
+from moec.compiler.frontends.gguf.config import gguf_config
+from moec.compiler.weights.sources.gguf import open_gguf
 from test_gguf import ARCHITECTURES, gguf_tensors, metadata
 from test_keep import EXACT, difference
 from tiny_models import random_model, save

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from moec.compiler.cli import main
+from moec.compiler.cli.commands import main
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.recipes import Step, step
+from moec.compiler.ir.recipes import Step, step
 from moec.compiler.weights.pull import pull
 from tiny_models import padded_batch, random_model, save
 
@@ -95,7 +95,7 @@ def test_the_codes_are_those_of_the_checkpoint(name, tmp_path):
 
 
 def _in_layer(module, recipe):
-    from moec.compiler.recipes import bind
+    from moec.compiler.ir.recipes import bind
 
     return bind(recipe, module.by_name["layer"].weights, {"layer": "1"})
 
@@ -189,7 +189,7 @@ def test_gpt_oss_in_mxfp4(tmp_path):
     assert difference(artifact, plain) <= EXACT
     (folder / "model.safetensors").unlink()
     printed = moec.compile(folder, stop_after="moe")
-    from moec.compiler.cost import module_costs
+    from moec.compiler.cost.count import module_costs
 
     assert module_costs(printed).total.parameters == sum(t.numel() for t in meant.values())
 
@@ -204,10 +204,10 @@ def test_the_command_says_what_was_kept(tmp_path):
 
 def test_experts_interleave_as_codes():
     """Rows of gate and up in turn, for codes, scales and zero points alike."""
-    from moec.compiler.ir import TensorType
-    from moec.compiler.recipes import Tensor
-    from moec.compiler.weights.sources import ModuleSource
-    from moec.targets.cpu.lower_quantized import interleaved
+    from moec.compiler.ir.module import TensorType
+    from moec.compiler.ir.recipes import Tensor
+    from moec.compiler.weights.sources.source import ModuleSource
+    from moec.targets.cpu.lower.quantized import interleaved
 
     generator = torch.Generator().manual_seed(0)
     tensors = {

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.compiler.ops.nn import attention as reference
-from moec.targets.accelerator.attend import parts
-from moec.targets.accelerator.choices import AttentionTile, RowTile
-from moec.targets.accelerator.kernels_attention import Attention, attention, attention_merge
-from moec.targets.accelerator.tiles import DEVICE
+from moec.targets.accelerator.kernels.attend import parts
+from moec.targets.accelerator.kernels.attention import Attention, attention, attention_merge
+from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile
+from moec.targets.accelerator.tile.tiles import DEVICE
 
 chips = pytest.mark.parametrize("name", CHIPS)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from chips_for_tests import CHIPS, run
 from moec.compiler.errors import MoecError
-from moec.targets.accelerator.choices import RowTile
-from moec.targets.accelerator.kernels_comm import (
+from moec.targets.accelerator.kernels.choices import RowTile
+from moec.targets.accelerator.kernels.comm import (
     Exchange,
     Link,
     Packed,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from chips_for_tests import CHIPS, bf16, close, run
 from moec.compiler.ops.compressed import compressed_attention as reference
-from moec.targets.accelerator.choices import AttentionTile, RowTile
-from moec.targets.accelerator.kernels_compressed import Compressed, compressed_attention, compressed_merge, slide
+from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile
+from moec.targets.accelerator.kernels.compressed import Compressed, compressed_attention, compressed_merge, slide
 
 chips = pytest.mark.parametrize("name", CHIPS)
 

@@ -7,9 +7,9 @@ from chips_for_tests import CHIPS, bf16, close, named, run, weight
 from moec.compiler.errors import MoecError
 from moec.compiler.ops.compressed import block_linear
 from moec.compiler.ops.mlp import gated_mlp as gated_mlp_op
-from moec.targets.accelerator.choices import Tile
-from moec.targets.accelerator.kernels_dense import Linear, linear, linear_sum
-from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.kernels.choices import Tile
+from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
+from moec.targets.accelerator.tile.packing import Packing
 
 FORMATS = ("bf16", "f32", "int4_g128", "uint4_g32", "int8_g64", "mxfp4", "fp8_b128")
 chips = pytest.mark.parametrize("name", CHIPS)

@@ -7,9 +7,9 @@ from chips_for_tests import CHIPS, close, run
 from moec.compiler.errors import MoecError
 from moec.compiler.ops.compressed import compress_tokens as compress_reference
 from moec.compiler.ops.compressed import select_entries
-from moec.targets.accelerator.choices import AttentionTile, RowTile
-from moec.targets.accelerator.kernels_compressed import slide
-from moec.targets.accelerator.kernels_entries import Compress, Select, choose_entries, compress_tokens, entry_scores
+from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile
+from moec.targets.accelerator.kernels.compressed import slide
+from moec.targets.accelerator.kernels.entries import Compress, Select, choose_entries, compress_tokens, entry_scores
 
 chips = pytest.mark.parametrize("name", CHIPS)
 

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.formats import find_format
+from moec.compiler.ir.storage import find_format
 from moec.compiler.ops.moe import experts as reference
-from moec.targets.accelerator.choices import Tile
-from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
-from moec.targets.accelerator.machine import chip_of, layout_of
-from moec.targets.accelerator.packing import Packing
-from moec.targets.accelerator.profile import find_profile
-from moec.targets.accelerator.simulate import simulate
-from moec.targets.accelerator.tiles import Program, footprint
+from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.kernels.choices import Tile
+from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.tile.machine import chip_of, layout_of
+from moec.targets.accelerator.tile.packing import Packing
+from moec.targets.accelerator.tile.simulate import simulate
+from moec.targets.accelerator.tile.tiles import Program, footprint
 
 CHIPS = ("nvidia-h200", "nvidia-b200", "amd-mi300x", "ascend-910b", "ascend-950dt", "cambricon-mlu370")
 FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "uint8_g64", "fp8_b128", "mxfp4", "nvfp4")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from chips_for_tests import CHIPS, bf16, close, run
 from moec.compiler.ops.hyper_connections import hyper_connection_head, hyper_connection_post, hyper_connection_pre
-from moec.targets.accelerator.choices import RowTile, Tile
-from moec.targets.accelerator.kernels_hyper import Streams, stream_scores, streams_in, streams_out
+from moec.targets.accelerator.kernels.choices import RowTile, Tile
+from moec.targets.accelerator.kernels.hyper import Streams, stream_scores, streams_in, streams_out
 
 chips = pytest.mark.parametrize("name", CHIPS)
 

@@ -7,9 +7,9 @@ from chips_for_tests import CHIPS, bf16, close, run
 from moec.compiler.ops import nn
 from moec.compiler.ops.attention import cached_attention
 from moec.compiler.ops.compressed import rope_pairs
-from moec.targets.accelerator.choices import RowTile
-from moec.targets.accelerator.kernels_norm import Norm, add_rms_norm, layer_norm, rms_norm
-from moec.targets.accelerator.kernels_rope import Append, Rope, qk_rope_append, rope
+from moec.targets.accelerator.kernels.choices import RowTile
+from moec.targets.accelerator.kernels.norm import Norm, add_rms_norm, layer_norm, rms_norm
+from moec.targets.accelerator.kernels.rope import Append, Rope, qk_rope_append, rope
 
 chips = pytest.mark.parametrize("name", CHIPS)
 

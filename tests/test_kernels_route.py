@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.compiler.ops.route import route as reference
-from moec.targets.accelerator.kernels_route import Route, route
+from moec.targets.accelerator.kernels.route import Route, route
 
 OPERANDS = ("bias", "given", "expert_scale")
 

@@ -3,12 +3,12 @@
 import moec
 import pytest
 import torch
+from moec.compiler.check.interpret import interpret
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.merge import merge_functions
-from moec.compiler.interpret import interpret
-from moec.compiler.parser import parse_module
-from moec.compiler.verify import verify
+from moec.compiler.frontends.transformers.merge import merge_functions
+from moec.compiler.ops.verify import verify
+from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.pull import pull
 from tiny_models import padded_batch, random_model
 
@@ -36,7 +36,7 @@ def callees(loaded):
 @pytest.fixture
 def traced(monkeypatch):
     """Return a list that gets a layer's number each time that one is traced."""
-    from moec.compiler.frontends import transformers_model
+    from moec.compiler.frontends.transformers import model as transformers_model
 
     found, original = [], transformers_model.trace
     monkeypatch.setattr(

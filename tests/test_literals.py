@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from moec.compiler.ir import Const, Function, Module, Op, TensorType, Value, make_attrs
-from moec.compiler.parser import parse_module
-from moec.compiler.printer import print_module
-from moec.compiler.recipes import Literal, step
+from moec.compiler.ir.module import Const, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.recipes import Literal, step
+from moec.compiler.text.parser import parse_module
+from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sink import DataFile
-from moec.compiler.weights.sources import RandomSource
+from moec.compiler.weights.sources.source import RandomSource
 from moec.passes import PASSES
 
 ZEROS = (b"\0" * 8, b"\0" * 7 + b"\x80")

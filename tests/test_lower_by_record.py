@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from moec.compiler import cli
+from moec.compiler.check.interpret import interpret, random_inputs
+from moec.compiler.cli import commands as cli
 from moec.compiler.driver import find_target
 from moec.compiler.errors import MoecError
-from moec.compiler.formats import format_of
-from moec.compiler.interpret import interpret, random_inputs
-from moec.compiler.ir import Module
-from moec.compiler.parser import parse_module
-from moec.compiler.printer import print_module
-from moec.compiler.verify import verify
+from moec.compiler.ir.module import Module
+from moec.compiler.ir.storage import format_of
+from moec.compiler.ops.verify import verify
+from moec.compiler.text.parser import parse_module
+from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import RandomSource
+from moec.compiler.weights.sources.source import RandomSource
 from moec.passes.quantize import quantize
 from moec.targets.cpu import capabilities
 from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, holds, shipped, slow
-from moec.targets.cpu.lower import lower
+from moec.targets.cpu.lower.module import lower
 
 SOURCE = RandomSource(5)
 QMOE = {"activation": "swiglu", "routing": "weights"}

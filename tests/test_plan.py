@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from moec.compiler import cli
-from moec.compiler.allocate import Weight, choose
+from moec.compiler.cli import commands as cli
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import TensorType
-from moec.compiler.parser import parse_module
-from moec.compiler.plan import Budget, Entry, Plan, Unit, parse_layers, read_plan, spell_layers
-from moec.compiler.recipes import Tensor
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import Tensor
+from moec.compiler.quantize.allocate import Weight, choose
+from moec.compiler.quantize.plan import Budget, Entry, Plan, Unit, parse_layers, read_plan, spell_layers
+from moec.compiler.text.parser import parse_module
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-moe"
 TEXT = {

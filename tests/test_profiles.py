@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from moec.compiler import cli
+from moec.compiler.cli import commands as cli
 from moec.compiler.errors import MoecError
-from moec.targets.accelerator.chip import FIGURES, GRADES, RULES, TOP, kind_of
-from moec.targets.accelerator.profile import FOLDER, find_profile, read_profile, shipped_profiles
-from moec.targets.accelerator.quantities import quantity, quantity_text
-from moec.targets.accelerator.schema import SCHEMA
+from moec.targets.accelerator.chip.chip import FIGURES, GRADES, RULES, TOP, kind_of
+from moec.targets.accelerator.chip.profile import FOLDER, find_profile, read_profile, shipped_profiles
+from moec.targets.accelerator.chip.quantities import quantity, quantity_text
+from moec.targets.accelerator.chip.schema import SCHEMA
 
 NAMES = [
     "amd-mi300x", "amd-mi355x", "ascend-910b", "ascend-910c", "ascend-950dt", "ascend-950pr", "cambricon-mlu370",
@@ -504,7 +504,7 @@ def test_a_bad_file_is_one_error(tmp_path):
 
 def test_profiles_cost_nothing_until_they_are_read():
     code = (
-        "import sys, moec.targets, moec.targets.accelerator.profile as p; "
+        "import sys, moec.targets, moec.targets.accelerator.chip.profile as p; "
         "print(sorted({'jsonschema', 'tomllib', 'torch'} & set(sys.modules))); "
         "p.find_profile('nvidia-b200', {}); print(p.shipped_profiles.cache_info().currsize, p._shipped.cache_info().currsize)"
     )

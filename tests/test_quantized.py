@@ -8,14 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from moec.compiler import driver
-from moec.compiler.cli import main
+from moec.compiler.check.interpret import interpret
+from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.interpret import interpret
-from moec.compiler.parity import score_text
-from moec.compiler.quantization import Spec, with_quantize
-from moec.compiler.reference import Reference
+from moec.compiler.quantize.options import Spec, with_quantize
+from moec.compiler.runtime.compare import score_text
+from moec.compiler.runtime.reference import Reference
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sink import tile_bytes
 from tiny_models import padded_batch, random_model
@@ -122,7 +122,7 @@ def test_from_every_stage(tiny_int4, tmp_path, request):
     """The dumped program compiles to the same bytes, and the final one of the artifact too."""
     source = request.config.rootpath / TINY
     module = driver.compile(source, quantize="int4", stop_after="moe")
-    from moec.compiler.printer import print_module
+    from moec.compiler.text.printer import print_module
 
     (tmp_path / "moe.moir").write_text(print_module(module))
     for start in (tmp_path / "moe.moir", tiny_int4.folder / "program.moir"):
@@ -143,7 +143,7 @@ def test_running_needs_no_torch(tiny_int4):
     import sys
 
     code = (
-        "import sys; from moec.compiler.artifact import Artifact;"
+        "import sys; from moec.compiler.runtime.artifact import Artifact;"
         f"Artifact.open({str(tiny_int4.folder)!r}).run(tokens=[5, 6], max_new_tokens=2);"
         "print(sorted({'torch', 'transformers', 'sympy', 'onnx'} & set(sys.modules)))"
     )

@@ -12,14 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from deepseek_v4_checkpoint import official_config, write_official
-from moec.compiler.cli import main
-from moec.compiler.code_steps import BLOCKS
+from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends.dequantized import dequantized_model
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.stored import LAYOUTS
-from moec.compiler.recipes import step
-from moec.compiler.reference import open_reference
+from moec.compiler.frontends.stored.stored import LAYOUTS
+from moec.compiler.frontends.transformers.dequantized import dequantized_model
+from moec.compiler.ir.code_steps import BLOCKS
+from moec.compiler.ir.recipes import step
+from moec.compiler.runtime.reference import open_reference
 from safetensors.torch import load_file, save_file
 from test_deepseek_v4_checkpoints import WIDE
 from test_gguf import write_model
@@ -128,13 +128,13 @@ def test_a_parameter_without_tensors_is_named(tmp_path):
 
 def wrong_order(patch):
     """Let moec take AWQ's columns in the order in which they lie."""
-    patch.setattr("moec.compiler.frontends.layouts._AWQ_ORDER", tuple(range(8)))
+    patch.setattr("moec.compiler.frontends.stored.layouts._AWQ_ORDER", tuple(range(8)))
 
 
 def wrong_table(patch):
     """Let moec look up E2M1 codes in the table of another format."""
     other = lambda packed: step("decode", step("unpack", packed, bits=4, axis=1), of="iq4_nl")  # noqa: E731
-    patch.setattr("moec.compiler.frontends.layouts.e2m1", other)
+    patch.setattr("moec.compiler.frontends.stored.layouts.e2m1", other)
 
 
 def wrong_float(patch):
@@ -179,7 +179,7 @@ def test_a_wrong_decoding_of_gguf_fails(tmp_path):
         file, _ = write_model(tmp_path, "olmoe", lambda name: "mxfp4", num_hidden_layers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "moec.compiler.frontends.gguf.BLOCKS", {**BLOCKS, "mxfp4": replace(BLOCKS["mxfp4"], element="iq4_nl")}
+            "moec.compiler.frontends.gguf.model.BLOCKS", {**BLOCKS, "mxfp4": replace(BLOCKS["mxfp4"], element="iq4_nl")}
         )
         moec.compile(file, out=tmp_path / "artifact", quantize="f32")
     found, code = verified(tmp_path / "artifact", "--text-tokens", "50")

@@ -4,8 +4,8 @@ import moec
 import numpy as np
 import pytest
 import torch
-from moec.compiler.frontends.cache import cache_argument, returned_cache
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.transformers.cache import cache_argument, returned_cache
 from tiny_models import padded_batch
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import moec
 import pytest
-from moec.compiler.artifact import Artifact
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.parser import parse_module
-from moec.compiler.printer import print_module
+from moec.compiler.runtime.artifact import Artifact
+from moec.compiler.text.parser import parse_module
+from moec.compiler.text.printer import print_module
 from tiny_models import random_model, save
 
-MOEC = [sys.executable, "-m", "moec.compiler.cli"]
+MOEC = [sys.executable, "-m", "moec.compiler.cli.commands"]
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from moec.compiler.check import compare_modules
-from moec.compiler.draft import join
+from moec.compiler.check.compare import compare_modules
 from moec.compiler.errors import MoecError, Refuse
-from moec.compiler.ir import Module, TensorType
-from moec.compiler.parser import parse_module
-from moec.compiler.printer import print_module
-from moec.compiler.recipes import Tensor, step
-from moec.compiler.rewrite import Note, apply, rule
-from moec.compiler.verify import verify
+from moec.compiler.ir.module import Module, TensorType
+from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ops.verify import verify
+from moec.compiler.rewrite.draft import join
+from moec.compiler.rewrite.rules import Note, apply, rule
+from moec.compiler.text.parser import parse_module
+from moec.compiler.text.printer import print_module
 
 
 def program(body: str, results: str = "f32[B, 8]", returned: str = "%y", params: str = "%x: f32[B, 8]") -> Module:

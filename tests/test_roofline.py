@@ -8,17 +8,17 @@ import time
 import numpy as np
 import pytest
 import sympy
-from moec.compiler.dims import dim
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Module
+from moec.compiler.ir.dims import dim
+from moec.compiler.ir.module import Module
 from moec.compiler.ops import OPS
-from moec.compiler.parser import parse_module
+from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
-from moec.targets.accelerator.assumed import ASSUMED, MEANING
-from moec.targets.accelerator.experts_touched import distinct_experts
-from moec.targets.accelerator.profile import find_profile, shipped_profiles
-from moec.targets.accelerator.roofline import Overlap, Roofline, module_roofline
-from moec.targets.accelerator.work import call_counts, module_work, stored_bits
+from moec.targets.accelerator.chip.profile import find_profile, shipped_profiles
+from moec.targets.accelerator.predict.assumed import ASSUMED, MEANING
+from moec.targets.accelerator.predict.experts_touched import distinct_experts
+from moec.targets.accelerator.predict.roofline import Overlap, Roofline, module_roofline
+from moec.targets.accelerator.predict.work import call_counts, module_work, stored_bits
 
 from .test_cli import CONFIGS, moec
 

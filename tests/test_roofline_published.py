@@ -11,13 +11,13 @@ from functools import cache
 
 import pytest
 from moec.compiler import driver
-from moec.compiler.dims import dim
-from moec.compiler.ir import Module
-from moec.compiler.parser import parse_module
+from moec.compiler.ir.dims import dim
+from moec.compiler.ir.module import Module
+from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
-from moec.targets.accelerator.profile import find_profile
-from moec.targets.accelerator.roofline import Overlap, module_roofline
-from moec.targets.accelerator.work import call_counts, weight_bytes
+from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.predict.roofline import Overlap, module_roofline
+from moec.targets.accelerator.predict.work import call_counts, weight_bytes
 
 from .test_cli import CONFIGS
 

@@ -14,16 +14,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
-from moec.compiler.dims import dim
+from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.driver import find_target, opt
 from moec.compiler.errors import MoecError
-from moec.compiler.interpret import interpret, random_inputs
-from moec.compiler.ir import Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.dims import dim
+from moec.compiler.ir.module import Dim, Function, Module, Op, TensorType, Value, make_attrs
 from moec.compiler.ops import OPS
-from moec.compiler.parser import parse_module
-from moec.compiler.weights.sources import RandomSource
-from moec.targets.cpu.emit import MODEL, emit
-from moec.targets.cpu.ranges import gate_sum, not_negative
+from moec.compiler.text.parser import parse_module
+from moec.compiler.weights.sources.source import RandomSource
+from moec.targets.cpu.lower.ranges import gate_sum, not_negative
+from moec.targets.cpu.onnx.emit import MODEL, emit
 
 T = dim("T")
 EXPERTS = 8

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from moec.compiler.driver import compile, opt
-from moec.compiler.dtypes import DTYPE_NAMES
-from moec.compiler.frontends.aten import Graph, lower
+from moec.compiler.frontends.aten.export import trace
+from moec.compiler.frontends.aten.lower import Graph, lower
 from moec.compiler.frontends.builder import Builder
-from moec.compiler.frontends.export import trace
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.layers import BATCH, NEW
-from moec.compiler.frontends.transformers_model import _type_of
-from moec.compiler.ir import Dim, Module, TensorType
-from moec.compiler.recipes import Tensor
+from moec.compiler.frontends.transformers.layers import BATCH, NEW
+from moec.compiler.frontends.transformers.model import _type_of
+from moec.compiler.ir.dtypes import DTYPE_NAMES
+from moec.compiler.ir.module import Dim, Module, TensorType
+from moec.compiler.ir.recipes import Tensor
 from tiny_models import INSTALLED, random_model
 
 ALWAYS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")  # the others belong to the long matrix

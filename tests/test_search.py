@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
-from moec.targets.accelerator.experts_touched import distinct_experts, expected_tiles
-from moec.targets.accelerator.kernels_dense import Linear
-from moec.targets.accelerator.kernels_experts import Experts, grouped_up
-from moec.targets.accelerator.kinds import Tokens
-from moec.targets.accelerator.kinds_dense import linear_ways
-from moec.targets.accelerator.kinds_experts import touched
-from moec.targets.accelerator.machine import chip_of, layout_of
-from moec.targets.accelerator.packing import Packing
-from moec.targets.accelerator.profile import find_profile, profile_names
-from moec.targets.accelerator.search import Kernel, row_choices, search, shapes
-from moec.targets.accelerator.tiles import BITS, Dot, aligned, walk
+from moec.targets.accelerator.chip.profile import find_profile, profile_names
+from moec.targets.accelerator.kernels.dense import Linear
+from moec.targets.accelerator.kernels.experts import Experts, grouped_up
+from moec.targets.accelerator.predict.experts_touched import distinct_experts, expected_tiles
+from moec.targets.accelerator.select.dense import linear_ways
+from moec.targets.accelerator.select.experts import touched
+from moec.targets.accelerator.select.kinds import Tokens
+from moec.targets.accelerator.select.search import Kernel, row_choices, search, shapes
+from moec.targets.accelerator.tile.machine import chip_of, layout_of
+from moec.targets.accelerator.tile.packing import Packing
+from moec.targets.accelerator.tile.tiles import BITS, Dot, aligned, walk
 
 UNKNOWN = {  # figures that nobody has published, as a user would give them
     "cambricon-mlu590": {

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from moec.compiler.artifact import Artifact
 from moec.compiler.errors import MoecError
-from moec.compiler.generate import left_pad
-from moec.targets.cpu.session import load, usable_cores
+from moec.compiler.runtime.artifact import Artifact
+from moec.compiler.runtime.generate import left_pad
+from moec.targets.cpu.run.session import load, usable_cores
 
 PROMPTS = [[5, 9, 2, 11, 30], [7], [3, 3, 8]]
 

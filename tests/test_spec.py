@@ -7,14 +7,14 @@ import jsonschema
 import moec
 import numpy as np
 import pytest
-from moec.compiler.ir import Op
-from moec.targets.accelerator.machine import chip_of, layout_of
-from moec.targets.accelerator.profile import profile_names
-from moec.targets.accelerator.simulate import simulate
-from moec.targets.accelerator.spec import kernel_specs
-from moec.targets.accelerator.supported import supported
-from moec.targets.accelerator.tile_expr import NUMPY, evaluate
-from moec.targets.accelerator.tiles import Program, footprint
+from moec.compiler.ir.module import Op
+from moec.targets.accelerator.artifact.spec import kernel_specs
+from moec.targets.accelerator.chip.profile import profile_names
+from moec.targets.accelerator.select.supported import supported
+from moec.targets.accelerator.tile.expr import NUMPY, evaluate
+from moec.targets.accelerator.tile.machine import chip_of, layout_of
+from moec.targets.accelerator.tile.simulate import simulate
+from moec.targets.accelerator.tile.tiles import Program, footprint
 from test_search import check_fits, profile_of
 
 ROOT = Path(__file__).parent.parent

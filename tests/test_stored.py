@@ -6,17 +6,17 @@ import checkpoint_formats as formats
 import numpy as np
 import pytest
 import torch
-from moec.compiler.codes import packed, take_apart
 from moec.compiler.errors import MoecError
-from moec.compiler.formats import format_of
-from moec.compiler.frontends.layouts import Stored, gptq
-from moec.compiler.frontends.stored import read_quantization, stored_tensors
-from moec.compiler.ir import TensorType
-from moec.compiler.recipes import Tensor, step
-from moec.compiler.weights.checkpoint import open_checkpoint
+from moec.compiler.formats.codes import packed, take_apart
+from moec.compiler.frontends.stored.layouts import Stored, gptq
+from moec.compiler.frontends.stored.stored import read_quantization, stored_tensors
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.storage import format_of
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.quantized import encode_rows
-from moec.compiler.weights.sources import RandomSource, cut
+from moec.compiler.weights.sources.checkpoint import open_checkpoint
+from moec.compiler.weights.sources.source import RandomSource, cut
 from safetensors.torch import save_file
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}

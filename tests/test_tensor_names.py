@@ -9,11 +9,11 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.names import map_parameters
 from moec.compiler.frontends.skeleton import build, read_config
-from moec.compiler.frontends.stored import stored_tensors
-from moec.compiler.weights.checkpoint import open_checkpoint
+from moec.compiler.frontends.stored.stored import stored_tensors
+from moec.compiler.frontends.transformers.names import map_parameters
 from moec.compiler.weights.pull import pull
+from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, save
 

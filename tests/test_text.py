@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import sympy
-from moec.compiler.dims import dim
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Op, TensorType, Value
-from moec.compiler.parser import (
+from moec.compiler.ir.dims import dim
+from moec.compiler.ir.module import Op, TensorType, Value
+from moec.compiler.ir.recipes import Literal, Tensor, step
+from moec.compiler.text.parser import (
     Operand,
     PatternOp,
     Var,
@@ -21,8 +22,7 @@ from moec.compiler.parser import (
     parse_size,
     parse_statements,
 )
-from moec.compiler.printer import print_function, print_module, print_op, print_recipe, print_type
-from moec.compiler.recipes import Literal, Tensor, step
+from moec.compiler.text.printer import print_function, print_module, print_op, print_recipe, print_type
 
 TEXT = """\
 moec 1 stage graph

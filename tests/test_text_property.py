@@ -9,13 +9,13 @@ from unittest.mock import patch
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from moec.compiler.dims import ceildiv, dim, floordiv, size, size_text
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Const, Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.dims import ceildiv, dim, floordiv, size, size_text
+from moec.compiler.ir.module import Const, Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.recipes import Literal, Tensor, step
 from moec.compiler.ops import OPS
-from moec.compiler.parser import parse_module, parse_pipeline, parse_signature, parse_size, parse_statements
-from moec.compiler.printer import print_module
-from moec.compiler.recipes import Literal, Tensor, step
+from moec.compiler.text.parser import parse_module, parse_pipeline, parse_signature, parse_size, parse_statements
+from moec.compiler.text.printer import print_module
 
 RELAXED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 TYPES: dict[int, tuple[TensorType, ...]] = {}  # what the op test.any gives, by its attribute `n`

@@ -9,16 +9,16 @@ import pytest
 import torch
 from chips_for_tests import needs_triton
 from moec.compiler.errors import MoecError
-from moec.targets.accelerator.builder import Builder, Layout
-from moec.targets.accelerator.choices import Tile
-from moec.targets.accelerator.kernels_dense import Linear, linear
-from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
-from moec.targets.accelerator.launch import Kernel, seconds
-from moec.targets.accelerator.packing import Packing
-from moec.targets.accelerator.triton_compile import AMD, NVIDIA, compile_kernel, compile_request, request
-from moec.targets.accelerator.triton_predict import agrees, matrix_unit, predict_shared, spills, units
-from moec.targets.accelerator.triton_source import triton_source
-from moec.targets.accelerator.triton_workers import compile_all
+from moec.targets.accelerator.kernels.choices import Tile
+from moec.targets.accelerator.kernels.dense import Linear, linear
+from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.run.launch import Kernel, seconds
+from moec.targets.accelerator.tile.builder import Builder, Layout
+from moec.targets.accelerator.tile.packing import Packing
+from moec.targets.accelerator.triton.compile import AMD, NVIDIA, compile_kernel, compile_request, request
+from moec.targets.accelerator.triton.predict import agrees, matrix_unit, predict_shared, spills, units
+from moec.targets.accelerator.triton.source import triton_source
+from moec.targets.accelerator.triton.workers import compile_all
 
 LAYOUT = Layout(("shared",), ("shared",), "registers", "registers")
 TENSOR = Layout(("shared",), ("shared",), "tensor", "registers", ("registers",))

@@ -8,16 +8,16 @@ import numpy as np
 import onnxruntime
 import pytest
 from click.testing import CliRunner
-from moec.compiler.cli import main
+from moec.compiler.check.interpret import interpret, random_inputs
+from moec.compiler.cli.commands import main
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.interpret import interpret, random_inputs
-from moec.compiler.parser import parse_module
-from moec.compiler.unfused import line, unfused
+from moec.compiler.rewrite.unfused import line, unfused
+from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import RandomSource
+from moec.compiler.weights.sources.source import RandomSource
 from moec.passes import PASSES
-from moec.targets.cpu.emit import MODEL, emit
-from moec.targets.cpu.lower import lower
+from moec.targets.cpu.lower.module import lower
+from moec.targets.cpu.onnx.emit import MODEL, emit
 from tiny_models import random_model, save
 
 REFUSED = Path(__file__).parent / "files" / "fuse_dispatch_refused.moir"

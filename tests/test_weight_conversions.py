@@ -4,10 +4,10 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.recipe_tensor import RecipeTensor
-from moec.compiler.ir import TensorType
-from moec.compiler.recipes import Tensor
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources import ModuleSource
+from moec.compiler.weights.sources.source import ModuleSource
 
 STEPS = {
     "first_rows": lambda x: x[:5],

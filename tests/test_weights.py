@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moec.compiler.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import TensorType
-from moec.compiler.recipes import Tensor
-from moec.compiler.weights.checkpoint import INDEX, open_checkpoint
+from moec.compiler.ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.safetensors_header import DTYPES
-from moec.compiler.weights.sources import ModuleSource, RandomSource, cut
+from moec.compiler.weights.sources.checkpoint import INDEX, open_checkpoint
+from moec.compiler.weights.sources.safetensors_header import DTYPES
+from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
 from safetensors.torch import save_file
 
 

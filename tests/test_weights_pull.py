@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moec.compiler.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from moec.compiler.ir import TensorType
-from moec.compiler.recipes import SPREADING, STEPS, Literal, Recipe, Tensor, bind, spread, step
-from moec.compiler.weights.checkpoint import open_checkpoint
+from moec.compiler.ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from moec.compiler.ir.module import TensorType
+from moec.compiler.ir.recipes import SPREADING, STEPS, Literal, Recipe, Tensor, bind, spread, step
 from moec.compiler.weights.pull import EVALUATE, pull, tiles
 from moec.compiler.weights.quantized import QUANTIZED
-from moec.compiler.weights.sources import ModuleSource, RandomSource, cut
+from moec.compiler.weights.sources.checkpoint import open_checkpoint
+from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
 from safetensors.torch import save_file
 
 
@@ -224,7 +224,7 @@ def test_tiles() -> None:
 
 def test_a_part_of_the_spread_items_makes_no_other_names(monkeypatch):
     """Tiles of one expert among many: what they cost does not grow with the number of experts."""
-    from moec.compiler import recipes
+    from moec.compiler.ir import recipes
 
     numbered = Tensor("a.{3..258}.w", TensorType.of("f32", 2))
     stacked = step("stack", Tensor("b", TensorType.of("f32", 2)), numbered, Tensor("c", TensorType.of("f32", 2)))

@@ -9,9 +9,9 @@ import moec
 import numpy as np
 import pytest
 import torch
+from moec.compiler.cli.report import inspect
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.report import inspect
 from safetensors.torch import load_file, save_file
 from tiny_models import padded_batch, random_model, save
 

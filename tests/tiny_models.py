@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from moec.compiler.frontends.cache import cache_argument, returned_cache
 from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.frontends.skeleton import make_model
+from moec.compiler.frontends.transformers.cache import cache_argument, returned_cache
 
 INSTALLED = tuple(name for name, family in FAMILIES.items() if hasattr(transformers, family.config_class))
 ROUTER = re.compile(r"(\.(mlp|feed_forward|mixer)\.gate|\.gate\.wg|router(_gate)?(\.\w+)?)\.weight$")

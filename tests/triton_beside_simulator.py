@@ -7,10 +7,10 @@ from collections import Counter
 
 import numpy as np
 import torch
-from moec.targets.accelerator import simulate as simulator
-from moec.targets.accelerator.launch import TORCH, Kernel
 from moec.targets.accelerator.run.interpreter import mend
-from moec.targets.accelerator.tile_expr import dtype_name
+from moec.targets.accelerator.run.launch import TORCH, Kernel
+from moec.targets.accelerator.tile import simulate as simulator
+from moec.targets.accelerator.tile.expr import dtype_name
 
 mend()
 TRIES = 3

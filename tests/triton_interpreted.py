@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.ops.moe import experts as reference
-from moec.targets.accelerator.builder import Builder, Layout
-from moec.targets.accelerator.choices import Tile
-from moec.targets.accelerator.kernels_experts import Experts, combine, grouped_down, grouped_up, sort
-from moec.targets.accelerator.launch import TORCH, Kernel, Layer
-from moec.targets.accelerator.packing import Packing
+from moec.targets.accelerator.kernels.choices import Tile
+from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.run.interpreter import mend
-from moec.targets.accelerator.simulate import Chip, simulate
-from moec.targets.accelerator.tile_expr import NUMPY, dtype_name
+from moec.targets.accelerator.run.launch import TORCH, Kernel, Layer
+from moec.targets.accelerator.tile.builder import Builder, Layout
+from moec.targets.accelerator.tile.expr import NUMPY, dtype_name
+from moec.targets.accelerator.tile.packing import Packing
+from moec.targets.accelerator.tile.simulate import Chip, simulate
 from tile_weights import random_weight
 
 mend()

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import MoecError
-from ..ir import Const, Function, Op, TensorType, Value, make_attrs
+from ..ir.module import Const, Function, Op, TensorType, Value, make_attrs
+from ..ir.recipes import Recipe
 from ..ops import OPS
-from ..recipes import Recipe
 
 
 @dataclass

@@ -7,11 +7,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from ..errors import MoecError
-from ..ir import TensorType
-from ..weights.checkpoint import Checkpoint, first_number
-from .layers import find_layers
-from .names import Rules
+from ..ir.module import TensorType
+from ..weights.sources.checkpoint import Checkpoint, first_number
 from .other_names import canonical, piece_of
+from .transformers.layers import find_layers
+from .transformers.names import Rules
 
 # config keys that announce layers behind num_hidden_layers: they draft tokens
 _DRAFTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")

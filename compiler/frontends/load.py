@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
-from ..ir import Module, TensorType
-from ..weights.sources import WeightSource
-from .merge import merge_functions
+from ..ir.module import Module, TensorType
+from ..weights.sources.source import WeightSource
+from .transformers.merge import merge_functions
 
 LIVE = "python:"  # how the source of a live module starts
 
@@ -54,8 +54,8 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
     if path.suffix == ".moir":
         return _load_text(path, weights)
     if (file := gguf_file(path)) is not None:
-        from .gguf import import_gguf
-        from .huggingface import check_weights
+        from .gguf.model import import_gguf
+        from .transformers.huggingface import check_weights
 
         module, opened = import_gguf(file, name.rstrip("/"))
         check_weights(module, opened.checkpoint)
@@ -65,7 +65,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
     if not path.is_dir():
         what = "is a file of no known kind" if path.exists() else "does not exist"
         raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder, a .gguf or a .moir file")
-    from .huggingface import import_folder
+    from .transformers.huggingface import import_folder
 
     replaced: list[str] = []
     module, checkpoint, left_out = import_folder(
@@ -88,7 +88,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def _load_text(path: Path, weights: Path | str | None) -> Loaded:
-    from ..parser import parse_module
+    from ..text.parser import parse_module
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -98,11 +98,11 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
     folder = find_weights(module, path, weights)
     if folder is None:
         return Loaded(module, None, None)
-    from ..weights.checkpoint import open_checkpoint
-    from .huggingface import check_weights, has_weights
+    from ..weights.sources.checkpoint import open_checkpoint
+    from .transformers.huggingface import check_weights, has_weights
 
     if (file := gguf_file(folder)) is not None:
-        from ..weights.gguf import open_gguf
+        from ..weights.sources.gguf import open_gguf
 
         opened = open_gguf(file)
         check_weights(module, opened.checkpoint)
@@ -136,8 +136,8 @@ def _load_live(model: Any) -> Loaded:
             f"a live {type(model).__name__} is not understood",
             todo="give a causal LM of transformers, or save it as a checkpoint folder",
         )
-    from ..weights.sources import ModuleSource
-    from .huggingface import import_live
+    from ..weights.sources.source import ModuleSource
+    from .transformers.huggingface import import_live
 
     replaced: list[str] = []
     module, tensors = import_live(model, replaced)

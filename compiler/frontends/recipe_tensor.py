@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..dtypes import DTYPE_NAMES, TORCH_DTYPES
 from ..errors import MoecError
-from ..ir import Attr
-from ..recipes import SPREADING, Recipe, Step, Tensor, step
+from ..ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from ..ir.module import Attr
+from ..ir.recipes import SPREADING, Recipe, Step, Tensor, step
 
 FLOATS = {"f16", "bf16", "f32", "f64"}
 

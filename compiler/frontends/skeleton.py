@@ -12,8 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import MoecError
-from .capture import NAME, register
 from .config_types import known_config, refuse_adapter
+from .transformers.capture import NAME, register
 
 _FACTORIES = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand, torch.empty_like, torch.zeros_like,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..dims import Size, size
-from ..ir import TensorType
+from ..ir.dims import Size, size
+from ..ir.module import TensorType
 from .define import OPS, Attributes, Types, fail, op
 from .nn import attention, rms_norm, rope
 

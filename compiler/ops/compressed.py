@@ -9,8 +9,8 @@ from __future__ import annotations
 import sympy
 import torch
 
-from ..dims import Size, floordiv, size
-from ..ir import TensorType
+from ..ir.dims import Size, floordiv, size
+from ..ir.module import TensorType
 from .define import Attributes, Types, fail, op
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import sympy
 import torch
 
-from ..dims import Size, size
-from ..dtypes import TORCH_DTYPES
-from ..ir import TensorType
+from ..ir.dims import Size, size
+from ..ir.dtypes import TORCH_DTYPES
+from ..ir.module import TensorType
 from .define import Attributes, Types, broadcast_shapes, fail, free, op
 
 

@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from ..dims import Size, size, size_text
 from ..errors import MoecError
-from ..formats import find_format
-from ..fragments import Operand, Signature, parse_signature
-from ..ir import DTYPE_BITS, TensorType, make_attrs
+from ..ir.dims import Size, size, size_text
+from ..ir.fragments import Operand, Signature, parse_signature
+from ..ir.module import DTYPE_BITS, TensorType, make_attrs
+from ..ir.storage import find_format
 
 Types: TypeAlias = Sequence[Any]  # TensorType, None for an absent operand
 Attributes = Mapping[str, Any]

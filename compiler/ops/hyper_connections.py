@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..dims import Size
-from ..ir import TensorType
+from ..ir.dims import Size
+from ..ir.module import TensorType
 from .define import Attributes, Types, fail, op
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..dims import Size
-from ..ir import TensorType
+from ..ir.dims import Size
+from ..ir.module import TensorType
 from .define import Attributes, Types, fail, op
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

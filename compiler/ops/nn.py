@@ -5,9 +5,9 @@ from __future__ import annotations
 import sympy
 import torch
 
-from ..dims import Size, size
-from ..formats import find_format
-from ..ir import TensorType
+from ..ir.dims import Size, size
+from ..ir.module import TensorType
+from ..ir.storage import find_format
 from .core import axis_of, with_axis
 from .define import Attributes, Domain, Types, fail, op
 

@@ -6,8 +6,8 @@ from math import inf, isfinite
 
 import torch
 
-from ..dims import Size
-from ..ir import TensorType
+from ..ir.dims import Size
+from ..ir.module import TensorType
 from .define import Attributes, Types, fail, op
 
 # floating-point operations of a score for one logit

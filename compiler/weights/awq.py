@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..formats import format_of
-from ..ir import Module, TensorType, walk_calls
-from ..quantization import method_of
-from ..recipes import Recipe, Step, Tensor, bind
+from ..formats.encode import decode, encode
+from ..ir.module import Module, TensorType, walk_calls
+from ..ir.recipes import Recipe, Step, Tensor, bind
+from ..ir.storage import format_of
+from ..quantize.options import method_of
 from .calibrated import Inputs, inputs_of
-from .encode import decode, encode
 from .pull import pull
-from .sources import WeightSource
+from .sources.source import WeightSource
 
 STEPS = 10  # the exponent is tried in tenths
 ROWS = 512  # inputs of a weight (of one expert) that the error is taken on

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import MoecError
-from ..ir import TensorType
-from ..recipes import WEIGHT, Recipe, Step, step, tensors
-from .gptq import inverse_factor
-from .safetensors_header import TensorInfo
-from .sources import Box, WeightSource, cut
+from ..formats.gptq import inverse_factor
+from ..ir.module import TensorType
+from ..ir.recipes import WEIGHT, Recipe, Step, step, tensors
+from .sources.safetensors_header import TensorInfo
+from .sources.source import Box, WeightSource, cut
 from .unchanged import Opened
 
 _KEPT = 4  # factors that are kept: the tiles of a weight come one after the other, to a few threads

@@ -9,13 +9,13 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 import torch
 
-from ..code_steps import BLOCKS, ELEMENTS
-from ..dtypes import TORCH_DTYPES
 from ..errors import MoecError
-from ..ir import DTYPE_BITS
-from ..recipes import Recipe, Step, tensors
-from .ggml import PARTS
-from .sources import Box
+from ..formats.ggml import PARTS
+from ..ir.code_steps import BLOCKS, ELEMENTS
+from ..ir.dtypes import TORCH_DTYPES
+from ..ir.module import DTYPE_BITS
+from ..ir.recipes import Recipe, Step, tensors
+from .sources.source import Box
 
 Pull = Callable[[Recipe, Box], torch.Tensor]
 

@@ -14,11 +14,11 @@ from typing import cast
 
 import torch
 
-from ..dtypes import TORCH_DTYPES, torch_dtype
-from ..ir import TensorType
-from ..recipes import Literal, Recipe, Step, Tensor, spread
+from ..ir.dtypes import TORCH_DTYPES, torch_dtype
+from ..ir.module import TensorType
+from ..ir.recipes import Literal, Recipe, Step, Tensor, spread
 from .codes import CODES
-from .sources import Box, WeightSource, check_box, cut, full_box
+from .sources.source import Box, WeightSource, check_box, cut, full_box
 
 _FRACTION_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 

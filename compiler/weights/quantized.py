@@ -12,16 +12,16 @@ from typing import Any, TypeGuard
 
 import torch
 
-from ..code_steps import ELEMENTS
 from ..errors import MoecError
-from ..formats import Format, format_of
-from ..ir import TensorType
-from ..recipes import PARTS, Recipe, Step, tensors
+from ..formats.encode import Parts, decode, encode, pack
+from ..formats.gptq import gptq
+from ..ir.code_steps import ELEMENTS
+from ..ir.module import TensorType
+from ..ir.recipes import PARTS, Recipe, Step, tensors
+from ..ir.storage import Format, format_of
 from .calibrated import Calibrated
-from .encode import Parts, decode, encode, pack
-from .gptq import gptq
 from .pull import Pull, tiles
-from .sources import Box, WeightSource
+from .sources.source import Box, WeightSource
 
 
 def is_part(recipe: Recipe) -> TypeGuard[Step]:

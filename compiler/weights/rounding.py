@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..formats import Format
-from .encode import WIDTHS
+from ..formats.encode import WIDTHS
+from ..ir.storage import Format
 
 # of what the formulas give: a zero point and the scales of nvfp4 are rounded themselves, and few numbers are no mean
 MARGIN = 1.2

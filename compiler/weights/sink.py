@@ -18,12 +18,12 @@ from typing import Self
 
 import torch
 
-from ..atomic import write_error
+from ..artifact.atomic import write_error
 from ..errors import MoecError
-from ..recipes import Recipe, Step, step
+from ..ir.recipes import Recipe, Step, step
 from .pull import pull, tiles
 from .quantized import encode_rows, is_part, part_names, row_tiles
-from .sources import Box, WeightSource
+from .sources.source import Box, WeightSource
 
 # Measured on two cores: with smaller tiles threads wait for the interpreter, larger ones are no faster.
 TILE_BYTES = 8 << 20

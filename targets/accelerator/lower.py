@@ -10,13 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...compiler.draft import Draft, Rewrite, rewrite_ops
 from ...compiler.errors import MoecError
-from ...compiler.formats import find_format
-from ...compiler.ir import Const, Function, Module, Op, Value, make_attrs
-from ...compiler.narrow import narrowed
+from ...compiler.ir.module import Const, Function, Module, Op, Value, make_attrs
+from ...compiler.ir.narrow import narrowed
+from ...compiler.ir.storage import find_format
 from ...compiler.ops import OPS
-from ...compiler.roles import Uses, weight_roles
+from ...compiler.rewrite.draft import Draft, Rewrite, rewrite_ops
+from ...compiler.rewrite.roles import Uses, weight_roles
 from . import ops
 
 assert ops  # what is lowered to is declared there

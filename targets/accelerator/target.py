@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import MoecError
 from ..target import FUSED, Target
-from .chip import Profile
-from .describe import line
-from .profile import find_profile
+from .chip.chip import Profile
+from .chip.describe import line
+from .chip.profile import find_profile
 
 if TYPE_CHECKING:
-    from ...compiler.formats import Format
-    from ...compiler.ir import Module, Op
-    from ...compiler.weights.sources import WeightSource
+    from ...compiler.ir.module import Module, Op
+    from ...compiler.ir.storage import Format
+    from ...compiler.weights.sources.source import WeightSource
 
 
 # what the functions below need takes long to import: they import it when they run
@@ -64,19 +64,19 @@ def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
 
 
 def _supported(op: Op) -> str | None:
-    from .supported import supported
+    from .select.supported import supported
 
     return supported(op)
 
 
 def _holds(op: Op, format: Format) -> str | None:
-    from .formats import holds
+    from .kernels.formats import holds
 
     return holds(op, format)
 
 
 def _slow(op: Op, format: Format) -> str | None:
-    from .formats import slow
+    from .kernels.formats import slow
 
     return slow(op, format)
 
@@ -92,7 +92,7 @@ def _emit(
     progress: Callable[[int], None] | None = None, notes: list[str] | None = None, *, profile: Profile,
     compiled: bool, make_toolchain: bool,
 ) -> dict[str, str]:  # fmt: skip
-    from .emit import emit
+    from .artifact.emit import emit
 
     return emit(
         module, source, folder, tile_bytes, progress, notes, profile=profile, compiled=compiled,
@@ -101,7 +101,7 @@ def _emit(
 
 
 def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:
-    from .predicted import predicted
+    from .predict.predicted import predicted
 
     return predicted(module, profile, **step)
 

@@ -11,16 +11,16 @@ from ...compiler.errors import MoecError
 from ..target import FUSED, Probed, Target
 
 if TYPE_CHECKING:
-    from ...compiler.formats import Format
-    from ...compiler.ir import Module, Op
-    from ...compiler.weights.sources import WeightSource
+    from ...compiler.ir.module import Module, Op
+    from ...compiler.ir.storage import Format
+    from ...compiler.weights.sources.source import WeightSource
 
 # torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions below
 # import what they need when they run
 
 
 def _supported(op: Op) -> str | None:
-    from .emit import supported
+    from .onnx.emit import supported
 
     return supported(op)
 
@@ -38,7 +38,7 @@ def _slow(op: Op, format: Format) -> str | None:
 
 
 def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
-    from .lower import lower
+    from .lower.module import lower
 
     return lower(module, why, accuracy)
 
@@ -47,13 +47,13 @@ def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
     progress: Callable[[int], None] | None = None, notes: list[str] | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    from .emit import emit
+    from .onnx.emit import emit
 
     return emit(module, source, folder, tile_bytes, progress)
 
 
 def _load(folder: Path, **options: Any) -> Any:
-    from .session import load
+    from .run.session import load
 
     return load(folder, **options)
 
@@ -66,7 +66,7 @@ def _recorded() -> Probed:
 
 def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
     from .capabilities import made_with, record_rows, record_text, shipped
-    from .probe import differences, lost, probe
+    from .probe.probe import differences, lost, probe
 
     found = probe(quick=quick, progress=progress)
     differ = tuple(f"{variant}: recorded {was}, found {now}" for variant, was, now in differences(found, shipped()))
@@ -82,7 +82,7 @@ def _configure(options: Mapping[str, str]) -> Target:
     record = read_record(Path(options["capabilities"]))
 
     def lower_by_record(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
-        from .lower import lower
+        from .lower.module import lower
 
         return lower(module, why, accuracy, record)
 

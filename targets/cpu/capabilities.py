@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ...compiler.dims import Size
 from ...compiler.errors import MoecError
-from ...compiler.formats import Format, find_format, format_of
-from ...compiler.ir import Op
+from ...compiler.ir.dims import Size
+from ...compiler.ir.module import Op
+from ...compiler.ir.storage import Format, find_format, format_of
 from ...compiler.ops import OPS
 
 FILE = "capabilities.json"

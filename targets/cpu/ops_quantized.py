@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ...compiler.dims import Size, size
-from ...compiler.formats import Format
-from ...compiler.ir import TensorType
+from ...compiler.formats.encode import decode
+from ...compiler.ir.dims import Size, size
+from ...compiler.ir.module import TensorType
+from ...compiler.ir.storage import Format
 from ...compiler.ops import OPS, op
 from ...compiler.ops.compressed import block_linear
 from ...compiler.ops.define import Attributes, Types, fail
 from ...compiler.ops.moe import experts
-from ...compiler.weights.encode import decode
 
 
 def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int) -> torch.Tensor:

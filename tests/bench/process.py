@@ -29,7 +29,7 @@ class Cost:
 
 def moec_compile(source: Path, out: Path, options: str) -> list[str | Path]:
     """Return the command `moec compile` of the moec that this python imports."""
-    call = "from moec.compiler.cli import main; main(prog_name='moec')"
+    call = "from moec.compiler.cli.commands import main; main(prog_name='moec')"
     return [sys.executable, "-c", call, "compile", source, "-o", out, *options.split()]
 
 

@@ -35,8 +35,8 @@ def measure(
     included), `kl_mean`, `kl_max`, `top1`, `perplexity_ratio`, `perplexity`, `reference_perplexity` and `tokens`.
     """
     import moec
-    from moec.compiler.parity import score_text
-    from moec.compiler.reference import open_reference
+    from moec.compiler.runtime.compare import score_text
+    from moec.compiler.runtime.reference import open_reference
 
     with open_reference(MODEL) as reference:
         windows = _windows(tokens)
@@ -69,7 +69,7 @@ def measure(
 def _windows(tokens: int) -> list[Any]:
     """Return the held-out text in windows of tokens."""
     import numpy as np
-    from moec.compiler.tokenizer import load_tokenizer
+    from moec.compiler.runtime.tokenizer import load_tokenizer
 
     ids = load_tokenizer(MODEL).encode((MODEL / "heldout.txt").read_text(encoding="utf-8"))[:tokens]
     return [np.array(ids[i : i + WINDOW]) for i in range(0, len(ids) - 1, WINDOW)]

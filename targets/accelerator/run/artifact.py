@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
+from ....compiler.artifact.manifest import read_json
 from ....compiler.errors import MoecError
-from ....compiler.ir import Module, Op
-from ....compiler.manifest import read_json
-from ....compiler.parser import parse_module
-from ..bindings import Binding
-from ..emit import KERNELS, PLAN
-from ..simulate import Chip
-from ..spec import SCHEMA
-from ..tiles import Program
+from ....compiler.ir.module import Module, Op
+from ....compiler.text.parser import parse_module
+from ..artifact.bindings import Binding
+from ..artifact.emit import KERNELS, PLAN
+from ..artifact.spec import SCHEMA
+from ..tile.simulate import Chip
+from ..tile.tiles import Program
 
 PROGRAM = "program.moir"
 AGAIN = "compile it again: moec compile SOURCE --target {}"

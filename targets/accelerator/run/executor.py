@@ -12,16 +12,16 @@ from functools import lru_cache
 
 import torch
 
-from ....compiler.dims import evaluate as evaluate_size
+from ....compiler.check.interpret import run_op
 from ....compiler.errors import MoecError
-from ....compiler.interpret import run_op
-from ....compiler.ir import Function, Module, Op, TensorType
+from ....compiler.ir.dims import evaluate as evaluate_size
+from ....compiler.ir.module import Function, Module, Op, TensorType
 from ....compiler.ops import OPS
-from ..bindings import DIMS, Bound
-from ..launch import TORCH
-from ..tile_expr import evaluate
-from ..tiles import Argument
+from ..artifact.bindings import DIMS, Bound
+from ..tile.expr import evaluate
+from ..tile.tiles import Argument
 from .artifact import Kernels, Launch, Weights
+from .launch import TORCH
 from .launchers import Launcher
 from .slots import Held, Slots, tensor_of, with_room
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ....compiler.errors import MoecError
-from ..simulate import simulate
-from ..tile_expr import NUMPY, evaluate
-from ..tiles import Argument
+from ..tile.expr import NUMPY, evaluate
+from ..tile.simulate import simulate
+from ..tile.tiles import Argument
 from .artifact import Kernels, Launch
 
 DEVICES = ("auto", "simulator", "interpreter", "cuda")
@@ -65,7 +65,7 @@ class Printed:
         """Prepare Triton; MoecError where it cannot be used so."""
         if interpreted:
             start_interpreter()
-        from ..launch import check_gpu
+        from .launch import check_gpu
 
         if not interpreted:
             check_gpu()
@@ -94,7 +94,7 @@ class _PrintedKernel:
     """One kernel, printed when it is first launched."""
 
     def __init__(self, launch: Launch, arch: str) -> None:
-        from ..launch import Kernel
+        from .launch import Kernel
 
         limit = launch.objects.get(arch, {}).get("register_limit")
         self._program = launch.program
@@ -109,7 +109,7 @@ def start_interpreter() -> None:
     """Make Triton interpret, which is decided when it is imported. MoecError where it was imported otherwise before."""
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-    from ..triton_compile import triton_module
+    from ..triton.compile import triton_module
 
     if not triton_module().knobs.runtime.interpret:
         raise MoecError(

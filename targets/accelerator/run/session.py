@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ....compiler.artifact.manifest import State, check_files, read_manifest
+from ....compiler.check.interpret import bind_dims
 from ....compiler.errors import MoecError
-from ....compiler.interpret import bind_dims
-from ....compiler.ir import Value
-from ....compiler.manifest import State, check_files, read_manifest
-from ..launch import TORCH
+from ....compiler.ir.module import Value
 from .artifact import read_kernels, read_program, read_weights
 from .executor import Executor
+from .launch import TORCH
 from .launchers import open_launcher
 from .slots import Held, Slots, tensor_of
 

@@ -1,0 +1,211 @@
+"""Write a folder beside its final name and put it in place when it is whole.
+
+A killed compile leaves the old artifact: at no moment does a reader find a part of the new one, or nothing, at the
+final name. On Linux the two folders are exchanged by one system call (renameat2 with RENAME_EXCHANGE). Where the
+system or the file system cannot do that, the old folder is first moved to `.<name>.old-<pid>-<random>`; a process
+killed between the two renames leaves no folder at the final name, and `recover`, which the next `atomic_folder` calls
+and a loader may call, moves the old one back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import MoecError
+
+MARK = "moec.json"  # the file that makes a folder an artifact
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield a new folder beside `final`, which replaces `final` when the block ends without an exception.
+
+    Raises MoecError if `final` is a file or a folder that is neither empty nor an artifact (it is never replaced),
+    if the place cannot be written, or if the disk fills up. On any exception the new folder is removed and the old
+    one is left as it is. A link at `final` is followed. Files of killed runs at the same name are removed first.
+    """
+    final = Path(os.path.realpath(final))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        recover(final)
+        _check_replaceable(final)
+        partial = _beside(final, "partial")
+        partial.mkdir()
+    except OSError as error:
+        raise write_error(error, final) from error
+    lock = None
+    try:
+        with suppress(OSError):  # a file system without locks: process ids alone say what is left over
+            lock = _lock(partial)
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno in (*_FULL, errno.EFBIG):  # other errors may be about files that were read
+                raise write_error(error, final) from error
+            raise
+        _finish(partial, final)
+    finally:
+        # The new folder after a failure, the old one after an exchange. What cannot be removed (a file in it was
+        # made undeletable) must not fail a compile that is done; the next run tries again.
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def recover(final: Path) -> None:
+    """Clean up after killed runs: put an old folder back whose replacing was cut short, remove what is left over."""
+    final = Path(os.path.realpath(final))
+    for kind in ("old", "partial"):
+        for path in _leftovers(final, kind):
+            if kind == "old" and not os.path.lexists(final):
+                path.rename(final)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def write_error(error: OSError, path: Path) -> MoecError:
+    """Return the one message for a failed write to `path`."""
+    if error.errno in _FULL:
+        todo = f"free some space, or write to another disk (free there: {_free(path)})"
+        return MoecError(f"no space left on the device while writing {path.name}", str(path), todo=todo)
+    if error.errno == errno.EFBIG:
+        todo = "raise the limit on file sizes (ulimit -f), or write to a file system that allows larger files"
+        return MoecError(f"{path.name} grew larger than a file may be here", str(path), todo=todo)
+    return MoecError(f"cannot write {path.name}: {error.strerror}", str(path), todo="choose another place to write to")
+
+
+def _free(path: Path) -> str:
+    with suppress(OSError):
+        return f"{shutil.disk_usage(path.parent).free / 1e9:.1f} GB"
+    return "unknown"
+
+
+def _beside(final: Path, kind: str) -> Path:
+    return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _check_replaceable(final: Path) -> None:
+    if not os.path.lexists(final):
+        return
+    if not final.is_dir():
+        raise MoecError(f"{final.name} is a file, not a folder", str(final), todo="choose another output folder")
+    if not (final / MARK).exists() and any(final.iterdir()):
+        what = f"{final.name} is not empty and was not written by moec (it has no {MARK})"
+        raise MoecError(what, str(final), todo="choose another output folder, or empty it yourself")
+
+
+def _leftovers(final: Path, kind: str) -> list[Path]:
+    """Return the folders of this name that a process left which does not run any more."""
+    pattern = re.compile(re.escape(f".{final.name}.{kind}-") + r"(\d{1,9})-[0-9a-f]{8}")
+    found = []
+    for path in final.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink() and _abandoned(path, int(match[1])):
+            found.append(path)
+    return sorted(found)
+
+
+def _abandoned(path: Path, pid: int) -> bool:
+    """Return whether a folder has no living owner: its process is gone and nobody holds its lock.
+
+    Process ids alone do not say it: in containers they start over, so that an owner may have our own id, or be alive
+    in another container that shares the disk.
+    """
+    if pid != os.getpid():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            pass
+        except OSError:
+            return False  # another user's process
+        else:
+            return False
+    try:
+        lock = _lock(path)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks; a folder of our own id may then be our own
+        return pid != os.getpid()
+    os.close(lock)
+    return True
+
+
+def _lock(folder: Path) -> int:
+    """Return a descriptor that holds the lock of a folder until it is closed; BlockingIOError if it is taken."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sync(folder: Path) -> None:
+    """Have everything in a folder on the disk: a crash of the machine must not leave a name without its bytes."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in [*files, "."]:
+            path = Path(root, name)
+            if not path.is_symlink():
+                _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _finish(partial: Path, final: Path) -> None:
+    try:
+        _sync(partial)
+        _check_replaceable(final)  # again: a long time has gone by
+        _put_in_place(partial, final)
+        _sync_one(final.parent)
+    except OSError as error:
+        raise write_error(error, final) from error
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    if not os.path.lexists(final):
+        partial.rename(final)
+    elif not _exchange(partial, final):
+        old = _beside(final, "old")
+        final.rename(old)
+        try:
+            partial.rename(final)
+        except OSError:
+            old.rename(final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system has no such call."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(first))

@@ -1,0 +1,203 @@
+"""Checks a pass that stores weights in fewer bits: what it rounds, and that it does nothing else.
+
+Outputs alone say little about such a pass: a rounded score turns a router's choice, and then the numbers of a token have
+no bound. So the rounding is taken out of the program, which then has to give the numbers that it gave before; each weight
+without its rounding has to be the weight that stood there; and each rounding is held to what its format promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import MoecError
+from ..ir.module import Function, Module, Op, TensorType, walk_calls
+from ..ir.narrow import is_narrowing
+from ..ir.recipes import FITTED, SPREADING, Recipe, Step, bind, step
+from ..ir.storage import find_format
+from ..quantize.options import steps_of
+from ..weights.calibrated import uncalibrated
+from ..weights.pull import pull
+from ..weights.rounding import rounding_bounds
+from ..weights.sources.safetensors_header import TensorInfo
+from ..weights.sources.source import Box, WeightSource, full_box
+from .compare import compare_modules, random_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXACT = 1e-6  # of the size of a weight: factors of awq are multiplied with and divided by in f32
+_HALF_UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11}  # of a float just above a power of two, half of its last place
+
+
+def compare_rounded(before: Module, after: Module, tolerance: float, seed: int = 0) -> None:
+    """Raise MoecError unless a module is another one with some weights rounded as their formats say.
+
+    `tolerance` is that of the outputs without the rounding, as in `check.compare_modules`.
+    """
+    old = {s for f in before.functions for s in _roundings(f)}
+    plain = after.with_functions({f.name: _without_rounding(f, old) for f in after.functions})
+    source = random_source(before, after, seed=seed)
+    _compare_weights(before, plain, source)
+    compare_modules(before, plain, tolerance, seed)
+    seen: set[str] = set()
+    for function, bound in walk_calls(after):
+        if function.name not in seen:
+            seen.add(function.name)
+            for const in function.consts:
+                for found in steps_of(const.recipe):
+                    if _rounds(found) and found not in old:
+                        _check_step(_bound(found, function, bound), f"{const.value} in @{function.name}", source)
+
+
+def _bound(found: Step, function: Function, bound: Mapping[str, str]) -> Step:
+    made = bind(found, function.weights, bound)
+    assert isinstance(made, Step)
+    return made
+
+
+# --- without the rounding --------------------------------------------------------------------------------------
+
+
+def _rounds(recipe: Step) -> bool:
+    return recipe.name == "quantize" or is_narrowing(recipe)
+
+
+def _roundings(function: Function) -> Iterator[Step]:
+    return (s for c in function.consts for s in steps_of(c.recipe) if _rounds(s))
+
+
+def _without_rounding(function: Function, kept: set[Step]) -> Function:
+    """Return the function with its weights not rounded, but for the steps that are kept."""
+    consts = tuple(
+        replace(c, recipe=found) if (found := _exact(c.recipe, kept)) is not c.recipe else c for c in function.consts
+    )
+    return (
+        function
+        if all(a is b for a, b in zip(consts, function.consts, strict=True))
+        else replace(function, consts=consts)
+    )
+
+
+def _exact(recipe: Recipe, kept: set[Step]) -> Recipe:
+    if not isinstance(recipe, Step) or not any(_rounds(s) and s not in kept for s in steps_of(recipe)):
+        return recipe
+    items = tuple(_exact(item, kept) for item in recipe.items)
+    if _rounds(recipe) and recipe not in kept:
+        return items[0]
+    if recipe.name in SPREADING and len({i.type.dtype for i in items}) > 1:  # some were rounded, some are short already
+        items = tuple(i if i.type.dtype == "f32" else step("cast", i, to="f32") for i in items)
+    return step(recipe.name, *items, **recipe.attributes)
+
+
+# --- each weight -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _NothingFitted:
+    """A source with ones for the factors that a calibration would fit."""
+
+    source: WeightSource
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors that are there."""
+        return self.source.tensors
+
+    def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> Tensor:
+        """Return the part of a tensor in `box`."""
+        found = self.source.read(name, box, expected)
+        return torch.ones_like(found) if name.endswith(FITTED) else found
+
+
+def _compare_weights(before: Module, after: Module, random: WeightSource) -> None:
+    """Raise MoecError where an op reads another weight than before."""
+    source = _NothingFitted(random)
+    seen: set[tuple[str, str]] = set()
+    for (old, bound), (new, other) in zip(walk_calls(before), walk_calls(after), strict=False):
+        alike = bound == other and [op.name for op in old.ops] == [op.name for op in new.ops]
+        if (old.name, new.name) in seen or not alike:
+            continue  # a function whose ops became others is judged by its outputs
+        seen.add((old.name, new.name))
+        first, second = _recipes(old, bound), _recipes(new, bound)
+        for was, now in zip(old.ops, new.ops, strict=True):
+            for name, found in _operands(was, first, now, second):
+                what = _other_numbers(*found, source)
+                if what:
+                    raise MoecError(f"wrong weight: {name} {what}", f"{name} in @{new.name}", exit_code=1)
+
+
+def _recipes(function: Function, bound: Mapping[str, str]) -> dict[str, Recipe]:
+    return {c.value.name: bind(c.recipe, function.weights, bound) for c in function.consts}
+
+
+def _operands(
+    was: Op, first: Mapping[str, Recipe], now: Op, second: Mapping[str, Recipe]
+) -> Iterator[tuple[str, tuple[Recipe, Recipe]]]:
+    """Yield the weights of an op whose recipe changed, with the recipes before and after."""
+    for old, new in zip(was.operands, now.operands, strict=True):
+        if old and new and old.name in first and new.name in second and first[old.name] != second[new.name]:
+            yield str(new), (first[old.name], second[new.name])
+
+
+def _other_numbers(old: Recipe, new: Recipe, source: WeightSource) -> str:
+    """Return how the numbers of a weight differ; nothing if they are the same. Kept codes have to be the same exactly."""
+    if old.type.sizes != new.type.sizes:
+        return f"is {list(new.type.sizes)}, before {list(old.type.sizes)}"
+    fitted = any(s.name == "scale" for s in steps_of(new))
+    for box in _matrices(old):
+        a, b = (pull(uncalibrated(recipe), source, box).double() for recipe in (old, new))
+        if torch.equal(a, b):
+            continue
+        error, size = float((a - b).norm()), float(a.norm())
+        if not (fitted and error <= EXACT * size):
+            place = f" (expert {box[0][0]})" if len(box) > 2 else ""
+            return (
+                f"without its rounding is another weight than before{place}: off by {_share(error, size)} of its norm"
+            )
+    return ""
+
+
+def _check_step(rounding: Step, where: str, source: WeightSource) -> None:
+    """Raise MoecError unless what a step makes of random numbers is as near to them as its format promises."""
+    (item,) = rounding.items
+    for box in _matrices(item):
+        numbers, found = (pull(uncalibrated(recipe), source, box).double() for recipe in (item, rounding))
+        errors = numbers - found
+        bound, rows = _bounds(numbers, rounding.type.dtype)
+        far = ~(errors.norm(dim=-1) <= rows)  # not >: what is no number is caught too
+        if not float(errors.norm()) <= bound or bool(far.any()):
+            size = float(numbers.norm())
+            place = f" of expert {box[0][0]}" if len(box) > 2 else ""
+            row = f"; {int(far.sum())} rows by more than a row may be" if bool(far.any()) else ""
+            raise MoecError(
+                f"wrong weight: {rounding.type.dtype}{place} is off by {_share(float(errors.norm()), size)} of its norm, "
+                f"rounding by {_share(bound, size)} at most{row}", where, exit_code=1,
+            )  # fmt: skip
+
+
+def _bounds(numbers: Tensor, dtype: str) -> tuple[float, Tensor]:
+    """Return how large the error of all numbers may be, and that of each row."""
+    format = find_format(dtype)
+    if format is None:
+        rows = numbers.norm(dim=-1) * _HALF_UNIT[dtype]
+        return float(rows.norm()), rows
+    whole, rows = rounding_bounds(numbers, format)
+    return float(whole.norm()), rows
+
+
+def _matrices(recipe: Recipe) -> Iterator[Box]:
+    """Yield boxes of one matrix each; a weight without matrices is one box."""
+    sizes = recipe.type.sizes
+    if len(sizes) < 3:
+        yield full_box(sizes)
+        return
+    for i in range(sizes[0]):
+        yield ((i, i + 1), *full_box(sizes[1:]))
+
+
+def _share(error: float, size: float) -> str:
+    return f"{error / (size or 1.0):.2g}"

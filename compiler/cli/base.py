@@ -1,0 +1,163 @@
+"""What every `moec` command shares: errors and exit codes, `--debug`, progress bars on a terminal.
+
+Exit codes: 0 good, 1 a check failed, 2 wrong use or bad input, 70 an error inside moec, 130 interrupted,
+141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..artifact.atomic import write_error
+from ..errors import MoecError
+
+CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
+
+
+class Commands(click.Group):
+    """A group that turns every exception into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command; errors of click itself (wrong use, --help) pass through."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+            return result
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            _silence_stdout()
+            ctx.exit(CLOSED_PIPE)
+        except Exception as error:  # the outermost place: everything is reported here, with a traceback on demand
+            ctx.exit(report_error(error, debug=debugging(ctx)))
+
+
+def report_error(error: Exception, debug: bool) -> int:
+    """Write one message on standard error, the traceback too with `debug`, and return the exit code."""
+    if debug:
+        click.echo("".join(traceback.format_exception(error)).rstrip(), err=True)
+    match error:
+        case MoecError():
+            text, code = str(error), error.exit_code
+        case click.Abort() | EOFError():
+            text, code = "interrupted", INTERRUPTED
+        case OSError() if error.filename is not None:
+            text, code = f"{error.strerror or error}\n  at {os.fsdecode(error.filename)}", WRONG_USE
+        case _:
+            again = "" if debug else "\n  run the command again with --debug to see where"
+            text, code = f"moec failed: {type(error).__name__}: {error}{again}", INTERNAL
+    click.echo(f"error: {text}", err=True)
+    return code
+
+
+def _silence_stdout() -> None:
+    """Point standard output at nothing, so that Python's flush at its end does not complain again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # standard output is no file (a test's buffer): there is nothing to redirect
+        return
+
+
+def debugging(ctx: click.Context) -> bool:
+    """Return whether --debug was given, before or after the command's name."""
+    return bool(ctx.meta.get("moec.debug"))
+
+
+def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["moec.debug"] = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_note_debug, help="Show tracebacks of errors."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint folder brings along."
+)
+
+
+def example(*lines: str) -> str:
+    """Return an epilog for --help with examples that click does not wrap."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def byte_size(text: str, param: click.Parameter | None = None) -> int:
+    """Return the bytes that a text such as 500MB, 1.5GB or 4096 says (decimal units)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", text.strip())
+    if not found:
+        raise click.BadParameter(f"{text!r} is not a size such as 500MB or 1.5GB", param=param)
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
+def read_text(file: str) -> str:
+    """Return a UTF-8 file as text, standard input for `-`; MoecError if it cannot be read."""
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8: {error}"
+        raise MoecError(f"the file cannot be read: {reason}", where="<stdin>" if file == "-" else file) from error
+
+
+def write_text(text: str, out: str | None) -> None:
+    """Write a result to a file, or to standard output without one (or with `-`); MoecError if the file cannot be."""
+    if out in (None, "-"):
+        click.echo(text, nl=not text.endswith("\n"))
+        return
+    path = Path(str(out))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
+def print_notes(notes: list[str]) -> None:
+    """Write the notes of --why on standard error."""
+    for note in dict.fromkeys(notes):  # two functions may have the same to say
+        click.echo(note if note.startswith("note:") else f"note: {note}", err=True)
+
+
+def print_timings(timings: list[Any]) -> None:
+    """Write what each pass took on standard error, checks included."""
+    for t in timings:
+        click.echo(f"{t.checked_seconds:8.3f} s  {t.name}{'' if t.changed else ' (changed nothing)'}", err=True)
+
+
+@contextmanager
+def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[..., None] | None]:
+    """Yield a function (done, total=None) that moves a bar on standard error; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    begin = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn())
+    columns = (*begin, *amount, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total=None: bar.update(task, completed=done, total=total)

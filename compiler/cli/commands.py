@@ -1,0 +1,443 @@
+"""The `moec` command. Standard output holds results only; everything else goes to standard error.
+
+torch, transformers and onnxruntime are imported inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ... import __version__
+from .base import (
+    CHECK_FAILED,
+    Commands,
+    byte_size,
+    debug_option,
+    example,
+    json_option,
+    print_notes,
+    print_timings,
+    progress_bar,
+    read_text,
+    trust_option,
+    write_text,
+)
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(
+    cls=Commands,
+    context_settings=SETTINGS,
+    epilog=example(
+        "moec compile examples/tiny-moe -o tiny",
+        "moec verify tiny",
+        'moec run tiny --prompt "def main():" --greedy',
+    )
+    + "\n\n\b\nExit codes:\n  0 good, 1 a check failed, 2 wrong use or bad input, 70 an error inside moec",
+)
+@click.version_option(__version__, "-V", "--version", prog_name="moec")
+@debug_option
+def main() -> None:
+    """An ahead-of-time compiler for Mixture-of-Experts language models."""
+
+
+@main.command(
+    epilog=example(
+        "moec compile examples/tiny-moe -o tiny --verify",
+        "moec compile config-folder --stop-after moe | less",
+        "moec compile examples/tiny-moe --quantize auto,method=gptq --budget 4.5bpw --calibration text.txt",
+        "moec compile program.moir --weights checkpoint-folder -o out",
+    )
+)
+@click.argument("source")
+@click.option("--target", default="cpu", show_default=True, help="What to compile for; `moec targets` lists them.")
+@click.option("-o", "--out", help="The artifact folder; with --stop-after a .moir file.  [default: SOURCE-TARGET]")
+@click.option(
+    "--quantize",
+    metavar="SPEC",
+    help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', auto, the file of a plan, or the codes of the checkpoint: keep (the default where it is quantized).",
+)
+@click.option("--budget", metavar="SIZE", help="For --quantize auto: 4.5bpw (bits per weight), or bytes as in 6GB.")
+@click.option("--calibration", metavar="FILE", help="The text that --quantize auto and method=gptq look at.")
+@click.option(
+    "--accuracy",
+    type=click.Choice(["fast", "exact"]),
+    default="fast",
+    show_default=True,
+    help="Beside quantized weights: int8 activations (fast), or f32 (exact).",
+)
+@click.option(
+    "--memory-limit",
+    "memory_limit",
+    metavar="SIZE",
+    callback=lambda c, p, v: v and byte_size(v, p),
+    help="What tiles of weights may use, as in 500MB.  [default: 1GB]",
+)
+@click.option("--pipeline", help="Passes instead of the target's own, as in 'cleanup,lift-moe'.")
+@click.option("--dump", metavar="DIR", help="Write the IR after every pass that changed it.")
+@click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")
+@click.option("--verify", is_flag=True, help="Compare the artifact with the source model in transformers.")
+@click.option("--stop-after", metavar="STAGE", help="Stop after graph, moe, kernel or a pass, and print the IR.")
+@click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="An option of the target; repeatable.")
+@click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
+@click.option("--timings", is_flag=True, help="Say how long each pass took.")
+@click.option("--weights", metavar="DIR", help="The checkpoint folder of a .moir source.")
+@trust_option
+@debug_option
+def compile(
+    source: str,
+    target: str,
+    out: str | None,
+    options: tuple[str, ...],
+    why: bool,
+    timings: bool,
+    verify: bool,
+    stop_after: str | None,
+    **given: Any,
+) -> None:
+    """Compile SOURCE and print the artifact's folder.
+
+    SOURCE is a checkpoint folder, a .gguf file, a .moir file or an artifact. A folder with only a config.json will do for --stop-after graph or moe.
+    """
+    if stop_after and verify:
+        raise click.UsageError("--verify needs an artifact; --stop-after makes none")
+    if out and out.endswith(".moir") and not stop_after:
+        raise click.UsageError("-o names the artifact folder; add --stop-after kernel to write a .moir file")
+    keys = _key_values(options)
+    from .. import driver
+
+    start = time.perf_counter()
+    notes: list[str] = []
+    taken: list[Any] = []
+    with progress_bar(f"compiling {source}") as progress:
+        result: Any = driver.compile(
+            source, target, None if stop_after else out, options=keys, stop_after=stop_after, verify=verify,
+            why=notes if why else None, progress=progress, timings=taken, **given,
+        )  # fmt: skip
+    print_notes(notes)
+    print_timings(taken if timings else [])
+    if stop_after:
+        from ..text.printer import print_module
+
+        write_text(print_module(result), out)
+        return
+    from .show import show_artifact
+
+    show_artifact(result, time.perf_counter() - start)
+    click.echo(str(result.folder))
+    if verify and not result.manifest["figures"]["measured"]["passed"]:
+        click.get_current_context().exit(CHECK_FAILED)
+
+
+def _key_values(options: tuple[str, ...]) -> dict[str, str]:
+    pairs = [option.partition("=") for option in options]
+    for (key, equals, _), option in zip(pairs, options, strict=True):
+        if not key or not equals:
+            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-D")
+    return {key: value for key, _, value in pairs}
+
+
+@main.command(
+    epilog=example(
+        "moec opt program.moir -p 'cleanup,lift-moe' --check",
+        "moec compile model --stop-after graph | moec opt - -p lift-moe --why > moe.moir",
+    )
+)
+@click.argument("file")
+@click.option("-p", "--passes", default="", help="Passes with options, as in 'a,b{x=1}'; none only checks and prints.")
+@click.option("--target", default="cpu", show_default=True, help="The target that passes ask about kernels.")
+@click.option("-o", "--out", help="The file to write.  [default: standard output]")
+@click.option("--dump", metavar="DIR", help="Write the IR after every pass that changed it.")
+@click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")
+@click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
+@click.option("--timings", is_flag=True, help="Say how long each pass took.")
+@debug_option
+def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **given: Any) -> None:
+    """Run passes on IR and print the result.
+
+    FILE is a .moir file or - for standard input.
+    """
+    from .. import driver  # declares the targets' own ops
+    from ..text.printer import print_module
+
+    source: Any = file
+    if file == "-":
+        from ..text.parser import parse_module
+
+        source = parse_module(read_text("-"), "<stdin>")
+    notes: list[str] = []
+    taken: list[Any] = []
+    module = driver.opt(source, passes, why=notes if why else None, timings=taken, **given)
+    print_notes(notes)
+    print_timings(taken if timings else [])
+    write_text(print_module(module), out)
+
+
+@main.command(
+    epilog=example(
+        'moec run tiny --prompt "import os" --greedy --max-new-tokens 64',
+        "moec run tiny --tokens 12,7,99 --seed 3 --top-p 0.9",
+    )
+)
+@click.argument("folder", metavar="DIR")
+@click.option("--prompt", help="The text to continue.")
+@click.option("--tokens", help="Token ids to continue, as in 1,2,3; prints token ids.")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=0), metavar="N")
+@click.option("--greedy", is_flag=True, help="Take the most likely token every time.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: the model's own setting]")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens of this mass."
+)
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens.")
+@click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]")
+@click.option(
+    "--accuracy",
+    type=click.Choice(["fast", "exact"]),
+    help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: as compiled]",
+)
+@click.option("--check-files", is_flag=True, help="Compare the sha256 of every file with moec.json first.")
+@json_option
+@debug_option
+def run(
+    folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, threads: int | None,
+    accuracy: str | None, check_files: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Generate with an artifact.
+
+    Text is printed as it comes, then the speed on standard error. Without options a model samples as its generation_config.json has it, or takes the most likely token.
+    """
+    if (prompt is None) == (tokens is None):
+        raise click.UsageError("give one of --prompt and --tokens")
+    ids = None if tokens is None else _token_ids(tokens)
+    from ..runtime.artifact import Artifact
+    from .show import end_notes, generation_json, speed
+
+    artifact = Artifact.open(Path(folder), check=check_files)
+    draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
+    if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
+        settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw
+    streams = {} if as_json else {"on_token": _stream_ids()} if prompt is None else {"on_text": _stream_text}
+    session = artifact.session(threads=threads, accuracy=accuracy)
+    result = artifact.run(prompt, tokens=ids, seed=seed or 0, session=session, **streams, **settings)
+    if as_json:
+        click.echo(json.dumps(generation_json(result), indent=2))
+        return
+    click.echo()
+    click.echo(speed(result), err=True)
+    for note in end_notes(artifact.end_tokens):
+        click.echo(note, err=True)
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of token ids such as 1,2,3", param_hint="--tokens") from None
+
+
+def _stream_text(_: int, text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def _stream_ids() -> Callable[[int, int], None]:
+    """Return a function that prints token ids as `--tokens` takes them."""
+    separator = ""
+
+    def write(_: int, token: int) -> None:
+        nonlocal separator
+        click.echo(f"{separator}{token}", nl=False)
+        separator = ","
+
+    return write
+
+
+@main.command(
+    epilog=example("moec verify tiny", "moec verify tiny --against checkpoint-folder --text notes.txt --json")
+)
+@click.argument("folder", metavar="DIR")
+@click.option("--against", metavar="SOURCE", help="The checkpoint folder.  [default: the one it was compiled from]")
+@click.option("--text", metavar="FILE", help="A text to measure on.  [default: a sample of prose and Python]")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=2),
+    metavar="N",
+    default=2000,
+    show_default=True,
+    help="How many tokens of the text to measure on.",
+)
+@click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
+@json_option
+@debug_option
+def verify(
+    folder: str, against: str | None, text: str | None, text_tokens: int, accuracy: str | None, as_json: bool
+) -> None:
+    """Compare an artifact with its source model.
+
+    First the sha256 of every file is compared with moec.json. The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text: KL divergence, top-1 agreement, perplexity. The figures are kept in moec.json.
+    """
+    written = None if text is None else read_text(text)
+    from .. import driver
+
+    notes: list[str] = []
+    with progress_bar(f"verifying {folder}", unit="parts") as progress:
+        comparison = driver.verify(
+            folder, against, text=written, tokens=text_tokens, accuracy=accuracy, notes=notes, progress=progress
+        )
+    print_notes(notes)
+    if as_json:
+        click.echo(json.dumps(comparison.to_dict(), indent=2))
+    else:
+        click.echo("\n".join(comparison.lines()))
+    if not comparison.passed:
+        click.get_current_context().exit(CHECK_FAILED)
+
+
+@main.command(
+    epilog=example(
+        "moec inspect examples/tiny-moe",
+        "moec inspect folder-with-config-json --context 32768 --json | jq .parameters",
+        "moec inspect folder-with-config-json --target nvidia-b200 --batch 64",
+    )
+)
+@click.argument("source")
+@click.option(
+    "--context", type=click.IntRange(min=0), metavar="N", help="Past tokens of the decoded token.  [default: 4096]"
+)
+@click.option("--target", metavar="NAME", help="Predict a step on an accelerator; `moec targets` lists them.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="With --target: sequences.  [default: 1]")
+@click.option("--new", type=click.IntRange(min=1), metavar="N", help="New tokens of each sequence.  [default: 1]")
+@click.option("--devices", type=click.IntRange(min=1), metavar="N", help="Devices that share experts.  [default: 1]")
+@click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="A figure of the accelerator; repeatable.")
+@json_option
+@trust_option
+@debug_option
+def inspect(
+    source: str, context: int | None, target: str | None, options: tuple[str, ...], as_json: bool,
+    trust_remote_code: bool, **step: int | None,
+) -> None:  # fmt: skip
+    """Show parameters, bytes, FLOPs and KV cache.
+
+    With --target also the time that a step is predicted to take on an accelerator. Figures are for the whole and for each kind of layer. SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Nothing is run or measured:
+    every figure is counted from the IR, and predicted from it and from the figures of a chip.
+    """
+    given = {name: value for name, value in step.items() if value is not None}
+    if target is None and (given or options):
+        raise click.UsageError(f"{next((f'--{name}' for name in given), '-D')} belongs to --target")
+    from .report import inspect as report
+    from .report import open_source
+
+    opened = open_source(source, trust_remote_code=trust_remote_code)
+    found = report(opened, context=context)
+    if target is not None:
+        from ..driver import predict
+
+        past = opened.context(context)
+        found["predicted"] = predict(opened.module, target, _key_values(options), past=past, **given)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    from .show import show_report
+
+    show_report(found)
+    if "kernels" in found:
+        from .kernels import show_kernels
+
+        show_kernels(found["kernels"])
+    if target is not None:
+        from .predicted import show_predicted
+
+        show_predicted(found["predicted"])
+
+
+@main.command("list", epilog=example("moec list passes", "moec list ops --json"))
+@click.argument("what", type=click.Choice(["passes", "ops", "rules", "families"]))
+@json_option
+@debug_option
+def list_(what: str, as_json: bool) -> None:
+    """List passes, ops, rules or model families.
+
+    Families are those that the tests check; any causal LM of the installed transformers may be compiled.
+    """
+    from . import listing
+
+    _show(getattr(listing, what)(), as_json)
+
+
+@main.command(
+    epilog=example(
+        "moec targets",
+        "moec targets cpu --probe -o capabilities.json",
+        "moec targets ascend-950dt -D variant=36",
+        "moec targets my-chip.toml -D memory.dram.bandwidth=2.0TB/s --json",
+    )
+)
+@click.argument("name", required=False)
+@click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="A figure of an accelerator; repeatable.")
+@click.option("--probe", is_flag=True, help="Try what the target's runtime does, and compare it with the record.")
+@click.option("--quick", is_flag=True, help="With --probe: right or wrong only, no speeds.")
+@click.option("-o", "--out", metavar="FILE", help="With --probe: write what was found as a record.")
+@json_option
+@debug_option
+def targets(
+    name: str | None, options: tuple[str, ...], probe: bool, quick: bool, out: str | None, as_json: bool
+) -> None:
+    """List the targets, or show one.
+
+    Of an accelerator every figure is shown with its grade and source, and what is unknown. NAME may be a TOML file of your own. -D sets a figure, as in memory.gm.bandwidth=2.0TB/s, or chooses a bin, as in variant=28.
+
+    --probe runs every operator variant of the record on the installed runtime against its reference. The exit code is 1 if one that is recorded as right is not.
+    """
+    from . import listing
+
+    if options and (name is None or probe):
+        raise click.UsageError("-D belongs to the name of an accelerator")
+    if not probe:
+        if quick or out:
+            raise click.UsageError("--quick and -o belong to --probe")
+        shown = listing.profile(name, _key_values(options)) if name else None
+        if shown is None:
+            rows = listing.targets(name)
+            if options:
+                raise click.UsageError(f"-D sets figures of an accelerator, and {name} is none")
+            if name is None and not as_json:  # a pipeline is long: it stands beside its one target
+                rows = [{"name": row["name"], "doc": row["doc"]} for row in rows]
+            return _show(rows, as_json)
+        if as_json:
+            return _show([shown], as_json)
+        from .profile import show_profile
+
+        return show_profile(shown)
+    if name is None:
+        raise click.UsageError("--probe needs the name of a target")
+    with progress_bar(f"probing {name}", unit="variants") as progress:
+        found = listing.probe(name, quick, progress)
+    if out:
+        write_text(found.text, out)
+    if out != "-":
+        _show(found.rows, as_json)
+    click.echo(found.made_with, err=True)
+    for line in found.differences:
+        click.echo(line, err=True)
+    if found.lost:
+        click.get_current_context().exit(CHECK_FAILED)
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from .table import show_rows
+
+    show_rows(rows)
+
+
+if __name__ == "__main__":
+    main(prog_name="moec")

@@ -1,0 +1,145 @@
+"""What there is: ops, passes, rules, families and targets, as plain data for `moec list` and `moec targets`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MoecError
+
+if TYPE_CHECKING:
+    from ...targets.target import Probed
+
+Rows = list[dict[str, Any]]
+
+
+def _first(doc: str) -> str:
+    return doc.strip().partition("\n\n")[0].replace("\n", " ")
+
+
+def _json(value: Any) -> Any:
+    """Return a default as JSON has it: it knows no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ops() -> Rows:
+    """Return every op with its signature and meaning, those of the targets included."""
+    from ...targets import declare_kernel_ops
+    from ..ops import OPS
+    from ..ops.define import REQUIRED
+
+    declare_kernel_ops()
+    return [
+        {
+            "name": name,
+            "signature": op.text,
+            "attributes": {k: "required" if v is REQUIRED else _json(v) for k, (_, v) in op.attrs.items()},
+            "doc": _first(op.doc),
+        }
+        for name, op in sorted(OPS.items())
+    ]
+
+
+def passes() -> Rows:
+    """Return every pass with its stages, options and meaning, the targets' lowering among them."""
+    from ...targets import TARGETS
+    from ..driver import passes_for
+
+    table = passes_for(TARGETS["cpu"])  # every target has these and a lowering of its own
+    return [
+        {
+            "name": name,
+            "reads": p.reads,
+            "leaves": p.leaves,
+            "options": [str(option) for option in p.options.values()],
+            "rounds": p.rounds,
+            "doc": _first(p.doc),
+        }
+        for name, p in sorted(table.items())
+    ]
+
+
+def rules() -> Rows:
+    """Return every rewrite rule with its two sides and the file that it stands in."""
+    from ...passes import PASSES
+    from ...targets import TARGETS
+    from ..rewrite.patterns import Rule
+
+    assert PASSES and TARGETS
+    found: dict[str, dict[str, Any]] = {}
+    for module in _modules("passes", "targets"):
+        place = module.__name__.partition(".")[2]
+        for rule in vars(module).values():
+            for each in rule if isinstance(rule, (list, tuple)) else (rule,):
+                if isinstance(each, Rule):
+                    found.setdefault(each.name, {"name": each.name, "in": place, "doc": _first(each.doc),
+                                                 "before": each.before_text, "after": each.after_text})  # fmt: skip
+    return [found[name] for name in sorted(found)]
+
+
+def _modules(*folders: str) -> Iterator[ModuleType]:
+    """Yield the imported modules in folders of this package."""
+    package = __name__.partition(".compiler.")[0]
+    for name, module in sorted(sys.modules.items()):
+        if any(name.startswith(f"{package}.{folder}.") for folder in folders):
+            yield module
+
+
+def families() -> Rows:
+    """Return the model families that moec's tests check."""
+    from ..frontends.families import FAMILIES
+
+    columns = ("name", "model_type", "layers", "state", "checked", "needs")
+    return [{column: getattr(family, column) for column in columns} for family in FAMILIES.values()]
+
+
+def targets(name: str | None = None) -> Rows:
+    """Return the targets, or one with all that is known of it; MoecError for an unknown name."""
+    from ...targets import TARGETS, unknown_target
+
+    if name is not None and name not in TARGETS:
+        raise unknown_target(name)
+    chosen = [TARGETS[name]] if name else list(TARGETS.values())
+    rows: Rows = [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]
+    if name and chosen[0].recorded:
+        record = chosen[0].recorded()
+        broken = [row for row in record.rows if row["found"] != "right"]
+        rows[0]["runtime"] = {"recorded_with": record.made_with, "operators": summary(record.rows), "not_right": broken}
+    return rows
+
+
+def profile(name: str, options: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return an accelerator's profile with figures of `options`, None for a target that is no accelerator."""
+    from ...targets.accelerator.chip.describe import describe, is_profile
+    from ...targets.accelerator.chip.profile import find_profile
+
+    return describe(find_profile(name, options)) if is_profile(name) else None
+
+
+def probe(name: str, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+    """Try what the runtime of a target does; MoecError for an unknown target and for one without a probe."""
+    from ...targets import TARGETS
+
+    run = None
+    if profile(name, {}) is None:
+        targets(name)
+        run = TARGETS[name].probe
+    if run is None:
+        raise MoecError(f"target {name} has no probe")
+    return run(quick=quick, progress=progress)
+
+
+def summary(rows: Rows) -> Rows:
+    """Return for each operator how many of its variants were found to be what."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        start = {"operator": row["operator"], "right": 0, "of these int8 activations": 0, "not right": 0, "GB/s": None}
+        entry = found.setdefault(row["operator"], start)
+        entry["right" if row["found"] == "right" else "not right"] += 1
+        entry["of these int8 activations"] += row["activations"] == "int8"
+        if row["speed"]:
+            entry["GB/s"] = max(entry["GB/s"] or 0.0, row["speed"])
+    return list(found.values())

@@ -1,0 +1,217 @@
+"""What `moec inspect` says about a module, as plain data.
+
+Every figure is counted from the IR (cost.py); none is measured. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+
+from ..artifact.json_files import read_json
+from ..artifact.manifest import MANIFEST
+from ..cost.count import Cost, Costs, Kind, Layer, module_costs
+from ..errors import MoecError
+from ..ir.module import Module, TensorType, Value
+from ..ops.define import free
+from ..runtime.artifact import Artifact
+
+KERNELS = "kernels.json"  # of an artifact for an accelerator
+CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that is looked at: its program, what that does not read, and moec.json of an artifact."""
+
+    module: Module
+    left_out: Mapping[str, TensorType]
+    manifest: Mapping[str, Any]
+
+    def context(self, wanted: int | None) -> int:
+        """Return the past tokens to cost a token at; MoecError for more than the program takes."""
+        past = next((d.high for d in self.module.dims if d.name == "P"), CONTEXT)
+        chosen = min(CONTEXT, past) if wanted is None else wanted
+        if not 0 <= chosen <= past:
+            raise MoecError(f"a context of {chosen} tokens is outside the program's 0..{past}")
+        return chosen
+
+
+def open_source(source: Module | Path | str, *, trust_remote_code: bool = False) -> Opened:
+    """Open a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file; MoecError."""
+    if isinstance(source, Module):
+        return Opened(source, {}, {})
+    from ...targets import declare_kernel_ops
+    from ..frontends.load import load
+
+    declare_kernel_ops()
+    manifest = _manifest(Path(source))
+    loaded = load(source, trust_remote_code=trust_remote_code)
+    return Opened(loaded.module, loaded.left_out, manifest)
+
+
+def inspect(
+    source: Module | Path | str | Opened, *, context: int | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Return the figures of a source, opened or not (see `open_source`).
+
+    `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
+    parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused,
+    files and (for an accelerator) kernels. Raises MoecError.
+    """
+    opened = source if isinstance(source, Opened) else open_source(source, trust_remote_code=trust_remote_code)
+    module, chosen = opened.module, opened.context(context)
+    return _report(module, module_costs(module), chosen, opened.manifest, opened.left_out)
+
+
+def _manifest(path: Path) -> Mapping[str, Any]:
+    """Return moec.json of an artifact folder, with the sizes of its files; nothing for another source."""
+    if not (path / MANIFEST).is_file():
+        return {}
+    artifact = Artifact.open(path)
+    kernels = {"kernels": read_json(path / KERNELS)} if (path / KERNELS).is_file() else {}
+    return {**artifact.manifest, "sizes": artifact.report["files"], **kernels}
+
+
+def _report(
+    module: Module, costs: Costs, context: int, manifest: Mapping[str, Any], left_out: Mapping[str, TensorType]
+) -> dict[str, Any]:
+    total = costs.total
+    report = {
+        "source": module.source,
+        "stage": module.stage,
+        "target": manifest.get("target"),
+        "parameters": _parameters(total),
+        "bytes": {"checkpoint": total.stored_bytes, "compiled": total.compiled_bytes},
+        "left_out": left_out_of(left_out),
+        "per_token": {"context": context, **_per_token(costs, total, context)},
+        "state": {**_state(costs, total, context), "bf16_bytes_per_token": _bf16_per_token(costs, context)},
+        "formulas": {"flops": free(total.flops), "state_bytes": free(total.state_bytes)},
+        "dims": [{"name": d.name, "low": d.low, "high": d.high} for d in module.dims],
+        "inputs": [_value(v) for v in module.main.params],
+        "outputs": [_value(v) for v in module.main.results],
+        "kinds": [_kind(costs, kind, context) for kind in costs.kinds],
+        "layers": [_layer(costs, layer, context) for layer in costs.layers],
+    }
+    if manifest:
+        report |= {"unfused": manifest["unfused"], "files": manifest["sizes"]}
+    if "kernels" in manifest:
+        report["kernels"] = manifest["kernels"]
+    return report
+
+
+def per_token(costs: Costs) -> dict[str, Any]:
+    """Return a program's token-efficiency figures, all counted from the IR: what moec.json holds of them."""
+    past = next((d.high for d in costs.module.dims if d.name == "P"), CONTEXT)
+    return {"context": min(CONTEXT, past), **_figures(costs, costs.total, min(CONTEXT, past))}
+
+
+def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
+    """Return the names' first parts (behind `model`) and the bytes of tensors that a program does not read; nothing without any."""
+    if not tensors:
+        return {}
+    names = sorted({re.sub(r"^((model\.)?[^.]*).*", r"\1.*", name) for name in tensors})
+    return {"names": names, "tensors": len(tensors), "bytes": sum(int(t.bytes) for t in tensors.values())}
+
+
+def left_out_text(found: Mapping[str, Any]) -> str:
+    """Return it as one line for people."""
+    names = ", ".join(found["names"])
+    return f"left out of the program: {found['tensors']} tensors {names}, {bytes_text(found['bytes'])}"
+
+
+def _value(value: Value) -> dict[str, Any]:
+    return {"name": value.name, "type": str(value.type.plain), "state": value.type.state}
+
+
+def _parameters(cost: Cost) -> dict[str, int]:
+    return {
+        "total": cost.parameters,
+        "experts": cost.expert_parameters,
+        "embeddings": cost.table_parameters,
+        "active": cost.active_parameters,
+        "active_without_embeddings": cost.active_without_tables,
+    }
+
+
+def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
+    """Return what decoding one token behind `context` others takes (batch 1)."""
+    return {
+        "flops": costs.flops_at(cost, past=context),
+        "checkpoint_bytes_read": cost.stored_bytes_read,
+        "compiled_bytes_read": cost.compiled_bytes_read,
+        "state_bytes_read": costs.state_at(cost, context),
+    }
+
+
+def _state(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
+    return {"bytes_per_token": costs.state_per_token(cost, context), "fixed_bytes": costs.state_at(cost, 0)}
+
+
+def _bf16_per_token(costs: Costs, context: int) -> int:
+    """Return the bytes that one more token adds to the program's states if they were stored in two bytes a number."""
+    states = [p.type for p in costs.module.main.params if p.type.state]
+    halves = sympy.Add(*(t.elements * (2 if t.dtype == "f32" else t.bits / 8) for t in states))
+    return costs.state_per_token(Cost(state_bytes=halves), context)
+
+
+def _figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:
+    return {
+        "parameters": _parameters(cost),
+        "bytes": {"checkpoint": cost.stored_bytes, "compiled": cost.compiled_bytes},
+        "per_token": _per_token(costs, cost, context),
+        "state": _state(costs, cost, context),
+    }
+
+
+def _kind(costs: Costs, kind: Kind, context: int) -> dict[str, Any]:
+    return {
+        "function": kind.function.name,
+        "calls": len(kind.layers),
+        "layers": [int(n) for layer in kind.layers if (n := layer.bindings.get("layer", "")).isdigit()],
+        "ops": len(kind.function.ops),
+        **_figures(costs, kind.cost, context),
+    }
+
+
+def _layer(costs: Costs, layer: Layer, context: int) -> dict[str, Any]:
+    return {"function": layer.function, "bindings": dict(layer.bindings), **_figures(costs, layer.cost, context)}
+
+
+def ranges(numbers: list[int]) -> str:
+    """Return sorted numbers as text: `0..2, 5`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
+
+
+def count_text(number: int) -> str:
+    """Return a count with four digits: `6.919 B`, `37.6 M`, `512`."""
+    return _scaled(number, "", " k", " M", " B", " T")
+
+
+def bytes_text(number: int) -> str:
+    """Return bytes in decimal units: `13.84 GB`."""
+    return _scaled(number, " B", " kB", " MB", " GB", " TB")
+
+
+def flops_text(number: int) -> str:
+    """Return floating-point operations: `2.36 GFLOP`."""
+    return _scaled(number, " FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP")
+
+
+def _scaled(number: int, *units: str) -> str:
+    """Return a number in the largest of units a thousand apart that leaves a digit before the point."""
+    power = 0
+    while power < len(units) - 1 and abs(number) >= 1000 ** (power + 1):
+        power += 1
+    return f"{number / 1000**power:.4g}{units[power]}" if power else f"{number}{units[0]}"

@@ -1,0 +1,167 @@
+"""How `moec` shows things to people: tables of figures, one-line summaries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from ..rewrite.unfused import line
+from .report import bytes_text, count_text, flops_text, left_out_text, ranges
+from .table import make_table, print_parts, stdout_console
+
+if TYPE_CHECKING:
+    from ..artifact.generation_files import EndTokens
+    from ..runtime.artifact import Artifact
+    from ..runtime.generate import Generation
+
+# --- inspect -------------------------------------------------------------------------------------------------------
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Print what report.inspect found."""
+    context = report["per_token"]["context"]
+    target = f", target {report['target']}" if report["target"] else ""
+    console = stdout_console()
+    print_parts(console, f"{report['source'] or 'a program without a source'} (stage {report['stage']}{target})", "")
+    print_parts(console, _summary(report), "", _kinds(report["kinds"], context), "")
+    dims = ", ".join(f"{d['name']} in {d['low']}..{d['high']}" for d in report["dims"])
+    print_parts(console, f"dims: {dims}")
+    for label in ("inputs", "outputs"):
+        print_parts(console, *_values(label, report[label]))
+    print_parts(console, *map(line, report.get("unfused", [])))
+    if "files" in report:
+        print_parts(
+            console,
+            "",
+            make_table((("file", False), ("bytes", True)), [(n, f"{s:,}") for n, s in report["files"].items()]),
+        )
+
+
+def _summary(report: dict[str, Any]) -> Table:
+    parameters, per_token, state = report["parameters"], report["per_token"], report["state"]
+    at = f"at {per_token['context']:,} past tokens"
+    rows = [
+        ("parameters", count_text(parameters["total"]), f"{count_text(parameters['experts'])} in routed experts"),
+        ("active per token", count_text(parameters["active"]),
+         f"{count_text(parameters['active_without_embeddings'])} without the embedding table"),
+        ("weights in the checkpoint", bytes_text(report["bytes"]["checkpoint"]),
+         f"{bytes_text(per_token['checkpoint_bytes_read'])} read per decoded token"),
+        ("weights in this IR", bytes_text(report["bytes"]["compiled"]),
+         f"{bytes_text(per_token['compiled_bytes_read'])} read per decoded token"),
+        ("KV cache per token", bytes_text(state["bytes_per_token"]),
+         f"{bytes_text(state['bf16_bytes_per_token'])} if it were bf16; {bytes_text(per_token['state_bytes_read'])} {at}"),
+        ("FLOPs per decoded token", flops_text(per_token["flops"]), at),
+    ]  # fmt: skip
+    if left_out := report["left_out"]:
+        whole = report["bytes"]["checkpoint"] + left_out["bytes"]
+        rows.append(
+            (
+                "left out of the program",
+                bytes_text(left_out["bytes"]),
+                f"{', '.join(left_out['names'])}; {bytes_text(whole)} with it in the checkpoint",
+            )
+        )
+    if state["fixed_bytes"]:
+        rows.append(("fixed state", bytes_text(state["fixed_bytes"]), "for each sequence"))
+    return make_table((("", False), ("", True), ("", False)), rows)
+
+
+def _kinds(kinds: list[dict[str, Any]], context: int) -> Table:
+    columns = (
+        ("function", False), ("layers", False), ("ops", True), ("parameters", True), ("active", True),
+        ("checkpoint", True), ("in this IR", True), (f"FLOPs/token at {context}", True), ("KV/token", True),
+    )  # fmt: skip
+    rows = [
+        (
+            f"@{kind['function']}",
+            ranges(kind["layers"]) or ("" if kind["calls"] == 1 else f"{kind['calls']} calls"),
+            str(kind["ops"]),
+            count_text(kind["parameters"]["total"]),
+            count_text(kind["parameters"]["active"]),
+            bytes_text(kind["bytes"]["checkpoint"]),
+            bytes_text(kind["bytes"]["compiled"]),
+            flops_text(kind["per_token"]["flops"]),
+            bytes_text(kind["state"]["bytes_per_token"]),
+        )
+        for kind in kinds
+    ]
+    return make_table(columns, rows)
+
+
+def _values(label: str, values: list[dict[str, Any]]) -> list[str]:
+    """Return a line for every input or output, and one for all states of a type."""
+    lines = [f"{label}: " + ", ".join(f"{v['name']} {v['type']}" for v in values if not v["state"])]
+    states: dict[str, int] = {}
+    for value in values:
+        if value["state"]:
+            states[value["type"]] = states.get(value["type"], 0) + 1
+    return lines + [f"  and {count} states {type}" for type, count in states.items()]
+
+
+# --- one line ------------------------------------------------------------------------------------------------------
+
+
+def show_artifact(artifact: Artifact, seconds: float) -> None:
+    """Say on standard error what was written, and what the comparison found if there was one."""
+    report = artifact.report
+    click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
+    if seen := report["figures"].get("calibration"):
+        click.echo(_coverage(seen), err=True)
+    if "left_out" in report["source"]:
+        click.echo(left_out_text(report["source"]["left_out"]), err=True)
+    for entry in report["unfused"]:
+        click.echo(line(entry), err=True)
+    for function, formats in report["figures"].get("kept", {}).items():
+        near = f"; near them, not the same: {', '.join(formats['near'])}" if "near" in formats else ""
+        exact = ", ".join(formats.get("exact", ["none"]))
+        click.echo(f"codes of the checkpoint kept in @{function}: {exact}{near}", err=True)
+    for note in report["figures"].get("notes", []):
+        click.echo(f"note: {note}", err=True)
+    figures = report["figures"].get("measured")
+    if figures:
+        verdict = "verified" if figures["passed"] else "verification failed"
+        relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
+        click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
+
+
+def _coverage(seen: dict[str, Any]) -> str:
+    """Return what a calibration text reached, in one line."""
+    text = f"calibration: {seen['tokens']} tokens"
+    if not seen["experts"]:
+        return text
+    few = f"{seen['starved']} of {seen['experts']} experts saw fewer than {seen['starved_below']}"
+    return f"{text}; an expert saw {seen['mean']:.0f} of them on average, at least {seen['least']}; {few}"
+
+
+def end_notes(ends: EndTokens) -> list[str]:
+    """Return what there is to say of the tokens at which generation stops."""
+    notes = [
+        f"note: the end token {text!r} has no number in the tokenizer's files: not stopped at" for text in ends.unknown
+    ]
+    if not ends.ids:
+        notes.append("note: no file of the checkpoint names an end token: generation stops at --max-new-tokens")
+    return notes
+
+
+def generation_json(found: Generation) -> dict[str, Any]:
+    """Return a generation of one prompt as JSON values."""
+    return {
+        "tokens": found.tokens[0],
+        "text": found.text[0] if found.text else None,
+        "prompt_tokens": found.prompt_tokens,
+        "prefill_seconds": found.prefill_seconds,
+        "decode_seconds": found.decode_seconds,
+        "prefill_tokens_per_second": found.prefill_rate,
+        "decode_tokens_per_second": found.decode_rate,
+    }
+
+
+def speed(found: Generation) -> str:
+    """Return the speed of a generation as one line."""
+    new = sum(map(len, found.tokens))
+    return (
+        f"{found.prompt_tokens} prompt tokens at {found.prefill_rate:.1f} tokens/s, "
+        f"{new} new tokens at {found.decode_rate:.1f} tokens/s"
+    )

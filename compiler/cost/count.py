@@ -1,0 +1,300 @@
+"""What a module holds, reads and computes: parameters, bytes, FLOPs and states, from the IR alone.
+
+Every op declares its FLOPs and, for tables and routed experts, how many slices of a weight one run reads
+(`OpDef.flops`, `OpDef.rows`); nothing here knows an op by name. Formulas are in the module's dims. Per token means
+one decoded token: B = 1, S = 1.
+
+A tensor of the checkpoint counts once, however many weights and layers read it; the first call that reads it owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from functools import cached_property, lru_cache
+
+import sympy
+
+from ..errors import MoecError
+from ..ir.dims import Size, evaluate
+from ..ir.module import Const, Function, Module, Op, Value, expand_range, walk_calls
+from ..ir.recipes import Literal, Recipe, Tensor, bind
+from ..ops import OPS, OpDef
+
+TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides
+
+# Items of a step that hold no parameters of their own (scales).
+AUXILIARY: Mapping[str, tuple[int, ...]] = {"dequantize": (1, 2), "packed": (1, 2), "gather": (1,), "scale": (1,)}
+# Steps whose item holds several parameters in an element.
+DENSE_ITEMS = ("unpack", "blocks")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of a function, or several, holds, reads and computes. Bytes are bytes, not bits."""
+
+    parameters: int = 0  # elements of the checkpoint's tensors; scales are no parameters
+    expert_parameters: int = 0  # those of routed experts
+    table_parameters: int = 0  # those that are only looked up (embeddings)
+    active_parameters: int = 0  # that one token uses: k of E experts, the rest whole, tables whole too
+    stored_bytes: int = 0  # in the checkpoint, with scales
+    stored_bytes_read: int = 0  # of these, what one decoded token reads
+    compiled_bytes: int = 0  # of the weights as the IR types them
+    compiled_bytes_read: int = 0  # of these, what one decoded token reads
+    flops: Size = sympy.S.Zero  # of one run of the program, a formula
+    state_bytes: Size = sympy.S.Zero  # of the states that one run starts from, a formula
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
+
+    @property
+    def active_without_tables(self) -> int:
+        """The parameters that one token computes with: active ones less the tables."""
+        return self.active_parameters - self.table_parameters
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a function: what the call binds, e.g. {"layer": "3"}, and its cost without the calls in it."""
+
+    function: str
+    bindings: Mapping[str, str]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A function with all its calls; `cost` is that of all of them together."""
+
+    function: Function
+    layers: tuple[Layer, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of a module: by function, by call in program order, and in all."""
+
+    module: Module
+    kinds: tuple[Kind, ...]
+    layers: tuple[Layer, ...]
+    total: Cost
+
+    def dims(self, batch: int = 1, new: int = 1, past: int = 0) -> dict[str, int]:
+        """Return values for every dim: B, S and P as given, any other as small as it may be (but not 0)."""
+        return _dims(self.module, batch, new, past)
+
+    def decode_flops(self, context: int) -> int:
+        """Return the FLOPs of decoding one token behind `context` past tokens."""
+        return self.flops_at(self.total, past=context)
+
+    def prefill_flops(self, tokens: int) -> int:
+        """Return the FLOPs of reading a prompt of `tokens` tokens into an empty cache."""
+        return self.flops_at(self.total, new=tokens)
+
+    def bytes_read(self, context: int) -> int:
+        """Return the bytes that decoding one token reads: weights as compiled and states."""
+        return self.total.compiled_bytes_read + self.state_at(self.total, context)
+
+    def flops_at(self, cost: Cost, new: int = 1, past: int = 0) -> int:
+        """Return the FLOPs of `new` tokens behind `past` others, batch 1."""
+        return evaluate(cost.flops, self.dims(new=new, past=past))
+
+    def state_at(self, cost: Cost, past: int) -> int:
+        """Return the bytes of state of one sequence after `past` tokens; those after 0 are there whatever its length."""
+        return evaluate(cost.state_bytes, self.dims(past=past))
+
+    def state_per_token(self, cost: Cost, context: int) -> int:
+        """Return how many bytes of state one more token adds to a sequence, on average over a context."""
+        past = max(context, 1)
+        return round((self.state_at(cost, past) - self.state_at(cost, 0)) / past)
+
+    @cached_property
+    def by_function(self) -> dict[str, Kind]:
+        """The kinds by the name of their function."""
+        return {kind.function.name: kind for kind in self.kinds}
+
+
+def module_costs(module: Module) -> Costs:
+    """Return the costs of a module. MoecError for an op that is not declared (a target not imported)."""
+    at = _dims(module, 1, 1, 0)
+    uses = {f.name: [(c, *_usage(f, c.value, at)) for c in f.consts] for f in module.functions}
+    formulas = {f.name: (_flops(f), _own_states(f)) for f in module.functions}
+    calls = list(walk_calls(module))
+    weights = [Cost()] * len(calls)
+    for owner, cost in _weight_costs(calls, uses):
+        weights[owner] += cost
+    layers = []
+    for (function, bound), cost in zip(calls, weights, strict=True):
+        flops, states = formulas[function.name]
+        layers.append(Layer(function.name, bound, cost + Cost(flops=flops, state_bytes=states)))
+    kinds = [_kind(f, tuple(layer for layer in layers if layer.function == f.name)) for f in module.functions]
+    return Costs(module, tuple(k for k in kinds if k.layers), tuple(layers), _total(module, kinds))
+
+
+def _dims(module: Module, batch: int, new: int, past: int) -> dict[str, int]:
+    return {**{d.name: max(1, d.low) for d in module.dims}, "B": batch, "S": new, "P": past}
+
+
+def _kind(function: Function, layers: tuple[Layer, ...]) -> Kind:
+    """Add up the calls of one function; its formulas are equal in all of them."""
+    flops = layers[0].cost.flops * len(layers) if layers else sympy.S.Zero
+    states = layers[0].cost.state_bytes * len(layers) if layers else sympy.S.Zero
+    return Kind(function, layers, _sum([layer.cost for layer in layers], flops, states))
+
+
+def _total(module: Module, kinds: list[Kind]) -> Cost:
+    """Add up the kinds; the states are those of the program, since two layers may share one."""
+    states = sympy.Add(*(p.type.bytes for p in module.main.params if p.type.state))
+    costs = [kind.cost for kind in kinds]
+    return _sum(costs, sympy.Add(*(cost.flops for cost in costs)), states)
+
+
+def _sum(costs: list[Cost], flops: Size, states: Size) -> Cost:
+    """Add up the numbers; the formulas come added up, which is quicker than 94 sums of expressions."""
+    numbers = [f.name for f in fields(Cost) if f.name not in ("flops", "state_bytes")]
+    sums = {name: sum(getattr(cost, name) for cost in costs) for name in numbers}
+    return Cost(**sums, flops=sympy.expand(flops), state_bytes=sympy.expand(states))
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+Use = tuple[Const, int, Fraction]  # a weight, how it is read, and which share of it one token reads
+
+
+@dataclass
+class _Held:
+    """A tensor, or a finished weight, while its uses are collected."""
+
+    owner: int
+    parameters: int
+    size: int
+    role: int
+    share: Fraction
+
+
+def _weight_costs(
+    calls: list[tuple[Function, dict[str, str]]], uses: Mapping[str, list[Use]]
+) -> Iterator[tuple[int, Cost]]:
+    """Yield the cost of every tensor and of every finished weight, with the number of the call that owns it."""
+    stored: dict[str, _Held] = {}
+    compiled: dict[Recipe, _Held] = {}
+    for number, (function, bound) in enumerate(calls):
+        for const, role, share in uses[function.name]:
+            size = _whole(const.value.type.bytes)
+            recipe = bind(const.recipe, function.weights, bound)
+            _hold(compiled, recipe, _Held(number, 0, size, role, share))
+            for tensor, held_each in leaves(recipe):
+                count = len(expand_range(tensor.name))
+                # a table of i64 says where to look (experts by token, say), it is nothing that was learned
+                learned = 0 if tensor.type.dtype == "i64" else held_each
+                parameters = _whole(count * tensor.type.elements * learned)
+                held = _Held(number, parameters, count * _whole(tensor.type.bytes), role, share)
+                _hold(stored, tensor.name, held)
+    for held in stored.values():
+        n = held.parameters
+        yield (
+            held.owner,
+            Cost(
+                parameters=n,
+                expert_parameters=n if held.role == EXPERTS else 0,
+                table_parameters=n if held.role == TABLE else 0,
+                active_parameters=n if held.role == TABLE else round(n * held.share),
+                stored_bytes=held.size,
+                stored_bytes_read=round(held.size * held.share),
+            ),
+        )
+    for held in compiled.values():
+        yield held.owner, Cost(compiled_bytes=held.size, compiled_bytes_read=round(held.size * held.share))
+
+
+def _hold(table: dict, key: object, new: _Held) -> None:
+    """Enter a use; of two uses of the same thing the stronger one counts."""
+    held = table.setdefault(key, new)
+    held.role, held.share = max(held.role, new.role), max(held.share, new.share)
+
+
+def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, Size]]:
+    """Yield the checkpoint tensors of a recipe, ranges not spread out, and the parameters that an element holds."""
+    match recipe:
+        case Tensor():
+            yield recipe, sympy.S.One
+        case Literal():
+            return
+        case _:
+            auxiliary = AUXILIARY.get(recipe.name, ())
+            dense = recipe.name in DENSE_ITEMS
+            for i, item in enumerate(recipe.items):
+                times = 0 if i in auxiliary else recipe.type.elements / item.type.elements if dense else 1
+                yield from ((tensor, share * times) for tensor, share in leaves(item))
+
+
+@lru_cache(maxsize=65536)
+def _whole(size: Size) -> int:
+    return int(sympy.ceiling(size))
+
+
+def _usage(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int, Fraction]:
+    """Return how a value is read, and the share of it that one token reads: the strongest of its uses."""
+    role, share = DENSE, Fraction(0)
+    found: list[tuple[int, Fraction]] = []
+    for op in function.uses.get(value.name, []):
+        if op is None or op.callee:
+            found.append((DENSE, Fraction(1)))
+        else:
+            found += [_operand_use(function, op, i, at) for i, v in enumerate(op.operands) if v == value]
+    if found:
+        role, share = max(role for role, _ in found), max(share for _, share in found)
+    return role, share
+
+
+def _operand_use(function: Function, op: Op, index: int, at: Mapping[str, int]) -> tuple[int, Fraction]:
+    definition = _definition(op)
+    operand = op.operands[index]
+    assert operand
+    names = [o.name for o in definition.signature.operands]
+    rows = definition.rows.get(names[min(index, len(names) - 1)])
+    first = operand.type.shape[0] if operand.type.shape else None
+    if rows is not None:
+        types = [None if v is None else v.type for v in op.operands]
+        read = evaluate(rows(types, definition.complete(op.attributes)), at)
+        # an op without arithmetic looks rows up; one with arithmetic computes with the chosen experts
+        role = TABLE if definition.custom_flops == 0 else EXPERTS
+        return role, min(Fraction(1), Fraction(read, evaluate(operand.type.shape[0], at)))
+    if len(op.inputs) == 1 and len(op.results) == 1 and op.results[0].type.shape[:1] == (first,):
+        return _usage(
+            function, op.results[0], at
+        )  # another form of the same slices (a cast, say): what is it read for?
+    return DENSE, Fraction(1)
+
+
+def _definition(op: Op) -> OpDef:
+    if op.name not in OPS:
+        raise MoecError(f"unknown op {op.name}", model=", ".join(op.loc), todo="moec list ops shows the known ones")
+    return OPS[op.name]
+
+
+# --- formulas ------------------------------------------------------------------------------------------------------
+
+
+def op_flops(op: Op) -> Size:
+    """Return the FLOPs of one op as a formula; those of a call stand with its callee."""
+    if op.callee:
+        return sympy.S.Zero
+    operands = [None if v is None else v.type for v in op.operands]
+    return _definition(op).flops(operands, tuple(v.type for v in op.results), op.attributes)
+
+
+def _flops(function: Function) -> Size:
+    return sympy.expand(sympy.Add(*(op_flops(op) for op in function.ops)))
+
+
+def _own_states(function: Function) -> Size:
+    """Return the bytes of the states that a function uses itself rather than passing them on to a call."""
+    own = [
+        p.type.bytes
+        for p in function.params
+        if p.type.state and not any(use and use.callee for use in function.uses.get(p.name, []))
+    ]
+    return sympy.expand(sympy.Add(*own))

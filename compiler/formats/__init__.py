@@ -1,0 +1,1 @@
+"""Quantized storage: numbers to the codes of a format and back, and the blocks of GGUF."""

@@ -1,0 +1,227 @@
+"""The codes behind a weight: a recipe of numbers taken apart into codes, scales and zero points.
+
+A checkpoint's codes pass through the steps that stack, join and reorder weights as the numbers do, as long as the axis
+along which codes share scales stays whole. What comes out can be stored as `packed` without computing a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..ir.code_steps import ELEMENTS
+from ..ir.recipes import Recipe, Step, step
+from ..ir.storage import GROUPS, Format, find_format
+
+FP8_BLOCK = (128, 128)  # rows and columns of FP8 that share a scale, in checkpoints as in the format fp8_b128
+
+
+class NotKept(Exception):
+    """Why a recipe cannot be taken apart; the text is a part of a sentence."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes u8 and what they stand for: w = scale (code - zero), or an element of a table times the scale.
+
+    `scales` and `zeros` have the shape of the codes, with one element for every `group` codes along `axis`, and where
+    `rows` is not 1 for every `rows` codes along the axis before it.
+    """
+
+    codes: Recipe
+    scales: Recipe
+    zeros: Recipe | None
+    axis: int
+    group: int
+    bits: int
+    element: str = "int"  # int, a key of code_steps.ELEMENTS, or e4m3
+    rows: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the checkpoint holds, in words."""
+        if self.rows > 1:
+            return f"{self.element} in blocks of {self.rows} x {self.group}"
+        kind = "mxfp4" if self.element == "e2m1" and self.scales.type.dtype == "f8e8m0" else self.element
+        kind = f"{'u' * (self.zeros is not None)}int{self.bits}" if kind == "int" else kind
+        return f"{kind} in groups of {self.group}"
+
+    @property
+    def items(self) -> list[Recipe]:
+        """Codes, scales and zero points, these where there are some."""
+        return [self.codes, self.scales, *([self.zeros] if self.zeros is not None else [])]
+
+    def with_items(self, items: Sequence[Recipe], axis: int | None = None) -> Codes:
+        """Return the same with other recipes."""
+        codes, scales, *zeros = items
+        axis = self.axis if axis is None else axis
+        return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None, axis=axis)
+
+
+def is_stored_quantized(recipe: Recipe) -> bool:
+    """Return whether any part of a recipe comes from codes of a checkpoint."""
+    if not isinstance(recipe, Step):
+        return False
+    return recipe.name == "dequantize" or any(map(is_stored_quantized, recipe.items))
+
+
+def take_apart(recipe: Recipe) -> Codes:
+    """Return the codes of a recipe; NotKept says why there are none."""
+    if not isinstance(recipe, Step):
+        raise NotKept("a part of it is not quantized in the checkpoint")
+    attributes = recipe.attributes
+    match recipe.name:
+        case "dequantize":
+            return _leaf(recipe)
+        case "cast" if attributes["to"] == "f32" and recipe.items[0].type.dtype == "f32":
+            return take_apart(recipe.items[0])
+        case "stack" | "concat" | "interleave":
+            return _together(recipe)
+        case "transpose":
+            perm = tuple(attributes["perm"])  # type: ignore[arg-type]
+            found = take_apart(recipe.items[0])
+            if found.rows > 1 and perm.index(found.axis) != perm.index(found.axis - 1) + 1:
+                raise NotKept("its blocks of rows and columns would be turned")
+            return found.with_items([step("transpose", i, perm=perm) for i in found.items], perm.index(found.axis))
+        case "slice":
+            return _slice(recipe)
+        case "reshape":
+            return _reshape(recipe)
+    raise NotKept(f"its codes do not pass through {recipe.name}")
+
+
+def _leaf(recipe: Step) -> Codes:
+    codes, scales, *zeros = recipe.items
+    block = tuple(int(b) for b in recipe.attributes["block"])  # type: ignore[union-attr, arg-type]
+    bits, element = recipe.attributes.get("bits"), "int"
+    if isinstance(codes, Step) and codes.name == "decode":
+        bits, element, codes = 4, str(codes.attributes["of"]), codes.items[0]
+    if bits is None and codes.type.dtype == "f8e4m3" and block[-2:] == FP8_BLOCK and set(block[:-2]) <= {1}:
+        group = min(FP8_BLOCK[1], codes.type.sizes[-1])
+        codes = step("view", codes, to="u8")
+        return Codes(codes, scales, None, len(block) - 1, group, 8, "e4m3", FP8_BLOCK[0])
+    if bits is None:
+        raise NotKept(f"its codes are {codes.type.dtype}")
+    if zeros and zeros[0].type.dtype != "u8":
+        raise NotKept("its groups have minimums that are no multiples of their scales")
+    if recipe.attributes.get("divide"):
+        raise NotKept("its numbers are divided by scales")
+    sizes = codes.type.sizes
+    shared = [i for i, (b, n) in enumerate(zip(block, sizes, strict=True)) if b > 1 and n > 1]
+    axis = len(sizes) - 1
+    if not shared and sizes[axis] > 1:
+        raise NotKept("each of its columns has a scale of its own (GPTQ's desc_act)")
+    for i in shared:  # scales shared along other axes are written out
+        if i != axis:
+            scales, *zeros = (_spread(item, i, block[i], sizes[i]) for item in (scales, *zeros))
+    return Codes(codes, scales, zeros[0] if zeros else None, axis, min(block[axis], sizes[axis]), int(bits), element)  # type: ignore[arg-type]
+
+
+def _spread(item: Recipe, axis: int, times: int, size: int) -> Recipe:
+    """Return an item repeated along an axis, cut to a size."""
+    repeated = item if times == 1 else step("repeat", item, axis=axis, times=times)
+    return repeated if repeated.type.sizes[axis] == size else step("slice", repeated, axis=axis, start=0, stop=size)
+
+
+def _together(recipe: Step) -> Codes:
+    parts = [take_apart(item) for item in recipe.items]
+    first = parts[0]
+    kinds = {(p.axis, p.group, p.bits, p.element, p.zeros is None, p.rows) for p in parts}
+    if len(kinds) > 1:
+        raise NotKept(f"its parts are stored differently: {', '.join(sorted({p.name for p in parts}))}")
+    axis = recipe.attributes.get("axis")
+    if axis == first.axis and any(p.codes.type.sizes[first.axis] % first.group for p in parts):
+        raise NotKept("groups would be cut where its parts meet")
+    if axis == first.axis and recipe.name == "interleave":
+        raise NotKept("columns of different groups would lie in turn")
+    cut = recipe.name == "interleave" or any(p.codes.type.sizes[first.axis - 1] % first.rows for p in parts[:-1])
+    if recipe.name != "stack" and axis == first.axis - 1 and first.rows > 1 and cut:
+        raise NotKept("blocks of rows would be cut where its parts meet")
+    items = [step(recipe.name, *column, **recipe.attributes) for column in zip(*(p.items for p in parts), strict=True)]
+    return first.with_items(items, first.axis + (recipe.name == "stack"))
+
+
+def _slice(recipe: Step) -> Codes:
+    found = take_apart(recipe.items[0])
+    options = recipe.attributes
+    axis = int(options["axis"])  # type: ignore[arg-type]
+    shared = found.group if axis == found.axis else found.rows if axis == found.axis - 1 else 1
+    if shared == 1 and axis != found.axis:
+        return found.with_items([step("slice", item, **options) for item in found.items])
+    start, stop = int(options["start"]), int(options["stop"])  # type: ignore[arg-type]
+    if start % shared or options.get("step", 1) != 1:
+        raise NotKept("a slice of it begins within a group")
+    codes = step("slice", found.codes, **options)
+    ends = {"start": start // shared, "stop": -(-stop // shared)}
+    return found.with_items([codes, *(step("slice", i, axis=axis, **ends) for i in found.items[1:])])
+
+
+def _reshape(recipe: Step) -> Codes:
+    found = take_apart(recipe.items[0])
+    before, after = found.codes.type.sizes, recipe.type.sizes
+    behind = math.prod(before[found.axis + 1 :])
+    axis = next((k for k in range(len(after)) if math.prod(after[k + 1 :]) == behind and after[k] > 1), None)
+    if axis is None or after[axis] != before[found.axis]:
+        raise NotKept("a reshape of it changes the axis along which codes share scales")
+    if found.rows > 1 and after[axis - 1] != before[found.axis - 1]:
+        raise NotKept("a reshape of it changes the rows that share scales")
+    groups = found.scales.type.sizes[found.axis]
+    narrow = (*after[:axis], groups, *after[axis + 1 :])
+    if found.rows > 1:
+        narrow = (*narrow[: axis - 1], found.scales.type.sizes[found.axis - 1], *narrow[axis:])
+    shapes = [after, *(narrow for _ in found.items[1:])]
+    return found.with_items([step("reshape", i, shape=s) for i, s in zip(found.items, shapes, strict=True)], axis)
+
+
+# --- in a format ---------------------------------------------------------------------------------------------------
+
+
+def exact_formats(found: Codes) -> Iterator[Format]:
+    """Yield the formats that hold the codes and their scales exactly, the fewest bits first, then the largest groups."""
+    columns = found.codes.type.sizes[found.axis]
+    groups = [g for g in reversed(GROUPS) if columns % g == 0 and (found.group % g == 0 or found.group >= columns)]
+    if found.element == "e2m1" and found.group == 32 and found.scales.type.dtype == "f8e8m0" and columns % 32 == 0:
+        yield _format("mxfp4")
+    if found.element == "e4m3":
+        if (found.rows, found.group) == FP8_BLOCK:
+            yield _format("fp8_b128")
+        return
+    for bits in (2, 4, 8):
+        if bits >= (found.bits if found.element == "int" else 8):
+            for prefix in ("", "u") if found.zeros is None else ("u",):
+                yield from (_format(f"{prefix}int{bits}_g{group}") for group in groups)
+
+
+def _format(name: str) -> Format:
+    format = find_format(name)
+    assert format
+    return format
+
+
+def packed(found: Codes, format: Format) -> Recipe:
+    """Return the weight in a format that `exact_formats` yields, the groups along the last axis; NotKept otherwise."""
+    last = len(found.codes.type.shape) - 1
+    if found.axis != last:
+        raise NotKept("codes share scales along another axis than the last")
+    columns = found.codes.type.sizes[last]
+    codes, scales, *zeros = found.items
+    if found.element != "int" and format.element == "int":
+        codes, scales = _as_integers(found)
+    elif found.zeros is None and format.element == "int" and format.bits > found.bits:
+        # codes count from the middle of their range, which moves
+        codes = step("affine", codes, to="u8", add=(1 << (format.bits - 1)) - (1 << (found.bits - 1)))
+    if format.group != found.group:
+        times = max(1, -(-found.group // format.group))
+        scales, *zeros = (_spread(item, last, times, columns // format.group) for item in (scales, *zeros))
+    return step("packed", codes, scales, *zeros, to=format.name)
+
+
+def _as_integers(found: Codes) -> tuple[Recipe, Recipe]:
+    """Return codes of 8 bits and their scales: E2M1 counts halves, IQ4_NL is a table of integers."""
+    times = 2 if found.element == "e2m1" else 1
+    numbers = step("decode", found.codes, of=found.element)
+    codes = step("affine", numbers, to="u8", factor=times, add=128)
+    scales = found.scales if times == 1 else step("affine", found.scales, to="f32", factor=1 / times)
+    assert max(abs(v) * times for v in ELEMENTS[found.element]) < 128
+    return codes, scales

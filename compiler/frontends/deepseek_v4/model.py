@@ -1,0 +1,353 @@
+"""DeepSeek-V4, built from its config and the tensors of its checkpoint.
+
+It is not traced: exports of transformers' code hold for some lengths of the prompt only. What is built here is one
+program for a prompt of any length and for one new token. Rows have no padding: positions count from 0 in all of them.
+Formulas: the technical report (arXiv 2606.19348) and transformers' modeling_deepseek_v4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from ...ir.dims import Size, dim, floordiv, size
+from ...ir.module import Dim, Function, Module, TensorType, Value
+from ...ir.recipes import Literal, Recipe, step, tensors
+from ...ops.compressed import pending_tokens
+from ..builder import Builder
+from .config import Layer, Settings, read_settings
+from .weights import EXTRA, Weights
+
+MODEL_TYPE = "deepseek_v4"
+B, S, P = dim("B"), dim("S"), dim("P")
+TOTAL = P + S
+
+
+def build(config: Any, weights: Weights, source: str) -> Module:
+    """Return the module (stage moe) of a transformers config; MoecError names what is not understood."""
+    settings = read_settings(config)
+    kinds: dict[Layer, Function] = {}
+    for number, layer in enumerate(settings.layers):
+        if layer not in kinds:
+            kinds[layer] = _LayerBuilder(settings, layer, number, weights, f"layer_{len(kinds)}").build()
+    main = _main(settings, kinds, weights)
+    dims = (Dim("B", 1, 1024), Dim("S", 1, settings.context), Dim("P", 0, settings.context))
+    return Module("moe", dims, (*kinds.values(), main), source)
+
+
+def left_out(config: Any, weights: Weights) -> dict[str, TensorType]:
+    """Return the tensors that the program does not read: those of multi-token prediction.
+
+    Where there is only a config, they are those of the released models: a block without compressed entries, whose
+    input is made of a token and of the streams.
+    """
+    if weights.types is not None:
+        return {name: type_ for name, type_ in weights.types.items() if name.startswith(EXTRA)}
+    s = read_settings(config)
+    block = _LayerBuilder(s, Layer(0, False, False), 0, weights, "mtp").build()
+    recipes = [c.recipe for c in block.consts]
+    n = s.streams
+    recipes += [weights.layer(0, f"{name}_proj.weight", s.hidden, s.hidden) for name in ("e", "h")]
+    recipes += [weights.layer(0, f"{name}.weight", s.hidden) for name in ("enorm", "hnorm", "norm")]
+    for leaf, shape in {"fn": (n, n * s.hidden), "base": (n,), "scale": (1,)}.items():
+        recipes.append(weights.layer(0, f"hc_head_{leaf}", *shape))
+    each = {tensor.name: tensor.type for recipe in recipes for tensor in tensors(recipe)}
+    blocks = range(config.num_nextn_predict_layers or 0)
+    return {f"{EXTRA}{i}.{name}": type_ for i in blocks for name, type_ in each.items()}
+
+
+# --- states ----------------------------------------------------------------------------------------------------
+
+
+def state_types(settings: Settings, layer: Layer, tokens: Size) -> dict[str, TensorType]:
+    """Return the states of a layer after so many tokens, by name."""
+    s, ratio = settings, layer.ratio
+    found = {"window": (sympy.Min(tokens, s.window - 1), s.head)}
+    if ratio:
+        wide = 2 if layer.sparse else 1
+        found["pending"] = (pending_tokens(tokens, ratio, layer.sparse), 2 * wide * s.head)
+        found["entries"] = (floordiv(tokens, ratio), s.head)
+    if layer.sparse:
+        found["index_pending"] = (pending_tokens(tokens, ratio, True), 4 * s.index_head)
+        found["index_entries"] = (floordiv(tokens, ratio), s.index_head)
+    return {name: TensorType.of("f32", B, *shape, state=True) for name, shape in found.items()}
+
+
+# --- one kind of layer -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _LayerBuilder:
+    """Writes the function of one kind of layer with the weights of its first layer, their names behind a prefix."""
+
+    settings: Settings
+    layer: Layer
+    number: int
+    weights: Weights
+    name: str
+
+    def __post_init__(self) -> None:
+        self.b = Builder(self.name)
+
+    def build(self) -> Function:
+        """Return (hidden, what the layer needs, states) -> (hidden, states)."""
+        s, b = self.settings, self.b
+        given: dict[str, Value] = {}
+        for name, type_ in layer_params(s, self.layer).items():
+            given[name] = b.param(name, type_)
+        states = {n: b.param(f"past_{n}", t) for n, t in state_types(s, self.layer, P).items()}
+        hidden, presents = self._attention_sublayer(given, states)
+        hidden = self._moe_sublayer(hidden, given)
+        return b.finish([hidden, *(presents[n] for n in states)], self.weights.prefix)
+
+    def _weight(self, name: str, *sizes: int) -> Value:
+        """Return a weight by its official name."""
+        return self.b.const(_short(name), self.weights.layer(self.number, name, *sizes))
+
+    def _joined(self, hint: str, *names: str, rows: int, width: int) -> Value:
+        """Return weights [rows, width] as one, one behind the other."""
+        parts = [self.weights.layer(self.number, name, rows, width) for name in names]
+        return self.b.const(hint, step("concat", *parts, axis=0))
+
+    def _linear(self, x: Value, name: str, rows: int, width: int, hint: str) -> Value:
+        return self.b.op("core.linear", x, self._weight(f"{name}.weight", rows, width), None, hint=hint)
+
+    def _norm(self, x: Value, name: str, width: int, hint: str) -> Value:
+        return self.b.op("nn.rms_norm", x, self._weight(f"{name}.weight", width), hint=hint, eps=self.settings.eps)
+
+    def _collapsed(self, streams: Value, part: str) -> tuple[Value, Value, Value]:
+        """Return (a sublayer's input, post, mix)."""
+        s, n = self.settings, self.settings.streams
+        self.b.loc = (f"hc_{part}",)
+        sizes = {"fn": ((2 + n) * n, n * s.hidden), "base": ((2 + n) * n,), "scale": (3,)}
+        given = [self._weight(f"hc_{part}_{leaf}", *shape) for leaf, shape in sizes.items()]
+        return self.b.op(
+            "nn.hyper_connection_pre", streams, *given, hint=f"{part}_in",
+            eps=s.eps, floor=s.stream_eps, iterations=s.sinkhorn,
+        )  # fmt: skip
+
+    # --- attention ---------------------------------------------------------------------------------------------
+
+    def _attention_sublayer(
+        self, given: Mapping[str, Value], states: Mapping[str, Value]
+    ) -> tuple[Value, dict[str, Value]]:
+        s, b, layer = self.settings, self.b, self.layer
+        collapsed, post, mix = self._collapsed(given["hidden"], "attn")
+        b.loc = ("attn",)
+        x = self._norm(collapsed, "attn_norm", s.hidden, "x")
+        turn = {"cos": given["cos"], "sin": given["sin"]}
+        latent = self._norm(self._linear(x, "attn.wq_a", s.q_rank, s.hidden, "q_a"), "attn.q_norm", s.q_rank, "latent")
+        q = self._linear(latent, "attn.wq_b", s.heads * s.head, s.q_rank, "q_b")
+        q = b.op("core.reshape", q, hint="q_heads", shape=(B, S, s.heads, s.head))
+        ones = b.op("core.full", hint="ones", shape=(s.head,), value=1.0, dtype="f32")
+        q = b.op("nn.rms_norm", q, ones, hint="q_normed", eps=s.eps)
+        q = b.op("nn.rope_pairs", q, turn["cos"], turn["sin"], hint="q")
+        kv = self._norm(self._linear(x, "attn.wkv", s.head, s.hidden, "kv_in"), "attn.kv_norm", s.head, "kv_normed")
+        kv = self._turned(kv, turn, 1, s.head, "kv")
+        kv = b.op("core.reshape", kv, hint="kv", shape=(B, S, s.head))
+        presents: dict[str, Value] = {}
+        entries = selected = None
+        if layer.ratio:
+            entries = self._compressed(x, given, states, presents, "", s.head)
+        if layer.sparse:
+            selected = self._selected(x, latent, given, states, presents, turn)
+        b.loc = ("attn",)
+        sinks = self._weight("attn.attn_sink", s.heads)
+        y, presents["window"] = b.op(
+            "nn.compressed_attention", q, kv, states["window"], entries, selected, sinks, hint="attended",
+            scale=s.head**-0.5, window=s.window, past=P, ratio=layer.ratio,
+        )  # fmt: skip
+        y = b.op("nn.rope_pairs", y, turn["cos"], turn["sin"], hint="turned_back", inverse=True)
+        part = s.heads * s.head // s.groups
+        y = b.op("core.reshape", y, hint="grouped", shape=(B, S, s.groups, part))
+        y = b.op("nn.block_linear", y, self._weight("attn.wo_a.weight", s.groups * s.o_rank, part), hint="o_a")
+        y = self._linear(y, "attn.wo_b", s.hidden, s.groups * s.o_rank, "attn_out")
+        return b.op("nn.hyper_connection_post", y, given["hidden"], post, mix, hint="after_attn"), presents
+
+    def _turned(self, x: Value, turn: Mapping[str, Value], heads: int, width: int, hint: str) -> Value:
+        heads_of = self.b.op("core.reshape", x, hint=f"{hint}_heads", shape=(B, S, heads, width))
+        return self.b.op("nn.rope_pairs", heads_of, turn["cos"], turn["sin"], hint=f"{hint}_turned")
+
+    def _compressed(
+        self, x: Value, given: Mapping[str, Value], states: Mapping[str, Value], presents: dict[str, Value],
+        part: str, head: int,
+    ) -> Value:  # fmt: skip
+        """Append the entries of the attention (part "") or of the indexer ("index_"), and return all of them."""
+        s, b, layer = self.settings, self.b, self.layer
+        place = "attn.indexer.compressor" if part else "attn.compressor"
+        b.loc = (place,)
+        width = head * (2 if layer.sparse else 1)
+        names = (f"{place}.wkv.weight", f"{place}.wgate.weight")
+        both = self._joined(f"{part}compressor", *names, rows=width, width=s.hidden)
+        tokens = b.op("core.linear", x, both, None, hint=f"{part}tokens")
+        bias = self._weight(f"{place}.ape", layer.ratio, width)
+        norm = self._weight(f"{place}.norm.weight", head)
+        presents[f"{part}pending"], presents[f"{part}entries"] = b.op(
+            "nn.compress_tokens", tokens, states[f"{part}pending"], states[f"{part}entries"], bias, norm,
+            given["entry_cos"], given["entry_sin"], hint=f"{part}compressed",
+            ratio=layer.ratio, past=P, overlap=layer.sparse, eps=s.eps,
+        )  # fmt: skip
+        return presents[f"{part}entries"]
+
+    def _selected(
+        self, x: Value, latent: Value, given: Mapping[str, Value], states: Mapping[str, Value],
+        presents: dict[str, Value], turn: Mapping[str, Value],
+    ) -> Value:  # fmt: skip
+        """Return the entries that the indexer chooses for every token."""
+        s, b = self.settings, self.b
+        keys = self._compressed(x, given, states, presents, "index_", s.index_head)
+        b.loc = ("attn.indexer",)
+        q = self._linear(latent, "attn.indexer.wq_b", s.index_heads * s.index_head, s.q_rank, "index_q_b")
+        q = self._turned(q, turn, s.index_heads, s.index_head, "index_q")
+        weights = self._linear(x, "attn.indexer.weights_proj", s.index_heads, s.hidden, "index_weights")
+        scale = b.op("core.constant", hint="index_scale", value=(s.index_head * s.index_heads) ** -0.5, dtype="f32")
+        weights = b.op("core.mul", weights, scale, hint="index_weights")
+        return b.op(
+            "nn.select_entries", q, keys, weights, hint="selected", k=s.index_topk, ratio=self.layer.ratio, past=P
+        )
+
+    # --- experts -----------------------------------------------------------------------------------------------
+
+    def _moe_sublayer(self, streams: Value, given: Mapping[str, Value]) -> Value:
+        s, b = self.settings, self.b
+        collapsed, post, mix = self._collapsed(streams, "ffn")
+        b.loc = ("ffn",)
+        x = self._norm(collapsed, "ffn_norm", s.hidden, "x")
+        rows = b.op("core.reshape", x, hint="rows", shape=(B * S, s.hidden))
+        ids, gates = self._routed(rows, given)
+        b.loc = ("ffn.experts",)
+        up, down = self.weights.experts(self.number, s.experts, s.hidden, s.inner)
+        y = b.op(
+            "moe.experts", rows, ids, gates, b.const("experts_up", up), b.const("experts_down", down), None, None,
+            hint="routed", **s.clamp,
+        )  # fmt: skip
+        y = b.op("core.reshape", y, hint="routed", shape=(B, S, s.hidden))
+        b.loc = ("ffn.shared_experts",)
+        names = ("ffn.shared_experts.w1.weight", "ffn.shared_experts.w3.weight")
+        both = self._joined("shared_up", *names, rows=s.inner, width=s.hidden)
+        shared = b.op(
+            "nn.gated_mlp", x, both, self._weight("ffn.shared_experts.w2.weight", s.hidden, s.inner), None, None, None,
+            hint="shared", **s.clamp,
+        )  # fmt: skip
+        b.loc = ("ffn",)
+        y = b.op("core.add", y, shared, hint="ffn_out")
+        return b.op("nn.hyper_connection_post", y, streams, post, mix, hint="after_ffn")
+
+    def _routed(self, rows: Value, given: Mapping[str, Value]) -> tuple[Value, Value]:
+        """Return (ids, gates) of the chosen experts."""
+        s, b = self.settings, self.b
+        b.loc = ("ffn.gate",)
+        logits = self._linear(rows, "ffn.gate", s.experts, s.hidden, "logits")
+        bias = known = None
+        if self.layer.hashed:
+            table = self._weight("ffn.gate.tid2eid", s.vocabulary, s.chosen)
+            flat = b.op("core.reshape", given["input_ids"], hint="flat_ids", shape=(B * S,))
+            known = b.op("core.take", table, flat, hint="known", axis=0)
+        else:
+            bias = self._weight("ffn.gate.bias", s.experts)
+        gates, ids = b.op(
+            "moe.route", logits, bias, known, None, hint="route",
+            k=s.chosen, score=s.score, renorm="sum", eps=1e-20, scale=s.routed_scale,
+        )  # fmt: skip
+        return ids, gates
+
+
+def layer_params(settings: Settings, layer: Layer) -> dict[str, TensorType]:
+    """Return what a kind of layer takes besides its states: streams, token ids for hash routing, and angles."""
+    s, half = settings, settings.rope // 2
+    found = {"hidden": TensorType.of("f32", B, S, s.streams, s.hidden)}
+    if layer.hashed:
+        found["input_ids"] = TensorType.of("i64", B, S)
+    found |= dict.fromkeys(("cos", "sin"), TensorType.of("f32", 1, S, half))
+    if layer.ratio:
+        new = size(floordiv(TOTAL, layer.ratio) - floordiv(P, layer.ratio))
+        found |= dict.fromkeys(("entry_cos", "entry_sin"), TensorType.of("f32", new, half))
+    return found
+
+
+# --- the whole program -----------------------------------------------------------------------------------------
+
+
+def _main(settings: Settings, kinds: Mapping[Layer, Function], weights: Weights) -> Function:
+    s, b = settings, Builder("main")
+    ids = b.param("input_ids", TensorType.of("i64", B, S))
+    b.param("attention_mask", TensorType.of("i64", B, TOTAL))  # says how many tokens are past; all of it is 1
+    pasts = {
+        (number, name): b.param(f"past_key_values.{number}.{name}", type_)
+        for number, layer in enumerate(s.layers)
+        for name, type_ in state_types(s, layer, P).items()
+    }
+    table = b.const("embed", weights.around("embed.weight", s.vocabulary, s.hidden))
+    b.loc = ("embed",)
+    x = b.op("nn.embedding", ids, table, hint="embedded")
+    x = b.op("core.reshape", x, hint="one_stream", shape=(B, S, 1, s.hidden))
+    x = b.op("core.expand", x, hint="streams", shape=(B, S, s.streams, s.hidden))
+    angles = _angles(s, b)
+    presents: list[Value] = []
+    for number, layer in enumerate(s.layers):
+        given = {"hidden": x, "input_ids": ids, **angles[layer.ratio]}
+        operands = [given[name] for name in layer_params(s, layer)]
+        operands += [pasts[number, name] for name in state_types(s, layer, P)]
+        hints = [f"hidden.{number}", *(f"present.{number}.{name}" for name in state_types(s, layer, P))]
+        x, *kept = b.call(kinds[layer], operands, hints, layer=number)
+        presents += kept
+    b.loc = ("head",)
+    n = s.streams
+    sizes = {"fn": (n, n * s.hidden), "base": (n,), "scale": (1,)}
+    given_head = [b.const(f"hc_head_{k}", weights.around(f"hc_head_{k}", *v)) for k, v in sizes.items()]
+    x = b.op("nn.hyper_connection_head", x, *given_head, hint="collapsed", eps=s.eps, floor=s.stream_eps)
+    x = b.op("nn.rms_norm", x, b.const("norm", weights.around("norm.weight", s.hidden)), hint="normed", eps=s.eps)
+    head = b.const("head", weights.around("head.weight", s.vocabulary, s.hidden))
+    logits = b.op("core.linear", x, head, None, hint="logits")
+    return b.finish([logits, *presents])
+
+
+def _angles(settings: Settings, b: Builder) -> dict[int, dict[str, Value]]:
+    """Return what layers of each ratio turn by: `cos` and `sin` of the new tokens, `entry_*` of the new entries."""
+    positions = _count(b, TOTAL, P, TOTAL, "positions")
+    tables: dict[bool, dict[str, Value]] = {}
+    found: dict[int, dict[str, Value]] = {}
+    for ratio in sorted({layer.ratio for layer in settings.layers}):
+        label = "compressed" if ratio else "plain"
+        if bool(ratio) not in tables:
+            frequencies = b.const(f"{label}_frequencies", _literal(settings.frequencies[bool(ratio)]))
+            cos, sin = _turns(b, positions, frequencies, label)
+            shape = (1, *cos.type.shape)
+            tables[bool(ratio)] = {
+                "cos": b.op("core.reshape", cos, hint=f"{label}_cos", shape=shape),
+                "sin": b.op("core.reshape", sin, hint=f"{label}_sin", shape=shape),
+                "frequencies": frequencies,
+            }
+        found[ratio] = dict(tables[bool(ratio)])
+        if ratio:
+            before, after = floordiv(P, ratio), floordiv(TOTAL, ratio)
+            windows = _count(b, after, before, after, f"windows_{ratio}")
+            each = b.op("core.constant", hint="ratio", value=ratio, dtype="i64")
+            starts = b.op("core.mul", windows, each, hint=f"starts_{ratio}")
+            cos, sin = _turns(b, starts, found[ratio]["frequencies"], f"entry_{ratio}")
+            found[ratio] |= {"entry_cos": cos, "entry_sin": sin}
+    return found
+
+
+def _count(b: Builder, length: Size, start: Size, stop: Size, hint: str) -> Value:
+    numbers = b.op("core.iota", hint=f"{hint}_all", size=length)
+    return b.op("core.slice", numbers, hint=hint, axis=0, start=start, stop=stop)
+
+
+def _turns(b: Builder, positions: Value, frequencies: Value, label: str) -> tuple[Value, Value]:
+    """Return cos and sin [N, R] of the angles at N positions."""
+    numbers = b.op("core.cast", positions, hint=f"{label}_at", to="f32")
+    column = b.op("core.reshape", numbers, hint=f"{label}_at", shape=(*positions.type.shape, 1))
+    angles = b.op("core.mul", column, frequencies, hint=f"{label}_angles")
+    return b.op("core.cos", angles, hint=f"{label}_cos"), b.op("core.sin", angles, hint=f"{label}_sin")
+
+
+def _literal(numbers: tuple[float, ...]) -> Recipe:
+    return Literal(TensorType.of("f32", len(numbers)), numbers)
+
+
+def _short(name: str) -> str:
+    return "_".join(name.removesuffix(".weight").split(".")[-2:])

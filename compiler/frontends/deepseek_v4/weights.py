@@ -1,0 +1,196 @@
+"""The tensors of a DeepSeek-V4 checkpoint: three dialects of names, and what they are stored in.
+
+`official` is that of the released checkpoints, `saved` what transformers' save_pretrained writes, `memory` that of a
+live model. A name is asked for in the official dialect. Checkpoints hold FP4 or FP8 experts, FP8 linears, their scales
+as powers of two (E8M0) or f32, or plain floats; every weight is given out as f32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import MoecError
+from ...ir.module import TensorType, expand_range
+from ...ir.recipes import Recipe, Tensor, bind, step
+from ..stored.layouts import e2m1
+
+FP4_GROUP = 32  # codes of a row that share a scale
+EXTRA = "mtp."  # multi-token prediction: blocks behind the model that draft tokens
+
+# official leaf -> leaf of a live model; `saved` has the official ones but for one norm
+_MEMORY = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    **{f"hc_{part}_{leaf}": f"{part}_hc.{leaf}" for part in ("attn", "ffn") for leaf in ("fn", "base", "scale")},
+    "attn.wq_a.weight": "self_attn.q_a_proj.weight",
+    "attn.wq_b.weight": "self_attn.q_b_proj.weight",
+    "attn.wkv.weight": "self_attn.kv_proj.weight",
+    "attn.wo_a.weight": "self_attn.o_a_proj.weight",
+    "attn.wo_b.weight": "self_attn.o_b_proj.weight",
+    "attn.q_norm.weight": "self_attn.q_a_norm.weight",
+    "attn.kv_norm.weight": "self_attn.kv_norm.weight",
+    "attn.attn_sink": "self_attn.sinks",
+    "attn.compressor.wkv.weight": "self_attn.compressor.kv_proj.weight",
+    "attn.compressor.wgate.weight": "self_attn.compressor.gate_proj.weight",
+    "attn.compressor.ape": "self_attn.compressor.position_bias",
+    "attn.compressor.norm.weight": "self_attn.compressor.kv_norm.weight",
+    "attn.indexer.wq_b.weight": "self_attn.compressor.indexer.q_b_proj.weight",
+    "attn.indexer.weights_proj.weight": "self_attn.compressor.indexer.scorer.weights_proj.weight",
+    "attn.indexer.compressor.wkv.weight": "self_attn.compressor.indexer.kv_proj.weight",
+    "attn.indexer.compressor.wgate.weight": "self_attn.compressor.indexer.gate_proj.weight",
+    "attn.indexer.compressor.ape": "self_attn.compressor.indexer.position_bias",
+    "attn.indexer.compressor.norm.weight": "self_attn.compressor.indexer.kv_norm.weight",
+    "ffn.gate.weight": "mlp.gate.weight",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
+    "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
+    "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
+}
+_SAVED = {"attn.kv_norm.weight": "attn.norm.weight"}
+# names outside of the layers: (saved, memory)
+_AROUND = {
+    "embed.weight": ("model.embed_tokens.weight",) * 2,
+    "head.weight": ("head.weight", "lm_head.weight"),
+    "norm.weight": ("model.norm.weight",) * 2,
+    **{f"hc_head_{leaf}": (f"model.hc_head.hc_{leaf}",) * 2 for leaf in ("fn", "base", "scale")},
+}
+# what the released checkpoints store in FP8 blocks; the experts too, or in FP4
+_BLOCKS = (
+    "attn.wq_a.", "attn.wq_b.", "attn.wkv.", "attn.wo_a.", "attn.wo_b.", "attn.indexer.wq_b.", "ffn.shared_experts.",
+    "e_proj.", "h_proj.",
+)  # fmt: skip
+_FLOATS = ("hc_", "attn.attn_sink", "ffn.gate.bias")  # f32 whatever the rest is; so is every `ape`
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights are found. `types` are the checkpoint's tensors; None if there is only a config.json.
+
+    `quantization` is the config's quantization_config, `dtype` what a tensor that is not quantized is stored in.
+    """
+
+    types: Mapping[str, TensorType] | None
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "bf16"
+
+    @property
+    def dialect(self) -> str:
+        """`official`, `saved` or `memory`."""
+        if self.types is None or "embed.weight" in self.types:
+            return "official"
+        return "memory" if "lm_head.weight" in self.types else "saved"
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the name of a layer's tensor."""
+        return "layers.{layer}." if self.dialect == "official" else "model.layers.{layer}."
+
+    def around(self, name: str, *sizes: int) -> Recipe:
+        """Return a weight outside of the layers."""
+        other = _AROUND[name]
+        own = {"official": name, "saved": other[0], "memory": other[1]}[self.dialect]
+        return self._recipe("", own, name, sizes)
+
+    def layer(self, layer: int, name: str, *sizes: int) -> Recipe:
+        """Return a weight of a layer, its name relative to `prefix`."""
+        own = {"official": {}, "saved": _SAVED, "memory": _MEMORY}[self.dialect].get(name, name)
+        return self._recipe(self.prefix.replace("{layer}", str(layer)), own, name, sizes)
+
+    def experts(self, layer: int, count: int, width: int, inner: int) -> tuple[Recipe, Recipe]:
+        """Return (up [count, 2 inner, width], gate rows first; down [count, width, inner]) of the routed experts."""
+        if self.dialect == "memory":
+            place = self.prefix.replace("{layer}", str(layer))
+            sizes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
+            up, down = (self._recipe(place, f"mlp.experts.{own}", own, s) for own, s in sizes.items())
+            return up, down
+        shapes = {"w1": (inner, width), "w3": (inner, width), "w2": (width, inner)}
+        each = f"ffn.experts.{{0..{count - 1}}}"
+        gate, up, down = (step("stack", self.layer(layer, f"{each}.{w}.weight", *s)) for w, s in shapes.items())
+        return step("concat", gate, up, axis=1), down
+
+    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
+        """Return the parameters of a live model by name, from their shapes; the names in the recipes are absolute."""
+        around = {memory: official for official, (_, memory) in _AROUND.items()}
+        leaves = {memory: official for official, memory in _MEMORY.items()}
+        found = {}
+        for name, shape in shapes.items():
+            if name in around:
+                found[name] = self.around(around[name], *shape)
+                continue
+            number, leaf = name.removeprefix("model.layers.").split(".", 1)
+            if leaf.startswith("mlp.experts."):
+                count, width, inner = shapes[name.replace("gate_up_proj", "down_proj")]
+                made = self.experts(int(number), count, width, inner)["gate_up" not in leaf]
+            else:
+                made = self.layer(int(number), leaves[leaf], *shape)
+            found[name] = bind(made, self.prefix, {"layer": number})
+        return found
+
+    def _recipe(self, prefix: str, own: str, name: str, sizes: tuple[int, ...]) -> Recipe:
+        """Return a weight as f32 (integers stay integers); `name` is what the official dialect calls it."""
+        stored = self._stored(prefix + own, name, sizes)
+        packed = stored.dtype in ("i8", "u8")
+        shape = (*stored.sizes[:-1], 2 * stored.sizes[-1]) if packed else stored.sizes
+        if shape != sizes:
+            raise MoecError(
+                f"the tensor {_first(prefix + own)} is {stored}, {list(sizes)} is wanted",
+                todo="config.json and the weights do not belong together",
+            )
+        codes: Recipe = Tensor(own, stored)
+        if packed:
+            return self._dequantized(e2m1(codes), prefix, own, (1, FP4_GROUP))
+        if stored.dtype == "f8e4m3":
+            return self._dequantized(codes, prefix, own, self._block())
+        return codes if stored.dtype in ("f32", "i64") else step("cast", codes, to="f32")
+
+    def _dequantized(self, codes: Recipe, prefix: str, own: str, block: tuple[int, ...]) -> Recipe:
+        scales = own.removesuffix(".weight") + ".scale"
+        if self.types is None:
+            counts = (math.ceil(n / b) for n, b in zip(codes.type.sizes, block, strict=True))
+            powers = self.quantization.get("scale_fmt") == "ue8m0" or block[0] == 1
+            stored = TensorType.of("f8e8m0" if powers else "f32", *counts)
+        else:
+            if _first(prefix + scales) not in self.types:  # as transformers calls them
+                scales = f"{own}_scale_inv"
+            stored = self._found(prefix + scales)
+        try:
+            return step("dequantize", codes, Tensor(scales, stored), block=block)
+        except ValueError as error:
+            raise MoecError(str(error), where=_first(prefix + scales)) from None
+
+    def _block(self) -> tuple[int, ...]:
+        block = self.quantization.get("weight_block_size")
+        if not block:
+            raise MoecError("the checkpoint holds FP8 codes, but config.json names no weight_block_size")
+        return tuple(int(n) for n in block)
+
+    def _stored(self, full: str, name: str, sizes: tuple[int, ...]) -> TensorType:
+        if self.types is not None:
+            return self._found(full)
+        if name.endswith("tid2eid"):
+            return TensorType.of("i64", *sizes)
+        if name.startswith(_FLOATS) or name.endswith(".ape"):
+            return TensorType.of("f32", *sizes)
+        expert = name.startswith("ffn.experts.")
+        if self.quantization and expert and self.quantization.get("expert_dtype") == "fp4":
+            return TensorType.of("i8", *sizes[:-1], sizes[-1] // 2)
+        blocks = self.quantization and (expert or name.startswith(_BLOCKS)) and name.endswith(".weight")
+        return TensorType.of("f8e4m3" if blocks else self.dtype, *sizes)
+
+    def _found(self, full: str) -> TensorType:
+        assert self.types is not None
+        name = _first(full)
+        if name not in self.types:
+            raise MoecError(
+                f"the checkpoint has no tensor {name}",
+                todo="a shard is missing, or config.json and the weights do not belong together",
+            )
+        return self.types[name]
+
+
+def _first(name: str) -> str:
+    return expand_range(name)[0]

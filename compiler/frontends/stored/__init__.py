@@ -1,0 +1,1 @@
+"""How checkpoints store weights: one tensor, or codes with scales and zero points in one of many layouts."""

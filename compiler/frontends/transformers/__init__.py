@@ -1,0 +1,1 @@
+"""Imports causal LMs of transformers: checkpoint folders and live models."""

@@ -1,0 +1,144 @@
+"""Imports a Hugging Face checkpoint folder, or a live transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import MoecError
+from ...ir.dtypes import DTYPE_NAMES
+from ...ir.module import Module, TensorType, walk_calls
+from ...ir.recipes import FITTED, Recipe, Tensor, bind, rename, tensors
+from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint_layers import check_left, layer_prefixes, layer_storage, missing_parameter
+from ..deepseek_v4 import model as deepseek_v4
+from ..deepseek_v4.weights import Weights
+from ..skeleton import PARTS, adopt, build, read_config
+from ..stored.stored import expected_quantized, read_quantization, stored_tensors
+from .capture import register
+from .model import import_model
+from .names import expected_tensors, map_parameters
+
+
+def import_folder(
+    folder: Path, name: str, *, trust_remote_code: bool = False, replaced: list[str] | None = None
+) -> tuple[Module, Checkpoint | None, Mapping[str, TensorType]]:
+    """Return the module of a checkpoint folder, its opened weights (None where there is only a config.json), and the
+    tensors that the program leaves out.
+
+    `name` is the folder as the user gave it; it goes into the module. `replaced` gets the names of code that moec's own
+    ops stand for. Reads no weight data.
+    """
+    config = read_config(folder, trust_remote_code)
+    quantization = read_quantization(config, folder)
+    checkpoint = open_checkpoint(folder) if has_weights(folder) else None
+    dtype: Any = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    if config.model_type == deepseek_v4.MODEL_TYPE:
+        types = {name: info.type for name, info in checkpoint.tensors.items()} if checkpoint else None
+        weights = Weights(types, quantization or {}, DTYPE_NAMES.get(dtype, "bf16"))
+        module = deepseek_v4.build(config, weights, name)
+        if checkpoint is not None:
+            check_weights(module, checkpoint)
+        return module, checkpoint, deepseek_v4.left_out(config, weights)
+    skeleton = build(config, trust_remote_code)
+
+    def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
+        if checkpoint is None:
+            state = {k: v for k, v in skeleton.model.state_dict().items() if k in set(wanted)}
+            # a config that names no dtype is taken for bfloat16, which most checkpoints are stored in
+            stored = expected_tensors(skeleton.model, state, DTYPE_NAMES.get(dtype, "bf16"))
+            where = folder / "config.json"
+            available = expected_quantized(skeleton.model, stored, quantization, where) if quantization else stored
+        else:
+            available = stored_tensors(checkpoint, wanted, quantization)
+        if checkpoint is not None:
+            return map_parameters(skeleton.model, wanted, available, checkpoint.lacks)
+        if part := PARTS.get(config.model_type):
+            available = {name: rename(r, lambda own: f"{part}.{own}") for name, r in available.items()}
+        return map_parameters(skeleton.model, wanted, available)
+
+    if checkpoint is None:
+        return import_model(skeleton, mapper, name, replaced), None, {}
+    missing = partial(missing_parameter, skeleton.model, checkpoint)
+    prefixes = layer_prefixes(skeleton.model, checkpoint.tensors)
+    # layers may differ in nothing but how they are stored
+    module = import_model(skeleton, mapper, name, replaced, layer_storage(checkpoint, prefixes), missing)
+    check_weights(module, checkpoint)
+    left = _unread(module, checkpoint)
+    check_left(skeleton.model, left, prefixes, str(folder))
+    # a model of text and images is compiled for text: towers for images are left out on purpose
+    whole = config.get_text_config(decoder=True) is not config
+    return module, checkpoint, left if whole else {}
+
+
+def import_live(model: Any, replaced: list[str] | None = None) -> tuple[Module, dict[str, torch.Tensor]]:
+    """Return the module of a live transformers model and its tensors by name; the model itself is left alone.
+
+    `replaced` gets the names of code that moec's own ops stand for.
+    """
+    live = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    if model.config.model_type == deepseek_v4.MODEL_TYPE:
+        weights = Weights({name: _type(t) for name, t in live.items()})
+        return deepseek_v4.build(model.config, weights, f"python:{type(model).__name__}"), live
+    shell = _without_data(model)
+    mapper = lambda wanted: {n: Tensor(n, _type(live[n])) for n in wanted}  # noqa: E731
+    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}", replaced), live
+
+
+def _without_data(model: Any) -> Any:
+    """Copy a model with its parameters on the meta device; it will be traced with the functions of `capture`."""
+    register()
+    memo: dict[int, Any] = {}
+    persistent = set(model.state_dict(keep_vars=True))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in persistent or isinstance(tensor, torch.nn.Parameter):
+            empty = torch.empty(tensor.shape, dtype=_float32(tensor.dtype), device="meta")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            memo[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    return deepcopy(model, memo)
+
+
+def _float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point else dtype
+
+
+def _type(tensor: torch.Tensor) -> TensorType:
+    return TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape)
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights in any format, readable or not."""
+    patterns = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+    return any(next(folder.glob(p), None) for p in patterns)
+
+
+def _unread(module: Module, checkpoint: Checkpoint) -> dict[str, TensorType]:
+    """Return the checkpoint's tensors that no call of any function reads."""
+    read = {
+        tensor.name
+        for function, bound in walk_calls(module)
+        for const in function.consts
+        for tensor in tensors(bind(const.recipe, function.weights, bound))
+    }
+    return {name: info.type for name, info in checkpoint.tensors.items() if name not in read}
+
+
+def check_weights(module: Module, checkpoint: Checkpoint) -> None:
+    """Check that every tensor that any call of any function reads is there, with the dtype and shape it should have."""
+    for function, bound in walk_calls(module):
+        for const in function.consts:
+            for tensor in tensors(bind(const.recipe, function.weights, bound)):
+                if tensor.name.endswith(FITTED):
+                    continue
+                info = checkpoint.tensors.get(tensor.name)
+                if info is None:
+                    raise checkpoint.lacks(tensor.name)
+                if info.type != tensor.type:
+                    raise MoecError(
+                        f"the tensor {tensor.name} is {info.type}, {tensor.type} is wanted", where=str(info.file)
+                    )

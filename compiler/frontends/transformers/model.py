@@ -1,0 +1,270 @@
+"""From a transformers causal LM on the meta device to a module: rehearse, trace each kind of layer, then the whole.
+
+No model is known by name here. The inputs are `input_ids`, `attention_mask`, `position_ids` and one past key and
+value a layer; the results are `logits` and the present keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import MoecError
+from ...ir.dtypes import DTYPE_NAMES
+from ...ir.module import Dim, Function, Module, TensorType, Value
+from ...ir.recipes import Literal, Recipe, step
+from ..aten import moec_ops, operators  # noqa: F401  (these fill the table of handlers)
+from ..aten.export import DIM_EXPRESSIONS, Traced, trace
+from ..aten.lower import Graph, lower
+from ..builder import Builder
+from ..replaced.replace import replaced
+from ..skeleton import Skeleton
+from .cache import PAST, SIZES, cache_argument, cache_class, past_like
+from .capture import Tracing, current, tracing
+from .kinds import group_kinds
+from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
+from .layers import Layer, example_inputs, find_layers, rehearse, stubbed
+from .names import apart_from_layer, names_before, relative_to_layer
+
+Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
+
+MAX_LITERAL = 65536  # elements of a computed buffer that are written into the program
+
+
+@dataclass(frozen=True)
+class Import:
+    """What every step of one import needs."""
+
+    skeleton: Skeleton
+    layers_name: str
+    layers: list[Layer]
+    kinds: list[Layer]
+    recipes: Mapping[str, Recipe]
+    tracing: Tracing
+    missing: Callable[[str], MoecError]
+
+
+def _missing(name: str) -> MoecError:
+    return MoecError(f"the checkpoint has no tensor for {name}", todo="do config.json and the weights belong together?")
+
+
+def import_model(
+    skeleton: Skeleton,
+    mapper: Mapper,
+    source: str,
+    names: list[str] | None = None,
+    stored_as: Callable[[int], Hashable] | None = None,
+    missing: Callable[[str], MoecError] = _missing,
+) -> Module:
+    """Return the module (stage graph) of a model; MoecError names what is not understood.
+
+    `names` gets the functions of the model's code that were replaced, see replace.py. `stored_as` says of a layer how its
+    weights are stored: layers that differ in it are kinds of their own. `missing` returns the error for a parameter
+    without a recipe.
+    """
+    model = skeleton.model
+    with tracing() as session, replaced(model) as found, torch.no_grad():
+        if names is not None:
+            names += found
+        layers_name, modules = find_layers(model)
+        layers = rehearse(model, modules, session)
+        kinds = group_kinds(layers_name, layers, skeleton.buffers, stored_as)
+        recipes = _map_weights(model, mapper, layers_name, layers, kinds)
+        job = Import(skeleton, layers_name, layers, kinds, recipes, session, missing)
+        functions = [_layer_function(job, kind) for kind in kinds]
+        main = _main_function(job, modules, functions)
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 131072
+    dims = (Dim("B", 1, 1024), Dim("S", 1, int(positions)), Dim("P", 0, int(positions)))
+    return Module("graph", dims, (*functions, main), source)
+
+
+def _map_weights(
+    model: Any, mapper: Mapper, prefix: str, layers: list[Layer], kinds: list[Layer]
+) -> Mapping[str, Recipe]:
+    """Map the parameters outside the layers and of the first layer of each kind; the others differ in a number."""
+    representatives = {f"{prefix}.{k.index}." for k in kinds}
+    wanted = [
+        name
+        for name in model.state_dict()
+        if not name.startswith(f"{prefix}.") or any(name.startswith(r) for r in representatives)
+    ]
+    return mapper(wanted)
+
+
+# --- one layer -------------------------------------------------------------------------------------------------
+
+
+def _layer_function(job: Import, kind: Layer) -> Function:
+    """Trace one kind of layer and return its function: (tensor arguments, past states) -> (results, states)."""
+    name = f"layer_{job.kinds.index(kind)}" if len(job.kinds) > 1 else "layer"
+    job.tracing.window = kind.window
+    inputs = layer_inputs(kind)
+    place = f"{job.layers_name}.{kind.index}"
+    traced = trace(LayerProgram(kind), inputs, place)
+    builder = Builder(name)
+    values: dict[str, Any] = {}
+    names = [*argument_names(kind), *state_names(kind)]
+    for i, (node, label, tensor) in enumerate(
+        zip(traced.program.graph_signature.user_inputs, names, inputs, strict=True)
+    ):
+        state = label.startswith("past_") or i in kind.earlier
+        values[str(node)] = builder.param(label, _type_of(tensor, state))
+    prefix = _add_weights(job, builder, traced, values, "layer.", f"{place}.", kind.index)
+    try:
+        results = lower(Graph(traced, builder), values)
+    except MoecError as error:
+        raise replace(error, model=".".join(filter(None, (place, error.model)))) from None
+    return prune(builder.finish(results, prefix))
+
+
+def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
+    """Return the IR type of a rehearsal tensor: its primes become dims."""
+    if tensor.dtype not in DTYPE_NAMES:
+        raise MoecError(f"a layer is called with a tensor of {tensor.dtype}, which is not understood")
+    shape = [DIM_EXPRESSIONS[SIZES[n]] if n in SIZES else n for n in tensor.shape]
+    return TensorType.of(DTYPE_NAMES[tensor.dtype], *shape, state=state)
+
+
+def _add_weights(
+    job: Import, builder: Builder, traced: Traced, values: dict[str, Any], wrapper: str, place: str, layer: int | None
+) -> str:
+    """Add a const for every weight that the trace reads; return the common prefix of their names."""
+    signature = traced.program.graph_signature
+    used = {n.name for n in traced.program.graph.nodes if n.op == "placeholder" and n.users}
+    prefix = ""
+    for node, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
+        if node not in used:
+            continue
+        own = target.removeprefix(wrapper)
+        recipe = _recipe(job, place + own)
+        if layer is not None and not isinstance(recipe, Literal):
+            located = relative_to_layer(recipe, layer)
+            apart = apart_from_layer(recipe, layer) if located is None or prefix not in ("", located[0]) else None
+            if apart is not None:
+                located = prefix, apart
+            elif located is None or prefix not in ("", located[0]):
+                raise MoecError(f"the checkpoint names of {place}{own} do not hold the layer's number where others do")
+            prefix, recipe = located
+        values[node] = builder.const(_short_name(own), recipe)
+    return prefix
+
+
+def _recipe(job: Import, name: str) -> Recipe:
+    """Return how a parameter or buffer is made, in the dtype that the traced program computes in."""
+    if name in job.skeleton.buffers:
+        buffer = job.skeleton.buffers[name]
+        if buffer.is_meta or buffer.numel() > MAX_LITERAL:
+            raise MoecError(f"the buffer {name} has {buffer.numel()} elements, too many to write into the program")
+        kind = DTYPE_NAMES[buffer.dtype]
+        return Literal(TensorType.of(kind, *buffer.shape), tuple(buffer.flatten().tolist()))
+    stored = next((n for n in (name, *job.skeleton.tied.get(name, ())) if n in job.recipes), None)
+    if stored is None:
+        raise job.missing(name)
+    recipe = job.recipes[stored]
+    state = job.skeleton.model.state_dict(keep_vars=True)[name]
+    wanted = DTYPE_NAMES[state.dtype]
+    return recipe if recipe.type.dtype == wanted else step("cast", recipe, to=wanted)
+
+
+def _short_name(name: str) -> str:
+    parts = name.removesuffix(".weight").split(".")
+    return "_".join(p for p in parts[-2:] if not p.isdigit()).replace(".", "_")
+
+
+# --- the whole program -----------------------------------------------------------------------------------------
+
+
+class _MainProgram(torch.nn.Module):
+    """The model around its stubbed layers, as a function of a list of tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        ids, mask, positions, past = tensors
+        cache = cache_class()(length=past.shape[2])
+        given = cache_argument(self.model, cache)
+        current().called = 0
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **given).logits
+
+
+def _main_function(job: Import, modules: Any, functions: list[Function]) -> Function:
+    inputs = example_inputs()
+    past = torch.empty(next(iter(inputs.values())).shape[0], 1, PAST, 1, device="meta")  # carries the dim P
+    with stubbed(job.layers, modules):
+        traced = trace(_MainProgram(job.skeleton.model), [*inputs.values(), past], "the model around its layers")
+    builder = Builder("main")
+    values: dict[str, Any] = {}
+    user_inputs = [str(n) for n in traced.program.graph_signature.user_inputs]
+    for node, (name, tensor) in zip(user_inputs, inputs.items(), strict=False):
+        values[node] = builder.param(name, _type_of(tensor))
+    values[user_inputs[-1]] = None
+    states = _state_params(job, builder)
+    _add_weights(job, builder, traced, values, "model.", "", None)
+    presents: dict[str, Value] = {}
+
+    def call(graph: Graph, tensors: list[Value], place: int) -> tuple[Value, ...]:
+        layer = job.layers[place]
+        index = layer.index
+        callee = functions[layer.kind]
+        keys = [f"{number}.{label}" for number, label in layer.states]
+        hints = [f"hidden.{index}", *(f"aux_{i}.{index}" for i in range(1, len(layer.results)))]
+        hints += [f"present.{key}" for key in keys]
+        operands = _call_operands(callee, layer, [*tensors, *(states[key] for key in keys)])
+        numbers = {
+            "layer": index,
+            **({"before": index - 1} if any(names_before(c.recipe) for c in callee.consts) else {}),
+        }
+        results = graph.builder.call(callee, operands, hints, **numbers)
+        presents.update({key: value for key, value in zip(keys, results[len(layer.results) :], strict=True)})
+        return results[: len(layer.results)]
+
+    (logits,) = lower(Graph(traced, builder, calls=call), values)
+    logits, builder.ops[-1] = _rename(builder, logits, "logits")
+    ordered = [presents[key] for key in states]
+    return prune(builder.finish([logits, *ordered]), keep_params=True)
+
+
+def _call_operands(callee: Function, layer: Layer, given: list[Value]) -> list[Value]:
+    """Return the operands that the callee still has after unused parameters were pruned."""
+    names = [*argument_names(layer), *state_names(layer)]
+    by_name = dict(zip(names, given, strict=True))
+    return [by_name[p.name] for p in callee.params]
+
+
+def _state_params(job: Import, builder: Builder) -> dict[str, Value]:
+    """Add the past states: all keys, then all values, then others. Their names are ONNX Runtime GenAI's."""
+    states = {key: s for layer in job.layers for key, s in layer.states.items()}
+    order = [*dict.fromkeys(("key", "value", *(label for _, label in states)))]
+    found: dict[str, Value] = {}
+    for number, label in sorted(states, key=lambda key: (order.index(key[1]), key[0])):
+        past = past_like(label, states[number, label])
+        found[f"{number}.{label}"] = builder.param(f"past_key_values.{number}.{label}", _type_of(past, state=True))
+    return found
+
+
+def _rename(builder: Builder, value: Value, name: str) -> tuple[Value, Any]:
+    """Give the program's result its public name; it must be the last op's only result."""
+    last = builder.ops[-1]
+    if last.results != (value,):
+        raise MoecError("the model does not end with its logits")
+    renamed = Value(builder.fresh(name), value.type)
+    return renamed, replace(last, results=(renamed,))
+
+
+def prune(function: Function, keep_params: bool = False) -> Function:
+    """Drop ops, weights and parameters that nothing reads."""
+    live = {v.name for v in function.results}
+    ops = []
+    for op in reversed(function.ops):
+        if any(v.name in live for v in op.results):
+            live |= {v.name for v in op.inputs}
+            ops.append(op)
+    params = tuple(p for p in function.params if keep_params or p.name in live)
+    consts = tuple(c for c in function.consts if c.value.name in live)
+    return replace(function, ops=tuple(reversed(ops)), params=params, consts=consts)

@@ -1,0 +1,387 @@
+"""Text to trees: the grammar, the tree of a file, and the places that errors point to.
+
+The trees know nothing of dims, ops or types; `parser.py` gives them their meaning. A lark token is a string that
+remembers its line and column, so every leaf can be pointed at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sympy
+from lark import Lark, Token, Transformer, v_args
+from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
+
+from ..errors import MoecError, caret
+from .dims import FUNCTIONS
+from .module import Attr
+
+LONGEST_RANGE = 65536  # a{0..65535}: more is a slip of the pen, or an attack
+LONGEST_INT = 40  # digits
+
+Node = tuple[Any, ...]  # a literal or a size: (kind, parts...), with tokens as leaves
+
+
+class Place(NamedTuple):
+    """Where something stands in a text: 1-based line and column, and its width."""
+
+    line: int
+    column: int
+    width: int
+
+
+def place(first: Token, last: Token | None = None) -> Place:
+    """Return the place of a token, or from one token to another."""
+    end = (last or first).end_pos or 0
+    return Place(first.line or 1, first.column or 1, end - (first.start_pos or 0))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text and the name that errors call it by."""
+
+    text: str
+    filename: str
+
+    def error(self, what: str, at: Place | Token, *, todo: str = "", model: str = "") -> MoecError:
+        """Return an error that points at a place of the text."""
+        spot = place(at) if isinstance(at, Token) else at
+        line = self.text.split("\n")[spot.line - 1].rstrip("\r").replace("\t", " ")
+        width = min(spot.width, len(line) - spot.column + 1)
+        where = f"{self.filename}:{spot.line}:{spot.column}"
+        return MoecError(what, where, caret(line, spot.column, width), model, todo)
+
+
+# --- the tree of a file ----------------------------------------------------------------------------------------
+
+
+class TypeNode(NamedTuple):
+    """A written type; `key` is all but its place."""
+
+    key: tuple[bool, Token, tuple[Node, ...]]
+    place: Place
+
+
+class AttrNode(NamedTuple):
+    """`name=literal`."""
+
+    name: Token
+    value: Node
+
+
+class RecipeNode(NamedTuple):
+    """`name(arguments)`; an argument is a recipe, a type, an attribute, a string or a list."""
+
+    name: Token
+    arguments: tuple[RecipeNode | TypeNode | AttrNode | Node, ...]
+
+
+class ConstNode(NamedTuple):
+    """`const value : type = recipe`."""
+
+    value: Token
+    type: TypeNode
+    recipe: RecipeNode
+
+
+class StatementNode(NamedTuple):
+    """`results = op(operands) {attrs} : types loc(...)`; a call has the op `call` and a callee."""
+
+    results: tuple[Token, ...]
+    op: Token
+    callee: Token | None
+    operands: tuple[Token, ...]
+    attrs: tuple[AttrNode, ...]
+    types: tuple[TypeNode, ...] = ()
+    loc: tuple[str, ...] = ()
+
+
+class FunctionNode(NamedTuple):
+    """A function; `counts` are the result types with how often each stands."""
+
+    name: Token
+    params: tuple[tuple[Token, TypeNode], ...]
+    counts: tuple[tuple[Token | None, TypeNode], ...]
+    weights: str
+    body: tuple[ConstNode | StatementNode, ...]
+    return_: tuple[Token, ...]  # the word itself, then the values
+
+
+class ModuleNode(NamedTuple):
+    """A file."""
+
+    version: Token
+    stage: Token
+    source: str
+    dims: tuple[tuple[Token, Token, Token], ...]
+    functions: tuple[FunctionNode, ...]
+
+
+class Slot(NamedTuple):
+    """An operand or result of a signature."""
+
+    name: Token
+    state: bool
+    dtype: Token
+    sizes: tuple[Node, ...]
+    optional: bool
+    variadic: bool
+
+
+def _nan(token: str) -> float:
+    """Return the NaN with the bits that a text says; NaN itself where they are those of a number."""
+    (value,) = struct.unpack(">d", bytes.fromhex(token.removeprefix("nan0x")))
+    return value if math.isnan(value) else math.nan
+
+
+def _unquote(token: Token) -> str:
+    try:
+        return json.loads(token, strict=False)
+    except ValueError as error:
+        raise _Misread(f"the text {token} is not well written: {error}", token) from None
+
+
+class _Misread(Exception):
+    """What is wrong with a token, raised where the whole text is not known."""
+
+    def __init__(self, what: str, token: Token) -> None:
+        super().__init__(what)
+        self.what = what
+        self.token = token
+
+
+def _all(_: Any, *children: Any) -> tuple:
+    return children
+
+
+def _kind(kind: str) -> Callable[..., Node]:
+    return lambda _, *parts: (kind, *parts)
+
+
+@v_args(inline=True)
+class _Builder(Transformer):
+    """Turns each rule of the grammar into its node while lark parses."""
+
+    add, sub, mul, neg, int, name, range = map(_kind, ("add", "sub", "mul", "neg", "int", "name", "range"))
+    star = _kind("star")
+    params = counted = values = operands = types = sizes = attrs = slots = slot_sizes = statements = pipeline = _all
+    dim = param = count = signature = _all
+
+    def size(self, expression: Node) -> Node:
+        return expression
+
+    def module(self, version: Token, stage: Token, source: str | None, *parts: Any) -> ModuleNode:
+        functions = tuple(p for p in parts if isinstance(p, FunctionNode))
+        return ModuleNode(
+            version, stage, source or "", tuple(p for p in parts if not isinstance(p, FunctionNode)), functions
+        )
+
+    def source(self, text: Token) -> str:
+        return _unquote(text)
+
+    def function(self, name: Token, params: tuple, counts: tuple, weights: Token | None, *body: Any) -> FunctionNode:
+        return FunctionNode(name, params, counts, _unquote(weights) if weights else "", body[:-1], body[-1])
+
+    def const(self, value: Token, type: TypeNode, recipe: RecipeNode) -> ConstNode:
+        return ConstNode(value, type, recipe)
+
+    def return_(self, word: Token, values: tuple[Token, ...] | None) -> tuple[Token, ...]:
+        return (word, *(values or ()))
+
+    def op(self, results: tuple, op: Token, operands: tuple, attrs: tuple | None) -> StatementNode:
+        return StatementNode(results, op, None, operands, attrs or ())
+
+    def call(self, results: tuple, word: Token, callee: Token, operands: tuple, attrs: tuple | None) -> StatementNode:
+        return StatementNode(results, word, callee, operands, attrs or ())
+
+    def statement(self, head: StatementNode, types: tuple | None, loc: tuple | None) -> StatementNode:
+        return head._replace(types=types or (), loc=loc or ())
+
+    pattern = statement
+
+    def loc(self, *texts: Token) -> tuple[str, ...]:
+        return tuple(map(_unquote, texts))
+
+    def type(self, state: Token | None, dtype: Token, sizes: tuple, close: Token) -> TypeNode:
+        return TypeNode((state is not None, dtype, sizes), place(state or dtype, close))
+
+    def attr(self, name: Token, value: Node) -> AttrNode:
+        return AttrNode(name, value)
+
+    def recipe(self, name: Token, *arguments: Any) -> RecipeNode:
+        return RecipeNode(name, arguments)
+
+    def slot(self, name: Token, state: Any, dtype: Token, sizes: tuple, optional: Any, variadic: Any) -> Slot:
+        return Slot(name, state is not None, dtype, sizes, optional is not None, variadic is not None)
+
+    def step(self, name: Token, attrs: tuple | None) -> tuple[Token, tuple]:
+        return name, attrs or ()
+
+    def function_call(self, name: Token, *arguments: Node) -> Node:
+        return ("call", name, arguments)
+
+    def string(self, token: Token) -> Node:
+        return ("value", _unquote(token))
+
+    def float(self, token: Token) -> Node:
+        return ("value", _nan(token) if token.startswith("nan0x") else float(token))
+
+    def negative_float(self, token: Token) -> Node:
+        return ("value", math.nan if token.startswith("nan") else -float(token))
+
+    def true(self) -> Node:
+        return ("value", True)
+
+    def false(self) -> Node:
+        return ("value", False)
+
+    def list(self, *items: Node) -> Node:
+        return ("list", items)
+
+
+setattr(_Builder, "return", _Builder.return_)  # the rule has the name of the keyword
+
+
+@lru_cache(maxsize=1)
+def _lark() -> Lark:
+    grammar = Path(__file__).with_name("grammar.lark").read_text("utf-8")
+    starts = ["module", "statements", "signature", "pipeline", "size"]
+    return Lark(grammar, parser="lalr", start=starts, transformer=_Builder(), maybe_placeholders=True)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+DESCRIPTIONS = {
+    "VALUE": "a value (%x)", "SYMBOL": "a function (@f)", "OPNAME": "an op (core.add)", "PASSNAME": "a pass",
+    "NAME": "a name", "FLOAT": "a number", "INT": "an integer", "STRING": "a string", "$END": "the end",
+}  # fmt: skip
+
+
+def read(start: str, source: Source) -> Any:
+    """Return the tree of a text for one of the grammar's start symbols; MoecError at what does not fit."""
+    try:
+        return _lark().parse(source.text, start=start)
+    except _Misread as error:
+        raise source.error(error.what, error.token) from None
+    except UnexpectedInput as error:
+        raise _syntax_error(source, error) from None
+
+
+def _syntax_error(source: Source, error: UnexpectedInput) -> MoecError:
+    match error:
+        case UnexpectedToken(token=token) if token.type != "$END":
+            found, at = f"{str(token)!r}", place(token)
+        case UnexpectedCharacters():
+            rest = source.text[error.pos_in_stream or 0 :]
+            word = re.match(r"[%@]?[\w.]+|.", rest, re.DOTALL)
+            text = word[0] if word else rest[:1]
+            found, at = repr(text), Place(error.line, error.column, len(text))
+        case _:
+            body = source.text.rstrip()
+            found, at = "the end", Place(body.count("\n") + 1, len(body) - body.rfind("\n"), 1)
+    return source.error(f"syntax error: {found} does not fit here", at, todo=f"expected {_wanted(error)}")
+
+
+def _wanted(error: UnexpectedInput) -> str:
+    match error:
+        case UnexpectedToken():
+            names = set(error.accepts or error.expected)
+        case UnexpectedCharacters():
+            names = set(error.allowed or ())
+        case UnexpectedEOF():
+            names = set(error.expected)
+        case _:
+            names = set()
+    patterns = {t.name: t.pattern.value for t in _lark().terminals}
+    texts = sorted({DESCRIPTIONS.get(n, f"'{patterns.get(n, n)}'") for n in names})
+    shown = texts[:6] + ["..."] * (len(texts) > 6)
+    return " or ".join([", ".join(shown[:-1])] * (len(shown) > 1) + shown[-1:])
+
+
+# --- meaning of literals and sizes -----------------------------------------------------------------------------
+
+Names = Callable[[Token, bool], Any]  # what a name means; the flag says that it stands alone, as in {act=silu}
+
+
+def attribute(node: Node, source: Source, names: Names) -> Attr:
+    """Return the Python value of a literal; sizes as sympy expressions, lists as tuples."""
+    match node:
+        case ("value", value):
+            return value
+        case ("list", items):
+            return tuple(attribute(item, source, names) for item in items)
+        case ("range", first, _):
+            raise source.error("a range of numbers is only for an attribute of a call", first)
+        case ("name", token):
+            return names(token, True)
+    result = expression(node, source, names)
+    return int(result) if isinstance(result, int) or result.is_Integer else result
+
+
+def attributes(nodes: Iterable[AttrNode], source: Source, names: Names) -> dict[str, Attr]:
+    """Return attributes by name; a name twice is an error."""
+    result: dict[str, Attr] = {}
+    for node in nodes:
+        if node.name in result:
+            raise source.error(f"attribute {node.name} is given twice", node.name)
+        result[str(node.name)] = attribute(node.value, source, names)
+    return result
+
+
+def expression(node: Node, source: Source, names: Names) -> Any:
+    """Return the sympy expression of a size."""
+    match node:
+        case ("int", token):
+            return sympy.Integer(integer(token, source))
+        case ("name", token):
+            return names(token, False)
+        case ("neg", a):
+            return -expression(a, source, names)
+        case ("call", name, arguments):
+            return _apply(name, [expression(a, source, names) for a in arguments], source)
+    kind, left, right = node
+    a, b = expression(left, source, names), expression(right, source, names)
+    return a + b if kind == "add" else a - b if kind == "sub" else a * b
+
+
+def _apply(name: Token, arguments: list[Any], source: Source) -> Any:
+    function = FUNCTIONS.get(name)
+    if function is None:
+        raise source.error(f"unknown function {name}", name, todo=f"sizes have {', '.join(FUNCTIONS)}")
+    if name not in ("max", "min") and len(arguments) != 2:
+        raise source.error(f"{name} takes 2 arguments, {len(arguments)} given", name)
+    if name not in ("max", "min") and arguments[1].is_zero:
+        raise source.error("division by zero", name)
+    return function(*arguments)
+
+
+def integer(token: Token, source: Source) -> int:
+    """Return the value of an integer token, within reason."""
+    if len(token) > LONGEST_INT:
+        raise source.error(f"an integer of {len(token)} digits", token)
+    return int(token)
+
+
+def near(name: str, known: Iterable[str], sign: str = "") -> str:
+    """Return advice with the known names that look like `name`, each behind its sign (% or @), or nothing."""
+    found = get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(sign + f for f in found)}?" if found else ""
+
+
+@contextmanager
+def shallow(source: Source) -> Iterator[None]:
+    """Turn a text nested too deeply for Python's stack into an error."""
+    try:
+        yield
+    except RecursionError:
+        raise MoecError("the text is nested too deeply", where=f"{source.filename}:1:1") from None

@@ -1,0 +1,1 @@
+"""Which format for which weight: what `--quantize` says, plans, calibration, and the search under a budget."""

@@ -1,0 +1,249 @@
+"""Chooses formats under a budget from what they cost, measured: `--quantize auto`.
+
+A unit is the weights of one role in one layer. Each unit alone is put into a format of 4 bits, and one of 2, and the
+program is run from there on: the KL of its predictions to those of the float program is what the format costs. Formats
+with other groups, and those of 8 bits, are expected to cost as much more or less as their squared error is larger or
+smaller, errors of weights counted by the mean square of what they are multiplied with (KL grows with the square of a
+small error). Costs of units are added up.
+
+The experts of a layer are divided into GROUPS by how much they add to the layer's error, those that are used most and
+err most first; a group costs its share of what the layer costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..check.tiled import TiledInterpreter
+from ..cost.count import module_costs
+from ..errors import MoecError
+from ..formats.encode import decode, encode
+from ..ir.module import Function, Module, Op, Value, bindings
+from ..ir.recipes import Recipe, bind
+from ..ir.storage import Format, find_format
+from ..rewrite.roles import weight_roles
+from ..weights.pull import pull, tiles
+from ..weights.sources.source import WeightSource
+from .allocate import Weight, choose
+from .calibrate import main_inputs
+from .plan import Budget, Entry, Plan, Unit, spell_layers
+
+TOKENS = 2048  # that sensitivities are measured on
+LOGITS = 1 << 26  # numbers; fewer tokens are used with a large vocabulary
+_KINDS = {"uint4": (128, 256, 64, 32, 16), "int8": (128, 256, 64, 32), "uint2": (32, 64, 16)}  # the first is measured
+NAMES = tuple(f"{kind}_g{group}" for kind, groups in _KINDS.items() for group in groups)
+MEASURED = 4  # bits; wider formats cost too little to be told from noise
+LEFT_OUT = ("router",)  # roles whose weights stay as they are
+GROUPS = 4  # of the experts of a layer, by their share of its error, each with a format of its own
+
+Store = Callable[[Module, str], Module]  # (module, layers): what the pass quantize makes of it
+Obstacle = Callable[[Op, Format], str | None]  # why the target does not hold an op's weights in a format
+
+
+def find_units(module: Module, holds: Obstacle) -> dict[Unit, list[Weight]]:
+    """Return the weights of every unit that can be quantized, in the order of the program."""
+    roles = weight_roles(module)
+    found: dict[Unit, list[Weight]] = {}
+
+    def visit(function: Function, bound: dict[str, str], layer: int | None) -> None:
+        recipes = {c.value.name: bind(c.recipe, function.weights, bound) for c in function.consts}
+        for i, op in enumerate(function.ops):
+            if op.callee:
+                inner = op.attributes.get("layer")
+                visit(module.by_name[op.callee], {**bound, **bindings(op)}, inner if isinstance(inner, int) else layer)
+            for (j, k), role in roles[function.name].items():
+                value = op.operands[k] if i == j else None
+                if value is not None and role not in LEFT_OUT and value.type.dtype == "f32":
+                    names = frozenset(n for n in NAMES if _fits(op, value, n, holds))
+                    found.setdefault(Unit(layer, role), []).append(Weight(recipes[value.name], names))
+
+    visit(module.main, {}, None)
+    return {unit: weights for unit, weights in found.items() if frozenset.intersection(*(w.formats for w in weights))}
+
+
+def _fits(op: Op, value: Value, name: str, holds: Obstacle) -> bool:
+    format = find_format(name)
+    assert format
+    return value.type.sizes[-1] % format.group == 0 and not holds(op, format)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reference(TiledInterpreter):
+    """Runs the float program; keeps what @main held before each op, and the mean square of what weights are multiplied with."""
+
+    snapshots: dict[int, dict[str, Any]] = field(default_factory=dict)
+    squares: dict[Recipe, torch.Tensor] = field(default_factory=dict)
+
+    def before(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
+        """Keep the values of @main."""
+        if function is self.module.main:
+            self.snapshots[i] = dict(values)
+        return True
+
+    def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
+        """Keep the mean squares f32[K]; of experts the sums over their rows, as shares of all tokens, f32[E, K]."""
+        if chosen is None:
+            self.squares[weight] = rows.square().mean(0)
+        else:
+            tokens = self.dims["B"] * self.dims["S"]
+            self.squares[weight] = torch.stack([rows[c].square().sum(0) for c in chosen]) / tokens
+
+
+def measure(
+    module: Module,
+    source: WeightSource,
+    windows: torch.Tensor,
+    units: Mapping[Unit, list[Weight]],
+    store: Store,
+) -> tuple[dict[Unit, list[Weight]], dict[Unit, dict[str, float]]]:
+    """Return for every unit the expected KL of each format that all of its weights can have.
+
+    The units come back with the experts of a layer in groups, largest share of the error first.
+    """
+    reference = _Reference(module, source, tuple(windows.shape))
+    values = dict(zip((p.name for p in module.main.params), main_inputs(module, windows), strict=True))
+    logits = next(v.name for v in module.main.results if not v.type.state)
+    with torch.no_grad():
+        reference.steps(module.main, values, {})
+        wanted = _log_softmax(values[logits])
+        costs: dict[Unit, dict[str, float]] = {}
+        divided: dict[Unit, list[Weight]] = {}
+        for unit, weights in units.items():
+            names = [n for n in NAMES if all(n in w.formats for w in weights)]
+            errors = {
+                n: torch.stack([_errors(w.recipe, n, source, reference.squares) for w in weights]).sum(0) for n in names
+            }
+            found: dict[str, float] = {}
+            for bits, group in itertools.groupby(names, _bits):
+                alike = list(group)
+                if bits <= MEASURED or not found:
+                    probe = alike[0]
+                    changed = store(module, spell_layers({unit: probe}))
+                    first = _first_use(changed, unit)
+                    state = dict(reference.snapshots[first])
+                    runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
+                    runner.steps(changed.main, state, {}, first)
+                    kl = _kl(wanted, state[logits])
+                whole = float(errors[probe].sum())
+                found |= {n: kl * float(errors[n].sum()) / whole if whole else 0.0 for n in alike}
+            for part, share in _groups(unit, errors[names[0]]):
+                divided[part] = [replace(w, experts=part.experts) for w in weights]
+                costs[part] = {n: kl * float(share(errors[n])) for n, kl in found.items()}
+    return divided, costs
+
+
+def _groups(unit: Unit, errors: torch.Tensor) -> list[tuple[Unit, Callable[[torch.Tensor], float]]]:
+    """Return the parts of a unit, each with what gives its share of a format's errors f32[E]."""
+    count = len(errors)
+    if count < 2 * GROUPS:
+        return [(unit, lambda found: 1.0)]
+    order = errors.argsort(descending=True, stable=True).tolist()
+    bounds = [count * i // GROUPS for i in range(GROUPS + 1)]
+    parts = [tuple(sorted(order[a:b])) for a, b in itertools.pairwise(bounds)]
+    return [(unit._replace(experts=part), partial(_share, part)) for part in parts]
+
+
+def _share(experts: tuple[int, ...], errors: torch.Tensor) -> float:
+    whole = float(errors.sum())
+    return float(errors[list(experts)].sum()) / whole if whole else 0.0
+
+
+def _bits(name: str) -> int:
+    format = find_format(name)
+    assert format
+    return format.bits
+
+
+def _first_use(module: Module, unit: Unit) -> int:
+    """Return the first op of @main that a unit's weights are part of."""
+    if unit.layer is not None:
+        return next(i for i, op in enumerate(module.main.ops) if op.attributes.get("layer") == unit.layer)
+    return min(i for (i, _), r in weight_roles(module)["main"].items() if r == unit.role)
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.reshape(-1, logits.shape[-1]), dim=-1)
+
+
+def _kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
+    """Return the mean KL of predictions f32[..., V] to log-probabilities f32[T, V], a few rows at a time."""
+    total = 0.0
+    rows = logits.reshape(-1, logits.shape[-1])
+    for p, q in zip(wanted.split(256), rows.split(256), strict=True):
+        p, q = p.double(), torch.log_softmax(q.double(), dim=-1)
+        total += float((p.exp() * (p - q)).nan_to_num(0.0).sum())
+    return max(total / len(wanted), 0.0)
+
+
+def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Recipe, torch.Tensor]) -> torch.Tensor:
+    """Return the squared error of a format, each column counted by the mean square of its inputs: f32[E], or f32[1]."""
+    format = find_format(name)
+    assert format
+    sizes = recipe.type.sizes
+    weight = squares.get(recipe)  # a table that is only looked up has none: all columns count alike
+    found = torch.zeros(sizes[0] if len(sizes) == 3 else 1)
+    for box in tiles(recipe.type, 4 << 20):
+        numbers = pull(recipe, source, box)
+        error = (decode(encode(numbers, format), format, sizes[-1]) - numbers).square_()
+        if len(sizes) == 3:
+            experts = slice(*box[0])
+            found[experts] += (error if weight is None else error * weight[experts, None]).sum(dim=(1, 2))
+        else:
+            found += (error if weight is None else error * weight).sum()
+    return found
+
+
+# --- the plan ------------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    module: Module, source: WeightSource, windows: torch.Tensor, budget: Budget, method: str, store: Store,
+    holds: Obstacle,
+) -> Plan:  # fmt: skip
+    """Return the plan for a module of stage moe that is not quantized; MoecError if the budget cannot be met."""
+    units = find_units(module, holds)
+    if not units:
+        raise MoecError("there are no weights that the target could hold in fewer bits", todo="leave out --quantize")
+    stored = {w.key: w.elements for u in units.values() for w in u}
+    fixed = 0
+    if budget.bits is not None:
+        room = int(budget.bits * sum(stored.values()) / 8)
+    else:
+        assert budget.bytes is not None
+        fixed = int(module_costs(module).total.compiled_bytes) - 4 * sum(stored.values())
+        room = budget.bytes - fixed
+    vocabulary = int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
+    count = max(1, min(TOKENS, LOGITS // vocabulary) // windows.shape[1])
+    free = {u: dict.fromkeys(frozenset.intersection(*(w.formats for w in ws)), 0.0) for u, ws in units.items()}
+    choose(units, free, room, fixed)  # measuring takes minutes: a budget that cannot be met is told before
+    units, costs = measure(module, source, windows[:count], units, store)
+    chosen = choose(units, costs, room, fixed)
+    spent = {(w.key, f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
+    total = sum(spent.values())
+    return Plan(
+        budget.text, method, round(float(total * 8 / sum(stored.values())), 4), int(total),
+        sum(kl for _, kl in chosen.values()), windows[:count].numel(), tuple(_entries(units, chosen)),
+    )  # fmt: skip
+
+
+def _entries(units: Mapping[Unit, list[Weight]], chosen: Mapping[Unit, tuple[str, float]]) -> list[Entry]:
+    """Return the entries of a plan; groups of a layer's experts that came to the same format are one."""
+    alike: dict[tuple[int | None, str, str], list[Unit]] = {}
+    for unit, (format, _) in chosen.items():
+        alike.setdefault((unit.layer, unit.role, format), []).append(unit)
+    found = []
+    for (layer, role, format), parts in alike.items():
+        everything = all(other in parts for other in chosen if other[:2] == (layer, role))
+        experts = () if everything else tuple(sorted(e for part in parts for e in part.experts))
+        size = sum(w.bytes(format) for part in parts for w in units[part])
+        found.append(Entry(Unit(layer, role, experts), format, int(size), sum(chosen[part][1] for part in parts)))
+    return found

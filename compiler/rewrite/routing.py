@@ -1,0 +1,336 @@
+"""Reads a router backwards, from the weights and the indices that experts get to the logits.
+
+On the way lie, each of them or not: factors, the division by a sum, the score of what was chosen, the choice, its
+limit to groups, the bias, the score of all. What is read becomes one moe.route with the attributes that say it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from ..errors import MoecError, Refuse
+from ..ir.module import Attr, Function, Op, Value, make_attrs
+from ..ops import OPS
+from .patterns import Match
+from .rules import in_order, without_idle
+
+_SCORES = ("core.softmax", "core.sigmoid", "core.sqrt")  # the last op of a score
+_OPERANDS = ("logits", "bias", "given", "expert_scale")
+
+
+@dataclass
+class Router:
+    """What was read so far, going backwards: the ops that moe.route stands for, its operands and attributes."""
+
+    function: Function
+    gates: Value
+    ids: Value
+    ops: dict[int, Op] = field(default_factory=dict)
+    operands: dict[str, Value | None] = field(default_factory=dict)
+    attrs: dict[str, Attr] = field(default_factory=dict)
+
+    def made(self, value: Value | None, *names: str) -> Op | None:
+        """Return the op that makes a value, if it has one of the names, and note that it is read."""
+        op = self.function.producers.get(value.name) if value else None
+        if op is None or op.name not in names:
+            return None
+        self.ops[id(op)] = op
+        return op
+
+    def number(self, value: Value | None) -> float | int | bool | None:
+        """Return the one number that a value holds everywhere, if it is a constant."""
+        assert value is not None
+        return Match(self.function, {"x": value}, {}, {}).number("x")
+
+    def split(self, op: Op | None) -> tuple[Value, float] | None:
+        """Return the operands of a two-operand op as a value and a number, if one of them is a number."""
+        if op is None:
+            return None
+        x, y = op.inputs[0], op.inputs[-1]
+        for value, other in ((x, y), (y, x)):
+            if value.type == op.results[0].type and (number := self.number(other)) is not None:
+                return value, float(number)
+        return None
+
+    def refuse(self, value: Value, instead: str) -> Refuse:
+        """Return the refusal of a value that is not made as it should be."""
+        op = self.function.producers.get(value.name)
+        return Refuse(f"{value} is made by {op.name}, {instead}" if op else f"{value} is an input, {instead}", value)
+
+    def replaced(self, reader: Op | None) -> Function:
+        """Return the function with one moe.route for the ops that were read; Refuse where they are also used elsewhere."""
+        function, read = self.function, self.ops.values()
+        for value in (v for op in read for v in op.results if v not in (self.gates, self.ids)):
+            other = next((u for u in function.uses.get(value.name, []) if u is None or id(u) not in self.ops), self)
+            if other is not self:
+                raise Refuse(f"{value} is also used outside the router", value)
+        operands = tuple(self.operands.get(name) for name in _OPERANDS)
+        definition = OPS["moe.route"]
+        said = {n: v for n, v in self.attrs.items() if n == "score" or v != definition.attrs[n][1]}
+        try:
+            types = definition.infer([v.type if v else None for v in operands], said)
+        except MoecError as error:
+            raise Refuse(error.what) from None
+        if types != (self.gates.type, self.ids.type):
+            raise Refuse(f"the weights are {self.gates.type}, moe.route gives {types[0]}", self.gates)
+        ids = self.ids
+        if operands[2]:
+            names = (f"{ids.name}.routed{n or ''}" for n in range(len(function.names) + 1))
+            ids = Value(next(n for n in names if n not in function.names), types[1])
+        loc = tuple(dict.fromkeys(text for op in function.ops if id(op) in self.ops for text in op.loc))
+        route = Op("moe.route", operands, (self.gates, ids), make_attrs(said), loc=loc)
+        last = max(i for i, op in enumerate(function.ops) if id(op) in self.ops)
+        ops = [*function.ops[: last + 1], route, *function.ops[last + 1 :]]
+        kept = [_reading(op, self.ids, ids) if op is reader else op for op in ops if id(op) not in self.ops]
+        suspects = {v.name for op in read for v in op.inputs if v not in operands}
+        return without_idle(replace(function, ops=in_order(tuple(kept))), suspects)
+
+    # --- the weights, from the last step to the first ------------------------------------------------------
+
+    def read(self) -> None:
+        """Fill in operands and attributes; Refuse names the op in the way."""
+        weights = self._normalised(self._scaled(self.gates))
+        late, chosen = self._scored(weights)
+        top = self.made(self.ids, "core.topk")
+        if top and (top.results[1] != self.ids or top.attributes["axis"] != 1):
+            raise Refuse(f"{self.ids} is not a choice along the experts", self.ids)
+        taken = self.made(chosen, "core.topk", "core.gather")
+        if taken is None or taken.attributes["axis"] != 1 or (taken.name == "core.topk" and taken is not top):
+            raise self.refuse(chosen, "which does not take scores of the chosen experts")
+        if taken.name == "core.gather" and taken.operands[1] != self.ids:
+            raise Refuse(f"{chosen} takes the scores of other experts than {self.ids}", chosen)
+        source = taken.inputs[0]
+        self.attrs["k"] = int(self.ids.type.shape[1])
+        if top is None:
+            self._given(source, late)
+        else:
+            self._chosen(top.inputs[0], source, late)
+
+    def _scaled(self, x: Value) -> Value:
+        """Return what factors are applied to: one number, or one number an expert."""
+        scale = 1.0
+        while (op := self.function.producers.get(x.name)) and op.name in ("core.mul", "core.div"):
+            scaled = self.split(op) if op.name == "core.mul" or self.number(op.operands[1]) is not None else None
+            if scaled:
+                scale = scale * scaled[1] if op.name == "core.mul" else scale / scaled[1]
+                x = scaled[0]
+            elif op.name == "core.mul" and (factors := self._per_expert(op)) and "expert_scale" not in self.operands:
+                x, self.operands["expert_scale"] = factors
+            else:
+                break
+            self.ops[id(op)] = op
+        if scale != 1.0:
+            self.attrs["scale"] = scale
+        return x
+
+    def _per_expert(self, op: Op) -> tuple[Value, Value] | None:
+        for value, factor in (op.inputs, op.inputs[::-1]):
+            take = self.function.producers.get(factor.name)
+            chosen = take is not None and take.name == "core.take" and take.operands[1] == self.ids
+            if take and chosen and len(take.inputs[0].type.shape) == 1:
+                self.ops[id(take)] = take
+                return value, take.inputs[0]
+        return None
+
+    def _normalised(self, x: Value) -> Value:
+        """Return the weights before they are divided by their sum or norm."""
+        op = self.made(x, "core.div")
+        if op is None:
+            return x
+        weights, total = op.inputs[0], op.inputs[-1]
+        if expand := self.made(total, "core.expand"):
+            total = expand.inputs[0]
+        if weights.type != x.type or total.type.shape != (x.type.shape[0], 1):
+            raise Refuse(f"{weights} is divided by {total}, not by one number a token", x)
+        if (clamp := self.made(total, "core.clamp")) and OPS["core.clamp"].complete(clamp.attributes)["max"] == inf:
+            total, self.attrs["min_sum"] = clamp.inputs[0], clamp.attributes["min"]
+        elif larger := self.split(self.made(total, "core.maximum")):
+            total, self.attrs["min_sum"] = larger
+        if more := self.split(self.made(total, "core.add")):
+            total, self.attrs["eps"] = more
+        self.attrs |= self._norm(weights, total)
+        return weights
+
+    def _norm(self, weights: Value, total: Value) -> dict[str, Attr]:
+        """Return which norm of the weights a total is: their sum, or (sum |w|^p)^(1/p)."""
+        wrong = self.refuse(total, f"which is not the sum of {weights} or their norm")
+        root = self.made(total, "core.sqrt", "core.pow")
+        p = 1.0
+        if root:
+            given = self.number(root.operands[1]) if root.name == "core.pow" else 0.5
+            if not given:
+                raise wrong
+            total, p = root.inputs[0], 1 / float(given)
+        if reshape := self.made(total, "core.reshape"):
+            total = reshape.inputs[0]
+        added = self.made(total, "core.sum")
+        if added is None or added.attributes["axes"] != (1,):
+            raise wrong
+        inner, exponent = added.inputs[0], 1.0
+        if power := self.made(inner, "core.mul", "core.pow"):
+            square = power.name == "core.mul" and power.inputs[0] == power.inputs[-1]
+            found = 2.0 if square else self.number(power.operands[1]) if power.name == "core.pow" else None
+            inner, exponent = power.inputs[0], float(found or 0)
+        absolute = self.made(inner, "core.abs")
+        inner = absolute.inputs[0] if absolute else inner
+        if inner != weights or abs(exponent - p) > 1e-6 * p or not (absolute or exponent in (1, 2)):
+            raise wrong
+        return {"renorm": "norm", "p": exponent} if absolute or exponent == 2 else {"renorm": "sum"}
+
+    def _scored(self, x: Value) -> tuple[str, Value]:
+        """Return the score that makes a value, and what it scores."""
+        if (op := self.function.producers.get(x.name)) is None:
+            return "identity", x
+        if op.name == "core.softmax" and op.attributes["axis"] != 1:
+            raise Refuse(f"{x} is a softmax along axis {op.attributes['axis']}, not along the experts", x)
+        if op.name in ("core.softmax", "core.sigmoid"):
+            self.ops[id(op)] = op
+            return op.name.removeprefix("core."), op.inputs[0]
+        inner = self.function.producers.get(op.inputs[0].name) if op.name == "core.sqrt" else None
+        if inner and inner.name == "core.softplus":
+            self.ops |= {id(op): op, id(inner): inner}
+            return "sqrtsoftplus", inner.inputs[0]
+        return "identity", x
+
+    # --- the choice ------------------------------------------------------------------------------------------
+
+    def _given(self, source: Value, late: str) -> None:
+        """Read weights of experts that are known beforehand."""
+        early, logits = self._scored(source)
+        if late != "identity" and early != "identity":
+            raise Refuse(f"{source} is scored before and after its experts are taken", source)
+        if _depends(self.function, self.ids, logits):
+            raise self.refuse(self.ids, f"which is not a choice of the largest, but depends on {logits}")
+        self.operands |= {"logits": self._leaf(logits), "given": self.ids}
+        self._say(early, late, "scores")
+
+    def _chosen(self, choice: Value, source: Value, late: str) -> None:
+        """Read the choice of the largest, and whether the weights are taken from it, from scores, or from logits."""
+        scores = self._without_bias(self._without_groups(choice), source)
+        early, logits = self._scored(scores)
+        self.operands["logits"] = self._leaf(logits)
+        if source == scores:
+            self._say(early, late, "scores")
+        elif source == choice:
+            self._say(early, late, "choice")
+        elif source == logits and late == "identity":
+            self._say(early, late, "logits")
+        elif early == late == "identity" and (found := self._scored(source))[1] == logits and found[0] != "softmax":
+            self._say(early, found[0], "scores")  # a score of each logit may as well be taken after the choice
+        else:
+            raise Refuse(f"the experts are chosen by {choice} and weighted by {source}, which scores otherwise", source)
+
+    def _say(self, early: str, late: str, weigh: str) -> None:
+        if early != "identity" and late != "identity":
+            raise Refuse(f"the weights are a {late} of the chosen {early} scores")
+        self.attrs["score"] = late if early == "identity" else early
+        if late != "identity":
+            self.attrs["order"] = "select_score"
+        if weigh != "scores":
+            self.attrs["weigh"] = weigh
+
+    def _leaf(self, logits: Value) -> Value:
+        if len(logits.type.shape) != 2:
+            raise Refuse(f"the logits {logits} have {len(logits.type.shape)} axes, not tokens and experts", logits)
+        op = self.function.producers.get(logits.name)
+        if op and op.name in ("core.where", "core.scatter", "core.softmax"):
+            raise self.refuse(logits, "which is no limit to groups of experts that moe.route has")
+        return logits
+
+    def _without_bias(self, x: Value, source: Value) -> Value:
+        """Return the choice before the bias was added; what also weighs the experts is the logits' own bias."""
+        op = self.function.producers.get(x.name)
+        if op is None or op.name != "core.add":
+            return x
+        experts = x.type.shape[-1:]
+        for scores, bias in (op.inputs, op.inputs[::-1]):
+            row = self.function.producers.get(bias.name)
+            if bias.type.shape == (1, *experts) and row and row.name == "core.reshape":
+                bias = row.inputs[0]
+            made = self.function.producers.get(scores.name)
+            if source == x and not (made and made.name in _SCORES):
+                continue
+            if bias.type.shape == experts and scores.type == x.type:
+                self.ops[id(op)] = op
+                self.operands["bias"] = bias
+                return scores
+        return x
+
+    def _without_groups(self, x: Value) -> Value:
+        """Return the choice before experts outside the best groups were masked."""
+        op = self.function.producers.get(x.name)
+        if op is None or op.name != "core.where":
+            return x
+        condition, yes, no = op.inputs
+        kept, flipped = self._condition(condition)
+        choice, other = (no, yes) if flipped else (yes, no)
+        mask, spread = self.number(other), self.made(kept, "core.reshape")
+        groups = spread and self._groups(spread, choice)
+        if mask is None or not groups:
+            raise Refuse(f"{x} is masked otherwise than by the best groups of experts", x)
+        self.ops[id(op)] = op
+        if groups["topk_groups"] != groups["groups"]:
+            self.attrs |= {**groups, "mask": float(mask)}
+        return choice
+
+    def _condition(self, value: Value) -> tuple[Value, bool]:
+        """Return what a truth value is made of, and whether it holds where that is 0."""
+        flipped = False
+        while op := self.made(value, "core.logical_not", "core.cast", "core.ne", "core.eq", "core.gt"):
+            if len(op.inputs) == 2 and self.number(op.operands[1]) != 0:
+                break
+            flipped ^= op.name in ("core.logical_not", "core.eq")
+            value = op.inputs[0]
+        return value, flipped
+
+    def _groups(self, spread: Op, choice: Value) -> dict[str, Attr] | None:
+        """Return the groups' attributes if `spread` says for each expert whether its group is one of the best."""
+        wide = self.made(spread.inputs[0], "core.expand")
+        column = wide and self.made(wide.inputs[0], "core.reshape")
+        marks = column and self.made(column.inputs[0], "core.scatter")
+        best = marks and self.made(marks.inputs[1], "core.topk")
+        if not (wide and column and marks and best) or len(marks.results[0].type.shape) != 2:
+            return None
+        kind, grouped = self._group_score(best.inputs[0])
+        cut = self.made(grouped, "core.reshape")
+        (tokens, groups), (_, experts) = marks.results[0].type.shape, choice.type.shape
+        shape = (tokens, groups, experts / groups)
+        fits = (
+            (marks.attributes["axis"], best.attributes["axis"], marks.inputs[1]) == (1, 1, best.results[1])
+            and (self.number(marks.inputs[0]), self.number(marks.inputs[2])) == (0, 1)
+            and best.inputs[0].type.shape == (tokens, groups)
+            and (column.results[0].type.shape, wide.results[0].type.shape) == ((tokens, groups, 1), shape)
+            and cut is not None
+            and (cut.inputs[0], cut.results[0].type.shape) == (choice, shape)
+        )
+        return {"groups": int(groups), "topk_groups": best.attributes["k"], "group_score": kind} if fits else None
+
+    def _group_score(self, x: Value) -> tuple[str, Value | None]:
+        """Return how a group is judged by its experts, and the experts by groups."""
+        if flat := self.made(x, "core.reshape"):
+            x = flat.inputs[0]
+        kind, count = "max", 1
+        if added := self.made(x, "core.sum", "core.amax"):
+            if added.attributes["axes"] != (2,):
+                return kind, None
+            x, kind, count = added.inputs[0], "top2", 2
+            if added.name == "core.amax":
+                return "max", x
+        top = self.made(x, "core.topk")
+        if not top or top.results[0] != x or (top.attributes["axis"], top.attributes["k"]) != (2, count):
+            return kind, None
+        return kind, top.inputs[0]
+
+
+def _depends(function: Function, value: Value, on: Value) -> bool:
+    """Return whether a value is made of another."""
+    queue = [value]
+    for value in queue:
+        op = function.producers.get(value.name)
+        queue += [v for v in (op.inputs if op else ()) if v not in queue]
+    return on in queue
+
+
+def _reading(op: Op, old: Value, new: Value) -> Op:
+    return replace(op, operands=tuple(new if v == old else v for v in op.operands))

@@ -1,0 +1,271 @@
+"""Rewrite rules: two programs in IR syntax and a guard.
+
+    @rule(
+        before=\"\"\"
+          %g = core.linear(%x, %w, _)
+          %h = core.silu(%g)
+        \"\"\",
+        after="%h = moe.something(%x, %w) {act=silu}")
+    def gate_into_linear(m, target):
+        \"\"\"Apply the activation while the product is written.\"\"\"
+        if m.w.type.dtype != "f32":
+            raise Refuse("the weight is not f32", m.w)
+
+What a pattern says: names stand for values (equal names for equal values), `_` for an absent operand, a capitalised
+bare attribute for any attribute (bound as `m.E`), another attribute for itself; attributes left out are free.
+Matching starts at the last statement of `before`; commutative ops match in both orders. A name on both sides keeps
+its value, and its type must stay. A value that disappears must not be used elsewhere: the matcher refuses by itself.
+Exceptions are constants and what the rule calls `shared`; they stay as long as someone else reads them. An operand
+that the rule calls `optional` may be absent, on both sides.
+The guard may return more bindings for `after`: attributes, values, or recipes (each becomes a new weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import MoecError, Refuse
+from ..ir.fragments import Var
+from ..ir.module import Const, Function, Module, Op, Value, make_attrs
+from ..ir.recipes import Literal, Step, Tensor
+from ..ops import OPS
+from .patterns import Match, Rule, Search, rule
+
+__all__ = ["Match", "Note", "Refuse", "Rule", "Why", "apply", "in_order", "rule", "tell", "without_idle"]
+
+Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that did not apply
+
+
+class Note(str):
+    """What `--why` says of a rule that did not apply at an op.
+
+    It knows the function, the op's place, the reason, and the share of the rule's left side that matched (1: all of it,
+    and the guard refused).
+    """
+
+    function: str
+    place: tuple[str, ...]
+    reason: str
+    matched: float
+
+    def __new__(cls, owner: str, function: str, op: Op, reason: str | Refuse, matched: float = 1.0) -> Note:
+        """Make the text; the culprits of a refusal that its reason does not name stand behind it."""
+        if isinstance(reason, Refuse):
+            culprits = ", ".join(str(c) for c in reason.culprits if str(c) not in reason.reason)
+            reason = reason.reason + (f" ({culprits})" if culprits else "")
+        place = ", ".join(op.loc) or f"@{function}"
+        note = super().__new__(cls, f"note: {owner} not applied at {op.results[0]} ({place}): {reason}")
+        note.function, note.place, note.reason, note.matched = function, op.loc, reason, matched
+        return note
+
+
+def tell(why: Why, notes: Sequence[str]) -> None:
+    """Hand notes on, each text once for a function."""
+    for note in {(str(note), getattr(note, "function", "")): note for note in notes}.values():
+        if isinstance(why, list):
+            why.append(note)
+        elif why is not None:
+            why(note)
+
+
+def _removed(owner: Rule, match: Match) -> list[Op]:
+    """Return the matched ops that the rule takes away; Refuse where a value that disappears is read elsewhere."""
+    defined = {n for p in owner.after for n in p.results}
+    read = {n for p in owner.after for n in p.operands if n} - defined
+    disappearing = [
+        (match.ops[i], p) for i, p in enumerate(owner.before) if not owner.may_stay(p) and not read & set(p.results)
+    ]
+    inside = {id(op) for op, _ in disappearing}
+    for op, pattern in disappearing:
+        for name, value in zip(pattern.results, op.results, strict=True):
+            if name not in defined and any(id(u) not in inside for u in match.function.uses.get(value.name, [])):
+                raise Refuse(f"{value} is also used outside the pattern", value)
+    return [op for op, _ in disappearing]
+
+
+@dataclass
+class _Draft:
+    """The right side being made: names in the pattern -> values in the function."""
+
+    values: dict[str, Value | None]
+    attrs: dict[str, Any]
+    taken: set[str]
+    unsaid: Collection[str] = ()  # attributes that are bound to a default
+    consts: list[Const] = field(default_factory=list)
+
+    def fresh(self, base: str) -> str:
+        """Return a free name: `base`, `base.1`, ..."""
+        name, i = base, 0
+        while name in self.taken:
+            i += 1
+            name = f"{base}.{i}"
+        self.taken.add(name)
+        return name
+
+    def bind(self, name: str, given: Any) -> None:
+        """Take one of the guard's bindings: a value, None for an absent one, a recipe (a new weight), or an attribute."""
+        if given is None or isinstance(given, Value):
+            self.values[name] = given
+        elif isinstance(given, (Tensor, Literal, Step)):
+            value = Value(self.fresh(name), given.type)
+            self.consts.append(Const(value, given))
+            self.values[name] = value
+        else:
+            self.attrs[name] = given
+
+
+def _build(owner: Rule, draft: _Draft, loc: tuple[str, ...]) -> list[Op]:
+    ops = []
+    for statement in owner.after:
+        unbound = [n for n in statement.operands if n and n not in draft.values]
+        if unbound:
+            raise MoecError(f"rule {owner.name}: nothing binds %{unbound[0]} of `after`", exit_code=1)
+        operands = tuple(draft.values[n] if n else None for n in statement.operands)
+        given = {n: v for n, v in statement.attrs.items() if not (isinstance(v, Var) and v.name in draft.unsaid)}
+        attrs = {name: _fill(owner, value, draft.attrs) for name, value in given.items()}
+        try:
+            types = OPS[statement.name].infer([v.type if v else None for v in operands], attrs)
+        except MoecError as error:
+            raise replace(error, what=f"rule {owner.name}: {error.what}", model=", ".join(loc), exit_code=1) from None
+        for name, type in zip(statement.results, types, strict=True):
+            kept = draft.values.get(name)
+            if kept is not None and kept.type != type:
+                what = f"rule {owner.name}: {statement.name} gives {type} for %{name}, but {kept} is {kept.type}"
+                raise MoecError(what, model=", ".join(loc), exit_code=1)
+            draft.values[name] = kept or Value(draft.fresh(name), type)
+        results = tuple(v for n in statement.results if (v := draft.values[n]))
+        ops.append(Op(statement.name, operands, results, make_attrs(attrs), loc=loc))
+    return ops
+
+
+def _unsaid(owner: Rule, match: Match) -> set[str]:
+    """Return the pattern variables of attributes that the matched op leaves out, and of the same name on both sides."""
+    left_out = {
+        v.name: n
+        for i, op in match.ops.items()
+        for n, v in owner.before[i].attrs.items()
+        if isinstance(v, Var) and n not in op.attributes
+    }
+    others = {
+        v.name for p in owner.after for n, v in p.attrs.items() if isinstance(v, Var) and left_out.get(v.name) != n
+    }
+    return set(left_out) - others
+
+
+def _fill(owner: Rule, value: Any, attrs: Mapping[str, Any]) -> Any:
+    if isinstance(value, Var):
+        if value.name not in attrs:
+            raise MoecError(f"rule {owner.name}: nothing binds {value.name} of `after`", exit_code=1)
+        return attrs[value.name]
+    return tuple(_fill(owner, v, attrs) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def _replace(owner: Rule, match: Match, removed: list[Op], extra: Mapping[str, Any]) -> Function:
+    function = match.function
+    gone = {id(op) for op in removed}
+    matched = [op for op in function.ops if any(op is m for m in match.ops.values())]
+    loc = tuple(dict.fromkeys(text for op in matched if op.inputs or len(matched) == 1 for text in op.loc))
+    draft = _Draft(dict(match.values), dict(match.attrs), set(function.names), _unsaid(owner, match) - set(extra))
+    for name, given in extra.items():
+        draft.bind(name, given)
+    new = _build(owner, draft, loc)
+    ops: list[Op] = []
+    for op in function.ops:
+        if id(op) not in gone:
+            ops.append(op)
+        if op is matched[-1]:
+            ops += new
+    changed = replace(function, consts=function.consts + tuple(draft.consts), ops=in_order(tuple(ops)))
+    return without_idle(changed, {v.name for op in matched for v in (*op.inputs, *op.results)})
+
+
+def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Return ops with definitions before uses, otherwise in the given order; Refuse where that cannot be."""
+    position = {v.name: i for i, op in enumerate(ops) for v in op.results}
+    edges = [(position[v.name], i) for i, op in enumerate(ops) for v in op.inputs if v.name in position]
+    if all(a < b for a, b in edges):
+        return ops
+    import networkx
+
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(range(len(ops)))
+    graph.add_edges_from(edges)
+    try:
+        return tuple(ops[i] for i in networkx.lexicographical_topological_sort(graph))
+    except networkx.NetworkXUnfeasible:
+        raise Refuse("a value between two matched ops depends on one and feeds the other") from None
+
+
+def without_idle(function: Function, suspects: set[str]) -> Function:
+    """Drop ops and weights among the suspects that nothing reads any more."""
+    while True:
+        uses = function.uses
+        idle = [op for op in function.ops if not any(v.name in uses for v in op.results)]
+        idle = [op for op in idle if any(v.name in suspects for v in op.results)]
+        consts = tuple(c for c in function.consts if c.value.name in uses or c.value.name not in suspects)
+        if not idle and len(consts) == len(function.consts):
+            return function
+        dropped = {id(op) for op in idle}
+        suspects |= {v.name for op in idle for v in op.inputs}
+        function = replace(function, consts=consts, ops=tuple(op for op in function.ops if id(op) not in dropped))
+
+
+# --- applying --------------------------------------------------------------------------------------------------
+
+
+def apply(module: Module, target: Any, rules: Sequence[Rule], why: Why = None) -> Module:
+    """Apply rules to every function until none fires; the module itself if none did.
+
+    `why` collects a note for each rule that nearly applied: its guard refused, or at least half of `before` matched.
+    MoecError where the rules do not come to an end.
+    """
+    notes: list[str] = []
+    module = module.with_functions({f.name: _fixpoint(f, target, rules, notes) for f in module.functions})
+    tell(why, notes)
+    return module
+
+
+def _fixpoint(function: Function, target: Any, rules: Sequence[Rule], why: list[str]) -> Function:
+    bound = 10 * max(10, len(function.ops))
+    for _ in range(bound):
+        notes: list[str] = []
+        rewritten, fired = _first(function, target, rules, notes)
+        if rewritten is None:
+            why += notes
+            return function
+        function = rewritten
+    raise MoecError(
+        f"rules do not come to an end: {bound} rewrites of @{function.name}, the last one by {fired}", exit_code=1
+    )
+
+
+def _first(function: Function, target: Any, rules: Sequence[Rule], notes: list[str]) -> tuple[Function | None, str]:
+    """Return the function after the first rewrite that applies, and the rule's name; None if none applies."""
+    for owner in rules:
+        for root in function.ops:
+            if root.name != owner.before[-1].name:
+                continue
+            search = Search(owner, function)
+            rewritten, refusal = _try(search, root, target)
+            if rewritten is not None:
+                return rewritten, owner.name
+            near = search.depth >= 2 and 2 * search.depth >= len(owner.before)
+            reason = refusal or (search.reason if near else "")
+            if reason:
+                matched = 1.0 if refusal else search.depth / len(owner.before)
+                notes.append(Note(owner.name, function.name, root, reason, matched))
+    return None, ""
+
+
+def _try(search: Search, root: Op, target: Any) -> tuple[Function | None, str | Refuse]:
+    refusal: str | Refuse = ""
+    for match in search.matches(root):
+        try:
+            removed = _removed(search.rule, match)
+            extra = search.rule.guard(match, target) or {}
+            return _replace(search.rule, match, removed, extra), ""
+        except Refuse as refused:
+            refusal = refusal or refused
+    return None, refusal

@@ -1,0 +1,60 @@
+"""One walk over a function, in which values come to stand for others: what clean-up passes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ..ir.module import Const, Function, Op, Value
+
+
+@dataclass
+class Sweep:
+    """What is known on the way: the ops kept so far, the op that makes each value, and values that stand for others."""
+
+    function: Function
+    ops: list[Op] = field(default_factory=list)
+    made: dict[str, Op] = field(default_factory=dict)
+    alias: dict[str, Value] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def read(self, op: Op) -> Op:
+        """Return the op reading the values that stand for its operands."""
+        operands = tuple(v and self.alias.get(v.name, v) for v in op.operands)
+        return op if operands == op.operands else replace(op, operands=operands)
+
+    def keep(self, op: Op) -> None:
+        """Add an op behind the ones kept so far."""
+        self.made |= {v.name: op for v in op.results}
+        self.ops.append(op)
+
+    def returned(self, value: Value) -> bool:
+        """Return whether the function returns a value, so that its name has to stay."""
+        return any(value.name == v.name for v in self.function.results)
+
+    def stand_for(self, old: Value, new: Value) -> bool:
+        """Let `new` stand for `old` if the types agree; a result's name moves to the op that makes `new`."""
+        if old.type != new.type:
+            return False
+        if self.returned(old):
+            taken = self.returned(new) or new.name in self.renamed
+            if new.name not in self.made or taken:  # parameters, weights and other results keep their own names
+                return False
+            self.renamed[new.name] = old.name
+        self.alias[old.name] = new
+        return True
+
+    def finish(self, consts: tuple[Const, ...] | None = None) -> Function:
+        """Return the function with the ops kept and the new names; the one before if it is the same."""
+
+        def named(value: Value) -> Value:
+            return replace(value, name=self.renamed[value.name]) if value.name in self.renamed else value
+
+        ops = tuple(
+            replace(op, operands=tuple(v and named(v) for v in op.operands), results=tuple(map(named, op.results)))
+            if self.renamed
+            else op
+            for op in self.ops
+        )
+        consts = self.function.consts if consts is None else consts
+        new = replace(self.function, ops=ops, consts=consts)
+        return self.function if new == self.function else new

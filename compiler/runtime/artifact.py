@@ -1,0 +1,156 @@
+"""The artifact: a folder with moec.json (the manifest), the program and what the target needs to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifact.generation_files import EndTokens, find_end_tokens, find_sampling
+from ..artifact.manifest import MANIFEST, add_figures, check_files, read_manifest
+from ..errors import MoecError
+from .generate import Generation, Runner, generate
+from .tokenizer import TextStream, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """An artifact folder and its manifest (moec.json as read)."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @staticmethod
+    def open(folder: Path | str, check: bool = False) -> Artifact:
+        """Open a folder; with `check` the sha256 of every file is compared. MoecError says what is wrong with it."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, hashes=check)
+        return Artifact(folder, manifest)
+
+    @property
+    def target(self) -> str:
+        """The name of the target that it was compiled for."""
+        return self.manifest["target"]
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a pass changed the numbers on purpose (quantization)."""
+        return self.manifest["lossy"]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that came with the checkpoint; MoecError if there is none."""
+        return load_tokenizer(self.folder)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Facts and figures: the manifest without hashes and signatures, with the bytes of every file."""
+        kept = ("source", "target", "pipeline", "precision", "lossy", "dims", "figures", "unfused")
+        sizes = {name: (self.folder / name).stat().st_size for name in sorted(self.manifest["files"])}
+        facts = {key: self.manifest[key] for key in kept}
+        return {**facts, "states": len(self.manifest["states"]), "files": sizes, "bytes": sum(sizes.values())}
+
+    def session(self, **options: Any) -> Runner:
+        """Open the artifact with its target's runtime; every target takes `threads`, `spinning` and `accuracy`
+        (cpu: session.load)."""
+        from ...targets import TARGETS
+
+        if self.target not in TARGETS:
+            raise MoecError(f"there is no target {self.target}", str(self.folder / MANIFEST), todo=", ".join(TARGETS))
+        return TARGETS[self.target].load(self.folder, **options)
+
+    @cached_property
+    def default_session(self) -> Runner:
+        """A session with the target's own settings, opened once."""
+        return self.session()
+
+    def run(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        max_new_tokens: int = 128,
+        greedy: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        eos: Collection[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        session: Runner | None = None,
+    ) -> Generation:
+        """Continue a text, or token ids, or a list of either as one batch.
+
+        What is not given is as generation_config.json has it: without sampling there (do_sample), the most likely
+        token is taken. `on_token(row, id)` and `on_text(row, text)` are called as tokens and whole characters come.
+        The text of the result is None where there is no tokenizer.
+        """
+        rows = self._rows(prompt, tokens)
+        settings = self.sampling()
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings |= {key: value for key, value in given.items() if value is not None}
+        streams = [TextStream(self.tokenizer) for _ in rows] if on_text else []
+
+        def forward(row: int, token: int) -> None:
+            if on_token:
+                on_token(row, token)
+            if on_text and (text := streams[row].push(token)):
+                on_text(row, text)
+
+        found = generate(
+            session or self.default_session, rows, max_new_tokens=max_new_tokens, greedy=greedy, seed=seed,
+            eos=self.eos if eos is None else eos, on_token=forward if on_token or on_text else None, **settings,
+        )  # fmt: skip
+        for row, stream in enumerate(streams):
+            if on_text and (text := stream.finish()):
+                on_text(row, text)
+        return replace(found, text=self._texts(found, wanted=prompt is not None))
+
+    def verify(self, against: Any = None, **options: Any) -> Comparison:
+        """Compare with the source model in transformers; see parity.verify for the options."""
+        from .compare import verify
+
+        return verify(self, against, **options)
+
+    def sampling(self) -> dict[str, Any]:
+        """Return temperature, top_k and top_p as generation_config.json wants them."""
+        return find_sampling(self.folder)
+
+    @property
+    def end_tokens(self) -> EndTokens:
+        """The tokens that end a sequence: every one that a file of the checkpoint names (see generation_files)."""
+        return find_end_tokens(self.folder)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Their ids."""
+        return frozenset(self.end_tokens.ids)
+
+    def _rows(self, prompt: Any, tokens: Any) -> list[list[int]]:
+        if (prompt is None) == (tokens is None):
+            raise MoecError("give either a prompt or tokens")
+        if prompt is not None:
+            return [self.tokenizer.encode(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        rows = list(tokens)
+        return [rows] if not rows or not isinstance(rows[0], Sequence) else [list(row) for row in rows]
+
+    def _texts(self, found: Generation, wanted: bool) -> list[str] | None:
+        try:
+            return [self.tokenizer.decode(row) for row in found.tokens]
+        except MoecError:
+            if wanted:
+                raise
+            return None
+
+
+def record_figures(folder: Path, figures: Mapping[str, Any]) -> Artifact:
+    """Add measured figures to the manifest of a finished artifact and return it as it is then."""
+    add_figures(folder, figures)
+    return Artifact.open(folder)

@@ -1,0 +1,340 @@
+"""Compares an artifact with its source model: logits in prefill and cached decode, greedy tokens, and a text's KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..artifact.manifest import check_files
+from ..errors import MoecError
+from .generate import Runner, left_pad
+
+if TYPE_CHECKING:
+    from ..frontends.decoded import Decoding
+    from .artifact import Artifact
+    from .reference import Reference
+
+TOLERANCE = 1e-4  # of artifacts without a lossy pass: largest difference of logits, relative to the largest logit
+LENGTHS = (1, 7, 33)
+STEPS = 64
+TEXT_TOKENS, WINDOW = 2000, 256
+SAMPLE = Path(__file__).with_name("sample.txt")
+ROWS = 32  # rows of logits that are widened to float64 at once
+
+Progress = Callable[[int, int], None]  # parts done, parts in all
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of prompts: relative differences of logits, and how many greedy tokens agree before the first that
+    does not. `tie`: that one is a choice between two logits that are equal within the tolerance."""
+
+    name: str
+    lengths: tuple[int, ...]
+    steps: int
+    prefill: float
+    decode: float
+    greedy: int
+    tie: bool
+
+    @property
+    def greedy_agrees(self) -> bool:
+        """Whether all greedy tokens agree, up to a tie."""
+        return self.greedy == self.steps + 1 or self.tie
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Predictions on a text: KL(source || artifact) in nats, share of equal top-1 tokens, perplexity of both."""
+
+    text: str
+    tokens: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+    perplexity: float
+    reference_perplexity: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `verify` found. `lossless` artifacts have to be within `tolerance`; lossy ones only report.
+
+    `decoding` says who decoded the weights of a quantized source; where it was moec, nothing has checked that.
+    """
+
+    against: str
+    lossless: bool
+    tolerance: float
+    cases: tuple[Case, ...]
+    text: TextScore
+    decoding: Decoding | None = None
+
+    @property
+    def relative(self) -> float:
+        """The largest relative difference of logits in any case; NaN counts as infinite."""
+        found = [n for case in self.cases for n in (case.prefill, case.decode)]
+        return max(math.inf if math.isnan(n) else n for n in found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the numbers are as good as they have to be."""
+        if not self.lossless:
+            return math.isfinite(self.relative)
+        return self.relative <= self.tolerance and all(case.greedy_agrees for case in self.cases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; numbers that are not finite become None."""
+        found = {**asdict(self), "relative": self.relative, "passed": self.passed}
+        if self.decoding is not None:
+            found["decoding"] = self.decoding.to_dict()
+        return _finite(found)
+
+    def lines(self) -> list[str]:
+        """Return the findings as text, a line each."""
+        found = [
+            f"{case.name}: logits differ by {case.prefill:.2g} in prefill, {case.decode:.2g} in {case.steps} cached steps; "
+            f"{case.greedy} of {case.steps + 1} greedy tokens equal{' (then a tie)' if case.tie else ''}"
+            for case in self.cases
+        ]
+        t = self.text
+        found.append(
+            f"{t.text}, {t.tokens} tokens: KL {t.kl_mean:.3g} mean, {t.kl_max:.3g} max; top-1 agreement {t.top1:.2%}; "
+            f"perplexity {t.perplexity:.5g}, source {t.reference_perplexity:.5g}"
+        )
+        if self.decoding is not None:
+            found.append(self.decoding.line())
+        bound = f"at most {self.tolerance:g} is allowed" if self.lossless else "the weights are quantized"
+        verdict = "equal to" if self.lossless and self.passed else "compared with" if self.passed else "differs from"
+        return [*found, f"{verdict} {self.against}: relative difference of logits {self.relative:.2g} ({bound})"]
+
+
+def verify(
+    artifact: Artifact,
+    against: Any = None,
+    *,
+    text: str | None = None,
+    tokens: int = TEXT_TOKENS,
+    lengths: Sequence[int] = LENGTHS,
+    steps: int = STEPS,
+    session: Runner | None = None,
+    accuracy: str | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare an artifact with its source: a folder or a live model (default: the folder named in the manifest).
+
+    A batch of three prompts with left padding runs `steps` cached steps, and once more in two parts; single prompts of
+    `lengths` run a few. `text` (default: a sample of prose and Python) is scored on at most `tokens` tokens; without a
+    tokenizer, random tokens are. `accuracy` is that of the session (None: as compiled), `progress` is told the parts
+    done and in all. MoecError if a file of the artifact is not as it was written.
+    """
+    from .reference import open_reference
+
+    if tokens < 2 or steps < 0 or not lengths or min(lengths) < 1:
+        raise MoecError("there is nothing to compare", todo="give at least 2 tokens of text and lengths of 1 or more")
+    source = against if against is not None else artifact.manifest["source"].get("name", "")
+    if isinstance(source, str) and (not source or source.startswith("python:")):
+        raise MoecError(
+            "the artifact does not name a source folder", str(artifact.folder), todo="say what to compare with"
+        )
+    check_files(artifact.folder, artifact.manifest, hashes=True)
+    # torch computes between its steps: threads that spin meanwhile would take the cores
+    runner = session or artifact.session(spinning=False, accuracy=accuracy)
+    with open_reference(source) as reference:
+        limit = min(reference.context, int(artifact.manifest["dims"].get("S", (1, 1 << 31))[1]))
+        pool, name = _tokens(artifact, reference, text, tokens)
+        padding = "position_ids" in {i["name"] for i in artifact.manifest["inputs"]}
+        batches = list(_batches(pool, lengths, steps, limit, padding))
+        windows = [pool[i : i + min(WINDOW, limit)] for i in range(0, len(pool), min(WINDOW, limit))]
+        windows = [w for w in windows if len(w) > 1]
+        done, total = 0, len(batches) + len(windows)
+        cases = []
+        for label, prompts, count, split in batches:
+            cases.append(compare_prompts(runner, reference, prompts, count, label, split))
+            done += 1
+            if progress:
+                progress(done, total)
+        tick = (lambda i: progress(done + i, total)) if progress else None
+        score = score_text(runner, reference, windows, name, tick)
+    return Comparison(reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score, reference.decoding)
+
+
+def _tokens(artifact: Artifact, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:
+    """Return the tokens to work with and what they are."""
+    from .tokenizer import FILES
+
+    if any((artifact.folder / name).is_file() for name in FILES):
+        found = artifact.tokenizer.encode(text if text is not None else SAMPLE.read_text("utf-8"))[:count]
+        if len(found) < 2:
+            raise MoecError(f"the text has {len(found)} tokens", todo="give a longer one")
+        return np.array(found, np.int64), "text" if text is not None else "sample text"
+    if text is not None:
+        raise MoecError(
+            "the artifact has no tokenizer for the text", where=str(artifact.folder), todo="leave the text out"
+        )
+    return np.random.default_rng(0).integers(0, reference.vocabulary, count), "random tokens"
+
+
+def _batches(
+    pool: np.ndarray, lengths: Sequence[int], steps: int, limit: int, padding: bool = True
+) -> Iterator[tuple[str, list[list[int]], int, bool]]:
+    """Yield (name, prompts, steps, in two parts) for every case, inside the model's context.
+
+    Without `padding` the prompts of a batch are of one length.
+    """
+    fitting = sorted({min(n, limit) for n in lengths})
+    longest = fitting[-1]
+    mixed = [longest, max(1, longest * 3 // 5), max(1, longest // 5)] if padding else [longest] * 3
+    prompts = [[int(pool[(1000 * row + i) % len(pool)]) for i in range(n)] for row, n in enumerate(mixed)]
+    yield f"batch of {', '.join(map(str, mixed))} tokens", prompts, min(steps, limit - longest), False
+    if longest > 1:
+        yield "the same in two parts", prompts, min(1, steps, limit - longest), True
+    for n in fitting:
+        plural = "" if n == 1 else "s"
+        yield f"{n} token{plural}", [[int(pool[i % len(pool)]) for i in range(n)]], min(8, steps, limit - n), False
+
+
+# --- logits ----------------------------------------------------------------------------------------------------
+
+
+def compare_prompts(
+    runner: Runner, reference: Runner, prompts: Sequence[Sequence[int]], steps: int, name: str = "", split: bool = False
+) -> Case:
+    """Compare one left-padded batch: the prefill at all real tokens, then cached steps on the reference's tokens.
+
+    Both sides are given the token that the reference finds most likely. With `split` the runner takes the prompts in
+    two parts, the second with a past.
+    """
+    ids, mask, positions = left_pad(prompts)
+    found, states = _prefill(runner, ids, mask, positions, split)
+    wanted, cache = reference.step(ids, mask, positions, None)
+    real = mask.astype(bool)
+    prefill, decode = relative(found[real], wanted[real]), 0.0
+    greedy, tie, agreeing = 0, False, True
+    for count in range(steps + 1):
+        chosen = wanted[:, -1].argmax(axis=-1)
+        if agreeing:
+            differing = found[:, -1].argmax(axis=-1) != chosen
+            agreeing = not differing.any()
+            greedy += agreeing
+            tie = not agreeing and _is_tie(found[differing, -1], wanted[differing, -1])
+        if count == steps:
+            break
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        following = positions[:, -1:] + 1 + count
+        found, states = runner.step(chosen[:, None], mask, following, states)
+        wanted, cache = reference.step(chosen[:, None], mask, following, cache)
+        decode = _worst(decode, relative(found, wanted))
+    return Case(name, tuple(map(len, prompts)), steps, prefill, decode, greedy, tie)
+
+
+def _prefill(
+    runner: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, split: bool
+) -> tuple[np.ndarray, Any]:
+    if not split:
+        return runner.step(ids, mask, positions, None)
+    cut = max(1, ids.shape[1] // 3)
+    first, states = runner.step(ids[:, :cut], mask[:, :cut], positions[:, :cut], None)
+    second, states = runner.step(ids[:, cut:], mask, positions[:, cut:], states)
+    return np.concatenate([first, second], axis=1), states
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the largest difference relative to the largest wanted number; NaN where either side is not finite.
+
+    Places where both are the same infinity (tokens that a model never gives) count as equal.
+    """
+    largest = difference = 0.0
+    found, wanted = found.reshape(-1, found.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
+    for start in range(0, len(wanted), ROWS):
+        a, b = found[start : start + ROWS], wanted[start : start + ROWS]
+        differences = np.abs(np.subtract(a, b, where=a != b, out=np.zeros_like(b)))
+        difference = _worst(difference, float(differences.max()))
+        largest = max(largest, float(np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max()))
+    if not math.isfinite(difference):
+        return math.nan
+    return difference / largest if largest else (0.0 if difference == 0 else math.nan)
+
+
+def _worst(a: float, b: float) -> float:
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _is_tie(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Return whether each artifact's choice is as good for the reference, within twice the tolerance."""
+    rows = np.arange(len(wanted))
+    gap = wanted.max(axis=-1) - wanted[rows, found.argmax(axis=-1)]
+    scale = np.abs(wanted, where=np.isfinite(wanted), out=np.zeros_like(wanted)).max(axis=-1)
+    return bool((gap <= 2 * TOLERANCE * scale).all())
+
+
+# --- text ------------------------------------------------------------------------------------------------------
+
+
+def score_text(
+    runner: Runner,
+    reference: Runner,
+    windows: Sequence[np.ndarray],
+    name: str = "",
+    tick: Callable[[int], None] | None = None,
+) -> TextScore:
+    """Compare next-token distributions on windows of tokens, each read from its own start."""
+    kl: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    reference_losses: list[np.ndarray] = []
+    equal = 0
+    for number, window in enumerate(windows, 1):
+        ids, mask, positions = left_pad([window])
+        ours = runner.step(ids, mask, positions, None)[0][0]
+        theirs = reference.step(ids, mask, positions, None)[0][0]
+        for start in range(0, len(window) - 1, ROWS):
+            rows = slice(start, min(start + ROWS, len(window) - 1))
+            following = np.asarray(window[rows.start + 1 : rows.stop + 1])
+            q, p = _log_softmax(ours[rows]), _log_softmax(theirs[rows])
+            kl.append(_kl(p, q))
+            losses.append(-q[np.arange(len(following)), following])
+            reference_losses.append(-p[np.arange(len(following)), following])
+            equal += int((q.argmax(axis=-1) == p.argmax(axis=-1)).sum())
+        if tick:
+            tick(number)
+    divergence = np.concatenate(kl)
+    return TextScore(
+        name, len(divergence), float(divergence.mean()), float(divergence.max()), equal / len(divergence),
+        _perplexity(losses), _perplexity(reference_losses),
+    )  # fmt: skip
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return wide
+
+
+def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Return KL(p || q) in nats of log-probabilities, row by row; tokens without probability add nothing."""
+    shares = np.exp(p)
+    terms = np.zeros_like(p)
+    np.subtract(p, q, where=shares > 0, out=terms)
+    return np.maximum((shares * terms).sum(axis=-1), 0)
+
+
+def _perplexity(losses: Sequence[np.ndarray]) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.concatenate(losses).mean()))
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(v) for key, v in value.items()}
+        case list() | tuple():
+            return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,196 @@
+"""Generation with any runner: left-padded batches, prefill in parts, greedy or sampled, stop at end of sequence."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import MoecError
+
+PREFILL_TOKENS = 512  # of all rows together in one step: bounds the logits (tokens * vocabulary * 4 bytes)
+CANDIDATES = 1024  # logits that are sorted first for top-p; the whole vocabulary only if they do not suffice
+
+
+class Runner(Protocol):
+    """One step of a language model, whatever runs it. States are the runner's own; None starts a sequence."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has an embedding for: ids are below it."""
+
+    def step(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        position_ids: np.ndarray,
+        states: Any = None,
+        last: int = 0,
+    ) -> tuple[np.ndarray, Any]:
+        """Take i64[B, S], i64[B, P + S], i64[B, S] and return logits f32[B, S, V] with the next states.
+
+        With `last` above 0 the logits of that many tokens at the end suffice: f32[B, last, V].
+        """
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens of each row (with the end-of-sequence token where there was one), their text, and the times taken."""
+
+    tokens: list[list[int]]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    text: list[str] | None = None
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second, all rows together."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second, all rows together; the first of each row belongs to the prefill."""
+        count = sum(max(0, len(row) - 1) for row in self.tokens)
+        return count / self.decode_seconds if self.decode_seconds and count else 0.0
+
+
+def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return input_ids, attention_mask (1 = token) and position_ids (0 at padding), all i64[B, longest]."""
+    width = max(map(len, prompts))
+    ids = np.full((len(prompts), width), pad, np.int64)
+    mask = np.zeros((len(prompts), width), np.int64)
+    for row, prompt in enumerate(prompts):
+        if len(prompt):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+    return ids, mask, np.maximum(mask.cumsum(axis=1) - 1, 0)
+
+
+def generate(
+    session: Runner,
+    tokens: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    eos: Collection[int] = frozenset(),
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> Generation:
+    """Continue every row of `tokens` by up to `max_new_tokens` tokens.
+
+    `greedy` or a temperature of 0 takes the most likely token; else a row draws from its own generator, so that what
+    it draws depends on `seed` and the row's number only. A row ends after a token of `eos`. `on_token(row, token)` is
+    called as tokens come. Raises MoecError for settings that mean nothing and for logits that are not numbers.
+    """
+    temperature = 0.0 if greedy else temperature
+    _check_settings(tokens, max_new_tokens, temperature, top_k, top_p)
+    check_tokens((token for row in tokens for token in row), session.vocabulary)
+    if max_new_tokens == 0:
+        return Generation([[] for _ in tokens], 0, 0.0, 0.0)
+    generators = [np.random.default_rng([seed, row]) for row in range(len(tokens))]
+    found: list[list[int]] = [[] for _ in tokens]
+    running = [True] * len(tokens)
+    start = time.perf_counter()
+    ids, mask, positions = left_pad(tokens)
+    logits, states = prefill(session, ids, mask, positions)
+    begun = time.perf_counter()
+    following, one = positions[:, -1:] + 1, np.ones((len(tokens), 1), np.int64)
+    while True:
+        chosen = [pick(row, rng, temperature, top_k, top_p) for row, rng in zip(logits, generators, strict=True)]
+        for row, token in enumerate(chosen):
+            if running[row]:
+                found[row].append(token)
+                running[row] = token not in eos and len(found[row]) < max_new_tokens
+                if on_token:
+                    on_token(row, token)
+        if not any(running):
+            break
+        mask = np.concatenate([mask, one], axis=1)
+        step, states = session.step(np.array(chosen, np.int64)[:, None], mask, following, states, last=1)
+        logits, following = step[:, -1], following + 1
+    return Generation(found, sum(map(len, tokens)), begun - start, time.perf_counter() - begun)
+
+
+def prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Run a padded batch of prompts in parts; return the logits f32[B, V] of the last tokens and the states."""
+    states, logits = None, None
+    part = max(1, PREFILL_TOKENS // len(ids))
+    for start in range(0, ids.shape[1], part):
+        end = min(start + part, ids.shape[1])
+        logits, states = session.step(ids[:, start:end], mask[:, :end], positions[:, start:end], states, last=1)
+    assert logits is not None  # prompts are not empty
+    return logits[:, -1], states
+
+
+def pick(
+    logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> int:
+    """Return the token that is drawn from logits [V]; the first of the largest at temperature 0."""
+    if not np.isfinite(logits.max()):  # the maximum of anything with a NaN is NaN
+        raise MoecError("the model's logits are not finite numbers", exit_code=1)
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    order = np.arange(len(weights)) if top_k is None else _largest(weights, top_k)
+    kept = weights[order]
+    if top_p < 1:
+        order = _nucleus(weights, order, top_p * kept.sum())
+        kept = weights[order]
+    sums = kept.cumsum()
+    drawn = int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
+    return int(order[min(drawn, len(order) - 1)])
+
+
+def _largest(weights: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of the `count` largest weights, largest first."""
+    if count < len(weights):
+        found = np.argpartition(-weights, count - 1)[:count]
+    else:
+        found = np.arange(len(weights))
+    return found[np.argsort(-weights[found], kind="stable")]
+
+
+def _nucleus(weights: np.ndarray, order: np.ndarray, mass: float) -> np.ndarray:
+    """Return the fewest of the largest weights among `order` that reach `mass` together."""
+    for count in (CANDIDATES, len(order)):
+        found = order[_largest(weights[order], count)]
+        sums = weights[found].cumsum()
+        if sums[-1] >= mass:
+            return found[: int(np.searchsorted(sums, mass)) + 1]
+    return found
+
+
+def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
+    """Raise MoecError for the first token id that a model has no embedding for; some runtimes would read another one's."""
+    for token in tokens:
+        if token < 0:  # a runtime may count it from the end of the vocabulary
+            raise MoecError(f"the token {token} is negative", todo=f"this model has the tokens 0..{vocabulary - 1}")
+        if token >= vocabulary:
+            what = f"the token {token} is outside of the vocabulary of {vocabulary} tokens"
+            raise MoecError(
+                what, todo=f"this model has the tokens 0..{vocabulary - 1}; does the tokenizer belong to it?"
+            )
+
+
+def _check_settings(
+    tokens: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float
+) -> None:
+    if not tokens or not all(len(row) for row in tokens):
+        raise MoecError("the prompt has no tokens", todo="give at least one token in every row")
+    if max_new_tokens < 0:
+        raise MoecError(f"the number of new tokens is {max_new_tokens}", todo="give 0 or more")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise MoecError(f"the temperature is {temperature}", todo="give 0 (greedy) or a positive number")
+    if top_k is not None and top_k < 1:
+        raise MoecError(f"top-k is {top_k}", todo="give 1 or more, or leave it out")
+    if not 0 < top_p <= 1:
+        raise MoecError(f"top-p is {top_p}", todo="give a number above 0 and up to 1")

@@ -1,0 +1,1 @@
+"""What an artifact for an accelerator holds: kernel specs, sources and objects, packed weights, plan, tuning files."""

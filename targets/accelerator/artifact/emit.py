@@ -1,0 +1,81 @@
+"""Writes a module of stage kernel for an accelerator: kernels.json, kernels/, plan.json and weights/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ....compiler.ir.module import Module
+from ....compiler.weights.sink import TILE_BYTES
+from ....compiler.weights.sources.source import WeightSource
+from ..chip.chip import Profile
+from ..triton.source import triton_source
+from .ascend_objects import source_of
+from .engine_files import engine_files, find_problems
+from .objects import compile_kernels, write_files
+from .plan import make_plan
+from .shards import find_shards, write_shards
+from .spec import Kernels, KernelSpec, kernel_specs, packings
+
+KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
+
+
+def emit(
+    module: Module,
+    source: WeightSource,
+    folder: Path,
+    tile_bytes: int = TILE_BYTES,
+    progress: Callable[[int], None] | None = None,
+    notes: list[str] | None = None,
+    *,
+    profile: Profile,
+    compiled: bool = True,
+    make_toolchain: bool = False,
+) -> dict[str, str]:
+    """Write the artifact's files into a folder and return the sha256 of each by name.
+
+    Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set; `make_toolchain` makes
+    triton-ascend's environment if it takes that and there is none. `progress` is told the
+    bytes of weights written so far, `notes` gets which tuning files of other engines are left out. MoecError for an op that no kernel computes, for a chip on which a kernel does not
+    fit, for weights that cannot be read and for a full disk.
+    """
+    kernels = kernel_specs(module, profile)
+    packed = packings(module, profile)
+    found = find_shards(module, packed)
+    objects: Mapping[str, bytes] = {}
+    if compiled:
+        made = compile_kernels(kernels, profile, SOURCES, make_toolchain=make_toolchain)
+        kernels, objects = made.kernels, made.files
+    sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
+    left_out = [] if notes is None else notes
+    tuned = engine_files(find_problems(module, packed), profile, left_out)
+    engines = {f"{ENGINES}/{name}": _json(content) for name, content in tuned}
+    texts = {
+        **sources,
+        **engines,
+        KERNELS: _json(_with_sources(kernels)),
+        PLAN: _json(make_plan(module, profile, found)),
+    }
+    written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
+    return written | write_shards(found, source, folder, tile_bytes, progress)
+
+
+def _source(kernel: KernelSpec, profile: Profile) -> str:
+    program, arch = kernel.best.program, profile.arch or ""
+    if profile.toolchain == "triton-ascend":
+        return source_of(program, arch)
+    # a kernel that was compiled with fewer registers is launched so too
+    limit = kernel.objects.get(arch, {}).get("register_limit")
+    return triton_source(program, kernel.best.tile.warps, limit)
+
+
+def _with_sources(kernels: Kernels) -> dict[str, Any]:
+    """Return what stands in kernels.json, each kernel with the file of its source."""
+    data = kernels.to_json()
+    return {**data, "kernels": [{**k, "source": f"{SOURCES}/{k['name']}.py"} for k in data["kernels"]]}
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,320 @@
+"""Weights as an accelerator reads them: safetensors files in the packed layout, one for each call of a layer.
+
+A file's header is known before its data. Numbers and codes are read, packed and written a tile of rows at a time, so
+that memory does not grow with the model; the same module and weights give the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ....compiler.artifact.atomic import write_error
+from ....compiler.errors import MoecError
+from ....compiler.formats.encode import Parts, unpack
+from ....compiler.ir.module import DTYPE_BITS, Function, Module, bindings
+from ....compiler.ir.recipes import Recipe, Step, bind
+from ....compiler.ir.storage import Format, find_format
+from ....compiler.weights.pull import pull, tiles
+from ....compiler.weights.quantized import block_tiles, encode_rows, tensor_scales
+from ....compiler.weights.sink import TILE_BYTES, TiledFile
+from ....compiler.weights.sources.safetensors_header import DTYPES
+from ....compiler.weights.sources.source import Box, WeightSource
+from ..tile.expr import NUMPY
+from ..tile.packing import FRACTAL_ROWS, Packing
+
+FOLDER, MAIN = "weights", "main"
+_NAMES = {ours: name for name, ours in DTYPES.items()}
+_START = 64  # data begins at a multiple of it
+Packings = Mapping[tuple[str, str], Packing]  # (function, weight) -> how it is stored
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of a file: its name, its bound recipe, and how it is packed (None: row by row, as it is typed)."""
+
+    name: str
+    recipe: Recipe
+    packing: Packing | None
+
+    @property
+    def parts(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """The tensors: name -> (dtype, shape)."""
+        if self.packing is None:
+            return {self.name: (self.recipe.type.dtype, self.recipe.type.sizes)}
+        return {f"{self.name}.{part}" if part else self.name: of for part, of in self.packing.parts.items()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of weights; `name` is relative to the artifact."""
+
+    name: str
+    weights: tuple[Stored, ...]
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors in the order of the file: wide elements first, so that each lies at a multiple of its size."""
+        found = {name: of for w in self.weights for name, of in w.parts.items()}
+        return dict(sorted(found.items(), key=lambda item: (-DTYPE_BITS[item[1][0]], item[0])))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(_bytes(*of) for of in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function: the label that its weights' names begin with, and what it binds."""
+
+    label: str
+    function: str
+    bindings: Mapping[str, str]
+
+
+@dataclass
+class Shards:
+    """The files of a module, the calls in program order, and the names that stand for a weight written elsewhere."""
+
+    shards: list[Shard] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    same: dict[str, str] = field(default_factory=dict)
+
+
+def find_shards(module: Module, packings: Packings) -> Shards:
+    """Return the files that a module of stage kernel needs, a file for each call in @main and one for its own weights."""
+    found = Shards()
+    weights: dict[str, list[Stored]] = {}
+    written: dict[tuple[Recipe, Packing | None], str] = {}
+    taken: set[str] = set()
+
+    def visit(function: Function, label: str, bound: Mapping[str, str]) -> None:
+        found.calls.append(Call(label, function.name, dict(bound)))
+        for const in function.consts:
+            value = const.value
+            if value.name not in function.uses:
+                continue
+            recipe = bind(const.recipe, function.weights, bound)
+            packing = _packing(packings.get((function.name, value.name)), recipe, f"{value} in @{function.name}")
+            name, key = f"{label}/{value.name}", (recipe, packing)
+            if key in written:
+                found.same[name] = written[key]
+            else:
+                written[key] = name
+                weights.setdefault(label.split("/")[0], []).append(Stored(name, recipe, packing))
+        for op in function.ops:
+            if op.callee:
+                own = ".".join(f"{name}.{value}" for name, value in bindings(op).items()) or op.callee
+                inner = _fresh(own if function is module.main else f"{label}/{own}", taken)
+                visit(module.by_name[op.callee], inner, {**bound, **bindings(op)})
+
+    taken.add(MAIN)
+    visit(module.main, MAIN, {})
+    found.shards = [Shard(f"{FOLDER}/{label}.safetensors", tuple(own)) for label, own in weights.items()]
+    return found
+
+
+def _fresh(label: str, taken: set[str]) -> str:
+    name, number = label, 1
+    while name in taken:
+        name, number = f"{label}.{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def _packing(packing: Packing | None, recipe: Recipe, what: str) -> Packing | None:
+    """Return the packing of a weight, checked against it; None where that is row by row as it is typed."""
+    type_ = recipe.type
+    if packing is None:
+        if find_format(type_.dtype):
+            raise MoecError(f"nothing says how {what} is packed", where=what, exit_code=1)
+        return None
+    sizes = (*([packing.experts] if packing.experts else []), packing.rows, packing.columns)
+    if packing.format != type_.dtype or sizes != type_.sizes:
+        raise MoecError(f"{what} is {type_}, and its packing {packing}", where=what, exit_code=1)
+    return None if packing.quantized is None and not packing.fractal else packing
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_shards(
+    found: Shards, source: WeightSource, folder: Path, tile_bytes: int = TILE_BYTES,
+    progress: Callable[[int], None] | None = None, threads: int | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Write the files below a folder and return the sha256 of each by name.
+
+    Weights are worked on in tiles of `tile_bytes` of f32; `progress` is told the bytes written so far. Raises MoecError
+    for weights that cannot be read and for a full disk.
+    """
+    hashes: dict[str, str] = {}
+    before = 0
+    for shard in found.shards:
+        path = folder / shard.name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(error, path) from error
+        told = None if progress is None else partial(_add, progress, before)
+        with TiledFile(path, told, threads) as file:
+            _write(file, shard, source, tile_bytes)
+            hashes[shard.name] = file.sha256
+            before += file.size
+    return hashes
+
+
+def _add(progress: Callable[[int], None], before: int, done: int) -> None:
+    progress(before + done)
+
+
+def _write(file: TiledFile, shard: Shard, source: WeightSource, tile_bytes: int) -> None:
+    head, places = _header(shard)
+    file.write(0, memoryview(head))
+    file.size = len(head) + shard.bytes
+    file.run(job for weight in shard.weights for job in _jobs(file, weight, places, source, tile_bytes))
+
+
+def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
+    """Return the header with its length in front, and where each tensor begins in the file."""
+    entries: dict[str, dict[str, Any]] = {}
+    begins: dict[str, int] = {}
+    end = 0
+    for name, (dtype, shape) in shard.tensors.items():
+        begins[name], end = end, end + _bytes(dtype, shape)
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _START)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * DTYPE_BITS[dtype] // 8
+
+
+Job = Callable[[], None]
+
+
+def _jobs(
+    file: TiledFile, weight: Stored, places: Mapping[str, int], source: WeightSource, tile_bytes: int
+) -> Iterator[Job]:
+    """Yield what writes the tensors of a weight."""
+    recipe, packing = weight.recipe, weight.packing
+    if packing is None:
+        offset = places[weight.name]
+        for box in tiles(recipe.type, tile_bytes):
+            yield partial(_plain, file, recipe, source, box, offset)
+            offset += int(np.prod([b - a for a, b in box], dtype=np.int64)) * int(recipe.type.bits) // 8
+    elif packing.fractal:
+        for box in _matrix_tiles(recipe, tile_bytes, FRACTAL_ROWS):
+            yield partial(_fractal, file, recipe, packing, source, box, places[weight.name])
+    else:
+        yield from _quantized_jobs(file, weight, packing, places, source, tile_bytes)
+
+
+def _plain(file: TiledFile, recipe: Recipe, source: WeightSource, box: Box, offset: int) -> None:
+    file.write(offset, pull(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data)
+
+
+# --- fractals ------------------------------------------------------------------------------------------------------
+
+
+def _matrix_tiles(recipe: Recipe, tile_bytes: int, block: int) -> Iterator[Box]:
+    """Yield boxes of whole rows of one matrix, begun at multiples of `block`."""
+    *lead, rows, width = recipe.type.sizes
+    step = max(1, tile_bytes // (4 * width) // block) * block
+    for outer in itertools.product(*map(range, lead)):
+        for low in range(0, rows, step):
+            yield (*((i, i + 1) for i in outer), (low, min(low + step, rows)), (0, width))
+
+
+def _fractal(
+    file: TiledFile, recipe: Recipe, packing: Packing, source: WeightSource, box: Box, offset: int
+) -> None:  # fmt: skip
+    """Write the fractals of a tile of rows: those of one column of fractals lie together, columns one behind the other."""
+    (_, (_, shape)), *_ = packing.parts.items()
+    columns, rows, *one = shape[-4:]
+    low, high = box[-2]
+    matrix = box[0][0] if packing.experts else 0
+    numbers = _numpy(pull(recipe, source, box)).reshape(high - low, -1)
+    packed = replace(packing, rows=high - low, experts=0).pack(numbers)[""]
+    size = int(np.prod(one)) * packed.dtype.itemsize
+    for column, part in enumerate(packed):
+        place = (matrix * columns + column) * rows + low // FRACTAL_ROWS
+        file.write(offset + place * size, _raw(part))
+
+
+# --- quantized -----------------------------------------------------------------------------------------------------
+
+
+def _quantized_jobs(
+    file: TiledFile, weight: Stored, packing: Packing, places: Mapping[str, int], source: WeightSource, tile_bytes: int
+) -> Iterator[Job]:
+    quantized = weight.recipe
+    if not isinstance(quantized, Step) or quantized.name not in ("quantize", "packed"):
+        raise MoecError(f"{weight.name} is {quantized.type}, but not made by quantize or packed", exit_code=1)
+    whole = None
+    if "tensor_scale" in packing.parts:
+        whole = tensor_scales(quantized, source, tile_bytes)
+        yield partial(file.write, places[f"{weight.name}.tensor_scale"], _raw(whole.reshape(-1).numpy()))
+    for box in block_tiles(quantized, tile_bytes):
+        yield partial(_rows, file, weight, packing, quantized, source, box, whole, places)
+
+
+def _rows(
+    file: TiledFile, weight: Stored, packing: Packing, quantized: Step, source: WeightSource, box: Box,
+    whole: torch.Tensor | None, places: Mapping[str, int],
+) -> None:  # fmt: skip
+    """Write codes, scales and zero points of a tile of rows."""
+    low, high = box[-1]
+    matrix = box[0][0] if packing.experts else 0
+    encoded = encode_rows(quantized, source, box, whole)
+    given = _given(encoded, _format(packing), packing.columns, high - low)
+    packed = replace(packing, rows=high - low, experts=0).pack(**given)
+    for part, array in packed.items():
+        if part == "tensor_scale":
+            continue
+        shared = _format(packing).rows if part == "scales" else 1  # rows of the weight for one of this part
+        first = matrix * packing.parts[part][1][-2] + low // shared
+        file.write(places[f"{weight.name}.{part}"] + first * array.shape[1] * array.dtype.itemsize, _raw(array))
+
+
+def _format(packing: Packing) -> Format:
+    assert packing.quantized
+    return packing.quantized
+
+
+def _given(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.ndarray]:
+    """Return what Packing.pack takes of the parts that weights.encode makes: one code in an element."""
+    codes = unpack(parts["codes"], format.bits, width).reshape(rows, width).numpy()
+    if format.element == "int" and not format.zeros:
+        codes = (codes.astype(np.int16) - (1 << (format.bits - 1))).astype(np.int8)
+    found = {"codes": codes, "scales": _numpy(parts["scales"])}
+    found["scales"] = found["scales"].reshape(-1, found["scales"].shape[-1])
+    if format.zeros:
+        found["zeros"] = unpack(parts["zeros"], format.bits, width // format.group).reshape(rows, -1).numpy()
+    if format.tensor_scale:
+        found["tensor_scale"] = _numpy(parts["tensor_scale"]).reshape(-1)
+    return found
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's numbers in numpy, also those of dtypes that numpy has not by itself."""
+    names: Mapping[torch.dtype, Any] = {torch.bfloat16: NUMPY["bf16"], torch.float8_e4m3fn: NUMPY["f8e4m3"]}
+    if tensor.dtype not in names:
+        return tensor.numpy()
+    kind = np.dtype(names[tensor.dtype])
+    return tensor.contiguous().view(torch.uint8).numpy().view(kind).reshape(tuple(tensor.shape))
+
+
+def _raw(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

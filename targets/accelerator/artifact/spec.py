@@ -1,0 +1,358 @@
+"""Kernel specs: for each op of a lowered module the kernels that compute it, with the tile found for each number of tokens.
+
+kernels.json holds all of it (kernels.schema.json is its schema): the tile program itself, where each tile lies, what is
+expected of it and what else was considered. Equal ops of different layers share their kernels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+import sympy
+
+from .... import __version__
+from ....compiler.errors import MoecError
+from ....compiler.ir.module import Function, Module, Op, bindings
+from ....compiler.ops import OPS
+from ....compiler.ops.define import free
+from ....compiler.rewrite.rules import tell
+from ..chip.chip import Profile
+from ..kernels.choices import Tile
+from ..predict.assumed import ASSUMED, multiplies
+from ..predict.work import call_counts
+from ..select.exchange import exchanges
+from ..select.kinds import Step, Tokens, named
+from ..select.search import Choice, Fit, Found, search
+from ..select.supported import KINDS, supported
+from ..tile.machine import chip_of, layout_of
+from ..tile.packing import Packing
+from ..tile.tiles import DEVICE, For, walk
+from .bindings import Binding, bind, check_op
+
+SCHEMA = 2  # 2: bindings, every step, and what a simulation needs of the chip
+WEIGHTS = ("w", "up", "down")  # operands of kernels that are packed
+BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
+CONTEXT = 4096  # tokens before a decoding step, for what attention reads
+DECODE = 64  # steps of at most so many tokens count as decoding: one token of each of so many sequences
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel for one bucket of tokens: `low` to `high` tokens a step."""
+
+    name: str
+    kind: str
+    op: str
+    low: int
+    high: int
+    found: Found
+    weights: Mapping[str, Packing]
+    places: tuple[str, ...]  # results of the ops that it computes, as @function/%value
+    calls: int  # launches in one run of the whole program
+    objects: Mapping[str, Any] = field(default_factory=dict)  # what a toolchain made of it
+    binding: Binding = field(default_factory=Binding)
+    group: str = ""  # what the steps of kernels.json name: the kernels of the same ops
+
+    @property
+    def best(self) -> Choice:
+        """The tile that was chosen."""
+        return self.found.best
+
+    def to_json(self, profile: Profile) -> dict[str, Any]:
+        """Return the spec as JSON values."""
+        choice, program = self.best, self.best.program
+        return {
+            "name": self.name,
+            "group": self.group,
+            "kind": self.kind,
+            "computes": {"op": self.op, "places": list(self.places), "calls": self.calls},
+            "tokens": [self.low, self.high],
+            "weights": {name: packing_json(p) for name, p in self.weights.items()},
+            "binding": self.binding.to_json(),
+            "tile": asdict(choice.tile),
+            "grid": [{"axis": name, "extent": extent} for name, extent in program.grid],
+            "loops": [
+                {"var": s.var, "from": s.start, "to": s.stop, "step": s.step, "stages": s.stages}
+                for s in walk(program.body)
+                if isinstance(s, For)
+            ],
+            "placement": placement(choice, profile),
+            "pipeline": {"stages": choice.tile.stages, "warps": choice.tile.warps},
+            "predicted": prediction_json(choice),
+            "alternatives": [
+                {"tile": asdict(c.tile), "time": c.prediction.time, "bound": c.prediction.bound}
+                for c in self.found.others
+            ],
+            "considered": {"tried": self.found.tried, "fitting": self.found.fitting},
+            "operands": list(layout_of(profile, choice.tile.m).operands),
+            "program": program.to_json(),
+            **({"objects": dict(self.objects)} if self.objects else {}),
+        }
+
+
+def placement(choice: Choice, profile: Profile) -> dict[str, Any]:
+    """Return each memory's bytes in use, its limit, and the buffers in it."""
+    chip = chip_of(profile, layout_of(profile, choice.tile.m))
+    found: dict[str, Any] = {}
+    for memory, used in choice.use.items():
+        buffers = {
+            name: {"bytes": b.bytes, "copies": b.copies}
+            for name, b in choice.program.buffers.items()
+            if b.memory == memory
+        }
+        limit = None if memory == DEVICE else chip.capacity[memory]
+        found[memory] = {"bytes": used, "limit": limit, "align": chip.align.get(memory, 1), "buffers": buffers}
+    return found
+
+
+def prediction_json(choice: Choice) -> dict[str, Any]:
+    """Return a prediction as JSON values: seconds, bytes, FLOPs."""
+    p = choice.prediction
+    return {
+        "time": p.time, "bound": p.bound, "flops": p.flops, "bytes": {"device": p.device_bytes, "cache": p.cache_bytes},
+        "parts": {"launch": p.launch, "memory": p.memory, "cache": p.cache, "matrix": p.matrix, "vector": p.vector},
+        "points": p.points, "rounds": p.rounds, "resident": p.resident,
+    }  # fmt: skip
+
+
+def packing_json(p: Packing) -> dict[str, Any]:
+    """Return how a weight lies in memory as JSON values."""
+    order = "fractal" if p.fractal else "halves" if p.quantized and p.quantized.bits == 4 else "rows"
+    return {
+        "format": p.format,
+        "order": order,
+        "shape": [*([p.experts] if p.experts else []), p.rows, p.columns],
+        "bytes": p.bytes,
+        "parts": {name or "numbers": {"dtype": d, "shape": list(s)} for name, (d, s) in p.parts.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """All kernels of a module on a chip."""
+
+    target: str
+    profile: Profile
+    kernels: tuple[KernelSpec, ...]
+    functions: tuple[dict[str, Any], ...]  # each op with the names of its kernels by bucket
+    framework: tuple[dict[str, Any], ...]  # ops that the framework computes between kernels
+    buckets: tuple[int, ...]
+    problems: tuple[tuple[str, Any], ...] = ()  # what is computed, as (kind, problem)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what stands in kernels.json."""
+        return {
+            "schema": SCHEMA,
+            "moec": __version__,
+            "target": self.target,
+            "chip": _chip_json(self.profile),
+            "memories": _memories_json(self.profile),
+            "assumed": dict(ASSUMED),
+            "buckets": list(self.buckets),
+            "context": CONTEXT,
+            "predicted": {str(b): self.time(b) for b in self.buckets},
+            "exchange": self.exchange(),
+            "functions": list(self.functions),
+            "framework": list(self.framework),
+            "kernels": [k.to_json(self.profile) for k in self.kernels],
+        }
+
+    def exchange(self) -> list[dict[str, Any]]:
+        """Return what dispatch and combine cost where the routed experts lie on several devices."""
+        experts = [problem for kind, problem in self.problems if kind == "experts_up"]
+        return [
+            {"experts": [e.experts, e.chosen, e.hidden], "groups": exchanges(e, self.profile, self.buckets)}
+            for e in experts
+        ]
+
+    def time(self, tokens: int) -> float:
+        """Return the predicted seconds of all kernels of one step of so many tokens, one after the other."""
+        return sum(k.calls * k.best.prediction.time for k in self.kernels if k.low <= tokens <= k.high)
+
+
+def _chip_json(profile: Profile) -> dict[str, Any]:
+    figures = {
+        key: {"value": f.value, "grade": f.grade, "source": f.source} for key, f in profile.figures().items() if f
+    }
+    return {
+        "name": profile.name, "variant": profile.variant, "family": profile.family, "arch": profile.arch,
+        "toolchain": profile.toolchain, "figures": figures,
+    }  # fmt: skip
+
+
+def _memories_json(profile: Profile) -> dict[str, Any]:
+    """Return what a simulation checks, beside the operands of each kernel: room, alignment, and paths between memories."""
+    chip = chip_of(profile, layout_of(profile))
+    room = {name: {"bytes": size, "align": chip.align.get(name, 1)} for name, size in chip.capacity.items()}
+    return {"room": room, "paths": sorted(map(list, chip.paths))}
+
+
+# --- from a module -------------------------------------------------------------------------------------------------
+
+
+def kernel_specs(
+    module: Module, profile: Profile, tokens: Sequence[int] = BUCKETS, why: list[str] | None = None
+) -> Kernels:
+    """Return the kernels of a module of stage kernel for each bucket of tokens.
+
+    MoecError for an op that has no kernel, for a weight in a format that none reads, and where nothing fits the chip.
+    """
+    calls = call_counts(module)
+    stored = packings(module, profile)
+    groups: dict[tuple[str, Any], _Group] = {}
+    functions, framework = [], []
+    for function in module.functions:
+        steps = []
+        for op in function.ops:
+            if op.callee:
+                steps.append({"op": "call", "callee": op.callee, **_values(op), "bindings": bindings(op)})
+                continue
+            if reason := supported(op):
+                raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
+            place = f"@{function.name}/%{op.results[0].name}"
+            step = KINDS[op.name](op, _weights(function, op, stored)) if op.name in KINDS else None
+            if step is not None and not multiplies(profile, step.products):
+                tell(why, [f"{place}: {profile.name} does not multiply {step.products}, so the framework computes it"])
+                step = None
+            if step is None:
+                framework.append({"op": op.name, "place": place, "calls": calls[function.name]})
+                steps.append({"op": op.name, "place": place, **_values(op), "attributes": _attributes(op)})
+                continue
+            if (step.kind, step.problem) not in groups:
+                number = sum(g.step.kind == step.kind for g in groups.values())
+                groups[step.kind, step.problem] = _Group(step, f"{step.kind}_{number}", op.name)
+            group = groups[step.kind, step.problem]
+            group.places.append(place)
+            group.ops.setdefault((op.operand_types, tuple(v.type for v in op.results)), (op, place))
+            group.calls += calls[function.name]
+            steps.append({"op": op.name, "place": place, "kernels": group.name, **_values(op, named=True)})
+        functions.append({"name": function.name, "calls": calls[function.name], "steps": steps})
+    kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)), why)]
+    return Kernels(
+        profile.name,
+        profile,
+        tuple(kernels),
+        tuple(functions),
+        _summed(framework),
+        tuple(sorted(tokens)),
+        tuple(groups),
+    )
+
+
+@dataclass
+class _Group:
+    """Ops that share their kernels."""
+
+    step: Step
+    name: str
+    op: str
+    places: list[str] = field(default_factory=list)
+    calls: int = 0
+    ops: dict[Any, tuple[Op, str]] = field(default_factory=dict)  # one of each types of operands and results
+
+
+def _values(op: Op, named: bool = False) -> dict[str, Any]:
+    """Return the names of an op's operands and results: in order, or `named` as its signature has them."""
+    operands, results = [None if v is None else v.name for v in op.operands], [v.name for v in op.results]
+    if not named:
+        return {"operands": operands, "results": results}
+    signature = OPS[op.name].signature
+    return {
+        "operands": {d.name: name for d, name in zip(signature.operands, operands, strict=True)},
+        "results": {d.name: name for d, name in zip(signature.results, results, strict=True)},
+    }
+
+
+def _attributes(op: Op) -> dict[str, Any]:
+    """Return an op's attributes as JSON values; sizes and numbers that are not finite as texts."""
+    return {name: _plain(value) for name, value in op.attributes.items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case tuple():
+            return [_plain(v) for v in value]
+        case sympy.Expr():
+            return free(value)
+        case float() if not isfinite(value):
+            return str(value)
+    return value
+
+
+def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[str] | None) -> Iterable[KernelSpec]:
+    low = 1
+    fits: defaultdict[tuple[str, str], dict[Tile, Fit]] = defaultdict(dict)  # of a kernel, by its way and its name
+    for high in buckets:
+        ways = group.step.ways(_tokens(high), profile)
+        found = [
+            (way, [(kernel, search(kernel, profile, fits[way.name, kernel.name])) for kernel in way.kernels])
+            for way in ways
+        ]
+        # several ways to compute the op: the one that is over first
+        way, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
+        if why is not None and len(ways) > 1:
+            why.append(f"{group.name}, up to {high} tokens: {way.name} of {', '.join(w.name for w in ways)}")
+        made: set[str] = set()
+        for kernel, choice in best:
+            binding = bind(group.op, kernel, choice.best.program, group.step.weights, made)
+            for op, place in group.ops.values():
+                check_op(op, choice.best.program, binding, place)
+            yield KernelSpec(
+                _name(group, kernel.name, high), kernel.name, group.op, low, high, choice, group.step.weights,
+                tuple(group.places), group.calls, binding=binding, group=group.name,
+            )  # fmt: skip
+        low = high + 1
+
+
+def _name(group: _Group, kernel: str, high: int) -> str:
+    """Return the name of a kernel, which is that of its file too: linear_0_t16, experts_down_0_combine_t16."""
+    return "_".join([group.name, *([] if kernel == group.step.kind else [kernel]), f"t{high}"])
+
+
+def _tokens(count: int) -> Tokens:
+    """Return what a step of so many tokens is: one of each of so many sequences, or a prompt."""
+    return Tokens(count, 1, CONTEXT) if count <= DECODE else Tokens(1, count, 0)
+
+
+def _summed(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        entry = found.setdefault(row["op"], {"op": row["op"], "calls": 0, "places": []})
+        entry["calls"] += row["calls"]
+        entry["places"].append(row["place"])
+    return tuple(found.values())
+
+
+def packings(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
+    """Return how the weights of the kernels are stored, by function and name; others lie as they are typed.
+
+    A weight that is read otherwise too, as a tied table is whose rows are looked up, lies row by row, not in fractals.
+    """
+    fractal = any(layout.order == "FRACTAL_NZ" for layout in profile.layouts)
+    found = {}
+    for function in module.functions:
+        consts = {c.value.name for c in function.consts}
+        looked_up = {v.name for op in function.ops if op.name not in KINDS for v in op.inputs}
+        for op in function.ops:
+            for operand, value in named(op).items() if op.name in KINDS else ():
+                if operand in WEIGHTS and value.name in consts and len(value.type.shape) in (2, 3):
+                    *lead, rows, columns = map(int, value.type.shape)
+                    plain = value.type.dtype in ("bf16", "f16")
+                    found[function.name, value.name] = Packing(
+                        value.type.dtype,
+                        rows,
+                        columns,
+                        lead[0] if lead else 0,
+                        fractal and plain and value.name not in looked_up,
+                    )
+    return found
+
+
+def _weights(function: Function, op: Op, stored: Mapping[tuple[str, str], Packing]) -> dict[str, Packing]:
+    """Return the packings of an op's weights by the names of its operands."""
+    places = {name: (function.name, v.name) for name, v in named(op).items()}
+    return {name: stored[place] for name, place in places.items() if place in stored}

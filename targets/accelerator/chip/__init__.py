@@ -1,0 +1,1 @@
+"""What is known of a chip: profiles as data, how they are read, checked and shown."""

@@ -1,0 +1,1 @@
+"""The kernels, each written once as a tile program for any chip."""

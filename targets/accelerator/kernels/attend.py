@@ -1,0 +1,215 @@
+"""The inner part of every attention kernel: rows of queries against blocks of keys, with the softmax taken in one go.
+
+The row maximum `top`, the sum of the weights `total` and the weighted sums of the values are kept while blocks pass, and
+rescaled when the maximum grows (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
+Heads of any width are cut into parts whose widths are powers of two, 576 into 512 and 64 or into 128, 128, 128, 128, 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..tile.builder import Builder
+from .choices import AttentionTile
+from .norm import power
+
+LEAST = 16  # columns of the narrowest tile of a product
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns first .. first + live - 1 of a head, in a tile of `wide` columns."""
+
+    number: int
+    first: int
+    wide: int
+    live: int
+
+    @property
+    def column(self) -> str:
+        """The index vector of its columns."""
+        return f"({self.first} + arange({self.wide}))[None, :]"
+
+    def mask(self, rows: str) -> str:
+        """Return the mask of a load or store of these columns for the rows that there are."""
+        if self.wide == self.live:
+            return f"{rows}[:, None]"
+        return f"{rows}[:, None] & ({self.column} < {self.first + self.live})"
+
+
+def parts(most: int, *widths: int) -> tuple[Part, ...]:
+    """Cut columns into parts of at most `most`, powers of two; none reaches over the border between two of the widths."""
+    found: list[Part] = []
+    first = 0
+    for width in widths:
+        end = first + width
+        while first < end:
+            left = end - first
+            wide = max(min(most, power(left + 1) // 2), LEAST)
+            if power(left, LEAST) <= most and power(left, LEAST) - left < LEAST:
+                wide = power(left, LEAST)
+            found.append(Part(len(found), first, wide, min(wide, left)))
+            first += min(wide, left)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Keys that one loop goes through: `start` to `stop` in steps of a tile, `j` is the index vector in it.
+
+    `key` and `value` give the indices of a column vector in the tensors; None for a value: the keys are the values.
+    `prepare` gets which keys are before `stop`, adds what the indices and `visible` need and returns which keys there
+    are. `visible` is a bool [M, N] expression, or "".
+    """
+
+    name: str
+    start: str
+    stop: str
+    key_tensor: str
+    key: Callable[[str], list[str]]
+    visible: str
+    prepare: Callable[[str], str] = lambda before: before
+    value_tensor: str = ""
+    value: Callable[[str], list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One run's attention: the parts of a head of q and k and those of the values, and how scores become weights."""
+
+    tile: AttentionTile
+    keys: tuple[Part, ...]
+    values: tuple[Part, ...]
+    scale: float
+    softcap: float
+    dtype: str
+
+    def queries(self, b: Builder, tensor: str, at: Callable[[str], list[str]]) -> None:
+        """Add the loads of the queries, which stay, and what is kept while the keys pass."""
+        for part in self.keys:
+            shape = (self.tile.m, part.wide)
+            b.far(f"q{part.number}", tensor, at(part.column), part.mask("live"), shape, second=False)
+        for part in self.values:
+            shape = (self.tile.m, part.wide)
+            b.let(f"o{part.number}", f'full({shape[0]}, {shape[1]}, 0.0, "f32")', shape, "f32")
+
+    def begin(self, b: Builder, sinks: str, first: str = "") -> None:
+        """Add `top` and `total` before any key: nothing, or a sink, which is a score that has no value.
+
+        `first` is true in the one run of a split that counts the sink.
+        """
+        b.let("top", f'full({self.tile.m}, -inf, "f32")')
+        b.let("total", f'full({self.tile.m}, 0.0, "f32")')
+        if sinks:
+            b.load("sink", sinks, ["head"], "live")
+            with b.when(first or "1"):
+                b.let("top", 'cast(sink, "f32")')
+                b.let("total", f'full({self.tile.m}, 1.0, "f32")')
+
+    def portion(self, b: Builder, blocks: Blocks) -> tuple[str, str]:
+        """Add the bounds of this run's keys and return their names."""
+        start, stop = b.let(f"{blocks.name}_start", blocks.start), b.let(f"{blocks.name}_stop", blocks.stop)
+        if self.tile.split > 1:
+            n = self.tile.n
+            own = b.let(f"{blocks.name}_own", f"cdiv(cdiv(maximum({stop} - {start}, 0), {n}), {self.tile.split}) * {n}")
+            start = b.let(f"{blocks.name}_from", f"{start} + part * {own}")
+            stop = b.let(f"{blocks.name}_to", f"minimum({stop}, {start} + {own})")
+        return start, stop
+
+    def run(self, b: Builder, blocks: Blocks) -> None:
+        """Add the loop over blocks of keys."""
+        start, stop = self.portion(b, blocks)
+        with b.loop(f"{blocks.name}_first", start, stop, self.tile.n, self.tile.stages):
+            b.let("j", f"{blocks.name}_first + arange({self.tile.n})")
+            b.let("key_live", blocks.prepare(f"j < {stop}"))
+            self._scores(b, blocks)
+            self._weights(b, blocks)
+            self._values(b, blocks)
+
+    def _scores(self, b: Builder, blocks: Blocks) -> None:
+        b.accumulator("s", (self.tile.m, self.tile.n))
+        for part in self.keys:
+            shape, name = (self.tile.n, part.wide), f"k{part.number}"
+            b.far(name, blocks.key_tensor, blocks.key(part.column), part.mask("key_live"), shape, second=True)
+            with b.passing():
+                b.dot("s", b.near(f"q{part.number}", second=False), b.near(name, second=True))
+
+    def _weights(self, b: Builder, blocks: Blocks) -> None:
+        shape = (self.tile.m, self.tile.n)
+        text = f"{b.result('s')} * {self.scale}"
+        if self.softcap:
+            text = f"{self.softcap} * tanh({text} / {self.softcap})"
+        visible = "key_live[None, :]" + (f" & {blocks.visible}" if blocks.visible else "")
+        b.let("score", f"where({visible}, {text}, -inf)", shape, "f32")
+        b.let("higher", "maximum(top, max(score, 1))")
+        b.let("level", "where(higher == -inf, 0.0, higher)")  # rows that have seen nothing yet
+        b.let("fade", "exp(top - level)")
+        b.let("weight", "exp(score - level[:, None])", shape, "f32")
+        b.let("total", "total * fade + sum(weight, 1)")
+        b.let("top", "higher")
+        b.let("p", f'cast(weight, "{self.dtype}")', shape, self.dtype)
+
+    def _values(self, b: Builder, blocks: Blocks) -> None:
+        weights = b.as_operand("p", second=False)
+        for part in self.values:
+            name = f"k{part.number}"
+            if blocks.value:
+                shape, name = (self.tile.n, part.wide), f"v{part.number}"
+                at = blocks.value(part.column)
+                b.far(name, blocks.value_tensor, at, part.mask("key_live"), shape, second=True)
+            with b.passing():
+                shape = (self.tile.m, part.wide)
+                b.rescale_dot(f"o{part.number}", "fade[:, None]", weights, b.near(name, second=True), shape)
+
+    def finish(self, b: Builder, tensor: str, at: Callable[[str], list[str]], dtype: str) -> None:
+        """Add the stores of the results; rows that have seen nothing are zeros."""
+        b.let("divisor", "where(total == 0, 1.0, total)")
+        for part in self.values:
+            name, shape = f"y{part.number}", (self.tile.m, part.wide)
+            b.let(name, f'cast(o{part.number} / divisor[:, None], "{dtype}")', shape, dtype)
+            b.store(tensor, at(part.column), name, part.mask("live"))
+
+    def store_portion(self, b: Builder, row: str) -> None:
+        """Add the stores of a run that has seen a part of the keys: the sums as they are, with `top` and `total`."""
+        for part in self.values:
+            at = ["part", f"({row})[:, None]", part.column]
+            b.store("portions", at, f"o{part.number}", part.mask("live"))
+        b.store("tops", ["part", row], "top", "live")
+        b.store("totals", ["part", row], "total", "live")
+
+
+def declare_portions(b: Builder, split: int, rows: str, width: int, role: str = "output") -> None:
+    """Declare what the runs of a split hand on: f32 [split, rows, width], [split, rows] and [split, rows]."""
+    b.tensor("portions", "f32", split, rows, width, role=role)
+    b.tensor("tops", "f32", split, rows, role=role)
+    b.tensor("totals", "f32", split, rows, role=role)
+
+
+def merge(b: Builder, split: int, rows: str, width: int, dtype: str, shape: Sequence[int]) -> None:
+    """Add the body of a merge: y [rows, width] from the portions of a split, tiles of `shape`."""
+    b.grid("tile", f"cdiv({rows}, {shape[0]})")
+    b.grid("column", f"cdiv({width}, {shape[1]})")
+    declare_portions(b, split, rows, width, role="input")
+    b.tensor("y", dtype, rows, width, role="output")
+    b.let("row", f"tile * {shape[0]} + arange({shape[0]})")
+    b.let("n", f"column * {shape[1]} + arange({shape[1]})")
+    b.let("live", f"row < {rows}")
+    b.let("there", f"live[:, None] & (n < {width})[None, :]", shape, "bool")
+    b.let("best", f'full({shape[0]}, -inf, "f32")')
+    with b.loop("i", 0, split, 1):
+        b.load("top", "tops", ["i", "row"], "live")
+        b.let("best", "maximum(best, top)")
+    b.let("level", "where(best == -inf, 0.0, best)")
+    b.let("sum_", f'full({shape[0]}, 0.0, "f32")')
+    b.let("o", f'full({shape[0]}, {shape[1]}, 0.0, "f32")', shape, "f32")
+    with b.loop("h", 0, split, 1):
+        b.load("part_top", "tops", ["h", "row"], "live")
+        b.load("part_total", "totals", ["h", "row"], "live")
+        b.load("portion", "portions", ["h", "row[:, None]", "n[None, :]"], "there", shape=shape)
+        b.let("factor", "exp(part_top - level)")
+        b.let("sum_", "sum_ + part_total * factor")
+        b.let("o", "o + portion * factor[:, None]", shape, "f32")
+    b.let("divisor", "where(sum_ == 0, 1.0, sum_)")
+    b.let("y_tile", f'cast(o / divisor[:, None], "{dtype}")', shape, dtype)
+    b.store("y", ["row[:, None]", "n[None, :]"], "y_tile", "there")

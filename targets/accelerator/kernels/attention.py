@@ -1,0 +1,171 @@
+"""The kernels of nn.attention and nn.cached_attention: any heads on groups of keys, window, chunk, softcap, sinks, masks.
+
+A row of a tile is (new token, head of the group), so that all heads that share a group's keys share the loaded tiles:
+with one new token and eight heads on a group, eight rows. Blocks of keys behind the last token of a tile, before its
+window or its chunk are not looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ....compiler.errors import MoecError
+from ..tile.builder import Builder, Layout
+from ..tile.tiles import Program
+from .attend import Attend, Blocks, declare_portions, merge, parts
+from .choices import AttentionTile, RowTile
+
+LOOK = 1024  # slots of the mask that are looked at in one step
+
+
+@dataclass(frozen=True)
+class Attention:
+    """q [B, S, H, D] (`heads_first`: [B, H, S, D]) on a cache key [B, G, C, D], value [B, G, C, E]: y [B, S, H, E].
+
+    The slots are 0 .. P + S - 1 of C, new token i is slot P + i. `mask`: "keys" for bool [B, P + S], "tokens" for bool
+    [B, S, P + S]. `shared`: there is no value tensor, the first E numbers of a key are its value (the latent of MLA).
+    """
+
+    heads: int
+    groups: int
+    width: int
+    value_width: int
+    scale: float
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    mask: str = ""
+    shared: bool = False
+    heads_first: bool = False
+    dtype: str = "bf16"
+
+    @property
+    def rows(self) -> str:
+        """How many rows a group has."""
+        return f"S * {self.heads // self.groups}"
+
+
+def attention(p: Attention, t: AttentionTile, layout: Layout) -> Program:
+    """Attend: t.m rows of one group for each point of the grid, or with t.split their portions for `attention_merge`.
+
+    MoecError where the heads do not divide into groups, values are to be shared that are wider than the keys,
+    or chunks come with a mask for each token.
+    """
+    _check(p)
+    b = Builder("attention", layout, "y = softmax(scale q keyᵀ) value over the slots that a token may read")
+    b.scalar("B", "S", "P", "C")
+    b.grid("tile", f"cdiv({p.rows}, {t.m})")
+    b.grid("pair", f"B * {p.groups}")
+    if t.split > 1:
+        b.grid("part", t.split)
+    b.tensor("q", p.dtype, "B", *((p.heads, "S") if p.heads_first else ("S", p.heads)), p.width)
+    b.tensor("key", p.dtype, "B", p.groups, "C", p.width)
+    if not p.shared:
+        b.tensor("value", p.dtype, "B", p.groups, "C", p.value_width)
+    if p.mask:
+        b.tensor("mask", "bool", "B", *(["S"] if p.mask == "tokens" else []), "P + S")
+    if p.sinks:
+        b.tensor("sinks", "f32", p.heads, role="weight")
+    if t.split > 1:
+        declare_portions(b, t.split, f"B * S * {p.heads}", p.value_width)
+    else:
+        b.tensor("y", p.dtype, "B", "S", p.heads, p.value_width, role="output")
+    _rows(b, p, t)
+    run = _attend(p, t)
+    order = ["head[:, None]", "token[:, None]"] if p.heads_first else ["token[:, None]", "head[:, None]"]
+    run.queries(b, "q", lambda column: ["batch", *order, column])
+    run.begin(b, "sinks" if p.sinks else "", "part == 0" if t.split > 1 else "")
+    run.run(b, _keys(b, p, t))
+    if t.split > 1:
+        run.store_portion(b, f"(batch * S + token) * {p.heads} + head")
+    else:
+        run.finish(b, "y", lambda column: ["batch", "token[:, None]", "head[:, None]", column], p.dtype)
+    return b.program()
+
+
+def attention_merge(p: Attention, t: RowTile, layout: Layout, split: int) -> Program:
+    """Put the portions of a split together: y [B S H, E], the sum of the portions at one common maximum."""
+    b = Builder("attention_merge", layout, "y = sum of portions exp(tops - top) / sum of totals exp(tops - top)")
+    b.scalar("B", "S")
+    merge(b, split, f"B * S * {p.heads}", p.value_width, p.dtype, (t.m, t.n))
+    return b.program()
+
+
+def _check(p: Attention) -> None:
+    if p.heads % p.groups:
+        raise MoecError(f"{p.heads} heads do not divide into {p.groups} groups")
+    if p.shared and p.value_width > p.width:
+        raise MoecError(f"values of {p.value_width} numbers are not a part of keys of {p.width}")
+    if p.mask not in ("", "keys", "tokens"):
+        raise MoecError(f"a mask of {p.mask}", todo='it is "", "keys" or "tokens"')
+    if p.chunk and p.mask == "tokens":
+        raise MoecError(
+            "chunks are counted from the first slot that is not masked, a mask for each token has no such slot"
+        )
+
+
+def _attend(p: Attention, t: AttentionTile) -> Attend:
+    if p.shared:
+        keys = parts(t.part, p.value_width, p.width - p.value_width)
+        values = parts(t.part, p.value_width)
+    else:
+        keys, values = parts(t.part, p.width), parts(t.part, p.value_width)
+    return Attend(t, keys, values, p.scale, p.softcap, p.dtype)
+
+
+def _rows(b: Builder, p: Attention, t: AttentionTile) -> None:
+    """Add the rows of a tile: `token`, `head` and `live`, `slot` of the token, `first` and `last` of the slots."""
+    each = p.heads // p.groups
+    b.let("batch", f"pair // {p.groups}")
+    b.let("group", f"pair % {p.groups}")
+    b.let("row", f"tile * {t.m} + arange({t.m})")
+    b.let("live", f"row < {p.rows}")
+    b.let("token", f"row // {each}")
+    b.let("head", f"group * {each} + row % {each}")
+    b.let("slot", "P + token")
+    b.let("first", f"P + tile * {t.m} // {each}")
+    b.let("last", f"P + minimum((tile * {t.m} + {t.m - 1}) // {each}, S - 1)")
+
+
+def _keys(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
+    """Add the slots that any row of the tile may read, and return the loop over them."""
+    start, visible = "0", ["j[None, :] <= slot[:, None]"]
+    if p.window:
+        start = f"maximum(first - {p.window - 1}, 0)"
+        visible.append(f"slot[:, None] - j[None, :] < {p.window}")
+    if p.chunk:
+        begin = _chunks_begin(b, p)
+        b.let("chunk_start", f"{begin} + maximum(first - {begin}, 0) // {p.chunk} * {p.chunk}")
+        start = f"maximum({start}, chunk_start)" if p.window else "chunk_start"
+        number = f"maximum(slot - {begin}, 0) // {p.chunk}"
+        visible.append(f"({number})[:, None] == (maximum(j - {begin}, 0) // {p.chunk})[None, :]")
+    if p.mask == "tokens":
+        visible.append("seen")
+    at = None if p.shared else lambda column: ["batch", "group", "j[:, None]", column]
+
+    def prepare(before: str) -> str:
+        if p.mask == "keys":
+            b.load("unmasked", "mask", ["batch", "j"], before)
+            return f"({before}) & unmasked"
+        if p.mask == "tokens":
+            there = f"live[:, None] & ({before})[None, :]"
+            b.load("seen", "mask", ["batch", "token[:, None]", "j[None, :]"], there, shape=(t.m, t.n))
+        return before
+
+    return Blocks(
+        "key", start, "last + 1", "key", lambda column: ["batch", "group", "j[:, None]", column],
+        " & ".join(f"({v})" for v in visible), prepare, "value", at,
+    )  # fmt: skip
+
+
+def _chunks_begin(b: Builder, p: Attention) -> str:
+    """Add the first slot that is not masked, from which chunks are counted, and return its name."""
+    if not p.mask:
+        return "0"
+    b.let("begin", 'cast(P + S, "i32")')
+    with b.loop("look", 0, "P + S", LOOK):
+        b.let("place", f"look + arange({LOOK})")
+        b.load("is_there", "mask", ["batch", "place"], "place < P + S")
+        b.let("begin", "minimum(begin, min(where(is_there, place, P + S), 0))")
+    return "begin"

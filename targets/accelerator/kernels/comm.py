@@ -1,0 +1,193 @@
+"""Dispatch and combine across devices: how many bytes go from one device to each other one, how long, and the packing.
+
+Experts lie spread evenly over the devices of a group, in the order of their numbers. A token's row goes either once for
+each choice, to a slot of its expert (`each_choice`, low latency), or once to each device that has one of its experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+
+from ....compiler.errors import MoecError
+from ..tile.builder import Builder, Layout
+from ..tile.tiles import Program
+from .choices import RowTile
+from .norm import power
+
+GROUP = 128  # numbers of a row that share a scale in fp8
+LARGEST = 448.0  # of f8e4m3
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """T tokens a device, each with `chosen` of `experts` experts on `devices` devices, and rows of `hidden` numbers."""
+
+    tokens: float
+    chosen: int
+    experts: int
+    devices: int
+    hidden: int
+    each_choice: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be spread: MoecError where the experts do not divide by the devices."""
+        if self.devices < 1 or self.experts % self.devices or not 0 < self.chosen <= self.experts:
+            raise MoecError(
+                f"{self.chosen} of {self.experts} experts on {self.devices} devices, which must divide them"
+            )
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects a device to others: bytes a second in one direction, seconds until the first arrive, devices so linked."""
+
+    bandwidth: float
+    latency: float
+    domain: int
+
+
+def row_bytes(dtype: str, hidden: int, header: int = 0) -> int:
+    """Return the bytes of a row on its way: bf16, or fp8 or int8 with an f32 scale for each 128 numbers, and a header.
+
+    DeepEP's low latency kernels send fp8 rows with a header of 16 bytes (its tests/test_low_latency.py counts hidden +
+    hidden / 128 * 4 + 16 for dispatch and 2 hidden for combine). MoecError for another dtype.
+    """
+    if dtype in ("fp8", "int8"):
+        return hidden + 4 * -(-hidden // GROUP) + header
+    if dtype not in ("bf16", "f16"):
+        raise MoecError(f"rows of {dtype} are not sent", todo="fp8, int8, bf16 and f16 are")
+    return 2 * hidden + header
+
+
+def hit(experts: int, chosen: int, devices: int) -> float:
+    """Return the probability that one device has an expert of a token: 1 - C(E - E / N, k) / C(E, k).
+
+    All sets of k experts are equally likely; missing the E / N experts of a device is the hypergeometric distribution
+    at 0 (Feller, An Introduction to Probability Theory and Its Applications, vol. 1, II.6).
+    """
+    return 1 - comb(experts - experts // devices, chosen) / comb(experts, chosen)
+
+
+def distinct_devices(experts: int, chosen: int, devices: int) -> float:
+    """Return on how many devices a token's experts lie, in the mean: N times the probability for one of them."""
+    return devices * hit(experts, chosen, devices)
+
+
+def rows_to_each(e: Exchange) -> float:
+    """Return how many rows one device sends to each device in the mean, itself among them."""
+    if e.each_choice:
+        return e.tokens * e.chosen / e.devices
+    return e.tokens * hit(e.experts, e.chosen, e.devices)
+
+
+def volume(e: Exchange, row: float) -> float:
+    """Return all bytes of a dispatch or a combine that one device sends, with what stays on it: a logical volume."""
+    return rows_to_each(e) * e.devices * row
+
+
+def sent(e: Exchange, row: float, first: int = 1) -> float:
+    """Return the bytes that go from a device to those behind the nearest `first`, by default to all but itself."""
+    return rows_to_each(e) * (e.devices - min(first, e.devices)) * row
+
+
+def seconds(e: Exchange, row: float, near: Link, far: Link | None = None, forwarded: bool = False) -> float:
+    """Return the time of a dispatch or combine: the slower of the links, at bytes / bandwidth, and the longest latency.
+
+    Devices of one domain are linked by `near`, others by `far`. `forwarded`: a row goes once to each other domain that
+    wants it and from there on by `near`, as DeepEP's normal kernels do it; else it goes to each device by itself.
+    MoecError where there are devices that no link reaches.
+    """
+    if e.devices <= near.domain:
+        return sent(e, row) / near.bandwidth + (near.latency if e.devices > 1 else 0)
+    if far is None or e.devices > far.domain:
+        raise MoecError(f"{e.devices} devices, but the links reach {(far or near).domain}")
+    if e.devices % near.domain:
+        raise MoecError(f"{e.devices} devices do not divide into domains of {near.domain}")
+    near_bytes, far_bytes = sent(e, row) - sent(e, row, near.domain), sent(e, row, near.domain)
+    if forwarded:
+        domains = e.devices // near.domain
+        far_bytes = e.tokens * hit(e.experts, e.chosen, domains) * (domains - 1) * row
+        near_bytes = sent(e, row)  # each row also takes the way inside of its domain
+    return max(near_bytes / near.bandwidth, far_bytes / far.bandwidth) + max(near.latency, far.latency)
+
+
+# --- packing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of x [T, hidden] by destination: `dtype` fp8 or bf16."""
+
+    experts: int
+    chosen: int
+    devices: int
+    hidden: int
+    dtype: str = "fp8"
+
+
+def send_list(p: Packed, tokens: int, layout: Layout) -> Program:
+    """List for each device the tokens that have an expert there, in rising order: rows i32 [N, T], counts i32 [N].
+
+    `tokens` of them are looked at in one step. A token stands once in a device's list.
+    """
+    b = Builder("send_list", layout, "rows[d, :counts[d]] are the tokens with an expert on device d")
+    b.scalar("T")
+    b.grid("device", p.devices)
+    b.tensor("ids", "i32", "T", p.chosen)
+    b.tensor("rows", "i32", p.devices, "T", role="output")
+    b.tensor("counts", "i32", p.devices, role="output")
+    wide = power(p.chosen)
+    shape = (tokens, wide)
+    b.let("choice", f"arange({wide})")
+    b.let("count", 'cast(0, "i32")')
+    with b.loop("first", 0, "T", tokens):
+        b.let("token", f"first + arange({tokens})")
+        b.let("there", f"(token < T)[:, None] & (choice < {p.chosen})[None, :]", shape, "bool")
+        b.load("id", "ids", ["token[:, None]", "choice[None, :]"], "there", shape=shape)
+        b.let("own", f"there & (id // {p.experts // p.devices} == device)", shape, "bool")
+        b.let("any", 'max(cast(own, "i32"), 1) > 0')
+        b.store("rows", ["device", "count + cumsum(any, 0) - 1"], "token", "any")
+        b.let("count", "count + sum(any, 0)")
+    b.store("counts", ["device"], "count")
+    return b.program()
+
+
+def pack(p: Packed, t: RowTile, layout: Layout) -> Program:
+    """send[d, i] = x[rows[d, i]] for i < counts[d]: what goes to device d, bf16 or fp8 with `scales` f32 [N, T, groups].
+
+    A scale is the largest number of its 128 divided by 448, so that the row is send times scale. MoecError for another
+    dtype.
+    """
+    if p.dtype not in ("fp8", "bf16"):
+        raise MoecError(f"rows of {p.dtype} are not packed", todo="fp8 and bf16 are")
+    columns = GROUP if p.dtype == "fp8" else t.n
+    groups = -(-p.hidden // columns)
+    b = Builder("pack", layout, "send[d, i] = x[rows[d, i]], by groups of 128 numbers divided by their scale")
+    b.scalar("T")
+    b.grid("group", groups)
+    b.grid("tile", f"cdiv(T, {t.m})")
+    b.grid("device", p.devices)
+    b.tensor("x", "bf16", "T", p.hidden)
+    b.tensor("rows", "i32", p.devices, "T")
+    b.tensor("counts", "i32", p.devices)
+    stored = "f8e4m3" if p.dtype == "fp8" else "bf16"
+    b.tensor("send", stored, p.devices, "T", p.hidden, role="output")
+    if p.dtype == "fp8":
+        b.tensor("scales", "f32", p.devices, "T", groups, role="output")
+    shape = (t.m, columns)
+    b.let("i", f"tile * {t.m} + arange({t.m})")
+    b.let("n", f"group * {columns} + arange({columns})")
+    b.load("count", "counts", ["device"])
+    b.let("live", "i < count")
+    b.load("row", "rows", ["device", "i"], "live")
+    b.let("there", f"live[:, None] & (n < {p.hidden})[None, :]", shape, "bool")
+    b.load("x_tile", "x", ["row[:, None]", "n[None, :]"], "there", shape=shape)
+    value = "x_tile"
+    if p.dtype == "fp8":
+        b.let("number", 'cast(x_tile, "f32")', shape, "f32")
+        b.let("scale", f"maximum(max(abs(number), 1), 1e-30) / {LARGEST}")
+        b.store("scales", ["device", "i", "group"], "scale", "live")
+        value = b.let("code", 'cast(number / scale[:, None], "f8e4m3")', shape, "f8e4m3")
+    b.store("send", ["device", "i[:, None]", "n[None, :]"], value, "there")
+    return b.program()

@@ -1,0 +1,154 @@
+"""The kernels of dense layers: linear with any packing and activation, in blocks or per head, and the gated MLP.
+
+A linear may be cut along its depth (`split`), for few tokens and few rows: then each part keeps its own sums and
+`linear_sum` adds them up in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from ....compiler.errors import MoecError
+from ..tile.builder import Builder, Layout
+from ..tile.packing import Packing
+from ..tile.tiles import Program
+from .choices import Tile
+from .experts import Activated, activation, multiply
+
+
+@dataclass(frozen=True)
+class Linear(Activated):
+    """y[t] = act(w x[t] + bias), in `blocks` independent parts: y [T, blocks rows], x [T, depth] or [T, blocks, depth].
+
+    The weight has `rows` (gated: twice as many) for each block: one behind the other, or as experts of the packing.
+    Gated: act(gate) (value + beta), see moe.experts. `scaled`: y[t] is multiplied by scale[t], f32.
+    """
+
+    rows: int
+    depth: int
+    weight: Packing
+    blocks: int = 1
+    bias: bool = False
+    _: KW_ONLY
+    act: str = "identity"
+    gated: bool = False
+    scaled: bool = False
+    dtype: str = "bf16"  # of x
+    out: str = "bf16"
+
+
+def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "linear") -> Program:
+    """Multiply rows by a weight: [t.m, t.n] of y, or with `split` of `parts` f32[split, T, N], for each point of the grid.
+
+    MoecError for a gated linear with a split: its two sums would be two results.
+    """
+    if split > 1 and p.gated:
+        raise MoecError("a gated linear is not cut along its depth", todo="use split=1")
+    b = Builder(
+        name, layout, "y[t] = act(x[t] wᵀ + bias)" if split == 1 else "parts[i, t] = x[t, part i] w[:, part i]ᵀ"
+    )
+    b.scalar("T")
+    b.grid("column", f"cdiv({p.rows}, {t.n})")
+    b.grid("tile", f"cdiv(T, {t.m})")
+    if p.blocks > 1:
+        b.grid("block", p.blocks)
+    if split > 1:
+        b.grid("part", split)
+    b.tensor("x", p.dtype, "T", *([p.blocks] if p.blocks > 1 else []), p.depth)
+    p.weight.declare(b, "w")
+    wide = p.blocks * p.rows
+    if split == 1:
+        _declare_end(b, p)
+        b.tensor("y", p.out, "T", wide, role="output")
+    else:
+        b.tensor("parts", "f32", split, "T", wide, role="output")
+    b.let("row", f"tile * {t.m} + arange({t.m})")
+    b.let("live", "row < T")
+    b.let("n", f"column * {t.n} + arange({t.n})")
+    b.let("n_live", f"n < {p.rows}")
+    sums = _weight_rows(b, p)
+    for acc in sums:
+        b.accumulator(acc, (t.m, t.n))
+    start, stop = depth(b, p.depth, t.k, split)
+    block = "block" if p.blocks > 1 else ""
+    with b.loop("k", start, stop, t.k, t.stages):
+        multiply(
+            b, p.weight, "w", "x", "row", p.depth, t, {acc: f"{acc}_row" for acc in sums},
+            block if p.weight.experts else "", [block] if block else [],
+        )  # fmt: skip
+    b.let("place", f"block * {p.rows} + n" if block else "n")
+    value = {acc: b.result(acc) for acc in sums}
+    live = "live[:, None] & n_live[None, :]"
+    if split > 1:
+        b.store("parts", ["part", "row[:, None]", "place[None, :]"], value["gate"], live)
+        return b.program()
+    _finish(b, p, value, (t.m, t.n))
+    b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", live)
+    return b.program()
+
+
+def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:
+    """y[t] = act(parts[0, t] + parts[1, t] + ... + bias), in this order: the same sum in every run."""
+    b = Builder("linear_sum", layout, "y[t] = act(parts[0, t] + parts[1, t] + ... + bias)")
+    b.scalar("T")
+    wide = p.blocks * p.rows
+    b.grid("column", f"cdiv({wide}, {t.n})")
+    b.grid("tile", f"cdiv(T, {t.m})")
+    b.tensor("parts", "f32", split, "T", wide)
+    _declare_end(b, p)
+    b.tensor("y", p.out, "T", wide, role="output")
+    b.let("row", f"tile * {t.m} + arange({t.m})")
+    b.let("live", "row < T")
+    b.let("place", f"column * {t.n} + arange({t.n})")
+    b.let("n_live", f"place < {wide}")
+    mask = "live[:, None] & n_live[None, :]"
+    b.let("gate", f'full({t.m}, {t.n}, 0.0, "f32")', (t.m, t.n), "f32")
+    with b.loop("i", 0, split, 1):
+        b.load("part", "parts", ["i", "row[:, None]", "place[None, :]"], mask, shape=(t.m, t.n))
+        b.let("gate", "gate + part", (t.m, t.n), "f32")
+    _finish(b, p, {"gate": "gate"}, (t.m, t.n))
+    b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", mask)
+    return b.program()
+
+
+def _declare_end(b: Builder, p: Linear) -> None:
+    if p.bias:
+        b.tensor("bias", "f32", p.blocks * p.rows * (2 if p.gated else 1), role="weight")
+    if p.scaled:
+        b.tensor("scale", "f32", "T")
+
+
+def _weight_rows(b: Builder, p: Linear) -> tuple[str, ...]:
+    """Add the index vectors of the weight's rows, one for each sum, and return the sums' names."""
+    first = f"block * {p.rows * (2 if p.gated else 1)} + " if p.blocks > 1 and not p.weight.experts else ""
+    if not p.gated:
+        b.let("gate_row", f"{first}n")
+        return ("gate",)
+    b.let("gate_row", f"{first}n * 2" if p.interleaved else f"{first}n")
+    b.let("value_row", f"{first}n * 2 + 1" if p.interleaved else f"{first}n + {p.rows}")
+    return "gate", "value"
+
+
+def depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, str]:
+    """Add the bounds of one part of a depth that is cut in `split` parts, multiples of `step`, and return them."""
+    if split == 1:
+        return "0", str(whole)
+    span = -(-whole // (step * split)) * step
+    b.let("start", f"part * {span}")
+    b.let("stop", f"minimum(start + {span}, {whole})")
+    return "start", "stop"
+
+
+def _finish(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int, int]) -> None:
+    """Add bias, activation and scale: `y_tile` in the dtype of y."""
+    if p.bias:
+        first = f"block * {2 * p.rows} + " if p.gated and p.blocks > 1 and p.weight.experts else ""
+        for acc in value:
+            at = f"{first}{acc}_row" if p.gated else "place"
+            b.load(f"{acc}_bias", "bias", [at], "n_live")
+            value[acc] = f"({value[acc]} + {acc}_bias[None, :])"
+    text = activation(p, value)
+    if p.scaled:
+        b.load("scale_row", "scale", ["row"], "live")
+        text = f"({text}) * scale_row[:, None]"
+    b.let("y_tile", f'cast({text}, "{p.out}")', shape, p.out)

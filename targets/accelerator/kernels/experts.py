@@ -1,0 +1,257 @@
+"""The kernels of routed experts: sort, gate and up with the gather fused in, down with the weighting, combine.
+
+Pairs are (token, choice), numbered token * K + choice; what the experts give is kept by pair. `sort` lists the pairs
+by expert; with few pairs (`direct`) none is needed, each pair is a tile of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..tile.builder import Builder, Layout
+from ..tile.packing import Packing
+from ..tile.tiles import Program
+from .choices import Tile
+
+LOOK = 1024  # pairs that sort looks at in one step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activated:
+    """What stands behind a product: act(gate) (value + beta), or without `gated` act(gate) alone; see moe.experts.
+
+    `act` is a function of moe.experts or sigmoid; rows of gate and value lie one behind the other, or `interleaved`.
+    """
+
+    act: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Experts(Activated):
+    """Routed experts, as moe.experts has them: sizes, activation, the packings of `up` [E, N, D] and `down` [E, D, I]."""
+
+    experts: int
+    chosen: int
+    hidden: int
+    inner: int
+    up: Packing
+    down: Packing
+    up_bias: bool = False
+    down_bias: bool = False
+    dtype: str = "bf16"  # of x, y and what lies between
+
+
+def sort(e: Experts, layout: Layout) -> Program:
+    """List the pairs by expert: `order` [T K] and `offsets` [E + 1], pairs of an expert in rising order.
+
+    Each expert counts the pairs before its own and lists its own, without waiting for another.
+    """
+    b = Builder("sort", layout, "order[offsets[e]:offsets[e + 1]] are the pairs (token * K + choice) of expert e.")
+    b.scalar("T")
+    expert = b.grid("expert", e.experts)
+    pairs = f"T * {e.chosen}"
+    b.tensor("ids", "i32", pairs)
+    b.tensor("order", "i32", pairs, role="output")
+    b.tensor("offsets", "i32", e.experts + 1, role="output")
+    b.let("start", "0")
+    with b.loop("p", 0, pairs, LOOK):
+        b.let("pair", f"p + arange({LOOK})")
+        b.load("id", "ids", ["pair"], f"pair < {pairs}", other=e.experts)
+        b.let("start", f"start + sum(id < {expert}, 0)")
+    b.store("offsets", [expert], "start")
+    b.let("next", "start")
+    with b.loop("q", 0, pairs, LOOK):
+        b.let("pair", f"q + arange({LOOK})")
+        b.load("id", "ids", ["pair"], f"pair < {pairs}", other=e.experts)
+        b.let("own", f"id == {expert}")
+        b.store("order", ["next + cumsum(own, 0) - 1"], "pair", "own")
+        b.let("next", "next + sum(own, 0)")
+    with b.when(f"{expert} == {e.experts - 1}"):
+        b.store("offsets", [f"{e.experts}"], "next")
+    return b.program()
+
+
+def _find_tile(b: Builder, e: Experts, t: Tile, direct: bool) -> None:
+    """Add `expert`, `pair` and `live` of this tile of rows, inside a condition that there is one.
+
+    A tile is t.m pairs of one expert. Tiles are counted through the experts: tile i belongs to the first expert up to
+    which there are more than i.
+    """
+    if direct:
+        b.let("pair", f"tile + arange({t.m})")
+        b.let("live", f"arange({t.m}) == 0")
+        b.load("expert", "ids", ["tile"])
+        return
+    wide = 1 << (e.experts - 1).bit_length()
+    b.let("each", f"arange({wide})")
+    b.load("first", "offsets", ["each"], f"each < {e.experts}", other=0)
+    b.load("last", "offsets", ["each + 1"], f"each < {e.experts}", other=0)
+    b.let("until", f"cumsum(cdiv(last - first, {t.m}), 0)")
+    b.let("expert", "sum(until <= tile, 0)")
+    b.let("there", f"expert < {e.experts}")
+    b.let("own", "each == expert")
+    b.let("begin", f"sum(where(own, first + (tile - until + cdiv(last - first, {t.m})) * {t.m}, 0), 0)")
+    b.let("end", "sum(where(own, last, 0), 0)")
+    b.let("place", f"begin + arange({t.m})")
+    b.let("live", "(place < end) & there")
+    b.load("pair", "order", ["place"], "live", other=0)
+
+
+def tiles(e: Experts, t: Tile, direct: bool) -> str:
+    """Return the extent of the grid's axis of row tiles: at most one begun tile for each expert beside the full ones."""
+    pairs = f"T * {e.chosen}"
+    return pairs if direct else f"minimum({pairs} // {t.m} + {e.experts}, {pairs})"
+
+
+def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Program:
+    """h[pair] = act(gate) (up + beta) of the pair's token and expert: gather, both products and activation in one."""
+    b = Builder("grouped_up", layout, "h[pair] = act(x[token] gateᵀ) (x[token] upᵀ + beta), rows gathered by expert.")
+    b.scalar("T")
+    column, _ = b.grid("column", f"cdiv({e.inner}, {t.n})"), b.grid("tile", tiles(e, t, direct))
+    b.tensor("x", e.dtype, "T", e.hidden)
+    _orders(b, e, direct)
+    e.up.declare(b, "up")
+    if e.up_bias:
+        b.tensor("up_bias", "f32", e.experts, e.up.rows, role="weight")
+    b.tensor("h", e.dtype, f"T * {e.chosen}", e.inner, role="output")
+    _find_tile(b, e, t, direct)
+    with b.when("1" if direct else "there"):
+        b.let("token", f"pair // {e.chosen}")
+        b.let("n", f"{column} * {t.n} + arange({t.n})")
+        b.let("n_live", f"n < {e.inner}")
+        rows = {"gate": "n * 2", "value": "n * 2 + 1"} if e.interleaved else {"gate": "n", "value": f"n + {e.inner}"}
+        rows = rows if e.gated else {"gate": "n"}
+        for name, text in rows.items():
+            b.let(f"{name}_row", text)
+            b.accumulator(name, (t.m, t.n))
+        with b.loop("k", 0, e.hidden, t.k, t.stages):
+            multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows})
+        value = {name: f"{b.result(name)}" for name in rows}
+        if e.up_bias:
+            for name in rows:
+                b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
+                value[name] = f"({value[name]} + {name}_bias[None, :])"
+        b.let("act", f'cast({activation(e, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
+        b.store("h", ["pair[:, None]", "n[None, :]"], "act", "live[:, None] & n_live[None, :]")
+    return b.program()
+
+
+def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False, scatter: bool = False) -> Program:
+    """Multiply h by the expert's down and the pair's gate; keep it by pair for `combine`, or add it to y (`scatter`)."""
+    what = "y[token] += gates[pair] h[pair] downᵀ" if scatter else "rows[pair] = gates[pair] h[pair] downᵀ"
+    b = Builder("grouped_down", layout, what)
+    b.scalar("T")
+    column, _ = b.grid("column", f"cdiv({e.hidden}, {t.n})"), b.grid("tile", tiles(e, t, direct))
+    b.tensor("h", e.dtype, f"T * {e.chosen}", e.inner)
+    b.tensor("gates", "f32", f"T * {e.chosen}")
+    _orders(b, e, direct)
+    e.down.declare(b, "down")
+    if e.down_bias:
+        b.tensor("down_bias", "f32", e.experts, e.hidden, role="weight")
+    out = ("y", "T") if scatter else ("rows", f"T * {e.chosen}")
+    b.tensor(out[0], "f32", out[1], e.hidden, role="output")
+    _find_tile(b, e, t, direct)
+    with b.when("1" if direct else "there"):
+        b.let("n", f"{column} * {t.n} + arange({t.n})")
+        b.let("n_live", f"n < {e.hidden}")
+        b.accumulator("acc", (t.m, t.n))
+        with b.loop("k", 0, e.inner, t.k, t.stages):
+            multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"})
+        value = b.result("acc")
+        if e.down_bias:
+            b.load("bias", "down_bias", ["expert", "n"], "n_live")
+            value = f"({value} + bias[None, :])"
+        b.load("gate", "gates", ["pair"], "live")
+        b.let("weighted", f"{value} * gate[:, None]", (t.m, t.n), "f32")
+        row = f"(pair // {e.chosen})[:, None]" if scatter else "pair[:, None]"
+        b.store(out[0], [row, "n[None, :]"], "weighted", "live[:, None] & n_live[None, :]", add=scatter)
+    return b.program()
+
+
+def combine(e: Experts, columns: int, layout: Layout, rows: int = 1) -> Program:
+    """y[token] = sum of its pairs' rows, in the order of the choices: the same sum in every run."""
+    b = Builder("combine", layout, "y[token] = rows[token K] + rows[token K + 1] + ...")
+    b.scalar("T")
+    b.grid("part", f"cdiv({e.hidden}, {columns})")
+    b.grid("block", f"cdiv(T, {rows})")
+    b.tensor("rows", "f32", f"T * {e.chosen}", e.hidden)
+    b.tensor("y", e.dtype, "T", e.hidden, role="output")
+    b.let("t", f"block * {rows} + arange({rows})")
+    b.let("n", f"part * {columns} + arange({columns})")
+    b.let("live", f"(t < T)[:, None] & (n < {e.hidden})[None, :]", (rows, columns), "bool")
+    b.let("total", f'full({rows}, {columns}, 0.0, "f32")', (rows, columns), "f32")
+    with b.loop("j", 0, e.chosen, 1):
+        b.load("row", "rows", [f"(t * {e.chosen} + j)[:, None]", "n[None, :]"], "live", shape=(rows, columns))
+        b.let("total", "total + row", (rows, columns), "f32")
+    b.let("sum_", f'cast(total, "{e.dtype}")', (rows, columns), e.dtype)
+    b.store("y", ["t[:, None]", "n[None, :]"], "sum_", "live")
+    return b.program()
+
+
+def _orders(b: Builder, e: Experts, direct: bool) -> None:
+    if direct:
+        b.tensor("ids", "i32", f"T * {e.chosen}")
+    else:
+        b.tensor("order", "i32", f"T * {e.chosen}")
+        b.tensor("offsets", "i32", e.experts + 1)
+
+
+def multiply(
+    b: Builder, weight: Packing, tensor: str, x: str, row: str, depth: int, t: Tile, sums: dict[str, str],
+    expert: str = "expert", middle: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Add one step of K: sums[acc] gets x[row, ..., k:] times the weight's rows, each weight tile split as its packing wants.
+
+    `live` says which rows of x there are and `n_live` which of the weight, `middle` are indices between row and k. Rows
+    of another dtype than the weight's tiles are cast to theirs.
+    """
+    loaded: dict[tuple[str, int], str] = {}
+    for acc, rows in sums.items():
+        label = f"w_{acc}"
+        for tile, first, width in weight.operands(b, label, tensor, expert, rows, "n_live", "k", (t.n, t.k)):
+            if (first, width) not in loaded:
+                k = f"(k + {first} + arange({width}))[None, :]"
+                mask = "live[:, None]" + ("" if depth % t.k == 0 else f" & ({k} < {depth})")
+                name = "a" if first == "0" else f"a_{first}"
+                at = [f"{row}[:, None]", *middle, k]
+                if b.dtype(x) == weight.operand:
+                    loaded[first, width] = b.operand(name, x, at, mask, (t.m, width), second=False)
+                else:
+                    b.load(f"{name}_given", x, at, mask, shape=(t.m, width))
+                    b.let(name, f'cast({name}_given, "{weight.operand}")', (t.m, width), weight.operand)
+                    loaded[first, width] = b.as_operand(name, second=False)
+            b.dot(acc, loaded[first, width], tile)
+
+
+def activation(e: Activated, value: dict[str, str]) -> str:
+    """Return the expression of act(gate) (value + beta), or of act(gate) alone."""
+    g = value["gate"]
+    if e.limit != float("inf") and e.gated:
+        g = f"minimum({g}, {e.limit})"
+    match e.act:
+        case "silu":
+            text = f"{g} * sigmoid({e.alpha} * {g})" if e.alpha != 1 and e.gated else f"{g} * sigmoid({g})"
+        case "gelu":
+            text = f"0.5 * {g} * (1.0 + erf({g} * 0.7071067811865476))"
+        case "gelu_tanh":
+            text = f"0.5 * {g} * (1.0 + tanh(0.7978845608028654 * ({g} + 0.044715 * {g} * {g} * {g})))"
+        case "relu":
+            text = f"maximum({g}, 0.0)"
+        case "relu2":
+            text = f"maximum({g}, 0.0) * maximum({g}, 0.0)"
+        case "sigmoid":
+            text = f"sigmoid({g})"
+        case _:
+            text = g
+    if not e.gated:
+        return text
+    u = value["value"]
+    if e.limit != float("inf"):
+        u = f"minimum(maximum({u}, {-e.limit}), {e.limit})"
+    return f"{text} * ({u} + {e.beta})" if e.beta else f"{text} * {u}"

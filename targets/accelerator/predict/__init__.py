@@ -1,0 +1,1 @@
+"""How long kernels, ops and steps take on a chip, from what they move and compute."""

@@ -1,0 +1,233 @@
+"""What each op of a program moves and computes, as formulas in B, S and P: the amounts of a roofline.
+
+All of it follows from how an op is declared (OpDef: flops, rows, reads, appends, view) and from its types; nothing here
+knows an op by name. Weights count as stored: in the format that they are typed in, else as the checkpoint has them.
+Activations and states count in bf16 where the program types f32, which is what kernels hand to each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+
+from ....compiler.cost.count import leaves, op_flops
+from ....compiler.ir.dims import Size, evaluate, size
+from ....compiler.ir.module import DTYPE_BITS, Const, Function, Module, Op, TensorType, Value, expand_range
+from ....compiler.ir.storage import find_format
+from ....compiler.ops import OPS, OpDef
+from .experts_touched import distinct_experts
+
+MATRIX = "bf16"  # what the matrix unit multiplies: kernels widen weights of fewer bits to it
+VECTOR = "f32"
+BETWEEN = {"f32": 16, "f64": 16}  # bits of a number between kernels where those are not the program's
+LONG = 4096  # new tokens of a step at which an op shows what it is
+PRODUCT = 12  # FLOPs for each number moved, at that length, from which the matrix unit computes an op
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a program runs on several devices: each has all weights but the experts, and its own sequences.
+
+    Of the experts a device holds a `devices`-th part; those see the tokens of all devices. `skew` is the exponent of
+    Zipf's law that routing follows, 0 for balanced routing; devices count as equally loaded.
+    """
+
+    devices: int = 1
+    skew: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of an op moves and computes. Bytes are from or to device memory, formulas in B, S and P."""
+
+    function: str
+    op: str
+    calls: int  # how often the program runs it in a step
+    weights: Size
+    activations: Size
+    states: Size
+    flops: Size
+    unit: str  # MATRIX or VECTOR: what computes it
+
+    @property
+    def bytes(self) -> Size:
+        """All bytes."""
+        return self.weights + self.activations + self.states
+
+
+def module_work(module: Module, spread: Spread = Spread()) -> list[Work]:
+    """Return the work of every op that moves or computes anything, functions in order, each op once.
+
+    MoecError for an op that is not declared.
+    """
+    calls = call_counts(module)
+    lowest = {d.name: max(1, d.low) for d in module.dims} | {"B": 1, "S": 1, "P": 0}
+    found = []
+    for function in module.functions:
+        reader = _Reader(function, lowest, spread)
+        found += [work for op in function.ops if (work := reader.work(op, calls[function.name]))]
+    return [work for work in found if work.calls]
+
+
+def call_counts(module: Module) -> Counter[str]:
+    """Return how often a step runs each function."""
+    counts = Counter({module.main.name: 1})
+    for function in reversed(module.functions):  # a callee stands before its callers
+        for op in function.ops:
+            if op.callee:
+                counts[op.callee] += counts[function.name]
+    return counts
+
+
+def weight_bytes(module: Module, spread: Spread = Spread()) -> int:
+    """Return the bytes of all weights that one device holds."""
+    calls, total = call_counts(module), sympy.S.Zero
+    for function in module.functions:
+        roots = _roots(function)
+        parted = {roots.get(v.name, v).name for op in function.ops for v in op.inputs if _is_parted(op, v)}
+        for const in function.consts:
+            each = stored_bits(const) * const.value.type.elements / 8
+            total += each * calls[function.name] / (spread.devices if const.value.name in parted else 1)
+    return int(sympy.ceiling(total))
+
+
+def state_bytes(module: Module) -> Size:
+    """Return the bytes of the states that a step starts from, a formula."""
+    return sympy.Add(*(_bytes(p.type, p.type.elements) for p in module.main.params if p.type.state))
+
+
+@lru_cache(maxsize=4096)
+def stored_bits(const: Const) -> sympy.Rational:
+    """Return the bits of one number of a weight as it is stored, scales included."""
+    type = const.value.type
+    typed = sympy.Rational(type.bits)
+    if find_format(type.dtype):
+        return typed
+    held = sum((len(expand_range(t.name)) * t.type.bytes * 8 for t, _ in leaves(const.recipe)), sympy.S.Zero)
+    return min(typed, held / type.elements) if held else typed
+
+
+def _is_parted(op: Op, value: Value) -> bool:
+    """Return whether devices hold parts of a weight: an op computes with chosen slices of it (routed experts)."""
+    definition = OPS.get(op.name)
+    if definition is None or definition.custom_flops == 0:
+        return False
+    return any(operand == value and name in definition.rows for name, operand in _named(definition, op))
+
+
+def _roots(function: Function) -> dict[str, Value]:
+    """Return for each view by its name what it shows, which is no view."""
+    roots: dict[str, Value] = {}
+    for op in function.ops:
+        if op.name in OPS and OPS[op.name].view:
+            (source,), (result,) = op.inputs, op.results
+            roots[result.name] = roots.get(source.name, source)
+    return roots
+
+
+def _named(definition: OpDef, op: Op) -> Iterator[tuple[str, Value | None]]:
+    names = [o.name for o in definition.signature.operands]
+    return ((names[min(i, len(names) - 1)], operand) for i, operand in enumerate(op.operands))
+
+
+class _Reader:
+    """Reads the work of one function's ops."""
+
+    def __init__(self, function: Function, lowest: Mapping[str, int], spread: Spread) -> None:
+        self.function, self.lowest, self.spread = function, lowest, spread
+        self.weights = {c.value.name: stored_bits(c) for c in function.consts}  # name -> bits of one number
+        self.roots = _roots(function)
+
+    def work(self, op: Op, calls: int) -> Work | None:
+        """Return what an op moves and computes; None for a call, and for what takes no kernel in a step."""
+        if op.callee:
+            return None
+        flops = op_flops(op)  # of an op that is not declared it raises
+        definition = OPS[op.name]
+        if definition.view:
+            return None
+        if not op.inputs and not any(v.type.elements.free_symbols for v in op.results):
+            return None  # the same in every step: made once
+        weights, activations, states = self._operands(op, definition)
+        appended = [v.type for name, v in _named(definition, op) if v and v.type.state and name in definition.appends]
+        for result in op.results:
+            if result.type.state:
+                states += _bytes(result.type, _new(result.type, appended))
+            else:
+                activations += _bytes(result.type, result.type.elements)
+        unit = self._unit(op, flops)
+        return Work(self.function.name, op.name, calls, weights, activations, states, flops, unit)
+
+    def _operands(self, op: Op, definition: OpDef) -> tuple[Size, Size, Size]:
+        """Return the bytes of weights, activations and states that an op reads."""
+        read: dict[Value, list[Size]] = {}
+        for name, value in _named(definition, op):
+            if value is not None:
+                root = self.roots.get(value.name, value)
+                read.setdefault(root, []).append(self._read(op, definition, name, value, root))
+        weights = activations = states = sympy.S.Zero
+        for root, amounts in read.items():
+            moved = sympy.Add(*amounts)
+            if len(amounts) > 1 or root not in op.inputs:  # parts of one tensor, or one that is read again and again
+                moved = sympy.Min(moved, self._sized(root, root, root.type.elements))
+            if root.name in self.weights:
+                weights += moved
+            elif root.type.state:
+                states += moved
+            else:
+                activations += moved
+        return weights, activations, states
+
+    def _read(self, op: Op, definition: OpDef, name: str, value: Value, root: Value) -> Size:
+        """Return the bytes of an operand that one run reads."""
+        types, attributes = list(op.operand_types), definition.complete(op.attributes)
+        elements = value.type.elements
+        if name in definition.reads:
+            elements = size(definition.reads[name](types, attributes))
+        elif name in definition.rows:
+            rows = size(definition.rows[name](types, attributes))
+            parted = root.name in self.weights and _is_parted(op, value)
+            elements = elements / value.type.shape[0] * self._touched(rows, value.type.shape[0], parted)
+        return self._sized(value, root, elements)
+
+    def _sized(self, value: Value, root: Value, elements: Size) -> Size:
+        """Return the bytes of numbers of a value, which are those of its root: of a weight as stored."""
+        bits = self.weights.get(root.name)
+        return _bytes(value.type, elements) if bits is None else elements * bits / 8
+
+    def _touched(self, rows: Size, slices: Size, parted: bool) -> Size:
+        """Return the expected number of slices that a step reads on one device, of `rows` choices among `slices`."""
+        if slices.free_symbols:
+            return sympy.Min(rows, slices)
+        all_slices, chosen = int(slices), evaluate(rows, self.lowest)
+        devices = self.spread.devices if parted else 1
+        if chosen >= all_slices:
+            return slices / devices
+        skew = self.spread.skew if parted else 0.0
+        return distinct_experts(all_slices, chosen, rows / chosen * devices, skew) / devices
+
+    def _unit(self, op: Op, flops: Size) -> str:
+        """Return what computes an op: a product of matrices has many FLOPs for each number, when there are many."""
+        values = dict.fromkeys((*op.inputs, *op.results))
+        at = {**self.lowest, "S": LONG}
+        moved = sum(evaluate(v.type.elements, at) for v in values)
+        return MATRIX if evaluate(flops, at) >= PRODUCT * moved else VECTOR
+
+
+def _bytes(type: TensorType, elements: Size) -> Size:
+    bits = BETWEEN.get(type.dtype) or DTYPE_BITS[type.dtype]
+    return elements * sympy.Rational(bits, 8)
+
+
+def _new(type: TensorType, appended: list[TensorType]) -> Size:
+    """Return how many numbers of a state are written: what is new, of one that grew where it lies."""
+    for before in appended:
+        same = [a == b for a, b in zip(before.shape, type.shape, strict=False)]
+        if len(before.shape) == len(type.shape) and sum(same) >= len(same) - 1:
+            appended.remove(before)
+            return sympy.expand(type.elements - before.elements)
+    return type.elements

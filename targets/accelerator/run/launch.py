@@ -1,0 +1,181 @@
+"""Runs printed kernels on a GPU through torch and times them.
+
+Triton compiles the printed file itself when it is first launched: the same source with the same alignment as
+triton_compile.py takes, for whatever chip is there. Under Triton's interpreter the same path runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from ....compiler.errors import MoecError
+from ..tile.expr import evaluate
+from ..tile.tiles import Program
+from ..triton.compile import ALIGN, load_kernel, triton_module
+from ..triton.source import triton_source
+
+TORCH: Mapping[str, torch.dtype] = {
+    "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f8e4m3": torch.float8_e4m3fn,
+    "f8e5m2": torch.float8_e5m2, "i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8,
+    "bool": torch.bool,
+}  # fmt: skip
+FLUSH = 1 << 28  # bytes written between two timed runs: more than any L2 holds
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A program that can be launched with so many warps a block, and at most `limit` registers a thread."""
+
+    program: Program
+    warps: int = 4
+    limit: int | None = None
+
+    @cached_property
+    def _launch(self) -> Callable[..., None]:
+        triton_module()
+        return load_kernel(triton_source(self.program, self.warps, self.limit), self.program.name)["launch"]
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, int]) -> None:
+        """Run it: the tensors of its arguments by name, those of role output are changed. MoecError for one that does not fit."""
+        given = []
+        for a in self.program.arguments:
+            tensor, shape = tensors.get(a.name), tuple(int(evaluate(n, scalars)) for n in a.shape)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != TORCH[a.dtype]:
+                found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+                raise MoecError(f"{self.program.name}: {a.name} is {a.dtype}{list(shape)}, {found} was given")
+            if not tensor.is_contiguous() or tensor.data_ptr() % ALIGN:
+                raise MoecError(
+                    f"{self.program.name}: {a.name} does not lie row by row from a multiple of {ALIGN} bytes"
+                )
+            given.append(tensor)
+        check_device(given[0].device)
+        self._launch(*given, *(scalars[name] for name in self.program.scalars))
+
+
+def check_device(device: torch.device) -> None:
+    """Raise MoecError where no kernel runs on a device: it is no GPU that is there, and Triton does not interpret."""
+    interprets = bool(triton_module().knobs.runtime.interpret)
+    if device.type == "cpu" and interprets:
+        return
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise MoecError(
+            f"kernels run on a GPU, not on {device.type}",
+            todo="run it where torch.cuda.is_available(), or check the numbers with the simulator",
+            exit_code=1,
+        )
+
+
+def seconds(run: Callable[[], Any], repeats: int = 20, warm: int = 3) -> float:
+    """Return the median time of `run` on the GPU, each time with a cold L2. MoecError where there is no GPU."""
+    check_gpu()
+    for _ in range(warm):
+        run()
+    cold = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cold.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def check_gpu() -> None:
+    """Raise MoecError where torch finds no GPU."""
+    if not torch.cuda.is_available():
+        raise MoecError("no GPU is here to time kernels on", todo="torch.cuda.is_available() says False", exit_code=1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The kernels of one layer of routed experts, in the order in which they run; without `sort` each pair is a tile."""
+
+    up: Kernel
+    down: Kernel
+    combine: Kernel | None = None  # none where `down` adds to y itself
+    sort: Kernel | None = None
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernels that there are."""
+        return tuple(k for k in (self.sort, self.up, self.down, self.combine) if k is not None)
+
+    def buffers(
+        self, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return every tensor of the kernels by name, new ones for what they write.
+
+        x [T, D], ids [T, K] and gates [T, K]; `weights` holds the parts of both weights (up_codes, down ...).
+        """
+        tensors = {"x": x, "ids": ids.int().flatten(), "gates": gates.float().flatten(), **weights}
+        for kernel in self.kernels:
+            for a in kernel.program.arguments:
+                if a.name not in tensors:
+                    shape = [int(evaluate(n, {"T": x.shape[0]})) for n in a.shape]
+                    tensors[a.name] = torch.zeros(shape, dtype=TORCH[a.dtype], device=x.device)
+        return tensors
+
+    def run(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the kernels and return y [T, D]."""
+        scalars = {"T": tensors["x"].shape[0]}
+        if self.combine is None:
+            tensors["y"].zero_()
+        for kernel in self.kernels:
+            kernel(tensors, scalars)
+        return tensors["y"]
+
+
+def grouped_mm_layer(
+    x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Return the layer (silu, gated, concat) by torch's own grouped product in bf16: what kernels are compared with."""
+    chosen = ids.shape[1]
+    order = ids.flatten().argsort(stable=True)
+    ends = torch.bincount(ids.flatten(), minlength=up.shape[0]).cumsum(0).int()
+    product = torch._grouped_mm(x[order // chosen], up.transpose(1, 2), offs=ends)
+    gate, value = product.chunk(2, dim=-1)
+    rows = torch._grouped_mm(torch.nn.functional.silu(gate) * value, down.transpose(1, 2), offs=ends)
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    y.index_add_(0, order // chosen, rows.float() * gates.flatten()[order, None])
+    return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a layer for `tokens` tokens: kernel by kernel, all together, and torch's grouped_mm in bf16."""
+
+    tokens: int
+    kernels: Mapping[str, float]
+    whole: float
+    torch: float
+
+
+def time_layer(
+    layer: Callable[[int], Layer],
+    tokens: int,
+    weights: Mapping[str, torch.Tensor],
+    plain: tuple[torch.Tensor, torch.Tensor],
+    chosen: int,
+) -> Timing:
+    """Time the layer that `layer` chooses for so many tokens, balanced over the experts, against grouped_mm on `plain`."""
+    check_gpu()
+    up, down = plain
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    x = torch.randn((tokens, up.shape[2]), generator=generator, device="cuda").bfloat16()
+    ids = torch.rand((tokens, up.shape[0]), generator=generator, device="cuda").topk(chosen).indices
+    gates = torch.rand((tokens, chosen), generator=generator, device="cuda")
+    kernels = layer(tokens)
+    tensors = kernels.buffers(x, ids, gates, weights)
+    each = {k.program.name: seconds(partial(k, tensors, {"T": tokens})) for k in kernels.kernels}
+    return Timing(
+        tokens, each, seconds(lambda: kernels.run(tensors)), seconds(lambda: grouped_mm_layer(x, ids, gates, up, down))
+    )

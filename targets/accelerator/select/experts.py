@@ -1,0 +1,98 @@
+"""Routed experts as kernels: sort, the two grouped products, combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ....compiler.ir.module import Op
+from ..chip.chip import Profile
+from ..kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from ..predict.experts_touched import distinct_experts, expected_tiles
+from ..tile.packing import Packing
+from .kinds import Kind, Step, Tokens, Way, activated, attributes, given, one_way, row_shapes
+from .search import ROWS, Kernel, row_choices, shapes
+
+SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
+
+
+def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
+    """Return the half of routed experts that an op is; the other half is filled in alike and does not matter."""
+    return experts_of(op, next(iter(weights.values())))
+
+
+def experts_of(op: Op, weight: Packing) -> Experts:
+    """Return the routed experts whose first or second product an op is, with its packed weight."""
+    a, ids = attributes(op), op.operands[1]
+    assert ids
+    chosen = int(ids.type.shape[1])
+    operands = given(op)
+    if op.name == "acc.grouped_up":
+        inner = weight.rows // 2 if a["gated"] else weight.rows
+        return Experts(
+            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, **activated(a)
+        )  # fmt: skip
+    return Experts(
+        weight.experts, chosen, weight.rows, weight.columns, weight, weight, down_bias="down_bias" in operands
+    )
+
+
+def touched(e: Experts, weight: str, tokens: int) -> dict[str, float]:
+    """Return the share of each part of a weight that so many tokens need, with balanced routing."""
+    share = distinct_experts(e.experts, e.chosen, tokens) / e.experts
+    return {f"{weight}{part}": share for part in ("", "_codes", "_scales", "_zeros", "_bias")}
+
+
+def _is_direct(e: Experts, tokens: int) -> bool:
+    """Return whether each pair is a tile of its own: few of them share an expert, so that none is read often."""
+    return tokens * e.chosen <= SHARED * distinct_experts(e.experts, e.chosen, tokens)
+
+
+def _grouped(kernel: Callable, name: str, e: Experts, packing: Packing, which: str) -> Callable:
+    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+        count = tokens.count
+        direct = _is_direct(e, count)
+        matrix = Kernel(
+            name, lambda t, layout: kernel(e, t, layout, direct), {"T": count},
+            shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step),
+            (lambda t: {}) if direct else (lambda t: {"tile": expected_tiles(e.experts, e.chosen, count, t.m)}),
+            touched(e, which, count),
+        )  # fmt: skip
+        after = (_combine(e, count),) if which == "down" else ()
+        return (Way("pair by pair" if direct else "sorted", (matrix, *after)),)
+
+    return ways
+
+
+def _combine(e: Experts, count: int) -> Kernel:
+    return Kernel(
+        "combine", lambda t, layout: combine(e, t.n, layout, t.m), {"T": count}, row_shapes(e.hidden), staged=False
+    )
+
+
+def _sort(op: Op, weights: Mapping[str, Packing]) -> Step:
+    ids = op.operands[0]
+    assert ids
+    experts, chosen = attributes(op)["experts"], int(ids.type.shape[1])
+    none = Packing("bf16", 1, 1)
+    e = Experts(experts, chosen, 1, 1, none, none)
+
+    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+        if _is_direct(e, tokens.count):
+            return (Way("pair by pair", ()),)
+        kernel = Kernel("sort", lambda t, layout: sort(e, layout), {"T": tokens.count}, ((1, 1, 1),), staged=False)
+        return one_way(kernel)
+
+    return Step("sort", e, {}, ways)
+
+
+def _grouped_up(op: Op, weights: Mapping[str, Packing]) -> Step:
+    e = _experts(op, weights)
+    return Step("experts_up", e, weights, _grouped(grouped_up, "grouped_up", e, e.up, "up"))
+
+
+def _grouped_down(op: Op, weights: Mapping[str, Packing]) -> Step:
+    e = _experts(op, weights)
+    return Step("experts_down", e, weights, _grouped(grouped_down, "grouped_down", e, e.down, "down"))
+
+
+KINDS: dict[str, Kind] = {"acc.sort": _sort, "acc.grouped_up": _grouped_up, "acc.grouped_down": _grouped_down}

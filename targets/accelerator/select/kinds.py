@@ -1,0 +1,93 @@
+"""From an op to kernels that a tile can be searched for: what the tables of kinds_*.py are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ....compiler.ir.module import Op, TensorType, Value
+from ....compiler.ops import OPS
+from ..chip.chip import Profile
+from ..kernels.choices import RowTile, Tile
+from ..tile.packing import Packing
+from .search import Kernel
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A step: `new` tokens of each of `batch` sequences behind `past` others."""
+
+    batch: int
+    new: int
+    past: int
+
+    @property
+    def count(self) -> int:
+        """All tokens of the step."""
+        return self.batch * self.new
+
+    @property
+    def scalars(self) -> dict[str, int]:
+        """The numbers that kernels are launched with."""
+        return {"T": self.count, "B": self.batch, "S": self.new, "P": self.past}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute an op: kernels that run one after the other."""
+
+    name: str
+    kernels: tuple[Kernel, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An op as kernels. Equal problems of one kind share them; `ways` gives those for a number of tokens."""
+
+    kind: str
+    problem: Any
+    weights: Mapping[str, Packing]
+    ways: Callable[[Tokens, Profile], tuple[Way, ...]]
+    products: str = "bf16"  # dtype of what is multiplied as matrices: a chip that has none leaves it to the framework
+
+
+Kind = Callable[[Op, Mapping[str, Packing]], Step | None]  # None: the framework computes this one
+
+
+def attributes(op: Op) -> dict[str, Any]:
+    """Return an op's attributes with the defaults."""
+    return OPS[op.name].complete(op.attributes)
+
+
+def named(op: Op) -> dict[str, Value]:
+    """Return an op's operands by their names in its signature; absent ones are left out."""
+    names = [o.name for o in OPS[op.name].signature.operands]
+    return {name: v for name, v in zip(names, op.operands, strict=True) if v is not None}
+
+
+def given(op: Op) -> dict[str, TensorType]:
+    """Return the types of an op's operands by their names in its signature; absent ones are left out."""
+    return {name: v.type for name, v in named(op).items()}
+
+
+def activated(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of kernels_experts.Activated that an op with an activation says."""
+    kept = {name: attributes[name] for name in ("act", "alpha", "beta", "limit")}
+    return {**kept, "gated": attributes.get("gated", True), "interleaved": attributes["layout"] == "interleaved"}
+
+
+def row_tile(tile: Tile) -> RowTile:
+    """Return a tile of the search as one of a kernel without products."""
+    return RowTile(tile.m, tile.n, tile.warps)
+
+
+def row_shapes(columns: int, rows: tuple[int, ...] = (1, 2, 4, 8)) -> tuple[tuple[int, int, int], ...]:
+    """Return tiles of kernels that work on rows: (rows, columns, 1)."""
+    widths = [n for n in (128, 256, 512, 1024, 2048, 4096) if n < 2 * columns] or [128]
+    return tuple((m, n, 1) for m in rows for n in widths)
+
+
+def one_way(*kernels: Kernel) -> tuple[Way, ...]:
+    """Return the only way to compute an op."""
+    return (Way("plain", kernels),)

@@ -1,0 +1,202 @@
+"""The tiling search: enumerates the tiles of a kernel that a chip can run, and ranks them by their predicted time.
+
+What can run is decided on the program of the tile itself: every memory holds its buffers, shapes fit the matrix unit
+and the fractals, registers suffice for the threads. What was left out counts as no alternative; a kernel without any
+tile is an error that names what did not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from ....compiler.errors import MoecError
+from ..chip.chip import Profile
+from ..kernels.choices import Tile
+from ..predict.assumed import multiplies
+from ..predict.predict import Prediction, matrix_share, predict
+from ..tile.builder import Layout
+from ..tile.count import Counts, count
+from ..tile.machine import chip_of, layout_of
+from ..tile.simulate import Chip
+from ..tile.tiles import BITS, Dot, Program, footprint, walk
+from ..triton.predict import spills
+
+ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
+STAGES, WARPS = (2, 3, 4), (4, 8)  # one stage only where two do not fit
+SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
+SLACK = 0.02
+KEPT = 5  # alternatives that a choice remembers
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to find a tile for: what makes its program, and what is known of a run at one number of tokens.
+
+    `expect(tile)` holds what the counts cannot see (see count.py); `touched` the share of each weight that is needed.
+    `shapes` are the choices of (rows, columns, depth), `staged` whether loads may run ahead. `renamed` says which operand
+    or result of the op an argument of another name is, `appended` which states an argument appends to: argument -> (the
+    operand, the result); see bindings.py.
+    """
+
+    name: str
+    make: Callable[[Tile, Layout], Program]
+    scalars: Mapping[str, int]
+    shapes: tuple[tuple[int, int, int], ...]
+    expect: Callable[[Tile], Mapping[str, float]] = lambda tile: {}
+    touched: Mapping[str, float] | None = None
+    staged: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    appended: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile with its program and prediction."""
+
+    tile: Tile
+    program: Program
+    prediction: Prediction
+    use: Mapping[str, int]  # bytes of each memory, as `footprint` counts them
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the best choice and the next ones; `tried` and how many of these could run."""
+
+    best: Choice
+    others: tuple[Choice, ...]
+    tried: int
+    fitting: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The program of a tile with its bytes in each memory and, for each number of warps, why the chip cannot run it."""
+
+    program: Program
+    use: Mapping[str, int]
+    why: tuple[str | None, ...]
+
+
+def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None) -> Found:
+    """Return the tile of the least predicted time. MoecError if no tile fits the chip.
+
+    `fits` holds what earlier searches found out about tiles of this kernel on this chip, for other numbers of tokens,
+    which a program does not depend on; what this one finds out is added.
+    """
+    fits = {} if fits is None else fits
+    choices: list[Choice] = []
+    reasons: dict[str, int] = {}
+    tried = 0
+    chips = {rows: chip_of(profile, layout_of(profile, rows)) for rows, _, _ in kernel.shapes}
+    # bytes and FLOPs do not depend on how many buffers and threads there are: a shape is counted once
+    counted: dict[tuple[int, int, int], Counts] = {}
+    for stages_of in (_stages(profile), (1,)) if kernel.staged else ((1,),):
+        if choices:
+            break
+        for shape, stages in product(kernel.shapes, stages_of):
+            tile = Tile(*shape, stages)
+            if tile not in fits:
+                fits[tile] = _fit(kernel, tile, profile, chips[shape[0]])
+            found, why = _choices(kernel, tile, fits[tile], profile, counted)
+            tried += len(found) + len(why)
+            choices += found
+            for reason in why:
+                reasons[reason] = reasons.get(reason, 0) + 1
+    if not choices:
+        worst = max(reasons, key=lambda reason: reasons[reason])
+        raise MoecError(f"no tile of {kernel.name} fits {profile.name}: {worst}")
+    choices.sort(key=lambda c: (_rank(c.prediction), sum(c.use.values()), c.tile.m, c.tile.n, c.tile.k))
+    return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
+
+
+def _fit(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> Fit:
+    program = kernel.make(tile, layout_of(profile, tile.m))
+    use = footprint(program, chip.align)
+    return Fit(program, use, tuple(unfit(program, warps, use, chip, profile) for warps in _warps(profile)))
+
+
+def _choices(
+    kernel: Kernel, tile: Tile, fit: Fit, profile: Profile, counted: dict[tuple[int, int, int], Counts]
+) -> tuple[list[Choice], list[str]]:
+    """Return the choices of a tile with each number of warps, and why the other numbers cannot be."""
+    reasons = [reason for reason in fit.why if reason]
+    if all(fit.why):
+        return [], reasons
+    shape = (tile.m, tile.n, tile.k)
+    if shape not in counted:
+        counted[shape] = count(fit.program, kernel.scalars, kernel.expect(tile))
+    found = []
+    for warps, reason in zip(_warps(profile), fit.why, strict=True):
+        if reason is None:
+            prediction = predict(
+                fit.program, counted[shape], kernel.scalars, profile, warps=warps, stages=tile.stages, use=fit.use,
+                touched=kernel.touched or {}, share=matrix_share(profile, tile.m, tile.n),
+            )  # fmt: skip
+            found.append(Choice(replace(tile, warps=warps), fit.program, prediction, fit.use))
+    return found, reasons
+
+
+def _rank(p: Prediction) -> float:
+    """Return the time, and a share of what else is busy meanwhile: of nearly equal tiles the one with the most slack."""
+    return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
+
+
+def _stages(profile: Profile) -> tuple[int, ...]:
+    """Return the choices of buffers: copies in turns where a chip moves tiles by commands of its own."""
+    return STAGES if profile.family in ("nvidia", "amd") else STAGES[:1]
+
+
+def _warps(profile: Profile) -> tuple[int, ...]:
+    return WARPS if profile.family in ("nvidia", "amd") else (1,)
+
+
+def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, profile: Profile) -> str | None:
+    """Return why a chip cannot run a program, None if it can."""
+    for memory, size in use.items():
+        if size > chip.capacity.get(memory, 0):
+            return f"{memory} holds {chip.capacity.get(memory, 0)} bytes, {size} are needed"
+    if "registers" in use and (most := _registers(profile, warps)) < use["registers"]:
+        return f"{warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
+    if profile.toolchain == "triton" and profile.arch and spills(program, profile.arch, warps):
+        return f"{warps} warps have too few registers for its sums: they would spill"
+    for statement in walk(program.body):
+        if isinstance(statement, Dot) and (reason := _no_product(program, statement, profile)):
+            return reason
+    return None
+
+
+def _registers(profile: Profile, warps: int) -> int:
+    each = profile.rule("registers_per_thread") or 255
+    return int(SPARED * 4 * each * warps * profile.threads)
+
+
+def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
+    """Return why the matrix unit cannot multiply these tiles."""
+    a, acc = program.buffers[dot.a], program.buffers[dot.acc]
+    unit = profile.unit(a.dtype)
+    m, n = acc.shape
+    if unit is None:
+        return None if multiplies(profile, a.dtype) else f"{profile.name} does not multiply {a.dtype}"
+    if a.shape[1] * BITS[a.dtype] // 8 < (profile.rule("tile_k_bytes") or 0):
+        return f"{a.shape[1]} columns are less than one span of {profile.rule('tile_k_bytes')} bytes in shared memory"
+    if a.shape[1] % unit.k:
+        return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
+    if rows := profile.rule("fractal_rows"):
+        width = (profile.rule("fractal_bytes") or 32) * 8 // BITS[a.dtype]
+        if m % rows or n % rows or a.shape[1] % width:
+            return f"a product of {m} x {n} x {a.shape[1]} is not made of fractals of {rows} x {width}"
+    return None
+
+
+def shapes(rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[int, ...] = COLUMNS) -> tuple:
+    """Return tile shapes of a product whose weight is read in multiples of `step` columns, codes 128 at once."""
+    depths = [k for k in DEPTHS if k % step == 0] or [128]
+    return tuple(product(rows, columns, depths))
+
+
+def row_choices(rows: float) -> tuple[int, ...]:
+    """Return the rows of tiles that make sense for about so many rows: none of which half would be empty, and one more."""
+    return tuple(m for m in ROWS if m < 4 * rows) or ROWS[:1]

@@ -1,0 +1,138 @@
+"""Routing, the choice of compressed entries, and hyper-connections as kernels: what decides on few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+from ....compiler.ir.dims import evaluate
+from ....compiler.ir.module import Op
+from ..chip.chip import Profile
+from ..kernels.choices import AttentionTile
+from ..kernels.compressed import slide
+from ..kernels.entries import Compress, Select, choose_entries, compress_tokens, entry_scores
+from ..kernels.hyper import Streams, stream_scores, streams_in, streams_out
+from ..kernels.norm import power
+from ..kernels.route import Route, route
+from ..tile.packing import Packing
+from .kinds import Kind, Step, Tokens, Way, attributes, given, one_way, row_shapes, row_tile
+from .search import Kernel, row_choices
+
+ROUTED = (1, 2, 4, 8, 16)  # tokens that one point of routing decides on
+SPLITS = (1, 4, 16)  # parts that the long rows of streams may be cut into
+FEW = 64  # tokens up to which that is considered
+CHOSEN = 1024  # entries that the choice looks at in one step
+
+
+def _route(op: Op, weights: Mapping[str, Packing]) -> Step:
+    operands, a = given(op), attributes(op)
+    there: dict[str, Any] = {name: name in operands for name in ("bias", "given", "expert_scale")}
+    p = Route(int(operands["logits"].shape[1]), **a, **there)
+
+    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+        shapes = tuple((m, 1, 1) for m in ROUTED)
+        kernel = Kernel("route", lambda t, layout: route(p, t.m, layout), {"T": tokens.count}, shapes, staged=False)
+        return one_way(kernel)
+
+    return Step("route", p, {}, ways)
+
+
+# --- compressed entries --------------------------------------------------------------------------------------------
+
+
+def _select(op: Op, weights: Mapping[str, Packing]) -> Step:
+    a, q = attributes(op), given(op)["q"].shape
+    p = Select(int(q[2]), int(q[3]), a["k"], a["ratio"])
+
+    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+        entries = max((tokens.past + tokens.new) // p.ratio, 1)
+        scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": entries}
+        rows = [m for m in (16, 32, 64, 128) if m >= power(p.heads)] or [power(p.heads)]
+        scores = Kernel(
+            "entry_scores", lambda t, layout: entry_scores(p, AttentionTile(t.m, t.n, t.k, t.stages, t.warps), layout),
+            scalars, tuple(product(rows, (32, 64, 128), (64, 128))),
+        )  # fmt: skip
+        choose = Kernel(
+            "choose_entries", lambda t, layout: choose_entries(p, t.n, layout),
+            {"B": tokens.batch, "S": tokens.new, "E": entries}, ((1, CHOSEN, 1),), staged=False,
+        )  # fmt: skip
+        return one_way(scores, choose)
+
+    return Step("select_entries", p, {}, ways)
+
+
+def _compress(op: Op, weights: Mapping[str, Packing]) -> Step:
+    operands, a = given(op), attributes(op)
+    width, turned = int(operands["norm"].shape[0]), int(operands["cos"].shape[1])
+    p = Compress(width, a["ratio"], turned, a["overlap"], a["eps"])
+    token = int(operands["x"].shape[2])
+
+    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+        scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past}
+        sizes = {name: max(int(evaluate(operands[name].shape[1], tokens.scalars)), 0) for name in ("pending",)}
+        kept = max(int(evaluate(op.results[0].type.shape[1], tokens.scalars)), 1)
+        entries = max((tokens.past + tokens.new) // p.ratio, 1)
+        make = Kernel(
+            "compress_tokens", lambda t, layout: compress_tokens(p, row_tile(t), layout), {**scalars, "C": entries},
+            tuple((m, n, 1) for m in (4, 8, 16, 32, 64) if m <= p.ratio for n in (power(width),)), staged=False,
+            appended={"entries": ("entries", "all")},
+        )  # fmt: skip
+        state = Kernel(
+            "slide", lambda t, layout: slide(token, row_tile(t), layout),
+            {"B": tokens.batch, "S": tokens.new, "O": sizes["pending"], "Y": kept}, row_shapes(power(token)), staged=False,
+            renamed={"old": "pending", "new": "x"},
+        )  # fmt: skip
+        return one_way(make, state)
+
+    return Step("compress_tokens", p, {}, ways)
+
+
+# --- hyper-connections ---------------------------------------------------------------------------------------------
+
+
+def _streams(op: Op, weights: Mapping[str, Packing]) -> Step:
+    x, a = given(op)["x"].shape, attributes(op)
+    p = Streams(
+        int(x[2]), int(x[3]), a["eps"], a["floor"], a.get("iterations", 1), op.name == "nn.hyper_connection_head"
+    )
+
+    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+        count = {"T": tokens.count}
+        shapes = tuple((m, power(p.scores, 16), k) for m in row_choices(tokens.count) for k in (32, 64, 128))
+        splits = SPLITS if tokens.count <= FEW else SPLITS[:1]
+        return tuple(_streams_way(p, split, count, shapes) for split in splits)
+
+    return Step("streams", p, {}, ways, products="f32")
+
+
+def _streams_way(p: Streams, split: int, count: Mapping[str, int], shapes: tuple[tuple[int, int, int], ...]) -> Way:
+    mixed = row_shapes(p.width, (1, 2, 4))
+    kernels = (
+        Kernel("stream_scores", lambda t, layout: stream_scores(p, t, layout, split), count, shapes),
+        Kernel("streams_in", lambda t, layout: streams_in(p, row_tile(t), layout, split), count, mixed, staged=False),
+    )
+    return Way("whole rows" if split == 1 else f"rows in {split} parts", kernels)
+
+
+def _streams_out(op: Op, weights: Mapping[str, Packing]) -> Step:
+    streams = given(op)["streams"].shape
+    p = Streams(int(streams[2]), int(streams[3]), 0.0, 0.0)
+
+    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+        return one_way(
+            Kernel("streams_out", lambda t, layout: streams_out(p, row_tile(t), layout), {"T": tokens.count},
+                   row_shapes(p.width, (1, 2, 4)), staged=False)
+        )  # fmt: skip
+
+    return Step("streams_out", p, {}, ways)
+
+
+KINDS: dict[str, Kind] = {
+    "moe.route": _route,
+    "nn.select_entries": _select,
+    "nn.compress_tokens": _compress,
+    "nn.hyper_connection_pre": _streams,
+    "nn.hyper_connection_head": _streams,
+    "nn.hyper_connection_post": _streams_out,
+}

@@ -1,0 +1,26 @@
+"""The table of what an accelerator runs: ops with kernels, and ops that the framework computes between kernels.
+
+The framework (torch) has shapes, tables, and arithmetic on numbers that are few beside the weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from ....compiler.ir.module import Op
+from . import attention as kinds_attention
+from . import dense as kinds_dense
+from . import experts as kinds_experts
+from . import sparse as kinds_sparse
+from .kinds import Kind
+
+KINDS: dict[str, Kind] = {**kinds_experts.KINDS, **kinds_dense.KINDS, **kinds_attention.KINDS, **kinds_sparse.KINDS}
+FRAMEWORK = ("nn.embedding", "nn.cache_append")  # and core.*
+
+
+def supported(op: Op) -> str | None:
+    """Return None if an op has kernels or is left to the framework, else why not, with the ops that come near."""
+    if op.callee or op.name in KINDS or op.name in FRAMEWORK or op.name.startswith("core."):
+        return None
+    near = difflib.get_close_matches(op.name, KINDS, n=3, cutoff=0.5) or sorted(KINDS)
+    return f"no kernel computes {op.name}; there are those for {', '.join(near)}"

@@ -1,0 +1,131 @@
+"""Counts what a tile program moves and computes, on the program itself: bytes, FLOPs of dots, numbers computed.
+
+Loops are counted by their bounds. Where these depend on the place in the grid (a causal edge), the middle of the grid
+stands for all; where they depend on numbers that are loaded, the caller says what to expect.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .expr import NUMPY, evaluate, names, parse
+from .tiles import BITS, Dot, For, If, Let, Load, Move, Program, Statement, Store
+
+
+@dataclass
+class Counts:
+    """Of all points of a grid together; bytes are those of tiles, as often as they are moved."""
+
+    points: float
+    loaded: dict[str, float] = field(default_factory=dict)  # by tensor
+    stored: dict[str, float] = field(default_factory=dict)  # by tensor
+    moved: dict[tuple[str, str], float] = field(default_factory=dict)  # (from, to) memory -> bytes
+    dots: dict[str, float] = field(default_factory=dict)  # by dtype of the operands, with padding
+    computed: float = 0.0  # numbers x operators outside of the matrix unit
+    steps: float = 0.0  # turns of the innermost loops that load, of one point
+
+    @property
+    def traffic(self) -> float:
+        """Bytes between device memory (or the cache before it) and the cores."""
+        return sum(self.loaded.values()) + sum(self.stored.values())
+
+
+def count(program: Program, scalars: Mapping[str, int], expect: Mapping[str, float]) -> Counts:
+    """Count a program at given scalars; `expect` holds numbers that are only known when it runs.
+
+    A key of `expect` is a variable of the grid (how many points of that axis do something), or a name that a bound reads.
+    """
+    values: dict[str, Any] = dict(scalars)
+    points = 1.0
+    for name, extent in program.grid:
+        size = float(evaluate(extent, scalars))
+        points *= min(size, expect.get(name, size))
+        values[name] = int((size - 1) / 2)
+    values |= {name: value for name, value in expect.items() if name not in values}
+    points = max(points, 1.0)  # a launch that finds nothing to do costs as one that finds one point
+    counts = Counts(points)
+    _Counter(program, counts, values).body(program.body, points)
+    return counts
+
+
+@dataclass
+class _Counter:
+    program: Program
+    counts: Counts
+    values: dict[str, Any]
+
+    def body(self, statements: Sequence[Statement], times: float) -> None:
+        for statement in statements:
+            match statement:
+                case Let(name, value):
+                    self.let(name, value, times)
+                case Load(name, tensor, at):
+                    if name not in self.program.buffers:
+                        self.values[name] = np.zeros(self.shape(at), NUMPY[self.program.argument(tensor).dtype])
+                    size = self.elements(name) * BITS[self.program.argument(tensor).dtype] / 8
+                    self.counts.loaded[tensor] = self.counts.loaded.get(tensor, 0) + times * size
+                case Store(tensor, at):
+                    size = prod(self.shape(at)) * BITS[self.program.argument(tensor).dtype] / 8
+                    self.counts.stored[tensor] = self.counts.stored.get(tensor, 0) + times * size
+                case Dot(acc, a, _):
+                    m, n = self.program.buffers[acc].shape
+                    buffer = self.program.buffers[a]
+                    flops = 2.0 * m * n * buffer.shape[1] * times
+                    self.counts.dots[buffer.dtype] = self.counts.dots.get(buffer.dtype, 0) + flops
+                case Move(name, source):
+                    key = (self.program.buffers[source].memory, self.program.buffers[name].memory)
+                    size = self.program.buffers[name].bytes / self.program.buffers[name].copies
+                    self.counts.moved[key] = self.counts.moved.get(key, 0) + times * size
+                case For(var, start, stop, step, inner):
+                    first, last, by = (float(self.bound(n)) for n in (start, stop, step))
+                    turns = max(-(-(last - first) // by), 0.0)
+                    self.values[var] = int(first + (turns // 2) * by)
+                    if any(isinstance(s, Load) for s in inner):
+                        self.counts.steps += turns
+                    self.body(inner, times * turns)
+                case If(_, inner):
+                    self.body(inner, times)
+
+    def bound(self, text: str) -> Any:
+        """Return the value of an expression over what is known; tiles and other unknown numbers count as 0."""
+        missing = {n: self.zero(n) for n in names(text) if n not in self.values}
+        with np.errstate(all="ignore"):
+            return evaluate(text, {**self.values, **missing} if missing else self.values)
+
+    def zero(self, name: str) -> Any:
+        buffer = self.program.buffers.get(name)
+        return np.broadcast_to(np.zeros((), NUMPY[buffer.dtype]), buffer.shape) if buffer else 0
+
+    def let(self, name: str, value: str, times: float) -> None:
+        if name in self.program.buffers:
+            self.counts.computed += times * self.elements(name) * operators(value)
+        else:
+            self.values[name] = self.bound(value)
+            self.counts.computed += times * np.size(self.values[name]) * operators(value)
+
+    def elements(self, name: str) -> int:
+        buffer = self.program.buffers.get(name)
+        return prod(buffer.shape) if buffer else np.size(self.values[name])
+
+    def shape(self, at: Sequence[str]) -> tuple[int, ...]:
+        """Return the shape that the indices of a load or store broadcast to."""
+        return np.broadcast_shapes(*(np.shape(self.bound(i)) for i in at))
+
+
+@lru_cache(maxsize=65536)
+def operators(text: str) -> int:
+    """Return how many operators and functions an expression applies to every number, a function as 4."""
+    total = 0
+    for node in ast.walk(parse(text)):
+        if isinstance(node, (ast.BinOp, ast.Compare, ast.UnaryOp)):
+            total += 1
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            total += {"cast": 1, "bitcast": 0, "reshape": 0, "arange": 0, "full": 1, "where": 1}.get(node.func.id, 4)
+    return total

@@ -1,0 +1,316 @@
+"""Predicts what Triton makes of a program: which matrix unit its products use, shared memory, registers that spill.
+
+The rules were read off kernels that Triton 3.9 compiled. Where the unit reads both operands from shared memory by itself
+(wgmma, tcgen05, and gfx950's loads past the registers) Triton keeps all `stages` buffers of a loaded operand, elsewhere
+one less: the last is in registers. Other tiles that are loaded ahead have stages - 1. An operand that is computed has
+one buffer where the unit reads it from shared memory, and none elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from ..tile.expr import names
+from ..tile.tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from .turn import COLUMNS, turn_bytes, warps_along
+
+ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
+BEHIND = 4  # bytes of a row that a copy past the registers takes at least
+PIECE = 4  # rows of a second operand that mma.sync passes for each warp where no loop holds the product
+ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
+SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
+SIDES = (16, 32)  # of AMD's products: the smaller one where there are no more rows
+SCALES = 8  # bytes of a column's scales that AMD's waves pass on
+SMALL = 8192  # bytes that Triton takes for turning rows and adding across warps, which is not predicted
+COMPUTED = 32  # fewer of them where operands are computed: these pass through registers
+GROUPED = 16  # sums a thread at most where mma's operands are computed in groups, which changes who holds what
+
+
+def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
+    """Return what a product with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, or fma (no matrix unit)."""
+    if arch.startswith("gfx"):
+        return "mfma" if m >= 16 and n >= 16 else "fma"
+    if dtype == "f32":
+        return "fma"  # exact f32: no unit of NVIDIA's has it
+    if m >= 64 and warps % 4 == 0 and arch == "sm_90":
+        return "wgmma"
+    if m >= 64 and n >= 16 and warps % 4 == 0 and arch in ("sm_100", "sm_103"):
+        return "tcgen05"
+    return "mma"
+
+
+def units(program: Program, arch: str, warps: int) -> set[str]:
+    """Return the units that a program's products are expected to use."""
+    found = set()
+    for dot in _dots(program.body):
+        m, n = program.buffers[dot.acc].shape
+        found.add(matrix_unit(arch, m, n, program.buffers[dot.a].dtype, warps))
+    return found
+
+
+def predict_shared(program: Program, arch: str, warps: int) -> int:
+    """Return the bytes of shared memory (LDS) that Triton is expected to take for a block."""
+    origin = _origins(program.body)
+    looped = {id(dot) for loop in _loops(program) for dot in _dots(loop.body)}
+    once = [_alone(program, dot, origin, arch, warps) for dot in _dots(program.body) if id(dot) not in looped]
+    loops = [_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program)]
+    return max([*once, *loops, *_stored(program, arch, warps)], default=0)
+
+
+def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
+    """Yield the bytes through which each tile that comes of a product is turned when it is stored."""
+    results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots(program.body)}
+    for store in walk(program.body):
+        if isinstance(store, Store) and store.value in program.buffers:
+            shape = program.buffers[store.value].shape
+            if shape in results:
+                m, n = shape
+                bits = BITS[program.argument(store.tensor).dtype]
+                yield turn_bytes(m, n, bits, matrix_unit(arch, m, n, results[shape], warps), arch, warps)
+
+
+def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:
+    """Return the bytes of a product that no loop holds: its operands' while it runs, AMD's one after the other.
+
+    mma.sync passes the second operand piece by piece, about four rows for each warp.
+    """
+    a, b = (_size(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
+    if arch.startswith("gfx"):
+        return max(a, b)
+    m, n = program.buffers[dot.acc].shape
+    first = program.buffers[dot.a]
+    if matrix_unit(arch, m, n, first.dtype, warps) in ASYNC:
+        return a + b
+    return a + min(b, warps * PIECE * first.shape[1] * BITS[first.dtype] // 8)
+
+
+def spills(program: Program, arch: str, warps: int) -> bool:
+    """Return whether the sums of the products may be too many for a thread's registers, with what else it holds.
+
+    It errs to the safe side: some that are said to spill just do not.
+    """
+    threads = warps * (64 if arch.startswith("gfx") else 32)
+    sums = {dot.acc for dot in _dots(program.body)}
+    held = sum(prod(program.buffers[name].shape) for name in sums) / threads
+    origin = _origins(program.body)
+    second = {origin.get(dot.b, dot.b) for dot in _dots(program.body)}
+    made = [s.value for s in walk(program.body) if isinstance(s, Let) and s.name in second]
+    for unit in units(program, arch, warps):
+        limit = SPILL_FREE[unit] // (2 if unit == "mfma" and warps > 4 else 1)  # two waves share a unit's registers
+        if made:
+            limit = GROUPED if unit == "mma" and any("reshape(" in text for text in made) else limit - COMPUTED
+        if held > limit:
+            return True
+    return False
+
+
+def agrees(predicted: int, found: int) -> bool:
+    """Return whether the bytes that were found are those predicted to 25 %, or too few of either to matter."""
+    return abs(predicted - found) <= 0.25 * found or max(predicted, found) <= SMALL
+
+
+def _own_columns(shape: tuple[int, ...], warps: int) -> bool:
+    """Return whether each of AMD's waves has columns of its own of a product, and all rows of them.
+
+    Waves are added along the side on which more instructions are left for each, along columns where both are equal.
+    """
+    m, n = shape
+    side = SIDES[m > SIDES[0]]
+    rows = columns = 1
+    while rows * columns < warps:
+        if m // side // rows > n // side // columns:
+            rows *= 2
+        else:
+            columns *= 2
+    return rows == 1 and columns * side <= n
+
+
+def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
+    return (s for s in walk(body) if isinstance(s, Dot))
+
+
+def _loops(program: Program) -> Iterator[For]:
+    """Yield the loops that hold loads or products and no further loops: those whose loads run ahead."""
+    for statement in walk(program.body):
+        if isinstance(statement, For) and not any(isinstance(s, For) for s in walk(statement.body)):
+            yield statement
+
+
+def _origins(body: Sequence[Statement]) -> Mapping[str, str]:
+    """Return for each name that a move makes the name that it began as."""
+    found: dict[str, str] = {}
+    for statement in walk(body):
+        if isinstance(statement, Move):
+            found[statement.name] = found.get(statement.value, statement.value)
+    return found
+
+
+@dataclass
+class _Loop:
+    program: Program
+    loop: For
+    origin: Mapping[str, str]
+    arch: str
+    warps: int
+    loaded: dict[str, Buffer] = field(default_factory=dict)
+    outer: set[str] = field(default_factory=set)  # loaded somewhere else
+
+    def bytes(self) -> int:
+        statements = list(_flat(self.loop.body))
+        for s in statements:
+            if isinstance(s, Load) and s.name in self.program.buffers:
+                self.loaded[s.name] = self.program.buffers[s.name]
+        self.outer = {s.name for s in walk(self.program.body) if isinstance(s, Load)} - set(self.loaded)
+        dots = [s for s in statements if isinstance(s, Dot)]
+        first = {self.origin.get(d.a, d.a): self._unit(d) for d in dots}
+        second = {self.origin.get(d.b, d.b): self._unit(d) for d in dots}
+        operands = first | second
+        copies = max(self.loop.stages, 1)
+        chained = self._chained(statements) if self.arch == "gfx950" else set()
+        total, grouped = 0, self._grouped(statements, dots)
+        both = self._both_ways(dots) if copies > 1 else set()
+        for name, buffer in self.loaded.items():
+            size = _size(buffer)
+            if name in both:
+                continue
+            if name in operands:
+                stages = max(2, copies - 1) if name in chained and copies > 1 else copies
+                total += size * self._copies(name, operands[name], name in second, stages)
+            elif dots and _ahead(buffer) and grouped is None and not self._widened(dots):
+                total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
+        if copies == 1:
+            return self._unstaged(dots) + self._kept(dots)
+        total += max((_size(self.loaded[name]) for name in both), default=0)
+        total += self._computed(statements, second) + (grouped or 0) + self._kept(dots)
+        return max([total, *self._entering(first)])
+
+    def _unit(self, dot: Dot) -> str:
+        m, n = self.program.buffers[dot.acc].shape
+        return matrix_unit(self.arch, m, n, self.program.buffers[dot.a].dtype, self.warps)
+
+    def _widened(self, dots: Sequence[Dot]) -> bool:
+        """Return whether these are products of f32 on AMD: what is widened to f32 is turned there, not what it was."""
+        return self.arch.startswith("gfx") and any(self.program.buffers[d.a].dtype == "f32" for d in dots)
+
+    def _copies(self, name: str, unit: str, second: bool, stages: int) -> int:
+        if unit in ASYNC:
+            return stages
+        if self.arch == "gfx950" and stages > 1:
+            own = second and all(
+                _own_columns(self.program.buffers[d.acc].shape, self.warps) and d.transpose
+                for d in _dots(self.loop.body)
+            )
+            return 0 if own else stages  # each wave loads its columns past the shared memory
+        return stages - 1
+
+    def _grouped(self, statements: Sequence[Statement], dots: Sequence[Dot]) -> int | None:
+        """Return the bytes through which AMD's waves pass operands that are computed in groups, whose codes they load late.
+
+        gfx950's waves that have columns of their own pass the scales alone, and none of a group of columns that they
+        share. None where no operand is computed so.
+        """
+        made = {s.name: s.value for s in statements if isinstance(s, Let)}
+        shapes = {}  # of the operands: those of their products
+        for dot in dots:
+            name = self.origin.get(dot.b, dot.b)
+            if "reshape(" in made.get(name, ""):
+                shapes[name] = self.program.buffers[dot.acc].shape
+        if not shapes or not self.arch.startswith("gfx"):
+            return None
+        m, n = next(iter(shapes.values()))
+        if self.arch == "gfx950" and m <= SIDES[0] and _own_columns((m, n), self.warps):
+            return 0 if n == SIDES[0] * self.warps else n * SCALES
+        return max(_size(self.program.buffers[name]) for name in shapes)
+
+    def _chained(self, statements: Sequence[Statement]) -> set[str]:
+        """Return the tiles that are loaded by what the same turn loads, in their places or masks: a stage later."""
+        known: set[str] = set()  # loaded in this turn, or computed from it
+        found = set()
+        for s in statements:
+            texts = (*s.at, s.mask) if isinstance(s, Load) else (s.value,) if isinstance(s, (Let, Move)) else ()
+            late = any(known & names(text) for text in texts if text)
+            if isinstance(s, Load) and late:
+                found.add(s.name)
+            if isinstance(s, Load) or (isinstance(s, (Let, Move)) and late):
+                known.add(s.name)
+        return found
+
+    def _entering(self, first: Iterable[str]) -> Iterator[int]:
+        """Yield the bytes through which AMD's waves take first operands that were loaded before the loop, one by one."""
+        if self.arch.startswith("gfx"):
+            yield from (_size(self.program.buffers[name]) for name in first if name in self.outer)
+
+    def _both_ways(self, dots: Sequence[Dot]) -> set[str]:
+        """Return the loaded tiles that are multiplied as they are and transposed: gfx950 keeps them in registers."""
+        if self.arch != "gfx950":
+            return set()
+        ways = [{self.origin.get(d.b, d.b) for d in dots if d.transpose is way} for way in (True, False)]
+        return ways[0] & ways[1] & set(self.loaded)
+
+    def _kept(self, dots: Sequence[Dot]) -> int:
+        """Return the bytes of first operands that no turn loads: those from before the loop, and what a turn computes.
+
+        wgmma and tcgen05 take the latter from registers or tensor memory, AMD's waves the former.
+        """
+        sizes = {}
+        for dot in dots:
+            name = self.origin.get(dot.a, dot.a)
+            unit, rows = self._unit(dot), self.program.buffers[dot.acc].shape[0]
+            turned = unit in ("mma", "fma") or (unit == "mfma" and (rows > 16 or self._widened([dot])))
+            if name not in self.loaded and (unit != "mfma" if name in self.outer else turned):
+                sizes[name] = _size(self.program.buffers[name])
+        return sum(sizes.values())
+
+    def _unstaged(self, dots: Sequence[Dot]) -> int:
+        """Return the bytes through which operands pass where nothing is loaded ahead."""
+        held: dict[str, int] = {}
+        made, passed = 0, 0
+        for dot in dots:
+            a, b = self.origin.get(dot.a, dot.a), self.origin.get(dot.b, dot.b)
+            size = {name: _size(self.program.buffers[name]) for name in (a, b)}
+            if self._unit(dot) in ASYNC:
+                held |= {name: size[name] for name in (a, b) if name in self.loaded}
+                made = max(made, 0 if b in self.loaded else size[b])
+            elif self.arch.startswith("gfx"):
+                passed = max(passed, size[a], size[b] if b in self.loaded else 0)
+            elif self._unit(dot) == "fma":
+                passed = max(passed, size[a] + size[b])
+            else:
+                m, n = self.program.buffers[dot.acc].shape
+                _, along = warps_along(m, n, "mma", self.warps)
+                piece = along * COLUMNS * size[b] // n  # the columns of one instruction of each warp
+                passed = max(passed, size[a], min(size[b], piece))
+        return sum(held.values()) + made + passed
+
+    def _computed(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:
+        """Return the most bytes of second operands that are computed, from where they are to their last product."""
+        last = {self.origin.get(s.b, s.b): i for i, s in enumerate(statements) if isinstance(s, Dot)}
+        used, most, whole = 0, 0, 0
+        for i, s in enumerate(statements):
+            if isinstance(s, Let) and s.name in last and s.name not in self.loaded and second[s.name] in ASYNC:
+                used += _size(self.program.buffers[s.name])
+                whole += _size(self.program.buffers[s.name])
+            most = max(most, used)
+            if isinstance(s, Dot) and last[name := self.origin.get(s.b, s.b)] == i and second[name] in ASYNC:
+                used -= (
+                    0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
+                )
+        return whole if "tcgen05" in second.values() else most  # tcgen05's are all in use until the turn ends
+
+
+def _flat(body: Sequence[Statement]) -> Iterator[Statement]:
+    for statement in walk(body):
+        if not isinstance(statement, (For, If)):
+            yield statement
+
+
+def _size(buffer: Buffer) -> int:
+    return prod(buffer.shape) * BITS[buffer.dtype] // 8
+
+
+def _ahead(buffer: Buffer) -> bool:
+    """Return whether a tile can be copied past the registers: rows of enough bytes in a place that is known to be aligned."""
+    row = buffer.shape[-1] * BITS[buffer.dtype] // 8
+    return row >= (BEHIND if BITS[buffer.dtype] >= 32 else ROW)

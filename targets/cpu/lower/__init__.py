@@ -1,0 +1,1 @@
+"""From stage moe to stage kernel: what ONNX Runtime has as one op becomes that op."""

@@ -1,0 +1,62 @@
+"""Dense feed-forward layers for ONNX Runtime: two linears with the activation between them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ....compiler.ir.module import Op, Value
+from ....compiler.ops import OPS
+from ....compiler.rewrite.draft import Draft
+
+_ACTS = {
+    "gelu": ("core.gelu", {"approximate": "none"}),
+    "gelu_tanh": ("core.gelu", {"approximate": "tanh"}),
+    "relu": ("core.relu", {}),
+}
+
+
+def gated_mlp(draft: Draft, op: Op) -> Op:
+    """Return nn.gated_mlp as one linear for both halves, the activation, and the linear back."""
+    x, up, down, up_bias, down_bias, gate = op.operands
+    loc, (y,) = op.loc, op.results
+    h = draft.add("core.linear", x, up, up_bias, hint=f"{y.name}.up", loc=loc)
+    h = _activated(draft, h, OPS[op.name].complete(op.attributes), y.name, loc)
+    if gate is None:
+        return Op("core.linear", (h, down, down_bias), (y,), loc=loc)
+    out = draft.add("core.linear", h, down, down_bias, hint=f"{y.name}.down", loc=loc)
+    score = draft.add("core.linear", x, gate, None, hint=f"{y.name}.score", loc=loc)
+    return Op("core.mul", (draft.add("core.sigmoid", score, hint=f"{y.name}.gate", loc=loc), out), (y,), loc=loc)
+
+
+def _activated(draft: Draft, h: Value, attributes: dict[str, Any], name: str, loc: tuple[str, ...]) -> Value:
+    """Return act(g) (u + beta) of the halves g and u."""
+
+    def add(kind: str, *operands: Value, hint: str, **attrs: Any) -> Value:
+        return draft.add(kind, *operands, hint=f"{name}.{hint}", loc=loc, **attrs)
+
+    axis, width = len(h.type.shape) - 1, int(h.type.shape[-1])
+    if attributes["layout"] == "interleaved":
+        g, u = (add("core.slice", h, hint=n, axis=axis, start=i, stop=width, step=2) for i, n in enumerate("gu"))
+    else:
+        sizes = (width // 2, width // 2)
+        g, u = draft.add_all("ort.split", h, hints=(f"{name}.g", f"{name}.u"), loc=loc, axis=axis, sizes=sizes)
+    limit, beta = attributes["limit"], attributes["beta"]
+    if not math.isinf(limit):
+        g, u = add("core.clamp", g, hint="g", max=limit), add("core.clamp", u, hint="u", min=-limit, max=limit)
+    if beta:
+        u = add("core.add", u, add("core.constant", hint="beta", value=float(beta), dtype=u.type.dtype), hint="u")
+    return add("core.mul", _function(add, g, attributes), u, hint="h")
+
+
+def _function(add: Any, g: Value, attributes: dict[str, Any]) -> Value:
+    match attributes["act"]:
+        case "identity":
+            return g
+        case "silu":
+            return add("ort.quick_gelu", g, hint="a", alpha=float(attributes["alpha"]))
+        case "relu2":
+            positive = add("core.relu", g, hint="a")
+            return add("core.mul", positive, positive, hint="a")
+    kind, attrs = _ACTS[attributes["act"]]
+    return add(kind, g, hint="a", **attrs)

@@ -1,0 +1,125 @@
+"""From stage moe to stage kernel: what ONNX Runtime has as one op becomes that op, the rest stays as it is.
+
+Attention with its cache becomes GroupQueryAttention, routed experts become MoE or QMoE, quantized linears MatMulNBits.
+Each refusal has a reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ....compiler.errors import MoecError, Refuse
+from ....compiler.ir.module import Function, Module, Op, make_attrs
+from ....compiler.ir.storage import find_format
+from ....compiler.ops import OPS
+from ....compiler.rewrite.draft import Draft, Rewrite, rewrite_ops
+from .. import ops, ops_quantized
+from ..capabilities import ACCURACIES, FAST, Record, activation_variant, routing_variant, shipped, version_note
+from .attention import group_query_attention, plain_attention
+from .logits import keep_last_tokens
+from .mlp import gated_mlp
+from .quantized import interleave, lower_embedding, lower_experts, lower_experts_to_loop, lower_linear
+from .ranges import distinct, gate_sum, not_negative
+from .slices import join_slices
+
+assert ops and ops_quantized  # what ops are lowered to is declared there
+
+
+def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST, record: Record | None = None) -> Module:
+    """Return the module at stage kernel; `why` gets a note for each attention and MoE block left in plain ops.
+
+    `accuracy` is `fast` (activations beside quantized weights are rounded to int8) or `exact` (they stay f32). Only
+    what the record (by default the one that moec comes with) calls right is used.
+    """
+    from ..onnx.emit import check
+
+    if accuracy not in ACCURACIES:
+        raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
+    if module.stage == "kernel":
+        return module
+    notes = why if why is not None else []
+    record = record or shipped()
+    if note := version_note(record):
+        notes.append(f"note: {note}")
+    functions = tuple(_lower_function(f, accuracy, record, notes) for f in module.functions)
+    functions = tuple(keep_last_tokens(f) if f.name == "main" else f for f in functions)
+    result = replace(module, stage="kernel", functions=functions)
+    check(result)
+    return result
+
+
+def _lower_function(function: Function, accuracy: str, record: Record, notes: list[str]) -> Function:
+    blocks: dict[str, Rewrite] = {
+        "nn.cached_attention": partial(group_query_attention, record=record),
+        "nn.gated_mlp": gated_mlp,
+        "moe.experts": partial(_experts, accuracy=accuracy, record=record),
+    }
+    instead: dict[str, Rewrite] = {
+        "nn.cached_attention": plain_attention,
+        "moe.experts": partial(lower_experts_to_loop, record=record),
+    }
+    weights: dict[str, Rewrite] = {
+        "core.linear": partial(lower_linear, accuracy=accuracy, record=record),
+        "nn.block_linear": partial(lower_linear, accuracy=accuracy, record=record),
+        "nn.embedding": partial(lower_embedding, record=record),
+    }
+    function = rewrite_ops(Draft(function), {"moe.experts": _merge_choices}, "lower", notes)
+    function = rewrite_ops(Draft(function), blocks, "lower", notes, instead)
+    # blocks have become linears too: those on quantized weights come last
+    return join_slices(rewrite_ops(Draft(function), weights, "lower", notes))
+
+
+# --- routed experts --------------------------------------------------------------------------------------------
+
+
+def _merge_choices(draft: Draft, op: Op) -> Op:
+    """Return routed experts whose ids may be equal, as those of a table may, with ids that differ.
+
+    Equal ids become one with the sum of their gates; experts without weight fill the places that become free. MoE and
+    QMoE choose by scores, one for each expert, and could not tell two equal ids apart.
+    """
+    x, ids, gates, up = op.operands[:4]
+    assert x and ids and gates and up
+    if distinct(draft.function, ids) or not not_negative(draft.function, gates):
+        return op
+    tokens, chosen = ids.type.shape
+    none = draft.add(
+        "core.full", hint="no_gates", loc=op.loc, shape=(tokens, up.type.shape[0]), value=0.0, dtype=gates.type.dtype
+    )
+    merged = draft.add("core.scatter_add", none, ids, gates, hint="merged", loc=op.loc, axis=1)
+    hints = ("merged.gates", "merged.ids")
+    gates, ids = draft.add_all("core.topk", merged, hints=hints, loc=op.loc, k=int(chosen), axis=1)
+    return replace(op, operands=(x, ids, gates, *op.operands[3:]))
+
+
+def _experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
+    """Return routed experts as the op for their weights; Refuse says what it cannot do."""
+    up = op.operands[3]
+    assert up
+    return lower_experts(draft, op, accuracy, record) if find_format(up.type.dtype) else _moe(draft, op, record)
+
+
+def _moe(draft: Draft, op: Op, record: Record) -> Op:
+    """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
+    x, ids, gates, up, down, up_bias, down_bias = op.operands
+    assert x and ids and gates and up and down
+    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    if x.type.dtype != "f32":
+        raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")
+    if reason := record.refusal([activation_variant("MoE", attributes)]):
+        raise Refuse(reason)
+    positive = not_negative(draft.function, gates)
+    if reason := record.refusal([routing_variant("MoE", "zero weights" if positive else "negative weights")]):
+        raise Refuse(reason if positive else f"the weights {gates} may be negative, and {reason}", gates)
+    if not distinct(draft.function, ids):
+        raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)
+    if attributes["gated"] and attributes["layout"] == "concat":
+        up = interleave(draft, up)
+        up_bias = up_bias and interleave(draft, up_bias)
+    kept = {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
+    kept = {n: v for n, v in kept.items() if n in op.attributes}
+    if total := gate_sum(draft.function, gates):
+        kept["gate_sum"] = total
+    return Op("ort.moe", (x, ids, gates, up, down, up_bias, down_bias), op.results, make_attrs(kept), loc=op.loc)

@@ -1,0 +1,293 @@
+"""How the core ops are said in ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import sympy
+
+from ....compiler.ir.module import Op
+from .graph import CONTRIB, END, ONNX_TYPES, Context, Kernel
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(*names: str) -> Callable[[Kernel], Kernel]:
+    """Enter a function into KERNELS under the names of the ops that it emits."""
+
+    def enter(function: Kernel) -> Kernel:
+        KERNELS.update(dict.fromkeys(names, function))
+        return function
+
+    return enter
+
+
+# --- elementwise: ops that ONNX has under another name ---------------------------------------------------------
+
+_SAME: dict[str, str] = {
+    "core.add": "Add", "core.sub": "Sub", "core.mul": "Mul", "core.div": "Div", "core.pow": "Pow",
+    "core.maximum": "Max", "core.minimum": "Min", "core.matmul": "MatMul",
+    "core.eq": "Equal", "core.lt": "Less", "core.le": "LessOrEqual", "core.gt": "Greater", "core.ge": "GreaterOrEqual",
+    "core.logical_and": "And", "core.logical_or": "Or", "core.logical_not": "Not",
+    "core.neg": "Neg", "core.exp": "Exp", "core.log": "Log", "core.sqrt": "Sqrt", "core.sin": "Sin",
+    "core.cos": "Cos", "core.tanh": "Tanh",  "core.softplus": "Softplus",
+    "core.abs": "Abs", "core.erf": "Erf", "core.reciprocal": "Reciprocal",
+}  # fmt: skip
+
+
+@kernel(*_SAME)
+def same(ctx: Context, op: Op) -> None:
+    """Emit the one ONNX op of the same meaning."""
+    if op.name == "core.add" and op.inputs[0].type == op.inputs[1].type:
+        first, second = ctx.inputs(op)
+        ctx.graph.sums[ctx.value(op.results[0])] = first, second
+    ctx.finish(op, _SAME[op.name], *ctx.inputs(op))
+
+
+@kernel("core.ne")
+def not_equal(ctx: Context, op: Op) -> None:
+    """Emit not (x == y)."""
+    ctx.finish(op, "Not", ctx.node("Equal", *ctx.inputs(op)))
+
+
+@kernel("core.rsqrt")
+def rsqrt(ctx: Context, op: Op) -> None:
+    """Emit 1 / sqrt(x)."""
+    ctx.finish(op, "Reciprocal", ctx.node("Sqrt", *ctx.inputs(op)))
+
+
+@kernel("core.sigmoid")
+def sigmoid(ctx: Context, op: Op) -> None:
+    """Emit the sigmoid in the way that is right for small numbers too."""
+    (x,) = ctx.inputs(op)
+    ctx.alias(op.results[0], sigmoid_of(ctx, x, op.results[0].type.dtype))
+
+
+def sigmoid_of(ctx: Context, x: str, dtype: str) -> str:
+    """Add 1 / (1 + exp(-x)): ONNX Runtime's Sigmoid is right to 1e-7 only, which is wrong for a router's small scores."""
+    one = ctx.graph.constant(1, dtype)
+    return ctx.node("Reciprocal", ctx.node("Add", ctx.node("Exp", ctx.node("Neg", x)), one))
+
+
+@kernel("core.silu")
+def silu(ctx: Context, op: Op) -> None:
+    """Emit x sigmoid(x), for float32 as the one op that ONNX Runtime has."""
+    (x,) = ctx.inputs(op)
+    if op.results[0].type.dtype == "f32":
+        ctx.finish(op, "QuickGelu", x, domain=CONTRIB, alpha=1.0)
+    else:
+        ctx.finish(op, "Mul", x, ctx.node("Sigmoid", x))
+
+
+@kernel("ort.quick_gelu")
+def quick_gelu(ctx: Context, op: Op) -> None:
+    """Emit com.microsoft.QuickGelu."""
+    ctx.finish(op, "QuickGelu", *ctx.inputs(op), domain=CONTRIB, alpha=ctx.attributes(op)["alpha"])
+
+
+@kernel("core.relu", "core.floor")
+def float_only(ctx: Context, op: Op) -> None:
+    """Emit Relu or Floor; ONNX Runtime has them for floats only."""
+    (x,) = ctx.inputs(op)
+    if op.results[0].type.dtype in ("f32", "f64"):
+        ctx.finish(op, "Relu" if op.name == "core.relu" else "Floor", x)
+    elif op.name == "core.relu":
+        ctx.finish(op, "Max", x, ctx.graph.constant(0, op.results[0].type.dtype))
+    else:
+        ctx.finish(op, "Identity", x)
+
+
+@kernel("core.gelu")
+def gelu(ctx: Context, op: Op) -> None:
+    """Emit Gelu with erf or tanh."""
+    ctx.finish(op, "Gelu", *ctx.inputs(op), approximate=ctx.attributes(op)["approximate"])
+
+
+@kernel("core.clamp")
+def clamp(ctx: Context, op: Op) -> None:
+    """Emit Clip; a bound of inf is left out."""
+    dtype = op.results[0].type.dtype
+    attributes = ctx.attributes(op)
+    bounds = [float(attributes[name]) for name in ("min", "max")]
+    names = ["" if np.isinf(b) else ctx.graph.constant(b if dtype[0] == "f" else int(b), dtype) for b in bounds]
+    ctx.finish(op, "Clip", *ctx.inputs(op), *names)
+
+
+@kernel("core.where")
+def where(ctx: Context, op: Op) -> None:
+    """Emit Where; ONNX Runtime lacks it for truth values."""
+    condition, x, y = ctx.inputs(op)
+    if op.results[0].type.dtype == "bool":
+        ctx.finish(op, "Or", ctx.node("And", condition, x), ctx.node("And", ctx.node("Not", condition), y))
+    else:
+        ctx.finish(op, "Where", condition, x, y)
+
+
+@kernel("core.cast")
+def cast(ctx: Context, op: Op) -> None:
+    """Emit Cast."""
+    ctx.finish(op, "Cast", *ctx.inputs(op), to=ONNX_TYPES[str(op.attributes["to"])])
+
+
+# --- constants -------------------------------------------------------------------------------------------------
+
+
+@kernel("core.constant")
+def constant(ctx: Context, op: Op) -> None:
+    """Emit a scalar."""
+    ctx.finish(op, "Identity", ctx.graph.constant(op.attributes["value"], op.results[0].type.dtype))
+
+
+@kernel("core.iota")
+def iota(ctx: Context, op: Op) -> None:
+    """Emit Range."""
+    graph = ctx.graph
+    ctx.finish(op, "Range", graph.constant(0), graph.scalar(op.attributes["size"]), graph.constant(1))
+
+
+@kernel("core.full")
+def full(ctx: Context, op: Op) -> None:
+    """Emit a scalar expanded to the shape."""
+    type_ = op.results[0].type
+    ctx.finish(op, "Expand", ctx.graph.constant(op.attributes["value"], type_.dtype), ctx.graph.shape(type_.shape))
+
+
+# --- matrices --------------------------------------------------------------------------------------------------
+
+
+def linear(ctx: Context, x: str, w: str, b: str, outputs: list[str]) -> None:
+    """Add x wᵀ + b for a weight [out, in], read as it lies: a table tied to the embedding is stored once."""
+    if not b:
+        ctx.graph.node(ctx.label, "FusedMatMul", [x, w], outputs, ctx.doc, domain=CONTRIB, transB=1)
+    else:
+        product = ctx.node("FusedMatMul", x, w, domain=CONTRIB, transB=1)
+        ctx.graph.node(ctx.label, "Add", [product, b], outputs, ctx.doc)
+
+
+@kernel("core.linear")
+def core_linear(ctx: Context, op: Op) -> None:
+    """Emit Gemm for rank 2, else FusedMatMul and Add."""
+    x, w, b = ctx.inputs(op)
+    if len(op.results[0].type.shape) == 2:
+        ctx.finish(op, "Gemm", x, w, *([b] if b else []), transB=1)
+    else:
+        linear(ctx, x, w, b, [ctx.value(op.results[0])])
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------
+
+
+@kernel("core.reshape")
+def reshape(ctx: Context, op: Op) -> None:
+    """Emit Reshape."""
+    (source,) = op.inputs
+    ctx.alias(op.results[0], ctx.reshape(ctx.value(source), source.type.shape, op.results[0].type.shape))
+
+
+@kernel("core.transpose")
+def transpose(ctx: Context, op: Op) -> None:
+    """Emit Transpose."""
+    ctx.finish(op, "Transpose", *ctx.inputs(op), perm=list(op.attributes["perm"]))  # type: ignore[arg-type]
+
+
+@kernel("core.expand")
+def expand(ctx: Context, op: Op) -> None:
+    """Emit Expand; axes that keep their size need not be computed."""
+    (source,) = op.inputs
+    target = op.results[0].type.shape
+    given = (sympy.Integer(1),) * (len(target) - len(source.type.shape)) + source.type.shape
+    wanted = [1 if a == b else b for a, b in zip(given, target, strict=True)]
+    ctx.finish(op, "Expand", ctx.value(source), ctx.graph.shape(wanted))
+
+
+@kernel("core.slice")
+def slice_(ctx: Context, op: Op) -> None:
+    """Emit Slice."""
+    attributes = ctx.attributes(op)
+    axis, step = attributes["axis"], attributes["step"]
+    (source,) = op.inputs
+    stop = END if attributes["stop"] == source.type.shape[axis] else attributes["stop"]
+    bounds = [ctx.graph.size(attributes["start"]), ctx.graph.size(stop)]
+    ctx.finish(op, "Slice", ctx.value(source), *bounds, ctx.graph.constant([axis]), ctx.graph.constant([step]))
+
+
+@kernel("ort.split")
+def split(ctx: Context, op: Op) -> None:
+    """Emit Split."""
+    sizes = ctx.graph.constant(list(op.attributes["sizes"]))  # type: ignore[arg-type]
+    ctx.finish(op, "Split", *ctx.inputs(op), sizes, axis=op.attributes["axis"])
+
+
+@kernel("core.concat", "nn.cache_append")
+def concat(ctx: Context, op: Op) -> None:
+    """Emit Concat."""
+    ctx.finish(op, "Concat", *ctx.inputs(op), axis=op.attributes["axis"])
+
+
+# --- reductions ------------------------------------------------------------------------------------------------
+
+
+@kernel("core.sum", "core.mean", "core.amax")
+def reduce(ctx: Context, op: Op) -> None:
+    """Emit a reduction."""
+    kind = {"core.sum": "ReduceSum", "core.mean": "ReduceMean", "core.amax": "ReduceMax"}[op.name]
+    axes = ctx.graph.constant(list(op.attributes["axes"]))  # type: ignore[arg-type]
+    ctx.finish(op, kind, *ctx.inputs(op), axes, keepdims=int(ctx.attributes(op)["keepdim"]))
+
+
+@kernel("core.softmax")
+def softmax(ctx: Context, op: Op) -> None:
+    """Emit Softmax."""
+    ctx.finish(op, "Softmax", *ctx.inputs(op), axis=op.attributes["axis"])
+
+
+@kernel("core.cumsum")
+def cumsum(ctx: Context, op: Op) -> None:
+    """Emit CumSum."""
+    ctx.finish(op, "CumSum", *ctx.inputs(op), ctx.graph.constant(op.attributes["axis"]))
+
+
+@kernel("core.topk")
+def topk(ctx: Context, op: Op) -> None:
+    """Emit TopK; of equal elements ONNX Runtime takes those with the lowest indices."""
+    k = ctx.graph.constant([op.attributes["k"]])
+    ctx.finish(op, "TopK", *ctx.inputs(op), k, axis=op.attributes["axis"], largest=1, sorted=1)
+
+
+@kernel("core.argsort")
+def argsort(ctx: Context, op: Op) -> None:
+    """Emit TopK over the whole axis; it is stable in ONNX Runtime."""
+    axis: Any = op.attributes["axis"]
+    largest = int(ctx.attributes(op)["descending"])
+    inputs = [*ctx.inputs(op), ctx.graph.size(op.results[0].type.shape[axis])]
+    outputs = [ctx.graph.fresh(f"{ctx.label}/sorted"), ctx.value(op.results[0])]
+    ctx.graph.node(ctx.label, "TopK", inputs, outputs, ctx.doc, axis=axis, largest=largest, sorted=1)
+
+
+# --- indexing --------------------------------------------------------------------------------------------------
+
+
+@kernel("core.gather")
+def gather(ctx: Context, op: Op) -> None:
+    """Emit GatherElements."""
+    ctx.finish(op, "GatherElements", *ctx.inputs(op), axis=op.attributes["axis"])
+
+
+@kernel("core.scatter")
+def scatter(ctx: Context, op: Op) -> None:
+    """Emit ScatterElements."""
+    ctx.finish(op, "ScatterElements", *ctx.inputs(op), axis=op.attributes["axis"])
+
+
+@kernel("core.scatter_add")
+def scatter_add(ctx: Context, op: Op) -> None:
+    """Emit ScatterElements that adds."""
+    ctx.finish(op, "ScatterElements", *ctx.inputs(op), axis=op.attributes["axis"], reduction="add")
+
+
+@kernel("core.take")
+def take(ctx: Context, op: Op) -> None:
+    """Emit Gather."""
+    ctx.finish(op, "Gather", *ctx.inputs(op), axis=op.attributes["axis"])

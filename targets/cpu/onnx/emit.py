@@ -1,0 +1,210 @@
+"""Write a module of stage kernel as model.onnx and model.onnx.data.
+
+Calls are inlined: a layer's function is emitted once for each call, its names behind the prefix `layer.3/`. Weights
+go from the source to the data file a tile at a time; small ones stand in the model. The same module and weights give
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from onnx import ModelProto, ValueInfoProto, helper
+
+from .... import __version__
+from ....compiler.artifact.atomic import write_error
+from ....compiler.errors import MoecError
+from ....compiler.ir.dims import size_text
+from ....compiler.ir.module import Function, Module, Op, Value, bindings
+from ....compiler.ir.recipes import Recipe, bind
+from ....compiler.weights.pull import pull
+from ....compiler.weights.quantized import is_part
+from ....compiler.weights.sink import TILE_BYTES, DataFile
+from ....compiler.weights.sources.source import WeightSource
+from .. import ops, ops_quantized
+from ..lower.logits import LOGITS
+from . import attention as onnx_attention
+from . import compressed as onnx_compressed
+from . import core as onnx_core
+from . import dispatch as onnx_dispatch
+from . import moe as onnx_moe
+from . import nn as onnx_nn
+from . import quantized as onnx_quantized
+from . import recurrent as onnx_recurrent
+from . import route as onnx_route
+from .genai import write_genai_config
+from .graph import CONTRIB, ONNX_TYPES, Context, Graph, Kernel
+
+KERNELS: dict[str, Kernel] = {
+    **onnx_core.KERNELS, **onnx_nn.KERNELS, **onnx_attention.KERNELS, **onnx_moe.KERNELS, **onnx_dispatch.KERNELS,
+    **onnx_quantized.KERNELS, **onnx_route.KERNELS, **onnx_compressed.KERNELS, **onnx_recurrent.KERNELS,
+}  # fmt: skip
+
+assert ops and ops_quantized  # what is emitted is declared there
+MODEL, DATA = "model.onnx", "model.onnx.data"
+OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23
+INLINE_BYTES = 1024  # smaller weights stand in the model file
+_LARGEST_PROTO = (1 << 31) - 1
+_DTYPES = {"bool", "u8", "i8", "i32", "i64", "f32", "f64"}  # what the CPU's kernels compute with
+
+
+def supported(op: Op) -> str | None:
+    """Return None if the target runs the op, else why not, with the ops that come near."""
+    if op.name == "call":
+        return None
+    if op.name not in KERNELS:
+        near = difflib.get_close_matches(op.name, KERNELS, n=3, cutoff=0.5)
+        near = near or sorted(n for n in KERNELS if n.split(".")[0] == op.name.split(".")[0])
+        return f"the target cpu has no kernel for {op.name}; it has {', '.join(near or sorted(KERNELS))}"
+    if op.name == "core.cast":
+        return None
+    strange = sorted({v.type.dtype for v in (*op.inputs, *op.results)} - _DTYPES)
+    if strange:
+        return f"the kernel of {op.name} does not take {', '.join(strange)}; it takes {', '.join(sorted(_DTYPES))}"
+    return None
+
+
+def check(module: Module) -> None:
+    """Raise MoecError at the first op that the target does not run."""
+    for function in module.functions:
+        for op in function.ops:
+            if reason := supported(op):
+                place = f"%{op.results[0].name} in @{function.name}" if op.results else f"@{function.name}"
+                raise MoecError(reason, where=place, model=", ".join(op.loc))
+
+
+def emit(
+    module: Module,
+    source: WeightSource,
+    folder: Path,
+    tile_bytes: int = TILE_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Write model.onnx, model.onnx.data and genai_config.json (where GenAI can run it) into a folder.
+
+    Returns the sha256 of the first two by name.
+
+    `progress` is told the bytes of weights written so far. Raises MoecError for an op without a kernel, for weights
+    that cannot be read and for a full disk. There is no data file when no weight is large.
+    """
+    check(module)
+    main = module.main
+    graph = Graph(main.params, module.dims)
+    for value in (*main.params, *main.results):
+        graph.fresh(value.name)
+    with DataFile(folder / DATA, tile_bytes, progress) as data:
+        writer = _Writer(module, graph, source, data)
+        writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
+    graph.prune([r.name for r in main.results])
+    model = _model(module, graph)
+    files = {MODEL: _write(folder / MODEL, model)}
+    if data.size:
+        files[DATA] = data.sha256
+    else:
+        (folder / DATA).unlink()
+    write_genai_config(module, folder)
+    return files
+
+
+@dataclass
+class _Writer:
+    """Inlines functions into a graph and puts their weights into the data file."""
+
+    module: Module
+    graph: Graph
+    source: WeightSource
+    data: DataFile
+    weights: dict[Recipe, str] = field(default_factory=dict)  # bound recipe -> initializer
+
+    def inline(
+        self, function: Function, inputs: Sequence[str], outputs: Sequence[str], prefix: str, bound: Mapping[str, str]
+    ) -> None:
+        """Emit a function's ops; `inputs` and `outputs` are the ONNX names of its parameters and results."""
+        names = {p.name: name for p, name in zip(function.params, inputs, strict=True)}
+        for const in function.consts:
+            if const.value.name in function.uses:
+                recipe = bind(const.recipe, function.weights, bound)
+                names[const.value.name] = self.weight(recipe, prefix + const.value.name)
+        wanted: dict[str, str] = {}
+        for value, name in zip(function.results, outputs, strict=True):
+            wanted.setdefault(value.name, name)
+        for op in function.ops:
+            for value in op.results:
+                names[value.name] = wanted.get(value.name) or self.graph.fresh(prefix + value.name)
+            if op.callee:
+                self.call(op, names, prefix, bound)
+            else:
+                label = prefix + (op.results[0].name if op.results else op.name)
+                KERNELS[op.name](Context(self.graph, names, label, _place(op, bound)), op)
+        for value, name in zip(function.results, outputs, strict=True):
+            if names[value.name] != name:  # a parameter, a weight, or a value that is returned twice
+                self.graph.node(name, "Identity", [names[value.name]], [name])
+
+    def call(self, op: Op, names: Mapping[str, str], prefix: str, bound: Mapping[str, str]) -> None:
+        """Emit the called function under a prefix made of what the call binds."""
+        inputs = [names[v.name] for v in op.inputs]
+        outputs = [names[v.name] for v in op.results]
+        label = ".".join(f"{name}.{value}" for name, value in bindings(op).items()) or op.callee
+        inner = self.graph.fresh(prefix + label) + "/"
+        self.inline(self.module.by_name[op.callee], inputs, outputs, inner, {**bound, **bindings(op)})
+
+    def weight(self, recipe: Recipe, name: str) -> str:
+        """Return the initializer of a bound recipe, written at its first use."""
+        if recipe not in self.weights:
+            self.weights[recipe] = self._weight(recipe, name)
+        return self.weights[recipe]
+
+    def _weight(self, recipe: Recipe, name: str) -> str:
+        type_ = recipe.type
+        # the parts of a quantized weight come from one pass over it, large or small
+        if int(type_.bytes) >= INLINE_BYTES or is_part(recipe):
+            offset, length = self.data.append(recipe, self.source)
+            return self.graph.external(name, type_, DATA, offset, length)
+        raw = pull(recipe, self.source).reshape(-1).view(torch.uint8).numpy().tobytes()
+        return self.graph.initializer(name, type_.dtype, type_.sizes, raw)
+
+
+def _place(op: Op, bound: Mapping[str, str]) -> str:
+    place = ", ".join(op.loc)
+    for name, value in bound.items():
+        place = place.replace("{" + name + "}", value)
+    return place
+
+
+def _model(module: Module, graph: Graph) -> ModelProto:
+    inputs, outputs = ([_info(v) for v in values] for values in (module.main.params, module.main.results))
+    if graph.optional_inputs:  # then the logits may have fewer tokens than the input
+        inputs += graph.optional_inputs
+        outputs = [_info(v, kept=v.name == LOGITS) for v in module.main.results]
+    whole = helper.make_graph(graph.nodes, "main", inputs, outputs, list(graph.initializers.values()))
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+    return helper.make_model(
+        whole, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moec", producer_version=__version__
+    )
+
+
+def _info(value: Value, kept: bool = False) -> ValueInfoProto:
+    shape = [int(s) if s.is_Integer else size_text(s) for s in value.type.shape]
+    if kept:
+        shape[1] = "kept"
+    return helper.make_tensor_value_info(value.name, ONNX_TYPES[value.type.dtype], shape)
+
+
+def _write(path: Path, model: ModelProto) -> str:
+    size = model.ByteSize()
+    if size > _LARGEST_PROTO:
+        raise MoecError(f"{path.name} would have {size} bytes; a protobuf message ends at 2 GB", str(path))
+    raw = model.SerializeToString(deterministic=True)
+    try:
+        path.write_bytes(raw)
+    except OSError as error:
+        raise write_error(error, path) from error
+    return hashlib.sha256(raw).hexdigest()
+
+
+__all__ = ["KERNELS", "check", "emit", "supported"]

@@ -1,0 +1,117 @@
+"""How ops on quantized weights are said in ONNX: QMoE, MatMulNBits, GatherBlockQuantized of com.microsoft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ....compiler.ir.dims import size
+from ....compiler.ir.module import Op
+from .graph import CONTRIB, Context, Kernel
+from .moe import activation_options, expert_loop
+
+
+def matmul_nbits(ctx: Context, op: Op) -> None:
+    """Emit MatMulNBits; it wants the codes as [N, groups, bytes of a group] and no second axis of the others."""
+    x, codes, scales, zeros, bias = ctx.inputs(op)
+    a = ctx.attributes(op)
+    out, groups = (int(s) for s in op.operands[2].type.shape)  # type: ignore[union-attr]
+    codes = ctx.graph.with_sizes(codes, [out, groups, a["group"] * a["bits"] // 8])
+    inputs = [x, codes, scales, zeros, "", bias]
+    while not inputs[-1]:
+        inputs.pop()
+    ctx.finish(op, "MatMulNBits", *inputs, **_product_options(a, out, groups))
+
+
+def block_matmul_nbits(ctx: Context, op: Op) -> None:
+    """Emit a MatMulNBits for each block, on its rows of the codes as they lie in the data file."""
+    x, *parts = ctx.inputs(op)
+    a, graph = ctx.attributes(op), ctx.graph
+    batch, new, blocks, width = op.inputs[0].type.shape
+    rows, groups = (int(s) for s in op.operands[2].type.shape)  # type: ignore[union-attr]
+    count, each = int(blocks), rows // int(blocks)
+    flat = ctx.reshape(x, (batch, new, blocks, width), (batch * new, blocks, width))
+    by_block = ctx.nodes("Split", flat, outputs=count, axis=1, num_outputs=count) if count > 1 else [flat]
+    products = []
+    for i, block in enumerate(by_block):
+        codes, scales, *zeros = (graph.rows_of(part, i, count) for part in parts if part)
+        codes = graph.with_sizes(codes, [each, groups, a["group"] * a["bits"] // 8])
+        products.append(ctx.node("MatMulNBits", block, codes, scales, *zeros, **_product_options(a, each, groups)))
+    joined = ctx.node("Concat", *products, axis=1) if count > 1 else products[0]
+    ctx.alias(op.results[0], ctx.reshape(joined, (batch * new, blocks, size(each)), (batch, new, size(rows))))
+
+
+def _product_options(a: dict[str, Any], rows: int, groups: int) -> dict[str, Any]:
+    return {
+        "domain": CONTRIB, "K": groups * a["group"], "N": rows, "bits": a["bits"], "block_size": a["group"],
+        "accuracy_level": a["accuracy"],
+    }  # fmt: skip
+
+
+def gather_nbits(ctx: Context, op: Op) -> None:
+    """Emit GatherBlockQuantized of rows."""
+    ids, codes, scales, zeros = ctx.inputs(op)
+    ctx.finish(op, "GatherBlockQuantized", *_lookup(codes, ids, scales, zeros), **_lookup_options(ctx, op, axis=1))
+
+
+def _lookup(codes: str, ids: str, scales: str, zeros: str) -> list[str]:
+    return [codes, ids, scales, *([zeros] if zeros else [])]
+
+
+def _lookup_options(ctx: Context, op: Op, axis: int) -> dict[str, Any]:
+    a = ctx.attributes(op)
+    return {
+        "domain": CONTRIB, "bits": a["bits"], "block_size": a["group"], "gather_axis": 0, "quantize_axis": axis,
+    }  # fmt: skip
+
+
+def qmoe(ctx: Context, op: Op) -> None:
+    """Emit QMoE; scores that choose are its input 1, weights of the chosen its input 14."""
+    x, choice, mixing, up, up_scales, up_zeros, up_bias, down, down_scales, down_zeros, down_bias = ctx.inputs(op)
+    a = ctx.attributes(op)
+    inputs = [
+        x,
+        choice,
+        up,
+        up_scales,
+        up_bias,
+        down,
+        down_scales,
+        down_bias,
+        "",
+        "",
+        "",
+        up_zeros,
+        down_zeros,
+        "",
+        mixing,
+    ]
+    while not inputs[-1]:
+        inputs.pop()
+    # without weights of its own the op mixes by the softmax of the chosen, whatever normalize_routing_weights says
+    ctx.finish(
+        op, "QMoE", *inputs, domain=CONTRIB, k=a["k"], expert_weight_bits=a["bits"], block_size=a["group"],
+        accuracy_level=a["accuracy"], normalize_routing_weights=0 if mixing else 1, **activation_options(a),
+    )  # fmt: skip
+
+
+def experts_nbits(ctx: Context, op: Op) -> None:
+    """Emit the Loop over the experts that were chosen, each with its weights dequantized."""
+    names = ctx.inputs(op)
+    options = _lookup_options(ctx, op, axis=2)
+
+    def weight(part: int, expert: str) -> str:
+        codes, scales, zeros = names[part : part + 3]
+        one = ctx.node("Unsqueeze", expert, ctx.graph.constant([0]))
+        numbers = ctx.node("GatherBlockQuantized", *_lookup(codes, one, scales, zeros), **options)
+        return ctx.node("Squeeze", numbers, ctx.graph.constant([0]))
+
+    expert_loop(ctx, op, up=lambda e: weight(3, e), down=lambda e: weight(7, e), biases=(names[6], names[10]))
+
+
+KERNELS: dict[str, Kernel] = {
+    "ort.matmul_nbits": matmul_nbits,
+    "ort.block_matmul_nbits": block_matmul_nbits,
+    "ort.gather_nbits": gather_nbits,
+    "ort.qmoe": qmoe,
+    "ort.experts_nbits": experts_nbits,
+}

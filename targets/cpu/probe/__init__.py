@@ -1,0 +1,1 @@
+"""Tries what the installed ONNX Runtime runs right, and how fast."""

@@ -1,0 +1,1 @@
+"""Runs an artifact in ONNX Runtime: the session, its caches, another accuracy for a finished model."""
