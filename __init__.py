@@ -7,12 +7,12 @@ This file is a thin face: the names below are imported from where they live on f
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .compiler.version import __version__
 
 if TYPE_CHECKING:
-    from .compiler.artifact import Artifact
     from .compiler.driver import compile, load, opt, verify
     from .compiler.errors import MoecError
+    from .compiler.runtime.artifact import Artifact
 
 __all__ = ["Artifact", "MoecError", "__version__", "compile", "load", "opt", "verify"]
 
@@ -21,7 +21,7 @@ _HOMES = {
     "load": ".compiler.driver",
     "opt": ".compiler.driver",
     "verify": ".compiler.driver",
-    "Artifact": ".compiler.artifact",
+    "Artifact": ".compiler.runtime.artifact",
     "MoecError": ".compiler.errors",
 }
 

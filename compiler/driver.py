@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
 from . import frontends
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
-from .cli.report import left_out_of, per_token
 from .cost.count import module_costs
+from .cost.report import left_out_of, per_token
 from .errors import MoecError
 from .frontends import Loaded
 from .ir.fragments import parse_pipeline
@@ -23,6 +22,7 @@ from .ir.module import STAGES, Module
 from .quantize.options import (  # fmt: skip
     AUTO,
     KEEP,
+    PASS,
     Spec,
     is_from_codes,
     is_lossy,
@@ -39,6 +39,7 @@ from .rewrite.rules import Why, tell
 from .rewrite.unfused import unfused
 from .runtime.artifact import Artifact, record_figures
 from .text.printer import print_module
+from .version import __version__
 from .weights.sink import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def compile(
     elif quantize is not None:
         spec = Spec.parse(quantize)
         _need_weights(loaded, wanted=spec.plan == AUTO)
-        plan = find_plan(spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), chosen, calibration)
+        plan = find_plan(
+            spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), PASSES[PASS], chosen, calibration
+        )
         planned = {} if plan is None else {"layers": plan.layers(), "method": plan.method}
         text = with_quantize(text, {**planned, **spec.options})
     if budget is not None and (keep == KEEP or quantize is None):

@@ -1,6 +1,10 @@
 """The one exception: what, where in the IR, where in the model, what to do."""
 
+import errno
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -44,3 +48,23 @@ class Refuse(Exception):
 def caret(line: str, column: int, width: int = 1) -> str:
     """Return `line` with a caret line under `column` (1-based), both behind a bar."""
     return f"|   {line}\n|   {' ' * (column - 1)}{'^' * max(1, width)}"
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def write_error(error: OSError, path: Path) -> MoecError:
+    """Return the one message for a failed write to `path`."""
+    if error.errno in _FULL:
+        todo = f"free some space, or write to another disk (free there: {_free(path)})"
+        return MoecError(f"no space left on the device while writing {path.name}", str(path), todo=todo)
+    if error.errno == errno.EFBIG:
+        todo = "raise the limit on file sizes (ulimit -f), or write to a file system that allows larger files"
+        return MoecError(f"{path.name} grew larger than a file may be here", str(path), todo=todo)
+    return MoecError(f"cannot write {path.name}: {error.strerror}", str(path), todo="choose another place to write to")
+
+
+def _free(path: Path) -> str:
+    with suppress(OSError):
+        return f"{shutil.disk_usage(path.parent).free / 1e9:.1f} GB"
+    return "unknown"

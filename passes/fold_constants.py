@@ -11,8 +11,9 @@ import sympy
 
 from ..compiler.check.interpret import run_op
 from ..compiler.ir.dims import size
-from ..compiler.ir.module import Const, Function, Module, Op, Value, attr_key, make_attrs
+from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import step
+from ..compiler.ir.types import attr_key, make_attrs
 from ..compiler.rewrite.pipeline import pass_
 from ..compiler.rewrite.roles import weight_operands
 from ..compiler.rewrite.sweep import Sweep

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compiler.errors import Refuse
-from ..compiler.ir.module import Function, Module, Op, TensorType, Value, make_attrs
+from ..compiler.ir.module import Function, Module, Op, Value
+from ..compiler.ir.types import TensorType, make_attrs
 from ..compiler.ops import OPS
 from ..compiler.rewrite.draft import Draft, join, rewrite_ops
 from ..compiler.rewrite.pipeline import pass_

@@ -8,9 +8,8 @@ from typing import Any
 
 from ..compiler.formats.codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
 from ..compiler.ir.module import Const, Function, Module, Op, Value
-from ..compiler.ir.recipes import Recipe, step
+from ..compiler.ir.recipes import Recipe, step, steps_of
 from ..compiler.ir.storage import GROUPS, Format, format_of
-from ..compiler.quantize.options import steps_of
 from ..compiler.rewrite.pipeline import pass_
 from ..compiler.rewrite.roles import weight_roles
 from ..compiler.rewrite.rules import Why, tell

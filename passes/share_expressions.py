@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..compiler.ir.module import Const, Function, Module, Op, attr_key
+from ..compiler.ir.module import Const, Function, Module, Op
+from ..compiler.ir.types import attr_key
 from ..compiler.rewrite.pipeline import pass_
 from ..compiler.rewrite.sweep import Sweep
 

@@ -13,7 +13,7 @@ from moec.compiler.cost.count import op_flops
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.dims import evaluate
-from moec.compiler.quantize.options import method_of
+from moec.compiler.ir.quantize_step import method_of
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.rewrite.roles import weight_roles
 from moec.compiler.text.parser import parse_pipeline

@@ -65,7 +65,7 @@ def test_the_artifact_is_whole(artifact):
     assert manifest["target"] == "nvidia-h200" and manifest["lossy"]
     assert "mxfp4" in manifest["precision"]["layer"] and len(manifest["states"]) == 8
     data = json.loads((artifact.folder / "kernels.json").read_text())
-    jsonschema.validate(data, json.loads((ROOT / "targets/accelerator/kernels.schema.json").read_text()))
+    jsonschema.validate(data, json.loads((ROOT / "targets/accelerator/artifact/kernels.schema.json").read_text()))
     for kernel in data["kernels"]:
         compile((artifact.folder / kernel["source"]).read_text(), kernel["source"], "exec")
     weights = {}

@@ -8,8 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.ir.module import Const, Function, Module, Op, TensorType, Value
+from moec.compiler.ir.module import Const, Function, Module, Op, Value
 from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource
 from moec.targets.accelerator.artifact.shards import find_shards, write_shards

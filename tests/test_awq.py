@@ -7,8 +7,8 @@ from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
 from moec.compiler.formats.encode import decode, encode
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import FITTED, Tensor, step, tensors
+from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.awq_scales import fold
 from moec.compiler.quantize.calibrate import calibrate, main_inputs
 from moec.compiler.weights.awq import _search, fit

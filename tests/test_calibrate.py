@@ -9,9 +9,9 @@ from moec.compiler.driver import find_target, opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.module import walk_calls
+from moec.compiler.ir.quantize_step import weight_of
 from moec.compiler.ir.recipes import bind
 from moec.compiler.quantize.calibrate import CalibrationText, _Recorder, calibrate, main_inputs, windows_of
-from moec.compiler.quantize.options import weight_of
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.calibrated import Calibrated
 from moec.compiler.weights.sources.source import ModuleSource

@@ -8,9 +8,10 @@ import torch
 from moec.compiler import frontends
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir.module import Const, TensorType
+from moec.compiler.ir.module import Const
 from moec.compiler.ir.recipes import Literal, Step, step
 from moec.compiler.ir.storage import FORMAT_NAMES, GROUPS, find_format
+from moec.compiler.ir.types import TensorType
 from moec.compiler.rewrite.pipeline import pass_, run_pipeline
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights import quantized as evaluated

@@ -6,10 +6,10 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.dtypes import DTYPE_NAMES
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.quantized import encode_rows
+from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.source import ModuleSource, cut
 
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from moec.compiler.cli.report import bytes_text, count_text, flops_text, inspect, ranges
+from moec.compiler.cli.report import inspect, ranges
 from moec.compiler.cost.count import Costs, module_costs
+from moec.compiler.cost.report import bytes_text, count_text, flops_text
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Module, Op
 from moec.compiler.ops import OPS

@@ -16,8 +16,9 @@ import pytest
 import torch
 from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
-from moec.compiler.ir.module import Function, Module, Op, TensorType, Value
+from moec.compiler.ir.module import Function, Module, Op, Value
 from moec.compiler.ir.recipes import Recipe, Tensor, step
+from moec.compiler.ir.types import TensorType
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module

@@ -15,7 +15,8 @@ import test_cpu_quantized
 import torch
 from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.ir.dims import dim, floordiv, size
-from moec.compiler.ir.module import Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.module import Dim, Function, Module, Op, Value
+from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.ops.compressed import pending_tokens
 from moec.compiler.weights.sources.source import RandomSource

@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from moec.compiler.ir.dims import dim
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.storage import format_of
+from moec.compiler.ir.types import TensorType
 from moec.targets.cpu.onnx.emit import MODEL
 from moec.targets.cpu.probe.cases import quantized, refer, write
 from moec.targets.cpu.probe.probe import INT8_MOST

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.encode import decode, encode, pack, unpack
 from moec.compiler.ir.code_steps import ELEMENTS
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import PARTS, Step, Tensor, step
 from moec.compiler.ir.storage import GROUPS, Format, format_of
-from moec.compiler.weights.pull import pull, tiles
+from moec.compiler.ir.types import TensorType
+from moec.compiler.weights.pull import pull
 from moec.compiler.weights.quantized import part_names
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.source import ModuleSource
+from moec.compiler.weights.tiles import tiles
 
 INTEGERS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in GROUPS for sign in ("", "u")]
 FORMATS = [*INTEGERS, "mxfp4", "nvfp4", "fp8_b128"]

@@ -11,8 +11,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.gguf.model import dequantized, gguf_name
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import Tensor
+from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.gguf import open_gguf
 from moec.compiler.weights.sources.source import ModuleSource

@@ -5,12 +5,12 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.encode import decode, encode
 from moec.compiler.formats.gptq import gptq, inverse_factor
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.storage import format_of
+from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.calibrated import Calibrated, Inputs, uncalibrated
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.quantized import encode_rows
+from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.source import ModuleSource
 
 FORMATS = ("uint4_g32", "int4_g64", "uint2_g16", "int8_g64", "uint4_g256")

@@ -204,8 +204,8 @@ def test_the_command_says_what_was_kept(tmp_path):
 
 def test_experts_interleave_as_codes():
     """Rows of gate and up in turn, for codes, scales and zero points alike."""
-    from moec.compiler.ir.module import TensorType
     from moec.compiler.ir.recipes import Tensor
+    from moec.compiler.ir.types import TensorType
     from moec.compiler.weights.sources.source import ModuleSource
     from moec.targets.cpu.lower.quantized import interleaved
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from moec.compiler.ir.module import Const, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.module import Const, Function, Module, Op, Value
 from moec.compiler.ir.recipes import Literal, step
+from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull

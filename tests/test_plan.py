@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from moec.compiler.cli import commands as cli
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import Tensor
+from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.allocate import Weight, choose
 from moec.compiler.quantize.plan import Budget, Entry, Plan, Unit, parse_layers, read_plan, spell_layers
 from moec.compiler.text.parser import parse_module

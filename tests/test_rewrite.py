@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from moec.compiler.check.compare import compare_modules
 from moec.compiler.errors import MoecError, Refuse
-from moec.compiler.ir.module import Module, TensorType
+from moec.compiler.ir.module import Module
 from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.types import TensorType
 from moec.compiler.ops.verify import verify
 from moec.compiler.rewrite.draft import join
 from moec.compiler.rewrite.rules import Note, apply, rule

@@ -18,7 +18,8 @@ from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.driver import find_target, opt
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dims import dim
-from moec.compiler.ir.module import Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.module import Dim, Function, Module, Op, Value
+from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.sources.source import RandomSource

@@ -20,8 +20,9 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.transformers.layers import BATCH, NEW
 from moec.compiler.frontends.transformers.model import _type_of
 from moec.compiler.ir.dtypes import DTYPE_NAMES
-from moec.compiler.ir.module import Dim, Module, TensorType
+from moec.compiler.ir.module import Dim, Module
 from moec.compiler.ir.recipes import Tensor
+from moec.compiler.ir.types import TensorType
 from tiny_models import INSTALLED, random_model
 
 ALWAYS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")  # the others belong to the long matrix

@@ -18,7 +18,7 @@ from moec.targets.accelerator.tile.tiles import Program, footprint
 from test_search import check_fits, profile_of
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = json.loads((ROOT / "targets/accelerator/kernels.schema.json").read_text())
+SCHEMA = json.loads((ROOT / "targets/accelerator/artifact/kernels.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from moec.compiler.errors import MoecError
 from moec.compiler.formats.codes import packed, take_apart
 from moec.compiler.frontends.stored.layouts import Stored, gptq
 from moec.compiler.frontends.stored.stored import read_quantization, stored_tensors
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.storage import format_of
+from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.quantized import encode_rows
+from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import RandomSource, cut
 from safetensors.torch import save_file

@@ -10,8 +10,9 @@ import pytest
 import sympy
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dims import dim
-from moec.compiler.ir.module import Op, TensorType, Value
+from moec.compiler.ir.module import Op, Value
 from moec.compiler.ir.recipes import Literal, Tensor, step
+from moec.compiler.ir.types import TensorType
 from moec.compiler.text.parser import (
     Operand,
     PatternOp,

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dims import ceildiv, dim, floordiv, size, size_text
-from moec.compiler.ir.module import Const, Dim, Function, Module, Op, TensorType, Value, make_attrs
+from moec.compiler.ir.module import Const, Dim, Function, Module, Op, Value
 from moec.compiler.ir.recipes import Literal, Tensor, step
+from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module, parse_pipeline, parse_signature, parse_size, parse_statements
 from moec.compiler.text.printer import print_module

@@ -4,8 +4,8 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.recipe_tensor import RecipeTensor
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import Tensor
+from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.source import ModuleSource
 

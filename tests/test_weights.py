@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import Tensor
+from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import INDEX, open_checkpoint
 from moec.compiler.weights.sources.safetensors_header import DTYPES

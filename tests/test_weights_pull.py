@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from moec.compiler.ir.module import TensorType
 from moec.compiler.ir.recipes import SPREADING, STEPS, Literal, Recipe, Tensor, bind, spread, step
-from moec.compiler.weights.pull import EVALUATE, pull, tiles
+from moec.compiler.ir.types import TensorType
+from moec.compiler.weights.pull import EVALUATE, pull
 from moec.compiler.weights.quantized import QUANTIZED
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
+from moec.compiler.weights.tiles import tiles
 from safetensors.torch import save_file
 
 

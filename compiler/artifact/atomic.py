@@ -20,12 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import MoecError
+from ..errors import _FULL, MoecError, write_error
 
 MARK = "moec.json"  # the file that makes a folder an artifact
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
@@ -73,23 +72,6 @@ def recover(final: Path) -> None:
                 path.rename(final)
             else:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def write_error(error: OSError, path: Path) -> MoecError:
-    """Return the one message for a failed write to `path`."""
-    if error.errno in _FULL:
-        todo = f"free some space, or write to another disk (free there: {_free(path)})"
-        return MoecError(f"no space left on the device while writing {path.name}", str(path), todo=todo)
-    if error.errno == errno.EFBIG:
-        todo = "raise the limit on file sizes (ulimit -f), or write to a file system that allows larger files"
-        return MoecError(f"{path.name} grew larger than a file may be here", str(path), todo=todo)
-    return MoecError(f"cannot write {path.name}: {error.strerror}", str(path), todo="choose another place to write to")
-
-
-def _free(path: Path) -> str:
-    with suppress(OSError):
-        return f"{shutil.disk_usage(path.parent).free / 1e9:.1f} GB"
-    return "unknown"
 
 
 def _beside(final: Path, kind: str) -> Path:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MoecError
-from .atomic import write_error
+from ..errors import MoecError, write_error
 from .json_files import Shape, misfit, no_constant, read_json
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import MoecError
-from ..ir.module import Function, Module, expand_range, walk_calls
-from ..ir.recipes import Recipe, bind, tensors
-from ..quantize.options import steps_of
+from ..ir.module import Function, Module, walk_calls
+from ..ir.recipes import Recipe, bind, steps_of, tensors
+from ..ir.types import expand_range
 from ..weights.calibrated import uncalibrated
 from ..weights.pull import pull
 from ..weights.sources.source import RandomSource

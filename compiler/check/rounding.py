@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import MoecError
-from ..ir.module import Function, Module, Op, TensorType, walk_calls
+from ..ir.module import Function, Module, Op, walk_calls
 from ..ir.narrow import is_narrowing
-from ..ir.recipes import FITTED, SPREADING, Recipe, Step, bind, step
+from ..ir.recipes import FITTED, SPREADING, Recipe, Step, bind, step, steps_of
 from ..ir.storage import find_format
-from ..quantize.options import steps_of
+from ..ir.types import TensorType
 from ..weights.calibrated import uncalibrated
 from ..weights.pull import pull
 from ..weights.rounding import rounding_bounds

@@ -19,8 +19,9 @@ from ..ir.recipes import Recipe, bind, tensors
 from ..ops import OPS
 from ..ops.moe import activate
 from ..weights.calibrated import unquantized
-from ..weights.pull import pull, tiles
+from ..weights.pull import pull
 from ..weights.sources.source import Box, WeightSource, full_box
+from ..weights.tiles import tiles
 from .interpret import run_op
 
 _TILE = 16 << 20  # bytes of f32 weights that a linear works with at once

@@ -17,8 +17,7 @@ from typing import Any
 
 import click
 
-from ..artifact.atomic import write_error
-from ..errors import MoecError
+from ..errors import MoecError, write_error
 
 CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
 

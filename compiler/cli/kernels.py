@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ..cost.report import bytes_text, flops_text
 from .predicted import time_text
-from .report import bytes_text, flops_text
 from .table import make_table, print_parts, stdout_console
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .report import bytes_text, flops_text
+from ..cost.report import bytes_text, flops_text
 from .table import make_table, print_parts, stdout_console
 
 SMALL = 0.005  # share of the step below which ops of a function are shown together

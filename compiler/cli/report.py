@@ -5,24 +5,31 @@ Every figure is counted from the IR (cost.py); none is measured. GB are 10^9 byt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sympy
-
 from ..artifact.json_files import read_json
 from ..artifact.manifest import MANIFEST
-from ..cost.count import Cost, Costs, Kind, Layer, module_costs
+from ..cost.count import Costs, Kind, Layer, module_costs
+from ..cost.report import (
+    CONTEXT,
+    _bf16_per_token,
+    _figures,
+    _parameters,
+    _per_token,
+    _state,
+    bytes_text,
+    left_out_of,
+)
 from ..errors import MoecError
-from ..ir.module import Module, TensorType, Value
+from ..ir.module import Module, Value
+from ..ir.types import TensorType
 from ..ops.define import free
 from ..runtime.artifact import Artifact
 
 KERNELS = "kernels.json"  # of an artifact for an accelerator
-CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
 
 
 @dataclass(frozen=True)
@@ -105,20 +112,6 @@ def _report(
     return report
 
 
-def per_token(costs: Costs) -> dict[str, Any]:
-    """Return a program's token-efficiency figures, all counted from the IR: what moec.json holds of them."""
-    past = next((d.high for d in costs.module.dims if d.name == "P"), CONTEXT)
-    return {"context": min(CONTEXT, past), **_figures(costs, costs.total, min(CONTEXT, past))}
-
-
-def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
-    """Return the names' first parts (behind `model`) and the bytes of tensors that a program does not read; nothing without any."""
-    if not tensors:
-        return {}
-    names = sorted({re.sub(r"^((model\.)?[^.]*).*", r"\1.*", name) for name in tensors})
-    return {"names": names, "tensors": len(tensors), "bytes": sum(int(t.bytes) for t in tensors.values())}
-
-
 def left_out_text(found: Mapping[str, Any]) -> str:
     """Return it as one line for people."""
     names = ", ".join(found["names"])
@@ -127,46 +120,6 @@ def left_out_text(found: Mapping[str, Any]) -> str:
 
 def _value(value: Value) -> dict[str, Any]:
     return {"name": value.name, "type": str(value.type.plain), "state": value.type.state}
-
-
-def _parameters(cost: Cost) -> dict[str, int]:
-    return {
-        "total": cost.parameters,
-        "experts": cost.expert_parameters,
-        "embeddings": cost.table_parameters,
-        "active": cost.active_parameters,
-        "active_without_embeddings": cost.active_without_tables,
-    }
-
-
-def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
-    """Return what decoding one token behind `context` others takes (batch 1)."""
-    return {
-        "flops": costs.flops_at(cost, past=context),
-        "checkpoint_bytes_read": cost.stored_bytes_read,
-        "compiled_bytes_read": cost.compiled_bytes_read,
-        "state_bytes_read": costs.state_at(cost, context),
-    }
-
-
-def _state(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
-    return {"bytes_per_token": costs.state_per_token(cost, context), "fixed_bytes": costs.state_at(cost, 0)}
-
-
-def _bf16_per_token(costs: Costs, context: int) -> int:
-    """Return the bytes that one more token adds to the program's states if they were stored in two bytes a number."""
-    states = [p.type for p in costs.module.main.params if p.type.state]
-    halves = sympy.Add(*(t.elements * (2 if t.dtype == "f32" else t.bits / 8) for t in states))
-    return costs.state_per_token(Cost(state_bytes=halves), context)
-
-
-def _figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:
-    return {
-        "parameters": _parameters(cost),
-        "bytes": {"checkpoint": cost.stored_bytes, "compiled": cost.compiled_bytes},
-        "per_token": _per_token(costs, cost, context),
-        "state": _state(costs, cost, context),
-    }
 
 
 def _kind(costs: Costs, kind: Kind, context: int) -> dict[str, Any]:
@@ -192,26 +145,3 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
-
-
-def count_text(number: int) -> str:
-    """Return a count with four digits: `6.919 B`, `37.6 M`, `512`."""
-    return _scaled(number, "", " k", " M", " B", " T")
-
-
-def bytes_text(number: int) -> str:
-    """Return bytes in decimal units: `13.84 GB`."""
-    return _scaled(number, " B", " kB", " MB", " GB", " TB")
-
-
-def flops_text(number: int) -> str:
-    """Return floating-point operations: `2.36 GFLOP`."""
-    return _scaled(number, " FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP")
-
-
-def _scaled(number: int, *units: str) -> str:
-    """Return a number in the largest of units a thousand apart that leaves a digit before the point."""
-    power = 0
-    while power < len(units) - 1 and abs(number) >= 1000 ** (power + 1):
-        power += 1
-    return f"{number / 1000**power:.4g}{units[power]}" if power else f"{number}{units[0]}"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from ..cost.report import bytes_text, count_text, flops_text
 from ..rewrite.unfused import line
-from .report import bytes_text, count_text, flops_text, left_out_text, ranges
+from .report import left_out_text, ranges
 from .table import make_table, print_parts, stdout_console
 
 if TYPE_CHECKING:

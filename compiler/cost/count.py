@@ -18,8 +18,9 @@ import sympy
 
 from ..errors import MoecError
 from ..ir.dims import Size, evaluate
-from ..ir.module import Const, Function, Module, Op, Value, expand_range, walk_calls
+from ..ir.module import Const, Function, Module, Op, Value, walk_calls
 from ..ir.recipes import Literal, Recipe, Tensor, bind
+from ..ir.types import expand_range
 from ..ops import OPS, OpDef
 
 TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import MoecError
-from ..ir.module import Const, Function, Op, TensorType, Value, make_attrs
+from ..ir.module import Const, Function, Op, Value
 from ..ir.recipes import Recipe
+from ..ir.types import TensorType, make_attrs
 from ..ops import OPS
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from ..errors import MoecError
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from ..weights.sources.checkpoint import Checkpoint, first_number
 from .other_names import canonical, piece_of
 from .transformers.layers import find_layers

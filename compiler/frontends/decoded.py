@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..errors import MoecError
-from ..ir.module import TensorType, expand_range, range_at, range_size
 from ..ir.recipes import Recipe, Step, Tensor, rename
+from ..ir.types import TensorType, expand_range, range_at, range_size
 from ..weights.pull import pull
 from ..weights.sources.checkpoint import Checkpoint
 from ..weights.sources.gguf import Gguf

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
-from ..ir.module import Module, TensorType
+from ..ir.module import Module
+from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
 from .transformers.merge import merge_functions
 

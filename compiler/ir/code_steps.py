@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .module import DTYPE_BITS, Attr, TensorType
 from .storage import format_of
+from .types import DTYPE_BITS, Attr, TensorType
 
 Types = list[TensorType]
 Attributes = Mapping[str, Attr]

@@ -10,8 +10,8 @@ import sympy
 from lark import Token
 
 from .dims import Size, dim, size_text
-from .module import Attr
 from .syntax import Names, Slot, Source, StatementNode, attributes, expression, near, read, shallow
+from .types import Attr
 
 
 @dataclass(frozen=True)

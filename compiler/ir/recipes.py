@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from .code_steps import CODE_STEPS
-from .module import DTYPE_BITS, Attr, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
 from .storage import Format, find_format, format_of
+from .types import DTYPE_BITS, Attr, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
 
 
 @dataclass(frozen=True)
@@ -291,3 +291,11 @@ STEPS: dict[str, StepRule] = {
 WEIGHT = "weight"  # the option of quantize that names a weight, for methods that look at what it is multiplied with
 FITTED = ".awq"  # how the names of tensors end that no checkpoint has: they are fitted on a calibration text
 SPREADING = ("stack", "concat", "interleave")
+
+
+def steps_of(recipe: Recipe) -> Iterator[Step]:
+    """Yield the steps of a recipe, the outermost first."""
+    if isinstance(recipe, Step):
+        yield recipe
+        for item in recipe.items:
+            yield from steps_of(item)

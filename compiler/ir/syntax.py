@@ -24,7 +24,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput
 
 from ..errors import MoecError, caret
 from .dims import FUNCTIONS
-from .module import Attr
+from .types import Attr
 
 LONGEST_RANGE = 65536  # a{0..65535}: more is a slip of the pen, or an attack
 LONGEST_INT = 40  # digits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ir.dims import Size, size
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from .define import OPS, Attributes, Types, fail, op
 from .nn import attention, rms_norm, rope
 

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from ..ir.dims import Size, floordiv, size
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..ir.dims import Size, size
 from ..ir.dtypes import TORCH_DTYPES
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from .define import Attributes, Types, broadcast_shapes, fail, free, op
 
 

@@ -19,8 +19,8 @@ import sympy
 from ..errors import MoecError
 from ..ir.dims import Size, size, size_text
 from ..ir.fragments import Operand, Signature, parse_signature
-from ..ir.module import DTYPE_BITS, TensorType, make_attrs
 from ..ir.storage import find_format
+from ..ir.types import DTYPE_BITS, TensorType, make_attrs
 
 Types: TypeAlias = Sequence[Any]  # TensorType, None for an absent operand
 Attributes = Mapping[str, Any]

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from ..ir.dims import Size
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op
 
 

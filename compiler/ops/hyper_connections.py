@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..ir.dims import Size
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..ir.dims import Size
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -6,8 +6,8 @@ import sympy
 import torch
 
 from ..ir.dims import Size, size
-from ..ir.module import TensorType
 from ..ir.storage import find_format
+from ..ir.types import TensorType
 from .core import axis_of, with_axis
 from .define import Attributes, Domain, Types, fail, op
 

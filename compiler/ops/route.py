@@ -7,7 +7,7 @@ from math import inf, isfinite
 import torch
 
 from ..ir.dims import Size
-from ..ir.module import TensorType
+from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op
 
 # floating-point operations of a score for one logit

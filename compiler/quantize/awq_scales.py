@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..ir.module import Function, Op, TensorType, Value
+from ..ir.module import Function, Op, Value
 from ..ir.recipes import FITTED, Recipe, Tensor, step
+from ..ir.types import TensorType
 from ..ops import OPS
 
 _LINEAR = ("core.linear", "moe.experts")

@@ -22,11 +22,12 @@ from ..check.tiled import TiledInterpreter
 from ..errors import MoecError
 from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op
+from ..ir.quantize_step import method_of, option_of, weight_of
 from ..ir.recipes import Recipe
 from ..runtime.tokenizer import load_tokenizer
 from ..weights.calibrated import Inputs
 from ..weights.sources.source import WeightSource
-from .options import CALIBRATED, method_of, option_of, weight_of
+from .options import CALIBRATED
 
 TOKENS, WINDOW = 8192, 512
 STARVED = 32  # tokens; an expert that saw fewer says too little about its inputs

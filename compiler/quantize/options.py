@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import MoecError
 from ..ir.fragments import parse_pipeline
 from ..ir.module import Module
 from ..ir.narrow import is_narrowing
-from ..ir.recipes import WEIGHT, Recipe, Step
+from ..ir.quantize_step import method_of
+from ..ir.recipes import steps_of
 from ..rewrite.pipeline import spell_pass
 from ..rewrite.roles import ROLES
 
@@ -135,27 +136,3 @@ def kept_codes(module: Module) -> dict[str, dict[str, list[str]]]:
 def needs_calibration(module: Module) -> bool:
     """Return whether a weight's method wants to know what the weight is multiplied with."""
     return any(method_of(c.recipe) in CALIBRATED for f in module.functions for c in f.consts)
-
-
-def method_of(recipe: Recipe) -> str:
-    """Return the method by which a weight is quantized."""
-    return option_of(recipe, "method")
-
-
-def weight_of(recipe: Recipe) -> str:
-    """Return the name of a weight that is quantized with its inputs, bound as its tensors are; nothing for others."""
-    return next((str(s.attributes[WEIGHT]) for s in steps_of(recipe) if WEIGHT in s.attributes), "")
-
-
-def option_of(recipe: Recipe, name: str) -> str:
-    """Return an option of the step that quantizes a weight; rtn where it says nothing."""
-    found = next((s for s in steps_of(recipe) if s.name == "quantize"), None)
-    return str(found.attributes.get(name, "rtn")) if found else "rtn"
-
-
-def steps_of(recipe: Recipe) -> Iterator[Step]:
-    """Yield the steps of a recipe, the outermost first."""
-    if isinstance(recipe, Step):
-        yield recipe
-        for item in recipe.items:
-            yield from steps_of(item)

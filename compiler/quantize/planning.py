@@ -7,29 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...passes import PASSES
 from ..errors import MoecError
 from ..frontends import Loaded
 from ..ir.module import Module
 from ..rewrite.roles import ROLES
-from .options import AUTO, PASS, Spec
+from .options import AUTO, Spec
 from .plan import KEEP, Budget, Plan, read_plan
 
 if TYPE_CHECKING:
     from ...targets import Target
     from ..ir.module import Op
     from ..ir.storage import Format
+    from ..rewrite.pipeline import PassDef
 
 _LOWERED = "the program is already lowered"
 
 
 def find_plan(
-    spec: Spec, budget: str | None, loaded: Loaded, before: Callable[[], Module], target: Target,
+    spec: Spec, budget: str | None, loaded: Loaded, before: Callable[[], Module], quantize: PassDef, target: Target,
     file: Path | str | None,
 ) -> Plan | None:  # fmt: skip
     """Return the plan that `--quantize` asks for: read from its file, or made under a budget; None if it asks for none.
 
-    `before` gives the module that is to be quantized, `file` is the calibration text.
+    `before` gives the module that is to be quantized, `quantize` is the pass that does it, `file` is the calibration text.
     """
     if budget is not None and spec.plan != AUTO:
         raise MoecError("a budget is for --quantize auto", todo="leave it out, or write --quantize auto")
@@ -49,7 +49,7 @@ def find_plan(
     from .sensitivity import make_plan
 
     def store(module: Module, layers: str) -> Module:
-        return PASSES[PASS](module, target, None, **dict.fromkeys(ROLES, KEEP), layers=layers)
+        return quantize(module, target, None, **dict.fromkeys(ROLES, KEEP), layers=layers)
 
     method = spec.options.get("method", "rtn")
 

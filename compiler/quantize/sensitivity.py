@@ -28,8 +28,9 @@ from ..ir.module import Function, Module, Op, Value, bindings
 from ..ir.recipes import Recipe, bind
 from ..ir.storage import Format, find_format
 from ..rewrite.roles import weight_roles
-from ..weights.pull import pull, tiles
+from ..weights.pull import pull
 from ..weights.sources.source import WeightSource
+from ..weights.tiles import tiles
 from .allocate import Weight, choose
 from .calibrate import main_inputs
 from .plan import Budget, Entry, Plan, Unit, spell_layers

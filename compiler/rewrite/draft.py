@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Refuse
-from ..ir.module import Attr, Const, Function, Op, Value, make_attrs
+from ..ir.module import Const, Function, Op, Value
 from ..ir.recipes import Recipe, Step, step
+from ..ir.types import Attr, make_attrs
 from ..ops import OPS
 from .rules import Note
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..ir.module import Const, Function, Op, TensorType, Value, make_attrs
+from ..ir.module import Const, Function, Op, Value
 from ..ir.recipes import Literal, Recipe, step
+from ..ir.types import TensorType, make_attrs
 from ..ops import OPS
 
 Experts = tuple[int, ...]

@@ -13,8 +13,9 @@ from typing import Any
 
 from ..errors import MoecError
 from ..ir.fragments import PatternOp, Var, parse_statements
-from ..ir.module import Attr, Function, Op, Value, attr_key
+from ..ir.module import Function, Op, Value
 from ..ir.recipes import Literal, Recipe
+from ..ir.types import Attr, attr_key
 from ..ops import OPS
 
 COMMUTATIVE = frozenset(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from ..errors import MoecError, Refuse
-from ..ir.module import Attr, Function, Op, Value, make_attrs
+from ..ir.module import Function, Op, Value
+from ..ir.types import Attr, make_attrs
 from ..ops import OPS
 from .patterns import Match
 from .rules import in_order, without_idle

@@ -28,8 +28,9 @@ from typing import Any
 
 from ..errors import MoecError, Refuse
 from ..ir.fragments import Var
-from ..ir.module import Const, Function, Module, Op, Value, make_attrs
+from ..ir.module import Const, Function, Module, Op, Value
 from ..ir.recipes import Literal, Step, Tensor
+from ..ir.types import make_attrs
 from ..ops import OPS
 from .patterns import Match, Rule, Search, rule
 

@@ -8,7 +8,8 @@ from typing import Any
 import sympy
 
 from ..ir.dims import Size
-from ..ir.module import Function, Module, Op, TensorType
+from ..ir.module import Function, Module, Op
+from ..ir.types import TensorType
 from ..ops.define import free
 from .rules import Note
 

@@ -13,10 +13,10 @@ import numpy as np
 from ..artifact.manifest import check_files
 from ..errors import MoecError
 from .generate import Runner, left_pad
+from .subject import Compiled
 
 if TYPE_CHECKING:
     from ..frontends.decoded import Decoding
-    from .artifact import Artifact
     from .reference import Reference
 
 TOLERANCE = 1e-4  # of artifacts without a lossy pass: largest difference of logits, relative to the largest logit
@@ -115,7 +115,7 @@ class Comparison:
 
 
 def verify(
-    artifact: Artifact,
+    artifact: Compiled,
     against: Any = None,
     *,
     text: str | None = None,
@@ -164,7 +164,7 @@ def verify(
     return Comparison(reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score, reference.decoding)
 
 
-def _tokens(artifact: Artifact, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:
+def _tokens(artifact: Compiled, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:
     """Return the tokens to work with and what they are."""
     from .tokenizer import FILES
 

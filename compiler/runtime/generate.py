@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from ...targets.session import check_tokens
 from ..errors import MoecError
 
 PREFILL_TOKENS = 512  # of all rows together in one step: bounds the logits (tokens * vocabulary * 4 bytes)
@@ -167,18 +168,6 @@ def _nucleus(weights: np.ndarray, order: np.ndarray, mass: float) -> np.ndarray:
         if sums[-1] >= mass:
             return found[: int(np.searchsorted(sums, mass)) + 1]
     return found
-
-
-def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
-    """Raise MoecError for the first token id that a model has no embedding for; some runtimes would read another one's."""
-    for token in tokens:
-        if token < 0:  # a runtime may count it from the end of the vocabulary
-            raise MoecError(f"the token {token} is negative", todo=f"this model has the tokens 0..{vocabulary - 1}")
-        if token >= vocabulary:
-            what = f"the token {token} is outside of the vocabulary of {vocabulary} tokens"
-            raise MoecError(
-                what, todo=f"this model has the tokens 0..{vocabulary - 1}; does the tokenizer belong to it?"
-            )
 
 
 def _check_settings(

@@ -26,20 +26,7 @@ from ..ir.fragments import (
     parse_size,
     parse_statements,
 )
-from ..ir.module import (
-    DTYPE_BITS,
-    STAGES,
-    Const,
-    Dim,
-    Function,
-    Module,
-    Op,
-    TensorType,
-    Value,
-    expand_range,
-    is_dtype,
-    make_attrs,
-)
+from ..ir.module import STAGES, Const, Dim, Function, Module, Op, Value
 from ..ir.recipes import STEPS, Literal, Recipe, Tensor, step
 from ..ir.syntax import (
     LONGEST_RANGE,
@@ -61,6 +48,7 @@ from ..ir.syntax import (
     read,
     shallow,
 )
+from ..ir.types import DTYPE_BITS, TensorType, expand_range, is_dtype, make_attrs
 
 __all__ = [
     "Operand",

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import sympy
 
 from ..ir.dims import size_text
-from ..ir.module import Attr, Const, Function, Module, Op, TensorType, Value, attr_key
+from ..ir.module import Const, Function, Module, Op, Value
 from ..ir.recipes import Literal, Recipe, Tensor
+from ..ir.types import Attr, TensorType, attr_key
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED = frozenset(["true", "false", "inf", "nan"])

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..formats.encode import decode, encode
-from ..ir.module import Module, TensorType, walk_calls
+from ..ir.module import Module, walk_calls
+from ..ir.quantize_step import method_of
 from ..ir.recipes import Recipe, Step, Tensor, bind
 from ..ir.storage import format_of
-from ..quantize.options import method_of
+from ..ir.types import TensorType
 from .calibrated import Inputs, inputs_of
 from .pull import pull
 from .sources.source import WeightSource

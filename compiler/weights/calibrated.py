@@ -13,8 +13,8 @@ import torch
 
 from ..errors import MoecError
 from ..formats.gptq import inverse_factor
-from ..ir.module import TensorType
 from ..ir.recipes import WEIGHT, Recipe, Step, step, tensors
+from ..ir.types import TensorType
 from .sources.safetensors_header import TensorInfo
 from .sources.source import Box, WeightSource, cut
 from .unchanged import Opened

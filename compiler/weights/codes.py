@@ -13,11 +13,10 @@ from ..errors import MoecError
 from ..formats.ggml import PARTS
 from ..ir.code_steps import BLOCKS, ELEMENTS
 from ..ir.dtypes import TORCH_DTYPES
-from ..ir.module import DTYPE_BITS
 from ..ir.recipes import Recipe, Step, tensors
+from ..ir.types import DTYPE_BITS
+from .evaluator import Evaluator
 from .sources.source import Box
-
-Pull = Callable[[Recipe, Box], torch.Tensor]
 
 _NUMBERS = {name: torch.tensor(values, dtype=torch.float32) for name, values in ELEMENTS.items()}
 # what a byte of two codes stands for, the low one first, as one element of 8 bytes: a lookup of whole bytes in numpy is
@@ -45,7 +44,7 @@ def _int(step: Step, name: str, default: int | None = None) -> int:
     return cast(int, step.attributes[name] if default is None else step.attributes.get(name, default))
 
 
-def _unpack(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _unpack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     item, bits, axis = step.items[0], _int(step, "bits"), _int(step, "axis")
     word = DTYPE_BITS[item.type.dtype]
     low, high = box[axis]
@@ -74,7 +73,7 @@ def _straddling(words: torch.Tensor, word: int, bits: int, axis: int, places: ra
     return codes.bitwise_and_((1 << bits) - 1).to(torch.uint8)
 
 
-def _affine(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _affine(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     item, attributes = inner(step.items[0], box), step.attributes
     add, factor = cast(float, attributes.get("add", 0)), cast(float, attributes.get("factor", 1))
     exact = not item.is_floating_point() and isinstance(add, int) and isinstance(factor, int)
@@ -85,11 +84,11 @@ def _affine(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return numbers.to(TORCH_DTYPES[step.type.dtype])
 
 
-def _view(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _view(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     return inner(step.items[0], box).view(TORCH_DTYPES[step.type.dtype])
 
 
-def _decode(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _decode(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     kind, item = str(step.attributes["of"]), step.items[0]
     if not _is_two_in_a_byte(item):
         return _NUMBERS[kind][inner(item, box).int()]
@@ -111,7 +110,7 @@ def _is_two_in_a_byte(item: Recipe) -> TypeGuard[Step]:
     return DTYPE_BITS[item.items[0].type.dtype] == 8 and (_int(item, "bits"), _int(item, "axis")) == (4, last)
 
 
-def _gather(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _gather(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     (item, index), axis = step.items, _int(step, "axis")
     places = inner(index, (box[axis],)).long()
     low, high = int(places.min()), int(places.max())
@@ -121,7 +120,7 @@ def _gather(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return inner(item, _span(box, axis, low, high + 1)).index_select(axis, places - low)
 
 
-def _repeat(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _repeat(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     axis, times = _int(step, "axis"), _int(step, "times")
     low, high = box[axis]
     first, last = low // times, -(-high // times)
@@ -129,7 +128,7 @@ def _repeat(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return part.narrow(axis, low - first * times, high - low)
 
 
-def _blocks(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _blocks(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     kind, part = BLOCKS[str(step.attributes["of"])], str(step.attributes["part"])
     count = kind.elements if part == "codes" else kind.elements // kind.group  # of the result, a block
     *outer, (low, high) = box
@@ -139,7 +138,7 @@ def _blocks(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return made.reshape([*_shape(tuple(outer)), (last - first) * count]).narrow(-1, low - first * count, high - low)
 
 
-def _dequantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _dequantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     blocks = cast(tuple[int, ...], step.attributes["block"])
     around = tuple((a // n, -(-b // n)) for (a, b), n in zip(box, blocks, strict=True))
     codes, scales, *zeros = (inner(item, part) for item, part in zip(step.items, (box, around, around), strict=False))
@@ -185,7 +184,7 @@ def _floats(codes: torch.Tensor) -> torch.Tensor:
 
 
 # the step's name in code_steps.CODE_STEPS -> how it is evaluated, as in pull.EVALUATE; `packed` is in quantized.py
-CODES: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
+CODES: dict[str, Callable[[Step, Box, Evaluator], torch.Tensor]] = {
     "unpack": _unpack,
     "affine": _affine,
     "view": _view,

@@ -6,7 +6,6 @@ tensor costs memory for the tile alone. `tiles` gives the boxes whose bytes, one
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,13 @@ from typing import cast
 import torch
 
 from ..ir.dtypes import TORCH_DTYPES, torch_dtype
-from ..ir.module import TensorType
 from ..ir.recipes import Literal, Recipe, Step, Tensor, spread
 from .codes import CODES
+from .evaluator import Evaluator
+from .quantized import QUANTIZED
 from .sources.source import Box, WeightSource, check_box, cut, full_box
 
 _FRACTION_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
-
-# a tile is cut at multiples of this where it can be, so that blocks and quantization groups stay whole
-_GRAIN = 128
 
 
 @dataclass(frozen=True)
@@ -42,15 +39,7 @@ class Pull:
                 return self.source.read(item.name, part, item.type)
             case Literal():
                 return _literal(item, part)
-        return _evaluator(item.name)(item, part, self)
-
-
-def _evaluator(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
-    if name in EVALUATE:
-        return EVALUATE[name]
-    from .quantized import QUANTIZED  # which stands on this module
-
-    return QUANTIZED[name]
+        return EVALUATE[item.name](item, part, self)
 
 
 def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.Tensor:
@@ -65,32 +54,6 @@ def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.
     result = Pull(source)(recipe, full_box(sizes) if box is None else check_box(box, sizes)).contiguous()
     # an axis of size 1 may keep any stride in a "contiguous" tensor, and then torch refuses to view it as bytes
     return result.as_strided(result.shape, [math.prod(result.shape[k + 1 :]) for k in range(result.dim())])
-
-
-def tiles(type_: TensorType, limit_bytes: int) -> Iterator[Box]:
-    """Yield boxes that cover a tensor in row-major order, each contiguous and of at most `limit_bytes`.
-
-    An element counts as at least 4 bytes, since most steps pass through float32. A box has at least one element.
-    A tensor without elements has no boxes, a scalar has the box `()`.
-    """
-    sizes = type_.sizes
-    if 0 in sizes:
-        return
-    room = max(1, limit_bytes // max(4, -(-type_.bits // 8)))
-    axis, inner = len(sizes), 1  # the axes from `axis` on are taken whole; together they have `inner` elements
-    while axis and inner * sizes[axis - 1] <= room:
-        axis -= 1
-        inner *= sizes[axis]
-    if axis == 0:
-        yield full_box(sizes)
-        return
-    length = room // inner
-    if length > _GRAIN:
-        length -= length % _GRAIN
-    for outer in itertools.product(*map(range, sizes[: axis - 1])):
-        for start in range(0, sizes[axis - 1], length):
-            cut_axis = (start, min(start + length, sizes[axis - 1]))
-            yield (*((i, i + 1) for i in outer), cut_axis, *full_box(sizes[axis:]))
 
 
 def _shape(box: Box) -> tuple[int, ...]:
@@ -121,7 +84,7 @@ def _allocate(step: Step, box: Box) -> torch.Tensor:
     return torch.empty(_shape(box), dtype=TORCH_DTYPES[step.type.dtype])
 
 
-def _stack(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _stack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     (low, high), rest = box[0], box[1:]
     items = spread(step, low, high)
     if len(items) == 1:
@@ -132,7 +95,7 @@ def _stack(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return result
 
 
-def _concat(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _concat(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     axis = _int(step, "axis")
     low, high = box[axis]
     result: torch.Tensor | None = None
@@ -151,7 +114,7 @@ def _concat(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return result
 
 
-def _interleave(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _interleave(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     axis = _int(step, "axis")
     low, high = box[axis]
     items = spread(step)
@@ -165,7 +128,7 @@ def _interleave(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return result
 
 
-def _transpose(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _transpose(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     perm = _ints(step, "perm")
     source_box = [(0, 0)] * len(perm)
     for span, axis in zip(box, perm, strict=True):
@@ -173,7 +136,7 @@ def _transpose(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return inner(step.items[0], tuple(source_box)).permute(perm)
 
 
-def _slice(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _slice(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     axis, start = _int(step, "axis"), _int(step, "start")
     stride = _int(step, "step") if "step" in step.attributes else 1
     low, high = box[axis]
@@ -182,11 +145,11 @@ def _slice(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return part if stride == 1 else part[(slice(None),) * axis + (slice(None, None, stride),)]
 
 
-def _cast(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _cast(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     return inner(step.items[0], box).to(TORCH_DTYPES[step.type.dtype])
 
 
-def _scale(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _scale(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     axes = _ints(step, "axes")
     start = _int(step, "start") if "start" in step.attributes else 0
     numbers = inner(step.items[0], box)
@@ -204,7 +167,7 @@ def _scale(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return result
 
 
-def _reshape(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _reshape(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     """Evaluate a reshape axis group by axis group.
 
     A group is the shortest run of axes with the same number of elements before and after ([E, N, D] -> [E*N, D] has
@@ -224,7 +187,7 @@ def _reshape(step: Step, box: Box, inner: Pull) -> torch.Tensor:
     return whole[inside]
 
 
-def _gather(item: Recipe, pieces: Sequence[list[Box]], chosen: list[Box], inner: Pull) -> torch.Tensor:
+def _gather(item: Recipe, pieces: Sequence[list[Box]], chosen: list[Box], inner: Evaluator) -> torch.Tensor:
     """Return the pieces of an item put together, with one axis for each group of axes."""
     if len(chosen) == len(pieces):
         part = inner(item, tuple(span for group in chosen for span in group))
@@ -301,7 +264,7 @@ def _ints(step: Step, name: str) -> tuple[int, ...]:
 
 
 # the step's name in recipes.STEPS -> how it is evaluated: (step, box of the result, pull of an item)
-EVALUATE: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
+EVALUATE: dict[str, Callable[[Step, Box, Evaluator], torch.Tensor]] = {
     "stack": _stack,
     "concat": _concat,
     "interleave": _interleave,
@@ -309,6 +272,7 @@ EVALUATE: dict[str, Callable[[Step, Box, Pull], torch.Tensor]] = {
     "slice": _slice,
     "reshape": _reshape,
     "cast": _cast,
+    **QUANTIZED,
     **CODES,
     "scale": _scale,
 }

@@ -16,12 +16,13 @@ from ..errors import MoecError
 from ..formats.encode import Parts, decode, encode, pack
 from ..formats.gptq import gptq
 from ..ir.code_steps import ELEMENTS
-from ..ir.module import TensorType
 from ..ir.recipes import PARTS, Recipe, Step, tensors
 from ..ir.storage import Format, format_of
+from ..ir.types import TensorType
 from .calibrated import Calibrated
-from .pull import Pull, tiles
+from .evaluator import Evaluator
 from .sources.source import Box, WeightSource
+from .tiles import tiles
 
 
 def is_part(recipe: Recipe) -> TypeGuard[Step]:
@@ -51,24 +52,6 @@ def block_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
             yield (*((i, i + 1) for i in outer), (low, min(low + step, rows)))
 
 
-def encode_rows(quantized: Step, source: WeightSource, box: Box, whole: torch.Tensor | None = None) -> Parts:
-    """Return the parts of the rows in a box of the leading axes; MoecError for numbers that are not finite.
-
-    Rows that share scales must be whole in the box. `whole` is what `tensor_scales` gives, where it is known.
-    """
-    columns = (0, quantized.type.sizes[-1])
-    return _encode(quantized, (*box, columns), Pull(source), whole)
-
-
-def tensor_scales(quantized: Step, source: WeightSource, limit_bytes: int) -> torch.Tensor:
-    """Return the scale f32[...] of each matrix of a weight in a format that has one, reading a tile of rows at a time."""
-    lead = quantized.type.sizes[:-2]
-    found = [
-        _tensor_scale(quantized, index, Pull(source), limit_bytes) for index in itertools.product(*map(range, lead))
-    ]
-    return torch.tensor(found).reshape(lead)
-
-
 def _format(quantized: Recipe) -> Format:
     return format_of(quantized.type.dtype)
 
@@ -76,7 +59,9 @@ def _format(quantized: Recipe) -> Format:
 _SCALED_AT_ONCE = 4 << 20  # bytes of f32 that are looked at for the largest number of a matrix
 
 
-def _tensor_scale(quantized: Step, index: tuple[int, ...], inner: Pull, limit_bytes: int = _SCALED_AT_ONCE) -> float:
+def matrix_scale(
+    quantized: Step, index: tuple[int, ...], inner: Evaluator, limit_bytes: int = _SCALED_AT_ONCE
+) -> float:
     """Return the scale of one matrix: with it the scale of the largest group is the largest E4M3."""
     (item,), (rows, width) = quantized.items, quantized.type.sizes[-2:]
     step = max(1, limit_bytes // (4 * width))
@@ -87,19 +72,20 @@ def _tensor_scale(quantized: Step, index: tuple[int, ...], inner: Pull, limit_by
     return largest / (ELEMENTS["e2m1"][7] * torch.finfo(torch.float8_e4m3fn).max) or 1.0
 
 
-def _encode_scaled(quantized: Step, box: Box, inner: Pull, whole: torch.Tensor | None) -> Parts:
+def _encode_scaled(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tensor | None) -> Parts:
     """Return the parts in a format with a scale for each matrix, one matrix after the other."""
     format, numbers = _format(quantized), inner(quantized.items[0], box).float()
     found = []
     for place in itertools.product(*(range(n) for n in numbers.shape[:-2])):
         index = tuple(low + i for i, (low, _) in zip(place, box, strict=False))
-        scale = _tensor_scale(quantized, index, inner) if whole is None else float(whole[index])
+        scale = matrix_scale(quantized, index, inner) if whole is None else float(whole[index])
         found.append(encode(numbers[place], format, scale))
     lead = numbers.shape[:-2]
     return {name: torch.stack([p[name] for p in found]).reshape((*lead, *found[0][name].shape)) for name in found[0]}
 
 
-def _encode(quantized: Step, box: Box, inner: Pull, whole: torch.Tensor | None = None) -> Parts:
+def encode_parts(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tensor | None = None) -> Parts:
+    """Return the parts of whole rows in a box; MoecError for numbers that are not finite."""
     try:
         if quantized.name == "packed":
             return _packed(quantized, box, inner)
@@ -115,7 +101,7 @@ def _encode(quantized: Step, box: Box, inner: Pull, whole: torch.Tensor | None =
         raise MoecError(f"a weight cannot be quantized: {error}", model=names) from None
 
 
-def _packed(quantized: Step, box: Box, inner: Pull) -> Parts:
+def _packed(quantized: Step, box: Box, inner: Evaluator) -> Parts:
     """Return the parts of rows whose codes and scales the checkpoint holds."""
     format, codes = _format(quantized), quantized.items[0]
     *lead, (low, high), _ = box
@@ -149,10 +135,10 @@ def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: Weigh
     return {name: torch.stack([p[name] for p in found]) for name in found[0]}
 
 
-def _quantize(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _quantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     """Evaluate to the numbers that the codes stand for."""
     format, wide = _format(step), _whole_blocks(step, box)
-    numbers = decode(_encode(step, wide, inner), format, step.type.sizes[-1])
+    numbers = decode(encode_parts(step, wide, inner), format, step.type.sizes[-1])
     return numbers[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, wide, strict=True))]
 
 
@@ -164,8 +150,8 @@ def _whole_blocks(step: Step, box: Box) -> Box:
     return (*outer, (low, high), (0, sizes[-1]))
 
 
-def _part(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
-    def evaluate(step: Step, box: Box, inner: Pull) -> torch.Tensor:
+def _part(name: str) -> Callable[[Step, Box, Evaluator], torch.Tensor]:
+    def evaluate(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
         quantized: Any = step.items[0]
         format = _format(quantized)
         rows = quantized.type.sizes[-2]
@@ -174,7 +160,7 @@ def _part(name: str) -> Callable[[Step, Box, Pull], torch.Tensor]:
             span = (low * format.rows, min(high * format.rows, rows))
         else:
             span = (low - low % format.rows, min(high + -high % format.rows, rows))
-        found = _encode(quantized, (*outer, span, (0, quantized.type.sizes[-1])), inner)[name]
+        found = encode_parts(quantized, (*outer, span, (0, quantized.type.sizes[-1])), inner)[name]
         first = 0 if name == "scales" and format.rows > 1 else low - span[0]
         return found[..., first : first + high - low, slice(*columns)]
 

@@ -18,12 +18,13 @@ from typing import Self
 
 import torch
 
-from ..artifact.atomic import write_error
-from ..errors import MoecError
+from ..errors import MoecError, write_error
 from ..ir.recipes import Recipe, Step, step
-from .pull import pull, tiles
-from .quantized import encode_rows, is_part, part_names, row_tiles
+from .pull import pull
+from .quantized import is_part, part_names, row_tiles
+from .rows import encode_rows
 from .sources.source import Box, WeightSource
+from .tiles import tiles
 
 # Measured on two cores: with smaller tiles threads wait for the interpreter, larger ones are no faster.
 TILE_BYTES = 8 << 20

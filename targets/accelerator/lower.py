@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 from ...compiler.errors import MoecError
-from ...compiler.ir.module import Const, Function, Module, Op, Value, make_attrs
+from ...compiler.ir.module import Const, Function, Module, Op, Value
 from ...compiler.ir.narrow import narrowed
 from ...compiler.ir.storage import find_format
+from ...compiler.ir.types import make_attrs
 from ...compiler.ops import OPS
 from ...compiler.rewrite.draft import Draft, Rewrite, rewrite_ops
 from ...compiler.rewrite.roles import Uses, weight_roles

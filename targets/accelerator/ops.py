@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 
 from ...compiler.ir.dims import Size, size
-from ...compiler.ir.module import TensorType
 from ...compiler.ir.storage import find_format
+from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.attention import turn
 from ...compiler.ops.compressed import block_linear as plain_block_linear

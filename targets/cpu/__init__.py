@@ -39,8 +39,11 @@ def _slow(op: Op, format: Format) -> str | None:
 
 def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
     from .lower.module import lower
+    from .onnx.emit import check
 
-    return lower(module, why, accuracy)
+    lowered = lower(module, why, accuracy)
+    check(lowered)
+    return lowered
 
 
 def _emit(
@@ -83,8 +86,11 @@ def _configure(options: Mapping[str, str]) -> Target:
 
     def lower_by_record(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
         from .lower.module import lower
+        from .onnx.emit import check
 
-        return lower(module, why, accuracy, record)
+        lowered = lower(module, why, accuracy, record)
+        check(lowered)
+        return lowered
 
     return replace(
         TARGET,

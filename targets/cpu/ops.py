@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...compiler.ir.dims import Size, size
-from ...compiler.ir.module import TensorType
+from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.attention import cached_attention, turn
 from ...compiler.ops.core import axis_of, with_axis

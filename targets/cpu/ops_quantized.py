@@ -12,8 +12,8 @@ import torch
 
 from ...compiler.formats.encode import decode
 from ...compiler.ir.dims import Size, size
-from ...compiler.ir.module import TensorType
 from ...compiler.ir.storage import Format
+from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.compressed import block_linear
 from ...compiler.ops.define import Attributes, Types, fail

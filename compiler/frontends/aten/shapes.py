@@ -8,7 +8,8 @@ import sympy
 
 from ...errors import MoecError
 from ...ir.dims import Size, size
-from ...ir.module import TensorType, Value
+from ...ir.module import Value
+from ...ir.types import TensorType
 from .lower import Graph, aten, axis, reshape, resolve_shape
 from .uninitialised import Piece, Uninitialised
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from ...errors import MoecError
 from ...ir.dims import Size
-from ...ir.module import TensorType, Value
+from ...ir.module import Value
+from ...ir.types import TensorType
 from ..builder import Builder
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import sympy
 
 from ...ir.dims import Size, dim, floordiv, size
-from ...ir.module import Dim, Function, Module, TensorType, Value
+from ...ir.module import Dim, Function, Module, Value
 from ...ir.recipes import Literal, Recipe, step, tensors
+from ...ir.types import TensorType
 from ...ops.compressed import pending_tokens
 from ..builder import Builder
 from .config import Layer, Settings, read_settings

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import MoecError
-from ...ir.module import TensorType, expand_range
 from ...ir.recipes import Recipe, Tensor, bind, step
+from ...ir.types import TensorType, expand_range
 from ..stored.layouts import e2m1
 
 FP4_GROUP = 32  # codes of a row that share a scale

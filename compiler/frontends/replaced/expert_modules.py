@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ...errors import MoecError
 from ...ops.moe import ACTIVATIONS
-from ..transformers.capture import current
+from ..transformers.tracing import current
 from .expert_rows import expert_rows
 
 

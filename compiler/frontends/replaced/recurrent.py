@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import MoecError
 from ..transformers.cache import takes_cache
-from ..transformers.capture import current
+from ..transformers.tracing import current
 
 # --- the single ops --------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
-from ...ir.module import TensorType
 from ...ir.recipes import Recipe, Tensor, step
+from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, first_number
 from .layouts import Layout, Stored, awq, float4, gpt_oss, gptq, packed_integers, scaled
 

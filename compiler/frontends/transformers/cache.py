@@ -94,7 +94,7 @@ class TraceCache:
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the state of a linear attention."""
-        from .capture import current
+        from .tracing import current
 
         past = self._past_of((layer_idx, _numbered("recurrent", state_idx)))
         current().recurrent = past

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -23,32 +22,9 @@ from ..replaced.biased_attention import biased, unmasked
 from ..replaced.expert_rows import expert_rows
 from ..replaced.indexer import causal, selected
 from .cache import SIZES
+from .tracing import _CURRENT, Tracing, current
 
 NAME = "moec"  # the name under which everything is registered with transformers
-
-
-@dataclass
-class Tracing:
-    """What the registered functions need to know while one model is traced."""
-
-    windows: dict[int, tuple[int, int]] = field(default_factory=dict)  # id of a mask -> its sliding window, its chunk
-    masks: list[Tensor] = field(default_factory=list)  # keeps the ids above alive
-    window: tuple[int, int] = (0, 0)  # the window and the chunk of the layer that is being traced
-    names: dict[int, str] = field(default_factory=dict)  # activation functions by id
-    layers: list[Any] = field(default_factory=list)  # what the stubs stand for, call by call
-    called: int = 0  # how many of these calls the pass of the model that is being traced has made
-    recurrent: Tensor | None = None  # the recurrent state that was asked for last
-    activations: dict[int, tuple[str, float, float, float] | None] = field(
-        default_factory=dict
-    )  # by id of an experts module
-
-
-_CURRENT: list[Tracing] = []  # transformers calls the registered functions without a way to pass this along
-
-
-def current() -> Tracing:
-    """Return the trace that is under way."""
-    return _CURRENT[-1]
 
 
 @contextmanager

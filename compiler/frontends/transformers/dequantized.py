@@ -16,9 +16,10 @@ import torch
 
 from ...errors import MoecError
 from ...ir.recipes import Recipe
-from ...weights.pull import pull, tiles
+from ...weights.pull import pull
 from ...weights.sources.checkpoint import open_checkpoint
 from ...weights.sources.source import WeightSource
+from ...weights.tiles import tiles
 from ..decoded import Decoding, gguf_source, safetensors_source
 from ..deepseek_v4.model import MODEL_TYPE
 from ..deepseek_v4.weights import Weights

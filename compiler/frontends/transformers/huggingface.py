@@ -12,8 +12,9 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import DTYPE_NAMES
-from ...ir.module import Module, TensorType, walk_calls
+from ...ir.module import Module, walk_calls
 from ...ir.recipes import FITTED, Recipe, Tensor, bind, rename, tensors
+from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint_layers import check_left, layer_prefixes, layer_storage, missing_parameter
 from ..deepseek_v4 import model as deepseek_v4

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import MoecError
-from .capture import current
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
 from .layers import Layer
+from .tracing import current
 
 MAX_COMPARED = 65536  # elements of a tensor, made outside the layer, whose values are part of the record
 

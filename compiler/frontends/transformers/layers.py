@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import MoecError
 from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_class
-from .capture import Tracing, current
+from .tracing import Tracing, current
 
 
 @dataclass(eq=False)

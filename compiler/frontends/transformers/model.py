@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...errors import MoecError
 from ...ir.dtypes import DTYPE_NAMES
-from ...ir.module import Dim, Function, Module, TensorType, Value
+from ...ir.module import Dim, Function, Module, Value
 from ...ir.recipes import Literal, Recipe, step
+from ...ir.types import TensorType
 from ..aten import moec_ops, operators  # noqa: F401  (these fill the table of handlers)
 from ..aten.export import DIM_EXPRESSIONS, Traced, trace
 from ..aten.lower import Graph, lower
@@ -24,11 +25,12 @@ from ..builder import Builder
 from ..replaced.replace import replaced
 from ..skeleton import Skeleton
 from .cache import PAST, SIZES, cache_argument, cache_class, past_like
-from .capture import Tracing, current, tracing
+from .capture import tracing
 from .kinds import group_kinds
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
 from .layers import Layer, example_inputs, find_layers, rehearse, stubbed
 from .names import apart_from_layer, names_before, relative_to_layer
+from .tracing import Tracing, current
 
 Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
 

@@ -17,8 +17,8 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import DTYPE_NAMES
-from ...ir.module import TensorType
 from ...ir.recipes import Recipe, Step, Tensor, rename, step
+from ...ir.types import TensorType
 from ..other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
 from ..recipe_tensor import RecipeTensor
 

@@ -22,7 +22,7 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import TORCH_DTYPES
-from ...ir.module import TensorType
+from ...ir.types import TensorType
 from ..unchanged import Opened, stamp_of
 from .safetensors_header import TensorInfo, parse_json, read_header
 from .source import Box, check_box, full_box

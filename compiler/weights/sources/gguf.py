@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from ...errors import MoecError
 from ...ir.code_steps import BLOCKS
-from ...ir.module import DTYPE_BITS, TensorType
+from ...ir.types import DTYPE_BITS, TensorType
 from ..unchanged import Opened, stamp_of
 from .checkpoint import Checkpoint, open_regular
 from .safetensors_header import TensorInfo

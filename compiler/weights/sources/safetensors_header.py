@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MoecError
-from ...ir.module import DTYPE_BITS, TensorType
+from ...ir.types import DTYPE_BITS, TensorType
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 

@@ -17,8 +17,8 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from ...ir.module import TensorType
 from ...ir.recipes import FITTED
+from ...ir.types import TensorType
 from .safetensors_header import TensorInfo
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) for every axis

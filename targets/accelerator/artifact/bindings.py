@@ -18,7 +18,8 @@ import sympy
 
 from ....compiler.errors import MoecError
 from ....compiler.ir.dims import Size, dim
-from ....compiler.ir.module import Op, TensorType
+from ....compiler.ir.module import Op
+from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..select.search import Kernel
 from ..tile.expr import evaluate

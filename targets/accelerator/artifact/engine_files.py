@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ....compiler.ir.module import Module
-from ....compiler.ir.recipes import Recipe
-from ....compiler.quantize.options import steps_of
+from ....compiler.ir.recipes import Recipe, steps_of
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
 from ..kernels.experts import Experts, grouped_up

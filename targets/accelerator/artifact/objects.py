@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ....compiler.artifact.atomic import write_error
-from ....compiler.errors import MoecError
+from ....compiler.errors import MoecError, write_error
 from ....compiler.weights.sink import usable_threads
 from ..chip.chip import Profile
 from ..select.search import Choice

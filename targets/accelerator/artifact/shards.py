@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....compiler.artifact.atomic import write_error
-from ....compiler.errors import MoecError
+from ....compiler.errors import MoecError, write_error
 from ....compiler.formats.encode import Parts, unpack
-from ....compiler.ir.module import DTYPE_BITS, Function, Module, bindings
+from ....compiler.ir.module import Function, Module, bindings
 from ....compiler.ir.recipes import Recipe, Step, bind
 from ....compiler.ir.storage import Format, find_format
-from ....compiler.weights.pull import pull, tiles
-from ....compiler.weights.quantized import block_tiles, encode_rows, tensor_scales
+from ....compiler.ir.types import DTYPE_BITS
+from ....compiler.weights.pull import pull
+from ....compiler.weights.quantized import block_tiles
+from ....compiler.weights.rows import encode_rows, tensor_scales
 from ....compiler.weights.sink import TILE_BYTES, TiledFile
 from ....compiler.weights.sources.safetensors_header import DTYPES
 from ....compiler.weights.sources.source import Box, WeightSource
+from ....compiler.weights.tiles import tiles
 from ..tile.expr import NUMPY
 from ..tile.packing import FRACTAL_ROWS, Packing
 

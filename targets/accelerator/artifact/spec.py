@@ -14,12 +14,12 @@ from typing import Any
 
 import sympy
 
-from .... import __version__
 from ....compiler.errors import MoecError
 from ....compiler.ir.module import Function, Module, Op, bindings
 from ....compiler.ops import OPS
 from ....compiler.ops.define import free
 from ....compiler.rewrite.rules import tell
+from ....compiler.version import __version__
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
 from ..predict.assumed import ASSUMED, multiplies

@@ -31,7 +31,7 @@ from .program import for_ascend
 REQUIREMENTS = ("triton-ascend==3.2.0", "pybind11==3.1.0")  # all that lowering imports: 164 MB, and no torch
 PYTHONS = ("3.11", "3.10", "3.9")  # what triton-ascend is built for, the one to prefer first
 MACHINES = ("x86_64", "aarch64")
-WORKER = Path(__file__).with_name("ascend_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 INSTALL_SECONDS = 1800
 KERNEL_SECONDS = 120  # the slowest kernel took under one
 SHOWN = 12  # lines of a program's output in an error

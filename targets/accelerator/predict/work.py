@@ -16,8 +16,9 @@ import sympy
 
 from ....compiler.cost.count import leaves, op_flops
 from ....compiler.ir.dims import Size, evaluate, size
-from ....compiler.ir.module import DTYPE_BITS, Const, Function, Module, Op, TensorType, Value, expand_range
+from ....compiler.ir.module import Const, Function, Module, Op, Value
 from ....compiler.ir.storage import find_format
+from ....compiler.ir.types import DTYPE_BITS, TensorType, expand_range
 from ....compiler.ops import OPS, OpDef
 from .experts_touched import distinct_experts
 

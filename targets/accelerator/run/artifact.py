@@ -120,9 +120,8 @@ def read_program(folder: Path, kernels: Kernels) -> Module:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MoecError(f"{PROGRAM} cannot be read: {error.strerror}", where=str(path)) from error
-    from ... import declare_kernel_ops
+    from .. import ops  # noqa: F401  (the program is made of them)
 
-    declare_kernel_ops()
     module = parse_module(text, str(path))
     for function in module.functions:
         steps = kernels.steps.get(function.name, ())

@@ -15,7 +15,8 @@ import torch
 from ....compiler.check.interpret import run_op
 from ....compiler.errors import MoecError
 from ....compiler.ir.dims import evaluate as evaluate_size
-from ....compiler.ir.module import Function, Module, Op, TensorType
+from ....compiler.ir.module import Function, Module, Op
+from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..artifact.bindings import DIMS, Bound
 from ..tile.expr import evaluate

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ....compiler.ir.module import Op, TensorType, Value
+from ....compiler.ir.module import Op, Value
+from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..chip.chip import Profile
 from ..kernels.choices import RowTile, Tile

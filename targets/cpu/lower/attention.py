@@ -6,7 +6,8 @@ from typing import Any
 
 from ....compiler.errors import Refuse
 from ....compiler.ir.dims import size
-from ....compiler.ir.module import Op, TensorType, Value, make_attrs
+from ....compiler.ir.module import Op, Value
+from ....compiler.ir.types import TensorType, make_attrs
 from ....compiler.ops import OPS
 from ....compiler.rewrite.draft import Draft
 from ..capabilities import ODD_HEADS, Record, attention_variants, packed_variant, rotary_variants

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 from ....compiler.errors import MoecError, Refuse
-from ....compiler.ir.module import Function, Module, Op, make_attrs
+from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.storage import find_format
+from ....compiler.ir.types import make_attrs
 from ....compiler.ops import OPS
 from ....compiler.rewrite.draft import Draft, Rewrite, rewrite_ops
 from .. import ops, ops_quantized
@@ -33,8 +34,6 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST, re
     `accuracy` is `fast` (activations beside quantized weights are rounded to int8) or `exact` (they stay f32). Only
     what the record (by default the one that moec comes with) calls right is used.
     """
-    from ..onnx.emit import check
-
     if accuracy not in ACCURACIES:
         raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
     if module.stage == "kernel":
@@ -46,7 +45,6 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST, re
     functions = tuple(_lower_function(f, accuracy, record, notes) for f in module.functions)
     functions = tuple(keep_last_tokens(f) if f.name == "main" else f for f in functions)
     result = replace(module, stage="kernel", functions=functions)
-    check(result)
     return result
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ....compiler.ir.module import Function, Op, make_attrs
+from ....compiler.ir.module import Function, Op
+from ....compiler.ir.types import make_attrs
 from ....compiler.ops import OPS
 
 Cut = tuple[int, int]  # start, stop

@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 from onnx import ModelProto, ValueInfoProto, helper
 
-from .... import __version__
-from ....compiler.artifact.atomic import write_error
-from ....compiler.errors import MoecError
+from ....compiler.errors import MoecError, write_error
 from ....compiler.ir.dims import size_text
 from ....compiler.ir.module import Function, Module, Op, Value, bindings
 from ....compiler.ir.recipes import Recipe, bind
+from ....compiler.version import __version__
 from ....compiler.weights.pull import pull
 from ....compiler.weights.quantized import is_part
 from ....compiler.weights.sink import TILE_BYTES, DataFile

@@ -10,7 +10,8 @@ from typing import Any
 
 from ....compiler.artifact.generation_files import CONFIG, GENERATION, find_end_tokens, read_object
 from ....compiler.errors import Refuse
-from ....compiler.ir.module import Module, TensorType, Value
+from ....compiler.ir.module import Module, Value
+from ....compiler.ir.types import TensorType
 
 NAME = "genai_config.json"
 TYPE = "decoder"  # GenAI knows few model types by name; this one takes any decoder with the inputs below

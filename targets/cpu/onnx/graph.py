@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 
 from ....compiler.errors import MoecError
 from ....compiler.ir.dims import Size, evaluate, size_text
-from ....compiler.ir.module import Dim, Op, TensorType, Value
+from ....compiler.ir.module import Dim, Op, Value
+from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 
 ONNX_TYPES = {

@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper
 
 from ....compiler.formats.encode import decode, encode
-from ....compiler.ir.module import TensorType
 from ....compiler.ir.storage import Format, format_of
+from ....compiler.ir.types import TensorType
 from ..capabilities import Variant
 from ..onnx.graph import CONTRIB
 from .cases import (

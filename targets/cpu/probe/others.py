@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper
 
 from ....compiler.formats.encode import decode, encode
-from ....compiler.ir.module import TensorType
 from ....compiler.ir.storage import Format, format_of
+from ....compiler.ir.types import TensorType
 from ..capabilities import ODD_HEADS, ODD_TURNED, Variant
 from ..onnx.graph import CONTRIB
 from .cases import (

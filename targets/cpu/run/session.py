@@ -15,7 +15,7 @@ import numpy as np
 
 from ....compiler.artifact.manifest import State, check_files, read_manifest
 from ....compiler.errors import MoecError
-from ....compiler.runtime.generate import check_tokens
+from ...session import check_tokens
 from ..model_file import open_model
 from .caches import ELEMENTS, States, start
 

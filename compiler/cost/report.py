@@ -1,0 +1,91 @@
+"""What a module costs, as plain data and as text: the figures of moec.json and of moec inspect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+
+from ..ir.types import TensorType
+from .count import Cost, Costs
+
+CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
+
+
+def per_token(costs: Costs) -> dict[str, Any]:
+    """Return a program's token-efficiency figures, all counted from the IR: what moec.json holds of them."""
+    past = next((d.high for d in costs.module.dims if d.name == "P"), CONTEXT)
+    return {"context": min(CONTEXT, past), **_figures(costs, costs.total, min(CONTEXT, past))}
+
+
+def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
+    """Return the names' first parts (behind `model`) and the bytes of tensors that a program does not read; nothing without any."""
+    if not tensors:
+        return {}
+    names = sorted({re.sub(r"^((model\.)?[^.]*).*", r"\1.*", name) for name in tensors})
+    return {"names": names, "tensors": len(tensors), "bytes": sum(int(t.bytes) for t in tensors.values())}
+
+
+def _parameters(cost: Cost) -> dict[str, int]:
+    return {
+        "total": cost.parameters,
+        "experts": cost.expert_parameters,
+        "embeddings": cost.table_parameters,
+        "active": cost.active_parameters,
+        "active_without_embeddings": cost.active_without_tables,
+    }
+
+
+def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
+    """Return what decoding one token behind `context` others takes (batch 1)."""
+    return {
+        "flops": costs.flops_at(cost, past=context),
+        "checkpoint_bytes_read": cost.stored_bytes_read,
+        "compiled_bytes_read": cost.compiled_bytes_read,
+        "state_bytes_read": costs.state_at(cost, context),
+    }
+
+
+def _state(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
+    return {"bytes_per_token": costs.state_per_token(cost, context), "fixed_bytes": costs.state_at(cost, 0)}
+
+
+def _bf16_per_token(costs: Costs, context: int) -> int:
+    """Return the bytes that one more token adds to the program's states if they were stored in two bytes a number."""
+    states = [p.type for p in costs.module.main.params if p.type.state]
+    halves = sympy.Add(*(t.elements * (2 if t.dtype == "f32" else t.bits / 8) for t in states))
+    return costs.state_per_token(Cost(state_bytes=halves), context)
+
+
+def _figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:
+    return {
+        "parameters": _parameters(cost),
+        "bytes": {"checkpoint": cost.stored_bytes, "compiled": cost.compiled_bytes},
+        "per_token": _per_token(costs, cost, context),
+        "state": _state(costs, cost, context),
+    }
+
+
+def count_text(number: int) -> str:
+    """Return a count with four digits: `6.919 B`, `37.6 M`, `512`."""
+    return _scaled(number, "", " k", " M", " B", " T")
+
+
+def bytes_text(number: int) -> str:
+    """Return bytes in decimal units: `13.84 GB`."""
+    return _scaled(number, " B", " kB", " MB", " GB", " TB")
+
+
+def flops_text(number: int) -> str:
+    """Return floating-point operations: `2.36 GFLOP`."""
+    return _scaled(number, " FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP")
+
+
+def _scaled(number: int, *units: str) -> str:
+    """Return a number in the largest of units a thousand apart that leaves a digit before the point."""
+    power = 0
+    while power < len(units) - 1 and abs(number) >= 1000 ** (power + 1):
+        power += 1
+    return f"{number / 1000**power:.4g}{units[power]}" if power else f"{number}{units[0]}"

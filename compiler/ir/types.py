@@ -1,0 +1,139 @@
+"""The types of values (a dtype and a shape over named dims), and the attributes of ops and weight steps."""
+
+from __future__ import annotations
+
+import re
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import sympy
+
+from .dims import Size, size, size_text
+from .storage import find_format
+
+# bits of one element; quantized storage is a dtype too, see formats
+DTYPE_BITS = {
+    "bool": 8, "u8": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64,
+    "f8e4m3": 8, "f8e5m2": 8, "f8e8m0": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
+}  # fmt: skip
+
+
+def is_dtype(name: str) -> bool:
+    """Return whether a name is that of a dtype, plain or quantized."""
+    return name in DTYPE_BITS or find_format(name) is not None
+
+
+Attr: TypeAlias = int | float | bool | str | Size | tuple["Attr", ...]
+
+
+def attr_key(value: Attr) -> Any:
+    """Return what tells attributes apart in a program: 0.0 and -0.0, 1 and 1.0 and true, and NaNs bit by bit.
+
+    Python has the first three equal in pairs, and a NaN equal to nothing.
+    """
+    match value:
+        case bool() | float():  # as bytes, which no attribute is
+            return struct.pack("?" if isinstance(value, bool) else ">d", value)
+        case tuple():
+            return tuple(map(attr_key, value))
+    return value
+
+
+class Keyed(ABC):
+    """Something whose equality and hash are those of its key."""
+
+    @property
+    @abstractmethod
+    def key(self) -> Any:
+        """What it is equal by; best a cached property."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other one is of the same class and has the same key."""
+        return self is other or (type(self) is type(other) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        """Return the hash of the key."""
+        return hash(self.key)
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """`dtype[sizes]`; `state` marks a KV cache or another tensor that lives from one step to the next."""
+
+    dtype: str
+    shape: tuple[Size, ...]
+    state: bool = False
+
+    @staticmethod
+    def of(dtype: str, *shape: int | Size, state: bool = False) -> TensorType:
+        """Return a type from ints and expressions."""
+        return TensorType(dtype, tuple(size(s) for s in shape), state)
+
+    def __str__(self) -> str:
+        prefix = "state " if self.state else ""
+        return f"{prefix}{self.dtype}[{', '.join(size_text(s) for s in self.shape)}]"
+
+    @cached_property
+    def elements(self) -> Size:
+        """The number of elements."""
+        return sympy.Mul(*self.shape)
+
+    @property
+    def bits(self) -> int | Fraction:
+        """Bits of one element as stored; of a quantized one with its share of scales and zero points."""
+        found = find_format(self.dtype)
+        return found.bits_per_weight if found else DTYPE_BITS[self.dtype]
+
+    @property
+    def bytes(self) -> Size:
+        """Bytes of the whole tensor as stored."""
+        return self.elements * self.bits / 8
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape as ints; only for types without dims (weights)."""
+        return tuple(int(s) for s in self.shape)
+
+    @property
+    def plain(self) -> TensorType:
+        """The same type without the state mark."""
+        return replace(self, state=False) if self.state else self
+
+
+def make_attrs(attributes: Mapping[str, Attr]) -> tuple[tuple[str, Attr], ...]:
+    """Return attributes in canonical form: sorted, sequences as tuples, integer expressions as ints."""
+    return tuple(sorted((name, _canonical(value)) for name, value in attributes.items()))
+
+
+def _canonical(value: Attr | list) -> Attr:
+    if isinstance(value, (list, tuple)):
+        return tuple(_canonical(v) for v in value)
+    if isinstance(value, sympy.Expr):
+        expanded = sympy.expand(value)
+        return int(expanded) if expanded.is_Integer else expanded
+    return value
+
+
+_HOLE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def expand_range(name: str) -> list[str]:
+    """Return the names that `a.{0..3}.b` stands for; a name without a range stands for itself."""
+    return [range_at(name, i) for i in range(range_size(name))]
+
+
+def range_size(name: str) -> int:
+    """Return how many names a name with a range stands for (1 without one)."""
+    found = _HOLE.search(name)
+    return max(0, int(found[2]) - int(found[1]) + 1) if found else 1
+
+
+def range_at(name: str, index: int) -> str:
+    """Return one of the names that a name with a range stands for; itself without one."""
+    found = _HOLE.search(name)
+    return f"{name[: found.start()]}{int(found[1]) + index}{name[found.end() :]}" if found else name

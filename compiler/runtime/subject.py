@@ -1,0 +1,37 @@
+"""What of an artifact the comparison with its source needs; a protocol, since artifacts offer that comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .tokenizer import Tokenizer
+
+
+class Compiled(Protocol):
+    """An artifact as `compare.verify` sees it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What moec.json says."""
+        ...
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a pass changed its numbers."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its text to tokens."""
+        ...
+
+    def session(self, **options: Any) -> Any:
+        """Return a runner of the target."""
+        ...

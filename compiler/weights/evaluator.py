@@ -1,0 +1,23 @@
+"""What the evaluation of a weight step is given for its items: a function of a recipe and a box."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ..ir.recipes import Recipe
+from .sources.source import Box, WeightSource
+
+
+class Evaluator(Protocol):
+    """Evaluates recipes on a source."""
+
+    @property
+    def source(self) -> WeightSource:
+        """Where the tensors of the recipes are read."""
+        ...
+
+    def __call__(self, item: Recipe, part: Box) -> torch.Tensor:
+        """Return what a recipe makes in a box."""
+        ...

@@ -1,0 +1,8 @@
+"""The packages of the wheel are the folders of the tree: the root is `moec`, and they are found below it."""
+
+from setuptools import find_packages, setup
+
+PARTS = ("compiler", "passes", "targets")
+
+found = find_packages(include=[name for part in PARTS for name in (part, f"{part}.*")])
+setup(packages=["moec", *(f"moec.{name}" for name in found)])
