@@ -179,7 +179,7 @@ def test_v4_checkpoint_is_official(v4):
     loaded = load(v4)
     used = {"past_key_values." + p.name.split(".", 1)[1] for p in loaded.module.main.params if p.type.state}
     assert {f"past_key_values.{n}" for n in ("0.window", "1.index_entries", "2.entries")} <= used
-    model = dequantized_model(v4)
+    model, _ = dequantized_model(v4)
     with torch.no_grad():
         logits = model(torch.arange(3, 43)[None]).logits[0]
     assert 0.3 < logits.std() < 3

@@ -1,60 +1,103 @@
-"""What design and style fix about the tree: which way imports point, relative imports, short files."""
+"""What ARCHITECTURE.md and design fix about the tree: the floors, no circles, relative imports, short files, the packages."""
 
 import ast
 import subprocess
 import sys
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(p for part in ("compiler", "passes", "targets") for p in (ROOT / part).rglob("*.py"))
-IR = {
-    "ir",
-    "dims",
-    "dtypes",
-    "errors",
-    "recipes",
-    "printer",
-    "parser",
-    "syntax",
-    "fragments",
-    "ops",
-    "verify",
-    "interpret",
-}
+PARTS = ("compiler", "passes", "targets")
+FILES = sorted(p for part in PARTS for p in (ROOT / part).rglob("*.py"))
+
+# the rooms from the ground up: a room imports those of lower floors only, types included, inside of functions too
+FLOORS = (
+    {"compiler/errors", "compiler/version"},
+    {"compiler/ir", "targets/session"},
+    {"compiler/formats", "compiler/ops"},
+    {"compiler/artifact", "compiler/cost", "compiler/text", "compiler/weights"},
+    {"compiler/check", "compiler/frontends", "targets/target"},
+    {"compiler/rewrite"},
+    {"targets/accelerator", "targets/cpu"},
+    {"targets"},
+    {"compiler/runtime"},
+    {"compiler/quantize"},
+    {"passes"},
+    {"compiler/driver"},
+    {"compiler/cli"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def places(file):
-    """Return the modules that a file imports from inside the package, as paths below the root such as compiler/ir."""
+def module_of(file):
+    """Return a file's module as a path below the root, that of a package for an `__init__.py`."""
+    path = file.relative_to(ROOT)
+    return (path.parent if path.name == "__init__.py" else path.with_suffix("")).as_posix()
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+@cache
+def imports(module):
+    """Return the modules that a module imports from inside the package, wherever the import stands."""
+    file = MODULES[module]
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = file.parent
             for _ in range(node.level - 1):
                 base = base.parent
-            target = base.joinpath(*(node.module or "").split("."))
-            names = [target / a.name for a in node.names if (target / a.name).with_suffix(".py").exists()]
-            found |= {str((p if p.is_relative_to(ROOT) else ROOT).relative_to(ROOT)) for p in (names or [target])}
-    return found
+            target = base.joinpath(*(node.module or "").split(".")).relative_to(ROOT).as_posix()
+            for alias in node.names:
+                inner = f"{target}/{alias.name}"
+                found.add(inner if inner in MODULES else target)
+    return frozenset(found - {module, "."})
 
 
-def reaches(file, *prefixes):
-    """Return the imports of a file that lie below one of the prefixes."""
-    return {p for p in places(file) if any(p == x or p.startswith(x + "/") for x in prefixes)}
+def room(module):
+    """Return the room of a module: what stands side by side in compiler/ and targets/, and passes/ as a whole."""
+    parts = module.split("/")
+    return parts[0] if parts[0] == "passes" else "/".join(parts[:2])
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_imports_point_one_way(file):
-    place = file.relative_to(ROOT)
-    if place.parts[0] == "compiler" and place.with_suffix("").parts[1] in IR:
-        assert not reaches(file, "passes", "targets", "compiler/frontends", "compiler/pipeline", "compiler/driver")
-    if place.parts[0] == "passes":
-        assert not reaches(file, "targets", "compiler/frontends", "compiler/driver")
-    if place.parts[:2] == ("compiler", "frontends"):
-        assert not reaches(file, "targets", "passes", "compiler/driver")
-    if place.parts[0] == "targets":
-        assert not reaches(file, "passes", "compiler/frontends", "compiler/driver")
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down_the_floors(module):
+    own = room(module)
+    if own == "compiler":  # its face says what is there
+        assert not imports(module)
+        return
+    above = {m for m in imports(module) if room(m) != own and FLOOR[room(m)] >= FLOOR[own]}
+    assert not above, f"{own} stands on floor {FLOOR[own]}; see FLOORS"
+
+
+def test_no_modules_import_each_other():
+    state, circles = {}, []
+
+    def visit(module, path):
+        state[module] = "open"
+        for other in sorted(imports(module) & MODULES.keys()):
+            if state.get(other) == "open":
+                circles.append([*path[path.index(other) :], other] if other in path else [module, other])
+            elif other not in state:
+                visit(other, [*path, other])
+        state[module] = "done"
+
+    for module in MODULES:
+        if module not in state:
+            visit(module, [module])
+    assert not circles
+
+
+def test_a_house_that_can_be_seen_at_once():
+    rooms = {r for r in map(room, MODULES) if r.startswith("compiler/")}
+    assert len(rooms) <= 16
+    accelerator = {m.split("/")[2] for m in MODULES if m.startswith("targets/accelerator/")}
+    assert len(accelerator) <= 12
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
@@ -69,7 +112,16 @@ def test_imports_inside_the_package_are_relative(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        assert not {n.split(".")[0] for n in names} & {"moec", "compiler", "passes", "targets"}
+        assert not {n.split(".")[0] for n in names} & {"moec", *PARTS}
+
+
+def test_every_folder_of_modules_is_a_package_of_the_wheel():
+    folders = {file.parent.relative_to(ROOT).as_posix().replace("/", ".") for file in FILES}
+    patterns = [name for part in PARTS for name in (part, f"{part}.*")]
+    assert set(find_packages(str(ROOT), include=patterns)) == folders
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]["*"]
+    others = {p for part in PARTS for p in (ROOT / part).rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert not [str(p) for p in others if not any(p.match(pattern) for pattern in data)]
 
 
 def test_importing_moec_is_light():
