@@ -8,8 +8,11 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.codes import packed, take_apart
-from moec.compiler.frontends.stored.layouts import Stored, gptq
-from moec.compiler.frontends.stored.stored import read_quantization, stored_tensors
+from moec.compiler.frontends.layouts_gptq import gptq
+from moec.compiler.frontends.quantization_config import read_quantization
+from moec.compiler.frontends.schemes import read_schemes
+from moec.compiler.frontends.stored.layouts import Stored
+from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.storage import format_of
 from moec.compiler.ir.types import TensorType
@@ -88,7 +91,7 @@ def opened(folder, leaves, quantization, name="model.layers.0.mlp.up_proj"):
     save_file({f"{name}.{leaf}": t.contiguous() for leaf, t in leaves.items()}, folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
     found = read_quantization(Config(quantization), folder) if quantization else None
-    return stored_tensors(checkpoint, [f"{name}.weight"], found), checkpoint
+    return decode(checkpoint, found).recipes, checkpoint
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -119,7 +122,8 @@ def test_a_tile_reads_its_own_codes_alone():
         "qweight": TensorType.of("i32", 12, 40), "qzeros": TensorType.of("i32", 3, 5), "scales": TensorType.of("f16", 3, 40),
     }  # fmt: skip
     parts = {leaf: Tensor(f"experts.{{0..7}}.{leaf}", t) for leaf, t in types.items()}
-    stacked = step("stack", gptq(Stored(parts, GPTQ, None, lambda name: torch.empty(0))))
+    (scheme,) = read_schemes({**GPTQ, "sym": False})("")
+    stacked = step("stack", gptq(Stored(parts, lambda name: torch.empty(0)), scheme))
     wanted = {"qweight": ((0, 12), (8, 16)), "qzeros": ((0, 3), (1, 2)), "scales": ((0, 3), (8, 16))}
     wanted = {f"experts.5.{leaf}": box for leaf, box in wanted.items()}
     rows = ((5, 6), (8, 16))
@@ -136,7 +140,7 @@ def test_the_experts_of_gpt_oss(tmp_path):
     leaves["_blocks"] = leaves["_blocks"].reshape(3, 10, 2, 16)
     save_file({f"layers.0.mlp.experts.up{k}": t for k, t in leaves.items()}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    recipes = stored_tensors(checkpoint, ["layers.0.x"], {"quant_method": "mxfp4"})
+    recipes = decode(checkpoint, {"quant_method": "mxfp4"}).recipes
     made = pull(recipes["layers.0.mlp.experts.up"], checkpoint)
     assert np.array_equal(made.numpy(), meant.transpose(0, 2, 1))
 
@@ -201,11 +205,15 @@ def test_configs_that_are_not_understood(quantization, message, tmp_path):
             {"pre_quant_scale": torch.ones(96)},
             "up_proj.pre_quant_scale beside .*weight is not understood",
         ),
-        ("nvfp4 modelopt", {"weight_scale_2": None}, "scales E4M3 without weight_scale_2"),
-        ("gptq", {"qzeros": None}, "a tensor 'qzeros' is missing"),
+        ("nvfp4 modelopt", {"weight_scale_2": None}, r"up_proj\.weight_scale_2 \(or _global_scale\) is missing"),
+        ("gptq", {"qzeros": None}, r"up_proj\.qzeros is missing or empty, and `sym` is not true"),
         ("gptq", {"scales": torch.ones(3, 41, dtype=torch.float16)}, "up_proj.qweight is not understood"),
         ("ct int4", {"weight_shape": torch.tensor([7, 200])}, r"weight_shape \[7, 200\]"),
-        ("fp8 blocks", {"weight_scale_inv": torch.ones(3, 7)}, "scales f32.3, 7. do not divide"),
+        (
+            "fp8 blocks",
+            {"weight_scale_inv": torch.ones(3, 7)},
+            r"weight_scale_inv is f32\[3, 7\], one scale for a block \[16, 32\]",
+        ),
     ],
 )
 def test_tensors_that_are_not_understood(name, change, message, tmp_path):

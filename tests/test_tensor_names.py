@@ -10,7 +10,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import build, read_config
-from moec.compiler.frontends.stored.stored import stored_tensors
+from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.frontends.transformers.names import map_parameters
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
@@ -47,7 +47,7 @@ def parameters(folder):
     skeleton = build(read_config(folder))
     wanted = list(skeleton.model.state_dict())
     with open_checkpoint(folder) as checkpoint:
-        recipes = map_parameters(skeleton.model, wanted, stored_tensors(checkpoint, wanted, None), checkpoint.lacks)
+        recipes = map_parameters(skeleton.model, wanted, decode(checkpoint, None).of_layers(wanted), checkpoint.lacks)
         return {name: pull(recipe, checkpoint) for name, recipe in recipes.items()}
 
 

@@ -41,15 +41,16 @@ def layer_prefixes(model: Any, names: Iterable[str]) -> set[str]:
     return found
 
 
-def layer_storage(checkpoint: Checkpoint, prefixes: set[str]) -> Callable[[int], Hashable]:
-    """Return a function that says how the tensors of a layer are named and stored: layers stored alike get the same."""
-    found: dict[int, list[tuple[str, TensorType]]] = {}
-    for name, info in checkpoint.tensors.items():
+def layer_storage(stored: Mapping[str, Hashable], prefixes: set[str]) -> Callable[[int], Hashable]:
+    """Return a function that says how the weights of a layer are named and stored: layers stored alike get the same.
+
+    `stored` tells of each weight how it is stored, equal for weights stored alike.
+    """
+    found: dict[int, list[tuple[str, Hashable]]] = {}
+    for name, kind in stored.items():
         number = first_number(name)
         if number is not None and name[: (place := name.index(f"{number}."))] in prefixes:
-            found.setdefault(number, []).append(
-                (f"{name[:place]}{{layer}}{name[place + len(str(number)) :]}", info.type)
-            )
+            found.setdefault(number, []).append((f"{name[:place]}{{layer}}{name[place + len(str(number)) :]}", kind))
     kinds = {number: tuple(sorted(own, key=lambda item: item[0])) for number, own in found.items()}
     return kinds.get
 

@@ -51,8 +51,15 @@ def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.
     """
 
     sizes = recipe.type.sizes
-    result = Pull(source)(recipe, full_box(sizes) if box is None else check_box(box, sizes)).contiguous()
-    # an axis of size 1 may keep any stride in a "contiguous" tensor, and then torch refuses to view it as bytes
+    return row_major(Pull(source)(recipe, full_box(sizes) if box is None else check_box(box, sizes)))
+
+
+def row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with its elements in row-major order and the strides of a new tensor.
+
+    An axis of size 1 may keep any stride in a "contiguous" tensor, and then torch refuses to view it as bytes.
+    """
+    result = tensor.contiguous()
     return result.as_strided(result.shape, [math.prod(result.shape[k + 1 :]) for k in range(result.dim())])
 
 

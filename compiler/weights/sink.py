@@ -20,7 +20,7 @@ import torch
 
 from ..errors import MoecError, write_error
 from ..ir.recipes import Recipe, Step, step
-from .pull import pull
+from .pull import pull, row_major
 from .quantized import is_part, part_names, row_tiles
 from .rows import encode_rows
 from .sources.source import Box, WeightSource
@@ -216,7 +216,7 @@ class DataFile(TiledFile):
 
     def _rows(self, quantized: Step, source: WeightSource, box: Box, first: int, offsets: dict[str, int]) -> None:
         for name, part in encode_rows(quantized, source, box).items():
-            flat = part.contiguous().reshape(_box_elements(box), -1).view(torch.uint8)
+            flat = row_major(part.contiguous().reshape(_box_elements(box), -1)).view(torch.uint8)
             self.write(offsets[name] + first * flat.shape[1], flat.reshape(-1).numpy().data)
 
 

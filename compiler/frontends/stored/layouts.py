@@ -1,95 +1,147 @@
-"""Recipes for the weights of quantized checkpoints, layout by layout.
+"""Recipes for the weights of quantized checkpoints, layout by layout; layouts_gptq.py has those of GPTQ and AWQ.
 
-Every function takes the tensors of one module and returns f32[out, in] (gpt-oss: f32[experts, in, out]) as a recipe of
-`dequantize` on codes that are unpacked where they lie. ValueError and KeyError say what does not fit.
+Every function takes the tensors of one weight and a scheme that config.json gives it, and returns f32[out, in] (gpt-oss:
+f32[experts, in, out]) as a recipe of `dequantize` on codes that are unpacked where they lie. ValueError says what does not
+fit; what the config says and the tensors hold has to agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...ir.recipes import Recipe, Step, Tensor, step
+from ...ir.types import TensorType
+from ..schemes import WHOLE_TENSOR, Block, Scheme
 
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column i of eight lies in this nibble of a word
+FLOATS = ("f32", "bf16", "f16", "f64")
 _FP8 = ("f8e4m3", "f8e5m2")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a module by their leaf, the quantization_config, the weight's shape where it is stored too."""
+    """The tensors of a weight by their role, and how to read the small ones whose values matter."""
 
     parts: Mapping[str, Tensor]
-    config: Mapping[str, Any]
-    shape: tuple[int, ...] | None
     read: Callable[[str], torch.Tensor]
 
-    def __getitem__(self, leaf: str) -> Tensor:
-        return self.parts[leaf]
+    def __getitem__(self, role: str) -> Tensor:
+        return self.parts[role]
 
-    def __contains__(self, leaf: str) -> bool:
-        return leaf in self.parts
+    def __contains__(self, role: str) -> bool:
+        return role in self.parts
+
+    def needed(self, role: str, beside: str) -> Tensor:
+        """Return a tensor that the codes need; ValueError names it if it is not there."""
+        if role not in self.parts:
+            raise ValueError(f"{self.sibling(role, beside)} is missing")
+        return self.parts[role]
+
+    def sibling(self, role: str, beside: str) -> str:
+        """Return what a tensor would be called beside the codes, of a module or of a parameter with suffixes."""
+        module, _, leaf = self.parts[beside].name.rpartition(".")
+        return f"{module}.{role}" if leaf in ("weight", "weight_packed", "qweight") else f"{module}.{leaf}_{role}"
+
+    def values(self, role: str) -> torch.Tensor:
+        """Return the numbers of a tensor."""
+        return self.read(self.parts[role].name)
 
 
-Layout = Callable[[Stored], Recipe]
+Layout = Callable[[Stored, Scheme], Recipe]
 
 
-def scaled(stored: Stored) -> Recipe:
+def scaled(stored: Stored, scheme: Scheme) -> Recipe:
     """Return FP8 or int8 numbers times scales for blocks, groups, rows or the tensor; FP4 in bytes beside such scales.
 
     Sources: DeepSeek V3 and V4 (weight_scale_inv, scale), compressed-tensors (weight_scale, weight_zero_point),
     ModelOpt (weight_scale, weight_scale_2), Mistral (qscale_weight).
     """
     weight = stored["weight"]
-    name = next(n for n in ("weight_scale_inv", "weight_scale", "scale", "qscale_weight") if n in stored)
-    scale = stored[name]
-    if weight.type.dtype == "u8" or (weight.type.dtype == "i8" and scale.type.dtype == "f8e8m0"):
-        return float4(
-            Stored({**stored.parts, "weight_packed": weight, "weight_scale": scale}, stored.config, None, stored.read)
+    found = [name for name in ("weight_scale_inv", "weight_scale", "scale", "qscale_weight") if name in stored]
+    if len(found) != 1:
+        raise ValueError(
+            f"{' and '.join(stored[name].name for name in found)} stand beside it"
+            if found
+            else f"{stored.sibling('weight_scale', 'weight')} is missing"
         )
+    scale = stored[found[0]]
+    if (scheme.kind, scheme.bits) == ("float", 4):
+        return float4(Stored({**stored.parts, "weight_packed": weight, "weight_scale": scale}, stored.read), scheme)
+    wanted = _FP8 if scheme.kind == "float" else ("i8",)
+    if weight.type.dtype not in wanted:
+        raise ValueError(f"codes cannot be {weight.type}, config.json speaks of {scheme.kind} with {scheme.bits} bits")
     if "weight_scale_2" in stored:
-        raise ValueError(f"weight_scale_2 beside codes {weight.type}")
-    scales, block = _scales(weight, scale, stored.config)
-    if weight.type.dtype in _FP8 and "weight_zero_point" not in stored:
+        raise ValueError(f"{stored['weight_scale_2'].name} beside codes {weight.type}")
+    scales, block = spread_scales(weight.type, scale, scheme)
+    zeros = _zeros(stored, scheme, "weight")
+    if weight.type.dtype in _FP8:
+        if zeros:
+            raise ValueError(f"{zeros[0].name} beside codes {weight.type}")
         return step("dequantize", weight, scales, block=block)
-    if weight.type.dtype != "i8":
-        raise ValueError(f"codes cannot be {weight.type}")
     codes = step("affine", weight, to="u8", add=128)
-    zeros = []
+    if zeros and (zeros[0].type.dtype != "i8" or zeros[0].type.elements != scale.type.elements):
+        raise ValueError(f"{zeros[0].name} is {zeros[0].type}, one i8 for each of the scales {scale.type} is wanted")
+    shifted = [step("reshape", step("affine", z, to="u8", add=128), shape=scales.type.sizes) for z in zeros]
+    return step("dequantize", codes, scales, *shifted, block=block, bits=8)
+
+
+def _zeros(stored: Stored, scheme: Scheme, codes: str) -> list[Tensor]:
+    """Return the zero points, if there are any; ValueError if the config speaks of some that are not there."""
     if "weight_zero_point" in stored:
-        shifted = step("affine", stored["weight_zero_point"], to="u8", add=128)
-        zeros = [step("reshape", shifted, shape=scales.type.sizes)]
-    return step("dequantize", codes, scales, *zeros, block=block, bits=8)
+        return [stored["weight_zero_point"]]
+    if scheme.symmetric is False:
+        raise ValueError(f"{stored.sibling('weight_zero_point', codes)} is missing, and `symmetric` is false")
+    return []
 
 
-def _scales(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> tuple[Recipe, tuple[int, ...]]:
-    """Return scales with the rank of the weight, and the block of the weight that each belongs to."""
-    found: Recipe = step("view", scale, to="f8e8m0") if scale.type.dtype == "u8" else scale
-    sizes, have = weight.type.sizes, scale.type.sizes
-    if scale.type.elements == 1:
-        return step("reshape", found, shape=(1,) * len(sizes)), sizes
-    if have == sizes[:1]:
-        have = (*sizes[:1], *(1 for _ in sizes[1:]))
-        found = step("reshape", found, shape=have)
-    given = config.get("weight_block_size") or _group_blocks(config)
-    if len(have) != len(sizes):
-        raise ValueError(f"scales {scale.type} do not fit {weight.type}")
-    if given and len(given) == len(sizes) and have == tuple(-(-n // b) for n, b in zip(sizes, given, strict=True)):
-        return found, tuple(given)
-    if any(n % m for n, m in zip(sizes, have, strict=True)):
-        raise ValueError(f"scales {scale.type} do not divide {weight.type}")
-    return found, tuple(n // m for n, m in zip(sizes, have, strict=True))
+def spread_scales(codes: TensorType, scale: Tensor, scheme: Scheme) -> tuple[Recipe, tuple[int, ...]]:
+    """Return scales with the rank of the codes, and the block of codes that each belongs to.
+
+    What a scale belongs to is what the config says: its blocks or groups, the last of which may be short, its rows, its
+    tensor. A config that does not say leaves one scale for the tensor, or one a row. Stacked experts have all that each.
+    """
+    numbers = scale_numbers(scale, scheme)
+    *lead, rows, columns = codes.sizes if len(codes.shape) > 1 else (1, *codes.sizes)
+    outer = tuple(lead)
+    one = (1,) * len(lead)
+    block = scheme.block
+    choices: list[tuple[tuple[int, ...], list[tuple[int, ...]], tuple[int, ...]]] = []  # shape, as stored, block
+    if block is None or block == WHOLE_TENSOR:
+        if lead:
+            choices.append(((*outer, 1, 1), [outer, (*outer, 1), (*outer, 1, 1)], (*one, rows, columns)))
+        choices.append(((*one, 1, 1), [(), (1,), (*one, 1, 1)], (*outer, rows, columns)))
+    if block is None or block == (1, 0):
+        flat = [] if lead and rows == columns else [(*outer, rows)]  # of stacked experts: which axis is it?
+        choices.append(((*outer, rows, 1), [*flat, (*outer, rows, 1)], (*one, 1, columns)))
+    if block and block != WHOLE_TENSOR:
+        high, wide = block[0] or rows, min(block[1] or columns, columns) if block[0] == 1 else block[1]
+        shape = (*outer, -(-rows // high), -(-columns // wide))
+        apart = (*outer, shape[-2], 1, shape[-1], 1)  # as ModelOpt stores FP8 in blocks
+        choices.append((shape, [shape, apart], (*one, high, wide)))
+    for shape, stored, own in choices:
+        if scale.type.sizes in stored and len(shape) == len(codes.shape):
+            return step("reshape", numbers, shape=shape) if scale.type.sizes != shape else numbers, own
+    wanted = choices[-1][0]
+    raise ValueError(f"{scale.name} is {scale.type}, {_meaning(block)} for {codes} wants {list(wanted)}")
 
 
-def _group_blocks(config: Mapping[str, Any]) -> Any:
-    """Return the block_structure of compressed-tensors where all groups of modules have the same."""
-    weights = [g.get("weights") or {} for g in (config.get("config_groups") or {}).values()]
-    found = {str(w.get("block_structure")): w.get("block_structure") for w in weights}
-    (block,) = found.values() if len(found) == 1 else (None,)
-    return tuple(block) if isinstance(block, (list, tuple)) else None
+def _meaning(block: Block | None) -> str:
+    if block is None or block == WHOLE_TENSOR:
+        return "one scale for the tensor" if block else "one scale for the tensor or a row"
+    return "one scale a row" if block == (1, 0) else f"one scale for a block {list(block)} as config.json says"
+
+
+def scale_numbers(scale: Tensor, scheme: Scheme) -> Recipe:
+    """Return scales as numbers: E8M0 may be stored as bytes; ValueError for numbers of a kind that the config excludes."""
+    dtype = scale.type.dtype
+    if dtype == "u8" and scheme.scale == "e8m0":
+        return step("view", scale, to="f8e8m0")
+    allowed = {"e8m0": ("f8e8m0",), "e4m3": ("f8e4m3",)}.get(scheme.scale, (*FLOATS, "f8e8m0"))
+    if dtype not in allowed:
+        raise ValueError(f"{scale.name} is {scale.type}, scales of {' or '.join(allowed)} are wanted")
+    return scale
 
 
 def e2m1(packed: Recipe) -> Recipe:
@@ -97,128 +149,91 @@ def e2m1(packed: Recipe) -> Recipe:
     return step("decode", step("unpack", packed, bits=4, axis=len(packed.type.shape) - 1), of="e2m1")
 
 
-def float4(stored: Stored) -> Recipe:
+def float4(stored: Stored, scheme: Scheme) -> Recipe:
     """Return E2M1 in bytes along the last axis, low nibble first: MXFP4 and both kinds of NVFP4.
 
     The scale of the tensor multiplies in ModelOpt (weight_scale_2) and divides in compressed-tensors
     (weight_global_scale).
     """
-    packed, scale = stored["weight_packed"], stored["weight_scale"]
-    axis = len(packed.type.shape) - 1
+    packed, scale = stored["weight_packed"], stored.needed("weight_scale", "weight_packed")
+    if packed.type.dtype not in ("u8", "i8") or (scheme.kind, scheme.bits) != ("float", 4) or scheme.block is None:
+        raise ValueError(f"codes {packed.type} where config.json speaks of {scheme.kind} with {scheme.bits} bits")
     numbers = e2m1(packed)
-    scales: Recipe = step("view", scale, to="f8e8m0") if scale.type.dtype == "u8" else scale
-    whole = next((n for n in ("weight_scale_2", "weight_global_scale") if n in stored), None)
-    if scale.type.dtype == "f8e4m3" and whole is None:
-        raise ValueError("scales E4M3 without weight_scale_2 or weight_global_scale")
+    *outer, columns = numbers.type.sizes
+    group = scheme.block[1] or columns
+    if scale.type.sizes != (*outer, -(-columns // group)):
+        raise ValueError(f"{scale.name} is {scale.type}, groups of {group} want {[*outer, -(-columns // group)]}")
+    scales = scale_numbers(scale, scheme)
+    whole = [n for n in ("weight_scale_2", "weight_global_scale") if n in stored]
+    if len(whole) != (scheme.scale == "e4m3"):
+        lacking = stored.sibling("weight_scale_2", "weight_packed")
+        beside = " and ".join(stored[n].name for n in whole)
+        raise ValueError(
+            f"{beside} beside scales {scale.type}" if whole else f"{lacking} (or _global_scale) is missing"
+        )
     if whole:
-        one = step("reshape", stored[whole], shape=(1,) * (axis + 1))
-        options = {"divide": True} if whole == "weight_global_scale" else {}
-        scales = step("dequantize", scales, one, block=scales.type.sizes, **options)
-    group = numbers.type.sizes[-1] // scales.type.sizes[-1]
-    return step("dequantize", numbers, scales, block=(*(1 for _ in range(axis)), group))
+        options = {"divide": True} if whole[0] == "weight_global_scale" else {}
+        one, block = spread_scales(scales.type, stored[whole[0]], Scheme("float", 8, WHOLE_TENSOR))
+        if stored[whole[0]].type.dtype not in FLOATS:
+            raise ValueError(f"{stored[whole[0]].name} is {stored[whole[0]].type}")
+        scales = step("dequantize", scales, one, block=block, **options)
+    return step("dequantize", numbers, scales, block=(*(1 for _ in outer), group))
 
 
-def gpt_oss(stored: Stored) -> Recipe:
+def gpt_oss(stored: Stored, scheme: Scheme) -> Recipe:
     """Return the MXFP4 experts of gpt-oss: `_blocks` u8[E, out, in / 32, 16], low nibble first, `_scales` u8 E8M0."""
-    blocks, scales = stored["_blocks"], stored["_scales"]
+    blocks = stored["blocks"]
+    if "scales" not in stored:
+        raise ValueError(f"{blocks.name.removesuffix('blocks')}scales is missing")
+    if len(blocks.type.shape) != 4 or blocks.type.sizes[-1] * 2 != 32 or scheme.scale != "e8m0":
+        raise ValueError(f"blocks of 16 bytes are wanted, not {blocks.type}")
     *outer, groups, width = blocks.type.sizes
-    block = (*(1 for _ in outer), 2 * width)
-    exponents = step("view", scales, to="f8e8m0") if scales.type.dtype == "u8" else scales
     codes = step("reshape", blocks, shape=(*outer, groups * width))
-    numbers = step("dequantize", e2m1(codes), exponents, block=block)
+    block = (*(1 for _ in outer), 2 * width)
+    numbers = step("dequantize", e2m1(codes), scale_numbers(stored["scales"], scheme), block=block)
     return step("transpose", numbers, perm=(*range(len(outer) - 1), len(outer), len(outer) - 1))
 
 
-def packed_integers(stored: Stored) -> Recipe:
+def packed_integers(stored: Stored, scheme: Scheme) -> Recipe:
     """Return pack-quantized integers of compressed-tensors.
 
     Codes i32[out, in bits / 32] along the rows, zero points i32[out bits / 32, groups] along the columns; both stored
-    with half of the range added.
+    with half of the range added. `weight_shape` says how many of the codes count.
     """
-    packed, scale = stored["weight_packed"], stored["weight_scale"]
-    rows, columns = stored.shape or (packed.type.sizes[0], 0)
-    options = _integer_groups(stored.config)
-    bits = {o[0] for o in options if -(-columns * o[0] // 32) == packed.type.sizes[1]}
-    if len(bits) != 1 or packed.type.sizes[0] != rows:
-        raise ValueError(
-            f"weight_shape {[rows, columns]} with {packed.type} and num_bits {sorted({o[0] for o in options})}"
-        )
-    (width,) = bits
-    codes = step("unpack", packed, bits=width, axis=1, size=columns)
-    groups = scale.type.sizes[-1]
-    zeros: list[Recipe] = []
-    if "weight_zero_point" in stored:
-        zeros = [step("unpack", stored["weight_zero_point"], bits=width, axis=0, size=rows)]
-    if "weight_g_idx" in stored:
-        return _by_order(codes, scale, zeros, stored["weight_g_idx"], width)
-    sizes = {g for b, g in options if b == width and g and -(-columns // g) == groups}
-    group = columns if groups == 1 else sizes.pop() if len(sizes) == 1 else -(-columns // groups)
-    scales = step("reshape", scale, shape=(rows, groups)) if scale.type.elements != 1 else _one(scale)
-    if scale.type.elements == 1:
-        return step("dequantize", codes, scales, *zeros, block=(rows, columns), bits=width)
-    return step("dequantize", codes, scales, *zeros, block=(1, group), bits=width)
+    packed, scale = stored["weight_packed"], stored.needed("weight_scale", "weight_packed")
+    if packed.type.dtype != "i32" or scheme.kind != "int":
+        raise ValueError(f"codes {packed.type} where config.json speaks of {scheme.kind} with {scheme.bits} bits")
+    rows, columns = _shape(stored)
+    if packed.type.sizes != (rows, -(-columns * scheme.bits // 32)):
+        raise ValueError(f"{stored['weight_shape'].name} {[rows, columns]} with {packed.type} and {scheme.bits} bits")
+    codes = step("unpack", packed, bits=scheme.bits, axis=1, size=columns)
+    scales, block = spread_scales(codes.type, scale, scheme)
+    zeros: list[Recipe] = [
+        step("unpack", item, bits=scheme.bits, axis=0, size=rows) for item in _zeros(stored, scheme, "weight_packed")
+    ]
+    if "weight_g_idx" in stored and not bool((stored.values("weight_g_idx") == -1).all()):
+        return by_order(codes, scales, zeros, stored, "weight_g_idx", scheme.bits)
+    if not scheme.in_order:
+        raise ValueError(f"{stored.sibling('weight_g_idx', 'weight_packed')} is missing, and `actorder` is group")
+    return step("dequantize", codes, scales, *zeros, block=block, bits=scheme.bits)
 
 
-def _one(scale: Recipe) -> Recipe:
-    return step("reshape", scale, shape=(1, 1))
+def _shape(stored: Stored) -> tuple[int, int]:
+    """Return the sizes that `weight_shape` holds."""
+    shape = stored.needed("weight_shape", "weight_packed")
+    if shape.type.dtype not in ("i64", "i32") or shape.type.elements != 2:
+        raise ValueError(f"{shape.name} is {shape.type}, two integers are wanted")
+    rows, columns = stored.values("weight_shape").flatten().tolist()
+    return rows, columns
 
 
-def _integer_groups(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return (num_bits, group_size or 0) of the groups of modules in a config of compressed-tensors."""
-    weights = [g.get("weights") or {} for g in (config.get("config_groups") or {}).values()]
-    found = [(int(w["num_bits"]), int(w.get("group_size") or 0)) for w in weights if w.get("type", "int") == "int"]
-    if not found:
-        raise ValueError("config_groups names no integer weights")
-    return found
-
-
-def gptq(stored: Stored) -> Recipe:
-    """Return GPTQ weights: codes i32[in bits / 32, out] along the columns, zero points i32[groups, out bits / 32].
-
-    `checkpoint_format` gptq stores zero points less 1 (15 stands for 0), gptq_v2 stores them. Scales belong to groups of
-    inputs in order, or, with desc_act, to the inputs that g_idx says.
-    """
-    packed, scale, zero = stored["qweight"], stored["scales"], stored["qzeros"]
-    groups, rows = scale.type.sizes
-    columns = (
-        stored["g_idx"].type.sizes[0] if "g_idx" in stored else packed.type.sizes[0] * 32 // int(stored.config["bits"])
-    )
-    bits = packed.type.sizes[0] * 32 // columns
-    if bits not in (2, 3, 4, 8):
-        raise ValueError(f"{bits} bits")
-    codes = step("transpose", step("unpack", packed, bits=bits, axis=0, size=columns), perm=(1, 0))
-    scales = step("transpose", scale, perm=(1, 0))
-    zeros: Recipe = step("unpack", zero, bits=bits, axis=1, size=rows)
-    if (stored.config.get("checkpoint_format") or "gptq") == "gptq":
-        zeros = step("affine", zeros, to="u8", add=1, bits=bits)
-    zeros = step("transpose", zeros, perm=(1, 0))
-    if "g_idx" in stored and (stored.config.get("desc_act") or not _in_order(stored, columns, groups)):
-        return _by_order(codes, scales, [zeros], stored["g_idx"], bits)
-    return step("dequantize", codes, scales, zeros, block=(1, -(-columns // groups)), bits=bits)
-
-
-def _in_order(stored: Stored, columns: int, groups: int) -> bool:
-    index = stored.read(stored["g_idx"].name)
-    return bool(torch.equal(index.long(), torch.arange(columns) // -(-columns // groups)))
-
-
-def _by_order(codes: Recipe, scales: Recipe, zeros: list[Recipe], index: Recipe, bits: int) -> Step:
-    """Return codes with the scale and zero point of the group that `index` gives to each column."""
+def by_order(codes: Recipe, scales: Recipe, zeros: list[Recipe], stored: Stored, role: str, bits: int) -> Step:
+    """Return codes with the scale and zero point of the group that an index gives to each column."""
+    index, columns, groups = stored[role], codes.type.sizes[1], scales.type.sizes[1]
+    if index.type.dtype not in ("i32", "i64") or index.type.sizes != (columns,):
+        raise ValueError(f"{index.name} is {index.type}, one integer for each of {columns} inputs is wanted")
+    values = stored.values(role)
+    if int(values.min()) < 0 or int(values.max()) >= groups:
+        raise ValueError(f"{index.name} points outside the {groups} groups of scales")
     own = [step("gather", item, index, axis=1) for item in (scales, *zeros)]
     return step("dequantize", codes, *own, block=(1, 1), bits=bits)
-
-
-def awq(stored: Stored) -> Recipe:
-    """Return AWQ weights (GEMM): codes i32[in, out / 8] and zero points i32[groups, out / 8], both in AWQ's order."""
-    packed, scale, zero = stored["qweight"], stored["scales"], stored["qzeros"]
-    if int(stored.config.get("bits", stored.config.get("w_bit", 4))) != 4:
-        raise ValueError("AWQ has 4 bits")
-    columns, groups = packed.type.sizes[0], scale.type.sizes[0]
-    if columns % groups:
-        raise ValueError(f"{groups} groups of {columns} inputs")
-    codes, zeros = (
-        step("transpose", step("unpack", item, bits=4, axis=1, order=_AWQ_ORDER), perm=(1, 0))
-        for item in (packed, zero)
-    )
-    scales = step("transpose", scale, perm=(1, 0))
-    return step("dequantize", codes, scales, zeros, block=(1, columns // groups), bits=4)

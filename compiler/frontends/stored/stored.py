@@ -1,221 +1,287 @@
 """What a checkpoint stores for each weight: one tensor, or codes with scales and zero points in one of many layouts.
 
-The config says by which method a checkpoint was quantized; which modules were, and with how many bits, is read off the
-tensors themselves, since lists of exceptions in configs are patterns that every tool matches in its own way.
+The config says by which method a checkpoint was quantized, with how many bits and what shares a scale (schemes.py); which
+modules were is read off the tensors themselves, since lists of exceptions in configs are patterns that every tool matches in
+its own way. Every tensor of a module that has codes is read, or stands in UNUSED, or is an error.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
 
 from ...errors import MoecError
-from ...ir.recipes import Recipe, Tensor, step
+from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, first_number
-from .layouts import Layout, Stored, awq, float4, gpt_oss, gptq, packed_integers, scaled
+from ..layouts_gptq import gptq
+from ..schemes import Scheme, SchemesOf, Unquantized, read_schemes
+from .layouts import FLOATS, Layout, Stored, gpt_oss, packed_integers, scaled
+from .layouts import float4 as packed_floats
 
-# leaves of a module that say something about activations or caches, which stay floats here, or that others imply
-UNUSED = {
-    "input_scale", "activation_scale", "input_global_scale", "input_zero_point", "output_scale", "k_scale", "v_scale",
-    "qscale_act", "weight_shape",
-}  # fmt: skip
-# the leaf that holds the codes -> the leaves that may stand beside it, and how they are decoded
-LAYOUTS: Mapping[str, tuple[set[str], Layout]] = {
-    "weight_packed": ({"weight_scale", "weight_global_scale", "weight_zero_point", "weight_g_idx"}, packed_integers),
-    "qweight": ({"qzeros", "scales", "g_idx"}, gptq),
-    "weight": (
-        {"weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "scale", "qscale_weight"}, scaled,
+# roles of tensors that nothing here needs -> why
+UNUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("input_scale", "activation_scale", "input_global_scale", "input_zero_point", "input_scale_inv", "qscale_act"),
+        "says how activations were rounded, which stay floats here",
     ),
-    "_blocks": ({"_scales"}, gpt_oss),
+    **dict.fromkeys(("output_scale", "k_scale", "v_scale", "q_scale", "prob_scale"), "says how results or caches were rounded"),
+    "weight_shape": "says what the codes' shape says too",
+}  # fmt: skip
+# the role that holds the codes -> the roles that may stand beside it, and how they are decoded
+_LAYOUTS: Mapping[str, tuple[tuple[str, ...], Layout]] = {
+    "weight_packed": (
+        ("weight_scale", "weight_global_scale", "weight_zero_point", "weight_g_idx", "weight_shape"), packed_integers,
+    ),
+    "qweight": (("scales", "qzeros", "g_idx"), gptq),
+    "blocks": (("scales",), gpt_oss),
+    "weight": (
+        ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_zero_point", "scale", "qscale_weight"), scaled,
+    ),
+}  # fmt: skip
+_CODES_OF = {role: codes for codes, (beside, _) in _LAYOUTS.items() for role in beside}
+_ROLES = {*_LAYOUTS, *(role for beside, _ in _LAYOUTS.values() for role in beside)}
+# roles that model code has for parameters of its own too: `scale` beside a weight in floats
+_AMBIGUOUS = {"weight", "scale", "scales"}
+# behind the name of a parameter that is no module's `weight` (the fused experts of a layer) -> the role
+_SUFFIXES: Mapping[str, str] = {
+    **{f"_{role}": role for role in sorted(_ROLES | UNUSED.keys(), key=len, reverse=True) if role not in ("weight", "scale")},
+    "_scale_inv": "weight_scale_inv", "_scale_2": "weight_scale_2", "_global_scale": "weight_global_scale",
+    "_packed": "weight_packed", "_zero_point": "weight_zero_point", "_shape": "weight_shape", "_scale": "scale",
 }  # fmt: skip
 _PLAIN = {"bias"}
-_CT_FORMATS = (
-    "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision",
-)  # fmt: skip
-METHODS = ("fp8", "mxfp4", "mxfp8", "compressed-tensors", "gptq", "awq", "modelopt")
+_APART = "config.json and the weights do not belong together, or this layout is not supported"
 
 
-def read_quantization(config: Any, folder: Path) -> dict[str, Any] | None:
-    """Return how a checkpoint says that it is quantized, None if it is not; MoecError for what is not understood."""
-    raw = getattr(config, "quantization_config", None)
-    if raw is None:
-        raw = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    where = folder / "config.json"
-    if raw is None and (folder / "hf_quant_config.json").is_file():
-        where = folder / "hf_quant_config.json"
-        raw = _modelopt(where)
-    if raw is None:
-        return None
-    found = dict(raw if isinstance(raw, dict) else raw.to_dict())
-    found["quant_method"] = str(found.get("quant_method")).replace("_", "-").removesuffix("-fp4").removesuffix("-mxfp8")
-    reason = _not_understood(found)
-    if reason:
-        raise MoecError(reason[0], where=str(where), todo=reason[1])
-    return found
+@dataclass(frozen=True)
+class Decoded:
+    """The weights of a checkpoint by name, and what tells how each is stored: equal for weights stored alike."""
+
+    recipes: Mapping[str, Recipe]
+    alike: Mapping[str, Hashable]
+
+    def of_layers(self, wanted: Iterable[str]) -> dict[str, Recipe]:
+        """Return the weights that can matter: those of the wanted names' layers and those outside of layers.
+
+        A name that ends with a number may be outside of layers and belong to another layer than that of the number.
+        """
+        numbers = {first_number(name) for name in wanted} | {None}
+        return {
+            name: recipe
+            for name, recipe in self.recipes.items()
+            if first_number(name) in numbers or name.rpartition(".")[2].isdigit()
+        }
+
+    def stored_as(self) -> Callable[[int], Hashable]:
+        """Return a function that says how the weights of a layer are stored: layers stored alike get the same answer."""
+        found: dict[int, list[tuple[str, Hashable]]] = {}
+        for name, kind in self.alike.items():
+            number = first_number(name)
+            if number is not None:
+                found.setdefault(number, []).append((name.partition(f"{number}.")[2], kind))
+        kinds = {number: tuple(sorted(own, key=lambda item: item[0])) for number, own in found.items()}
+        return lambda layer: kinds.get(layer)
 
 
-def _modelopt(file: Path) -> dict[str, Any]:
+def decode(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> Decoded:
+    """Return every weight of a checkpoint, made of what is stored; MoecError names a tensor that is not understood.
+
+    Reads the data of small tensors alone: shapes, orders of inputs, zero points.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return {"quant_method": "modelopt", **content["quantization"]}
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise MoecError(
-            f"the file has no `quantization`: {error}", where=str(file), todo="remove or repair it"
-        ) from None
+        schemes = read_schemes(quantization) if quantization is not None else None
+    except ValueError as error:
+        raise MoecError(str(error), where=str(checkpoint.folder / "config.json"), todo=_APART) from None
+    job = _Decoding(checkpoint, schemes, {}, {}, {})
+    recipes: dict[str, Recipe] = {}
+    alike: dict[str, Hashable] = {}
+    for (owner, _), parts in _owners(checkpoint.tensors).items():
+        for name, (recipe, kind) in job.weights(owner, parts).items():
+            recipes[name], alike[name] = recipe, kind
+    return Decoded(recipes, alike)
 
 
-def _not_understood(found: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return what in a quantization_config is not understood, and what to do; None if all is."""
-    method = found["quant_method"]
-    if method not in METHODS:
-        return (
-            f"weights quantized with {method!r} are not understood",
-            f"quant_method can be {', '.join(METHODS)}; or give an unquantized checkpoint",
-        )
-    if method == "awq" and str(found.get("version", "gemm")).lower() != "gemm":
-        return f"AWQ weights of version {found['version']!r} are not understood", "version gemm is"
-    format = str(found.get("checkpoint_format") or "gptq")
-    if method == "gptq" and format not in ("gptq", "gptq_v2"):
-        return f"GPTQ weights with checkpoint_format {format!r} are not understood", "gptq and gptq_v2 are"
-    formats = [found.get("format"), *(g.get("format") for g in (found.get("config_groups") or {}).values())]
-    strange = [f for f in formats if f not in (None, *_CT_FORMATS)]
-    if method == "compressed-tensors" and strange:
-        return (
-            f"compressed tensors with format {strange[0]!r} are not understood",
-            f"there are {', '.join(_CT_FORMATS)}",
-        )
-    if method == "compressed-tensors" and (found.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        return f"sparsity_config {found['sparsity_config']['format']!r} is not understood", "save the model as dense"
-    if found.get("transform_config"):
-        return "transform_config is not understood: weights were rotated", "save the model without transforms"
+@dataclass(frozen=True)
+class _Decoding:
+    """Decodes the weights of one checkpoint; what was decoded once is used again for weights stored alike.
+
+    `made` holds recipes whose tensors are called by their roles, `reads` the roles whose numbers a layout looked at.
+    """
+
+    checkpoint: Checkpoint
+    schemes: SchemesOf | None
+    made: dict[Hashable, tuple[Recipe, int]]
+    reads: dict[Hashable, set[str]]
+    numbers: dict[Recipe, int]
+
+    def weights(self, owner: str, parts: Mapping[str, str]) -> dict[str, tuple[Recipe, Hashable]]:
+        """Return the weights of a module or of a parameter with suffixes: what its codes make, and plain tensors."""
+        types = {role: self.checkpoint.tensors[name].type for role, name in parts.items()}
+        codes = _codes(types)
+        if codes is None:
+            self._check_lonely(owner, parts, types)
+            return {name: (Tensor(name, types[role]), types[role]) for role, name in parts.items()}
+        beside, layout = _LAYOUTS[codes]
+        own = {role: name for role, name in parts.items() if role == codes or role in beside}
+        plain = {role: name for role, name in parts.items() if role in _PLAIN}
+        strange = next((name for role, name in parts.items() if role not in {*own, *plain, *UNUSED}), None)
+        if strange:
+            raise self._error(
+                f"{strange} beside {parts[codes]} is not understood",
+                strange,
+                "this way of quantizing is not supported: give an unquantized checkpoint",
+            )
+        if codes == "weight_packed" and types[codes].dtype != "i32":
+            layout = packed_floats
+        module = parts[codes] == f"{owner}.{codes}"
+        recipe = self._decoded(owner, layout, codes, own, types)
+        found: dict[str, tuple[Recipe, Hashable]] = {f"{owner}.weight" if module else owner: recipe}
+        return {**found, **{name: (Tensor(name, types[role]), types[role]) for role, name in plain.items()}}
+
+    def _decoded(
+        self, owner: str, layout: Layout, codes: str, parts: Mapping[str, str], types: Mapping[str, TensorType]
+    ) -> tuple[Recipe, Hashable]:
+        schemes = self._schemes(owner, parts[codes])
+        key: Hashable = (codes, tuple((role, types[role]) for role in sorted(parts)), schemes)
+        looked = self.reads.setdefault(key, set())
+        stored = _Watched({role: Tensor(name, types[role]) for role, name in parts.items()}, self._read, looked)
+        values = tuple(self._digest(parts[role]) for role in sorted(looked))
+        if (key, values) not in self.made:
+            recipe = self._choose(layout, stored, schemes, parts[codes])
+            roles = {name: role for role, name in parts.items()}
+            values = tuple(self._digest(parts[role]) for role in sorted(looked))
+            template = rename(recipe, roles.__getitem__)
+            self.made[key, values] = template, self.numbers.setdefault(template, len(self.numbers))
+        template, number = self.made[key, values]
+        return rename(template, parts.__getitem__), number
+
+    def _schemes(self, owner: str, codes: str) -> tuple[Scheme, ...]:
+        """Return how config.json says that a weight may be stored; MoecError if it says that it is not quantized."""
+        where = str(self.checkpoint.folder / "config.json")
+        if self.schemes is None:
+            raise MoecError(
+                f"{codes} has scales, but config.json has no quantization_config",
+                where=where,
+                todo="the config of another checkpoint? Copy the one that belongs to the weights",
+            )
+        try:
+            return self.schemes(owner)
+        except Unquantized as reason:
+            raise MoecError(
+                f"{codes} holds codes, but config.json leaves the module unquantized: {reason}",
+                where=where,
+                todo=_APART,
+            ) from None
+        except ValueError as error:
+            raise MoecError(f"{codes} is not understood: {error}", where=where, todo=_APART) from None
+
+    def _choose(self, layout: Layout, stored: Stored, schemes: Iterable[Scheme], codes: str) -> Recipe:
+        """Return what the one scheme makes that fits the tensors; MoecError if none does, or two with other results."""
+        found: list[Recipe] = []
+        reasons: list[str] = []
+        for scheme in schemes:
+            try:
+                recipe = layout(stored, scheme)
+            except ValueError as error:
+                reasons.append(str(error))
+            else:
+                found += [recipe] if recipe not in found else []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise self._error(f"{codes} can be read in {len(found)} ways by config.json", codes, _APART)
+        # of several reasons, those that speak of another kind of codes say less
+        reason = min(reasons, key=lambda text: text.startswith("codes"))
+        raise self._error(f"{codes} is not understood: {reason}", codes, _APART)
+
+    def _check_lonely(self, owner: str, parts: Mapping[str, str], types: Mapping[str, TensorType]) -> None:
+        """Raise MoecError for what can only stand beside codes, where no codes are."""
+        for role, name in parts.items():
+            if role in _ROLES and role not in _AMBIGUOUS:
+                missing = _LAYOUTS[role][0][0] if role in _LAYOUTS else _CODES_OF[role]
+                lacking = f"{name.removesuffix(role)}{missing}"
+                what = "are codes without scales" if role in _LAYOUTS else "has no codes beside it"
+                todo = "a shard is missing, or a tensor was renamed"
+                raise self._error(f"{name} {what}: there is no {lacking}", name, todo)
+
+    def _error(self, what: str, name: str, todo: str) -> MoecError:
+        return MoecError(what, where=str(self.checkpoint.tensors[name].file), todo=todo)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name)
+
+    def _digest(self, name: str) -> bytes:
+        return blake2b(self._read(name).reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class _Watched(Stored):
+    """Tensors that remember which of them were looked at."""
+
+    looked: set[str]
+
+    def values(self, role: str) -> torch.Tensor:
+        self.looked.add(role)
+        return super().values(role)
+
+
+def _codes(types: Mapping[str, TensorType]) -> str | None:
+    """Return the role that holds codes beside which something says what they mean; None for plain tensors."""
+    for codes, (beside, _) in _LAYOUTS.items():
+        found = set(beside) & types.keys()
+        if codes in types and found and not (types[codes].dtype in FLOATS and found <= _AMBIGUOUS):
+            return codes
     return None
 
 
-def stored_tensors(
-    checkpoint: Checkpoint, wanted: Iterable[str], quantization: Mapping[str, Any] | None
-) -> dict[str, Recipe]:
-    """Return the stored weights that can matter, by name: those of the wanted layers and those outside of layers.
+# --- names: which tensors belong together -----------------------------------------------------------------------------
 
-    A name that ends with a number may be outside of layers and belong to another layer than that of the number.
 
-    MoecError names a tensor of a quantized module that is not understood.
+def _owners(names: Mapping[str, Any]) -> dict[tuple[str, bool], dict[str, str]]:
+    """Return the tensors of each weight by their role.
+
+    They belong to a module (its weight is called `.weight`), or (True) to a parameter whose name they begin with.
     """
-    numbers = {first_number(name) for name in wanted} | {None}
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, info in checkpoint.tensors.items():
-        if first_number(name) in numbers or name.rpartition(".")[2].isdigit():
-            module, leaf = _split(name)
-            modules.setdefault(module, {})[leaf] = Tensor(name, info.type)
-    found: dict[str, Recipe] = {}
-    for module, leaves in modules.items():
-        found |= _weights(module, leaves, quantization, checkpoint)
+    found: dict[tuple[str, bool], dict[str, str]] = {}
+    for name in names:
+        owner, role = _owner(name, names)
+        found.setdefault(owner, {})[role] = name
+    for parts in found.values():
+        if "weight_packed" in parts and "scale" in parts:
+            parts["weight_scale"] = parts.pop("scale")
     return found
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Return the module and the leaf of a tensor name; the parts of gpt-oss' experts count as leaves of a weight."""
-    for leaf in ("_blocks", "_scales"):
-        if name.endswith(leaf):
-            return name.removesuffix(leaf), leaf
+def beside_codes(checkpoint: Checkpoint) -> set[str]:
+    """Return the tensors that are codes, or stand beside codes of the same module or parameter."""
+    found: set[str] = set()
+    for parts in _owners(checkpoint.tensors).values():
+        if _codes({role: checkpoint.tensors[name].type for role, name in parts.items()}):
+            found.update(parts.values())
+    return found
+
+
+def _owner(name: str, names: Mapping[str, Any]) -> tuple[tuple[str, bool], str]:
     module, _, leaf = name.rpartition(".")
-    return module, leaf
+    if leaf in _ROLES or leaf in UNUSED or leaf in _PLAIN:
+        return (module, False), leaf
+    if any(f"{name}{suffix}" in names for suffix in _SUFFIXES):
+        return (name, True), "weight"
+    for suffix, role in _SUFFIXES.items():
+        base = name.removesuffix(suffix)
+        if base != name and not base.endswith(".") and _is_parameter(base, names):
+            return (base, True), role
+    return (module, False), leaf
 
 
-def _weights(
-    module: str, leaves: Mapping[str, Tensor], quantization: Mapping[str, Any] | None, checkpoint: Checkpoint
-) -> dict[str, Recipe]:
-    """Return the weights of a module: that which its codes make, and tensors that are what they are."""
-    codes = next((leaf for leaf, (beside, _) in LAYOUTS.items() if leaf in leaves and beside & leaves.keys()), None)
-    plain = {leaf: t for leaf, t in leaves.items() if leaf not in UNUSED}
-    if codes is None:
-        return {(t.name): t for t in plain.values()}
-    beside, layout = LAYOUTS[codes]
-    if quantization is None:
-        raise MoecError(
-            f"{leaves[codes].name} has scales, but config.json has no quantization_config",
-            where=str(checkpoint.folder / "config.json"),
-            todo="the config of another checkpoint? Copy the one that belongs to the weights",
-        )
-    parts = {leaf: t for leaf, t in plain.items() if leaf == codes or leaf in beside}
-    others = {leaf: t for leaf, t in plain.items() if leaf not in parts}
-    strange = next((t.name for leaf, t in others.items() if leaf not in _PLAIN and codes != "_blocks"), None)
-    if strange:
-        raise MoecError(
-            f"{strange} beside {leaves[codes].name} is not understood",
-            where=str(checkpoint.tensors[strange].file),
-            todo="this way of quantizing is not supported: give an unquantized checkpoint",
-        )
-    if quantization["quant_method"] == "awq" and codes == "qweight":
-        layout = awq
-    elif codes == "weight_packed" and leaves[codes].type.dtype == "u8":
-        layout = float4
-    shape = leaves.get("weight_shape")
-    sizes = tuple(checkpoint.read(shape.name).tolist()) if shape is not None and layout is packed_integers else None
-    stored = Stored(parts, quantization, sizes, lambda name: checkpoint.read(name))
-    name = module if codes == "_blocks" else f"{module}.weight"
-    return {name: _decoded(layout, stored, parts[codes].name, checkpoint), **{t.name: t for t in others.values()}}
-
-
-def _decoded(layout: Layout, stored: Stored, name: str, checkpoint: Checkpoint) -> Recipe:
-    try:
-        return layout(stored)
-    except (ValueError, KeyError) as error:
-        what = f"a tensor {error} is missing" if isinstance(error, KeyError) else str(error)
-        todo = "config.json does not belong to the weights, or this layout is not supported"
-        raise MoecError(
-            f"{name} is not understood: {what}", where=str(checkpoint.tensors[name].file), todo=todo
-        ) from None
+def _is_parameter(base: str, names: Mapping[str, Any]) -> bool:
+    return base in names or any(f"{base}{s}" in names for s in ("_packed", "_weight_packed", "_blocks", "_qweight"))
 
 
 def layer_types(checkpoint: Checkpoint) -> Callable[[int], Hashable]:
     """Return a function that says how the tensors of a layer are stored: layers stored alike get the same answer."""
-    found: dict[int | None, list[tuple[str, TensorType]]] = {}
-    for name, info in checkpoint.tensors.items():
-        number = first_number(name)
-        if number is not None:
-            found.setdefault(number, []).append((name.partition(f"{number}.")[2], info.type))
-    kinds = {number: tuple(sorted(own, key=lambda item: item[0])) for number, own in found.items()}
-    return lambda layer: kinds.get(layer)
-
-
-# --- a config without weights --------------------------------------------------------------------------------------
-
-
-def expected_quantized(
-    model: Any, stored: Mapping[str, Recipe], quantization: Mapping[str, Any], where: Path
-) -> dict[str, Recipe]:
-    """Return the tensors of a quantized checkpoint that is not at hand: FP8 blocks, or the MXFP4 of gpt-oss."""
-    skipped = (*(quantization.get("modules_to_not_convert") or ()), "lm_head")
-    modules = dict(model.named_modules())
-    found = dict(stored)
-    block = quantization.get("weight_block_size")
-    if quantization["quant_method"] not in ("fp8", "mxfp4") or (quantization["quant_method"] == "fp8" and not block):
-        raise MoecError(
-            f"a config alone does not say how weights of {quantization['quant_method']} are stored",
-            where=str(where),
-            todo="put the safetensors files beside config.json",
-        )
-    for name, recipe in stored.items():
-        owner = name.removesuffix(".weight")
-        if block and len(recipe.type.shape) == 2 and not any(s in owner for s in skipped):
-            if isinstance(modules.get(owner), torch.nn.Linear) or ".experts." in name:
-                n, k = recipe.type.sizes
-                scales = TensorType.of("f32", math.ceil(n / block[0]), math.ceil(k / block[1]))
-                items = (Tensor(name, TensorType.of("f8e4m3", n, k)), Tensor(f"{name}_scale_inv", scales))
-                found[name] = step("dequantize", *items, block=tuple(block))
-        elif not block and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            count, k, n = recipe.type.sizes
-            types = {
-                "_blocks": TensorType.of("u8", count, n, k // 32, 16),
-                "_scales": TensorType.of("u8", count, n, k // 32),
-            }
-            parts = {leaf: Tensor(f"{name}{leaf}", type_) for leaf, type_ in types.items()}
-            found[name] = gpt_oss(Stored(parts, quantization, None, lambda name: torch.empty(0)))
-    return found
+    return Decoded({}, {name: info.type for name, info in checkpoint.tensors.items()}).stored_as()

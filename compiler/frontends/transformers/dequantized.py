@@ -25,8 +25,9 @@ from ..deepseek_v4.model import MODEL_TYPE
 from ..deepseek_v4.weights import Weights
 from ..gguf.model import gguf_config, gguf_parameters
 from ..load import gguf_file
+from ..quantization_config import read_quantization
 from ..skeleton import make_empty, read_config
-from ..stored.stored import read_quantization, stored_tensors
+from ..stored.stored import decode
 from .names import map_parameters
 
 _TILE = 16 << 20  # bytes of f32
@@ -64,7 +65,7 @@ def dequantized_model(path: Path) -> tuple[Any, Decoding] | None:
             recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
             return _filled(model, recipes, decoded, path), decoded.decoding
         wanted = list(model.state_dict())
-        stored = stored_tensors(source, wanted, quantization)
+        stored = decode(source, quantization).of_layers(wanted)
         recipes = map_parameters(model, wanted, {name: decoded.whole(recipe) for name, recipe in stored.items()})
         return _filled(model, recipes, decoded, path), decoded.decoding
 

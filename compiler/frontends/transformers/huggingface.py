@@ -12,15 +12,18 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import DTYPE_NAMES
-from ...ir.module import Module, walk_calls
-from ...ir.recipes import FITTED, Recipe, Tensor, bind, rename, tensors
+from ...ir.module import Module
+from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint_layers import check_left, layer_prefixes, layer_storage, missing_parameter
 from ..deepseek_v4 import model as deepseek_v4
 from ..deepseek_v4.weights import Weights
+from ..expected import expected_quantized
+from ..quantization_config import read_quantization
 from ..skeleton import PARTS, adopt, build, read_config
-from ..stored.stored import expected_quantized, read_quantization, stored_tensors
+from ..stored.stored import Decoded, decode
+from ..unread import check_unread, read_tensors, unread_tensors
 from .capture import register
 from .model import import_model
 from .names import expected_tensors, map_parameters
@@ -44,8 +47,9 @@ def import_folder(
         weights = Weights(types, quantization or {}, DTYPE_NAMES.get(dtype, "bf16"))
         module = deepseek_v4.build(config, weights, name)
         if checkpoint is not None:
-            check_weights(module, checkpoint)
+            check_unread(check_weights(module, checkpoint), checkpoint)
         return module, checkpoint, deepseek_v4.left_out(config, weights)
+    decoded = decode(checkpoint, quantization) if checkpoint is not None else Decoded({}, {})
     skeleton = build(config, trust_remote_code)
 
     def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
@@ -56,7 +60,7 @@ def import_folder(
             where = folder / "config.json"
             available = expected_quantized(skeleton.model, stored, quantization, where) if quantization else stored
         else:
-            available = stored_tensors(checkpoint, wanted, quantization)
+            available = decoded.of_layers(wanted)
         if checkpoint is not None:
             return map_parameters(skeleton.model, wanted, available, checkpoint.lacks)
         if part := PARTS.get(config.model_type):
@@ -68,10 +72,11 @@ def import_folder(
     missing = partial(missing_parameter, skeleton.model, checkpoint)
     prefixes = layer_prefixes(skeleton.model, checkpoint.tensors)
     # layers may differ in nothing but how they are stored
-    module = import_model(skeleton, mapper, name, replaced, layer_storage(checkpoint, prefixes), missing)
-    check_weights(module, checkpoint)
-    left = _unread(module, checkpoint)
+    module = import_model(skeleton, mapper, name, replaced, layer_storage(decoded.alike, prefixes), missing)
+    read = check_weights(module, checkpoint)
+    left = unread_tensors(read, checkpoint)
     check_left(skeleton.model, left, prefixes, str(folder))
+    check_unread(read, checkpoint, skeleton.model)
     # a model of text and images is compiled for text: towers for images are left out on purpose
     whole = config.get_text_config(decoder=True) is not config
     return module, checkpoint, left if whole else {}
@@ -118,28 +123,13 @@ def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(p), None) for p in patterns)
 
 
-def _unread(module: Module, checkpoint: Checkpoint) -> dict[str, TensorType]:
-    """Return the checkpoint's tensors that no call of any function reads."""
-    read = {
-        tensor.name
-        for function, bound in walk_calls(module)
-        for const in function.consts
-        for tensor in tensors(bind(const.recipe, function.weights, bound))
-    }
-    return {name: info.type for name, info in checkpoint.tensors.items() if name not in read}
-
-
-def check_weights(module: Module, checkpoint: Checkpoint) -> None:
-    """Check that every tensor that any call of any function reads is there, with the dtype and shape it should have."""
-    for function, bound in walk_calls(module):
-        for const in function.consts:
-            for tensor in tensors(bind(const.recipe, function.weights, bound)):
-                if tensor.name.endswith(FITTED):
-                    continue
-                info = checkpoint.tensors.get(tensor.name)
-                if info is None:
-                    raise checkpoint.lacks(tensor.name)
-                if info.type != tensor.type:
-                    raise MoecError(
-                        f"the tensor {tensor.name} is {info.type}, {tensor.type} is wanted", where=str(info.file)
-                    )
+def check_weights(module: Module, checkpoint: Checkpoint) -> Mapping[str, TensorType]:
+    """Return what any call of any function reads, checked to be there with the dtype and shape that it should have."""
+    read = read_tensors(module)
+    for name, type_ in read.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            raise checkpoint.lacks(name)
+        if info.type != type_:
+            raise MoecError(f"the tensor {name} is {info.type}, {type_} is wanted", where=str(info.file))
+    return read

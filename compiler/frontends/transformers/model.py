@@ -29,7 +29,7 @@ from .capture import tracing
 from .kinds import group_kinds
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
 from .layers import Layer, example_inputs, find_layers, rehearse, stubbed
-from .names import apart_from_layer, names_before, relative_to_layer
+from .names import apart_from_layer, check_numbers, names_before, relative_to_layer
 from .tracing import Tracing, current
 
 Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
@@ -169,6 +169,7 @@ def _recipe(job: Import, name: str) -> Recipe:
     recipe = job.recipes[stored]
     state = job.skeleton.model.state_dict(keep_vars=True)[name]
     wanted = DTYPE_NAMES[state.dtype]
+    check_numbers(recipe, state.dtype.is_floating_point)
     return recipe if recipe.type.dtype == wanted else step("cast", recipe, to=wanted)
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
+from ...ir.code_steps import CODE_STEPS
 from ...ir.dtypes import DTYPE_NAMES
 from ...ir.recipes import Recipe, Step, Tensor, rename, step
-from ...ir.types import TensorType
+from ...ir.types import TensorType, expand_range
 from ..other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
 from ..recipe_tensor import RecipeTensor
+from ..stored.layouts import FLOATS
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ class _Mapping:
         try:
             made = entry.convert(target, model=self.model, config=self.model.config)
         except ValueError as error:
+            for claim in claims:
+                check_numbers(self.available[claim.name], self.state[target].is_floating_point())
             raise self._incomplete(target, claims) or MoecError(
                 f"the tensors of {target} do not fit together: {error}", where=self._odd_one(claims)
             ) from None
@@ -285,6 +289,22 @@ class _Mapping:
                 where=first.name if isinstance(first, Tensor) else "",
                 todo="config.json and the weights do not belong together, or a tensor is incomplete",
             )
+
+
+def check_numbers(recipe: Recipe, floats: bool) -> None:
+    """Raise MoecError if a weight is made of stored integers or FP8 as they are: without scales they are no numbers.
+
+    `floats` is false for a parameter of integers, which may be stored in any kind of integers.
+    """
+    if isinstance(recipe, Step) and recipe.name not in CODE_STEPS:
+        for item in recipe.items:
+            check_numbers(item, floats)
+    elif isinstance(recipe, Tensor) and (recipe.type.dtype in FLOATS) != floats:
+        what = "codes beside which no scale is found" if floats else "where integers are wanted"
+        raise MoecError(
+            f"the tensor {expand_range(recipe.name)[0]} is {recipe.type}: {what}",
+            todo="its scale (weight_scale_inv, weight_scale, ...) is missing or has another name" if floats else "",
+        )
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -23,7 +23,7 @@ from ....compiler.ir.module import Function, Module, bindings
 from ....compiler.ir.recipes import Recipe, Step, bind
 from ....compiler.ir.storage import Format, find_format
 from ....compiler.ir.types import DTYPE_BITS
-from ....compiler.weights.pull import pull
+from ....compiler.weights.pull import pull, row_major
 from ....compiler.weights.quantized import block_tiles
 from ....compiler.weights.rows import encode_rows, tensor_scales
 from ....compiler.weights.sink import TILE_BYTES, TiledFile
@@ -315,7 +315,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype not in names:
         return tensor.numpy()
     kind = np.dtype(names[tensor.dtype])
-    return tensor.contiguous().view(torch.uint8).numpy().view(kind).reshape(tuple(tensor.shape))
+    return row_major(tensor).view(torch.uint8).numpy().view(kind).reshape(tuple(tensor.shape))
 
 
 def _raw(array: np.ndarray) -> memoryview:
