@@ -125,7 +125,7 @@ def _spread(item: Recipe, axis: int, times: int, size: int) -> Recipe:
 
 
 def _together(recipe: Step) -> Codes:
-    parts = [take_apart(item) for item in recipe.items]
+    parts = _with_common_codes([take_apart(item) for item in recipe.items])
     first = parts[0]
     kinds = {(p.axis, p.group, p.bits, p.element, p.zeros is None, p.rows) for p in parts}
     if len(kinds) > 1:
@@ -140,6 +140,38 @@ def _together(recipe: Step) -> Codes:
         raise NotKept("blocks of rows would be cut where its parts meet")
     items = [step(recipe.name, *column, **recipe.attributes) for column in zip(*(p.items for p in parts), strict=True)]
     return first.with_items(items, first.axis + (recipe.name == "stack"))
+
+
+def _with_common_codes(parts: list[Codes]) -> list[Codes]:
+    """Return integers of several widths or groups as those of the widest codes and of groups that divide all of theirs.
+
+    No number changes: codes count from the same zero points, and a scale is written once for each of the smaller groups.
+    """
+    first = parts[0]
+    if any((p.element, p.axis, p.rows) != ("int", first.axis, 1) for p in parts):
+        return parts
+    bits, group = max(p.bits for p in parts), math.gcd(*(p.group for p in parts))
+    zeros = any(p.zeros is not None for p in parts)
+    dtypes = {p.scales.type.dtype for p in parts}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "f32"
+    return [_as(p, bits, group, zeros, dtype) for p in parts]
+
+
+def _as(part: Codes, bits: int, group: int, zeros: bool, dtype: str) -> Codes:
+    """Return integer codes in more bits and smaller groups, with zero points and the dtype of scales that are wanted."""
+    codes, scales, points = part.codes, part.scales, part.zeros
+    half, wanted = 1 << (part.bits - 1), 1 << (bits - 1)
+    if points is None and zeros:
+        points = step("affine", scales, to="u8", factor=0, add=half)
+    elif points is None and half != wanted:  # codes count from the middle of their range, which moves
+        codes = step("affine", codes, to="u8", add=wanted - half)
+    if scales.type.dtype != dtype:
+        scales = step("cast", scales, to=dtype)
+    if group != part.group:
+        count = -(-codes.type.sizes[part.axis] // group)
+        scales = _spread(scales, part.axis, part.group // group, count)
+        points = points if points is None else _spread(points, part.axis, part.group // group, count)
+    return replace(part, codes=codes, scales=scales, zeros=points, bits=bits, group=group)
 
 
 def _slice(recipe: Step) -> Codes:
