@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..artifact.json_files import read_json
 from ..errors import MoecError
+from .config_checks import check_config, check_sizes
 from .config_types import known_config, refuse_adapter
+from .model_errors import CODE_ERRORS, model_error
 from .transformers.capture import NAME, register
 
 _FACTORIES = {
@@ -59,14 +62,12 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     refuse_adapter(folder)
     if not path.is_file():
         raise MoecError("there is no config.json", where=str(folder), todo="give a Hugging Face checkpoint folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise MoecError(f"config.json is not JSON: {error}", where=str(path)) from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    raw = read_json(path)
+    if not isinstance(raw.get("model_type"), str):
         raise MoecError(
             "config.json has no model_type", where=str(path), todo="add the key that names the architecture"
         )
+    check_config(raw, str(path))
     import transformers
     from transformers import AutoConfig
 
@@ -85,17 +86,39 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     try:
         if renamed:
-            return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-        return AutoConfig.from_pretrained(folder, trust_remote_code=bool(remote), local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise MoecError(f"transformers does not accept this config: {_first_line(error)}", where=str(path)) from error
+            config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=bool(remote), local_files_only=True)
     except Exception as error:
-        # huggingface_hub's strict dataclasses raise their own family of errors, which share no public base
-        if "Strict" in type(error).__name__:
-            raise MoecError(
-                f"transformers does not accept this config: {_first_line(error)}", where=str(path)
-            ) from error
-        raise
+        raise _refusal(error, path) from error
+    check_sizes(decoder_config(config).to_dict(), str(path))
+    return config
+
+
+def decoder_config(config: Any) -> Any:
+    """Return the config of the part of a model that reads and writes text."""
+    whole = getattr(config, f"{PARTS[config.model_type]}_config") if config.model_type in PARTS else config
+    return whole.get_text_config(decoder=True)
+
+
+def _refusal(error: Exception, path: Path) -> MoecError:
+    """Return the MoecError for what transformers raises about a config."""
+    what = "transformers does not accept this config"
+    if isinstance(error, KeyError) and (missing := re.search(r"`(\w+)`.*?\{(.*?)\}", str(error))):
+        return MoecError(f"{what}: {missing[1]} lacks {missing[2]}", where=str(path), todo=f"add {missing[2]}")
+    # a ValueError, or one of huggingface_hub's strict dataclasses (they share no public base), is an explanation
+    if isinstance(error, ValueError) or "Strict" in type(error).__name__:
+        return MoecError(f"{what}: {_explanation(error)}", where=str(path))
+    return replace(model_error(error, what, None, "as it stands"), where=str(path))
+
+
+def _explanation(error: Exception) -> str:
+    """Return why a config is refused, without the classes that it went through."""
+    text = _first_line(error)
+    field = re.search(r"[Ff]ield '(\w+)'", text)
+    if field and "<class" in text:
+        return f"{field[1]} has a value of a wrong type"
+    return re.sub(r"^.*?(Value|Type|Key)Error: ", "", text)
 
 
 def _first_line(error: BaseException) -> str:
@@ -142,11 +165,9 @@ def make_empty(config: Any, trust_remote_code: bool = False, **options: Any) -> 
     try:
         with _LargeTensorsOnMeta(), torch.no_grad():
             return make_model(config, trust_remote_code=trust_remote_code, dtype=torch.float32, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    except CODE_ERRORS as error:
         kind = config.get_text_config(decoder=True).model_type
-        raise MoecError(
-            f"transformers cannot build a causal LM of model_type {kind!r}: {_first_line(error)}"
-        ) from error
+        raise model_error(error, f"a causal LM of model_type {kind!r}", config, "cannot be built") from error
 
 
 def adopt(model: Any) -> Skeleton:
@@ -154,6 +175,10 @@ def adopt(model: Any) -> Skeleton:
     use_moec_ops(model)
     persistent = set(model.state_dict(keep_vars=True))
     buffers = {name: b.detach().clone() for name, b in model.named_buffers() if name not in persistent}
+    for name, buffer in buffers.items():
+        if not buffer.is_meta and buffer.is_floating_point() and buffer.isnan().any():
+            what = f"the model computes NaN for {name}, from values of its config that contradict each other"
+            raise MoecError(what, todo="look at rope_parameters and head_dim in config.json")
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -177,6 +177,10 @@ def _mask(
         return None
     if kwargs.get("use_vmap"):
         raise MoecError("the model adds a mask function of its own to the causal mask, which is not understood")
+    if local_size is not None and local_size < 1:
+        raise MoecError(
+            f"the attention's window is {local_size}: no token would be read", todo="correct sliding_window"
+        )
     if kwargs.get("allow_is_causal_skip") is False:  # an indexer needs to see which token reads which
         return causal(attention_mask, kwargs["q_length"])
     mask = attention_mask.clone() if not torch.compiler.is_exporting() else attention_mask

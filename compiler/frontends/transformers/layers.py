@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...errors import MoecError
+from ..model_errors import CODE_ERRORS, model_error
 from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_class
 from .tracing import Tracing, current
 
@@ -107,13 +108,8 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     try:
         with torch.no_grad():
             model(**example_inputs(), **cache_argument(model, cache), use_cache=True)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        # whatever stops a model's own code here has one meaning: it needs more than shapes
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise MoecError(
-            f"{type(model).__name__} cannot be imported: its code does not run on shapes alone "
-            f"({type(error).__name__}: {lines[0] if lines else ''})"
-        ) from error
+    except CODE_ERRORS as error:
+        raise model_error(error, type(model).__name__, model.config, "cannot be imported") from error
     finally:
         for hook in hooks:
             hook.remove()

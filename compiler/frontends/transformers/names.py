@@ -18,7 +18,7 @@ import torch
 from ...errors import MoecError
 from ...ir.code_steps import CODE_STEPS
 from ...ir.dtypes import DTYPE_NAMES
-from ...ir.recipes import Recipe, Step, Tensor, rename, step
+from ...ir.recipes import Recipe, Step, Tensor, rename, step, tensors
 from ...ir.types import TensorType, expand_range
 from ..other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
 from ..recipe_tensor import RecipeTensor
@@ -280,6 +280,11 @@ class _Mapping:
     def _check_shape(self, name: str, recipe: Recipe) -> None:
         parameter = self.state[name]
         if tuple(recipe.type.sizes) != tuple(parameter.shape):
+            if hole := _hole([tensor.name for tensor in tensors(recipe)]):
+                raise MoecError(
+                    f"the checkpoint has no tensor {hole}, which {name} is made of",
+                    todo="a shard is missing, or config.json and the weights do not belong together",
+                )
             first = recipe
             while isinstance(first, Step):
                 first = first.items[0]
@@ -305,6 +310,18 @@ def check_numbers(recipe: Recipe, floats: bool) -> None:
             f"the tensor {expand_range(recipe.name)[0]} is {recipe.type}: {what}",
             todo="its scale (weight_scale_inv, weight_scale, ...) is missing or has another name" if floats else "",
         )
+
+
+def _hole(names: list[str]) -> str | None:
+    """Return the first name that is missing among names that count up, None if there is none."""
+    split = [re.split(r"(\d+)", name) for name in names]
+    for parts in split[:1]:
+        for at in range(1, len(parts), 2):
+            numbers = {int(p[at]) for p in split if len(p) == len(parts)}
+            missing = next((n for n in range(max(numbers)) if n not in numbers), None)
+            if len(numbers) > 1 and missing is not None:
+                return "".join([*parts[:at], str(missing), *parts[at + 1 :]])
+    return None
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

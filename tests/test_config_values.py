@@ -1,0 +1,169 @@
+"""A config.json whose values no model can be made with: refused by key before anything is built; legal ones are not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from moec.compiler.cli import main
+from moec.compiler.errors import MoecError
+from moec.compiler.frontends import skeleton
+from moec.compiler.frontends.config_checks import check_config, check_sizes
+from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.skeleton import decoder_config
+from tiny_models import INSTALLED
+
+NAN, INF = float("nan"), float("inf")
+
+# family -> values, each of which is to be refused; a key with dots lies in a part of the config
+BAD = {
+    "qwen3_moe": [
+        ("rope_theta", 0), ("rope_theta", -1), ("rope_theta", NAN), ("rope_theta", INF), ("rms_norm_eps", INF),
+        ("rms_norm_eps", -1e-6), ("rms_norm_eps", NAN), ("num_experts_per_tok", 0), ("num_experts_per_tok", -2),
+        ("num_experts_per_tok", 9), ("num_experts_per_tok", 2.5), ("head_dim", 0), ("head_dim", -16), ("head_dim", 17),
+        ("num_key_value_heads", 0), ("num_key_value_heads", 3), ("num_key_value_heads", 8), ("vocab_size", 0),
+        ("vocab_size", 10**30), ("hidden_size", "64"), ("hidden_size", True), ("num_hidden_layers", 0),
+        ("num_hidden_layers", 20_000), ("num_hidden_layers", -1), ("max_position_embeddings", -5),
+        ("max_position_embeddings", 0), ("sliding_window", -4), ("pad_token_id", 128), ("pad_token_id", 10**9),
+        ("moe_intermediate_size", 0), ("moe_intermediate_size", -32), ("num_local_experts", 10**9),
+        ("initializer_range", NAN), ("layer_types", ["full_attention"]),
+    ],
+    "deepseek_v3": [
+        ("n_group", 3), ("n_group", 0), ("topk_group", 5), ("topk_group", 0), ("num_experts_per_tok", 5),
+        ("n_routed_experts", -1), ("kv_lora_rank", 0), ("qk_rope_head_dim", 7), ("num_attention_heads", 0),
+    ],
+    "mixtral": [("num_local_experts", 1), ("intermediate_size", -1), ("num_attention_heads", 0), ("hidden_size", 2**40)],
+    "glm_moe_dsa": [("index_topk", 0), ("index_n_heads", -1), ("indexer_types", ["full"])],
+    "llama4_text": [("attention_chunk_size", -8), ("num_experts_per_tok", 5), ("vocab_size", -128)],
+    "granitemoe": [("logits_scaling", 0), ("embedding_multiplier", NAN)],
+    "dbrx": [("ffn_config.moe_top_k", 5), ("attn_config.kv_n_heads", 3), ("attn_config.rope_theta", -1)],
+    "qwen3_vl_moe": [("text_config.vocab_size", 0), ("text_config.rms_norm_eps", INF), ("text_config.num_hidden_layers", 30_000),
+                     ("text_config.num_experts_per_tok", 9)],
+    "kimi_k25": [("text_config.rope_theta", 0), ("text_config.n_group", 3)],
+    "deepseek_v4": [("num_experts_per_tok", 9), ("rms_norm_eps", NAN), ("hidden_size", 0)],
+}  # fmt: skip
+ROPES = [
+    ({"type": "linear", "factor": 0}, "factor"), ({"rope_type": "linear", "factor": -2.0}, "factor"),
+    ({"rope_type": "linear"}, "factor"), ({"rope_type": "yarn", "factor": INF}, "factor"),
+    ({"rope_type": "yarn", "factor": NAN}, "factor"), ({"rope_type": "yarn", "factor": "4"}, "factor"),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+    ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 0}, "beta_fast"),
+    ({"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0}, "attention_factor"),
+    ({"rope_type": "llama3", "factor": 4.0}, "low_freq_factor"),
+    ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 7 + [0], "long_factor": [1.0] * 8}, "short_factor"),
+    ({"rope_type": None}, "rope_type"), (5, "rope_scaling"), ({"rope_type": "twisted", "factor": 4.0}, "twisted"),
+    ({"rope_type": "default", "partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+    ({"full_attention": {"rope_type": "linear", "factor": 0}}, "full_attention.factor"),
+]  # fmt: skip
+
+
+def write(folder, family, key=None, value=None, text=None):
+    """Write the tiny config of a family with one value changed, or a text; return the folder."""
+    folder.mkdir()
+    config = FAMILIES[family].config().to_dict()
+    if key is not None:
+        *path, last = key.split(".")
+        part = config
+        for name in path:
+            part = part[name]
+        if last in ("rope_theta", "rope_scaling"):
+            part.pop("rope_parameters", None)
+        if last == "num_hidden_layers":
+            part.pop("layer_types", None)
+        part[last] = value
+    (folder / "config.json").write_text(json.dumps(config) if text is None else text)
+    return folder
+
+
+def refusal(folder):
+    """Return the one error that inspect ends with."""
+    result = CliRunner().invoke(main, ["inspect", str(folder)])
+    assert result.exit_code == 2, result.output + str(result.exception)
+    text = result.stderr
+    assert text.count("error:") == 1 and "Error" not in text and "Traceback" not in text, text
+    return text.replace(str(folder), "")
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Let a test fail that builds a model."""
+
+    def fail(*args, **options):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(skeleton, "make_model", fail)
+
+
+@pytest.mark.parametrize(("family", "key", "value"), [(f, k, v) for f, all_ in BAD.items() for k, v in all_],
+                         ids=lambda v: str(v)[:30])  # fmt: skip
+def test_a_value_is_refused_by_its_key(tmp_path, no_models, family, key, value):
+    text = refusal(write(tmp_path / "m", family, key, value))
+    assert key.rpartition(".")[2] in text
+
+
+@pytest.mark.parametrize(("rope", "named"), ROPES, ids=str)
+@pytest.mark.parametrize(("family", "prefix"), [("qwen3_moe", ""), ("qwen3_vl_moe", "text_config.")])
+def test_rope_scaling_is_refused_by_key(tmp_path, family, prefix, rope, named):
+    assert named in refusal(write(tmp_path / "m", family, f"{prefix}rope_scaling", rope))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"model_type": "llama", "vocab_size": 1' + "0" * 5000 + "}", "digits"),
+        ('{"model_type": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested"),
+        ('{"model_type": "llama", "hidden_size": Infinity}', "hidden_size"),
+        ('{"model_type": "llama", "rms_norm_eps": 1e999}', "rms_norm_eps"),
+        ('{"model_type": "llama", "rms_norm_eps": NaN}', "rms_norm_eps"),
+        ('{"model_type": "llama", "rope_theta": -Infinity}', "rope_theta"),
+        ('{"model_type": 5}', "model_type"),
+        ('["model_type"]', "object"),
+        ('{"model_type": "llama",}', "line 1"),
+        ("\ud800", "UTF-8"),
+    ],
+)
+def test_what_json_cannot_mean(tmp_path, no_models, text, named):
+    folder = write(tmp_path / "m", "llama", text="")
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert named in refusal(folder)
+
+
+# --- what is legal ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", INSTALLED)
+def test_the_configs_of_all_families_are_accepted(family):
+    config = FAMILIES[family].config()
+    check_config(json.loads(json.dumps(config.to_dict())), "")
+    check_sizes(decoder_config(config).to_dict(), "")
+
+
+@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "configs").iterdir()), ids=lambda p: p.name)
+def test_published_configs_are_accepted(folder):
+    check_config(json.loads((folder / "config.json").read_text()), "")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_experts": 0, "num_experts_per_tok": 0},
+        {"num_experts": [64, 64], "moe_intermediate_size": [1536, 512], "num_experts_per_tok": 6},
+        {"n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 12},
+        {"n_routed_experts": 6, "n_group": 4, "topk_method": "greedy", "num_experts_per_tok": 2},
+        {"time_step_limit": [0.0, INF], "swiglu_limit": INF, "rms_norm_eps": 0, "rms_norm_eps_moe_gate": None},
+        {"shared_intermediate_size": 0, "qk_rope_head_dim": 0, "qk_nope_head_dim": 64, "head_dim": 0},
+        {"sliding_window": 0, "use_sliding_window": False, "pad_token_id": -1, "vocab_size": 10},
+        {"layer_rope_theta": [10000.0, 0], "rope_scaling": None, "rope_theta": None, "num_key_value_heads": None},
+        {"vision_config": {"hidden_size": 0, "rope_theta": -1}, "quantization_config": {"group_size": -1}},
+        {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24], "mscale": 0, "factor": None}},
+    ],
+)
+def test_unusual_values_that_mean_something(values):
+    check_config(values, "")
+    check_sizes(values, "")
+
+
+def test_a_head_size_that_nothing_says():
+    with pytest.raises(MoecError, match="num_attention_heads is 4: it does not divide hidden_size 66"):
+        check_sizes({"num_attention_heads": 4, "hidden_size": 66, "head_dim": None}, "config.json")
+    check_sizes({"num_attention_heads": 4, "hidden_size": 66, "head_dim": 16}, "")
