@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,7 @@ Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
 
 declare_kernel_ops()
 
+IMPORTING = ("torch", "transformers")  # packages that models are read with, whose versions moec.json records
 LOWER = "lower"  # the pass that every target has: its own lowering
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -93,7 +96,7 @@ def compile(
     """
     chosen = find_target(target, options or {})
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
-    tell(why, [f"import: ops of moec stand for {name} of transformers" for name in loaded.replaced])
+    _say_replaced(loaded, why)
     text = pipeline if pipeline is not None else chosen.pipeline
     plan = None
     keep, _, others = (quantize or "").partition(",")
@@ -132,6 +135,15 @@ def compile(
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
     return artifact
+
+
+def _say_replaced(loaded: Loaded, why: Why) -> None:
+    """Tell what stands for code of transformers; who collects no notes is warned of code that was not checked."""
+    tell(why, [stand_in.note() for stand_in in loaded.replaced])
+    if why is None:
+        for stand_in in loaded.replaced:
+            if not stand_in.checked:
+                warnings.warn(stand_in.note(), stacklevel=3)
 
 
 def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
@@ -222,7 +234,8 @@ def _emit(
         write_manifest(
             folder, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
             precision=precision(module), lossy=is_lossy(module), figures=figures,
-            unfused=unfused(module, notes),
+            unfused=unfused(module, notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
+            packages={name: metadata.version(name) for name in (*IMPORTING, *target.packages)},
         )  # fmt: skip
     return Artifact.open(out)
 

@@ -94,3 +94,4 @@ class Target:
     probe: Probe | None = None
     configure: Callable[[Mapping[str, str]], Target] | None = None  # the target with options (-D), MoecError for others
     predict: Predict | None = None  # for a target that is known by its figures
+    packages: tuple[str, ...] = ()  # what it makes artifacts with; moec.json records the versions

@@ -20,12 +20,14 @@ MANIFEST = "moec.json"
 SCHEMA = 1
 _VALUE: Shape = {"name": str, "dtype": str, "shape": [(int, str)]}
 _BLOCK: Shape = {"function": str, "place": str, "reason": str, "cost": str}
-# the parts of it that are read again; "sizes", "unfused" and "vocabulary" are missing in artifacts of the first versions
+_STAND_IN: Shape = {"moec": str, "replaces": str, "source": str, "checked": bool}
+# the parts of it that are read again; those with a question mark are missing in artifacts of the first versions
 SHAPE: Shape = {
     "schema": int, "moec": str, "source": {"name?": str, "sha256?": str}, "target": str, "pipeline": str,
     "precision": {None: [str]}, "lossy": bool, "dims": {None: [int]}, "inputs": [_VALUE], "outputs": [_VALUE],
     "states": [{"past": str, "present": str, "axis": (int, None), "dtype": str, "shape": [(int, str)], "in_place?": bool}],
     "figures": dict, "unfused?": [_BLOCK], "files": {None: str}, "sizes?": {None: int}, "vocabulary?": (int, None),
+    "packages?": {None: str}, "replaced?": [_STAND_IN],
 }  # fmt: skip
 _LOOKUPS = ("nn.embedding", "ort.gather_nbits")  # ops that take rows of a table, by ids
 LARGEST = 1 << 48  # of a size: more would not be a size of anything that runs
@@ -91,11 +93,14 @@ def write_manifest(
     lossy: bool = False,
     figures: Mapping[str, Any] | None = None,
     unfused: Sequence[Mapping[str, Any]] = (),
+    packages: Mapping[str, str] | None = None,
+    replaced: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write moec.json for a folder that is otherwise complete; the same inputs give the same bytes.
 
-    `unfused` are the MoE blocks left in plain ops (see unfused.py). `files` holds the sha256 of files whose hash is
+    `unfused` are the MoE blocks left in plain ops (see unfused.py), `packages` the versions of what made the artifact,
+    `replaced` what of transformers moec's own functions stand for (see frontends/stand_ins.py). `files` holds the sha256 of files whose hash is
     known already; the others are read.
     """
     known = files or {}
@@ -105,6 +110,7 @@ def write_manifest(
     manifest = {
         "schema": SCHEMA, "moec": moec, "source": dict(source), "target": target, "pipeline": pipeline,
         "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), "unfused": [dict(entry) for entry in unfused], **interface(module),
+        "packages": dict(packages or {}), "replaced": [dict(entry) for entry in replaced],
         "files": {name: known.get(name) or file_sha256(folder / name) for name in names},
         "sizes": {name: (folder / name).stat().st_size for name in names},
         **({} if vocabulary is None else {"vocabulary": vocabulary}),
@@ -206,7 +212,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, bounds in manifest["dims"].items():
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= LARGEST:
             raise MoecError(f"the dim {name} of {MANIFEST} is {bounds!r:.80}", str(path), todo="compile it again")
-    return {"unfused": [], "sizes": {}, "vocabulary": None, **manifest}
+    return {"unfused": [], "sizes": {}, "vocabulary": None, "packages": {}, "replaced": [], **manifest}
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], hashes: bool = False) -> None:

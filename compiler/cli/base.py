@@ -19,6 +19,7 @@ import click
 
 from ..errors import MoecError, write_error
 
+WARNING = "warning:"  # how a note begins that is printed without --why too
 CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
 
 
@@ -126,7 +127,7 @@ def write_text(text: str, out: str | None) -> None:
 def print_notes(notes: list[str]) -> None:
     """Write the notes of --why on standard error."""
     for note in dict.fromkeys(notes):  # two functions may have the same to say
-        click.echo(note if note.startswith("note:") else f"note: {note}", err=True)
+        click.echo(note if note.startswith(("note:", WARNING)) else f"note: {note}", err=True)
 
 
 def print_timings(timings: list[Any]) -> None:

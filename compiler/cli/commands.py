@@ -16,6 +16,7 @@ import click
 from ..version import __version__
 from .base import (
     CHECK_FAILED,
+    WARNING,
     Commands,
     byte_size,
     debug_option,
@@ -119,9 +120,9 @@ def compile(
     with progress_bar(f"compiling {source}") as progress:
         result: Any = driver.compile(
             source, target, None if stop_after else out, options=keys, stop_after=stop_after, verify=verify,
-            why=notes if why else None, progress=progress, timings=taken, **given,
+            why=notes, progress=progress, timings=taken, **given,
         )  # fmt: skip
-    print_notes(notes)
+    print_notes(notes if why else [note for note in notes if note.startswith(WARNING)])
     print_timings(taken if timings else [])
     if stop_after:
         from ..text.printer import print_module

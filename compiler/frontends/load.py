@@ -12,6 +12,7 @@ from ..errors import MoecError
 from ..ir.module import Module
 from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
+from .replaced.stand_ins import StandIn
 from .transformers.merge import merge_functions
 
 LIVE = "python:"  # how the source of a live module starts
@@ -22,14 +23,14 @@ class Loaded:
     """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any.
 
     `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
-    `replaced` names the code of transformers in whose place an op of moec stands (see replace.py).
+    `replaced` says in the place of what code of transformers functions of moec stand (see replace.py).
     """
 
     module: Module
     weights: WeightSource | None
     folder: Path | None
     left_out: Mapping[str, TensorType] = field(default_factory=dict)
-    replaced: tuple[str, ...] = ()
+    replaced: tuple[StandIn, ...] = ()
 
 
 def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: bool = False) -> Loaded:
@@ -58,9 +59,10 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         from .gguf.model import import_gguf
         from .transformers.huggingface import check_weights
 
-        module, opened = import_gguf(file, name.rstrip("/"))
+        found: list[StandIn] = []
+        module, opened = import_gguf(file, name.rstrip("/"), found)
         check_weights(module, opened.checkpoint)
-        return Loaded(merge_functions(module), opened.checkpoint, file.parent)
+        return Loaded(merge_functions(module), opened.checkpoint, file.parent, replaced=tuple(found))
     if path.suffix in (".onnx", ".pt2"):
         raise MoecError(f"{path.suffix} files are not read yet", where=name, todo="give the checkpoint folder")
     if not path.is_dir():
@@ -68,7 +70,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder, a .gguf or a .moir file")
     from .transformers.huggingface import import_folder
 
-    replaced: list[str] = []
+    replaced: list[StandIn] = []
     module, checkpoint, left_out = import_folder(
         path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
     )
@@ -140,6 +142,6 @@ def _load_live(model: Any) -> Loaded:
     from ..weights.sources.source import ModuleSource
     from .transformers.huggingface import import_live
 
-    replaced: list[str] = []
+    replaced: list[StandIn] = []
     module, tensors = import_live(model, replaced)
     return Loaded(merge_functions(module), ModuleSource(tensors), None, replaced=tuple(replaced))

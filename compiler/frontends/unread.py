@@ -18,6 +18,7 @@ from ..ir.types import TensorType
 from ..weights.sources.checkpoint import Checkpoint
 from .stored.layouts import FLOATS
 from .stored.stored import UNUSED, beside_codes
+from .transformers.names import Rules
 
 # leaves of tensors inside of layers that are computed from the config, or say something about training alone
 _COMPUTED = {"inv_freq", "original_inv_freq", "masked_bias", "position_ids", "num_batches_tracked", "tokens_per_expert"}
@@ -47,6 +48,7 @@ def check_unread(read: Mapping[str, Any], checkpoint: Checkpoint, model: Any = N
     `model` is the transformers model, whose class names tensors that checkpoints hold and the model has no use for.
     """
     unread = [name for name in unread_tensors(read, checkpoint) if not _is_declared(name, model)]
+    unread = _without_buffers(unread, model)
     if not unread:
         return
     inside = {name for name in read} | {name.rpartition(".")[0] for name in read}
@@ -60,6 +62,14 @@ def check_unread(read: Mapping[str, Any], checkpoint: Checkpoint, model: Any = N
                 where=str(checkpoint.tensors[name].file),
                 todo="config.json does not describe this checkpoint, or a tensor was renamed",
             )
+
+
+def _without_buffers(names: list[str], model: Any) -> list[str]:
+    """Leave out what the model computes for itself and saves all the same, as decays of each place in a block."""
+    if model is None or not names:
+        return names
+    rules, buffers = Rules(model), {name for name, _ in model.named_buffers()}
+    return [name for name in names if (found := rules.find(name)) is None or found[0] not in buffers]
 
 
 def _is_declared(name: str, model: Any) -> bool:

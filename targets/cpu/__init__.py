@@ -113,6 +113,7 @@ TARGET = Target(
     recorded=_recorded,
     probe=_probe,
     configure=_configure,
+    packages=("onnx", "onnxruntime"),
 )
 
 __all__ = ["TARGET"]

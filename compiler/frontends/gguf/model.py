@@ -16,6 +16,7 @@ from ...ir.code_steps import BLOCKS
 from ...ir.module import Module
 from ...ir.recipes import Recipe, Tensor, step
 from ...weights.sources.gguf import Gguf, open_gguf
+from ..replaced.stand_ins import StandIn
 from ..skeleton import build
 from ..stored.stored import first_number, layer_types
 from ..transformers.model import import_model
@@ -36,8 +37,11 @@ _NAMES = (
 )  # fmt: skip
 
 
-def import_gguf(file: Path, name: str) -> tuple[Module, Gguf]:
-    """Return the module of a GGUF file and the opened file; config.json is read where it lies beside it."""
+def import_gguf(file: Path, name: str, replaced: list[StandIn] | None = None) -> tuple[Module, Gguf]:
+    """Return the module of a GGUF file and the opened file; config.json is read where it lies beside it.
+
+    `replaced` gets what code of transformers functions of moec stand for.
+    """
     opened = open_gguf(file)
     config = gguf_config(opened, file)
     kinds, types = layer_types(opened.checkpoint), opened.kinds
@@ -48,7 +52,7 @@ def import_gguf(file: Path, name: str) -> tuple[Module, Gguf]:
         )
 
     mapper = lambda wanted: gguf_parameters(wanted, opened, config, file)  # noqa: E731
-    return import_model(build(config), mapper, name, stored_as=stored_as), opened
+    return import_model(build(config), mapper, name, replaced, stored_as), opened
 
 
 def gguf_parameters(wanted: list[str], opened: Gguf, config: Any, file: Path) -> dict[str, Recipe]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from ..transformers.cache import TraceCache
 from . import angles, block_indexers, expert_modules, indexer, recurrent
+from .stand_ins import StandIn, stand_in
 
 FUNCTIONS = {**recurrent.FUNCTIONS}
 LOCAL_FUNCTIONS = {**angles.LOCAL_FUNCTIONS}  # by modelling file too: others have functions of the same name
@@ -18,37 +21,64 @@ METHODS = {**recurrent.METHODS, **expert_modules.METHODS, **angles.METHODS, **bl
 CACHES = ("MiniMaxCache",)  # cache classes that a model insists on: a TraceCache is none of them
 
 
+@dataclass(frozen=True)
+class _Replacement:
+    """What takes the place of a name of a modelling file or of a class; `own` is the function of moec that does the work.
+
+    `key` is what it replaces, as the table of checked sources has it; without one it belongs to another replacement.
+    """
+
+    owner: Any
+    name: str
+    value: Any
+    own: Any
+    key: str = ""
+
+    def stand_in(self) -> StandIn:
+        """Say what stands for what; to be called while the original is in its place."""
+        place = f"{self.owner.__name__.rpartition('.')[2]}.{self.name}"
+        return stand_in(self.own, place, self.key, getattr(self.owner, self.name), self.owner)
+
+
 @contextmanager
-def replaced(model: Any) -> Iterator[list[str]]:
+def replaced(model: Any) -> Iterator[list[StandIn]]:
     """Replace what stands in the tables in the code of a model's modules; yields what was replaced."""
-    from transformers import Cache
-
-    undo: list[tuple[Any, str, Any]] = []
-    names: list[str] = []
-
-    def put(owner: Any, name: str, value: Any) -> None:
-        undo.append((owner, name, vars(owner).get(name)))
-        setattr(owner, name, value)
-        names.append(f"{owner.__name__.rpartition('.')[2]}.{name}")
-
-    types = sorted({type(module) for module in model.modules()}, key=lambda t: (t.__module__, t.__name__))
-    sources = {t.__module__: sys.modules[t.__module__] for t in types if t.__module__.startswith("transformers.")}
+    chosen = list(_chosen(model))
+    found = [r.stand_in() for r in chosen if r.key]
+    undo = [(r.owner, r.name, vars(r.owner).get(r.name)) for r in chosen]
     try:
-        for path, source in sources.items():
-            for name in sorted(vars(source)):
-                local = LOCAL_FUNCTIONS.get(f"{path.rpartition('.')[2]}.{name}")
-                if local or name in FUNCTIONS:
-                    put(source, name, local or FUNCTIONS[name])
-                elif name in CACHES:
-                    put(source, name, Cache)
-        for cls in types:
-            for name in sorted(vars(cls)):
-                if method := METHODS.get(f"{cls.__name__}.{name}"):
-                    put(cls, name, method)
-            if cls.__name__.endswith(indexer.NAME):
-                put(cls, "forward", indexer.under_topk(cls.forward))
-                put(sources[cls.__module__], "min", indexer.least)
-        yield names
+        for r in chosen:
+            setattr(r.owner, r.name, r.value)
+        yield found
     finally:
         for owner, name, value in reversed(undo):
             setattr(owner, name, value) if value is not None else delattr(owner, name)
+
+
+def _chosen(model: Any) -> Iterator[_Replacement]:
+    types = sorted({type(module) for module in model.modules()}, key=lambda t: (t.__module__, t.__name__))
+    sources = {t.__module__: sys.modules[t.__module__] for t in types if t.__module__.startswith("transformers.")}
+    for path, source in sources.items():
+        yield from _of_file(path.rpartition(".")[2], source)
+    for cls in types:
+        methods = {name: METHODS[key] for name in sorted(vars(cls)) if (key := f"{cls.__name__}.{name}") in METHODS}
+        if not cls.__name__.endswith(indexer.NAME):
+            yield from (_Replacement(cls, n, m, m, f"{cls.__name__}.{n}") for n, m in methods.items())
+            continue
+        own = methods.get("forward")
+        forward = indexer.under_topk(own or cls.forward)
+        yield _Replacement(cls, "forward", forward, own or indexer.under_topk, f"{cls.__name__}.forward")
+        if cls.__module__ in sources:
+            yield _Replacement(sources[cls.__module__], "min", indexer.least, indexer.least)
+
+
+def _of_file(file: str, source: Any) -> Iterator[_Replacement]:
+    from transformers import Cache
+
+    for name in sorted(vars(source)):
+        if local := LOCAL_FUNCTIONS.get(f"{file}.{name}"):
+            yield _Replacement(source, name, local, local, f"{file}.{name}")
+        elif function := FUNCTIONS.get(name):
+            yield _Replacement(source, name, function, function, name)
+        elif name in CACHES:
+            yield _Replacement(source, name, Cache, TraceCache, name)

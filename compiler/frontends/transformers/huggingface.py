@@ -21,6 +21,7 @@ from ..deepseek_v4 import model as deepseek_v4
 from ..deepseek_v4.weights import Weights
 from ..expected import expected_quantized
 from ..quantization_config import read_quantization
+from ..replaced.stand_ins import StandIn, stand_in_for_file
 from ..skeleton import PARTS, adopt, build, read_config
 from ..stored.stored import Decoded, decode
 from ..unread import check_unread, read_tensors, unread_tensors
@@ -30,13 +31,13 @@ from .names import expected_tensors, map_parameters
 
 
 def import_folder(
-    folder: Path, name: str, *, trust_remote_code: bool = False, replaced: list[str] | None = None
+    folder: Path, name: str, *, trust_remote_code: bool = False, replaced: list[StandIn] | None = None
 ) -> tuple[Module, Checkpoint | None, Mapping[str, TensorType]]:
     """Return the module of a checkpoint folder, its opened weights (None where there is only a config.json), and the
     tensors that the program leaves out.
 
-    `name` is the folder as the user gave it; it goes into the module. `replaced` gets the names of code that moec's own
-    ops stand for. Reads no weight data.
+    `name` is the folder as the user gave it; it goes into the module. `replaced` gets what code of transformers functions
+    of moec stand for. Reads no weight data.
     """
     config = read_config(folder, trust_remote_code)
     quantization = read_quantization(config, folder)
@@ -45,6 +46,7 @@ def import_folder(
     if config.model_type == deepseek_v4.MODEL_TYPE:
         types = {name: info.type for name, info in checkpoint.tensors.items()} if checkpoint else None
         weights = Weights(types, quantization or {}, DTYPE_NAMES.get(dtype, "bf16"))
+        _note_deepseek_v4(replaced)
         module = deepseek_v4.build(config, weights, name)
         if checkpoint is not None:
             check_unread(check_weights(module, checkpoint), checkpoint)
@@ -82,18 +84,24 @@ def import_folder(
     return module, checkpoint, left if whole else {}
 
 
-def import_live(model: Any, replaced: list[str] | None = None) -> tuple[Module, dict[str, torch.Tensor]]:
+def import_live(model: Any, replaced: list[StandIn] | None = None) -> tuple[Module, dict[str, torch.Tensor]]:
     """Return the module of a live transformers model and its tensors by name; the model itself is left alone.
 
-    `replaced` gets the names of code that moec's own ops stand for.
+    `replaced` gets what code of transformers functions of moec stand for.
     """
     live = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     if model.config.model_type == deepseek_v4.MODEL_TYPE:
+        _note_deepseek_v4(replaced)
         weights = Weights({name: _type(t) for name, t in live.items()})
         return deepseek_v4.build(model.config, weights, f"python:{type(model).__name__}"), live
     shell = _without_data(model)
     mapper = lambda wanted: {n: Tensor(n, _type(live[n])) for n in wanted}  # noqa: E731
     return import_model(adopt(shell), mapper, f"python:{type(model).__name__}", replaced), live
+
+
+def _note_deepseek_v4(replaced: list[StandIn] | None) -> None:
+    if replaced is not None:
+        replaced.append(stand_in_for_file(deepseek_v4.build, "transformers.models.deepseek_v4.modeling_deepseek_v4"))
 
 
 def _without_data(model: Any) -> Any:

@@ -23,6 +23,7 @@ from ..aten.export import DIM_EXPRESSIONS, Traced, trace
 from ..aten.lower import Graph, lower
 from ..builder import Builder
 from ..replaced.replace import replaced
+from ..replaced.stand_ins import StandIn
 from ..skeleton import Skeleton
 from .cache import PAST, SIZES, cache_argument, cache_class, past_like
 from .capture import tracing
@@ -58,7 +59,7 @@ def import_model(
     skeleton: Skeleton,
     mapper: Mapper,
     source: str,
-    names: list[str] | None = None,
+    names: list[StandIn] | None = None,
     stored_as: Callable[[int], Hashable] | None = None,
     missing: Callable[[str], MoecError] = _missing,
 ) -> Module:
