@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import checkpoint_formats
 import torch
 from moec.compiler.frontends.deepseek_v4.weights import _AROUND, _MEMORY
 from safetensors.torch import save_file
@@ -52,10 +53,13 @@ def official_names(model: torch.nn.Module) -> dict[str, str]:
     return {official: own for official, own in {**around, **leaves}.items() if own in state}
 
 
-def write_official(model: torch.nn.Module, folder: Path, config: dict, *, base: bool = False, mtp: bool = True) -> Path:
+def write_official(
+    model: torch.nn.Module, folder: Path, config: dict, *, base: bool = False, mtp: bool = True, nvfp4: bool = False
+) -> Path:  # fmt: skip
     """Write a checkpoint folder, and put the numbers that its codes stand for into the model.
 
-    `base` writes what the Base checkpoints hold: FP8 experts, f32 scales. `config` is the content of config.json.
+    `base` writes what the Base checkpoints hold: FP8 experts, f32 scales; `nvfp4` the experts of ModelOpt's. `config` is
+    the content of config.json.
     """
     folder.mkdir(exist_ok=True)
     state, made = model.state_dict(), {}
@@ -67,7 +71,8 @@ def write_official(model: torch.nn.Module, folder: Path, config: dict, *, base: 
             for e in range(experts.num_experts):
                 gate, up = experts.gate_up_proj[e].chunk(2)
                 for name, w in (("w1", gate), ("w3", up), ("w2", experts.down_proj[e])):
-                    made.update(_stored(f"layers.{n}.ffn.experts.{e}.{name}.weight", w, base))
+                    whole = f"layers.{n}.ffn.experts.{e}.{name}"
+                    made.update(_nvfp4(whole, w) if nvfp4 else _stored(f"{whole}.weight", w, base))
     if mtp:
         made["mtp.0.e_proj.weight"] = torch.zeros(4, 8)
     save_file(made, folder / "model.safetensors")
@@ -86,6 +91,13 @@ def _stored(name: str, w: torch.Tensor, base: bool) -> dict[str, torch.Tensor]:
     codes, scales, numbers = fp4(w) if ".experts." in name and not base else fp8(w, powers=not base)
     w.copy_(numbers)
     return {name: codes, name.removesuffix("weight") + "scale": scales}
+
+
+def _nvfp4(name: str, w: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what ModelOpt stores for a matrix of an expert, the scale of its inputs too."""
+    leaves, numbers = checkpoint_formats.nvfp4(w.numpy())
+    w.copy_(torch.from_numpy(numbers))
+    return {f"{name}.{leaf}": t.clone() for leaf, t in leaves.items()} | {f"{name}.input_scale": torch.tensor(0.1)}
 
 
 def official_config(model: torch.nn.Module, *, base: bool = False) -> dict:

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from moec.compiler.cli.report import inspect, ranges
 from moec.compiler.cost.count import Costs, module_costs
 from moec.compiler.cost.report import bytes_text, count_text, flops_text
+from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
+from moec.compiler.frontends import load
 from moec.compiler.ir.module import Module, Op
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module
+from moec.targets import TARGETS
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -96,8 +100,8 @@ def test_flops_and_states_are_formulas():
     assert costs.decode_flops(0) == costs.decode_flops(60) == token
     assert costs.prefill_flops(10) == 10 * token
     assert str(costs.total.state_bytes) == "96*B*P"
-    assert costs.state_per_token(costs.total, 50) == 96
-    assert costs.state_at(costs.total, 0) == 0
+    assert costs.state_growth(costs.total.state_bytes_kept, 50) == (96, 0)
+    assert costs.at(costs.total.state_bytes, 0) == 0
     assert costs.bytes_read(10) == costs.total.compiled_bytes_read + 960
 
 
@@ -151,7 +155,10 @@ def test_olmoe():
     assert within(report["parameters"]["active"], 1.28e9)
     assert report["bytes"]["checkpoint"] == 2 * report["parameters"]["total"]
     each = layers * 2 * d
-    assert report["state"] == {"bytes_per_token": each * 4, "bf16_bytes_per_token": each * 2, "fixed_bytes": 0}
+    assert report["state"] == {
+        "bytes_per_token": each * 4, "bf16_bytes_per_token": each * 2, "fixed_bytes": 0, "bytes": 4096 * each * 4,
+        "held_bytes_per_token": each * 4, "held_bytes": 4096 * each * 4,
+    }  # fmt: skip
     matrices = 2 * (other + experts / 8)
     attention = layers * 16 * 4097 * (4 * 128 + 5)
     assert within(report["per_token"]["flops"], matrices + attention)
@@ -183,6 +190,63 @@ def test_deepseek_v3():
     assert within(report["parameters"]["active_without_embeddings"], 36.6e9)
     assert report["bytes"]["checkpoint"] < 1.01 * report["parameters"]["total"]  # FP8 with its scales
     assert [k["layers"] for k in report["kinds"]] == [[0, 1, 2], list(range(3, 61)), []]
+
+
+def test_deepseek_v3_decodes_in_its_latent():
+    """MLA is counted as it is run: queries taken to the latent, not 4096 cached tokens to keys and values of 128 heads."""
+    report = inspect(CONFIGS / "DeepSeek-V3", context=4096)
+    norms = (
+        61 * (2 * 7168 + 1536 + 512) + 7168 + 58 * 256
+    )  # and the bias of the router: nothing is multiplied with them
+    matrices = 2 * (report["parameters"]["active_without_embeddings"] - norms)
+    attention = 61 * 128 * 4097 * (2 * (512 + 64) + 2 * 512 + 5)  # scores and sums over the latent, a softmax
+    assert within(report["per_token"]["flops"], matrices + attention, 0.003)
+    assert within(report["per_token"]["flops"], 143e9)
+    assert report["state"]["bf16_bytes_per_token"] == 61 * (512 + 64) * 2
+    assert report["per_token"]["state_bytes_read"] == 4096 * 61 * (512 + 64) * 4
+
+
+def test_layers_with_a_window_need_no_more_than_it(tmp_path):
+    """gpt-oss-20b: 12 of 24 layers see 128 tokens; 8 heads of 64 numbers for keys and as many for values."""
+    sizes = {"num_hidden_layers": 24, "num_local_experts": 32, "sliding_window": 128}
+    transformers.GptOssConfig(**sizes).save_pretrained(tmp_path)
+    report = inspect(tmp_path, context=4096)
+    token = 2 * 8 * 64
+    assert report["state"] == {
+        "bytes_per_token": 12 * token * 4, "bf16_bytes_per_token": 12 * token * 2, "fixed_bytes": 12 * 127 * token * 4,
+        "bytes": 12 * (4096 + 127) * token * 4,
+        "held_bytes_per_token": 24 * token * 4, "held_bytes": 24 * 4096 * token * 4,
+    }  # fmt: skip
+    assert report["per_token"]["state_bytes_read"] == 12 * (4096 + 127) * token * 4
+    windowed, whole = (k["state"] for k in report["kinds"] if k["function"] != "main")
+    assert (windowed["bytes_per_token"], windowed["bytes"]) == (0, 12 * 127 * token * 4)
+    assert (whole["bytes_per_token"], whole["fixed_bytes"]) == (12 * token * 4, 0)
+    short = inspect(tmp_path, context=100)["state"]  # inside of the window every layer grows
+    assert (short["bytes"], short["held_bytes"]) == (24 * 100 * token * 4,) * 2
+    artifact = opt(load(tmp_path).module, TARGETS["cpu"].pipeline)
+    costs = module_costs(artifact)  # lowered for ONNX Runtime
+    assert costs.at(costs.total.state_bytes_kept, 4096) == 12 * (4096 + 127) * token * 4
+
+
+def test_nvfp4_experts_have_twice_as_many_scales(tmp_path):
+    """DeepSeek-V4-Flash as ModelOpt stores it: a byte for 16 codes, and one f32 for each of three matrices."""
+    stored = config("DeepSeek-V4-Flash")
+    plain = inspect(CONFIGS / "DeepSeek-V4-Flash")
+    stored["quantization_config"] |= {
+        "moe_quant_algo": "NVFP4", "group_size": 16,
+        "quantized_layers": {f"layers.{n}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16} for n in range(43)},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    report = inspect(tmp_path)
+    matrices = 43 * 256 * 3
+    numbers = matrices * 4096 * 2048
+    assert report["bytes"]["checkpoint"] == plain["bytes"]["checkpoint"] + numbers // 16 - numbers // 32 + 4 * matrices
+    assert report["left_out"]["bytes"] == plain["left_out"]["bytes"]  # multi-token prediction stays as it was released
+    assert within(report["bytes"]["checkpoint"] + report["left_out"]["bytes"], 168.27e9, 1e-4)
+    assert report["parameters"] == plain["parameters"]
+    assert plain["state"]["bytes_per_token"] == 4 * (21 * 160 + 20 * 4)  # entries of 4 and 128 tokens; no windows
+    assert plain["kinds"][0]["layers"] == [0, 1] and plain["kinds"][0]["state"]["bytes_per_token"] == 0
+    assert plain["kinds"][0]["state"]["fixed_bytes"] == 2 * 127 * 512 * 4
 
 
 def config(name: str) -> dict:

@@ -45,6 +45,23 @@ def test_official_checkpoint(written):
     assert difference(torch.cat([found, more], 1), expected_logits(model, ids)) < 1e-5
 
 
+def test_nvfp4_experts_of_modelopt(tmp_path):
+    """Groups of 16 with a scale E4M3 and one of the matrix; a config alone says the same."""
+    model = random_model(FAMILIES["deepseek_v4"], **WIDE)
+    config = official_config(model)
+    config["quantization_config"] |= {"moe_quant_algo": "NVFP4", "quant_algo": "MIXED_PRECISION"}
+    folder = write_official(model, tmp_path / "nvfp4", config, nvfp4=True)
+    loaded, ids = load(folder), tokens(2, 20)
+    runner = Interpreted(loaded)
+    assert difference(runner.step(ids, 0, runner.start(2))[0], expected_logits(model, ids)) < 1e-5
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/config.json").write_text((folder / "config.json").read_text())
+    alone = load(tmp_path / "alone").module
+    assert print_module(alone).replace(str(tmp_path / "alone"), "").replace(", i8[", ", u8[") == print_module(
+        loaded.module
+    ).replace(str(folder), "").replace(", i8[", ", u8[")
+
+
 def test_artifact_of_an_official_checkpoint(written, tmp_path):
     model, folder = written
     artifact = moec.compile(folder, out=tmp_path / "made", quantize="f32")  # its FP8 has no exact format here

@@ -59,7 +59,7 @@ def test_cache(full):
     name, module, report = full
     sparse, heavy = LAYERS[name]
     costs = module_costs(module)
-    grown = [costs.state_at(costs.total, past) for past in (MILLION // 2, MILLION)]
+    grown = [costs.at(costs.total.state_bytes, past) for past in (MILLION // 2, MILLION)]
     numbers = sparse * 160 + heavy * 4
     assert (grown[1] - grown[0]) / (MILLION // 2) == 4 * numbers  # kept in float32
     assert abs(report["state"]["bf16_bytes_per_token"] - 2 * numbers) < 10

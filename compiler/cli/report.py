@@ -24,9 +24,11 @@ from ..cost.report import (
     left_out_of,
 )
 from ..errors import MoecError
+from ..ir.fragments import parse_pipeline
 from ..ir.module import Module, Value
 from ..ir.types import TensorType
 from ..ops.define import free
+from ..rewrite.pipeline import run_pipeline
 from ..runtime.artifact import Artifact
 
 KERNELS = "kernels.json"  # of an artifact for an accelerator
@@ -39,6 +41,21 @@ class Opened:
     module: Module
     left_out: Mapping[str, TensorType]
     manifest: Mapping[str, Any]
+    imported: bool = False  # from a checkpoint, and not yet rewritten by any pass
+
+    @property
+    def counted(self) -> Module:
+        """The program that figures are of: what is imported, as any target takes it.
+
+        A model's own way to write its layers may be far from what is run: MLA as DeepSeek-V3 writes it makes the keys and
+        values of all cached tokens in every step.
+        """
+        if not self.imported or self.module.stage != "graph":
+            return self.module
+        from ...passes import PASSES
+        from ...targets.target import FUSED
+
+        return run_pipeline(self.module, parse_pipeline(FUSED), table=PASSES)[0]
 
     def context(self, wanted: int | None) -> int:
         """Return the past tokens to cost a token at; MoecError for more than the program takes."""
@@ -59,7 +76,7 @@ def open_source(source: Module | Path | str, *, trust_remote_code: bool = False)
     declare_kernel_ops()
     manifest = _manifest(Path(source))
     loaded = load(source, trust_remote_code=trust_remote_code)
-    return Opened(loaded.module, loaded.left_out, manifest)
+    return Opened(loaded.module, loaded.left_out, manifest, imported=Path(source).suffix != ".moir")
 
 
 def inspect(
@@ -72,7 +89,7 @@ def inspect(
     files and (for an accelerator) kernels. Raises MoecError.
     """
     opened = source if isinstance(source, Opened) else open_source(source, trust_remote_code=trust_remote_code)
-    module, chosen = opened.module, opened.context(context)
+    module, chosen = opened.counted, opened.context(context)
     return _report(module, module_costs(module), chosen, opened.manifest, opened.left_out)
 
 

@@ -52,7 +52,7 @@ def _summary(report: dict[str, Any]) -> Table:
         ("weights in this IR", bytes_text(report["bytes"]["compiled"]),
          f"{bytes_text(per_token['compiled_bytes_read'])} read per decoded token"),
         ("KV cache per token", bytes_text(state["bytes_per_token"]),
-         f"{bytes_text(state['bf16_bytes_per_token'])} if it were bf16; {bytes_text(per_token['state_bytes_read'])} {at}"),
+         f"{bytes_text(state['bf16_bytes_per_token'])} if it were bf16; {bytes_text(state['bytes'])} {at}"),
         ("FLOPs per decoded token", flops_text(per_token["flops"]), at),
     ]  # fmt: skip
     if left_out := report["left_out"]:
@@ -62,6 +62,15 @@ def _summary(report: dict[str, Any]) -> Table:
                 "left out of the program",
                 bytes_text(left_out["bytes"]),
                 f"{', '.join(left_out['names'])}; {bytes_text(whole)} with it in the checkpoint",
+            )
+        )
+    if state["held_bytes_per_token"] > state["bytes_per_token"]:
+        held = bytes_text(state["held_bytes_per_token"])
+        rows.append(
+            (
+                "held by the program",
+                held,
+                f"per token: layers with a window too; {bytes_text(state['held_bytes'])} {at}",
             )
         )
     if state["fixed_bytes"]:

@@ -10,7 +10,7 @@ A tensor of the checkpoint counts once, however many weights and layers read it;
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 
@@ -20,8 +20,9 @@ from ..errors import MoecError
 from ..ir.dims import Size, evaluate
 from ..ir.module import Const, Function, Module, Op, Value, walk_calls
 from ..ir.recipes import Literal, Recipe, Tensor, bind
-from ..ir.types import expand_range
+from ..ir.types import TensorType, expand_range
 from ..ops import OPS, OpDef
+from .states import States, growth, passed_on
 
 TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides
 
@@ -45,6 +46,8 @@ class Cost:
     compiled_bytes_read: int = 0  # of these, what one decoded token reads
     flops: Size = sympy.S.Zero  # of one run of the program, a formula
     state_bytes: Size = sympy.S.Zero  # of the states that one run starts from, a formula
+    state_bytes_kept: Size = sympy.S.Zero  # of these, what a step can still read: a layer with a window needs no more
+    state_bytes_read: Size = sympy.S.Zero  # of these, what decoding one token reads
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
@@ -53,6 +56,10 @@ class Cost:
     def active_without_tables(self) -> int:
         """The parameters that one token computes with: active ones less the tables."""
         return self.active_parameters - self.table_parameters
+
+
+_STATES = ("state_bytes", "state_bytes_kept", "state_bytes_read")
+_FORMULAS = ("flops", *_STATES)
 
 
 @dataclass(frozen=True)
@@ -96,20 +103,20 @@ class Costs:
 
     def bytes_read(self, context: int) -> int:
         """Return the bytes that decoding one token reads: weights as compiled and states."""
-        return self.total.compiled_bytes_read + self.state_at(self.total, context)
+        return self.total.compiled_bytes_read + self.at(self.total.state_bytes_read, context)
 
     def flops_at(self, cost: Cost, new: int = 1, past: int = 0) -> int:
         """Return the FLOPs of `new` tokens behind `past` others, batch 1."""
         return evaluate(cost.flops, self.dims(new=new, past=past))
 
-    def state_at(self, cost: Cost, past: int) -> int:
-        """Return the bytes of state of one sequence after `past` tokens; those after 0 are there whatever its length."""
-        return evaluate(cost.state_bytes, self.dims(past=past))
+    def at(self, formula: Size, past: int) -> int:
+        """Return a formula behind `past` tokens of one sequence."""
+        return evaluate(formula, self.dims(past=past))
 
-    def state_per_token(self, cost: Cost, context: int) -> int:
-        """Return how many bytes of state one more token adds to a sequence, on average over a context."""
-        past = max(context, 1)
-        return round((self.state_at(cost, past) - self.state_at(cost, 0)) / past)
+    def state_growth(self, formula: Size, context: int) -> tuple[int, int]:
+        """Return (what one more token adds behind `context` others, what is there whatever the length) of a formula."""
+        each = growth(formula, self.at, context)
+        return round(each), round(self.at(formula, context) - each * context)
 
     @cached_property
     def by_function(self) -> dict[str, Kind]:
@@ -121,17 +128,34 @@ def module_costs(module: Module) -> Costs:
     """Return the costs of a module. MoecError for an op that is not declared (a target not imported)."""
     at = _dims(module, 1, 1, 0)
     uses = {f.name: [(c, *_usage(f, c.value, at)) for c in f.consts] for f in module.functions}
-    formulas = {f.name: (_flops(f), _own_states(f)) for f in module.functions}
+    kept, read = States(module, "reach"), States(module, "reads")
+    formulas = {
+        f.name: Cost(
+            flops=_flops(f), state_bytes=_own_states(f),
+            state_bytes_kept=kept.bytes(f, True, _bytes_each), state_bytes_read=read.bytes(f, True, _bytes_each),
+        )
+        for f in module.functions
+    }  # fmt: skip
     calls = list(walk_calls(module))
     weights = [Cost()] * len(calls)
     for owner, cost in _weight_costs(calls, uses):
         weights[owner] += cost
     layers = []
     for (function, bound), cost in zip(calls, weights, strict=True):
-        flops, states = formulas[function.name]
-        layers.append(Layer(function.name, bound, cost + Cost(flops=flops, state_bytes=states)))
+        layers.append(Layer(function.name, bound, cost + formulas[function.name]))
     kinds = [_kind(f, tuple(layer for layer in layers if layer.function == f.name)) for f in module.functions]
-    return Costs(module, tuple(k for k in kinds if k.layers), tuple(layers), _total(module, kinds))
+    # the states are those of the program, since two layers may share one
+    states = Cost(
+        state_bytes=sympy.Add(*(p.type.bytes for p in module.main.params if p.type.state)),
+        state_bytes_kept=kept.bytes(module.main, False, _bytes_each),
+        state_bytes_read=read.bytes(module.main, False, _bytes_each),
+    )
+    total = _sum([replace(kind.cost, **dict.fromkeys(_STATES, sympy.S.Zero)) for kind in kinds] + [states])
+    return Costs(module, tuple(k for k in kinds if k.layers), tuple(layers), total)
+
+
+def _bytes_each(type: TensorType) -> Size:
+    return sympy.Rational(type.bits) / 8
 
 
 def _dims(module: Module, batch: int, new: int, past: int) -> dict[str, int]:
@@ -140,23 +164,16 @@ def _dims(module: Module, batch: int, new: int, past: int) -> dict[str, int]:
 
 def _kind(function: Function, layers: tuple[Layer, ...]) -> Kind:
     """Add up the calls of one function; its formulas are equal in all of them."""
-    flops = layers[0].cost.flops * len(layers) if layers else sympy.S.Zero
-    states = layers[0].cost.state_bytes * len(layers) if layers else sympy.S.Zero
-    return Kind(function, layers, _sum([layer.cost for layer in layers], flops, states))
+    numbers = _sum([replace(layer.cost, **dict.fromkeys(_FORMULAS, sympy.S.Zero)) for layer in layers])
+    formulas = {name: getattr(layers[0].cost, name) * len(layers) if layers else sympy.S.Zero for name in _FORMULAS}
+    return Kind(function, layers, replace(numbers, **formulas))
 
 
-def _total(module: Module, kinds: list[Kind]) -> Cost:
-    """Add up the kinds; the states are those of the program, since two layers may share one."""
-    states = sympy.Add(*(p.type.bytes for p in module.main.params if p.type.state))
-    costs = [kind.cost for kind in kinds]
-    return _sum(costs, sympy.Add(*(cost.flops for cost in costs)), states)
-
-
-def _sum(costs: list[Cost], flops: Size, states: Size) -> Cost:
-    """Add up the numbers; the formulas come added up, which is quicker than 94 sums of expressions."""
-    numbers = [f.name for f in fields(Cost) if f.name not in ("flops", "state_bytes")]
-    sums = {name: sum(getattr(cost, name) for cost in costs) for name in numbers}
-    return Cost(**sums, flops=sympy.expand(flops), state_bytes=sympy.expand(states))
+def _sum(costs: list[Cost]) -> Cost:
+    """Add up costs, formulas in one step: that is quicker than 94 sums of expressions."""
+    numbers = {f.name: sum(getattr(c, f.name) for c in costs) for f in fields(Cost) if f.name not in _FORMULAS}
+    formulas = {name: sympy.expand(sympy.Add(*(getattr(c, name) for c in costs))) for name in _FORMULAS}
+    return Cost(**numbers, **formulas)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -293,9 +310,5 @@ def _flops(function: Function) -> Size:
 
 def _own_states(function: Function) -> Size:
     """Return the bytes of the states that a function uses itself rather than passing them on to a call."""
-    own = [
-        p.type.bytes
-        for p in function.params
-        if p.type.state and not any(use and use.callee for use in function.uses.get(p.name, []))
-    ]
+    own = [p.type.bytes for p in function.params if p.type.state and not passed_on(function, p)]
     return sympy.expand(sympy.Add(*own))

@@ -8,8 +8,10 @@ from typing import Any
 
 import sympy
 
+from ..ir.dims import Size, size
 from ..ir.types import TensorType
 from .count import Cost, Costs
+from .states import States
 
 CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the model allows fewer
 
@@ -44,19 +46,28 @@ def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
         "flops": costs.flops_at(cost, past=context),
         "checkpoint_bytes_read": cost.stored_bytes_read,
         "compiled_bytes_read": cost.compiled_bytes_read,
-        "state_bytes_read": costs.state_at(cost, context),
+        "state_bytes_read": costs.at(cost.state_bytes_read, context),
     }
 
 
 def _state(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
-    return {"bytes_per_token": costs.state_per_token(cost, context), "fixed_bytes": costs.state_at(cost, 0)}
+    """Return what a sequence needs of states; `held_...` is what the program holds, tokens outside of all windows too."""
+    each, fixed = costs.state_growth(cost.state_bytes_kept, context)
+    held = costs.state_growth(cost.state_bytes, context)[0]
+    return {
+        "bytes_per_token": each, "fixed_bytes": fixed, "bytes": costs.at(cost.state_bytes_kept, context),
+        "held_bytes_per_token": held, "held_bytes": costs.at(cost.state_bytes, context),
+    }  # fmt: skip
 
 
 def _bf16_per_token(costs: Costs, context: int) -> int:
-    """Return the bytes that one more token adds to the program's states if they were stored in two bytes a number."""
-    states = [p.type for p in costs.module.main.params if p.type.state]
-    halves = sympy.Add(*(t.elements * (2 if t.dtype == "f32" else t.bits / 8) for t in states))
-    return costs.state_per_token(Cost(state_bytes=halves), context)
+    """Return the bytes that one more token adds to a sequence's states if they were stored in two bytes a number."""
+
+    def size_of(type: TensorType) -> Size:
+        return size(2) if type.dtype == "f32" else sympy.Rational(type.bits) / 8
+
+    kept = States(costs.module, "reach").bytes(costs.module.main, False, size_of)
+    return costs.state_growth(kept, context)[0]
 
 
 def _figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:

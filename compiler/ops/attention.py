@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sympy
 import torch
 
 from ..ir.dims import Size, size
 from ..ir.types import TensorType
-from .define import OPS, Attributes, Types, fail, op
+from .define import OPS, Attributes, Domain, Types, fail, op
 from .nn import attention, rms_norm, rope
 
 
@@ -43,6 +44,17 @@ def _cached_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
     return flops + (3 * sum(new) * operands[5].shape[2] / key.shape[3] if operands[5] else 0)
 
 
+def past_slots(index: int) -> Domain:
+    """Return how many numbers of a cache, an operand, the new tokens and those after them may see."""
+
+    def read(types: Types, attributes: Attributes) -> Size:
+        batch, groups, past, width = types[index].shape
+        window = size(attributes["window"])
+        return batch * groups * (sympy.Min(past, window - 1) if window else past) * width
+
+    return read
+
+
 @op(
     "nn.cached_attention",
     "q: A[B, S, N], k: A[B, S, M]?, v: A[B, S, M]?, past_key: state A[B, G, P, D], past_value: state A[B, G, P, D],"
@@ -50,6 +62,8 @@ def _cached_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
     " -> y: A[B, S, O], key: state A[B, G, T, D], value: state A[B, G, T, D]",
     infer=_cached,
     flops=_cached_flops,
+    reads={"past_key": past_slots(3), "past_value": past_slots(4)},
+    reach={"past_key": past_slots(3), "past_value": past_slots(4)},
     appends=("past_key", "past_value"),
 )
 def cached_attention(

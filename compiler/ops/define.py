@@ -61,6 +61,7 @@ class OpDef:
     in_place: tuple[str, ...]  # states that the op only appends to: a runtime may keep them in one buffer
     rows: Mapping[str, Domain]  # operand -> slices of its first axis that one run reads at most; others are read whole
     reads: Mapping[str, Domain]  # operand -> numbers of it that one run reads at most; others are read whole
+    reach: Mapping[str, Domain]  # operand -> numbers of it that this or a later step can read; others are kept whole
     appends: tuple[str, ...]  # states that grow where they lie: only what is new is written
     view: bool = False  # the same numbers in another shape: nothing has to be moved
 
@@ -117,6 +118,7 @@ def op(
     in_place: tuple[str, ...] = (),
     rows: Mapping[str, Domain] | None = None,
     reads: Mapping[str, Domain] | None = None,
+    reach: Mapping[str, Domain] | None = None,
     appends: tuple[str, ...] = (),
     view: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -128,7 +130,7 @@ def op(
         text = doc or inspect.cleandoc(reference.__doc__ or "")
         OPS[name] = OpDef(
             name, text, signature, reference, infer, flops, domains or {}, distinct, in_place, rows or {}, reads or {},
-            (*in_place, *appends), view,
+            reach or {}, (*in_place, *appends), view,
         )  # fmt: skip
         return reference
 

@@ -80,7 +80,8 @@ def _cache_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...
 
 @op(
     "nn.cache_append", "past: state A[*X], new: A[*Y] -> present: state A[*Z]", infer=_cache_append, flops=0,
-    reads={"past": lambda types, attributes: size(0)}, appends=("past",),
+    reads={"past": lambda types, attributes: size(0)}, reach={"past": lambda types, attributes: size(0)},
+    appends=("past",),
 )  # fmt: skip
 def cache_append(past, new, *, axis: int):
     """Return the state with the new tokens behind the past ones."""
@@ -135,6 +136,7 @@ def _attention_flops(operands: Types, results: tuple[TensorType, ...], attribute
     "q: A[B, H, S, D], k: A[B, G, T, D], v: A[B, G, T, E], mask: M[B, *N, T]?, sinks: A[H]? -> y: A[B, S, H, E]",
     flops=_attention_flops,
     reads={"k": _read_slots(1), "v": _read_slots(2)},
+    reach={"k": _read_slots(1), "v": _read_slots(2)},
 )
 def attention(q, k, v, mask, sinks, *, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0):
     """Attend causally: softmax(scale q kᵀ) v over the slots that `attention_mask` leaves visible.

@@ -9,7 +9,7 @@ import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
-from ...compiler.ops.attention import cached_attention, turn
+from ...compiler.ops.attention import cached_attention, past_slots, turn
 from ...compiler.ops.core import axis_of, with_axis
 from ...compiler.ops.define import Attributes, Types, fail
 from ...compiler.ops.moe import experts
@@ -85,6 +85,8 @@ def _group_query_flops(operands: Types, results: tuple[TensorType, ...], attribu
     " -> y: A[B, S, O], key: state A[B, G, T, D], value: state A[B, G, T, D]",
     infer=_group_query,
     flops=_group_query_flops,
+    reads={"past_key": past_slots(3), "past_value": past_slots(4)},
+    reach={"past_key": past_slots(3), "past_value": past_slots(4)},
     in_place=("past_key", "past_value"),
 )
 def group_query_attention(

@@ -2,7 +2,7 @@
 
 `official` is that of the released checkpoints, `saved` what transformers' save_pretrained writes, `memory` that of a
 live model. A name is asked for in the official dialect. Checkpoints hold FP4 or FP8 experts, FP8 linears, their scales
-as powers of two (E8M0) or f32, or plain floats; every weight is given out as f32.
+as powers of two (E8M0) or f32, or plain floats; ModelOpt's hold NVFP4 experts. Every weight is given out as f32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ...ir.types import TensorType, expand_range
 from ..stored.layouts import e2m1
 
 FP4_GROUP = 32  # codes of a row that share a scale
+NVFP4_GROUP = 16  # in ModelOpt's NVFP4, where an expert's matrix has one more scale of its own
 EXTRA = "mtp."  # multi-token prediction: blocks behind the model that draft tokens
 
 # official leaf -> leaf of a live model; `saved` has the official ones but for one norm
@@ -141,11 +142,38 @@ class Weights:
                 todo="config.json and the weights do not belong together",
             )
         codes: Recipe = Tensor(own, stored)
+        if packed and self._is_nvfp4(prefix, own):
+            return self._nvfp4(Tensor(own, stored), prefix, own)
         if packed:
             return self._dequantized(e2m1(codes), prefix, own, (1, FP4_GROUP))
         if stored.dtype == "f8e4m3":
             return self._dequantized(codes, prefix, own, self._block())
         return codes if stored.dtype in ("f32", "i64") else step("cast", codes, to="f32")
+
+    def _is_nvfp4(self, prefix: str, own: str) -> bool:
+        if self.types is not None:
+            return _first(f"{prefix}{own}_scale_2") in self.types
+        layers: Mapping[str, Mapping[str, Any]] = self.quantization.get("quantized_layers") or {}
+        named = layers.get(f"{prefix}ffn.experts", {})
+        return named.get("quant_algo", self.quantization.get("moe_quant_algo")) == "NVFP4"
+
+    def _nvfp4(self, codes: Tensor, prefix: str, own: str) -> Recipe:
+        """Return numbers of E2M1 codes with a scale E4M3 for each group, times one f32 for the matrix."""
+        *outer, width = codes.type.sizes
+        types = {
+            "weight_scale": TensorType.of("f8e4m3", *outer, 2 * width // NVFP4_GROUP),
+            "weight_scale_2": TensorType.of("f32"),
+        }
+        base = own.removesuffix("weight")
+        if self.types is not None:
+            types = {leaf: self._found(f"{prefix}{base}{leaf}") for leaf in types}
+        groups, whole = (Tensor(base + leaf, type_) for leaf, type_ in types.items())
+        try:
+            one = step("reshape", whole, shape=(1,) * len(codes.type.shape))
+            scales = step("dequantize", groups, one, block=groups.type.sizes)
+            return step("dequantize", e2m1(codes), scales, block=(*(1 for _ in outer), NVFP4_GROUP))
+        except ValueError as error:
+            raise MoecError(str(error), where=_first(f"{prefix}{base}weight_scale")) from None
 
     def _dequantized(self, codes: Recipe, prefix: str, own: str, block: tuple[int, ...]) -> Recipe:
         scales = own.removesuffix(".weight") + ".scale"
