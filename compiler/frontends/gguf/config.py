@@ -123,6 +123,11 @@ def _made(keys: Keys, opened: Gguf) -> Any:
     values["rope_parameters"] = gguf_rope.rope_parameters(keys, opened, head, values["max_position_embeddings"])
     values["tie_word_embeddings"] = _is_tied(opened)
     values["vocab_size"] = _vocabulary(keys, opened)
+    values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # transformers' are another tokenizer's
+    if model_type == "qwen2_moe":
+        # the tensor says how wide it is where the key does not
+        shared = _shape(opened, "blk.0.ffn_up_shexp.weight")
+        values.setdefault("shared_expert_intermediate_size", shared[0] if shared else 0)
     _check_window(keys, values["max_position_embeddings"])
     keys.require_neutral()
     keys.require_known()
@@ -164,7 +169,7 @@ def _stated(keys: Keys, model_type: str) -> dict[str, tuple[str, Any]]:
     else:
         found["intermediate_size"] = ("expert_feed_forward_length" if wide else "feed_forward_length", wide or dense)
     if model_type == "qwen2_moe":
-        found["shared_expert_intermediate_size"] = (_SHARED, shared or dense)
+        found["shared_expert_intermediate_size"] = (_SHARED, shared or None)
     else:
         keys.check(not shared, _SHARED, f"is {shared}: these models have no shared experts")
     count = keys.count("expert_shared_count", least=0, default=0)

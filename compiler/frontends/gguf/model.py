@@ -1,4 +1,4 @@
-"""Imports a GGUF file: llama.cpp's names for weights; gguf_config.py has the config.
+"""Imports a GGUF file: llama.cpp's names for weights; config.py has the config.
 
 Only architectures whose converter is known to leave the numbers as they are (or, for llama, to reorder the rows of q
 and k) are read; a tensor without a place in the model is an error.
@@ -7,14 +7,14 @@ and k) are read; a tensor without a place in the model is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import MoecError
 from ...ir.code_steps import BLOCKS
 from ...ir.module import Module
-from ...ir.recipes import Recipe, Tensor, step
+from ...ir.recipes import Recipe, Tensor, step, tensors
 from ...weights.sources.gguf import Gguf, open_gguf
 from ..replaced.stand_ins import StandIn
 from ..skeleton import build
@@ -51,16 +51,38 @@ def import_gguf(file: Path, name: str, replaced: list[StandIn] | None = None) ->
             sorted((n.partition(".")[2].partition(".")[2], k) for n, k in types.items() if first_number(n) == layer)
         )
 
-    mapper = lambda wanted: gguf_parameters(wanted, opened, config, file)  # noqa: E731
-    return import_model(build(config), mapper, name, replaced, stored_as), opened
+    skeleton = build(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
+    mapper = lambda wanted: gguf_parameters({w: shapes[w] for w in wanted}, opened, config, file)  # noqa: E731
+    return import_model(skeleton, mapper, name, replaced, stored_as), opened
 
 
-def gguf_parameters(wanted: list[str], opened: Gguf, config: Any, file: Path) -> dict[str, Recipe]:
-    """Return a recipe for each wanted parameter that the file has; MoecError for a tensor that none is made of."""
+def gguf_parameters(wanted: Mapping[str, tuple[int, ...]], opened: Gguf, config: Any, file: Path) -> dict[str, Recipe]:
+    """Return a recipe for each wanted parameter, given with its shape; a tied head may be missing.
+
+    MoecError for a tensor that is missing or of another shape, and for one that no parameter is made of.
+    """
     architecture = str(opened.metadata["general.architecture"])
-    found = {w: r for w in wanted if (r := _recipe(w, opened, config, architecture)) is not None}
-    _check_all_used(opened, wanted, found, file)
+    found = {w: r for w, s in wanted.items() if (r := _recipe(w, s, opened, config, architecture)) is not None}
+    left = _unused(opened, list(wanted), found)
+    lacking = next((w for w in wanted if w not in found and gguf_name(w) != "output.weight"), None)
+    if lacking is not None:
+        raise _missing(gguf_name(lacking), file, left)
+    if left:
+        raise MoecError(
+            f"the tensor {left[0]} has no place in the model"
+            + (f", nor have {len(left) - 1} more" if left[1:] else ""),
+            where=str(file),
+            todo="this variant of the architecture is not understood: give the safetensors checkpoint",
+        )
     return found
+
+
+def _missing(name: str, file: Path, left: Sequence[str] = ()) -> MoecError:
+    unread = f", and {left[0]} has no place in the model" if left else ""
+    return MoecError(
+        f"the file has no tensor {name}{unread}", where=str(file), todo="is a part missing? Download it again"
+    )
 
 
 def gguf_name(name: str) -> str:
@@ -70,21 +92,52 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def _recipe(name: str, opened: Gguf, config: Any, architecture: str) -> Recipe | None:
+def _recipe(name: str, shape: tuple[int, ...], opened: Gguf, config: Any, architecture: str) -> Recipe | None:
     """Return how a parameter is made; None where the file has no tensor for it."""
     theirs = gguf_name(name)
     if "ffn_gate_up_exps" in theirs:
-        halves = [_numbers(theirs.replace("gate_up", half), opened) for half in ("gate", "up")]
-        return step("concat", *halves, axis=1) if all(h is not None for h in halves) else None  # type: ignore[arg-type]
-    found = _numbers(theirs, opened)
-    if found is None:
-        return None
-    if "ffn_gate_inp_shexp" in theirs and len(found.type.shape) == 1:
-        return step("reshape", found, shape=(1, *found.type.sizes))
-    if architecture in REORDERED and (part := re.search(r"attn_([qk])\.", theirs)):
+        if theirs in opened.checkpoint.tensors:  # gate first
+            return _numbers(theirs, shape, opened)
+        half = (shape[0], shape[1] // 2, *shape[2:])
+        gate, up = (_experts(theirs.replace("gate_up", part), half, opened) for part in ("gate", "up"))
+        return step("concat", gate, up, axis=1) if gate is not None and up is not None else None
+    if "_exps." in theirs:
+        return _experts(theirs, shape, opened)
+    if "ffn_gate_inp_shexp" in theirs and theirs in opened.checkpoint.tensors:
+        stored = opened.checkpoint.tensors[theirs].type
+        found = _numbers(theirs, shape if len(stored.shape) == 2 else shape[1:], opened)
+        return found and step("reshape", found, shape=shape)
+    found = _part_of_qkv(theirs, shape, opened, config) or _numbers(theirs, shape, opened)
+    if found is not None and architecture in REORDERED and (part := re.search(r"attn_([qk])\.", theirs)):
         heads = config.num_attention_heads if part[1] == "q" else config.num_key_value_heads
         return _half_rotated(found, heads)
     return found
+
+
+def _experts(name: str, shape: tuple[int, ...], opened: Gguf) -> Recipe | None:
+    """Return a matrix of all experts, which old files hold in a tensor for each."""
+    first = name.replace("_exps.", ".0.")
+    if name in opened.checkpoint.tensors or first not in opened.checkpoint.tensors:
+        return _numbers(name, shape, opened)
+    each = []
+    for own in (name.replace("_exps.", f".{i}.") for i in range(shape[0])):
+        one = _numbers(own, shape[1:], opened)
+        if one is None:
+            raise _missing(own, opened.checkpoint.folder)
+        each.append(one)
+    return step("stack", *each)
+
+
+def _part_of_qkv(name: str, shape: tuple[int, ...], opened: Gguf, config: Any) -> Recipe | None:
+    """Return queries, keys or values of a tensor that holds them behind each other; None where there is none."""
+    part = re.search(r"attn_([qkv])\.", name)
+    if part is None or name in opened.checkpoint.tensors:
+        return None
+    groups = config.num_attention_heads // config.num_key_value_heads
+    keys = shape[0] if part[1] != "q" else shape[0] // groups
+    start = {"q": 0, "k": groups * keys, "v": (groups + 1) * keys}[part[1]]
+    fused = _numbers(name.replace(part[0], "attn_qkv."), ((groups + 2) * keys, *shape[1:]), opened)
+    return fused and step("slice", fused, axis=0, start=start, stop=start + shape[0])
 
 
 def _half_rotated(found: Recipe, heads: int) -> Recipe:
@@ -95,13 +148,21 @@ def _half_rotated(found: Recipe, heads: int) -> Recipe:
     return step("reshape", turned, shape=(rows, *rest))
 
 
-def _numbers(name: str, opened: Gguf) -> Recipe | None:
-    """Return a tensor of the file as numbers."""
+def _numbers(name: str, shape: tuple[int, ...], opened: Gguf) -> Recipe | None:
+    """Return a tensor of the file as numbers; MoecError where it has another shape."""
     info = opened.checkpoint.tensors.get(name)
     if info is None:
         return None
-    tensor = Tensor(name, info.type)
-    return tensor if name not in opened.kinds else dequantized(tensor, opened.kinds[name])
+    found: Recipe = Tensor(name, info.type)
+    if name in opened.kinds:
+        found = dequantized(Tensor(name, info.type), opened.kinds[name])
+    if found.type.sizes != shape:
+        raise MoecError(
+            f"the tensor {name} has the shape {list(found.type.sizes)}; the model wants {list(shape)}",
+            where=str(info.file),
+            todo="the metadata, or config.json beside the file, does not belong to the weights",
+        )
+    return found
 
 
 def dequantized(tensor: Tensor, kind: str) -> Recipe:
@@ -115,17 +176,8 @@ def dequantized(tensor: Tensor, kind: str) -> Recipe:
     return step("dequantize", codes, *others, block=shape, bits=block.bits)
 
 
-def _check_all_used(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe], file: Path) -> None:
-    """Raise MoecError for a tensor of a wanted layer, or outside of layers, that no parameter is made of."""
-    from ...ir.recipes import tensors
-
+def _unused(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe]) -> list[str]:
+    """Return the tensors of the wanted layers, and those outside of layers, that no parameter is made of."""
     numbers = {first_number(name) for name in wanted} | {None}
     used = {t.name for recipe in found.values() for t in tensors(recipe)}
-    left = [n for n in opened.checkpoint.tensors if first_number(n) in numbers and n not in used and n != FREQUENCIES]
-    if left:
-        raise MoecError(
-            f"the tensor {left[0]} has no place in the model"
-            + (f", nor have {len(left) - 1} more" if left[1:] else ""),
-            where=str(file),
-            todo="this variant of the architecture is not understood: give the safetensors checkpoint",
-        )
+    return [n for n in opened.checkpoint.tensors if first_number(n) in numbers and n not in used and n != FREQUENCIES]

@@ -48,7 +48,8 @@ def dequantized_model(path: Path) -> tuple[Any, Decoding] | None:
             config = gguf_config(opened, file)
             model = _empty(config)
             decoded = gguf_source(opened)
-            recipes = gguf_parameters(list(model.state_dict()), opened, config, file)
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            recipes = gguf_parameters(shapes, opened, config, file)
             recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
             return _filled(model, recipes, decoded, path), decoded.decoding
     config = read_config(path)
