@@ -177,15 +177,12 @@ def _mask(
         return None
     if kwargs.get("use_vmap"):
         raise MoecError("the model adds a mask function of its own to the causal mask, which is not understood")
-    if local_size is not None and local_size < 1:
-        raise MoecError(
-            f"the attention's window is {local_size}: no token would be read", todo="correct sliding_window"
-        )
     if kwargs.get("allow_is_causal_skip") is False:  # an indexer needs to see which token reads which
         return causal(attention_mask, kwargs["q_length"])
     mask = attention_mask.clone() if not torch.compiler.is_exporting() else attention_mask
     tracing_ = current()
-    size = int(local_size or 0)
+    # models whose layers attend to everything may be asked for the mask of a window of no tokens: see layers.py
+    size = 0 if local_size is None else int(local_size) or -1
     tracing_.windows[id(mask)] = (0, size) if _is_chunked(kwargs.get("mask_function")) else (size, 0)
     tracing_.masks.append(mask)
     return mask

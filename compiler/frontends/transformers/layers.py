@@ -77,6 +77,10 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
             windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
             if len(windows) > 1:
                 raise MoecError(f"layer {layer.index} gets masks with different windows")
+            if any(min(window) < 0 for window in windows):
+                raise MoecError(
+                    f"layer {layer.index} attends within a window of no tokens", todo="correct sliding_window"
+                )
             kept = {id(t) for earlier in seen for t in earlier.states.values()}
             layer.earlier = [i for i, tensor in enumerate(layer.tensors) if id(tensor) in kept]
             tracing.window = layer.window = windows.pop() if windows else (0, 0)
