@@ -2,6 +2,7 @@
 
 artifact.py      reading kernels.json, plan.json and the weights of an artifact
 launchers.py     what a kernel is launched on
+cubin.py         compiled objects by NVIDIA's driver
 interpreter.py   mends Triton's interpreter
 slots.py         states with room for more tokens
 executor.py      the ops of a program in their order: kernels by their bindings, other ops by their references

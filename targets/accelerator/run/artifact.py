@@ -185,12 +185,17 @@ def read_weights(folder: Path, module: Module, device: torch.device) -> Weights:
 def _tensors(folder: Path, file: str, device: torch.device) -> list[tuple[str, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    inside = PurePosixPath(file)
-    if inside.is_absolute() or ".." in inside.parts:
-        raise MoecError(f"{PLAN} names a file outside the artifact: {file}", where=str(folder / PLAN))
-    path = folder / file
+    path = inside(folder, file)
     try:
         with safe_open(path, "pt", device=str(device)) as opened:
             return [(name, opened.get_tensor(name)) for name in opened.keys()]  # noqa: SIM118 - it is no mapping
     except (OSError, SafetensorError) as error:
         raise MoecError(f"the weights cannot be read: {error}", where=str(path), todo="compile it again") from error
+
+
+def inside(folder: Path, file: str) -> Path:
+    """Return the path of a file of an artifact; MoecError for a name that leads out of it."""
+    name = PurePosixPath(file)
+    if name.is_absolute() or ".." in name.parts:
+        raise MoecError(f"the artifact names a file outside of it: {file}", where=str(folder))
+    return folder / name

@@ -1,4 +1,4 @@
-"""What a kernel is launched on: the simulator in numpy, Triton's interpreter, or a GPU through Triton."""
+"""What a kernel is launched on: the simulator in numpy, Triton's interpreter, or a GPU by compiled objects or Triton."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cached_property
+from math import prod
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,9 +17,11 @@ from ....compiler.errors import MoecError
 from ..tile.expr import NUMPY, evaluate
 from ..tile.simulate import simulate
 from ..tile.tiles import Argument
-from .artifact import Kernels, Launch
+from ..triton.compile import ALIGN
+from .artifact import Kernels, Launch, inside
+from .cubin import Cubin, architecture, is_for
 
-DEVICES = ("auto", "simulator", "interpreter", "cuda")
+DEVICES = ("auto", "simulator", "interpreter", "cuda", "triton")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -90,6 +94,37 @@ class Printed:
         self._made[launch.name](tensors, scalars)
 
 
+class Compiled:
+    """Launches the compiled objects of an artifact through the driver of the GPU that they are for."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, folder: Path, kernels: Kernels, arch: str) -> None:
+        """Prepare to load objects of `folder` for an architecture."""
+        self._folder, self._arch = folder, arch
+        self._made: dict[str, Cubin] = {}
+        self.runs = f"{torch.cuda.get_device_name()}, by the objects for {arch}"
+
+    def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
+        """Run a kernel; a grid without points launches nothing."""
+        points = prod(int(evaluate(extent, scalars)) for _, extent in launch.program.grid)
+        if points < 1:
+            return
+        if launch.name not in self._made:
+            self._made[launch.name] = self._load(launch)
+        given = [aligned(tensors[a.name]) for a in launch.program.arguments]
+        self._made[launch.name].launch(points, given, [scalars[name] for name in launch.program.scalars])
+
+    def _load(self, launch: Launch) -> Cubin:
+        entry = launch.objects[self._arch]
+        path = inside(self._folder, str(entry["file"]))
+        try:
+            image = path.read_bytes()
+        except OSError as error:
+            raise MoecError(f"an object cannot be read: {error.strerror}", where=str(path)) from error
+        return Cubin(image, launch.program.name, launch.warps, int(entry["shared"]))
+
+
 class _PrintedKernel:
     """One kernel, printed when it is first launched."""
 
@@ -102,7 +137,12 @@ class _PrintedKernel:
 
     def __call__(self, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         if all(int(evaluate(extent, scalars)) > 0 for _, extent in self._program.grid):
-            self._kernel(tensors, scalars)
+            self._kernel({name: aligned(tensor) for name, tensor in tensors.items()}, scalars)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that begins at an address as kernels are compiled for: itself or a copy. Outputs always do."""
+    return tensor.clone() if tensor.data_ptr() % ALIGN else tensor
 
 
 def start_interpreter() -> None:
@@ -121,10 +161,12 @@ def start_interpreter() -> None:
     interpreter.mend()
 
 
-def open_launcher(device: str | None, kernels: Kernels) -> Launcher:
+def open_launcher(device: str | None, folder: Path, kernels: Kernels) -> Launcher:
     """Return what runs the kernels on `device`, one of DEVICES: auto (None) is a GPU that they are for, else the simulator.
 
-    MoecError for a device that there is not, and for one that does not run kernels of this chip.
+    `cuda` takes the compiled objects where they are for the GPU that is there, else Triton compiles the sources;
+    `triton` always does the latter. MoecError for a device that there is not, and for one that does not run kernels of
+    this chip.
     """
     name = device or "auto"
     if name not in DEVICES:
@@ -138,4 +180,8 @@ def open_launcher(device: str | None, kernels: Kernels) -> Launcher:
             f"kernels for {kernels.target} are not run by {name}: it is a chip of the family {family}",
             todo="run them with --device simulator",
         )
-    return Simulated(kernels) if name == "simulator" else Printed(kernels, interpreted=name == "interpreter")
+    if name == "simulator":
+        return Simulated(kernels)
+    if name == "cuda" and family == "nvidia" and all(is_for(k.objects, architecture()) for k in kernels.launches):
+        return Compiled(folder, kernels, architecture())
+    return Printed(kernels, interpreted=name == "interpreter")

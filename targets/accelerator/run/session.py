@@ -159,7 +159,7 @@ def load(
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     kernels = read_kernels(folder)
-    launcher = open_launcher(device, kernels)
+    launcher = open_launcher(device, folder, kernels)
     module = read_program(folder, kernels)
     weights = read_weights(folder, module, launcher.device)
     states = tuple(State.of(entry) for entry in manifest["states"])

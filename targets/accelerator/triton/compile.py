@@ -147,6 +147,8 @@ def compile_request(wanted: Request) -> Compiled:
                 f"{name} for {arch}: its sums take {columns} columns of tensor memory, there are {TENSOR_COLUMNS}",
                 exit_code=1,
             )
+        if getattr(made.metadata, "global_scratch_size", 0):
+            raise MoecError(f"{name} for {arch} wants scratch memory, which is not given at a launch", exit_code=1)
         read = (_read_nvidia if arch in NVIDIA else _read_amd)(triton, made)
         return Compiled(
             name, arch, warps, **read, limit=limit, shared=made.metadata.shared,
