@@ -84,6 +84,11 @@ debug_option = click.option(
     "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_note_debug, help="Show tracebacks of errors."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
+device_option = click.option(
+    "--device",
+    metavar="NAME",
+    help="What an artifact for an accelerator runs on: simulator, interpreter (Triton's), cuda (compiled objects, or Triton), triton.  [default: a GPU that it is for, else the simulator]",
+)
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint folder brings along."
 )

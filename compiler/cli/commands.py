@@ -20,6 +20,7 @@ from .base import (
     Commands,
     byte_size,
     debug_option,
+    device_option,
     example,
     json_option,
     print_notes,
@@ -204,12 +205,13 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
     type=click.Choice(["fast", "exact"]),
     help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: as compiled]",
 )
+@device_option
 @click.option("--check-files", is_flag=True, help="Compare the sha256 of every file with moec.json first.")
 @json_option
 @debug_option
 def run(
     folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, threads: int | None,
-    accuracy: str | None, check_files: bool, **settings: Any,
+    accuracy: str | None, check_files: bool, device: str | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Generate with an artifact.
 
@@ -219,20 +221,20 @@ def run(
         raise click.UsageError("give one of --prompt and --tokens")
     ids = None if tokens is None else _token_ids(tokens)
     from ..runtime.artifact import Artifact
-    from .show import end_notes, generation_json, speed
+    from .show import end_notes, generation_json, ran_on, speed
 
     artifact = Artifact.open(Path(folder), check=check_files)
     draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
     if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
         settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw
     streams = {} if as_json else {"on_token": _stream_ids()} if prompt is None else {"on_text": _stream_text}
-    session = artifact.session(threads=threads, accuracy=accuracy)
+    session = artifact.session(threads=threads, accuracy=accuracy, device=device)
     result = artifact.run(prompt, tokens=ids, seed=seed or 0, session=session, **streams, **settings)
     if as_json:
         click.echo(json.dumps(generation_json(result), indent=2))
         return
     click.echo()
-    click.echo(speed(result), err=True)
+    click.echo(speed(result) + ran_on(session), err=True)
     for note in end_notes(artifact.end_tokens):
         click.echo(note, err=True)
 
@@ -270,16 +272,16 @@ def _stream_ids() -> Callable[[int, int], None]:
     "--text-tokens",
     type=click.IntRange(min=2),
     metavar="N",
-    default=2000,
-    show_default=True,
-    help="How many tokens of the text to measure on.",
+    help="How many tokens of the text to measure on.  [default: 2000; 200 in a simulator]",
 )
 @click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
+@device_option
 @json_option
 @debug_option
 def verify(
-    folder: str, against: str | None, text: str | None, text_tokens: int, accuracy: str | None, as_json: bool
-) -> None:
+    folder: str, against: str | None, text: str | None, text_tokens: int | None, accuracy: str | None,
+    device: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Compare an artifact with its source model.
 
     First the sha256 of every file is compared with moec.json. The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text: KL divergence, top-1 agreement, perplexity. The figures are kept in moec.json.
@@ -290,7 +292,14 @@ def verify(
     notes: list[str] = []
     with progress_bar(f"verifying {folder}", unit="parts") as progress:
         comparison = driver.verify(
-            folder, against, text=written, tokens=text_tokens, accuracy=accuracy, notes=notes, progress=progress
+            folder,
+            against,
+            text=written,
+            tokens=text_tokens,
+            accuracy=accuracy,
+            device=device,
+            notes=notes,
+            progress=progress,
         )
     print_notes(notes)
     if as_json:

@@ -168,6 +168,12 @@ def generation_json(found: Generation) -> dict[str, Any]:
     }
 
 
+def ran_on(session: Any) -> str:
+    """Return what a session ran on, to be put behind its speed; nothing for one that does not say it."""
+    runs = getattr(session, "runs", "")
+    return f", on {runs}" if runs else ""
+
+
 def speed(found: Generation) -> str:
     """Return the speed of a generation as one line."""
     new = sum(map(len, found.tokens))

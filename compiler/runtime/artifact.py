@@ -57,8 +57,8 @@ class Artifact:
         return {**facts, "states": len(self.manifest["states"]), "files": sizes, "bytes": sum(sizes.values())}
 
     def session(self, **options: Any) -> Runner:
-        """Open the artifact with its target's runtime; every target takes `threads`, `spinning` and `accuracy`
-        (cpu: session.load)."""
+        """Open the artifact with its target's runtime; every target takes `threads`, `spinning`, `accuracy` and
+        `device` (see their session.load)."""
         from ...targets import TARGETS
 
         if self.target not in TARGETS:

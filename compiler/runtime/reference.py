@@ -92,6 +92,15 @@ def open_reference(source: Any) -> Iterator[Reference]:
         model.set_attn_implementation(attention)
 
 
+def rounded(reference: Reference) -> Reference:
+    """Return the same model with its parameters and what it computes in bfloat16, as its weights mostly are stored."""
+    model = deepcopy(reference.model)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return Reference.of(model, f"{reference.name} in bf16")
+
+
 def _is_float32(model: Any) -> bool:
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
 

@@ -198,8 +198,10 @@ def agrees(type: TensorType, shape: tuple[int | str, ...]) -> bool:
     if sizes is None:
         return True
     given = [n for n in type.shape if n != 1]
-    free = sorted({s for n in sizes for s in n.free_symbols if s.name not in DIMS}, key=str)
-    wanted = [n for n in sizes if n != 1]
+    names = sorted({s.name for n in sizes for s in n.free_symbols if s.name not in DIMS})
+    free = [dim(f"kernel's {name}") for name in names]  # a program may have a dim of the same name
+    renamed = dict(zip(map(dim, names), free, strict=True))
+    wanted = [n.subs(renamed) for n in sizes if n != 1]
     if free:
         found = _solve(given, wanted, free)
         if found is None:

@@ -26,13 +26,16 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Launcher(Protocol):
-    """Launches kernels. `runs` says in words what they run on, `device` where the tensors lie."""
+    """Launches kernels. `runs` says in words what they run on, `device` where the tensors lie, `slow` that it is no chip."""
 
     @property
     def device(self) -> torch.device: ...
 
     @property
     def runs(self) -> str: ...
+
+    @property
+    def slow(self) -> bool: ...
 
     def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         """Run a kernel on tensors of exactly its arguments' shapes and dtypes; outputs are changed in place."""
@@ -42,6 +45,7 @@ class Simulated:
     """Executes tile programs in numpy, with the checks of simulate.py: it needs no chip and no compiler."""
 
     device = torch.device("cpu")
+    slow = True
 
     def __init__(self, kernels: Kernels) -> None:
         """Simulate the chip that the kernels are for."""
@@ -75,7 +79,7 @@ class Printed:
             check_gpu()
         self._arch = kernels.chip.get("arch") or ""
         self._made: dict[str, _PrintedKernel] = {}
-        self._interpreted = interpreted
+        self._interpreted = self.slow = interpreted
 
     @cached_property
     def device(self) -> torch.device:
@@ -98,6 +102,7 @@ class Compiled:
     """Launches the compiled objects of an artifact through the driver of the GPU that they are for."""
 
     device = torch.device("cuda")
+    slow = False
 
     def __init__(self, folder: Path, kernels: Kernels, arch: str) -> None:
         """Prepare to load objects of `folder` for an architecture."""

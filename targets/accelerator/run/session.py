@@ -53,6 +53,11 @@ class Session:
         return self.executor.launcher.runs
 
     @property
+    def slow(self) -> bool:
+        """Whether it runs where a token takes long, so that little is compared unasked."""
+        return self.executor.launcher.slow
+
+    @property
     def vocabulary(self) -> int:
         """The width of the logits."""
         return int(self.executor.module.main.results[0].type.shape[-1])

@@ -144,14 +144,22 @@ def _integers(name: str, given: Any) -> np.ndarray:
     return found
 
 
-def load(folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None) -> Session:
+def load(
+    folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None,
+    device: str | None = None,
+) -> Session:  # fmt: skip
     """Open the artifact in `folder`; `threads` is the number of compute threads (default: one a usable core).
 
     `accuracy` of `exact` keeps activations beside quantized weights in f32, whatever the model was compiled for.
     `spinning` threads wait for work without sleeping: fast, but whatever else computes between two steps is slowed
-    down several times. Raises MoecError if the artifact is not whole or ONNX Runtime does not take it.
+    down several times. `device` is `auto` or `cpu`. Raises MoecError if the artifact is not whole, ONNX Runtime does
+    not take it, or another device is asked for.
     """
     folder = Path(folder)
+    if device not in (None, "auto", "cpu"):
+        raise MoecError(
+            f"an artifact for target cpu does not run on {device}", todo="leave --device out, or compile for a GPU"
+        )
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     path = folder / MODEL
