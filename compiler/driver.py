@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
 from . import frontends
+from .artifact.ahead import check_dump, check_folder, check_output, check_room, check_text, least_bytes
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
 from .cost.count import module_costs
 from .cost.report import left_out_of, per_token
 from .errors import MoecError
+from .errors.paths import check_path
 from .frontends import Loaded
 from .ir.fragments import parse_pipeline
 from .ir.module import STAGES, Module
 from .quantize.options import (  # fmt: skip
     AUTO,
+    CALIBRATED,
     KEEP,
     PASS,
     Spec,
@@ -34,9 +37,9 @@ from .quantize.options import (  # fmt: skip
     with_keep,
     with_quantize,
 )
-from .quantize.plan import PLAN
+from .quantize.plan import PLAN, Budget, read_plan
 from .quantize.planning import calibrated, find_plan
-from .rewrite.pipeline import Option, PassDef, PassTiming, run_pipeline, spell_pass
+from .rewrite.pipeline import Option, PassDef, PassTiming, check_stop, resolve, run_pipeline, spell_pass
 from .rewrite.rules import Why, tell
 from .rewrite.unfused import unfused
 from .runtime.artifact import Artifact, record_figures
@@ -54,6 +57,7 @@ Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
 declare_kernel_ops()
 
 IMPORTING = ("torch", "transformers")  # packages that models are read with, whose versions moec.json records
+ACCURACIES = ("fast", "exact")
 LOWER = "lower"  # the pass that every target has: its own lowering
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -95,6 +99,7 @@ def compile(
     bytes written and those in all. Raises MoecError; the folder is then as it was before.
     """
     chosen = find_target(target, options or {})
+    _judge(source, chosen, out, pipeline, quantize, budget, calibration, accuracy, memory_limit, dump, stop_after)
     loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
     _say_replaced(loaded, why)
     text = pipeline if pipeline is not None else chosen.pipeline
@@ -110,8 +115,6 @@ def compile(
         )
         planned = {} if plan is None else {"layers": plan.layers(), "method": plan.method}
         text = with_quantize(text, {**planned, **spec.options})
-    if budget is not None and (keep == KEEP or quantize is None):
-        raise MoecError("a budget is for --quantize auto", todo="add --quantize auto")
     if accuracy != "fast":
         text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
     steps = _remaining(loaded.module, text)
@@ -127,6 +130,7 @@ def compile(
         return module
     folder = _output(source, loaded, chosen, out)
     _need_weights(loaded)
+    check_room(folder, int(module_costs(module).total.compiled_bytes))
     figures: dict[str, Any] = {}
     if needs_calibration(module):
         loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder)
@@ -144,6 +148,52 @@ def _say_replaced(loaded: Loaded, why: Why) -> None:
         for stand_in in loaded.replaced:
             if not stand_in.checked:
                 warnings.warn(stand_in.note(), stacklevel=3)
+
+
+def _judge(
+    source: Any, target: Target, out: Path | str | None, pipeline: str | None, quantize: str | None, budget: str | None,
+    calibration: Path | str | None, accuracy: str, memory_limit: int | None, dump: Path | str | None,
+    stop_after: str | None,
+) -> None:  # fmt: skip
+    """Raise MoecError for what is wrong with a request whatever the source holds: all that the first second shows."""
+    table = passes_for(target)
+    text = pipeline if pipeline is not None else target.pipeline
+    steps = parse_pipeline(text)
+    asked, _, others = (quantize or "").partition(",")
+    spec = Spec.parse(others if asked == KEEP else quantize) if quantize not in (None, KEEP) else Spec({})
+    plan = None if spec.plan in (None, AUTO) else read_plan(Path(str(spec.plan)))
+    resolve([*steps, (PASS, spec.options)], table)
+    if (budget is not None) != (spec.plan == AUTO):
+        if budget is not None:
+            raise MoecError("a budget is for --quantize auto", todo="leave it out, or write --quantize auto")
+        todo = "add --budget 4.5bpw (bits per weight) or --budget 6GB"
+        raise MoecError("--quantize auto needs a budget", todo=todo)
+    if budget is not None:
+        Budget.parse(budget)
+    method = spec.options.get("method", plan.method if plan else "rtn")
+    if calibration is not None:
+        check_text(Path(calibration))
+    elif spec.plan == AUTO or method in CALIBRATED:
+        why = "the method looks at what weights are multiplied with"
+        raise MoecError(f"there is no calibration text: {why}", todo="name a text file: --calibration FILE")
+    if accuracy not in ACCURACIES:
+        raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
+    tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
+    if stop_after is not None:
+        check_stop(stop_after, table)
+    if dump is not None:
+        check_dump(Path(dump))
+    if not isinstance(source, (str, Path)):
+        return
+    folder = check_path(source, "the source")
+    if folder.is_dir():
+        check_folder(folder)
+    final = (
+        Path(out) if out is not None else Path(f"{folder.resolve().name}-{target.name}") if folder.is_dir() else None
+    )
+    if stop_after is None and final is not None:
+        check_output(final)
+        check_room(final, least_bytes(folder, quantized=quantize is not None))
 
 
 def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:

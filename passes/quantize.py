@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 from ..compiler.errors import MoecError
@@ -26,7 +27,17 @@ PREFERRED = {"experts": (256, 128, 64, 32, 16), "attention": (32, 16)}
 PREFERRED_ELSEWHERE = (128, 64, 32, 16)
 
 
-@pass_(reads="moe", rounds=True)
+def _judge(*, group: int | None, symmetric: bool, method: str, starved: str, layers: str, **policy: str) -> None:
+    """Raise MoecError for options that mean nothing, whatever the module is."""
+    for spec in policy.values():
+        check_spec(spec)
+    _how(method, starved)
+    if group is not None and group not in GROUPS:
+        raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
+    parse_layers(layers)
+
+
+@pass_(reads="moe", rounds=True, judge=_judge)
 def quantize(
     module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,
@@ -46,11 +57,7 @@ def quantize(
         "experts": experts, "attention": attention, "shared": shared, "dense": dense, "router": router,
         "embedding": embedding, "head": head,
     }  # fmt: skip
-    for spec in policy.values():
-        check_spec(spec)
     how = _how(method, starved)
-    if group is not None and group not in GROUPS:
-        raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
     module, policies = _split(module, policy, parse_layers(layers))
     roles = weight_roles(module)
     # one format for everything is not meant for a table that the target only looks rows up in
@@ -84,9 +91,13 @@ def _how(method: str, starved: str) -> dict[str, str]:
 def check_spec(spec: str) -> None:
     """Raise MoecError unless a text names a number of bits, a format, or f32."""
     if spec not in KEEP and not re.fullmatch(r"u?int[248]", spec) and find_format(spec) is None:
-        raise MoecError(
-            f"there is no format {spec}", todo=f"there are f32, int8, int4, int2, {', '.join(FORMAT_NAMES)}"
+        near = get_close_matches(spec, FORMAT_NAMES, n=3)
+        todo = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "there are f32, int8, int4, int2, mxfp4, nvfp4, fp8_b128, uint4_g64 ..."
         )
+        raise MoecError(f"there is no format {spec}", todo=todo)
 
 
 Place = tuple[int, int]  # an op and one of its operands

@@ -1,14 +1,19 @@
 """Damaged checkpoints at the command line: one clear error each, exit code 2, nothing left behind."""
 
 import json
+import re
 import shutil
 import struct
 
+import moec
 import pytest
+import tokenizers
 from click.testing import CliRunner
 from moec.compiler.cli.commands import main
+from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.artifact import Artifact
+from moec.compiler.runtime.tokenizer import load_tokenizer
 from tiny_models import random_model, save
 
 
@@ -98,6 +103,123 @@ def test_one_error_and_exit_code_2(sharded, tmp_path, damage):
     assert CASES[damage] in text
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists()
+
+
+# --- texts and names from outside ------------------------------------------------------------------------------------
+
+
+def one_error(*arguments):
+    """Run the command and return its one message."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    assert len(re.findall("^[Ee]rror: ", result.stderr, re.MULTILINE)) == 1
+    assert not re.search(r"Traceback|\w+Error\b|codec|object", result.stderr)
+    return result.stderr
+
+
+RANGE = """moec 1 stage graph
+dim B in 1..8
+
+func @main(%x: f32[B, 4])
+    -> (f32[B, 4]) {
+  const %w : f32[4, 4] = stack(tensor("experts.{0..LAST}.w", f32[4]))
+  %y = core.linear(%x, %w, _) : f32[B, 4]
+  return %y
+}
+"""
+
+
+@pytest.mark.parametrize("last", ["65536", "2147483648", "9" * 5000])
+def test_a_range_of_names_is_bounded(tmp_path, last):
+    path = tmp_path / "x.moir"
+    path.write_text(RANGE.replace("LAST", last))
+    message = one_error("opt", path)
+    assert "in a name is longer than 65536" in message and f"{path}:6:" in message
+
+
+def test_a_call_cannot_bind_a_longer_range(tmp_path):
+    text = RANGE.replace("@main", "@f").replace("{0..LAST}", "{names}")
+    main_ = """
+func @main(%x: f32[B, 4])
+    -> (f32[B, 4]) {
+  %y = call @f(%x) {names="{0..99999999999}"} : f32[B, 4]
+  return %y
+}
+"""
+    text = text.replace("f32[4, 4] = stack(", "f32[1, 4] = stack(").replace("-> (f32[B, 4])", "-> (f32[B, 1])", 1)
+    text = text.replace(": f32[B, 4]\n  return", ": f32[B, 1]\n  return", 1)
+    (tmp_path / "x.moir").write_text(
+        text + main_.replace("(f32[B, 4])", "(f32[B, 1])").replace("} : f32[B, 4]", "} : f32[B, 1]")
+    )
+    assert "longer than 65536" in one_error("inspect", tmp_path / "x.moir")
+
+
+def plan(**changes):
+    entry = {"layers": "0", "role": "experts", "experts": None, "format": "int8_g32", "bytes": 1, "kl": None}
+    top = {
+        "quantization": 1,
+        "budget": "4bpw",
+        "method": "rtn",
+        "bits_per_weight": 4.5,
+        "bytes": 1,
+        "kl": 0,
+        "tokens": 1,
+    }
+    return json.dumps({**top, "weights": [{**entry, **changes}]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        plan(experts="0..99999999999"), plan(layers="0..99999999999"), plan(experts="0..40000,50000..90000"),
+        plan(layers="9" * 5000), "[" * 100_000, plan(bytes=10**400), '{"quantization": NaN}', b"\xff\xfe",
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_plans(tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "plan" in one_error("compile", tmp_path, "--quantize", path, "--stop-after", "moe")
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000 + "]" * 5000, "name = 1" + "0" * 400, "\ud800"])
+def test_chips(tmp_path, text):
+    path = tmp_path / "chip.toml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert "the profile is not TOML" in one_error("targets", path)
+
+
+@pytest.mark.parametrize("argument", ["a\0b", "a\udcff"])
+def test_arguments_that_are_no_text(argument):
+    for command in (["compile", argument], ["run", "d", "--prompt", argument], ["compile", "x", "-o", argument]):
+        assert "an argument" in one_error(*command)
+    with pytest.raises(MoecError, match="the path of the source"):
+        moec.compile(argument)
+    with pytest.raises(MoecError, match="the path of the artifact"):
+        Artifact.open(argument)
+
+
+def test_names_that_are_not_utf8(sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "model")
+    data = shard(folder).read_bytes()
+    shard(folder).write_bytes(data.replace(b".weight", b".w\xffight", 1))
+    assert "the header is not JSON: byte" in one_error("compile", folder, "-o", tmp_path / "out")
+    rewrite_header(folder := shutil.copytree(sharded, tmp_path / "other"), lambda entry: entry.update(dtype="\ud800"))
+    assert "a text in it ends within a character" in one_error("compile", folder, "-o", tmp_path / "out")
+
+
+def test_a_tokenizer_on_which_rust_panics(tmp_path):
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "pre_tokenizer": None,
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BaseException) as caught:  # what the library does by itself
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert not isinstance(caught.value, Exception)
+    with pytest.raises(MoecError, match="the tokenizer cannot be read: its files are damaged"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_model_without_experts_compiles(tmp_path):

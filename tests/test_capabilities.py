@@ -98,7 +98,7 @@ def test_the_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"runtime": "1", "variants": [{"found": "right"}]}'])
 def test_a_file_that_is_no_record(text: str, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(text)
-    with pytest.raises(MoecError, match="no record of a probe"):
+    with pytest.raises(MoecError, match=r"no record of a probe|record\.json is not (a )?JSON"):
         capabilities.read_record(tmp_path / "record.json")
     with pytest.raises(MoecError, match="cannot be read"):
         capabilities.read_record(tmp_path / "none.json")

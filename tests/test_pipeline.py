@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def again(error: MoecError) -> MoecError:
 def test_wrong_numbers_are_caught_named_and_reproduced(module, tmp_path):
     error = failure(module, "cleanup, other-epsilon{eps=0.25}", check=True, dump=tmp_path, source_hint="tiny")
     assert error.what.startswith("wrong numbers: %y differs by")
-    assert error.what.endswith("found after pass other-epsilon (after load, cleanup) of tiny")
+    assert error.what.endswith("found after pass other-epsilon of tiny")
     assert (error.where, error.model, error.exit_code) == ("%y in @layer", "residual", 1)
     assert f"rerun: moec opt {tmp_path}/02.before.moir -p 'other-epsilon{{eps=0.25}}' --check" in error.todo
     second = again(error)
@@ -129,7 +130,9 @@ def test_wrong_numbers_are_caught_named_and_reproduced(module, tmp_path):
 def test_without_a_dump_folder_the_reproducer_gets_its_own(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = failure(module, "other-epsilon", check=True)
-    assert re.search(r"moec opt moec-reproducer-\w+/01\.before\.moir", error.todo)
+    assert not list(tmp_path.iterdir())  # nothing where the user works
+    file = Path(re.search(r"moec opt (\S*moec-reproducer-\w+/01\.before\.moir)", error.todo)[1])
+    assert file.is_file() and file.is_relative_to(tempfile.gettempdir())
     assert "found after pass other-epsilon" in again(error).what
 
 
@@ -141,7 +144,7 @@ def test_numbers_are_compared_only_on_demand(module):
 def test_a_wrong_type_is_shown_with_a_caret(module, tmp_path):
     error = failure(module, "cleanup, wrong-type", dump=tmp_path)
     assert re.fullmatch(rf"{tmp_path}/02\.wrong-type\.moir:\d+:\d+", error.where)
-    assert "^" in error.excerpt and "found after pass wrong-type (after load, cleanup)" in error.what
+    assert "^" in error.excerpt and "found after pass wrong-type" in error.what
     assert failure(module, "wrong-type", dump=None).exit_code == 1
 
 
@@ -150,7 +153,7 @@ def test_a_wrong_type_is_shown_with_a_caret(module, tmp_path):
     [
         ("forgets-stage", "the module is at stage graph, the pass leaves moe"),
         ("renames-input", "the inputs of @main changed: %x f32[B, S, 8] became %z f32[B, S, 8]"),
-        ("crashes", "KeyError: 1, in pass crashes (after load)"),
+        ("crashes", "a mistake of moec's own stopped it, in pass crashes"),
         ("lift-moe, raise-norm", "pass raise-norm reads stage graph, the module is at stage moe"),
     ],
 )

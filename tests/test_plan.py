@@ -169,7 +169,7 @@ def test_wrong_plans(tmp_path, change, wanted):
 
 
 def test_no_plan(tmp_path):
-    with pytest.raises(MoecError, match="cannot read the plan"):
+    with pytest.raises(MoecError, match="the plan cannot be read"):
         read_plan(tmp_path / "quantization.json")
     (tmp_path / "quantization.json").write_text("{", "utf-8")
     with pytest.raises(MoecError, match="is not JSON"):
@@ -252,7 +252,7 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
         ),
         (["--quantize", "int4,method=gptq"], "there is no calibration text"),
         (["--quantize", "int4,method=magic"], "there is no method magic"),
-        (["--quantize", "nowhere.json"], "cannot read the plan"),
+        (["--quantize", "nowhere.json"], "the plan cannot be read"),
     ],
 )
 def test_wrong_use(tmp_path, options, wanted):

@@ -39,7 +39,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         recover(final)
-        _check_replaceable(final)
+        check_replaceable(final)
         partial = _beside(final, "partial")
         partial.mkdir()
     except OSError as error:
@@ -78,7 +78,8 @@ def _beside(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _check_replaceable(final: Path) -> None:
+def check_replaceable(final: Path) -> None:
+    """Raise MoecError for a file, and for a folder that is neither empty nor an artifact."""
     if not os.path.lexists(final):
         return
     if not final.is_dir():
@@ -158,7 +159,7 @@ def _sync_one(path: Path) -> None:
 def _finish(partial: Path, final: Path) -> None:
     try:
         _sync(partial)
-        _check_replaceable(final)  # again: a long time has gone by
+        check_replaceable(final)  # again: a long time has gone by
         _put_in_place(partial, final)
         _sync_one(final.parent)
     except OSError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
-from .json_files import misfit, read_json
+from ..errors.json_files import misfit, read_json
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError, write_error
-from .json_files import Shape, misfit, no_constant, read_json
+from ..errors.json_files import Shape, misfit, no_constant, read_json
 
 if TYPE_CHECKING:
     from ..ir.module import Function, Module, Value

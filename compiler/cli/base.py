@@ -18,6 +18,8 @@ from typing import Any
 import click
 
 from ..errors import MoecError, write_error
+from ..errors.json_files import problem_of
+from ..errors.paths import unwritable
 
 WARNING = "warning:"  # how a note begins that is printed without --why too
 CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
@@ -25,6 +27,13 @@ CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
 
 class Commands(click.Group):
     """A group that turns every exception into one message and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse arguments that can be no text and no path, in one place for all commands."""
+        for argument in args:
+            if (reason := unwritable(argument)) is not None:
+                raise click.UsageError(f"an argument {reason}: {argument!a}")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command; errors of click itself (wrong use, --help) pass through."""
@@ -112,7 +121,7 @@ def read_text(file: str) -> str:
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8: {error}"
+        reason = error.strerror if isinstance(error, OSError) else problem_of(error)
         raise MoecError(f"the file cannot be read: {reason}", where="<stdin>" if file == "-" else file) from error
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact.json_files import read_json
 from ..artifact.manifest import MANIFEST
 from ..cost.count import Costs, Kind, Layer, module_costs
 from ..cost.report import (
@@ -24,6 +23,7 @@ from ..cost.report import (
     left_out_of,
 )
 from ..errors import MoecError
+from ..errors.json_files import read_json
 from ..ir.fragments import parse_pipeline
 from ..ir.module import Module, Value
 from ..ir.types import TensorType

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
+from ..errors.json_files import problem_of
+from ..errors.paths import check_path
 from ..ir.module import Module
 from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
@@ -38,8 +40,10 @@ def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: b
 
     `weights` names the checkpoint folder of a `.moir` file, in place of the one that stands in it.
     """
+    if weights is not None:
+        check_path(weights, "the weights")
     if isinstance(source, (str, Path)):
-        return _load_path(Path(source), str(source), weights, trust_remote_code)
+        return _load_path(check_path(source, "the source"), str(source), weights, trust_remote_code)
     import torch
 
     if isinstance(source, torch.nn.Module):
@@ -96,7 +100,8 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MoecError(f"cannot read the file: {error}", where=str(path)) from None
+        reason = error.strerror if isinstance(error, OSError) else problem_of(error)
+        raise MoecError(f"cannot read the file: {reason}", where=str(path)) from None
     module = parse_module(text, str(path))
     folder = find_weights(module, path, weights)
     if folder is None:

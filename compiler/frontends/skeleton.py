@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..artifact.json_files import read_json
 from ..errors import MoecError
+from ..errors.json_files import read_json
 from .config_checks import check_config, check_sizes
 from .config_types import known_config, refuse_adapter
 from .model_errors import CODE_ERRORS, model_error

@@ -26,7 +26,6 @@ from ..errors import MoecError, caret
 from .dims import FUNCTIONS
 from .types import Attr
 
-LONGEST_RANGE = 65536  # a{0..65535}: more is a slip of the pen, or an attack
 LONGEST_INT = 40  # digits
 
 Node = tuple[Any, ...]  # a literal or a size: (kind, parts...), with tokens as leaves

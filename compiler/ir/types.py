@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import sympy
 
+from ..errors import MoecError
 from .dims import Size, size, size_text
 from .storage import find_format
 
@@ -119,6 +120,8 @@ def _canonical(value: Attr | list) -> Attr:
     return value
 
 
+LONGEST_RANGE = 65536  # a{0..65535}: more is a slip of the pen, or an attack
+_DIGITS = 9  # of a number in a range of names
 _HOLE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -128,9 +131,13 @@ def expand_range(name: str) -> list[str]:
 
 
 def range_size(name: str) -> int:
-    """Return how many names a name with a range stands for (1 without one)."""
+    """Return how many names a name with a range stands for (1 without one); MoecError for more than LONGEST_RANGE."""
     found = _HOLE.search(name)
-    return max(0, int(found[2]) - int(found[1]) + 1) if found else 1
+    if found is None:
+        return 1
+    if max(map(len, found.groups())) > _DIGITS or int(found[2]) - int(found[1]) >= LONGEST_RANGE:
+        raise MoecError(f"the range {found[0]:.60} in a name is longer than {LONGEST_RANGE}", f"{name:.120}")
+    return max(0, int(found[2]) - int(found[1]) + 1)
 
 
 def range_at(name: str, index: int) -> str:

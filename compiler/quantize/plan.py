@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import MoecError
+from ..errors.json_files import no_constant, read_value
 from ..ir.storage import FORMAT_NAMES, find_format
 from ..rewrite.roles import ROLES
 
 PLAN = "quantization.json"
 VERSION = 1
 KEEP = "f32"
+MOST_NUMBERS, LONGEST_NUMBER = 65536, 9  # layers or experts of one range, and digits of a number of one
 _FIELDS: dict[str, tuple[type, ...]] = {
     "layers": (str, type(None)), "role": (str,), "experts": (str, type(None)), "format": (str,), "bytes": (int,), "kl": (int, float, type(None)),
 }  # fmt: skip
@@ -91,12 +93,7 @@ class Plan:
 
 def read_plan(file: Path) -> Plan:
     """Read a plan; MoecError for a file that is none, for missing and unknown keys, and for unknown formats."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise MoecError(f"cannot read the plan: {error.strerror}", where=str(file)) from error
-    except ValueError as error:
-        raise MoecError(f"the plan is not JSON: {error}", where=str(file)) from None
+    content = read_value(file, "the plan", parse_constant=no_constant)
     _check(content, _TOP, "the plan", file)
     if content["quantization"] != VERSION:
         raise MoecError(f"the plan has version {content['quantization']}, {VERSION} is read", where=str(file))
@@ -172,18 +169,28 @@ def _units(layers: str | None, role: str, experts: str | None, format: str) -> l
     if layers is None:
         return [Unit(None, role, numbers)]
     match = _LAYERS.fullmatch(layers)
-    if match is None or int(match[1]) > int(match[2] or match[1]):
-        raise ValueError(f"{layers!r} names no layers; 3 and 0..5 do")
-    return [Unit(n, role, numbers) for n in range(int(match[1]), int(match[2] or match[1]) + 1)]
+    if match is None or not _range(match):
+        raise ValueError(f"{layers!r:.60} names no layers; 3 and 0..5 do")
+    return [Unit(n, role, numbers) for n in _range(match)]
+
+
+def _range(match: re.Match[str]) -> range:
+    """Return the numbers of `3` or `0..5`; ValueError for more of them than a model has layers or experts."""
+    first, last = match[1], match[2] or match[1]
+    if len(last) > LONGEST_NUMBER or int(last) - int(first) >= MOST_NUMBERS:
+        raise ValueError(f"{match[0]:.40} is more than {MOST_NUMBERS} layers or experts")
+    return range(int(first), int(last) + 1)
 
 
 def _read_numbers(text: str) -> tuple[int, ...]:
     found: list[int] = []
     for word in text.split(","):
         match = _LAYERS.fullmatch(word)
-        if match is None or int(match[1]) > int(match[2] or match[1]):
-            raise ValueError(f"{text!r} names no experts; 0..3,7 does")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        if match is None or not _range(match):
+            raise ValueError(f"{text!r:.60} names no experts; 0..3,7 does")
+        found += _range(match)
+        if len(found) > MOST_NUMBERS:
+            raise ValueError(f"{text!r:.60} is more than {MOST_NUMBERS} experts")
     if len(set(found)) != len(found):
         raise ValueError(f"{text!r} names an expert twice")
     return tuple(sorted(found))

@@ -46,7 +46,10 @@ class Option:
 
 @dataclass(frozen=True)
 class PassDef:
-    """A pass with its contract; `reads` and `leaves` are stages, or `any` for a pass that keeps the stage."""
+    """A pass with its contract; `reads` and `leaves` are stages, or `any` for a pass that keeps the stage.
+
+    `judge` raises MoecError for options that no module makes good; they are judged before the first pass runs.
+    """
 
     name: str
     doc: str
@@ -56,6 +59,7 @@ class PassDef:
     rounds: bool
     options: Mapping[str, Option]
     notes: bool
+    judge: Callable[..., None] | None = None
 
     def __call__(self, module: Module, target: Any = None, why: Why = None, **options: Any) -> Module:
         """Run the pass, options checked, nothing else."""
@@ -66,7 +70,10 @@ class PassDef:
 
     def convert(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options as the types that the pass declares; MoecError for one that it does not have."""
-        return {name: self._convert(name, value) for name, value in given.items()}
+        converted = {name: self._convert(name, value) for name, value in given.items()}
+        if self.judge is not None:
+            self.judge(**{**{o.name: o.default for o in self.options.values()}, **converted})
+        return converted
 
     def _convert(self, name: str, value: Any) -> Any:
         known = "; ".join(map(str, self.options.values())) or "none"
@@ -104,9 +111,10 @@ def _number(value: str | int | float, type: type) -> int | float | None:
 
 
 def pass_(
-    *, reads: str = "any", leaves: str | None = None, rounds: bool = False
+    *, reads: str = "any", leaves: str | None = None, rounds: bool = False, judge: Callable[..., None] | None = None
 ) -> Callable[[Callable[..., Module]], PassDef]:
-    """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits."""
+    """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits, and `judge`
+    takes all options and raises MoecError for wrong ones."""
 
     def declare(function: Callable[..., Module]) -> PassDef:
         signature = inspect.signature(function, eval_str=True)
@@ -115,7 +123,8 @@ def pass_(
             p.name: _option(name, p) for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
         doc = inspect.cleandoc(function.__doc__ or "")
-        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, "why" in signature.parameters)
+        notes = "why" in signature.parameters
+        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, notes, judge)
 
     return declare
 
@@ -198,28 +207,33 @@ def run_pipeline(
     module that each pass was given (the last time that it ran).
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
-    definitions = [(_look_up(name, table), options) for name, options in passes]
-    steps = [(definition, definition.convert(options)) for definition, options in definitions]
-    steps = _until(steps, stop_after)
+    steps = _until(resolve(passes, table), stop_after)
     settings = Settings(target, check, dump, why, kernel_op, source_hint)
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / "00.load.moir").write_text(print_module(module), "utf-8")
     timings: list[PassTiming] = []
     for number, (definition, options) in enumerate(steps, 1):
-        history = ("load", *(done.name for done, _ in steps[: number - 1]))
         if given is not None:
             given[definition.name] = module
-        module, timing = _run_pass(module, number, definition, options, history, settings)
+        module, timing = _run_pass(module, number, definition, options, settings)
         timings.append(timing)
     return module, timings
+
+
+def resolve(
+    passes: Sequence[tuple[str, Mapping[str, Any]]], table: Mapping[str, PassDef]
+) -> list[tuple[PassDef, dict[str, Any]]]:
+    """Return passes with their options as they take them; MoecError for what is wrong with either."""
+    definitions = [(_look_up(name, table), options) for name, options in passes]
+    return [(definition, definition.convert(options)) for definition, options in definitions]
 
 
 def _look_up(name: str, table: Mapping[str, PassDef]) -> PassDef:
     if name not in table:
         near = get_close_matches(name, table, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise MoecError(f"there is no pass {name}", todo=f"{hint}passes: {', '.join(sorted(table))}")
+        raise MoecError(f"there is no pass {name}", todo=f"{hint}`moec list passes` shows them")
     return table[name]
 
 
@@ -233,24 +247,36 @@ def _until(steps: list[tuple[PassDef, dict]], stop_after: str | None) -> list[tu
     if stop_after not in names:
         raise MoecError(
             f"cannot stop after {stop_after}: it is no stage and no pass of this pipeline",
-            todo=f"stages: {', '.join(STAGES)}; passes: {', '.join(dict.fromkeys(names)) or 'none'}",
+            todo=_stop_hint(stop_after, names),
         )
     last = max(i for i, name in enumerate(names) if name == stop_after)
     return steps[: last + 1]
 
 
+def _stop_hint(name: str, passes: Sequence[str]) -> str:
+    near = get_close_matches(name, (*STAGES, *passes), n=1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}stages: {', '.join(STAGES)}"
+
+
+def check_stop(name: str, table: Mapping[str, PassDef]) -> None:
+    """Raise MoecError for a name that is no stage and no pass at all."""
+    if name not in STAGES and name not in table:
+        what = f"cannot stop after {name}: it is no stage and no pass"
+        raise MoecError(what, todo=_stop_hint(name, list(table)))
+
+
 def _run_pass(
-    module: Module, number: int, definition: PassDef, options: dict, history: tuple[str, ...], settings: Settings
+    module: Module, number: int, definition: PassDef, options: dict, settings: Settings
 ) -> tuple[Module, PassTiming]:
     start = time.perf_counter()
     try:
         _check_reads(module, definition)
         result = definition(module, settings.target, settings.why, **options)
     except MoecError as error:
-        raise _failure(error, "in", module, number, definition, options, history, settings) from error
+        raise _failure(error, "in", module, number, definition, options, settings) from error
     except Exception as error:  # a bug in a pass; the traceback stays as the cause
-        problem = MoecError(f"{type(error).__name__}: {error}", exit_code=1)
-        raise _failure(problem, "in", module, number, definition, options, history, settings) from error
+        problem = MoecError("a mistake of moec's own stopped it", todo="--debug shows where", exit_code=1)
+        raise _failure(problem, "in", module, number, definition, options, settings) from error
     seconds = time.perf_counter() - start
     changed = result is not module
     try:
@@ -258,7 +284,7 @@ def _run_pass(
             _check_result(module, result, definition, settings)
     except MoecError as error:
         pointed = _point(error, result, number, definition, settings)
-        raise _failure(pointed, "found after", module, number, definition, options, history, settings) from error
+        raise _failure(pointed, "found after", module, number, definition, options, settings) from error
     if changed and settings.dump is not None:
         (settings.dump / f"{number:02}.{definition.name}.moir").write_text(print_module(result), "utf-8")
     return result, PassTiming(definition.name, seconds, time.perf_counter() - start, changed)
@@ -339,19 +365,18 @@ def _failure(
     number: int,
     definition: PassDef,
     options: dict,
-    history: tuple[str, ...],
     settings: Settings,
 ) -> MoecError:
-    """Return the error with the pass, what ran before it, and how to see it again."""
+    """Return the error with the pass, and how to see it again: a file and a command, in the dump or a temporary folder."""
     exit_code = error.exit_code if found == "in" else 1
-    what = f"{error.what}, {found} pass {definition.name} (after {', '.join(history)})"
+    what = f"{error.what}, {found} pass {definition.name}"
     if settings.source_hint:
         what += f" of {settings.source_hint}"
     folder = settings.dump
     if folder is None and exit_code == 2:  # wrong use, said in full by the message: leave no files behind
         return replace(error, what=what)
     if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="moec-reproducer-", dir="."))
+        folder = Path(tempfile.mkdtemp(prefix="moec-reproducer-"))
     path = folder / f"{number:02}.before.moir"
     path.write_text(print_module(module), "utf-8")
     name = getattr(settings.target, "name", "")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifact.generation_files import EndTokens, find_end_tokens, find_sampling
 from ..artifact.manifest import MANIFEST, add_figures, check_files, read_manifest
 from ..errors import MoecError
+from ..errors.paths import check_path
 from .generate import Generation, Runner, generate
 from .tokenizer import TextStream, Tokenizer, load_tokenizer
 
@@ -28,7 +29,7 @@ class Artifact:
     @staticmethod
     def open(folder: Path | str, check: bool = False) -> Artifact:
         """Open a folder; with `check` the sha256 of every file is compared. MoecError says what is wrong with it."""
-        folder = Path(folder)
+        folder = check_path(folder, "the artifact")
         manifest = read_manifest(folder)
         check_files(folder, manifest, hashes=check)
         return Artifact(folder, manifest)

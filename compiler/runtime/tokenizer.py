@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MoecError
+from ..errors.json_files import read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # classes of transformers that take tokenizer.json as it is; other classes may change it while loading
@@ -40,40 +43,77 @@ def _is_plain(folder: Path) -> bool:
     if not (folder / "tokenizer.json").is_file():
         return False
     path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise MoecError(f"tokenizer_config.json is not JSON: {error}", where=str(path)) from None
-    return isinstance(config, dict) and config.get("tokenizer_class") in PLAIN_CLASSES
+    config = read_json(path) if path.is_file() else {}
+    return config.get("tokenizer_class") in PLAIN_CLASSES
 
 
 def _from_json(path: Path) -> Tokenizer:
     import tokenizers
 
-    try:
+    with _errors("the tokenizer cannot be read", path), _quiet():
         found = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise MoecError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
-    found.no_padding()
-    found.no_truncation()
-    return Tokenizer(lambda text: found.encode(text).ids, lambda ids: found.decode(list(ids), skip_special_tokens=True))
+        found.no_padding()
+        found.no_truncation()
+
+    def encode(text: str) -> list[int]:
+        with _errors("the tokenizer cannot read the text", path):
+            return found.encode(text).ids
+
+    def decode(ids: Sequence[int]) -> str:
+        with _errors("the tokenizer cannot write the tokens", path):
+            return found.decode(list(ids), skip_special_tokens=True)
+
+    return Tokenizer(encode, decode)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a panic of Rust from writing its own report on standard error; it is raised here all the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+@contextmanager
+def _errors(what: str, path: Path) -> Iterator[None]:
+    """Reword what the libraries raise: any Exception, and panics of Rust, which are no Exception at all."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = (
+            str(error).strip().splitlines()
+            if isinstance(error, (ValueError, OSError)) or type(error) is Exception
+            else []
+        )
+        reason = lines[0] if lines else "its files are damaged, or of another version"
+        todo = "download it again, or give token ids instead of a text (--tokens 1,2,3)"
+        raise MoecError(f"{what}: {reason}", where=str(path), todo=todo) from error
 
 
 def _from_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    try:
+    with _errors("transformers cannot load the tokenizer", folder):
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise MoecError(
-            f"transformers cannot load the tokenizer: {error}",
-            where=str(folder),
-            todo="give token ids instead of a text (--tokens 1,2,3)",
-        ) from error
-    return Tokenizer(
-        lambda text: list(found(text, truncation=False, verbose=False)["input_ids"]),
-        lambda ids: str(found.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)),
-    )
+
+    def encode(text: str) -> list[int]:
+        with _errors("the tokenizer cannot read the text", folder):
+            return list(found(text, truncation=False, verbose=False)["input_ids"])
+
+    def decode(ids: Sequence[int]) -> str:
+        with _errors("the tokenizer cannot write the tokens", folder):
+            return str(found.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return Tokenizer(encode, decode)
 
 
 class TextStream:

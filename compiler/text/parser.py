@@ -29,7 +29,7 @@ from ..ir.fragments import (
 from ..ir.module import STAGES, Const, Dim, Function, Module, Op, Value
 from ..ir.recipes import STEPS, Literal, Recipe, Tensor, step
 from ..ir.syntax import (
-    LONGEST_RANGE,
+    LONGEST_INT,
     AttrNode,
     ConstNode,
     FunctionNode,
@@ -48,7 +48,7 @@ from ..ir.syntax import (
     read,
     shallow,
 )
-from ..ir.types import DTYPE_BITS, TensorType, expand_range, is_dtype, make_attrs
+from ..ir.types import DTYPE_BITS, LONGEST_RANGE, TensorType, expand_range, is_dtype, make_attrs
 
 __all__ = [
     "Operand",
@@ -150,7 +150,10 @@ class _Scope:
         """Return the names that a value with a range stands for."""
         if "{" not in token:
             return [str(token[1:])]
-        low, high = (int(n) for n in token[token.index("{") + 1 : token.index("}")].split(".."))
+        bounds = token[token.index("{") + 1 : token.index("}")].split("..")
+        if max(map(len, bounds)) > LONGEST_INT:
+            raise self.file.source.error(f"an integer of {max(map(len, bounds))} digits", token)
+        low, high = map(int, bounds)
         _check_range(self.file.source, token, low, high)
         return expand_range(token[1:])
 
@@ -284,7 +287,8 @@ def _infer(file: _File, node: StatementNode, op: Op) -> tuple[TensorType, ...]:
         raise file.source.error(error.what, at, todo=error.todo, model=error.model or model) from None
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         # an edited attribute of the wrong kind, which the op's rule did not look at before it computed with it
-        what = f"{op.name} cannot take these operands and attributes: {error}"
+        reason = f": {error}" if type(error) is ValueError else ""
+        what = f"{op.name} cannot take these operands and attributes{reason}"
         raise file.source.error(what, node.callee or node.op, model=model) from error
 
 
@@ -324,6 +328,8 @@ def _recipe(file: _File, node: RecipeNode) -> Recipe:
     attrs = attributes(options, file.source, file.names)
     try:
         return step(str(node.name), *items, **attrs)
+    except MoecError as error:
+        raise file.source.error(error.what, node.name, todo=error.todo) from None
     except KeyError as error:
         raise file.source.error(f"{node.name} needs the option {error.args[0]}", node.name) from None
     except (ValueError, TypeError, IndexError, ArithmeticError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...compiler.errors import MoecError
+from ...compiler.errors.json_files import read_json
 from ...compiler.ir.dims import Size
 from ...compiler.ir.module import Op
 from ...compiler.ir.storage import Format, find_format, format_of
@@ -132,11 +133,10 @@ def shipped() -> Record:
 def read_record(path: Path) -> Record:
     """Return the record in a file; MoecError if it holds none."""
     try:
-        return record_of(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise MoecError(f"the file cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MoecError(f"the file is no record of a probe: {error}", where=str(path)) from error
+        return record_of(read_json(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        todo = "make one with `moec targets cpu --probe -o FILE`"
+        raise MoecError("the file is no record of a probe", where=str(path), todo=todo) from error
 
 
 def record_of(data: Mapping[str, Any]) -> Record:

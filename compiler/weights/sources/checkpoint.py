@@ -140,7 +140,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             header = read_header(folder / name, descriptors[folder / name])
             shards[name] = header.tensors
             unreadable |= header.unreadable
-            digest.update(f"{name} {len(header.content)}\n".encode() + header.content)
+            digest.update(os.fsencode(f"{name} {len(header.content)}\n") + header.content)
         tensors = _join(folder, shards, index or {})
     except BaseException:
         for descriptor in descriptors.values():

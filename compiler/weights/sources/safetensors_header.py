@@ -9,7 +9,6 @@ compared with the shape, with its neighbours and with the size of the file befor
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MoecError
+from ...errors.json_files import no_constant
+from ...errors.json_files import parse_json as parse_any
 from ...ir.types import DTYPE_BITS, TensorType
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
@@ -109,13 +110,9 @@ def parse_json(text: bytes, file: Path, what: str) -> Any:
             result[key] = value
         return result
 
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise MoecError(f"{what} is not JSON: {error}", str(file), todo=_DAMAGED) from error
+    return parse_any(
+        text, file, what, _DAMAGED, object_pairs_hook=unique, parse_constant=no_constant, parse_int=None
+    )  # the lengths of integers are judged where they are used: there are many of them
 
 
 def _check_metadata(metadata: Any, file: Path) -> None:

@@ -7,12 +7,15 @@ a text such as "4.8TB/s". A `source` that is a key of the file's [sources] stand
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ....compiler.errors import MoecError
+from ....compiler.errors.json_files import DIGITS
+from ....compiler.errors.json_files import problem_of as why_unreadable
 from .chip import FIGURES, RULES, TOP, Figure, Link, Memory, Operands, Order, Origin, Profile, Rate, Unit, kind_of
 from .quantities import quantity
 from .schema import problem_of
@@ -90,11 +93,14 @@ def _load(path: Path) -> Raw:
     import tomllib  # here: only who reads a profile pays for it
 
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"\d{{{DIGITS + 1}}}", text.replace("_", "")):
+            raise ValueError(f"a number of more than {DIGITS} digits is too long")
+        raw = tomllib.loads(text)
     except OSError as error:
         raise MoecError(f"the profile cannot be read: {error.strerror}", where=str(path)) from error
-    except ValueError as error:  # of TOML or of UTF-8
-        raise MoecError(f"the profile is not TOML: {error}", where=str(path)) from error
+    except (ValueError, RecursionError) as error:  # of TOML or of UTF-8
+        raise MoecError(f"the profile is not TOML: {why_unreadable(error)}", where=str(path)) from None
     _check_schema(raw, path)
     return raw
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import MoecError
+from . import MoecError
 
 # half of a character beyond 16 bits: without the other half it is no text
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
