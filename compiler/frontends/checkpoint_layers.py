@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from ..errors import MoecError
-from ..ir.types import TensorType
 from ..weights.sources.checkpoint import Checkpoint, first_number
 from .other_names import canonical, piece_of
 from .transformers.layers import find_layers
@@ -15,6 +14,8 @@ from .transformers.names import Rules
 
 # config keys that announce layers behind num_hidden_layers: they draft tokens
 _DRAFTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+# modules that layers which draft tokens have and others do not: DeepSeek's names, which others took over
+_DRAFTS = re.compile(r"\.(eh_proj|enorm|hnorm|e_proj|h_proj|shared_head|final_layernorm)\.")
 # tensors of adapters (LoRA and its kin) that were not merged into the weights
 _ADAPTER = re.compile(
     r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|ia3_l|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_[rR]|vera_lambda_[bd])(\.|$)"
@@ -55,35 +56,44 @@ def layer_storage(stored: Mapping[str, Hashable], prefixes: set[str]) -> Callabl
     return kinds.get
 
 
-def check_left(model: Any, left: Mapping[str, TensorType], prefixes: set[str], folder: str) -> None:
-    """Raise MoecError if tensors that no program reads show that the program is not the checkpoint's model."""
-    adapter = next((name for name in left if _ADAPTER.search(name)), None)
-    if adapter is not None:
-        what = f"{adapter} belongs to an adapter (LoRA or the like) that is not merged into the weights"
-        raise MoecError(what, where=folder, todo="merge it first: merge_and_unload() of peft, then save_pretrained")
+def check_count(model: Any, names: Iterable[str], prefixes: set[str], folder: str) -> None:
+    """Raise MoecError if a checkpoint has layers beyond those that its config announces, drafting ones included.
+
+    Where the config announces layers that draft tokens, one behind the others counts as such if it has what these have.
+    """
     config = model.config.get_text_config(decoder=True)
     layers = len(find_layers(model)[1])
-    drafting = {key: int(n) for key in _DRAFTING if isinstance(n := getattr(config, key, None), int)}
-    announced = layers + max(drafting.values(), default=0)
+    drafting = {key: n for key in _DRAFTING if isinstance(n := getattr(config, key, None), int) and n > 0}
+    behind: dict[int, list[str]] = {}
+    for name in names:
+        number = first_number(name)
+        if number is not None and number >= layers and name[: name.index(f"{number}.")] in prefixes:
+            behind.setdefault(number, []).append(name)
     known = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    beyond = [
-        name
-        for name in left
-        if (number := first_number(name)) is not None
-        and number >= announced
-        and name[: name.index(f"{number}.")] in prefixes
-        and not any(pattern.search(name) for pattern in known)
-    ]
+    announced = layers + max(drafting.values(), default=0)
+    beyond = {
+        number: own
+        for number, own in behind.items()
+        if not (number < announced and any(_DRAFTS.search(name) for name in own))
+        and not all(any(pattern.search(name) for pattern in known) for name in own)
+    }
     if beyond:
-        first = min(beyond, key=lambda name: (first_number(name), name))
-        count = len({first_number(name) for name in beyond})
-        more = "".join(f" and {key} {n}" for key, n in drafting.items() if n)
+        more = "".join(f" and {key} {n}" for key, n in list(drafting.items())[:1])
+        total, count = sum(map(len, beyond.values())), len(beyond)
         raise MoecError(
-            f"config.json announces num_hidden_layers {layers}{more}, but the checkpoint has {first} "
-            f"and {len(beyond) - 1} more tensors of {count} layer{'s' if count > 1 else ''} beyond",
+            f"config.json announces num_hidden_layers {layers}{more}, but the checkpoint has {min(beyond[min(beyond)])} "
+            f"and {total - 1} more tensors of {count} layer{'s' if count > 1 else ''} beyond",
             where=folder,
             todo="config.json does not belong to the weights: num_hidden_layers must count the layers that are there",
         )
+
+
+def check_adapter(unread: Iterable[str], folder: str) -> None:
+    """Raise MoecError if tensors that the program does not read are those of an adapter."""
+    adapter = next((name for name in unread if _ADAPTER.search(name)), None)
+    if adapter is not None:
+        what = f"{adapter} belongs to an adapter (LoRA or the like) that is not merged into the weights"
+        raise MoecError(what, where=folder, todo="merge it first: merge_and_unload() of peft, then save_pretrained")
 
 
 def missing_parameter(model: Any, checkpoint: Checkpoint, name: str) -> MoecError:

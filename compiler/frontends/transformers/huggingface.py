@@ -16,7 +16,7 @@ from ...ir.module import Module
 from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint_layers import check_left, layer_prefixes, layer_storage, missing_parameter
+from ..checkpoint_layers import check_adapter, check_count, layer_prefixes, layer_storage, missing_parameter
 from ..deepseek_v4 import model as deepseek_v4
 from ..deepseek_v4.weights import Weights
 from ..expected import expected_quantized
@@ -73,11 +73,12 @@ def import_folder(
         return import_model(skeleton, mapper, name, replaced), None, {}
     missing = partial(missing_parameter, skeleton.model, checkpoint)
     prefixes = layer_prefixes(skeleton.model, checkpoint.tensors)
+    check_count(skeleton.model, checkpoint.tensors, prefixes, str(folder))
     # layers may differ in nothing but how they are stored
     module = import_model(skeleton, mapper, name, replaced, layer_storage(decoded.alike, prefixes), missing)
     read = check_weights(module, checkpoint)
     left = unread_tensors(read, checkpoint)
-    check_left(skeleton.model, left, prefixes, str(folder))
+    check_adapter(left, str(folder))
     check_unread(read, checkpoint, skeleton.model)
     # a model of text and images is compiled for text: towers for images are left out on purpose
     whole = config.get_text_config(decoder=True) is not config

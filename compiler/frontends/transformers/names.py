@@ -8,6 +8,7 @@ what is done to them.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -114,8 +115,9 @@ class _Mapping:
     def recipes(self) -> dict[str, Recipe]:
         """Return the recipes by parameter."""
         left = self._claim()
-        names = [canonical(key) for key in self.state]
-        by_name = {name: key for name, key in zip(names, self.state, strict=True) if names.count(name) == 1}
+        own = {key: canonical(key) for key in self.state}
+        counts = Counter(own.values())
+        by_name = {name: key for key, name in own.items() if counts[name] == 1}
         blocks = self._blocks(left, by_name)
         found: dict[str, Recipe] = {}
         for target, claims in self.claims.items():
@@ -128,9 +130,8 @@ class _Mapping:
             shapes = {name: self.state[key].shape for name, key in by_name.items()}
             sources = {canonical(name): self.available[name] for name in left}
             for name in missing:
-                own = canonical(name)
-                made = sources.get(own) if by_name.get(own) == name else None
-                made = made if made is not None else taken_apart(shapes, own, sources)
+                made = sources.get(own[name]) if by_name.get(own[name]) == name else None
+                made = made if made is not None else taken_apart(shapes, own[name], sources)
                 if made is not None:
                     found[name] = made
         self._turn(found)

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from .source import Box, check_box, full_box
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # a whole part of a name
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -114,7 +116,8 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 def first_number(name: str) -> int | None:
     """Return the first number among the parts of a name: the layer."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    found = _NUMBER.search(name)
+    return int(found[0]) if found else None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
