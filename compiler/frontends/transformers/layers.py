@@ -53,8 +53,6 @@ def find_layers(model: Any) -> tuple[str, Any]:
     """
     config = model.config.get_text_config(decoder=True)
     count = config.num_hidden_layers
-    if count < 1:
-        raise MoecError(f"num_hidden_layers is {count}: a model has one layer or more", where="config.json")
     lengths = {count, getattr(config, "num_layers", count)}
     decoder = set(model.get_decoder().modules())
     lists = [
