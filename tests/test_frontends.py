@@ -162,7 +162,8 @@ def load_again(loaded, folder):
     [
         ({"model_type": None}, "has no model_type"),
         ({"model_type": "no_such_model", "architectures": ["NoSuchForCausalLM"]}, "is not known to transformers"),
-        ({"num_attention_heads": "four"}, "does not accept this config"),
+        ({"num_attention_heads": "four"}, "num_attention_heads is 'four': it has to be a whole number"),
+        ({"tie_word_embeddings": "yes"}, "does not accept this config"),
         ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "'hqq' are not understood"),
         ({"hidden_size": 128}, "do not belong together"),
         ({"num_hidden_layers": 4}, "has no tensor"),

@@ -38,6 +38,7 @@ CHECKED: Mapping[str, tuple[str, ...]] = {
     "causal_conv1d_fn": ("eb951309ef37f924",),
     "chunk_kimi_delta_attention": ("82fa450f7e27b619",),
     "create_recurrent_attention_mask": ("f26e025b9b5353c5", "0e562e6c82f700f8"),
+    "dynamic_rope_update": ("3a661e8d63097cfc",),
     "mamba2_chunk_scan": ("71a9265142306815",),
     "mamba_selective_scan": ("bc883e19f416747f",),
     "modeling_deepseek_v2.apply_rotary_emb": ("4505eaafc8b0e546",),

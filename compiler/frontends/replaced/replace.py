@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..transformers.cache import TraceCache
-from . import angles, block_indexers, expert_modules, indexer, recurrent
+from . import angles, block_indexers, expert_modules, indexer, moving_rope, recurrent
 from .stand_ins import StandIn, stand_in
 
 FUNCTIONS = {**recurrent.FUNCTIONS}
@@ -60,6 +60,7 @@ def _chosen(model: Any) -> Iterator[_Replacement]:
     sources = {t.__module__: sys.modules[t.__module__] for t in types if t.__module__.startswith("transformers.")}
     for path, source in sources.items():
         yield from _of_file(path.rpartition(".")[2], source)
+    yield from _of_lengths(model, types)
     for cls in types:
         methods = {name: METHODS[key] for name in sorted(vars(cls)) if (key := f"{cls.__name__}.{name}") in METHODS}
         if not cls.__name__.endswith(indexer.NAME):
@@ -70,6 +71,20 @@ def _chosen(model: Any) -> Iterator[_Replacement]:
         yield _Replacement(cls, "forward", forward, own or indexer.under_topk, f"{cls.__name__}.forward")
         if cls.__module__ in sources:
             yield _Replacement(sources[cls.__module__], "min", indexer.least, indexer.least)
+
+
+def _of_lengths(model: Any, types: list[type]) -> Iterator[_Replacement]:
+    """Replace what chooses rotary frequencies by the length of a sequence, in models that have such."""
+    from transformers import modeling_rope_utils
+
+    moving = {type(m) for m in model.modules() if moving_rope.kind_of(m)}
+    chosen = [t for t in types if t in moving and moving_rope.follows_length(t.forward)]
+    chosen = [t for t in chosen if f"{t.__name__}.forward" not in METHODS]
+    for cls in chosen:
+        yield _Replacement(cls, "forward", moving_rope.by_positions(cls.forward), moving_rope.by_positions)
+    if chosen:  # what is replaced is the decorator, which stays where it is
+        name, own = "dynamic_rope_update", moving_rope.by_positions
+        yield _Replacement(modeling_rope_utils, name, modeling_rope_utils.dynamic_rope_update, own, name)
 
 
 def _of_file(file: str, source: Any) -> Iterator[_Replacement]:

@@ -153,17 +153,16 @@ def _add_weights(
                 raise MoecError(f"the checkpoint names of {place}{own} do not hold the layer's number where others do")
             prefix, recipe = located
         values[node] = builder.const(_short_name(own), recipe)
+    for node, target in signature.inputs_to_lifted_tensor_constants.items():
+        if node in used:
+            values[node] = builder.const(_short_name(target), _literal(target, traced.program.constants[target]))
     return prefix
 
 
 def _recipe(job: Import, name: str) -> Recipe:
     """Return how a parameter or buffer is made, in the dtype that the traced program computes in."""
     if name in job.skeleton.buffers:
-        buffer = job.skeleton.buffers[name]
-        if buffer.is_meta or buffer.numel() > MAX_LITERAL:
-            raise MoecError(f"the buffer {name} has {buffer.numel()} elements, too many to write into the program")
-        kind = DTYPE_NAMES[buffer.dtype]
-        return Literal(TensorType.of(kind, *buffer.shape), tuple(buffer.flatten().tolist()))
+        return _literal(name, job.skeleton.buffers[name])
     stored = next((n for n in (name, *job.skeleton.tied.get(name, ())) if n in job.recipes), None)
     if stored is None:
         raise job.missing(name)
@@ -172,6 +171,13 @@ def _recipe(job: Import, name: str) -> Recipe:
     wanted = DTYPE_NAMES[state.dtype]
     check_numbers(recipe, state.dtype.is_floating_point)
     return recipe if recipe.type.dtype == wanted else step("cast", recipe, to=wanted)
+
+
+def _literal(name: str, tensor: Tensor) -> Literal:
+    """Return a tensor that the model computes, or writes down in its code, as numbers of the program."""
+    if tensor.is_meta or tensor.numel() > MAX_LITERAL:
+        raise MoecError(f"the buffer {name} has {tensor.numel()} elements, too many to write into the program")
+    return Literal(TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape), tuple(tensor.flatten().tolist()))
 
 
 def _short_name(name: str) -> str:
