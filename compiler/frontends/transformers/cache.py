@@ -182,3 +182,10 @@ def cache_class() -> type:
     from transformers import Cache
 
     return type("TraceCache", (TraceCache, Cache), {"__init__": TraceCache.__init__, "is_sliding": []})
+
+
+def shared_class() -> Any:
+    """Return the class in which layers hand keys and values on to others; None for a transformers that has none yet."""
+    from transformers import cache_utils
+
+    return getattr(cache_utils, "KVSharingDict", None)

@@ -21,7 +21,7 @@ from ...ops.moe import ACTIVATIONS, activate
 from ..replaced.biased_attention import biased, unmasked
 from ..replaced.expert_rows import expert_rows
 from ..replaced.indexer import causal, selected
-from .cache import SIZES
+from .cache import SIZES, shared_class
 from .tracing import _CURRENT, Tracing, current
 
 NAME = "moec"  # the name under which everything is registered with transformers
@@ -94,19 +94,17 @@ def _(x, ids, gates, up, down, up_bias, down_bias, act, gated, layout, transpose
 def register() -> None:
     """Make the attention, mask and experts functions known to transformers, once."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.cache_utils import KVSharingDict
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    pytree.register_pytree_node(KVSharingDict, _flatten_shared, _shared_of)
+    if (shared := shared_class()) is not None:
+        pytree.register_pytree_node(shared, _flatten_shared, _shared_of)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 
 
 def _shared_of(values: Any, keys: tuple[str, ...]) -> Any:
-    from transformers.cache_utils import KVSharingDict
-
-    return KVSharingDict(zip(keys, values, strict=True))
+    return shared_class()(zip(keys, values, strict=True))
 
 
 def _flatten_shared(states: Any) -> tuple[list[Any], tuple[str, ...]]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import MoecError
 from ..model_errors import CODE_ERRORS, model_error
-from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_class
+from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_class, shared_class
 from .tracing import Tracing, current
 
 
@@ -135,10 +135,10 @@ def _check_states(layer: Layer, earlier: list[Layer]) -> None:
 
 def _shared(arguments: Any) -> Any:
     """Return the dictionary by which layers hand on keys and values to later layers, None if there is none."""
-    from transformers.cache_utils import KVSharingDict
-
-    found = pytree.tree_leaves(arguments, is_leaf=lambda x: isinstance(x, KVSharingDict))
-    return next((x for x in found if isinstance(x, KVSharingDict)), None)
+    if (shared := shared_class()) is None:
+        return None
+    found = pytree.tree_leaves(arguments, is_leaf=lambda x: isinstance(x, shared))
+    return next((x for x in found if isinstance(x, shared)), None)
 
 
 def shared_results(layer: Layer, given: Any) -> list[Tensor]:
