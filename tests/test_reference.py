@@ -15,7 +15,7 @@ from deepseek_v4_checkpoint import official_config, write_official
 from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.stored.stored import LAYOUTS
+from moec.compiler.frontends.stored import stored
 from moec.compiler.frontends.transformers.dequantized import dequantized_model
 from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.recipes import step
@@ -39,7 +39,11 @@ def blocks(weight):
 FORMATS = {
     **{name: (config, write, family) for name, (config, write, family, _) in CASES.items()},
     "fp8": (FP8, blocks, "deepseek_v3"),
-    "ct fp8": (formats.ct_config("float-quantized"), lambda w: formats.fp8(w, (1, 0)), "qwen2_moe"),
+    "ct fp8": (
+        formats.ct_config("float-quantized", type="float", num_bits=8, strategy="channel"),
+        lambda w: formats.fp8(w, (1, 0)),
+        "qwen2_moe",
+    ),
 }
 
 TRANSFORMERS, COMPRESSED = (
@@ -128,7 +132,7 @@ def test_a_parameter_without_tensors_is_named(tmp_path):
 
 def wrong_order(patch):
     """Let moec take AWQ's columns in the order in which they lie."""
-    patch.setattr("moec.compiler.frontends.stored.layouts._AWQ_ORDER", tuple(range(8)))
+    patch.setattr("moec.compiler.frontends.layouts_gptq._AWQ_ORDER", tuple(range(8)))
 
 
 def wrong_table(patch):
@@ -137,21 +141,25 @@ def wrong_table(patch):
     patch.setattr("moec.compiler.frontends.stored.layouts.e2m1", other)
 
 
+def wrong_layout(patch, role, change):
+    """Let a layout of moec read something else than what is stored."""
+    beside, layout = stored._LAYOUTS[role]
+    patch.setitem(stored._LAYOUTS, role, (beside, lambda parts, scheme: layout(*change(parts, scheme))))
+
+
 def wrong_float(patch):
     """Let moec take E4M3 for E5M2."""
-    beside, layout = LAYOUTS["weight"]
 
-    def other(stored):
-        return layout(replace(stored, parts={**stored.parts, "weight": step("view", stored["weight"], to="f8e5m2")}))
+    def other(parts, scheme):
+        codes = step("view", parts["weight"], to="f8e5m2")
+        return replace(parts, parts={**parts.parts, "weight": codes}), scheme
 
-    patch.setitem(LAYOUTS, "weight", (beside, other))
+    wrong_layout(patch, "weight", other)
 
 
 def wrong_zero(patch):
     """Let moec take the zero points of GPTQ as they are stored, which are one too small."""
-    beside, layout = LAYOUTS["qweight"]
-    other = lambda stored: layout(replace(stored, config={**stored.config, "checkpoint_format": "gptq_v2"}))  # noqa: E731
-    patch.setitem(LAYOUTS, "qweight", (beside, other))
+    wrong_layout(patch, "qweight", lambda parts, scheme: (parts, replace(scheme, zeros_less_one=False)))
 
 
 PLANTED = {"awq": wrong_order, "mxfp4": wrong_table, "fp8": wrong_float, "gptq": wrong_zero}
