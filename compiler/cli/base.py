@@ -6,10 +6,12 @@ Exit codes: 0 good, 1 a check failed, 2 wrong use or bad input, 70 an error insi
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +40,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command; errors of click itself (wrong use, --help) pass through."""
         try:
-            result = super().invoke(ctx)
+            with _quiet_libraries():
+                result = super().invoke(ctx)
             sys.stdout.flush()  # a closed pipe shows here, not when Python ends
             return result
         except (click.ClickException, click.exceptions.Exit):
@@ -51,6 +54,19 @@ class Commands(click.Group):
             ctx.exit(CLOSED_PIPE)
         except Exception as error:  # the outermost place: everything is reported here, with a traceback on demand
             ctx.exit(report_error(error, debug=debugging(ctx)))
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep what torch, transformers and others log and warn of from the terminal; what goes wrong is raised."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def report_error(error: Exception, debug: bool) -> int:
@@ -87,6 +103,8 @@ def debugging(ctx: click.Context) -> bool:
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta["moec.debug"] = True
+        logging.disable(logging.NOTSET)  # until the command ends: see _quiet_libraries
+        warnings.simplefilter("default")
 
 
 debug_option = click.option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,16 @@ def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: b
     )
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what the code of a model prints while it is built and traced: results alone belong on standard output."""
+    from transformers.utils import logging
+
+    logging.get_logger()  # makes its handler, which keeps the stream that it begins with
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
 def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_code: bool) -> Loaded:
     if path.is_dir() and (path / "program.moir").is_file():
         path = path / "program.moir"
@@ -64,7 +76,8 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         from .transformers.huggingface import check_weights
 
         found: list[StandIn] = []
-        module, opened = import_gguf(file, name.rstrip("/"), found)
+        with _silent():
+            module, opened = import_gguf(file, name.rstrip("/"), found)
         check_weights(module, opened.checkpoint)
         return Loaded(merge_functions(module), opened.checkpoint, file.parent, replaced=tuple(found))
     if path.suffix in (".onnx", ".pt2"):
@@ -75,9 +88,10 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
     from .transformers.huggingface import import_folder
 
     replaced: list[StandIn] = []
-    module, checkpoint, left_out = import_folder(
-        path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
-    )
+    with _silent():
+        module, checkpoint, left_out = import_folder(
+            path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
+        )
     return Loaded(merge_functions(module), checkpoint, path, left_out, tuple(replaced))
 
 
@@ -148,5 +162,6 @@ def _load_live(model: Any) -> Loaded:
     from .transformers.huggingface import import_live
 
     replaced: list[StandIn] = []
-    module, tensors = import_live(model, replaced)
+    with _silent():
+        module, tensors = import_live(model, replaced)
     return Loaded(merge_functions(module), ModuleSource(tensors), None, replaced=tuple(replaced))

@@ -6,6 +6,7 @@ Keys and values grow by `moec::cache_append`. The states of convolutions and of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import lru_cache, wraps
 from inspect import signature
 from typing import Any
@@ -157,7 +158,15 @@ OLD_NAMES = ("past_key_values", "cache_params")
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """Return the keyword argument by which a model is given its cache."""
     known = signature(model.forward).parameters
-    return {next((name for name in (NAME, *OLD_NAMES) if name in known), NAME): cache}
+    return {next((name for name in (NAME, *OLD_NAMES) if name in known), _usual_name()): cache}
+
+
+@lru_cache(maxsize=1)
+def _usual_name() -> str:
+    """Return the name in the installed transformers, for a model that hands on whatever it is given."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return NAME if NAME in {field.name for field in fields(CausalLMOutputWithPast)} else OLD_NAMES[0]
 
 
 def returned_cache(output: Any) -> Any:
