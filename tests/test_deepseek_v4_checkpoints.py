@@ -110,7 +110,10 @@ def test_config_alone_gives_the_same_program(written, tmp_path):
         ({"num_experts_per_tok": 9}, r"tid2eid is i64\[128, 2\], \[128, 9\] is wanted"),
         ({"sliding_window": 0}, "a window of 0"),
         ({"hidden_size": 128}, "is wanted"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "scales of"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            r"one scale for a block \[64, 64\]",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_says_why(written, tmp_path, change, message):

@@ -144,9 +144,10 @@ def _always(*schemes: Scheme) -> SchemesOf:
 def _fp8(config: Mapping[str, Any]) -> SchemesOf:
     block = config.get("weight_block_size")
     own = Scheme("float", 8, _block(block, "weight_block_size") if block else None)
-    if "quant_algo" not in config:
-        return _always(own, MXFP4)  # DeepSeek V4 keeps experts in FP4 beside linears in FP8 blocks
-    more = _modelopt(config)  # a checkpoint of that kind that ModelOpt rewrote: it keeps the method's name
+    # DeepSeek V4 keeps experts in FP4 beside linears in FP8 blocks; where ModelOpt rewrote them, the method's name stays
+    if config.get("moe_quant_algo"):
+        return _always(own, MXFP4, *_algorithms({**config, "quant_algo": config["moe_quant_algo"]}))
+    more = _modelopt(config) if "quant_algo" in config else _always()
     return lambda module: tuple(dict.fromkeys((own, MXFP4, *more(module))))
 
 

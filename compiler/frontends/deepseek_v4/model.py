@@ -8,7 +8,7 @@ Formulas: the technical report (arXiv 2606.19348) and transformers' modeling_dee
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -47,10 +47,7 @@ def left_out(config: Any, weights: Weights) -> dict[str, TensorType]:
     """
     if weights.types is not None:
         return {name: type_ for name, type_ in weights.types.items() if name.startswith(EXTRA)}
-    s = read_settings(config)
-    # ModelOpt leaves those blocks as they are released: their experts have the scales of FP4
-    own = {k: v for k, v in weights.quantization.items() if k not in ("moe_quant_algo", "quantized_layers")}
-    weights = replace(weights, quantization=own)
+    s, weights = read_settings(config), weights.of_drafting()
     block = _LayerBuilder(s, Layer(0, False, False), 0, weights, "mtp").build()
     recipes = [c.recipe for c in block.consts]
     n = s.streams

@@ -2,23 +2,24 @@
 
 `official` is that of the released checkpoints, `saved` what transformers' save_pretrained writes, `memory` that of a
 live model. A name is asked for in the official dialect. Checkpoints hold FP4 or FP8 experts, FP8 linears, their scales
-as powers of two (E8M0) or f32, or plain floats; ModelOpt's hold NVFP4 experts. Every weight is given out as f32.
+as powers of two (E8M0) or f32, or plain floats; every weight is given out as f32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import MoecError
 from ...ir.recipes import Recipe, Tensor, bind, step
 from ...ir.types import TensorType, expand_range
-from ..stored.layouts import e2m1
+from ..schemes import Scheme, read_schemes
+from ..stored.layouts import FLOATS, Stored, scaled
+from ..stored.stored import fitting
 
 FP4_GROUP = 32  # codes of a row that share a scale
-NVFP4_GROUP = 16  # in ModelOpt's NVFP4, where an expert's matrix has one more scale of its own
 EXTRA = "mtp."  # multi-token prediction: blocks behind the model that draft tokens
 
 # official leaf -> leaf of a live model; `saved` has the official ones but for one norm
@@ -90,6 +91,11 @@ class Weights:
         """What stands before the name of a layer's tensor."""
         return "layers.{layer}." if self.dialect == "official" else "model.layers.{layer}."
 
+    def of_drafting(self) -> Weights:
+        """Return where the weights of multi-token prediction are found: ModelOpt leaves them as they are released."""
+        rewritten = ("quant_algo", "moe_quant_algo", "quantized_layers")
+        return replace(self, quantization={k: v for k, v in self.quantization.items() if k not in rewritten})
+
     def around(self, name: str, *sizes: int) -> Recipe:
         """Return a weight outside of the layers."""
         other = _AROUND[name]
@@ -136,65 +142,63 @@ class Weights:
         stored = self._stored(prefix + own, name, sizes)
         packed = stored.dtype in ("i8", "u8")
         shape = (*stored.sizes[:-1], 2 * stored.sizes[-1]) if packed else stored.sizes
-        if shape != sizes:
+        integers = name.endswith("tid2eid")
+        codes = packed or stored.dtype in ("f8e4m3", "f8e5m2")
+        wanted = "" if shape != sizes else "integers of " if integers else "floats or codes of "
+        if wanted == "" or (not codes and (stored.dtype in FLOATS) == integers):
             raise MoecError(
-                f"the tensor {_first(prefix + own)} is {stored}, {list(sizes)} is wanted",
+                f"the tensor {_first(prefix + own)} is {stored}, {wanted}{list(sizes)} is wanted",
                 todo="config.json and the weights do not belong together",
             )
-        codes: Recipe = Tensor(own, stored)
-        if packed and self._is_nvfp4(prefix, own):
-            return self._nvfp4(Tensor(own, stored), prefix, own)
-        if packed:
-            return self._dequantized(e2m1(codes), prefix, own, (1, FP4_GROUP))
-        if stored.dtype == "f8e4m3":
-            return self._dequantized(codes, prefix, own, self._block())
-        return codes if stored.dtype in ("f32", "i64") else step("cast", codes, to="f32")
+        if codes and not integers:
+            return self._dequantized(prefix, own, stored)
+        return Tensor(own, stored) if stored.dtype in ("f32", "i64") else step("cast", Tensor(own, stored), to="f32")
 
-    def _is_nvfp4(self, prefix: str, own: str) -> bool:
-        if self.types is not None:
-            return _first(f"{prefix}{own}_scale_2") in self.types
-        layers: Mapping[str, Mapping[str, Any]] = self.quantization.get("quantized_layers") or {}
-        named = layers.get(f"{prefix}ffn.experts", {})
-        return named.get("quant_algo", self.quantization.get("moe_quant_algo")) == "NVFP4"
-
-    def _nvfp4(self, codes: Tensor, prefix: str, own: str) -> Recipe:
-        """Return numbers of E2M1 codes with a scale E4M3 for each group, times one f32 for the matrix."""
-        *outer, width = codes.type.sizes
-        types = {
-            "weight_scale": TensorType.of("f8e4m3", *outer, 2 * width // NVFP4_GROUP),
-            "weight_scale_2": TensorType.of("f32"),
+    def _dequantized(self, prefix: str, own: str, codes: TensorType) -> Recipe:
+        """Return what codes stand for with the scales beside them."""
+        module = own.removesuffix(".weight")
+        named = {
+            "scale": f"{module}.scale",
+            "weight_scale_inv": f"{own}_scale_inv",
+            "weight_scale": f"{own}_scale",
+            "weight_scale_2": f"{own}_scale_2",
         }
-        base = own.removesuffix("weight")
-        if self.types is not None:
-            types = {leaf: self._found(f"{prefix}{base}{leaf}") for leaf in types}
-        groups, whole = (Tensor(base + leaf, type_) for leaf, type_ in types.items())
-        try:
-            one = step("reshape", whole, shape=(1,) * len(codes.type.shape))
-            scales = step("dequantize", groups, one, block=groups.type.sizes)
-            return step("dequantize", e2m1(codes), scales, block=(*(1 for _ in outer), NVFP4_GROUP))
-        except ValueError as error:
-            raise MoecError(str(error), where=_first(f"{prefix}{base}weight_scale")) from None
-
-    def _dequantized(self, codes: Recipe, prefix: str, own: str, block: tuple[int, ...]) -> Recipe:
-        scales = own.removesuffix(".weight") + ".scale"
         if self.types is None:
-            counts = (math.ceil(n / b) for n, b in zip(codes.type.sizes, block, strict=True))
-            powers = self.quantization.get("scale_fmt") == "ue8m0" or block[0] == 1
-            stored = TensorType.of("f8e8m0" if powers else "f32", *counts)
+            scales = self._expected_scales(prefix + module, codes)
         else:
-            if _first(prefix + scales) not in self.types:  # as transformers calls them
-                scales = f"{own}_scale_inv"
-            stored = self._found(prefix + scales)
+            found = {role: self.types.get(_first(prefix + full)) for role, full in named.items()}
+            scales = {role: type_ for role, type_ in found.items() if type_ is not None}
+        if not scales:
+            raise _missing(_first(prefix + named["scale"]))
+        parts = {"weight": Tensor(own, codes), **{role: Tensor(named[role], type_) for role, type_ in scales.items()}}
         try:
-            return step("dequantize", codes, Tensor(scales, stored), block=block)
+            return fitting(scaled, Stored(parts, _unread), self._schemes(prefix + module))
         except ValueError as error:
-            raise MoecError(str(error), where=_first(prefix + scales)) from None
+            raise MoecError(
+                f"{_first(prefix + own)} is not understood: {str(error).replace(module, _first(prefix + module))}",
+                where=_first(prefix + next(iter(parts[role].name for role in scales))),
+                todo="config.json and the weights do not belong together",
+            ) from None
 
-    def _block(self) -> tuple[int, ...]:
-        block = self.quantization.get("weight_block_size")
-        if not block:
+    def _schemes(self, module: str) -> tuple[Scheme, ...]:
+        if not self.quantization.get("weight_block_size"):
             raise MoecError("the checkpoint holds FP8 codes, but config.json names no weight_block_size")
-        return tuple(int(n) for n in block)
+        return read_schemes({"quant_method": "fp8", **self.quantization})(_first(module))
+
+    def _expected_scales(self, module: str, codes: TensorType) -> dict[str, TensorType]:
+        """Return the scales of a checkpoint that is not at hand: ModelOpt's for FP4 in groups of 16, else DeepSeek's."""
+        schemes = self._schemes(module)
+        *outer, rows, width = codes.sizes
+        if codes.dtype != "f8e4m3":
+            if (rewritten := next((s for s in schemes if s.scale == "e4m3" and s.block), None)) is not None:
+                assert rewritten.block is not None
+                groups = TensorType.of("f8e4m3", *outer, rows, 2 * width // rewritten.block[1])
+                return {"weight_scale": groups, "weight_scale_2": TensorType.of("f32")}
+            return {"scale": TensorType.of("f8e8m0", *outer, rows, 2 * width // FP4_GROUP)}
+        high, wide = schemes[0].block or (1, 1)
+        powers = self.quantization.get("scale_fmt") == "ue8m0"
+        counts = (*outer, math.ceil(rows / high), math.ceil(width / wide))
+        return {"scale": TensorType.of("f8e8m0" if powers else "f32", *counts)}
 
     def _stored(self, full: str, name: str, sizes: tuple[int, ...]) -> TensorType:
         if self.types is not None:
@@ -204,7 +208,8 @@ class Weights:
         if name.startswith(_FLOATS) or name.endswith(".ape"):
             return TensorType.of("f32", *sizes)
         expert = name.startswith("ffn.experts.")
-        if self.quantization and expert and self.quantization.get("expert_dtype") == "fp4":
+        q = self.quantization
+        if q and expert and (q.get("expert_dtype") == "fp4" or q.get("moe_quant_algo") == "NVFP4"):
             return TensorType.of("i8", *sizes[:-1], sizes[-1] // 2)
         blocks = self.quantization and (expert or name.startswith(_BLOCKS)) and name.endswith(".weight")
         return TensorType.of("f8e4m3" if blocks else self.dtype, *sizes)
@@ -213,11 +218,19 @@ class Weights:
         assert self.types is not None
         name = _first(full)
         if name not in self.types:
-            raise MoecError(
-                f"the checkpoint has no tensor {name}",
-                todo="a shard is missing, or config.json and the weights do not belong together",
-            )
+            raise _missing(name)
         return self.types[name]
+
+
+def _missing(name: str) -> MoecError:
+    return MoecError(
+        f"the checkpoint has no tensor {name}",
+        todo="a shard is missing, or config.json and the weights do not belong together",
+    )
+
+
+def _unread(name: str) -> Any:
+    raise ValueError(f"{name} would have to be read")
 
 
 def _first(name: str) -> str:

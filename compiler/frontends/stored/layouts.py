@@ -208,9 +208,11 @@ def packed_integers(stored: Stored, scheme: Scheme) -> Recipe:
         raise ValueError(f"{stored['weight_shape'].name} {[rows, columns]} with {packed.type} and {scheme.bits} bits")
     codes = step("unpack", packed, bits=scheme.bits, axis=1, size=columns)
     scales, block = spread_scales(codes.type, scale, scheme)
-    zeros: list[Recipe] = [
-        step("unpack", item, bits=scheme.bits, axis=0, size=rows) for item in _zeros(stored, scheme, "weight_packed")
-    ]
+    found = _zeros(stored, scheme, "weight_packed")
+    wanted = (-(-rows * scheme.bits // 32), scales.type.sizes[-1])
+    if found and (found[0].type.dtype != "i32" or found[0].type.sizes != wanted):
+        raise ValueError(f"{found[0].name} is {found[0].type}, i32{list(wanted)} is wanted")
+    zeros: list[Recipe] = [step("unpack", item, bits=scheme.bits, axis=0, size=rows) for item in found]
     if "weight_g_idx" in stored and not bool((stored.values("weight_g_idx") == -1).all()):
         return by_order(codes, scales, zeros, stored, "weight_g_idx", scheme.bits)
     if not scheme.in_order:

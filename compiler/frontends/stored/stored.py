@@ -43,8 +43,8 @@ _LAYOUTS: Mapping[str, tuple[tuple[str, ...], Layout]] = {
         ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_zero_point", "scale", "qscale_weight"), scaled,
     ),
 }  # fmt: skip
-_CODES_OF = {role: codes for codes, (beside, _) in _LAYOUTS.items() for role in beside}
-_ROLES = {*_LAYOUTS, *(role for beside, _ in _LAYOUTS.values() for role in beside)}
+_CODES_OF = {r: [c for c, (b, _) in _LAYOUTS.items() if r in b] for beside, _ in _LAYOUTS.values() for r in beside}
+_ROLES = {*_LAYOUTS, *_CODES_OF}
 # roles that model code has for parameters of its own too: `scale` beside a weight in floats
 _AMBIGUOUS = {"weight", "scale", "scales"}
 # behind the name of a parameter that is no module's `weight` (the fused experts of a layer) -> the role
@@ -151,7 +151,10 @@ class _Decoding:
         stored = _Watched({role: Tensor(name, types[role]) for role, name in parts.items()}, self._read, looked)
         values = tuple(self._digest(parts[role]) for role in sorted(looked))
         if (key, values) not in self.made:
-            recipe = self._choose(layout, stored, schemes, parts[codes])
+            try:
+                recipe = fitting(layout, stored, schemes)
+            except ValueError as error:
+                raise self._error(f"{parts[codes]} is not understood: {error}", parts[codes], _APART) from None
             roles = {name: role for role, name in parts.items()}
             values = tuple(self._digest(parts[role]) for role in sorted(looked))
             template = rename(recipe, roles.__getitem__)
@@ -179,31 +182,12 @@ class _Decoding:
         except ValueError as error:
             raise MoecError(f"{codes} is not understood: {error}", where=where, todo=_APART) from None
 
-    def _choose(self, layout: Layout, stored: Stored, schemes: Iterable[Scheme], codes: str) -> Recipe:
-        """Return what the one scheme makes that fits the tensors; MoecError if none does, or two with other results."""
-        found: list[Recipe] = []
-        reasons: list[str] = []
-        for scheme in schemes:
-            try:
-                recipe = layout(stored, scheme)
-            except ValueError as error:
-                reasons.append(str(error))
-            else:
-                found += [recipe] if recipe not in found else []
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise self._error(f"{codes} can be read in {len(found)} ways by config.json", codes, _APART)
-        # of several reasons, those that speak of another kind of codes say less
-        reason = min(reasons, key=lambda text: text.startswith("codes"))
-        raise self._error(f"{codes} is not understood: {reason}", codes, _APART)
-
     def _check_lonely(self, owner: str, parts: Mapping[str, str], types: Mapping[str, TensorType]) -> None:
         """Raise MoecError for what can only stand beside codes, where no codes are."""
         for role, name in parts.items():
             if role in _ROLES and role not in _AMBIGUOUS:
-                missing = _LAYOUTS[role][0][0] if role in _LAYOUTS else _CODES_OF[role]
-                lacking = f"{name.removesuffix(role)}{missing}"
+                missing = _LAYOUTS[role][0][:1] if role in _LAYOUTS else _CODES_OF[role]
+                lacking = " or ".join(f"{name.removesuffix(role)}{other}" for other in missing)
                 what = "are codes without scales" if role in _LAYOUTS else "has no codes beside it"
                 todo = "a shard is missing, or a tensor was renamed"
                 raise self._error(f"{name} {what}: there is no {lacking}", name, todo)
@@ -227,6 +211,25 @@ class _Watched(Stored):
     def values(self, role: str) -> torch.Tensor:
         self.looked.add(role)
         return super().values(role)
+
+
+def fitting(layout: Layout, stored: Stored, schemes: Iterable[Scheme]) -> Recipe:
+    """Return what the one scheme makes that fits the tensors; ValueError if none does, or two with other results."""
+    found: list[Recipe] = []
+    reasons: list[str] = []
+    for scheme in schemes:
+        try:
+            recipe = layout(stored, scheme)
+        except ValueError as error:
+            reasons.append(str(error))
+        else:
+            found += [recipe] if recipe not in found else []
+    if len(found) > 1:
+        raise ValueError(f"config.json allows {len(found)} readings")
+    if found:
+        return found[0]
+    # of several reasons, those that speak of another kind of codes say less
+    raise ValueError(min(reasons, key=lambda text: text.startswith("codes")))
 
 
 def _codes(types: Mapping[str, TensorType]) -> str | None:

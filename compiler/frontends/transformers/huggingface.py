@@ -59,8 +59,9 @@ def import_folder(
             state = {k: v for k, v in skeleton.model.state_dict().items() if k in set(wanted)}
             # a config that names no dtype is taken for bfloat16, which most checkpoints are stored in
             stored = expected_tensors(skeleton.model, state, DTYPE_NAMES.get(dtype, "bf16"))
-            where = folder / "config.json"
-            available = expected_quantized(skeleton.model, stored, quantization, where) if quantization else stored
+            available = stored
+            if quantization:
+                available = expected_quantized(skeleton.model, state, stored, quantization, folder / "config.json")
         else:
             available = decoded.of_layers(wanted)
         if checkpoint is not None:

@@ -306,11 +306,10 @@ def check_numbers(recipe: Recipe, floats: bool) -> None:
         for item in recipe.items:
             check_numbers(item, floats)
     elif isinstance(recipe, Tensor) and (recipe.type.dtype in FLOATS) != floats:
+        name = expand_range(recipe.name)[0]
         what = "codes beside which no scale is found" if floats else "where integers are wanted"
-        raise MoecError(
-            f"the tensor {expand_range(recipe.name)[0]} is {recipe.type}: {what}",
-            todo="its scale (weight_scale_inv, weight_scale, ...) is missing or has another name" if floats else "",
-        )
+        todo = f"{name}_scale or {name}_scale_inv is missing, or the scale has another name" if floats else ""
+        raise MoecError(f"the tensor {name} is {recipe.type}: {what}", todo=todo)
 
 
 def _hole(names: list[str]) -> str | None:
