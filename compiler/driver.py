@@ -59,10 +59,6 @@ declare_kernel_ops()
 IMPORTING = ("torch", "transformers")  # packages that models are read with, whose versions moec.json records
 ACCURACIES = ("fast", "exact")
 LOWER = "lower"  # the pass that every target has: its own lowering
-COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 def compile(
@@ -83,6 +79,7 @@ def compile(
     options: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     weights: Path | str | None = None,
+    tokenizer: Any = None,
     why: Why = None,
     progress: Progress | None = None,
     timings: list[PassTiming] | None = None,
@@ -90,7 +87,8 @@ def compile(
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
-    checkpoint folder of a `.moir` file. `quantize` is a format or options of the pass (see quantization.Spec), or
+    checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one of transformers; by default
+    that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantization.Spec), or
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
@@ -100,7 +98,7 @@ def compile(
     """
     chosen = find_target(target, options or {})
     _judge(source, chosen, out, pipeline, quantize, budget, calibration, accuracy, memory_limit, dump, stop_after)
-    loaded = frontends.load(source, weights=weights, trust_remote_code=trust_remote_code)
+    loaded = frontends.load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     _say_replaced(loaded, why)
     text = pipeline if pipeline is not None else chosen.pipeline
     plan = None
@@ -263,7 +261,8 @@ def _emit(
     if loaded.left_out:
         source["left_out"] = left_out_of(loaded.left_out)
     with atomic_folder(out) as folder:
-        _copy_companions(loaded, folder)
+        for name, content in loaded.companions().items():
+            (folder / name).write_bytes(content)
         (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
         if plan is not None:
             plan.write(folder / PLAN)
@@ -292,14 +291,6 @@ def _emit(
 
 def _with_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
     return progress and (lambda done: progress(done, total))
-
-
-def _copy_companions(loaded: Loaded, folder: Path) -> None:
-    if loaded.folder is None:
-        return
-    for name in COPIED:
-        if (loaded.folder / name).is_file():
-            (folder / name).write_bytes((loaded.folder / name).read_bytes())
 
 
 def _output(source: Any, loaded: Loaded, target: Target, out: Path | str | None) -> Path:

@@ -16,6 +16,7 @@ from ..errors.paths import check_path
 from ..ir.module import Module
 from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
+from .companions import live_companions, read_companions
 from .replaced.stand_ins import StandIn
 from .transformers.merge import merge_functions
 
@@ -27,7 +28,7 @@ class Loaded:
     """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any.
 
     `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
-    `replaced` says in the place of what code of transformers functions of moec stand (see replace.py).
+    `brought` are files that come with a live model (see companions.py). `replaced` says in the place of what code of transformers functions of moec stand (see replace.py).
     """
 
     module: Module
@@ -35,13 +36,23 @@ class Loaded:
     folder: Path | None
     left_out: Mapping[str, TensorType] = field(default_factory=dict)
     replaced: tuple[StandIn, ...] = ()
+    brought: Mapping[str, bytes] = field(default_factory=dict)
+
+    def companions(self) -> dict[str, bytes]:
+        """Return the files that travel with the weights, by name: those of the folder, or what a live model brings."""
+        return {**(read_companions(self.folder) if self.folder else {}), **self.brought}
 
 
-def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: bool = False) -> Loaded:
+def load(
+    source: Any, *, weights: Path | str | None = None, tokenizer: Any = None, trust_remote_code: bool = False
+) -> Loaded:
     """Load a checkpoint folder, a `.moir` file, an artifact folder or a live transformers model.
 
-    `weights` names the checkpoint folder of a `.moir` file, in place of the one that stands in it.
+    `weights` names the checkpoint folder of a `.moir` file, in place of the one that stands in it. `tokenizer` is that of
+    a live model: one of transformers, or a folder; by default that of the folder which the model was loaded from.
     """
+    if tokenizer is not None and isinstance(source, (str, Path)):
+        raise MoecError("a tokenizer belongs to a live model", todo="put its files into the folder")
     if weights is not None:
         check_path(weights, "the weights")
     if isinstance(source, (str, Path)):
@@ -49,7 +60,7 @@ def load(source: Any, *, weights: Path | str | None = None, trust_remote_code: b
     import torch
 
     if isinstance(source, torch.nn.Module):
-        return _load_live(source)
+        return _load_live(source, tokenizer)
     raise MoecError(
         f"a source cannot be a {type(source).__name__}",
         todo="give a checkpoint folder, a .moir file, an artifact or a transformers model",
@@ -150,7 +161,7 @@ def find_weights(module: Module, path: Path, weights: Path | str | None) -> Path
     return None
 
 
-def _load_live(model: Any) -> Loaded:
+def _load_live(model: Any, tokenizer: Any) -> Loaded:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -164,4 +175,5 @@ def _load_live(model: Any) -> Loaded:
     replaced: list[StandIn] = []
     with _silent():
         module, tensors = import_live(model, replaced)
-    return Loaded(merge_functions(module), ModuleSource(tensors), None, replaced=tuple(replaced))
+    brought = live_companions(model, tokenizer)
+    return Loaded(merge_functions(module), ModuleSource(tensors), None, replaced=tuple(replaced), brought=brought)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -84,4 +85,9 @@ def _text(loaded: Loaded, file: Path | str | None, why: str) -> Any:
 
     if file is None:
         raise MoecError(f"there is no calibration text: {why}", todo="name a text file: --calibration FILE")
-    return CalibrationText.read(Path(file), loaded.folder)
+    if loaded.folder is not None or not loaded.brought:
+        return CalibrationText.read(Path(file), loaded.folder)
+    with tempfile.TemporaryDirectory() as folder:  # of a live model
+        for name, content in loaded.brought.items():
+            Path(folder, name).write_bytes(content)
+        return CalibrationText.read(Path(file), Path(folder))
