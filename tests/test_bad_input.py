@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import struct
+from pathlib import Path
 
 import moec
 import pytest
@@ -15,6 +16,8 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.tokenizer import load_tokenizer
 from tiny_models import random_model, save
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny-moe"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,37 @@ def test_a_range_of_names_is_bounded(tmp_path, last):
     path.write_text(RANGE.replace("LAST", last))
     message = one_error("opt", path)
     assert "in a name is longer than 65536" in message and f"{path}:6:" in message
+
+
+@pytest.fixture(scope="module")
+def program():
+    """Return the program of the example."""
+    return CliRunner().invoke(main, ["compile", str(TINY), "--stop-after", "moe"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "missing", "near"),
+    [
+        ("mlp.gate.weight", "mlp.gat.weight", "model.layers.0.mlp.gat.weight", "model.layers.0.mlp.gate.weight"),
+        ("model.norm.weight", "model.norms.weight", "model.norms.weight", "model.norm.weight"),
+        (
+            "experts.{0..15}.up_proj",
+            "experts.{1..16}.up_proj",
+            "model.layers.0.mlp.experts.16.up_proj.weight",
+            "model.layers.0.mlp.experts.",
+        ),
+    ],
+)
+def test_a_wrong_name_in_a_program_is_pointed_at(program, tmp_path, right, wrong, missing, near):
+    path = tmp_path / "program.moir"
+    path.write_text(program.replace(right, wrong))
+    shown = one_error("compile", path, "--weights", TINY, "-o", tmp_path / "out")
+    line = next(i for i, line in enumerate(path.read_text().split("\n"), 1) if wrong in line)
+    column = path.read_text().split("\n")[line - 1].index(wrong)
+    assert f"the checkpoint has no tensor {missing}\n" in shown
+    at = int(re.search(rf"at {path}:{line}:(\d+)\n", shown)[1])
+    assert at <= column + 1 and "^^^^" in shown
+    assert f"the closest names that are there: {near}" in shown
 
 
 def test_a_call_cannot_bind_a_longer_range(tmp_path):

@@ -132,18 +132,19 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
     if folder is None:
         return Loaded(module, None, None)
     from ..weights.sources.checkpoint import open_checkpoint
-    from .transformers.huggingface import check_weights, has_weights
+    from .text_weights import check_text_weights
+    from .transformers.huggingface import has_weights
 
     if (file := gguf_file(folder)) is not None:
         from ..weights.sources.gguf import open_gguf
 
         opened = open_gguf(file)
-        check_weights(module, opened.checkpoint)
+        check_text_weights(module, opened.checkpoint, text, path)
         return Loaded(module, opened.checkpoint, file.parent)
     if not has_weights(folder):
         return Loaded(module, None, folder)
     checkpoint = open_checkpoint(folder)
-    check_weights(module, checkpoint)
+    check_text_weights(module, checkpoint, text, path)
     return Loaded(module, checkpoint, folder)
 
 
