@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import checkpoint_formats as formats
 import moec
@@ -155,8 +156,6 @@ MIXED = {
 @pytest.fixture(scope="module", params=MIXED)
 def mixed(request, plain, tmp_path_factory):
     """Return (the name of the case, the quantized folder, the numbers that its codes stand for)."""
-    import shutil
-
     config, write, otherwise, where, _ = MIXED[request.param]
     folder = tmp_path_factory.mktemp("mixed")
     meant = shutil.copytree(plain("mixtral"), folder / "meant")
@@ -196,8 +195,6 @@ def test_experts_stored_otherwise_mean_their_numbers(mixed):
 
 def test_codes_that_no_format_holds_are_near_and_said(plain, tmp_path):
     """One expert of a layer in bf16: its op goes to 8 bits, which the figures say; the other layers keep their codes."""
-    import shutil
-
     config, write, otherwise, where, _ = MIXED["gptq, an expert in bf16"]
     meant = shutil.copytree(plain("mixtral"), tmp_path / "meant")
     folder, _ = formats.quantize_folder(tmp_path / "quantized", meant, config, quantized(write, otherwise, where))
@@ -212,3 +209,81 @@ def test_codes_that_no_format_holds_are_near_and_said(plain, tmp_path):
         wanted = model(ids, attention_mask=mask, position_ids=positions).logits
     difference = (torch.from_numpy(found) - wanted)[mask.bool()].abs() / wanted[mask.bool()].abs().max()
     assert float(difference.median()) < 0.01 and np.isfinite(found).all()
+
+
+# --- quantized experts under other names -----------------------------------------------------------------------------
+
+LINEAR = (
+    (r"block_sparse_moe", "mlp"), (r"(experts\.\d+)\.w1", r"\1.gate_proj"), (r"(experts\.\d+)\.w3", r"\1.up_proj"),
+    (r"(experts\.\d+)\.w2", r"\1.down_proj"),
+)  # fmt: skip
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def each_as_one(tensors):
+    """Put the rows of an expert's gate and up into one matrix: every part of both lies along the rows."""
+    out = {}
+    for name, tensor in tensors.items():
+        if ".w1." in name:
+            axis = 1 if name.endswith("qweight") or name.endswith(("qzeros", ".scales")) else 0
+            both = tensor, tensors[name.replace(".w1.", ".w3.")]
+            whole = both[0] if name.endswith("g_idx") or tensor.dim() == 0 else torch.cat(both, axis)
+            out[name.replace(".w1.", ".gate_up_proj.").replace("block_sparse_moe", "mlp")] = whole
+        elif ".w3." not in name:
+            out[name.replace(".w2.", ".down_proj.").replace("block_sparse_moe.experts", "mlp.experts")] = tensor
+    return out
+
+
+def stacked(tensors):
+    """Stack the parts of the experts: `experts.gate_up_proj`, `experts.gate_up_proj_scale_inv` and the like."""
+    own, out = {}, {}
+    for name, tensor in each_as_one(tensors).items():
+        found = re.fullmatch(r"(.*experts)\.(\d+)\.(gate_up_proj|down_proj)\.weight(\w*)", name)
+        if found:
+            own.setdefault(f"{found[1]}.{found[3]}{found[4]}", []).append((int(found[2]), tensor))
+        else:
+            out[name] = tensor
+    return out | {name: torch.stack([t for _, t in sorted(parts, key=lambda p: p[0])]) for name, parts in own.items()}
+
+
+def renamed(tensors):
+    out = {}
+    for name, tensor in tensors.items():
+        for pattern, text in LINEAR:
+            name = re.sub(pattern, text, name)
+        out[f"language_model.{name}"] = tensor
+    return out
+
+
+RENAMED = {
+    "gptq as linear layers": (GPTQ, formats.gptq, renamed),
+    "awq as linear layers": (AWQ, formats.awq, renamed),
+    "ct as linear layers": (CT4, formats.ct_packed, renamed),
+    "nvfp4 as linear layers": (NVFP4, formats.nvfp4, renamed),
+    "gptq, gate and up as one": (GPTQ, formats.gptq, each_as_one),
+    "fp8, gate and up as one": (FP8, lambda w: formats.fp8(w, (16, 16), "weight_scale_inv"), each_as_one),
+    "fp8 stacked": (FP8, lambda w: formats.fp8(w, (16, 16), "weight_scale_inv"), stacked),
+    "mxfp4 stacked": (formats.ct_config("mxfp4-pack-quantized", type="float", num_bits=4), formats.mxfp4, stacked),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_quantized_experts_under_other_names(name, plain, tmp_path):
+    config, write, change = RENAMED[name]
+    meant = shutil.copytree(plain("mixtral"), tmp_path / "meant")
+    folder, _ = formats.quantize_folder(tmp_path / "quantized", meant, config, quantized(write, nothing, "nothing"))
+    before = load_file(folder / "model.safetensors")
+    after = {key: t.contiguous().clone() for key, t in change(before).items()}
+    assert before.keys() != after.keys()
+    save_file(after, folder / "model.safetensors")
+    numbers = load_file(meant / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        recipes = recipes_of(folder, checkpoint)
+        block = "model.layers.1.block_sparse_moe.experts"
+        gate, up, down = (
+            torch.stack([numbers[f"{block}.{e}.{m}.weight"] for e in range(4)]) for m in ("w1", "w3", "w2")
+        )
+        for parameter, wanted in (("gate_up_proj", torch.cat([gate, up], 1)), ("down_proj", down)):
+            assert torch.equal(pull(recipes[f"model.layers.1.mlp.experts.{parameter}"], checkpoint).float(), wanted)
+        for recipe in recipes.values():
+            pull(recipe, checkpoint)
