@@ -56,13 +56,15 @@ def layer_storage(stored: Mapping[str, Hashable], prefixes: set[str]) -> Callabl
     return kinds.get
 
 
-def check_count(model: Any, names: Iterable[str], prefixes: set[str], folder: str) -> None:
+def check_count(
+    config: Any, layers: int, names: Iterable[str], prefixes: set[str], folder: str, model: Any = None
+) -> None:
     """Raise MoecError if a checkpoint has layers beyond those that its config announces, drafting ones included.
 
     Where the config announces layers that draft tokens, one behind the others counts as such if it has what these have.
+    `model` is the transformers model, whose class may name layers that are none of its own.
     """
-    config = model.config.get_text_config(decoder=True)
-    layers = len(find_layers(model)[1])
+    config = config.get_text_config(decoder=True)
     drafting = {key: n for key in _DRAFTING if isinstance(n := getattr(config, key, None), int) and n > 0}
     behind: dict[int, list[str]] = {}
     for name in names:

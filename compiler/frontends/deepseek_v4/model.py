@@ -7,7 +7,7 @@ Formulas: the technical report (arXiv 2606.19348) and transformers' modeling_dee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,14 @@ TOTAL = P + S
 def build(config: Any, weights: Weights, source: str) -> Module:
     """Return the module (stage moe) of a transformers config; MoecError names what is not understood."""
     settings = read_settings(config)
-    kinds: dict[Layer, Function] = {}
+    kinds: dict[Hashable, Function] = {}
+    layers, stored_as = [], weights.stored_as()  # layers may differ in nothing but how they are stored
     for number, layer in enumerate(settings.layers):
-        if layer not in kinds:
-            kinds[layer] = _LayerBuilder(settings, layer, number, weights, f"layer_{len(kinds)}").build()
-    main = _main(settings, kinds, weights)
+        kind = layer, stored_as(number)
+        if kind not in kinds:
+            kinds[kind] = _LayerBuilder(settings, layer, number, weights, f"layer_{len(kinds)}").build()
+        layers.append(kinds[kind])
+    main = _main(settings, layers, weights)
     dims = (Dim("B", 1, 1024), Dim("S", 1, settings.context), Dim("P", 0, settings.context))
     return Module("moe", dims, (*kinds.values(), main), source)
 
@@ -272,7 +275,7 @@ def layer_params(settings: Settings, layer: Layer) -> dict[str, TensorType]:
 # --- the whole program -----------------------------------------------------------------------------------------
 
 
-def _main(settings: Settings, kinds: Mapping[Layer, Function], weights: Weights) -> Function:
+def _main(settings: Settings, layers: Sequence[Function], weights: Weights) -> Function:
     s, b = settings, Builder("main")
     ids = b.param("input_ids", TensorType.of("i64", B, S))
     b.param("attention_mask", TensorType.of("i64", B, TOTAL))  # says how many tokens are past; all of it is 1
@@ -293,7 +296,7 @@ def _main(settings: Settings, kinds: Mapping[Layer, Function], weights: Weights)
         operands = [given[name] for name in layer_params(s, layer)]
         operands += [pasts[number, name] for name in state_types(s, layer, P)]
         hints = [f"hidden.{number}", *(f"present.{number}.{name}" for name in state_types(s, layer, P))]
-        x, *kept = b.call(kinds[layer], operands, hints, layer=number)
+        x, *kept = b.call(layers[number], operands, hints, layer=number)
         presents += kept
     b.loc = ("head",)
     n = s.streams

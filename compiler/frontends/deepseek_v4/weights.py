@@ -8,13 +8,15 @@ as powers of two (E8M0) or f32, or plain floats; every weight is given out as f3
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import MoecError
 from ...ir.recipes import Recipe, Tensor, bind, step
 from ...ir.types import TensorType, expand_range
+from ...weights.sources.checkpoint import names_like
+from ..recipe_tensor import join
 from ..schemes import Scheme, read_schemes
 from ..stored.layouts import FLOATS, Stored, scaled
 from ..stored.stored import fitting
@@ -115,9 +117,39 @@ class Weights:
             up, down = (self._recipe(place, f"mlp.experts.{own}", own, s) for own, s in sizes.items())
             return up, down
         shapes = {"w1": (inner, width), "w3": (inner, width), "w2": (width, inner)}
-        each = f"ffn.experts.{{0..{count - 1}}}"
-        gate, up, down = (step("stack", self.layer(layer, f"{each}.{w}.weight", *s)) for w, s in shapes.items())
+        gate, up, down = (
+            join(
+                "stack",
+                [self.layer(layer, f"ffn.experts.{each}.{w}.weight", *sizes) for each in self._alike(layer, count)],
+            )
+            for w, sizes in shapes.items()
+        )
         return step("concat", gate, up, axis=1), down
+
+    def _alike(self, layer: int, count: int) -> list[str]:
+        """Return the numbers of the experts: one range if all are stored alike."""
+        if self.types is None:
+            return [f"{{0..{count - 1}}}"]
+        place = f"{self.prefix.replace('{layer}', str(layer))}ffn.experts."
+        kinds: dict[int, set[tuple[str, TensorType]]] = {expert: set() for expert in range(count)}
+        for name, type_ in self.types.items():
+            number, _, leaf = name.removeprefix(place).partition(".") if name.startswith(place) else ("", "", "")
+            if number.isdigit() and int(number) in kinds:
+                kinds[int(number)].add((leaf, type_))
+        if all(kind == kinds[0] for kind in kinds.values()):
+            return [f"{{0..{count - 1}}}"]
+        return [str(expert) for expert in kinds]
+
+    def stored_as(self) -> Callable[[int], Hashable]:
+        """Return a function that says how the tensors of a layer are stored: layers stored alike get the same answer."""
+        start = self.prefix.removesuffix("{layer}.")
+        found: dict[str, list[tuple[str, TensorType]]] = {}
+        for name, type_ in (self.types or {}).items():
+            if name.startswith(start):
+                number, _, rest = name[len(start) :].partition(".")
+                found.setdefault(number, []).append((rest, type_))
+        kinds = {number: tuple(sorted(own, key=lambda item: item[0])) for number, own in found.items()}
+        return lambda layer: kinds.get(str(layer))
 
     def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
         """Return the parameters of a live model by name, from their shapes; the names in the recipes are absolute."""
@@ -169,7 +201,7 @@ class Weights:
             found = {role: self.types.get(_first(prefix + full)) for role, full in named.items()}
             scales = {role: type_ for role, type_ in found.items() if type_ is not None}
         if not scales:
-            raise _missing(_first(prefix + named["scale"]))
+            raise _missing(_first(prefix + named["scale"]), self.types or ())
         parts = {"weight": Tensor(own, codes), **{role: Tensor(named[role], type_) for role, type_ in scales.items()}}
         try:
             return fitting(scaled, Stored(parts, _unread), self._schemes(prefix + module))
@@ -218,15 +250,12 @@ class Weights:
         assert self.types is not None
         name = _first(full)
         if name not in self.types:
-            raise _missing(name)
+            raise _missing(name, self.types)
         return self.types[name]
 
 
-def _missing(name: str) -> MoecError:
-    return MoecError(
-        f"the checkpoint has no tensor {name}",
-        todo="a shard is missing, or config.json and the weights do not belong together",
-    )
+def _missing(name: str, names: Iterable[str]) -> MoecError:
+    return MoecError(f"the checkpoint has no tensor {name}", todo=names_like(name, names))
 
 
 def _unread(name: str) -> Any:

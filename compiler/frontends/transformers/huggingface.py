@@ -26,6 +26,7 @@ from ..skeleton import PARTS, adopt, build, read_config
 from ..stored.stored import Decoded, decode
 from ..unread import check_unread, read_tensors, unread_tensors
 from .capture import register
+from .layers import find_layers
 from .model import import_model
 from .names import expected_tensors, map_parameters
 
@@ -49,6 +50,8 @@ def import_folder(
         _note_deepseek_v4(replaced)
         module = deepseek_v4.build(config, weights, name)
         if checkpoint is not None:
+            prefixes = {weights.prefix.removesuffix("{layer}.")}
+            check_count(config, config.num_hidden_layers, checkpoint.tensors, prefixes, str(folder))
             check_unread(check_weights(module, checkpoint), checkpoint)
         return module, checkpoint, deepseek_v4.left_out(config, weights)
     decoded = decode(checkpoint, quantization) if checkpoint is not None else Decoded({}, {})
@@ -74,7 +77,8 @@ def import_folder(
         return import_model(skeleton, mapper, name, replaced), None, {}
     missing = partial(missing_parameter, skeleton.model, checkpoint)
     prefixes = layer_prefixes(skeleton.model, checkpoint.tensors)
-    check_count(skeleton.model, checkpoint.tensors, prefixes, str(folder))
+    layers = len(find_layers(skeleton.model)[1])
+    check_count(skeleton.config, layers, checkpoint.tensors, prefixes, str(folder), skeleton.model)
     # layers may differ in nothing but how they are stored
     module = import_model(skeleton, mapper, name, replaced, layer_storage(decoded.alike, prefixes), missing)
     read = check_weights(module, checkpoint)

@@ -97,11 +97,16 @@ class Checkpoint:
 
     def like(self, name: str) -> str:
         """Say which names of the checkpoint are like a name, for an error about what is missing."""
-        near = closest(name, self.tensors)
-        if near:
-            return f"the closest names that are there: {', '.join(near)}"
-        some = ", ".join(itertools.islice(self.tensors, 3))
-        return f"config.json and the weights do not belong together: the tensors have names such as {some}"
+        return names_like(name, self.tensors)
+
+
+def names_like(name: str, names: Iterable[str]) -> str:
+    """Say which of the names that are there are like one that is missing, or what they look like."""
+    names = list(names)
+    near = closest(name, names)
+    if near:
+        return f"the closest names that are there: {', '.join(near)}"
+    return f"config.json and the weights do not belong together: the tensors have names such as {', '.join(names[:3])}"
 
 
 def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
