@@ -90,8 +90,13 @@ def test_group_size_decides_where_the_last_group_is_short(name, group, tmp_path)
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("said", [32, 128, 192])
 def test_a_group_size_that_the_scales_contradict_is_refused(name, said, tmp_path):
+    """g_idx says which group each input has: with it there is nothing to guess, and the numbers are right."""
     write, config = GROUPS[name]
-    leaves, _ = write(weight(32, 192), 64)
+    leaves, meant = write(weight(32, 192), 64)
+    if leaves.pop("g_idx", None) is not None:
+        (tmp_path / "indexed").mkdir()
+        indexed, _ = write(weight(32, 192), 64)
+        check(tmp_path / "indexed", indexed, meant, config(said))
     refused(tmp_path, leaves, config(said), rf"up_proj\.(\w*scale\w*) is .*\b{32 if 'fp8' in name else ''}")
 
 

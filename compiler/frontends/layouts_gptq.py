@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -22,6 +23,7 @@ def gptq(stored: Stored, scheme: Scheme) -> Recipe:
     """
     if scheme.layout == "awq":
         return awq(stored, scheme)
+    scheme = _as_indexed(stored, scheme)
     packed, scale, bits = _codes(stored, scheme)
     words, rows = packed.type.sizes
     if bits not in _BITS or words * 32 % bits:
@@ -37,6 +39,28 @@ def gptq(stored: Stored, scheme: Scheme) -> Recipe:
     elif not torch.equal(stored.values("g_idx").long(), torch.arange(columns) // group):
         return by_order(codes, scales, zeros, stored, "g_idx", bits)
     return step("dequantize", codes, scales, *zeros, block=(1, group), bits=bits)
+
+
+def _as_indexed(stored: Stored, scheme: Scheme) -> Scheme:
+    """Return the scheme with the bits and the group that g_idx shows where those of config.json do not fit the tensors.
+
+    g_idx has one number for each input, so that it says both without a guess: of one expert, say, that is stored
+    otherwise than config.json says of all.
+    """
+    if not {"g_idx", "qweight", "scales"} <= stored.parts.keys() or scheme.block is None:
+        return scheme
+    (columns, *_), (words, *_), (groups, *_) = (stored[r].type.sizes for r in ("g_idx", "qweight", "scales"))
+    bits = words * 32 // columns if columns else 0
+    if bits not in _BITS or bits * columns != words * 32:
+        return scheme
+    group = scheme.block[1] or columns
+    if -(-columns // min(group, columns)) != groups:
+        index = stored.values("g_idx").long()
+        first = int((index == 0).sum())
+        if not first or not torch.equal(index, torch.arange(columns) // first):
+            return scheme
+        group = first
+    return replace(scheme, bits=bits, block=(1, group))
 
 
 def _codes(stored: Stored, scheme: Scheme) -> tuple[Tensor, Tensor, int]:
