@@ -205,7 +205,7 @@ def test_configs_that_are_not_understood(quantization, message, tmp_path):
             {"pre_quant_scale": torch.ones(96)},
             "up_proj.pre_quant_scale beside .*weight is not understood",
         ),
-        ("nvfp4 modelopt", {"weight_scale_2": None}, r"up_proj\.weight_scale_2 \(or _global_scale\) is missing"),
+        ("nvfp4 modelopt", {"weight_scale_2": None}, r"up_proj\.weight_scale_2 or \S+\.weight_global_scale is missing"),
         ("gptq", {"qzeros": None}, r"up_proj\.qzeros is missing or empty, and `sym` is not true"),
         ("gptq", {"scales": torch.ones(3, 41, dtype=torch.float16)}, "up_proj.qweight is not understood"),
         ("ct int4", {"weight_shape": torch.tensor([7, 200])}, r"weight_shape \[7, 200\]"),

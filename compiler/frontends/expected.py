@@ -7,7 +7,7 @@ listing. The names here are those that transformers saves the family with.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,20 @@ def expected_quantized(
             todo="put the safetensors files beside config.json",
         ) from None
     return found
+
+
+def expected_storage(model: Any, quantization: Mapping[str, Any], layers: str) -> Callable[[int], Hashable]:
+    """Return a function that says of a layer which of its modules the config quantizes, and how; `layers` is their name."""
+    found: dict[int, list[tuple[str, Hashable]]] = {}
+    try:
+        schemes, left_out = read_schemes(quantization), _LEFT_OUT[quantization["quant_method"]](quantization)
+        for name, module in model.named_modules():
+            number, _, tail = name.removeprefix(f"{layers}.").partition(".")
+            if name.startswith(f"{layers}.") and (isinstance(module, torch.nn.Linear) or tail.endswith("experts")):
+                found.setdefault(int(number), []).append((tail, None if left_out(name) else schemes(name)))
+    except ValueError:
+        return lambda layer: None  # said where the weights are looked at
+    return lambda layer: tuple(found.get(layer, ()))
 
 
 def _quantizable(model: Any, state: Mapping[str, torch.Tensor], stored: Mapping[str, Recipe]) -> dict[str, str]:
@@ -176,6 +190,8 @@ def _quantized(name: str, owner: str, plain: Recipe, schemes: tuple[Scheme, ...]
             torch.arange(sizes[-1]) // (scheme.block[1] if scheme.block and scheme.block[1] else sizes[-1])
         ),
     }
+    if "qzeros" in named:
+        values["qzeros"] = lambda: torch.zeros(named["qzeros"].type.sizes, dtype=torch.int32)
     by_name = {tensor.name: role for role, tensor in named.items()}
     return layout(Stored(named, lambda own: values[by_name[own]]()), scheme)
 

@@ -166,11 +166,9 @@ def float4(stored: Stored, scheme: Scheme) -> Recipe:
     scales = scale_numbers(scale, scheme)
     whole = [n for n in ("weight_scale_2", "weight_global_scale") if n in stored]
     if len(whole) != (scheme.scale == "e4m3"):
-        lacking = stored.sibling("weight_scale_2", "weight_packed")
+        lacking = " or ".join(stored.sibling(n, "weight_packed") for n in ("weight_scale_2", "weight_global_scale"))
         beside = " and ".join(stored[n].name for n in whole)
-        raise ValueError(
-            f"{beside} beside scales {scale.type}" if whole else f"{lacking} (or _global_scale) is missing"
-        )
+        raise ValueError(f"{beside} beside scales {scale.type}" if whole else f"{lacking} is missing")
     if whole:
         options = {"divide": True} if whole[0] == "weight_global_scale" else {}
         one, block = spread_scales(scales.type, stored[whole[0]], Scheme("float", 8, WHOLE_TENSOR))

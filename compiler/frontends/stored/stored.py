@@ -7,6 +7,7 @@ its own way. Every tensor of a module that has codes is read, or stands in UNUSE
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -190,7 +191,18 @@ class _Decoding:
                 lacking = " or ".join(f"{name.removesuffix(role)}{other}" for other in missing)
                 what = "are codes without scales" if role in _LAYOUTS else "has no codes beside it"
                 todo = "a shard is missing, or a tensor was renamed"
+                if elsewhere := self._lacking_elsewhere(name.removesuffix(role), role, missing):
+                    todo = f"{elsewhere} is missing: was it renamed?"
                 raise self._error(f"{name} {what}: there is no {lacking}", name, todo)
+
+    def _lacking_elsewhere(self, stem: str, role: str, others: Iterable[str]) -> str | None:
+        """Return a name that differs in numbers alone and is missing beside tensors that it belongs to."""
+        form, known = re.sub(r"\d+", "#", stem), self.checkpoint.tensors
+        for name in known:
+            own = next((name.removesuffix(o) for o in others if name.endswith(o)), None)
+            if own is not None and f"{own}{role}" not in known and re.sub(r"\d+", "#", own) == form:
+                return f"{own}{role}"
+        return None
 
     def _error(self, what: str, name: str, todo: str) -> MoecError:
         return MoecError(what, where=str(self.checkpoint.tensors[name].file), todo=todo)

@@ -19,7 +19,7 @@ from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint_layers import check_adapter, check_count, layer_prefixes, layer_storage, missing_parameter
 from ..deepseek_v4 import model as deepseek_v4
 from ..deepseek_v4.weights import Weights
-from ..expected import expected_quantized
+from ..expected import expected_quantized, expected_storage
 from ..quantization_config import read_quantization
 from ..replaced.stand_ins import StandIn, stand_in_for_file
 from ..skeleton import PARTS, adopt, build, read_config
@@ -74,7 +74,9 @@ def import_folder(
         return map_parameters(skeleton.model, wanted, available)
 
     if checkpoint is None:
-        return import_model(skeleton, mapper, name, replaced), None, {}
+        place, _ = find_layers(skeleton.model)
+        stored_as = expected_storage(skeleton.model, quantization, place) if quantization else None
+        return import_model(skeleton, mapper, name, replaced, stored_as), None, {}
     missing = partial(missing_parameter, skeleton.model, checkpoint)
     prefixes = layer_prefixes(skeleton.model, checkpoint.tensors)
     layers = len(find_layers(skeleton.model)[1])
