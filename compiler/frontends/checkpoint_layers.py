@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from ..errors import MoecError
-from ..weights.sources.checkpoint import Checkpoint, first_number
+from ..weights.sources.checkpoint import Checkpoint, around_number, first_number
 from .other_names import canonical, piece_of
 from .transformers.layers import find_layers
 from .transformers.names import Rules
@@ -29,8 +29,8 @@ def layer_prefixes(model: Any, names: Iterable[str]) -> set[str]:
     known = {canonical(key) for key in rules.state if key.startswith(place)}
     examples: dict[str, dict[str, str]] = {}
     for name in names:
-        if (number := first_number(name)) is not None:
-            prefix = name[: name.index(f"{number}.")]
+        if first_number(name) is not None:
+            prefix, _ = around_number(name)
             examples.setdefault(prefix, {}).setdefault(re.sub(r"\d+", "#", name), name)
     found = set()
     for prefix, own in examples.items():
@@ -50,8 +50,9 @@ def layer_storage(stored: Mapping[str, Hashable], prefixes: set[str]) -> Callabl
     found: dict[int, list[tuple[str, Hashable]]] = {}
     for name, kind in stored.items():
         number = first_number(name)
-        if number is not None and name[: (place := name.index(f"{number}."))] in prefixes:
-            found.setdefault(number, []).append((f"{name[:place]}{{layer}}{name[place + len(str(number)) :]}", kind))
+        before, behind = around_number(name)
+        if number is not None and before in prefixes:
+            found.setdefault(number, []).append((f"{before}{{layer}}{behind}", kind))
     kinds = {number: tuple(sorted(own, key=lambda item: item[0])) for number, own in found.items()}
     return kinds.get
 
@@ -69,7 +70,7 @@ def check_count(
     behind: dict[int, list[str]] = {}
     for name in names:
         number = first_number(name)
-        if number is not None and number >= layers and name[: name.index(f"{number}.")] in prefixes:
+        if number is not None and number >= layers and around_number(name)[0] in prefixes:
             behind.setdefault(number, []).append(name)
     known = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     announced = layers + max(drafting.values(), default=0)

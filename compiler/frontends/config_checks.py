@@ -35,8 +35,7 @@ _INFINITE = re.compile(r"limit|clip|max|threshold|bound")  # keys whose infinity
 _COUNTS = re.compile(
     r"vocab_size|hidden_size|d_model|n_embd|((swa|global|linear|num|n)_)*(attention_|key_value_|key_|value_)?heads"
     r"|kv_n_heads|num_kv_heads|n_head|max_position_embeddings|original_max_position_embeddings|max_seq_len|n_positions"
-    r"|attention_chunk_size|index_topk|index_head_dim|index_n_heads|(.*_)?conv_kernel(_size|_dim)?|conv_L_cache"
-    r"|(mamba_)?(d_conv|d_state|d_head|n_groups|chunk_size)|mamba_head_dim|ssm_state_size|linear_(key_|value_)?head_dim"
+    r"|attention_chunk_size|index_topk|index_head_dim|index_n_heads"
 )
 _SIZES = re.compile(r"(.*_)?(size|dim|dims|rank|heads|experts|groups?|topk|top_k)")
 _LENGTHS = re.compile(r"(.*_)?(window|window_size|length|len|positions|pattern)")

@@ -8,7 +8,8 @@ inside a layer that the program runs, since the layer as config.json describes i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from ..errors import MoecError
@@ -48,15 +49,15 @@ def check_unread(read: Mapping[str, Any], checkpoint: Checkpoint, model: Any = N
     `model` is the transformers model, whose class names tensors that checkpoints hold and the model has no use for.
     """
     unread = [name for name in unread_tensors(read, checkpoint) if not _is_declared(name, model)]
-    unread = _without_buffers(unread, model)
     if not unread:
         return
     inside = {name for name in read} | {name.rpartition(".")[0] for name in read}
     around = {".".join(parts[:i]) for parts in (name.split(".") for name in read) for i in range(len(parts))}
     spoken_for = beside_codes(checkpoint)
+    is_known = _known_to(model, read)
     for name in unread:
         reason = _reason(name, checkpoint, inside, around, name in spoken_for)
-        if reason:
+        if reason and not is_known(name):
             raise MoecError(
                 f"nothing reads the tensor {name}, {reason}",
                 where=str(checkpoint.tensors[name].file),
@@ -64,12 +65,20 @@ def check_unread(read: Mapping[str, Any], checkpoint: Checkpoint, model: Any = N
             )
 
 
-def _without_buffers(names: list[str], model: Any) -> list[str]:
-    """Leave out what the model computes for itself and saves all the same, as decays of each place in a block."""
-    if model is None or not names:
-        return names
-    rules, buffers = Rules(model), {name for name, _ in model.named_buffers()}
-    return [name for name in names if (found := rules.find(name)) is None or found[0] not in buffers]
+def _known_to(model: Any, read: Iterable[str]) -> Callable[[str], bool]:
+    """Return a function that says whether a model has a place for a tensor, though the program reads nothing of it.
+
+    That is what a model computes for itself and saves all the same (decays of each place in a block), and what it has for
+    images in layers of the text (routers and experts, dealt out to text and images by one conversion).
+    """
+    rules = cache(lambda: Rules(model))
+    made = cache(lambda: {found[0] for name in read if (found := rules().find(name)) is not None})
+
+    def is_known(name: str) -> bool:
+        found = rules().find(name) if model is not None else None
+        return found is not None and (rules().deals_out(found[1].pattern) or found[0] not in made())
+
+    return is_known
 
 
 def _is_declared(name: str, model: Any) -> bool:

@@ -73,6 +73,10 @@ class Rules:
 
         return rename_source_key(name, self._renamings, self._converters, self._base, self.state)
 
+    def deals_out(self, pattern: str | None) -> bool:
+        """Return whether a conversion makes several parameters."""
+        return pattern is not None and len(self.by_pattern[pattern].target_patterns) > 1
+
     def keeps_orientation(self, pattern: str | None) -> bool | None:
         """Return whether a conversion leaves the axes of a tensor as they are; None if it decides by the shape."""
         if pattern is None:

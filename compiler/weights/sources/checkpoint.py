@@ -125,6 +125,12 @@ def first_number(name: str) -> int | None:
     return int(found[0]) if found else None
 
 
+def around_number(name: str) -> tuple[str, str]:
+    """Return what stands before the first number among the parts of a name, and behind it; all before if there is none."""
+    found = _NUMBER.search(name)
+    return (name[: found.start()], name[found.end() :]) if found else (name, "")
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder: find its shards, read and check their headers.
 
