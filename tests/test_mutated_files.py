@@ -5,6 +5,7 @@ By hand, many more: `python tests/test_mutated_files.py 20000`.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -71,9 +72,9 @@ def mutated_json(text: str, rng: random.Random) -> bytes:
             case 0:
                 del holder[path[-1]]
             case 1 if isinstance(holder, dict):
-                holder[rng.choice(["", "x", "\0", "../a", "eos_token_id"])] = rng.choice(NASTY)
+                holder[rng.choice(["", "x", "\0", "../a", "eos_token_id"])] = copy.deepcopy(rng.choice(NASTY))
             case _:
-                holder[path[-1]] = rng.choice(NASTY)
+                holder[path[-1]] = copy.deepcopy(rng.choice(NASTY))
     return json.dumps(value, ensure_ascii=rng.random() < 0.9).encode()
 
 
@@ -200,7 +201,7 @@ class Cases:
 
 
 COUNTS = {
-    "moec.json": 60, "generation_config.json": 40, "tokenizer_config.json": 30, "config.json": 30, "plan": 60, "program": 150,
+    "moec.json": 60, "generation_config.json": 40, "tokenizer_config.json": 30, "config.json": 30, "plan": 60, "program": 150, "model": 4,
 }  # fmt: skip
 
 

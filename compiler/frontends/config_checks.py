@@ -125,7 +125,8 @@ def _check_value(key: str, name: str, value: Any, where: str) -> None:
         return
     counts = key in LAYERS or key in EXPERTS or key in CHOSEN or bool(_COUNTS.fullmatch(key))
     sizes = counts or bool(_SIZES.fullmatch(key))
-    if counts and isinstance(value, (str, float, bool, Mapping)):
+    items = value if isinstance(value, (list, tuple)) else (value,)  # a count for each layer, of some families
+    if counts and any(isinstance(item, (str, float, bool, Mapping, list)) for item in items):
         _refuse(name, value, "it has to be a whole number", where)
     for number in _numbers(value):
         if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and not _INFINITE.search(key))):
