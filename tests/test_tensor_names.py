@@ -12,6 +12,7 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import build, read_config
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.frontends.transformers.names import map_parameters
+from moec.compiler.runtime.reference import open_reference
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file, save_file
@@ -311,3 +312,21 @@ def test_towers_are_not_taken_for_the_model_of_text(plain, tmp_path):
     assert_same(parameters(write(tmp_path / "model", {**tensors, **towers}, folder)), state)
     loaded = load(tmp_path / "model")
     assert [f.name for f in loaded.module.functions] == ["layer", "main"]
+
+
+def test_the_reference_has_other_names_too(plain, tmp_path):
+    """transformers would make up the weights; what is put in their place is said."""
+    state, folder, tensors = plain("mixtral")
+    other = write(tmp_path / "other", renamed(*TO_LINEAR)(tensors), folder)
+    with open_reference(other) as reference:
+        found = reference.model.state_dict()
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+        assert reference.decoding and "names that it knows" in reference.decoding.line()
+    with open_reference(folder) as reference:
+        assert reference.decoding is None
+    less = {name: t for name, t in tensors.items() if name != "model.norm.weight"}
+    with (
+        pytest.raises(MoecError, match=r"lacks 1 tensors, such as model\.norm\.weight"),
+        open_reference(write(tmp_path / "less", less, folder)),
+    ):
+        pass

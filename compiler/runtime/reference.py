@@ -1,7 +1,7 @@
 """The source model in transformers as a runner: float32, eager attention, on the CPU, no remote code.
 
 What stands against an artifact is a forward that moec did not compute: the modules of transformers. Unquantized
-checkpoints are loaded by transformers too. Of quantized ones the library of the format makes the numbers that the codes
+checkpoints are loaded by transformers too, unless their tensors have names that it does not know. Of quantized ones the library of the format makes the numbers that the codes
 stand for; where it is not installed moec's recipes do, and `decoding` says so.
 """
 
@@ -108,7 +108,7 @@ def _is_float32(model: Any) -> bool:
 def _load(folder: Path) -> tuple[Any, Decoding | None]:
     """Load a checkpoint folder or a GGUF file in float32; MoecError also for weights that would be made up."""
     from ..frontends.skeleton import model_class, read_config
-    from ..frontends.transformers.dequantized import dequantized_model
+    from ..frontends.transformers.dequantized import dequantized_model, placed_model
 
     if not folder.exists():
         raise MoecError(
@@ -121,7 +121,7 @@ def _load(folder: Path) -> tuple[Any, Decoding | None]:
     try:
         with _no_progress_bars():
             loaded: Any = model_class(config).from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+                folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
                 output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
@@ -130,7 +130,7 @@ def _load(folder: Path) -> tuple[Any, Decoding | None]:
     model, info = loaded  # info: what output_loading_info asks for
     lacking = sorted(str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]))
     if lacking:
-        raise MoecError(f"the source model lacks {len(lacking)} tensors, such as {lacking[0]}", where=str(folder))
+        return placed_model(folder, f"transformers finds no tensor for {lacking[0]} by the names that it knows")
     return model.eval(), None
 
 

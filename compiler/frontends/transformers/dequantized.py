@@ -71,6 +71,18 @@ def dequantized_model(path: Path) -> tuple[Any, Decoding] | None:
         return _filled(model, recipes, decoded, path), decoded.decoding
 
 
+def placed_model(path: Path, reason: str) -> tuple[Any, Decoding]:
+    """Return the causal LM of a checkpoint that is not quantized, and that moec says which tensor is which parameter.
+
+    `reason` says why transformers does not. Raises MoecError for parameters that the checkpoint does not have.
+    """
+    model = _empty(read_config(path))
+    with open_checkpoint(path) as source:
+        wanted = list(model.state_dict())
+        recipes = map_parameters(model, wanted, decode(source, None).of_layers(wanted), source.lacks)
+        return _filled(model, recipes, source, path), Decoding({}, len(recipes), reason)
+
+
 def _empty(config: Any) -> Any:
     config = deepcopy(config)
     for part in (config, config.get_text_config(decoder=True)):
