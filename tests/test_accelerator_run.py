@@ -9,6 +9,7 @@ import moec
 import numpy as np
 import pytest
 import torch
+from moec.compiler.driver import find_target
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.generate import left_pad
@@ -139,3 +140,10 @@ def test_an_older_artifact_says_what_to_do(session, tmp_path):
     assert caught.value.todo == "compile it again: moec compile SOURCE --target nvidia-h200"
     with pytest.raises(MoecError, match="there is no device gpu"):
         Artifact.open(session.folder).session(device="gpu")
+
+
+@pytest.mark.parametrize("given", ["", "a", "1,,4", "0,4", "-1"])
+def test_buckets_that_are_no_numbers(given):
+    with pytest.raises(MoecError, match="buckets cannot be") as caught:
+        find_target("nvidia-h200", {"buckets": given})
+    assert caught.value.todo == "give numbers, as in 1,16,256"

@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
 # of -D, beside the figures of the profile: choices, the first by default
 OPTIONS = {"kernels": ("objects", "source"), "toolchain": ("found", "make")}
+BUCKETS = "buckets"  # of -D too: the most tokens of a step that kernels are tuned for, as in 1,16,256
 
 
 def accelerator_target(
-    profile: Profile, source: str = "", kernels: str = "objects", toolchain: str = "found"
-) -> Target:
+    profile: Profile, source: str = "", kernels: str = "objects", toolchain: str = "found",
+    buckets: tuple[int, ...] | None = None,
+) -> Target:  # fmt: skip
     """Return the target for a chip; `source` is the name or TOML file that options are put on (the profile's name).
 
     `kernels` is `objects` (sources, and compiled where the toolchain is installed) or `source`; `toolchain` is `found`
-    or `make` (triton-ascend's environment is made if there is none).
+    or `make` (triton-ascend's environment is made if there is none). `buckets` are the most tokens of a step that
+    kernels are tuned for (None: spec.BUCKETS).
     """
     return Target(
         name=profile.name,
@@ -41,7 +44,9 @@ def accelerator_target(
         holds=_holds,
         slow=_slow,
         lower=_lower,
-        emit=partial(_emit, profile=profile, compiled=kernels == "objects", make_toolchain=toolchain == "make"),
+        emit=partial(
+            _emit, profile=profile, compiled=kernels == "objects", make_toolchain=toolchain == "make", buckets=buckets
+        ),
         load=_load,
         configure=partial(find_accelerator, source or profile.name),
         predict=partial(_predict, profile=profile),
@@ -52,15 +57,27 @@ def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
     """Return the target of a shipped profile or of a TOML file, with a user's figures; see profile.find_profile.
 
     `kernels=source` leaves the kernels uncompiled; `toolchain=make` makes what compiles them, for a chip that takes an
-    environment of its own.
+    environment of its own; `buckets=1,16,256` tunes kernels for these numbers of tokens of a step.
     """
-    figures = {key: value for key, value in options.items() if key not in OPTIONS}
+    figures = {key: value for key, value in options.items() if key not in (*OPTIONS, BUCKETS)}
     chosen = {key: options.get(key, choices[0]) for key, choices in OPTIONS.items()}
     for key, value in chosen.items():
         if value not in OPTIONS[key]:
             todo = f"give {' or '.join(OPTIONS[key])}"
             raise MoecError(f"{key} cannot be {value}", where=f"-D {key}={value}", todo=todo)
-    return accelerator_target(find_profile(name, figures), name, **chosen)
+    return accelerator_target(find_profile(name, figures), name, **chosen, buckets=_buckets(options.get(BUCKETS)))
+
+
+def _buckets(text: str | None) -> tuple[int, ...] | None:
+    """Return the numbers of an option `buckets`; MoecError if they are none."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise MoecError(
+            f"{BUCKETS} cannot be {text}", where=f"-D {BUCKETS}={text}", todo="give numbers, as in 1,16,256"
+        )
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def _supported(op: Op) -> str | None:
@@ -90,13 +107,13 @@ def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast")
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
     progress: Callable[[int], None] | None = None, notes: list[str] | None = None, *, profile: Profile,
-    compiled: bool, make_toolchain: bool,
+    compiled: bool, make_toolchain: bool, buckets: tuple[int, ...] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     from .artifact.emit import emit
 
     return emit(
         module, source, folder, tile_bytes, progress, notes, profile=profile, compiled=compiled,
-        make_toolchain=make_toolchain,
+        make_toolchain=make_toolchain, buckets=buckets,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .engine_files import engine_files, find_problems
 from .objects import compile_kernels, write_files
 from .plan import make_plan
 from .shards import find_shards, write_shards
-from .spec import Kernels, KernelSpec, kernel_specs, packings
+from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs, packings
 
 KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
 
@@ -33,15 +33,16 @@ def emit(
     profile: Profile,
     compiled: bool = True,
     make_toolchain: bool = False,
+    buckets: Sequence[int] | None = None,
 ) -> dict[str, str]:
     """Write the artifact's files into a folder and return the sha256 of each by name.
 
     Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set; `make_toolchain` makes
-    triton-ascend's environment if it takes that and there is none. `progress` is told the
+    triton-ascend's environment if it takes that and there is none; `buckets` are what kernel_specs takes as tokens. `progress` is told the
     bytes of weights written so far, `notes` gets which tuning files of other engines are left out. MoecError for an op that no kernel computes, for a chip on which a kernel does not
     fit, for weights that cannot be read and for a full disk.
     """
-    kernels = kernel_specs(module, profile)
+    kernels = kernel_specs(module, profile, buckets or BUCKETS)
     packed = packings(module, profile)
     found = find_shards(module, packed)
     objects: Mapping[str, bytes] = {}

@@ -27,6 +27,7 @@ ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128
 STAGES, WARPS = (2, 3, 4), (4, 8)  # one stage only where two do not fit
 SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
 SLACK = 0.02
+LEAST_DEPTH = 16  # columns of 16 bits that Triton multiplies at least: it takes a smaller instruction for them
 KEPT = 5  # alternatives that a choice remembers
 
 
@@ -73,11 +74,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Fit:
-    """The program of a tile with its bytes in each memory and, for each number of warps, why the chip cannot run it."""
+    """The program of a tile with its bytes in each memory and, for each number of warps, why the chip cannot run it.
+
+    `narrow` says of products that are narrower than the chip reads well; they are taken where nothing else fits.
+    """
 
     program: Program
     use: Mapping[str, int]
     why: tuple[str | None, ...]
+    narrow: str | None = None
 
 
 def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None) -> Found:
@@ -93,14 +98,15 @@ def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None
     chips = {rows: chip_of(profile, layout_of(profile, rows)) for rows, _, _ in kernel.shapes}
     # bytes and FLOPs do not depend on how many buffers and threads there are: a shape is counted once
     counted: dict[tuple[int, int, int], Counts] = {}
-    for stages_of in (_stages(profile), (1,)) if kernel.staged else ((1,),):
+    buffers = (_stages(profile), (1,)) if kernel.staged else ((1,),)
+    for narrow, stages_of in product((False, True), buffers):
         if choices:
             break
         for shape, stages in product(kernel.shapes, stages_of):
             tile = Tile(*shape, stages)
             if tile not in fits:
                 fits[tile] = _fit(kernel, tile, profile, chips[shape[0]])
-            found, why = _choices(kernel, tile, fits[tile], profile, counted)
+            found, why = _choices(kernel, tile, fits[tile], profile, counted, narrow)
             tried += len(found) + len(why)
             choices += found
             for reason in why:
@@ -115,14 +121,23 @@ def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None
 def _fit(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> Fit:
     program = kernel.make(tile, layout_of(profile, tile.m))
     use = footprint(program, chip.align)
-    return Fit(program, use, tuple(unfit(program, warps, use, chip, profile) for warps in _warps(profile)))
+    why = tuple(unfit(program, warps, use, chip, profile) for warps in _warps(profile))
+    dots = [s for s in walk(program.body) if isinstance(s, Dot)]
+    return Fit(program, use, why, next((n for dot in dots if (n := _narrow(program, dot, profile))), None))
 
 
 def _choices(
-    kernel: Kernel, tile: Tile, fit: Fit, profile: Profile, counted: dict[tuple[int, int, int], Counts]
+    kernel: Kernel,
+    tile: Tile,
+    fit: Fit,
+    profile: Profile,
+    counted: dict[tuple[int, int, int], Counts],
+    narrow: bool,
 ) -> tuple[list[Choice], list[str]]:
     """Return the choices of a tile with each number of warps, and why the other numbers cannot be."""
     reasons = [reason for reason in fit.why if reason]
+    if fit.narrow and not narrow:
+        return [], [reason or fit.narrow for reason in fit.why]
     if all(fit.why):
         return [], reasons
     shape = (tile.m, tile.n, tile.k)
@@ -180,14 +195,25 @@ def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
     m, n = acc.shape
     if unit is None:
         return None if multiplies(profile, a.dtype) else f"{profile.name} does not multiply {a.dtype}"
-    if a.shape[1] * BITS[a.dtype] // 8 < (profile.rule("tile_k_bytes") or 0):
-        return f"{a.shape[1]} columns are less than one span of {profile.rule('tile_k_bytes')} bytes in shared memory"
-    if a.shape[1] % unit.k:
+    if a.shape[1] % (min(unit.k, LEAST_DEPTH) if profile.toolchain == "triton" else unit.k):
         return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
     if rows := profile.rule("fractal_rows"):
         width = (profile.rule("fractal_bytes") or 32) * 8 // BITS[a.dtype]
         if m % rows or n % rows or a.shape[1] % width:
             return f"a product of {m} x {n} x {a.shape[1]} is not made of fractals of {rows} x {width}"
+    return None
+
+
+def _narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
+    """Return what the chip does not read or multiply well of a product that is narrow; a compiler takes it all the same."""
+    a = program.buffers[dot.a]
+    unit, span = profile.unit(a.dtype), profile.rule("tile_k_bytes") or 0
+    if unit is None:
+        return None
+    if a.shape[1] * BITS[a.dtype] // 8 < span:
+        return f"{a.shape[1]} columns are less than one span of {span} bytes in shared memory"
+    if a.shape[1] % unit.k:
+        return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
     return None
 
 
