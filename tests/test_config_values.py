@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import skeleton
+from moec.compiler.frontends import load, skeleton
 from moec.compiler.frontends.config_checks import check_config, check_sizes
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import decoder_config
-from tiny_models import INSTALLED
+from tiny_models import INSTALLED, random_model
 
 NAN, INF = float("nan"), float("inf")
 
@@ -29,12 +30,15 @@ BAD = {
         ("initializer_range", NAN), ("layer_types", ["full_attention"]),
     ],
     "deepseek_v3": [
+        ("head_dim", "16"), ("n_shared_experts", True), ("moe_intermediate_size", 32.5), ("n_group", 1),
         ("n_group", 3), ("n_group", 0), ("topk_group", 5), ("topk_group", 0), ("num_experts_per_tok", 5),
         ("n_routed_experts", -1), ("kv_lora_rank", 0), ("qk_rope_head_dim", 7), ("num_attention_heads", 0),
     ],
     "mixtral": [("num_local_experts", 1), ("intermediate_size", -1), ("num_attention_heads", 0), ("hidden_size", 2**40)],
     "glm_moe_dsa": [("index_topk", 0), ("index_n_heads", -1), ("indexer_types", ["full"])],
     "llama4_text": [("attention_chunk_size", -8), ("num_experts_per_tok", 5), ("vocab_size", -128)],
+    "qwen3_next": [("linear_conv_kernel_dim", 0), ("linear_num_value_heads", -4)],
+    "granitemoehybrid": [("mamba_chunk_size", 0), ("mamba_d_state", -1)],
     "granitemoe": [("logits_scaling", 0), ("embedding_multiplier", NAN)],
     "dbrx": [("ffn_config.moe_top_k", 5), ("attn_config.kv_n_heads", 3), ("attn_config.rope_theta", -1)],
     "qwen3_vl_moe": [("text_config.vocab_size", 0), ("text_config.rms_norm_eps", INF), ("text_config.num_hidden_layers", 30_000),
@@ -51,6 +55,7 @@ ROPES = [
     ({"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0}, "attention_factor"),
     ({"rope_type": "llama3", "factor": 4.0}, "low_freq_factor"),
     ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 7 + [0], "long_factor": [1.0] * 8}, "short_factor"),
+    ({"rope_type": "default", "rope_theta": []}, "rope_theta"), ({"rope_type": "default", "rope_theta": None}, "rope_theta"),
     ({"rope_type": None}, "rope_type"), (5, "rope_scaling"), ({"rope_type": "twisted", "factor": 4.0}, "twisted"),
     ({"rope_type": "default", "partial_rotary_factor": 1.5}, "partial_rotary_factor"),
     ({"full_attention": {"rope_type": "linear", "factor": 0}}, "full_attention.factor"),
@@ -167,3 +172,63 @@ def test_a_head_size_that_nothing_says():
     with pytest.raises(MoecError, match="num_attention_heads is 4: it does not divide hidden_size 66"):
         check_sizes({"num_attention_heads": 4, "hidden_size": 66, "head_dim": None}, "config.json")
     check_sizes({"num_attention_heads": 4, "hidden_size": 66, "head_dim": 16}, "")
+
+
+# --- what model code raises --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "named"),
+    [
+        ("deepseek_v3", "n_group", 8, ["modeling_deepseek_v3.py:", ".topk(2, dim=-1)", "topk_group 2"]),
+        ("qwen3_moe", "hidden_act", "nothing", ["hidden_act is 'nothing'", "modeling_qwen3_moe.py:"]),
+        ("mixtral", "dtype", "float7", ["transformers does not accept this config", "self.dtype"]),
+        ("granitemoehybrid", "mamba_n_groups", 3, ["RuntimeError at modeling_granitemoehybrid.py:", ".view("]),
+    ],
+)
+def test_where_model_code_stops_is_shown(tmp_path, family, key, value, named):
+    folder = write(tmp_path / "m", family, key, value)
+    result = CliRunner().invoke(main, ["inspect", str(folder)])
+    assert result.exit_code == 2, result.output
+    for text in named:
+        assert text in result.stderr, result.stderr
+
+
+class Stops(torch.nn.Module):
+    """An MLP that raises what it is given, or reads what is not there."""
+
+    def __init__(self, how, config):
+        super().__init__()
+        self.how, self.config = how, config
+
+    def forward(self, x):
+        """Raise."""
+        match self.how:
+            case "attribute":
+                return x * self.config.clamp_width
+            case "key":
+                return x * self.config.rope_parameters["turns"]
+            case "numbers":
+                return x * x.sum().item()
+            case "size":
+                return x.view(-1, self.config.hidden_size - 1)
+        raise AssertionError(self.how)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("attribute", "its code reads clamp_width, which the config does not have"),
+        ("key", "its code looks for 'turns', which the config does not have"),
+        ("numbers", "does not run on shapes alone"),
+        ("size", "sizes in its config do not fit each other"),
+    ],
+)
+def test_an_exception_of_model_code_is_not_the_message(how, said):
+    model = random_model(FAMILIES["llama"])
+    model.model.layers[1].mlp = Stops(how, model.config)
+    with pytest.raises(MoecError) as caught:
+        load(model)
+    text = str(caught.value)
+    assert said in text and (how == "key" or str(caught.value.__cause__) not in text)
+    assert ("shapes alone" in text) == (how == "numbers")

@@ -79,6 +79,14 @@ def test_an_attribute_that_nothing_reads(traced):
     assert numbers_equal(model, loaded)
 
 
+def test_what_a_config_makes_a_model_return_beside_its_logits(traced):
+    """Fine-tuned checkpoints say so in their config.json; it changes no logits."""
+    model = random_model(FAMILIES["qwen3_moe"], output_router_logits=True, output_hidden_states=True)
+    loaded = load(model)
+    assert model.config.output_router_logits and len(traced) == 2
+    assert numbers_equal(model, loaded)
+
+
 # --- apart ---------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,11 @@ _INFINITE = re.compile(r"limit|clip|max|threshold|bound")  # keys whose infinity
 _COUNTS = re.compile(
     r"vocab_size|hidden_size|d_model|n_embd|((swa|global|linear|num|n)_)*(attention_|key_value_|key_|value_)?heads"
     r"|kv_n_heads|num_kv_heads|n_head|max_position_embeddings|original_max_position_embeddings|max_seq_len|n_positions"
-    r"|attention_chunk_size|index_topk|index_head_dim|index_n_heads"
+    r"|attention_chunk_size|index_topk|index_head_dim|index_n_heads|(.*_)?conv_kernel(_size|_dim)?|conv_L_cache"
+    r"|(mamba_)?(d_conv|d_state|d_head|n_groups|chunk_size)|mamba_head_dim|ssm_state_size|linear_(key_|value_)?head_dim"
+)
+_WHOLE = re.compile(
+    r"(.*_)?head_dim|(moe_)?intermediate_size|(q|kv)_lora_rank|n(um)?_shared_experts|n_group|topk_group"
 )
 _SIZES = re.compile(r"(.*_)?(size|dim|dims|rank|heads|experts|groups?|topk|top_k)")
 _LENGTHS = re.compile(r"(.*_)?(window|window_size|length|len|positions|pattern)")
@@ -126,7 +130,7 @@ def _check_value(key: str, name: str, value: Any, where: str) -> None:
     counts = key in LAYERS or key in EXPERTS or key in CHOSEN or bool(_COUNTS.fullmatch(key))
     sizes = counts or bool(_SIZES.fullmatch(key))
     items = value if isinstance(value, (list, tuple)) else (value,)  # a count for each layer, of some families
-    if counts and any(isinstance(item, (str, float, bool, Mapping, list)) for item in items):
+    if (counts or _WHOLE.fullmatch(key)) and any(isinstance(item, (str, float, bool, Mapping, list)) for item in items):
         _refuse(name, value, "it has to be a whole number", where)
     for number in _numbers(value):
         if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and not _INFINITE.search(key))):
@@ -157,7 +161,8 @@ def _check_rope(scope: Mapping[str, Any], prefix: str, where: str) -> None:
             _check_rope(value, f"{prefix}{key}.", where)
         if key in ("rope_type", "type") and not isinstance(value, str):
             _refuse(f"{prefix}{key}", value, "it has to be a name", where)
-        if key in _POSITIVE_IN_ROPE and isinstance(value, str):
+        wrong = (str, bool) if key != "rope_theta" else (str, bool, list, Mapping, type(None))
+        if key in _POSITIVE_IN_ROPE and isinstance(value, wrong):
             _refuse(f"{prefix}{key}", value, "it has to be a number", where)
         for number in _numbers(value):
             if isinstance(number, float) and not math.isfinite(number):
@@ -204,7 +209,7 @@ def _check_experts(scope: Mapping[str, Any], prefix: str, where: str) -> None:
     if _is_int(width) and width < 1:
         _refuse(f"{prefix}moe_intermediate_size", width, f"it is the width of {count} experts", where)
     kept = scope.get("topk_group")
-    if groups is None or groups[1] == 1 or scope.get("topk_method") == "greedy":
+    if groups is None or scope.get("topk_method") == "greedy":
         return
     name = prefix + groups[0]
     if groups[1] < 1 or experts[1] % groups[1]:

@@ -23,13 +23,13 @@ _ATTRIBUTE = re.compile(r"'(\w*Config)' object has no attribute '(\w+)'")
 
 def model_error(error: BaseException, model: str, config: Any, doing: str) -> MoecError:
     """Return the MoecError for an exception of model code; `doing` is what could not be done, as in "cannot be built"."""
-    place = _place(error)
-    at, line, read = "", "", ""
-    if place is not None:
-        code = place.tb_frame.f_code
-        at = f"{Path(code.co_filename).name}:{place.tb_lineno}"
-        line = linecache.getline(code.co_filename, place.tb_lineno).strip()
-        read = _settings(code.co_names, config)
+    steps = _steps(error)
+    at, line = "", ""
+    if steps:
+        file = steps[0].tb_frame.f_code.co_filename
+        at = f"{Path(file).name}:{steps[0].tb_lineno}"
+        line = linecache.getline(file, steps[0].tb_lineno).strip()
+    read = next((r for step in steps if (r := _settings(step.tb_frame.f_code.co_names, config))), "")
     what, todo = _cause(error, config, at)
     if not todo and read:
         todo = f"it reads {read} of the config"
@@ -41,19 +41,16 @@ def model_error(error: BaseException, model: str, config: Any, doing: str) -> Mo
     )
 
 
-def _place(error: BaseException) -> TracebackType | None:
-    """Return the innermost step of an exception through a modelling file, or else through another of transformers."""
-    steps = []
+def _steps(error: BaseException) -> list[TracebackType]:
+    """Return the way of an exception through modelling files, or else through transformers, from where it was raised."""
+    steps: list[TracebackType] = []
     step = error.__traceback__
     while step is not None:
-        steps.append(step)
+        steps.insert(0, step)
         step = step.tb_next
-    for modelling in (True, False):
-        for found in reversed(steps):
-            file = Path(found.tb_frame.f_code.co_filename)
-            if file.name.startswith("modeling_") if modelling else "transformers" in file.parts:
-                return found
-    return None
+    files = [Path(step.tb_frame.f_code.co_filename) for step in steps]
+    modelling = [step for step, file in zip(steps, files, strict=True) if file.name.startswith("modeling_")]
+    return modelling or [step for step, file in zip(steps, files, strict=True) if "transformers" in file.parts]
 
 
 def _settings(names: Iterable[str], config: Any) -> str:

@@ -27,6 +27,8 @@ _FACTORIES = {
 # models of several: which of them reads and writes text; its tensors' names begin with this too
 PARTS = {"qwen3_omni_moe": "thinker"}
 
+_BESIDE_LOGITS = ("output_router_logits", "output_hidden_states", "output_attentions")
+
 
 class _LargeTensorsOnMeta(TorchFunctionMode):
     """Sends large new tensors to the meta device, and leaves small ones and all arithmetic (rope tables) on the CPU."""
@@ -116,6 +118,8 @@ def _explanation(error: Exception) -> str:
     """Return why a config is refused, without the classes that it went through."""
     text = _first_line(error)
     field = re.search(r"[Ff]ield '(\w+)'", text)
+    if "TypeError: " in text and field is None:
+        return "a value has a wrong type"
     if field and "<class" in text:
         return f"{field[1]} has a value of a wrong type"
     return re.sub(r"^.*?(Value|Type|Key)Error: ", "", text)
@@ -187,7 +191,14 @@ def adopt(model: Any) -> Skeleton:
 
 
 def use_moec_ops(model: Any) -> None:
-    """Route the decoder's attention, and every experts module that transformers can dispatch, through moec's ops."""
+    """Route the decoder's attention, and every experts module that transformers can dispatch, through moec's ops.
+
+    What a config makes a model return beside its logits is for training.
+    """
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        for name in _BESIDE_LOGITS:
+            if getattr(config, name, False) is not False:
+                setattr(config, name, False)
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
             module.config._experts_implementation = NAME
