@@ -134,6 +134,8 @@ def damage(folder, name, change):
         ("model.onnx.data", lambda b: b[:-100], "cannot open the model"),
         ("moec.json", lambda b: b.replace(b'"past": "past', b'"past": "lost', 1), "the model has no lost_key_values"),
         ("moec.json", lambda b: b.replace(b'"f32"', b'"q3"'), "cannot hold"),
+        ("moec.json", lambda b: b.replace(b'"P", 8]}', b"2147483648, 8]}"), r"is .*2147483648.* in moec\.json"),
+        ("moec.json", lambda b: b.replace(b'"P", 8]}', b'"P", 9]}'), r"is .*9.* in moec\.json"),
     ],
 )
 def test_damaged_files(tiny_lm_copy, name, change, message):

@@ -72,7 +72,7 @@ def _cause(error: BaseException, config: Any, at: str) -> tuple[str, str]:
         return "its code does not run on shapes alone (it looks at the numbers of a tensor)", ""
     unfit = isinstance(error, (RuntimeError, IndexError)) and not isinstance(error, NotImplementedError)
     why = "; sizes in its config do not fit each other" if unfit else ""
-    return f"its code stops with {type(error).__name__}{f' at {at}' if at else ''}{why}", ""
+    return f"its code stops{f' at {at}' if at else ''}{why}", ""
 
 
 def _missing(key: Any, config: Any) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from .caches import ELEMENTS, States, start
 MODEL, DATA = "model.onnx", "model.onnx.data"
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS = "logits"
+_APART = "moec.json and the model do not belong together: compile it again"
 KEEP = "logits_to_keep"  # how many tokens at the end get logits; a model without it gives them all
 
 
@@ -212,15 +213,22 @@ def _options(threads: int | None, spinning: bool) -> Any:
 
 
 def _check_names(path: Path, runtime: Any, states: tuple[State, ...]) -> None:
-    """Check that the model and the manifest agree on inputs and outputs."""
-    has = {i.name for i in runtime.get_inputs()}
+    """Check that the model and the manifest agree on inputs and outputs, and on the sizes of states."""
+    shapes = {i.name: i.shape for i in runtime.get_inputs()}
+    has = set(shapes)
     gives = {o.name for o in runtime.get_outputs()}
     lacking = [s.past for s in states if s.past not in has]
     lacking += [name for name in (LOGITS, *(s.present for s in states)) if name not in gives]
     unknown = sorted(has - set(INPUTS) - {s.past for s in states})
     if lacking or unknown:
         what = f"the model has no {lacking[0]}" if lacking else f"the model asks for an unknown input {unknown[0]}"
-        raise MoecError(what, where=str(path), todo="moec.json and the model do not belong together: compile it again")
+        raise MoecError(what, where=str(path), todo=_APART)
+    for state in states:
+        # a size that is a number is the same in both; one that is an expression has a name of its own in the model
+        numbers = [size if isinstance(size, int) else None for size in state.shape]
+        if numbers != [size if isinstance(size, int) else None for size in shapes[state.past]]:
+            what = f"the state {state.past} is {list(state.shape)} in moec.json, {shapes[state.past]} in the model"
+            raise MoecError(what, where=str(path), todo=_APART)
 
 
 def _value(array: np.ndarray) -> Any:
