@@ -109,6 +109,7 @@ def missing_parameter(model: Any, checkpoint: Checkpoint, name: str) -> MoecErro
             return checkpoint.lacks(other)
         if piece is not None and own is not None and own.block == piece.block:
             return checkpoint.lacks(other)
-    return MoecError(
-        f"the checkpoint has no tensor for {name}", where=str(checkpoint.folder), todo=checkpoint.like(name)
-    )
+    todo = checkpoint.like(name)
+    if f"{name}_scales" in checkpoint.tensors:  # experts of gpt-oss: codes and scales in place of a parameter
+        todo = f"{name}_scales is there, but {name}_blocks is missing: was it renamed?"
+    return MoecError(f"the checkpoint has no tensor for {name}", where=str(checkpoint.folder), todo=todo)

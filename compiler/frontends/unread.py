@@ -106,7 +106,9 @@ def _reason(name: str, checkpoint: Checkpoint, inside: set[str], around: set[str
             r"scale_inv$|scale_2$|^weight_scale|_weight_scale|global_scale$|^qscale|scales$", parts[-1]
         )
         if not apart or quantization:
-            return "which is a scale: what it belongs to is not what it seems"
+            owner, tensors = name.rpartition(".")[0], checkpoint.tensors
+            beside = [f"{n} ({tensors[n].type})" for n in tensors if n != name and n.rpartition(".")[0] == owner]
+            return f"which is a scale: what it belongs to is not what it seems; beside it: {', '.join(beside) or 'nothing'}"
     if apart or type_.dtype not in (*FLOATS, *_FP8):
         return None
     if parts[-1] == "bias" and not bool(checkpoint.read(name).float().any()):

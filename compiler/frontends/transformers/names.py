@@ -211,9 +211,11 @@ class _Mapping:
         return None if name is None else self.lacks(name)
 
     def _odd_one(self, claims: list[Claim]) -> str:
-        """Return the name of the tensor whose type is the rarest, which is the one that does not fit."""
-        types = [str(self.available[claim.name].type) for claim in claims]
-        return min(claims, key=lambda claim: types.count(str(self.available[claim.name].type))).name
+        """Return what the checkpoint stores for the weight whose type is the rarest, which is the one that does not fit."""
+        recipes = [self.available[claim.name] for claim in claims]
+        types = [str(recipe.type) for recipe in recipes]
+        odd = min(recipes, key=lambda recipe: types.count(str(recipe.type)))
+        return ", ".join(dict.fromkeys(tensor.name for tensor in tensors(odd)))
 
     def _blocks(self, left: list[str], by_name: Mapping[str, str]) -> dict[str, Experts]:
         """Return the blocks of experts of which tensors are left, with all their tensors; their claims fall away."""
