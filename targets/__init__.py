@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .cpu import TARGET as CPU
 from .target import Target
@@ -50,6 +51,17 @@ def open_target(name: str, options: Mapping[str, str]) -> Target:
     return target.configure(options) if options and target.configure else target
 
 
+def load_artifact(name: str, folder: Path, **options: Any) -> Any:
+    """Open an artifact with the runtime of its target: a chip known by a TOML file only runs as every accelerator does."""
+    if name in TARGETS:
+        return TARGETS[name].load(folder, **options)
+    if not (folder / "kernels.json").is_file():
+        raise unknown_target(name)
+    from .accelerator.run.session import load
+
+    return load(folder, **options)
+
+
 def unknown_target(name: str) -> MoecError:
     """Return the error for a name that no target has, with those near it."""
     from difflib import get_close_matches
@@ -67,4 +79,4 @@ def declare_kernel_ops() -> None:
     from .cpu import ops, ops_quantized  # noqa: F401
 
 
-__all__ = ["TARGETS", "Target", "declare_kernel_ops", "open_target", "unknown_target"]
+__all__ = ["TARGETS", "Target", "declare_kernel_ops", "load_artifact", "open_target", "unknown_target"]

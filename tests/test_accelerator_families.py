@@ -1,8 +1,14 @@
 """Whole models of the families through an accelerator's kernels, in the simulator, against transformers in f32 and bf16."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import moec
 import numpy as np
 import pytest
+from chips_for_tests import needs_triton
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.compare import ROUNDING, token_differences
 from moec.compiler.runtime.generate import left_pad
@@ -38,3 +44,13 @@ def test_two_sequences_and_cached_steps(family, chip, tmp_path):
         assert off <= ROUNDING * allowed + LEAST, (off, allowed)
         ids = wanted[:, -1:].argmax(-1)
         mask, positions = np.pad(mask, ((0, 0), (0, 1)), constant_values=1), positions[:, -1:] + 1
+
+
+@needs_triton
+def test_one_in_the_interpreter():
+    file = Path(__file__).with_name("triton_whole_model.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]

@@ -147,3 +147,17 @@ def test_buckets_that_are_no_numbers(given):
     with pytest.raises(MoecError, match="buckets cannot be") as caught:
         find_target("nvidia-h200", {"buckets": given})
     assert caught.value.todo == "give numbers, as in 1,16,256"
+
+
+def test_a_chip_that_is_known_by_a_file_only(session, tmp_path):
+    for path in session.folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    manifest = json.loads((session.folder / "moec.json").read_text())
+    (tmp_path / "moec.json").unlink()
+    (tmp_path / "moec.json").write_text(json.dumps({**manifest, "target": "my-chip"}))
+    ids = np.array([[5]])
+    found, _ = Artifact.open(tmp_path).session(device="simulator").step(ids, np.ones_like(ids), np.zeros_like(ids))
+    assert np.array_equal(found, session.step(ids, np.ones_like(ids), np.zeros_like(ids))[0])
+    (tmp_path / "kernels.json").unlink()
+    with pytest.raises(MoecError):
+        Artifact.open(tmp_path).session()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.generation_files import EndTokens, find_end_tokens, find_sampling
-from ..artifact.manifest import MANIFEST, add_figures, check_files, read_manifest
+from ..artifact.manifest import add_figures, check_files, read_manifest
 from ..errors import MoecError
 from ..errors.paths import check_path
 from .generate import Generation, Runner, generate
@@ -60,11 +60,9 @@ class Artifact:
     def session(self, **options: Any) -> Runner:
         """Open the artifact with its target's runtime; every target takes `threads`, `spinning`, `accuracy` and
         `device` (see their session.load)."""
-        from ...targets import TARGETS
+        from ...targets import load_artifact
 
-        if self.target not in TARGETS:
-            raise MoecError(f"there is no target {self.target}", str(self.folder / MANIFEST), todo=", ".join(TARGETS))
-        return TARGETS[self.target].load(self.folder, **options)
+        return load_artifact(self.target, self.folder, **options)
 
     @cached_property
     def default_session(self) -> Runner:

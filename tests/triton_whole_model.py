@@ -1,0 +1,25 @@
+"""A whole model in Triton's interpreter: the tokens and logits that the simulator gives, by the same session.
+
+Not collected by itself: test_accelerator_families.py runs it with the interpreter on, before triton is imported.
+"""
+
+import moec
+import numpy as np
+from moec.compiler.frontends.families import FAMILIES
+from tiny_models import random_model
+
+
+def test_a_prefill_and_a_cached_step(tmp_path):
+    options = {"kernels": "source", "buckets": "4"}
+    artifact = moec.compile(
+        random_model(FAMILIES["gpt_oss"]), target="nvidia-h200", out=tmp_path / "a", options=options
+    )
+    interpreted, simulated = (artifact.session(device=name, threads=1) for name in ("interpreter", "simulator"))
+    assert interpreted.runs == "Triton's interpreter" and simulated.runs == "the simulator of nvidia-h200"
+    ids, states = np.array([[5, 9, 17]]), (None, None)
+    for past in (0, 3):
+        mask, positions = np.ones((1, past + ids.shape[1]), np.int64), past + np.arange(ids.shape[1])[None]
+        pairs = [s.step(ids, mask, positions, held) for s, held in zip((interpreted, simulated), states, strict=True)]
+        (found, wanted), states = zip(*pairs, strict=True)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-3 * np.abs(wanted).max())
+        ids = wanted[:, -1:].argmax(-1)
