@@ -240,8 +240,8 @@ def fitting(layout: Layout, stored: Stored, schemes: Iterable[Scheme]) -> Recipe
         raise ValueError(f"config.json allows {len(found)} readings")
     if found:
         return found[0]
-    # of several reasons, those that speak of another kind of codes say less
-    raise ValueError(min(reasons, key=lambda text: text.startswith("codes")))
+    # of several reasons, those that speak of another kind of codes say less, those that name what is missing say more
+    raise ValueError(min(reasons, key=lambda text: (text.startswith("codes"), "is missing" not in text)))
 
 
 def _codes(types: Mapping[str, TensorType]) -> str | None:
