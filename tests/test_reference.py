@@ -98,9 +98,12 @@ def test_an_unquantized_checkpoint_is_loaded_by_transformers(tmp_path):
 def test_verify_of_a_quantized_folder(name, tmp_path):
     config, write, family = FORMATS[name]
     folder, plain = checkpoint(tmp_path, family, config, quantized(write))
-    moec.compile(folder, out=tmp_path / "artifact", quantize="f32")
-    found, code = verified(tmp_path / "artifact")
-    assert code == 0 and found["lossless"] and found["against"] == str(folder)
+    out = tmp_path / "artifact"
+    result = CliRunner().invoke(main, ["compile", str(folder), "-o", str(out), "--quantize", "f32", "--verify"])
+    assert result.exit_code == 0 and ("note: moec itself decoded" in result.stderr) == (name not in LIBRARIES)
+    found = json.loads((out / "moec.json").read_text())["figures"]["measured"]
+    assert found["passed"] and found["lossless"] and found["against"] == str(folder)
+    assert (found["decoding"]["moec"] == 0) == (name in LIBRARIES)
     against, _ = verified(tmp_path / "artifact", "--against", plain)
     assert against["relative"] < 1e-4
 

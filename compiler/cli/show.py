@@ -134,6 +134,9 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
         verdict = "verified" if figures["passed"] else "verification failed"
         relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
         click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
+        decoding = figures.get("decoding") or {}
+        if own := decoding.get("moec"):
+            click.echo(f"note: moec itself decoded {own} weights of the source: {decoding['reason']}", err=True)
 
 
 def _coverage(seen: dict[str, Any]) -> str:

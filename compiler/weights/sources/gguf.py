@@ -38,7 +38,7 @@ _OTHERS = {
 # metadata types: struct codes of numbers, then string and array
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MOST = 1 << 24  # entries of a list; files have up to a few hundred thousand
+_MOST = 1 << 22  # entries of a list; files have up to a few hundred thousand
 _MOST_KEYS, _MOST_TENSORS = 1 << 16, 1 << 20
 _LONG = 4096  # arrays with more elements (vocabularies) are not kept: their length is
 _LONG_KEY, _LONG_STRING = 1 << 16, 1 << 24  # bytes; chat templates have some 10,000
