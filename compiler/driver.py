@@ -98,6 +98,7 @@ def compile(
     """
     chosen = find_target(target, options or {})
     _judge(source, chosen, out, pipeline, quantize, budget, calibration, accuracy, memory_limit, dump, stop_after)
+    limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     loaded = frontends.load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     _say_replaced(loaded, why)
     text = pipeline if pipeline is not None else chosen.pipeline
@@ -109,8 +110,9 @@ def compile(
         spec = Spec.parse(quantize)
         _need_weights(loaded, wanted=spec.plan == AUTO)
         plan = find_plan(
-            spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), PASSES[PASS], chosen, calibration
-        )
+            spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), PASSES[PASS], chosen,
+            calibration, limit,
+        )  # fmt: skip
         planned = {} if plan is None else {"layers": plan.layers(), "method": plan.method}
         text = with_quantize(text, {**planned, **spec.options})
     if accuracy != "fast":
@@ -131,8 +133,8 @@ def compile(
     check_room(folder, int(module_costs(module).total.compiled_bytes))
     figures: dict[str, Any] = {}
     if needs_calibration(module):
-        loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder)
-    artifact = _emit(module, loaded, chosen, text, folder, memory_limit, progress, notes, figures, plan)
+        loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder, limit)
+    artifact = _emit(module, loaded, chosen, text, folder, limit, progress, notes, figures, plan)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -251,12 +253,12 @@ def _need_weights(loaded: Loaded, wanted: bool = True) -> None:
 
 
 def _emit(
-    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, memory_limit: int | None,
+    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, limit: int,
     progress: Progress | None, notes: list[str], figures: Mapping[str, Any], plan: Plan | None,
 ) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
     assert loaded.weights is not None
-    tile = tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
+    tile = tile_bytes(limit)
     source: dict[str, Any] = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
     if loaded.left_out:
         source["left_out"] = left_out_of(loaded.left_out)

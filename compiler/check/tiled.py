@@ -23,9 +23,10 @@ from ..weights.pull import pull
 from ..weights.sources.source import Box, WeightSource, full_box
 from ..weights.tiles import tiles
 from .interpret import run_op
+from .live import heads
 
-_TILE = 16 << 20  # bytes of f32 weights that a linear works with at once
-_ATTENTION = 128 << 20  # bytes of scores that attention works with at once
+TILE = 16 << 20  # bytes of f32 weights that a linear works with at once
+SCORES = 128 << 20  # bytes of scores that attention works with at once
 
 
 @dataclass
@@ -40,6 +41,8 @@ class TiledInterpreter:
     source: WeightSource
     shape: Sequence[int]  # windows and their length
     numbers: Callable[[Recipe], Recipe] = unquantized
+    tile: int = TILE
+    scores: int = SCORES
 
     @property
     def dims(self) -> dict[str, int]:
@@ -75,7 +78,7 @@ class TiledInterpreter:
     def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
         """Hear that rows f32[T, K] are multiplied with a weight, by each expert those that are chosen for it."""
 
-    def forced(self, weight: Recipe, token: torch.Tensor, rows: int) -> torch.Tensor:
+    def forced(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
         """Return the rows that an expert works on: those of its tokens, and maybe others among all, in order."""
         return token
 
@@ -111,7 +114,7 @@ class TiledInterpreter:
         rows = x.reshape(-1, x.shape[-1])
         self.seen(weight, rows)
         y = torch.empty(len(rows), weight.type.sizes[0])
-        for box in tiles(weight.type if weight.type.dtype in ("f32", "f64") else unquantized(weight).type, _TILE):
+        for box in tiles(weight.type if weight.type.dtype in ("f32", "f64") else unquantized(weight).type, self.tile):
             if box[1] != (0, rows.shape[1]):
                 raise MoecError(
                     "a row of a weight is larger than a tile", model=", ".join(t.name for t in tensors(weight))[:80]
@@ -136,7 +139,7 @@ class TiledInterpreter:
         # a gate of 0 is no choice: groups of experts fill up with those
         places = [torch.where((ids == e) & (gates != 0)) for e in range(up.type.sizes[0])]
         self.routed(op, bound, [len(token) for token, _ in places])
-        given = tuple(self.forced(up, token, len(x)) for token, _ in places)
+        given = tuple(self.forced(up, e, token, len(x)) for e, (token, _) in enumerate(places))
         self.seen(up, x, given)
         y = torch.zeros_like(x)
         hidden = torch.empty(sum(map(len, given)), down.type.sizes[2])
@@ -179,8 +182,8 @@ class TiledInterpreter:
         """Run an op that mixes the tokens of a window, a few windows at a time."""
         count = self.dims["B"]
         batched = [v is not None and str(v.type.shape[0]) == "B" for v in op.operands]
-        scores = 4 * self.dims["S"] ** 2 * _heads(op)
-        step = max(1, min(count, _ATTENTION // scores))
+        scores = 4 * self.dims["S"] ** 2 * heads(op)
+        step = max(1, min(count, self.scores // scores))
         parts = [
             run_op(
                 op,
@@ -198,9 +201,3 @@ def _expert(weight: Recipe, e: int) -> Box:
 
 def _at(bias: torch.Tensor | None, e: int) -> torch.Tensor | None:
     return None if bias is None else bias[e]
-
-
-def _heads(op: Op) -> int:
-    query = op.operands[0]
-    assert query is not None
-    return max([1, *(int(s) for s in query.type.shape[1:-1] if s.is_Integer)])

@@ -22,7 +22,11 @@ def inverse_factor(x: torch.Tensor) -> torch.Tensor | None:
 
     A column that is always 0 gets the damping alone: its weights are rounded to nearest.
     """
-    h = x.T @ x
+    return factor_of(x.T @ x)
+
+
+def factor_of(h: torch.Tensor) -> torch.Tensor | None:
+    """Return the factor of inputs X by XᵀX f32[K, K], which is changed."""
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf"):

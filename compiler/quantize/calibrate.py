@@ -8,17 +8,17 @@ FORCED tokens of the whole text besides its own (starved=force).
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import add
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..check.tiled import TiledInterpreter
+from ..check.live import live_bytes
+from ..check.tiled import SCORES, TILE, TiledInterpreter
 from ..errors import MoecError
 from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op
@@ -26,10 +26,14 @@ from ..ir.quantize_step import method_of, option_of, weight_of
 from ..ir.recipes import Recipe
 from ..runtime.tokenizer import load_tokenizer
 from ..weights.calibrated import Inputs
+from ..weights.row_file import RowFile
 from ..weights.sources.source import WeightSource
 from .options import CALIBRATED
 
 TOKENS, WINDOW = 8192, 512
+ENOUGH = 64 * TOKENS  # characters of a text that hold the tokens: all of a long one would take gigabytes
+LIMIT = 10**9  # bytes that a run may take, by default
+SHORTEST = 64  # tokens of a window that is cut shorter for want of memory
 STARVED = 32  # tokens; an expert that saw fewer says too little about its inputs
 FORCED = 1024  # tokens that such an expert is given besides its own, where it is forced
 
@@ -90,7 +94,10 @@ class CalibrationText:
             raise MoecError(f"cannot read the calibration text: {error.strerror}", where=str(file)) from error
         except UnicodeDecodeError as error:
             raise MoecError(f"the calibration text is not UTF-8: {error}", where=str(file)) from error
-        tokens = load_tokenizer(folder).encode(text) if text else []
+        tokenizer = load_tokenizer(folder)
+        tokens = tokenizer.encode(text[:ENOUGH]) if text else []
+        if len(tokens) < TOKENS and len(text) > ENOUGH:
+            tokens = tokenizer.encode(text)
         return CalibrationText(tuple(tokens), str(file), hashlib.sha256(raw).hexdigest())
 
 
@@ -108,18 +115,52 @@ def windows_of(text: CalibrationText, module: Module) -> torch.Tensor:
     return torch.tensor(tokens[: count * window], dtype=torch.int64).reshape(count, window)
 
 
+def fitting(
+    module: Module, windows: torch.Tensor, limit: int, taken: Callable[[int], int] | None = None
+) -> tuple[torch.Tensor, int]:
+    """Return windows i64[N, W], cut shorter where one alone takes too much memory, and how many are run at once.
+
+    `taken` gives the bytes that a window of some length takes; by default those of the program's values.
+    """
+    while True:
+        count, window = windows.shape
+        each = taken(window) if taken else live_bytes(module, {"B": 1, "S": window, "P": 0})
+        if each <= limit or window % 2 or window <= SHORTEST:
+            return windows, max(1, min(count, limit // each))
+        windows = windows.reshape(2 * count, window // 2)
+
+
 def calibrate(
     module: Module,
     source: WeightSource,
     windows: torch.Tensor,
     folder: Path | None = None,
+    limit: int = LIMIT,
 ) -> Calibration:
-    """Run a module of stage moe on windows i64[N, W]; the inputs are kept in unnamed files in `folder`."""
-    recorder = _Recorder(module, source, tuple(windows.shape), folder=folder)
-    values = dict(zip((p.name for p in module.main.params), main_inputs(module, windows), strict=True))
-    with torch.no_grad():
-        recorder.steps(module.main, values, {})
-    return Calibration(windows.numel(), recorder.inputs, tuple(recorder.coverage))
+    """Run a module of stage moe on windows i64[N, W]; the inputs are kept in unnamed files in `folder`.
+
+    As many windows are run at once as `limit` bytes have room for; every batch reads the weights again.
+    """
+    windows, size = fitting(module, windows, limit // 4)
+    batches = windows.split(size)
+    store = _Store(folder)
+
+    def run(batch: torch.Tensor, store: _Store) -> None:
+        store.begin()
+        tile, scores = min(TILE, limit // 16), min(SCORES, limit // 8)
+        recorder = _Recorder(module, source, tuple(batch.shape), store=store, tile=tile, scores=scores)
+        values = dict(zip((p.name for p in module.main.params), main_inputs(module, batch), strict=True))
+        with torch.no_grad():
+            recorder.steps(module.main, values, {})
+
+    if len(batches) > 1 and any(option_of(c.recipe, "starved") == "force" for f in module.functions for c in f.consts):
+        counted = _Store(folder, counts_only=True)  # who is starved is known only when all tokens have been seen
+        for batch in batches:
+            run(batch, counted)
+        store = _Store(folder, totals=counted.counts, rows=windows.numel())
+    for batch in batches:
+        run(batch, store)
+    return Calibration(windows.numel(), store.inputs(), tuple(store.coverage))
 
 
 def main_inputs(module: Module, windows: torch.Tensor) -> list[torch.Tensor]:
@@ -143,13 +184,76 @@ def main_inputs(module: Module, windows: torch.Tensor) -> list[torch.Tensor]:
 
 
 @dataclass
+class _Kept:
+    """The inputs of one weight so far: a file, which weights may share, and the positions of each expert's rows."""
+
+    file: RowFile
+    chosen: list[list[torch.Tensor]] | None
+
+
+@dataclass
+class _Store:
+    """What recorders of one batch after the other keep. With `counts_only` it is the tokens of experts alone."""
+
+    folder: Path | None
+    counts_only: bool = False
+    totals: Mapping[str, Sequence[int]] = field(default_factory=dict)  # tokens of each expert, where they are known
+    rows: int = 0  # of the whole text, where they are known
+    coverage: list[Coverage] = field(default_factory=list)  # of each op with experts, in the order in which they run
+    counts: dict[str, list[int]] = field(default_factory=dict)  # by weight
+    _op: int = 0  # the number of the next op with experts in this batch
+    _kept: dict[str, _Kept] = field(default_factory=dict)
+    _last: dict[int, tuple[torch.Tensor, RowFile, int]] = field(default_factory=dict)  # written last, by address
+
+    def begin(self) -> None:
+        """Begin a batch."""
+        self._op = 0
+        self._last.clear()
+
+    def count(self, place: str, counts: Sequence[int]) -> None:
+        """Add the tokens of each expert of the op that is next."""
+        if self._op == len(self.coverage):
+            self.coverage.append(Coverage(place, tuple(counts)))
+        else:
+            known = self.coverage[self._op]
+            self.coverage[self._op] = replace(known, tokens=tuple(map(add, known.tokens, counts)))
+        self._op += 1
+
+    def keep(self, name: str, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None) -> None:
+        """Keep rows f32[T, K] of a weight; the same rows, of several weights, are kept once."""
+        if self.counts_only:
+            return
+        address, old = rows.data_ptr(), self._kept.get(name)
+        if address not in self._last:
+            file = old.file if old else RowFile(self.folder, rows.shape[1])
+            start = len(file)
+            file.append(rows)
+            while len(self._last) > 1:
+                self._last.pop(next(iter(self._last)))
+            self._last[address] = rows, file, start  # the rows too, so that no others get their address
+        _, file, start = self._last[address]
+        kept = self._kept.setdefault(name, _Kept(file, None if chosen is None else [[] for _ in chosen]))
+        for places, own in zip(kept.chosen or (), chosen or (), strict=True):
+            places.append(own + start)
+
+    def inputs(self) -> dict[str, Inputs]:
+        """Return what was kept of every weight; None for experts that saw too few tokens."""
+
+        def enough(places: list[torch.Tensor]) -> torch.Tensor | None:
+            found = torch.cat(places)
+            return found if len(found) >= STARVED else None
+
+        return {
+            name: Inputs(kept.file, None if kept.chosen is None else tuple(map(enough, kept.chosen)))
+            for name, kept in self._kept.items()
+        }
+
+
+@dataclass
 class _Recorder(TiledInterpreter):
     """An interpreter that keeps the inputs of weights whose method wants them."""
 
-    folder: Path | None = None
-    inputs: dict[str, Inputs] = field(default_factory=dict)
-    coverage: list[Coverage] = field(default_factory=list)
-    _last: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # rows that were kept, by address
+    store: _Store = field(default_factory=lambda: _Store(None))
 
     def before(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
         """Leave out what no calibrated weight depends on: the logits of a long text are large."""
@@ -182,29 +286,22 @@ class _Recorder(TiledInterpreter):
     def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
         """Keep the inputs of a weight whose method wants them."""
         if method_of(weight) in CALIBRATED:
-            enough = None if chosen is None else tuple(c if len(c) >= STARVED else None for c in chosen)
-            self.inputs[weight_of(weight)] = Inputs(self._keep(rows), enough)
+            self.store.keep(weight_of(weight), rows, chosen)
 
-    def forced(self, weight: Recipe, token: torch.Tensor, rows: int) -> torch.Tensor:
+    def forced(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
         """Return the rows of an expert; a starved one is given some of all rows where the weight says so."""
-        if len(token) >= STARVED or option_of(weight, "starved") != "force":
+        name = weight_of(weight)
+        if option_of(weight, "starved") != "force":
             return token
-        return torch.cat([token, torch.arange(0, rows, max(1, rows // FORCED))]).unique()
+        if self.store.counts_only:
+            counts = self.store.counts.setdefault(name, [0] * weight.type.sizes[0])
+            counts[expert] += len(token)
+            return token
+        if (self.store.totals[name][expert] if name in self.store.totals else len(token)) >= STARVED:
+            return token
+        return torch.cat([token, torch.arange(0, rows, max(1, max(rows, self.store.rows) // FORCED))]).unique()
 
     def routed(self, op: Op, bound: Mapping[str, str], counts: Sequence[int]) -> None:
         """Count the tokens of each expert."""
         place = ".".join([*(f"{name}.{value}" for name, value in bound.items()), *op.loc[:1]])
-        self.coverage.append(Coverage(place, tuple(counts)))
-
-    def _keep(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the rows as bf16 in a file; the same rows, of several weights, are kept once."""
-        address = rows.data_ptr()
-        if address not in self._last:
-            with tempfile.TemporaryFile(dir=self.folder) as file:  # lives on as long as it is mapped
-                mapped = np.memmap(file, np.int16, "w+", shape=tuple(rows.shape))
-            kept = torch.from_numpy(mapped).view(torch.bfloat16)
-            kept.copy_(rows)
-            while len(self._last) > 1:
-                self._last.pop(next(iter(self._last)))
-            self._last[address] = rows, kept  # the rows too, so that no others get their address
-        return self._last[address][1]
+        self.store.count(place, counts)

@@ -26,11 +26,12 @@ _LOWERED = "the program is already lowered"
 
 def find_plan(
     spec: Spec, budget: str | None, loaded: Loaded, before: Callable[[], Module], quantize: PassDef, target: Target,
-    file: Path | str | None,
+    file: Path | str | None, limit: int,
 ) -> Plan | None:  # fmt: skip
     """Return the plan that `--quantize` asks for: read from its file, or made under a budget; None if it asks for none.
 
-    `before` gives the module that is to be quantized, `quantize` is the pass that does it, `file` is the calibration text.
+    `before` gives the module that is to be quantized, `quantize` is the pass that does it, `file` is the calibration text,
+    and `limit` are the bytes to work in.
     """
     if spec.plan is None:
         return None
@@ -54,15 +55,15 @@ def find_plan(
     def obstacle(op: Op, format: Format) -> str | None:
         return target.holds(op, format) or target.slow(op, format)
 
-    return make_plan(module, loaded.weights, windows_of(text, module), wanted, method, store, obstacle)
+    return make_plan(module, loaded.weights, windows_of(text, module), wanted, method, store, obstacle, limit)
 
 
 def calibrated(
-    loaded: Loaded, module: Module | None, file: Path | str | None, out: Path
+    loaded: Loaded, module: Module | None, file: Path | str | None, out: Path, limit: int
 ) -> tuple[Loaded, dict[str, Any]]:
     """Return the source with weights that know their inputs on a text, and what there is to report of it.
 
-    `module` is the one that is to be lowered; None if it is lowered already.
+    `module` is the one that is to be lowered; None if it is lowered already. `limit` are the bytes to work in.
     """
     from ..weights.awq import fit
     from ..weights.calibrated import Calibrated
@@ -73,9 +74,9 @@ def calibrated(
     text = _text(loaded, file, "the method looks at what weights are multiplied with")
     assert loaded.weights is not None
     out.parent.mkdir(parents=True, exist_ok=True)
-    found = calibrate(module, loaded.weights, windows_of(text, module), out.parent)
+    found = calibrate(module, loaded.weights, windows_of(text, module), out.parent, limit)
     fitted = fit(module, loaded.weights, found.inputs)
-    source = Calibrated(loaded.weights, found.inputs, fitted)
+    source = Calibrated(loaded.weights, found.inputs, fitted, limit // 4)
     return replace(loaded, weights=source), {"text": text.sha256, **found.to_dict()}
 
 

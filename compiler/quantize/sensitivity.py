@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
+from ..check.live import live_bytes
 from ..check.tiled import TiledInterpreter
 from ..cost.count import module_costs
 from ..errors import MoecError
 from ..formats.encode import decode, encode
+from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op, Value, bindings
 from ..ir.recipes import Recipe, bind
 from ..ir.storage import Format, find_format
@@ -32,14 +34,16 @@ from ..weights.pull import pull
 from ..weights.sources.source import WeightSource
 from ..weights.tiles import tiles
 from .allocate import Weight, choose
-from .calibrate import main_inputs
+from .calibrate import LIMIT, fitting, main_inputs
 from .plan import Budget, Entry, Plan, Unit, spell_layers
 
+BATCHES = 8  # each reads all weights again for every format that is measured: no more tokens than these hold
 TOKENS = 2048  # that sensitivities are measured on
 LOGITS = 1 << 26  # numbers; fewer tokens are used with a large vocabulary
 _KINDS = {"uint4": (128, 256, 64, 32, 16), "int8": (128, 256, 64, 32), "uint2": (32, 64, 16)}  # the first is measured
 NAMES = tuple(f"{kind}_g{group}" for kind, groups in _KINDS.items() for group in groups)
 MEASURED = 4  # bits; wider formats cost too little to be told from noise
+CHUNK = 8 << 20  # bytes of f64 logits that are compared at once
 LEFT_OUT = ("router",)  # roles whose weights stay as they are
 GROUPS = 4  # of the experts of a layer, by their share of its error, each with a format of its own
 
@@ -105,41 +109,76 @@ def measure(
     windows: torch.Tensor,
     units: Mapping[Unit, list[Weight]],
     store: Store,
+    batch: int | None = None,
 ) -> tuple[dict[Unit, list[Weight]], dict[Unit, dict[str, float]]]:
     """Return for every unit the expected KL of each format that all of its weights can have.
 
-    The units come back with the experts of a layer in groups, largest share of the error first.
+    The units come back with the experts of a layer in groups, largest share of the error first. `batch` windows are run
+    at once, by default all.
     """
+    probes = {unit: _probes([n for n in NAMES if all(n in w.formats for w in ws)]) for unit, ws in units.items()}
+    kls: dict[tuple[Unit, str], float] = dict.fromkeys(((u, p) for u, found in probes.items() for p in found), 0.0)
+    squares: dict[Recipe, torch.Tensor] = {}
+    for part in windows.split(batch or len(windows)):
+        share = len(part) / len(windows)
+        measured = _measure_part(module, source, part, list(kls), store)
+        for key, kl in measured.kls.items():
+            kls[key] += kl * share
+        for recipe, found in measured.squares.items():
+            squares[recipe] = squares.get(recipe, torch.zeros(())) + found * share
+    costs: dict[Unit, dict[str, float]] = {}
+    divided: dict[Unit, list[Weight]] = {}
+    for unit, weights in units.items():
+        alike = {n: probe for probe, names in probes[unit].items() for n in names}
+        errors = {n: torch.stack([_errors(w.recipe, n, source, squares) for w in weights]).sum(0) for n in alike}
+        kl_of = {}
+        for n, probe in alike.items():
+            whole = float(errors[probe].sum())
+            kl_of[n] = kls[unit, probe] * float(errors[n].sum()) / whole if whole else 0.0
+        for group, share_of in _groups(unit, errors[next(iter(alike))]):
+            divided[group] = [replace(w, experts=group.experts) for w in weights]
+            costs[group] = {n: kl * float(share_of(errors[n])) for n, kl in kl_of.items()}
+    return divided, costs
+
+
+def _probes(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the formats that are measured, each with those that are judged by it."""
+    found: dict[str, list[str]] = {}
+    probe = ""
+    for bits, group in itertools.groupby(names, _bits):
+        alike = list(group)
+        probe = alike[0] if bits <= MEASURED or not probe else probe
+        found.setdefault(probe, []).extend(alike)
+    return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured on some windows: KL by unit and format, mean squares of what weights are multiplied with."""
+
+    kls: Mapping[tuple[Unit, str], float]
+    squares: Mapping[Recipe, torch.Tensor]
+
+
+def _measure_part(
+    module: Module, source: WeightSource, windows: torch.Tensor, wanted: Sequence[tuple[Unit, str]], store: Store
+) -> _Measured:
+    """Run the float program on windows, and from each unit on with each of its formats."""
     reference = _Reference(module, source, tuple(windows.shape))
     values = dict(zip((p.name for p in module.main.params), main_inputs(module, windows), strict=True))
     logits = next(v.name for v in module.main.results if not v.type.state)
+    kls: dict[tuple[Unit, str], float] = {}
     with torch.no_grad():
         reference.steps(module.main, values, {})
-        wanted = _log_softmax(values[logits])
-        costs: dict[Unit, dict[str, float]] = {}
-        divided: dict[Unit, list[Weight]] = {}
-        for unit, weights in units.items():
-            names = [n for n in NAMES if all(n in w.formats for w in weights)]
-            errors = {
-                n: torch.stack([_errors(w.recipe, n, source, reference.squares) for w in weights]).sum(0) for n in names
-            }
-            found: dict[str, float] = {}
-            for bits, group in itertools.groupby(names, _bits):
-                alike = list(group)
-                if bits <= MEASURED or not found:
-                    probe = alike[0]
-                    changed = store(module, spell_layers({unit: probe}))
-                    first = _first_use(changed, unit)
-                    state = dict(reference.snapshots[first])
-                    runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
-                    runner.steps(changed.main, state, {}, first)
-                    kl = _kl(wanted, state[logits])
-                whole = float(errors[probe].sum())
-                found |= {n: kl * float(errors[n].sum()) / whole if whole else 0.0 for n in alike}
-            for part, share in _groups(unit, errors[names[0]]):
-                divided[part] = [replace(w, experts=part.experts) for w in weights]
-                costs[part] = {n: kl * float(share(errors[n])) for n, kl in found.items()}
-    return divided, costs
+        expected = _log_softmax(values.pop(logits))
+        for unit, probe in wanted:
+            changed = store(module, spell_layers({unit: probe}))
+            first = _first_use(changed, unit)
+            state = dict(reference.snapshots[first])
+            runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
+            runner.steps(changed.main, state, {}, first)
+            kls[unit, probe] = _kl(expected, state[logits])
+    return _Measured(kls, reference.squares)
 
 
 def _groups(unit: Unit, errors: torch.Tensor) -> list[tuple[Unit, Callable[[torch.Tensor], float]]]:
@@ -179,7 +218,8 @@ def _kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
     """Return the mean KL of predictions f32[..., V] to log-probabilities f32[T, V], a few rows at a time."""
     total = 0.0
     rows = logits.reshape(-1, logits.shape[-1])
-    for p, q in zip(wanted.split(256), rows.split(256), strict=True):
+    step = max(1, CHUNK // (8 * rows.shape[-1]))
+    for p, q in zip(wanted.split(step), rows.split(step), strict=True):
         p, q = p.double(), torch.log_softmax(q.double(), dim=-1)
         total += float((p.exp() * (p - q)).nan_to_num(0.0).sum())
     return max(total / len(wanted), 0.0)
@@ -208,9 +248,12 @@ def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Re
 
 def make_plan(
     module: Module, source: WeightSource, windows: torch.Tensor, budget: Budget, method: str, store: Store,
-    holds: Obstacle,
+    holds: Obstacle, limit: int = LIMIT,
 ) -> Plan:  # fmt: skip
-    """Return the plan for a module of stage moe that is not quantized; MoecError if the budget cannot be met."""
+    """Return the plan for a module of stage moe that is not quantized; MoecError if the budget cannot be met.
+
+    It is measured on as many windows at once as `limit` bytes have room for, cut shorter where one takes too much.
+    """
     units = find_units(module, holds)
     if not units:
         raise MoecError("there are no weights that the target could hold in fewer bits", todo="leave out --quantize")
@@ -223,10 +266,12 @@ def make_plan(
         fixed = int(module_costs(module).total.compiled_bytes) - 4 * sum(stored.values())
         room = budget.bytes - fixed
     vocabulary = int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
-    count = max(1, min(TOKENS, LOGITS // vocabulary) // windows.shape[1])
+    tokens = min(TOKENS, LOGITS // vocabulary)
+    windows, batch = fitting(module, windows, limit // 3, partial(_taken, module, vocabulary))
+    count = min(max(1, tokens // windows.shape[1]), batch * BATCHES)
     free = {u: dict.fromkeys(frozenset.intersection(*(w.formats for w in ws)), 0.0) for u, ws in units.items()}
     choose(units, free, room, fixed)  # measuring takes minutes: a budget that cannot be met is told before
-    units, costs = measure(module, source, windows[:count], units, store)
+    units, costs = measure(module, source, windows[:count], units, store, batch)
     chosen = choose(units, costs, room, fixed)
     spent = {(w.key, f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
     total = sum(spent.values())
@@ -234,6 +279,14 @@ def make_plan(
         budget.text, method, round(float(total * 8 / sum(stored.values())), 4), int(total),
         sum(kl for _, kl in chosen.values()), windows[:count].numel(), tuple(_entries(units, chosen)),
     )  # fmt: skip
+
+
+def _taken(module: Module, vocabulary: int, window: int) -> int:
+    """Return the bytes that measuring one window takes: values, those that are kept at each op of @main, and logits."""
+    dims = {"B": 1, "S": window, "P": 0}
+    logits = 4 * vocabulary * window
+    kept = sum(4 * evaluate(v.type.elements, dims) for op in module.main.ops for v in op.results) - logits
+    return live_bytes(module, dims) - logits + max(0, kept) + 4 * logits
 
 
 def _entries(units: Mapping[Unit, list[Weight]], chosen: Mapping[Unit, tuple[str, float]]) -> list[Entry]:

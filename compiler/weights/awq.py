@@ -6,7 +6,7 @@ a calibration kept; weights that read the same inputs share their factors, and e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .pull import pull
 from .sources.source import WeightSource
 
 STEPS = 10  # the exponent is tried in tenths
+TILE = 4 << 20  # bytes of f32 of a weight that are worked on at once
 ROWS = 512  # inputs of a weight (of one expert) that the error is taken on
 
 
@@ -65,7 +66,7 @@ def _scaled(module: Module) -> dict[str, list[tuple[TensorType, Step]]]:
 def _search(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource) -> torch.Tensor:
     """Return the factors f32[K] that make the rounding of some weights, which share their inputs, err least."""
     first, given, one = weights[0]
-    level = _sample(given.of(one), first).abs().sum(0)
+    level = _sample(given, one, first).abs().sum(0)
     if not float(level.max()) > 0:
         return torch.ones_like(level)
     candidates = []
@@ -76,13 +77,22 @@ def _search(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource
     for weight, seen, e in weights:
         format = format_of(weight.type.dtype)
         for expert in [e] if e is not None or len(weight.type.shape) == 2 else range(weight.type.sizes[0]):
-            box = None if expert is None else ((expert, expert + 1), *((0, n) for n in weight.type.sizes[1:]))
-            numbers = pull(_own(weight), source, box).reshape(-1, weight.type.sizes[-1])
-            x = _sample(seen.of(expert), weight)
-            for i, s in enumerate(candidates):
-                rounded = decode(encode(numbers * s, format), format, numbers.shape[1]) / s
-                errors[i] += (x @ (rounded - numbers).T).square().sum()
+            x = _sample(seen, expert, weight)
+            for numbers in _rows(weight, expert, source):
+                for i, s in enumerate(candidates):
+                    rounded = decode(encode(numbers * s, format), format, numbers.shape[1]).div_(s)
+                    errors[i] += (x @ rounded.sub_(numbers).T).square().sum()
     return candidates[int(errors.argmin())]
+
+
+def _rows(weight: Step, expert: int | None, source: WeightSource) -> Iterator[torch.Tensor]:
+    """Yield the rows f32[N, K] of a weight's own numbers, or of one expert's, a few at a time."""
+    *_, rows, width = weight.type.sizes
+    step = max(1, TILE // (4 * width))
+    lead = () if expert is None else ((expert, expert + 1),)
+    for low in range(0, rows, step):
+        box = (*lead, (low, min(low + step, rows)), (0, width))
+        yield pull(_own(weight), source, box).reshape(-1, width)
 
 
 def _own(weight: Step) -> Recipe:
@@ -92,8 +102,7 @@ def _own(weight: Step) -> Recipe:
     return recipe
 
 
-def _sample(rows: torch.Tensor | None, weight: Step) -> torch.Tensor:
+def _sample(seen: Inputs, expert: int | None, weight: Step) -> torch.Tensor:
     """Return some of the inputs of a weight; none of an expert that saw too few."""
-    if rows is None:
-        return torch.zeros(0, weight.type.sizes[-1])
-    return rows[:: max(1, len(rows) // ROWS)]
+    rows = seen.sample(expert, ROWS)
+    return torch.zeros(0, weight.type.sizes[-1]) if rows is None else rows

@@ -5,20 +5,24 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import MoecError
-from ..formats.gptq import inverse_factor
+from ..formats.gptq import factor_of
 from ..ir.recipes import WEIGHT, Recipe, Step, step, tensors
 from ..ir.types import TensorType
+from .row_file import RowFile
 from .sources.safetensors_header import TensorInfo
 from .sources.source import Box, WeightSource, cut
 from .unchanged import Opened
 
+PIECE = 8 << 20  # bytes of f32 rows that are worked on at once
+_PARTS = 4  # matrices of the size of a factor that making one takes
 _KEPT = 4  # factors that are kept: the tiles of a weight come one after the other, to a few threads
 
 
@@ -26,19 +30,47 @@ _KEPT = 4  # factors that are kept: the tiles of a weight come one after the oth
 class Inputs:
     """What a weight is multiplied with: `rows` bf16[T, K], and for experts those that each of them is given.
 
-    `chosen` holds for each expert the positions of its rows; None for an expert that saw too few. It is None itself for
-    a weight that all rows go through.
+    `chosen` holds for each expert the positions of its rows, in order; None for an expert that saw too few. It is None
+    itself for a weight that all rows go through. Rows may lie on disk: they are read a piece at a time.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | RowFile
     chosen: tuple[torch.Tensor | None, ...] | None = None
 
     def of(self, expert: int | None) -> torch.Tensor | None:
         """Return the rows f32[N, K] of an expert, or of the whole weight for None."""
-        if self.chosen is None or expert is None:
-            return self.rows.float()
-        rows = self.chosen[expert]
-        return None if rows is None else self.rows[rows].float()
+        places = self._places(expert)
+        return None if places is None else torch.cat([self.rows[0:0].float(), *self._pieces(places)])
+
+    def gram(self, expert: int | None) -> torch.Tensor | None:
+        """Return XᵀX f32[K, K] of the rows X of an expert, or of the whole weight for None."""
+        places = self._places(expert)
+        if places is None:
+            return None
+        width = self.rows[0:0].shape[1]
+        found = torch.zeros(width, width)
+        for piece in self._pieces(places):
+            found.addmm_(piece.T, piece)
+        return found
+
+    def sample(self, expert: int | None, most: int) -> torch.Tensor | None:
+        """Return about `most` of the rows f32[N, K], equally far apart."""
+        places = self._places(expert)
+        if places is None:
+            return None
+        return torch.cat([self.rows[0:0].float(), *self._pieces(places[:: max(1, len(places) // most)])])
+
+    def _places(self, expert: int | None) -> torch.Tensor | None:
+        """Return which rows are an expert's."""
+        return torch.arange(len(self.rows)) if self.chosen is None or expert is None else self.chosen[expert]
+
+    def _pieces(self, places: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the rows f32[N, K] at some places, which are in order, as many at a time as PIECE bytes hold."""
+        step = max(1, PIECE // (4 * max(1, self.rows[0:0].shape[1])))
+        for low in range(0, len(self.rows), step):
+            first, end = torch.searchsorted(places, torch.tensor([low, low + step])).tolist()
+            if first < end:
+                yield self.rows[low : low + step][places[first:end] - low].float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +80,11 @@ class Calibrated:
     source: WeightSource
     inputs: Mapping[str, Inputs]
     fitted: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    room: int = 1 << 40  # bytes for gptq's factors: those that are kept, and those that are being made
     _factors: OrderedDict[tuple[str, int | None], torch.Tensor | None] = field(default_factory=OrderedDict, repr=False)
     _locks: dict[tuple[str, int | None], threading.Lock] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _making: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -83,11 +117,14 @@ class Calibrated:
             with self._lock:
                 if key in self._factors:
                     return self._factors[key]
-            rows = found.of(expert)
-            factor = None if rows is None else inverse_factor(rows)
+            size = 4 * quantized.type.sizes[-1] ** 2
+            alone = self._making if 2 * _PARTS * size > self.room else nullcontext()
+            with alone:
+                gram = found.gram(expert)
+                factor = None if gram is None else factor_of(gram)
             with self._lock:
                 self._factors[key] = factor
-                while len(self._factors) > _KEPT:
+                while len(self._factors) > max(1, min(_KEPT, self.room // size - _PARTS)):
                     self._factors.popitem(last=False)
             return factor
 

@@ -1,0 +1,160 @@
+"""`--memory-limit` where weights are calibrated: in batches, with the same results, and files on a disk that may be full."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from moec.compiler import frontends
+from moec.compiler.check.live import live_bytes
+from moec.compiler.driver import opt
+from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.quantize.calibrate import calibrate, fitting
+from moec.compiler.quantize.sensitivity import find_units, measure
+from moec.compiler.weights.calibrated import PIECE, Inputs
+from moec.compiler.weights.row_file import RowFile
+from moec.passes import PASSES
+from moec.targets import TARGETS
+from tiny_models import random_model
+
+TO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
+IDS = torch.randint(3, 128, (6, 40), generator=torch.Generator().manual_seed(5))
+LIMIT = 200  # MB
+MAIN = "from moec.compiler.cli.commands import main; main()"
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    loaded = frontends.load(random_model(FAMILIES["qwen3_moe"]))
+    return loaded, opt(loaded.module, TO_MOE)
+
+
+def quantized(module, **options):
+    policy = {"attention": "uint4_g16", "experts": "uint4_g16", "embedding": "f32", "head": "uint4_g16", **options}
+    return PASSES["quantize"](module, TARGETS["cpu"], None, method="gptq", **policy)
+
+
+@pytest.mark.parametrize("starved", ["rtn", "force"])
+def test_batches_keep_what_one_run_keeps(qwen, starved):
+    """Some experts are starved in each batch alone, and not in all together; others in all."""
+    loaded, module = qwen
+    module = quantized(module, starved=starved)
+    each = live_bytes(module, {"B": 1, "S": 40, "P": 0})
+    whole, parts = (calibrate(module, loaded.weights, IDS, limit=4 * n * each) for n in (6, 2))
+    assert fitting(module, IDS, 2 * each)[1] == 2
+    assert parts.coverage == whole.coverage and parts.tokens == whole.tokens == 240
+    assert min(min(layer.tokens) for layer in whole.coverage) < 32 < max(max(layer.tokens) for layer in whole.coverage)
+    assert list(parts.inputs) == list(whole.inputs)
+    for name, inputs in whole.inputs.items():
+        for expert in (None,) if inputs.chosen is None else range(8):
+            found, wanted = parts.inputs[name].of(expert), inputs.of(expert)
+            assert (found is None) == (wanted is None)
+            if wanted is not None and starved == "rtn":
+                assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-4)
+            elif wanted is not None:  # other tokens fill up, about as many
+                assert len(wanted) // 2 <= len(found) <= 2 * len(wanted)
+
+
+def test_a_window_that_is_too_large_is_cut_shorter(qwen):
+    _, module = qwen
+    long = torch.zeros(4, 512, dtype=torch.int64)
+    each = live_bytes(module, {"B": 1, "S": 128, "P": 0})
+    windows, count = fitting(module, long, each)
+    assert (windows.shape, count) == ((16, 128), 1)
+    assert fitting(module, long, 1)[0].shape == (32, 64)  # never shorter than that
+    assert fitting(module, long, 1 << 40)[1] == 4
+
+
+def test_sensitivities_in_batches(qwen):
+    loaded, module = qwen
+    units = dict(list(find_units(module, lambda op, format: None).items())[:3])
+
+    def store(module, layers):
+        return PASSES["quantize"](
+            module, None, None, layers=layers,
+            **dict.fromkeys(("experts", "attention", "shared", "dense", "embedding", "head"), "f32"),
+        )  # fmt: skip
+
+    whole, parts = (measure(module, loaded.weights, IDS, units, store, batch)[1] for batch in (None, 4))
+    assert whole.keys() == parts.keys()
+    for unit, kls in whole.items():
+        assert all(abs(parts[unit][name] - kl) <= 1e-3 * kl + 1e-9 for name, kl in kls.items())
+
+
+def test_rows_on_disk_are_read_a_piece_at_a_time(tmp_path):
+    x = torch.randn(5000, 1024, generator=torch.Generator().manual_seed(0))
+    file = RowFile(tmp_path, 1024)
+    for part in x.split(999):
+        file.append(part)
+    assert list(tmp_path.iterdir()) == []  # it has no name
+    assert len(file) == 5000 and 2 * PIECE < 4 * 1024 * 5000
+    chosen = torch.arange(3, 5000, 7)
+    kept, wanted = Inputs(file, (chosen, None)), x.bfloat16()
+    assert torch.equal(kept.of(None), wanted.float()) and torch.equal(kept.of(0), wanted[chosen].float())
+    assert kept.of(1) is None and kept.gram(1) is None and kept.sample(1, 9) is None
+    assert torch.allclose(kept.gram(0), wanted[chosen].float().T @ wanted[chosen].float(), atol=1e-2)
+    assert torch.equal(kept.sample(0, 100), wanted[chosen[:: len(chosen) // 100]].float())
+
+
+def run(code, *arguments, **options):
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_inputs_that_find_no_room_are_one_message(method, tmp_path):
+    """A file may not grow beyond 64 kB in that process: what a full disk is to a write."""
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a model of eight experts. " * 60)
+    command = [
+        sys.executable,
+        "-c",
+        MAIN,
+        "compile",
+        "examples/tiny-moe",
+        "-o",
+        tmp_path / "x",
+        "--calibration",
+        text,
+    ]
+    done = subprocess.run(
+        [*map(str, command), "--quantize", f"int4,method={method}"], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: calibration inputs grew larger than a file may be here")
+    assert "Traceback" not in done.stderr and not (tmp_path / "x").exists()
+
+
+MEASURED = """
+import sys
+import moec
+from pathlib import Path
+source, out, quantize, limit, text = sys.argv[1:]
+budget = {"budget": "4.5bpw"} if quantize == "auto" else {}
+def memory(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
+moec.compile(source, stop_after="moe")  # what imports bring along
+before = memory("VmRSS")
+moec.compile(source, out=out, quantize=quantize, calibration=text, memory_limit=int(limit) * 10**6, **budget)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quantize", ["int4,method=gptq", "int4,method=awq", "auto"])
+def test_a_limit_holds_on_a_checkpoint_of_600_mb(quantize, tmp_path_factory, tmp_path):
+    folder = tmp_path_factory.getbasetemp() / "600mb"
+    if not folder.exists():
+        sizes = {"layers": 4, "hidden": 1024, "expert": 512, "experts": 32, "chosen": 4}
+        options = [str(word) for name, size in sizes.items() for word in (f"--{name}", size)]
+        script = Path(__file__).parent / "bench" / "checkpoint.py"
+        subprocess.run([sys.executable, script, folder, *options], check=True)
+    assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) > 600e6
+    text = tmp_path / "text"
+    text.write_text("".join(p.read_text() for p in sorted(Path(json.__file__).parent.parent.glob("*.py"))[:8]))
+    done = run(MEASURED, folder, tmp_path / "x", quantize, LIMIT, text)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < LIMIT + 50
