@@ -16,7 +16,7 @@ from moec.compiler.cli.base import progress_bar
 from moec.compiler.errors import MoecError
 from moec.compiler.text.parser import parse_module
 
-MOEC = [sys.executable, "-m", "moec.compiler.cli.commands"]
+MOEC = [sys.executable, "-m", "moec.compiler.cli"]
 COMMANDS = ("compile", "opt", "run", "verify", "inspect", "list", "targets")
 CONFIGS = Path(__file__).parent / "configs"
 

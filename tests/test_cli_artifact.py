@@ -25,7 +25,7 @@ def moec(*arguments: object) -> Result:
 
 def shell(*arguments: object, **options) -> subprocess.CompletedProcess:
     """Run the command as its own process."""
-    command = [sys.executable, "-m", "moec.compiler.cli.commands", *map(str, arguments)]
+    command = [sys.executable, "-m", "moec.compiler.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 

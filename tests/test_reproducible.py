@@ -19,7 +19,7 @@ from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from tiny_models import random_model, save
 
-MOEC = [sys.executable, "-m", "moec.compiler.cli.commands"]
+MOEC = [sys.executable, "-m", "moec.compiler.cli"]
 
 
 @pytest.fixture(scope="module")

@@ -321,7 +321,3 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     from .table import show_rows
 
     show_rows(rows)
-
-
-if __name__ == "__main__":
-    main(prog_name="moec")
