@@ -8,13 +8,15 @@ from pathlib import Path
 import moec
 import numpy as np
 import pytest
+import torch
 from chips_for_tests import needs_triton
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.compare import ROUNDING, token_differences
 from moec.compiler.runtime.generate import left_pad
 from moec.compiler.runtime.reference import Reference, rounded
-from tiny_models import random_model
+from tiny_models import meaning, random_model
 
+TINY = Path(__file__).parent.parent / "examples/tiny-moe"
 STEPS = 3
 LEAST = 1e-3  # a difference that counts as none, where the model in bf16 happens to be nearer
 ATTENTION = ("deepseek_v3", "gpt_oss", "deepseek_v4", "mimo_v2_flash", "llama4_text", "olmoe")  # a kind each
@@ -25,7 +27,7 @@ LONG = [pytest.param(f, c, marks=pytest.mark.long) for f in ATTENTION for c in C
 
 @pytest.mark.parametrize(("family", "chip"), [*QUICK, *LONG])
 def test_two_sequences_and_cached_steps(family, chip, tmp_path):
-    """Most tokens are about as far off as those of the model in bf16, in the prefill and in each step."""
+    """Most tokens are about as far off as those of the model in bf16, in the prefill and in the steps behind it."""
     model = random_model(FAMILIES[family])
     options = {"kernels": "source", "buckets": "4,64"}
     artifact = moec.compile(model, target=chip, out=tmp_path / "a", options=options)
@@ -36,14 +38,37 @@ def test_two_sequences_and_cached_steps(family, chip, tmp_path):
     generator = np.random.default_rng(0)
     ids, mask, positions = left_pad([generator.integers(3, session.vocabulary, n).tolist() for n in (12, 7)])
     states = [None] * len(runners)
+    far: list[list[np.ndarray]] = [[], []]
     for _ in range(1 + STEPS):
         both = [r.step(ids, mask, positions, s) for r, s in zip(runners, states, strict=True)]
         (found, wanted, bf16), states = zip(*both, strict=True)
         real = mask[:, -ids.shape[1] :].astype(bool)
-        off, allowed = (np.median(token_differences(x[real], wanted[real])) for x in (found, bf16))
-        assert off <= ROUNDING * allowed + LEAST, (off, allowed)
+        for rows, logits in zip(far, (found, bf16), strict=True):
+            rows.append(token_differences(logits[real], wanted[real]))
         ids = wanted[:, -1:].argmax(-1)
         mask, positions = np.pad(mask, ((0, 0), (0, 1)), constant_values=1), positions[:, -1:] + 1
+    for part in (slice(1), slice(1, None)):
+        off, allowed = (np.median(np.concatenate(rows[part])) for rows in far)
+        assert off <= ROUNDING * allowed + LEAST, (off, allowed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("spec", ["experts=int4", "int8", "experts=mxfp4", "experts=nvfp4", "experts=fp8_b128"])
+def test_stored_formats(spec, chip, tmp_path):
+    """Against the program before it is lowered, with the numbers that the codes stand for: a prefill and a cached step."""
+    options = {"kernels": "source", "buckets": "1,16"}
+    artifact = moec.compile(TINY, target=chip, out=tmp_path / "a", quantize=spec, options=options)
+    session, run = artifact.session(threads=1), meaning(TINY, spec, chip)
+    ids = np.arange(50, 61)[None]
+    mask, positions = np.ones((1, 12), np.int64), np.arange(12)[None]
+    found, states = session.step(ids, mask[:, :11], positions[:, :11])
+    step, _ = session.step(np.array([[61]]), mask, positions[:, 11:], states)
+    empty = [torch.zeros([{"B": 1, "P": 0}.get(n, n) for n in e["shape"]]) for e in artifact.manifest["states"]]
+    whole = [torch.from_numpy(a) for a in (np.append(ids, [[61]], 1), mask, positions)]
+    wanted = run([*whole, *empty])[0].numpy()
+    off = token_differences(np.concatenate([found, step], 1), wanted)
+    assert np.median(off) <= 0.01 and off[-1] <= 0.02
 
 
 @needs_triton

@@ -8,17 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from moec.compiler import driver
-from moec.compiler.check.interpret import interpret
 from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.quantize.options import Spec, with_quantize
 from moec.compiler.runtime.compare import score_text
 from moec.compiler.runtime.reference import Reference
-from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sink import tile_bytes
-from tiny_models import padded_batch, random_model
+from tiny_models import meaning, padded_batch, random_model
 
 TINY = "examples/tiny-moe"
 EXACT = 1e-4
@@ -29,20 +26,6 @@ def tiny_int4(tmp_path_factory, request):
     """Return the artifact of examples/tiny-moe in int4."""
     source = request.config.rootpath / TINY
     return moec.compile(source, out=tmp_path_factory.mktemp("int4") / "artifact", quantize="int4")
-
-
-def meaning(model, spec):
-    """Return a function that runs the quantized program of a model with torch: what its codes stand for."""
-    module = driver.compile(model, quantize=spec, stop_after="moe")
-    source = load(model).weights
-    made = {}
-
-    def weights(recipe):
-        if repr(recipe) not in made:
-            made[repr(recipe)] = pull(recipe, source)
-        return made[repr(recipe)]
-
-    return lambda inputs: interpret(module, inputs, weights)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from moec.compiler import driver
+from moec.compiler.check.interpret import interpret
+from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.frontends.skeleton import make_model
 from moec.compiler.frontends.transformers.cache import cache_argument, returned_cache
+from moec.compiler.weights.pull import pull
 
 INSTALLED = tuple(name for name, family in FAMILIES.items() if hasattr(transformers, family.config_class))
 ROUTER = re.compile(r"(\.(mlp|feed_forward|mixer)\.gate|\.gate\.wg|router(_gate)?(\.\w+)?)\.weight$")
@@ -77,3 +81,17 @@ def padded_batch(
         mask[row, : (length * row) // (batch + 1)] = 0
     ids = ids * mask
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def meaning(model, spec, target="cpu"):
+    """Return a function that runs the quantized program of a model with torch: what its codes stand for."""
+    module = driver.compile(model, target, quantize=spec, stop_after="moe")
+    source = load(model).weights
+    made = {}
+
+    def weights(recipe):
+        if repr(recipe) not in made:
+            made[repr(recipe)] = pull(recipe, source)
+        return made[repr(recipe)]
+
+    return lambda inputs: interpret(module, inputs, weights)
