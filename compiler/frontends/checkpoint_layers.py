@@ -112,4 +112,15 @@ def missing_parameter(model: Any, checkpoint: Checkpoint, name: str) -> MoecErro
     todo = checkpoint.like(name)
     if f"{name}_scales" in checkpoint.tensors:  # experts of gpt-oss: codes and scales in place of a parameter
         todo = f"{name}_scales is there, but {name}_blocks is missing: was it renamed?"
-    return MoecError(f"the checkpoint has no tensor for {name}", where=str(checkpoint.folder), todo=todo)
+    spelled = _as_siblings(name, checkpoint.tensors) or name
+    return MoecError(f"the checkpoint has no tensor for {spelled}", where=str(checkpoint.folder), todo=todo)
+
+
+def _as_siblings(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that a layer's parameter would have in a checkpoint, as the same one of another layer is spelled."""
+    number = first_number(name)
+    for other in names if number is not None else ():
+        spelled = re.sub(r"(?<=\.)\d+(?=\.)", str(number), other, count=1)
+        if canonical(spelled) == canonical(name):
+            return spelled
+    return None

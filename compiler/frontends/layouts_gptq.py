@@ -23,7 +23,17 @@ def gptq(stored: Stored, scheme: Scheme) -> Recipe:
     """
     if scheme.layout == "awq":
         return awq(stored, scheme)
-    scheme = _as_indexed(stored, scheme)
+    indexed = _as_indexed(stored, scheme)
+    try:
+        return _by_columns(stored, indexed)
+    except ValueError as error:
+        if indexed == scheme:
+            raise
+        raise ValueError(f"{error}, by the bits and groups that {stored['g_idx'].name} shows") from None
+
+
+def _by_columns(stored: Stored, scheme: Scheme) -> Recipe:
+    """Return GPTQ weights, stored as the scheme says."""
     packed, scale, bits = _codes(stored, scheme)
     words, rows = packed.type.sizes
     if bits not in _BITS or words * 32 % bits:

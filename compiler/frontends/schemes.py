@@ -35,6 +35,7 @@ class Scheme:
     layout: str = ""  # gptq, awq: how `qweight` is to be read; empty for everything else
     zeros_less_one: bool = True  # GPTQ: 15 stands for a zero point of 0
     in_order: bool = True  # False: scales belong to the inputs that g_idx names
+    floats: str = "f8e4m3"  # the dtype of floats of 8 bits
 
 
 MXFP4, MXFP8 = Scheme("float", 4, (1, 32), "e8m0"), Scheme("float", 8, (1, 32), "e8m0")
@@ -51,6 +52,8 @@ _ALGORITHMS = {
     "MXFP8": MXFP8,
 }
 
+
+_FLOATS = {"e4m3": "f8e4m3", "float8_e4m3fn": "f8e4m3", "e5m2": "f8e5m2", "float8_e5m2": "f8e5m2"}
 
 SchemesOf = Callable[[str], tuple[Scheme, ...]]
 
@@ -143,7 +146,10 @@ def _always(*schemes: Scheme) -> SchemesOf:
 
 def _fp8(config: Mapping[str, Any]) -> SchemesOf:
     block = config.get("weight_block_size")
-    own = Scheme("float", 8, _block(block, "weight_block_size") if block else None)
+    floats = _FLOATS.get(str(config.get("fmt") or "e4m3").lower())
+    if floats is None:
+        raise ValueError(f"fmt in quantization_config cannot be {config['fmt']!r}, it is e4m3 or e5m2")
+    own = Scheme("float", 8, _block(block, "weight_block_size") if block else None, floats=floats)
     # DeepSeek V4 keeps experts in FP4 beside linears in FP8 blocks; where ModelOpt rewrote them, the method's name stays
     if config.get("moe_quant_algo"):
         return _always(own, MXFP4, *_algorithms({**config, "quant_algo": config["moe_quant_algo"]}))

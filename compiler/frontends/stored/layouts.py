@@ -69,9 +69,9 @@ def scaled(stored: Stored, scheme: Scheme) -> Recipe:
     scale = stored[found[0]]
     if (scheme.kind, scheme.bits) == ("float", 4):
         return float4(Stored({**stored.parts, "weight_packed": weight, "weight_scale": scale}, stored.read), scheme)
-    wanted = _FP8 if scheme.kind == "float" else ("i8",)
-    if weight.type.dtype not in wanted:
-        raise ValueError(f"codes cannot be {weight.type}, config.json speaks of {scheme.kind} with {scheme.bits} bits")
+    wanted = scheme.floats if scheme.kind == "float" else "i8"
+    if weight.type.dtype != wanted:
+        raise ValueError(f"codes cannot be {weight.type}, config.json speaks of {wanted}")
     if "weight_scale_2" in stored:
         raise ValueError(f"{stored['weight_scale_2'].name} beside codes {weight.type}")
     scales, block = spread_scales(weight.type, scale, scheme)
@@ -188,7 +188,10 @@ def gpt_oss(stored: Stored, scheme: Scheme) -> Recipe:
     *outer, groups, width = blocks.type.sizes
     codes = step("reshape", blocks, shape=(*outer, groups * width))
     block = (*(1 for _ in outer), 2 * width)
-    numbers = step("dequantize", e2m1(codes), scale_numbers(stored["scales"], scheme), block=block)
+    scales = stored["scales"]
+    if scales.type.sizes != (*outer, groups):
+        raise ValueError(f"{scales.name} is {scales.type}, {[*outer, groups]} is wanted")
+    numbers = step("dequantize", e2m1(codes), scale_numbers(scales, scheme), block=block)
     return step("transpose", numbers, perm=(*range(len(outer) - 1), len(outer), len(outer) - 1))
 
 
