@@ -8,53 +8,37 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
-from . import frontends
 from .artifact.ahead import check_dump, check_folder, check_output, check_room, check_text, least_bytes
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
-from .cost.count import module_costs
-from .cost.report import left_out_of, per_token
 from .errors import MoecError
-from .errors.paths import check_path
-from .frontends import Loaded
-from .ir.fragments import parse_pipeline
-from .ir.module import STAGES, Module
-from .quantize.options import (  # fmt: skip
-    AUTO,
-    CALIBRATED,
-    KEEP,
-    PASS,
-    Spec,
-    is_from_codes,
-    is_lossy,
-    kept_codes,
-    needs_calibration,
-    precision,
-    with_keep,
-    with_quantize,
-)
+from .errors.paths import check_source
+from .ir.pipelines import parse_pipeline
+from .ir.stages import STAGES
+from .quantize.options import AUTO, CALIBRATED, KEEP, PASS, Spec, with_keep, with_quantize
 from .quantize.plan import PLAN, Budget, read_plan
-from .quantize.planning import calibrated, find_plan
-from .rewrite.pipeline import Option, PassDef, PassTiming, check_stop, resolve, run_pipeline, spell_pass
-from .rewrite.rules import Why, tell
-from .rewrite.unfused import unfused
-from .runtime.artifact import Artifact, record_figures
-from .text.printer import print_module
+from .rewrite.declare import Option, PassDef, check_stop, resolve, spell_pass
 from .version import __version__
-from .weights.sink import MEMORY_LIMIT, tile_bytes
+from .weights.memory import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
+    from .frontends import Loaded
+    from .ir.module import Module
     from .quantize.plan import Plan
+    from .rewrite.pipeline import PassTiming
+    from .rewrite.rules import Why
+    from .runtime.artifact import Artifact
     from .runtime.compare import Comparison
 
-Progress = Callable[[int, int], None]  # bytes of weights written, bytes in all
+# What computes (torch, sympy) takes seconds to import: the functions below import it when a request has been judged, so
+# that wrong use is answered at once.
 
-declare_kernel_ops()
+Progress: TypeAlias = Callable[[int, int], None]  # bytes of weights written, bytes in all
 
 IMPORTING = ("torch", "transformers")  # packages that models are read with, whose versions moec.json records
 ACCURACIES = ("fast", "exact")
@@ -98,6 +82,14 @@ def compile(
     """
     chosen = find_target(target, options or {})
     _judge(source, chosen, out, pipeline, quantize, budget, calibration, accuracy, memory_limit, dump, stop_after)
+    from . import frontends
+    from .cost.count import module_costs
+    from .quantize.planning import calibrated, find_plan
+    from .quantize.stored import is_from_codes, needs_calibration
+    from .rewrite.pipeline import run_pipeline
+    from .runtime.artifact import record_figures
+
+    declare_kernel_ops()
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     loaded = frontends.load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     _say_replaced(loaded, why)
@@ -143,6 +135,8 @@ def compile(
 
 def _say_replaced(loaded: Loaded, why: Why) -> None:
     """Tell what stands for code of transformers; who collects no notes is warned of code that was not checked."""
+    from .rewrite.rules import tell
+
     tell(why, [stand_in.note() for stand_in in loaded.replaced])
     if why is None:
         for stand_in in loaded.replaced:
@@ -185,7 +179,7 @@ def _judge(
         check_dump(Path(dump))
     if not isinstance(source, (str, Path)):
         return
-    folder = check_path(source, "the source")
+    folder = check_source(source)
     if folder.is_dir():
         check_folder(folder)
     final = (
@@ -198,6 +192,8 @@ def _judge(
 
 def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
     """Return a function that takes notes for the report and hands them on."""
+
+    from .rewrite.rules import tell
 
     def take(note: str) -> None:
         notes.append(note)
@@ -215,6 +211,8 @@ def passes_for(target: Target) -> dict[str, PassDef]:
     """Return the table of passes together with the target's lowering."""
 
     def lower(module: Module, target: Target, why: Why, accuracy: str = "fast") -> Module:
+        from .rewrite.rules import tell
+
         notes: list[str] = []
         lowered = target.lower(module, notes, accuracy)
         tell(why, notes)
@@ -238,6 +236,8 @@ def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]
 
 def _before_lower(module: Module, pipeline: str, target: Target) -> Module:
     """Return a module as it is before it is lowered."""
+    from .rewrite.pipeline import run_pipeline
+
     return run_pipeline(
         module, _remaining(module, pipeline), target=target, stop_after="moe", table=passes_for(target)
     )[0]
@@ -257,6 +257,13 @@ def _emit(
     progress: Progress | None, notes: list[str], figures: Mapping[str, Any], plan: Plan | None,
 ) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
+    from .cost.count import module_costs
+    from .cost.report import left_out_of, per_token
+    from .quantize.stored import is_lossy, kept_codes, precision
+    from .rewrite.unfused import unfused
+    from .runtime.artifact import Artifact
+    from .text.printer import print_module
+
     assert loaded.weights is not None
     tile = tile_bytes(limit)
     source: dict[str, Any] = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
@@ -305,6 +312,10 @@ def _output(source: Any, loaded: Loaded, target: Target, out: Path | str | None)
 
 def load(source: Any, **options: Any) -> Module | Artifact:
     """Open an artifact folder, or import any other source as a module."""
+    from . import frontends
+    from .runtime.artifact import Artifact
+
+    declare_kernel_ops()
     if isinstance(source, (str, Path)) and (Path(source) / "moec.json").is_file():
         return Artifact.open(Path(source))
     return frontends.load(source, **options).module
@@ -320,12 +331,20 @@ def opt(
     why: Why = None,
     timings: list[PassTiming] | None = None,
 ) -> Module:
-    """Run passes on a module, a `.moir` file or any other source; return the module."""
-    module = source if isinstance(source, Module) else frontends.load(source).module
     chosen = find_target(target, {})
+    table = passes_for(chosen)
+    steps = parse_pipeline(passes)
+    resolve(steps, table)
+    if isinstance(source, (str, Path)):
+        check_source(source)
+    from . import frontends
+    from .ir.module import Module
+    from .rewrite.pipeline import run_pipeline
+
+    declare_kernel_ops()
+    module = source if isinstance(source, Module) else frontends.load(source).module
     module, taken = run_pipeline(
-        module, parse_pipeline(passes), target=chosen, check=check, dump=Path(dump) if dump else None, why=why,
-        table=passes_for(chosen),
+        module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why, table=table
     )  # fmt: skip
     if timings is not None:
         timings += taken
@@ -342,6 +361,10 @@ def predict(
     compiled for another one, and for a figure of the chip that is unknown.
     """
     chosen = find_target(target, options or {})
+    from .quantize.stored import is_from_codes
+    from .rewrite.pipeline import run_pipeline
+
+    declare_kernel_ops()
     if chosen.predict is None:
         raise MoecError(f"target {target} is not known by figures", todo="name an accelerator; moec targets lists them")
     if module.stage == "kernel":
@@ -365,6 +388,8 @@ def verify(
     Options as in `parity.verify`; `accuracy` is that of the session (None: as compiled). Where moec.json cannot be
     written that is a note: the figures are found all the same.
     """
+    from .runtime.artifact import Artifact, record_figures
+
     artifact = Artifact.open(Path(folder))
     found = artifact.verify(against=against, accuracy=accuracy, **options)
     measured = {**found.to_dict(), **({"accuracy": accuracy} if accuracy else {})}

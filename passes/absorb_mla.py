@@ -8,7 +8,7 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.dims import size
 from ..compiler.ir.module import Module
 from ..compiler.ir.recipes import Recipe, step
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.rules import Match, Why, apply, rule
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..compiler.ir.module import Function, Module
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 from .drop_dead import without_dead, without_idle_functions
 from .fold_constants import folded
 from .share_expressions import shared

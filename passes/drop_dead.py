@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..compiler.ir.module import Function, Module, Op, walk_calls
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 
 
 @pass_(reads="any")

@@ -14,7 +14,7 @@ from ..compiler.ir.dims import size
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import step
 from ..compiler.ir.types import attr_key, make_attrs
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import weight_operands
 from ..compiler.rewrite.sweep import Sweep
 

@@ -10,8 +10,8 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.types import TensorType, make_attrs
 from ..compiler.ops import OPS
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.draft import Draft, join, rewrite_ops
-from ..compiler.rewrite.pipeline import pass_
 from ..compiler.rewrite.rules import Note, Why, tell
 
 FUSED = "nn.cached_attention"

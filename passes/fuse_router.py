@@ -12,7 +12,7 @@ from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Op, Value
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.routing import Router
 from ..compiler.rewrite.rules import Match, Why, apply, rule, tell
 from .cleanup import cleanup

@@ -8,8 +8,8 @@ from typing import Any
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Module
 from ..compiler.ir.recipes import Recipe
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.draft import join
-from ..compiler.rewrite.pipeline import pass_
 from ..compiler.rewrite.rules import Match, Rule, Why, apply, rule
 
 ACTS = {

@@ -10,7 +10,7 @@ from ..compiler.formats.codes import Codes, NotKept, exact_formats, is_stored_qu
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import Recipe, step, steps_of
 from ..compiler.ir.storage import GROUPS, Format, format_of
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import weight_roles
 from ..compiler.rewrite.rules import Why, tell
 

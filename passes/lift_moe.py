@@ -8,7 +8,7 @@ from typing import Any
 from ..compiler.errors import MoecError
 from ..compiler.ir.module import Module
 from ..compiler.ops.verify import STAGE_DIALECTS
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 
 
 @pass_(reads="graph", leaves="moe")

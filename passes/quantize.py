@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from ..compiler.errors import MoecError
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import WEIGHT, step
-from ..compiler.ir.storage import FORMAT_NAMES, GROUPS, Format, find_format
+from ..compiler.ir.storage import GROUPS, Format, find_format
 from ..compiler.quantize.awq_scales import fold
+from ..compiler.quantize.choices import KEEP, check_options, storing
 from ..compiler.quantize.plan import Unit, parse_layers
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.expert_groups import split_experts
-from ..compiler.rewrite.pipeline import pass_
 from ..compiler.rewrite.roles import weight_operands, weight_roles
 from ..compiler.rewrite.rules import Why, tell
 
-KEEP = ("f32", "none")
-METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")
 # groups that are tried in turn where the user names none: experts are the largest part and the least sensitive one,
 # attention is the most sensitive one
 PREFERRED = {"experts": (256, 128, 64, 32, 16), "attention": (32, 16)}
 PREFERRED_ELSEWHERE = (128, 64, 32, 16)
 
 
-def _judge(*, group: int | None, symmetric: bool, method: str, starved: str, layers: str, **policy: str) -> None:
-    """Raise MoecError for options that mean nothing, whatever the module is."""
-    for spec in policy.values():
-        check_spec(spec)
-    _how(method, starved)
-    if group is not None and group not in GROUPS:
-        raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
-    parse_layers(layers)
-
-
-@pass_(reads="moe", rounds=True, judge=_judge)
+@pass_(reads="moe", rounds=True, judge=check_options)
 def quantize(
     module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,
@@ -57,7 +44,7 @@ def quantize(
         "experts": experts, "attention": attention, "shared": shared, "dense": dense, "router": router,
         "embedding": embedding, "head": head,
     }  # fmt: skip
-    how = _how(method, starved)
+    how = storing(method, starved)
     module, policies = _split(module, policy, parse_layers(layers))
     roles = weight_roles(module)
     # one format for everything is not meant for a table that the target only looks rows up in
@@ -76,28 +63,6 @@ def quantize(
         notes += _rounded_blocks(function, chosen) if how else []
     tell(why, notes)
     return module.with_functions(functions)
-
-
-def _how(method: str, starved: str) -> dict[str, str]:
-    """Return the attributes of the step that quantizes; none for the plain way."""
-    if method not in METHODS:
-        raise MoecError(f"there is no method {method}", todo=f"there are {', '.join(METHODS)}")
-    if starved not in STARVED:
-        raise MoecError(f"starved is {starved}", todo=f"there are {', '.join(STARVED)}")
-    options = {"method": (method, "rtn"), "starved": (starved, "rtn")}
-    return {name: value for name, (value, plain) in options.items() if value != plain} if method != "rtn" else {}
-
-
-def check_spec(spec: str) -> None:
-    """Raise MoecError unless a text names a number of bits, a format, or f32."""
-    if spec not in KEEP and not re.fullmatch(r"u?int[248]", spec) and find_format(spec) is None:
-        near = get_close_matches(spec, FORMAT_NAMES, n=3)
-        todo = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else "there are f32, int8, int4, int2, mxfp4, nvfp4, fp8_b128, uint4_g64 ..."
-        )
-        raise MoecError(f"there is no format {spec}", todo=todo)
 
 
 Place = tuple[int, int]  # an op and one of its operands

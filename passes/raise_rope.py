@@ -7,7 +7,7 @@ from typing import Any
 from ..compiler.errors import Refuse
 from ..compiler.ir.dims import Size
 from ..compiler.ir.module import Module
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.rules import Match, Why, apply, rule
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..compiler.ir.module import Const, Function, Module, Op
 from ..compiler.ir.types import attr_key
-from ..compiler.rewrite.pipeline import pass_
+from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.sweep import Sweep
 
 

@@ -11,13 +11,14 @@ from moec.compiler.check.compare import compare_function
 from moec.compiler.driver import find_target, passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.ir.fragments import parse_pipeline
 from moec.compiler.ir.narrow import is_narrowing, narrowed
+from moec.compiler.ir.pipelines import parse_pipeline
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.storage import format_of
 from moec.compiler.ir.types import TensorType
 from moec.compiler.ops import OPS
-from moec.compiler.quantize.options import before_lowering, is_lossy
+from moec.compiler.quantize.options import before_lowering
+from moec.compiler.quantize.stored import is_lossy
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module
 from moec.passes import PASSES

@@ -12,7 +12,8 @@ from moec.compiler.ir.module import Const
 from moec.compiler.ir.recipes import Literal, Step, step
 from moec.compiler.ir.storage import FORMAT_NAMES, GROUPS, find_format
 from moec.compiler.ir.types import TensorType
-from moec.compiler.rewrite.pipeline import pass_, run_pipeline
+from moec.compiler.rewrite.declare import pass_
+from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights import quantized as evaluated
 from moec.passes import PASSES

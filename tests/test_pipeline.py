@@ -13,7 +13,8 @@ from moec.compiler.check.compare import difference, small_dims
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Module, Value
 from moec.compiler.ir.types import TensorType, make_attrs
-from moec.compiler.rewrite.pipeline import pass_, run_pipeline, spell_pass
+from moec.compiler.rewrite.declare import pass_, spell_pass
+from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module, parse_pipeline
 from moec.passes import PASSES
 

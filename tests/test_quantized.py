@@ -14,7 +14,7 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.quantize.options import Spec, with_quantize
 from moec.compiler.runtime.compare import score_text
 from moec.compiler.runtime.reference import Reference
-from moec.compiler.weights.sink import tile_bytes
+from moec.compiler.weights.memory import tile_bytes
 from tiny_models import meaning, padded_batch, random_model
 
 TINY = "examples/tiny-moe"

@@ -60,9 +60,10 @@ def run(
         raise click.UsageError("give one of --prompt and --tokens")
     ids = None if tokens is None else _token_ids(tokens)
     from ..runtime.artifact import Artifact
-    from .show import end_notes, generation_json, ran_on, speed
 
     artifact = Artifact.open(Path(folder), check=check_files)
+    from .show import end_notes, generation_json, ran_on, speed
+
     draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
     if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
         settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw

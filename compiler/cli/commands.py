@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..errors.paths import check_source
 from ..version import __version__
 from .artifacts import run, verify
 from .base import (
@@ -164,19 +165,22 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 
     FILE is a .moir file or - for standard input.
     """
-    from .. import driver  # declares the targets' own ops
-    from ..text.printer import print_module
+    from .. import driver
 
     source: Any = file
     if file == "-":
+        from ...targets import declare_kernel_ops
         from ..text.parser import parse_module
 
+        declare_kernel_ops()
         source = parse_module(read_text("-"), "<stdin>")
     notes: list[str] = []
     taken: list[Any] = []
     module = driver.opt(source, passes, why=notes if why else None, timings=taken, **given)
     print_notes(notes)
     print_timings(taken if timings else [])
+    from ..text.printer import print_module
+
     write_text(print_module(module), out)
 
 
@@ -215,6 +219,11 @@ def inspect(
     given = {name: value for name, value in step.items() if value is not None}
     if target is None and (given or options):
         raise click.UsageError(f"{next((f'--{name}' for name in given), '-D')} belongs to --target")
+    check_source(source)
+    if target is not None:
+        from ..driver import find_target
+
+        find_target(target, _key_values(options))
     from .report import inspect as report
     from .report import open_source
 

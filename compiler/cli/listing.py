@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
@@ -64,13 +64,11 @@ def passes() -> Rows:
 
 def rules() -> Rows:
     """Return every rewrite rule with its two sides and the file that it stands in."""
-    from ...passes import PASSES
-    from ...targets import TARGETS
+    from ... import passes as folder
     from ..rewrite.patterns import Rule
 
-    assert PASSES and TARGETS
     found: dict[str, dict[str, Any]] = {}
-    for module in _modules("passes", "targets"):
+    for module in (import_module(m.name) for m in iter_modules(folder.__path__, f"{folder.__name__}.")):
         place = module.__name__.partition(".")[2]
         for rule in vars(module).values():
             for each in rule if isinstance(rule, (list, tuple)) else (rule,):
@@ -78,14 +76,6 @@ def rules() -> Rows:
                     found.setdefault(each.name, {"name": each.name, "in": place, "doc": _first(each.doc),
                                                  "before": each.before_text, "after": each.after_text})  # fmt: skip
     return [found[name] for name in sorted(found)]
-
-
-def _modules(*folders: str) -> Iterator[ModuleType]:
-    """Yield the imported modules in folders of this package."""
-    package = __name__.partition(".compiler.")[0]
-    for name, module in sorted(sys.modules.items()):
-        if any(name.startswith(f"{package}.{folder}.") for folder in folders):
-            yield module
 
 
 def families() -> Rows:

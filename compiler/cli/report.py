@@ -24,8 +24,8 @@ from ..cost.report import (
 )
 from ..errors import MoecError
 from ..errors.json_files import read_json
-from ..ir.fragments import parse_pipeline
 from ..ir.module import Module, Value
+from ..ir.pipelines import parse_pipeline
 from ..ir.types import TensorType
 from ..ops.define import free
 from ..rewrite.pipeline import run_pipeline

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import MoecError
 from ..errors.json_files import problem_of
-from ..errors.paths import check_path
+from ..errors.paths import check_path, check_source
 from ..ir.module import Module
 from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
@@ -56,7 +56,7 @@ def load(
     if weights is not None:
         check_path(weights, "the weights")
     if isinstance(source, (str, Path)):
-        return _load_path(check_path(source, "the source"), str(source), weights, trust_remote_code)
+        return _load_path(check_source(source), str(source), weights, trust_remote_code)
     import torch
 
     if isinstance(source, torch.nn.Module):
@@ -91,11 +91,6 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
             module, opened = import_gguf(file, name.rstrip("/"), found)
         check_weights(module, opened.checkpoint)
         return Loaded(merge_functions(module), opened.checkpoint, file.parent, replaced=tuple(found))
-    if path.suffix in (".onnx", ".pt2"):
-        raise MoecError(f"{path.suffix} files are not read yet", where=name, todo="give the checkpoint folder")
-    if not path.is_dir():
-        what = "is a file of no known kind" if path.exists() else "does not exist"
-        raise MoecError(f"the source {what}", where=name, todo="give a checkpoint folder, a .gguf or a .moir file")
     from .transformers.huggingface import import_folder
 
     replaced: list[StandIn] = []

@@ -1,4 +1,4 @@
-"""The smaller texts: sizes, op signatures, the sides of rules, pipelines."""
+"""The smaller texts: sizes, op signatures, the sides of rules; for those of pipelines see `pipelines.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from lark import Token
 
 from .dims import Size, dim, size_text
 from .syntax import Names, Slot, Source, StatementNode, attributes, expression, near, read, shallow
-from .types import Attr
 
 
 @dataclass(frozen=True)
@@ -124,19 +123,6 @@ def parse_signature(text: str) -> Signature:
         if slot.variadic:
             raise source.error("only the last operand may be variadic", slot.name)
     return Signature(tuple(map(operand, operands)), tuple(map(operand, results)))
-
-
-def parse_pipeline(text: str) -> list[tuple[str, dict[str, Attr]]]:
-    """Return the passes of a text such as `a,b-c{x=1,y=int4}` with their options."""
-    source = Source(text, "<pipeline>")
-
-    def names(token: Token, alone: bool) -> str:
-        if not alone:
-            raise source.error("an option is a number, a name, a list, or a text in quotes", token)
-        return str(token)
-
-    with shallow(source):
-        return [(str(name), attributes(options, source, names)) for name, options in read("pipeline", source)]
 
 
 def declared(source: Source, dims: Collection[str]) -> Names:

@@ -18,8 +18,6 @@ from .types import Attr, Keyed, TensorType, attr_key
 if TYPE_CHECKING:
     from .recipes import Recipe
 
-STAGES = ("graph", "moe", "kernel")
-
 
 @dataclass(frozen=True)
 class Value:

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import sympy
 from lark import Lark, Token, Transformer, v_args
 from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
 
 from ..errors import MoecError, caret
-from .dims import FUNCTIONS
-from .types import Attr
+
+if TYPE_CHECKING:
+    from .types import Attr
 
 LONGEST_INT = 40  # digits
 
@@ -321,6 +321,8 @@ def attribute(node: Node, source: Source, names: Names) -> Attr:
             return tuple(attribute(item, source, names) for item in items)
         case ("range", first, _):
             raise source.error("a range of numbers is only for an attribute of a call", first)
+        case ("int", token):
+            return integer(token, source)
         case ("name", token):
             return names(token, True)
     result = expression(node, source, names)
@@ -339,9 +341,11 @@ def attributes(nodes: Iterable[AttrNode], source: Source, names: Names) -> dict[
 
 def expression(node: Node, source: Source, names: Names) -> Any:
     """Return the sympy expression of a size."""
+    from .dims import size  # sympy takes longer to import than a pipeline to read
+
     match node:
         case ("int", token):
-            return sympy.Integer(integer(token, source))
+            return size(integer(token, source))
         case ("name", token):
             return names(token, False)
         case ("neg", a):
@@ -354,6 +358,8 @@ def expression(node: Node, source: Source, names: Names) -> Any:
 
 
 def _apply(name: Token, arguments: list[Any], source: Source) -> Any:
+    from .dims import FUNCTIONS
+
     function = FUNCTIONS.get(name)
     if function is None:
         raise source.error(f"unknown function {name}", name, todo=f"sizes have {', '.join(FUNCTIONS)}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import MoecError
-from ..ir.module import STAGES, Function, Module, Op, Value
+from ..ir.module import Function, Module, Op, Value
+from ..ir.stages import STAGES
 from ..ir.types import TensorType, is_dtype
 from . import OPS
 

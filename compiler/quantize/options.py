@@ -7,20 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import MoecError
-from ..ir.fragments import parse_pipeline
-from ..ir.module import Module
-from ..ir.narrow import is_narrowing
-from ..ir.quantize_step import method_of
-from ..ir.recipes import steps_of
-from ..rewrite.pipeline import spell_pass
-from ..rewrite.roles import ROLES
+from ..ir.pipelines import parse_pipeline
+from ..rewrite.declare import spell_pass
 
+ROLES = ("experts", "attention", "shared", "dense", "router", "embedding", "head")  # of weights: see rewrite/roles.py
 PASS, KEEP_PASS = "quantize", "keep-codes"
 LAST = ("round-weights", "lower")  # passes that come behind those two: what is stored in few bits is rounded once
 KEEP = "keep"  # what --quantize calls the pass keep-codes
 CALIBRATED = ("gptq", "awq")  # methods that look at the inputs of a weight
-
-
 AUTO = "auto"
 
 
@@ -91,48 +85,3 @@ def _everything(format: str) -> dict[str, str]:
     if format == "int2":  # what every token goes through does not stand two bits
         return {"experts": "int2"}
     return {role: format for role in ROLES if role != "router"}
-
-
-def is_lossy(module: Module) -> bool:
-    """Return whether a weight of a module is stored in fewer bits than it has in the checkpoint."""
-    steps = [step for f in module.functions for c in f.consts for step in steps_of(c.recipe)]
-    return any(step.name == "quantize" or is_narrowing(step) for step in steps)
-
-
-def precision(module: Module) -> dict[str, list[str]]:
-    """Return the formats that the weights of each function are stored in, at any stage."""
-    found = {}
-    for function in module.functions:
-        names = set()
-        for const in function.consts:
-            quantized = [str(s.attributes["to"]) for s in steps_of(const.recipe) if s.name in ("quantize", "packed")]
-            names.add(quantized[0] if quantized else const.value.type.dtype)
-        if names:
-            found[function.name] = sorted(names)
-    return found
-
-
-def is_from_codes(module: Module) -> bool:
-    """Return whether a weight of a module is quantized in its checkpoint, and none is stored in fewer bits yet."""
-    names = {s.name for f in module.functions for c in f.consts for s in steps_of(c.recipe)}
-    return "dequantize" in names and not names & {"quantize", "packed"}
-
-
-def kept_codes(module: Module) -> dict[str, dict[str, list[str]]]:
-    """Return for each function the formats that hold the checkpoint's codes, and those that are only near them."""
-    found = {}
-    for function in module.functions:
-        formats: dict[str, set[str]] = {"exact": set(), "near": set()}
-        for const in function.consts:
-            steps = list(steps_of(const.recipe))
-            formats["exact"].update(str(s.attributes["to"]) for s in steps if s.name == "packed")
-            if any(s.name == "dequantize" for s in steps):
-                formats["near"].update(str(s.attributes["to"]) for s in steps if s.name == "quantize")
-        if any(formats.values()):
-            found[function.name] = {kind: sorted(names) for kind, names in formats.items() if names}
-    return found
-
-
-def needs_calibration(module: Module) -> bool:
-    """Return whether a weight's method wants to know what the weight is multiplied with."""
-    return any(method_of(c.recipe) in CALIBRATED for f in module.functions for c in f.consts)

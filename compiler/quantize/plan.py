@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ..errors import MoecError
 from ..errors.json_files import no_constant, read_value
 from ..ir.storage import FORMAT_NAMES, find_format
-from ..rewrite.roles import ROLES
+from .options import ROLES
 
 PLAN = "quantization.json"
 VERSION = 1

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MoecError
 from ..frontends import Loaded
 from ..ir.module import Module
-from ..rewrite.roles import ROLES
-from .options import AUTO, Spec
+from .options import AUTO, ROLES, Spec
 from .plan import KEEP, Budget, Plan, read_plan
 
 if TYPE_CHECKING:
     from ...targets import Target
     from ..ir.module import Op
     from ..ir.storage import Format
-    from ..rewrite.pipeline import PassDef
+    from ..rewrite.declare import PassDef
 
 _LOWERED = "the program is already lowered"
 

@@ -1,166 +1,28 @@
-"""Passes and the runner that checks what they do.
+"""The runner of passes, which checks what they do; `declare.py` says what a pass is.
 
-A pass is a function `(module, target, *, options)` (or `(module, target, why, *, options)` where it notes what its
-rules refuse) under `@pass_`: name, help, options and contract all come from the definition. After every pass the
-runner verifies the module, its stage and the program's signature, on demand compares the numbers, and writes a
-numbered dump. A failure names the pass and leaves the module before it with a command that fails again.
+After every pass the runner verifies the module, its stage and the program's signature, on demand compares the numbers,
+and writes a numbered dump. A failure names the pass and leaves the module before it with a command that fails again.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
-import re
 import tempfile
 import time
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
-from ..ir.module import STAGES, Module
+from ..ir.module import Module
+from ..ir.stages import STAGES
 from ..ops.verify import verify
 from ..text.parser import parse_module
 from ..text.printer import print_module
+from .declare import PassDef, resolve, spell_pass, stop_hint
 from .rules import Why
 
 TOLERANCE = 1e-4  # largest difference relative to the largest number before, apart from rounded weights
-
-
-@dataclass(frozen=True)
-class Option:
-    """A keyword of a pass: its type (and None where that is allowed) and its default."""
-
-    name: str
-    type: type
-    optional: bool
-    default: Any
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.type.__name__} = {spell(self.default)}"
-
-
-@dataclass(frozen=True)
-class PassDef:
-    """A pass with its contract; `reads` and `leaves` are stages, or `any` for a pass that keeps the stage.
-
-    `judge` raises MoecError for options that no module makes good; they are judged before the first pass runs.
-    """
-
-    name: str
-    doc: str
-    function: Callable[..., Module]
-    reads: str
-    leaves: str
-    rounds: bool
-    options: Mapping[str, Option]
-    notes: bool
-    judge: Callable[..., None] | None = None
-
-    def __call__(self, module: Module, target: Any = None, why: Why = None, **options: Any) -> Module:
-        """Run the pass, options checked, nothing else."""
-        converted = self.convert(options)
-        if self.notes:
-            return self.function(module, target, why, **converted)
-        return self.function(module, target, **converted)
-
-    def convert(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return options as the types that the pass declares; MoecError for one that it does not have."""
-        converted = {name: self._convert(name, value) for name, value in given.items()}
-        if self.judge is not None:
-            self.judge(**{**{o.name: o.default for o in self.options.values()}, **converted})
-        return converted
-
-    def _convert(self, name: str, value: Any) -> Any:
-        known = "; ".join(map(str, self.options.values())) or "none"
-        if name not in self.options:
-            raise MoecError(f"pass {self.name} has no option {name}", todo=f"its options: {known}")
-        option = self.options[name]
-        match value:
-            case None | "none" if option.optional:
-                return None
-            case bool() if option.type is bool:
-                return value
-            case "true" | "false" if option.type is bool:
-                return value == "true"
-            case str() | int() | float() if option.type is str and not isinstance(value, bool):
-                return str(value)
-            case str() | int() | float() if option.type in (int, float) and not isinstance(value, bool):
-                number = _number(value, option.type)
-                if number is not None:
-                    return number
-        raise MoecError(
-            f"option {name} of pass {self.name} is {spell(value)}, not {_article(option.type.__name__)}",
-            todo=f"its options: {known}",
-        )
-
-
-def _article(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
-
-
-def _number(value: str | int | float, type: type) -> int | float | None:
-    try:
-        return type(value) if isinstance(value, str) or type(value) == value else None
-    except (ValueError, OverflowError):
-        return None
-
-
-def pass_(
-    *, reads: str = "any", leaves: str | None = None, rounds: bool = False, judge: Callable[..., None] | None = None
-) -> Callable[[Callable[..., Module]], PassDef]:
-    """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits, and `judge`
-    takes all options and raises MoecError for wrong ones."""
-
-    def declare(function: Callable[..., Module]) -> PassDef:
-        signature = inspect.signature(function, eval_str=True)
-        name = function.__name__.rstrip("_").replace("_", "-")
-        options = {
-            p.name: _option(name, p) for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
-        doc = inspect.cleandoc(function.__doc__ or "")
-        notes = "why" in signature.parameters
-        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, notes, judge)
-
-    return declare
-
-
-def _option(owner: str, parameter: inspect.Parameter) -> Option:
-    kind, optional = parameter.annotation, False
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        rest = [t for t in typing.get_args(kind) if t is not types.NoneType]
-        kind, optional = rest[0], True
-        if len(rest) != 1:
-            kind = object
-    if kind not in (int, float, bool, str) or parameter.default is parameter.empty:
-        raise TypeError(f"option {parameter.name} of pass {owner} must be int, float, bool or str, with a default")
-    return Option(parameter.name, kind, optional, parameter.default)
-
-
-def spell(value: Any) -> str:
-    """Return an option's value as it is written on the command line."""
-    match value:
-        case None:
-            return "none"
-        case bool():
-            return str(value).lower()
-        case str():
-            bare = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value not in ("true", "false", "inf", "nan")
-            return value if bare else json.dumps(value)
-    return repr(value)
-
-
-def spell_pass(name: str, options: Mapping[str, Any]) -> str:
-    """Return a pass as it is written on the command line: `quantize{group=32, scheme=int4}`."""
-    inside = ", ".join(f"{key}={spell(value)}" for key, value in sorted(options.items()))
-    return f"{name}{{{inside}}}" if inside else name
-
-
-# --- the runner ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -221,22 +83,6 @@ def run_pipeline(
     return module, timings
 
 
-def resolve(
-    passes: Sequence[tuple[str, Mapping[str, Any]]], table: Mapping[str, PassDef]
-) -> list[tuple[PassDef, dict[str, Any]]]:
-    """Return passes with their options as they take them; MoecError for what is wrong with either."""
-    definitions = [(_look_up(name, table), options) for name, options in passes]
-    return [(definition, definition.convert(options)) for definition, options in definitions]
-
-
-def _look_up(name: str, table: Mapping[str, PassDef]) -> PassDef:
-    if name not in table:
-        near = get_close_matches(name, table, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise MoecError(f"there is no pass {name}", todo=f"{hint}`moec list passes` shows them")
-    return table[name]
-
-
 def _until(steps: list[tuple[PassDef, dict]], stop_after: str | None) -> list[tuple[PassDef, dict]]:
     if stop_after is None:
         return steps
@@ -247,22 +93,10 @@ def _until(steps: list[tuple[PassDef, dict]], stop_after: str | None) -> list[tu
     if stop_after not in names:
         raise MoecError(
             f"cannot stop after {stop_after}: it is no stage and no pass of this pipeline",
-            todo=_stop_hint(stop_after, names),
+            todo=stop_hint(stop_after, names),
         )
     last = max(i for i, name in enumerate(names) if name == stop_after)
     return steps[: last + 1]
-
-
-def _stop_hint(name: str, passes: Sequence[str]) -> str:
-    near = get_close_matches(name, (*STAGES, *passes), n=1)
-    return f"{f'did you mean {near[0]}? ' if near else ''}stages: {', '.join(STAGES)}"
-
-
-def check_stop(name: str, table: Mapping[str, PassDef]) -> None:
-    """Raise MoecError for a name that is no stage and no pass at all."""
-    if name not in STAGES and name not in table:
-        what = f"cannot stop after {name}: it is no stage and no pass"
-        raise MoecError(what, todo=_stop_hint(name, list(table)))
 
 
 def _run_pass(

@@ -12,7 +12,6 @@ from ..ir.module import Function, Module, Op, Value
 from ..ops import OPS
 
 LINEARS = ("core.linear", "nn.block_linear")
-ROLES = ("experts", "attention", "shared", "dense", "router", "embedding", "head")
 
 Uses = Mapping[tuple[int, int], str]  # (position of the op in its function, position of the operand) -> role
 

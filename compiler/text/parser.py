@@ -21,13 +21,14 @@ from ..ir.fragments import (
     Signature,
     Var,
     declared,
-    parse_pipeline,
     parse_signature,
     parse_size,
     parse_statements,
 )
-from ..ir.module import STAGES, Const, Dim, Function, Module, Op, Value
+from ..ir.module import Const, Dim, Function, Module, Op, Value
+from ..ir.pipelines import parse_pipeline
 from ..ir.recipes import STEPS, Literal, Recipe, Tensor, step
+from ..ir.stages import STAGES
 from ..ir.syntax import (
     LONGEST_INT,
     AttrNode,

@@ -18,38 +18,19 @@ from typing import Self
 
 import torch
 
-from ..errors import MoecError, write_error
+from ..errors import write_error
 from ..ir.recipes import Recipe, Step, step
+from .memory import TILE_BYTES, usable_threads
 from .pull import pull, row_major
 from .quantized import is_part, part_names, row_tiles
 from .rows import encode_rows
 from .sources.source import Box, WeightSource
 from .tiles import tiles
 
-# Measured on two cores: with smaller tiles threads wait for the interpreter, larger ones are no faster.
-TILE_BYTES = 8 << 20
-SMALLEST_TILE = 64 << 10
-IN_USE = 10  # times the size of a tile that one thread uses at most: what was read, f32, codes, the search's values
-MEMORY_LIMIT = 10**9  # bytes in use for tiles, by default
 # Tensors of a page or more start on a page, so that a runtime can map them; small ones on a cache line.
 PAGE, LINE = 4096, 64
 _HASHED_AT_ONCE = 4 << 20
 _LARGEST_KEPT = 31 << 20  # bytes, with a header just under the 32 MB at which glibc gives every block back
-
-
-def tile_bytes(limit: int, threads: int | None = None) -> int:
-    """Return the size of tiles with which all threads together use at most `limit` bytes; MoecError if none does."""
-    threads = threads or usable_threads()
-    wanted = limit // (IN_USE * threads)
-    if wanted < SMALLEST_TILE:
-        least = -(-SMALLEST_TILE * IN_USE * threads // 10**6)
-        raise MoecError(f"{limit} bytes are too few to work in", todo=f"give a memory limit of at least {least}MB")
-    return min(TILE_BYTES, wanted)
-
-
-def usable_threads() -> int:
-    """Return how many threads this process may run at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class TiledFile:

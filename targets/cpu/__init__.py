@@ -78,10 +78,10 @@ def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = No
 
 def _configure(options: Mapping[str, str]) -> Target:
     """Return the target with `capabilities=FILE`: a record made by --probe instead of the one that moec comes with."""
-    from .capabilities import holds, read_record, slow
-
     if unknown := sorted(set(options) - {"capabilities"}):
         raise MoecError(f"target cpu has no option {', '.join(unknown)}", todo="it has capabilities=FILE")
+    from .capabilities import holds, read_record, slow
+
     record = read_record(Path(options["capabilities"]))
 
     def lower_by_record(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:

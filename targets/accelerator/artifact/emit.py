@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ....compiler.ir.module import Module
-from ....compiler.weights.sink import TILE_BYTES
+from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.sources.source import WeightSource
 from ..chip.chip import Profile
 from ..triton.source import triton_source

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ....compiler.errors import MoecError, write_error
-from ....compiler.weights.sink import usable_threads
+from ....compiler.weights.memory import usable_threads
 from ..chip.chip import Profile
 from ..select.search import Choice
 from ..triton.compile import AMD, NVIDIA, Compiled, Request, request

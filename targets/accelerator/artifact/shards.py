@@ -23,10 +23,11 @@ from ....compiler.ir.module import Function, Module, bindings
 from ....compiler.ir.recipes import Recipe, Step, bind
 from ....compiler.ir.storage import Format, find_format
 from ....compiler.ir.types import DTYPE_BITS
+from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.pull import pull, row_major
 from ....compiler.weights.quantized import block_tiles
 from ....compiler.weights.rows import encode_rows, tensor_scales
-from ....compiler.weights.sink import TILE_BYTES, TiledFile
+from ....compiler.weights.sink import TiledFile
 from ....compiler.weights.sources.safetensors_header import DTYPES
 from ....compiler.weights.sources.source import Box, WeightSource
 from ....compiler.weights.tiles import tiles

@@ -21,9 +21,10 @@ from ....compiler.ir.dims import size_text
 from ....compiler.ir.module import Function, Module, Op, Value, bindings
 from ....compiler.ir.recipes import Recipe, bind
 from ....compiler.version import __version__
+from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.pull import pull
 from ....compiler.weights.quantized import is_part
-from ....compiler.weights.sink import TILE_BYTES, DataFile
+from ....compiler.weights.sink import DataFile
 from ....compiler.weights.sources.source import WeightSource
 from .. import ops, ops_quantized
 from ..lower.logits import LOGITS

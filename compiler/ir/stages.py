@@ -1,0 +1,3 @@
+"""The stages of a program, in order."""
+
+STAGES = ("graph", "moe", "kernel")

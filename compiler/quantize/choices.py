@@ -1,0 +1,45 @@
+"""What the options of the pass `quantize` can be, known without a module."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+
+from ..errors import MoecError
+from ..ir.storage import FORMAT_NAMES, GROUPS, find_format
+from .plan import parse_layers
+
+METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")
+KEEP = ("f32", "none")
+
+
+def check_options(*, group: int | None, symmetric: bool, method: str, starved: str, layers: str, **policy: str) -> None:
+    """Raise MoecError for options that mean nothing, whatever the module is."""
+    for spec in policy.values():
+        check_spec(spec)
+    storing(method, starved)
+    if group is not None and group not in GROUPS:
+        raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
+    parse_layers(layers)
+
+
+def storing(method: str, starved: str) -> dict[str, str]:
+    """Return the attributes of the step that quantizes; none for the plain way."""
+    if method not in METHODS:
+        raise MoecError(f"there is no method {method}", todo=f"there are {', '.join(METHODS)}")
+    if starved not in STARVED:
+        raise MoecError(f"starved is {starved}", todo=f"there are {', '.join(STARVED)}")
+    options = {"method": (method, "rtn"), "starved": (starved, "rtn")}
+    return {name: value for name, (value, plain) in options.items() if value != plain} if method != "rtn" else {}
+
+
+def check_spec(spec: str) -> None:
+    """Raise MoecError unless a text names a number of bits, a format, or f32."""
+    if spec not in KEEP and not re.fullmatch(r"u?int[248]", spec) and find_format(spec) is None:
+        near = get_close_matches(spec, FORMAT_NAMES, n=3)
+        todo = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "there are f32, int8, int4, int2, mxfp4, nvfp4, fp8_b128, uint4_g64 ..."
+        )
+        raise MoecError(f"there is no format {spec}", todo=todo)

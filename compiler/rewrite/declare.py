@@ -1,0 +1,249 @@
+"""What a pass is: a function with a name, help, options and a contract, declared in one place, its own definition.
+
+A pass is a function `(module, target, *, options)` (or `(module, target, why, *, options)` where it notes what its
+rules refuse) under `@pass_`. `read_pass` reads the declaration off the text of a file, and the file is imported when
+the pass runs: what passes are made of takes seconds to import, and what passes there are is asked for without them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import resolve_name
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MoecError
+from ..ir.stages import STAGES
+
+if TYPE_CHECKING:
+    from ..ir.module import Module
+    from .rules import Why
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a pass: its type (and None where that is allowed) and its default."""
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type.__name__} = {spell(self.default)}"
+
+
+@dataclass(frozen=True)
+class PassDef:
+    """A pass with its contract; `reads` and `leaves` are stages, or `any` for a pass that keeps the stage.
+
+    `judge` raises MoecError for options that no module makes good; they are judged before the first pass runs.
+    """
+
+    name: str
+    doc: str
+    function: Callable[..., Module]
+    reads: str
+    leaves: str
+    rounds: bool
+    options: Mapping[str, Option]
+    notes: bool
+    judge: Callable[..., None] | None = None
+
+    def __call__(self, module: Module, target: Any = None, why: Why = None, **options: Any) -> Module:
+        """Run the pass, options checked, nothing else."""
+        converted = self.convert(options)
+        if self.notes:
+            return self.function(module, target, why, **converted)
+        return self.function(module, target, **converted)
+
+    def convert(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options as the types that the pass declares; MoecError for one that it does not have."""
+        converted = {name: self._convert(name, value) for name, value in given.items()}
+        if self.judge is not None and converted:
+            self.judge(**{**{o.name: o.default for o in self.options.values()}, **converted})
+        return converted
+
+    def _convert(self, name: str, value: Any) -> Any:
+        known = "; ".join(map(str, self.options.values())) or "none"
+        if name not in self.options:
+            raise MoecError(f"pass {self.name} has no option {name}", todo=f"its options: {known}")
+        option = self.options[name]
+        match value:
+            case None | "none" if option.optional:
+                return None
+            case bool() if option.type is bool:
+                return value
+            case "true" | "false" if option.type is bool:
+                return value == "true"
+            case str() | int() | float() if option.type is str and not isinstance(value, bool):
+                return str(value)
+            case str() | int() | float() if option.type in (int, float) and not isinstance(value, bool):
+                number = _number(value, option.type)
+                if number is not None:
+                    return number
+        raise MoecError(
+            f"option {name} of pass {self.name} is {spell(value)}, not {_article(option.type.__name__)}",
+            todo=f"its options: {known}",
+        )
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def _number(value: str | int | float, type: type) -> int | float | None:
+    try:
+        return type(value) if isinstance(value, str) or type(value) == value else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def pass_(
+    *, reads: str = "any", leaves: str | None = None, rounds: bool = False, judge: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Module]], PassDef]:
+    """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits, and `judge`
+    takes all options and raises MoecError for wrong ones."""
+
+    def declare(function: Callable[..., Module]) -> PassDef:
+        signature = inspect.signature(function, eval_str=True)
+        name = function.__name__.rstrip("_").replace("_", "-")
+        options = {
+            p.name: _option(name, p) for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        doc = inspect.cleandoc(function.__doc__ or "")
+        notes = "why" in signature.parameters
+        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, notes, judge)
+
+    return declare
+
+
+def _option(owner: str, parameter: inspect.Parameter) -> Option:
+    kind, optional = parameter.annotation, False
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        rest = [t for t in typing.get_args(kind) if t is not types.NoneType]
+        kind, optional = rest[0], True
+        if len(rest) != 1:
+            kind = object
+    if kind not in (int, float, bool, str) or parameter.default is parameter.empty:
+        raise TypeError(f"option {parameter.name} of pass {owner} must be int, float, bool or str, with a default")
+    return Option(parameter.name, kind, optional, parameter.default)
+
+
+def spell(value: Any) -> str:
+    """Return an option's value as it is written on the command line."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case str():
+            bare = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value not in ("true", "false", "inf", "nan")
+            return value if bare else json.dumps(value)
+    return repr(value)
+
+
+def spell_pass(name: str, options: Mapping[str, Any]) -> str:
+    """Return a pass as it is written on the command line: `quantize{group=32, scheme=int4}`."""
+    inside = ", ".join(f"{key}={spell(value)}" for key, value in sorted(options.items()))
+    return f"{name}{{{inside}}}" if inside else name
+
+
+def resolve(
+    passes: Sequence[tuple[str, Mapping[str, Any]]], table: Mapping[str, PassDef]
+) -> list[tuple[PassDef, dict[str, Any]]]:
+    """Return passes with their options as they take them; MoecError for what is wrong with either."""
+    definitions = [(_look_up(name, table), options) for name, options in passes]
+    return [(definition, definition.convert(options)) for definition, options in definitions]
+
+
+def _look_up(name: str, table: Mapping[str, PassDef]) -> PassDef:
+    if name not in table:
+        near = get_close_matches(name, table, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise MoecError(f"there is no pass {name}", todo=f"{hint}`moec list passes` shows them")
+    return table[name]
+
+
+def stop_hint(name: str, passes: Sequence[str]) -> str:
+    """Return advice for a name that nothing can stop after."""
+    near = get_close_matches(name, (*STAGES, *passes), n=1)
+    return f"{f'did you mean {near[0]}? ' if near else ''}stages: {', '.join(STAGES)}"
+
+
+def check_stop(name: str, table: Mapping[str, PassDef]) -> None:
+    """Raise MoecError for a name that is no stage and no pass at all."""
+    if name not in STAGES and name not in table:
+        what = f"cannot stop after {name}: it is no stage and no pass"
+        raise MoecError(what, todo=stop_hint(name, list(table)))
+
+
+# --- a pass by the text of its file ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Imported:
+    """A function that is imported at the first call."""
+
+    module: str
+    name: str
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call it."""
+        return attrgetter(self.name)(import_module(self.module))(*args, **options)
+
+
+def read_pass(module: str, file: Path) -> PassDef:
+    """Return the pass that a file declares, read off its text; `module` is imported when the pass runs.
+
+    The definition is run as it stands, without its body, so that name, help and options are made as ever.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    definition, decorator = _definition(tree, file)
+    given = {k.arg: k.value for k in decorator.keywords if k.arg is not None}
+    judge = given.pop("judge", None)
+    contract = {name: ast.literal_eval(value) for name, value in given.items()}
+    scope: dict[str, Any] = {"__name__": module}
+    exec(compile(ast.Module([_without_body(definition)], []), str(file), "exec", dont_inherit=True), scope)
+    name = definition.name
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    judged = None if judge is None else _home(ast.unparse(judge), tree, module, package)
+    return replace(pass_(**contract)(scope[name]), function=_Imported(module, f"{name}.function"), judge=judged)
+
+
+def _home(name: str, tree: ast.Module, module: str, package: str) -> _Imported:
+    """Return a function by its name in a file: from where the file has it, if it imports it, else from the file."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return _Imported(resolve_name("." * node.level + (node.module or ""), package), name)
+    return _Imported(module, name)
+
+
+def _definition(tree: ast.Module, file: Path) -> tuple[ast.FunctionDef, ast.Call]:
+    for node in tree.body:
+        for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            match decorator:
+                case ast.Call(func=ast.Name(id=pass_.__name__)):
+                    assert isinstance(node, ast.FunctionDef)
+                    return node, decorator
+    raise TypeError(f"{file} declares no pass")
+
+
+def _without_body(definition: ast.FunctionDef) -> ast.FunctionDef:
+    """Return a function that has the help and the options of another and does nothing; other annotations are left out."""
+    help = [node for node in definition.body[:1] if isinstance(node, ast.Expr)]
+    arguments = definition.args
+    for argument in (*arguments.posonlyargs, *arguments.args):
+        argument.annotation = None
+    stub = ast.FunctionDef(definition.name, arguments, [*help, ast.Pass()], [], None)
+    return ast.fix_missing_locations(ast.copy_location(stub, definition))

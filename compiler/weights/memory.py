@@ -1,0 +1,28 @@
+"""The memory to work in: how large tiles of weights are under a limit, and how many threads hold some."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import MoecError
+
+# Measured on two cores: with smaller tiles threads wait for the interpreter, larger ones are no faster.
+TILE_BYTES = 8 << 20
+SMALLEST_TILE = 64 << 10
+IN_USE = 10  # times the size of a tile that one thread uses at most: what was read, f32, codes, the search's values
+MEMORY_LIMIT = 10**9  # bytes in use for tiles, by default
+
+
+def tile_bytes(limit: int, threads: int | None = None) -> int:
+    """Return the size of tiles with which all threads together use at most `limit` bytes; MoecError if none does."""
+    threads = threads or usable_threads()
+    wanted = limit // (IN_USE * threads)
+    if wanted < SMALLEST_TILE:
+        least = -(-SMALLEST_TILE * IN_USE * threads // 10**6)
+        raise MoecError(f"{limit} bytes are too few to work in", todo=f"give a memory limit of at least {least}MB")
+    return min(TILE_BYTES, wanted)
+
+
+def usable_threads() -> int:
+    """Return how many threads this process may run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,66 @@
+"""What a command imports before it knows that it was asked for something wrong, and what the lists of what there is import.
+
+Not seconds are compared (they are the machine's) but modules: those that take long are there for what computes.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from moec.passes import PASSES
+
+ROOT = Path(__file__).parent.parent
+SLOW = ("torch", "sympy", "onnx", "onnxruntime", "transformers", "networkx", "triton")
+CODE = """
+import sys
+from moec.compiler.cli import main
+try:
+    main()
+finally:
+    print("imported:", *sorted(set({slow}) & set(sys.modules)), file=sys.stderr)
+"""
+TINY = "examples/tiny-moe"
+
+
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("--help", 0, "An ahead-of-time compiler"),
+        ("list passes", 0, "share-expressions"),
+        ("targets", 0, "nvidia-b200"),
+        ("run nothere", 2, "--prompt"),
+        ("run nothere --prompt x", 2, "no such folder"),
+        ("verify nothere", 2, "no such folder"),
+        ("inspect nothere", 2, "does not exist"),
+        ("inspect README.md --target nope", 2, "no known kind"),
+        ("opt nothere.moir", 2, "cannot read the file"),
+        (f"opt {TINY} -p clean", 2, "no pass clean"),
+        ("compile nothere", 2, "does not exist"),
+        ("compile nothere --target nope", 2, "no target 'nope'"),
+        (f"compile {TINY} -D a=b", 2, "no option a"),
+        (f"compile {TINY} --pipeline cleanup{{x=1}}", 2, "no option x"),
+        (f"compile {TINY} --pipeline cleanup{{", 2, "syntax error"),
+        (f"compile {TINY} --stop-after foo", 2, "cannot stop after foo"),
+        (f"compile {TINY} --quantize foo", 2, "no format foo"),
+        (f"compile {TINY} --quantize int4,method=gptq", 2, "calibration"),
+        (f"compile {TINY} --memory-limit 1KB", 2, "too few"),
+    ],
+)
+def test_what_does_not_compute_imports_nothing_that_takes_long(command, code, said):
+    script = CODE.format(slow=SLOW)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].strip() == "imported:"
+
+
+def test_a_pass_is_declared_alike_in_its_text_and_in_its_module():
+    for name, read in PASSES.items():
+        module = __import__(f"moec.passes.{name.replace('-', '_')}", fromlist=["it"])
+        made = getattr(module, name.replace("-", "_"))
+        for part in ("name", "doc", "reads", "leaves", "rounds", "options", "notes"):
+            assert getattr(read, part) == getattr(made, part)
+        assert (read.judge is None) == (made.judge is None)
