@@ -190,6 +190,15 @@ def test_zero_points_that_are_not_there(zeros, tmp_path):
     refused(tmp_path / "a", leaves, GPTQ, r"up_proj\.qzeros is missing or empty, and `sym` is not true")
 
 
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+def test_the_version_of_gptq_under_either_name(key, tmp_path):
+    leaves, meant = formats.gptq(weight(32, 128), version=2)
+    check(tmp_path, leaves, meant, {**GPTQ, key: "gptq_v2"})
+    both = {**GPTQ, "checkpoint_format": "gptq", "format": "gptq_v2"}
+    refused(tmp_path, leaves, both, "checkpoint_format 'gptq and gptq_v2'")
+    refused(tmp_path, leaves, {**AWQ, key: "gemv_fast"}, "'gemv_fast' are not understood")
+
+
 DYNAMIC = {
     r"+:.*\.layers\.0\.mlp\.up": {"bits": 8, "group_size": 64},
     r".*up_proj": {"bits": 2},

@@ -293,6 +293,29 @@ def test_a_missing_tensor_is_named(family, change, lost, plain, tmp_path):
     assert caught.value.where.startswith(str(tmp_path))
 
 
+def test_numbers_of_experts_with_a_gap(plain, tmp_path):
+    """As many experts as the config says, but one of them, or one matrix, has a number beyond: none takes its place."""
+    _, folder, tensors = plain("qwen3_moe")
+    for i, only in enumerate(("", r"\.down_proj")):
+        moved = {re.sub(rf"layers\.0\.mlp\.experts\.2(?={only}.*\.weight)", "layers.0.mlp.experts.8", name): t for name, t in tensors.items()}  # fmt: skip
+        with pytest.raises(MoecError, match=r"has no tensor model\.layers\.0\.mlp\.experts\.2\.\w+_proj\.weight"):
+            parameters(write(tmp_path / str(i), moved, folder))
+
+
+def test_tensors_of_adapters_are_named(plain, tmp_path):
+    """Beside a weight, in its place, within a layer and outside of all."""
+    _, folder, tensors = plain("qwen3_moe")
+    name, small = "model.layers.0.self_attn.q_proj", torch.ones(4, 4)
+    wrapped = {own.replace(f"{name}.", f"{name}.base_layer."): t for own, t in tensors.items()}
+    for i, (more, named) in enumerate([
+        ({**wrapped, f"{name}.lora_A.default.weight": small}, rf"{name}\.(base_layer|lora_A)"),
+        ({**tensors, f"{name}.lora_down.weight": small}, rf"{name}\.lora_down"),
+        ({**tensors, "lm_head.modules_to_save.default.weight": small}, r"lm_head\.modules_to_save"),
+    ]):  # fmt: skip
+        with pytest.raises(MoecError, match=rf"{named}\S* belongs to an adapter"):
+            load(write(tmp_path / str(i), more, folder))
+
+
 def test_two_names_for_one_weight_are_refused(plain, tmp_path):
     _, folder, tensors = plain("qwen3_moe")
     name = "model.layers.1.mlp.experts.5.up_proj.weight"

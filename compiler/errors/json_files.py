@@ -37,6 +37,16 @@ def no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def no_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice in an object with other values: the option `object_pairs_hook` of parse_json."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"{key!r} stands in it twice, with the values {found[key]!r:.40} and {value!r:.40}")
+        found[key] = value
+    return found
+
+
 def _integer(text: str) -> int:
     if len(text) > DIGITS:
         raise ValueError(f"a number of {len(text)} digits is too long")

@@ -18,7 +18,7 @@ _DRAFTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layer
 _DRAFTS = re.compile(r"\.(eh_proj|enorm|hnorm|e_proj|h_proj|shared_head|final_layernorm)\.")
 # tensors of adapters (LoRA and its kin) that were not merged into the weights
 _ADAPTER = re.compile(
-    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|ia3_l|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_[rR]|vera_lambda_[bd])(\.|$)"
+    r"\.(lora_(A|B|down|up|embedding_A|embedding_B|magnitude_vector)|base_layer|modules_to_save|original_module|ia3_l|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_[rR]|vera_lambda_[bd])(\.|$)"
 )
 
 
@@ -101,6 +101,7 @@ def check_adapter(unread: Iterable[str], folder: str) -> None:
 
 def missing_parameter(model: Any, checkpoint: Checkpoint, name: str) -> MoecError:
     """Return the error for a parameter that no tensor of the checkpoint makes."""
+    check_adapter(checkpoint.tensors, str(checkpoint.folder))
     rules = Rules(model)
     piece = piece_of(canonical(name))
     for other in checkpoint.unreadable:

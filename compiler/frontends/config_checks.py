@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
+import torch
+
 from ..errors import MoecError
 
 MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 2048, 65536, 2**31 - 1
@@ -82,6 +84,13 @@ def check_sizes(values: Mapping[str, Any], where: str) -> None:
             _refuse(key, f"a list of {len(kinds)}", f"there are {layers} layers", where)
 
 
+def _is_dtype(value: Any) -> bool:
+    """Return whether a value names a dtype of torch; a table (one for each part of a model) is left to the library."""
+    if not isinstance(value, str):
+        return value is None or isinstance(value, Mapping)
+    return value == "auto" or isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+
+
 # --- the parts of a config ---------------------------------------------------------------------------------------
 
 
@@ -127,6 +136,8 @@ def _refuse(key: str, value: Any, why: str, where: str) -> NoReturn:
 def _check_value(key: str, name: str, value: Any, where: str) -> None:
     if key in SCALINGS or _TOWER.search(key):
         return
+    if key in ("dtype", "torch_dtype") and not _is_dtype(value):
+        _refuse(name, value, "it has to be the name of a torch dtype, such as bfloat16", where)
     counts = key in LAYERS or key in EXPERTS or key in CHOSEN or bool(_COUNTS.fullmatch(key))
     sizes = counts or bool(_SIZES.fullmatch(key))
     items = value if isinstance(value, (list, tuple)) else (value,)  # a count for each layer, of some families

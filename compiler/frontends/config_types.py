@@ -27,6 +27,11 @@ def known_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         named = _by_architecture(raw.get("architectures"), "text_config" in raw) or ALIASES.get(own)
         if named in CONFIG_MAPPING:
             found["model_type"] = named
+    for key in ("dtype", "torch_dtype"):  # as programs spell it; what `auto` means, the weights say
+        if isinstance(raw.get(key), str):
+            found[key] = raw[key].removeprefix("torch.")
+        if found.get(key) == "auto":
+            del found[key]
     return found
 
 

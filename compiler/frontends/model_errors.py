@@ -14,7 +14,7 @@ from ..errors import MoecError
 # what a model's code raises while it is built or run; all are errors of this package's user, or of the model
 CODE_ERRORS = (
     RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError,
-    ImportError,
+    ImportError, NameError,
 )  # fmt: skip
 
 _NEEDS_NUMBERS = re.compile(r"meta tensor|\.item\(\)|[Mm]eta device|data-dependent|GuardOnDataDependent|no data")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import MoecError
 from ..weights.sources.safetensors_header import parse_json
-from .schemes import METHODS
+from .schemes import METHODS, gptq_format
 
 _CT_FORMATS = (
     "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
@@ -39,6 +39,10 @@ def read_quantization(config: Any, folder: Path) -> dict[str, Any] | None:
     if raw is None:
         return None
     found = dict(raw if isinstance(raw, dict) else raw.to_dict())
+    if not isinstance(found.get("quant_method"), str):
+        raise MoecError(
+            "quantization_config has no quant_method", where=str(where), todo=f"it can be {', '.join(METHODS)}"
+        )
     method = str(found.get("quant_method")).replace("_", "-").removeprefix("intel/")
     found["quant_method"] = method.removesuffix("-fp4").removesuffix("-mxfp8").removesuffix("-mixed")
     reason = _not_understood(found)
@@ -82,9 +86,11 @@ def _not_understood(found: Mapping[str, Any]) -> tuple[str, str] | None:
             f"weights quantized with {method!r} are not understood",
             f"quant_method can be {', '.join(METHODS)}; or give an unquantized checkpoint",
         )
-    if method == "awq" and str(found.get("version", "gemm")).lower() != "gemm":
-        return f"AWQ weights of version {found['version']!r} are not understood", "version gemm is"
-    format = str(found.get("checkpoint_format") or "gptq")
+    if method == "awq":
+        versions = [str(found[key]) for key in ("version", "checkpoint_format", "format") if found.get(key)]
+        strange = [version for version in versions if version.lower() != "gemm"]
+        return (f"AWQ weights of version {strange[0]!r} are not understood", "version gemm is") if strange else None
+    format = gptq_format(found)
     if method == "gptq" and format not in ("gptq", "gptq_v2"):
         return f"GPTQ weights with checkpoint_format {format!r} are not understood", "gptq and gptq_v2 are"
     return _compressed(found) if method == "compressed-tensors" else None

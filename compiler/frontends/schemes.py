@@ -274,8 +274,14 @@ def _gptq(config: Mapping[str, Any]) -> SchemesOf:
     return of
 
 
+def gptq_format(config: Mapping[str, Any]) -> str:
+    """Return the version of GPTQ's layout: tools write it as `checkpoint_format` or as `format`, or not at all."""
+    found = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key)}
+    return " and ".join(sorted(found)) or "gptq"
+
+
 def _gptq_scheme(config: Mapping[str, Any]) -> Scheme:
-    format = str(config.get("checkpoint_format") or "gptq")
+    format = gptq_format(config)
     return _integers(config, "gptq", _flag(config, "sym"), format == "gptq", not _flag(config, "desc_act"))
 
 

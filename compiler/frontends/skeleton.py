@@ -12,8 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import MoecError
-from ..errors.json_files import read_json
+from ..errors.json_files import no_contradiction, read_json
 from .config_checks import check_config, check_sizes
+from .config_names import check_names
 from .config_types import known_config, refuse_adapter
 from .model_errors import CODE_ERRORS, model_error
 from .transformers.capture import NAME, register
@@ -64,7 +65,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     refuse_adapter(folder)
     if not path.is_file():
         raise MoecError("there is no config.json", where=str(folder), todo="give a Hugging Face checkpoint folder")
-    raw = read_json(path)
+    raw = read_json(path, object_pairs_hook=no_contradiction)
     if not isinstance(raw.get("model_type"), str):
         raise MoecError(
             "config.json has no model_type", where=str(path), todo="add the key that names the architecture"
@@ -74,7 +75,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     known = known_config(raw)
-    renamed, raw = known != raw, known
+    renamed, raw = known != raw and known["model_type"] in transformers.CONFIG_MAPPING, known
     remote = raw.get("auto_map") and raw["model_type"] not in transformers.CONFIG_MAPPING
     if remote and not trust_remote_code:
         raise MoecError(
@@ -94,6 +95,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         raise _refusal(error, path) from error
     check_sizes(decoder_config(config).to_dict(), str(path))
+    check_names(raw, decoder_config(config), str(path))
     return config
 
 

@@ -109,7 +109,7 @@ def _reason(name: str, checkpoint: Checkpoint, inside: set[str], around: set[str
             owner, tensors = name.rpartition(".")[0], checkpoint.tensors
             beside = [f"{n} ({tensors[n].type})" for n in tensors if n != name and n.rpartition(".")[0] == owner]
             return f"which is a scale: what it belongs to is not what it seems; beside it: {', '.join(beside) or 'nothing'}"
-    if apart or type_.dtype not in (*FLOATS, *_FP8):
+    if apart or type_.dtype not in (*FLOATS, *_FP8) or not type_.elements:
         return None
     if parts[-1] == "bias" and not bool(checkpoint.read(name).float().any()):
         return None  # tools write biases of zeros for modules that have none

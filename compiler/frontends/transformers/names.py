@@ -185,12 +185,9 @@ class _Mapping:
             ) from None
         found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         found = {name: value.recipe for name, value in found.items()}
-        if first.pattern is not None and any(
-            tuple(recipe.type.sizes) != tuple(self.state[name].shape) for name, recipe in found.items()
-        ):
-            incomplete = self._incomplete(target, claims)
-            if incomplete is not None:
-                raise incomplete
+        # experts are stacked in the order of their numbers: with a gap, each would take the place of another
+        if first.pattern is not None and (incomplete := self._incomplete(target, claims)) is not None:
+            raise incomplete
         if len(claims) == 1:
             piece, own = piece_of(canonical(first.name)), self.available[first.name]
             keeps = self.rules.keeps_orientation(first.pattern)

@@ -1,0 +1,79 @@
+"""Keys of a config.json that mean a number under a name which the model's code does not read.
+
+A config class takes any key, and takes a default for those of its own that are not there: a number that a tool wrote under
+another family's name would be dropped without a word. Sizes show in the weights; numbers of this kind do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import MoecError
+from .config_checks import CHOSEN, GROUPS, SCALINGS
+
+# names of one meaning in the configs of the families
+_MEANINGS: tuple[tuple[str, ...], ...] = (
+    (*CHOSEN, "top_k", "num_activated_experts", "n_activated_experts"),
+    GROUPS,
+    ("topk_group", "topk_groups", "n_limited_groups"),
+    ("routed_scaling_factor", "router_scaling_factor", "moe_routed_scaling_factor", "route_scale"),
+    ("norm_topk_prob", "norm_topk", "moe_renormalize", "normalize_expert_weights"),
+    ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon", "rms_norm_epsilon"),
+    ("rope_theta", "rotary_emb_base", "rope_base", "rotary_base"),
+    ("partial_rotary_factor", "rotary_pct", "rotary_percent"),
+    ("tie_word_embeddings", "tie_embeddings", "tie_lm_head"),
+)  # fmt: skip
+
+
+def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
+    """Raise MoecError for a number that config.json gives under a name which the config's class does not know.
+
+    `config` is that of the part of the model that reads and writes text. The value is no matter where the class knows
+    another name of the meaning that stands there too, or has the same value under it.
+    """
+    known = _known(type(config))
+    if known is None:
+        return
+    for scope in _scopes(raw, config.model_type):
+        for names in _MEANINGS:
+            own = [name for name in names if name in known]
+            other = next((n for n in names if n not in known and isinstance(scope.get(n), (int, float))), None)
+            if other is None or not own or any(name in scope for name in own):
+                continue
+            values = [value for name in own if (value := _value(config, name)) is not None]
+            if values and scope[other] not in values:
+                raise MoecError(
+                    f"config.json has {other} {scope[other]}, which the code of {config.model_type} does not read: it would "
+                    f"compute with {own[0]} {values[0]}",
+                    where=where,
+                    todo=f"write it as {own[0]}",
+                )
+
+
+def _scopes(raw: Mapping[str, Any], model_type: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the parts of config.json that a config of this model_type was made of, with what rope_parameters hold."""
+    own = [raw] if raw.get("model_type") == model_type else []
+    own += [v for v in raw.values() if isinstance(v, Mapping) and v.get("model_type") == model_type]
+    for scope in own:
+        ropes = [scope[key] for key in SCALINGS if isinstance(scope.get(key), Mapping)]
+        yield {**{key: value for rope in ropes for key, value in rope.items()}, **scope}
+
+
+def _value(config: Any, name: str) -> Any:
+    """Return a value of a config, or of its rotary embeddings."""
+    rope = getattr(config, "rope_parameters", None)
+    found = getattr(config, name, None)
+    return rope.get(name) if found is None and isinstance(rope, Mapping) else found
+
+
+def _known(cls: Any) -> frozenset[str] | None:
+    """Return the keys that a class of configs has of its own, None for one that cannot be made without values."""
+    try:
+        made = cls()
+    except Exception:  # code of a checkpoint: whatever it raises, its keys are not known
+        return None
+    rope = getattr(made, "rope_parameters", None)
+    return frozenset(
+        {*made.to_dict(), *(getattr(cls, "attribute_map", None) or {}), *(rope if isinstance(rope, Mapping) else ())}
+    )
