@@ -93,12 +93,23 @@ def open_reference(source: Any) -> Iterator[Reference]:
 
 
 def rounded(reference: Reference) -> Reference:
-    """Return the same model with its parameters and what it computes in bfloat16, as its weights mostly are stored."""
+    """Return the same model with its parameters and what it computes in bfloat16, as its weights mostly are stored.
+
+    Its buffers stay f32, as transformers keeps angles and routing biases, unless it does not run so.
+    """
     model = deepcopy(reference.model)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return Reference.of(model, f"{reference.name} in bf16")
+    found = Reference.of(model, f"{reference.name} in bf16")
+    one = np.zeros((1, 1), np.int64)
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.bfloat16)
+        try:
+            found.step(one, one + 1, one)
+        except RuntimeError:  # numbers of two dtypes meet
+            continue
+        return found
+    raise MoecError("transformers does not run the source model in bf16", where=reference.name, exit_code=1)
 
 
 def _is_float32(model: Any) -> bool:

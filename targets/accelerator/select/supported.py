@@ -1,6 +1,6 @@
 """The table of what an accelerator runs: ops with kernels, and ops that the framework computes between kernels.
 
-The framework (torch) has shapes, tables, and arithmetic on numbers that are few beside the weights.
+The framework (torch) has shapes, tables, recurrences, and arithmetic on numbers that are few beside the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from . import sparse as kinds_sparse
 from .kinds import Kind
 
 KINDS: dict[str, Kind] = {**kinds_experts.KINDS, **kinds_dense.KINDS, **kinds_attention.KINDS, **kinds_sparse.KINDS}
-FRAMEWORK = ("nn.embedding", "nn.cache_append")  # and core.*
+# and core.*; the recurrences are loops over tokens there, right and slow, until there are kernels for them
+FRAMEWORK = (
+    "nn.embedding", "nn.cache_append", "nn.new_state", "nn.conv_window", "nn.causal_conv", "nn.linear_attention",
+)  # fmt: skip
 
 
 def supported(op: Op) -> str | None:
