@@ -72,7 +72,7 @@ def compare(found, wanted):
 def test_prefill_of_one_and_two_sequences_and_cached_steps(target, open_session, references):
     """The prompts begin as text does; 40 and 11 tokens in one batch, with padding, and then one by one."""
     session = open_session(target)
-    text = Artifact.open(session.folder).tokenizer.encode((ROOT / "compiler/sample.txt").read_text())
+    text = Artifact.open(session.folder).tokenizer.encode((ROOT / "compiler/runtime/sample.txt").read_text())
     one = np.array([text[:1]])
     found, _ = session.step(one, np.ones_like(one), np.zeros_like(one))
     for reference in references:

@@ -1,20 +1,15 @@
-"""Volumes and times of dispatch and combine against published measurements, and the kernels that pack what is sent."""
+"""Volumes and times of dispatch and combine against published measurements."""
 
 import numpy as np
 import pytest
-from chips_for_tests import CHIPS, run
 from moec.compiler.errors import MoecError
-from moec.targets.accelerator.kernels.choices import RowTile
 from moec.targets.accelerator.kernels.comm import (
     Exchange,
     Link,
-    Packed,
     distinct_devices,
-    pack,
     row_bytes,
     rows_to_each,
     seconds,
-    send_list,
     sent,
     volume,
 )
@@ -100,29 +95,3 @@ def test_what_cannot_be():
         seconds(Exchange(1, 2, 12, 12, 8), 8, Link(1, 0, 8), Link(1, 0, 64))
     with pytest.raises(MoecError, match="rows of f32"):
         row_bytes("f32", 8)
-
-
-@pytest.mark.parametrize("name", CHIPS)
-@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
-def test_packing(name, dtype):
-    layout, chip = CHIPS[name]
-    rng = np.random.default_rng(1)
-    for tokens, experts, chosen, devices in ((1, 8, 2, 4), (11, 12, 3, 4)):
-        p = Packed(experts, chosen, devices, 200, dtype)
-        ids = np.stack([rng.choice(experts, chosen, replace=False) for _ in range(tokens)])
-        x = rng.standard_normal((tokens, 200)).astype(np.float32)
-        listed = run(send_list(p, 4, layout), chip, {"T": tokens}, ids=ids)
-        wanted = [[t for t in range(tokens) if d in ids[t] // (experts // devices)] for d in range(devices)]
-        assert listed["counts"].tolist() == [len(w) for w in wanted]
-        found = run(pack(p, RowTile(4, 64), layout), chip, {"T": tokens}, x=x, **listed)
-        for device, rows in enumerate(wanted):
-            assert listed["rows"][device, : len(rows)].tolist() == rows
-            sent_rows = found["send"][device, : len(rows)].astype(np.float32)
-            if dtype == "fp8":
-                sent_rows *= np.repeat(found["scales"][device, : len(rows)], 128, -1)[:, :200]
-            assert np.allclose(sent_rows, x[rows], rtol=0.08 if dtype == "fp8" else 0.01, atol=0.01)
-
-
-def test_packing_of_another_dtype():
-    with pytest.raises(MoecError, match="rows of int8"):
-        pack(Packed(8, 2, 4, 64, "int8"), RowTile(4, 64), CHIPS["hopper"][0])

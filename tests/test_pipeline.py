@@ -17,6 +17,7 @@ from moec.compiler.rewrite.declare import pass_, spell_pass
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module, parse_pipeline
 from moec.passes import PASSES
+from moec.targets import TARGETS
 
 TEXT = """moec 1 stage graph
 dim B in 1..64
@@ -119,9 +120,9 @@ def again(error: MoecError) -> MoecError:
 
 
 def test_wrong_numbers_are_caught_named_and_reproduced(module, tmp_path):
-    error = failure(module, "cleanup, other-epsilon{eps=0.25}", check=True, dump=tmp_path, source_hint="tiny")
+    error = failure(module, "cleanup, other-epsilon{eps=0.25}", check=True, dump=tmp_path)
     assert error.what.startswith("wrong numbers: %y differs by")
-    assert error.what.endswith("found after pass other-epsilon of tiny")
+    assert error.what.endswith("found after pass other-epsilon")
     assert (error.where, error.model, error.exit_code) == ("%y in @layer", "residual", 1)
     assert f"rerun: moec opt {tmp_path}/02.before.moir -p 'other-epsilon{{eps=0.25}}' --check" in error.todo
     second = again(error)
@@ -224,8 +225,9 @@ def test_kernel_stage_asks_the_target(module):
         """Enter the stage kernel."""
         return replace(module, stage="kernel")
 
-    with pytest.raises(MoecError, match=r"the target has no nn\.rms_norm"):
-        run_pipeline(module, [("lower", {})], table={"lower": lower}, kernel_op=lambda name: name != "nn.rms_norm")
+    without = replace(TARGETS["cpu"], supported=lambda op: f"no {op.name} here" if op.name == "nn.rms_norm" else None)
+    with pytest.raises(MoecError, match=r"no nn\.rms_norm here, found after pass lower"):
+        run_pipeline(module, [("lower", {})], table={"lower": lower}, target=without)
 
 
 def test_notes_reach_the_caller():

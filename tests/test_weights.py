@@ -16,7 +16,7 @@ from moec.compiler.ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources.checkpoint import INDEX, open_checkpoint
+from moec.compiler.weights.sources.checkpoint import INDEX, open_checkpoint, read_tensors
 from moec.compiler.weights.sources.safetensors_header import DTYPES
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
 from safetensors.torch import save_file
@@ -69,6 +69,16 @@ def test_every_dtype_and_box(tmp_path: Path) -> None:
         assert "scalar" in caught.value.todo
         with pytest.raises(MoecError, match=r"'f32' is f32\[3, 5, 4\] in the checkpoint, bf16\[3, 5, 4\] is wanted"):
             checkpoint.read("f32", None, TensorType.of("bf16", 3, 5, 4))
+
+
+def test_all_tensors_of_one_file(tmp_path: Path) -> None:
+    tensors, file = every_dtype(), tmp_path / "layer.safetensors"
+    save_file(tensors, file)
+    found = read_tensors(file)
+    assert set(found) == set(tensors) and all(same(found[name], tensor) for name, tensor in tensors.items())
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(MoecError, match="the file"):
+        read_tensors(file)
 
 
 def test_bool_bytes_are_normalised(tmp_path: Path) -> None:

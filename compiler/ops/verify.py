@@ -12,7 +12,7 @@ from . import OPS
 
 STAGE_DIALECTS = {
     "graph": ("core", "nn", "moe"),
-    "moe": ("core", "nn", "moe", "quant", "comm"),
+    "moe": ("core", "nn", "moe"),
 }  # at the stage kernel the target's table decides
 
 

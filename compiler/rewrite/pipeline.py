@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,6 @@ class Settings:
     check: bool = False
     dump: Path | None = None
     why: Why = None
-    kernel_op: Callable[[str], bool] | None = None
-    source_hint: str = ""
 
 
 def run_pipeline(
@@ -57,20 +55,17 @@ def run_pipeline(
     why: Why = None,
     stop_after: str | None = None,
     table: Mapping[str, PassDef],
-    kernel_op: Callable[[str], bool] | None = None,
-    source_hint: str = "",
     given: dict[str, Module] | None = None,
 ) -> tuple[Module, list[PassTiming]]:
     """Run passes, each by name with its options, and check each one; return the module and the timings.
 
     `dump` is a folder for numbered modules; `why` collects notes of rules that did not apply; `stop_after` is a pass
-    or a stage (the module as it is before a pass leaves that stage); `table` maps names to passes; `kernel_op` says
-    which ops the target has at the stage kernel; `source_hint` names the source in errors; `given` is filled with the
+    or a stage (the module as it is before a pass leaves that stage); `table` maps names to passes; `given` is filled with the
     module that each pass was given (the last time that it ran).
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
     steps = _until(resolve(passes, table), stop_after)
-    settings = Settings(target, check, dump, why, kernel_op, source_hint)
+    settings = Settings(target, check, dump, why)
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / "00.load.moir").write_text(print_module(module), "utf-8")
@@ -142,12 +137,12 @@ def _check_result(before: Module, after: Module, definition: PassDef, settings: 
     leaves = before.stage if definition.leaves == "any" else definition.leaves
     if after.stage != leaves:
         raise MoecError(f"the module is at stage {after.stage}, the pass leaves {leaves}", exit_code=1)
-    if after.stage == "kernel" and settings.kernel_op is not None:
+    if after.stage == "kernel" != before.stage and settings.target is not None:
         for function in after.functions:
             for op in function.ops:
-                if op.name != "call" and not settings.kernel_op(op.name):
+                if op.name != "call" and (reason := settings.target.supported(op)):
                     place = f"{op.results[0]} in @{function.name}"
-                    raise MoecError(f"the target has no {op.name}", place, model=", ".join(op.loc), exit_code=1)
+                    raise MoecError(reason, place, model=", ".join(op.loc), exit_code=1)
     _check_signature(before, after)
     if settings.check:
         from ..check.compare import compare_modules
@@ -204,8 +199,6 @@ def _failure(
     """Return the error with the pass, and how to see it again: a file and a command, in the dump or a temporary folder."""
     exit_code = error.exit_code if found == "in" else 1
     what = f"{error.what}, {found} pass {definition.name}"
-    if settings.source_hint:
-        what += f" of {settings.source_hint}"
     folder = settings.dump
     if folder is None and exit_code == 2:  # wrong use, said in full by the message: leave no files behind
         return replace(error, what=what)

@@ -66,16 +66,9 @@ class Checkpoint:
             todo = "the program was made from another checkpoint, or config.json does not belong to the weights"
             raise MoecError(what, str(info.file), todo=todo)
         sizes = info.type.sizes
-        box = full_box(sizes) if box is None else check_box(box, sizes)
-        shape = tuple(stop - start for start, stop in box)
-        item = info.type.bits // 8
-        buffer = torch.empty(math.prod(shape) * item, dtype=torch.uint8)
         # a descriptor belongs to its file for the life of the checkpoint: pread has no position that threads share
         assert info.file is not None
-        _fill(info.file, self._descriptors[info.file], buffer, info.offset, item, sizes, box)
-        if info.type.dtype == "bool":  # any byte may stand in a file; torch wants 0 and 1
-            return buffer.ne(0).view(shape)
-        return buffer.view(TORCH_DTYPES[info.type.dtype]).view(shape)
+        return _read_box(info, self._descriptors[info.file], full_box(sizes) if box is None else check_box(box, sizes))
 
     def close(self) -> None:
         """Close the files; reading is over."""
@@ -250,6 +243,30 @@ def _join(
                 raise MoecError(what, str(folder), todo=f"keep the files of one model, or add {INDEX}")
             found[tensor] = info
     return found
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of one safetensors file by name; MoecError for a file that is not whole."""
+    descriptor = open_regular(file)
+    try:
+        header = read_header(file, descriptor)
+        for name, reason in header.unreadable.items():
+            raise MoecError(f"the tensor {name} {reason}", str(file))
+        return {n: _read_box(i, descriptor, full_box(i.type.sizes)) for n, i in header.tensors.items()}
+    finally:
+        os.close(descriptor)
+
+
+def _read_box(info: TensorInfo, descriptor: int, box: Box) -> torch.Tensor:
+    """Return the part of a tensor that lies in a box, from its open file."""
+    assert info.file is not None
+    shape = tuple(stop - start for start, stop in box)
+    item = info.type.bits // 8
+    buffer = torch.empty(math.prod(shape) * item, dtype=torch.uint8)
+    _fill(info.file, descriptor, buffer, info.offset, item, info.type.sizes, box)
+    if info.type.dtype == "bool":  # any byte may stand in a file; torch wants 0 and 1
+        return buffer.ne(0).view(shape)
+    return buffer.view(TORCH_DTYPES[info.type.dtype]).view(shape)
 
 
 def _fill(

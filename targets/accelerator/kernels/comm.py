@@ -1,4 +1,4 @@
-"""Dispatch and combine across devices: how many bytes go from one device to each other one, how long, and the packing.
+"""Dispatch and combine across devices: how many bytes go from one device to each other one, and how long that takes.
 
 Experts lie spread evenly over the devices of a group, in the order of their numbers. A token's row goes either once for
 each choice, to a slot of its expert (`each_choice`, low latency), or once to each device that has one of its experts.
@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from math import comb
 
 from ....compiler.errors import MoecError
-from ..tile.builder import Builder, Layout
-from ..tile.tiles import Program
-from .choices import RowTile
-from .norm import power
 
 GROUP = 128  # numbers of a row that share a scale in fp8
-LARGEST = 448.0  # of f8e4m3
 
 
 @dataclass(frozen=True)
@@ -110,84 +105,3 @@ def seconds(e: Exchange, row: float, near: Link, far: Link | None = None, forwar
         far_bytes = e.tokens * hit(e.experts, e.chosen, domains) * (domains - 1) * row
         near_bytes = sent(e, row)  # each row also takes the way inside of its domain
     return max(near_bytes / near.bandwidth, far_bytes / far.bandwidth) + max(near.latency, far.latency)
-
-
-# --- packing -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Rows of x [T, hidden] by destination: `dtype` fp8 or bf16."""
-
-    experts: int
-    chosen: int
-    devices: int
-    hidden: int
-    dtype: str = "fp8"
-
-
-def send_list(p: Packed, tokens: int, layout: Layout) -> Program:
-    """List for each device the tokens that have an expert there, in rising order: rows i32 [N, T], counts i32 [N].
-
-    `tokens` of them are looked at in one step. A token stands once in a device's list.
-    """
-    b = Builder("send_list", layout, "rows[d, :counts[d]] are the tokens with an expert on device d")
-    b.scalar("T")
-    b.grid("device", p.devices)
-    b.tensor("ids", "i32", "T", p.chosen)
-    b.tensor("rows", "i32", p.devices, "T", role="output")
-    b.tensor("counts", "i32", p.devices, role="output")
-    wide = power(p.chosen)
-    shape = (tokens, wide)
-    b.let("choice", f"arange({wide})")
-    b.let("count", 'cast(0, "i32")')
-    with b.loop("first", 0, "T", tokens):
-        b.let("token", f"first + arange({tokens})")
-        b.let("there", f"(token < T)[:, None] & (choice < {p.chosen})[None, :]", shape, "bool")
-        b.load("id", "ids", ["token[:, None]", "choice[None, :]"], "there", shape=shape)
-        b.let("own", f"there & (id // {p.experts // p.devices} == device)", shape, "bool")
-        b.let("any", 'max(cast(own, "i32"), 1) > 0')
-        b.store("rows", ["device", "count + cumsum(any, 0) - 1"], "token", "any")
-        b.let("count", "count + sum(any, 0)")
-    b.store("counts", ["device"], "count")
-    return b.program()
-
-
-def pack(p: Packed, t: RowTile, layout: Layout) -> Program:
-    """send[d, i] = x[rows[d, i]] for i < counts[d]: what goes to device d, bf16 or fp8 with `scales` f32 [N, T, groups].
-
-    A scale is the largest number of its 128 divided by 448, so that the row is send times scale. MoecError for another
-    dtype.
-    """
-    if p.dtype not in ("fp8", "bf16"):
-        raise MoecError(f"rows of {p.dtype} are not packed", todo="fp8 and bf16 are")
-    columns = GROUP if p.dtype == "fp8" else t.n
-    groups = -(-p.hidden // columns)
-    b = Builder("pack", layout, "send[d, i] = x[rows[d, i]], by groups of 128 numbers divided by their scale")
-    b.scalar("T")
-    b.grid("group", groups)
-    b.grid("tile", f"cdiv(T, {t.m})")
-    b.grid("device", p.devices)
-    b.tensor("x", "bf16", "T", p.hidden)
-    b.tensor("rows", "i32", p.devices, "T")
-    b.tensor("counts", "i32", p.devices)
-    stored = "f8e4m3" if p.dtype == "fp8" else "bf16"
-    b.tensor("send", stored, p.devices, "T", p.hidden, role="output")
-    if p.dtype == "fp8":
-        b.tensor("scales", "f32", p.devices, "T", groups, role="output")
-    shape = (t.m, columns)
-    b.let("i", f"tile * {t.m} + arange({t.m})")
-    b.let("n", f"group * {columns} + arange({columns})")
-    b.load("count", "counts", ["device"])
-    b.let("live", "i < count")
-    b.load("row", "rows", ["device", "i"], "live")
-    b.let("there", f"live[:, None] & (n < {p.hidden})[None, :]", shape, "bool")
-    b.load("x_tile", "x", ["row[:, None]", "n[None, :]"], "there", shape=shape)
-    value = "x_tile"
-    if p.dtype == "fp8":
-        b.let("number", 'cast(x_tile, "f32")', shape, "f32")
-        b.let("scale", f"maximum(max(abs(number), 1), 1e-30) / {LARGEST}")
-        b.store("scales", ["device", "i", "group"], "scale", "live")
-        value = b.let("code", 'cast(number / scale[:, None], "f8e4m3")', shape, "f8e4m3")
-    b.store("send", ["device", "i[:, None]", "n[None, :]"], value, "there")
-    return b.program()

@@ -14,6 +14,7 @@ from ....compiler.artifact.manifest import read_json
 from ....compiler.errors import MoecError
 from ....compiler.ir.module import Module, Op
 from ....compiler.text.parser import parse_module
+from ....compiler.weights.sources.checkpoint import read_tensors
 from ..artifact.bindings import Binding
 from ..artifact.emit import KERNELS, PLAN
 from ..artifact.spec import SCHEMA
@@ -183,14 +184,11 @@ def read_weights(folder: Path, module: Module, device: torch.device) -> Weights:
 
 
 def _tensors(folder: Path, file: str, device: torch.device) -> list[tuple[str, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
     path = inside(folder, file)
     try:
-        with safe_open(path, "pt", device=str(device)) as opened:
-            return [(name, opened.get_tensor(name)) for name in opened.keys()]  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise MoecError(f"the weights cannot be read: {error}", where=str(path), todo="compile it again") from error
+        return [(name, tensor.to(device)) for name, tensor in read_tensors(path).items()]
+    except MoecError as error:
+        raise MoecError(f"the weights cannot be read: {error.what}", str(path), todo="compile it again") from error
 
 
 def inside(folder: Path, file: str) -> Path:

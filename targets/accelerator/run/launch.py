@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -149,35 +149,3 @@ def grouped_mm_layer(
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     y.index_add_(0, order // chosen, rows.float() * gates.flatten()[order, None])
     return y.to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of a layer for `tokens` tokens: kernel by kernel, all together, and torch's grouped_mm in bf16."""
-
-    tokens: int
-    kernels: Mapping[str, float]
-    whole: float
-    torch: float
-
-
-def time_layer(
-    layer: Callable[[int], Layer],
-    tokens: int,
-    weights: Mapping[str, torch.Tensor],
-    plain: tuple[torch.Tensor, torch.Tensor],
-    chosen: int,
-) -> Timing:
-    """Time the layer that `layer` chooses for so many tokens, balanced over the experts, against grouped_mm on `plain`."""
-    check_gpu()
-    up, down = plain
-    generator = torch.Generator("cuda").manual_seed(tokens)
-    x = torch.randn((tokens, up.shape[2]), generator=generator, device="cuda").bfloat16()
-    ids = torch.rand((tokens, up.shape[0]), generator=generator, device="cuda").topk(chosen).indices
-    gates = torch.rand((tokens, chosen), generator=generator, device="cuda")
-    kernels = layer(tokens)
-    tensors = kernels.buffers(x, ids, gates, weights)
-    each = {k.program.name: seconds(partial(k, tensors, {"T": tokens})) for k in kernels.kernels}
-    return Timing(
-        tokens, each, seconds(lambda: kernels.run(tensors)), seconds(lambda: grouped_mm_layer(x, ids, gates, up, down))
-    )
