@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and ARCHITECTURE.md name exists: paths, options of commands, markers of tests, names in the source."""
+"""What CONTRIBUTING.md, ARCHITECTURE.md and CHANGELOG.md name exists: paths, options of commands, markers of tests, names in the source."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import pytest
 from moec.compiler.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("CONTRIBUTING.md", "ARCHITECTURE.md")
+PAGES = ("CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md")
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in PAGES}
 MARKERS = {
     line.partition(":")[0]
