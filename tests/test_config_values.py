@@ -10,8 +10,9 @@ from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load, skeleton
 from moec.compiler.frontends.config_checks import check_config, check_sizes
+from moec.compiler.frontends.config_names import check_read
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.skeleton import decoder_config, read_config
+from moec.compiler.frontends.skeleton import build, decoder_config, read_config
 from tiny_models import INSTALLED, random_model
 
 NAN, INF = float("nan"), float("inf")
@@ -201,6 +202,25 @@ def test_a_number_under_a_name_that_the_model_does_not_read(tmp_path, family, ke
     (folder / "config.json").write_text(json.dumps(config))
     text = refusal(folder)
     assert f"{other} {value}" in text and ("rope_theta" if own == "rope_parameters" else own) in text
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [("deepseek_v2", "norm_topk_prob", True), ("deepseek_v2", "scoring_func", "sigmoid"), ("deepseek_v3", "scoring_func", "softmax")],
+)  # fmt: skip
+def test_a_rule_of_routing_that_the_code_does_not_follow(tmp_path, family, key, value):
+    """DeepSeek's own code follows it, or refuses it, and transformers' does not look: numbers would be others'."""
+    text = refusal(write(tmp_path / "m", family, key, value))
+    assert f"{key} is {value!r}, which the code of {family} in transformers does not read" in text
+
+
+def test_rules_of_routing_that_the_code_follows(tmp_path):
+    for family in INSTALLED:
+        config = FAMILIES[family].config()
+        kinds = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "minimax_m2": "sigmoid", "dots1": "noaux_tc"}
+        raw = {**config.to_dict(), **({"scoring_func": kinds[family]} if family in kinds else {})}
+        if family != "deepseek_v4":
+            check_read(raw, build(config).model, "")
 
 
 @pytest.mark.parametrize(

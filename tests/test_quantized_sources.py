@@ -199,6 +199,14 @@ def test_the_version_of_gptq_under_either_name(key, tmp_path):
     refused(tmp_path, leaves, {**AWQ, key: "gemv_fast"}, "'gemv_fast' are not understood")
 
 
+@pytest.mark.parametrize("index", [torch.zeros(128, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)])
+def test_a_g_idx_that_says_nothing(index, tmp_path):
+    """Kernels take an index of zeros for none, where there are several groups."""
+    leaves, meant = formats.gptq(weight(32, 128))
+    check(tmp_path, {**leaves, "g_idx": index}, meant, GPTQ)
+    refused(tmp_path, {**leaves, "g_idx": index}, {**GPTQ, "desc_act": True}, r"g_idx is missing, empty or zero")
+
+
 DYNAMIC = {
     r"+:.*\.layers\.0\.mlp\.up": {"bits": 8, "group_size": 64},
     r".*up_proj": {"bits": 2},

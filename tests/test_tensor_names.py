@@ -302,6 +302,16 @@ def test_numbers_of_experts_with_a_gap(plain, tmp_path):
             parameters(write(tmp_path / str(i), moved, folder))
 
 
+def test_a_missing_shard_without_an_index_is_named(plain, tmp_path):
+    _, folder, tensors = plain("qwen3_moe")
+    half = {name: t for i, (name, t) in enumerate(tensors.items()) if i % 2}
+    write(tmp_path / "model", half, folder)
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "model-00001-of-00002.safetensors")
+    with pytest.raises(MoecError) as caught:
+        load(tmp_path / "model")
+    assert caught.value.todo == "model-00002-of-00002.safetensors is missing: finish the download"
+
+
 def test_tensors_of_adapters_are_named(plain, tmp_path):
     """Beside a weight, in its place, within a layer and outside of all."""
     _, folder, tensors = plain("qwen3_moe")

@@ -107,6 +107,9 @@ def test_tensors_that_something_should_read(name, shape, source, tmp_path):
 
 def test_scales_beside_floats(source, tmp_path):
     tensors, config = source
-    refused(tmp_path, {**tensors, DOWN: tensors[DOWN].float()}, config, f"{DOWN} is not understood")
+    floats = {**tensors, DOWN: tensors[DOWN].float()}
+    refused(tmp_path, floats, config, f"{DOWN} is f32", f"plain numbers, and {DOWN}_scale_inv stands beside it")
     del (config := dict(config))["quantization_config"]
     refused(tmp_path, tensors, config, "has scales, but config.json has no quantization_config")
+    every = {name: t.float() if t.dtype == torch.float8_e4m3fn else t for name, t in tensors.items()}
+    refused(tmp_path, every, config, "plain numbers", "_scale_inv stands beside it")

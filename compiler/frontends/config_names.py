@@ -6,6 +6,8 @@ another family's name would be dropped without a word. Sizes show in the weights
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,8 @@ _MEANINGS: tuple[tuple[str, ...], ...] = (
     ("partial_rotary_factor", "rotary_pct", "rotary_percent"),
     ("tie_word_embeddings", "tie_embeddings", "tie_lm_head"),
 )  # fmt: skip
+# how experts are chosen and weighed; no size shows it
+_ROUTING = ("scoring_func", "norm_topk_prob", "topk_group", *GROUPS, "routed_scaling_factor", *CHOSEN)
 
 
 def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
@@ -51,6 +55,48 @@ def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
                 )
 
 
+def check_read(raw: Mapping[str, Any], model: Any, where: str) -> None:
+    """Raise MoecError for a rule of routing in config.json that the code of a model does not read and does not follow.
+
+    The code does what its config's default says of a key that it never reads. It follows `scoring_func` softmax or
+    sigmoid where it computes that, whether it reads the key or not.
+    """
+    config = model.config.get_text_config(decoder=True)
+    code = _code(model)
+    known = _defaults(type(config)) or {}
+    synonyms = dict(getattr(type(config), "attribute_map", None) or {})
+    for scope in _scopes(raw, config.model_type) if code else ():
+        for key in _ROUTING:
+            names = {key, synonyms.get(key, key), *(n for n, other in synonyms.items() if other == key)}
+            value = scope.get(key)
+            if value is None or any(re.search(rf"\b{name}\b", code) for name in names):
+                continue
+            other = {"softmax": "sigmoid", "sigmoid": "softmax"}.get(value) if key == "scoring_func" else None
+            wrong = other and f"{other}(" in (router := _router(code)) and f"{value}(" not in router
+            if wrong or (key in known and value != known[key]):
+                does = f"it computes a {other}" if wrong else f"it computes what {known[key]} means"
+                raise MoecError(
+                    f"{key} is {value!r}, which the code of {config.model_type} in transformers does not read: {does}",
+                    where=where,
+                    todo=f"this model is not one of {config.model_type}, or {key} is wrong",
+                )
+
+
+def _code(model: Any) -> str:
+    """Return the modelling code of a model's text part, empty where there is none to read."""
+    try:
+        return inspect.getsource(inspect.getmodule(type(model.get_decoder())) or type(model))
+    except (OSError, TypeError):
+        return ""
+
+
+def _router(code: str) -> str:
+    """Return the lines around where experts are chosen."""
+    lines = code.split("\n")
+    at = [i for i, line in enumerate(lines) if "topk(" in line]
+    return "\n".join(line for i in at for line in lines[max(0, i - 40) : i + 10])
+
+
 def _scopes(raw: Mapping[str, Any], model_type: str) -> Iterator[Mapping[str, Any]]:
     """Yield the parts of config.json that a config of this model_type was made of, with what rope_parameters hold."""
     own = [raw] if raw.get("model_type") == model_type else []
@@ -69,11 +115,18 @@ def _value(config: Any, name: str) -> Any:
 
 def _known(cls: Any) -> frozenset[str] | None:
     """Return the keys that a class of configs has of its own, None for one that cannot be made without values."""
+    defaults = _defaults(cls)
+    if defaults is None:
+        return None
+    rope = defaults.get("rope_parameters")
+    return frozenset(
+        {*defaults, *(getattr(cls, "attribute_map", None) or {}), *(rope if isinstance(rope, Mapping) else ())}
+    )
+
+
+def _defaults(cls: Any) -> Mapping[str, Any] | None:
+    """Return the values of a class of configs that is given none, None for one that cannot be made so."""
     try:
-        made = cls()
+        return dict(cls().to_dict())
     except Exception:  # code of a checkpoint: whatever it raises, its keys are not known
         return None
-    rope = getattr(made, "rope_parameters", None)
-    return frozenset(
-        {*made.to_dict(), *(getattr(cls, "attribute_map", None) or {}), *(rope if isinstance(rope, Mapping) else ())}
-    )

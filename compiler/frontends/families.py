@@ -191,7 +191,7 @@ _ALL = (
             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}),
     Family("DeepSeek-V2", "deepseek_v2", "DeepseekV2Config",
-           {**_MLA, **_DEEPSEEK, "topk_method": "group_limited_greedy"}, LATENT, "MLA, dense and experts"),
+           {**_MLA, **_DEEPSEEK, "norm_topk_prob": False, "topk_method": "group_limited_greedy"}, LATENT, "MLA, dense and experts"),
     Family("JetMoE", "jetmoe", "JetMoeConfig",
            {"kv_channels": 16, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
            layers="mixture of attention heads, experts"),

@@ -43,12 +43,20 @@ def _by_columns(stored: Stored, scheme: Scheme) -> Recipe:
     codes = step("transpose", step("unpack", packed, bits=bits, axis=0, size=columns), perm=(1, 0))
     scales = step("transpose", scale, perm=(1, 0))
     zeros = _zeros(stored, scheme, (groups, rows))
-    if "g_idx" not in stored:
+    if not _has_order(stored, groups):
         if not scheme.in_order:
-            raise ValueError(f"{stored.sibling('g_idx', 'qweight')} is missing, and `desc_act` is true")
+            what = "is missing, empty or zero everywhere"
+            raise ValueError(f"{stored.sibling('g_idx', 'qweight')} {what}, and `desc_act` is true")
     elif not torch.equal(stored.values("g_idx").long(), torch.arange(columns) // group):
         return by_order(codes, scales, zeros, stored, "g_idx", bits)
     return step("dequantize", codes, scales, *zeros, block=(1, group), bits=bits)
+
+
+def _has_order(stored: Stored, groups: int) -> bool:
+    """Return whether g_idx says anything: tools leave it empty, or zero everywhere, where inputs are in order."""
+    if "g_idx" not in stored or not stored["g_idx"].type.elements:
+        return False
+    return groups == 1 or bool(stored.values("g_idx").any())
 
 
 def _as_indexed(stored: Stored, scheme: Scheme) -> Scheme:

@@ -138,6 +138,12 @@ class _Decoding:
             )
         if codes == "weight_packed" and types[codes].dtype != "i32":
             layout = packed_floats
+        if types[codes].dtype in FLOATS:
+            raise self._error(
+                f"{parts[codes]} is {types[codes]}, plain numbers, and {next(own[r] for r in beside if r in own)} stands beside it",
+                parts[codes],
+                "scales belong to codes: if the weight was decoded, remove its scales; else take its codes from the original",
+            )
         module = parts[codes] == f"{owner}.{codes}"
         recipe = self._decoded(owner, layout, codes, own, types)
         found: dict[str, tuple[Recipe, Hashable]] = {f"{owner}.weight" if module else owner: recipe}

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
+from ...errors.json_files import read_json
 from ...ir.dtypes import DTYPE_NAMES
 from ...ir.module import Module
 from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint_layers import check_adapter, check_count, layer_prefixes, layer_storage, missing_parameter
+from ..config_names import check_read
+from ..config_types import known_config
 from ..deepseek_v4 import model as deepseek_v4
 from ..deepseek_v4.weights import Weights
 from ..expected import expected_quantized, expected_storage
@@ -56,6 +59,7 @@ def import_folder(
         return module, checkpoint, deepseek_v4.left_out(config, weights)
     decoded = decode(checkpoint, quantization) if checkpoint is not None else Decoded({}, {})
     skeleton = build(config, trust_remote_code)
+    check_read(known_config(read_json(folder / "config.json")), skeleton.model, str(folder / "config.json"))
 
     def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
         if checkpoint is None:

@@ -90,7 +90,21 @@ class Checkpoint:
 
     def like(self, name: str) -> str:
         """Say which names of the checkpoint are like a name, for an error about what is missing."""
-        return names_like(name, self.tensors)
+        gone = _missing_part([file.name for file in self.opened.stamps])
+        return f"{gone} is missing: finish the download" if gone else names_like(name, self.tensors)
+
+
+def _missing_part(names: Iterable[str]) -> str | None:
+    """Return the name of the first shard that is not among names such as model-00001-of-00002.safetensors."""
+    known = set(names)
+    for name in sorted(known):
+        if found := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\..*)", name):
+            start, digits, of, count, end = found.groups()
+            for number in range(1, min(int(count), 10_000) + 1):
+                part = f"{start}{number:0{len(digits)}}{of}{count}{end}"
+                if part not in known:
+                    return part
+    return None
 
 
 def names_like(name: str, names: Iterable[str]) -> str:
