@@ -1,4 +1,4 @@
-"""What every part of moec stands on; the way through is driver.py. ARCHITECTURE.md says which room may import which.
+"""The compiler: driver.py runs it from source to artifact. ARCHITECTURE.md says which folder may import which.
 
 ir            what a program is: types, sizes, weights as recipes, modules, and the syntax of their texts
 ops           what each op means and costs, and the rules of a well-formed module

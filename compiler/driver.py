@@ -1,4 +1,4 @@
-"""The way through: source -> module -> passes -> kernels -> artifact. Read `compile` from top to bottom."""
+"""Compile a model: source -> module -> passes -> kernels -> artifact. Read `compile` from top to bottom."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def passes_for(target: Target) -> dict[str, PassDef]:
 
 
 def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the passes that a module has not behind it: a file enters the pipeline where its stage says."""
+    """Return the passes still to run; an IR file enters the pipeline at its stage."""
     steps = parse_pipeline(pipeline)
     if LOWER not in [name for name, _ in steps]:
         steps.append((LOWER, {}))

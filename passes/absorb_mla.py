@@ -69,7 +69,7 @@ def attend_to_latent_without_positions(m: Match, target: Any) -> dict[str, Any]:
 
 
 def _absorbed(m: Match, cached: tuple[Any, ...]) -> dict[str, Any]:
-    """Return what `after` needs beside the match; Refuse where the latent is none, or queries do not fit it."""
+    """Return the bindings that `after` needs; Refuse where the value is not a latent, or queries do not fit it."""
     if not m.latent.type.state:
         raise Refuse("it is no cache, its keys and values are made for the new tokens only", m.latent)
     tokens = (size(m.B), size(1), size(m.T))
@@ -89,7 +89,7 @@ def _absorbed(m: Match, cached: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _of_heads(weight: Recipe, heads: int, start: int, stop: int, turned: bool) -> Recipe:
-    """Return rows start:stop of every head of a weight [H*W, R] one below the other, [H*N, R]; `turned` [H*R, N]."""
+    """Return rows start:stop of every head of a weight [H*W, R] concatenated, [H*N, R]; `turned`: transposed, [H*R, N]."""
     rows, latent = weight.type.sizes
     part = step("slice", step("reshape", weight, shape=(heads, rows // heads, latent)), axis=1, start=start, stop=stop)
     if turned:

@@ -1,4 +1,4 @@
-"""Removes what the program does not need."""
+"""Folds constants, shares equal expressions and removes unused ops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drops what nobody reads."""
+"""Removes ops, constants and functions whose results are unused."""
 
 from __future__ import annotations
 

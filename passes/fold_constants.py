@@ -1,4 +1,4 @@
-"""Computes what is known before the program runs: ops on constants, and ops that change nothing."""
+"""Computes ops on constants while compiling, and removes ops that change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes one op of all that stands between the linears of q, k and v and the output's linear, and one of the three linears."""
+"""Fuses everything between the linears of q, k and v and the output's linear into one op, and the three linears into one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 def fuse_attention(module: Module, target: Any, why: Why) -> Module:
     """Fuse q/k norms, rotary embedding, cache append and attention, and give them q, k and v from one linear.
 
-    What is done to heads in another order (a norm behind the rotary embedding, another embedding) stays outside.
+    What is done to heads in another order (a norm after the rotary embedding, another embedding) stays outside.
     """
     notes: list[str] = []
     fused = {}
@@ -38,7 +38,7 @@ def fuse_attention(module: Module, target: Any, why: Why) -> Module:
 
 @dataclass(frozen=True)
 class _Heads:
-    """What is done to the heads on their way to the attention: normed, then turned; `value` is what they were before."""
+    """The ops on heads before the attention: a norm, then the rotary embedding; `value` is their input."""
 
     value: Value
     norm: Value | None = None
@@ -113,7 +113,7 @@ def _check(q: Value, key: Value, value: Value) -> None:
 
 def _outside_in(function: Function, q: _Heads, k: _Heads) -> tuple[_Heads, _Heads]:
     """Take up what is done to both in the same way, from the attention outwards."""
-    turned = (_turned(function, q), _turned(function, k))
+    turned = (_before_rotation(function, q), _before_rotation(function, k))
     if (turned[0].cos, turned[0].sin) == (turned[1].cos, turned[1].sin):
         q, k = turned
     normed = (_normed(function, q), _normed(function, k))
@@ -122,7 +122,7 @@ def _outside_in(function: Function, q: _Heads, k: _Heads) -> tuple[_Heads, _Head
     return q, k
 
 
-def _turned(function: Function, heads: _Heads) -> _Heads:
+def _before_rotation(function: Function, heads: _Heads) -> _Heads:
     """Read a rotary embedding of whole heads, or of the first numbers of each head."""
     op = function.producers.get(heads.value.name)
     match op:
@@ -161,7 +161,7 @@ def _normed(function: Function, heads: _Heads) -> _Heads:
 
 
 def _rows(draft: Draft, heads: _Heads, loc: tuple[str, ...]) -> tuple[Value, Op | None]:
-    """Return the heads one behind the other, [B, S, H*D], and the op on single heads that stays outside, if there is one."""
+    """Return the heads concatenated, [B, S, H*D], and the op on single heads that stays outside, if there is one."""
     producers = draft.function.producers
     value, op, outside = heads.value, producers.get(heads.value.name), None
     if not heads.tokens_first:

@@ -1,4 +1,4 @@
-"""Makes one op of routed experts that are spelled out: no token is copied once for every expert it goes to.
+"""Fuses routed experts that are written as separate ops, so that no token is copied for every expert it goes to.
 
 A rule is put together of parts: how the tokens reach their experts (`_Spelling`), where the gate and the other half of
 an expert's first matrix come from (`_halves`), and the activation.
@@ -67,7 +67,7 @@ _OPTIONAL = ("bg", "bu", "up_bias", "down_bias")
 
 
 def _halves(spelling: _Spelling) -> dict[str, str]:
-    """Return where %g and %u come from: two weights, or one with the halves one behind the other or in turn."""
+    """Return where %g and %u come from: two weights, or one with the halves concatenated or interleaved."""
     packed = spelling("gu", "rows", "up", "up_bias")
     cut = "\n      %{} = core.slice(%gu) {{axis=1, start={}, stop={}, step={}}}"
     return {
@@ -146,7 +146,7 @@ def _plain(spelling: _Spelling, act: str) -> Rule:
 
 
 def _one_weight(m: Match) -> dict[str, Any]:
-    """Return the weight with the rows of the gate and those of the other half behind them, and its bias."""
+    """Return the weight with the rows of the gate and then those of the other half, and its bias."""
     if m.wg.type != m.wu.type:
         raise Refuse(f"the weights are {m.wg.type} and {m.wu.type}", m.wg, m.wu)
     bg, bu = m.values.get("bg"), m.values.get("bu")

@@ -1,4 +1,4 @@
-"""Makes one op of a residual add and the norm behind it."""
+"""Fuses a residual add and the norm that follows it into one op."""
 
 from __future__ import annotations
 

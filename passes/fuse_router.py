@@ -1,4 +1,4 @@
-"""Fuses what stands between a router's logits and its experts into one moe.route.
+"""Fuses the ops between a router's logits and its experts into one moe.route.
 
 A few rules bring other spellings into one form. Then each router is read backwards from what its experts get, see
 `routing`; the first op that does not fit is named under --why, and stays outside with what follows it where it can.

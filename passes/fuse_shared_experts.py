@@ -1,4 +1,4 @@
-"""Makes one op of a gated feed-forward layer spelled as linears: shared experts and dense layers."""
+"""Fuses the linears of a gated feed-forward layer into one op: shared experts and dense layers."""
 
 from __future__ import annotations
 

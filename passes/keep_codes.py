@@ -1,4 +1,4 @@
-"""Stores the weights of quantized checkpoints as the codes that lie there."""
+"""Stores the weights of quantized checkpoints with the codes of the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import weight_roles
 from ..compiler.rewrite.rules import Why, tell
 
-Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> what stands there, and its format
+Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> its recipe and its format
 
 NEAREST_BITS = 8  # of the format for weights whose codes no format holds
 _UNGROUPED = 128  # the group of weights whose columns each have a scale of their own

@@ -18,7 +18,7 @@ from ..compiler.rewrite.expert_groups import split_experts
 from ..compiler.rewrite.roles import weight_operands, weight_roles
 from ..compiler.rewrite.rules import Why, tell
 
-# groups that are tried in turn where the user names none: experts are the largest part and the least sensitive one,
+# groups that are tried in this order where the user names no group: experts are the largest part and the least sensitive one,
 # attention is the most sensitive one
 PREFERRED = {"experts": (256, 128, 64, 32, 16), "attention": (32, 16)}
 PREFERRED_ELSEWHERE = (128, 64, 32, 16)
@@ -175,7 +175,7 @@ def _choose(
     function: Function, place: Place, spec: str, group: int | None, symmetric: bool, target: Any,
     roles: Mapping[Place, str], notes: list[str], everything: bool,
 ) -> Format | None:  # fmt: skip
-    """Return the format of a weight; None where no group fits a weight whose group nobody asked for.
+    """Return the format of a weight; None where no group fits a weight and the user asked for no group.
 
     `everything` says that all roles were given one format: then an embedding that cannot have it stays as it is.
     """

@@ -1,4 +1,4 @@
-"""Finds RMSNorm in the arithmetic that an exported model spells it with."""
+"""Replaces the arithmetic of RMSNorm, as exported models have it, by nn.rms_norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds rotary position embedding in the arithmetic that an exported model spells it with."""
+"""Replaces the arithmetic of rotary position embedding, as exported models have it, by nn.rope."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def test_a_damaged_environment_is_said_to_be_one(tmp_path):
 
 def test_a_python_that_does_not_do(tmp_path):
     for python, said in (
-        ("no-such-python", "no-such-python is none that runs"),
-        (shutil.which("false"), "false is none that runs"),
+        ("no-such-python", "no-such-python is a program that does not run"),
+        (shutil.which("false"), "false is a program that does not run"),
     ):
         with pytest.raises(MoecError, match=said):
             environment(tmp_path / "new", create=True, python=python)

@@ -207,7 +207,7 @@ def test_a_file_of_two_parts(tmp_path):
         (lambda raw: raw[:8] + b"\xff" * 8 + raw[16:], "the header announces"),
         (lambda raw: raw[:24] + b"\xff" * 8 + raw[32:], "truncated"),
         (lambda raw: raw.replace(b"a.flag", b"a.f\xffag"), "not UTF-8"),
-        (lambda raw: raw.replace(b"w\2\0\0\0\3", b"w\2\0\0\0\xff"), "is said to lie at"),
+        (lambda raw: raw.replace(b"w\2\0\0\0\3", b"w\2\0\0\0\xff"), "should start at"),
     ],
 )
 def test_damaged_files_are_refused(damage, message, tmp_path):

@@ -171,7 +171,7 @@ def test_fingerprint(tmp_path: Path) -> None:
 TWO = {"a": entry(0, 8, [2]), "b": entry(8, 16, [2])}
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "truncated: 0 bytes"),
-    "header cut": (raw({"a": entry(0, 8, [2])})[:20], "truncated: its header is said to be"),
+    "header cut": (raw({"a": entry(0, 8, [2])})[:20], "truncated: its header claims to be"),
     "data cut": (raw(TWO, bytes(15)), "truncated: the header announces 16 bytes of data, there are 15"),
     "huge header": (b"\xff" * 64, "the safetensors format allows 100000000"),
     "long header": (raw(b"{}", length=90_000_000), "truncated: its header"),

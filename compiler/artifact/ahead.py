@@ -1,4 +1,4 @@
-"""What can be judged of an artifact before its source is imported, which takes seconds to minutes.
+"""Checks an output folder and a request before the source is imported, which takes seconds to minutes.
 
 Whether it can be put where it is wanted, whether the disk has room for it, and whether the files that travel with it can be
 read.

@@ -101,7 +101,7 @@ def _leftovers(final: Path, kind: str) -> list[Path]:
 
 
 def _abandoned(path: Path, pid: int) -> bool:
-    """Return whether a folder has no living owner: its process is gone and nobody holds its lock.
+    """Return whether a folder has no living owner: its process is gone and its lock is free.
 
     Process ids alone do not say it: in containers they start over, so that an owner may have our own id, or be alive
     in another container that shares the disk.

@@ -69,7 +69,7 @@ def find_end_tokens(folder: Path) -> EndTokens:
 
 
 def _ids(found: list[int]) -> tuple[int, ...]:
-    """Return ids in their order, each once; -1 says that there is none."""
+    """Return ids in their order, each once; -1 stands for no id and is left out."""
     return tuple(dict.fromkeys(n for n in found if n >= 0))
 
 

@@ -39,7 +39,7 @@ class State:
 
     `axis` is the axis along which the output has another size than the input; None for a state that keeps its size.
     `shape` is the input's: ints and expressions in the dims `B` and `P`, such as `floordiv(P, 4)`. A state that is
-    `in_place` may lie in a buffer that is longer than the past: the new tokens are written behind the past ones.
+    `in_place` may lie in a buffer that is longer than the past: the new tokens are written after the past ones.
     """
 
     past: str

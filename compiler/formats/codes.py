@@ -1,4 +1,4 @@
-"""The codes behind a weight: a recipe of numbers taken apart into codes, scales and zero points.
+"""Split the recipe of a weight into the recipes of its codes, scales and zero points.
 
 A checkpoint's codes pass through the steps that stack, join and reorder weights as the numbers do, as long as the axis
 along which codes share scales stays whole. What comes out can be stored as `packed` without computing a number.
@@ -134,7 +134,7 @@ def _together(recipe: Step) -> Codes:
     if axis == first.axis and any(p.codes.type.sizes[first.axis] % first.group for p in parts):
         raise NotKept("groups would be cut where its parts meet")
     if axis == first.axis and recipe.name == "interleave":
-        raise NotKept("columns of different groups would lie in turn")
+        raise NotKept("columns of different groups would be interleaved")
     cut = recipe.name == "interleave" or any(p.codes.type.sizes[first.axis - 1] % first.rows for p in parts[:-1])
     if recipe.name != "stack" and axis == first.axis - 1 and first.rows > 1 and cut:
         raise NotKept("blocks of rows would be cut where its parts meet")

@@ -1,4 +1,4 @@
-"""Numbers to codes and back, for every format of `compiler.formats`: rounding to nearest, with a search for the scale.
+"""Encode numbers as the codes of a format, and decode them: rounding to nearest, with a search for the scale.
 
 For each group the range of the codes is tried at a few widths; for each width the scale is the one of least squares
 for its codes, and the width with the smallest error is kept. Everything works on rows: `[..., K]`, groups along K.

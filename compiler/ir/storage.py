@@ -50,7 +50,7 @@ _FLOATS = {
 
 @lru_cache(maxsize=256)
 def find_format(name: str) -> Format | None:
-    """Return the format of a dtype name; None for a plain dtype and for a name that is none."""
+    """Return the format of a dtype name; None for a plain dtype and for an unknown name."""
     if name in _FLOATS:
         return _FLOATS[name]
     found = _INTEGER.fullmatch(name)
@@ -60,7 +60,7 @@ def find_format(name: str) -> Format | None:
 
 
 def format_of(name: str) -> Format:
-    """Return the format of a dtype name; ValueError if it is none."""
+    """Return the format of a dtype name; ValueError if no format has it."""
     found = find_format(name)
     if found is None:
         raise ValueError(f"{name} is no quantized format; there are {', '.join(FORMAT_NAMES)}")

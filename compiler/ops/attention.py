@@ -1,4 +1,4 @@
-"""`nn.cached_attention`: what stands between the linear of q, k and v and the output's linear, as one op."""
+"""`nn.cached_attention`: everything between the linear of q, k and v and the output's linear, as one op."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def cached_attention(
 ):  # fmt: skip
     """Norm and rotate the heads of q and k, append k and v to the cache, attend causally as nn.attention does.
 
-    The heads lie one behind the other in the last axis; q alone holds those of q, k and v in this order. `q_norm` and
+    The heads are concatenated in the last axis; q alone holds those of q, k and v in this order. `q_norm` and
     `k_norm` are weights of an nn.rms_norm over each head with `eps`; then nn.rope turns the first R numbers of a head.
     """
     groups, width = past_key.shape[1], past_key.shape[3]

@@ -197,7 +197,7 @@ def compressed_attention(
     """Attend to the last `window` tokens and to compressed entries, all of which are keys and values at once.
 
     softmax(scale q k) over the tokens at t - window + 1 .. t, the entries w < floor((t + 1) / ratio) (of these only
-    the `selected` ones, -1 is none), and one more logit `sinks` for each head that adds to the denominator only.
+    the `selected` ones, -1 for no entry), and one more logit `sinks` for each head that adds to the denominator only.
     The state holds the last `window` - 1 tokens.
     """
     new, kept = q.shape[1], window_kv.shape[1]

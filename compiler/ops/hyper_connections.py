@@ -1,4 +1,4 @@
-"""`nn.hyper_connection_*`: several residual streams instead of one, mixed by weights that the streams themselves say.
+"""`nn.hyper_connection_*`: several residual streams instead of one, mixed by weights computed from the streams themselves.
 
 Manifold-constrained hyper-connections (mHC, Xie et al. 2026), as DeepSeek-V4 has them.
 """
@@ -78,7 +78,7 @@ def hyper_connection_post(x, streams, post, mix):
     flops=lambda o, r, a: 2 * o[1].shape[0] * o[0].elements + 6 * o[0].elements,
 )
 def hyper_connection_head(x, w, base, scale, *, eps: float, floor: float):
-    """Put the N streams together behind the last layer: y = sum_n (sigmoid(scale z + base) + floor)[n] x[n].
+    """Merge the N streams after the last layer: y = sum_n (sigmoid(scale z + base) + floor)[n] x[n].
 
     z = w rms(x) as in nn.hyper_connection_pre.
     """

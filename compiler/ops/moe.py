@@ -55,8 +55,8 @@ def experts(
 ):  # fmt: skip
     """Send each token through its K chosen experts and add the results, weighted: y[t] = sum_k gates[t, k] f_ids[t, k](x[t]).
 
-    An expert is down(h). Gated: h = act(g) (u + beta) with g, u the two halves of up(x), which lie one behind the
-    other (`concat`) or in turn (`interleaved`); g is clamped above at `limit`, u on both sides. For act=silu,
+    An expert is down(h). Gated: h = act(g) (u + beta) with g, u the two halves of up(x), whose rows are
+    concatenated (`concat`) or interleaved (`interleaved`); g is clamped above at `limit`, u on both sides. For act=silu,
     act(g) = g sigmoid(alpha g): alpha=1.702, beta=1, limit=7 is gpt-oss. Not gated: h = act(up(x)).
     """
     y = torch.zeros_like(x)
@@ -70,7 +70,7 @@ def experts(
 
 
 def activate(h, act: str, gated: bool, layout: str, alpha: float, beta: float, limit: float) -> torch.Tensor:
-    """Return the activation between an expert's two matrices; the formula stands at `moe.experts`."""
+    """Return the activation between an expert's two matrices; for the formula see `moe.experts`."""
     function = ACTIVATIONS[act]
     if not gated:
         return function(h)

@@ -73,7 +73,7 @@ def _cache_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...
     past, new = types
     axis = axis_of(attributes, len(past.shape))
     if with_axis(past, axis, 0).shape != with_axis(new, axis, 0).shape:
-        raise fail(f"{new} does not fit behind the state {past} along axis {axis}")
+        raise fail(f"{new} does not fit after the state {past} along axis {axis}")
     grown = with_axis(past, axis, sympy.expand(past.shape[axis] + new.shape[axis]))
     return (TensorType(grown.dtype, grown.shape, state=True),)
 
@@ -84,7 +84,7 @@ def _cache_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...
     appends=("past",),
 )  # fmt: skip
 def cache_append(past, new, *, axis: int):
-    """Return the state with the new tokens behind the past ones."""
+    """Append the new tokens to the state, after the past ones."""
     return torch.cat((past, new), dim=axis)
 
 

@@ -12,7 +12,7 @@ from .define import Attributes, Types, fail, op
 def _window(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     past, new = types
     if past.shape[:2] != new.shape[:2]:
-        raise fail(f"nn.conv_window: {new} does not fit behind the state {past}")
+        raise fail(f"nn.conv_window: {new} does not fit after the state {past}")
     whole = TensorType(new.dtype, (*new.shape[:2], past.shape[2] + new.shape[2]))
     return whole, TensorType(past.dtype, past.shape, state=True)
 

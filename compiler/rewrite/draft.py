@@ -1,4 +1,4 @@
-"""A function in the making, for what a pattern cannot say: ops in their new order, and new weights.
+"""An editor of one function, for changes that no pattern expresses: ops in their new order, and new weights.
 
 `rewrite_ops` walks a function once and lets a table of functions replace single ops; they add what they need in front.
 A function raises Refuse to leave its op as it is, and the reason becomes a note of `--why`.
@@ -59,7 +59,7 @@ class Draft:
         return results
 
     def weight(self, recipe: Recipe, hint: str) -> Value:
-        """Return the weight with this recipe, added under a new name if there is none."""
+        """Return the weight with this recipe, added under a new name if it is missing."""
         for const in self.consts.values():
             if const.recipe == recipe:
                 return const.value
@@ -68,7 +68,7 @@ class Draft:
         return value
 
     def recipe(self, value: Value | None) -> Recipe:
-        """Return the recipe of a weight; Refuse for a value that is none."""
+        """Return the recipe of a weight; Refuse for a value that is not a weight."""
         const = self.consts.get(value.name) if value else None
         if const is None:
             raise Refuse(f"{value} is not a weight", *([value] if value else []))

@@ -1,6 +1,6 @@
-"""Patterns: what a rewrite rule says, and where a function matches its left side.
+"""Patterns: parse the two sides of a rewrite rule, and find where a function matches the left one.
 
-The rules of the language of patterns stand in `rewrite`.
+The language of patterns is described in `rules.py`.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _forward(function: Function, values: Iterable[Value]) -> list[Op]:
             seen.add(user.results[0].name)
             if user.name in LINEARS:
                 found.append(user)
-            # blocks are those of heads: the output's linear is behind them
+            # blocks are those of heads: the output's linear follows them
             if user.name != "core.linear" and not user.callee:
                 pending += user.results
     return found

@@ -15,7 +15,7 @@ What a pattern says: names stand for values (equal names for equal values), `_` 
 bare attribute for any attribute (bound as `m.E`), another attribute for itself; attributes left out are free.
 Matching starts at the last statement of `before`; commutative ops match in both orders. A name on both sides keeps
 its value, and its type must stay. A value that disappears must not be used elsewhere: the matcher refuses by itself.
-Exceptions are constants and what the rule calls `shared`; they stay as long as someone else reads them. An operand
+Exceptions are constants and what the rule calls `shared`; they stay as long as another op reads them. An operand
 that the rule calls `optional` may be absent, on both sides.
 The guard may return more bindings for `after`: attributes, values, or recipes (each becomes a new weight).
 """
@@ -52,7 +52,7 @@ class Note(str):
     matched: float
 
     def __new__(cls, owner: str, function: str, op: Op, reason: str | Refuse, matched: float = 1.0) -> Note:
-        """Make the text; the culprits of a refusal that its reason does not name stand behind it."""
+        """Make the text; the culprits of a refusal that its reason does not name are appended."""
         if isinstance(reason, Refuse):
             culprits = ", ".join(str(c) for c in reason.culprits if str(c) not in reason.reason)
             reason = reason.reason + (f" ({culprits})" if culprits else "")

@@ -1,4 +1,4 @@
-"""One walk over a function, in which values come to stand for others: what clean-up passes share."""
+"""Walks once over a function and replaces values by others; the clean-up passes share it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sweep:
         return op if operands == op.operands else replace(op, operands=operands)
 
     def keep(self, op: Op) -> None:
-        """Add an op behind the ones kept so far."""
+        """Append an op to the ones kept so far."""
         self.made |= {v.name: op for v in op.results}
         self.ops.append(op)
 

@@ -46,7 +46,7 @@ class Artifact:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the checkpoint; MoecError if there is none."""
+        """The tokenizer that came with the checkpoint; MoecError if it came without one."""
         return load_tokenizer(self.folder)
 
     @property

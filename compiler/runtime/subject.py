@@ -1,4 +1,4 @@
-"""What of an artifact the comparison with its source needs; a protocol, since artifacts offer that comparison."""
+"""The protocol of an artifact that can be compared with its source; artifacts offer the comparison, so it cannot import them."""
 
 from __future__ import annotations
 

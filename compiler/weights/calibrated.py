@@ -1,4 +1,4 @@
-"""A source of weights that knows what its weights are multiplied with: the inputs seen on a calibration text."""
+"""A source of weights together with their inputs, recorded on a calibration text."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Calibrated:
         return getattr(self.source, "opened", None)
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
-        """Return the part of a tensor in `box`; fitted tensors are at hand."""
+        """Return the part of a tensor in `box`; fitted tensors are available."""
         if name in self.fitted:
             return cut(self.fitted[name], box)
         return self.source.read(name, box, expected)
@@ -135,7 +135,7 @@ def unquantized(recipe: Recipe) -> Recipe:
 
 
 def uncalibrated(recipe: Recipe) -> Recipe:
-    """Return the recipe of a weight whose inputs nobody knows, as where its numbers are made up: rounded to nearest."""
+    """Return the recipe of a weight without known inputs, as where its numbers are pseudo-random: rounded to nearest."""
     return _rebuilt(recipe, lambda s: step("quantize", *s.items, to=s.attributes["to"]) if s.name == "quantize" else s)
 
 

@@ -1,4 +1,4 @@
-"""What the evaluation of a weight step is given for its items: a function of a recipe and a box."""
+"""The type of the function that evaluates the items of a weight step: from a recipe and a box to numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory to work in: how large tiles of weights are under a limit, and how many threads hold some."""
+"""Divide a memory limit: how large tiles of weights may be, and how many threads work on some at once."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def _reshape(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
     A group is the shortest run of axes with the same number of elements before and after ([E, N, D] -> [E*N, D] has
     the groups E,N -> E*N and D -> D). Within a group, the rows of the box are one range of its flat elements, once
-    the axes behind the first cut one are widened; that range is a few boxes of the item.
+    the axes after the first cut one are widened; that range is a few boxes of the item.
     """
     item = step.items[0]
     groups = _axis_groups(item.type.sizes, step.type.sizes)

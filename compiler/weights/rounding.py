@@ -1,9 +1,9 @@
-"""How far rounding to a format may take a weight: bounds worked out from the format and the numbers, not measured.
+"""Bounds on the error of rounding a weight to a format, derived from the format and the numbers, not measured.
 
 The error of a rounded number has two parts (Gersho and Gray, Vector Quantization and Signal Compression, chapter 5).
 Within the range of the grid it is at most half the cell that the number falls in, and its mean square over many numbers
 is cell^2 / 12; beyond the range it is the distance to the range's end (overload). The cell of integers of b bits is
-range / (2^b - 1); that of a float with m bits behind the point is 2^(exponent - m). Encoders try several widths of the
+range / (2^b - 1); that of a float with m bits after the point is 2^(exponent - m). Encoders try several widths of the
 range for each group and keep the best one, so that the least of what the widths promise holds for each group.
 """
 
@@ -18,7 +18,7 @@ from ..ir.storage import Format
 
 # of what the formulas give: a zero point and the scales of nvfp4 are rounded themselves, and few numbers are no mean
 MARGIN = 1.2
-_MANTISSA = {"e2m1": (1, 6.0, 0), "e4m3": (3, 448.0, -6)}  # bits behind the point, largest number, least exponent
+_MANTISSA = {"e2m1": (1, 6.0, 0), "e4m3": (3, 448.0, -6)}  # bits after the point, largest number, least exponent
 # half a cell of 2 bits is more than half of most numbers: only the mean tells such a weight from one twice as large
 _HELD_TO_MEAN = 2
 

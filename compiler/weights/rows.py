@@ -1,4 +1,4 @@
-"""The parts of quantized weights for a box of rows: what writes them, a tile at a time, asks here."""
+"""Evaluate the parts of quantized weights for a box of rows, for writers that work a tile at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes that cover a tensor, each small enough to be worked on at once."""
+"""Cut a tensor into boxes, each small enough to be worked on at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether files are still what they were when they were opened: a download or a training run may write to them meanwhile.
+"""Detect files that changed since they were opened: a download or a training run may write to them meanwhile.
 
 What is compared is what the system says of a file (which one it is, how long, when it was last written) and the headers;
 a compile of half old and half new weights would look like any other.

@@ -22,7 +22,7 @@ from . import ops
 
 assert ops  # what is lowered to is declared there
 
-_STORED, _TABLE = ".bf16", ".table"  # behind the names of weights that are stored so
+_STORED, _TABLE = ".bf16", ".table"  # suffixes of the names of weights that are stored so
 _ACTIVATION = ("act", "layout", "alpha", "beta", "limit")
 ACCURACIES = ("fast", "exact")
 

@@ -26,7 +26,7 @@ RIGHT, WRONG, REJECTED, CRASHED = "right", "wrong", "rejected", "crashed"
 INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
 FAST, EXACT = ACCURACIES = ("fast", "exact")
 ODD_HEADS, ODD_TURNED = "heads of no multiple of 8", "rotary of no multiple of 16"
-# what stands beside the part of a variant that is tried
+# operands beside the part of a variant that is tried
 PLAIN: dict[str, dict[str, Any]] = {
     "QMoE": {"activation": "swiglu", "routing": "weights"},
     "MoE": {"activation": "swiglu", "routing": "weights"},

@@ -1,4 +1,4 @@
-"""`ort.*`: what ONNX Runtime has as one op. Their emitters stand in onnx_core.py, onnx_nn.py, onnx_attention.py and onnx_moe.py."""
+"""`ort.*`: what ONNX Runtime has as one op; the folder `onnx` emits them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def moe(
     act: str = "silu", gated: bool = True, alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
     gate_sum: float = 0.0,
 ):  # fmt: skip
-    """Send each token through its chosen experts as moe.experts does, with gate and up rows in turn; gates are >= 0.
+    """Send each token through its chosen experts as moe.experts does, with gate and up rows interleaved; gates are >= 0.
 
     `gate_sum` says what the gates of every token add up to, where that is known; 0 where it is not.
     """

@@ -157,7 +157,7 @@ def qmoe(
     """Send each token through the k experts with the largest `choice` and add the results, weighted.
 
     The weights are those of `mixing` at the chosen experts (an expert whose weight is 0 is left out), or without it
-    the softmax of their `choice`. Gate and up rows lie in turn; the formula of an expert stands at moe.experts.
+    the softmax of their `choice`. Gate and up rows are interleaved; for the formula of an expert see moe.experts.
     """
     top, ids = torch.topk(choice, k, dim=-1)
     gates = torch.softmax(top, -1) if mixing is None else torch.gather(mixing, 1, ids)

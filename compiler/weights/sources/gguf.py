@@ -164,7 +164,7 @@ class _Header:
             length = int(type_.elements) * DTYPE_BITS[type_.dtype] // 8
             self.check(
                 offset % alignment == 0 and start + offset + length <= self.size,
-                f"tensor {name!r} is said to lie at {offset}, {length} bytes long; the file has {self.size}",
+                f"tensor {name!r} should start at {offset} and be {length} bytes long; the file has {self.size}",
             )
             found[name] = (TensorInfo(type_, self.file, start + offset), kind)
         return found, metadata

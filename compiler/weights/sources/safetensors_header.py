@@ -71,10 +71,10 @@ def read_header(file: Path, descriptor: int) -> Header:
         raise MoecError(what, str(file), todo=_DAMAGED)
     length = int.from_bytes(start, "little")
     if length > HEADER_LIMIT:
-        what = f"the header is said to be {length} bytes long; the safetensors format allows {HEADER_LIMIT}"
+        what = f"the header claims to be {length} bytes long; the safetensors format allows {HEADER_LIMIT}"
         raise MoecError(what, str(file), todo="this is not a safetensors file, or it is damaged")
     if 8 + length > size:
-        what = f"the file is truncated: its header is said to be {length} bytes long, the file has {size}"
+        what = f"the file is truncated: its header claims to be {length} bytes long, the file has {size}"
         raise MoecError(what, str(file), todo=_DAMAGED)
     text = os.pread(descriptor, length, 8)
     if len(text) < length:

@@ -1,4 +1,4 @@
-"""What stands of an Ascend's kernels in an artifact: sources as triton-ascend takes them, and Linalg where it is at hand."""
+"""Writes an Ascend's kernels into an artifact: sources for triton-ascend, and Linalg where triton-ascend is available."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def source_of(program: Program, arch: str) -> str:
 
 
 def find_environment(create: bool) -> tuple[Environment | None, str]:
-    """Return the user's environment, made first if `create`; without one, why there is none.
+    """Return the user's environment, made first if `create`; without one, why it is missing.
 
     Raises MoecError if one is to be made and cannot be.
     """
@@ -42,7 +42,7 @@ def lower_kernels(
 ) -> tuple[Kernels, dict[str, bytes]]:
     """Return the kernels with what came of each for `arch`, and the Linalg files, with names below `folder`.
 
-    Without an environment only sources are written, and `why` stands in the place of an object. Equal programs are lowered
+    Without an environment only sources are written, and `why` takes the place of an object. Equal programs are lowered
     once; a kernel that the adapter does not take has its error there.
     """
     if where is None:

@@ -1,4 +1,4 @@
-"""Bindings: what each argument of a kernel is, so that whoever launches it need not guess.
+"""Bindings: what each argument of a kernel is, so that a launcher need not guess.
 
 An argument is an operand or a result of the op that the kernel computes, a part of a packed weight, a state that is
 appended to where it lies, or a scratch buffer between the kernels of one op. The scalars B, S and P of a kernel are the

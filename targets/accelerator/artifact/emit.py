@@ -73,7 +73,7 @@ def _source(kernel: KernelSpec, profile: Profile) -> str:
 
 
 def _with_sources(kernels: Kernels) -> dict[str, Any]:
-    """Return what stands in kernels.json, each kernel with the file of its source."""
+    """Return the content of kernels.json, each kernel with the file of its source."""
     data = kernels.to_json()
     return {**data, "kernels": [{**k, "source": f"{SOURCES}/{k['name']}.py"} for k in data["kernels"]]}
 

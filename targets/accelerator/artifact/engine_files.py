@@ -130,7 +130,7 @@ def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:
 def engine_files(
     problems: Iterable[Problem], profile: Profile, notes: list[str]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (path, content) of the files for all routed experts of a model; `notes` gets why there is none for some."""
+    """Yield (path, content) of the files for all routed experts of a model; `notes` gets the reason where a model has no such file."""
     device = DEVICES.get(profile.name)
     done: set[str] = set()
     for p in problems:

@@ -109,7 +109,7 @@ def _moved(kernel: KernelSpec, place: int) -> KernelSpec:
 
 
 def _entry(kernel: KernelSpec, made: Made, arch: str) -> dict[str, Any]:
-    """Return what stands in kernels.json of an object."""
+    """Return the entry of an object in kernels.json."""
     if isinstance(made, MoecError):
         return {"arch": arch, "error": made.what}
     predicted = predict_shared(kernel.best.program, arch, kernel.best.tile.warps)

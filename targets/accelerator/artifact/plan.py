@@ -19,7 +19,7 @@ _BETWEEN = {"f32": 2, "bf16": 2}  # bytes of an activation: bf16 between kernels
 
 
 def make_plan(module: Module, profile: Profile, found: Shards) -> dict[str, Any]:
-    """Return what stands in plan.json: one device, its files, and the memory that weights, states and a step take."""
+    """Return the content of plan.json: one device, its files, and the memory that weights, states and a step take."""
     memory = profile.memories[0]
     capacity = None if memory.capacity is None else int(memory.capacity.value)
     weights = sum(shard.bytes for shard in found.shards)

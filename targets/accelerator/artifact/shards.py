@@ -243,7 +243,7 @@ def _matrix_tiles(recipe: Recipe, tile_bytes: int, block: int) -> Iterator[Box]:
 def _fractal(
     file: TiledFile, recipe: Recipe, packing: Packing, source: WeightSource, box: Box, offset: int
 ) -> None:  # fmt: skip
-    """Write the fractals of a tile of rows: those of one column of fractals lie together, columns one behind the other."""
+    """Write the fractals of a tile of rows: those of one column of fractals are adjacent, column after column."""
     (_, (_, shape)), *_ = packing.parts.items()
     columns, rows, *one = shape[-4:]
     low, high = box[-2]

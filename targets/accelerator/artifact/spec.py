@@ -144,7 +144,7 @@ class Kernels:
     problems: tuple[tuple[str, Any], ...] = ()  # what is computed, as (kind, problem)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what stands in kernels.json."""
+        """Return the kernel's entry in kernels.json."""
         return {
             "schema": SCHEMA,
             "moec": __version__,

@@ -143,7 +143,7 @@ def _find_python(given: str | None) -> str:
         version = _version(path) if path else ""
         if path and version in PYTHONS:
             return path
-        tried.append(f"{name} is {f'Python {version}' if version else 'none that runs'}")
+        tried.append(f"{name} is {f'Python {version}' if version else 'a program that does not run'}")
     raise MoecError(
         f"triton-ascend wants Python {', '.join(PYTHONS)}: {'; '.join(tried)}",
         todo="install one of them, or name an interpreter",
@@ -204,7 +204,7 @@ def lower(kernels: Sequence[Kernel], arch: str, where: Environment, seconds: flo
     """Lower kernels for a chip and return what came of each, in their order; one that fails leaves the others alone.
 
     A kernel that ends the worker or takes longer than `seconds` has that as its error. Raises MoecError if the worker
-    does not even start, or for a chip that is none of triton-ascend's.
+    does not even start, or for a chip that triton-ascend does not know.
     """
     newer = is_newer(arch)
     with tempfile.TemporaryDirectory() as name:

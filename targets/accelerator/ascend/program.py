@@ -233,7 +233,7 @@ def _multiplied(program: Program) -> frozenset[str]:
 def _masks(mask: str, column: ast.expr, whole: str) -> str | None:
     """Return a mask [rows, columns] for a load in blocks; None if a term of it is neither of rows nor of columns.
 
-    `whole` says which blocks there are: what is behind the last column in its fractal is packed as zeros.
+    `whole` says which blocks there are: what follows the last column in its fractal is packed as zeros.
     """
     terms, rest = [], [parse(mask)] if mask else []
     while rest:

@@ -52,7 +52,7 @@ TOP = {
 
 
 def kind_of(key: str) -> str | None:
-    """Return the kind (of quantities.UNITS) of a figure by its key such as `memory.l2.bandwidth`; None if it is none."""
+    """Return the kind (of quantities.UNITS) of a figure by its key such as `memory.l2.bandwidth`; None for another key."""
     match key.split("."):
         case [name]:
             return TOP.get(name)

@@ -35,7 +35,7 @@ _SENSIBLE = {
 def quantity(given: float | str, kind: str) -> float:
     """Return a number or a text with a unit in SI units; `kind` is a key of UNITS.
 
-    Raises ValueError, with a text that goes on after the name of the figure, for a text that is none, a unit of
+    Raises ValueError, with a text that goes on after the name of the figure, for a text that is not a quantity, a unit of
     another kind, and a number that no device has.
     """
     value = float(given) if not isinstance(given, str) else _read(given, kind)

@@ -1,7 +1,7 @@
 """The kernels of nn.attention and nn.cached_attention: any heads on groups of keys, window, chunk, softcap, sinks, masks.
 
 A row of a tile is (new token, head of the group), so that all heads that share a group's keys share the loaded tiles:
-with one new token and eight heads on a group, eight rows. Blocks of keys behind the last token of a tile, before its
+with one new token and eight heads on a group, eight rows. Blocks of keys after the last token of a tile, before its
 window or its chunk are not looked at.
 """
 

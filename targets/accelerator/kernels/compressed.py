@@ -19,7 +19,7 @@ class Compressed:
     """q [B, S, H, D] on kv [B, S, D], the window [B, min(P, window - 1), D] before it and entries [B, C, D].
 
     `ratio` 0: there are no entries; else (P + S) // ratio of the C are there. `selected`: of these, for each token those
-    of selected i32[B, S, J], -1 is none. The tokens' positions are P + i.
+    of selected i32[B, S, J], -1 for no entry. The tokens' positions are P + i.
     """
 
     heads: int

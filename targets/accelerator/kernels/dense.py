@@ -20,7 +20,7 @@ from .experts import Activated, activation, multiply
 class Linear(Activated):
     """y[t] = act(w x[t] + bias), in `blocks` independent parts: y [T, blocks rows], x [T, depth] or [T, blocks, depth].
 
-    The weight has `rows` (gated: twice as many) for each block: one behind the other, or as experts of the packing.
+    The weight has `rows` (gated: twice as many) for each block: concatenated, or as experts of the packing.
     Gated: act(gate) (value + beta), see moe.experts. `scaled`: y[t] is multiplied by scale[t], f32.
     """
 

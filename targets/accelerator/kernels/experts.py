@@ -19,9 +19,9 @@ LOOK = 1024  # pairs that sort looks at in one step
 
 @dataclass(frozen=True, kw_only=True)
 class Activated:
-    """What stands behind a product: act(gate) (value + beta), or without `gated` act(gate) alone; see moe.experts.
+    """The epilogue of a matmul: act(gate) (value + beta), or without `gated` act(gate) alone; see moe.experts.
 
-    `act` is a function of moe.experts or sigmoid; rows of gate and value lie one behind the other, or `interleaved`.
+    `act` is a function of moe.experts or sigmoid; rows of gate and value are concatenated, or `interleaved`.
     """
 
     act: str = "silu"

@@ -1,4 +1,4 @@
-"""The kernels of norms, over rows of any width: in one piece where a tile holds a row, in turns over it elsewhere."""
+"""The kernels of norms, over rows of any width: in one piece where a tile holds a row, in a loop over it elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an op to kernels that a tile can be searched for: what the tables of kinds_*.py are made of."""
+"""From an op to kernels that a tile can be searched for: the types of the tables in this folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute an op: kernels that run one after the other."""
+    """An implementation of an op: kernels that run one after the other."""
 
     name: str
     kernels: tuple[Kernel, ...]

@@ -68,7 +68,7 @@ class Packing:
 
     @cached_property
     def parts(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """The tensors in device memory: what is behind the weight's name -> (dtype, shape)."""
+        """The tensors in device memory: suffix of the weight's name -> (dtype, shape)."""
         lead = (self.experts,) if self.experts else ()
         f = self.quantized
         if f is None:

@@ -157,7 +157,7 @@ class Program:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Program:
-        """Return the program of JSON values; MoecError for a statement that is none."""
+        """Return the program of JSON values; MoecError for anything but a statement."""
         buffers = {
             name: Buffer(b["memory"], b["dtype"], tuple(b["shape"]), b["copies"]) for name, b in data["buffers"].items()
         }

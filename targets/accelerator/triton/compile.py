@@ -99,7 +99,7 @@ def compile_kernel(program: Program, arch: str, warps: int, source: str | None =
 
 
 def triton_module() -> ModuleType:
-    """Return the module triton; MoecError with what to install where there is none."""
+    """Return the module triton; MoecError with what to install where it is missing."""
     try:
         import triton
         import triton.compiler

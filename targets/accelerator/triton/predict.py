@@ -89,7 +89,7 @@ def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, war
 def spills(program: Program, arch: str, warps: int) -> bool:
     """Return whether the sums of the products may be too many for a thread's registers, with what else it holds.
 
-    It errs to the safe side: some that are said to spill just do not.
+    It errs to the safe side: some that are predicted to spill do not.
     """
     threads = warps * (64 if arch.startswith("gfx") else 32)
     sums = {dot.acc for dot in _dots(program.body)}

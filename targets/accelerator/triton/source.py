@@ -39,7 +39,7 @@ def triton_source(program: Program, warps: int = 4, limit: int | None = None) ->
     """Return the Python source of a kernel for `warps` warps of a block, with at most `limit` registers a thread.
 
     MoecError for what Triton cannot say: sizes of tiles that are no powers of two, dtypes that numpy and Triton would
-    promote otherwise, names that are used behind the loop that makes them.
+    promote otherwise, names that are used after the loop that makes them.
     """
     printer = _Printer(program)
     while True:  # each turn knows better which names are negative or wider than the first value they get
@@ -239,7 +239,7 @@ class _Printer:
             shape = broadcast(shape, kind.shape)
             if kind.constant != 0:
                 offsets.append(self._offset(argument, axis, node, kind))
-        if first:  # before the rest: where it stands behind, triton-ascend fails when every second number is read
+        if first:  # before the rest: where it comes after, triton-ascend fails when every second number is read
             offsets.insert(0, ast.Constant(first))
         address: ast.expr = ast.Name(pointer(tensor))
         for offset in offsets:

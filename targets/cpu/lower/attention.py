@@ -34,7 +34,7 @@ def group_query_attention(draft: Draft, op: Op, record: Record) -> Op:
     if k is not None:
         q, k = (_normed(draft, x, w, width, attributes["eps"], op.loc) for x, w in ((q, q_norm), (k, k_norm)))
     if outside:
-        q, k = (_turned(draft, x, cos, sin, width, op.loc) for x in (q, k) if x)
+        q, k = (_rotate_heads(draft, x, cos, sin, width, op.loc) for x in (q, k) if x)
         cos = sin = None
     bias = mask and draft.add(
         "ort.attention_bias", mask, hint="attention_bias", loc=op.loc, tokens=op.results[0].type.shape[1]
@@ -85,16 +85,18 @@ def _normed(draft: Draft, x: Value, weight: Value | None, width: Any, eps: float
     return _flat(draft, draft.add("nn.rms_norm", heads, weight, hint=f"{x.name}.normed", loc=loc, eps=eps), loc)
 
 
-def _turned(draft: Draft, x: Value, cos: Value | None, sin: Value | None, width: Any, loc: tuple[str, ...]) -> Value:
+def _rotate_heads(
+    draft: Draft, x: Value, cos: Value | None, sin: Value | None, width: Any, loc: tuple[str, ...]
+) -> Value:
     heads = _heads(draft, x, width, loc)
     return _flat(draft, draft.add("ort.rotary_embedding", heads, cos, sin, hint=f"{x.name}.turned", loc=loc), loc)
 
 
-# --- ops on single heads that stand in front of the attention ------------------------------------------------------
+# --- ops on single heads before the attention ------------------------------------------------------
 
 
 def _moved(draft: Draft, op: Op) -> Three:
-    """Return q, k and v; where ops on single heads stand before the transpose, they are done behind it, and it falls away."""
+    """Return q, k and v; ops on single heads before the transpose are moved after it, and it is dropped."""
     made: list[Value | None] = []
     for value in op.operands[:3]:
         heads = None if value is None else _before_transpose(draft, value)

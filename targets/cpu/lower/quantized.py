@@ -177,12 +177,12 @@ def _parts(draft: Draft, weight: Value) -> tuple[Value, Value, Value | None]:
 
 
 def interleave(draft: Draft, value: Value) -> Value:
-    """Return the weight with its gate rows and up rows in turn."""
+    """Return the weight with its gate rows and up rows interleaved."""
     return draft.weight(interleaved(draft.recipe(value)), f"{value.name}.interleaved")
 
 
 def interleaved(recipe: Recipe) -> Recipe:
-    """Return the recipe with the two halves of axis 1 in turn: row 0 of both, row 1 of both, ..."""
+    """Return the recipe with the two halves of axis 1 interleaved: row 0 of both, row 1 of both, ..."""
     match recipe:
         case Step("cast" | "quantize", (item,)):
             return step(recipe.name, interleaved(item), **recipe.attributes)

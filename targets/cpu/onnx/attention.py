@@ -1,4 +1,4 @@
-"""How attention is said in ONNX: com.microsoft.GroupQueryAttention, or plain ops."""
+"""Emits attention as com.microsoft.GroupQueryAttention, or as plain ONNX ops."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def attention(ctx: Context, op: Op) -> None:
     groups, total, out = k.type.shape[1], k.type.shape[2], v.type.shape[3]
     graph = ctx.graph
     attributes = ctx.attributes(op)
-    # the heads of a group lie one behind the other: [B, H, S, D] is [B, G, R*S, D], and no key is repeated
+    # the heads of a group are adjacent: [B, H, S, D] is [B, G, R*S, D], and no key is repeated
     rows = heads / groups * new
     flat = ctx.reshape(ctx.value(q), q.type.shape, (batch, groups, rows, width))
     turned = ctx.node("Transpose", ctx.value(k), perm=[0, 1, 3, 2])
@@ -139,7 +139,7 @@ def _angle_rows(ctx: Context, table: Value, batch: Size, new: Size, total: Size)
     """Return the angles [rows, R/2] with a row for every new token of the batch; once for all layers that share them.
 
     GroupQueryAttention looks angles up by position. Here they are computed already, and each token's "position" is the
-    number of its row. The op wants at least as many rows as the sequence is long, so that many zeros stand behind them.
+    number of its row. The op wants at least as many rows as the sequence is long, so that many zeros follow them.
     """
     half = int(table.type.shape[-1]) // 2
     name = half_angles(ctx, table, batch)

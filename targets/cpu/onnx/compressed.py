@@ -1,4 +1,4 @@
-"""How DeepSeek-V4's layers are said in ONNX: hyper-connections, compressed entries, and the attention that reads them."""
+"""Emits DeepSeek-V4's layers as plain ONNX ops: hyper-connections, compressed entries, and the attention that reads them."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def _keep_window(ctx: Context, op: Op, tokens: str, total: Size, window: int) ->
 
 
 def _selected_entries(ctx: Context, selected: Value, count: Size) -> str:
-    """Return bool[B, S, E]: which entries are among the selected ones; -1 falls on a slot behind the last."""
+    """Return bool[B, S, E]: which entries are among the selected ones; -1 falls on a slot after the last."""
     graph = ctx.graph
     batch, new, _ = selected.type.shape
     places = ctx.value(selected)

@@ -1,4 +1,4 @@
-"""How the core ops are said in ONNX."""
+"""Emits the core ops as ONNX nodes."""
 
 from __future__ import annotations
 

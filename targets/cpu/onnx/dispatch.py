@@ -1,4 +1,4 @@
-"""How routed experts that no pass could fuse are said in ONNX: rows copied for each expert, and a Loop over the experts."""
+"""Emits routed experts that no pass could fuse: rows copied for each expert, and a Loop over the experts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dispatch(ctx: Context, op: Op) -> None:
 
 
 def grouped_linear(ctx: Context, op: Op) -> None:
-    """Emit a Loop over the experts that multiplies the rows of each and puts the results one behind the other."""
+    """Emit a Loop over the experts that multiplies the rows of each and concatenates the results."""
     rows, _, offsets = ctx.inputs(op)[:3]
     graph = ctx.graph
     type_ = op.results[0].type

@@ -1,7 +1,7 @@
 """Write a module of stage kernel as model.onnx and model.onnx.data.
 
-Calls are inlined: a layer's function is emitted once for each call, its names behind the prefix `layer.3/`. Weights
-go from the source to the data file a tile at a time; small ones stand in the model. The same module and weights give
+Calls are inlined: a layer's function is emitted once for each call, its names after the prefix `layer.3/`. Weights
+go from the source to the data file a tile at a time; small ones are in the model. The same module and weights give
 the same bytes.
 """
 
@@ -48,7 +48,7 @@ KERNELS: dict[str, Kernel] = {
 assert ops and ops_quantized  # what is emitted is declared there
 MODEL, DATA = "model.onnx", "model.onnx.data"
 OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23
-INLINE_BYTES = 1024  # smaller weights stand in the model file
+INLINE_BYTES = 1024  # smaller weights are in the model file
 _LARGEST_PROTO = (1 << 31) - 1
 _DTYPES = {"bool", "u8", "i8", "i32", "i64", "f32", "f64"}  # what the CPU's kernels compute with
 

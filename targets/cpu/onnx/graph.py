@@ -97,7 +97,7 @@ class Graph:
         return self.once(key, make)
 
     def initializer(self, name: str, dtype: str, shape: Sequence[int], raw: bytes) -> str:
-        """Add a small initializer whose bytes stand in the model file."""
+        """Add a small initializer whose bytes are in the model file."""
         tensor = TensorProto(name=self.fresh(name), data_type=ONNX_TYPES[dtype], dims=shape, raw_data=raw)
         self.initializers[tensor.name] = tensor
         return tensor.name
@@ -113,7 +113,7 @@ class Graph:
         return self.once(("optional input", name), make)
 
     def external(self, name: str, type_: TensorType, location: str, offset: int, length: int) -> str:
-        """Add an initializer whose bytes stand in the data file."""
+        """Add an initializer whose bytes are in the data file."""
         tensor = TensorProto(
             name=self.fresh(name), data_type=ONNX_TYPES[type_.dtype], dims=type_.sizes,
             data_location=TensorProto.EXTERNAL,

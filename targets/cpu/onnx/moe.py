@@ -1,4 +1,4 @@
-"""How routed experts are said in ONNX: com.microsoft.MoE, or a Loop over the experts that were chosen."""
+"""Emits routed experts as com.microsoft.MoE, or as a Loop over the experts that were chosen."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def moe(ctx: Context, op: Op) -> None:
 
 
 def activation_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of MoE and QMoE that say the activation; gate and up rows lie in turn."""
+    """Return the attributes of MoE and QMoE for the activation; gate and up rows are interleaved."""
     if not attributes["gated"]:
         return {"activation_type": _UNGATED.get(attributes["act"], attributes["act"])}
     options = {"activation_type": "swiglu", "swiglu_fusion": 1}

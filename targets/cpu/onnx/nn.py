@@ -1,4 +1,4 @@
-"""How the layers are said in ONNX: embedding, norms, rotary embedding."""
+"""Emits layers as ONNX nodes: embedding, norms, rotary embedding."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def layer_norm(ctx: Context, op: Op) -> None:
 
 
 def last_tokens(ctx: Context, op: Op) -> None:
-    """Emit a slice from -logits_to_keep on; 0, which that input is where nobody gives it, keeps all tokens."""
+    """Emit a slice from -logits_to_keep on; 0, the default of that input, keeps all tokens."""
     start = ctx.node("Neg", ctx.graph.optional_input("logits_to_keep", [0]))
     ctx.finish(op, "Slice", *ctx.inputs(op), start, ctx.graph.constant([END]), ctx.graph.constant([1]))
 

@@ -1,4 +1,4 @@
-"""How ops on quantized weights are said in ONNX: QMoE, MatMulNBits, GatherBlockQuantized of com.microsoft."""
+"""Emits ops on quantized weights: QMoE, MatMulNBits, GatherBlockQuantized of com.microsoft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How recurrent layers are said in ONNX: Conv over channels, com.microsoft.LinearAttention."""
+"""Emits recurrent layers: Conv over channels, com.microsoft.LinearAttention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a router is said in ONNX."""
+"""Emits a router as ONNX nodes."""
 
 from __future__ import annotations
 

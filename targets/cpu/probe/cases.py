@@ -1,6 +1,6 @@
 """Programs of one op for the probe: emitted as lowering would, or bent afterwards into what moec never writes.
 
-Each comes with inputs and what the op's reference makes of them. Weights stand in the program, since the runtime
+Each comes with inputs and what the op's reference makes of them. Weights are in the program, since the runtime
 rearranges those when it opens a model.
 """
 

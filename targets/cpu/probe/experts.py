@@ -104,7 +104,7 @@ def write_moe(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     bend(folder, *edits)
     if weight_bytes:
         steps = [{"x": torch.randn(1, width), "ids": ids, "gates": torch.full((1, chosen), 1 / chosen)}
-                 for ids in _turns(experts, chosen)]  # fmt: skip
+                 for ids in _rounds_over_experts(experts, chosen)]  # fmt: skip
         return Case(steps=steps, bytes_read=4 * (up.numel() + down.numel()) * chosen // experts)
     x, choice, _ = _inputs(width, negative=False)
     ids, gates = _routing("softmax", choice, None)
@@ -182,14 +182,14 @@ def _write_large(format: Format, options: dict[str, Any], folder: Path, weight_b
     inputs = {"x": _f32(T, LARGE_WIDTH), "choice": _f32(T, experts), "mixing": _f32(T, experts)}
     write("ort.qmoe", inputs, parts, folder, k=LARGE_CHOSEN, **options)
     steps = []
-    for ids in _turns(experts, LARGE_CHOSEN):
+    for ids in _rounds_over_experts(experts, LARGE_CHOSEN):
         dense = torch.zeros(1, experts).scatter(1, ids, 1 / LARGE_CHOSEN)
         steps.append({"x": torch.randn(1, LARGE_WIDTH), "choice": dense, "mixing": dense})
     return Case(steps=steps, bytes_read=expert * LARGE_CHOSEN)
 
 
-def _turns(experts: int, chosen: int) -> Sequence[torch.Tensor]:
-    """Return which experts each step reads: all of them in turn, so that none is still in a cache."""
+def _rounds_over_experts(experts: int, chosen: int) -> Sequence[torch.Tensor]:
+    """Return which experts each step reads: all of them, a few a step, so that none is still in a cache."""
     return [torch.arange(start, start + chosen)[None] for start in range(0, experts - chosen + 1, chosen)]
 
 

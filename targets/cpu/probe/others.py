@@ -1,4 +1,4 @@
-"""Programs of the probe for what is not routed experts: linears, lookups, attention, norms, activations."""
+"""Programs of the probe for all but routed experts: linears, lookups, attention, norms, activations."""
 
 from __future__ import annotations
 

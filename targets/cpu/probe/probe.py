@@ -1,6 +1,6 @@
 """Tries the variants of the table on the installed ONNX Runtime: right, wrong, rejected, and how fast.
 
-The runtime works in a process of its own, since a wrong use may end it; the next process goes on behind the variant that
+The runtime works in a process of its own, since a wrong use may end it; the next process goes on after the variant that
 did.
 """
 

@@ -1,7 +1,7 @@
 """States of a running model: KV caches in buffers with room for more tokens, and what else lives from step to step.
 
 A cache that is only appended to stays where it is: the runtime gets one buffer as its past and as its present, and
-writes the new tokens behind the past ones. Buffers grow by half when they are full. Whoever goes on from older states
+writes the new tokens after the past ones. Buffers grow by half when they are full. Whoever goes on from older states
 than the newest ones gets a copy, so that states never change under the hands of others.
 """
 
