@@ -21,7 +21,7 @@ from .ir.pipelines import parse_pipeline
 from .ir.stages import STAGES
 from .quantize.options import AUTO, CALIBRATED, KEEP, PASS, Spec, with_keep, with_quantize
 from .quantize.plan import PLAN, Budget, read_plan
-from .rewrite.declare import Option, PassDef, check_stop, resolve, spell_pass
+from .rewrite.declare import Option, PassDef, PassTable, check_stop, resolve, spell_pass
 from .version import __version__
 from .weights.memory import MEMORY_LIMIT, tile_bytes
 
@@ -207,8 +207,8 @@ def find_target(name: str, options: Mapping[str, str]) -> Target:
     return open_target(name, options)
 
 
-def passes_for(target: Target) -> dict[str, PassDef]:
-    """Return the table of passes together with the target's lowering."""
+def passes_for(target: Target) -> PassTable:
+    """Return the table of passes together with the target's lowering and those that packages bring."""
 
     def lower(module: Module, target: Target, why: Why, accuracy: str = "fast") -> Module:
         from .rewrite.rules import tell
@@ -220,7 +220,7 @@ def passes_for(target: Target) -> dict[str, PassDef]:
 
     doc = f"Rewrite the module in the ops that target {target.name} runs."
     options = {"accuracy": Option("accuracy", str, False, "fast")}
-    return {**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", False, options, notes=True)}
+    return PassTable({**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", False, options, notes=True)})
 
 
 def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,7 @@
-"""The targets, by name: `cpu`, and one for each profile of an accelerator. A target is a folder here and a name in `TARGETS`."""
+"""The targets, by name: `cpu`, one for each profile of an accelerator, and those of packages outside of moec.
+
+A target of moec is a folder here and a name in `TARGETS`; what packages bring is in `compiler/errors/plugins.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compiler.errors.plugins import TARGETS as BROUGHT
+from ..compiler.errors.plugins import broken, brought, load_brought, refuse_names
 from .cpu import TARGET as CPU
 from .target import Target
 
@@ -19,17 +24,23 @@ class _Targets(Mapping[str, Target]):
     def __getitem__(self, name: str) -> Target:
         if name == CPU.name:
             return CPU
-        from .accelerator.chip.profile import profile_names
+        from .accelerator.chip.profile import profile_file
         from .accelerator.target import find_accelerator
 
-        if name not in profile_names():
+        if profile_file(name) is not None:
+            return find_accelerator(name, {})
+        if (found := load_brought(BROUGHT, name, Target, "a Target")) is None:
             raise KeyError(name)
-        return find_accelerator(name, {})
+        if found.name != name:
+            raise broken(brought(BROUGHT)[name], f"brings {name} as a target that is named {found.name}")
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        from .accelerator.chip.profile import profile_names
+        from .accelerator.chip.profile import known_profiles
 
-        return iter((CPU.name, *profile_names()))
+        own = (CPU.name, *known_profiles())
+        refuse_names(BROUGHT, set(own))
+        return iter((*own, *brought(BROUGHT)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -43,7 +54,7 @@ def open_target(name: str, options: Mapping[str, str]) -> Target:
     from .accelerator.chip.describe import is_profile
     from .accelerator.target import find_accelerator
 
-    if is_profile(name):
+    if name != CPU.name and is_profile(name):
         return find_accelerator(name, options)
     if name not in TARGETS:
         raise unknown_target(name)

@@ -32,6 +32,7 @@ def ops() -> Rows:
     from ..ops.define import REQUIRED
 
     declare_kernel_ops()
+    OPS.bring_all()
     return [
         {
             "name": name,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import MoecError
+from ..errors.plugins import OPS as BROUGHT
+from ..errors.plugins import brought
 from ..ir.module import Function, Module, Op, Value
 from ..ir.stages import STAGES
 from ..ir.types import TensorType, is_dtype
@@ -14,6 +16,12 @@ STAGE_DIALECTS = {
     "graph": ("core", "nn", "moe"),
     "moe": ("core", "nn", "moe"),
 }  # at the stage kernel the target's table decides
+
+
+def at_home(op: Op, stage: str) -> bool:
+    """Return whether an op is one of a stage; the ops of packages outside of moec are at home in each."""
+    dialect = op.name.partition(".")[0]
+    return dialect in STAGE_DIALECTS.get(stage, (dialect,)) or dialect in brought(BROUGHT)
 
 
 def verify(module: Module) -> None:
@@ -75,7 +83,7 @@ def _check_use(value: Value, defined: dict[str, TensorType], place: str, op: Op 
 def check_op(op: Op, stage: str, functions: dict[str, Function], place: str) -> None:
     """Raise MoecError unless the op may stand at this stage and its result types are the inferred ones."""
     model = ", ".join(op.loc)
-    if op.name != "call" and stage in STAGE_DIALECTS and op.name.split(".")[0] not in STAGE_DIALECTS[stage]:
+    if op.name != "call" and not at_home(op, stage):
         allowed = ", ".join(f"{d}.*" for d in STAGE_DIALECTS[stage])
         raise MoecError(f"{op.name} is not an op of stage {stage}", place, model=model, todo=f"it has {allowed}")
     try:

@@ -13,7 +13,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
+from ..errors.plugins import PASSES as BROUGHT
+from ..errors.plugins import broken, brought, load_brought, refuse_names
 from ..ir.stages import STAGES
 
 if TYPE_CHECKING:
@@ -186,6 +188,33 @@ def check_stop(name: str, table: Mapping[str, PassDef]) -> None:
     if name not in STAGES and name not in table:
         what = f"cannot stop after {name}: it is no stage and no pass"
         raise MoecError(what, todo=stop_hint(name, list(table)))
+
+
+class PassTable(Mapping[str, PassDef]):
+    """Passes by name: those given, and those of packages outside of moec, which are imported when they are asked for."""
+
+    def __init__(self, own: Mapping[str, PassDef]) -> None:
+        """Take the passes that moec has."""
+        self.own = own
+
+    def __getitem__(self, name: str) -> PassDef:
+        """Return a pass; KeyError if there is none, MoecError for a package that is broken."""
+        if name in self.own:
+            return self.own[name]
+        if (found := load_brought(BROUGHT, name, PassDef, "a function under @pass_")) is None:
+            raise KeyError(name)
+        if found.name != name:
+            raise broken(brought(BROUGHT)[name], f"brings {name} as a pass that is named {found.name}")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        refuse_names(BROUGHT, set(self.own))
+        return iter((*self.own, *brought(BROUGHT)))
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return sum(1 for _ in self)
 
 
 # --- a pass by the text of its file ----------------------------------------------------------------------------

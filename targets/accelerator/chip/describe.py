@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from .chip import GRADES, RULES, Figure, Origin, Profile, kind_of
-from .profile import profile_names
+from .profile import profile_file
 from .quantities import quantity_text
 
 _OPTIONAL = (".usable", ".measured", ".align")  # without one there is nothing to know: the capacity, or no measurement
 
 
 def is_profile(name: str) -> bool:
-    """Return whether a target's name is one of a profile: a shipped one, or a TOML file."""
-    return name.endswith(".toml") or name in profile_names()
+    """Return whether a target's name is one of a profile: a shipped one, that of a package, or a TOML file."""
+    return name.endswith(".toml") or profile_file(name) is not None
 
 
 def line(profile: Profile) -> str:

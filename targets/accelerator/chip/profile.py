@@ -16,6 +16,8 @@ from typing import Any
 from ....compiler.errors import MoecError
 from ....compiler.errors.json_files import DIGITS
 from ....compiler.errors.json_files import problem_of as why_unreadable
+from ....compiler.errors.plugins import CHIPS as BROUGHT
+from ....compiler.errors.plugins import brought, load_brought, refuse_names
 from .chip import FIGURES, RULES, TOP, Figure, Link, Memory, Operands, Order, Origin, Profile, Rate, Unit, kind_of
 from .quantities import quantity
 from .schema import problem_of
@@ -45,6 +47,22 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
+def known_profiles() -> list[str]:
+    """Return the names of those profiles, and of those that packages outside of moec bring."""
+    own = profile_names()
+    refuse_names(BROUGHT, set(own))
+    return [*own, *brought(BROUGHT)]
+
+
+def profile_file(name: str) -> Path | None:
+    """Return the TOML file of a name, that of a package too; None if there is none."""
+    file = FOLDER / f"{name}.toml"
+    if name in profile_names():
+        return file
+    found = load_brought(BROUGHT, name, (str, Path), "the path of a TOML file")
+    return None if found is None else Path(found)
+
+
 @cache
 def shipped_profiles() -> dict[str, Profile]:
     """Return every profile that moec brings along, by name, in the bin that the file describes first."""
@@ -68,11 +86,11 @@ def find_profile(name: str, options: Mapping[str, str]) -> Profile:
     the name of a bin. Raises MoecError for an unknown name or KEY, with the ones near it, and for a value that cannot be.
     """
     own = name.endswith(".toml")
-    if not own and name not in profile_names():
-        raise MoecError(f"there is no accelerator {name!r}", todo=_near(name, profile_names()))
-    if not own and not options:
+    path = Path(name) if own else profile_file(name)
+    if path is None:
+        raise MoecError(f"there is no accelerator {name!r}", todo=_near(name, known_profiles()))
+    if name in profile_names() and not options:
         return _shipped(name)
-    path = Path(name) if own else FOLDER / f"{name}.toml"
     raw = _load(path)
     if "variant" in options:
         _take_variant(raw, options["variant"], path)
