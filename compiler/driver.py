@@ -72,7 +72,7 @@ def compile(
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one of transformers; by default
-    that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantization.Spec), or
+    that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/options.py), or
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
@@ -134,7 +134,7 @@ def compile(
 
 
 def _say_replaced(loaded: Loaded, why: Why) -> None:
-    """Tell what stands for code of transformers; who collects no notes is warned of code that was not checked."""
+    """Report what replaces code of transformers; without a collector of notes, warn of code that was not checked."""
     from .rewrite.rules import tell
 
     tell(why, [stand_in.note() for stand_in in loaded.replaced])

@@ -20,7 +20,7 @@ from ..compiler.rewrite.rules import Match, Note, Rule, Why, apply, rule, tell
 
 @dataclass(frozen=True)
 class _Spelling:
-    """What stands before, between and after: `linear` multiplies %x by the weight %w of each row's expert, giving %y."""
+    """The parts of a pattern before, between and after: `linear` multiplies %x by the weight %w of each row's expert, giving %y."""
 
     name: str
     before: str

@@ -281,7 +281,7 @@ def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str,
 
 
 def _with_old_names(function: Function, made: Mapping[tuple[str, str], Value]) -> Function:
-    """Give a quantized weight the name of the one that it stands for, where that is gone and there is one of it."""
+    """Give a quantized weight the name of the one that it replaces, if that one is gone and was replaced once."""
     kept = {c.value.name for c in function.consts}
     olds = [old for old, _ in made]
     names = {new.name: old for (old, _), new in made.items() if old not in kept and olds.count(old) == 1}

@@ -13,7 +13,7 @@ from ..compiler.rewrite.sweep import Sweep
 
 @pass_(reads="any")
 def share_expressions(module: Module, target: Any) -> Module:
-    """Let one op stand for equal ones, and one weight for weights with the same recipe; every op is pure.
+    """Replace equal ops by one, and weights with the same recipe by one; every op is pure.
 
     Names of parameters and of results stay.
     """

@@ -1,4 +1,4 @@
-"""What the sessions of all targets check alike."""
+"""Checks that the sessions of all targets share."""
 
 from __future__ import annotations
 

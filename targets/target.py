@@ -46,7 +46,7 @@ class Emit(Protocol):
 
 @dataclass(frozen=True)
 class Probed:
-    """What a runtime was found to do: a row of plain data for each variant, and the same as the text of a record.
+    """The result of probing a runtime: a row of plain data for each variant, and the same as the text of a record.
 
     `differences` says where it is not what the target's record says; `lost` that something right is so no more.
     """

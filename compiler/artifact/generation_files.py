@@ -74,7 +74,7 @@ def _ids(found: list[int]) -> tuple[int, ...]:
 
 
 def _values(folder: Path, places: tuple[tuple[str, tuple[str, ...]], ...], shape: Any, wanted: str) -> Iterator[Any]:
-    """Yield what stands at the places, nulls left out."""
+    """Yield the values at the places, nulls left out."""
     for name, keys in places:
         value: Any = read_object(folder, name)
         for key in keys:

@@ -34,7 +34,7 @@ DENSE_ITEMS = ("unpack", "blocks")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of a function, or several, holds, reads and computes. Bytes are bytes, not bits."""
+    """The cost of one call of a function, or of several: what it holds, reads and computes. Bytes are bytes, not bits."""
 
     parameters: int = 0  # elements of the checkpoint's tensors; scales are no parameters
     expert_parameters: int = 0  # those of routed experts

@@ -21,7 +21,7 @@ Shape = Any
 
 
 def parse_json(text: str | bytes, file: Path | str, what: str, todo: str = "", **options: Any) -> Any:
-    """Return the value of a JSON text that stands in `file`; MoecError names it as `what`. `options` are json.loads'."""
+    """Return the value of the JSON text of `file`; MoecError names it as `what`. `options` are json.loads'."""
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         found = json.loads(decoded, **{"parse_int": _integer, **options})

@@ -16,7 +16,7 @@ def check_path(path: Path | str, what: str) -> Path:
 
 
 def check_source(source: Path | str) -> Path:
-    """Return the path of a source; MoecError for one that holds nothing to import, whatever stands in it."""
+    """Return the path of a source; MoecError for one that holds nothing to import."""
     path = check_path(source, "the source")
     if path.suffix == ".moir" and not path.is_dir():
         try:

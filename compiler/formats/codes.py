@@ -18,7 +18,7 @@ FP8_BLOCK = (128, 128)  # rows and columns of FP8 that share a scale, in checkpo
 
 
 class NotKept(Exception):
-    """Why a recipe cannot be taken apart; the text is a part of a sentence."""
+    """Raised where a recipe cannot be split into codes and scales; the text is a part of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Codes:
 
     @property
     def name(self) -> str:
-        """What the checkpoint holds, in words."""
+        """The format of the checkpoint, in words."""
         if self.rows > 1:
             return f"{self.element} in blocks of {self.rows} x {self.group}"
         kind = "mxfp4" if self.element == "e2m1" and self.scales.type.dtype == "f8e8m0" else self.element

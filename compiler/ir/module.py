@@ -2,7 +2,7 @@
 
 A `Module` holds dims and functions; the last function is `@main`. A `Function` holds the weights it reads
 (`Const`, each with a recipe) and its ops in order. A layer that repeats is one function with one call a layer;
-each call binds the attributes (usually `layer`) that stand in braces in the function's weight names.
+each call binds the attributes (usually `layer`) in braces in the function's weight names.
 Nothing here is ever changed in place: a pass returns a new module, and "unchanged" means the same object.
 """
 

@@ -284,7 +284,7 @@ STEPS: dict[str, StepRule] = {
     "reshape": _reshape,  # shape
     "cast": _cast,  # to
     "scale": _scale,  # by factors that lie along axes, start=0 (on the last of them); inverse=false: divide
-    "quantize": _quantize,  # to: a format, method, starved, weight: see quantization.CALIBRATED; the numbers are those that the codes stand for
+    "quantize": _quantize,  # to: a format, method, starved, weight: see quantize_step.py; the numbers are those that the codes stand for
     **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
     **CODE_STEPS,  # what reads quantized checkpoints
 }

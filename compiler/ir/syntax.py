@@ -32,7 +32,7 @@ Node = tuple[Any, ...]  # a literal or a size: (kind, parts...), with tokens as 
 
 
 class Place(NamedTuple):
-    """Where something stands in a text: 1-based line and column, and its width."""
+    """A place in a text: 1-based line and column, and its width."""
 
     line: int
     column: int
@@ -151,7 +151,7 @@ def _unquote(token: Token) -> str:
 
 
 class _Misread(Exception):
-    """What is wrong with a token, raised where the whole text is not known."""
+    """An error at a token, raised where the whole text is not known."""
 
     def __init__(self, what: str, token: Token) -> None:
         super().__init__(what)

@@ -51,7 +51,7 @@ class Keyed(ABC):
     @property
     @abstractmethod
     def key(self) -> Any:
-        """What it is equal by; best a cached property."""
+        """The key of equality and hash; best a cached property."""
 
     def __eq__(self, other: object) -> bool:
         """Return whether the other one is of the same class and has the same key."""

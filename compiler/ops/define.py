@@ -88,7 +88,7 @@ def free(expression: Size) -> str:
 
 @dataclass(frozen=True)
 class OpDef:
-    """What is known about an op. `reference` takes the operands (absent ones as None) and the attributes."""
+    """The declaration of an op. `reference` takes the operands (absent ones as None) and the attributes."""
 
     name: str
     doc: str

@@ -81,7 +81,7 @@ def _check_use(value: Value, defined: dict[str, TensorType], place: str, op: Op 
 
 
 def check_op(op: Op, stage: str, functions: dict[str, Function], place: str) -> None:
-    """Raise MoecError unless the op may stand at this stage and its result types are the inferred ones."""
+    """Raise MoecError unless the op is allowed at this stage and its result types are the inferred ones."""
     model = ", ".join(op.loc)
     if op.name != "call" and not at_home(op, stage):
         allowed = ", ".join(f"{d}.*" for d in STAGE_DIALECTS[stage])

@@ -77,7 +77,7 @@ class Draft:
     def finish(self) -> Function:
         """Return the function without ops and weights that nothing reads; the one before if nothing changed.
 
-        A result that two ops make is that of the later one: a fused op takes over the results of those it stands for.
+        A result that two ops make is that of the later one: a fused op takes over the results of those it replaces.
         """
         if tuple(self.ops) == self.function.ops:
             return self.function

@@ -122,7 +122,7 @@ def _check_statement(statement: PatternOp) -> None:
 
 @dataclass(frozen=True)
 class Match:
-    """What a guard sees: `m.x` is the value bound to %x, `m.E` the attribute bound to E, `m["a.b"]` any name."""
+    """The match that a guard is given: `m.x` is the value bound to %x, `m.E` the attribute bound to E, `m["a.b"]` any name."""
 
     function: Function
     values: Mapping[str, Value | None]

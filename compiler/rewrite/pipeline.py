@@ -27,7 +27,7 @@ TOLERANCE = 1e-4  # largest difference relative to the largest number before, ap
 
 @dataclass(frozen=True)
 class PassTiming:
-    """How long a pass took, in seconds, without and with the checks after it, and whether it changed anything."""
+    """The time of a pass, in seconds, without and with the checks after it, and whether it changed anything."""
 
     name: str
     seconds: float
@@ -37,7 +37,7 @@ class PassTiming:
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for every pass of a run; see run_pipeline."""
+    """The settings of a run, the same for every pass; see run_pipeline."""
 
     target: Any = None
     check: bool = False

@@ -91,7 +91,7 @@ def _back_states(function: Function, states: set[str]) -> list[Op]:
 
 
 def _back(function: Function, values: Iterable[Value | None], through: Callable[[Op], bool]) -> list[Op]:
-    """Return the linears that values are made with; the walk goes on behind an op where `through` says so."""
+    """Return the linears that values are made with; the walk continues past an op where `through` says so."""
     found: list[Op] = []
     seen: set[str] = set()
     pending = [v for v in values if v is not None]

@@ -22,7 +22,7 @@ _OPERANDS = ("logits", "bias", "given", "expert_scale")
 
 @dataclass
 class Router:
-    """What was read so far, going backwards: the ops that moe.route stands for, its operands and attributes."""
+    """A router as far as it was read, going backwards: the ops that moe.route replaces, its operands and attributes."""
 
     function: Function
     gates: Value

@@ -40,7 +40,7 @@ Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that 
 
 
 class Note(str):
-    """What `--why` says of a rule that did not apply at an op.
+    """The note of `--why` on a rule that did not apply at an op.
 
     It knows the function, the op's place, the reason, and the share of the rule's left side that matched (1: all of it,
     and the guard refused).

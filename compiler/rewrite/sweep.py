@@ -9,7 +9,7 @@ from ..ir.module import Const, Function, Op, Value
 
 @dataclass
 class Sweep:
-    """What is known on the way: the ops kept so far, the op that makes each value, and values that stand for others."""
+    """The state of the walk: the ops kept so far, the op that makes each value, and values that replace others."""
 
     function: Function
     ops: list[Op] = field(default_factory=list)
@@ -18,7 +18,7 @@ class Sweep:
     renamed: dict[str, str] = field(default_factory=dict)
 
     def read(self, op: Op) -> Op:
-        """Return the op reading the values that stand for its operands."""
+        """Return the op with its operands replaced."""
         operands = tuple(v and self.alias.get(v.name, v) for v in op.operands)
         return op if operands == op.operands else replace(op, operands=operands)
 
@@ -32,7 +32,7 @@ class Sweep:
         return any(value.name == v.name for v in self.function.results)
 
     def stand_for(self, old: Value, new: Value) -> bool:
-        """Let `new` stand for `old` if the types agree; a result's name moves to the op that makes `new`."""
+        """Replace `old` by `new` if the types agree; a result's name moves to the op that makes `new`."""
         if old.type != new.type:
             return False
         if self.returned(old):

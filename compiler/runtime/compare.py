@@ -69,7 +69,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `verify` found. `lossless` artifacts have to be within `tolerance`; lossy ones only report.
+    """The result of `verify`. `lossless` artifacts have to be within `tolerance`; lossy ones only report.
 
     An artifact that computes in bf16 has `rounded`: the same of the source itself in bf16, which it has to be near to.
     A few tokens may be far off there, since rounding chooses another expert for them.
@@ -92,7 +92,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the numbers are as good as they have to be."""
+        """Whether the numbers are within the tolerance that the artifact has to meet."""
         if not self.lossless:
             return math.isfinite(self.relative)
         if self.rounded:

@@ -14,12 +14,12 @@ class Compiled(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The artifact's folder."""
         ...
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """What moec.json says."""
+        """The content of moec.json."""
         ...
 
     @property

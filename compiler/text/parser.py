@@ -71,7 +71,7 @@ RESERVED = ("true", "false", "inf", "nan")  # words that an attribute value read
 
 @dataclass(frozen=True)
 class _File:
-    """What is known while a file is read."""
+    """The state of the parser: what is known while a file is read."""
 
     source: Source
     dims: dict[str, Dim] = field(default_factory=dict)

@@ -28,7 +28,7 @@ _KEPT = 4  # factors that are kept: the tiles of a weight come one after the oth
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a weight is multiplied with: `rows` bf16[T, K], and for experts those that each of them is given.
+    """The inputs of a weight: `rows` bf16[T, K], and for experts those that each of them is given.
 
     `chosen` holds for each expert the positions of its rows, in order; None for an expert that saw too few. It is None
     itself for a weight that all rows go through. Rows may lie on disk: they are read a piece at a time.
@@ -93,7 +93,7 @@ class Calibrated:
 
     @property
     def fingerprint(self) -> str:
-        """What stands for the weights in an artifact."""
+        """The fingerprint of the weights that an artifact records."""
         return getattr(self.source, "fingerprint", "")
 
     @property

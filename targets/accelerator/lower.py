@@ -74,7 +74,7 @@ def _stored(draft: Draft, op: Op, weight: Value | None) -> Value:
 
 
 def _with_old_names(function: Function) -> Function:
-    """Give a weight the name of the one that it stands for, where that is gone."""
+    """Give a weight the name of the one that it replaces, if that one is gone."""
     taken, names = {*function.names}, {}
     for const in function.consts:
         old, dot, suffix = const.value.name.rpartition(".")

@@ -1,4 +1,4 @@
-"""`acc.*`: what an accelerator has as one kernel. Each stands for ops of stage moe and gives their numbers.
+"""`acc.*`: what an accelerator has as one kernel. Each replaces ops of stage moe and gives their numbers.
 
 Weights are typed as they are stored: bf16, f32, or a quantized format, which stands for its numbers in f32 (the
 variable W). Activations are f32 here; a kernel computes in f32 and hands bf16 on, which kernels.json states.

@@ -1,4 +1,4 @@
-"""What ONNX Runtime runs right on the CPU: a record of what `probe.py` found, looked up by variant.
+"""The record of what ONNX Runtime computes correctly on the CPU, made by `probe.py` and looked up by variant.
 
 A variant is one way to use an operator. The parts that a use has (format of the weights, activation, routing) were tried
 one at a time beside plain ones: a use is right if each of its parts is. What was not tried counts as not right.
@@ -68,7 +68,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a variant. `error` is the largest one relative to the largest number of the reference.
+    """The result of trying a variant. `error` is the largest one relative to the largest number of the reference.
 
     `activations` is int8 where the numbers agree only as far as activations rounded to int8 let them. `speed` is GB/s
     of weights read when one token is decoded.

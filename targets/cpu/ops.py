@@ -95,7 +95,7 @@ def group_query_attention(
 ):  # fmt: skip
     """Turn heads, append to the cache and attend causally, as nn.cached_attention does.
 
-    The bias stands for the padding mask: a slot with -inf is not read. Needs head sizes that are multiples of 8; with
+    The bias is the padding mask: a slot with -inf is not read. Needs head sizes that are multiples of 8; with
     angles, multiples of 16, and angles for a multiple of 16 numbers.
     """
     mask = None if bias is None else (bias[:, 0, 0, :] == 0).long()
@@ -115,7 +115,7 @@ def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 
 
 def _as_experts(attributes: Attributes) -> dict[str, Any]:
-    """Return the attributes of the moe.experts that an ort.moe stands for."""
+    """Return the attributes of the moe.experts that an ort.moe replaces."""
     return {n: v for n, v in attributes.items() if n != "gate_sum"} | {"layout": "interleaved"}
 
 

@@ -1,4 +1,4 @@
-"""`ort.*` ops on quantized weights. Their weights come in parts: codes, scales, zero points (see weights.encode).
+"""`ort.*` ops on quantized weights. Their weights come in parts: codes, scales, zero points (see formats/encode.py).
 
 Integers of `bits` bits in groups along the last axis; without zero points half of the range is subtracted. `accuracy` is
 ONNX Runtime's accuracy_level: at 4 activations are rounded to int8 for each group, at 0 they stay f32.
@@ -112,7 +112,7 @@ _PART_NAMES = tuple(part.split(":")[0].strip() for part in _EXPERT_PARTS.split("
 
 
 def _weight_types(parts: Types, attributes: Attributes) -> tuple[TensorType, TensorType]:
-    """Return the types of the two matrices that the parts stand for."""
+    """Return the types of the two matrices that the parts encode."""
     up, up_scales, up_zeros, _, down, down_scales, down_zeros, _ = parts
     assert up and up_scales and down and down_scales
     both = [(up, up_scales, up_zeros), (down, down_scales, down_zeros)]

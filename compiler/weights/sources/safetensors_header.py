@@ -36,7 +36,7 @@ _DAMAGED = "the file is damaged: download it or convert the model again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` is counted in bytes from the start of `file` (None: not in a file)."""
+    """The place of a tensor: `offset` is counted in bytes from the start of `file` (None: not in a file)."""
 
     type: TensorType
     file: Path | None = None
@@ -45,7 +45,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a safetensors file says, and its bytes (length included).
+    """The header of a safetensors file, read, and its bytes (length included).
 
     `unreadable` are tensors of dtypes that have no meaning here, with the reason: they stop a compile only if it needs
     them.

@@ -31,7 +31,7 @@ DIMS = ("B", "S", "P")  # scalars that are the program's dims of these names
 
 @dataclass(frozen=True)
 class Bound:
-    """What an argument is: exactly one of `operand`, `result` and `scratch` is named.
+    """The binding of an argument: exactly one of `operand`, `result` and `scratch` is named.
 
     `part` is that of a packed weight ("" for one that lies as plain numbers). `past` is the operand that a result is
     appended to: both lie in one buffer, which the argument is.
@@ -211,7 +211,7 @@ def agrees(type: TensorType, shape: tuple[int | str, ...]) -> bool:
 
 
 def _solve(given: Sequence[Size], wanted: Sequence[Size], free: Sequence[sympy.Symbol]) -> dict[Any, Size] | None:
-    """Return the sizes that scalars stand for. Several of them are axes of their own, compared one by one."""
+    """Return the sizes that scalars represent. Several of them are axes of their own, compared one by one."""
     if len(free) == 1 and not any(n == free[0] for n in wanted):
         left = sympy.cancel(sympy.Mul(*given) / (sympy.Mul(*wanted) / free[0]))
         return None if left.has(free[0]) else {free[0]: left}

@@ -86,7 +86,7 @@ class Call:
 
 @dataclass
 class Shards:
-    """The files of a module, the calls in program order, and the names that stand for a weight written elsewhere."""
+    """The files of a module, the calls in program order, and the names that refer to a weight written elsewhere."""
 
     shards: list[Shard] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
@@ -297,7 +297,7 @@ def _format(packing: Packing) -> Format:
 
 
 def _given(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.ndarray]:
-    """Return what Packing.pack takes of the parts that weights.encode makes: one code in an element."""
+    """Return what Packing.pack takes of the parts that formats/encode.py makes: one code in an element."""
     codes = unpack(parts["codes"], format.bits, width).reshape(rows, width).numpy()
     if format.element == "int" and not format.zeros:
         codes = (codes.astype(np.int16) - (1 << (format.bits - 1))).astype(np.int8)

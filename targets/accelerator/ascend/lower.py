@@ -66,7 +66,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Lowered:
-    """What came of a kernel: Triton IR and Linalg as text, or an error and at which step (source, triton, linalg)."""
+    """The result of lowering a kernel: Triton IR and Linalg as text, or an error and at which step (source, triton, linalg)."""
 
     kernel: str
     ttir: str = ""
@@ -228,7 +228,7 @@ def _finished(kernel: str, answer: Mapping[str, str]) -> Lowered:
 
 
 def _answers(jobs: Sequence[Mapping[str, Any]], where: Environment, seconds: float) -> list[dict[str, Any]]:
-    """Return the answers of one worker, at least one: the last stands for its end if it did not answer all jobs."""
+    """Return the answers of one worker, at least one: the last reports its end if it did not answer all jobs."""
     answers: list[dict[str, Any]] = []
     late = threading.Event()
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as log:

@@ -1,4 +1,4 @@
-"""Lower Triton kernels for Ascend; ascend.py runs it with the Python of an environment that has triton-ascend, no moec.
+"""Lower Triton kernels for Ascend; lower.py runs it with the Python of an environment that has triton-ascend, no moec.
 
 A line says that it has started; then one job a line comes in and one answer a line goes out, JSON, in order. A job: `source` (a file), `kernel` (the
 function in it), `signature` (argument -> Triton type), `constants` (argument -> value), `arch` (Ascend910B4 ...) and

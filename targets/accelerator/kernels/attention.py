@@ -42,7 +42,7 @@ class Attention:
 
     @property
     def rows(self) -> str:
-        """How many rows a group has."""
+        """The number of rows of a group."""
         return f"S * {self.heads // self.groups}"
 
 

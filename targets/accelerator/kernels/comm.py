@@ -35,7 +35,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Link:
-    """What connects a device to others: bytes a second in one direction, seconds until the first arrive, devices so linked."""
+    """A link of a device to others: bytes a second in one direction, seconds until the first arrive, devices so linked."""
 
     bandwidth: float
     latency: float

@@ -32,7 +32,7 @@ class Compressed:
 
     @property
     def kept(self) -> str:
-        """How many tokens the window holds before this step."""
+        """The number of tokens that the window holds before this step."""
         return f"minimum(P, {self.window - 1})"
 
     @property

@@ -136,7 +136,7 @@ class Compress:
 
     @property
     def pending(self) -> str:
-        """How many tokens are kept from the steps before."""
+        """The number of tokens kept from the steps before."""
         return f"(P % {self.ratio} + {self.ratio if self.overlap else 0})"
 
 

@@ -1,4 +1,4 @@
-"""The kernels that turn heads by their positions' angles, with a norm of each head before, and append to the cache.
+"""The kernels that rotate heads by their positions' angles, with a norm of each head before, and append to the cache.
 
 A head is read as three pieces that each lie evenly in it: the first and the second number of every pair that is turned,
 and the rest. Halves: pairs are (j, R/2 + j) of the first R numbers. Neighbours (`pairs`): (D - R + 2 j, D - R + 2 j + 1).
@@ -61,7 +61,7 @@ def rope(p: Rope, t: RowTile, layout: Layout) -> Program:
 
 @dataclass(frozen=True)
 class Append:
-    """What nn.cached_attention does before it attends: norm and turn the heads of q and k, append k and v to the cache.
+    """The part of nn.cached_attention before it attends: norm and rotate the heads of q and k, append k and v to the cache.
 
     `joined`: the heads of q, k and v lie behind one another in one tensor qkv [B, S, H + 2 G, D]. `q_norm`, `k_norm`:
     weights of an rms_norm over each head, `rotary` 0: nothing is turned.

@@ -1,4 +1,4 @@
-"""What predictions take where no source says it, and the rates that follow from a profile and from that.
+"""Assumptions of predictions where no source has a figure, and the rates that follow from them and a profile.
 
 Predictions of a kernel's tile program (predict.py) and of whole modules (roofline.py) stand on the same table.
 """

@@ -30,7 +30,7 @@ def distinct_experts(experts: int, chosen: int, tokens: Any, skew: float = 0.0) 
 
 
 class zipf_experts(sympy.Function):
-    """What `distinct_experts` is for skewed routing, in formulas: a sum over all experts would make them long."""
+    """Return `distinct_experts` for skewed routing, short enough for formulas: a sum over all experts would make them long."""
 
     nargs = 4
 

@@ -5,7 +5,7 @@ time = launch + fill + max(memory, cores), where
   cores  = rounds x (the slowest of loading, matrix unit and vector units of one point of the grid; their sum where
            nothing is loaded ahead); rounds = points / cores, rounded up
 Bytes from device memory count once for each number that is used, what is read again comes from the cache: tiles that
-share a row or a column run at about the same time. What no source says is an assumption, and stands in ASSUMED.
+share a row or a column run at about the same time. A figure without a source is an assumption, and is listed in ASSUMED.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ USED = ("launch", "latency", "memory_reached", "matrix_reached", "vector_reached
 
 @dataclass(frozen=True)
 class Overlap:
-    """What happens at the same time, each a field that says it."""
+    """What overlaps in time, a field for each."""
 
     levels: bool = True  # what one kernel moves and what it computes
     launches: bool = False  # the floor of a kernel and the work of the one before
@@ -50,7 +50,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a chip does a second, as predictions take it; `cache_bytes` is what the cache before device memory holds."""
+    """The rates of a chip that predictions use; `cache_bytes` is what the cache before device memory holds."""
 
     memory: float
     cache: float
@@ -100,7 +100,7 @@ class Row:
 
     @property
     def bound(self) -> str:
-        """What takes longest: memory, cache, matrix, vector or launch."""
+        """The resource that takes longest: memory, cache, matrix, vector or launch."""
         return max(self.parts, key=lambda name: self.parts[name])
 
 

@@ -31,7 +31,7 @@ PRODUCT = 12  # FLOPs for each number moved, at that length, from which the matr
 
 @dataclass(frozen=True)
 class Spread:
-    """How a program runs on several devices: each has all weights but the experts, and its own sequences.
+    """The placement of a program on several devices: each has all weights but the experts, and its own sequences.
 
     Of the experts a device holds a `devices`-th part; those see the tokens of all devices. `skew` is the exponent of
     Zipf's law that routing follows, 0 for balanced routing; devices count as equally loaded.
@@ -43,7 +43,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of an op moves and computes. Bytes are from or to device memory, formulas in B, S and P."""
+    """The amounts that one call of an op moves and computes. Bytes are from or to device memory, formulas in B, S and P."""
 
     function: str
     op: str
@@ -77,7 +77,7 @@ def module_work(module: Module, spread: Spread = Spread()) -> list[Work]:
 def call_counts(module: Module) -> Counter[str]:
     """Return how often a step runs each function."""
     counts = Counter({module.main.name: 1})
-    for function in reversed(module.functions):  # a callee stands before its callers
+    for function in reversed(module.functions):  # a callee is before its callers
         for op in function.ops:
             if op.callee:
                 counts[op.callee] += counts[function.name]

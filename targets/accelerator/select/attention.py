@@ -1,4 +1,4 @@
-"""Attention as kernels: over a cache of keys and values, and DeepSeek-V4's over a window and compressed entries."""
+"""Selects the kernels of attention: over a cache of keys and values, and DeepSeek-V4's over a window and compressed entries."""
 
 from __future__ import annotations
 

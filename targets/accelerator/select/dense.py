@@ -1,4 +1,4 @@
-"""Dense layers, norms and turned heads as kernels."""
+"""Selects the kernels of dense layers, norms and rotary embedding."""
 
 from __future__ import annotations
 

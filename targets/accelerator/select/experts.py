@@ -1,4 +1,4 @@
-"""Routed experts as kernels: sort, the two grouped products, combine."""
+"""Selects the kernels of routed experts: sort, the two grouped matmuls, combine."""
 
 from __future__ import annotations
 

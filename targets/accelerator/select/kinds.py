@@ -73,7 +73,7 @@ def given(op: Op) -> dict[str, TensorType]:
 
 
 def activated(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of kernels_experts.Activated that an op with an activation says."""
+    """Return the fields of `Activated` (kernels/experts.py) from an op with an activation."""
     kept = {name: attributes[name] for name in ("act", "alpha", "beta", "limit")}
     return {**kept, "gated": attributes.get("gated", True), "interleaved": attributes["layout"] == "interleaved"}
 

@@ -64,7 +64,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: the best choice and the next ones; `tried` and how many of these could run."""
+    """The result of a search: the best choice and the next ones; `tried` and how many of these could run."""
 
     best: Choice
     others: tuple[Choice, ...]

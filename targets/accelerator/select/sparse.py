@@ -1,4 +1,4 @@
-"""Routing, the choice of compressed entries, and hyper-connections as kernels: what decides on few numbers."""
+"""Selects the kernels of routing, of the choice of compressed entries and of hyper-connections."""
 
 from __future__ import annotations
 

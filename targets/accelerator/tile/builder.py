@@ -33,7 +33,7 @@ class Layout:
 
     @property
     def operands(self) -> tuple[str, str, str]:
-        """Where the matrix unit finds its first and second operand and its sums."""
+        """The memories of the matrix unit's first and second operand and of its sums."""
         return self.first[-1], self.second[-1], self.result
 
 

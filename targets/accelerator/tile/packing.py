@@ -46,7 +46,7 @@ class Packing:
 
     @cached_property
     def quantized(self) -> Format | None:
-        """What the format is; None for a plain dtype."""
+        """The quantized format; None for a plain dtype."""
         return find_format(self.format)
 
     @property

@@ -21,7 +21,7 @@ from .tiles import DEVICE, Buffer, Dot, For, If, Let, Load, Move, Program, State
 
 @dataclass(frozen=True)
 class Chip:
-    """What a simulation needs of a chip: bytes and alignment of each memory, and the paths between memories.
+    """The figures of a chip that a simulation needs: bytes and alignment of each memory, and the paths between memories.
 
     `paths` holds (from, to) pairs, DEVICE among the names. `operands` names the memories that the matrix unit reads its
     first and second operand from and adds its results in.

@@ -4,7 +4,7 @@ A program runs once for every point of its grid. It loads tiles of tensors from 
 chip, computes with them, moves them from one memory to another and stores them. One program is all that a kernel is:
 the simulator executes it, the Triton source is printed from it, and its bytes and FLOPs are counted on it.
 
-Statements are plain data; expressions are text in the small language of tile_expr.py. In JSON a statement is an object
+Statements are plain data; expressions are text in the small language of expr.py. In JSON a statement is an object
 whose first key says what it is: {"load": "a", "from": "x", "at": ["rows[:, None]", "cols[None, :]"], "mask": "..."}.
 """
 
@@ -96,7 +96,7 @@ Statement: TypeAlias = "Let | Load | Store | Dot | Move | For | If"
 
 @dataclass(frozen=True)
 class Buffer:
-    """Where a tile lies: `copies` of it at once (2 and more: the next ones are loaded while this one is used)."""
+    """The buffer of a tile: `copies` of it at once (2 and more: the next ones are loaded while this one is used)."""
 
     memory: str
     dtype: str
@@ -260,7 +260,7 @@ def made_by(statement: Statement) -> str | None:
 def footprint(program: Program, align: Mapping[str, int]) -> dict[str, int]:
     """Return the most bytes of each memory that one run of the program has in use.
 
-    A buffer lives from the statement that makes it to the end of the body that the statement stands in.
+    A buffer lives from the statement that makes it to the end of the body that the statement is in.
     """
     usage = Usage(align)
     _hold(program, program.body, usage, set())

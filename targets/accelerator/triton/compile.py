@@ -72,7 +72,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile: a printed source, the name and signature of its kernel, for an architecture and so many warps."""
+    """A kernel to compile: a printed source, the name and signature of its kernel, for an architecture and so many warps."""
 
     source: str
     name: str

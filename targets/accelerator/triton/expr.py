@@ -1,4 +1,4 @@
-"""Prints expressions of the tile language as Triton's Python, with the meaning that tile_expr.py gives them in numpy.
+"""Prints expressions of the tile language as Triton's Python, with the meaning that tile/expr.py gives them in numpy.
 
 An expression is typed first, by numpy's rules, with Python's own numbers taking the dtype of what they meet. Where
 Triton would compute in another dtype, the cast is printed; where numpy leaves the language's dtypes (i32 with f32 is
@@ -37,9 +37,9 @@ FLOATS = ("f32", *HALF)
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value is: a dtype, or "int" and "float" for Python's own numbers; a shape; whether it is never negative.
+    """The type of a value: a dtype, or "int" and "float" for Python's own numbers; a shape; whether it is never negative.
 
-    `constant` is the number where it stands in the text.
+    `constant` is the number of a literal.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""Predicts the shared memory through which Triton turns the sums of a product into rows, which it does to store them.
+"""Predicts the shared memory through which Triton transposes the sums of a matmul into rows before it stores them.
 
 A matrix unit leaves a thread with pieces of several rows; a store wants neighbouring columns in each thread. Both ways
 of dealing a tile out over registers, lanes and warps are linear in the bits of row and column (Triton's linear layouts),

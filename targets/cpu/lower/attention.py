@@ -1,4 +1,4 @@
-"""Attention for ONNX Runtime: GroupQueryAttention, with what it cannot do itself in front of it."""
+"""Attention for ONNX Runtime: GroupQueryAttention, preceded by ops for what it cannot do itself."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _move(draft: Draft, value: Value) -> Value | None:
 
 
 def plain_attention(draft: Draft, op: Op) -> Op:
-    """Return nn.cached_attention in the ops that it stands for."""
+    """Return nn.cached_attention as the ops that it fuses."""
     q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands
     assert q
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)

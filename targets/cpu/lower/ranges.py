@@ -1,4 +1,4 @@
-"""What can be said about values without running the program: they are 0 or more, they differ along the last axis."""
+"""Infers facts about values without running the program: they are 0 or more, they differ along the last axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices that cut a value into parts, as one op."""
+"""Fuses slices that cut a value into parts into one op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ONNX graph in the making: nodes, initializers, unique names, and sizes that are only known at run time."""
+"""Builds an ONNX graph: nodes, initializers, unique names, and sizes that are only known at run time."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def _solve(params: Sequence[Value], symbol: sympy.Symbol) -> tuple[Size, Size]:
 
 
 class Context:
-    """What an op's emitter works with: the graph, the names of the function's values, and a label for new names."""
+    """The context of an op's emitter: the graph, the names of the function's values, and a label for new names."""
 
     def __init__(self, graph: Graph, names: dict[str, str], label: str, doc: str = "") -> None:
         self.graph, self.names, self.label, self.doc = graph, names, label, doc

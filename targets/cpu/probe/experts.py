@@ -43,7 +43,7 @@ ACTS: dict[str, dict[str, Any]] = {
     "gated_gelu_tanh": {"act": "gelu_tanh"},
     **{name: {"act": name, "gated": False} for name in ("silu", "relu", "identity", "gelu", "gelu_tanh", "relu2")},
 }
-# activations that moec does not emit -> what stands for them in the program, and what the node is told afterwards
+# activations that moec does not emit -> what replaces them in the program, and what the node is told afterwards
 UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "gated_gelu": ({}, "geglu"),
     "gated_gelu_tanh": ({}, "geglu"),

@@ -108,7 +108,7 @@ def _float_lookup(format: Format, folder: Path) -> Case:
 
 
 def _encoded(format: Format, width: int) -> tuple[torch.Tensor, list[TensorProto]]:
-    """Return a weight as its codes stand for it, and its parts; rows that share a scale are of several sizes."""
+    """Return a weight as its codes decode to it, and its parts; rows that share a scale are of several sizes."""
     rows = ROWS if format.rows == 1 else 2 * format.rows
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) / width**0.5
     parts = encode(weight * torch.linspace(0.5, 2, rows)[:, None], format)

@@ -1,4 +1,4 @@
-"""The variants that the probe tries: what moec could want to emit, and traps that it must not fall into."""
+"""The variants that the probe tries: what moec could emit, and variants that look right and are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS = (
     "gated_gelu_tanh",
 )
 
-# how experts are chosen and mixed; probe_experts says what each means
+# how experts are chosen and mixed; experts.py says what each means
 QMOE_ROUTINGS = ("softmax", "negative weights", "normalized weights", "softmax over all experts")
 MOE_ROUTINGS = ("zero weights", "negative weights")
 PREPACKED = ("weights_prepacked=0", "weights_prepacked=1")

@@ -47,7 +47,7 @@ class Buffers:
 
 @dataclass(frozen=True)
 class States:
-    """What one step hands to the next: caches of `length` tokens in buffers, other states as the runtime's values."""
+    """The states that one step hands to the next: caches of `length` tokens in buffers, other states as the runtime's values."""
 
     batch: int
     length: int
