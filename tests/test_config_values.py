@@ -1,6 +1,7 @@
 """A config.json whose values no model can be made with: refused by key before anything is built; legal ones are not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,8 @@ def test_rope_scaling_is_refused_by_key(tmp_path, family, prefix, rope, named):
         ('{"model_type": "llama", "num_experts": 4, "num_experts": 8}', "'num_experts' stands in it twice"),
         ('{"model_type": "llama", "dtype": "float7"}', "dtype is 'float7'"),
         ('{"model_type": "llama", "torch_dtype": 16}', "torch_dtype is 16"),
+        ('{"model_type": "llama", "quantization_config": "none"}', "quantization_config is 'none'"),
+        ('{"model_type": "llama", "quantization_config": [1]}', "quantization_config is [1]"),
     ],
 )
 def test_what_json_cannot_mean(tmp_path, no_models, text, named):
@@ -202,6 +205,16 @@ def test_a_number_under_a_name_that_the_model_does_not_read(tmp_path, family, ke
     (folder / "config.json").write_text(json.dumps(config))
     text = refusal(folder)
     assert f"{other} {value}" in text and ("rope_theta" if own == "rope_parameters" else own) in text
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "ernie4_5_moe"])
+def test_experts_of_which_nothing_says_how_many_are_chosen(tmp_path, family):
+    folder = write(tmp_path / "m", family)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("num_experts_per_tok", "moe_k"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert re.search(r"does not say (num_experts_per_tok|moe_k): \d+ would be a guess", refusal(folder))
 
 
 @pytest.mark.parametrize(

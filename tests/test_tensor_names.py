@@ -312,6 +312,15 @@ def test_a_missing_shard_without_an_index_is_named(plain, tmp_path):
     assert caught.value.todo == "model-00002-of-00002.safetensors is missing: finish the download"
 
 
+def test_a_size_that_is_not_the_configs_is_named_by_its_key(plain, tmp_path):
+    _, folder, tensors = plain("qwen3_moe")
+    name = "model.embed_tokens.weight"
+    padded = {**tensors, name: torch.cat([tensors[name], torch.zeros(32, tensors[name].shape[1])])}
+    with pytest.raises(MoecError, match=rf"give {name} the shape \[160, 64\], .* \[128, 64\]") as caught:
+        load(write(tmp_path / "model", padded, folder))
+    assert caught.value.todo.endswith("incomplete: vocab_size is 128 in config.json")
+
+
 def test_tensors_of_adapters_are_named(plain, tmp_path):
     """Beside a weight, in its place, within a layer and outside of all."""
     _, folder, tensors = plain("qwen3_moe")

@@ -134,6 +134,8 @@ def _refuse(key: str, value: Any, why: str, where: str) -> NoReturn:
 
 
 def _check_value(key: str, name: str, value: Any, where: str) -> None:
+    if key == "quantization_config" and value is not None and not isinstance(value, Mapping):
+        _refuse(name, value, "it has to be an object, or null", where)
     if key in SCALINGS or _TOWER.search(key):
         return
     if key in ("dtype", "torch_dtype") and not _is_dtype(value):

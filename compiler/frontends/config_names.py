@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import MoecError
-from .config_checks import CHOSEN, GROUPS, SCALINGS
+from .config_checks import CHOSEN, EXPERTS, GROUPS, SCALINGS
 
 # names of one meaning in the configs of the families
 _MEANINGS: tuple[tuple[str, ...], ...] = (
@@ -40,6 +40,15 @@ def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
     if known is None:
         return
     for scope in _scopes(raw, config.model_type):
+        chosen = [name for name in CHOSEN if name in known]
+        experts = next((key for key in EXPERTS if isinstance(scope.get(key), int) and scope[key] > 1), None)
+        if experts and chosen and not any(name in scope for name in _MEANINGS[0]):
+            raise MoecError(
+                f"config.json has {experts} {scope[experts]} and does not say {chosen[0]}: {_value(config, chosen[0])} would be "
+                "a guess",
+                where=where,
+                todo=f"add {chosen[0]}: to how many experts a token goes",
+            )
         for names in _MEANINGS:
             own = [name for name in names if name in known]
             other = next((n for n in names if n not in known and isinstance(scope.get(n), (int, float))), None)
@@ -53,6 +62,14 @@ def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
                     where=where,
                     todo=f"write it as {own[0]}",
                 )
+
+
+def keys_of(config: Any, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """Say which keys of a config have the sizes that a tensor's shape should have and has not, as `vocab_size is 128`."""
+    other = {n for n, own in zip(wanted, found, strict=True) if n != own} if len(wanted) == len(found) else set()
+    values = config.get_text_config(decoder=True).to_dict().items()
+    same = [f"{key} is {n}" for key, n in values if type(n) is int and n in other and not key.endswith("_id")]
+    return f": {', '.join(same[:4])} in config.json" if same else ""
 
 
 def check_read(raw: Mapping[str, Any], model: Any, where: str) -> None:

@@ -94,8 +94,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=bool(remote), local_files_only=True)
     except Exception as error:
         raise _refusal(error, path) from error
-    check_sizes(decoder_config(config).to_dict(), str(path))
     check_names(raw, decoder_config(config), str(path))
+    check_sizes(decoder_config(config).to_dict(), str(path))
     return config
 
 

@@ -21,6 +21,7 @@ from ...ir.code_steps import CODE_STEPS
 from ...ir.dtypes import DTYPE_NAMES
 from ...ir.recipes import Recipe, Step, Tensor, rename, step, tensors
 from ...ir.types import TensorType, expand_range
+from ..config_names import keys_of
 from ..other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
 from ..recipe_tensor import RecipeTensor
 from ..stored.layouts import FLOATS
@@ -296,7 +297,8 @@ class _Mapping:
                 f"the checkpoint's tensors give {name} the shape {list(recipe.type.sizes)}, "
                 f"the config wants {list(parameter.shape)}",
                 where=first.name if isinstance(first, Tensor) else "",
-                todo="config.json and the weights do not belong together, or a tensor is incomplete",
+                todo="config.json and the weights do not belong together, or a tensor is incomplete"
+                + keys_of(self.model.config, recipe.type.sizes, parameter.shape),
             )
 
 
