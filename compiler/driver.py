@@ -88,6 +88,7 @@ def compile(
     from .quantize.stored import is_from_codes, needs_calibration
     from .rewrite.pipeline import run_pipeline
     from .runtime.artifact import record_figures
+    from .weights.heap import returning_freed_memory
 
     declare_kernel_ops()
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
@@ -124,9 +125,10 @@ def compile(
     _need_weights(loaded)
     check_room(folder, int(module_costs(module).total.compiled_bytes))
     figures: dict[str, Any] = {}
-    if needs_calibration(module):
-        loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder, limit)
-    artifact = _emit(module, loaded, chosen, text, folder, limit, progress, notes, figures, plan)
+    with returning_freed_memory(memory_limit is not None or needs_calibration(module)):
+        if needs_calibration(module):
+            loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder, limit)
+        artifact = _emit(module, loaded, chosen, text, folder, limit, progress, notes, figures, plan)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -331,6 +333,7 @@ def opt(
     why: Why = None,
     timings: list[PassTiming] | None = None,
 ) -> Module:
+    """Run passes on a module, a `.moir` file or any other source; return the module."""
     chosen = find_target(target, {})
     table = passes_for(chosen)
     steps = parse_pipeline(passes)

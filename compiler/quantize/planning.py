@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MoecError
 from ..frontends import Loaded
 from ..ir.module import Module
+from ..weights.heap import returning_freed_memory
 from .options import AUTO, ROLES, Spec
 from .plan import KEEP, Budget, Plan, read_plan
 
@@ -54,7 +55,8 @@ def find_plan(
     def obstacle(op: Op, format: Format) -> str | None:
         return target.holds(op, format) or target.slow(op, format)
 
-    return make_plan(module, loaded.weights, windows_of(text, module), wanted, method, store, obstacle, limit)
+    with returning_freed_memory():
+        return make_plan(module, loaded.weights, windows_of(text, module), wanted, method, store, obstacle, limit)
 
 
 def calibrated(

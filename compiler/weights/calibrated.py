@@ -58,7 +58,8 @@ class Inputs:
         places = self._places(expert)
         if places is None:
             return None
-        return torch.cat([self.rows[0:0].float(), *self._pieces(places[:: max(1, len(places) // most)])])
+        some = places[:: max(1, len(places) // most)].contiguous()
+        return torch.cat([self.rows[0:0].float(), *self._pieces(some)])
 
     def _places(self, expert: int | None) -> torch.Tensor | None:
         """Return which rows are an expert's."""

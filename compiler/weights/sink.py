@@ -20,6 +20,7 @@ import torch
 
 from ..errors import write_error
 from ..ir.recipes import Recipe, Step, step
+from .heap import keep_freed_memory
 from .memory import TILE_BYTES, usable_threads
 from .pull import pull, row_major
 from .quantized import is_part, part_names, row_tiles
@@ -30,7 +31,6 @@ from .tiles import tiles
 # Tensors of a page or more start on a page, so that a runtime can map them; small ones on a cache line.
 PAGE, LINE = 4096, 64
 _HASHED_AT_ONCE = 4 << 20
-_LARGEST_KEPT = 31 << 20  # bytes, with a header just under the 32 MB at which glibc gives every block back
 
 
 class TiledFile:
@@ -55,7 +55,7 @@ class TiledFile:
         except OSError as error:
             raise write_error(error, path) from error
         self._threads = threads or usable_threads()
-        _keep_freed_memory()
+        keep_freed_memory()
         self._pool = _quiet_pool(self._threads)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="moec-sha256")
 
@@ -206,15 +206,6 @@ def _box_elements(box: Box) -> int:
     for start, stop in box:
         count *= stop - start
     return count
-
-
-def _keep_freed_memory() -> None:
-    """Have tiles use memory again that earlier ones freed, which the system would have to clear anew otherwise.
-
-    glibc maps large blocks one by one until it sees one freed; from then on it keeps blocks of up to that size, and
-    twice as many bytes in all, to hand them out again (mallopt(3), M_MMAP_THRESHOLD). Elsewhere this does nothing.
-    """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def _quiet_pool(threads: int) -> ThreadPoolExecutor:
