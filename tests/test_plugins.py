@@ -160,9 +160,11 @@ def test_a_broken_package_is_named(case, tmp_path):
     done = moec(tmp_path, *command)
     assert done.returncode == 2 and done.stderr.startswith("error: the package outside-moec ")
     assert said in done.stderr and "Traceback" not in done.stderr
-    assert moec(tmp_path, "compile", "nothere").stderr.startswith(
-        "error: the source does not exist"
-    )  # asked for, not met
+
+
+def test_a_broken_package_is_in_the_way_of_nobody_else(tmp_path):
+    install(tmp_path, passes="import nothing_of_this_name", target="raise SystemExit(3)")
+    assert moec(tmp_path, "compile", "nothere").stderr.startswith("error: the source does not exist")
 
 
 def test_names_that_are_taken(tmp_path):
