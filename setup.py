@@ -5,4 +5,5 @@ from setuptools import find_packages, setup
 PARTS = ("compiler", "passes", "targets")
 
 found = find_packages(include=[name for part in PARTS for name in (part, f"{part}.*")])
-setup(packages=["moec", *(f"moec.{name}" for name in found)])
+# the root holds this file too: setuptools leaves out of a package the script that it knows by its name
+setup(script_name="setup.py", packages=["moec", *(f"moec.{name}" for name in found)])

@@ -1,6 +1,7 @@
 """What ARCHITECTURE.md and design fix about the tree: the floors, no circles, relative imports, short files, the packages."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -122,6 +123,23 @@ def test_every_folder_of_modules_is_a_package_of_the_wheel():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]["*"]
     others = {p for part in PARTS for p in (ROOT / part).rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert not [str(p) for p in others if not any(p.match(pattern) for pattern in data)]
+    # data of a folder that is no package is left out of the wheel
+    assert {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in others} <= folders
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed, *optional = (
+        {re.match(r"[\w-]+", text)[0].replace("-", "_") for text in texts}
+        for texts in (project["dependencies"], *project["optional-dependencies"].values())
+    )
+    found = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found |= {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert needed <= found <= needed.union(*optional)  # what may be absent is imported where it is found
 
 
 def test_importing_moec_is_light():
