@@ -3,6 +3,9 @@
 Not collected by itself: test_triton.py runs it with the interpreter on, which must be so before triton is imported.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,9 +14,9 @@ from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.run.interpreter import mend
-from moec.targets.accelerator.run.launch import TORCH, Kernel, Layer
+from moec.targets.accelerator.run.launch import TORCH, Kernel
 from moec.targets.accelerator.tile.builder import Builder, Layout
-from moec.targets.accelerator.tile.expr import NUMPY, dtype_name
+from moec.targets.accelerator.tile.expr import NUMPY, dtype_name, evaluate
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.simulate import Chip, simulate
 from tile_weights import random_weight
@@ -33,6 +36,45 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 def plain(tensor: torch.Tensor) -> np.ndarray:
     return tensor.float().numpy()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The kernels of one layer of routed experts, in the order in which they run; without `sort` each pair is a tile."""
+
+    up: Kernel
+    down: Kernel
+    combine: Kernel | None = None  # none where `down` adds to y itself
+    sort: Kernel | None = None
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernels that there are."""
+        return tuple(k for k in (self.sort, self.up, self.down, self.combine) if k is not None)
+
+    def buffers(
+        self, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, weights: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return every tensor of the kernels by name, new ones for what they write.
+
+        x [T, D], ids [T, K] and gates [T, K]; `weights` holds the parts of both weights (up_codes, down ...).
+        """
+        tensors = {"x": x, "ids": ids.int().flatten(), "gates": gates.float().flatten(), **weights}
+        for kernel in self.kernels:
+            for a in kernel.program.arguments:
+                if a.name not in tensors:
+                    shape = [int(evaluate(n, {"T": x.shape[0]})) for n in a.shape]
+                    tensors[a.name] = torch.zeros(shape, dtype=TORCH[a.dtype], device=x.device)
+        return tensors
+
+    def run(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the kernels and return y [T, D]."""
+        scalars = {"T": tensors["x"].shape[0]}
+        if self.combine is None:
+            tensors["y"].zero_()
+        for kernel in self.kernels:
+            kernel(tensors, scalars)
+        return tensors["y"]
 
 
 def kernels(e: Experts, tile: Tile, direct: bool, scatter: bool) -> Layer:

@@ -95,45 +95,6 @@ def check_gpu() -> None:
         raise MoecError("no GPU is here to time kernels on", todo="torch.cuda.is_available() says False", exit_code=1)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The kernels of one layer of routed experts, in the order in which they run; without `sort` each pair is a tile."""
-
-    up: Kernel
-    down: Kernel
-    combine: Kernel | None = None  # none where `down` adds to y itself
-    sort: Kernel | None = None
-
-    @property
-    def kernels(self) -> tuple[Kernel, ...]:
-        """The kernels that there are."""
-        return tuple(k for k in (self.sort, self.up, self.down, self.combine) if k is not None)
-
-    def buffers(
-        self, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, weights: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Return every tensor of the kernels by name, new ones for what they write.
-
-        x [T, D], ids [T, K] and gates [T, K]; `weights` holds the parts of both weights (up_codes, down ...).
-        """
-        tensors = {"x": x, "ids": ids.int().flatten(), "gates": gates.float().flatten(), **weights}
-        for kernel in self.kernels:
-            for a in kernel.program.arguments:
-                if a.name not in tensors:
-                    shape = [int(evaluate(n, {"T": x.shape[0]})) for n in a.shape]
-                    tensors[a.name] = torch.zeros(shape, dtype=TORCH[a.dtype], device=x.device)
-        return tensors
-
-    def run(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Run the kernels and return y [T, D]."""
-        scalars = {"T": tensors["x"].shape[0]}
-        if self.combine is None:
-            tensors["y"].zero_()
-        for kernel in self.kernels:
-            kernel(tensors, scalars)
-        return tensors["y"]
-
-
 def grouped_mm_layer(
     x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
