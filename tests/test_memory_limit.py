@@ -182,7 +182,7 @@ def test_a_limit_holds_beside_the_imports(quantize, tmp_path_factory, tmp_path):
         subprocess.run([sys.executable, script, folder, *options], check=True)
     assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) > 1.4 * LIMIT * 1e6
     text = tmp_path / "text"
-    text.write_text(Path(json.__file__).read_text()[:4000])  # of one window and a few batches
+    text.write_text(Path(json.__file__).read_text()[:1500])  # a window or two, cut into batches
     done = run(MEASURED, folder, tmp_path / "x", quantize, LIMIT, text, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < LIMIT + 50
