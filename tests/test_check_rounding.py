@@ -216,14 +216,14 @@ def test_codes_that_stand_for_other_numbers_do_not_pass(program, name, monkeypat
 
 def test_an_expert_that_no_token_visits_is_checked_too(models, monkeypatch):
     """Only the last expert is wrong, by an eighth: more than 4 bits may cost, less than any output shows."""
-    encode = evaluated._encode
+    encode = evaluated.encode_parts
 
     def wrong(quantized, box, inner, whole=None):
         parts = encode(quantized, box, inner, whole)
         last = len(box) > 2 and box[0][0] == quantized.type.sizes[0] - 1
         return {**parts, "scales": parts["scales"] * 1.25} if last else parts
 
-    monkeypatch.setattr(evaluated, "_encode", wrong)
+    monkeypatch.setattr(evaluated, "encode_parts", wrong)
     with pytest.raises(MoecError, match=r"wrong weight: uint4_g16 of expert \d+ is off by 0.2"):
         checked(models["qwen2_moe"], "quantize", **everything("uint4_g16"))
 

@@ -20,7 +20,7 @@ def array(inner, count, raw=b""):
 HEADERS = {
     "has no valid array": header(array(9, 1, struct.pack("<IQ", 9, 1) * 50)),  # lists in lists
     "the key 'a.key' has no valid array": header(array(4, 1 << 40)),
-    "truncated": header(array(4, 1 << 24)),
+    "truncated": header(array(4, 1 << 20)),
     "the key 'a.key' is there twice": header(*[array(4, 0)] * 2),
     "the header announces 0 tensors and 4294967296 keys": b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 32),
     "has the unknown type 77": header(gguf_files.string("a.key") + struct.pack("<I", 77)),
