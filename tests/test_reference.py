@@ -155,7 +155,7 @@ def wrong_float(patch):
 
     def other(parts, scheme):
         codes = step("view", parts["weight"], to="f8e5m2")
-        return replace(parts, parts={**parts.parts, "weight": codes}), scheme
+        return replace(parts, parts={**parts.parts, "weight": codes}), replace(scheme, floats="f8e5m2")
 
     wrong_layout(patch, "weight", other)
 
