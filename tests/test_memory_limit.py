@@ -135,12 +135,11 @@ import sys
 import moec
 from pathlib import Path
 source, out, quantize, limit, text = sys.argv[1:]
-budget = {"budget": "4.5bpw"} if quantize == "auto" else {}
 def memory(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
 moec.compile(source, stop_after="moe")  # what imports bring along
 before = memory("VmRSS")
-moec.compile(source, out=out, quantize=quantize, calibration=text, memory_limit=int(limit) * 10**6, **budget)
+moec.compile(source, out=out, quantize=quantize, calibration=text, memory_limit=int(limit) * 10**6)
 print(memory("VmHWM") - before)
 """
 
@@ -178,7 +177,7 @@ def test_freed_blocks_between_small_ones_that_stay(returning):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("quantize", ["int4,method=gptq", "int4,method=awq", "auto"])
+@pytest.mark.parametrize("quantize", ["int4,method=gptq", "int4,method=awq"])
 def test_a_limit_holds_beside_the_imports(quantize, tmp_path_factory, tmp_path):
     folder = tmp_path_factory.getbasetemp() / "150mb"
     if not folder.exists():

@@ -39,6 +39,8 @@ SLOW = (
     "method=gptq",
     "auto",
     "inspect out",
+    "run out",
+    "verify out",
     "my-chip",
     "ascend",
     "fp8-folder",
