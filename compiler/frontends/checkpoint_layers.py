@@ -62,7 +62,7 @@ def check_count(
 ) -> None:
     """Raise MoecError if a checkpoint has layers beyond those that its config announces, drafting ones included.
 
-    Where the config announces layers that draft tokens, one behind the others counts as such if it has what these have.
+    Where the config announces layers that draft tokens, a layer after the last counts as such if it has their modules.
     `model` is the transformers model, whose class may name layers that are none of its own.
     """
     config = config.get_text_config(decoder=True)

@@ -1,4 +1,4 @@
-"""The tensors of a quantized checkpoint of which only config.json is at hand.
+"""The tensors that a quantized checkpoint would hold, from its config.json alone.
 
 Tools quantize the linear layers and the experts, but for what the config lists as left out; each method has its own way of
 listing. The names here are those that transformers saves the family with.

@@ -25,7 +25,7 @@ LIVE = "python:"  # how the source of a live module starts
 
 @dataclass(frozen=True)
 class Loaded:
-    """A module, where its weights are read (None: there are none at hand) and the checkpoint's folder, if any.
+    """A module, where its weights are read (None: there are none) and the checkpoint's folder, if any.
 
     `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
     `brought` are files that come with a live model (see companions.py). `replaced` says in the place of what code of transformers functions of moec stand (see replace.py).

@@ -31,7 +31,7 @@ _LEAVES = {
 }  # fmt: skip
 _ROUTERS = ("gate", "router", "gate.wg", "router.gate", "router.proj", "gate.proj", "router.layer")
 _MATRICES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
-# linear layers that are stored as one or apart, the rows of the parts one behind the other
+# linear layers that are stored as one or apart; as one, the rows of the parts are concatenated
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -117,7 +117,7 @@ class Experts:
         """Return a parameter of stacked experts from however the checkpoint cuts it; a text names a missing tensor.
 
         `module` may say that the model keeps the axes of each expert the other way round, or the rows of gate and up
-        in turn. MoecError for tensors that contradict each other.
+        interleaved. MoecError for tensors that contradict each other.
         """
         whole = self.pieces.get(wanted)
         turned = bool(getattr(module, "is_transposed", False)) and not wanted.bias

@@ -112,7 +112,7 @@ class _LayerBuilder:
         return self.b.const(_short(name), self.weights.layer(self.number, name, *sizes))
 
     def _joined(self, hint: str, *names: str, rows: int, width: int) -> Value:
-        """Return weights [rows, width] as one, one behind the other."""
+        """Return weights [rows, width] concatenated along their rows."""
         parts = [self.weights.layer(self.number, name, rows, width) for name in names]
         return self.b.const(hint, step("concat", *parts, axis=0))
 

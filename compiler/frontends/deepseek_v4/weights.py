@@ -218,7 +218,7 @@ class Weights:
         return read_schemes({"quant_method": "fp8", **self.quantization})(_first(module))
 
     def _expected_scales(self, module: str, codes: TensorType) -> dict[str, TensorType]:
-        """Return the scales of a checkpoint that is not at hand: ModelOpt's for FP4 in groups of 16, else DeepSeek's."""
+        """Return the scales that a checkpoint would hold, from its config alone: ModelOpt's for FP4 in groups of 16, else DeepSeek's."""
         schemes = self._schemes(module)
         *outer, rows, width = codes.sizes
         if codes.dtype != "f8e4m3":

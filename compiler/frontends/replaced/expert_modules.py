@@ -69,7 +69,7 @@ def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dbrx_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """DBRX: matrices of all experts lie one behind the other, w2 as [in, out]."""
+    """DBRX: the matrices of all experts are concatenated, w2 as [in, out]."""
     shape = (self.num_experts, self.ffn_hidden_size, self.hidden_size)
     up = torch.cat((self.mlp.w1.view(shape), self.mlp.v1.view(shape)), dim=1)
     down = self.mlp.w2.view(shape).transpose(1, 2)

@@ -163,7 +163,7 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _usual_name() -> str:
-    """Return the name in the installed transformers, for a model that hands on whatever it is given."""
+    """Return the name in the installed transformers, for a model whose forward passes its keywords on."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return NAME if NAME in {field.name for field in fields(CausalLMOutputWithPast)} else OLD_NAMES[0]
