@@ -105,7 +105,7 @@ def test_states_do_not_change_under_the_hands_of_others(session):
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     for given, what in (
         ((np.array([[7]]), np.ones((1, 3)), position, states), "attention_mask has the shape"),
-        ((np.array([[5000]]), mask, position, states), "there is no token 5000"),
+        ((np.array([[5000]]), mask, position, states), "the token 5000 is outside of the vocabulary"),
         ((np.array([[7], [8]]), mask, position, states), "the states are those of 1 rows"),
     ):
         with pytest.raises(MoecError, match=what):

@@ -12,13 +12,13 @@ from ....compiler.artifact.manifest import State, check_files, read_manifest
 from ....compiler.check.interpret import bind_dims
 from ....compiler.errors import MoecError
 from ....compiler.ir.module import Value
+from ...session import INPUTS, check_step
 from .artifact import read_kernels, read_program, read_weights
 from .executor import Executor
 from .launch import TORCH
 from .launchers import open_launcher
 from .slots import Held, Slots, tensor_of
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 ACCURACIES = ("fast", "exact")
 
 
@@ -109,33 +109,9 @@ class Session:
 
     def _check(self, arrays: dict[str, np.ndarray], states: States) -> None:
         """MoecError if the inputs do not belong together."""
-        ids, mask, positions = (arrays[name] for name in INPUTS)
-        if ids.ndim != 2 or ids.size == 0:
-            raise MoecError(f"input_ids has the shape {list(ids.shape)}", todo="give [batch, new tokens], not empty")
-        batch, new = ids.shape
-        if not isinstance(states, States) or len(states) != len(self.states):
-            raise MoecError("these are not the states of a step of this model", todo="pass on what a step returned")
-        if states.batch != batch:
-            raise MoecError(f"the states are those of {states.batch} rows, {batch} are given")
-        past = states.length
-        wanted = {"attention_mask": (batch, past + new), "position_ids": (batch, new)}
-        for name, shape in wanted.items():
-            if arrays[name].shape != shape:
-                raise MoecError(f"{name} has the shape {list(arrays[name].shape)}, {list(shape)} is wanted")
-        if past + new > self.context:
-            raise MoecError(
-                f"{past} past and {new} new tokens are more than the model's context of {self.context}",
-                todo="shorten the prompt or generate fewer tokens",
-            )
-        names = {p.name for p in self.executor.module.main.params}
-        if "position_ids" not in names and not (mask.all() and (positions == past + np.arange(new)).all()):
-            raise MoecError(
-                "this model takes no padding: the positions of all rows count from 0",
-                todo="run prompts of one length together, or one after the other",
-            )
-        if ids.min() < 0 or ids.max() >= self.vocabulary:
-            worst = ids.min() if ids.min() < 0 else ids.max()
-            raise MoecError(f"there is no token {worst}", todo=f"tokens are 0 to {self.vocabulary - 1}")
+        own = states if isinstance(states, States) else None
+        padded = "position_ids" in {p.name for p in self.executor.module.main.params}
+        check_step(arrays, own, self.states, self.context, self.vocabulary, padded)
 
 
 def _kept(held: Held, state: State) -> Held:

@@ -15,12 +15,11 @@ import numpy as np
 
 from ....compiler.artifact.manifest import State, check_files, read_manifest
 from ....compiler.errors import MoecError
-from ...session import check_tokens
+from ...session import INPUTS, check_step
 from ..model_file import open_model
 from .caches import ELEMENTS, States, start
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 LOGITS = "logits"
 _APART = "moec.json and the model do not belong together: compile it again"
 KEEP = "logits_to_keep"  # how many tokens at the end get logits; a model without it gives them all
@@ -105,31 +104,9 @@ class Session:
 
     def _check(self, arrays: dict[str, np.ndarray], states: States) -> int:
         """Return the number of past tokens; MoecError if the inputs do not belong together."""
-        ids, mask, positions = (arrays[name] for name in INPUTS)
-        if ids.ndim != 2 or ids.size == 0:
-            raise MoecError(f"input_ids has the shape {list(ids.shape)}", todo="give [batch, new tokens], not empty")
-        batch, new = ids.shape
-        if not isinstance(states, States) or len(states) != len(self.states):
-            raise MoecError("these are not the states of a step of this model", todo="pass on what a step returned")
-        if states.batch != batch:
-            raise MoecError(f"the states are those of {states.batch} rows, {batch} are given")
-        past = states.length
-        wanted = {"attention_mask": (batch, past + new), "position_ids": (batch, new)}
-        for name, array in (("attention_mask", mask), ("position_ids", positions)):
-            if array.shape != wanted[name]:
-                raise MoecError(f"{name} has the shape {list(array.shape)}, {list(wanted[name])} is wanted")
-        if past + new > self.context:
-            raise MoecError(
-                f"{past} past and {new} new tokens are more than the model's context of {self.context}",
-                todo="shorten the prompt or generate fewer tokens",
-            )
-        if "position_ids" not in self.inputs and not (mask.all() and (positions == past + np.arange(new)).all()):
-            raise MoecError(
-                "this model takes no padding: the positions of all rows count from 0",
-                todo="run prompts of one length together, or one after the other",
-            )
-        check_tokens((int(ids.min()), int(ids.max())), self.vocabulary)
-        return past
+        own = states if isinstance(states, States) else None
+        padded = "position_ids" in self.inputs
+        return check_step(arrays, own, self.states, self.context, self.vocabulary, padded)
 
 
 def _integers(name: str, given: Any) -> np.ndarray:
