@@ -7,8 +7,8 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
-from moec.compiler.frontends.config_types import known_config
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.transformers.config_types import known_config
 from moec.compiler.text.printer import print_module
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, save

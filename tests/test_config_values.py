@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load, skeleton
-from moec.compiler.frontends.config_checks import check_config, check_sizes
-from moec.compiler.frontends.config_names import check_read
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import build, decoder_config, read_config
+from moec.compiler.frontends.transformers.config_checks import check_config, check_sizes
+from moec.compiler.frontends.transformers.config_names import check_read
 from tiny_models import INSTALLED, random_model
 
 NAN, INF = float("nan"), float("inf")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends.decoded import Decoding, gguf_source, safetensors_source
 from moec.compiler.frontends.gguf.model import dequantized
-from moec.compiler.frontends.quantization_config import read_quantization
+from moec.compiler.frontends.stored.decoded import Decoding, gguf_source, safetensors_source
+from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.recipes import Tensor, step

@@ -7,7 +7,7 @@ import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
-from moec.compiler.frontends.unread import read_tensors
+from moec.compiler.frontends.stored.unread import read_tensors
 from tiny_models import random_model, save
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 4, "num_hidden_layers": 2}

@@ -15,8 +15,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.formats.codes import exact_formats, packed, take_apart
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.quantization_config import read_quantization
 from moec.compiler.frontends.skeleton import build, read_config
+from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.frontends.transformers.names import map_parameters
 from moec.compiler.weights.pull import pull

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends.quantization_config import read_quantization
+from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint

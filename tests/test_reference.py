@@ -135,7 +135,7 @@ def test_a_parameter_without_tensors_is_named(tmp_path):
 
 def wrong_order(patch):
     """Let moec take AWQ's columns in the order in which they lie."""
-    patch.setattr("moec.compiler.frontends.layouts_gptq._AWQ_ORDER", tuple(range(8)))
+    patch.setattr("moec.compiler.frontends.stored.layouts_gptq._AWQ_ORDER", tuple(range(8)))
 
 
 def wrong_table(patch):

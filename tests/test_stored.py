@@ -8,10 +8,10 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.codes import packed, take_apart
-from moec.compiler.frontends.layouts_gptq import gptq
-from moec.compiler.frontends.quantization_config import read_quantization
-from moec.compiler.frontends.schemes import read_schemes
 from moec.compiler.frontends.stored.layouts import Stored
+from moec.compiler.frontends.stored.layouts_gptq import gptq
+from moec.compiler.frontends.stored.quantization_config import read_quantization
+from moec.compiler.frontends.stored.schemes import read_schemes
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.storage import format_of

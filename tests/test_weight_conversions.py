@@ -3,7 +3,7 @@
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends.recipe_tensor import RecipeTensor
+from moec.compiler.frontends.transformers.recipe_tensor import RecipeTensor
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull

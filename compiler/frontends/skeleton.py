@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MoecError
 from ..errors.json_files import no_contradiction, read_json
-from .config_checks import check_config, check_sizes
-from .config_names import check_names
-from .config_types import known_config, refuse_adapter
-from .model_errors import CODE_ERRORS, model_error
 from .transformers.capture import NAME, register
+from .transformers.config_checks import check_config, check_sizes
+from .transformers.config_names import check_names
+from .transformers.config_types import known_config, refuse_adapter
+from .transformers.model_errors import CODE_ERRORS, model_error
 
 _FACTORIES = {
     torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand, torch.empty_like, torch.zeros_like,

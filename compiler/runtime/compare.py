@@ -16,7 +16,7 @@ from .generate import Runner, left_pad
 from .subject import Compiled
 
 if TYPE_CHECKING:
-    from ..frontends.decoded import Decoding
+    from ..frontends.stored.decoded import Decoding
     from .reference import Reference
 
 TOLERANCE = 1e-4  # of artifacts without a lossy pass: largest difference of logits, relative to the largest logit

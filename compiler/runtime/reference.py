@@ -21,7 +21,7 @@ import torch
 from ..errors import MoecError
 
 if TYPE_CHECKING:
-    from ..frontends.decoded import Decoding
+    from ..frontends.stored.decoded import Decoding
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from ...errors import MoecError
 from ...ir.recipes import Recipe, Tensor, bind, step
 from ...ir.types import TensorType, expand_range
 from ...weights.sources.checkpoint import names_like
-from ..recipe_tensor import join
-from ..schemes import Scheme, read_schemes
 from ..stored.layouts import FLOATS, Stored, scaled
+from ..stored.schemes import Scheme, read_schemes
 from ..stored.stored import fitting
+from ..transformers.recipe_tensor import join
 
 FP4_GROUP = 32  # codes of a row that share a scale
 EXTRA = "mtp."  # multi-token prediction: blocks behind the model that draft tokens

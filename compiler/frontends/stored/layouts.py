@@ -14,7 +14,7 @@ import torch
 
 from ...ir.recipes import Recipe, Step, Tensor, step
 from ...ir.types import TensorType
-from ..schemes import WHOLE_TENSOR, Block, Scheme
+from .schemes import WHOLE_TENSOR, Block, Scheme
 
 FLOATS = ("f32", "bf16", "f16", "f64")
 _FP8 = ("f8e4m3", "f8e5m2")

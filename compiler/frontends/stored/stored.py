@@ -19,10 +19,10 @@ from ...errors import MoecError
 from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, first_number
-from ..layouts_gptq import gptq
-from ..schemes import Scheme, SchemesOf, Unquantized, read_schemes
 from .layouts import FLOATS, Layout, Stored, gpt_oss, packed_integers, scaled
 from .layouts import float4 as packed_floats
+from .layouts_gptq import gptq
+from .schemes import Scheme, SchemesOf, Unquantized, read_schemes
 
 # roles of tensors that nothing here needs -> why
 UNUSED: Mapping[str, str] = {

@@ -20,13 +20,13 @@ from ...weights.pull import pull
 from ...weights.sources.checkpoint import open_checkpoint
 from ...weights.sources.source import WeightSource
 from ...weights.tiles import tiles
-from ..decoded import Decoding, gguf_source, safetensors_source
 from ..deepseek_v4.model import MODEL_TYPE
 from ..deepseek_v4.weights import Weights
 from ..gguf.model import gguf_config, gguf_parameters
 from ..load import gguf_file
-from ..quantization_config import read_quantization
 from ..skeleton import make_empty, read_config
+from ..stored.decoded import Decoding, gguf_source, safetensors_source
+from ..stored.quantization_config import read_quantization
 from ..stored.stored import decode
 from .names import map_parameters
 

@@ -17,18 +17,18 @@ from ...ir.module import Module
 from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint_layers import check_adapter, check_count, layer_prefixes, layer_storage, missing_parameter
-from ..config_names import check_read
-from ..config_types import known_config
 from ..deepseek_v4 import model as deepseek_v4
 from ..deepseek_v4.weights import Weights
-from ..expected import expected_quantized, expected_storage
-from ..quantization_config import read_quantization
 from ..replaced.stand_ins import StandIn, stand_in_for_file
 from ..skeleton import PARTS, adopt, build, read_config
+from ..stored.expected import expected_quantized, expected_storage
+from ..stored.quantization_config import read_quantization
 from ..stored.stored import Decoded, decode
-from ..unread import check_unread, read_tensors, unread_tensors
+from ..stored.unread import check_unread, read_tensors, unread_tensors
 from .capture import register
+from .checkpoint_layers import check_adapter, check_count, layer_prefixes, layer_storage, missing_parameter
+from .config_names import check_read
+from .config_types import known_config
 from .layers import find_layers
 from .model import import_model
 from .names import expected_tensors, map_parameters

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...errors import MoecError
-from ..model_errors import CODE_ERRORS, model_error
 from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_class, shared_class
+from .model_errors import CODE_ERRORS, model_error
 from .tracing import Tracing, current
 
 

@@ -21,10 +21,10 @@ from ...ir.code_steps import CODE_STEPS
 from ...ir.dtypes import DTYPE_NAMES
 from ...ir.recipes import Recipe, Step, Tensor, rename, step, tensors
 from ...ir.types import TensorType, expand_range
-from ..config_names import keys_of
-from ..other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
-from ..recipe_tensor import RecipeTensor
 from ..stored.layouts import FLOATS
+from .config_names import keys_of
+from .other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
+from .recipe_tensor import RecipeTensor
 
 
 @dataclass(frozen=True)

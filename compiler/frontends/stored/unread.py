@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from ..errors import MoecError
-from ..ir.module import Module, walk_calls
-from ..ir.recipes import FITTED, bind, tensors
-from ..ir.types import TensorType
-from ..weights.sources.checkpoint import Checkpoint
-from .stored.layouts import FLOATS
-from .stored.stored import UNUSED, beside_codes
-from .transformers.names import Rules
+from ...errors import MoecError
+from ...ir.module import Module, walk_calls
+from ...ir.recipes import FITTED, bind, tensors
+from ...ir.types import TensorType
+from ...weights.sources.checkpoint import Checkpoint
+from ..transformers.names import Rules
+from .layouts import FLOATS
+from .stored import UNUSED, beside_codes
 
 # leaves of tensors inside of layers that are computed from the config, or say something about training alone
 _COMPUTED = {"inv_freq", "original_inv_freq", "masked_bias", "position_ids", "num_batches_tracked", "tokens_per_expert"}

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ..errors import MoecError
-from ..ir.recipes import Recipe, Tensor
-from ..ir.types import TensorType
+from ...errors import MoecError
+from ...ir.recipes import Recipe, Tensor
+from ...ir.types import TensorType
+from .layouts import Layout, Stored, float4, gpt_oss, packed_integers, scaled
 from .layouts_gptq import gptq
 from .schemes import Scheme, Unquantized, matches, read_schemes, text_name
-from .stored.layouts import Layout, Stored, float4, gpt_oss, packed_integers, scaled
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 Parts = dict[str, tuple[str, tuple[int, ...]]]  # role -> dtype, shape

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import MoecError
+from ...errors import MoecError
 from .config_checks import CHOSEN, EXPERTS, GROUPS, SCALINGS
 
 # names of one meaning in the configs of the families

@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from ..ir.recipes import Recipe, Tensor, step
+from ...ir.recipes import Recipe, Tensor, step
+from .layouts import FLOATS, Stored, by_order
 from .schemes import Scheme
-from .stored.layouts import FLOATS, Stored, by_order
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column i of eight lies in this nibble of a word
 _BITS = (2, 3, 4, 8)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
-from ..errors import MoecError
-from ..weights.sources.checkpoint import Checkpoint, around_number, first_number
+from ...errors import MoecError
+from ...weights.sources.checkpoint import Checkpoint, around_number, first_number
+from .layers import find_layers
+from .names import Rules
 from .other_names import canonical, piece_of
-from .transformers.layers import find_layers
-from .transformers.names import Rules
 
 # config keys that announce layers behind num_hidden_layers: they draft tokens
 _DRAFTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeGuard
 
 import torch
 
-from ..errors import MoecError
+from ...errors import MoecError
 
 MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 2048, 65536, 2**31 - 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import MoecError
+from ...errors import MoecError
 
 # what a model's code raises while it is built or run; all are errors of this package's user, or of the model
 CODE_ERRORS = (

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..errors import MoecError
-from ..ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from ..ir.recipes import SPREADING, Recipe, Step, Tensor, step
-from ..ir.types import Attr
+from ...errors import MoecError
+from ...ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from ...ir.recipes import SPREADING, Recipe, Step, Tensor, step
+from ...ir.types import Attr
 
 FLOATS = {"f16", "bf16", "f32", "f64"}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MoecError
+from ...errors import MoecError
 
 # model_type -> the one whose code and weights it shares, for configs that name no architecture
 ALIASES = {"kimi_k2": "deepseek_v3"}

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from ..errors import MoecError
-from ..ir.recipes import Recipe, Step, Tensor, rename
-from ..ir.types import TensorType, expand_range, range_at, range_size
-from ..weights.pull import pull
-from ..weights.sources.checkpoint import Checkpoint
-from ..weights.sources.gguf import Gguf
-from ..weights.sources.safetensors_header import TensorInfo
-from ..weights.sources.source import Box, cut
+from ...errors import MoecError
+from ...ir.recipes import Recipe, Step, Tensor, rename
+from ...ir.types import TensorType, expand_range, range_at, range_size
+from ...weights.pull import pull
+from ...weights.sources.checkpoint import Checkpoint
+from ...weights.sources.gguf import Gguf
+from ...weights.sources.safetensors_header import TensorInfo
+from ...weights.sources.source import Box, cut
 from .format_libraries import Library, gguf_library, library_of
 
 _NEAR, _SMALL = 1e-5, 1e-6  # relative to a number, and to the largest of a weight: f32 arithmetic in another order

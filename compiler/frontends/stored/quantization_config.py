@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MoecError
-from ..weights.sources.safetensors_header import parse_json
+from ...errors import MoecError
+from ...weights.sources.safetensors_header import parse_json
 from .schemes import METHODS, gptq_format
 
 _CT_FORMATS = (
