@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
+from moec.compiler.artifact.generation_files import find_end_tokens
 from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
@@ -38,7 +39,7 @@ def variant(folder, models, family, keys=(), tensors=(), config=None):
     """Write a model's GGUF with other keys under its architecture and other tensors (None: without it)."""
     _, about, all_tensors = models[family]
     prefix = about["general.architecture"]
-    given = {k if "general." in k else f"{prefix}.{k}": v for k, v in dict(keys).items()}
+    given = {k if k.startswith(("general.", "tokenizer.")) else f"{prefix}.{k}": v for k, v in dict(keys).items()}
     about = {k: v for k, v in (about | given).items() if v is not None}
     kept = {k: v for k, v in (all_tensors | dict(tensors)).items() if v is not None}
     folder.mkdir(exist_ok=True)
@@ -410,3 +411,25 @@ def test_the_command_ends_with_2_and_one_message(models, tmp_path):
     result = CliRunner().invoke(main, ["compile", str(file), "-o", str(tmp_path / "out")])
     assert result.exit_code == 2 and result.stderr.startswith("error: qwen3moe.attention.head_count_kv is 0")
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_end_tokens_of_the_metadata_end_what_is_generated(models, tmp_path):
+    ends = {"eos": 5, "eot": 7, "eom": 5}
+    keys = {f"tokenizer.ggml.{name}_token_id": number for name, number in ends.items()}
+    moec.compile(variant(tmp_path / "m", models, "olmoe", keys), out=tmp_path / "a")
+    assert find_end_tokens(tmp_path / "a").ids == (5, 7)
+
+
+def test_end_tokens_beside_the_file_count_instead(models, tmp_path):
+    file = variant(tmp_path / "m", models, "olmoe", {"tokenizer.ggml.eos_token_id": 5})
+    (file.parent / "generation_config.json").write_text('{"eos_token_id": 9}', "utf-8")
+    moec.compile(file, out=tmp_path / "a")
+    assert find_end_tokens(tmp_path / "a").ids == (9,)
+
+
+@pytest.mark.parametrize("number", [128, 0xFFFFFFFF, "2", True])
+def test_an_end_token_that_is_no_token_is_named(models, tmp_path, number):
+    file = variant(tmp_path / "m", models, "olmoe", {"tokenizer.ggml.eos_token_id": number})
+    with pytest.raises(MoecError, match=r"tokenizer\.ggml\.eos_token_id is .*the tokens are 0 to 127"):
+        moec.compile(file, out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()

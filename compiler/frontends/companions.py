@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
 from ..errors.paths import check_path
 
-CONFIGS = ("config.json", "generation_config.json")
+GENERATION = "generation_config.json"
+CONFIGS = ("config.json", GENERATION)
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# the ends of a text, of a turn and of a message; llama.cpp stops at each of them
+GGUF_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
 def read_companions(folder: Path, names: tuple[str, ...] = (*CONFIGS, *TOKENIZER)) -> dict[str, bytes]:
@@ -33,7 +37,7 @@ def live_companions(model: Any, tokenizer: Any = None) -> dict[str, bytes]:
         config["architectures"] = [type(model).__name__]
     found = {"config.json": _json(config)}
     if getattr(model, "generation_config", None) is not None:
-        found["generation_config.json"] = _json(json.loads(model.generation_config.to_json_string(use_diff=True)))
+        found[GENERATION] = _json(json.loads(model.generation_config.to_json_string(use_diff=True)))
     if tokenizer is None:
         source = Path(getattr(model, "name_or_path", "") or ".")
         return found | (read_companions(source, TOKENIZER) if source != Path() else {})
@@ -48,6 +52,25 @@ def live_companions(model: Any, tokenizer: Any = None) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return found | read_companions(Path(folder), TOKENIZER)
+
+
+def gguf_companions(metadata: Mapping[str, Any], rows: int, file: Path) -> dict[str, bytes]:
+    """Return a generation config with the end tokens that a GGUF file's metadata names; nothing where one lies beside it.
+
+    MoecError for an end token that is not one of the `rows` of the embedding.
+    """
+    if (file.parent / GENERATION).is_file():
+        return {}
+    ends: list[int] = []
+    for key in GGUF_ENDS:
+        number = metadata.get(key)
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < rows:
+            what = f"{key} is {number!r}, and the tokens are 0 to {rows - 1}"
+            raise MoecError(what, where=str(file), todo="convert the model again")
+        ends.append(number)
+    return {GENERATION: _json({"eos_token_id": list(dict.fromkeys(ends))})} if ends else {}
 
 
 def _json(content: dict[str, Any]) -> bytes:

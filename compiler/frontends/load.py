@@ -16,7 +16,7 @@ from ..errors.paths import check_path, check_source
 from ..ir.module import Module
 from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
-from .companions import live_companions, read_companions
+from .companions import gguf_companions, live_companions, read_companions
 from .replaced.stand_ins import StandIn
 from .transformers.merge import merge_functions
 
@@ -28,7 +28,8 @@ class Loaded:
     """A module, where its weights are read (None: there are none) and the checkpoint's folder, if any.
 
     `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
-    `brought` are files that come with a live model (see companions.py). `replaced` says in the place of what code of transformers functions of moec stand (see replace.py).
+    `brought` are files that come with a live model or out of a GGUF file's metadata (see companions.py). `replaced` says in
+    the place of what code of transformers functions of moec stand (see replace.py).
     """
 
     module: Module
@@ -90,7 +91,9 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         with _silent():
             module, opened = import_gguf(file, name.rstrip("/"), found)
         check_weights(module, opened.checkpoint)
-        return Loaded(merge_functions(module), opened.checkpoint, file.parent, replaced=tuple(found))
+        rows = opened.checkpoint.tensors["token_embd.weight"].type.sizes[0]
+        brought = gguf_companions(opened.metadata, int(rows), file)
+        return Loaded(merge_functions(module), opened.checkpoint, file.parent, replaced=tuple(found), brought=brought)
     from .transformers.huggingface import import_folder
 
     replaced: list[StandIn] = []
