@@ -122,14 +122,14 @@ def _count(b: Builder, columns: int, loop: str, condition: str) -> None:
 
 @dataclass(frozen=True)
 class Compress:
-    """nn.compress_tokens: entries of `width` numbers from windows of `ratio` tokens, the last 2 `turned` of them rotated.
+    """nn.compress_tokens: entries of `width` numbers from windows of `ratio` tokens, the last 2 `rotary` of them rotated.
 
     A token is x [B, S, 2 W], W = width, with `overlap` 2 width.
     """
 
     width: int
     ratio: int
-    turned: int
+    rotary: int
     overlap: bool
     eps: float
     dtype: str = "bf16"
@@ -143,7 +143,7 @@ class Compress:
 def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
     """Append entries P // ratio .. (P + S) // ratio - 1 to the cache [B, C, width], t.m tokens of a window at once.
 
-    The softmax over a window runs for each number by itself, so that the numbers that are turned as pairs are kept as
+    The softmax over a window runs for each number by itself, so that the numbers that are rotated as pairs are kept as
     two rows from the start. What stays pending is `slide`'s to keep.
     """
     wide = p.width * (2 if p.overlap else 1)
@@ -157,13 +157,13 @@ def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
     b.tensor("bias", "f32", p.ratio, wide, role="weight")
     b.tensor("norm", "f32", p.width, role="weight")
     for name in ("cos", "sin"):
-        b.tensor(name, "f32", count, p.turned)
+        b.tensor(name, "f32", count, p.rotary)
     b.tensor("entries", p.dtype, "B", "C", p.width, role="output")
     b.let("held", p.pending)
     b.let("entry", f"P // {p.ratio} + made")
-    start = p.width - 2 * p.turned
-    pieces = {"rest": (start, "rest_j"), "one": (p.turned, f"{start} + one_j * 2"),
-              "two": (p.turned, f"{start + 1} + two_j * 2")}  # fmt: skip
+    start = p.width - 2 * p.rotary
+    pieces = {"rest": (start, "rest_j"), "one": (p.rotary, f"{start} + one_j * 2"),
+              "two": (p.rotary, f"{start + 1} + two_j * 2")}  # fmt: skip
     pieces = {name: piece for name, piece in pieces.items() if piece[0]}
     for name, (size, place) in pieces.items():
         columns = power(size)
@@ -185,7 +185,7 @@ def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
         b.load(f"{name}_norm", "norm", [f"{name}_at"], f"{name}_there")
         b.let(name, f"{name}_mean * factor * {name}_norm")
     value = {"rest": "rest"}
-    if p.turned:
+    if p.rotary:
         b.load("cos_row", "cos", ["made", "one_j"], "one_there")
         b.load("sin_row", "sin", ["made", "one_j"], "one_there")
         value |= {"one": "one * cos_row - two * sin_row", "two": "two * cos_row + one * sin_row"}

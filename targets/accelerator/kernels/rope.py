@@ -1,6 +1,6 @@
 """The kernels that rotate heads by their positions' angles, with a norm of each head before, and append to the cache.
 
-A head is read as three pieces that each lie evenly in it: the first and the second number of every pair that is turned,
+A head is read as three pieces that each lie evenly in it: the first and the second number of every pair that is rotated,
 and the rest. Halves: pairs are (j, R/2 + j) of the first R numbers. Neighbours (`pairs`): (D - R + 2 j, D - R + 2 j + 1).
 """
 
@@ -17,7 +17,7 @@ from .norm import power
 
 @dataclass(frozen=True)
 class Rope:
-    """Heads of `width` numbers, `rotary` of them turned, as nn.rope or with `pairs` as nn.rope_pairs has it.
+    """Heads of `width` numbers, `rotary` of them rotated, as nn.rope or with `pairs` as nn.rope_pairs has it.
 
     The angles are [C, S, rotary] (pairs: [C, S, rotary / 2]), f32, C the batch (`own_angles`) or 1. `norm`: each head
     is first divided by its root mean square and, if `weight`, scaled. `heads_first`: x is [B, H, S, D], not [B, S, H, D].
@@ -37,7 +37,7 @@ class Rope:
 
 
 def rope(p: Rope, t: RowTile, layout: Layout) -> Program:
-    """y = x with each head normed and turned; t.m tokens of one head for each point of the grid."""
+    """y = x with each head normed and rotated; t.m tokens of one head for each point of the grid."""
     b = Builder("rope_pairs" if p.pairs else "rope", layout, "y = x, its heads turned by the angles of their positions")
     b.scalar("B", "S")
     b.grid("tile", f"cdiv(S, {t.m})")
@@ -55,7 +55,7 @@ def rope(p: Rope, t: RowTile, layout: Layout) -> Program:
         order = ["head", "token[:, None]"] if p.heads_first else ["token[:, None]", "head"]
         return ["batch", *order, f"({column})[None, :]"]
 
-    _turn(b, p, t, "x", at, "w", "y", at)
+    _rotate(b, p, t, "x", at, "w", "y", at)
     return b.program()
 
 
@@ -64,7 +64,7 @@ class Append:
     """The part of nn.cached_attention before it attends: norm and rotate the heads of q and k, append k and v to the cache.
 
     `joined`: the heads of q, k and v lie behind one another in one tensor qkv [B, S, H + 2 G, D]. `q_norm`, `k_norm`:
-    weights of an rms_norm over each head, `rotary` 0: nothing is turned.
+    weights of an rms_norm over each head, `rotary` 0: nothing is rotated.
     """
 
     heads: int
@@ -80,7 +80,7 @@ class Append:
 
 
 def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
-    """Write the turned heads of q, and those of k and v to slots P .. P + S - 1 of the cache, which has C slots.
+    """Write the rotated heads of q, and those of k and v to slots P .. P + S - 1 of the cache, which has C slots.
 
     y is [B, H, S, D], as `attention` reads queries with `heads_first`. The cache is changed in place, key and value [B, G, C, D]: its first P slots are not touched.
     """
@@ -96,16 +96,16 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
     else:
         for name, heads in (("q", p.heads), ("k", p.groups), ("v", p.groups)):
             b.tensor(name, p.dtype, "B", "S", heads, p.width)
-    turn = Rope(p.heads, p.width, p.rotary, own_angles=p.own_angles, eps=p.eps, dtype=p.dtype)
+    rotation = Rope(p.heads, p.width, p.rotary, own_angles=p.own_angles, eps=p.eps, dtype=p.dtype)
     if p.rotary:
-        _declare_angles(b, turn)
+        _declare_angles(b, rotation)
     for name, there in (("q_norm", p.q_norm), ("k_norm", p.k_norm)):
         if there:
             b.tensor(name, "f32", p.width, role="weight")
     b.tensor("y", p.dtype, "B", p.heads, "S", p.width, role="output")
     b.tensor("key", p.dtype, "B", p.groups, "C", p.width, role="output")
     b.tensor("value", p.dtype, "B", p.groups, "C", p.width, role="output")
-    _tokens(b, turn, t)
+    _tokens(b, rotation, t)
     last = p.heads + p.groups
 
     def source(first: int) -> Callable[[str], list[str]]:
@@ -115,16 +115,16 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
     def slot(first: int) -> Callable[[str], list[str]]:
         return lambda column: ["batch", f"head - {first}", "(P + token)[:, None]", f"({column})[None, :]"]
 
-    def turned(column: str) -> list[str]:
+    def rotated(column: str) -> list[str]:
         return ["batch", "head", "token[:, None]", f"({column})[None, :]"]
 
     def normed(there: bool) -> Rope:
         return Rope(p.heads, p.width, p.rotary, norm=there, weight=there, eps=p.eps, dtype=p.dtype)
 
     with b.when(f"head < {p.heads}"):
-        _turn(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", turned)
+        _rotate(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", rotated)
     with b.when(f"(head >= {p.heads}) & (head < {last})"):
-        _turn(b, normed(p.k_norm), t, "qkv" if p.joined else "k", source(p.heads), "k_norm", "key", slot(p.heads))
+        _rotate(b, normed(p.k_norm), t, "qkv" if p.joined else "k", source(p.heads), "k_norm", "key", slot(p.heads))
     with b.when(f"head >= {last}"):
         wide = power(p.width)
         b.let("column", f"arange({wide})")
@@ -146,11 +146,11 @@ def _tokens(b: Builder, p: Rope, t: RowTile) -> None:
     b.let("angles", "batch" if p.own_angles else "0")
 
 
-def _turn(
+def _rotate(
     b: Builder, p: Rope, t: RowTile, source: str, at: Callable[[str], list[str]], weight: str, target: str,
     to: Callable[[str], list[str]],
 ) -> None:  # fmt: skip
-    """Add the load of a head of t.m tokens, its norm and turn, and the store."""
+    """Add the load of a head of t.m tokens, its norm and rotation, and the store."""
     half = p.rotary // 2
     rest = p.width - p.rotary
     start = rest if p.pairs else 0

@@ -14,7 +14,7 @@ from math import prod
 
 from ..tile.expr import names
 from ..tile.tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
-from .turn import COLUMNS, turn_bytes, warps_along
+from .layouts import COLUMNS, conversion_bytes, warps_along
 
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
@@ -23,7 +23,7 @@ ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignmen
 SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
 SIDES = (16, 32)  # of AMD's products: the smaller one where there are no more rows
 SCALES = 8  # bytes of a column's scales that AMD's waves pass on
-SMALL = 8192  # bytes that Triton takes for turning rows and adding across warps, which is not predicted
+SMALL = 8192  # bytes that Triton takes for converting layouts and adding across warps, which is not predicted
 COMPUTED = 32  # fewer of them where operands are computed: these pass through registers
 GROUPED = 16  # sums a thread at most where mma's operands are computed in groups, which changes who holds what
 
@@ -60,7 +60,7 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
 
 
 def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
-    """Yield the bytes through which each tile that comes of a product is turned when it is stored."""
+    """Yield the bytes through which the layout of each stored result of a product is converted."""
     results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots(program.body)}
     for store in walk(program.body):
         if isinstance(store, Store) and store.value in program.buffers:
@@ -68,7 +68,7 @@ def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
             if shape in results:
                 m, n = shape
                 bits = BITS[program.argument(store.tensor).dtype]
-                yield turn_bytes(m, n, bits, matrix_unit(arch, m, n, results[shape], warps), arch, warps)
+                yield conversion_bytes(m, n, bits, matrix_unit(arch, m, n, results[shape], warps), arch, warps)
 
 
 def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:
@@ -191,7 +191,7 @@ class _Loop:
         return matrix_unit(self.arch, m, n, self.program.buffers[dot.a].dtype, self.warps)
 
     def _widened(self, dots: Sequence[Dot]) -> bool:
-        """Return whether these are products of f32 on AMD: what is widened to f32 is turned there, not what it was."""
+        """Return whether these are products of f32 on AMD: what is widened to f32 is converted there, not what it was."""
         return self.arch.startswith("gfx") and any(self.program.buffers[d.a].dtype == "f32" for d in dots)
 
     def _copies(self, name: str, unit: str, second: bool, stages: int) -> int:
@@ -225,8 +225,8 @@ class _Loop:
         return max(_size(self.program.buffers[name]) for name in shapes)
 
     def _chained(self, statements: Sequence[Statement]) -> set[str]:
-        """Return the tiles that are loaded by what the same turn loads, in their places or masks: a stage later."""
-        known: set[str] = set()  # loaded in this turn, or computed from it
+        """Return the tiles that are loaded by what the same iteration loads, in their places or masks: a stage later."""
+        known: set[str] = set()  # loaded in this iteration, or computed from it
         found = set()
         for s in statements:
             texts = (*s.at, s.mask) if isinstance(s, Load) else (s.value,) if isinstance(s, (Let, Move)) else ()
@@ -250,7 +250,7 @@ class _Loop:
         return ways[0] & ways[1] & set(self.loaded)
 
     def _kept(self, dots: Sequence[Dot]) -> int:
-        """Return the bytes of first operands that no turn loads: those from before the loop, and what a turn computes.
+        """Return the bytes of first operands that no iteration loads: those from before the loop, and what an iteration computes.
 
         wgmma and tcgen05 take the latter from registers or tensor memory, AMD's waves the former.
         """
@@ -258,8 +258,8 @@ class _Loop:
         for dot in dots:
             name = self.origin.get(dot.a, dot.a)
             unit, rows = self._unit(dot), self.program.buffers[dot.acc].shape[0]
-            turned = unit in ("mma", "fma") or (unit == "mfma" and (rows > 16 or self._widened([dot])))
-            if name not in self.loaded and (unit != "mfma" if name in self.outer else turned):
+            converted = unit in ("mma", "fma") or (unit == "mfma" and (rows > 16 or self._widened([dot])))
+            if name not in self.loaded and (unit != "mfma" if name in self.outer else converted):
                 sizes[name] = _size(self.program.buffers[name])
         return sum(sizes.values())
 
@@ -297,7 +297,7 @@ class _Loop:
                 used -= (
                     0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
                 )
-        return whole if "tcgen05" in second.values() else most  # tcgen05's are all in use until the turn ends
+        return whole if "tcgen05" in second.values() else most  # tcgen05's are all in use until the iteration ends
 
 
 def _flat(body: Sequence[Statement]) -> Iterator[Statement]:

@@ -1,10 +1,10 @@
-"""Predicts the shared memory through which Triton transposes the sums of a matmul into rows before it stores them.
+"""Predicts the shared memory through which Triton converts the layout of a matmul's sums before it stores them.
 
-A matrix unit leaves a thread with pieces of several rows; a store wants neighbouring columns in each thread. Both ways
-of dealing a tile out over registers, lanes and warps are linear in the bits of row and column (Triton's linear layouts),
-so what counts of a way are the bits that a thread holds by itself, in registers. Bits that both ways hold in registers
-stand for parts of the tile that can pass one after the other through the same memory, but for those that make up the
-widest access. The rules were read off kernels that Triton 3.9 compiled.
+A matrix unit leaves a thread with pieces of several rows; a store wants neighbouring columns in each thread. Both
+layouts, over registers, lanes and warps, are linear in the bits of row and column (Triton's linear layouts), so what
+counts of a layout are the bits that a thread holds by itself, in registers. Bits that both layouts hold in registers
+are parts of the tile that can pass one after the other through the same memory, except those that make up the widest
+access. The rules were read off kernels that Triton 3.9 compiled.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ LANES = 32  # threads of a warp
 ROWS, COLUMNS = 16, 8  # of a result of the smallest instruction: mma.sync's, and one warp's of wgmma
 
 
-def turn_bytes(m: int, n: int, bits: int, unit: str, arch: str, warps: int) -> int:
-    """Return the bytes that turning sums of [m, n] for a store takes: numbers of `bits` from mma or wgmma; others 0."""
+def conversion_bytes(m: int, n: int, bits: int, unit: str, arch: str, warps: int) -> int:
+    """Return the bytes of the layout conversion of sums [m, n] before their store: `bits` each, of mma or wgmma; others 0."""
     if unit not in ("mma", "wgmma"):
         return 0
     both = len(_held_by_unit(m, n, unit, warps) & _held_by_store(m, n, bits, warps))
