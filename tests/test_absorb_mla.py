@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import moec
 import onnx
 import pytest
@@ -19,6 +17,7 @@ from moec.compiler.rewrite.roles import weight_roles
 from moec.compiler.text.parser import parse_pipeline
 from moec.passes import PASSES
 from moec.targets import TARGETS
+from places import CONFIGS
 from tiny_models import padded_batch, random_model, save
 
 LATENT = [name for name, family in FAMILIES.items() if family.state.startswith("latent kv")]
@@ -56,7 +55,7 @@ def test_every_family_with_a_latent_cache_attends_to_it(name, tmp_path):
 @pytest.fixture(scope="module")
 def deepseek_v3():
     """Return DeepSeek-V3 from its config.json with keys and values made of the latent, and with the latent itself."""
-    folder = Path(__file__).parent / "configs" / "DeepSeek-V3"
+    folder = CONFIGS / "DeepSeek-V3"
     expanded = of_stage_moe(folder, INTO_MOE.replace("absorb-mla,", ""))
     return expanded, run_pipeline(expanded, parse_pipeline("absorb-mla,cleanup"), table=PASSES)[0]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jsonschema
 import moec
@@ -26,8 +25,8 @@ from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.lower import lower
 from moec.targets.accelerator.triton.compile import Compiled
 from moec.targets.accelerator.triton.source import triton_source
+from places import ROOT, TINY
 
-ROOT = Path(__file__).parent.parent
 H200 = find_profile("nvidia-h200", {})
 TEXT = """moec 1 stage moe
 source "none"
@@ -54,9 +53,7 @@ func @main(%x: f32[B, S, 64], %k0: state f32[B, 1, P, 64], %k1: state f32[B, 1, 
 def artifact(tmp_path_factory):
     out = tmp_path_factory.mktemp("artifact") / "a"
     options = {"kernels": "source"}
-    return moec.compile(
-        ROOT / "examples/tiny-moe", target="nvidia-h200", quantize="experts=mxfp4", out=out, options=options
-    )
+    return moec.compile(TINY, target="nvidia-h200", quantize="experts=mxfp4", out=out, options=options)
 
 
 def test_the_artifact_is_whole(artifact):
@@ -176,7 +173,7 @@ def test_kernels_are_compiled(kernels):
 
 def test_the_router_keeps_its_numbers(artifact):
     router = safetensors.torch.load_file(artifact.folder / "weights/layer.1.safetensors")["layer.1/mlp_gate"]
-    own = safetensors.torch.load_file(ROOT / "examples/tiny-moe/model.safetensors")["model.layers.1.mlp.gate.weight"]
+    own = safetensors.torch.load_file(TINY / "model.safetensors")["model.layers.1.mlp.gate.weight"]
     assert torch.equal(router.float(), own.float())
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import moec
 import numpy as np
@@ -14,9 +13,9 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.compare import ROUNDING, token_differences
 from moec.compiler.runtime.generate import left_pad
 from moec.compiler.runtime.reference import Reference, rounded
+from places import SUPPORT, TINY
 from tiny_models import meaning, random_model
 
-TINY = Path(__file__).parent.parent / "examples/tiny-moe"
 STEPS = 3
 LEAST = 1e-3  # a difference that counts as none, where the model in bf16 happens to be nearer
 ATTENTION = ("deepseek_v3", "gpt_oss", "deepseek_v4", "mimo_v2_flash", "llama4_text", "olmoe")  # a kind each
@@ -78,7 +77,7 @@ def test_stored_formats(spec, chip, tmp_path):
 
 @needs_triton
 def test_one_in_the_interpreter():
-    file = Path(__file__).with_name("triton_whole_model.py")
+    file = SUPPORT / "triton_whole_model.py"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", file],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,

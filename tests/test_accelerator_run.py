@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from functools import cache
-from pathlib import Path
 
 import moec
 import numpy as np
@@ -19,9 +18,8 @@ from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import read_kernels
 from moec.targets.accelerator.select import dense as kinds_dense
 from moec.targets.accelerator.tile.tiles import Argument
+from places import ROOT, TINY
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "examples/tiny-moe"
 TARGETS = (
     "nvidia-h200", "ascend-950dt", *(pytest.param(n, marks=pytest.mark.long) for n in ("amd-mi355x", "cambricon-mlu370"))
 )  # fmt: skip

@@ -10,8 +10,7 @@ import pytest
 from click.testing import CliRunner
 from moec.compiler import frontends
 from moec.compiler.cli.commands import main
-
-TINY = Path(__file__).parent.parent / "examples" / "tiny-moe"
+from places import TINY
 
 
 @pytest.fixture

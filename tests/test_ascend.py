@@ -31,6 +31,7 @@ from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.builder import Builder
 from moec.targets.accelerator.tile.expr import NUMPY, evaluate
 from moec.targets.accelerator.tile.tiles import Dot, Load, Program, walk
+from places import TINY
 
 OLDER, NEWER = "Ascend910B4", "Ascend950DT_9582"
 REWRITTEN = list(programs(CHIPS["ascend-950"][0], ["bf16", "fp8_b128"]))
@@ -332,8 +333,7 @@ def copy(x, y, N: tl.constexpr):
 @pytest.mark.parametrize("target", ["ascend-910b", "ascend-950dt"])
 def test_all_kernels_of_a_model_are_lowered(target, triton_ascend, tmp_path, monkeypatch):
     monkeypatch.setattr(ascend, "default_folder", lambda: triton_ascend.folder)
-    model = Path(__file__).parent.parent / "examples" / "tiny-moe"
-    done = CliRunner().invoke(main, ["compile", str(model), "--target", target, "-o", str(tmp_path / "out")])
+    done = CliRunner().invoke(main, ["compile", str(TINY), "--target", target, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     kernels = json.loads((tmp_path / "out" / "kernels.json").read_text())["kernels"]
     for kernel in kernels:

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import struct
-from pathlib import Path
 
 import moec
 import pytest
@@ -15,9 +14,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.tokenizer import load_tokenizer
+from places import TINY
 from tiny_models import random_model, save
-
-TINY = Path(__file__).parent.parent / "examples" / "tiny-moe"
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import BENCH
 
-BENCH = Path(__file__).parent / "bench"
 SIZES = {"layers": 2, "hidden": 64, "expert": 32, "experts": 8, "chosen": 2, "heads": 4, "vocabulary": 320}
 
 

@@ -15,10 +15,10 @@ from moec.compiler.cli import commands as cli
 from moec.compiler.cli.base import progress_bar
 from moec.compiler.errors import MoecError
 from moec.compiler.text.parser import parse_module
+from places import CONFIGS
 
 MOEC = [sys.executable, "-m", "moec.compiler.cli"]
 COMMANDS = ("compile", "opt", "run", "verify", "inspect", "list", "targets")
-CONFIGS = Path(__file__).parent / "configs"
 
 PROGRAM = """moec 1 stage graph
 dim B in 1..8

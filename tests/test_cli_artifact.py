@@ -14,8 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from moec.compiler.cli import commands as cli
 from moec.compiler.text.parser import parse_module
-
-CONFIGS = Path(__file__).parent / "configs"
+from places import CONFIGS
 
 
 def moec(*arguments: object) -> Result:

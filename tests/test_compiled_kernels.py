@@ -1,7 +1,5 @@
 """Every kernel of whole models compiles for every GPU architecture, without spills, and takes what was predicted."""
 
-from pathlib import Path
-
 import moec
 import pytest
 from chips_for_tests import needs_triton
@@ -9,8 +7,8 @@ from moec.targets.accelerator.artifact.objects import compile_kernels
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.triton.predict import agrees
+from places import CONFIGS
 
-CONFIGS = Path(__file__).parent / "configs"
 # two buckets: decoding, and a prompt; a full matrix of buckets takes half an hour
 TOKENS = (4, 8192)
 UNITS = {

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import build, decoder_config, read_config
 from moec.compiler.frontends.transformers.config_checks import check_config, check_sizes
 from moec.compiler.frontends.transformers.config_names import check_read
+from places import CONFIGS
 from tiny_models import INSTALLED, random_model
 
 NAN, INF = float("nan"), float("inf")
@@ -150,7 +150,7 @@ def test_the_configs_of_all_families_are_accepted(family):
     check_sizes(decoder_config(config).to_dict(), "")
 
 
-@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "configs").iterdir()), ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", sorted(CONFIGS.iterdir()), ids=lambda p: p.name)
 def test_published_configs_are_accepted(folder):
     check_config(json.loads((folder / "config.json").read_text()), "")
 

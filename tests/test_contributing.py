@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import pytest
 from moec.compiler.cli.commands import main
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = ("CONTRIBUTING.md", "ARCHITECTURE.md", "CHANGELOG.md")
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in PAGES}
 MARKERS = {

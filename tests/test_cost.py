@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import transformers
@@ -17,8 +16,7 @@ from moec.compiler.ir.module import Module, Op
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module
 from moec.targets import TARGETS
-
-CONFIGS = Path(__file__).parent / "configs"
+from places import CONFIGS
 
 # D = 8, I = 4, 4 experts of which 2 are chosen, 3 layers, 16 tokens, head and embedding are one tensor
 TINY = """moec 1 stage moe

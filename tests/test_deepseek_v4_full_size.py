@@ -1,7 +1,6 @@
 """DeepSeek-V4-Flash and -Pro from their config.json: counts that were published, and the cost of a million tokens."""
 
 import time
-from pathlib import Path
 
 import pytest
 from moec.compiler.cli.report import inspect
@@ -13,8 +12,8 @@ from moec.compiler.ir.recipes import Step
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
+from places import CONFIGS
 
-CONFIGS = Path(__file__).parent / "configs"
 MILLION = 1 << 20
 # what the config says of layers: (layers of 4 tokens an entry, layers of 128)
 LAYERS = {"Flash": (21, 20), "Pro": (30, 31)}

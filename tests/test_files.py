@@ -26,8 +26,9 @@ from moec.compiler.text.parser import parse_module, parse_pipeline
 from moec.compiler.text.printer import print_module
 from moec.passes import PASSES
 from moec.targets import Target
+from places import FILES
 
-FILES = sorted((Path(__file__).parent / "files").glob("*.moir"))
+FILES = sorted(FILES.glob("*.moir"))
 SEPARATOR = "# ---- expect\n"
 COMMENT = re.compile(r"# (error|note): (.*)$")
 

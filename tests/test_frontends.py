@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import moec
 import pytest
@@ -15,6 +14,7 @@ from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
+from places import CONFIGS
 from tiny_models import padded_batch, random_model, save, stepped
 
 # family, changes to its tiny config, kinds of layers
@@ -185,7 +185,7 @@ def test_bad_configs_have_one_clear_error(tmp_path, change, message):
 @pytest.mark.parametrize(("name", "lines"), [("OLMoE-1B-7B-0924", 250), ("Qwen3-235B-A22B", 250), ("DeepSeek-V3", 500)])
 def test_published_configs_fit_on_a_few_pages(name, lines, tmp_path):
     dump = tmp_path / "dump"
-    module = moec.compile(Path(__file__).parent / "configs" / name, stop_after="moe", dump=dump)
+    module = moec.compile(CONFIGS / name, stop_after="moe", dump=dump)
     assert module.stage == "moe"
     assert len(print_module(module).splitlines()) <= lines
     assert all(len(file.read_text().splitlines()) <= lines for file in dump.iterdir())

@@ -1,7 +1,6 @@
 """A live model brings what a folder has beside the weights: config, generation config, and its tokenizer."""
 
 import json
-from pathlib import Path
 
 import moec
 import pytest
@@ -9,9 +8,8 @@ import tokenizers
 import transformers
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.companions import live_companions
+from places import TINY
 from tokenizers import decoders, models, pre_tokenizers
-
-TINY = Path(__file__).parent.parent / "examples" / "tiny-moe"
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from moec.compiler.weights.calibrated import PIECE, Inputs
 from moec.compiler.weights.row_file import RowFile
 from moec.passes import PASSES
 from moec.targets import TARGETS
+from places import BENCH
 from tiny_models import random_model
 
 TO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
@@ -183,7 +184,7 @@ def test_a_limit_holds_beside_the_imports(quantize, tmp_path_factory, tmp_path):
     if not folder.exists():
         sizes = {"layers": 2, "hidden": 1024, "expert": 512, "experts": 16, "chosen": 4, "vocabulary": 8192}
         options = [str(word) for name, size in sizes.items() for word in (f"--{name}", size)]
-        script = Path(__file__).parent / "bench" / "checkpoint.py"
+        script = BENCH / "checkpoint.py"
         subprocess.run([sys.executable, script, folder, *options], check=True)
     assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) > 1.4 * LIMIT * 1e6
     text = tmp_path / "text"

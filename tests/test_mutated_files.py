@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from moec.compiler.cli.commands import main
+from places import TINY
 
-ROOT = Path(__file__).parent.parent
 PYTHON = re.compile(r"Traceback|\b[A-Z]\w*(Error|Exception|Warning)\b(?!\w*:? in )|moec failed|<class|object at 0x")
 SLOW = 60  # seconds that a command may take; all of them take a second or two
 NASTY: tuple[Any, ...] = (
@@ -168,7 +168,7 @@ class Cases:
         (folder / "p" / "plan.json").write_text(PLAN)
         (folder / "p" / "x.moir").write_text(PROGRAM)
         (folder / "model").mkdir()
-        shutil.copy(ROOT / "examples/tiny-moe/config.json", folder / "model" / "config.json")
+        shutil.copy(TINY / "config.json", folder / "model" / "config.json")
         plan = ("compile", "{folder}/x.moir", "--quantize", "{folder}/plan.json", "--stop-after", "moe")
         self.files = {
             "moec.json": ("artifact/moec.json", mutated_json, RUN),

@@ -18,6 +18,7 @@ from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module, parse_pipeline
 from moec.passes import PASSES
 from moec.targets import TARGETS
+from places import FILES
 
 TEXT = """moec 1 stage graph
 dim B in 1..64
@@ -231,7 +232,7 @@ def test_kernel_stage_asks_the_target(module):
 
 
 def test_notes_reach_the_caller():
-    path = Path(__file__).parent / "files" / "raise_norm_refused.moir"
+    path = FILES / "raise_norm_refused.moir"
     notes: list[str] = []
     run(parse_module(path.read_text("utf-8"), str(path)), "raise-norm", why=notes.append)
     assert "note: power_into_rms_norm not applied at %y (norm): %n is also used outside the pattern" in notes

@@ -14,8 +14,8 @@ from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.allocate import Weight, choose
 from moec.compiler.quantize.plan import Budget, Entry, Plan, Unit, parse_layers, read_plan, spell_layers
 from moec.compiler.text.parser import parse_module
+from places import TINY
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-moe"
 TEXT = {
     Unit(0, "attention"): "int8_g64", Unit(1, "attention"): "int8_g64", Unit(2, "experts"): "uint4_g32",
     Unit(3, "experts", (0, 1, 2, 7)): "uint4_g32", Unit(3, "experts", (3, 4)): "uint2_g32", Unit(None, "head"): "f32",
@@ -181,7 +181,7 @@ def test_no_plan(tmp_path):
 
 @pytest.fixture(scope="module")
 def module():
-    return opt(EXAMPLE, "cleanup,raise-norm,raise-rope,lift-moe,cleanup")
+    return opt(TINY, "cleanup,raise-norm,raise-rope,lift-moe,cleanup")
 
 
 def test_layers_that_differ_become_functions(module):
@@ -212,7 +212,7 @@ def moec(*arguments):
 def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(Path(cli.__file__).read_text("utf-8") * 2, "utf-8")
-    start = ["compile", EXAMPLE, "--calibration", text]
+    start = ["compile", TINY, "--calibration", text]
     result = moec(*start, "-o", tmp_path / "a", "--quantize", "auto", "--budget", "4.5bpw")
     assert result.exit_code == 0, result.stderr
     file = tmp_path / "a" / "quantization.json"
@@ -223,7 +223,7 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
     data = (tmp_path / "a" / "model.onnx.data").stat().st_size
     assert content["bytes"] < data < 1.04 * content["bytes"] + 70_000  # norms, the router, and gaps between tensors
 
-    result = moec("compile", EXAMPLE, "-o", tmp_path / "b", "--quantize", file)
+    result = moec("compile", TINY, "-o", tmp_path / "b", "--quantize", file)
     assert result.exit_code == 0, result.stderr
     for name in ("program.moir", "model.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -232,7 +232,7 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
 
     content["weights"][0]["format"] = "mxfp4"
     file.write_text(json.dumps(content), "utf-8")
-    result = moec("compile", EXAMPLE, "-o", tmp_path / "c", "--quantize", file)
+    result = moec("compile", TINY, "-o", tmp_path / "c", "--quantize", file)
     assert result.exit_code == 2 and "cannot be stored as mxfp4" in result.stderr
 
     result = moec(*start, "-o", tmp_path / "d", "--quantize", "auto", "--budget", "1MB")
@@ -256,7 +256,7 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
     ],
 )
 def test_wrong_use(tmp_path, options, wanted):
-    result = moec("compile", EXAMPLE, "-o", tmp_path / "x", *options)
+    result = moec("compile", TINY, "-o", tmp_path / "x", *options)
     assert result.exit_code == 2 and wanted in result.stderr
     assert not (tmp_path / "x").exists()
 
@@ -264,7 +264,7 @@ def test_wrong_use(tmp_path, options, wanted):
 def test_gptq_reports_its_coverage(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("nothing", "utf-8")
-    start = ["compile", EXAMPLE, "--calibration", text, "-o", tmp_path / "x", "--quantize", "int4,method=gptq"]
+    start = ["compile", TINY, "--calibration", text, "-o", tmp_path / "x", "--quantize", "int4,method=gptq"]
     result = moec(*start)
     assert result.exit_code == 2 and "one batch has 512" in result.stderr and not (tmp_path / "x").exists()
     text.write_text(Path(cli.__file__).read_text("utf-8"), "utf-8")

@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from safetensors.torch import save_file
 
-CHIP = Path(__file__).parent.parent / "targets/accelerator/chip/profiles/nvidia-h100.toml"
+CHIP = ROOT / "targets/accelerator/chip/profiles/nvidia-h100.toml"
 
 OPS = '''
 """Ops of the package outside."""

@@ -2,13 +2,12 @@
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from moec.compiler.cli import main
+from places import CONFIGS
 
-CONFIGS = Path(__file__).parent / "configs"
 SECONDS = 30  # of one core, for each command
 # what is kept of the model -> lines of its program at stage moe, at most; its kinds of layers say why
 LINES = {

@@ -16,10 +16,10 @@ from moec.compiler.cli.commands import main
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
+from places import ROOT
 from test_gguf import write_model
 from tiny_models import random_model, save
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 SHELL = [body for kind, body in BLOCKS if not kind and re.match(r"(moec|pip|python) ", body)]

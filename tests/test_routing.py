@@ -25,12 +25,13 @@ from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.sources.source import RandomSource
 from moec.targets.cpu.lower.ranges import gate_sum, not_negative
 from moec.targets.cpu.onnx.emit import MODEL, emit
+from places import FILES
 
 T = dim("T")
 EXPERTS = 8
 SCHEMES = {
     path.stem.removeprefix("fuse_router_"): path
-    for path in sorted((Path(__file__).parent / "files").glob("fuse_router_*.moir"))
+    for path in sorted(FILES.glob("fuse_router_*.moir"))
     if "# ---- expect" in path.read_text("utf-8")
 }
 # factor and shift of the logits. The second makes scores down to 1e-26, of which eps and min_sum are the larger part,

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from moec.compiler.ir.dtypes import DTYPE_NAMES
 from moec.compiler.ir.module import Dim, Module
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
+from places import SUPPORT
 from tiny_models import INSTALLED, random_model
 
 ALWAYS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")  # the others belong to the long matrix
@@ -189,7 +189,7 @@ def test_a_live_model_is_the_first_that_a_process_compiles() -> None:
     """transformers must know moec's attention before a copy of the model is told to use it."""
     code = "import moec, tiny_models as t; from moec.compiler.frontends.families import FAMILIES as F;"
     code += "print(moec.compile(t.random_model(F['olmoe'], num_hidden_layers=1), stop_after='graph').stage)"
-    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    paths = [str(SUPPORT), *filter(None, sys.path)]
     code = f"import sys; sys.path[:0] = {paths!r}; {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "graph", done.stderr[-2000:]

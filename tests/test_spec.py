@@ -1,7 +1,6 @@
 """kernels.json of a model for every target: it passes its schema, and what it states fits the chip."""
 
 import json
-from pathlib import Path
 
 import jsonschema
 import moec
@@ -15,15 +14,15 @@ from moec.targets.accelerator.tile.expr import NUMPY, evaluate
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.simulate import simulate
 from moec.targets.accelerator.tile.tiles import Program, footprint
+from places import CONFIGS, ROOT, TINY
 from test_search import check_fits, profile_of
 
-ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((ROOT / "targets/accelerator/artifact/kernels.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def lowered():
-    return moec.compile(ROOT / "examples/tiny-moe", target="nvidia-h200", stop_after="kernel")
+    return moec.compile(TINY, target="nvidia-h200", stop_after="kernel")
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -60,7 +59,7 @@ def test_buckets_cover_every_number_of_tokens(lowered):
 
 def test_a_bucket_finds_what_a_search_for_it_alone_finds():
     """Programs are made once for all buckets: none depends on the number of tokens, in the model with most kinds."""
-    module = moec.compile(ROOT / "tests/configs/DeepSeek-V4-Flash", target="nvidia-h200", stop_after="kernel")
+    module = moec.compile(CONFIGS / "DeepSeek-V4-Flash", target="nvidia-h200", stop_after="kernel")
     profile, buckets = profile_of("nvidia-h200"), (4, 64, 8192)
     together = {k.name: k.found for k in kernel_specs(module, profile, tokens=buckets).kernels}
     alone = {k.name: k.found for high in buckets for k in kernel_specs(module, profile, tokens=(high,)).kernels}

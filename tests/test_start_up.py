@@ -5,12 +5,11 @@ Not seconds are compared (they are the machine's) but modules: those that take l
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from moec.passes import PASSES
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 SLOW = ("torch", "sympy", "onnx", "onnxruntime", "transformers", "networkx", "triton")
 CODE = """
 import sys

@@ -6,12 +6,11 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from setuptools import find_packages
 
-ROOT = Path(__file__).parent.parent
 PARTS = ("compiler", "passes", "targets")
 FILES = sorted(p for part in PARTS for p in (ROOT / part).rglob("*.py"))
 

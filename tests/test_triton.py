@@ -19,6 +19,7 @@ from moec.targets.accelerator.triton.compile import AMD, NVIDIA, compile_kernel,
 from moec.targets.accelerator.triton.predict import agrees, matrix_unit, predict_shared, spills, units
 from moec.targets.accelerator.triton.source import triton_source
 from moec.targets.accelerator.triton.workers import compile_all
+from places import SUPPORT
 
 LAYOUT = Layout(("shared",), ("shared",), "registers", "registers")
 TENSOR = Layout(("shared",), ("shared",), "tensor", "registers", ("registers",))
@@ -121,7 +122,7 @@ def test_source_is_printed_the_same_again_and_says_how_it_is_launched():
 
 @needs_triton
 def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
-    file = Path(__file__).with_name("triton_interpreted.py")
+    file = SUPPORT / "triton_interpreted.py"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short", file],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,

@@ -1,7 +1,6 @@
 """MoE blocks that stay in plain ops are named in the artifact, with the reason and the cost, and they compute right."""
 
 import json
-from pathlib import Path
 
 import moec
 import numpy as np
@@ -18,9 +17,10 @@ from moec.compiler.weights.sources.source import RandomSource
 from moec.passes import PASSES
 from moec.targets.cpu.lower.module import lower
 from moec.targets.cpu.onnx.emit import MODEL, emit
+from places import FILES
 from tiny_models import random_model, save
 
-REFUSED = Path(__file__).parent / "files" / "fuse_dispatch_refused.moir"
+REFUSED = FILES / "fuse_dispatch_refused.moir"
 RELU = {
     "function": "layer",
     "place": "mlp.experts",
