@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import checkpoint_formats as formats
 import moec
 import onnx
 import pytest
-import test_keep
 import torch
 from moec.compiler.cost.count import op_flops
 from moec.compiler.frontends import load
@@ -18,6 +18,7 @@ from moec.compiler.text.parser import parse_pipeline
 from moec.passes import PASSES
 from moec.targets import TARGETS
 from places import CONFIGS
+from quantized_checkpoints import CT4, checkpoint, quantized
 from tiny_models import padded_batch, random_model, save
 
 LATENT = [name for name, family in FAMILIES.items() if family.state.startswith("latent kv")]
@@ -127,9 +128,7 @@ def test_quantized_weights_of_heads_lie_in_the_file_once(tmp_path):
 
 def test_keep_holds_the_codes_of_w_uv_and_says_that_those_of_w_uk_are_near(tmp_path):
     """W_UK is read along the heads' numbers, and the checkpoint's scales are shared along the latent's."""
-    folder, _ = test_keep.checkpoint(
-        tmp_path, "deepseek_v3", test_keep.CT4, test_keep.quantized(test_keep.formats.ct_packed), **WIDE
-    )
+    folder, _ = checkpoint(tmp_path, "deepseek_v3", CT4, quantized(formats.ct_packed), **WIDE)
     artifact = moec.compile(folder, out=tmp_path / "artifact", quantize="keep")
     assert artifact.manifest["figures"]["kept"]["layer_0"] == {"exact": ["int4_g32"], "near": ["int8_g32"]}
     notes: list[str] = []

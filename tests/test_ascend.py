@@ -10,11 +10,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import kernel_checks as checks
 import numpy as np
 import pytest
-import test_kernels_attention as attentions
-import test_kernels_compressed as compresseds
-import test_kernels_norm as norms
 import torch
 from ascend_programs import FORMATS, TOKENS, dense, programs, routed
 from chips_for_tests import CHIPS, cast, close, run
@@ -27,6 +25,7 @@ from moec.targets.accelerator.ascend import lower as ascend
 from moec.targets.accelerator.ascend.lower import Environment, Kernel, environment, is_newer, kernel_of, lower
 from moec.targets.accelerator.ascend.program import for_ascend
 from moec.targets.accelerator.chip.profile import shipped_profiles
+from moec.targets.accelerator.kernels.choices import RowTile
 from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.builder import Builder
 from moec.targets.accelerator.tile.expr import NUMPY, evaluate
@@ -227,7 +226,7 @@ class Case:
 
 
 def simulated(kind, name, monkeypatch):
-    """Return the programs of a kind of kernels, simulated on a chip: small ones of this file, or those of other tests."""
+    """Return the programs of a kind of kernels, simulated on a chip: small ones of this file, or those of kernel_checks."""
     cases = []
 
     def record(program, chip, scalars, **given):
@@ -241,21 +240,20 @@ def simulated(kind, name, monkeypatch):
         for _, program, given in programs(layout, [kind]):
             record(program, chip, {"T": TOKENS}, **given)
         return cases
-    module = {"norm": norms, "attention": attentions, "compressed": compresseds}[kind]
-    monkeypatch.setattr(module, "run", record)
+    monkeypatch.setattr(checks, "run", record)
     if kind == "norm":
-        norms.test_norms(name, norms.RowTile(2, 64), 7)
-        norms.test_rope_of_halves(name, True)
-        norms.test_rope_of_pairs(name, True, True)
-        norms.test_what_stands_before_cached_attention(name, True, 5, 3, 8, True)
+        checks.check_norms(name, RowTile(2, 64), 7)
+        checks.check_rope_of_halves(name, True)
+        checks.check_rope_of_pairs(name, True, True)
+        checks.check_before_cached_attention(name, True, 5, 3, 8, True)
     elif kind == "attention":
-        attentions.test_what_attention_has_beside(name, {"chunk": 12, "window": 5, "sinks": True}, 3)
-        attentions.test_masked_slots(name, {"sinks": True, "window": 4}, 1)
-        attentions.test_a_mask_for_each_token(name)
-        attentions.test_a_latent_whose_first_numbers_are_the_values(name, 16)
+        checks.check_more_of_attention(name, {"chunk": 12, "window": 5, "sinks": True}, 3)
+        checks.check_masked_slots(name, {"sinks": True, "window": 4}, 1)
+        checks.check_a_mask_for_each_token(name)
+        checks.check_values_in_the_latent(name, 16)
     else:
-        compresseds.test_window_and_entries(name, 1, 4, True)
-        compresseds.test_window_and_entries(name, 3, 8, False)
+        checks.check_window_and_entries(name, 1, 4, True)
+        checks.check_window_and_entries(name, 3, 8, False)
     return cases
 
 

@@ -17,7 +17,7 @@ from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights import quantized as evaluated
 from moec.passes import PASSES
-from test_keep import CASES, checkpoint, quantized
+from quantized_checkpoints import CASES, checkpoint, quantized
 from tiny_models import random_model
 
 NAMES = [name for n in FORMAT_NAMES for name in ([n.replace("N", str(g)) for g in GROUPS] if "N" in n else [n])]

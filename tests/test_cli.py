@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from moec.compiler.cli import commands as cli
+from click.testing import Result
 from moec.compiler.cli.base import progress_bar
 from moec.compiler.errors import MoecError
 from moec.compiler.text.parser import parse_module
+from moec_command import MOEC, moec, shell
 from places import CONFIGS
 
-MOEC = [sys.executable, "-m", "moec.compiler.cli"]
 COMMANDS = ("compile", "opt", "run", "verify", "inspect", "list", "targets")
 
 PROGRAM = """moec 1 stage graph
@@ -35,16 +34,6 @@ func @main(%x: f32[B, S, 4])
   return %v
 }
 """
-
-
-def moec(*arguments: object, input: str | None = None) -> Result:
-    """Run the command in this process."""
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments], input=input)
-
-
-def shell(*arguments: object, **options) -> subprocess.CompletedProcess:
-    """Run the command as its own process."""
-    return subprocess.run([*MOEC, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture

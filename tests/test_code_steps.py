@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gguf_files import random_blocks
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.dtypes import DTYPE_NAMES
@@ -148,22 +149,6 @@ def test_wrong_steps_are_refused(name, sizes, options, message):
 
 
 # --- GGUF ----------------------------------------------------------------------------------------------------------
-
-
-def random_blocks(name, rows, count):
-    """Return u8[rows, bytes] of random blocks whose f16 scales are finite."""
-    kind, generator = BLOCKS[name], np.random.default_rng(3)
-    raw = generator.integers(0, 256, (rows, count, kind.bytes), dtype=np.uint8)
-    halves = {
-        "q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2),
-        "q6_k": (208,), "mxfp4": (),
-    }.get(name, (0,))  # fmt: skip
-    for start in halves:
-        made = generator.normal(size=(rows, count, 1)).astype("<f2")
-        raw[:, :, start : start + 2] = made.view(np.uint8).reshape(rows, count, 2)
-    if name == "mxfp4":
-        raw[:, :, 0] = generator.integers(100, 140, (rows, count))
-    return raw.reshape(rows, -1)
 
 
 def block_recipe(name, raw):

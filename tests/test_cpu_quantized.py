@@ -19,7 +19,6 @@ from moec.targets.cpu.probe.probe import INT8_MOST
 T = dim("T")
 FORMATS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in (16, 32, 64, 128, 256) for sign in ("", "u")]
 GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
-TESTED = {"ort.matmul_nbits", "ort.block_matmul_nbits", "ort.gather_nbits", "ort.qmoe", "ort.experts_nbits"}
 EXACT = 1e-5  # f32 activations; sums of up to 2880 products
 
 

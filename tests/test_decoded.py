@@ -8,6 +8,8 @@ import gguf_files
 import numpy as np
 import pytest
 import torch
+from checkpoint_formats import Config
+from gguf_files import random_blocks
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.gguf.model import dequantized
 from moec.compiler.frontends.stored.decoded import Decoding, gguf_source, safetensors_source
@@ -19,8 +21,6 @@ from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.gguf import open_gguf
 from safetensors.torch import save_file
-from test_code_steps import random_blocks
-from test_stored import Config
 
 MODULE = "model.layers.0.mlp.up_proj"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}

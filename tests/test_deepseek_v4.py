@@ -4,24 +4,16 @@ import moec
 import numpy as np
 import pytest
 import torch
-from moec.compiler.check.interpret import interpret
+from deepseek_v4_models import PLAIN, PUBLISHED, YARN, Interpreted, difference, tokens
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.dims import evaluate
 from moec.compiler.ops.verify import verify
 from moec.compiler.runtime.generate import generate
-from moec.compiler.weights.pull import pull
 from tiny_models import random_model, save, stepped
 
 FAMILY = FAMILIES["deepseek_v4"]
-SPARSE, HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
-PUBLISHED = {"compress_rates": {SPARSE: 4, HEAVY: 128}, "sliding_window": 128, "max_position_embeddings": 1024}
-YARN = {
-    "rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
-    "attention_factor": 1.0, "rope_theta": 160000.0, "partial_rotary_factor": 0.25,
-}  # fmt: skip
-PLAIN = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -36,34 +28,6 @@ def published(tmp_path_factory):
     """Return the same with entries of 4 and 128 tokens and a window of 128, as the released models have them."""
     model = random_model(FAMILY, **PUBLISHED)
     return model, load(save(model, tmp_path_factory.mktemp("v4")))
-
-
-class Interpreted:
-    """Runs a loaded module step by step, its weights made once."""
-
-    def __init__(self, loaded):
-        self.module, self.kept, self.source = loaded.module, {}, loaded.weights
-        self.states = [p for p in self.module.main.params if p.type.state]
-
-    def weights(self, recipe):
-        return self.kept.setdefault(repr(recipe), pull(recipe, self.source))
-
-    def start(self, batch):
-        dims = {"B": batch, "P": 0}
-        return [torch.zeros([evaluate(n, dims) for n in p.type.shape]) for p in self.states]
-
-    def step(self, ids, past, states):
-        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.int64)
-        logits, *states = interpret(self.module, [ids, mask, *states], self.weights)
-        return logits, states
-
-
-def difference(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def tokens(batch, length, seed=0):
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def prefill(case, length, batch=2):

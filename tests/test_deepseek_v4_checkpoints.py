@@ -7,20 +7,14 @@ import numpy as np
 import pytest
 import torch
 from deepseek_v4_checkpoint import official_config, write_official
+from deepseek_v4_models import WIDE, Interpreted, difference, tokens
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.sources.checkpoint import Checkpoint
 from safetensors.torch import load_file, save_file
-from test_deepseek_v4 import PLAIN, PUBLISHED, YARN, Interpreted, difference, tokens
 from tiny_models import random_model, save, stepped
-
-# wide enough that blocks of 128 are cut at edges and rows hold several groups of 32
-WIDE = {
-    **PUBLISHED, "hidden_size": 192, "moe_intermediate_size": 160, "q_lora_rank": 160,
-    "rope_parameters": {"main": PLAIN, "compress": YARN},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["official", "base"])

@@ -10,14 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
+from gguf_models import ARCHITECTURES, gguf_tensors, metadata
 from moec.compiler.artifact.generation_files import find_end_tokens
 from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.gguf.config import gguf_config
 from moec.compiler.weights.sources.gguf import open_gguf
-from test_gguf import ARCHITECTURES, gguf_tensors, metadata
-from test_keep import EXACT, difference
+from quantized_checkpoints import EXACT, difference
 from tiny_models import random_model, save
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

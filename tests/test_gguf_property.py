@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gguf_models import ARCHITECTURES, gguf_tensors, metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
@@ -14,7 +15,6 @@ from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.sources.gguf import Gguf, LongArray
 from moec.compiler.weights.sources.safetensors_header import TensorInfo
 from moec.compiler.weights.sources.source import ModuleSource
-from test_gguf import ARCHITECTURES, gguf_tensors, metadata
 from tiny_models import random_model
 
 VALUES = st.one_of(

@@ -2,42 +2,24 @@
 
 import pytest
 import torch
-from chips_for_tests import CHIPS, bf16, close, run
+from chips_for_tests import CHIPS, close, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import (
+    check_a_mask_for_each_token,
+    check_attention,
+    check_masked_slots,
+    check_more_of_attention,
+    check_values_in_the_latent,
+)
 from moec.compiler.errors import MoecError
 from moec.compiler.ops.nn import attention as reference
 from moec.targets.accelerator.kernels.attend import parts
-from moec.targets.accelerator.kernels.attention import Attention, attention, attention_merge
-from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile
+from moec.targets.accelerator.kernels.attention import Attention, attention
+from moec.targets.accelerator.kernels.choices import AttentionTile
 from moec.targets.accelerator.tile.tiles import DEVICE
 
 chips = pytest.mark.parametrize("name", CHIPS)
-
-
-def check(name, p, t, batch, past, new, mask=None, seed=0, tolerance=3e-6):
-    """Simulate the kernel, and where the tile says so the merge, on random tensors; compare with the reference."""
-    layout, chip = CHIPS[name]
-    torch.manual_seed(seed)
-    total = past + new
-    shape = (batch, p.heads, new, p.width)
-    q, key = torch.randn(shape), torch.randn(batch, p.groups, total, p.width)
-    value = key[..., : p.value_width] if p.shared else torch.randn(batch, p.groups, total, p.value_width)
-    if p.dtype == "bf16":
-        q, key, value = bf16(q), bf16(key), bf16(value)
-    sinks = torch.randn(p.heads) if p.sinks else None
-    wanted = reference(q, key, value, mask, sinks, scale=p.scale, window=p.window, chunk=p.chunk, softcap=p.softcap)
-    room = torch.nn.functional.pad  # the cache has slots that are not used yet
-    given = {"q": q if p.heads_first else q.transpose(1, 2), "key": room(key, (0, 0, 0, 3), value=9.0)}
-    given |= {} if p.shared else {"value": room(value, (0, 0, 0, 3), value=9.0)}
-    given |= {} if mask is None else {"mask": mask}
-    given |= {} if sinks is None else {"sinks": sinks}
-    scalars = {"B": batch, "S": new, "P": past, "C": total + 3}
-    found = run(attention(p, t, layout), chip, scalars, **given)
-    if t.split > 1:
-        merged = attention_merge(p, RowTile(4, 32), layout, t.split)
-        found = run(merged, chip, {"B": batch, "S": new}, **found)
-    close(found["y"], wanted, tolerance)
 
 
 @chips
@@ -45,7 +27,7 @@ def check(name, p, t, batch, past, new, mask=None, seed=0, tolerance=3e-6):
 @pytest.mark.parametrize(("past", "new"), [(0, 1), (0, 21), (40, 1), (17, 5)])
 def test_groups_of_heads(name, heads, groups, past, new):
     p = Attention(heads, groups, 16, 16, 0.25, dtype="f32")
-    check(name, p, AttentionTile(16, 16), 2, past, new)
+    check_attention(name, p, AttentionTile(16, 16), 2, past, new)
 
 
 @chips
@@ -62,36 +44,25 @@ def test_groups_of_heads(name, heads, groups, past, new):
     ids=str,
 )
 def test_what_attention_has_beside(name, more, split):
-    p = Attention(4, 2, 24, 12, 0.3, dtype="f32", **more)
-    for past, new in ((0, 19), (33, 1), (7, 6)):
-        check(name, p, AttentionTile(16, 16, split=split), 2, past, new)
+    check_more_of_attention(name, more, split)
 
 
 @chips
 @pytest.mark.parametrize("more", [{}, {"chunk": 6}, {"sinks": True, "window": 4}], ids=str)
 @pytest.mark.parametrize("split", [1, 2])
 def test_masked_slots(name, more, split):
-    p = Attention(4, 2, 16, 16, 0.3, dtype="f32", mask="keys", **more)
-    for past, new in ((0, 9), (10, 2)):
-        mask = torch.ones(3, past + new, dtype=torch.bool)
-        mask[0, :5], mask[1], mask[2, 3] = False, False, False  # padding, nothing at all, a hole
-        check(name, p, AttentionTile(16, 16, split=split), 3, past, new, mask)
+    check_masked_slots(name, more, split)
 
 
 @chips
 def test_a_mask_for_each_token(name):
-    torch.manual_seed(1)
-    mask = torch.rand(2, 7, 12) < 0.6
-    mask[0, 2] = False
-    check(name, Attention(4, 2, 16, 16, 0.3, mask="tokens", dtype="f32"), AttentionTile(16, 16), 2, 5, 7, mask)
+    check_a_mask_for_each_token(name)
 
 
 @chips
 @pytest.mark.parametrize("part", [16, 32, 128])
 def test_a_latent_whose_first_numbers_are_the_values(name, part):
-    p = Attention(8, 1, 72, 64, 0.1, shared=True, dtype="f32")
-    for past, new, split in ((0, 5, 1), (30, 1, 2)):
-        check(name, p, AttentionTile(16, 16, part, split=split), 2, past, new)
+    check_values_in_the_latent(name, part)
 
 
 @chips
@@ -99,7 +70,7 @@ def test_a_latent_whose_first_numbers_are_the_values(name, part):
 def test_heads_of_real_models_fit(name, width, value_width):
     shared = value_width == 512
     p = Attention(16, 1 if shared else 2, width, value_width, width**-0.5, shared=shared)
-    check(name, p, AttentionTile(16, 16, stages=1), 1, 15, 1, tolerance=8e-3)
+    check_attention(name, p, AttentionTile(16, 16, stages=1), 1, 15, 1, tolerance=8e-3)
 
 
 @pytest.mark.parametrize("name", ["hopper", "ascend-950"])
@@ -111,7 +82,9 @@ def test_any_sizes(name, data):
     p = Attention(heads, groups, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)), 0.5, window, chunk,
                   sinks=data.draw(st.booleans()), dtype="f32")  # fmt: skip
     t = AttentionTile(16, data.draw(st.sampled_from([16, 32])), split=data.draw(st.sampled_from([1, 1, 2, 5])))
-    check(name, p, t, data.draw(st.integers(1, 2)), data.draw(st.integers(0, 50)), data.draw(st.integers(1, 30)))
+    check_attention(
+        name, p, t, data.draw(st.integers(1, 2)), data.draw(st.integers(0, 50)), data.draw(st.integers(1, 30))
+    )
 
 
 @chips

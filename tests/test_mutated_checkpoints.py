@@ -3,7 +3,7 @@
 Each mutation goes the whole way of an import, but for the trace of the model's code, which does not look at the checkpoint
 and is made once for each layer of a model. What a program's weights then hold is compared with what the unchanged
 checkpoint stands for, decoded by the writers in checkpoint_formats.py. Run this file to try more of them than the suite does:
-`python tests/test_mutated_checkpoints.py 50000 [SEED]`.
+`PYTHONPATH=tests/support python tests/test_mutated_checkpoints.py 50000 [SEED]`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import checkpoint_formats as formats
 import pytest
 import torch
 from deepseek_v4_checkpoint import official_config, write_official
+from deepseek_v4_models import WIDE
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
@@ -29,9 +30,8 @@ from moec.compiler.frontends.transformers import model as importing
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.recipes import Literal, bind
 from moec.compiler.weights.pull import pull
+from quantized_checkpoints import AWQ, CT4, CT4_ZEROS, GPTQ, quantized
 from safetensors.torch import load_file, save_file
-from test_deepseek_v4_checkpoints import WIDE
-from test_keep import AWQ, CT4, CT4_ZEROS, GPTQ, quantized
 from tiny_models import random_model, save
 
 Tensors = dict[str, torch.Tensor]

@@ -1,6 +1,6 @@
 """Files with something wrong in them, made at random: each ends with exit code 0, 1 or 2 and at most one error message.
 
-By hand, many more: `python tests/test_mutated_files.py 20000`.
+By hand, many more: `PYTHONPATH=tests/support python tests/test_mutated_files.py 20000`.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def test_one_message_whatever_a_file_holds(cases, name):
 if __name__ == "__main__":
     import torch
     import transformers
-    from conftest import write_tiny_lm
+    from tiny_lm_artifact import write_tiny_lm
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -12,12 +12,12 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from gguf_models import write_model
 from moec.compiler.cli.commands import main
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
 from places import ROOT
-from test_gguf import write_model
 from tiny_models import random_model, save
 
 TEXT = (ROOT / "README.md").read_text("utf-8")

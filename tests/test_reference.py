@@ -12,6 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from deepseek_v4_checkpoint import official_config, write_official
+from deepseek_v4_models import WIDE
+from gguf_models import write_model
 from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
@@ -20,10 +22,8 @@ from moec.compiler.frontends.transformers.dequantized import dequantized_model
 from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.recipes import step
 from moec.compiler.runtime.reference import open_reference
+from quantized_checkpoints import CASES, checkpoint, quantized
 from safetensors.torch import load_file, save_file
-from test_deepseek_v4_checkpoints import WIDE
-from test_gguf import write_model
-from test_keep import CASES, checkpoint, quantized
 from tiny_models import random_model, save
 from transformers import AutoModelForCausalLM
 

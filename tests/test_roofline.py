@@ -19,8 +19,8 @@ from moec.targets.accelerator.predict.assumed import ASSUMED, MEANING
 from moec.targets.accelerator.predict.experts_touched import distinct_experts
 from moec.targets.accelerator.predict.roofline import Overlap, Roofline, module_roofline
 from moec.targets.accelerator.predict.work import call_counts, module_work, stored_bits
-
-from .test_cli import CONFIGS, moec
+from moec_command import moec
+from places import CONFIGS
 
 declare_kernel_ops()
 

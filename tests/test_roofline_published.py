@@ -18,8 +18,7 @@ from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.predict.roofline import Overlap, module_roofline
 from moec.targets.accelerator.predict.work import call_counts, weight_bytes
-
-from .test_cli import CONFIGS
+from places import CONFIGS
 
 declare_kernel_ops()
 

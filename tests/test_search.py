@@ -1,9 +1,8 @@
 """The tiling search: what it finds fits the chip, for any size; and it finds what a person would."""
 
-from math import prod
-
 import numpy as np
 import pytest
+from chips_for_tests import check_fits, profile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
@@ -15,20 +14,9 @@ from moec.targets.accelerator.select.dense import linear_ways
 from moec.targets.accelerator.select.experts import touched
 from moec.targets.accelerator.select.kinds import Tokens
 from moec.targets.accelerator.select.search import Kernel, row_choices, search, shapes
-from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.packing import Packing
-from moec.targets.accelerator.tile.tiles import BITS, Dot, aligned, walk
 
-UNKNOWN = {  # figures that nobody has published, as a user would give them
-    "cambricon-mlu590": {
-        "cores": "48", "memory.gm.bandwidth": "2.0TB/s", "unit.bf16.peak": "314TFLOPS", "unit.f16.peak": "314TFLOPS",
-    },
-}  # fmt: skip
 FORMATS = ("bf16", "int4_g128", "fp8_b128", "mxfp4")
-
-
-def profile_of(name):
-    return find_profile(name, UNKNOWN.get(name, {}))
 
 
 def kernel_of(hidden, inner, experts, chosen, format, tokens):
@@ -45,30 +33,6 @@ def kernel_of(hidden, inner, experts, chosen, format, tokens):
         shapes(row_choices(tokens * chosen / experts), e.up.step),
         lambda t: {"tile": expected_tiles(experts, chosen, tokens, t.m)}, touched(e, "up", tokens),
     )  # fmt: skip
-
-
-def check_fits(choice, profile):
-    """Check a choice against the profile, from its buffers and nothing else."""
-    chip = chip_of(profile, layout_of(profile, choice.tile.m))
-    for memory, used in choice.use.items():
-        align = chip.align.get(memory, 1)
-        buffers = [b for b in choice.program.buffers.values() if b.memory == memory]
-        assert used <= chip.capacity[memory]
-        assert used % align == 0
-        # no more than all of them at once, no less than the largest
-        sizes = [aligned(b.copies * prod(b.shape) * BITS[b.dtype] // 8, align) for b in buffers]
-        assert max(sizes) <= used <= sum(sizes)
-    for dot in (s for s in walk(choice.program.body) if isinstance(s, Dot)):
-        a, b, acc = (choice.program.buffers[n] for n in (dot.a, dot.b, dot.acc))
-        assert (a.memory, b.memory, acc.memory) == chip.operands
-        unit = profile.unit(a.dtype)
-        m, n = acc.shape
-        columns, depth = b.shape if dot.transpose else b.shape[::-1]
-        assert (a.shape, columns) == ((m, depth), n)
-        assert depth % (unit.k if unit else 1) == 0
-        if rows := profile.rule("fractal_rows"):
-            assert m % rows == n % rows == 0
-            assert a.shape[1] * BITS[a.dtype] // 8 % profile.rule("fractal_bytes") == 0
 
 
 @pytest.mark.parametrize("name", profile_names())

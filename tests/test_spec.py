@@ -6,6 +6,7 @@ import jsonschema
 import moec
 import numpy as np
 import pytest
+from chips_for_tests import check_fits, profile_of
 from moec.compiler.ir.module import Op
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import profile_names
@@ -15,7 +16,6 @@ from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.simulate import simulate
 from moec.targets.accelerator.tile.tiles import Program, footprint
 from places import CONFIGS, ROOT, TINY
-from test_search import check_fits, profile_of
 
 SCHEMA = json.loads((ROOT / "targets/accelerator/artifact/kernels.schema.json").read_text())
 

@@ -6,6 +6,7 @@ import checkpoint_formats as formats
 import numpy as np
 import pytest
 import torch
+from checkpoint_formats import Config
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.codes import packed, take_apart
 from moec.compiler.frontends.stored.layouts import Stored
@@ -74,16 +75,6 @@ LAYOUTS = {
         7, 99, lambda w: formats.ct_int8(w, zeros=True), formats.ct_config("int-quantized", type="int", num_bits=8),
     ),
 }  # fmt: skip
-
-
-class Config:
-    """As much of a transformers config as is asked."""
-
-    def __init__(self, quantization):
-        self.quantization_config = quantization
-
-    def get_text_config(self, decoder):
-        return self
 
 
 def opened(folder, leaves, quantization, name="model.layers.0.mlp.up_proj"):

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from moec.targets.accelerator.triton.compile import AMD, NVIDIA, compile_kernel,
 from moec.targets.accelerator.triton.predict import agrees, matrix_unit, predict_shared, spills, units
 from moec.targets.accelerator.triton.source import triton_source
 from moec.targets.accelerator.triton.workers import compile_all
-from places import SUPPORT
+from places import SUPPORT, TESTS
 
 LAYOUT = Layout(("shared",), ("shared",), "registers", "registers")
 TENSOR = Layout(("shared",), ("shared",), "tensor", "registers", ("registers",))
@@ -132,9 +131,8 @@ def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
 
 @needs_triton
 def test_every_kernel_that_is_simulated_is_the_same_in_triton():
-    here = Path(__file__).parent
-    files = sorted(here.glob("test_kernels_*.py"))
-    paths = [str(here), *sys.path]
+    files = sorted(TESTS.glob("test_kernels_*.py"))
+    paths = [str(SUPPORT), *sys.path]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_beside_simulator", "--tb=short", *map(str, files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,

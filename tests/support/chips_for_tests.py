@@ -1,15 +1,18 @@
 """Chips of every family for tests of tile programs: what a layout and a chip are, and how tensors are made and compared."""
 
 import sys
+from math import prod
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.tile.builder import Layout
 from moec.targets.accelerator.tile.expr import NUMPY, evaluate
+from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.simulate import Chip, simulate
-from moec.targets.accelerator.tile.tiles import DEVICE, Program, footprint
+from moec.targets.accelerator.tile.tiles import BITS, DEVICE, Dot, Program, aligned, footprint, walk
 
 KB = 1 << 10
 
@@ -131,3 +134,38 @@ def weight(packing, rng, scale=0.1):
 def named(parts, name):
     """Return a weight's parts under the names that a program declares them by."""
     return {f"{name}_{part}" if part else name: value for part, value in parts.items()}
+
+
+UNKNOWN = {  # figures that nobody has published, as a user would give them
+    "cambricon-mlu590": {
+        "cores": "48", "memory.gm.bandwidth": "2.0TB/s", "unit.bf16.peak": "314TFLOPS", "unit.f16.peak": "314TFLOPS",
+    },
+}  # fmt: skip
+
+
+def profile_of(name):
+    return find_profile(name, UNKNOWN.get(name, {}))
+
+
+def check_fits(choice, profile):
+    """Check a choice against the profile, from its buffers and nothing else."""
+    chip = chip_of(profile, layout_of(profile, choice.tile.m))
+    for memory, used in choice.use.items():
+        align = chip.align.get(memory, 1)
+        buffers = [b for b in choice.program.buffers.values() if b.memory == memory]
+        assert used <= chip.capacity[memory]
+        assert used % align == 0
+        # no more than all of them at once, no less than the largest
+        sizes = [aligned(b.copies * prod(b.shape) * BITS[b.dtype] // 8, align) for b in buffers]
+        assert max(sizes) <= used <= sum(sizes)
+    for dot in (s for s in walk(choice.program.body) if isinstance(s, Dot)):
+        a, b, acc = (choice.program.buffers[n] for n in (dot.a, dot.b, dot.acc))
+        assert (a.memory, b.memory, acc.memory) == chip.operands
+        unit = profile.unit(a.dtype)
+        m, n = acc.shape
+        columns, depth = b.shape if dot.transpose else b.shape[::-1]
+        assert (a.shape, columns) == ((m, depth), n)
+        assert depth % (unit.k if unit else 1) == 0
+        if rows := profile.rule("fractal_rows"):
+            assert m % rows == n % rows == 0
+            assert a.shape[1] * BITS[a.dtype] // 8 % profile.rule("fractal_bytes") == 0

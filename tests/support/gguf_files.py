@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from moec.compiler.ir.code_steps import BLOCKS
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q4_k": 12, "q6_k": 14, "mxfp4": 39}
 ELEMENTS = {"q4_k": 256, "q6_k": 256}
@@ -76,3 +77,19 @@ def mxfp4(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes |= (parts < 0).astype(np.uint8) << 3
     raw = np.concatenate([(exponent + 127).astype(np.uint8), codes[..., :16] | codes[..., 16:] << 4], -1)
     return raw.reshape(*x.shape[:-1], -1), meant.reshape(x.shape)
+
+
+def random_blocks(name, rows, count):
+    """Return u8[rows, bytes] of random blocks whose f16 scales are finite."""
+    kind, generator = BLOCKS[name], np.random.default_rng(3)
+    raw = generator.integers(0, 256, (rows, count, kind.bytes), dtype=np.uint8)
+    halves = {
+        "q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2),
+        "q6_k": (208,), "mxfp4": (),
+    }.get(name, (0,))  # fmt: skip
+    for start in halves:
+        made = generator.normal(size=(rows, count, 1)).astype("<f2")
+        raw[:, :, start : start + 2] = made.view(np.uint8).reshape(rows, count, 2)
+    if name == "mxfp4":
+        raw[:, :, 0] = generator.integers(100, 140, (rows, count))
+    return raw.reshape(rows, -1)
