@@ -89,13 +89,13 @@ def test_every_number_has_a_grade_and_a_source(name, variant):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_profile_is_a_whole_chip(name):
     profile = shipped_profiles()[name]
-    first = {"nvidia": "dram", "amd": "dram", "ascend": "gm", "cambricon": "gm"}[profile.family]
+    first = {"nvidia": "dram", "amd": "dram", "ascend": "gm", "cambricon": "gm"}[profile.family.name]
     assert profile.memories[0].name == first and profile.memories[0].per == "device"
     assert profile.memories[0].capacity is not None
-    assert profile.threads == {"nvidia": 32, "amd": 64, "ascend": 1, "cambricon": 1}[profile.family]
+    assert profile.threads == {"nvidia": 32, "amd": 64, "ascend": 1, "cambricon": 1}[profile.family.name]
     assert profile.unit("bf16") is not None and profile.unit("bf16").dtype == "bf16"
     assert set(profile.formats) <= {unit.dtype for unit in profile.units}
-    assert bool(profile.toolchain) == bool(profile.arch) == (profile.family != "cambricon")
+    assert bool(profile.toolchain) == bool(profile.arch) == (profile.family.name != "cambricon")
     # what the matrix unit reads can be brought there from the device's memory, and what it writes brought back
     reached = {first}
     for _ in profile.memories:

@@ -2,6 +2,7 @@
 
     moec.targets   NAME = "package.module:TARGET"   a Target of that name
     moec.chips     NAME = "package.module:FILE"     the path of a chip's TOML file
+    moec.families  NAME = "package.module:FAMILY"   a Family that chips' files name (targets/accelerator/chip/families.py)
     moec.passes    NAME = "package.module:function" a function under @pass_
     moec.ops       DIALECT = "package.module"       a module that declares ops DIALECT.* with @op
 
@@ -18,7 +19,8 @@ from . import MoecError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-TARGETS, CHIPS, PASSES, OPS = "moec.targets", "moec.chips", "moec.passes", "moec.ops"
+TARGETS, CHIPS, FAMILIES = "moec.targets", "moec.chips", "moec.families"
+PASSES, OPS = "moec.passes", "moec.ops"
 
 
 @cache

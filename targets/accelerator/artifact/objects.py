@@ -16,7 +16,8 @@ from ....compiler.errors import MoecError, write_error
 from ....compiler.weights.memory import usable_threads
 from ..chip.chip import Profile
 from ..select.search import Choice
-from ..triton.compile import AMD, NVIDIA, Compiled, Request, request
+from ..triton.architectures import architecture_of
+from ..triton.compile import Compiled, Request, request
 from ..triton.predict import predict_shared
 from ..triton.workers import compile_all
 from .ascend_objects import find_environment, lower_kernels
@@ -48,8 +49,7 @@ def compile_kernels(
     if profile.toolchain != "triton":
         return Objects(kernels, {})
     try:
-        if arch not in (*NVIDIA, *AMD):
-            raise MoecError(f"no kernels are compiled for {arch}, only for {', '.join((*NVIDIA, *AMD))}")
+        architecture_of(arch)
         chosen = _choose(kernels.kernels, arch, make)
     except MoecError as error:  # there is no compiler, or none for this chip
         reason = {"arch": arch, "error": "; ".join(filter(None, (error.what, error.todo)))}

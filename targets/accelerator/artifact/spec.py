@@ -179,7 +179,7 @@ def _chip_json(profile: Profile) -> dict[str, Any]:
         key: {"value": f.value, "grade": f.grade, "source": f.source} for key, f in profile.figures().items() if f
     }
     return {
-        "name": profile.name, "variant": profile.variant, "family": profile.family, "arch": profile.arch,
+        "name": profile.name, "variant": profile.variant, "family": profile.family.name, "arch": profile.arch,
         "toolchain": profile.toolchain, "figures": figures,
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ....compiler.errors import MoecError
+from .families import Family
 from .quantities import EXAMPLES
 
 GRADES = {
@@ -163,7 +164,7 @@ class Profile:
 
     name: str
     vendor: str
-    family: str  # nvidia, amd, ascend or cambricon
+    family: Family
     doc: str
     toolchain: str | None
     arch: str | None
@@ -225,7 +226,7 @@ class Profile:
             "cores": self.cores, "vector_cores": self.vector_cores, "clock": self.clock,
             "vector_peak": self.vector_peak, "launch": self.launch, "threads": self.warp,
         }  # fmt: skip
-        if self.family != "ascend":
+        if not self.family.has_vector_cores:
             del found["vector_cores"]
         for m in self.memories:
             own = {"capacity": m.capacity, "usable": m.usable, "bandwidth": m.bandwidth, "measured": m.measured,

@@ -39,7 +39,7 @@ def describe(profile: Profile) -> dict[str, Any]:
     """Return all that a profile says: figures with value, unit, text, grade, source and note, and what is unknown."""
     figures = profile.figures()
     return {
-        "name": profile.name, "doc": line(profile), "vendor": profile.vendor, "family": profile.family,
+        "name": profile.name, "doc": line(profile), "vendor": profile.vendor, "family": profile.family.name,
         "toolchain": profile.toolchain, "arch": profile.arch, "variant": profile.variant or None,
         "variants": list(profile.variants), "formats": list(profile.formats),
         "memories": [{"name": m.name, "per": m.per} for m in profile.memories],

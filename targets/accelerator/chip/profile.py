@@ -19,6 +19,7 @@ from ....compiler.errors.json_files import problem_of as why_unreadable
 from ....compiler.errors.plugins import CHIPS as BROUGHT
 from ....compiler.errors.plugins import brought, load_brought, refuse_names
 from .chip import FIGURES, RULES, TOP, Figure, Link, Memory, Operands, Order, Origin, Profile, Rate, Unit, kind_of
+from .families import find_family
 from .quantities import quantity
 from .schema import problem_of
 
@@ -259,7 +260,7 @@ def _build(raw: Raw, path: Path) -> Profile:
     return Profile(
         name=raw.get("name", path.stem),
         vendor=raw.get("vendor", ""),
-        family=raw["family"],
+        family=find_family(raw["family"]),
         doc=raw.get("doc", ""),
         toolchain=raw.get("toolchain"),
         arch=raw.get("arch"),

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .families import FAMILIES, family_names
+
 SCHEMA = Path(__file__).parent / "profile.schema.json"
 _TYPES = {
     "number": "a number", "integer": "a whole number", "string": "a text", "object": "a table", "array": "a list",
@@ -15,10 +17,12 @@ _TYPES = {
 
 
 @cache
-def _validator() -> Any:
+def _validator(families: tuple[str, ...]) -> Any:
     from jsonschema import Draft202012Validator
 
-    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    schema["properties"]["family"]["enum"] = families
+    return Draft202012Validator(schema)
 
 
 def problem_of(tables: dict[str, Any]) -> tuple[str, str] | None:
@@ -26,7 +30,9 @@ def problem_of(tables: dict[str, Any]) -> tuple[str, str] | None:
 
     Of several problems a misspelt key comes first: it is often why another one is missing.
     """
-    errors = sorted(_validator().iter_errors(tables), key=lambda e: (not _misspelt(e), len(e.absolute_path)))
+    own = tables.get("family") in FAMILIES  # looking for those of packages takes time
+    families = tuple(FAMILIES if own else family_names())
+    errors = sorted(_validator(families).iter_errors(tables), key=lambda e: (not _misspelt(e), len(e.absolute_path)))
     return _message(errors[0]) if errors else None
 
 

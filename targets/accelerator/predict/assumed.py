@@ -56,7 +56,7 @@ def cache_bandwidth(profile: Profile, device: float) -> float:
 def multiplies(profile: Profile, dtype: str) -> bool:
     """Return whether a chip has products of matrices of a dtype; those of f32 need no matrix unit on a GPU."""
     return profile.unit(dtype) is not None or (
-        dtype == "f32" and profile.family in ("nvidia", "amd") and profile.vector_peak is not None
+        dtype in profile.family.vector_matmuls and profile.vector_peak is not None
     )
 
 

@@ -111,9 +111,8 @@ def matrix_share(profile: Profile, rows: int, columns: int) -> float:
 
 def _resident(profile: Profile, use: Mapping[str, int], warps: int) -> int:
     """Return how many points of a grid one core holds at once."""
-    if profile.family not in ("nvidia", "amd"):
-        return 1
-    fits = [16, 2048 // (warps * profile.threads)]
+    family = profile.family
+    fits = [family.resident, family.resident_threads // (warps * profile.threads)]
     for name, size in use.items():
         memory = next((m for m in profile.memories if m.name == name and m.per == "core"), None)
         if memory and memory.capacity and size:

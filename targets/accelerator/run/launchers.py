@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ....compiler.errors import MoecError
+from ..chip.families import find_family
 from ..tile.expr import NUMPY, evaluate
 from ..tile.simulate import simulate
 from ..tile.tiles import Argument
@@ -176,17 +177,16 @@ def open_launcher(device: str | None, folder: Path, kernels: Kernels) -> Launche
     name = device or "auto"
     if name not in DEVICES:
         raise MoecError(f"there is no device {name}", todo=f"give one of {', '.join(DEVICES)}")
-    family = kernels.chip.get("family")
-    on_gpu = family in ("nvidia", "amd")
+    family = find_family(str(kernels.chip.get("family")))
     if name == "auto":
-        name = "cuda" if on_gpu and torch.cuda.is_available() else "simulator"
-    if name != "simulator" and not on_gpu:
-        raise MoecError(
-            f"kernels for {kernels.target} are not run by {name}: it is a chip of the family {family}",
-            todo="run them with --device simulator",
-        )
+        name = "cuda" if family.device == "cuda" and torch.cuda.is_available() else "simulator"
     if name == "simulator":
         return Simulated(kernels)
-    if name == "cuda" and family == "nvidia" and all(is_for(k.objects, architecture()) for k in kernels.launches):
+    if family.device is None:
+        raise MoecError(
+            f"kernels for {kernels.target} are not run by {name}: it is a chip of the family {family.name}",
+            todo="run them with --device simulator",
+        )
+    if name == "cuda" and all(is_for(k.objects, architecture()) for k in kernels.launches):
         return Compiled(folder, kernels, architecture())
     return Printed(kernels, interpreted=name == "interpreter")

@@ -24,7 +24,6 @@ from ..tile.tiles import BITS, Dot, Program, footprint, walk
 from ..triton.predict import spills
 
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
-STAGES, WARPS = (2, 3, 4), (4, 8)  # one stage only where two do not fit
 SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
 SLACK = 0.02
 LEAST_DEPTH = 16  # columns of 16 bits that Triton multiplies at least: it takes a smaller instruction for them
@@ -98,7 +97,7 @@ def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None
     chips = {rows: chip_of(profile, layout_of(profile, rows)) for rows, _, _ in kernel.shapes}
     # bytes and FLOPs do not depend on how many buffers and threads there are: a shape is counted once
     counted: dict[tuple[int, int, int], Counts] = {}
-    buffers = (_stages(profile), (1,)) if kernel.staged else ((1,),)
+    buffers = (profile.family.stages, (1,)) if kernel.staged else ((1,),)
     for narrow, stages_of in product((False, True), buffers):
         if choices:
             break
@@ -121,7 +120,7 @@ def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None
 def _fit(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> Fit:
     program = kernel.make(tile, layout_of(profile, tile.m))
     use = footprint(program, chip.align)
-    why = tuple(unfit(program, warps, use, chip, profile) for warps in _warps(profile))
+    why = tuple(unfit(program, warps, use, chip, profile) for warps in profile.family.warps)
     dots = [s for s in walk(program.body) if isinstance(s, Dot)]
     return Fit(program, use, why, next((n for dot in dots if (n := _narrow(program, dot, profile))), None))
 
@@ -144,7 +143,7 @@ def _choices(
     if shape not in counted:
         counted[shape] = count(fit.program, kernel.scalars, kernel.expect(tile))
     found = []
-    for warps, reason in zip(_warps(profile), fit.why, strict=True):
+    for warps, reason in zip(profile.family.warps, fit.why, strict=True):
         if reason is None:
             prediction = predict(
                 fit.program, counted[shape], kernel.scalars, profile, warps=warps, stages=tile.stages, use=fit.use,
@@ -157,15 +156,6 @@ def _choices(
 def _rank(p: Prediction) -> float:
     """Return the time, and a share of what else is busy meanwhile: of nearly equal tiles the one with the most slack."""
     return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
-
-
-def _stages(profile: Profile) -> tuple[int, ...]:
-    """Return the choices of buffers: copies in turns where a chip moves tiles by commands of its own."""
-    return STAGES if profile.family in ("nvidia", "amd") else STAGES[:1]
-
-
-def _warps(profile: Profile) -> tuple[int, ...]:
-    return WARPS if profile.family in ("nvidia", "amd") else (1,)
 
 
 def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, profile: Profile) -> str | None:

@@ -8,22 +8,18 @@ from .builder import Layout
 from .simulate import Chip
 from .tiles import DEVICE
 
-# rows from which the matrix unit with an accumulator memory of its own is used; below, its results lie in registers
-TENSOR_ROWS = 64
+# rows of sums from which a chip's memory and unit for tall tiles are used; below, sums lie in registers
+TALL_ROWS = 64
 
 
 def layout_of(profile: Profile, rows: int = 128) -> Layout:
     """Return the memories that tiles pass on a chip, for matrix tiles of `rows` rows."""
-    if profile.family == "ascend":
-        leave = ("ub",) if ("l0c", "ub") in profile.moves else (DEVICE, "ub")
-        enter = () if ("ub", "l1") in profile.moves else (DEVICE,)
-        return Layout(("l1", "l0a"), ("l1", "l0b"), "l0c", "ub", leave, enter)
-    if profile.family == "cambricon":
-        return Layout(("nram",), ("wram",), "nram", "nram")
-    shared = "lds" if profile.family == "amd" else "shared"
-    if rows >= TENSOR_ROWS and any(m.name == "tensor" for m in profile.memories):
-        return Layout((shared,), (shared,), "tensor", "registers", ("registers",))
-    return Layout((shared,), (shared,), "registers", "registers")
+    f = profile.family
+    tall = rows >= TALL_ROWS and any(m.name == f.tall_sums for m in profile.memories)
+    sums = f.tall_sums if tall else f.sums
+    leave = () if sums == f.vector else (f.vector,) if (sums, f.vector) in profile.moves else (DEVICE, f.vector)
+    enter = () if f.vector == f.left[0] or (f.vector, f.left[0]) in profile.moves else (DEVICE,)
+    return Layout(f.left, f.right, sums, f.vector, leave, enter)
 
 
 def chip_of(profile: Profile, layout: Layout) -> Chip:

@@ -22,13 +22,13 @@ from typing import Any
 
 from ....compiler.errors import MoecError
 from ..tile.tiles import Program
+from .architectures import architecture_of
 from .source import pointer, triton_source
 
 SIGNATURE: Mapping[str, str] = {
     "f32": "fp32", "bf16": "bf16", "f16": "fp16", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5",
     "i64": "i64", "i32": "i32", "i8": "i8", "u8": "u8", "bool": "i1",
 }  # fmt: skip
-NVIDIA, AMD = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"), ("gfx942", "gfx950")
 UNITS: Mapping[str, str] = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
@@ -36,7 +36,6 @@ UNITS: Mapping[str, str] = {
     "mfma": "v_mfma",
 }
 TENSOR_COLUMNS = 512  # of 128 lanes of 32 bits, that a core of sm_100 and sm_103 has
-REGISTERS = 65536  # of 32 bits, that a core of NVIDIA's has
 ALIGN = 16  # bytes that every tensor's address is a multiple of
 
 
@@ -67,7 +66,7 @@ class Compiled:
     @property
     def suffix(self) -> str:
         """The suffix of a file that holds the object."""
-        return ".cubin" if self.arch in NVIDIA else ".hsaco"
+        return architecture_of(self.arch).suffix
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,9 @@ class Request:
 def request(program: Program, arch: str, warps: int, source: str | None = None) -> Request:
     """Return what to compile for a program, printed here unless `source` is what was printed from it.
 
-    `arch` is one of NVIDIA or AMD; MoecError for another, and for what Triton cannot say.
+    MoecError for an `arch` that is none of ARCHITECTURES, and for what Triton cannot say.
     """
-    if arch not in (*NVIDIA, *AMD):
-        raise MoecError(f"no kernels are compiled for {arch}", todo=f"it knows {', '.join((*NVIDIA, *AMD))}")
+    architecture_of(arch)
     tensors = tuple((pointer(a.name), "*" + SIGNATURE[a.dtype]) for a in program.arguments)
     signature = (*tensors, *((name, "i32") for name in program.scalars))
     return Request(source or triton_source(program, warps), program.name, signature, arch, warps)
@@ -134,7 +132,8 @@ def compile_request(wanted: Request) -> Compiled:
 
     kernel = load_kernel(wanted.source, name)[name]
     aligned = {(i,): [["tt.divisibility", ALIGN]] for i, (_, dtype) in enumerate(signature) if dtype.startswith("*")}
-    target = GPUTarget("cuda", int(arch[3:]), 32) if arch in NVIDIA else GPUTarget("hip", arch, 64)
+    row = architecture_of(arch)
+    target = GPUTarget(row.backend, int(arch[3:]) if row.backend == "cuda" else arch, row.warp)
     begin = time.monotonic()
 
     def build(limit: int | None) -> Compiled:
@@ -149,15 +148,15 @@ def compile_request(wanted: Request) -> Compiled:
             )
         if getattr(made.metadata, "global_scratch_size", 0):
             raise MoecError(f"{name} for {arch} wants scratch memory, which is not given at a launch", exit_code=1)
-        read = (_read_nvidia if arch in NVIDIA else _read_amd)(triton, made)
+        read = (_read_nvidia if row.backend == "cuda" else _read_amd)(triton, made)
         return Compiled(
             name, arch, warps, **read, limit=limit, shared=made.metadata.shared,
             tensor_memory=columns, seconds=time.monotonic() - begin,
         )  # fmt: skip
 
     found = build(None)
-    most = min(255, REGISTERS // (32 * warps))
-    if arch in NVIDIA and found.spills and found.registers < most:  # spilled to have more blocks on a core
+    most = min(255, row.registers // (row.warp * warps))
+    if found.spills and found.registers < most:  # spilled to have more blocks on a core
         again = build(most)
         return again if again.spills < found.spills else found
     return found

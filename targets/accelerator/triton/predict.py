@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ..tile.expr import names
+from ..tile.machine import TALL_ROWS
 from ..tile.tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from .architectures import nearest
 from .layouts import COLUMNS, conversion_bytes, warps_along
 
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
@@ -30,15 +32,11 @@ GROUPED = 16  # sums a thread at most where mma's operands are computed in group
 
 def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
     """Return what a product with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, or fma (no matrix unit)."""
-    if arch.startswith("gfx"):
-        return "mfma" if m >= 16 and n >= 16 else "fma"
-    if dtype == "f32":
-        return "fma"  # exact f32: no unit of NVIDIA's has it
-    if m >= 64 and warps % 4 == 0 and arch == "sm_90":
-        return "wgmma"
-    if m >= 64 and n >= 16 and warps % 4 == 0 and arch in ("sm_100", "sm_103"):
-        return "tcgen05"
-    return "mma"
+    row = nearest(arch)
+    if (dtype == "f32" and not row.exact) or min(m, n) < row.least:
+        return "fma"
+    tall = row.tall and m >= TALL_ROWS and n >= row.tall_columns and warps % 4 == 0
+    return row.tall if tall else row.unit
 
 
 def units(program: Program, arch: str, warps: int) -> set[str]:
@@ -77,7 +75,7 @@ def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, war
     mma.sync passes the second operand piece by piece, about four rows for each warp.
     """
     a, b = (_size(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
-    if arch.startswith("gfx"):
+    if nearest(arch).unit == "mfma":
         return max(a, b)
     m, n = program.buffers[dot.acc].shape
     first = program.buffers[dot.a]
@@ -91,7 +89,7 @@ def spills(program: Program, arch: str, warps: int) -> bool:
 
     It errs to the safe side: some that are predicted to spill do not.
     """
-    threads = warps * (64 if arch.startswith("gfx") else 32)
+    threads = warps * nearest(arch).warp
     sums = {dot.acc for dot in _dots(program.body)}
     held = sum(prod(program.buffers[name].shape) for name in sums) / threads
     origin = _origins(program.body)
@@ -157,6 +155,10 @@ class _Loop:
     loaded: dict[str, Buffer] = field(default_factory=dict)
     outer: set[str] = field(default_factory=set)  # loaded somewhere else
 
+    def __post_init__(self) -> None:
+        row = nearest(self.arch)
+        self.waves, self.past_registers = row.unit == "mfma", row.past_registers
+
     def bytes(self) -> int:
         statements = list(_flat(self.loop.body))
         for s in statements:
@@ -168,7 +170,7 @@ class _Loop:
         second = {self.origin.get(d.b, d.b): self._unit(d) for d in dots}
         operands = first | second
         copies = max(self.loop.stages, 1)
-        chained = self._chained(statements) if self.arch == "gfx950" else set()
+        chained = self._chained(statements) if self.past_registers else set()
         total, grouped = 0, self._grouped(statements, dots)
         both = self._both_ways(dots) if copies > 1 else set()
         for name, buffer in self.loaded.items():
@@ -179,7 +181,7 @@ class _Loop:
                 stages = max(2, copies - 1) if name in chained and copies > 1 else copies
                 total += size * self._copies(name, operands[name], name in second, stages)
             elif dots and _ahead(buffer) and grouped is None and not self._widened(dots):
-                total += size * (copies if self.arch == "gfx950" and copies > 1 else copies - 1)
+                total += size * (copies if self.past_registers and copies > 1 else copies - 1)
         if copies == 1:
             return self._unstaged(dots) + self._kept(dots)
         total += max((_size(self.loaded[name]) for name in both), default=0)
@@ -192,12 +194,12 @@ class _Loop:
 
     def _widened(self, dots: Sequence[Dot]) -> bool:
         """Return whether these are products of f32 on AMD: what is widened to f32 is converted there, not what it was."""
-        return self.arch.startswith("gfx") and any(self.program.buffers[d.a].dtype == "f32" for d in dots)
+        return self.waves and any(self.program.buffers[d.a].dtype == "f32" for d in dots)
 
     def _copies(self, name: str, unit: str, second: bool, stages: int) -> int:
         if unit in ASYNC:
             return stages
-        if self.arch == "gfx950" and stages > 1:
+        if self.past_registers and stages > 1:
             own = second and all(
                 _own_columns(self.program.buffers[d.acc].shape, self.warps) and d.transpose
                 for d in _dots(self.loop.body)
@@ -217,10 +219,10 @@ class _Loop:
             name = self.origin.get(dot.b, dot.b)
             if "reshape(" in made.get(name, ""):
                 shapes[name] = self.program.buffers[dot.acc].shape
-        if not shapes or not self.arch.startswith("gfx"):
+        if not shapes or not self.waves:
             return None
         m, n = next(iter(shapes.values()))
-        if self.arch == "gfx950" and m <= SIDES[0] and _own_columns((m, n), self.warps):
+        if self.past_registers and m <= SIDES[0] and _own_columns((m, n), self.warps):
             return 0 if n == SIDES[0] * self.warps else n * SCALES
         return max(_size(self.program.buffers[name]) for name in shapes)
 
@@ -239,12 +241,12 @@ class _Loop:
 
     def _entering(self, first: Iterable[str]) -> Iterator[int]:
         """Yield the bytes through which AMD's waves take first operands that were loaded before the loop, one by one."""
-        if self.arch.startswith("gfx"):
+        if self.waves:
             yield from (_size(self.program.buffers[name]) for name in first if name in self.outer)
 
     def _both_ways(self, dots: Sequence[Dot]) -> set[str]:
         """Return the loaded tiles that are multiplied as they are and transposed: gfx950 keeps them in registers."""
-        if self.arch != "gfx950":
+        if not self.past_registers:
             return set()
         ways = [{self.origin.get(d.b, d.b) for d in dots if d.transpose is way} for way in (True, False)]
         return ways[0] & ways[1] & set(self.loaded)
@@ -273,7 +275,7 @@ class _Loop:
             if self._unit(dot) in ASYNC:
                 held |= {name: size[name] for name in (a, b) if name in self.loaded}
                 made = max(made, 0 if b in self.loaded else size[b])
-            elif self.arch.startswith("gfx"):
+            elif self.waves:
                 passed = max(passed, size[a], size[b] if b in self.loaded else 0)
             elif self._unit(dot) == "fma":
                 passed = max(passed, size[a] + size[b])
