@@ -124,7 +124,7 @@ def test_what_does_not_exist_is_found(pytestconfig):
 ```
 moec opt a.moir -p raise-norm --check --no-such && moec list nothing
 moec nothing
-A=b python -m pytest tests/test_files.py -m "long and short" --no-such-option --update   # --nor-this
+A=b python -m pytest tests/passes/test_files.py -m "long and short" --no-such-option --update   # --nor-this
 ```
 """
     assert missing_paths(text) == ["NOTHING.md", "passes/no_such.py", "targets/NAME/no_such.py"]

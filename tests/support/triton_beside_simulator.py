@@ -1,6 +1,6 @@
 """A pytest plugin: whatever a test simulates on a GPU is printed for Triton and interpreted too, and must come out equal.
 
-Each kernel is tried as often as it is simulated, up to TRIES times. Loaded with -p by test_triton.py.
+Each kernel is tried as often as it is simulated, up to TRIES times. Loaded with -p by test_source.py of tests/targets/accelerator/triton.
 """
 
 from collections import Counter

@@ -1,6 +1,7 @@
 """Printed kernels under Triton's interpreter: equal to the simulator and to the reference op.
 
-Not collected by itself: test_triton.py runs it with the interpreter on, which must be so before triton is imported.
+Not collected by itself: test_source.py of tests/targets/accelerator/triton runs it with the interpreter on, which
+must be so before triton is imported.
 """
 
 from collections.abc import Mapping

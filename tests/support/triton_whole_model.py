@@ -1,6 +1,6 @@
 """A whole model in Triton's interpreter: the tokens and logits that the simulator gives, by the same session.
 
-Not collected by itself: test_accelerator_families.py runs it with the interpreter on, before triton is imported.
+Not collected by itself: tests/targets/accelerator/test_families.py runs it with the interpreter on, before triton is imported.
 """
 
 import moec

@@ -72,7 +72,7 @@ def test_cache(full):
 #   indexer's scores in FP4; attention over the selected entries and everything without a weight in BF16.
 # - DeepSeek-V3.2 by formula: 37 B active parameters of which the head is BF16; MLA with absorbed projections over 2048
 #   tokens, 128 heads of 576 + 512 numbers, BF16; the indexer scores all tokens with 64 heads of 128 numbers in FP8.
-#   2 * 128 * (576 + 512) FLOPs for each token attended to are those of absorb-mla's IR, see test_absorb_mla.py.
+#   2 * 128 * (576 + 512) FLOPs for each token attended to are those of absorb-mla's IR, see tests/passes/test_absorb_mla.py.
 # Caches as they are served: V3.2 656 + 132 bytes a token and layer (FP8 latent with scales, BF16 rope, FP8 index key
 # with a scale); V4 584 bytes an entry (FP8 with scales, BF16 rope) and 68 bytes an index entry (FP4 with scales).
 

@@ -132,7 +132,7 @@ def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
 
 @needs_triton
 def test_every_kernel_that_is_simulated_is_the_same_in_triton():
-    files = sorted(TESTS.glob("test_kernels_*.py"))
+    files = sorted((TESTS / "targets/accelerator/kernels").glob("test_*.py"))
     paths = [str(SUPPORT), *sys.path]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_beside_simulator", "--tb=short", *map(str, files)],

@@ -30,7 +30,7 @@ INF = float("inf")
 # these make B, S and P known to a program whose op does not; P follows from P + S, as in a real program
 SIZE_INPUTS = (Value("sizes.new", TensorType.of("i64", B, S)), Value("sizes.all", TensorType.of("i64", B, P + S)))
 
-# the cases of these are in test_cpu_quantized.py
+# the cases of these are in test_quantized_kernels.py
 QUANTIZED = {"ort.matmul_nbits", "ort.block_matmul_nbits", "ort.gather_nbits", "ort.qmoe", "ort.experts_nbits"}
 LOWERED = {"nn.cached_attention", "nn.gated_mlp"}  # what ONNX Runtime runs as several ops
 
@@ -209,7 +209,7 @@ def experts(
 
 
 def router(*, bias: bool = False, given: bool = False, expert_scale: bool = False, **attrs: Any) -> Case:
-    """See tests/test_routing.py for all that moe.route can say."""
+    """See tests/targets/cpu/test_routing.py for all that moe.route can say."""
     weights = [f32(8) if wanted else None for wanted in (bias, expert_scale)]
     return case(f32(B * S, 8), weights[0], i64(B * S, 2) if given else None, weights[1], k=2, **attrs)
 
