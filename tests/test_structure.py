@@ -6,13 +6,15 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import ROOT, TESTS
 from setuptools import find_packages
 
 PARTS = ("compiler", "passes", "targets")
 FILES = sorted(p for part in PARTS for p in (ROOT / part).rglob("*.py"))
+TEST_FILES = sorted(TESTS.rglob("*.py"))
 
 # the rooms from the ground up: a room imports those of lower floors only, types included, inside of functions too
 FLOORS = (
@@ -113,6 +115,26 @@ def test_imports_inside_the_package_are_relative(file):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
         assert not {n.split(".")[0] for n in names} & {"moec", *PARTS}
+
+
+def test_folders_of_tests_are_those_of_the_product():
+    """Only what concerns the whole, what several tests make, and what is measured by hand lies outside of them."""
+    folders = {file.parent.relative_to(TESTS) for file in TEST_FILES} - {Path(), Path("support"), Path("bench")}
+    assert not [str(folder) for folder in folders if not (ROOT / folder / "__init__.py").is_file()]
+
+
+def test_no_test_module_imports_another():
+    """What several of them make or check is a module of tests/support, and so is where their files lie."""
+    found = []
+    for file in TEST_FILES:
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += ["." * node.level + (node.module or "")] if isinstance(node, ast.ImportFrom) else []
+            found += [(file.name, name) for name in names if re.match(r"\.|tests\b|test_|conftest$", name)]
+        if file.parent.name != "bench" and file.name != "places.py" and "Path(__file__).parent" in text:
+            found.append((file.name, "its own path"))
+    assert not [entry for entry in found if entry[0] != Path(__file__).name]
 
 
 def test_every_folder_of_modules_is_a_package_of_the_wheel():
