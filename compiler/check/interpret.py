@@ -13,7 +13,7 @@ import torch
 
 from ..errors import MoecError
 from ..ir.dims import evaluate
-from ..ir.dtypes import TORCH_DTYPES
+from ..ir.dtypes import DTYPES
 from ..ir.module import Function, Module, Op, Value, bindings
 from ..ir.recipes import Recipe, bind
 from ..ops import OPS
@@ -117,7 +117,7 @@ def random_inputs(module: Module, function: str, dims: Mapping[str, int], seed: 
 
 def _random_value(function: Function, param: Value, dims: Mapping[str, int], generator: torch.Generator) -> Tensor:
     shape = [evaluate(s, dims) for s in param.type.shape]
-    dtype = TORCH_DTYPES[param.type.dtype]
+    dtype = DTYPES[param.type.dtype].torch
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     bound, distinct = 2, False

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .dtypes import DTYPES
 from .storage import format_of
-from .types import DTYPE_BITS, Attr, TensorType
+from .types import Attr, TensorType
 
 Types = list[TensorType]
 Attributes = Mapping[str, Attr]
@@ -60,7 +61,7 @@ def _unpack(types: Types, attributes: Attributes) -> TensorType:
         raise ValueError(
             f"codes are unpacked from u8, i8 or i32 along an axis that is there, not axis {axis} of {item}"
         )
-    word = DTYPE_BITS[item.dtype]
+    word = DTYPES[item.dtype].bits
     order: Any = attributes.get("order")
     if order is not None and (word % bits or sorted(order) != list(range(word // bits))):
         raise ValueError(f"the order {order} does not order the codes of {bits} bits in {word}")
@@ -81,7 +82,7 @@ def _affine(types: Types, attributes: Attributes) -> TensorType:
 def _view(types: Types, attributes: Attributes) -> TensorType:
     (item,) = types
     dtype = _dtype(attributes["to"])
-    if DTYPE_BITS[dtype] != DTYPE_BITS.get(item.dtype):
+    if DTYPES[dtype].bits != item.bits:
         raise ValueError(f"{item} cannot be seen as {dtype}: elements of another size")
     return TensorType.of(dtype, *item.shape)
 
@@ -149,8 +150,8 @@ def _packed(types: Types, attributes: Attributes) -> TensorType:
 
 
 def _dtype(name: Attr) -> str:
-    if name not in DTYPE_BITS:
-        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPE_BITS)}")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
     return str(name)
 
 

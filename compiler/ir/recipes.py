@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from .code_steps import CODE_STEPS
+from .dtypes import DTYPES
 from .storage import Format, find_format, format_of
-from .types import DTYPE_BITS, Attr, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
+from .types import Attr, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,8 @@ def _reshape(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorT
 
 def _cast(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
     dtype = str(attributes["to"])
-    if dtype not in DTYPE_BITS:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     return TensorType.of(dtype, *_one(types).shape)
 
 

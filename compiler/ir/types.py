@@ -15,19 +15,8 @@ import sympy
 
 from ..errors import MoecError
 from .dims import Size, size, size_text
+from .dtypes import DTYPES
 from .storage import find_format
-
-# bits of one element; quantized storage is a dtype too, see formats
-DTYPE_BITS = {
-    "bool": 8, "u8": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64,
-    "f8e4m3": 8, "f8e5m2": 8, "f8e8m0": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
-}  # fmt: skip
-
-
-def is_dtype(name: str) -> bool:
-    """Return whether a name is that of a dtype, plain or quantized."""
-    return name in DTYPE_BITS or find_format(name) is not None
-
 
 Attr: TypeAlias = int | float | bool | str | Size | tuple["Attr", ...]
 
@@ -88,7 +77,7 @@ class TensorType:
     def bits(self) -> int | Fraction:
         """Bits of one element as stored; of a quantized one with its share of scales and zero points."""
         found = find_format(self.dtype)
-        return found.bits_per_weight if found else DTYPE_BITS[self.dtype]
+        return found.bits_per_weight if found else DTYPES[self.dtype].bits
 
     @property
     def bytes(self) -> Size:

@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from ..ir.dims import Size, size
-from ..ir.dtypes import TORCH_DTYPES
+from ..ir.dtypes import DTYPES
 from ..ir.types import TensorType
 from .define import Attributes, Types, broadcast_shapes, fail, free, op
 
@@ -91,7 +91,7 @@ def where(c, x, y):
 @op("core.cast", "x: A[*X] -> y: to[*X]")
 def cast(x, *, to: str):
     """Convert to another dtype."""
-    return x.to(TORCH_DTYPES[to])
+    return x.to(DTYPES[to].torch)
 
 
 # --- constants -------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def cast(x, *, to: str):
 @op("core.constant", "-> y: dtype[]")
 def constant(*, value: float | int | bool, dtype: str):
     """Make a scalar."""
-    return torch.tensor(value, dtype=TORCH_DTYPES[dtype])
+    return torch.tensor(value, dtype=DTYPES[dtype].torch)
 
 
 @op("core.iota", "-> y: i64[size]")
@@ -116,7 +116,7 @@ def _full(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 @op("core.full", "-> y: dtype[*Y]", infer=_full)
 def full(*, shape: tuple[Size, ...], value: float | int | bool, dtype: str):
     """Fill a shape with one value."""
-    return torch.full(shape, value, dtype=TORCH_DTYPES[dtype])
+    return torch.full(shape, value, dtype=DTYPES[dtype].torch)
 
 
 # --- matrices --------------------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from ..errors import MoecError
 from ..errors.plugins import OPS as BROUGHT
 from ..errors.plugins import broken, brought, load_brought, refuse_names
 from ..ir.dims import Size, size, size_text
+from ..ir.dtypes import DTYPES
 from ..ir.fragments import Operand, Signature, parse_signature
 from ..ir.storage import find_format
-from ..ir.types import DTYPE_BITS, TensorType, make_attrs
+from ..ir.types import TensorType, make_attrs
 
 Types: TypeAlias = Sequence[Any]  # TensorType, None for an absent operand
 Attributes = Mapping[str, Any]
@@ -274,8 +275,8 @@ def _result(definition: OpDef, result: Operand, bound: Bound, attributes: Attrib
         dtype = bound[dtype + ":"]
     elif dtype in definition.attrs:
         dtype = attributes[dtype]
-        if dtype not in DTYPE_BITS:
-            raise fail(f"{definition.name}: unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
+        if dtype not in DTYPES:
+            raise fail(f"{definition.name}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     shape: list[Size] = []
     for pattern in result.dims:
         match pattern:

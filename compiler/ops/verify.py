@@ -7,9 +7,10 @@ from dataclasses import replace
 from ..errors import MoecError
 from ..errors.plugins import OPS as BROUGHT
 from ..errors.plugins import brought
+from ..ir.dtypes import is_dtype
 from ..ir.module import Function, Module, Op, Value
 from ..ir.stages import STAGES
-from ..ir.types import TensorType, is_dtype
+from ..ir.types import TensorType
 from . import OPS
 
 STAGE_DIALECTS = {

@@ -15,6 +15,7 @@ from lark import Token
 
 from ..errors import MoecError
 from ..ir.dims import size
+from ..ir.dtypes import DTYPES, is_dtype
 from ..ir.fragments import (
     Operand,
     PatternOp,
@@ -49,7 +50,7 @@ from ..ir.syntax import (
     read,
     shallow,
 )
-from ..ir.types import DTYPE_BITS, LONGEST_RANGE, TensorType, expand_range, is_dtype, make_attrs
+from ..ir.types import LONGEST_RANGE, TensorType, expand_range, make_attrs
 
 __all__ = [
     "Operand",
@@ -122,7 +123,7 @@ def _type(file: _File, node: TypeNode) -> TensorType:
     if known is None:
         state, dtype, sizes = node.key
         if not is_dtype(dtype):
-            todo = near(dtype, DTYPE_BITS) or f"known: {', '.join(DTYPE_BITS)}"
+            todo = near(dtype, DTYPES) or f"known: {', '.join(DTYPES)}"
             raise file.source.error(f"unknown dtype {dtype}", dtype, todo=todo)
         shape = tuple(size(expression(s, file.source, file.names)) for s in sizes)
         known = file.types[node.key] = TensorType(str(dtype), shape, state)

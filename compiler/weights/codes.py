@@ -12,9 +12,8 @@ import torch
 from ..errors import MoecError
 from ..formats.ggml import PARTS
 from ..ir.code_steps import BLOCKS, ELEMENTS
-from ..ir.dtypes import TORCH_DTYPES
+from ..ir.dtypes import DTYPES
 from ..ir.recipes import Recipe, Step, tensors
-from ..ir.types import DTYPE_BITS
 from .evaluator import Evaluator
 from .sources.source import Box
 
@@ -46,7 +45,7 @@ def _int(step: Step, name: str, default: int | None = None) -> int:
 
 def _unpack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     item, bits, axis = step.items[0], _int(step, "bits"), _int(step, "axis")
-    word = DTYPE_BITS[item.type.dtype]
+    word = DTYPES[item.type.dtype].bits
     low, high = box[axis]
     first, last = low * bits // word, math.ceil(high * bits / word)
     words = inner(item, _span(box, axis, first, last))
@@ -81,11 +80,11 @@ def _affine(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     numbers = (numbers * factor if factor != 1 else numbers) + add
     if bits := _int(step, "bits", 0):
         numbers = numbers & ((1 << bits) - 1)
-    return numbers.to(TORCH_DTYPES[step.type.dtype])
+    return numbers.to(DTYPES[step.type.dtype].torch)
 
 
 def _view(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    return inner(step.items[0], box).view(TORCH_DTYPES[step.type.dtype])
+    return inner(step.items[0], box).view(DTYPES[step.type.dtype].torch)
 
 
 def _decode(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
@@ -107,7 +106,7 @@ def _is_two_in_a_byte(item: Recipe) -> TypeGuard[Step]:
     if not _is_step(item, "unpack") or "order" in item.attributes:
         return False
     last = len(item.type.shape) - 1
-    return DTYPE_BITS[item.items[0].type.dtype] == 8 and (_int(item, "bits"), _int(item, "axis")) == (4, last)
+    return DTYPES[item.items[0].type.dtype].bits == 8 and (_int(item, "bits"), _int(item, "axis")) == (4, last)
 
 
 def _gather(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from ..ir.dtypes import TORCH_DTYPES, torch_dtype
+from ..ir.dtypes import DTYPES, torch_dtype
 from ..ir.recipes import Literal, Recipe, Step, Tensor, spread
 from .codes import CODES
 from .evaluator import Evaluator
@@ -68,7 +68,7 @@ def _shape(box: Box) -> tuple[int, ...]:
 
 
 def _literal(literal: Literal, box: Box) -> torch.Tensor:
-    dtype = TORCH_DTYPES[literal.type.dtype]
+    dtype = DTYPES[literal.type.dtype].torch
     wide = torch.tensor(literal.values, dtype=torch.float64 if dtype.is_floating_point else torch.int64)
     numbers = wide.to(dtype)
     if dtype in _FRACTION_BITS and bool(wide.isnan().any()):  # a conversion may give any NaN for one
@@ -88,7 +88,7 @@ def _nans(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _allocate(step: Step, box: Box) -> torch.Tensor:
-    return torch.empty(_shape(box), dtype=TORCH_DTYPES[step.type.dtype])
+    return torch.empty(_shape(box), dtype=DTYPES[step.type.dtype].torch)
 
 
 def _stack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
@@ -153,7 +153,7 @@ def _slice(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _cast(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    return inner(step.items[0], box).to(TORCH_DTYPES[step.type.dtype])
+    return inner(step.items[0], box).to(DTYPES[step.type.dtype].torch)
 
 
 def _scale(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moec.compiler.ir.dtypes import DTYPES
 from moec.compiler.ops.moe import experts as reference
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
@@ -17,7 +18,7 @@ from moec.targets.accelerator.artifact.objects import compile_kernels, write_fil
 from moec.targets.accelerator.artifact.spec import BUCKETS, kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import Launch, read_kernels
-from moec.targets.accelerator.run.launch import TORCH, grouped_mm_layer, seconds
+from moec.targets.accelerator.run.launch import grouped_mm_layer, seconds
 from moec.targets.accelerator.run.launchers import Launcher, open_launcher
 from moec.targets.accelerator.tile.expr import evaluate
 
@@ -168,7 +169,7 @@ class _Layer:
             for a in launch.program.arguments:
                 if a.name not in tensors:
                     shape = [int(evaluate(n, {"T": len(x)})) for n in a.shape]
-                    tensors[a.name] = torch.zeros(shape, dtype=TORCH[a.dtype], device=x.device)
+                    tensors[a.name] = torch.zeros(shape, dtype=DTYPES[a.dtype].torch, device=x.device)
         return tensors
 
     def wanted(self, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

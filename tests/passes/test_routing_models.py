@@ -18,7 +18,7 @@ from moec.compiler.frontends.builder import Builder
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.transformers.layers import BATCH, NEW
 from moec.compiler.frontends.transformers.model import _type_of
-from moec.compiler.ir.dtypes import DTYPE_NAMES
+from moec.compiler.ir.dtypes import dtype_name
 from moec.compiler.ir.module import Dim, Module
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
@@ -169,7 +169,7 @@ def imported(case: Router) -> Module:
     for i, (node, tensor) in enumerate(zip(signature.user_inputs, inputs, strict=True)):
         values[str(node)] = builder.param(f"x{i}", _type_of(tensor))
     for node, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
-        type_ = TensorType.of(DTYPE_NAMES[tensors[name].dtype], *tensors[name].shape)
+        type_ = TensorType.of(dtype_name(tensors[name].dtype), *tensors[name].shape)
         values[node] = builder.const(name.replace(".", "_"), Tensor(name, type_))
     function = builder.finish(lower(Graph(traced, builder), values))
     return Module("graph", (Dim("B", 1, 64), Dim("S", 1, 64)), (function,))

@@ -7,12 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.tile.builder import Layout
-from moec.targets.accelerator.tile.expr import NUMPY, evaluate
+from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.simulate import Chip, simulate
-from moec.targets.accelerator.tile.tiles import BITS, DEVICE, Dot, Program, aligned, footprint, walk
+from moec.targets.accelerator.tile.tiles import DEVICE, Dot, Program, aligned, footprint, walk
 
 KB = 1 << 10
 
@@ -71,7 +72,9 @@ def run(program, chip, scalars, **tensors):
         shape = tuple(int(evaluate(n, scalars)) for n in a.shape)
         value = tensors.pop(a.name, None)
         assert value is not None or a.role in ("output", "scratch"), a.name
-        given[a.name] = np.full(shape, 77, NUMPY[a.dtype]) if value is None else cast(value, a.dtype).reshape(shape)
+        given[a.name] = (
+            np.full(shape, 77, DTYPES[a.dtype].numpy) if value is None else cast(value, a.dtype).reshape(shape)
+        )
     assert not tensors, f"{program.name} has no {sorted(tensors)}"
     peak = simulate(program, given, scalars, chip)
     wanted = footprint(program, chip.align)
@@ -84,7 +87,7 @@ def cast(value, dtype):
     if isinstance(value, torch.Tensor):
         value = value.detach().to(torch.float32 if value.is_floating_point() else value.dtype).numpy()
     value = np.asarray(value)
-    return np.array(value if value.dtype == np.dtype(NUMPY[dtype]) else value.astype(NUMPY[dtype]))
+    return np.array(value if value.dtype == DTYPES[dtype].numpy else value.astype(DTYPES[dtype].numpy))
 
 
 def bf16(value):
@@ -106,7 +109,7 @@ def weight(packing, rng, scale=0.1):
     lead = (packing.experts,) if packing.experts else ()
     shape = (*lead, packing.rows, packing.columns)
     if f is None:
-        numbers = (rng.standard_normal(shape) * scale).astype(NUMPY[packing.element])
+        numbers = (rng.standard_normal(shape) * scale).astype(DTYPES[packing.element].numpy)
         return packing.pack(numbers), torch.tensor(numbers.astype(np.float32))
     groups = -(-packing.columns // f.group)
     spread = lambda a: np.repeat(a, f.group, -1)[..., : packing.columns].astype(np.float32)  # noqa: E731
@@ -156,7 +159,7 @@ def check_fits(choice, profile):
         assert used <= chip.capacity[memory]
         assert used % align == 0
         # no more than all of them at once, no less than the largest
-        sizes = [aligned(b.copies * prod(b.shape) * BITS[b.dtype] // 8, align) for b in buffers]
+        sizes = [aligned(b.copies * prod(b.shape) * DTYPES[b.dtype].bits // 8, align) for b in buffers]
         assert max(sizes) <= used <= sum(sizes)
     for dot in (s for s in walk(choice.program.body) if isinstance(s, Dot)):
         a, b, acc = (choice.program.buffers[n] for n in (dot.a, dot.b, dot.acc))
@@ -168,4 +171,4 @@ def check_fits(choice, profile):
         assert depth % (unit.k if unit else 1) == 0
         if rows := profile.rule("fractal_rows"):
             assert m % rows == n % rows == 0
-            assert a.shape[1] * BITS[a.dtype] // 8 % profile.rule("fractal_bytes") == 0
+            assert a.shape[1] * DTYPES[a.dtype].bits // 8 % profile.rule("fractal_bytes") == 0

@@ -7,10 +7,10 @@ from collections import Counter
 
 import numpy as np
 import torch
+from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.targets.accelerator.run.interpreter import mend
-from moec.targets.accelerator.run.launch import TORCH, Kernel
+from moec.targets.accelerator.run.launch import Kernel
 from moec.targets.accelerator.tile import simulate as simulator
-from moec.targets.accelerator.tile.expr import dtype_name
 
 mend()
 TRIES = 3
@@ -21,7 +21,7 @@ tried: Counter[str] = Counter()
 
 def to_torch(array):
     """Return an array of any dtype of the tile language as a tensor of its own."""
-    made = torch.empty(array.shape, dtype=TORCH[dtype_name(array)])
+    made = torch.empty(array.shape, dtype=DTYPES[dtype_name(array.dtype)].torch)
     if array.size:
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
         made.reshape(-1).view(torch.uint8).copy_(torch.from_numpy(raw))

@@ -11,13 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.run.interpreter import mend
-from moec.targets.accelerator.run.launch import TORCH, Kernel
+from moec.targets.accelerator.run.launch import Kernel
 from moec.targets.accelerator.tile.builder import Builder, Layout
-from moec.targets.accelerator.tile.expr import NUMPY, dtype_name, evaluate
+from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.simulate import Chip, simulate
 from tile_weights import random_weight
@@ -32,7 +33,7 @@ FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "fp8_b128", "mxfp4", "n
 def to_torch(array: np.ndarray) -> torch.Tensor:
     """Return an array of any dtype of the tile language as a tensor of its own."""
     raw = torch.from_numpy(array.reshape(-1).view(np.uint8).copy()) if array.size else torch.empty(0, dtype=torch.uint8)
-    return raw.view(TORCH[dtype_name(array)]).reshape(array.shape)
+    return raw.view(DTYPES[dtype_name(array.dtype)].torch).reshape(array.shape)
 
 
 def plain(tensor: torch.Tensor) -> np.ndarray:
@@ -65,7 +66,7 @@ class Layer:
             for a in kernel.program.arguments:
                 if a.name not in tensors:
                     shape = [int(evaluate(n, {"T": x.shape[0]})) for n in a.shape]
-                    tensors[a.name] = torch.zeros(shape, dtype=TORCH[a.dtype], device=x.device)
+                    tensors[a.name] = torch.zeros(shape, dtype=DTYPES[a.dtype].torch, device=x.device)
         return tensors
 
     def run(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -106,8 +107,8 @@ def check(e: Experts, tile: Tile, tokens: int, *, direct=False, scatter=False, o
     for name, tensor in tensors.items():
         if name not in parts:
             raw = tensor.contiguous().view(torch.uint8).numpy().copy() if tensor.numel() else np.zeros(0, np.uint8)
-            dtype = next(k for k, v in TORCH.items() if v == tensor.dtype)
-            simulated[name] = raw.reshape(-1).view(NUMPY[dtype]).reshape(tensor.shape)
+            dtype = dtype_name(tensor.dtype)
+            simulated[name] = raw.reshape(-1).view(DTYPES[dtype].numpy).reshape(tensor.shape)
     y = layer.run(tensors)
     for kernel in layer.kernels:
         simulate(kernel.program, {a.name: simulated[a.name] for a in kernel.program.arguments}, {"T": tokens}, CHIP)
@@ -205,14 +206,14 @@ def test_an_expression_means_the_same_in_numpy_and_in_triton(dtype, text):
     b.scalar("T")
     b.grid("point", 1)
     for name, array in given.items():
-        b.tensor(name, dtype_name(array), 32)
+        b.tensor(name, dtype_name(array.dtype), 32)
     b.tensor("out", dtype, 32, role="output")
     for name in given:
         b.load(name, name, ["arange(32)"])
     b.let("value", text)
     b.store("out", ["arange(32)"], "value")
     program = b.program()
-    given["out"] = np.zeros(32, NUMPY[dtype])
+    given["out"] = np.zeros(32, DTYPES[dtype].numpy)
     tensors = {name: to_torch(array) for name, array in given.items()}
     Kernel(program)(tensors, {"T": 13})
     simulate(program, given, {"T": 13}, CHIP)

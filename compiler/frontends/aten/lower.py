@@ -12,7 +12,7 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dims import Size, size
-from ...ir.dtypes import DTYPE_NAMES
+from ...ir.dtypes import dtype_name
 from ...ir.module import Value
 from ..builder import Builder
 from .export import Traced
@@ -147,7 +147,7 @@ def _value(graph: Graph, argument: Any, raw: bool = False) -> Any:
     if isinstance(argument, (list, tuple)):
         return [_value(graph, a) for a in argument]
     if isinstance(argument, torch.dtype):
-        return DTYPE_NAMES[argument]
+        return dtype_name(argument)
     return argument
 
 

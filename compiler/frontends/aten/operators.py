@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import MoecError
 from ...ir.dims import size
-from ...ir.dtypes import DTYPE_NAMES
+from ...ir.dtypes import DTYPES
 from ...ir.module import Value
 from .lower import HANDLERS, Graph, aten, axis, reshape
 from .shapes import squeeze
@@ -130,7 +130,7 @@ def _masked_fill(g: Graph, x: Value, mask: Value, value: Any) -> Value:
 @aten("aten.to", "aten._to_copy", "aten.type_as")
 def _to(g: Graph, x: Value, *args: Any, dtype: str | None = None, **kwargs: Any) -> Value:
     for argument in args:
-        if isinstance(argument, str) and argument in DTYPE_NAMES.values():
+        if isinstance(argument, str) and argument in DTYPES:
             dtype = argument
         elif isinstance(argument, Value):
             dtype = argument.type.dtype

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import MoecError
 from ...errors.json_files import read_json
-from ...ir.dtypes import DTYPE_NAMES
+from ...ir.dtypes import dtype_name, find_dtype
 from ...ir.module import Module
 from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
@@ -49,7 +49,7 @@ def import_folder(
     dtype: Any = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     if config.model_type == deepseek_v4.MODEL_TYPE:
         types = {name: info.type for name, info in checkpoint.tensors.items()} if checkpoint else None
-        weights = Weights(types, quantization or {}, DTYPE_NAMES.get(dtype, "bf16"))
+        weights = Weights(types, quantization or {}, find_dtype(dtype) or "bf16")
         _note_deepseek_v4(replaced)
         module = deepseek_v4.build(config, weights, name)
         if checkpoint is not None:
@@ -65,7 +65,7 @@ def import_folder(
         if checkpoint is None:
             state = {k: v for k, v in skeleton.model.state_dict().items() if k in set(wanted)}
             # a config that names no dtype is taken for bfloat16, which most checkpoints are stored in
-            stored = expected_tensors(skeleton.model, state, DTYPE_NAMES.get(dtype, "bf16"))
+            stored = expected_tensors(skeleton.model, state, find_dtype(dtype) or "bf16")
             available = stored
             if quantization:
                 available = expected_quantized(skeleton.model, state, stored, quantization, folder / "config.json")
@@ -134,7 +134,7 @@ def _float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _type(tensor: torch.Tensor) -> TensorType:
-    return TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape)
+    return TensorType.of(dtype_name(tensor.dtype), *tensor.shape)
 
 
 def has_weights(folder: Path) -> bool:

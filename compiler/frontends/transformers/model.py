@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MoecError
-from ...ir.dtypes import DTYPE_NAMES
+from ...ir.dtypes import dtype_name, find_dtype
 from ...ir.module import Dim, Function, Module, Value
 from ...ir.recipes import Literal, Recipe, step
 from ...ir.types import TensorType
@@ -126,10 +126,11 @@ def _layer_function(job: Import, kind: Layer) -> Function:
 
 def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
     """Return the IR type of a rehearsal tensor: its primes become dims."""
-    if tensor.dtype not in DTYPE_NAMES:
+    dtype = find_dtype(tensor.dtype)
+    if dtype is None:
         raise MoecError(f"a layer is called with a tensor of {tensor.dtype}, which is not understood")
     shape = [DIM_EXPRESSIONS[SIZES[n]] if n in SIZES else n for n in tensor.shape]
-    return TensorType.of(DTYPE_NAMES[tensor.dtype], *shape, state=state)
+    return TensorType.of(dtype, *shape, state=state)
 
 
 def _add_weights(
@@ -168,7 +169,7 @@ def _recipe(job: Import, name: str) -> Recipe:
         raise job.missing(name)
     recipe = job.recipes[stored]
     state = job.skeleton.model.state_dict(keep_vars=True)[name]
-    wanted = DTYPE_NAMES[state.dtype]
+    wanted = dtype_name(state.dtype)
     check_numbers(recipe, state.dtype.is_floating_point)
     return recipe if recipe.type.dtype == wanted else step("cast", recipe, to=wanted)
 
@@ -177,7 +178,7 @@ def _literal(name: str, tensor: Tensor) -> Literal:
     """Return a tensor that the model computes, or writes down in its code, as numbers of the program."""
     if tensor.is_meta or tensor.numel() > MAX_LITERAL:
         raise MoecError(f"the buffer {name} has {tensor.numel()} elements, too many to write into the program")
-    return Literal(TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape), tuple(tensor.flatten().tolist()))
+    return Literal(TensorType.of(dtype_name(tensor.dtype), *tensor.shape), tuple(tensor.flatten().tolist()))
 
 
 def _short_name(name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from ...errors import MoecError
 from ...ir.code_steps import CODE_STEPS
-from ...ir.dtypes import DTYPE_NAMES
+from ...ir.dtypes import dtype_name
 from ...ir.recipes import Recipe, Step, Tensor, rename, step, tensors
 from ...ir.types import TensorType, expand_range
 from ..stored.layouts import FLOATS
@@ -343,7 +343,7 @@ def expected_tensors(model: Any, state: Mapping[str, torch.Tensor], dtype: str) 
     reverted = revert_weight_conversion(model, dict(state))
     found: dict[str, Recipe] = {}
     for name, tensor in reverted.items():
-        kind = dtype if tensor.is_floating_point() else DTYPE_NAMES[tensor.dtype]
+        kind = dtype if tensor.is_floating_point() else dtype_name(tensor.dtype)
         found[name] = Tensor(name, TensorType.of(kind, *tensor.shape))
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
-from ...ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from ...ir.dtypes import DTYPES, dtype_name
 from ...ir.recipes import SPREADING, Recipe, Step, Tensor, step
 from ...ir.types import Attr
 
@@ -26,7 +26,7 @@ class RecipeTensor(torch.Tensor):
     @staticmethod
     def of(recipe: Recipe) -> RecipeTensor:
         """Return a tensor with the recipe's shape and dtype."""
-        meta = torch.empty(recipe.type.sizes, dtype=TORCH_DTYPES[recipe.type.dtype], device="meta")
+        meta = torch.empty(recipe.type.sizes, dtype=DTYPES[recipe.type.dtype].torch, device="meta")
         tensor = torch.Tensor._make_subclass(RecipeTensor, meta)
         tensor.recipe = recipe
         return tensor
@@ -139,7 +139,7 @@ def _index(x: Any, index: Any) -> Any:
 def _to(x: Any, dtype: Any, **kwargs: Any) -> Any:
     if not isinstance(dtype, torch.dtype):  # a device: there is no data here
         return x
-    wanted = DTYPE_NAMES[dtype]
+    wanted = dtype_name(dtype)
     return x if x.recipe.type.dtype == wanted else _made(step("cast", x.recipe, to=wanted))
 
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 import torch
 
 from ...errors import MoecError
-from ...ir.dtypes import TORCH_DTYPES
+from ...ir.dtypes import DTYPES
 from ...ir.types import TensorType
 from ..unchanged import Opened, stamp_of
 from .safetensors_header import TensorInfo, parse_json, read_header
@@ -280,7 +280,7 @@ def _read_box(info: TensorInfo, descriptor: int, box: Box) -> torch.Tensor:
     _fill(info.file, descriptor, buffer, info.offset, item, info.type.sizes, box)
     if info.type.dtype == "bool":  # any byte may stand in a file; torch wants 0 and 1
         return buffer.ne(0).view(shape)
-    return buffer.view(TORCH_DTYPES[info.type.dtype]).view(shape)
+    return buffer.view(DTYPES[info.type.dtype].torch).view(shape)
 
 
 def _fill(

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 
 from ...errors import MoecError
 from ...ir.code_steps import BLOCKS
-from ...ir.types import DTYPE_BITS, TensorType
+from ...ir.dtypes import DTYPES
+from ...ir.types import TensorType
 from ..unchanged import Opened, stamp_of
 from .checkpoint import Checkpoint, open_regular
 from .safetensors_header import TensorInfo
@@ -161,7 +162,7 @@ class _Header:
         found: dict[str, tuple[TensorInfo, str]] = {}
         for name, type_, kind, offset in entries:
             self.check(name not in found, f"the header names {name!r} twice")
-            length = int(type_.elements) * DTYPE_BITS[type_.dtype] // 8
+            length = int(type_.elements) * DTYPES[type_.dtype].bits // 8
             self.check(
                 offset % alignment == 0 and start + offset + length <= self.size,
                 f"tensor {name!r} should start at {offset} and be {length} bytes long; the file has {self.size}",

@@ -20,12 +20,13 @@ from typing import Any
 from ...errors import MoecError
 from ...errors.json_files import no_constant
 from ...errors.json_files import parse_json as parse_any
-from ...ir.types import DTYPE_BITS, TensorType
+from ...ir.dtypes import DTYPES
+from ...ir.types import TensorType
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 
 # dtype strings of the format -> ours
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": "bool", "U8": "u8", "I8": "i8", "I16": "i16", "I32": "i32", "I64": "i64",
     "F8_E4M3": "f8e4m3", "F8_E5M2": "f8e5m2", "F8_E8M0": "f8e8m0",
     "F16": "f16", "BF16": "bf16", "F32": "f32", "F64": "f64",
@@ -92,7 +93,7 @@ def read_header(file: Path, descriptor: int) -> Header:
         if isinstance(type_, TensorType)
     }
     unreadable = {
-        name: f"has the dtype {kind} in {file.name}, which is not understood; known: {', '.join(DTYPES)}"
+        name: f"has the dtype {kind} in {file.name}, which is not understood; known: {', '.join(SAFETENSORS_DTYPES)}"
         for name, (kind, _, _) in spans.items()
         if isinstance(kind, str)
     }
@@ -132,13 +133,13 @@ def _entry(name: str, entry: Any, file: Path) -> tuple[TensorType | str, int, in
     if not _counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         what = f"tensor {name!r} has no valid data_offsets: {offsets!r:.80}"
         raise MoecError(what, str(file), todo=_DAMAGED)
-    if dtype not in DTYPES:
+    if dtype not in SAFETENSORS_DTYPES:
         return dtype[:40], offsets[0], offsets[1]
-    wanted = math.prod(shape) * DTYPE_BITS[DTYPES[dtype]] // 8
+    wanted = math.prod(shape) * DTYPES[SAFETENSORS_DTYPES[dtype]].bits // 8
     if offsets[1] - offsets[0] != wanted:
         what = f"the header lies about sizes: tensor {name!r} {dtype}{shape} takes {wanted} bytes, not"
         raise MoecError(f"{what} {offsets[1] - offsets[0]}", str(file), todo=_DAMAGED)
-    return _type(DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
+    return _type(SAFETENSORS_DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from ...errors import MoecError
-from ...ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from ...ir.dtypes import DTYPES, dtype_name, find_dtype
 from ...ir.recipes import FITTED
 from ...ir.types import TensorType
 from .safetensors_header import TensorInfo
@@ -42,12 +42,12 @@ class ModuleSource:
         """Take a state dict or a module; MoecError for a dtype that a program cannot hold."""
         self._state = dict(state.state_dict() if isinstance(state, torch.nn.Module) else state)
         for name, tensor in self._state.items():
-            if tensor.dtype not in DTYPE_NAMES:
-                todo = f"known dtypes: {', '.join(TORCH_DTYPES)}"
+            if find_dtype(tensor.dtype) is None:
+                todo = f"known dtypes: {', '.join(DTYPES)}"
                 raise MoecError(f"tensor {name!r} has the unknown dtype {tensor.dtype}", model=name, todo=todo)
             if tensor.is_meta:
                 raise MoecError(f"tensor {name!r} has no data (device meta)", model=name, todo="load the weights first")
-        types = {name: TensorType.of(DTYPE_NAMES[t.dtype], *t.shape) for name, t in self._state.items()}
+        types = {name: TensorType.of(dtype_name(t.dtype), *t.shape) for name, t in self._state.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({n: TensorInfo(t) for n, t in types.items()})
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
@@ -90,7 +90,7 @@ class RandomSource:
     def _make(self, name: str, dtype: str, sizes: tuple[int, ...]) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        target = TORCH_DTYPES[dtype]
+        target = DTYPES[dtype].torch
         if not target.is_floating_point:
             low, high = (
                 (0, self._below[name]) if name in self._below else {"bool": (0, 2), "i8": (-8, 8)}.get(dtype, (0, 4))

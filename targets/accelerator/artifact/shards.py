@@ -19,23 +19,22 @@ import torch
 
 from ....compiler.errors import MoecError, write_error
 from ....compiler.formats.encode import Parts, unpack
+from ....compiler.ir.dtypes import DTYPES, dtype_name
 from ....compiler.ir.module import Function, Module, bindings
 from ....compiler.ir.recipes import Recipe, Step, bind
 from ....compiler.ir.storage import Format, find_format
-from ....compiler.ir.types import DTYPE_BITS
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.pull import pull, row_major
 from ....compiler.weights.quantized import block_tiles
 from ....compiler.weights.rows import encode_rows, tensor_scales
 from ....compiler.weights.sink import TiledFile
-from ....compiler.weights.sources.safetensors_header import DTYPES
+from ....compiler.weights.sources.safetensors_header import SAFETENSORS_DTYPES
 from ....compiler.weights.sources.source import Box, WeightSource
 from ....compiler.weights.tiles import tiles
-from ..tile.expr import NUMPY
 from ..tile.packing import FRACTAL_ROWS, Packing
 
 FOLDER, MAIN = "weights", "main"
-_NAMES = {ours: name for name, ours in DTYPES.items()}
+_NAMES = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}
 _START = 64  # data begins at a multiple of it
 Packings = Mapping[tuple[str, str], Packing]  # (function, weight) -> how it is stored
 
@@ -67,7 +66,7 @@ class Shard:
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The tensors in the order of the file: wide elements first, so that each lies at a multiple of its size."""
         found = {name: of for w in self.weights for name, of in w.parts.items()}
-        return dict(sorted(found.items(), key=lambda item: (-DTYPE_BITS[item[1][0]], item[0])))
+        return dict(sorted(found.items(), key=lambda item: (-DTYPES[item[1][0]].bits, item[0])))
 
     @property
     def bytes(self) -> int:
@@ -201,7 +200,7 @@ def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * DTYPE_BITS[dtype] // 8
+    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].bits // 8
 
 
 Job = Callable[[], None]
@@ -312,10 +311,9 @@ def _given(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
     """Return a tensor's numbers in numpy, also those of dtypes that numpy has not by itself."""
-    names: Mapping[torch.dtype, Any] = {torch.bfloat16: NUMPY["bf16"], torch.float8_e4m3fn: NUMPY["f8e4m3"]}
-    if tensor.dtype not in names:
+    if tensor.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return tensor.numpy()
-    kind = np.dtype(names[tensor.dtype])
+    kind = DTYPES[dtype_name(tensor.dtype)].numpy
     return row_major(tensor).view(torch.uint8).numpy().view(kind).reshape(tuple(tensor.shape))
 
 

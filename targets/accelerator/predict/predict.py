@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
+from ....compiler.ir.dtypes import DTYPES
 from ..chip.chip import Profile
 from ..tile.count import Counts
 from ..tile.expr import evaluate
 from ..tile.machine import core_count
-from ..tile.tiles import BITS, Program
+from ..tile.tiles import Program
 from .assumed import ASSUMED, cache_bandwidth, launch_time, matrix_rate, memory_rate, vector_rate
 
 
@@ -88,7 +89,7 @@ def _needed(program: Program, counts: Counts, scalars: Mapping[str, int], touche
     """Return the bytes that have to pass device memory: each number that is used once."""
     total = 0.0
     for argument in program.arguments:
-        size = prod(int(evaluate(n, scalars)) for n in argument.shape) * BITS[argument.dtype] / 8
+        size = prod(int(evaluate(n, scalars)) for n in argument.shape) * DTYPES[argument.dtype].bits / 8
         for moved in (counts.loaded.get(argument.name), counts.stored.get(argument.name)):
             if moved is not None:
                 total += min(moved, size * touched.get(argument.name, 1.0))

@@ -16,9 +16,10 @@ import sympy
 
 from ....compiler.cost.count import leaves, op_flops
 from ....compiler.ir.dims import Size, evaluate, size
+from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Const, Function, Module, Op, Value
 from ....compiler.ir.storage import find_format
-from ....compiler.ir.types import DTYPE_BITS, TensorType, expand_range
+from ....compiler.ir.types import TensorType, expand_range
 from ....compiler.ops import OPS, OpDef
 from .experts_touched import distinct_experts
 
@@ -220,7 +221,7 @@ class _Reader:
 
 
 def _bytes(type: TensorType, elements: Size) -> Size:
-    bits = BETWEEN.get(type.dtype) or DTYPE_BITS[type.dtype]
+    bits = BETWEEN.get(type.dtype) or DTYPES[type.dtype].bits
     return elements * sympy.Rational(bits, 8)
 
 

@@ -15,6 +15,7 @@ import torch
 from ....compiler.check.interpret import run_op
 from ....compiler.errors import MoecError
 from ....compiler.ir.dims import evaluate as evaluate_size
+from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
@@ -22,7 +23,6 @@ from ..artifact.bindings import DIMS, Bound
 from ..tile.expr import evaluate
 from ..tile.tiles import Argument
 from .artifact import Kernels, Launch, Weights
-from .launch import TORCH
 from .launchers import Launcher
 from .slots import Held, Slots, tensor_of, with_room
 
@@ -76,8 +76,8 @@ class Executor:
             if value.name not in values:
                 raise MoecError(f"{op.name} reads {value}, which lies packed for kernels", exit_code=1)
             tensor = tensor_of(values[value.name])
-            wanted = TORCH.get(value.type.dtype, tensor.dtype)
-            operands.append(tensor.to(wanted))
+            wanted = DTYPES.get(value.type.dtype)
+            operands.append(tensor.to(wanted.torch) if wanted else tensor)
         found = run_op(op, operands, dims)
         return {v.name: tensor for v, tensor in zip(op.results, found, strict=True)}
 
@@ -116,8 +116,8 @@ class _Call:
             shape = [int(evaluate(n, scalars)) for n in a.shape]
             tensor = given[a.name]
             if tensor is None:
-                tensor = torch.empty(shape, dtype=TORCH[a.dtype], device=self._device)
-            tensors[a.name] = tensor.to(TORCH[a.dtype]).contiguous().reshape(shape)
+                tensor = torch.empty(shape, dtype=DTYPES[a.dtype].torch, device=self._device)
+            tensors[a.name] = tensor.to(DTYPES[a.dtype].torch).contiguous().reshape(shape)
         launcher(launch, tensors, scalars)
         for a in arguments:
             self._keep(bound[a.name], tensors[a.name], a)
@@ -143,7 +143,7 @@ class _Call:
         past, result = self._operands[bound.past], self._results[bound.result]
         axis = next(i for i, (n, m) in enumerate(zip(past.type.shape, result.type.shape, strict=True)) if n != m)
         length = _sizes(result.type, tuple(sorted(self._dims.items())))[axis]
-        slots = with_room(self._values[past.name], axis, length, TORCH[a.dtype])
+        slots = with_room(self._values[past.name], axis, length, DTYPES[a.dtype].torch)
         self.made[result.name] = slots
         return slots
 

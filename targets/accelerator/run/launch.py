@@ -15,16 +15,12 @@ from typing import Any
 import torch
 
 from ....compiler.errors import MoecError
+from ....compiler.ir.dtypes import DTYPES
 from ..tile.expr import evaluate
 from ..tile.tiles import Program
 from ..triton.compile import ALIGN, load_kernel, triton_module
 from ..triton.source import triton_source
 
-TORCH: Mapping[str, torch.dtype] = {
-    "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f8e4m3": torch.float8_e4m3fn,
-    "f8e5m2": torch.float8_e5m2, "i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8,
-    "bool": torch.bool,
-}  # fmt: skip
 FLUSH = 1 << 28  # bytes written between two timed runs: more than any L2 holds
 
 
@@ -46,7 +42,7 @@ class Kernel:
         given = []
         for a in self.program.arguments:
             tensor, shape = tensors.get(a.name), tuple(int(evaluate(n, scalars)) for n in a.shape)
-            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != TORCH[a.dtype]:
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != DTYPES[a.dtype].torch:
                 found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise MoecError(f"{self.program.name}: {a.name} is {a.dtype}{list(shape)}, {found} was given")
             if not tensor.is_contiguous() or tensor.data_ptr() % ALIGN:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ....compiler.errors import MoecError
+from ....compiler.ir.dtypes import DTYPES
 from ..chip.families import find_family
-from ..tile.expr import NUMPY, evaluate
+from ..tile.expr import evaluate
 from ..tile.simulate import simulate
 from ..tile.tiles import Argument
 from ..triton.compile import ALIGN
@@ -61,7 +62,7 @@ class Simulated:
 
 def _array(tensor: torch.Tensor, a: Argument) -> np.ndarray:
     """Return the same memory as an array; bytes are viewed, since numpy has not all dtypes by itself."""
-    kind = np.dtype(NUMPY[a.dtype])
+    kind = DTYPES[a.dtype].numpy
     if not tensor.numel():
         return np.zeros(tuple(tensor.shape), kind)
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().view(kind).reshape(tuple(tensor.shape))

@@ -11,11 +11,11 @@ import torch
 from ....compiler.artifact.manifest import State, check_files, read_manifest
 from ....compiler.check.interpret import bind_dims
 from ....compiler.errors import MoecError
+from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Value
 from ...session import INPUTS, check_step
 from .artifact import read_kernels, read_program, read_weights
 from .executor import Executor
-from .launch import TORCH
 from .launchers import open_launcher
 from .slots import Held, Slots, tensor_of
 
@@ -67,7 +67,7 @@ class Session:
         device = self.executor.launcher.device
         held = []
         for state in self.states:
-            dtype = torch.bfloat16 if state.axis is not None and state.dtype == "f32" else TORCH[state.dtype]
+            dtype = torch.bfloat16 if state.axis is not None and state.dtype == "f32" else DTYPES[state.dtype].torch
             held.append(torch.zeros(state.sizes(B=batch, P=0), dtype=dtype, device=device))
         return States(batch, 0, tuple(held))
 
@@ -105,7 +105,7 @@ class Session:
         if parameter.name not in arrays:
             raise MoecError(f"the program has an unknown input {parameter.name}", where=str(self.folder))
         array = np.ascontiguousarray(arrays[parameter.name])
-        return torch.from_numpy(array).to(TORCH[parameter.type.dtype]).to(self.executor.launcher.device)
+        return torch.from_numpy(array).to(DTYPES[parameter.type.dtype].torch).to(self.executor.launcher.device)
 
     def _check(self, arrays: dict[str, np.ndarray], states: States) -> None:
         """MoecError if the inputs do not belong together."""

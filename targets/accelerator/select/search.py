@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from ....compiler.errors import MoecError
+from ....compiler.ir.dtypes import DTYPES
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
 from ..predict.assumed import multiplies
@@ -20,7 +21,7 @@ from ..tile.builder import Layout
 from ..tile.count import Counts, count
 from ..tile.machine import chip_of, layout_of
 from ..tile.simulate import Chip
-from ..tile.tiles import BITS, Dot, Program, footprint, walk
+from ..tile.tiles import Dot, Program, footprint, walk
 from ..triton.predict import spills
 
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
@@ -188,7 +189,7 @@ def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
     if a.shape[1] % (min(unit.k, LEAST_DEPTH) if profile.toolchain == "triton" else unit.k):
         return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
     if rows := profile.rule("fractal_rows"):
-        width = (profile.rule("fractal_bytes") or 32) * 8 // BITS[a.dtype]
+        width = (profile.rule("fractal_bytes") or 32) * 8 // DTYPES[a.dtype].bits
         if m % rows or n % rows or a.shape[1] % width:
             return f"a product of {m} x {n} x {a.shape[1]} is not made of fractals of {rows} x {width}"
     return None
@@ -200,7 +201,7 @@ def _narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
     unit, span = profile.unit(a.dtype), profile.rule("tile_k_bytes") or 0
     if unit is None:
         return None
-    if a.shape[1] * BITS[a.dtype] // 8 < span:
+    if a.shape[1] * DTYPES[a.dtype].bits // 8 < span:
         return f"{a.shape[1]} columns are less than one span of {span} bytes in shared memory"
     if a.shape[1] % unit.k:
         return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .expr import NUMPY, evaluate, names, parse
-from .tiles import BITS, Dot, For, If, Let, Load, Move, Program, Statement, Store
+from ....compiler.ir.dtypes import DTYPES
+from .expr import evaluate, names, parse
+from .tiles import Dot, For, If, Let, Load, Move, Program, Statement, Store
 
 
 @dataclass
@@ -68,11 +69,11 @@ class _Counter:
                     self.let(name, value, times)
                 case Load(name, tensor, at):
                     if name not in self.program.buffers:
-                        self.values[name] = np.zeros(self.shape(at), NUMPY[self.program.argument(tensor).dtype])
-                    size = self.elements(name) * BITS[self.program.argument(tensor).dtype] / 8
+                        self.values[name] = np.zeros(self.shape(at), DTYPES[self.program.argument(tensor).dtype].numpy)
+                    size = self.elements(name) * DTYPES[self.program.argument(tensor).dtype].bits / 8
                     self.counts.loaded[tensor] = self.counts.loaded.get(tensor, 0) + times * size
                 case Store(tensor, at):
-                    size = prod(self.shape(at)) * BITS[self.program.argument(tensor).dtype] / 8
+                    size = prod(self.shape(at)) * DTYPES[self.program.argument(tensor).dtype].bits / 8
                     self.counts.stored[tensor] = self.counts.stored.get(tensor, 0) + times * size
                 case Dot(acc, a, _):
                     m, n = self.program.buffers[acc].shape
@@ -101,7 +102,7 @@ class _Counter:
 
     def zero(self, name: str) -> Any:
         buffer = self.program.buffers.get(name)
-        return np.broadcast_to(np.zeros((), NUMPY[buffer.dtype]), buffer.shape) if buffer else 0
+        return np.broadcast_to(np.zeros((), DTYPES[buffer.dtype].numpy), buffer.shape) if buffer else 0
 
     def let(self, name: str, value: str, times: float) -> None:
         if name in self.program.buffers:

@@ -11,29 +11,19 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ....compiler.errors import MoecError
-
-NUMPY: Mapping[str, Any] = {
-    "f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16, "f8e4m3": ml_dtypes.float8_e4m3fn,
-    "f8e5m2": ml_dtypes.float8_e5m2, "i64": np.int64, "i32": np.int32, "i8": np.int8, "u8": np.uint8, "bool": np.bool_,
-}  # fmt: skip
-
-
-def dtype_name(array: np.ndarray) -> str:
-    """Return the name of an array's dtype in the tile language."""
-    return next(name for name, dtype in NUMPY.items() if np.dtype(dtype) == array.dtype)
+from ....compiler.ir.dtypes import DTYPES
 
 
 def _cast(x: Any, dtype: str) -> Any:
-    return np.asarray(x).astype(NUMPY[dtype])
+    return np.asarray(x).astype(DTYPES[dtype].numpy)
 
 
 def _full(*shape_value_dtype: Any) -> np.ndarray:
     *shape, value, dtype = shape_value_dtype
-    return np.full(shape, value, NUMPY[dtype])
+    return np.full(shape, value, DTYPES[dtype].numpy)
 
 
 def _erf(x: np.ndarray) -> np.ndarray:
@@ -57,7 +47,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "arange": lambda n: np.arange(n, dtype=np.int32),  # 0 .. n - 1
     "full": _full,  # full(M, N, value, "f32")
     "cast": _cast,  # cast(x, "bf16"), rounding to nearest even
-    "bitcast": lambda x, dtype: np.asarray(x).view(NUMPY[dtype]),  # the same bits
+    "bitcast": lambda x, dtype: np.asarray(x).view(DTYPES[dtype].numpy),  # the same bits
     "where": np.where,
     "minimum": np.minimum,
     "maximum": np.maximum,

@@ -15,10 +15,9 @@ from functools import cached_property
 import numpy as np
 
 from ....compiler.errors import MoecError
+from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.storage import Format, find_format
 from .builder import Builder
-from .expr import NUMPY
-from .tiles import BITS
 
 BLOCK = 128  # columns that codes of 4 bits are packed by; K is padded to a multiple of it
 HALF = BLOCK // 2
@@ -89,12 +88,12 @@ class Packing:
     @property
     def bytes(self) -> int:
         """Bytes of all parts."""
-        return sum(int(np.prod(shape)) * BITS[dtype] // 8 for dtype, shape in self.parts.values())
+        return sum(int(np.prod(shape)) * DTYPES[dtype].bits // 8 for dtype, shape in self.parts.values())
 
     def _plain_shape(self) -> tuple[int, ...]:
         if not self.fractal:
             return self.rows, self.columns
-        across = FRACTAL_BYTES * 8 // BITS[self.element]
+        across = FRACTAL_BYTES * 8 // DTYPES[self.element].bits
         return -(-self.columns // across), -(-self.rows // FRACTAL_ROWS), FRACTAL_ROWS, across
 
     # --- packing ---
@@ -107,7 +106,7 @@ class Packing:
         f = self.quantized
         if f is None:
             assert numbers is not None
-            return {"": self._pack_plain(numbers.astype(NUMPY[self.element]))}
+            return {"": self._pack_plain(numbers.astype(DTYPES[self.element].numpy))}
         given = codes["codes"]
         if f.element == "int" and f.bits == 4 and not f.zeros:
             given = (given.astype(np.int16) + 8).astype(np.uint8)  # signed codes are stored with 8 added
@@ -118,11 +117,11 @@ class Packing:
         if f.bits == 4:
             halves = given.astype(np.uint8).reshape(*given.shape[:-1], -1, 2, HALF)
             given = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*given.shape[:-1], -1)
-        found = {"codes": given.view(NUMPY[self.element]) if given.dtype.itemsize == 1 else given}
+        found = {"codes": given.view(DTYPES[self.element].numpy) if given.dtype.itemsize == 1 else given}
         for name in ("scales", "zeros", "tensor_scale"):
             if name in self.parts:
                 dtype, shape = self.parts[name]
-                found[name] = _pad_to(codes[name].astype(NUMPY[dtype], copy=False), shape)
+                found[name] = _pad_to(codes[name].astype(DTYPES[dtype].numpy, copy=False), shape)
         return found
 
     def _pack_plain(self, numbers: np.ndarray) -> np.ndarray:

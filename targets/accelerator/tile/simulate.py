@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ....compiler.errors import MoecError
-from .expr import NUMPY, dtype_name, evaluate
+from ....compiler.ir.dtypes import DTYPES, dtype_name
+from .expr import evaluate
 from .tiles import DEVICE, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, Usage
 
 
@@ -57,7 +58,7 @@ def _check_arguments(program: Program, tensors: Mapping[str, np.ndarray], scalar
     for argument in program.arguments:
         given = tensors.get(argument.name)
         shape = tuple(int(evaluate(n, scalars)) for n in argument.shape)
-        if given is None or given.shape != shape or given.dtype != np.dtype(NUMPY[argument.dtype]):
+        if given is None or given.shape != shape or given.dtype != DTYPES[argument.dtype].numpy:
             found = "nothing" if given is None else f"{given.dtype}{list(given.shape)}"
             raise MoecError(f"{program.name}: {argument.name} is {argument.dtype}{list(shape)}, {found} was given")
 
@@ -127,8 +128,8 @@ class _Run:
         self.values[name] = value
 
     def check(self, name: str, buffer: Buffer, value: np.ndarray) -> None:
-        if value.shape != buffer.shape or dtype_name(value) != buffer.dtype:
-            found = f"{dtype_name(value)}{list(value.shape)}"
+        if value.shape != buffer.shape or dtype_name(value.dtype) != buffer.dtype:
+            found = f"{dtype_name(value.dtype)}{list(value.shape)}"
             raise self.fail(f"{name} is stated as {buffer.dtype}{list(buffer.shape)} and gets {found}")
 
     def take(self, name: str, buffer: Buffer) -> None:
@@ -182,6 +183,6 @@ class _Run:
             raise self.fail(f"the matrix unit works in {self.chip.operands}, the tiles lie in {where}")
         a, b, acc = (np.asarray(self.values[n]) for n in (statement.a, statement.b, statement.acc))
         if a.dtype != b.dtype:
-            raise self.fail(f"{statement.a} is {dtype_name(a)} and {statement.b} {dtype_name(b)}")
+            raise self.fail(f"{statement.a} is {dtype_name(a.dtype)} and {statement.b} {dtype_name(b.dtype)}")
         b = b.T if statement.transpose else b
         self.values[statement.acc] = acc + a.astype(np.float32) @ b.astype(np.float32)

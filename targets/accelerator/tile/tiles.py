@@ -16,10 +16,8 @@ from math import prod
 from typing import Any, TypeAlias
 
 from ....compiler.errors import MoecError
+from ....compiler.ir.dtypes import DTYPES
 
-BITS: Mapping[str, int] = {
-    "f32": 32, "bf16": 16, "f16": 16, "f8e4m3": 8, "f8e5m2": 8, "i64": 64, "i32": 32, "i8": 8, "u8": 8, "bool": 8,
-}  # fmt: skip
 DEVICE = "device"  # what programs call the outermost memory, whatever the chip's own name for it is
 
 
@@ -106,7 +104,7 @@ class Buffer:
     @property
     def bytes(self) -> int:
         """Bytes of all copies."""
-        return self.copies * prod(self.shape) * BITS[self.dtype] // 8
+        return self.copies * prod(self.shape) * DTYPES[self.dtype].bits // 8
 
 
 @dataclass(frozen=True)

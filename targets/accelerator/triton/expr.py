@@ -20,8 +20,8 @@ from typing import TypeAlias
 import numpy as np
 
 from ....compiler.errors import MoecError
-from ..tile.expr import NUMPY, evaluate, parse
-from ..tile.tiles import BITS
+from ....compiler.ir.dtypes import DTYPES
+from ..tile.expr import evaluate, parse
 
 TRITON: Mapping[str, str] = {
     "f32": "float32", "bf16": "bfloat16", "f16": "float16", "f8e4m3": "float8e4nv", "f8e5m2": "float8e5",
@@ -221,7 +221,7 @@ class Expressions:
                 return _cast(self._visit(value), dtype)
             case "bitcast", [value, ast.Constant(str() as dtype)]:
                 node, kind = self._visit(value)
-                if kind.weak or BITS[kind.dtype] != BITS[dtype] or "bool" in (dtype, kind.dtype):
+                if kind.weak or DTYPES[kind.dtype].bits != DTYPES[dtype].bits or "bool" in (dtype, kind.dtype):
                     raise MoecError(f"bitcast of {kind.dtype} to {dtype}: they have not the same bits")
                 named = call("x", dtype_node(dtype), bitcast=ast.Constant(True))
                 assert isinstance(named, ast.Call)
@@ -340,7 +340,7 @@ def _common(a: Kind, b: Kind) -> str:
         weak, strong = (a, b) if a.weak else (b, a)
         fits = strong.dtype in FLOATS or (weak.dtype == "int" and strong.dtype in (*SIGNED, *NARROW))
         if weak.constant is not None and strong.dtype in (*SIGNED, *NARROW):
-            range_ = np.iinfo(NUMPY[strong.dtype])
+            range_ = np.iinfo(DTYPES[strong.dtype].numpy)
             fits = fits and range_.min <= weak.constant <= range_.max
         if fits and (weak.constant is not None or strong.dtype not in (*NARROW, *HALF)):
             return strong.dtype

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from ....compiler.ir.dtypes import DTYPES
 from ..tile.expr import names
 from ..tile.machine import TALL_ROWS
-from ..tile.tiles import BITS, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from ..tile.tiles import Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
 from .architectures import nearest
 from .layouts import COLUMNS, conversion_bytes, warps_along
 
@@ -65,7 +66,7 @@ def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
             shape = program.buffers[store.value].shape
             if shape in results:
                 m, n = shape
-                bits = BITS[program.argument(store.tensor).dtype]
+                bits = DTYPES[program.argument(store.tensor).dtype].bits
                 yield conversion_bytes(m, n, bits, matrix_unit(arch, m, n, results[shape], warps), arch, warps)
 
 
@@ -81,7 +82,7 @@ def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, war
     first = program.buffers[dot.a]
     if matrix_unit(arch, m, n, first.dtype, warps) in ASYNC:
         return a + b
-    return a + min(b, warps * PIECE * first.shape[1] * BITS[first.dtype] // 8)
+    return a + min(b, warps * PIECE * first.shape[1] * DTYPES[first.dtype].bits // 8)
 
 
 def spills(program: Program, arch: str, warps: int) -> bool:
@@ -309,10 +310,10 @@ def _flat(body: Sequence[Statement]) -> Iterator[Statement]:
 
 
 def _size(buffer: Buffer) -> int:
-    return prod(buffer.shape) * BITS[buffer.dtype] // 8
+    return prod(buffer.shape) * DTYPES[buffer.dtype].bits // 8
 
 
 def _ahead(buffer: Buffer) -> bool:
     """Return whether a tile can be copied past the registers: rows of enough bytes in a place that is known to be aligned."""
-    row = buffer.shape[-1] * BITS[buffer.dtype] // 8
-    return row >= (BEHIND if BITS[buffer.dtype] >= 32 else ROW)
+    row = buffer.shape[-1] * DTYPES[buffer.dtype].bits // 8
+    return row >= (BEHIND if DTYPES[buffer.dtype].bits >= 32 else ROW)

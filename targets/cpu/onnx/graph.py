@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from ....compiler.errors import MoecError
 from ....compiler.ir.dims import Size, evaluate, size_text
+from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Dim, Op, Value
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
@@ -25,11 +26,6 @@ ONNX_TYPES = {
     "i64": TensorProto.INT64, "bool": TensorProto.BOOL, "f8e4m3": TensorProto.FLOAT8E4M3FN,
     "f8e5m2": TensorProto.FLOAT8E5M2, "f8e8m0": TensorProto.FLOAT8E8M0,
 }  # fmt: skip
-NUMPY_TYPES = {
-    "f32": np.float32, "f64": np.float64, "f16": np.float16, "u8": np.uint8, "i8": np.int8, "i16": np.int16,
-    "i32": np.int32, "i64": np.int64, "bool": np.bool_,
-}  # fmt: skip
-
 CONTRIB = "com.microsoft"
 END = np.iinfo(np.int64).max  # as the stop of a Slice: up to the end of the axis
 
@@ -86,7 +82,7 @@ class Graph:
 
     def constant(self, value: Any, dtype: str = "i64") -> str:
         """Return the name of an inline initializer with these numbers; equal ones are shared."""
-        array: np.ndarray = np.asarray(value, dtype=NUMPY_TYPES[dtype])
+        array: np.ndarray = np.asarray(value, dtype=DTYPES[dtype].numpy)
         text = "_".join(str(v) for v in array.ravel()) if array.size <= 8 else "table"
         key = ("constant", dtype, array.shape, array.tobytes())
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ....compiler.artifact.manifest import State
+from ....compiler.ir.dtypes import DTYPES
 
-# how a state's zeros are made: ONNX element type, and a numpy dtype of the same width
+# ONNX's numbers of the dtypes that a state may have
 ELEMENTS = {
-    "f32": (1, np.float32), "u8": (2, np.uint8), "i8": (3, np.int8), "i32": (6, np.int32), "i64": (7, np.int64),
-    "f16": (10, np.uint16), "f64": (11, np.float64), "bf16": (16, np.uint16), "f8e4m3": (17, np.uint8),
+    "f32": 1, "u8": 2, "i8": 3, "i32": 6, "i64": 7, "f16": 10, "f64": 11, "bf16": 16, "f8e4m3": 17,
 }  # fmt: skip
 STEP = 64  # buffers have room for a multiple of this many tokens
 
@@ -76,10 +76,10 @@ def start(states: Sequence[State], batch: int) -> States:
 
     arrays, others = [], []
     for state in states:
-        element, dtype = ELEMENTS[state.dtype]
-        zeros: np.ndarray = np.zeros(state.sizes(B=batch, P=0), dtype)
+        # integers of the same width: ONNX Runtime does not take every float from numpy
+        zeros: np.ndarray = np.zeros(state.sizes(B=batch, P=0), f"u{DTYPES[state.dtype].bits // 8}")
         if state.in_place:
             arrays.append(zeros)
         else:
-            others.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, element))
+            others.append(onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, ELEMENTS[state.dtype]))
     return States(batch, 0, tuple(others), Buffers(tuple(arrays), 0, 0), len(states))

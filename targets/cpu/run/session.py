@@ -92,7 +92,7 @@ class Session:
         if binding is None:
             binding = self.runtime.io_binding()
             for state, array in zip(self._in_place, states.buffers.arrays, strict=True):
-                place = ("cpu", 0, ELEMENTS[state.dtype][0], array.shape, array.ctypes.data)
+                place = ("cpu", 0, ELEMENTS[state.dtype], array.shape, array.ctypes.data)
                 binding.bind_input(state.past, *place)
                 binding.bind_output(state.present, *place)
             states.buffers.binding = binding

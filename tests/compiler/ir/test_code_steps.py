@@ -6,7 +6,7 @@ import torch
 from gguf_files import random_blocks
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.code_steps import BLOCKS
-from moec.compiler.ir.dtypes import DTYPE_NAMES
+from moec.compiler.ir.dtypes import dtype_name
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
@@ -15,7 +15,7 @@ from moec.compiler.weights.sources.source import ModuleSource, cut
 
 
 def leaf(name, tensor):
-    return Tensor(name, TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape))
+    return Tensor(name, TensorType.of(dtype_name(tensor.dtype), *tensor.shape))
 
 
 def evaluate(recipe, tensors, boxes=4):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moec.compiler.ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ir.recipes import SPREADING, STEPS, Literal, Recipe, Tensor, bind, spread, step
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import EVALUATE, pull
@@ -50,7 +50,7 @@ def reference(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         case "reshape":
             return items[0].reshape([int(n) for n in a["shape"]])
         case "cast":
-            return items[0].to(TORCH_DTYPES[a["to"]])
+            return items[0].to(DTYPES[a["to"]].torch)
         case "unpack":
             codes = torch.stack([items[0].int() & 15, items[0].int() >> 4 & 15], a["axis"] + 1)
             return codes.flatten(a["axis"], a["axis"] + 1).to(torch.uint8)
@@ -136,7 +136,7 @@ def test_a_box_is_the_slice_of_the_whole(program: tuple[Recipe, dict[str, torch.
     recipe, tensors = program
     source = ModuleSource(tensors)
     whole = reference(recipe, tensors)
-    assert whole.dtype == TORCH_DTYPES[recipe.type.dtype] and tuple(whole.shape) == recipe.type.sizes
+    assert whole.dtype == DTYPES[recipe.type.dtype].torch and tuple(whole.shape) == recipe.type.sizes
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
     assert same(pull(recipe, source), whole)
     for _ in range(3):
@@ -163,7 +163,7 @@ def test_partial_edge_blocks(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float8_e8m0fnu):
         scales = torch.rand(5, 2).add(0.5).to(dtype)
         save_file({"w": codes, "w_scale_inv": scales}, tmp_path / "model.safetensors")
-        scale = Tensor("w_scale_inv", TensorType.of(DTYPE_NAMES[dtype], 5, 2))
+        scale = Tensor("w_scale_inv", TensorType.of(dtype_name(dtype), 5, 2))
         recipe = step("dequantize", Tensor("w", TensorType.of("f8e4m3", 576, 192)), scale, block=(128, 128))
         whole = codes.float() * scales.float().repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)[:, :192]
         with open_checkpoint(tmp_path) as checkpoint:
@@ -206,7 +206,7 @@ def test_literals() -> None:
     values = (1.0, -0.0, float("inf"), 0.1, 3.0, -2.5)
     for dtype in ("f32", "bf16", "f16", "f64", "f8e4m3"):
         recipe = Literal(TensorType.of(dtype, 2, 3), values if dtype != "f8e4m3" else (1.0, 2.0, 0.5, -1.0, 0.0, 4.0))
-        whole = torch.tensor(recipe.values, dtype=torch.float64).to(TORCH_DTYPES[dtype]).reshape(2, 3)
+        whole = torch.tensor(recipe.values, dtype=torch.float64).to(DTYPES[dtype].torch).reshape(2, 3)
         assert same(pull(recipe, RandomSource(), ((0, 2), (1, 3))), whole[:, 1:])
     big = Literal(TensorType.of("i64", 2), (2**62 + 1, -(2**63)))
     assert pull(big, RandomSource()).tolist() == list(big.values)

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
-from moec.compiler.ir.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import INDEX, open_checkpoint, read_tensors
-from moec.compiler.weights.sources.safetensors_header import DTYPES
+from moec.compiler.weights.sources.safetensors_header import SAFETENSORS_DTYPES
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
 from safetensors.torch import save_file
 
@@ -42,7 +42,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def every_dtype() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    found = {name: (torch.randn(3, 5, 4) * 3).to(dtype) for name, dtype in TORCH_DTYPES.items() if name != "f8e8m0"}
+    found = {name: (torch.randn(3, 5, 4) * 3).to(dtype.torch) for name, dtype in DTYPES.items() if name != "f8e8m0"}
     found["f8e8m0"] = torch.randint(0, 256, (3, 5, 4), dtype=torch.uint8).view(torch.float8_e8m0fnu)
     return {**found, "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4)}
 
@@ -54,13 +54,13 @@ def test_every_dtype_and_box(tmp_path: Path) -> None:
     tensors = every_dtype()
     save_file(tensors, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
-        assert set(checkpoint.tensors) == set(tensors) and set(DTYPES.values()) == set(TORCH_DTYPES)
+        assert set(checkpoint.tensors) == set(tensors) and set(SAFETENSORS_DTYPES.values()) == set(DTYPES)
         for name, tensor in tensors.items():
-            assert checkpoint.tensors[name].type == TensorType.of(DTYPE_NAMES[tensor.dtype], *tensor.shape)
+            assert checkpoint.tensors[name].type == TensorType.of(dtype_name(tensor.dtype), *tensor.shape)
             assert same(checkpoint.read(name), tensor)
         full = (0, 4)
         for box in (((1, 2), (0, 5), full), ((0, 3), (2, 4), full), ((1, 3), (0, 5), (1, 3)), ((1, 1), (0, 5), full)):
-            for name in TORCH_DTYPES:
+            for name in DTYPES:
                 assert same(checkpoint.read(name, box), cut(tensors[name], box))
         with pytest.raises(ValueError, match="does not lie in"):
             checkpoint.read("f32", ((0, 4), (0, 5), (0, 4)))
@@ -345,11 +345,11 @@ def test_module_source() -> None:
 
 
 def test_random_source() -> None:
-    kinds = {name: TensorType.of(name, 40, 64) for name in TORCH_DTYPES}
+    kinds = {name: TensorType.of(name, 40, 64) for name in DTYPES}
     first, second = RandomSource(1), RandomSource(1, kinds)
     for name, kind in kinds.items():
         whole = first.read(name, None, kind)
-        assert whole.dtype == TORCH_DTYPES[name] and same(whole, second.read(name))
+        assert whole.dtype == DTYPES[name].torch and same(whole, second.read(name))
         assert same(first.read(name, ((3, 9), (0, 10)), kind), whole[3:9, :10])
         assert torch.isfinite(whole.float()).all()
     assert not same(first.read("a", None, kinds["f32"]), first.read("b", None, kinds["f32"]))

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from linalg_interpreter import run_linalg
 from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
+from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.artifact.ascend_objects import MISSING, find_environment
 from moec.targets.accelerator.ascend import lower as ascend
 from moec.targets.accelerator.ascend.lower import Environment, Kernel, environment, is_newer, kernel_of, lower
@@ -28,7 +29,7 @@ from moec.targets.accelerator.chip.profile import shipped_profiles
 from moec.targets.accelerator.kernels.choices import RowTile
 from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.builder import Builder
-from moec.targets.accelerator.tile.expr import NUMPY, evaluate
+from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.tiles import Dot, Load, Program, walk
 from places import TINY
 
@@ -300,7 +301,7 @@ def lowered_outputs(case, linalg, arch, triton_ascend):
     for argument in case.program.arguments:
         shape = tuple(int(evaluate(n, case.scalars)) for n in argument.shape)
         value = case.given.get(argument.name)
-        value = np.full(shape, 77, NUMPY[argument.dtype]) if value is None else value.reshape(shape)
+        value = np.full(shape, 77, DTYPES[argument.dtype].numpy) if value is None else value.reshape(shape)
         signless = rewritten.argument(argument.name).dtype in ("u8", "bool")
         tensors[argument.name] = np.array(value.view(np.int8) if signless else value)
     points = np.prod([int(evaluate(extent, case.scalars)) for _, extent in rewritten.grid])

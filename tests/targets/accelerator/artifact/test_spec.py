@@ -7,11 +7,12 @@ import moec
 import numpy as np
 import pytest
 from chips_for_tests import check_fits, profile_of
+from moec.compiler.ir.dtypes import DTYPES
 from moec.compiler.ir.module import Op
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import profile_names
 from moec.targets.accelerator.select.supported import supported
-from moec.targets.accelerator.tile.expr import NUMPY, evaluate
+from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.simulate import simulate
 from moec.targets.accelerator.tile.tiles import Program, footprint
@@ -75,7 +76,7 @@ def test_what_stands_in_the_file_runs(lowered):
     program = Program.from_json(entry["program"])
     rng, scalars = np.random.default_rng(0), {"T": 13}
     tensors = {
-        a.name: rng.standard_normal([int(evaluate(n, scalars)) for n in a.shape]).astype(NUMPY[a.dtype])
+        a.name: rng.standard_normal([int(evaluate(n, scalars)) for n in a.shape]).astype(DTYPES[a.dtype].numpy)
         for a in program.arguments
     }
     chip = chip_of(profile, layout_of(profile, entry["tile"]["m"]))
