@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
-from .artifact.ahead import check_dump, check_folder, check_output, check_room, check_text, least_bytes
+from .artifact.ahead import check_dump, check_folder, check_output, check_room, least_bytes
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
 from .errors import MoecError
 from .errors.paths import check_source
-from .ir.pipelines import parse_pipeline
-from .ir.stages import STAGES
-from .quantize.options import AUTO, CALIBRATED, KEEP, PASS, Spec, with_keep, with_quantize
-from .quantize.plan import PLAN, Budget, read_plan
-from .rewrite.declare import Option, PassDef, PassTable, check_stop, resolve, spell_pass
+from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_options
+from .quantize.plan import PLAN, Budget
+from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
+from .rewrite.declare import Option, PassDef, PassTable, check_stop, resolve
 from .version import __version__
 from .weights.memory import MEMORY_LIMIT, tile_bytes
 
@@ -42,7 +39,6 @@ Progress: TypeAlias = Callable[[int, int], None]  # bytes of weights written, by
 
 IMPORTING = ("torch", "transformers")  # packages that models are read with, whose versions moec.json records
 ACCURACIES = ("fast", "exact")
-LOWER = "lower"  # the pass that every target has: its own lowering
 
 
 def compile(
@@ -72,7 +68,7 @@ def compile(
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one of transformers; by default
-    that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/options.py), or
+    that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
@@ -80,13 +76,17 @@ def compile(
     after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
     bytes written and those in all. Raises MoecError; the folder is then as it was before.
     """
-    chosen = find_target(target, options or {})
-    _judge(source, chosen, out, pipeline, quantize, budget, calibration, accuracy, memory_limit, dump, stop_after)
+    chosen = open_target(target, options or {})
+    table = passes_for(chosen)
+    asked = chosen.pipeline if pipeline is None else parse_pipeline(pipeline)
+    request = read_request(quantize, budget, calibration, UNASKED if pipeline is None else NOTHING)
+    resolve((*asked, *request.calls), table)
+    _judge(source, chosen, out, quantize is not None, accuracy, memory_limit, dump, stop_after)
     from . import frontends
     from .cost.count import module_costs
-    from .quantize.planning import calibrated, find_plan
-    from .quantize.stored import is_from_codes, needs_calibration
-    from .rewrite.pipeline import run_pipeline
+    from .quantize.planning import calibrated, plan_under_budget
+    from .quantize.stored import needs_calibration
+    from .rewrite.pipeline import remaining, run_pipeline
     from .runtime.artifact import record_figures
     from .weights.heap import returning_freed_memory
 
@@ -94,41 +94,35 @@ def compile(
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     loaded = frontends.load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     _say_replaced(loaded, why)
-    text = pipeline if pipeline is not None else chosen.pipeline
-    plan = None
-    keep, _, others = (quantize or "").partition(",")
-    if keep == KEEP or (quantize is None and pipeline is None and is_from_codes(loaded.module)):
-        text = with_keep(text, others)
-    elif quantize is not None:
-        spec = Spec.parse(quantize)
-        _need_weights(loaded, wanted=spec.plan == AUTO)
-        plan = find_plan(
-            spec, budget, loaded, partial(_before_lower, loaded.module, text, chosen), PASSES[PASS], chosen,
-            calibration, limit,
-        )  # fmt: skip
-        planned = {} if plan is None else {"layers": plan.layers(), "method": plan.method}
-        text = with_quantize(text, {**planned, **spec.options})
+
+    def make_plan(budget: Budget, method: str) -> Plan:
+        loaded.need_weights()
+        steps = remaining(loaded.module, asked, table)
+        before, _ = run_pipeline(loaded.module, steps, target=chosen, stop_after="moe", table=table)
+        return plan_under_budget(budget, method, loaded, before, table[PASS], chosen, calibration, limit)
+
+    whole, plan = with_quantization(asked, request, loaded.module, make_plan)
     if accuracy != "fast":
-        text = re.sub(rf"\b{LOWER}$", spell_pass(LOWER, {"accuracy": accuracy}), text)
-    steps = _remaining(loaded.module, text)
+        whole = with_options(whole, LOWER, accuracy=accuracy)
+    steps = remaining(loaded.module, whole, table)
     given: dict[str, Module] = {}
     notes: list[str] = []
     module, taken = run_pipeline(
         loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=_keeping(notes, why),
-        stop_after=stop_after, table=passes_for(chosen), given=given,
+        stop_after=stop_after, table=table, given=given,
     )  # fmt: skip
     if timings is not None:
         timings += taken
     if stop_after:
         return module
     folder = _output(source, loaded, chosen, out)
-    _need_weights(loaded)
+    loaded.need_weights()
     check_room(folder, int(module_costs(module).total.compiled_bytes))
     figures: dict[str, Any] = {}
     with returning_freed_memory(memory_limit is not None or needs_calibration(module)):
         if needs_calibration(module):
             loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder, limit)
-        artifact = _emit(module, loaded, chosen, text, folder, limit, progress, notes, figures, plan)
+        artifact = _emit(module, loaded, chosen, whole, folder, limit, progress, notes, figures, plan)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -147,36 +141,15 @@ def _say_replaced(loaded: Loaded, why: Why) -> None:
 
 
 def _judge(
-    source: Any, target: Target, out: Path | str | None, pipeline: str | None, quantize: str | None, budget: str | None,
-    calibration: Path | str | None, accuracy: str, memory_limit: int | None, dump: Path | str | None,
-    stop_after: str | None,
+    source: Any, target: Target, out: Path | str | None, quantized: bool, accuracy: str, memory_limit: int | None,
+    dump: Path | str | None, stop_after: str | None,
 ) -> None:  # fmt: skip
     """Raise MoecError for what is wrong with a request whatever the source holds: all that the first second shows."""
-    table = passes_for(target)
-    text = pipeline if pipeline is not None else target.pipeline
-    steps = parse_pipeline(text)
-    asked, _, others = (quantize or "").partition(",")
-    spec = Spec.parse(others if asked == KEEP else quantize) if quantize not in (None, KEEP) else Spec({})
-    plan = None if spec.plan in (None, AUTO) else read_plan(Path(str(spec.plan)))
-    resolve([*steps, (PASS, spec.options)], table)
-    if (budget is not None) != (spec.plan == AUTO):
-        if budget is not None:
-            raise MoecError("a budget is for --quantize auto", todo="leave it out, or write --quantize auto")
-        todo = "add --budget 4.5bpw (bits per weight) or --budget 6GB"
-        raise MoecError("--quantize auto needs a budget", todo=todo)
-    if budget is not None:
-        Budget.parse(budget)
-    method = spec.options.get("method", plan.method if plan else "rtn")
-    if calibration is not None:
-        check_text(Path(calibration))
-    elif spec.plan == AUTO or method in CALIBRATED:
-        why = "the method looks at what weights are multiplied with"
-        raise MoecError(f"there is no calibration text: {why}", todo="name a text file: --calibration FILE")
     if accuracy not in ACCURACIES:
         raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
     tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
     if stop_after is not None:
-        check_stop(stop_after, table)
+        check_stop(stop_after, passes_for(target))
     if dump is not None:
         check_dump(Path(dump))
     if not isinstance(source, (str, Path)):
@@ -189,7 +162,7 @@ def _judge(
     )
     if stop_after is None and final is not None:
         check_output(final)
-        check_room(final, least_bytes(folder, quantized=quantize is not None))
+        check_room(final, least_bytes(folder, quantized))
 
 
 def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
@@ -202,11 +175,6 @@ def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
         tell(why, [note])
 
     return take
-
-
-def find_target(name: str, options: Mapping[str, str]) -> Target:
-    """Return a target by name or by a chip's TOML file; MoecError lists what there is."""
-    return open_target(name, options)
 
 
 def passes_for(target: Target) -> PassTable:
@@ -225,37 +193,8 @@ def passes_for(target: Target) -> PassTable:
     return PassTable({**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", False, options, notes=True)})
 
 
-def _remaining(module: Module, pipeline: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the passes still to run; an IR file enters the pipeline at its stage."""
-    steps = parse_pipeline(pipeline)
-    if LOWER not in [name for name, _ in steps]:
-        steps.append((LOWER, {}))
-    leaves = {LOWER: "kernel", **{name: p.leaves for name, p in PASSES.items()}}
-    behind = [i for i, (name, _) in enumerate(steps) if leaves.get(name) == module.stage]
-    enters = STAGES.index(module.stage) > 0
-    return steps[behind[0] + 1 if behind else len(steps) :] if enters else steps
-
-
-def _before_lower(module: Module, pipeline: str, target: Target) -> Module:
-    """Return a module as it is before it is lowered."""
-    from .rewrite.pipeline import run_pipeline
-
-    return run_pipeline(
-        module, _remaining(module, pipeline), target=target, stop_after="moe", table=passes_for(target)
-    )[0]
-
-
-def _need_weights(loaded: Loaded, wanted: bool = True) -> None:
-    if wanted and loaded.weights is None:
-        raise MoecError(
-            "there are no weights to compile",
-            where=str(loaded.folder or loaded.module.source or "the program"),
-            todo="put the safetensors files beside config.json, name them with --weights DIR, or use --stop-after moe",
-        )
-
-
 def _emit(
-    module: Module, loaded: Loaded, target: Target, pipeline: str, out: Path, limit: int,
+    module: Module, loaded: Loaded, target: Target, pipeline: Pipeline, out: Path, limit: int,
     progress: Progress | None, notes: list[str], figures: Mapping[str, Any], plan: Plan | None,
 ) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
@@ -266,9 +205,9 @@ def _emit(
     from .runtime.artifact import Artifact
     from .text.printer import print_module
 
-    assert loaded.weights is not None
+    weights = loaded.need_weights()
     tile = tile_bytes(limit)
-    source: dict[str, Any] = {"name": module.source, "sha256": getattr(loaded.weights, "fingerprint", "")}
+    source: dict[str, Any] = {"name": module.source, "sha256": getattr(weights, "fingerprint", "")}
     if loaded.left_out:
         source["left_out"] = left_out_of(loaded.left_out)
     with atomic_folder(out) as folder:
@@ -279,10 +218,8 @@ def _emit(
             plan.write(folder / PLAN)
         costs = module_costs(module)
         said: list[str] = []
-        files = target.emit(
-            module, loaded.weights, folder, tile, _with_total(progress, costs.total.compiled_bytes), said
-        )
-        if (opened := getattr(loaded.weights, "opened", None)) is not None:
+        files = target.emit(module, weights, folder, tile, _with_total(progress, costs.total.compiled_bytes), said)
+        if (opened := getattr(weights, "opened", None)) is not None:
             opened.check()
         kept = kept_codes(module)
         figures = {
@@ -292,7 +229,7 @@ def _emit(
             **({"notes": said} if said else {}),
         }
         write_manifest(
-            folder, module, source=source, target=target.name, pipeline=pipeline, moec=__version__, files=files,
+            folder, module, source=source, target=target.name, pipeline=print_pipeline(pipeline), moec=__version__, files=files,
             precision=precision(module), lossy=is_lossy(module), figures=figures,
             unfused=unfused(module, notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
             packages={name: metadata.version(name) for name in (*IMPORTING, *target.packages)},
@@ -334,7 +271,7 @@ def opt(
     timings: list[PassTiming] | None = None,
 ) -> Module:
     """Run passes on a module, a `.moir` file or any other source; return the module."""
-    chosen = find_target(target, {})
+    chosen = open_target(target, {})
     table = passes_for(chosen)
     steps = parse_pipeline(passes)
     resolve(steps, table)
@@ -363,9 +300,8 @@ def predict(
     For the step see targets.target.Predict. MoecError for a target that is no accelerator, for a program that was
     compiled for another one, and for a figure of the chip that is unknown.
     """
-    chosen = find_target(target, options or {})
-    from .quantize.stored import is_from_codes
-    from .rewrite.pipeline import run_pipeline
+    chosen = open_target(target, options or {})
+    from .rewrite.pipeline import remaining, run_pipeline
 
     declare_kernel_ops()
     if chosen.predict is None:
@@ -374,8 +310,9 @@ def predict(
         for function in module.functions:
             for reason in filter(None, map(chosen.supported, function.ops)):
                 raise MoecError(reason, f"@{function.name}", todo="inspect the checkpoint that it was compiled from")
-    text = with_keep(chosen.pipeline, "") if is_from_codes(module) else chosen.pipeline
-    lowered, _ = run_pipeline(module, _remaining(module, text), target=chosen, table=passes_for(chosen))
+    table = passes_for(chosen)
+    whole, _ = with_quantization(chosen.pipeline, UNASKED, module)
+    lowered, _ = run_pipeline(module, remaining(module, whole, table), target=chosen, table=table)
     return chosen.predict(lowered, batch=batch, new=new, past=past, devices=devices)
 
 

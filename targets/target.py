@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..compiler.ir.pipelines import PassCall, Pipeline
+
 if TYPE_CHECKING:
     from ..compiler.ir.module import Module, Op
     from ..compiler.ir.storage import Format
@@ -14,10 +16,13 @@ if TYPE_CHECKING:
 
 
 # what every target does before its own lowering: the ops of stage moe, fused
-FUSED = (
-    "cleanup,raise-norm,raise-rope,lift-moe,cleanup,fuse-router,cleanup,fuse-dispatch,fuse-shared-experts,"
-    "absorb-mla,fuse-attention,fuse-norm,cleanup"
-)
+FUSED = tuple(
+    PassCall(name)
+    for name in (
+        "cleanup", "raise-norm", "raise-rope", "lift-moe", "cleanup", "fuse-router", "cleanup", "fuse-dispatch",
+        "fuse-shared-experts", "absorb-mla", "fuse-attention", "fuse-norm", "cleanup",
+    )
+)  # fmt: skip
 
 
 class Lower(Protocol):
@@ -83,7 +88,7 @@ class Target:
 
     name: str
     doc: str
-    pipeline: str
+    pipeline: Pipeline
     supported: Callable[[Op], str | None]
     holds: Callable[[Op, Format], str | None]
     slow: Callable[[Op, Format], str | None]

@@ -38,10 +38,11 @@ def add_for_twice(module, target, why, *, often: int = 1):
 TARGET = '''
 """The cpu target of moec, for programs with ops of this package too."""
 from dataclasses import replace
+from moec.compiler.ir.pipelines import PassCall, put_before
 from moec.targets.cpu import TARGET as CPU
 
 TARGET = replace(CPU, name="outside-cpu", doc="ONNX Runtime, behind a pass of its own.",
-                 pipeline=CPU.pipeline.replace("lower", "add-for-twice,lower"))
+                 pipeline=put_before(CPU.pipeline, ["lower"], PassCall("add-for-twice")))
 '''
 INIT = '"""A package outside of moec."""\nfrom pathlib import Path\n\nCHIP = Path(__file__).with_name("chip.toml")\n'
 ENTRIES = """[moec.ops]

@@ -221,9 +221,9 @@ def inspect(
         raise click.UsageError(f"{next((f'--{name}' for name in given), '-D')} belongs to --target")
     check_source(source)
     if target is not None:
-        from ..driver import find_target
+        from ...targets import open_target
 
-        find_target(target, _key_values(options))
+        open_target(target, _key_values(options))
     from .report import inspect as report
     from .report import open_source
 

@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
+from ..ir.pipelines import print_pipeline
 
 if TYPE_CHECKING:
     from ...targets.target import Probed
@@ -94,7 +95,10 @@ def targets(name: str | None = None) -> Rows:
     if name is not None and name not in TARGETS:
         raise unknown_target(name)
     chosen = [TARGETS[name]] if name else list(TARGETS.values())
-    rows: Rows = [{"name": t.name, "pipeline": t.pipeline, "doc": t.doc if name else _first(t.doc)} for t in chosen]
+    rows: Rows = [
+        {"name": t.name, "pipeline": print_pipeline(t.pipeline), "doc": t.doc if name else _first(t.doc)}
+        for t in chosen
+    ]
     if name and chosen[0].recorded:
         record = chosen[0].recorded()
         broken = [row for row in record.rows if row["found"] != "right"]

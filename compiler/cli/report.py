@@ -25,7 +25,6 @@ from ..cost.report import (
 from ..errors import MoecError
 from ..errors.json_files import read_json
 from ..ir.module import Module, Value
-from ..ir.pipelines import parse_pipeline
 from ..ir.types import TensorType
 from ..ops.define import free
 from ..rewrite.pipeline import run_pipeline
@@ -55,7 +54,7 @@ class Opened:
         from ...passes import PASSES
         from ...targets.target import FUSED
 
-        return run_pipeline(self.module, parse_pipeline(FUSED), table=PASSES)[0]
+        return run_pipeline(self.module, FUSED, table=PASSES)[0]
 
     def context(self, wanted: int | None) -> int:
         """Return the past tokens to cost a token at; MoecError for more than the program takes."""

@@ -39,6 +39,16 @@ class Loaded:
     replaced: tuple[StandIn, ...] = ()
     brought: Mapping[str, bytes] = field(default_factory=dict)
 
+    def need_weights(self) -> WeightSource:
+        """Return where the weights are read; MoecError if there are none."""
+        if self.weights is None:
+            raise MoecError(
+                "there are no weights to compile",
+                where=str(self.folder or self.module.source or "the program"),
+                todo="put the safetensors files beside config.json, name them with --weights DIR, or use --stop-after moe",
+            )
+        return self.weights
+
     def companions(self) -> dict[str, bytes]:
         """Return the files that travel with the weights, by name: those of the folder, or what a live model brings."""
         return {**(read_companions(self.folder) if self.folder else {}), **self.brought}

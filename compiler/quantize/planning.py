@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,8 @@ from ..errors import MoecError
 from ..frontends import Loaded
 from ..ir.module import Module
 from ..weights.heap import returning_freed_memory
-from .options import AUTO, ROLES, Spec
-from .plan import KEEP, Budget, Plan, read_plan
+from .options import ROLES
+from .plan import KEEP, Budget, Plan
 
 if TYPE_CHECKING:
     from ...targets import Target
@@ -24,39 +23,29 @@ if TYPE_CHECKING:
 _LOWERED = "the program is already lowered"
 
 
-def find_plan(
-    spec: Spec, budget: str | None, loaded: Loaded, before: Callable[[], Module], quantize: PassDef, target: Target,
+def plan_under_budget(
+    budget: Budget, method: str, loaded: Loaded, module: Module, quantize: PassDef, target: Target,
     file: Path | str | None, limit: int,
-) -> Plan | None:  # fmt: skip
-    """Return the plan that `--quantize` asks for: read from its file, or made under a budget; None if it asks for none.
+) -> Plan:  # fmt: skip
+    """Return the plan of `--quantize auto`: formats under a budget, by what they cost on the calibration text `file`.
 
-    `before` gives the module that is to be quantized, `quantize` is the pass that does it, `file` is the calibration text,
-    and `limit` are the bytes to work in.
+    `module` is what is to be quantized, `quantize` the pass that does it, and `limit` are the bytes to work in.
     """
-    if spec.plan is None:
-        return None
-    if spec.plan != AUTO:
-        return read_plan(Path(spec.plan))
-    assert budget is not None  # judged before the import
-    wanted = Budget.parse(budget)
     text = _text(loaded, file, "--quantize auto measures what formats cost on a text")
-    module = before()
     if module.stage != "moe":
         raise MoecError(f"{_LOWERED}: its formats are fixed", todo="enter at stage moe or earlier")
-    assert loaded.weights is not None
     from .calibrate import windows_of
     from .sensitivity import make_plan
 
     def store(module: Module, layers: str) -> Module:
         return quantize(module, target, None, **dict.fromkeys(ROLES, KEEP), layers=layers)
 
-    method = spec.options.get("method", "rtn")
-
     def obstacle(op: Op, format: Format) -> str | None:
         return target.holds(op, format) or target.slow(op, format)
 
     with returning_freed_memory():
-        return make_plan(module, loaded.weights, windows_of(text, module), wanted, method, store, obstacle, limit)
+        windows = windows_of(text, module)
+        return make_plan(module, loaded.need_weights(), windows, budget, method, store, obstacle, limit)
 
 
 def calibrated(
@@ -73,11 +62,11 @@ def calibrated(
     if module is None:
         raise MoecError(f"{_LOWERED}, and its weights want a calibration", todo="enter at stage moe or earlier")
     text = _text(loaded, file, "the method looks at what weights are multiplied with")
-    assert loaded.weights is not None
+    weights = loaded.need_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
-    found = calibrate(module, loaded.weights, windows_of(text, module), out.parent, limit)
-    fitted = fit(module, loaded.weights, found.inputs)
-    source = Calibrated(loaded.weights, found.inputs, fitted, limit // 4)
+    found = calibrate(module, weights, windows_of(text, module), out.parent, limit)
+    fitted = fit(module, weights, found.inputs)
+    source = Calibrated(weights, found.inputs, fitted, limit // 4)
     return replace(loaded, weights=source), {"text": text.sha256, **found.to_dict()}
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
-import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MoecError
 from ..errors.plugins import PASSES as BROUGHT
 from ..errors.plugins import broken, brought, load_brought, refuse_names
+from ..ir.pipelines import Pipeline, spell
 from ..ir.stages import STAGES
 
 if TYPE_CHECKING:
@@ -142,30 +141,9 @@ def _option(owner: str, parameter: inspect.Parameter) -> Option:
     return Option(parameter.name, kind, optional, parameter.default)
 
 
-def spell(value: Any) -> str:
-    """Return an option's value as it is written on the command line."""
-    match value:
-        case None:
-            return "none"
-        case bool():
-            return str(value).lower()
-        case str():
-            bare = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value not in ("true", "false", "inf", "nan")
-            return value if bare else json.dumps(value)
-    return repr(value)
-
-
-def spell_pass(name: str, options: Mapping[str, Any]) -> str:
-    """Return a pass as it is written on the command line: `quantize{group=32, scheme=int4}`."""
-    inside = ", ".join(f"{key}={spell(value)}" for key, value in sorted(options.items()))
-    return f"{name}{{{inside}}}" if inside else name
-
-
-def resolve(
-    passes: Sequence[tuple[str, Mapping[str, Any]]], table: Mapping[str, PassDef]
-) -> list[tuple[PassDef, dict[str, Any]]]:
+def resolve(pipeline: Pipeline, table: Mapping[str, PassDef]) -> list[tuple[PassDef, dict[str, Any]]]:
     """Return passes with their options as they take them; MoecError for what is wrong with either."""
-    definitions = [(_look_up(name, table), options) for name, options in passes]
+    definitions = [(_look_up(call.name, table), call.options) for call in pipeline]
     return [(definition, definition.convert(options)) for definition, options in definitions]
 
 

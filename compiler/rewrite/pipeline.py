@@ -15,11 +15,12 @@ from typing import Any
 
 from ..errors import MoecError
 from ..ir.module import Module
+from ..ir.pipelines import LOWER, PassCall, Pipeline
 from ..ir.stages import STAGES
 from ..ops.verify import verify
 from ..text.parser import parse_module
 from ..text.printer import print_module
-from .declare import PassDef, resolve, spell_pass, stop_hint
+from .declare import PassDef, resolve, stop_hint
 from .rules import Why
 
 TOLERANCE = 1e-4  # largest difference relative to the largest number before, apart from rounded weights
@@ -47,7 +48,7 @@ class Settings:
 
 def run_pipeline(
     module: Module,
-    passes: Sequence[tuple[str, Mapping[str, Any]]],
+    pipeline: Pipeline,
     *,
     target: Any = None,
     check: bool = False,
@@ -64,7 +65,7 @@ def run_pipeline(
     module that each pass was given (the last time that it ran).
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
-    steps = _until(resolve(passes, table), stop_after)
+    steps = _until(resolve(pipeline, table), stop_after)
     settings = Settings(target, check, dump, why)
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,16 @@ def run_pipeline(
         module, timing = _run_pass(module, number, definition, options, settings)
         timings.append(timing)
     return module, timings
+
+
+def remaining(module: Module, pipeline: Pipeline, table: Mapping[str, PassDef]) -> Pipeline:
+    """Return the passes still to run, the lowering among them; an IR file enters the pipeline at its stage."""
+    if LOWER not in [call.name for call in pipeline]:
+        pipeline = (*pipeline, PassCall(LOWER))
+    if module.stage == STAGES[0]:
+        return pipeline
+    done = next((i for i, call in enumerate(pipeline, 1) if table[call.name].leaves == module.stage), len(pipeline))
+    return pipeline[done:]
 
 
 def _until(steps: list[tuple[PassDef, dict]], stop_after: str | None) -> list[tuple[PassDef, dict]]:
@@ -208,6 +219,6 @@ def _failure(
     path.write_text(print_module(module), "utf-8")
     name = getattr(settings.target, "name", "")
     target = f" --target {name}" if name else ""
-    rerun = f"rerun: moec opt {path} -p '{spell_pass(definition.name, options)}'{target} --check"
+    rerun = f"rerun: moec opt {path} -p '{PassCall(definition.name, options)}'{target} --check"
     todo = f"{error.todo}\n  {rerun}" if error.todo else rerun
     return replace(error, what=what, todo=todo, exit_code=exit_code)

@@ -1,4 +1,4 @@
-"""Texts to modules; the smaller texts (rules, op signatures, pipelines, sizes) are read in `fragments.py`.
+"""Texts to modules; the smaller texts (rules, op signatures, sizes) are read in `fragments.py`.
 
 A written type is never trusted: ops' inference, callees' signatures and weight recipes recompute it, and a difference
 is an error at the written type. `parse_module(print_module(m)) == m` for every well-formed module, and
@@ -27,7 +27,6 @@ from ..ir.fragments import (
     parse_statements,
 )
 from ..ir.module import Const, Dim, Function, Module, Op, Value
-from ..ir.pipelines import parse_pipeline
 from ..ir.recipes import STEPS, Literal, Recipe, Tensor, step
 from ..ir.stages import STAGES
 from ..ir.syntax import (
@@ -58,7 +57,6 @@ __all__ = [
     "Signature",
     "Var",
     "parse_module",
-    "parse_pipeline",
     "parse_signature",
     "parse_size",
     "parse_statements",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import MoecError
+from ...compiler.ir.pipelines import LOWER, PassCall
 from ..target import FUSED, Target
 from .chip.chip import Profile
 from .chip.describe import line
@@ -39,7 +40,7 @@ def accelerator_target(
     return Target(
         name=profile.name,
         doc=line(profile),
-        pipeline=f"{FUSED},round-weights,lower",
+        pipeline=(*FUSED, PassCall("round-weights"), PassCall(LOWER)),
         supported=_supported,
         holds=_holds,
         slow=_slow,

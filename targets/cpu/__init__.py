@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import MoecError
+from ...compiler.ir.pipelines import LOWER, PassCall
 from ..target import FUSED, Probed, Target
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _configure(options: Mapping[str, str]) -> Target:
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
-    pipeline=f"{FUSED},lower",
+    pipeline=(*FUSED, PassCall(LOWER)),
     supported=_supported,
     holds=_holds,
     slow=_slow,

@@ -11,10 +11,10 @@ from moec.compiler.cost.count import op_flops
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.dims import evaluate
+from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
 from moec.compiler.ir.quantize_step import method_of
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.rewrite.roles import weight_roles
-from moec.compiler.text.parser import parse_pipeline
 from moec.passes import PASSES
 from moec.targets import TARGETS
 from places import CONFIGS
@@ -25,7 +25,7 @@ LATENT = [name for name, family in FAMILIES.items() if family.state.startswith("
 ALWAYS = ("deepseek_v3", "kimi_linear")
 # groups of 32 divide the rows of every weight
 WIDE = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
-INTO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
+INTO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
 
 
 def of_stage_moe(source, pipeline=INTO_MOE):

@@ -18,14 +18,15 @@ from pathlib import Path
 import pytest
 from moec.compiler.check.compare import compare_function
 from moec.compiler.check.rounding import compare_rounded
-from moec.compiler.driver import find_target, passes_for
+from moec.compiler.driver import passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Const, Function, Module, Op, Value
+from moec.compiler.ir.pipelines import Pipeline, parse_pipeline
 from moec.compiler.rewrite.pipeline import TOLERANCE, run_pipeline
-from moec.compiler.text.parser import parse_module, parse_pipeline
+from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.passes import PASSES
-from moec.targets import Target
+from moec.targets import Target, open_target
 from places import FILES
 
 FILES = sorted(FILES.glob("*.moir"))
@@ -53,19 +54,19 @@ def test_file(path: Path, request: pytest.FixtureRequest):
     for _, _, wanted in comments:
         assert f"note: {wanted}" in notes, "\n".join(notes)
     if separator:
-        compare = compare_rounded if any(table[name].rounds for name, _ in passes) else compare_programs
+        compare = compare_rounded if any(table[call.name].rounds for call in passes) else compare_programs
         compare(module, result, TOLERANCE)
         check_expected(path, before, expected, module, result, compare, request.config.getoption("--update"))
 
 
-def command(text: str) -> tuple[list, Target | None]:
+def command(text: str) -> tuple[Pipeline, Target | None]:
     """Return the passes of the first line, `# moec opt -p 'a,b{x=1}'`, and the target that `--target NAME` says."""
     words = shlex.split(text.splitlines()[0].removeprefix("#"))
     assert words[:3] == ["moec", "opt", "-p"] and len(words) in (4, 6), "the first line is `# moec opt -p PIPELINE`"
     if len(words) == 4:
         return parse_pipeline(words[3]), None
     assert words[4] == "--target"
-    return parse_pipeline(words[3]), find_target(words[5], {})
+    return parse_pipeline(words[3]), open_target(words[5], {})
 
 
 def compare_programs(before: Module, after: Module, tolerance: float) -> None:

@@ -9,6 +9,7 @@ from moec.compiler import frontends
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.module import Const
+from moec.compiler.ir.pipelines import PassCall
 from moec.compiler.ir.recipes import Literal, Step, step
 from moec.compiler.ir.storage import FORMAT_NAMES, GROUPS, find_format
 from moec.compiler.ir.types import TensorType
@@ -51,7 +52,7 @@ def program():
 
 def checked(module, name, table=PASSES, **options):
     """Run a pass on a module and check what it did; return the module."""
-    return run_pipeline(module, [(name, options)], table=table, check=True)[0]
+    return run_pipeline(module, (PassCall(name, options),), table=table, check=True)[0]
 
 
 def everything(name, method="rtn"):
@@ -79,7 +80,7 @@ def models():
     pipeline = ["cleanup", "lift-moe", "cleanup", "fuse-router", "cleanup"]
     return {
         family: run_pipeline(
-            frontends.load(random_model(FAMILIES[family])).module, [(name, {}) for name in pipeline], table=PASSES
+            frontends.load(random_model(FAMILIES[family])).module, tuple(map(PassCall, pipeline)), table=PASSES
         )[0]
         for family in ("qwen2_moe", "gpt_oss")
     }  # fmt: skip
@@ -118,7 +119,7 @@ def test_codes_that_no_format_holds_are_near(tmp_path):
 
 
 def moe(module):
-    steps = [(name, {}) for name in ("cleanup", "lift-moe", "cleanup", "fuse-router", "cleanup")]
+    steps = tuple(map(PassCall, ("cleanup", "lift-moe", "cleanup", "fuse-router", "cleanup")))
     return run_pipeline(module, steps, table=PASSES)[0]
 
 

@@ -13,6 +13,7 @@ from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.ir.module import Module, Op
+from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module
 from moec.targets import TARGETS
@@ -221,7 +222,7 @@ def test_layers_with_a_window_need_no_more_than_it(tmp_path):
     assert (whole["bytes_per_token"], whole["fixed_bytes"]) == (12 * token * 4, 0)
     short = inspect(tmp_path, context=100)["state"]  # inside of the window every layer grows
     assert (short["bytes"], short["held_bytes"]) == (24 * 100 * token * 4,) * 2
-    artifact = opt(load(tmp_path).module, TARGETS["cpu"].pipeline)
+    artifact = opt(load(tmp_path).module, print_pipeline(TARGETS["cpu"].pipeline))
     costs = module_costs(artifact)  # lowered for ONNX Runtime
     assert costs.at(costs.total.state_bytes_kept, 4096) == 12 * (4096 + 127) * token * 4
 

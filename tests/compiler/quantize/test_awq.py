@@ -7,6 +7,7 @@ from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
 from moec.compiler.formats.encode import decode, encode
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ir.recipes import FITTED, Tensor, step, tensors
 from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.awq_scales import fold
@@ -18,7 +19,7 @@ from moec.compiler.weights.sources.source import ModuleSource
 from moec.targets import TARGETS
 from tiny_models import random_model, save
 
-TO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
+TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
 IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
 POLICY = "method=awq, experts=uint4_g16, attention=uint4_g16, embedding=f32, head=uint4_g16, shared=f32, dense=f32"
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from moec.compiler import frontends
 from moec.compiler.check.tiled import TiledInterpreter
-from moec.compiler.driver import find_target, opt
+from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.module import walk_calls
+from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ir.quantize_step import weight_of
 from moec.compiler.ir.recipes import bind
 from moec.compiler.quantize.calibrate import CalibrationText, _Recorder, calibrate, main_inputs, windows_of
@@ -16,10 +17,10 @@ from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.calibrated import Calibrated
 from moec.compiler.weights.sources.source import ModuleSource
 from moec.passes import PASSES
-from moec.targets import TARGETS
+from moec.targets import TARGETS, open_target
 from tiny_models import random_model, save
 
-TO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
+TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
 IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
 
 
@@ -134,7 +135,7 @@ def test_a_weight_keeps_its_name_through_the_lowering(qwen, target):
     """Whatever a target makes of a weight, in the order of its rows and in its parts."""
     _, loaded, module = qwen
     calibration = calibrate(module, loaded.weights, IDS)
-    lowered = find_target(target, {}).lower(module)
+    lowered = open_target(target, {}).lower(module)
     names = {
         weight_of(bind(c.recipe, f.weights, bound)) for f, bound in walk_calls(lowered) for c in f.consts
     } - {""}  # fmt: skip

@@ -14,6 +14,7 @@ from moec.compiler import frontends
 from moec.compiler.check.live import live_bytes
 from moec.compiler.driver import opt
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.quantize.calibrate import calibrate, fitting
 from moec.compiler.quantize.sensitivity import find_units, measure
 from moec.compiler.weights.calibrated import PIECE, Inputs
@@ -23,7 +24,7 @@ from moec.targets import TARGETS
 from places import BENCH
 from tiny_models import random_model
 
-TO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
+TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
 IDS = torch.randint(3, 128, (6, 40), generator=torch.Generator().manual_seed(5))
 LIMIT = 100  # MB
 MAIN = "from moec.compiler.cli.commands import main; main()"

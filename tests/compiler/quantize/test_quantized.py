@@ -11,7 +11,8 @@ from moec.compiler import driver
 from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.quantize.options import Spec, with_quantize
+from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
+from moec.compiler.quantize.request import read_request, with_quantization
 from moec.compiler.runtime.compare import score_text
 from moec.compiler.runtime.reference import Reference
 from moec.compiler.weights.memory import tile_bytes
@@ -156,11 +157,11 @@ def test_wrong_wishes(options, message, tmp_path, request):
 
 def test_spelling():
     def spelled(pipeline, text):
-        return with_quantize(pipeline, Spec.parse(text).options)
+        return print_pipeline(with_quantization(parse_pipeline(pipeline), read_request(text), None)[0])
 
     assert spelled("a,lower", "int4") == "a,quantize,lower"
     assert spelled("a{x=1,y=2},lower{accuracy=exact}", "experts=int4,group=64") == (
-        'a{x=1,y=2},quantize{experts=int4, group="64"},lower{accuracy=exact}'
+        'a{x=1, y=2},quantize{experts=int4, group="64"},lower{accuracy=exact}'
     )
     assert "router" not in spelled("lower", "int8") and "head=int8" in spelled("lower", "int8")
 

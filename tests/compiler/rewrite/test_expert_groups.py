@@ -11,6 +11,7 @@ from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.module import Module
+from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ops.verify import verify
 from moec.compiler.quantize.calibrate import calibrate, main_inputs
 from moec.compiler.rewrite.expert_groups import split_experts
@@ -18,7 +19,7 @@ from moec.compiler.text.parser import parse_module
 from moec.targets import TARGETS
 from tiny_models import random_model, save
 
-TO_MOE = TARGETS["cpu"].pipeline.removesuffix(",lower")
+TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
 GROUPS = [((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 2, 5, 6, 7), (1,), (3, 4))]
 IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
 NEGATIVE = """moec 1 stage moe

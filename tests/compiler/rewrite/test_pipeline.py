@@ -12,10 +12,11 @@ import pytest
 from moec.compiler.check.compare import difference, small_dims
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Module, Value
+from moec.compiler.ir.pipelines import PassCall, parse_pipeline
 from moec.compiler.ir.types import TensorType, make_attrs
-from moec.compiler.rewrite.declare import pass_, spell_pass
+from moec.compiler.rewrite.declare import pass_
 from moec.compiler.rewrite.pipeline import run_pipeline
-from moec.compiler.text.parser import parse_module, parse_pipeline
+from moec.compiler.text.parser import parse_module
 from moec.passes import PASSES
 from moec.targets import TARGETS
 from places import FILES
@@ -195,8 +196,9 @@ def test_options_are_converted_to_their_types():
 
 def test_spelling_parses_back():
     options = {"eps": 0.5, "note": "two words", "fast": True, "size": 3}
-    assert spell_pass("a-b", options) == 'a-b{eps=0.5, fast=true, note="two words", size=3}'
-    assert parse_pipeline(spell_pass("a-b", options)) == [("a-b", options)]
+    call = PassCall("a-b", options)
+    assert str(call) == 'a-b{eps=0.5, fast=true, note="two words", size=3}'
+    assert parse_pipeline(str(call)) == (call,)
 
 
 def test_dumps_are_numbered_and_only_of_passes_that_changed_something(module, tmp_path):
@@ -228,7 +230,7 @@ def test_kernel_stage_asks_the_target(module):
 
     without = replace(TARGETS["cpu"], supported=lambda op: f"no {op.name} here" if op.name == "nn.rms_norm" else None)
     with pytest.raises(MoecError, match=r"no nn\.rms_norm here, found after pass lower"):
-        run_pipeline(module, [("lower", {})], table={"lower": lower}, target=without)
+        run_pipeline(module, (PassCall("lower"),), table={"lower": lower}, target=without)
 
 
 def test_notes_reach_the_caller():

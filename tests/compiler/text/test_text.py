@@ -11,6 +11,7 @@ import sympy
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dims import dim
 from moec.compiler.ir.module import Op, Value
+from moec.compiler.ir.pipelines import PassCall, parse_pipeline
 from moec.compiler.ir.recipes import Literal, Tensor, step
 from moec.compiler.ir.types import TensorType
 from moec.compiler.text.parser import (
@@ -18,7 +19,6 @@ from moec.compiler.text.parser import (
     PatternOp,
     Var,
     parse_module,
-    parse_pipeline,
     parse_signature,
     parse_size,
     parse_statements,
@@ -275,8 +275,8 @@ def test_signatures():
 def test_pipelines():
     text = 'fuse-dispatch, quantize{experts=int4,group=32, keep=[router, "lm head"],scale=-1.5,fast=true},b'
     options = {"experts": "int4", "group": 32, "keep": ("router", "lm head"), "scale": -1.5, "fast": True}
-    assert parse_pipeline(text) == [("fuse-dispatch", {}), ("quantize", options), ("b", {})]
-    assert parse_pipeline("") == []
+    assert parse_pipeline(text) == (PassCall("fuse-dispatch"), PassCall("quantize", options), PassCall("b"))
+    assert parse_pipeline("") == ()
     with pytest.raises(MoecError, match="syntax error"):
         parse_pipeline("a,,b")
 

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dims import ceildiv, dim, floordiv, size, size_text
 from moec.compiler.ir.module import Const, Dim, Function, Module, Op, Value
+from moec.compiler.ir.pipelines import parse_pipeline
 from moec.compiler.ir.recipes import Literal, Tensor, step
 from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.ops import OPS
-from moec.compiler.text.parser import parse_module, parse_pipeline, parse_signature, parse_size, parse_statements
+from moec.compiler.text.parser import parse_module, parse_signature, parse_size, parse_statements
 from moec.compiler.text.printer import print_module
 
 RELAXED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -8,16 +8,16 @@ import moec
 import pytest
 import torch
 from moec.compiler.check.compare import compare_function
-from moec.compiler.driver import find_target, passes_for
+from moec.compiler.driver import passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.narrow import is_narrowing, narrowed
-from moec.compiler.ir.pipelines import parse_pipeline
+from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.storage import format_of
 from moec.compiler.ir.types import TensorType
 from moec.compiler.ops import OPS
-from moec.compiler.quantize.options import before_lowering
+from moec.compiler.quantize.request import read_request, with_quantization
 from moec.compiler.quantize.stored import is_lossy
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module
@@ -28,7 +28,7 @@ from moec.targets.accelerator.lower import lower
 from moec.targets.accelerator.select.supported import supported
 from tiny_models import random_model, save
 
-TARGET = find_target("nvidia-h200", {})
+TARGET = open_target("nvidia-h200", {})
 
 
 def reference(name, *operands, **attributes):
@@ -184,8 +184,13 @@ def test_a_matrix_that_bf16_does_not_hold_stays_and_says_so():
 
 
 def test_quantize_comes_before_rounding():
-    assert before_lowering("a,round-weights,lower", "q{x=1}") == "a,q{x=1},round-weights,lower"
-    assert before_lowering("a,lower", "q") == "a,q,lower"
+    request = read_request("experts=int4")
+    pipelines = {
+        "cleanup,round-weights,lower": "cleanup,quantize{experts=int4},round-weights,lower",
+        "cleanup,lower": "cleanup,quantize{experts=int4},lower",
+    }
+    for before, after in pipelines.items():
+        assert print_pipeline(with_quantization(parse_pipeline(before), request, None)[0]) == after
 
 
 BLOCKS = """moec 1 stage moe

@@ -8,11 +8,11 @@ import moec
 import numpy as np
 import pytest
 import torch
-from moec.compiler.driver import find_target
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.generate import left_pad
 from moec.compiler.runtime.reference import Reference
+from moec.targets import open_target
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import read_kernels
@@ -143,7 +143,7 @@ def test_an_older_artifact_says_what_to_do(session, tmp_path):
 @pytest.mark.parametrize("given", ["", "a", "1,,4", "0,4", "-1"])
 def test_buckets_that_are_no_numbers(given):
     with pytest.raises(MoecError, match="buckets cannot be") as caught:
-        find_target("nvidia-h200", {"buckets": given})
+        open_target("nvidia-h200", {"buckets": given})
     assert caught.value.todo == "give numbers, as in 1,16,256"
 
 

@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner, Result
 from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.cli import commands as cli
-from moec.compiler.driver import find_target
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Module
 from moec.compiler.ir.storage import format_of
@@ -22,6 +21,7 @@ from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.source import RandomSource
 from moec.passes.quantize import quantize
+from moec.targets import open_target
 from moec.targets.cpu import capabilities
 from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, holds, shipped, slow
 from moec.targets.cpu.lower.module import lower
@@ -284,7 +284,7 @@ def test_slow_formats_are_for_those_who_ask_for_them(wish: dict[str, Any], store
     text = text.replace("128, 64", "96, 64").replace("64, 64", "64, 48").replace("ACT", "act=silu")
     text = re.sub("EMBED|EXPERTS|HEAD", "f32", text).replace("SCORE", "softmax(%r) {axis=1}")
     why: list[str] = []
-    module = quantize(parse_module(text), find_target("cpu", {}), why, embedding="f32", head="f32", **wish)
+    module = quantize(parse_module(text), open_target("cpu", {}), why, embedding="f32", head="f32", **wish)
     (use,) = (op for op in module.main.ops if op.name == "moe.experts")
     assert {v.type.dtype for v in use.operands[3:5] if v} == {stored}
     if stored == "f32":
@@ -341,8 +341,8 @@ def test_compiling_by_another_record(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "ort.qmoe" not in result.stdout and "uint4_g32 swiglu weights accuracy_level=4 is wrong" in result.stderr
     (use,) = (o for o in program().main.ops if o.name == "moe.experts")
-    target = find_target("cpu", {"capabilities": str(tmp_path / "record.json")})
+    target = open_target("cpu", {"capabilities": str(tmp_path / "record.json")})
     assert "is wrong" in (target.holds(use, format_of("uint4_g32")) or "")
     assert target.slow(use, format_of("uint4_g64")) is None
     with pytest.raises(MoecError, match="has no option speed"):
-        find_target("cpu", {"speed": "9"})
+        open_target("cpu", {"speed": "9"})

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from moec.compiler.check.interpret import interpret, random_inputs
-from moec.compiler.driver import find_target, opt
+from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dims import dim
 from moec.compiler.ir.module import Dim, Function, Module, Op, Value
@@ -23,6 +23,7 @@ from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.sources.source import RandomSource
+from moec.targets import open_target
 from moec.targets.cpu.lower.ranges import gate_sum, not_negative
 from moec.targets.cpu.onnx.emit import MODEL, emit
 from places import FILES
@@ -85,7 +86,7 @@ def test_scheme_on_the_cpu(name: str) -> None:
     module = parse_module(SCHEMES[name].read_text("utf-8").partition("# ---- expect")[0])
     fused = opt(module, "fuse-router,cleanup")
     assert sum(op.name == "moe.route" for op in fused.main.ops) == 1
-    runner = session(find_target("cpu", {}).lower(fused))
+    runner = session(open_target("cpu", {}).lower(fused))
     for factor, shift in EXTREMES:
         for seed in range(3):
             check(module, runner, inputs_of(module, factor, shift, seed))
