@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..compiler.formats.codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
+from ..compiler.formats.format import Format
+from ..compiler.formats.table import GROUPS, format_of
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import Recipe, step, steps_of
-from ..compiler.ir.storage import GROUPS, Format, format_of
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import weight_roles
 from ..compiler.rewrite.rules import Why, tell
+from ..compiler.weights.kept_codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
 
 Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> its recipe and its format
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..compiler.errors import MoecError
+from ..compiler.formats.format import Format
+from ..compiler.formats.table import GROUPS, find_format
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import WEIGHT, step
-from ..compiler.ir.storage import GROUPS, Format, find_format
 from ..compiler.quantize.awq_scales import fold
 from ..compiler.quantize.choices import KEEP, check_options, storing
 from ..compiler.quantize.plan import Unit, parse_layers

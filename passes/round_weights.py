@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..compiler.errors import MoecError
+from ..compiler.formats.table import find_format
 from ..compiler.ir.module import Const, Function, Module
 from ..compiler.ir.narrow import narrowed
 from ..compiler.ir.recipes import step
-from ..compiler.ir.storage import find_format
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import Uses, weight_roles
 from ..compiler.rewrite.rules import Why, tell

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..compiler.ir.pipelines import PassCall, Pipeline
 
 if TYPE_CHECKING:
+    from ..compiler.formats.format import Format
     from ..compiler.ir.module import Module, Op
-    from ..compiler.ir.storage import Format
     from ..compiler.weights.sources.source import WeightSource
 
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import MoecError
+from ..formats.bounds import rounding_bounds
+from ..formats.table import find_format
 from ..ir.module import Function, Module, Op, walk_calls
 from ..ir.narrow import is_narrowing
 from ..ir.recipes import FITTED, SPREADING, Recipe, Step, bind, step, steps_of
-from ..ir.storage import find_format
 from ..ir.types import TensorType
 from ..weights.calibrated import uncalibrated
 from ..weights.pull import pull
-from ..weights.rounding import rounding_bounds
 from ..weights.sources.safetensors_header import TensorInfo
 from ..weights.sources.source import Box, WeightSource, full_box
 from .compare import compare_modules, random_source

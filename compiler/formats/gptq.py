@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from ..ir.storage import Format
-from .encode import Parts, pack, search
+from .format import Format, Parts
+from .integers import search
+from .packing import pack
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns after which the rest of the row is brought up to date
@@ -44,7 +45,7 @@ def factor_of(h: torch.Tensor) -> torch.Tensor | None:
 
 
 def gptq(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
-    """Return the parts (see encode) of rows f32[N, K] in an integer format; `factor` is that of their inputs.
+    """Return the parts (see format.py) of rows f32[N, K] in an integer format; `factor` is that of their inputs.
 
     A group's scale and zero point come from the usual search, on the numbers as they are when its first column is due.
     """

@@ -11,18 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..formats.table import ELEMENTS, format_of
 from .dtypes import DTYPES
-from .storage import format_of
 from .types import Attr, TensorType
 
 Types = list[TensorType]
 Attributes = Mapping[str, Attr]
-
-# numbers that codes of four bits stand for: E2M1 (OCP Microscaling Formats 1.0); the table of IQ4_NL (ggml-common.h)
-ELEMENTS: Mapping[str, tuple[float, ...]] = {
-    "e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
-    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-}
 
 
 @dataclass(frozen=True)

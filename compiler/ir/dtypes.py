@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .storage import find_format
+from ..formats.table import find_format
 
 if TYPE_CHECKING:
     import numpy as np

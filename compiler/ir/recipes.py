@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from ..formats.format import PART_NAMES
+from ..formats.table import find_format, format_of
 from .code_steps import CODE_STEPS
 from .dtypes import DTYPES
-from .storage import Format, find_format, format_of
 from .types import Attr, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
 
 
@@ -252,27 +253,14 @@ def _part_of(name: str) -> StepRule:
     def rule(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
         item = _one(types)
         format = find_format(item.dtype)
-        if format is None or (name == "zeros" and not format.zeros):
+        if format is None or name not in format.part_names:
             raise ValueError(f"{item} has no {name}")
-        return part_type(name, item, format)
+        *outer, rows, width = item.sizes
+        dtype, sizes = format.part(name, rows, width)
+        return TensorType.of(dtype, *outer, *sizes)
 
     return rule
 
-
-def part_type(name: str, type: TensorType, format: Format) -> TensorType:
-    """Return the type of a part of a quantized weight; encode says what the parts hold."""
-    *outer, rows, width = type.sizes
-    groups = -(-width // format.group)
-    match name:
-        case "codes":
-            return TensorType.of("u8", *outer, rows, -(-width * format.bits // 8))
-        case "zeros":
-            return TensorType.of("u8", *outer, rows, -(-groups * format.bits // 8))
-    dtype = "u8" if format.scale == "f8e8m0" else format.scale
-    return TensorType.of(dtype, *outer, -(-rows // format.rows), groups)
-
-
-PARTS = ("codes", "scales", "zeros")
 
 StepRule = Callable[[list[TensorType], Mapping[str, Attr]], TensorType]
 
@@ -286,7 +274,7 @@ STEPS: dict[str, StepRule] = {
     "cast": _cast,  # to
     "scale": _scale,  # by factors that lie along axes, start=0 (on the last of them); inverse=false: divide
     "quantize": _quantize,  # to: a format, method, starved, weight: see quantize_step.py; the numbers are those that the codes stand for
-    **{name: _part_of(name) for name in PARTS},  # of a quantized weight, as a target stores them
+    **{name: _part_of(name) for name in PART_NAMES},  # of a quantized weight, as a target stores them
     **CODE_STEPS,  # what reads quantized checkpoints
 }
 WEIGHT = "weight"  # the option of quantize that names a weight, for methods that look at what it is multiplied with

@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import sympy
 
 from ..errors import MoecError
+from ..formats.table import find_format
 from .dims import Size, size, size_text
 from .dtypes import DTYPES
-from .storage import find_format
 
 Attr: TypeAlias = int | float | bool | str | Size | tuple["Attr", ...]
 

@@ -20,10 +20,10 @@ import sympy
 from ..errors import MoecError
 from ..errors.plugins import OPS as BROUGHT
 from ..errors.plugins import broken, brought, load_brought, refuse_names
+from ..formats.table import find_format
 from ..ir.dims import Size, size, size_text
 from ..ir.dtypes import DTYPES
 from ..ir.fragments import Operand, Signature, parse_signature
-from ..ir.storage import find_format
 from ..ir.types import TensorType, make_attrs
 
 Types: TypeAlias = Sequence[Any]  # TensorType, None for an absent operand

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sympy
 import torch
 
+from ..formats.table import find_format
 from ..ir.dims import Size, size
-from ..ir.storage import find_format
 from ..ir.types import TensorType
 from .core import axis_of, with_axis
 from .define import Attributes, Domain, Types, fail, op

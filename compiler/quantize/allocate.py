@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from ..errors import MoecError
+from ..formats.table import find_format
 from ..ir.recipes import Recipe
-from ..ir.storage import find_format
 from .plan import Unit
 
 

@@ -6,7 +6,7 @@ import re
 from difflib import get_close_matches
 
 from ..errors import MoecError
-from ..ir.storage import FORMAT_NAMES, GROUPS, find_format
+from ..formats.table import FORMAT_NAMES, GROUPS, NAMED, find_format
 from .plan import parse_layers
 
 METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")
@@ -40,6 +40,6 @@ def check_spec(spec: str) -> None:
         todo = (
             f"did you mean {' or '.join(near)}?"
             if near
-            else "there are f32, int8, int4, int2, mxfp4, nvfp4, fp8_b128, uint4_g64 ..."
+            else f"there are f32, int8, int4, int2, {', '.join(f.name for f in NAMED)}, uint4_g64 ..."
         )
         raise MoecError(f"there is no format {spec}", todo=todo)

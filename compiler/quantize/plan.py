@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..errors import MoecError
 from ..errors.json_files import no_constant, read_value
-from ..ir.storage import FORMAT_NAMES, find_format
+from ..formats.table import FORMAT_NAMES, find_format
 from .options import ROLES
 
 PLAN = "quantization.json"

@@ -16,8 +16,8 @@ from .plan import KEEP, Budget, Plan
 
 if TYPE_CHECKING:
     from ...targets import Target
+    from ..formats.format import Format
     from ..ir.module import Op
-    from ..ir.storage import Format
     from ..rewrite.declare import PassDef
 
 _LOWERED = "the program is already lowered"

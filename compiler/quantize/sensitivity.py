@@ -24,11 +24,11 @@ from ..check.live import live_bytes
 from ..check.tiled import TiledInterpreter
 from ..cost.count import module_costs
 from ..errors import MoecError
-from ..formats.encode import decode, encode
+from ..formats.format import Format
+from ..formats.table import find_format
 from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op, Value, bindings
 from ..ir.recipes import Recipe, bind
-from ..ir.storage import Format, find_format
 from ..rewrite.roles import weight_roles
 from ..weights.pull import pull
 from ..weights.sources.source import WeightSource
@@ -234,7 +234,7 @@ def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Re
     found = torch.zeros(sizes[0] if len(sizes) == 3 else 1)
     for box in tiles(recipe.type, 4 << 20):
         numbers = pull(recipe, source, box)
-        error = (decode(encode(numbers, format), format, sizes[-1]) - numbers).square_()
+        error = (format.decode(format.encode(numbers), sizes[-1]) - numbers).square_()
         if len(sizes) == 3:
             experts = slice(*box[0])
             found[experts] += (error if weight is None else error * weight[experts, None]).sum(dim=(1, 2))

@@ -4,7 +4,7 @@ safetensors_header  reads and checks the header of one `.safetensors` file (no t
 checkpoint          a folder of shards: `open_checkpoint`, `Checkpoint.read`
 sources             what a recipe reads from: `WeightSource`, `ModuleSource`, `RandomSource`
 pull                evaluates a recipe for a box of its result: `pull`, `tiles`
-encode              numbers to the codes of a format and back
+kept_codes          the codes of a checkpoint that a weight can be stored with
 quantized           quantized weights in recipes, a tile of rows at a time
 sink                the streamed data file: `DataFile`
 """

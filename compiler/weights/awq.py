@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ..formats.encode import decode, encode
+from ..formats.table import format_of
 from ..ir.module import Module, walk_calls
 from ..ir.quantize_step import method_of
 from ..ir.recipes import Recipe, Step, Tensor, bind
-from ..ir.storage import format_of
 from ..ir.types import TensorType
 from .calibrated import Inputs, inputs_of
 from .pull import pull
@@ -80,7 +79,7 @@ def _search(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource
             x = _sample(seen, expert, weight)
             for numbers in _rows(weight, expert, source):
                 for i, s in enumerate(candidates):
-                    rounded = decode(encode(numbers * s, format), format, numbers.shape[1]).div_(s)
+                    rounded = format.decode(format.encode(numbers * s), numbers.shape[1]).div_(s)
                     errors[i] += (x @ rounded.sub_(numbers).T).square().sum()
     return candidates[int(errors.argmin())]
 

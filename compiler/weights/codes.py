@@ -11,7 +11,8 @@ import torch
 
 from ..errors import MoecError
 from ..formats.ggml import PARTS
-from ..ir.code_steps import BLOCKS, ELEMENTS
+from ..formats.table import ELEMENTS
+from ..ir.code_steps import BLOCKS
 from ..ir.dtypes import DTYPES
 from ..ir.recipes import Recipe, Step, tensors
 from .evaluator import Evaluator

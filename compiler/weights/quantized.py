@@ -1,7 +1,7 @@
 """Quantized weights in recipes: `quantize` and its parts, evaluated a tile of rows at a time.
 
 As a value, a quantized weight is the numbers that its codes stand for, in f32. A target stores its parts: the steps
-`codes`, `scales`, `zeros` (see encode). A row is what lies along the last axis; it is always worked on whole.
+`codes`, `scales`, `zeros` (see formats/format.py). A row is what lies along the last axis; it is always worked on whole.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 import torch
 
 from ..errors import MoecError
-from ..formats.encode import Parts, decode, encode, pack
+from ..formats.format import PART_NAMES, Format, Parts
 from ..formats.gptq import gptq
-from ..ir.code_steps import ELEMENTS
-from ..ir.recipes import PARTS, Recipe, Step, tensors
-from ..ir.storage import Format, format_of
+from ..formats.packing import pack
+from ..formats.table import format_of
+from ..ir.recipes import Recipe, Step, tensors
 from ..ir.types import TensorType
 from .calibrated import Calibrated
 from .evaluator import Evaluator
@@ -27,13 +27,7 @@ from .tiles import tiles
 
 def is_part(recipe: Recipe) -> TypeGuard[Step]:
     """Return whether a recipe is a part of a quantized weight whose parts are made row by row."""
-    return isinstance(recipe, Step) and recipe.name in PARTS and _format(recipe.items[0]).rows == 1
-
-
-def part_names(quantized: Step) -> list[str]:
-    """Return the parts that the weight's format has, in the order in which they are stored."""
-    format = _format(quantized)
-    return [name for name in PARTS if name != "zeros" or format.zeros]
+    return isinstance(recipe, Step) and recipe.name in PART_NAMES and _format(recipe.items[0]).rows == 1
 
 
 def row_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
@@ -62,14 +56,14 @@ _SCALED_AT_ONCE = 4 << 20  # bytes of f32 that are looked at for the largest num
 def matrix_scale(
     quantized: Step, index: tuple[int, ...], inner: Evaluator, limit_bytes: int = _SCALED_AT_ONCE
 ) -> float:
-    """Return the scale of one matrix: with it the scale of the largest group is the largest E4M3."""
+    """Return the scale of one matrix in a format that has one: with it the scale of the largest group is the largest."""
     (item,), (rows, width) = quantized.items, quantized.type.sizes[-2:]
     step = max(1, limit_bytes // (4 * width))
     largest = 0.0
     for low in range(0, rows, step):
         box = (*((i, i + 1) for i in index), (low, min(low + step, rows)), (0, width))
         largest = max(largest, float(inner(item, box).float().abs().max()))
-    return largest / (ELEMENTS["e2m1"][7] * torch.finfo(torch.float8_e4m3fn).max) or 1.0
+    return largest / _format(quantized).tensor_scale or 1.0
 
 
 def _encode_scaled(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tensor | None) -> Parts:
@@ -79,7 +73,7 @@ def _encode_scaled(quantized: Step, box: Box, inner: Evaluator, whole: torch.Ten
     for place in itertools.product(*(range(n) for n in numbers.shape[:-2])):
         index = tuple(low + i for i, (low, _) in zip(place, box, strict=False))
         scale = matrix_scale(quantized, index, inner) if whole is None else float(whole[index])
-        found.append(encode(numbers[place], format, scale))
+        found.append(format.encode(numbers[place], scale))
     lead = numbers.shape[:-2]
     return {name: torch.stack([p[name] for p in found]).reshape((*lead, *found[0][name].shape)) for name in found[0]}
 
@@ -95,7 +89,7 @@ def encode_parts(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tenso
         numbers = inner(item, box).float()
         if quantized.attributes.get("method") == "gptq":
             return _with_inputs(quantized, numbers, box, inner.source)
-        return encode(numbers, _format(quantized))
+        return _format(quantized).encode(numbers)
     except ValueError as error:
         names = ", ".join(dict.fromkeys(t.name for t in tensors(quantized)))
         raise MoecError(f"a weight cannot be quantized: {error}", model=names) from None
@@ -127,7 +121,7 @@ def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: Weigh
 
     def parts(rows: torch.Tensor, expert: int | None) -> Parts:
         factor = known.factor(quantized, expert)
-        return encode(rows, format) if factor is None else gptq(rows, factor, format)
+        return format.encode(rows) if factor is None else gptq(rows, factor, format)
 
     if numbers.dim() == 2:
         return parts(numbers, None)
@@ -138,7 +132,7 @@ def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: Weigh
 def _quantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     """Evaluate to the numbers that the codes stand for."""
     format, wide = _format(step), _whole_blocks(step, box)
-    numbers = decode(encode_parts(step, wide, inner), format, step.type.sizes[-1])
+    numbers = format.decode(encode_parts(step, wide, inner), step.type.sizes[-1])
     return numbers[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, wide, strict=True))]
 
 
@@ -168,4 +162,4 @@ def _part(name: str) -> Callable[[Step, Box, Evaluator], torch.Tensor]:
 
 
 # the steps of recipes.STEPS on quantized weights, as in pull.EVALUATE
-QUANTIZED = {"quantize": _quantize, "packed": _quantize, **{name: _part(name) for name in PARTS}}
+QUANTIZED = {"quantize": _quantize, "packed": _quantize, **{name: _part(name) for name in PART_NAMES}}

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from ..formats.encode import Parts
+from ..formats.format import Parts
 from ..ir.recipes import Step
 from .pull import Pull
 from .quantized import encode_parts, matrix_scale

@@ -19,11 +19,12 @@ from typing import Self
 import torch
 
 from ..errors import write_error
+from ..formats.table import format_of
 from ..ir.recipes import Recipe, Step, step
 from .heap import keep_freed_memory
 from .memory import TILE_BYTES, usable_threads
 from .pull import pull, row_major
-from .quantized import is_part, part_names, row_tiles
+from .quantized import is_part, row_tiles
 from .rows import encode_rows
 from .sources.source import Box, WeightSource
 from .tiles import tiles
@@ -172,7 +173,7 @@ class DataFile(TiledFile):
         """Write all parts of a quantized weight, a tile of its rows at a time."""
         quantized = part.items[0]
         assert isinstance(quantized, Step)
-        names = part_names(quantized)
+        names = format_of(quantized.type.dtype).part_names
         offsets = dict(zip(names, self._reserve([step(name, quantized) for name in names], source), strict=True))
         jobs, first = [], 0
         for box in row_tiles(quantized, self._tile_bytes):

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from ...compiler.errors import MoecError
+from ...compiler.formats.table import find_format
 from ...compiler.ir.module import Const, Function, Module, Op, Value
 from ...compiler.ir.narrow import narrowed
-from ...compiler.ir.storage import find_format
 from ...compiler.ir.types import make_attrs
 from ...compiler.ops import OPS
 from ...compiler.rewrite.draft import Draft, Rewrite, rewrite_ops

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
+from ...compiler.formats.table import find_format
 from ...compiler.ir.dims import Size, size
-from ...compiler.ir.storage import find_format
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.attention import turn

@@ -15,8 +15,8 @@ from .chip.describe import line
 from .chip.profile import find_profile
 
 if TYPE_CHECKING:
+    from ...compiler.formats.format import Format
     from ...compiler.ir.module import Module, Op
-    from ...compiler.ir.storage import Format
     from ...compiler.weights.sources.source import WeightSource
 
 

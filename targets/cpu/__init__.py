@@ -12,8 +12,8 @@ from ...compiler.ir.pipelines import LOWER, PassCall
 from ..target import FUSED, Probed, Target
 
 if TYPE_CHECKING:
+    from ...compiler.formats.format import Format
     from ...compiler.ir.module import Module, Op
-    from ...compiler.ir.storage import Format
     from ...compiler.weights.sources.source import WeightSource
 
 # torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions below

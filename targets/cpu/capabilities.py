@@ -16,9 +16,10 @@ from typing import Any
 
 from ...compiler.errors import MoecError
 from ...compiler.errors.json_files import read_json
+from ...compiler.formats.format import Format
+from ...compiler.formats.table import find_format, format_of
 from ...compiler.ir.dims import Size
 from ...compiler.ir.module import Op
-from ...compiler.ir.storage import Format, find_format, format_of
 from ...compiler.ops import OPS
 
 FILE = "capabilities.json"

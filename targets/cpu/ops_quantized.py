@@ -1,4 +1,4 @@
-"""`ort.*` ops on quantized weights. Their weights come in parts: codes, scales, zero points (see formats/encode.py).
+"""`ort.*` ops on quantized weights. Their weights come in parts: codes, scales, zero points (see formats/format.py).
 
 Integers of `bits` bits in groups along the last axis; without zero points half of the range is subtracted. `accuracy` is
 ONNX Runtime's accuracy_level: at 4 activations are rounded to int8 for each group, at 0 they stay f32.
@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from ...compiler.formats.encode import decode
+from ...compiler.formats.table import integers_of
 from ...compiler.ir.dims import Size, size
-from ...compiler.ir.storage import Format
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.compressed import block_linear
@@ -22,9 +21,8 @@ from ...compiler.ops.moe import experts
 
 def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int) -> torch.Tensor:
     """Return the numbers f32[..., K] of parts."""
-    format = Format("", bits, group, zeros=zeros is not None)
     parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
-    return decode(parts, format, codes.shape[-1] * 8 // bits)
+    return integers_of(bits, group, zeros is not None).decode(parts, codes.shape[-1] * 8 // bits)
 
 
 def _width(name: str, codes: TensorType, scales: TensorType, zeros: TensorType | None, attributes: Attributes) -> Size:

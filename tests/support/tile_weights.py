@@ -2,7 +2,7 @@
 
 import ml_dtypes
 import numpy as np
-from moec.compiler.ir.storage import find_format
+from moec.compiler.formats.table import find_format
 from moec.targets.accelerator.tile.packing import Packing
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

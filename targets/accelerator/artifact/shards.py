@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from ....compiler.errors import MoecError, write_error
-from ....compiler.formats.encode import Parts, unpack
+from ....compiler.formats.format import Format, Parts
+from ....compiler.formats.packing import unpack
+from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES, dtype_name
 from ....compiler.ir.module import Function, Module, bindings
 from ....compiler.ir.recipes import Recipe, Step, bind
-from ....compiler.ir.storage import Format, find_format
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.pull import pull, row_major
 from ....compiler.weights.quantized import block_tiles
@@ -296,7 +297,7 @@ def _format(packing: Packing) -> Format:
 
 
 def _given(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.ndarray]:
-    """Return what Packing.pack takes of the parts that formats/encode.py makes: one code in an element."""
+    """Return what Packing.pack takes of the parts that formats/format.py names: one code in an element."""
     codes = unpack(parts["codes"], format.bits, width).reshape(rows, width).numpy()
     if format.element == "int" and not format.zeros:
         codes = (codes.astype(np.int16) - (1 << (format.bits - 1))).astype(np.int8)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 
+from ....compiler.formats.format import Format
+from ....compiler.formats.table import NAMED
 from ....compiler.ir.module import Op
-from ....compiler.ir.storage import Format
+from ..tile.packing import reads
 
 HOLDERS = ("core.linear", "nn.gated_mlp", "moe.experts")  # ops of stage moe whose kernels read quantized weights
-_INTEGERS, _FLOATS = (4, 8), ("mxfp4", "nvfp4", "fp8_b128")
 _DEEPEST = 128  # columns that a kernel takes of a weight in one step
 
 
@@ -19,8 +20,9 @@ def holds(op: Op, format: Format) -> str | None:
     if op.name not in HOLDERS:
         near = difflib.get_close_matches(op.name, HOLDERS, n=1) or HOLDERS
         return f"no kernel of {op.name} reads quantized weights; those of {', '.join(near)} do"
-    if format.name not in _FLOATS and (format.element, format.bits in _INTEGERS) != ("int", True):
-        return f"no kernel reads {format.name}; they read integers of 4 and 8 bits, {', '.join(_FLOATS)}"
+    if not reads(format):
+        known = ", ".join(f.name for f in NAMED if reads(f))
+        return f"no kernel reads {format.name}; they read integers of 4 and 8 bits, {known}"
     return None
 
 

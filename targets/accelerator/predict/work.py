@@ -15,10 +15,10 @@ from functools import lru_cache
 import sympy
 
 from ....compiler.cost.count import leaves, op_flops
+from ....compiler.formats.table import find_format
 from ....compiler.ir.dims import Size, evaluate, size
 from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Const, Function, Module, Op, Value
-from ....compiler.ir.storage import find_format
 from ....compiler.ir.types import TensorType, expand_range
 from ....compiler.ops import OPS, OpDef
 from .experts_touched import distinct_experts

@@ -8,15 +8,16 @@ of 16 rows by 32 bytes (FRACTAL_NZ), which its loads want.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from ....compiler.errors import MoecError
+from ....compiler.formats.format import Format
+from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES
-from ....compiler.ir.storage import Format, find_format
 from .builder import Builder
 
 BLOCK = 128  # columns that codes of 4 bits are packed by; K is padded to a multiple of it
@@ -34,7 +35,7 @@ def pad(n: int, to: int) -> int:
 class Packing:
     """A weight [experts, N, K] (experts 0: there is no such axis) in a format; K and N as they are in device memory.
 
-    `format` is bf16 or another plain dtype, int4_gN, uint4_gN, int8_gN, uint8_gN, mxfp4, nvfp4 or fp8_b128.
+    `format` is bf16 or another plain dtype, or a quantized format that kernels read.
     """
 
     format: str
@@ -75,10 +76,7 @@ class Packing:
         columns = pad(self.columns, self.step)
         groups = -(-columns // f.group)
         found = {"codes": (self.element, (*lead, self.rows, columns // 2 if f.bits == 4 else columns))}
-        if f.rows > 1:
-            found["scales"] = ("f32", (*lead, -(-self.rows // f.rows), groups))
-        else:
-            found["scales"] = ({"f32": "f32", "f8e8m0": "u8", "f8e4m3": "f8e4m3"}[f.scale], (*lead, self.rows, groups))
+        found["scales"] = (_SCALES[f.scale][0], (*lead, -(-self.rows // f.rows), groups))
         if f.zeros:
             found["zeros"] = ("u8", (*lead, self.rows, groups))
         if f.tensor_scale:
@@ -185,13 +183,7 @@ class Packing:
         n = f"{row} // {f.rows}" if f.rows > 1 else row
         at = [*lead, f"({n})[:, None]", f"({k} // {f.group} + arange({groups}))[None, :]"]
         b.load(f"{name}_scale", f"{tensor}_scales", at, f"{live}[:, None]", shape=(rows, groups))
-        match f.scale:
-            case "f8e8m0":  # 2^(byte - 127): the byte is the exponent of an f32
-                text = f'bitcast(cast({name}_scale, "i32") << 23, "f32")'
-            case "f8e4m3":
-                text = f'cast({name}_scale, "f32")'
-            case _:
-                text = f"{name}_scale"
+        text = _SCALES[f.scale][1](f"{name}_scale")
         if f.tensor_scale:
             b.load(f"{name}_whole", f"{tensor}_tensor_scale", lead or ["0"])
             text = f"({text} * {name}_whole)"
@@ -222,7 +214,7 @@ class Packing:
         found = []
         for half, code in enumerate((f"({name}_codes & 15)", f"({name}_codes >> 4)")):
             label, first = f"{name}_{half}", f"({k} + {half * HALF})"
-            value = _e2m1(code) if f.element == "e2m1" else f'cast({code}, "f32")'
+            value = _NUMBERS[f.element, f.bits](code)
             scale = self._scale(b, label, tensor, lead, row, live, first, rows, HALF)
             if f.element == "int":
                 zero = self._zero(b, label, tensor, lead, row, live, first, rows, HALF)
@@ -240,7 +232,7 @@ class Packing:
         rows, width = sizes
         at = [*lead, f"{row}[:, None]", f"({k} + arange({width}))[None, :]"]
         b.load(f"{name}_codes", f"{tensor}_codes", at, f"{live}[:, None]", shape=sizes)
-        value = f'cast({name}_codes, "f32")'
+        value = _NUMBERS[f.element, f.bits](f"{name}_codes")
         if zero := self._zero(b, name, tensor, lead, row, live, k, rows, width):
             value = _grouped(value, rows, width, f.group, "-", f"({zero})")
         value = _grouped(
@@ -254,6 +246,26 @@ def _e2m1(code: str) -> str:
     """Return E2M1 as f32: its three bits of number are the same of an f32 2^126 times smaller, 0.5 among the subnormal."""
     bits = f'cast({code}, "i32")'
     return f'(bitcast(({bits} & 8) << 28 | ({bits} & 7) << 22, "f32") * {2.0**126})'
+
+
+def _f32(text: str) -> str:
+    return f'cast({text}, "f32")'
+
+
+# what kernels read: the element and bits of a code, and the dtype of its scale -> how they become f32
+_NUMBERS: Mapping[tuple[str, int], Callable[[str], str]] = {
+    ("int", 4): _f32, ("int", 8): _f32, ("e2m1", 4): _e2m1, ("e4m3", 8): _f32,
+}  # fmt: skip
+_SCALES: Mapping[str, tuple[str, Callable[[str], str]]] = {  # with the dtype in device memory
+    "f32": ("f32", str),
+    "f8e8m0": ("u8", lambda text: f'bitcast(cast({text}, "i32") << 23, "f32")'),  # 2^(byte - 127): an exponent of f32
+    "f8e4m3": ("f8e4m3", _f32),
+}
+
+
+def reads(format: Format) -> bool:
+    """Return whether kernels read weights in a format."""
+    return (format.element, format.bits) in _NUMBERS and format.scale in _SCALES
 
 
 def _grouped(value: str, rows: int, width: int, group: int, operator: str, other: str) -> str:

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from ....compiler.errors import MoecError, Refuse
+from ....compiler.formats.table import find_format
 from ....compiler.ir.module import Function, Module, Op
-from ....compiler.ir.storage import find_format
 from ....compiler.ir.types import make_attrs
 from ....compiler.ops import OPS
 from ....compiler.rewrite.draft import Draft, Rewrite, rewrite_ops

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from ....compiler.errors import Refuse
+from ....compiler.formats.format import Format
+from ....compiler.formats.table import find_format, format_of
 from ....compiler.ir.module import Op, Value
 from ....compiler.ir.recipes import Recipe, Step, range_length, step
-from ....compiler.ir.storage import Format, find_format, format_of
 from ....compiler.ir.types import make_attrs
 from ....compiler.ops import OPS
 from ....compiler.rewrite.draft import Draft

@@ -15,11 +15,11 @@ import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from ....compiler.formats.encode import Parts, pack
+from ....compiler.formats.format import Format, Parts
+from ....compiler.formats.packing import pack
 from ....compiler.ir.dims import dim
 from ....compiler.ir.module import Const, Dim, Function, Module, Op, Value
 from ....compiler.ir.recipes import Tensor
-from ....compiler.ir.storage import Format
 from ....compiler.ir.types import TensorType, make_attrs
 from ....compiler.ops import OPS
 from ....compiler.weights.sources.source import ModuleSource

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from onnx import TensorProto, helper
 
-from ....compiler.formats.encode import decode, encode
-from ....compiler.ir.storage import Format, format_of
+from ....compiler.formats.format import Format
+from ....compiler.formats.table import format_of, integers_of
 from ....compiler.ir.types import TensorType
 from ..capabilities import Variant
 from ..onnx.graph import CONTRIB
@@ -30,6 +30,7 @@ from .cases import (
     write,
     write_node,
 )
+from .variants import QUANT_TYPES
 
 EXPERTS, CHOSEN = 6, 2
 LARGE_WIDTH, LARGE_INNER, LARGE_CHOSEN = 1024, 512, 8
@@ -56,13 +57,12 @@ BENT: dict[str, list[Edit]] = {
     "swiglu_fusion=2": [attributes(swiglu_fusion=2)],
     "one scale a row without block_size": [attributes(block_size=None), without_last_axis(*SCALES)],
 }
-QUANT_TYPES = {"mxfp4": "fp4", "nvfp4": "nvfp4", "fp8_b128": "fp8"}
 
 
 def write_qmoe(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     """Write a program of one QMoE; with `weight_bytes` of weights, to take its speed."""
     if variant.option == "blocks of 24":
-        format = Format("int4_g24", 4, 24)
+        format = integers_of(4, 24, zeros=False)
     else:
         format = format_of(variant.format)
     if format.element != "int":
@@ -200,8 +200,8 @@ def _floats(variant: Variant, format: Format, folder: Path) -> Case:
     """Write a QMoE on E2M1 or E4M3 weights by hand: moec has no op for it on this target."""
     width = inner = 256
     generator = torch.Generator().manual_seed(1)
-    up = encode(torch.randn(EXPERTS, 2 * inner, width, generator=generator) / width**0.5, format)
-    down = encode(torch.randn(EXPERTS, width, inner, generator=generator) / inner**0.5, format)
+    up = format.encode(torch.randn(EXPERTS, 2 * inner, width, generator=generator) / width**0.5)
+    down = format.encode(torch.randn(EXPERTS, width, inner, generator=generator) / inner**0.5)
     tensors = [*stored("up", up, format), *stored("down", down, format)]
     names = ["x", "choice", "up.codes", "up.scales", "", "down.codes", "down.scales", *[""] * 7, "mixing"]
     if format.rows == 1:
@@ -218,7 +218,7 @@ def _floats(variant: Variant, format: Format, folder: Path) -> Case:
     write_node(node, inputs, ("T", width), tensors, folder)
     x, choice, mixing = _inputs(width, negative=False)
     ids, gates = _routing(variant.routing, choice, mixing)
-    given = {"x": x, "ids": ids, "gates": gates, "up": decode(up, format, width), "down": decode(down, format, inner)}
+    given = {"x": x, "ids": ids, "gates": gates, "up": format.decode(up, width), "down": format.decode(down, inner)}
     return Case(
         {"x": x, "choice": choice, "mixing": mixing}, refer("moe.experts", given, layout="interleaved"), rows=True
     )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from onnx import TensorProto, helper
 
-from ....compiler.formats.encode import decode, encode
-from ....compiler.ir.storage import Format, format_of
+from ....compiler.formats.format import Format
+from ....compiler.formats.table import format_of
 from ....compiler.ir.types import TensorType
 from ..capabilities import ODD_HEADS, ODD_TURNED, Variant
 from ..onnx.graph import CONTRIB
@@ -111,8 +111,8 @@ def _encoded(format: Format, width: int) -> tuple[torch.Tensor, list[TensorProto
     """Return a weight as its codes decode to it, and its parts; rows that share a scale are of several sizes."""
     rows = ROWS if format.rows == 1 else 2 * format.rows
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) / width**0.5
-    parts = encode(weight * torch.linspace(0.5, 2, rows)[:, None], format)
-    return decode(parts, format, width), stored("w", parts, format)
+    parts = format.encode(weight * torch.linspace(0.5, 2, rows)[:, None])
+    return format.decode(parts, width), stored("w", parts, format)
 
 
 # --- attention -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ....compiler.ir.storage import GROUPS
+from ....compiler.formats.table import GROUPS
 from ..capabilities import INT8_ACTIVATIONS, ODD_HEADS, ODD_TURNED, PLAIN, Variant, plain_variant
 
 BITS = (4, 8, 2)
@@ -30,7 +30,7 @@ QMOE_ROUTINGS = ("softmax", "negative weights", "normalized weights", "softmax o
 MOE_ROUTINGS = ("zero weights", "negative weights")
 PREPACKED = ("weights_prepacked=0", "weights_prepacked=1")
 QMOE_OPTIONS = ("swiglu_fusion=2", "one scale a row without block_size", "blocks of 24")
-FLOATS = ("mxfp4", "nvfp4", "fp8_b128")
+QUANT_TYPES = {"mxfp4": "fp4", "nvfp4": "nvfp4", "fp8_b128": "fp8"}  # format -> what QMoE calls it
 ATTENTION = (
     "",
     "bias",
@@ -65,7 +65,7 @@ def _qmoe() -> Iterator[Variant]:
             yield replace(plain, format=name, accuracy=accuracy)
         for name in ONE_GROUP:
             yield replace(plain, format=name, one_group=True, accuracy=accuracy)
-    for name in FLOATS:
+    for name in QUANT_TYPES:
         yield replace(plain, format=name)
     for activation in ACTIVATIONS:
         yield replace(plain, activation=activation)
@@ -91,7 +91,7 @@ def _moe() -> Iterator[Variant]:
 
 
 def _linear() -> Iterator[Variant]:
-    yield from (Variant("MatMulNBits", name) for name in FLOATS)
+    yield from (Variant("MatMulNBits", name) for name in QUANT_TYPES)
     for accuracy in LEVELS:
         for name in INTEGERS:
             yield Variant("MatMulNBits", name, accuracy=accuracy)
@@ -100,7 +100,7 @@ def _linear() -> Iterator[Variant]:
 
 
 def _lookups() -> Iterator[Variant]:
-    yield from (Variant("GatherBlockQuantized", name) for name in FLOATS)
+    yield from (Variant("GatherBlockQuantized", name) for name in QUANT_TYPES)
     for name in INTEGERS:
         yield Variant("GatherBlockQuantized", name)
     for name in ONE_GROUP:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from moec.compiler import frontends
 from moec.compiler.errors import MoecError
+from moec.compiler.formats.format import Format
+from moec.compiler.formats.table import FORMAT_NAMES, GROUPS, find_format
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.module import Const
 from moec.compiler.ir.pipelines import PassCall
 from moec.compiler.ir.recipes import Literal, Step, step
-from moec.compiler.ir.storage import FORMAT_NAMES, GROUPS, find_format
 from moec.compiler.ir.types import TensorType
 from moec.compiler.rewrite.declare import pass_
 from moec.compiler.rewrite.pipeline import run_pipeline
@@ -208,9 +209,9 @@ WRONG_CODES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_that_stand_for_other_numbers_do_not_pass(program, name, monkeypatch):
-    decode = evaluated.decode
+    decode = Format.decode
     for wrong in WRONG_CODES.values():
-        monkeypatch.setattr(evaluated, "decode", lambda *a, change=wrong: change(decode(*a)))
+        monkeypatch.setattr(Format, "decode", lambda *a, change=wrong: change(decode(*a)))
         with pytest.raises(MoecError, match=f"wrong weight: {name} .*is off by"):
             checked(program, "quantize", **everything(name))
 

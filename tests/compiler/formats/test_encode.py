@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -11,13 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
-from moec.compiler.formats.encode import decode, encode, pack, unpack
-from moec.compiler.ir.code_steps import ELEMENTS
-from moec.compiler.ir.recipes import PARTS, Step, Tensor, step
-from moec.compiler.ir.storage import GROUPS, Format, format_of
+from moec.compiler.formats.format import PART_NAMES, Format
+from moec.compiler.formats.packing import pack, unpack
+from moec.compiler.formats.table import ELEMENTS, GROUPS, format_of
+from moec.compiler.ir.recipes import Step, Tensor, step
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.quantized import part_names
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.source import ModuleSource
 from moec.compiler.weights.tiles import tiles
@@ -39,7 +39,7 @@ def normal(*sizes: int, seed: int = 0) -> torch.Tensor:
 
 
 def coded(x: torch.Tensor, format: Format) -> torch.Tensor:
-    return decode(encode(x, format), format, x.shape[-1])
+    return format.decode(format.encode(x), x.shape[-1])
 
 
 # --- packing ---------------------------------------------------------------------------------------------------
@@ -71,13 +71,13 @@ def test_the_first_code_is_in_the_lowest_bits() -> None:
 def test_parts_have_the_types_that_recipes_say(name: str) -> None:
     format = format_of(name)
     x = normal(3, 130, 2 * format.group)
-    parts = encode(x, format)
+    parts = format.encode(x)
     weight = step("quantize", Tensor("w", TensorType.of("f32", *x.shape)), to=name)
-    for part in part_names(weight):
+    for part in format_of(weight.type.dtype).part_names:
         wanted = step(part, weight).type
         stored = parts[part].view(torch.uint8) if wanted.dtype == "u8" else parts[part]
         assert tuple(stored.shape) == wanted.sizes
-    assert set(parts) - {"tensor_scale"} == set(part_names(weight))
+    assert set(parts) - {"tensor_scale"} == set(format_of(weight.type.dtype).part_names)
 
 
 def bound(x: torch.Tensor, format: Format) -> torch.Tensor:
@@ -107,9 +107,9 @@ def test_error_stays_below_a_step(name: str, seed: int, power: float, shift: flo
 def test_fp8_blocks_are_right_to_a_sixteenth(seed: int, rows: int, blocks: int) -> None:
     format = format_of("fp8_b128")
     x = normal(rows, 128 * blocks, seed=seed) * 10 ** normal(rows, 1, seed=seed + 1)
-    parts = encode(x, format)
+    parts = format.encode(x)
     scales = parts["scales"].repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
-    assert ((decode(parts, format, x.shape[1]) - x).abs() <= x.abs() / 16 + scales * 2**-10 + 1e-30).all()
+    assert ((format.decode(parts, x.shape[1]) - x).abs() <= x.abs() / 16 + scales * 2**-10 + 1e-30).all()
 
 
 @pytest.mark.parametrize("name", NORMAL)
@@ -148,7 +148,7 @@ def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
     x = normal(128, 2 * format_of(name).group)
     x[3, 5] = value
     with pytest.raises(ValueError, match="infinite"):
-        encode(x, format_of(name))
+        format_of(name).encode(x)
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "mxfp4"])
@@ -173,7 +173,7 @@ def test_e2m1_rounds_as_ml_dtypes() -> None:
     # a scale of 1 in each group, whatever stands in it
     groups = x.reshape(-1, 16)
     widest = torch.cat((groups, torch.full((len(groups), 16), 6.0)), 1)
-    parts = encode(widest, Format("", 4, 32, "e2m1", scale="f8e4m3", tensor_scale=True), tensor_scale=1.0)
+    parts = replace(format_of("nvfp4"), group=32).encode(widest, tensor_scale=1.0)
     assert (parts["scales"].float() == 1).all()
     codes = unpack(parts["codes"], 4, 32)[:, :16]
     wanted = groups.numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
@@ -182,10 +182,10 @@ def test_e2m1_rounds_as_ml_dtypes() -> None:
 
 def test_scales_of_mxfp4_are_powers_of_two_as_ml_dtypes_has_them() -> None:
     x = normal(64, 32) * torch.arange(-30, 34)[:, None].float().exp2()
-    parts = encode(x, format_of("mxfp4"))
+    parts = format_of("mxfp4").encode(x)
     scales = parts["scales"].numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     numbers = E2M1[unpack(parts["codes"], 4, 32).long()]
-    assert torch.equal(decode(parts, format_of("mxfp4"), 32), numbers * torch.from_numpy(scales))
+    assert torch.equal(format_of("mxfp4").decode(parts, 32), numbers * torch.from_numpy(scales))
     # six times the scale reaches the largest number, or half of it does
     ratio = x.abs().amax(1) / (6 * torch.from_numpy(scales[:, 0]))
     assert (ratio <= 2).all() and (ratio > 0.5).all()
@@ -193,7 +193,7 @@ def test_scales_of_mxfp4_are_powers_of_two_as_ml_dtypes_has_them() -> None:
 
 def test_e4m3_codes_are_those_of_ml_dtypes() -> None:
     x = normal(128, 128)
-    parts = encode(x, format_of("fp8_b128"))
+    parts = format_of("fp8_b128").encode(x)
     wanted = (x / parts["scales"]).numpy().astype(ml_dtypes.float8_e4m3fn)
     assert np.array_equal(parts["codes"].numpy(), wanted.view(np.uint8))
     assert parts["codes"].view(torch.float8_e4m3fn).float().abs().max() == 448
@@ -201,7 +201,7 @@ def test_e4m3_codes_are_those_of_ml_dtypes() -> None:
 
 def test_scales_of_nvfp4_are_e4m3_under_one_for_the_tensor() -> None:
     x = normal(32, 64)
-    parts = encode(x, format_of("nvfp4"))
+    parts = format_of("nvfp4").encode(x)
     whole = float(parts["tensor_scale"])
     assert whole == pytest.approx(float(x.abs().max()) / (6 * 448))
     wanted = (x.unflatten(1, (4, 16)).abs().amax(-1) / (6 * whole)).numpy().astype(ml_dtypes.float8_e4m3fn)
@@ -222,7 +222,7 @@ def parts_of(name: str) -> tuple[Step, ModuleSource]:
 @pytest.mark.parametrize("name", ["int4_g16", "uint4_g32", "uint2_g64", "int8_g128", "uint8_g16", "mxfp4", "fp8_b128"])
 def test_parts_pulled_in_tiles_are_the_whole_ones(name: str) -> None:
     weight, source = parts_of(name)
-    for part in [*(step(n, weight) for n in part_names(weight)), weight]:
+    for part in [*(step(n, weight) for n in format_of(weight.type.dtype).part_names), weight]:
         whole = pull(part, source)
         for limit in (1000, 5000):
             boxes = list(tiles(part.type if part is not weight else TensorType("f32", weight.type.shape), limit))
@@ -236,7 +236,7 @@ def test_parts_pulled_in_tiles_are_the_whole_ones(name: str) -> None:
 @pytest.mark.parametrize("tile_bytes", [3000, 1 << 20])
 def test_the_data_file_holds_what_pull_gives(name: str, tile_bytes: int, tmp_path: Path) -> None:
     weight, source = parts_of(name)
-    wanted = {part: step(part, weight) for part in part_names(weight)}
+    wanted = {part: step(part, weight) for part in format_of(weight.type.dtype).part_names}
     with DataFile(tmp_path / "data", tile_bytes) as data:
         places = {part: data.append(recipe, source) for part, recipe in reversed(wanted.items())}
     raw = (tmp_path / "data").read_bytes()
@@ -248,6 +248,6 @@ def test_the_data_file_holds_what_pull_gives(name: str, tile_bytes: int, tmp_pat
 
 def test_the_parts_are_what_a_weight_is_made_of() -> None:
     weight, source = parts_of("uint4_g32")
-    parts = {part: pull(step(part, weight), source) for part in part_names(weight)}
-    assert list(parts) == list(PARTS)
-    assert torch.equal(decode(parts, format_of("uint4_g32"), 96), pull(weight, source))
+    parts = {part: pull(step(part, weight), source) for part in format_of(weight.type.dtype).part_names}
+    assert list(parts) == list(PART_NAMES)
+    assert torch.equal(format_of("uint4_g32").decode(parts, 96), pull(weight, source))

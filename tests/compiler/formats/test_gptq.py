@@ -3,10 +3,9 @@
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.formats.encode import decode, encode
 from moec.compiler.formats.gptq import gptq, inverse_factor
+from moec.compiler.formats.table import format_of
 from moec.compiler.ir.recipes import Tensor, step
-from moec.compiler.ir.storage import format_of
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.calibrated import Calibrated, Inputs, uncalibrated
 from moec.compiler.weights.pull import pull
@@ -29,13 +28,13 @@ def weights(*shape, seed=1):
 
 
 def output_error(parts, format, w, x):
-    return float((x @ (decode(parts, format, w.shape[1]) - w).T).square().mean())
+    return float((x @ (format.decode(parts, w.shape[1]) - w).T).square().mean())
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_errs_less_than_rounding_to_nearest(name):
     format, x, w = format_of(name), correlated(1000, 256), weights(48, 256)
-    found, plain = gptq(w, inverse_factor(x), format), encode(w, format)
+    found, plain = gptq(w, inverse_factor(x), format), format.encode(w)
     layouts = [{k: (v.shape, v.dtype, v.stride()) for k, v in parts.items()} for parts in (found, plain)]
     assert layouts[0] == layouts[1]
     assert output_error(found, format, w, x) < 0.6 * output_error(plain, format, w, x)
@@ -46,13 +45,13 @@ def test_errs_less_than_rounding_to_nearest(name):
 def test_independent_inputs_of_one_size_mean_rounding_to_nearest():
     format, w = format_of("uint4_g32"), weights(16, 64)
     found = gptq(w, inverse_factor(torch.eye(64) * 3), format)
-    again = decode(found, format, 64)
+    again = format.decode(found, 64)
     scales = found["scales"].repeat_interleave(32, dim=1)
     inside = (again - w).abs() <= scales / 2 + 1e-6  # nearest, unless the search clipped the number
-    ends = (decode(encode(w, format), format, 64) - w).abs() > scales / 2
+    ends = (format.decode(format.encode(w), 64) - w).abs() > scales / 2
     assert (inside | ends).all()
     assert output_error(found, format, w, torch.eye(64)) <= 1.2 * output_error(
-        encode(w, format), format, w, torch.eye(64)
+        format.encode(w), format, w, torch.eye(64)
     )
 
 
@@ -81,12 +80,12 @@ def test_dead_inputs_do_no_harm():
     format, x, w = format_of("uint4_g32"), correlated(500, 64), weights(8, 64)
     x[:, 32:] = 0
     w[:, :16] = 0
-    numbers = decode(gptq(w, inverse_factor(x), format), format, 64)
+    numbers = format.decode(gptq(w, inverse_factor(x), format), 64)
     assert torch.isfinite(numbers).all()
     assert float((numbers[:, 32:] - w[:, 32:]).square().mean()) < 0.05
     assert inverse_factor(torch.zeros(10, 64)) is None
     few = inverse_factor(correlated(3, 64))  # fewer rows than columns: H is singular but for the damping
-    assert torch.isfinite(decode(gptq(w, few, format), format, 64)).all()
+    assert torch.isfinite(format.decode(gptq(w, few, format), 64)).all()
 
 
 # --- through recipes -------------------------------------------------------------------------------------------
@@ -111,7 +110,7 @@ def test_tiles_are_the_whole():
         assert same > 0.99, "codes differ only where a number lies half way between two"
     for name, part in whole.items():  # small parts are pulled one by one
         assert torch.equal(pull(step(name, quantized), source), part)
-    assert torch.equal(pull(quantized, source), decode(whole, format_of("uint4_g32"), 64))
+    assert torch.equal(pull(quantized, source), format_of("uint4_g32").decode(whole, 64))
 
 
 def test_every_expert_has_its_own_inputs():
@@ -123,7 +122,7 @@ def test_every_expert_has_its_own_inputs():
     for e in (0, 2):
         wanted = gptq(w[e], inverse_factor(x[chosen[e]].float()), format)
         assert torch.equal(found["codes"][e], wanted["codes"])
-    assert torch.equal(found["codes"][1], encode(w[1], format)["codes"])  # it saw too few tokens
+    assert torch.equal(found["codes"][1], format.encode(w[1])["codes"])  # it saw too few tokens
 
 
 def test_interleaved_rows_are_the_same_rows():

@@ -5,7 +5,6 @@ import torch
 from moec.compiler import frontends
 from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
-from moec.compiler.formats.encode import decode, encode
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ir.recipes import FITTED, Tensor, step, tensors
@@ -85,10 +84,10 @@ def test_a_few_large_channels_are_kept():
     s = _search([(quantized, Inputs(x.bfloat16()), None)], ModuleSource({"w": w}))
 
     def error(factors):
-        parts = encode(w * factors, find("uint4_g64"))
-        return float((x @ (decode(parts, find("uint4_g64"), 64) / factors - w).T).square().mean())
+        parts = find("uint4_g64").encode(w * factors)
+        return float((x @ (find("uint4_g64").decode(parts, 64) / factors - w).T).square().mean())
 
-    from moec.compiler.ir.storage import format_of as find
+    from moec.compiler.formats.table import format_of as find
 
     assert float(s[::16].min()) > float(s[1::16].max())
     assert error(s) < 0.6 * error(torch.ones(64))

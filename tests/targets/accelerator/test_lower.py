@@ -10,11 +10,11 @@ import torch
 from moec.compiler.check.compare import compare_function
 from moec.compiler.driver import passes_for
 from moec.compiler.errors import MoecError
+from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.narrow import is_narrowing, narrowed
 from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
 from moec.compiler.ir.recipes import Tensor, step
-from moec.compiler.ir.storage import format_of
 from moec.compiler.ir.types import TensorType
 from moec.compiler.ops import OPS
 from moec.compiler.quantize.request import read_request, with_quantization

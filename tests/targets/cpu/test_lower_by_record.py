@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.cli import commands as cli
 from moec.compiler.errors import MoecError
+from moec.compiler.formats.table import format_of
 from moec.compiler.ir.module import Module
-from moec.compiler.ir.storage import format_of
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module

@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from moec.compiler.formats.table import format_of
 from moec.compiler.ir.dims import dim
-from moec.compiler.ir.storage import format_of
 from moec.compiler.ir.types import TensorType
 from moec.targets.cpu.onnx.emit import MODEL
 from moec.targets.cpu.probe.cases import quantized, refer, write

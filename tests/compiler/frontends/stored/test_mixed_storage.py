@@ -12,13 +12,13 @@ import torch
 import transformers
 from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
-from moec.compiler.formats.codes import exact_formats, packed, take_apart
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import build, read_config
 from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.frontends.transformers.names import map_parameters
+from moec.compiler.weights.kept_codes import exact_formats, packed, take_apart
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file, save_file

@@ -8,15 +8,15 @@ import pytest
 import torch
 from checkpoint_formats import Config
 from moec.compiler.errors import MoecError
-from moec.compiler.formats.codes import packed, take_apart
+from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.stored.layouts import Stored
 from moec.compiler.frontends.stored.layouts_gptq import gptq
 from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.schemes import read_schemes
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.ir.recipes import Tensor, step
-from moec.compiler.ir.storage import format_of
 from moec.compiler.ir.types import TensorType
+from moec.compiler.weights.kept_codes import packed, take_apart
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.checkpoint import open_checkpoint

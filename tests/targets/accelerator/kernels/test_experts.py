@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.ir.storage import find_format
+from moec.compiler.formats.table import find_format
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.kernels.choices import Tile

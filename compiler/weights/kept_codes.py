@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..ir.code_steps import ELEMENTS
+from ..formats.format import Format
+from ..formats.table import ELEMENTS, GROUPS, format_of
 from ..ir.recipes import Recipe, Step, step
-from ..ir.storage import GROUPS, Format, find_format
 
 FP8_BLOCK = (128, 128)  # rows and columns of FP8 that share a scale, in checkpoints as in the format fp8_b128
 
@@ -35,7 +35,7 @@ class Codes:
     axis: int
     group: int
     bits: int
-    element: str = "int"  # int, a key of code_steps.ELEMENTS, or e4m3
+    element: str = "int"  # int, a key of formats.table.ELEMENTS, or e4m3
     rows: int = 1
 
     @property
@@ -214,21 +214,15 @@ def exact_formats(found: Codes) -> Iterator[Format]:
     columns = found.codes.type.sizes[found.axis]
     groups = [g for g in reversed(GROUPS) if columns % g == 0 and (found.group % g == 0 or found.group >= columns)]
     if found.element == "e2m1" and found.group == 32 and found.scales.type.dtype == "f8e8m0" and columns % 32 == 0:
-        yield _format("mxfp4")
+        yield format_of("mxfp4")
     if found.element == "e4m3":
         if (found.rows, found.group) == FP8_BLOCK:
-            yield _format("fp8_b128")
+            yield format_of("fp8_b128")
         return
     for bits in (2, 4, 8):
         if bits >= (found.bits if found.element == "int" else 8):
             for prefix in ("", "u") if found.zeros is None else ("u",):
-                yield from (_format(f"{prefix}int{bits}_g{group}") for group in groups)
-
-
-def _format(name: str) -> Format:
-    format = find_format(name)
-    assert format
-    return format
+                yield from (format_of(f"{prefix}int{bits}_g{group}") for group in groups)
 
 
 def packed(found: Codes, format: Format) -> Recipe:

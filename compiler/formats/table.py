@@ -1,0 +1,79 @@
+"""The stored formats that there are: dtypes of weights, such as `uint4_g128`.
+
+int4_g128   signed integers, one f32 scale for 128 codes along the last axis: w = scale q
+uint4_g128  the same with a zero point for each scale: w = scale (q - zero)
+mxfp4       E2M1, one power of two (E8M0) for 32 codes (OCP Microscaling Formats 1.0)
+nvfp4       E2M1, one E4M3 scale for 16 codes, times one f32 scale for the matrix
+fp8_b128    E4M3, one f32 scale for a block of 128 x 128
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from .format import Codec, Format
+
+GROUPS = (16, 32, 64, 128, 256)
+INTEGER_BITS = (2, 4, 8)
+
+# numbers that codes of four bits stand for: E2M1 (OCP Microscaling Formats 1.0); the table of IQ4_NL (ggml-common.h)
+ELEMENTS: Mapping[str, tuple[float, ...]] = {
+    "e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+}
+
+
+def _integers() -> Codec:
+    from . import integers
+
+    return integers
+
+
+def _e2m1() -> Codec:
+    from . import e2m1
+
+    return e2m1
+
+
+def _e4m3() -> Codec:
+    from . import e4m3
+
+    return e4m3
+
+
+_NAMED = {
+    f.name: f
+    for f in (
+        Format("mxfp4", 4, 32, _e2m1, "e2m1", ELEMENTS["e2m1"], scale="f8e8m0"),
+        Format("nvfp4", 4, 16, _e2m1, "e2m1", ELEMENTS["e2m1"], scale="f8e4m3", tensor_scale=6 * 448),
+        Format("fp8_b128", 8, 128, _e4m3, "e4m3", rows=128),
+    )
+}
+NAMED: tuple[Format, ...] = tuple(_NAMED.values())  # the formats that are no integers
+FORMAT_NAMES = (*(f"{sign}int{bits}_gN" for sign in ("", "u") for bits in INTEGER_BITS), *_NAMED)  # N: one of GROUPS
+
+
+def integers_of(bits: int, group: int, zeros: bool) -> Format:
+    """Return the format of integers with any group."""
+    return Format(f"{'u' * zeros}int{bits}_g{group}", bits, group, _integers, zeros=zeros)
+
+
+@lru_cache(maxsize=256)
+def find_format(name: str) -> Format | None:
+    """Return the format of a dtype name; None for a plain dtype and for an unknown name."""
+    if name in _NAMED:
+        return _NAMED[name]
+    found = re.fullmatch(r"(u?)int(\d+)_g(\d+)", name)
+    if found is None or int(found[2]) not in INTEGER_BITS or int(found[3]) not in GROUPS:
+        return None
+    return integers_of(int(found[2]), int(found[3]), bool(found[1]))
+
+
+def format_of(name: str) -> Format:
+    """Return the format of a dtype name; ValueError if no format has it."""
+    found = find_format(name)
+    if found is None:
+        raise ValueError(f"{name} is no quantized format; there are {', '.join(FORMAT_NAMES)}")
+    return found
