@@ -192,9 +192,16 @@ def holds(op: Op, format: Format, record: Record | None = None) -> str | None:
     variants = _weights_of(op, format, record)
     if not variants:
         return f"no op of the target reads quantized weights of {op.name}"
+    if decodes(format) and not any(v in record.findings for v in variants):
+        return None
     if format.element != "int":
         return f"target cpu does not run {format.name}: {record.refusal(variants)}"
     return _level(record, variants)[1] or None
+
+
+def decodes(format: Format) -> bool:
+    """Return whether plain ops make numbers of a format's codes, where no operator reads them: a table has the numbers."""
+    return bool(format.values) and not format.tensor_scale
 
 
 def slow(op: Op, format: Format, record: Record | None = None) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...compiler.formats.table import integers_of
+from ...compiler.formats.table import format_of, integers_of
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
@@ -19,10 +19,11 @@ from ...compiler.ops.define import Attributes, Types, fail
 from ...compiler.ops.moe import experts
 
 
-def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int) -> torch.Tensor:
-    """Return the numbers f32[..., K] of parts."""
+def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int, format: str = "") -> torch.Tensor:
+    """Return the numbers f32[..., K] of the parts of integers, or of a format by its name."""
+    found = format_of(format) if format else integers_of(bits, group, zeros is not None)
     parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
-    return integers_of(bits, group, zeros is not None).decode(parts, codes.shape[-1] * 8 // bits)
+    return found.decode(parts, codes.shape[-1] * 8 // bits)
 
 
 def _width(name: str, codes: TensorType, scales: TensorType, zeros: TensorType | None, attributes: Attributes) -> Size:
@@ -39,6 +40,27 @@ def _width(name: str, codes: TensorType, scales: TensorType, zeros: TensorType |
     if zeros is not None and zeros.shape != packed:
         raise fail(f"{name}: the zero points of {codes} are u8{list(packed)}, not {zeros}")
     return width
+
+
+def _decode(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    codes, scales = types
+    assert codes and scales
+    format = format_of(attributes["format"])
+    if scales.dtype != format.part("scales", 1, format.group)[0]:
+        raise fail(f"ort.decode: scales of {format.name} are not {scales}")
+    width = _width("ort.decode", codes, scales, None, {"bits": format.bits, "group": format.group})
+    return (TensorType("f32", (*codes.shape[:-1], width)),)
+
+
+@op(
+    "ort.decode",
+    "codes: u8[*X, C], scales: A[*X, G] -> y: f32[*X, K]",
+    infer=_decode,
+    flops=lambda o, r, a: r[0].elements,
+)
+def decode(codes, scales, *, format: str):
+    """Return the numbers that codes stand for, in a format that no operator reads."""
+    return dequantize(codes, scales, None, format_of(format).bits, format_of(format).group, format)
 
 
 # --- linear, embedding -----------------------------------------------------------------------------------------
@@ -181,7 +203,7 @@ def _experts_nbits_flops(operands: Types, results: tuple[TensorType, ...], attri
 
 @op(
     "ort.experts_nbits",
-    f"x: f32[T, D], ids: i64[T, K], gates: f32[T, K], {_EXPERT_PARTS} -> y: f32[T, D]",
+    f"x: f32[T, D], ids: i64[T, K], gates: f32[T, K], {_EXPERT_PARTS.replace('scales: f32', 'scales: A')} -> y: f32[T, D]",
     infer=_experts_nbits,
     flops=_experts_nbits_flops,
     domains={"ids": lambda types, attributes: types[3].shape[0]},
@@ -190,11 +212,14 @@ def _experts_nbits_flops(operands: Types, results: tuple[TensorType, ...], attri
 )
 def experts_nbits(
     x, ids, gates, up_codes, up_scales, up_zeros, up_bias, down_codes, down_scales, down_zeros, down_bias, *,
-    bits: int, group: int, act: str = "silu", gated: bool = True, layout: str = "concat",
+    bits: int, group: int, format: str = "", act: str = "silu", gated: bool = True, layout: str = "concat",
     alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
 ):  # fmt: skip
-    """Compute moe.experts on quantized weights with f32 activations, one expert after the other: right for any routing."""
-    up = dequantize(up_codes, up_scales, up_zeros, bits, group)
-    down = dequantize(down_codes, down_scales, down_zeros, bits, group)
+    """Compute moe.experts on quantized weights with f32 activations, one expert after the other: right for any routing.
+
+    `format` names one whose weights are no integers.
+    """
+    up = dequantize(up_codes, up_scales, up_zeros, bits, group, format)
+    down = dequantize(down_codes, down_scales, down_zeros, bits, group, format)
     attributes = {"act": act, "gated": gated, "layout": layout, "alpha": alpha, "beta": beta, "limit": limit}
     return experts(x, ids, gates, up, down, up_bias, down_bias, **attributes)

@@ -19,6 +19,7 @@ from ..capabilities import (
     activation_variant,
     at_level,
     best_level,
+    decodes,
     loop_variant,
     routing_variant,
     weight_variants,
@@ -38,7 +39,7 @@ def lower_linear(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
     level, reason = best_level(record, variants, accuracy)
     if reason:
-        return _widened(draft, op, reason)
+        return _with_decoded(draft, op, format, reason) if decodes(format) else _widened(draft, op, reason)
     _note_slow(draft, op, record, at_level(variants, level), format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     name = "ort.matmul_nbits" if op.name == "core.linear" else "ort.block_matmul_nbits"
@@ -53,7 +54,7 @@ def lower_embedding(draft: Draft, op: Op, record: Record) -> Op:
     if format is None:
         return op
     if reason := record.refusal([Variant("GatherBlockQuantized", format.name)]):
-        return _widened(draft, op, reason)
+        return _lookup_and_decode(draft, op, format, reason) if decodes(format) else _widened(draft, op, reason)
     attrs = make_attrs({"bits": format.bits, "group": format.group})
     return Op("ort.gather_nbits", (ids, *_parts(draft, table)), op.results, attrs, loc=op.loc)
 
@@ -79,11 +80,14 @@ def lower_experts_to_loop(draft: Draft, op: Op, record: Record) -> Op:
     format = find_format(up.type.dtype)
     if format is None:
         return op
-    if reason := record.refusal([loop_variant(format)]):
+    reason = record.refusal([loop_variant(format)])
+    if reason and not decodes(format):
         return _widened(draft, op, reason)
+    if reason:
+        _note_decoded(draft, op, reason)
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     kept = {name: attributes[name] for name in (*_ACTIVATION, "layout") if name in op.attributes}
-    kept |= {"bits": format.bits, "group": format.group}
+    kept |= {"bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
     parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
     return Op("ort.experts_nbits", (x, ids, gates, *parts), op.results, make_attrs(kept), loc=op.loc)
 
@@ -110,6 +114,31 @@ def _widened(draft: Draft, op: Op, reason: str) -> Op:
         for v in op.operands
     ]
     return replace(op, operands=tuple(stored))
+
+
+def _with_decoded(draft: Draft, op: Op, format: Format, reason: str) -> Op:
+    """Return a linear with its quantized weight decoded before it."""
+    _note_decoded(draft, op, reason)
+    x, weight, *others = op.operands
+    assert weight
+    parts = _parts(draft, weight)[:2]
+    numbers = draft.add("ort.decode", *parts, hint=f"{weight.name}.numbers", loc=op.loc, format=format.name)
+    return replace(op, operands=(x, numbers, *others))
+
+
+def _lookup_and_decode(draft: Draft, op: Op, format: Format, reason: str) -> Op:
+    """Return a lookup in a quantized table as those of codes and scales, which are decoded behind it."""
+    _note_decoded(draft, op, reason)
+    ids, table = op.operands
+    assert table
+    rows = [
+        draft.add("nn.embedding", ids, part, hint=f"{part.name}.rows", loc=op.loc) for part in _parts(draft, table)[:2]
+    ]
+    return Op("ort.decode", tuple(rows), op.results, make_attrs({"format": format.name}), loc=op.loc)
+
+
+def _note_decoded(draft: Draft, op: Op, reason: str) -> None:
+    draft.note(op, f"{op.name} with weights that plain ops decode: {reason}")
 
 
 def _note_slow(draft: Draft, op: Op, record: Record, variants: list[Variant], format: Format) -> None:

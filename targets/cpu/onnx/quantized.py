@@ -1,13 +1,41 @@
-"""Emits ops on quantized weights: QMoE, MatMulNBits, GatherBlockQuantized of com.microsoft."""
+"""Emits ops on quantized weights: QMoE, MatMulNBits, GatherBlockQuantized of com.microsoft, or plain ops that decode."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from onnx import TensorProto
+
+from ....compiler.formats.format import Format
+from ....compiler.formats.table import find_format, format_of
 from ....compiler.ir.dims import size
 from ....compiler.ir.module import Op
 from .graph import CONTRIB, Context, Kernel
 from .moe import activation_options, expert_loop
+
+
+def decode(ctx: Context, op: Op) -> None:
+    """Emit what gives the numbers that codes stand for."""
+    codes, scales = ctx.inputs(op)
+    format = format_of(ctx.attributes(op)["format"])
+    ctx.alias(op.results[0], _numbers(ctx, format, codes, scales, len(op.inputs[0].type.shape)))
+
+
+def _numbers(ctx: Context, format: Format, codes: str, scales: str, rank: int) -> str:
+    """Add lookups of the numbers of whole bytes of codes, and their products with the scales."""
+    graph, each = ctx.graph, range(0, 8, format.bits)
+    table = [[format.values[(byte >> shift) % (1 << format.bits)] for shift in each] for byte in range(256)]
+    numbers = ctx.node("Gather", graph.constant(table, "f32"), ctx.node("Cast", codes, to=TensorProto.INT32))
+    lead = [0] * (rank - 1)  # as in the input
+    grouped = ctx.node("Reshape", numbers, graph.constant([*lead, -1, format.group]))
+    if format.scale == "f8e8m0":
+        powers = graph.constant([2.0 ** (byte - 127) for byte in range(255)] + [np.nan], "f32")
+        scales = ctx.node("Gather", powers, ctx.node("Cast", scales, to=TensorProto.INT32))
+    else:
+        scales = ctx.node("Cast", scales, to=TensorProto.FLOAT)
+    product = ctx.node("Mul", grouped, ctx.node("Unsqueeze", scales, graph.constant([-1])))
+    return ctx.node("Reshape", product, graph.constant([*lead, -1]))
 
 
 def matmul_nbits(ctx: Context, op: Op) -> None:
@@ -98,9 +126,13 @@ def experts_nbits(ctx: Context, op: Op) -> None:
     """Emit the Loop over the experts that were chosen, each with its weights dequantized."""
     names = ctx.inputs(op)
     options = _lookup_options(ctx, op, axis=2)
+    format = find_format(ctx.attributes(op)["format"])
 
     def weight(part: int, expert: str) -> str:
         codes, scales, zeros = names[part : part + 3]
+        if format:
+            one_codes, one_scales = (ctx.node("Gather", n, expert, axis=0) for n in (codes, scales))
+            return _numbers(ctx, format, one_codes, one_scales, rank=2)
         one = ctx.node("Unsqueeze", expert, ctx.graph.constant([0]))
         numbers = ctx.node("GatherBlockQuantized", *_lookup(codes, one, scales, zeros), **options)
         return ctx.node("Squeeze", numbers, ctx.graph.constant([0]))
@@ -109,6 +141,7 @@ def experts_nbits(ctx: Context, op: Op) -> None:
 
 
 KERNELS: dict[str, Kernel] = {
+    "ort.decode": decode,
     "ort.matmul_nbits": matmul_nbits,
     "ort.block_matmul_nbits": block_matmul_nbits,
     "ort.gather_nbits": gather_nbits,

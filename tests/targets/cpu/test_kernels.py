@@ -31,7 +31,14 @@ INF = float("inf")
 SIZE_INPUTS = (Value("sizes.new", TensorType.of("i64", B, S)), Value("sizes.all", TensorType.of("i64", B, P + S)))
 
 # the cases of these are in test_quantized_kernels.py
-QUANTIZED = {"ort.matmul_nbits", "ort.block_matmul_nbits", "ort.gather_nbits", "ort.qmoe", "ort.experts_nbits"}
+QUANTIZED = {
+    "ort.matmul_nbits",
+    "ort.block_matmul_nbits",
+    "ort.gather_nbits",
+    "ort.qmoe",
+    "ort.experts_nbits",
+    "ort.decode",
+}
 LOWERED = {"nn.cached_attention", "nn.gated_mlp"}  # what ONNX Runtime runs as several ops
 
 Fix = Callable[[list[torch.Tensor], dict[str, int]], None]

@@ -305,9 +305,17 @@ def test_weights_in_no_integers_are_not_read_as_such() -> None:
     record = replace(shipped(), findings=right)
     (use,) = (o for o in program().main.ops if o.name == "moe.experts")
     assert "the target's ops read integers" in (holds(use, format_of("mxfp4"), record) or "")
-    names, why = lowered(program(embed="mxfp4", experts="mxfp4", head="mxfp4"), record)
-    assert not {"ort.qmoe", "ort.experts_nbits", "ort.matmul_nbits", "ort.gather_nbits"} & names
+    names, why = lowered(program(embed="nvfp4", experts="nvfp4", head="nvfp4"), record)
+    assert not {"ort.qmoe", "ort.experts_nbits", "ort.matmul_nbits", "ort.gather_nbits", "ort.decode"} & names
     assert len(why) == 4
+
+
+def test_codes_that_a_table_gives_numbers_to_are_decoded_by_plain_ops() -> None:
+    names, why = lowered(program(embed="mxfp4", experts="mxfp4", head="mxfp4"))
+    assert {"ort.decode", "ort.experts_nbits", "nn.embedding", "core.linear"} <= names
+    assert not {"ort.qmoe", "ort.matmul_nbits", "ort.gather_nbits"} & names
+    decoded = [note for note in why if "with weights that plain ops decode" in note]
+    assert len(decoded) == 3 and "MatMulNBits mxfp4 accuracy_level=4 was not tried" in decoded[-1]
 
 
 def test_holds_asks_for_groups_of_a_row() -> None:

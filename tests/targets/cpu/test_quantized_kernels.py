@@ -30,7 +30,7 @@ def runs_right(
     name: str, feeds: dict[str, torch.Tensor], weights: dict[str, Any], folder: Path, limit: float = EXACT, **attrs: Any
 ) -> None:
     """Check a program of one op against the reference, on all tokens, on the first one, and on a middle one."""
-    types = {"float32": "f32", "int64": "i64"}
+    types = {"float32": "f32", "int64": "i64", "uint8": "u8"}
     inputs = {n: TensorType.of(types[str(x.numpy().dtype)], T, *x.shape[1:]) for n, x in feeds.items()}
     write(name, inputs, weights, folder, **attrs)
     options = ort.SessionOptions()
@@ -99,6 +99,12 @@ def test_embedding(format: str, tmp_path: Path) -> None:
     ids = torch.tensor([0, 28, 3, 3, 17])
     weights = quantized(found, 29, 3 * found.group, seed=6)
     runs_right("ort.gather_nbits", {"ids": ids}, weights, tmp_path, 0.0, bits=found.bits, group=found.group)
+
+
+def test_decoding_by_plain_ops(tmp_path: Path) -> None:
+    found = format_of("mxfp4")
+    feeds = dict(found.encode(torch.randn(7, 2, 96, generator=torch.Generator().manual_seed(1))))
+    runs_right("ort.decode", feeds, {}, tmp_path, 0.0, format="mxfp4")
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
@@ -188,3 +194,15 @@ def test_loop_over_experts(format: str, act: dict[str, Any], gated: bool, layout
     weights = parts(format, 5, width, inner, gated=gated, biased=gated)
     options = {"bits": found.bits, "group": found.group, "gated": gated, "layout": layout}
     runs_right("ort.experts_nbits", feeds, weights, tmp_path, **options, **act)
+
+
+def test_loop_over_experts_that_plain_ops_decode(tmp_path: Path) -> None:
+    found, generator = format_of("mxfp4"), torch.Generator().manual_seed(11)
+    weights = {
+        f"{name}_{part}": tensor
+        for name, rows, width in (("up", 128, 96), ("down", 96, 64))
+        for part, tensor in found.encode(torch.randn(5, rows, width, generator=generator) / width**0.5).items()
+    }
+    ids = torch.rand(9, 5, generator=generator).argsort(-1)[:, :2].clone()
+    feeds = {"x": torch.randn(9, 96, generator=generator), "ids": ids, "gates": torch.randn(9, 2, generator=generator)}
+    runs_right("ort.experts_nbits", feeds, weights, tmp_path, bits=4, group=32, format="mxfp4")
