@@ -30,6 +30,7 @@ from moec.compiler.frontends.transformers import model as importing
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.recipes import Literal, bind
 from moec.compiler.weights.pull import pull
+from moec.compiler.weights.sources.checkpoint import Checkpoint
 from quantized_checkpoints import AWQ, CT4, CT4_ZEROS, GPTQ, quantized
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, save
@@ -128,14 +129,15 @@ def case_of(name: str) -> Case:
 def numbers_of(folder: Path) -> Numbers:
     """Return what the weights of a folder's program hold: for each call of a function, by the name in the program."""
     loaded = load(folder)
-    assert loaded.weights is not None
+    assert isinstance(loaded.weights, Checkpoint)
     found: Numbers = []
-    for function, bound in walk_calls(loaded.module):
-        own = {}
-        for const in function.consts:
-            if not isinstance(const.recipe, Literal):
-                own[const.value.name] = pull(bind(const.recipe, function.weights, bound), loaded.weights).float()
-        found.append(own)
+    with loaded.weights as weights:
+        for function, bound in walk_calls(loaded.module):
+            own = {}
+            for const in function.consts:
+                if not isinstance(const.recipe, Literal):
+                    own[const.value.name] = pull(bind(const.recipe, function.weights, bound), weights).float()
+            found.append(own)
     return found
 
 
@@ -278,6 +280,9 @@ def faults(once: TracedOnce, layouts: list[str], count: int, seed: int) -> dict[
         what, fault = fault_of(once.layout, rng)
         if fault:
             found[what] = fault
+            print(f"{what}\n    {fault.splitlines()[0]}", flush=True)
+        if i % 1000 == 999:
+            print(f"{i + 1} of {count}", flush=True)
     return found
 
 
@@ -306,6 +311,4 @@ if __name__ == "__main__":
     number, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
     only = sys.argv[3:] or list(LAYOUTS)
     found = faults(once, only, number, first)
-    for what, fault in found.items():
-        print(f"{what}\n    {fault.splitlines()[0]}")
     print(f"{number} mutations, {len(found)} faults", Counter(what.partition(":")[0] for what in found))

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import stat
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,10 +71,13 @@ class Checkpoint:
         assert info.file is not None
         return _read_box(info, self._descriptors[info.file], full_box(sizes) if box is None else check_box(box, sizes))
 
+    def __post_init__(self) -> None:
+        """Have the files closed when nobody holds the checkpoint any more, as after an import that failed."""
+        weakref.finalize(self, _close, self._descriptors)
+
     def close(self) -> None:
         """Close the files; reading is over."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        _close(self._descriptors)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -138,6 +142,11 @@ def around_number(name: str) -> tuple[str, str]:
     return (name[: found.start()], name[found.end() :]) if found else (name, "")
 
 
+def _close(descriptors: dict[Path, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder: find its shards, read and check their headers.
 
@@ -164,8 +173,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             digest.update(os.fsencode(f"{name} {len(header.content)}\n") + header.content)
         tensors = _join(folder, shards, index or {})
     except BaseException:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        _close(descriptors)
         raise
     for name, shard in (index or {}).items():
         if name not in tensors and name not in unreadable:

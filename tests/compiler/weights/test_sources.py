@@ -1,5 +1,6 @@
 """Checkpoints and other sources of weights: every dtype, boxes, shards, hostile files."""
 
+import gc
 import json
 import os
 import struct
@@ -219,6 +220,17 @@ def test_bad_files(tmp_path: Path, case: str) -> None:
         open_checkpoint(tmp_path)
     assert caught.value.where == str(file) and caught.value.todo and caught.value.exit_code == 2
     assert "\n" not in caught.value.what and len(caught.value.what) < 400
+    assert open_files() == before
+
+
+def test_a_checkpoint_that_nobody_holds_closes_its_files(tmp_path: Path) -> None:
+    """An import that fails has no place to close what it opened: its caller never sees it."""
+    (tmp_path / "model.safetensors").write_bytes(raw(TWO, bytes(16)))
+    before = open_files()
+    opened = open_checkpoint(tmp_path)
+    assert open_files() == before + (1 if before else 0)
+    del opened
+    gc.collect()
     assert open_files() == before
 
 
