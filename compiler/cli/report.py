@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.manifest import MANIFEST
-from ..cost.count import Costs, Kind, Layer, module_costs
+from ..cost.count import CallCost, Costs, FunctionCost, module_costs
 from ..cost.report import (
     CONTEXT,
     _bf16_per_token,
@@ -138,7 +138,7 @@ def _value(value: Value) -> dict[str, Any]:
     return {"name": value.name, "type": str(value.type.plain), "state": value.type.state}
 
 
-def _kind(costs: Costs, kind: Kind, context: int) -> dict[str, Any]:
+def _kind(costs: Costs, kind: FunctionCost, context: int) -> dict[str, Any]:
     return {
         "function": kind.function.name,
         "calls": len(kind.layers),
@@ -148,7 +148,7 @@ def _kind(costs: Costs, kind: Kind, context: int) -> dict[str, Any]:
     }
 
 
-def _layer(costs: Costs, layer: Layer, context: int) -> dict[str, Any]:
+def _layer(costs: Costs, layer: CallCost, context: int) -> dict[str, Any]:
     return {"function": layer.function, "bindings": dict(layer.bindings), **_figures(costs, layer.cost, context)}
 
 

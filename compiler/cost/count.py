@@ -63,7 +63,7 @@ _FORMULAS = ("flops", *_STATES)
 
 
 @dataclass(frozen=True)
-class Layer:
+class CallCost:
     """One call of a function: what the call binds, e.g. {"layer": "3"}, and its cost without the calls in it."""
 
     function: str
@@ -72,11 +72,11 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Kind:
+class FunctionCost:
     """A function with all its calls; `cost` is that of all of them together."""
 
     function: Function
-    layers: tuple[Layer, ...]
+    layers: tuple[CallCost, ...]
     cost: Cost
 
 
@@ -85,8 +85,8 @@ class Costs:
     """The costs of a module: by function, by call in program order, and in all."""
 
     module: Module
-    kinds: tuple[Kind, ...]
-    layers: tuple[Layer, ...]
+    kinds: tuple[FunctionCost, ...]
+    layers: tuple[CallCost, ...]
     total: Cost
 
     def dims(self, batch: int = 1, new: int = 1, past: int = 0) -> dict[str, int]:
@@ -119,7 +119,7 @@ class Costs:
         return round(each), round(self.at(formula, context) - each * context)
 
     @cached_property
-    def by_function(self) -> dict[str, Kind]:
+    def by_function(self) -> dict[str, FunctionCost]:
         """The kinds by the name of their function."""
         return {kind.function.name: kind for kind in self.kinds}
 
@@ -142,7 +142,7 @@ def module_costs(module: Module) -> Costs:
         weights[owner] += cost
     layers = []
     for (function, bound), cost in zip(calls, weights, strict=True):
-        layers.append(Layer(function.name, bound, cost + formulas[function.name]))
+        layers.append(CallCost(function.name, bound, cost + formulas[function.name]))
     kinds = [_kind(f, tuple(layer for layer in layers if layer.function == f.name)) for f in module.functions]
     # the states are those of the program, since two layers may share one
     states = Cost(
@@ -162,11 +162,11 @@ def _dims(module: Module, batch: int, new: int, past: int) -> dict[str, int]:
     return {**{d.name: max(1, d.low) for d in module.dims}, "B": batch, "S": new, "P": past}
 
 
-def _kind(function: Function, layers: tuple[Layer, ...]) -> Kind:
+def _kind(function: Function, layers: tuple[CallCost, ...]) -> FunctionCost:
     """Add up the calls of one function; its formulas are equal in all of them."""
     numbers = _sum([replace(layer.cost, **dict.fromkeys(_FORMULAS, sympy.S.Zero)) for layer in layers])
     formulas = {name: getattr(layers[0].cost, name) * len(layers) if layers else sympy.S.Zero for name in _FORMULAS}
-    return Kind(function, layers, replace(numbers, **formulas))
+    return FunctionCost(function, layers, replace(numbers, **formulas))
 
 
 def _sum(costs: list[Cost]) -> Cost:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.targets.accelerator.run.interpreter import mend
-from moec.targets.accelerator.run.launch import Kernel
+from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile import simulate as simulator
 
 mend()
@@ -35,7 +35,7 @@ def both(program, tensors, scalars, chip):
     tried[program.name] += 1
     copies = {name: to_torch(array) for name, array in tensors.items()}
     peak = simulate(program, tensors, scalars, chip)
-    Kernel(program)(copies, scalars)
+    GpuKernel(program)(copies, scalars)
     for a in program.arguments:
         found, wanted = copies[a.name].float().numpy(), tensors[a.name].astype(np.float32)
         share = 2e-2 if a.dtype in ("bf16", "f16") else 1e-4

@@ -16,7 +16,7 @@ from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.run.interpreter import mend
-from moec.targets.accelerator.run.launch import Kernel
+from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.packing import Packing
@@ -44,13 +44,13 @@ def plain(tensor: torch.Tensor) -> np.ndarray:
 class Layer:
     """The kernels of one layer of routed experts, in the order in which they run; without `sort` each pair is a tile."""
 
-    up: Kernel
-    down: Kernel
-    combine: Kernel | None = None  # none where `down` adds to y itself
-    sort: Kernel | None = None
+    up: GpuKernel
+    down: GpuKernel
+    combine: GpuKernel | None = None  # none where `down` adds to y itself
+    sort: GpuKernel | None = None
 
     @property
-    def kernels(self) -> tuple[Kernel, ...]:
+    def kernels(self) -> tuple[GpuKernel, ...]:
         """The kernels that there are."""
         return tuple(k for k in (self.sort, self.up, self.down, self.combine) if k is not None)
 
@@ -80,10 +80,10 @@ class Layer:
 
 
 def kernels(e: Experts, tile: Tile, direct: bool, scatter: bool) -> Layer:
-    down = Kernel(grouped_down(e, tile, LAYOUT, direct, scatter))
-    last = None if scatter else Kernel(combine(e, 64, LAYOUT, 2))
-    first = None if direct else Kernel(sort(e, LAYOUT))
-    return Layer(Kernel(grouped_up(e, tile, LAYOUT, direct)), down, last, first)
+    down = GpuKernel(grouped_down(e, tile, LAYOUT, direct, scatter))
+    last = None if scatter else GpuKernel(combine(e, 64, LAYOUT, 2))
+    first = None if direct else GpuKernel(sort(e, LAYOUT))
+    return Layer(GpuKernel(grouped_up(e, tile, LAYOUT, direct)), down, last, first)
 
 
 def check(e: Experts, tile: Tile, tokens: int, *, direct=False, scatter=False, one_expert=False, seed=0) -> None:
@@ -215,7 +215,7 @@ def test_an_expression_means_the_same_in_numpy_and_in_triton(dtype, text):
     program = b.program()
     given["out"] = np.zeros(32, DTYPES[dtype].numpy)
     tensors = {name: to_torch(array) for name, array in given.items()}
-    Kernel(program)(tensors, {"T": 13})
+    GpuKernel(program)(tensors, {"T": 13})
     simulate(program, given, {"T": 13}, CHIP)
     found, wanted = tensors["out"], given["out"]
     if dtype in ("f32", "bf16"):

@@ -16,7 +16,7 @@ SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerKind:
     """A kind of layer: tokens in a compressed entry (0: none), whether an indexer chooses entries, hash routing."""
 
     ratio: int
@@ -28,7 +28,7 @@ class Layer:
 class Settings:
     """The numbers of a model. `frequencies` are the rope's, of layers without entries (False) and with them (True)."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerKind, ...]
     vocabulary: int
     hidden: int
     heads: int
@@ -65,7 +65,7 @@ def read_settings(config: Any) -> Settings:
     _refuse(config)
     rates = config.compress_rates
     layers = tuple(
-        Layer(0 if kind == SLIDING else int(rates[kind]), kind == SPARSE, routing == "hash_moe")
+        LayerKind(0 if kind == SLIDING else int(rates[kind]), kind == SPARSE, routing == "hash_moe")
         for kind, routing in zip(config.layer_types, config.mlp_layer_types, strict=True)
     )
     return Settings(

@@ -19,7 +19,7 @@ from ...ir.recipes import Literal, Recipe, step, tensors
 from ...ir.types import TensorType
 from ...ops.compressed import pending_tokens
 from ..builder import Builder
-from .config import Layer, Settings, read_settings
+from .config import LayerKind, Settings, read_settings
 from .weights import EXTRA, Weights
 
 MODEL_TYPE = "deepseek_v4"
@@ -51,7 +51,7 @@ def left_out(config: Any, weights: Weights) -> dict[str, TensorType]:
     if weights.types is not None:
         return {name: type_ for name, type_ in weights.types.items() if name.startswith(EXTRA)}
     s, weights = read_settings(config), weights.of_drafting()
-    block = _LayerBuilder(s, Layer(0, False, False), 0, weights, "mtp").build()
+    block = _LayerBuilder(s, LayerKind(0, False, False), 0, weights, "mtp").build()
     recipes = [c.recipe for c in block.consts]
     n = s.streams
     recipes += [weights.layer(0, f"{name}_proj.weight", s.hidden, s.hidden) for name in ("e", "h")]
@@ -66,7 +66,7 @@ def left_out(config: Any, weights: Weights) -> dict[str, TensorType]:
 # --- states ----------------------------------------------------------------------------------------------------
 
 
-def state_types(settings: Settings, layer: Layer, tokens: Size) -> dict[str, TensorType]:
+def state_types(settings: Settings, layer: LayerKind, tokens: Size) -> dict[str, TensorType]:
     """Return the states of a layer after so many tokens, by name."""
     s, ratio = settings, layer.ratio
     found = {"window": (sympy.Min(tokens, s.window - 1), s.head)}
@@ -88,7 +88,7 @@ class _LayerBuilder:
     """Writes the function of one kind of layer with the weights of its first layer, their names behind a prefix."""
 
     settings: Settings
-    layer: Layer
+    layer: LayerKind
     number: int
     weights: Weights
     name: str
@@ -259,7 +259,7 @@ class _LayerBuilder:
         return ids, gates
 
 
-def layer_params(settings: Settings, layer: Layer) -> dict[str, TensorType]:
+def layer_params(settings: Settings, layer: LayerKind) -> dict[str, TensorType]:
     """Return what a kind of layer takes besides its states: streams, token ids for hash routing, and angles."""
     s, half = settings, settings.rope // 2
     found = {"hidden": TensorType.of("f32", B, S, s.streams, s.hidden)}

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import MoecError
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
-from .layers import Layer
+from .layers import LayerCall
 from .tracing import current
 
 MAX_COMPARED = 65536  # elements of a tensor, made outside the layer, whose values are part of the record
@@ -26,16 +26,16 @@ MAX_COMPARED = 65536  # elements of a tensor, made outside the layer, whose valu
 
 def group_kinds(
     prefix: str,
-    layers: list[Layer],
+    layers: list[LayerCall],
     buffers: Mapping[str, Tensor],
     stored_as: Callable[[int], Hashable] | None = None,
-) -> list[Layer]:
+) -> list[LayerCall]:
     """Number the kinds of calls of layers in order of appearance; return the first call of each kind.
 
     `buffers` are the values that layers compute for themselves, by full name; `prefix` is the name of the list;
     `stored_as` says how the weights of a layer are stored.
     """
-    first: dict[Hashable, Layer] = {}
+    first: dict[Hashable, LayerCall] = {}
     for layer in layers:
         stored = stored_as(layer.index) if stored_as else None
         does = _recorded(layer, _computed(f"{prefix}.{layer.index}.", buffers))
@@ -44,7 +44,7 @@ def group_kinds(
     return list(first.values())
 
 
-def _interface(layer: Layer) -> Hashable:
+def _interface(layer: LayerCall) -> Hashable:
     """Return what a call of a layer has to fit: names, types and states of its arguments and results."""
     given = tuple((tuple(t.shape), str(t.dtype)) for t in layer.tensors)
     states = tuple((label, tuple(s.shape)) for (_, label), s in layer.states.items())
@@ -65,7 +65,7 @@ def _exact(tensor: Tensor) -> Hashable:
     return (str(tensor.dtype), tuple(tensor.shape), values)
 
 
-def _recorded(layer: Layer, computed: Mapping[str, Hashable]) -> Hashable:
+def _recorded(layer: LayerCall, computed: Mapping[str, Hashable]) -> Hashable:
     """Return every operation of a layer in order, the tensors by where they come from."""
     program, inputs = LayerProgram(layer), layer_inputs(layer)
     current().window = layer.window

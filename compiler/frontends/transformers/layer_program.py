@@ -7,20 +7,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .cache import TraceCache, cache_class, past_like
-from .layers import Layer, shared_results
+from .layers import LayerCall, shared_results
 
 
 class LayerProgram(torch.nn.Module):
     """A layer as a function of its tensor arguments and its past states, in one list."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: LayerCall) -> None:
         super().__init__()
         self.layer = layer.module
         self.__dict__["seen"] = layer
 
     def forward(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the layer's results and its present states."""
-        seen: Layer = self.__dict__["seen"]
+        seen: LayerCall = self.__dict__["seen"]
         count = len(seen.tensors)
         pasts = tensors[count:]
         named = dict(zip(seen.states, pasts, strict=True))
@@ -36,12 +36,12 @@ class LayerProgram(torch.nn.Module):
         return output, [cache.present[key] for key in seen.states]
 
 
-def layer_inputs(layer: Layer) -> list[Tensor]:
+def layer_inputs(layer: LayerCall) -> list[Tensor]:
     """Return what the program of a layer is called with: its tensor arguments, then its past states."""
     return [*layer.tensors, *(past_like(label, state) for (_, label), state in layer.states.items())]
 
 
-def argument_names(kind: Layer) -> list[str]:
+def argument_names(kind: LayerCall) -> list[str]:
     """Name a layer's tensor arguments after the keywords that they are passed by."""
     args, kwargs = pytree.tree_unflatten(list(range(len(kind.leaves))), kind.spec)
     labels: dict[int, str] = {}
@@ -58,7 +58,7 @@ def argument_names(kind: Layer) -> list[str]:
     return [labels[i] for i, leaf in enumerate(kind.leaves) if isinstance(leaf, Tensor)]
 
 
-def state_names(kind: Layer) -> list[str]:
+def state_names(kind: LayerCall) -> list[str]:
     """Name a layer's states; a layer that holds two attentions has two of a name."""
     labels = [label for _, label in kind.states]
     counts = [labels[:i].count(label) for i, label in enumerate(labels)]

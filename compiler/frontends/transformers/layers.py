@@ -23,7 +23,7 @@ from .tracing import Tracing, current
 
 
 @dataclass(eq=False)
-class Layer:
+class LayerCall:
     """What the rehearsal saw of one call of a layer; some models run through a part of their layers several times."""
 
     index: int  # the layer's number in its list
@@ -65,14 +65,14 @@ def find_layers(model: Any) -> tuple[str, Any]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
+def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[LayerCall]:
     """Run the model on shapes alone and return what each layer was called with, call by call."""
-    seen: list[Layer] = []
+    seen: list[LayerCall] = []
     cache = cache_class()()
 
     def before(index: int) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> None:
-            layer = Layer(index, len(seen), module)
+            layer = LayerCall(index, len(seen), module)
             layer.leaves, layer.spec = pytree.tree_flatten((args, kwargs))
             windows = {tracing.windows[id(t)] for t in layer.tensors if id(t) in tracing.windows}
             if len(windows) > 1:
@@ -123,7 +123,7 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[Layer]:
     return seen
 
 
-def _check_states(layer: Layer, earlier: list[Layer]) -> None:
+def _check_states(layer: LayerCall, earlier: list[LayerCall]) -> None:
     """Refuse a layer that changes a state which another call in the same step has changed."""
     for number, label in layer.states:
         if any((number, label) in other.states for other in earlier):
@@ -141,7 +141,7 @@ def _shared(arguments: Any) -> Any:
     return next((x for x in found if isinstance(x, shared)), None)
 
 
-def shared_results(layer: Layer, given: Any) -> list[Tensor]:
+def shared_results(layer: LayerCall, given: Any) -> list[Tensor]:
     """Return what a layer wrote into the dictionary that it was given, or into that of its arguments."""
     states = given if hasattr(given, "keys") else _shared(given)
     return [tensor for key in layer.shared for tensor in states[key]]
@@ -212,7 +212,7 @@ class Stub(torch.nn.Module):
             return getattr(self.__dict__["module"], name)
 
 
-def _next_call(module: Any) -> Layer:
+def _next_call(module: Any) -> LayerCall:
     """Return what the rehearsal saw of the call of a layer that comes next in a pass of the model."""
     tracing = current()
     found = tracing.layers[tracing.called] if tracing.called < len(tracing.layers) else None
@@ -223,7 +223,7 @@ def _next_call(module: Any) -> Layer:
 
 
 @contextmanager
-def stubbed(layers: list[Layer], modules: Any) -> Iterator[None]:
+def stubbed(layers: list[LayerCall], modules: Any) -> Iterator[None]:
     """Replace every layer of a ModuleList by its stub."""
     current().layers = layers
     own = list(modules)

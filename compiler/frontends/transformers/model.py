@@ -29,7 +29,7 @@ from .cache import PAST, SIZES, cache_argument, cache_class, past_like
 from .capture import tracing
 from .kinds import group_kinds
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
-from .layers import Layer, example_inputs, find_layers, rehearse, stubbed
+from .layers import LayerCall, example_inputs, find_layers, rehearse, stubbed
 from .names import apart_from_layer, check_numbers, names_before, relative_to_layer
 from .tracing import Tracing, current
 
@@ -44,8 +44,8 @@ class Import:
 
     skeleton: Skeleton
     layers_name: str
-    layers: list[Layer]
-    kinds: list[Layer]
+    layers: list[LayerCall]
+    kinds: list[LayerCall]
     recipes: Mapping[str, Recipe]
     tracing: Tracing
     missing: Callable[[str], MoecError]
@@ -86,7 +86,7 @@ def import_model(
 
 
 def _map_weights(
-    model: Any, mapper: Mapper, prefix: str, layers: list[Layer], kinds: list[Layer]
+    model: Any, mapper: Mapper, prefix: str, layers: list[LayerCall], kinds: list[LayerCall]
 ) -> Mapping[str, Recipe]:
     """Map the parameters outside the layers and of the first layer of each kind; the others differ in a number."""
     representatives = {f"{prefix}.{k.index}." for k in kinds}
@@ -101,7 +101,7 @@ def _map_weights(
 # --- one layer -------------------------------------------------------------------------------------------------
 
 
-def _layer_function(job: Import, kind: Layer) -> Function:
+def _layer_function(job: Import, kind: LayerCall) -> Function:
     """Trace one kind of layer and return its function: (tensor arguments, past states) -> (results, states)."""
     name = f"layer_{job.kinds.index(kind)}" if len(job.kinds) > 1 else "layer"
     job.tracing.window = kind.window
@@ -241,7 +241,7 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
     return prune(builder.finish([logits, *ordered]), keep_params=True)
 
 
-def _call_operands(callee: Function, layer: Layer, given: list[Value]) -> list[Value]:
+def _call_operands(callee: Function, layer: LayerCall, given: list[Value]) -> list[Value]:
     """Return the operands that the callee still has after unused parameters were pruned."""
     names = [*argument_names(layer), *state_names(layer)]
     by_name = dict(zip(names, given, strict=True))

@@ -21,7 +21,7 @@ from ....compiler.ir.dims import Size, dim
 from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
-from ..select.search import Kernel
+from ..select.search import KernelTemplate
 from ..tile.expr import evaluate
 from ..tile.packing import Packing
 from ..tile.tiles import Argument, Program
@@ -79,7 +79,9 @@ class Binding:
         )
 
 
-def bind(op: str, kernel: Kernel, program: Program, weights: Mapping[str, Packing], before: set[str]) -> Binding:
+def bind(
+    op: str, kernel: KernelTemplate, program: Program, weights: Mapping[str, Packing], before: set[str]
+) -> Binding:
     """Return the binding of a kernel of an op; scratch buffers that it writes are added to `before`.
 
     MoecError for an argument that is no operand, no result and not in `before`.
@@ -104,7 +106,7 @@ def bind(op: str, kernel: Kernel, program: Program, weights: Mapping[str, Packin
     return Binding(found, _scalars(kernel.name, program, found))
 
 
-def _input(kernel: Kernel, a: Argument, operands: set[str], weights: Mapping[str, Packing]) -> Bound:
+def _input(kernel: KernelTemplate, a: Argument, operands: set[str], weights: Mapping[str, Packing]) -> Bound:
     """Return the operand that an argument is, or the part of a packed weight."""
     for weight, packing in weights.items():
         for base in (weight, *(mine for mine, name in kernel.renamed.items() if name == weight)):

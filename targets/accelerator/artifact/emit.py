@@ -13,11 +13,11 @@ from ....compiler.weights.sources.source import WeightSource
 from ..chip.chip import Profile
 from ..triton.source import triton_source
 from .ascend_objects import source_of
+from .device_placement import place_on_devices
 from .engine_files import engine_files, find_problems
 from .objects import compile_kernels, write_files
-from .plan import make_plan
 from .shards import find_shards, write_shards
-from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs, packings
+from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs, weight_layouts
 
 KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
 
@@ -43,7 +43,7 @@ def emit(
     fit, for weights that cannot be read and for a full disk.
     """
     kernels = kernel_specs(module, profile, buckets or BUCKETS)
-    packed = packings(module, profile)
+    packed = weight_layouts(module, profile)
     found = find_shards(module, packed)
     objects: Mapping[str, bytes] = {}
     if compiled:
@@ -57,7 +57,7 @@ def emit(
         **sources,
         **engines,
         KERNELS: _json(_with_sources(kernels)),
-        PLAN: _json(make_plan(module, profile, found)),
+        PLAN: _json(place_on_devices(module, profile, found)),
     }
     written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
     return written | write_shards(found, source, folder, tile_bytes, progress)

@@ -20,8 +20,8 @@ from ..kernels.choices import Tile
 from ..kernels.experts import Experts, grouped_up
 from ..predict.experts_touched import expected_tiles
 from ..select.experts import experts_of, touched
-from ..select.kinds import named
-from ..select.search import Fit, Kernel, row_choices, search, shapes
+from ..select.implementations import named
+from ..select.search import Fit, KernelTemplate, row_choices, search, shapes
 from ..tile.packing import Packing
 
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
@@ -104,7 +104,7 @@ def entries(p: Problem, profile: Profile, tokens: tuple[int, ...] = TOKENS) -> d
 
 
 def _tile(product: Experts, profile: Profile, tokens: int, fits: dict[Tile, Fit]) -> Tile:
-    kernel = Kernel(
+    kernel = KernelTemplate(
         "fused_moe", lambda t, layout: grouped_up(product, t, layout), {"T": tokens},
         shapes(row_choices(tokens * product.chosen / product.experts), product.up.step),
         lambda t: {"tile": expected_tiles(product.experts, product.chosen, tokens, t.m)},

@@ -37,7 +37,7 @@ from ..tile.packing import FRACTAL_ROWS, Packing
 FOLDER, MAIN = "weights", "main"
 _NAMES = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}
 _START = 64  # data begins at a multiple of it
-Packings = Mapping[tuple[str, str], Packing]  # (function, weight) -> how it is stored
+WeightLayouts = Mapping[tuple[str, str], Packing]  # (function, weight) -> how it is stored
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Shards:
     same: dict[str, str] = field(default_factory=dict)
 
 
-def find_shards(module: Module, packings: Packings) -> Shards:
+def find_shards(module: Module, layouts: WeightLayouts) -> Shards:
     """Return the files that a module of stage kernel needs, a file for each call in @main and one for its own weights."""
     found = Shards()
     weights: dict[str, list[Stored]] = {}
@@ -107,7 +107,7 @@ def find_shards(module: Module, packings: Packings) -> Shards:
             if value.name not in function.uses:
                 continue
             recipe = bind(const.recipe, function.weights, bound)
-            packing = _packing(packings.get((function.name, value.name)), recipe, f"{value} in @{function.name}")
+            packing = _packing(layouts.get((function.name, value.name)), recipe, f"{value} in @{function.name}")
             name, key = f"{label}/{value.name}", (recipe, packing)
             if key in written:
                 found.same[name] = written[key]

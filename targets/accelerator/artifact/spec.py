@@ -25,9 +25,9 @@ from ..kernels.choices import Tile
 from ..predict.assumed import ASSUMED, multiplies
 from ..predict.work import call_counts
 from ..select.exchange import exchanges
-from ..select.kinds import Step, Tokens, named
+from ..select.implementations import Computation, Tokens, named
 from ..select.search import Choice, Fit, Found, search
-from ..select.supported import KINDS, supported
+from ..select.supported import IMPLEMENTATIONS, supported
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from ..tile.tiles import DEVICE, For, walk
@@ -80,7 +80,7 @@ class KernelSpec:
                 for s in walk(program.body)
                 if isinstance(s, For)
             ],
-            "placement": placement(choice, profile),
+            "placement": memory_use(choice, profile),
             "pipeline": {"stages": choice.tile.stages, "warps": choice.tile.warps},
             "predicted": prediction_json(choice),
             "alternatives": [
@@ -94,7 +94,7 @@ class KernelSpec:
         }
 
 
-def placement(choice: Choice, profile: Profile) -> dict[str, Any]:
+def memory_use(choice: Choice, profile: Profile) -> dict[str, Any]:
     """Return each memory's bytes in use, its limit, and the buffers in it."""
     chip = chip_of(profile, layout_of(profile, choice.tile.m))
     found: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def kernel_specs(
     MoecError for an op that has no kernel, for a weight in a format that none reads, and where nothing fits the chip.
     """
     calls = call_counts(module)
-    stored = packings(module, profile)
+    stored = weight_layouts(module, profile)
     groups: dict[tuple[str, Any], _Group] = {}
     functions, framework = [], []
     for function in module.functions:
@@ -214,18 +214,25 @@ def kernel_specs(
             if reason := supported(op):
                 raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
             place = f"@{function.name}/%{op.results[0].name}"
-            step = KINDS[op.name](op, _weights(function, op, stored)) if op.name in KINDS else None
-            if step is not None and not multiplies(profile, step.products):
-                tell(why, [f"{place}: {profile.name} does not multiply {step.products}, so the framework computes it"])
-                step = None
-            if step is None:
+            computation = (
+                IMPLEMENTATIONS[op.name](op, _weights(function, op, stored)) if op.name in IMPLEMENTATIONS else None
+            )
+            if computation is not None and not multiplies(profile, computation.matmuls):
+                tell(
+                    why,
+                    [f"{place}: {profile.name} does not multiply {computation.matmuls}, so the framework computes it"],
+                )
+                computation = None
+            if computation is None:
                 framework.append({"op": op.name, "place": place, "calls": calls[function.name]})
                 steps.append({"op": op.name, "place": place, **_values(op), "attributes": _attributes(op)})
                 continue
-            if (step.kind, step.problem) not in groups:
-                number = sum(g.step.kind == step.kind for g in groups.values())
-                groups[step.kind, step.problem] = _Group(step, f"{step.kind}_{number}", op.name)
-            group = groups[step.kind, step.problem]
+            if (computation.kind, computation.problem) not in groups:
+                number = sum(g.computation.kind == computation.kind for g in groups.values())
+                groups[computation.kind, computation.problem] = _Group(
+                    computation, f"{computation.kind}_{number}", op.name
+                )
+            group = groups[computation.kind, computation.problem]
             group.places.append(place)
             group.ops.setdefault((op.operand_types, tuple(v.type for v in op.results)), (op, place))
             group.calls += calls[function.name]
@@ -247,7 +254,7 @@ def kernel_specs(
 class _Group:
     """Ops that share their kernels."""
 
-    step: Step
+    computation: Computation
     name: str
     op: str
     places: list[str] = field(default_factory=list)
@@ -285,24 +292,22 @@ def _plain(value: Any) -> Any:
 
 def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[str] | None) -> Iterable[KernelSpec]:
     low = 1
-    fits: defaultdict[tuple[str, str], dict[Tile, Fit]] = defaultdict(dict)  # of a kernel, by its way and its name
+    fits: defaultdict[tuple[str, str], dict[Tile, Fit]] = defaultdict(
+        dict
+    )  # of a kernel, by its implementation's name and its own
     for high in buckets:
-        ways = group.step.ways(_tokens(high), profile)
-        found = [
-            (way, [(kernel, search(kernel, profile, fits[way.name, kernel.name])) for kernel in way.kernels])
-            for way in ways
-        ]
-        # several ways to compute the op: the one that is over first
-        way, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
-        if why is not None and len(ways) > 1:
-            why.append(f"{group.name}, up to {high} tokens: {way.name} of {', '.join(w.name for w in ways)}")
+        offered = group.computation.implementations(_tokens(high), profile)
+        found = [(i, [(k, search(k, profile, fits[i.name, k.name])) for k in i.kernels]) for i in offered]
+        fastest, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
+        if why is not None and len(offered) > 1:
+            why.append(f"{group.name}, up to {high} tokens: {fastest.name} of {', '.join(i.name for i in offered)}")
         made: set[str] = set()
         for kernel, choice in best:
-            binding = bind(group.op, kernel, choice.best.program, group.step.weights, made)
+            binding = bind(group.op, kernel, choice.best.program, group.computation.weights, made)
             for op, place in group.ops.values():
                 check_op(op, choice.best.program, binding, place)
             yield KernelSpec(
-                _name(group, kernel.name, high), kernel.name, group.op, low, high, choice, group.step.weights,
+                _name(group, kernel.name, high), kernel.name, group.op, low, high, choice, group.computation.weights,
                 tuple(group.places), group.calls, binding=binding, group=group.name,
             )  # fmt: skip
         low = high + 1
@@ -310,7 +315,7 @@ def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[
 
 def _name(group: _Group, kernel: str, high: int) -> str:
     """Return the name of a kernel, which is that of its file too: linear_0_t16, experts_down_0_combine_t16."""
-    return "_".join([group.name, *([] if kernel == group.step.kind else [kernel]), f"t{high}"])
+    return "_".join([group.name, *([] if kernel == group.computation.kind else [kernel]), f"t{high}"])
 
 
 def _tokens(count: int) -> Tokens:
@@ -327,7 +332,7 @@ def _summed(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     return tuple(found.values())
 
 
-def packings(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
+def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
     """Return how the weights of the kernels are stored, by function and name; others lie as they are typed.
 
     A weight that is read otherwise too, as a tied table is whose rows are looked up, lies row by row, not in fractals.
@@ -336,9 +341,9 @@ def packings(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]
     found = {}
     for function in module.functions:
         consts = {c.value.name for c in function.consts}
-        looked_up = {v.name for op in function.ops if op.name not in KINDS for v in op.inputs}
+        looked_up = {v.name for op in function.ops if op.name not in IMPLEMENTATIONS for v in op.inputs}
         for op in function.ops:
-            for operand, value in named(op).items() if op.name in KINDS else ():
+            for operand, value in named(op).items() if op.name in IMPLEMENTATIONS else ():
                 if operand in WEIGHTS and value.name in consts and len(value.type.shape) in (2, 3):
                     *lead, rows, columns = map(int, value.type.shape)
                     plain = value.type.dtype in ("bf16", "f16")
@@ -353,6 +358,6 @@ def packings(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]
 
 
 def _weights(function: Function, op: Op, stored: Mapping[tuple[str, str], Packing]) -> dict[str, Packing]:
-    """Return the packings of an op's weights by the names of its operands."""
+    """Return the weight_layouts of an op's weights by the names of its operands."""
     places = {name: (function.name, v.name) for name, v in named(op).items()}
     return {name: stored[place] for name, place in places.items() if place in stored}

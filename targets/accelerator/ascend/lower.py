@@ -55,7 +55,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class AscendKernel:
     """A Triton source and what is lowered of it: the function, the Triton type of each argument, those that are fixed."""
 
     source: str
@@ -193,14 +193,16 @@ def _end(text: str) -> str:
 # --- lowering ------------------------------------------------------------------------------------------------------
 
 
-def kernel_of(program: Program, arch: str) -> Kernel:
+def kernel_of(program: Program, arch: str) -> AscendKernel:
     """Return the Triton source of a tile program as triton-ascend takes it for a chip; MoecError as in for_ascend."""
     program = for_ascend(program, is_newer(arch))
     tensors = {pointer(a.name): f"*{TYPES[a.dtype]}" for a in program.arguments}
-    return Kernel(triton_source(program), program.name, tensors | dict.fromkeys(program.scalars, "i32"))
+    return AscendKernel(triton_source(program), program.name, tensors | dict.fromkeys(program.scalars, "i32"))
 
 
-def lower(kernels: Sequence[Kernel], arch: str, where: Environment, seconds: float = KERNEL_SECONDS) -> list[Lowered]:
+def lower(
+    kernels: Sequence[AscendKernel], arch: str, where: Environment, seconds: float = KERNEL_SECONDS
+) -> list[Lowered]:
     """Lower kernels for a chip and return what came of each, in their order; one that fails leaves the others alone.
 
     A kernel that ends the worker or takes longer than `seconds` has that as its error. Raises MoecError if the worker

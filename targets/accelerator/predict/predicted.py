@@ -8,7 +8,7 @@ from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Module
 from ....compiler.ops.define import free
 from ..chip.chip import Profile
-from .roofline import Roofline, Row, Step, module_roofline
+from .roofline import Roofline, Row, StepPrediction, module_roofline
 from .work import call_counts, state_bytes
 
 
@@ -64,7 +64,7 @@ def _memory(roofline: Roofline, batch: int, past: int) -> dict[str, Any]:
     }
 
 
-def _functions(roofline: Roofline, step: Step) -> list[dict[str, Any]]:
+def _functions(roofline: Roofline, step: StepPrediction) -> list[dict[str, Any]]:
     """Return every function with its ops, equal ones together, those of its callees apart."""
     calls = call_counts(roofline.module)
     ops: dict[str, list[dict[str, Any]]] = {}
@@ -76,5 +76,5 @@ def _functions(roofline: Roofline, step: Step) -> list[dict[str, Any]]:
     ]
 
 
-def _timed(row: Row, step: Step) -> dict[str, Any]:
+def _timed(row: Row, step: StepPrediction) -> dict[str, Any]:
     return {"kernels": row.kernels, **_amounts(row), "time": row.time, "share": row.time / step.time}

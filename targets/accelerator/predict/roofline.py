@@ -105,7 +105,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepPrediction:
     """A step of `new` tokens of each of `batch` sequences behind `past` others, on one device: its ops and their sum."""
 
     batch: int
@@ -198,7 +198,7 @@ class Roofline:
 
         return numbers
 
-    def at(self, *, batch: int = 1, new: int = 1, past: int = 0) -> Step:
+    def at(self, *, batch: int = 1, new: int = 1, past: int = 0) -> StepPrediction:
         """Return a step in numbers. MoecError for sizes that the program does not take; other dims are at their least."""
         values = {d.name: max(1, d.low) for d in self.module.dims} | {"B": batch, "S": new, "P": past}
         for d in self.module.dims:
@@ -207,7 +207,7 @@ class Roofline:
         numbers = self._numbers(*(values[d.name] for d in self.module.dims))
         each = len(_KINDS) + 1
         rows = [self._row(work, *numbers[i * each : (i + 1) * each]) for i, work in enumerate(self.works)]
-        return Step(batch, new, past, tuple(rows), self.rates.peak_memory)
+        return StepPrediction(batch, new, past, tuple(rows), self.rates.peak_memory)
 
     def _row(self, work: Work, weights: float, activations: float, states: float, flops: float) -> Row:
         """Return an op in numbers: one call, times the calls."""

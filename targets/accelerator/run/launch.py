@@ -25,7 +25,7 @@ FLUSH = 1 << 28  # bytes written between two timed runs: more than any L2 holds
 
 
 @dataclass(frozen=True)
-class Kernel:
+class GpuKernel:
     """A program that can be launched with so many warps a block, and at most `limit` registers a thread."""
 
     program: Program

@@ -136,11 +136,11 @@ class _PrintedKernel:
     """One kernel, printed when it is first launched."""
 
     def __init__(self, launch: Launch, arch: str) -> None:
-        from .launch import Kernel
+        from .launch import GpuKernel
 
         limit = launch.objects.get(arch, {}).get("register_limit")
         self._program = launch.program
-        self._kernel = Kernel(launch.program, launch.warps, limit)
+        self._kernel = GpuKernel(launch.program, launch.warps, limit)
 
     def __call__(self, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         if all(int(evaluate(extent, scalars)) > 0 for _, extent in self._program.grid):

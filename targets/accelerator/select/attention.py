@@ -15,8 +15,8 @@ from ..kernels.norm import power
 from ..tile.builder import Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
-from .kinds import Kind, Step, Tokens, Way, attributes, given, row_shapes, row_tile
-from .search import Kernel, row_choices
+from .implementations import Computation, Implementation, Selector, Tokens, attributes, given, row_shapes, row_tile
+from .search import KernelTemplate, row_choices
 
 KEYS = (32, 64, 128)  # keys at once
 PARTS = (64, 128, 256, 512)  # widest part of a head in one product
@@ -27,7 +27,7 @@ Make = Callable[[AttentionTile, Layout], Program]
 Merge = Callable[[RowTile, Layout, int], Program]
 
 
-def _attention(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), attributes(op)
     q, key, value = (operands[name].shape for name in "qkv")
     mask = operands.get("mask")
@@ -36,24 +36,24 @@ def _attention(op: Op, weights: Mapping[str, Packing]) -> Step:
         "sinks" in operands, "" if mask is None else "keys" if len(mask.shape) == 2 else "tokens", heads_first=True,
     )  # fmt: skip
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
         rows = tokens.new * p.heads // p.groups
-        return _ways(
+        return _attention_implementations(
             "attention", lambda t, layout: attention(p, t, layout),
             lambda t, layout, split: attention_merge(p, t, layout, split), scalars, rows, p.width, p.value_width, tokens,
         )  # fmt: skip
 
-    return Step("attention", p, {}, ways)
+    return Computation("attention", p, {}, implementations)
 
 
-def _compressed(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _compressed(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), attributes(op)
     q = operands["q"].shape
     p = Compressed(int(q[2]), int(q[3]), a["window"], a["scale"], a["ratio"], "selected" in operands)
     chosen = operands["selected"].shape[2] if p.selected else 0
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         batch, new, past = tokens.batch, tokens.new, tokens.past
         scalars = {"B": batch, "S": new, "P": past}
         if p.ratio:
@@ -62,42 +62,44 @@ def _compressed(op: Op, weights: Mapping[str, Packing]) -> Step:
             scalars["J"] = max(int(evaluate(chosen, tokens.scalars)), 1)
         rows = p.heads if p.selected else new * p.heads
         kept = {"O": min(past, p.window - 1), "Y": min(past + new, p.window - 1)}
-        state = Kernel(
+        state = KernelTemplate(
             "slide", lambda t, layout: slide(p.width, row_tile(t), layout), {"B": batch, "S": new, **kept},
             row_shapes(power(p.width)), staged=False, renamed={"old": "window", "new": "kv"},
         )  # fmt: skip
-        found = _ways(
+        found = _attention_implementations(
             "compressed_attention", lambda t, layout: compressed_attention(p, t, layout),
             lambda t, layout, split: compressed_merge(p, t, layout, split), scalars, rows, p.width, p.width, tokens,
         )  # fmt: skip
-        return tuple(Way(way.name, (*way.kernels, state)) for way in found)
+        return tuple(Implementation(i.name, (*i.kernels, state)) for i in found)
 
-    return Step("compressed_attention", p, {}, ways)
+    return Computation("compressed_attention", p, {}, implementations)
 
 
-def _ways(
+def _attention_implementations(
     name: str, make: Make, merge: Merge, scalars: Mapping[str, int], rows: int, width: int, value: int, tokens: Tokens
-) -> tuple[Way, ...]:  # fmt: skip
+) -> tuple[Implementation, ...]:  # fmt: skip
     """Return attention in one kernel, and for few tokens with the keys split and a kernel that merges."""
     widest = [part for part in PARTS if part < 2 * power(min(width, value))] or [PARTS[0]]
     tiles = tuple(product(row_choices(rows), KEYS, widest))
-    ways = []
+    implementations = []
     for split in SPLITS if tokens.count <= FEW else SPLITS[:1]:
 
         def one(t: Tile, layout: Layout, split: int = split) -> Program:
             return make(AttentionTile(t.m, t.n, t.k, t.stages, t.warps, split), layout)
 
-        kernels = [Kernel(name, one, scalars, tiles, renamed={"key": "k", "value": "v"})]
+        kernels = [KernelTemplate(name, one, scalars, tiles, renamed={"key": "k", "value": "v"})]
         if split > 1:
             kernels.append(_merge(merge, split, scalars, value))
-        ways.append(Way("keys in one go" if split == 1 else f"keys in {split} parts", tuple(kernels)))
-    return tuple(ways)
+        implementations.append(
+            Implementation("keys in one go" if split == 1 else f"keys in {split} parts", tuple(kernels))
+        )
+    return tuple(implementations)
 
 
-def _merge(merge: Merge, split: int, scalars: Mapping[str, int], value: int) -> Kernel:
+def _merge(merge: Merge, split: int, scalars: Mapping[str, int], value: int) -> KernelTemplate:
     few = {key: scalars[key] for key in "BS"}
     tiles = row_shapes(power(value), (1, 2, 4))
-    return Kernel("merge", lambda t, layout: merge(row_tile(t), layout, split), few, tiles, staged=False)
+    return KernelTemplate("merge", lambda t, layout: merge(row_tile(t), layout, split), few, tiles, staged=False)
 
 
-KINDS: dict[str, Kind] = {"nn.attention": _attention, "nn.compressed_attention": _compressed}
+IMPLEMENTATIONS: dict[str, Selector] = {"nn.attention": _attention, "nn.compressed_attention": _compressed}

@@ -14,8 +14,19 @@ from ..kernels.dense import Linear, linear, linear_sum
 from ..kernels.norm import Norm, add_rms_norm, layer_norm, power, rms_norm
 from ..kernels.rope import Append, Rope, qk_rope_append, rope
 from ..tile.packing import Packing
-from .kinds import Kind, Step, Tokens, Way, activated, attributes, given, one_way, row_shapes, row_tile
-from .search import Kernel, row_choices, shapes
+from .implementations import (
+    Computation,
+    Implementation,
+    Selector,
+    Tokens,
+    activated,
+    attributes,
+    given,
+    only_implementation,
+    row_shapes,
+    row_tile,
+)
+from .search import KernelTemplate, row_choices, shapes
 
 SPLITS = (4,)  # parts that the depth of a linear may be cut into
 FEW = 64  # tokens up to which that is considered
@@ -24,7 +35,7 @@ FEW = 64  # tokens up to which that is considered
 # --- linear --------------------------------------------------------------------------------------------------------
 
 
-def _linear(op: Op, weights: Mapping[str, Packing]) -> Step | None:
+def _linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     """Return a linear as kernels; one with an f32 weight is the framework's: routers and gates, which are small."""
     weight = weights["w" if "w" in weights else "up"]
     if weight.format == "f32":
@@ -36,29 +47,33 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Step | None:
     rows = weight.rows // blocks // (2 if gated else 1)
     extra = activated(a) if gated else {}
     p = Linear(rows, weight.columns, weight, blocks, "bias" in operands, out=a.get("out", "bf16"), **extra)
-    return Step("gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_ways(p, tokens))
+    return Computation(
+        "gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_implementations(p, tokens)
+    )
 
 
-def linear_ways(p: Linear, tokens: Tokens) -> tuple[Way, ...]:
+def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, ...]:
     """Return a linear in one kernel, and for few tokens cut along its depth with a sum behind."""
     count = {"T": tokens.count}
     tiles = shapes(row_choices(tokens.count), p.weight.step)
-    whole = Kernel(
+    whole = KernelTemplate(
         "linear", lambda t, layout: linear(p, t, layout), count, tiles, renamed={"w": "up", "y": "h"} if p.gated else {}
     )
-    ways = [Way("whole", (whole,))]
+    implementations = [Implementation("whole", (whole,))]
     if tokens.count <= FEW and not p.gated:
-        ways += [_split_way(p, split, count, tiles) for split in SPLITS]
-    return tuple(ways)
+        implementations += [_split_linear(p, split, count, tiles) for split in SPLITS]
+    return tuple(implementations)
 
 
-def _split_way(p: Linear, split: int, count: Mapping[str, int], tiles: tuple[tuple[int, int, int], ...]) -> Way:
-    part = Kernel("linear", lambda t, layout: linear(p, t, layout, split), count, tiles)
-    total = Kernel(
+def _split_linear(
+    p: Linear, split: int, count: Mapping[str, int], tiles: tuple[tuple[int, int, int], ...]
+) -> Implementation:
+    part = KernelTemplate("linear", lambda t, layout: linear(p, t, layout, split), count, tiles)
+    total = KernelTemplate(
         "linear_sum", lambda t, layout: linear_sum(p, t, layout, split), count, row_shapes(p.rows * p.blocks),
         staged=False,
     )  # fmt: skip
-    return Way(f"depth in {split} parts", (part, total))
+    return Implementation(f"depth in {split} parts", (part, total))
 
 
 # --- norms and heads -----------------------------------------------------------------------------------------------
@@ -66,7 +81,7 @@ def _split_way(p: Linear, split: int, count: Mapping[str, int], tiles: tuple[tup
 _NORMS = {"nn.rms_norm": rms_norm, "nn.add_rms_norm": add_rms_norm, "nn.layer_norm": layer_norm}
 
 
-def _norm(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), attributes(op)
     p = Norm(
         int(operands["x"].shape[-1]), a["eps"], "w" in operands, "b" in operands, op.name == "nn.layer_norm",
@@ -74,15 +89,15 @@ def _norm(op: Op, weights: Mapping[str, Packing]) -> Step:
     )  # fmt: skip
     make, lead = _NORMS[op.name], operands["x"].shape[:-1]
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         rows = _rows(lead, tokens)
         tiles = row_shapes(power(p.width))
-        return one_way(
-            Kernel(op.name.removeprefix("nn."), lambda t, layout: make(p, row_tile(t), layout), {"T": rows}, tiles,
+        return only_implementation(
+            KernelTemplate(op.name.removeprefix("nn."), lambda t, layout: make(p, row_tile(t), layout), {"T": rows}, tiles,
                    staged=False)
         )  # fmt: skip
 
-    return Step("norm", p, {}, ways)
+    return Computation("norm", p, {}, implementations)
 
 
 def _rows(lead: tuple[Any, ...], tokens: Tokens) -> int:
@@ -90,7 +105,7 @@ def _rows(lead: tuple[Any, ...], tokens: Tokens) -> int:
     return evaluate(sympy.Mul(*lead), tokens.scalars)
 
 
-def _rope(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands = given(op)
     shape, angles = operands["x"].shape, operands["cos"].shape
     pairs = op.name == "nn.rope_pairs"
@@ -99,14 +114,14 @@ def _rope(op: Op, weights: Mapping[str, Packing]) -> Step:
         attributes(op).get("inverse", False), own_angles=str(angles[0]) == "B", heads_first=not pairs,
     )  # fmt: skip
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new}
-        return one_way(_head_kernel("rope", lambda t, layout: rope(p, row_tile(t), layout), scalars))
+        return only_implementation(_head_kernel("rope", lambda t, layout: rope(p, row_tile(t), layout), scalars))
 
-    return Step("rope", p, {}, ways)
+    return Computation("rope", p, {}, implementations)
 
 
-def _append(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _append(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), attributes(op)
     key = operands["past_key"].shape
     angles = operands.get("cos")
@@ -115,9 +130,9 @@ def _append(op: Op, weights: Mapping[str, Packing]) -> Step:
         "q_norm" in operands, "k_norm" in operands, a["eps"], angles is not None and str(angles.shape[0]) == "B",
     )  # fmt: skip
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
-        return one_way(
+        return only_implementation(
             _head_kernel(
                 "qk_rope_append", lambda t, layout: qk_rope_append(p, row_tile(t), layout), scalars,
                 renamed={"qkv": "q", "y": "q"},
@@ -125,14 +140,14 @@ def _append(op: Op, weights: Mapping[str, Packing]) -> Step:
             )
         )  # fmt: skip
 
-    return Step("rope_append", p, {}, ways)
+    return Computation("rope_append", p, {}, implementations)
 
 
-def _head_kernel(name: str, make: Any, scalars: Mapping[str, int], **bound: Any) -> Kernel:
-    return Kernel(name, make, scalars, tuple((m, 1, 1) for m in (1, 2, 4, 8, 16, 32)), staged=False, **bound)
+def _head_kernel(name: str, make: Any, scalars: Mapping[str, int], **bound: Any) -> KernelTemplate:
+    return KernelTemplate(name, make, scalars, tuple((m, 1, 1) for m in (1, 2, 4, 8, 16, 32)), staged=False, **bound)
 
 
-KINDS: dict[str, Kind] = {
+IMPLEMENTATIONS: dict[str, Selector] = {
     **dict.fromkeys(("acc.linear", "acc.gated_up", "acc.block_linear"), _linear),
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(("nn.rope", "nn.rope_pairs"), _rope),

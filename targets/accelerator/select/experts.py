@@ -9,8 +9,18 @@ from ..chip.chip import Profile
 from ..kernels.experts import Experts, combine, grouped_down, grouped_up, sort
 from ..predict.experts_touched import distinct_experts, expected_tiles
 from ..tile.packing import Packing
-from .kinds import Kind, Step, Tokens, Way, activated, attributes, given, one_way, row_shapes
-from .search import ROWS, Kernel, row_choices, shapes
+from .implementations import (
+    Computation,
+    Implementation,
+    Selector,
+    Tokens,
+    activated,
+    attributes,
+    given,
+    only_implementation,
+    row_shapes,
+)
+from .search import ROWS, KernelTemplate, row_choices, shapes
 
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
 
@@ -48,51 +58,57 @@ def _is_direct(e: Experts, tokens: int) -> bool:
 
 
 def _grouped(kernel: Callable, name: str, e: Experts, packing: Packing, which: str) -> Callable:
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         count = tokens.count
         direct = _is_direct(e, count)
-        matrix = Kernel(
+        matrix = KernelTemplate(
             name, lambda t, layout: kernel(e, t, layout, direct), {"T": count},
             shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step),
             (lambda t: {}) if direct else (lambda t: {"tile": expected_tiles(e.experts, e.chosen, count, t.m)}),
             touched(e, which, count),
         )  # fmt: skip
         after = (_combine(e, count),) if which == "down" else ()
-        return (Way("pair by pair" if direct else "sorted", (matrix, *after)),)
+        return (Implementation("pair by pair" if direct else "sorted", (matrix, *after)),)
 
-    return ways
+    return implementations
 
 
-def _combine(e: Experts, count: int) -> Kernel:
-    return Kernel(
+def _combine(e: Experts, count: int) -> KernelTemplate:
+    return KernelTemplate(
         "combine", lambda t, layout: combine(e, t.n, layout, t.m), {"T": count}, row_shapes(e.hidden), staged=False
     )
 
 
-def _sort(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _sort(op: Op, weights: Mapping[str, Packing]) -> Computation:
     ids = op.operands[0]
     assert ids
     experts, chosen = attributes(op)["experts"], int(ids.type.shape[1])
     none = Packing("bf16", 1, 1)
     e = Experts(experts, chosen, 1, 1, none, none)
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         if _is_direct(e, tokens.count):
-            return (Way("pair by pair", ()),)
-        kernel = Kernel("sort", lambda t, layout: sort(e, layout), {"T": tokens.count}, ((1, 1, 1),), staged=False)
-        return one_way(kernel)
+            return (Implementation("pair by pair", ()),)
+        kernel = KernelTemplate(
+            "sort", lambda t, layout: sort(e, layout), {"T": tokens.count}, ((1, 1, 1),), staged=False
+        )
+        return only_implementation(kernel)
 
-    return Step("sort", e, {}, ways)
+    return Computation("sort", e, {}, implementations)
 
 
-def _grouped_up(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _grouped_up(op: Op, weights: Mapping[str, Packing]) -> Computation:
     e = _experts(op, weights)
-    return Step("experts_up", e, weights, _grouped(grouped_up, "grouped_up", e, e.up, "up"))
+    return Computation("experts_up", e, weights, _grouped(grouped_up, "grouped_up", e, e.up, "up"))
 
 
-def _grouped_down(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _grouped_down(op: Op, weights: Mapping[str, Packing]) -> Computation:
     e = _experts(op, weights)
-    return Step("experts_down", e, weights, _grouped(grouped_down, "grouped_down", e, e.down, "down"))
+    return Computation("experts_down", e, weights, _grouped(grouped_down, "grouped_down", e, e.down, "down"))
 
 
-KINDS: dict[str, Kind] = {"acc.sort": _sort, "acc.grouped_up": _grouped_up, "acc.grouped_down": _grouped_down}
+IMPLEMENTATIONS: dict[str, Selector] = {
+    "acc.sort": _sort,
+    "acc.grouped_up": _grouped_up,
+    "acc.grouped_down": _grouped_down,
+}

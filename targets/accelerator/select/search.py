@@ -32,7 +32,7 @@ KEPT = 5  # alternatives that a choice remembers
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelTemplate:
     """A kernel to find a tile for: what makes its program, and what is known of a run at one number of tokens.
 
     `expect(tile)` holds what the counts cannot see (see count.py); `touched` the share of each weight that is needed.
@@ -76,7 +76,7 @@ class Found:
 class Fit:
     """The program of a tile with its bytes in each memory and, for each number of warps, why the chip cannot run it.
 
-    `narrow` says of products that are narrower than the chip reads well; they are taken where nothing else fits.
+    `narrow` says of matmuls that are narrower than the chip reads well; they are taken where nothing else fits.
     """
 
     program: Program
@@ -85,7 +85,7 @@ class Fit:
     narrow: str | None = None
 
 
-def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None) -> Found:
+def search(kernel: KernelTemplate, profile: Profile, fits: dict[Tile, Fit] | None = None) -> Found:
     """Return the tile of the least predicted time. MoecError if no tile fits the chip.
 
     `fits` holds what earlier searches found out about tiles of this kernel on this chip, for other numbers of tokens,
@@ -118,7 +118,7 @@ def search(kernel: Kernel, profile: Profile, fits: dict[Tile, Fit] | None = None
     return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
 
 
-def _fit(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> Fit:
+def _fit(kernel: KernelTemplate, tile: Tile, profile: Profile, chip: Chip) -> Fit:
     program = kernel.make(tile, layout_of(profile, tile.m))
     use = footprint(program, chip.align)
     why = tuple(unfit(program, warps, use, chip, profile) for warps in profile.family.warps)
@@ -127,7 +127,7 @@ def _fit(kernel: Kernel, tile: Tile, profile: Profile, chip: Chip) -> Fit:
 
 
 def _choices(
-    kernel: Kernel,
+    kernel: KernelTemplate,
     tile: Tile,
     fit: Fit,
     profile: Profile,
@@ -169,7 +169,7 @@ def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, prof
     if profile.toolchain == "triton" and profile.arch and spills(program, profile.arch, warps):
         return f"{warps} warps have too few registers for its sums: they would spill"
     for statement in walk(program.body):
-        if isinstance(statement, Dot) and (reason := _no_product(program, statement, profile)):
+        if isinstance(statement, Dot) and (reason := _no_matmul(program, statement, profile)):
             return reason
     return None
 
@@ -179,7 +179,7 @@ def _registers(profile: Profile, warps: int) -> int:
     return int(SPARED * 4 * each * warps * profile.threads)
 
 
-def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
+def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return why the matrix unit cannot multiply these tiles."""
     a, acc = program.buffers[dot.a], program.buffers[dot.acc]
     unit = profile.unit(a.dtype)
@@ -196,7 +196,7 @@ def _no_product(program: Program, dot: Dot, profile: Profile) -> str | None:
 
 
 def _narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
-    """Return what the chip does not read or multiply well of a product that is narrow; a compiler takes it all the same."""
+    """Return what the chip does not read or multiply well of a matmul that is narrow; a compiler takes it all the same."""
     a = program.buffers[dot.a]
     unit, span = profile.unit(a.dtype), profile.rule("tile_k_bytes") or 0
     if unit is None:

@@ -16,8 +16,18 @@ from ..kernels.hyper import Streams, stream_scores, streams_in, streams_out
 from ..kernels.norm import power
 from ..kernels.route import Route, route
 from ..tile.packing import Packing
-from .kinds import Kind, Step, Tokens, Way, attributes, given, one_way, row_shapes, row_tile
-from .search import Kernel, row_choices
+from .implementations import (
+    Computation,
+    Implementation,
+    Selector,
+    Tokens,
+    attributes,
+    given,
+    only_implementation,
+    row_shapes,
+    row_tile,
+)
+from .search import KernelTemplate, row_choices
 
 ROUTED = (1, 2, 4, 8, 16)  # tokens that one point of routing decides on
 SPLITS = (1, 4, 16)  # parts that the long rows of streams may be cut into
@@ -25,110 +35,116 @@ FEW = 64  # tokens up to which that is considered
 CHOSEN = 1024  # entries that the choice looks at in one step
 
 
-def _route(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _route(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), attributes(op)
     there: dict[str, Any] = {name: name in operands for name in ("bias", "given", "expert_scale")}
     p = Route(int(operands["logits"].shape[1]), **a, **there)
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         shapes = tuple((m, 1, 1) for m in ROUTED)
-        kernel = Kernel("route", lambda t, layout: route(p, t.m, layout), {"T": tokens.count}, shapes, staged=False)
-        return one_way(kernel)
+        kernel = KernelTemplate(
+            "route", lambda t, layout: route(p, t.m, layout), {"T": tokens.count}, shapes, staged=False
+        )
+        return only_implementation(kernel)
 
-    return Step("route", p, {}, ways)
+    return Computation("route", p, {}, implementations)
 
 
 # --- compressed entries --------------------------------------------------------------------------------------------
 
 
-def _select(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _select(op: Op, weights: Mapping[str, Packing]) -> Computation:
     a, q = attributes(op), given(op)["q"].shape
     p = Select(int(q[2]), int(q[3]), a["k"], a["ratio"])
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         entries = max((tokens.past + tokens.new) // p.ratio, 1)
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": entries}
         rows = [m for m in (16, 32, 64, 128) if m >= power(p.heads)] or [power(p.heads)]
-        scores = Kernel(
+        scores = KernelTemplate(
             "entry_scores", lambda t, layout: entry_scores(p, AttentionTile(t.m, t.n, t.k, t.stages, t.warps), layout),
             scalars, tuple(product(rows, (32, 64, 128), (64, 128))),
         )  # fmt: skip
-        choose = Kernel(
+        choose = KernelTemplate(
             "choose_entries", lambda t, layout: choose_entries(p, t.n, layout),
             {"B": tokens.batch, "S": tokens.new, "E": entries}, ((1, CHOSEN, 1),), staged=False,
         )  # fmt: skip
-        return one_way(scores, choose)
+        return only_implementation(scores, choose)
 
-    return Step("select_entries", p, {}, ways)
+    return Computation("select_entries", p, {}, implementations)
 
 
-def _compress(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _compress(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), attributes(op)
     width, turned = int(operands["norm"].shape[0]), int(operands["cos"].shape[1])
     p = Compress(width, a["ratio"], turned, a["overlap"], a["eps"])
     token = int(operands["x"].shape[2])
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past}
         sizes = {name: max(int(evaluate(operands[name].shape[1], tokens.scalars)), 0) for name in ("pending",)}
         kept = max(int(evaluate(op.results[0].type.shape[1], tokens.scalars)), 1)
         entries = max((tokens.past + tokens.new) // p.ratio, 1)
-        make = Kernel(
+        make = KernelTemplate(
             "compress_tokens", lambda t, layout: compress_tokens(p, row_tile(t), layout), {**scalars, "C": entries},
             tuple((m, n, 1) for m in (4, 8, 16, 32, 64) if m <= p.ratio for n in (power(width),)), staged=False,
             appended={"entries": ("entries", "all")},
         )  # fmt: skip
-        state = Kernel(
+        state = KernelTemplate(
             "slide", lambda t, layout: slide(token, row_tile(t), layout),
             {"B": tokens.batch, "S": tokens.new, "O": sizes["pending"], "Y": kept}, row_shapes(power(token)), staged=False,
             renamed={"old": "pending", "new": "x"},
         )  # fmt: skip
-        return one_way(make, state)
+        return only_implementation(make, state)
 
-    return Step("compress_tokens", p, {}, ways)
+    return Computation("compress_tokens", p, {}, implementations)
 
 
 # --- hyper-connections ---------------------------------------------------------------------------------------------
 
 
-def _streams(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _streams(op: Op, weights: Mapping[str, Packing]) -> Computation:
     x, a = given(op)["x"].shape, attributes(op)
     p = Streams(
         int(x[2]), int(x[3]), a["eps"], a["floor"], a.get("iterations", 1), op.name == "nn.hyper_connection_head"
     )
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         count = {"T": tokens.count}
         shapes = tuple((m, power(p.scores, 16), k) for m in row_choices(tokens.count) for k in (32, 64, 128))
         splits = SPLITS if tokens.count <= FEW else SPLITS[:1]
-        return tuple(_streams_way(p, split, count, shapes) for split in splits)
+        return tuple(_streams_implementation(p, split, count, shapes) for split in splits)
 
-    return Step("streams", p, {}, ways, products="f32")
+    return Computation("streams", p, {}, implementations, matmuls="f32")
 
 
-def _streams_way(p: Streams, split: int, count: Mapping[str, int], shapes: tuple[tuple[int, int, int], ...]) -> Way:
+def _streams_implementation(
+    p: Streams, split: int, count: Mapping[str, int], shapes: tuple[tuple[int, int, int], ...]
+) -> Implementation:
     mixed = row_shapes(p.width, (1, 2, 4))
     kernels = (
-        Kernel("stream_scores", lambda t, layout: stream_scores(p, t, layout, split), count, shapes),
-        Kernel("streams_in", lambda t, layout: streams_in(p, row_tile(t), layout, split), count, mixed, staged=False),
+        KernelTemplate("stream_scores", lambda t, layout: stream_scores(p, t, layout, split), count, shapes),
+        KernelTemplate(
+            "streams_in", lambda t, layout: streams_in(p, row_tile(t), layout, split), count, mixed, staged=False
+        ),
     )
-    return Way("whole rows" if split == 1 else f"rows in {split} parts", kernels)
+    return Implementation("whole rows" if split == 1 else f"rows in {split} parts", kernels)
 
 
-def _streams_out(op: Op, weights: Mapping[str, Packing]) -> Step:
+def _streams_out(op: Op, weights: Mapping[str, Packing]) -> Computation:
     streams = given(op)["streams"].shape
     p = Streams(int(streams[2]), int(streams[3]), 0.0, 0.0)
 
-    def ways(tokens: Tokens, profile: Profile) -> tuple[Way, ...]:
-        return one_way(
-            Kernel("streams_out", lambda t, layout: streams_out(p, row_tile(t), layout), {"T": tokens.count},
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        return only_implementation(
+            KernelTemplate("streams_out", lambda t, layout: streams_out(p, row_tile(t), layout), {"T": tokens.count},
                    row_shapes(p.width, (1, 2, 4)), staged=False)
         )  # fmt: skip
 
-    return Step("streams_out", p, {}, ways)
+    return Computation("streams_out", p, {}, implementations)
 
 
-KINDS: dict[str, Kind] = {
+IMPLEMENTATIONS: dict[str, Selector] = {
     "moe.route": _route,
     "nn.select_entries": _select,
     "nn.compress_tokens": _compress,

@@ -8,13 +8,18 @@ from __future__ import annotations
 import difflib
 
 from ....compiler.ir.module import Op
-from . import attention as kinds_attention
-from . import dense as kinds_dense
-from . import experts as kinds_experts
-from . import sparse as kinds_sparse
-from .kinds import Kind
+from . import attention as select_attention
+from . import dense as select_dense
+from . import experts as select_experts
+from . import sparse as select_sparse
+from .implementations import Selector
 
-KINDS: dict[str, Kind] = {**kinds_experts.KINDS, **kinds_dense.KINDS, **kinds_attention.KINDS, **kinds_sparse.KINDS}
+IMPLEMENTATIONS: dict[str, Selector] = {
+    **select_experts.IMPLEMENTATIONS,
+    **select_dense.IMPLEMENTATIONS,
+    **select_attention.IMPLEMENTATIONS,
+    **select_sparse.IMPLEMENTATIONS,
+}
 # and core.*; the recurrences are loops over tokens there, right and slow, until there are kernels for them
 FRAMEWORK = (
     "nn.embedding", "nn.cache_append", "nn.new_state", "nn.conv_window", "nn.causal_conv", "nn.linear_attention",
@@ -23,7 +28,7 @@ FRAMEWORK = (
 
 def supported(op: Op) -> str | None:
     """Return None if an op has kernels or is left to the framework, else why not, with the ops that come near."""
-    if op.callee or op.name in KINDS or op.name in FRAMEWORK or op.name.startswith("core."):
+    if op.callee or op.name in IMPLEMENTATIONS or op.name in FRAMEWORK or op.name.startswith("core."):
         return None
-    near = difflib.get_close_matches(op.name, KINDS, n=3, cutoff=0.5) or sorted(KINDS)
+    near = difflib.get_close_matches(op.name, IMPLEMENTATIONS, n=3, cutoff=0.5) or sorted(IMPLEMENTATIONS)
     return f"no kernel computes {op.name}; there are those for {', '.join(near)}"

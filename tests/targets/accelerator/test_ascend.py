@@ -23,7 +23,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.artifact.ascend_objects import MISSING, find_environment
 from moec.targets.accelerator.ascend import lower as ascend
-from moec.targets.accelerator.ascend.lower import Environment, Kernel, environment, is_newer, kernel_of, lower
+from moec.targets.accelerator.ascend.lower import AscendKernel, Environment, environment, is_newer, kernel_of, lower
 from moec.targets.accelerator.ascend.program import for_ascend
 from moec.targets.accelerator.chip.profile import shipped_profiles
 from moec.targets.accelerator.kernels.choices import RowTile
@@ -186,7 +186,7 @@ def test_another_machine(tmp_path, monkeypatch):
 
 
 def test_a_worker_that_does_not_start(tmp_path):
-    kernel = Kernel("", "k", {})
+    kernel = AscendKernel("", "k", {})
     with pytest.raises(MoecError, match="triton-ascend does not start") as error:
         lower([kernel], OLDER, Environment(make_folder(tmp_path / "empty")))
     assert "ModuleNotFoundError" in error.value.excerpt
@@ -344,7 +344,7 @@ def test_all_kernels_of_a_model_are_lowered(target, triton_ascend, tmp_path, mon
 
 @pytest.mark.ascend
 def test_one_kernel_that_fails_leaves_the_others_alone(triton_ascend):
-    copy = Kernel(COPY, "copy", {"x": "*fp32", "y": "*fp32"}, {"N": 64})
+    copy = AscendKernel(COPY, "copy", {"x": "*fp32", "y": "*fp32"}, {"N": 64})
     kernels = [
         copy,
         replace(copy, source=COPY + "import os; os.abort()\n"),
@@ -369,7 +369,7 @@ def test_one_kernel_that_fails_leaves_the_others_alone(triton_ascend):
 @pytest.mark.ascend
 def test_what_the_adapter_leaves_undone_is_an_error(triton_ascend):
     source = COPY.replace("tl.load(x + i)", "tl.load(x + i).to(tl.float32)")
-    (done,) = lower([Kernel(source, "copy", {"x": "*fp8e4nv", "y": "*fp32"}, {"N": 64})], NEWER, triton_ascend)
+    (done,) = lower([AscendKernel(source, "copy", {"x": "*fp8e4nv", "y": "*fp32"}, {"N": 64})], NEWER, triton_ascend)
     assert done.stage == "linalg" and "the adapter left tt.fp_to_fp in it" in done.error and not done.linalg
 
 

@@ -16,7 +16,7 @@ from moec.targets import open_target
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import read_kernels
-from moec.targets.accelerator.select import dense as kinds_dense
+from moec.targets.accelerator.select import dense as select_dense
 from moec.targets.accelerator.tile.tiles import Argument
 from places import ROOT, TINY
 
@@ -115,7 +115,7 @@ def test_states_do_not_change_under_the_hands_of_others(session):
 
 def test_another_layout_than_the_op_has_is_refused(monkeypatch):
     """A kernel that stored the heads of q behind the tokens, for attention to read them in front of these."""
-    original = kinds_dense.qk_rope_append
+    original = select_dense.qk_rope_append
 
     def other(p, t, layout):
         program = original(p, t, layout)
@@ -124,7 +124,7 @@ def test_another_layout_than_the_op_has_is_refused(monkeypatch):
         turned = Argument("y", y.dtype, (batch, tokens, heads, width), y.role)
         return dataclasses.replace(program, arguments=tuple(turned if a is y else a for a in program.arguments))
 
-    monkeypatch.setattr(kinds_dense, "qk_rope_append", other)
+    monkeypatch.setattr(select_dense, "qk_rope_append", other)
     module = moec.compile(TINY, target="nvidia-h200", stop_after="kernel")
     with pytest.raises(MoecError, match=r"has y as \[B, S, 4, 64\], it is f32\[B, 4, S, 64\]"):
         kernel_specs(module, find_profile("nvidia-h200", {}), (16,))

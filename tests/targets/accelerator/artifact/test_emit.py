@@ -16,11 +16,11 @@ from moec.compiler.errors import MoecError
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.artifact import objects
+from moec.targets.accelerator.artifact.device_placement import place_on_devices
 from moec.targets.accelerator.artifact.engine_files import engine_files, file_name, find_problems
 from moec.targets.accelerator.artifact.objects import compile_kernels
-from moec.targets.accelerator.artifact.plan import make_plan
 from moec.targets.accelerator.artifact.shards import find_shards
-from moec.targets.accelerator.artifact.spec import kernel_specs, packings
+from moec.targets.accelerator.artifact.spec import kernel_specs, weight_layouts
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.lower import lower
 from moec.targets.accelerator.triton.compile import Compiled
@@ -93,14 +93,14 @@ def test_it_is_inspected_and_run(artifact):
 
 def test_the_plan_counts_bytes():
     module = lower(parse_module(TEXT))
-    plan = make_plan(module, H200, find_shards(module, packings(module, H200)))
+    plan = place_on_devices(module, H200, find_shards(module, weight_layouts(module, H200)))
     (device,) = plan["devices"]
     assert device["weights"] == sum(s["bytes"] for s in device["shards"]) == 2 * 64 * 64 * 2
     assert plan["state"]["bytes_per_token"] == 2 * 64 * 2
     assert plan["workspace"] == {"tokens": 128, "bytes": 2 * 128 * 64 * 2}
     assert plan["fits"] and plan["free"] == device["memory"]["bytes"] - device["weights"] - plan["workspace"]["bytes"]
     small = find_profile("nvidia-h200", {"memory.dram.capacity": "16kB"})
-    plan = make_plan(module, small, find_shards(module, packings(module, small)))
+    plan = place_on_devices(module, small, find_shards(module, weight_layouts(module, small)))
     assert plan["fits"] is False and plan["free"] < 0 and plan["tokens_of_state"] == 0
 
 
@@ -226,7 +226,7 @@ def test_tuning_files_have_the_engines_names(weight, recipe, vllm, sglang, chip,
     profile = find_profile(chip, {})
     declare_kernel_ops()
     module = parse_module(GROUPED.replace("WEIGHT", weight).replace("RECIPE", recipe))
-    (problem,) = find_problems(module, packings(module, profile))
+    (problem,) = find_problems(module, weight_layouts(module, profile))
     for engine, suffix in (("vllm", vllm), ("sglang", sglang)):
         assert file_name(engine, problem, device) == f"E=8,N=256,device_name={device}{suffix}.json"
     notes: list[str] = []

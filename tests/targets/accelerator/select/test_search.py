@@ -10,10 +10,10 @@ from moec.targets.accelerator.chip.profile import find_profile, profile_names
 from moec.targets.accelerator.kernels.dense import Linear
 from moec.targets.accelerator.kernels.experts import Experts, grouped_up
 from moec.targets.accelerator.predict.experts_touched import distinct_experts, expected_tiles
-from moec.targets.accelerator.select.dense import linear_ways
+from moec.targets.accelerator.select.dense import linear_implementations
 from moec.targets.accelerator.select.experts import touched
-from moec.targets.accelerator.select.kinds import Tokens
-from moec.targets.accelerator.select.search import Kernel, row_choices, search, shapes
+from moec.targets.accelerator.select.implementations import Tokens
+from moec.targets.accelerator.select.search import KernelTemplate, row_choices, search, shapes
 from moec.targets.accelerator.tile.packing import Packing
 
 FORMATS = ("bf16", "int4_g128", "fp8_b128", "mxfp4")
@@ -28,7 +28,7 @@ def kernel_of(hidden, inner, experts, chosen, format, tokens):
         Packing(format, 2 * inner, hidden, experts),
         Packing(format, hidden, inner, experts),
     )
-    return Kernel(
+    return KernelTemplate(
         "grouped_up", lambda t, layout: grouped_up(e, t, layout), {"T": tokens},
         shapes(row_choices(tokens * chosen / experts), e.up.step),
         lambda t: {"tile": expected_tiles(experts, chosen, tokens, t.m)}, touched(e, "up", tokens),
@@ -57,7 +57,7 @@ def test_linears_fit(name):
     profile = profile_of(name)
     p = Linear(1000, 777, Packing("bf16", 1000, 777))
     for tokens in (Tokens(1, 1, 10), Tokens(1, 2000, 0)):
-        for way in linear_ways(p, tokens):
+        for way in linear_implementations(p, tokens):
             for kernel in way.kernels:
                 check_fits(search(kernel, profile).best, profile)
 

@@ -11,7 +11,7 @@ from moec.compiler.errors import MoecError
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
-from moec.targets.accelerator.run.launch import Kernel, seconds
+from moec.targets.accelerator.run.launch import GpuKernel, seconds
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.triton.architectures import ARCHITECTURES
@@ -260,7 +260,7 @@ def test_without_triton_it_is_said_what_to_install(monkeypatch):
 def test_a_launch_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    kernel = Kernel(combine(experts("bf16"), 512, LAYOUT))
+    kernel = GpuKernel(combine(experts("bf16"), 512, LAYOUT))
     tensors = {"rows": torch.zeros(2, 512), "y": torch.zeros(1, 512, dtype=torch.bfloat16)}
     with pytest.raises(MoecError, match="kernels run on a GPU, not on cpu"):
         kernel(tensors, {"T": 1})

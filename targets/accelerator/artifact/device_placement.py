@@ -18,7 +18,7 @@ TOKENS = 8192  # of the step that the workspace is counted for: the largest that
 _BETWEEN = {"f32": 2, "bf16": 2}  # bytes of an activation: bf16 between kernels, whatever the program types
 
 
-def make_plan(module: Module, profile: Profile, found: Shards) -> dict[str, Any]:
+def place_on_devices(module: Module, profile: Profile, found: Shards) -> dict[str, Any]:
     """Return the content of plan.json: one device, its files, and the memory that weights, states and a step take."""
     memory = profile.memories[0]
     capacity = None if memory.capacity is None else int(memory.capacity.value)

@@ -12,7 +12,7 @@ from ....compiler.ops import OPS
 from ..chip.chip import Profile
 from ..kernels.choices import RowTile, Tile
 from ..tile.packing import Packing
-from .search import Kernel
+from .search import KernelTemplate
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Way:
+class Implementation:
     """An implementation of an op: kernels that run one after the other."""
 
     name: str
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[KernelTemplate, ...]
 
 
 @dataclass(frozen=True)
-class Step:
-    """An op as kernels. Equal problems of one kind share them; `ways` gives those for a number of tokens."""
+class Computation:
+    """What an op computes: ops of one kind and equal problems share kernels; `implementations` gives those for a number of tokens."""
 
     kind: str
     problem: Any
     weights: Mapping[str, Packing]
-    ways: Callable[[Tokens, Profile], tuple[Way, ...]]
-    products: str = "bf16"  # dtype of what is multiplied as matrices: a chip that has none leaves it to the framework
+    implementations: Callable[[Tokens, Profile], tuple[Implementation, ...]]
+    matmuls: str = "bf16"  # dtype of what is multiplied as matrices: a chip that has none leaves it to the framework
 
 
-Kind = Callable[[Op, Mapping[str, Packing]], Step | None]  # None: the framework computes this one
+Selector = Callable[[Op, Mapping[str, Packing]], Computation | None]  # None: the framework computes this one
 
 
 def attributes(op: Op) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def activated(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_tile(tile: Tile) -> RowTile:
-    """Return a tile of the search as one of a kernel without products."""
+    """Return a tile of the search as one of a kernel without matmuls."""
     return RowTile(tile.m, tile.n, tile.warps)
 
 
@@ -89,6 +89,6 @@ def row_shapes(columns: int, rows: tuple[int, ...] = (1, 2, 4, 8)) -> tuple[tupl
     return tuple((m, n, 1) for m in rows for n in widths)
 
 
-def one_way(*kernels: Kernel) -> tuple[Way, ...]:
-    """Return the only way to compute an op."""
-    return (Way("plain", kernels),)
+def only_implementation(*kernels: KernelTemplate) -> tuple[Implementation, ...]:
+    """Return the one implementation of an op that has no others."""
+    return (Implementation("plain", kernels),)
