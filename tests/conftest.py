@@ -40,3 +40,14 @@ def tiny_lm(tmp_path_factory):
 def tiny_lm_copy(tiny_lm, tmp_path):
     """Return a folder with a copy of the artifact, to be damaged."""
     return Path(shutil.copytree(tiny_lm[1], tmp_path / "artifact"))
+
+
+@pytest.fixture
+def one_thread():
+    """Keep torch's threads from waiting for each other, and for those of ONNX Runtime, on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from moec.compiler.cli.commands import main
+from moec_command import invoke
 from places import TINY
 
 PYTHON = re.compile(r"Traceback|\b[A-Z]\w*(Error|Exception|Warning)\b(?!\w*:? in )|moec failed|<class|object at 0x")
@@ -189,7 +188,7 @@ class Cases:
         path.write_bytes(content)
         try:
             start = time.perf_counter()
-            result = CliRunner().invoke(main, [part.format(folder=path.parent) for part in command])
+            result = invoke(*(part.format(folder=path.parent) for part in command))
             seconds = time.perf_counter() - start
         finally:
             path.write_bytes(before)

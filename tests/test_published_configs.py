@@ -4,8 +4,7 @@ import json
 import time
 
 import pytest
-from click.testing import CliRunner
-from moec.compiler.cli import main
+from moec_command import invoke
 from places import CONFIGS
 
 SECONDS = 30  # of one core, for each command
@@ -31,7 +30,7 @@ LINES = {
 def run(*arguments):
     """Run a command and return its output; it has to succeed within the time."""
     start = time.process_time()
-    result = CliRunner().invoke(main, list(arguments))
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert time.process_time() - start < SECONDS
     return result.stdout

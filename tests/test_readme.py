@@ -11,12 +11,12 @@ import checkpoint_formats as formats
 import click
 import pytest
 import torch
-from click.testing import CliRunner
 from gguf_models import write_model
 from moec.compiler.cli.commands import main
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
+from moec_command import invoke
 from places import ROOT
 from tiny_models import random_model, save
 
@@ -133,7 +133,7 @@ def marks(command):
 def test_commands(command, folder, monkeypatch):
     """In the order of the file: some go on from what an earlier one wrote."""
     monkeypatch.chdir(folder)
-    result = CliRunner().invoke(main, command[1:])
+    result = invoke(*command[1:])
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip()
     for out in ("out", "DIR-cpu", "DIR-nvidia-h200", "fp8-folder-cpu"):
@@ -162,7 +162,7 @@ def test_the_program_is_the_examples(folder, monkeypatch):
     """The lines of the IR, but for what README leaves out, are those that moec prints."""
     monkeypatch.chdir(folder)
     declare_kernel_ops()
-    found = CliRunner().invoke(main, ["compile", EXAMPLE, "--stop-after", "moe"]).stdout
+    found = invoke("compile", EXAMPLE, "--stop-after", "moe").stdout
     assert parse_module(found).stage == "moe"
     for line in PROGRAMS[0].splitlines():
         parts = [re.escape(part) for part in line.split("...")]

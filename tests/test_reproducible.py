@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
+from moec_command import MOEC
 from tiny_models import random_model, save
-
-MOEC = [sys.executable, "-m", "moec.compiler.cli"]
 
 
 @pytest.fixture(scope="module")

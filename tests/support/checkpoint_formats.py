@@ -193,13 +193,3 @@ def quantize_folder(
     settings = json.loads((plain / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
     return folder, plain
-
-
-class Config:
-    """As much of a transformers config as is asked."""
-
-    def __init__(self, quantization):
-        self.quantization_config = quantization
-
-    def get_text_config(self, decoder):
-        return self

@@ -11,7 +11,7 @@ from moec.compiler.cli import commands as cli
 MOEC = [sys.executable, "-m", "moec.compiler.cli"]
 
 
-def moec(*arguments: object, input: str | None = None) -> Result:
+def invoke(*arguments: object, input: str | None = None) -> Result:
     """Run the command in this process."""
     return CliRunner().invoke(cli.main, [str(a) for a in arguments], input=input)
 

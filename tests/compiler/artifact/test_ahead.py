@@ -7,9 +7,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from moec.compiler import frontends
-from moec.compiler.cli.commands import main
+from moec_command import invoke
 from places import TINY
 
 
@@ -25,7 +24,7 @@ def refused(tmp_path, monkeypatch):
 
     def run(*arguments, source=TINY):
         before = sorted(tmp_path.rglob("*"))
-        result = CliRunner().invoke(main, ["compile", str(source), *map(str, arguments)])
+        result = invoke("compile", source, *arguments)
         assert result.exit_code == 2, result.output
         assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
         assert len(result.stderr.splitlines()) <= 3 and len(result.stderr) < 400
@@ -108,6 +107,6 @@ def test_room_is_judged_again_before_weights_are_read(tmp_path, monkeypatch):
     """A disk with room for half of the checkpoint, but not for all of it in float32."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9, 20 * 10**6))
-    result = CliRunner().invoke(main, ["compile", str(TINY), "-o", str(tmp_path / "out")])
+    result = invoke("compile", TINY, "-o", tmp_path / "out")
     assert result.exit_code == 2 and not list(tmp_path.iterdir())
     assert "the artifact takes 0.03" in result.stderr

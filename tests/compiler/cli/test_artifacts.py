@@ -6,26 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from moec.compiler.cli import commands as cli
 from moec.compiler.text.parser import parse_module
+from moec_command import invoke, shell
 from places import CONFIGS
-
-
-def moec(*arguments: object) -> Result:
-    """Run the command in this process."""
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
-
-
-def shell(*arguments: object, **options) -> subprocess.CompletedProcess:
-    """Run the command as its own process."""
-    command = [sys.executable, "-m", "moec.compiler.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +38,6 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def one_thread():
-    """Keep torch from competing with ONNX Runtime's threads on a small machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def artifact(checkpoint) -> Path:
     """The checkpoint, compiled by the command in its own process."""
@@ -78,13 +53,13 @@ def test_compile_prints_ir(checkpoint, tmp_path):
     done = shell("compile", checkpoint, "--stop-after", "moe")
     assert (done.returncode, done.stderr) == (0, "")
     assert parse_module(done.stdout).stage == "moe"
-    result = moec("compile", checkpoint, "--stop-after", "moe", "-o", tmp_path / "x.moir")
+    result = invoke("compile", checkpoint, "--stop-after", "moe", "-o", tmp_path / "x.moir")
     assert (result.exit_code, result.stdout) == (0, "")
     assert (tmp_path / "x.moir").read_text("utf-8") == done.stdout
 
 
 def test_compile_needs_weights(tmp_path):
-    result = moec("compile", CONFIGS / "OLMoE-1B-7B-0924", "-o", tmp_path / "out")
+    result = invoke("compile", CONFIGS / "OLMoE-1B-7B-0924", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "there are no weights to compile" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -92,23 +67,23 @@ def test_compile_needs_weights(tmp_path):
 
 @pytest.mark.usefixtures("one_thread")
 def test_compile_with_verify_records_the_figures(checkpoint, tmp_path):
-    result = moec("compile", checkpoint, "-o", tmp_path / "out", "--verify", "--why")
+    result = invoke("compile", checkpoint, "-o", tmp_path / "out", "--verify", "--why")
     assert result.exit_code == 0, result.stderr
     assert "verified: relative difference of logits" in result.stderr
     assert json.loads((tmp_path / "out" / "moec.json").read_text("utf-8"))["figures"]["measured"]["passed"] is True
 
 
 def test_inspect_an_artifact(artifact):
-    report = json.loads(moec("inspect", artifact, "--json").stdout)
+    report = json.loads(invoke("inspect", artifact, "--json").stdout)
     assert (report["target"], report["stage"]) == ("cpu", "kernel")
     assert report["files"]["model.onnx.data"] > 0
     assert report["parameters"]["active"] < report["parameters"]["total"]
-    text = moec("inspect", artifact).stdout
+    text = invoke("inspect", artifact).stdout
     assert "target cpu" in text and "model.onnx.data" in text
 
 
 def test_figures_do_not_change_on_the_way(checkpoint, artifact):
-    source, compiled = (json.loads(moec("inspect", p, "--json").stdout) for p in (checkpoint, artifact))
+    source, compiled = (json.loads(invoke("inspect", p, "--json").stdout) for p in (checkpoint, artifact))
     for key in ("parameters", "state"):
         assert source[key] == compiled[key]
     assert source["bytes"]["checkpoint"] == compiled["bytes"]["checkpoint"]
@@ -118,12 +93,12 @@ def test_figures_do_not_change_on_the_way(checkpoint, artifact):
 @pytest.mark.usefixtures("one_thread")
 def test_verify(artifact, tmp_path, monkeypatch):
     monkeypatch.chdir(artifact.parent)  # the source is named as it was given, from there
-    result = moec("verify", artifact, "--json")
+    result = invoke("verify", artifact, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["passed"] is True
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 20, "utf-8")
-    lines = moec("verify", artifact, "--text", text, "--against", artifact.parent / "tiny").stdout.splitlines()
+    lines = invoke("verify", artifact, "--text", text, "--against", artifact.parent / "tiny").stdout.splitlines()
     assert any("perplexity" in line for line in lines)
 
 
@@ -148,7 +123,7 @@ def test_a_changed_byte_is_found(artifact, tmp_path, name):
         ["verify", copy, "--against", artifact.parent / "tiny"],
         ["run", copy, "--tokens", "5", "--check-files"],
     ):
-        result = moec(*command)
+        result = invoke(*command)
         assert result.exit_code == 2
         assert result.stderr.startswith(
             f"error: {name} is not as it was written: its sha256 differs\n  at {copy / name}"
@@ -161,7 +136,7 @@ def test_a_changed_byte_is_found(artifact, tmp_path, name):
 def test_a_changed_size_is_always_found(artifact, tmp_path, name, change):
     copy = changed(artifact, tmp_path, name, change)
     for command in (["run", copy, "--tokens", "5"], ["inspect", copy], ["verify", copy]):
-        result = moec(*command)
+        result = invoke(*command)
         assert result.exit_code == 2
         assert result.stderr.startswith(f"error: {name} is not as it was written: it has "), result.stderr
 
@@ -170,7 +145,7 @@ def test_a_changed_size_is_always_found(artifact, tmp_path, name, change):
 def quantized(artifact, tmp_path_factory) -> Path:
     """The checkpoint with int4 weights, which have an accuracy."""
     out = tmp_path_factory.mktemp("int4") / "art"
-    assert moec("compile", artifact.parent / "tiny", "-o", out, "--quantize", "int4").exit_code == 0
+    assert invoke("compile", artifact.parent / "tiny", "-o", out, "--quantize", "int4").exit_code == 0
     return out
 
 
@@ -198,19 +173,19 @@ def test_an_artifact_of_links_runs(quantized, tmp_path, link):
     folder = link(quantized, tmp_path)
     for accuracy in ("fast", "exact"):
         command = ["--tokens", "5,6,7", "--greedy", "--max-new-tokens", "8", "--accuracy", accuracy]
-        found = moec("run", folder, *command)
+        found = invoke("run", folder, *command)
         assert found.exit_code == 0, found.stderr
-        assert found.stdout == moec("run", quantized, *command).stdout
-    assert moec("run", folder, "--tokens", "5", "--max-new-tokens", "1", "--check-files").exit_code == 0
-    assert moec("inspect", folder).exit_code == 0
+        assert found.stdout == invoke("run", quantized, *command).stdout
+    assert invoke("run", folder, "--tokens", "5", "--max-new-tokens", "1", "--check-files").exit_code == 0
+    assert invoke("inspect", folder).exit_code == 0
 
 
 def test_tokens_beyond_the_vocabulary(artifact):
     for tokens in ("1,259", "100000000", "99999999999999999999"):
-        result = moec("run", artifact, "--tokens", tokens, "--max-new-tokens", "2")
+        result = invoke("run", artifact, "--tokens", tokens, "--max-new-tokens", "2")
         assert (result.exit_code, result.stdout) == (2, "")
         assert "is outside of the vocabulary of 259 tokens" in result.stderr
-    assert moec("run", artifact, "--tokens", "1,258", "--max-new-tokens", "2").exit_code == 0
+    assert invoke("run", artifact, "--tokens", "1,258", "--max-new-tokens", "2").exit_code == 0
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -223,7 +198,7 @@ def test_verify_fails_with_1(artifact, tmp_path):
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
     model.save_pretrained(tmp_path / "other")
-    result = moec("verify", artifact, "--against", tmp_path / "other", "--json")
+    result = invoke("verify", artifact, "--against", tmp_path / "other", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["passed"] is False
 
@@ -232,21 +207,25 @@ def test_run_streams_text(artifact):
     done = shell("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6")
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr and len(done.stderr.splitlines()) == 1
-    found = json.loads(moec("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6", "--json").stdout)
+    found = json.loads(
+        invoke("run", artifact, "--prompt", "hello", "--greedy", "--max-new-tokens", "6", "--json").stdout
+    )
     assert done.stdout == found["text"] + "\n"
     assert found["prompt_tokens"] == 5 and len(found["tokens"]) <= 6
 
 
 def test_run_prints_tokens_that_go_in_again(artifact):
-    first = moec("run", artifact, "--tokens", "5, 6 7", "--greedy", "--max-new-tokens", "4").stdout.strip()
+    first = invoke("run", artifact, "--tokens", "5, 6 7", "--greedy", "--max-new-tokens", "4").stdout.strip()
     assert len(first.split(",")) <= 4
-    again = moec("run", artifact, "--tokens", f"5,6,7,{first.split(',')[0]}", "--greedy", "--max-new-tokens", "3")
+    again = invoke("run", artifact, "--tokens", f"5,6,7,{first.split(',')[0]}", "--greedy", "--max-new-tokens", "3")
     assert again.stdout.strip() == ",".join(first.split(",")[1:])
 
 
 def test_run_draws_where_a_seed_is_given(artifact):
-    drawn = [moec("run", artifact, "--tokens", "5,6", "--seed", s, "--max-new-tokens", "12").stdout for s in (1, 1, 2)]
-    greedy = moec("run", artifact, "--tokens", "5,6", "--max-new-tokens", "12").stdout
+    drawn = [
+        invoke("run", artifact, "--tokens", "5,6", "--seed", s, "--max-new-tokens", "12").stdout for s in (1, 1, 2)
+    ]
+    greedy = invoke("run", artifact, "--tokens", "5,6", "--max-new-tokens", "12").stdout
     assert drawn[0] == drawn[1] != drawn[2]
-    assert greedy == moec("run", artifact, "--tokens", "5,6", "--greedy", "--max-new-tokens", "12").stdout
+    assert greedy == invoke("run", artifact, "--tokens", "5,6", "--greedy", "--max-new-tokens", "12").stdout
     assert greedy not in drawn

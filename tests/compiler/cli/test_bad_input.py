@@ -8,12 +8,11 @@ import struct
 import moec
 import pytest
 import tokenizers
-from click.testing import CliRunner
-from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.tokenizer import load_tokenizer
+from moec_command import invoke
 from places import TINY
 from tiny_models import random_model, save
 
@@ -97,7 +96,7 @@ CASES = {
 def test_one_error_and_exit_code_2(sharded, tmp_path, damage):
     folder = shutil.copytree(sharded, tmp_path / "in" / "model")
     damage(folder)
-    result = CliRunner().invoke(main, ["compile", str(folder), "-o", str(tmp_path / "out")])
+    result = invoke("compile", folder, "-o", tmp_path / "out")
     assert result.exit_code == 2, result.output
     text = result.stderr or result.output
     assert text.count("error:") == 1
@@ -111,7 +110,7 @@ def test_one_error_and_exit_code_2(sharded, tmp_path, damage):
 
 def one_error(*arguments):
     """Run the command and return its one message."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    result = invoke(*arguments)
     assert result.exit_code == 2, result.output
     assert len(re.findall("^[Ee]rror: ", result.stderr, re.MULTILINE)) == 1
     assert not re.search(r"Traceback|\w+Error\b|codec|object", result.stderr)
@@ -141,7 +140,7 @@ def test_a_range_of_names_is_bounded(tmp_path, last):
 @pytest.fixture(scope="module")
 def program():
     """Return the program of the example."""
-    return CliRunner().invoke(main, ["compile", str(TINY), "--stop-after", "moe"]).stdout
+    return invoke("compile", TINY, "--stop-after", "moe").stdout
 
 
 @pytest.mark.parametrize(
@@ -256,7 +255,7 @@ def test_a_tokenizer_on_which_rust_panics(tmp_path):
 
 def test_a_model_without_experts_compiles(tmp_path):
     folder = save(random_model(FAMILIES["llama"]), tmp_path / "llama")
-    result = CliRunner().invoke(main, ["compile", str(folder), "-o", str(tmp_path / "out")])
+    result = invoke("compile", folder, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     artifact = Artifact.open(tmp_path / "out", check=True)
     assert len(artifact.run(tokens=[5, 6, 7], max_new_tokens=4, eos=()).tokens[0]) == 4

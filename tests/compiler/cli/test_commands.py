@@ -14,7 +14,7 @@ from click.testing import Result
 from moec.compiler.cli.base import progress_bar
 from moec.compiler.errors import MoecError
 from moec.compiler.text.parser import parse_module
-from moec_command import MOEC, moec, shell
+from moec_command import MOEC, invoke, shell
 from places import CONFIGS
 
 COMMANDS = ("compile", "opt", "run", "verify", "inspect", "list", "targets")
@@ -48,13 +48,13 @@ def program(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
-    result = moec(command, "--help")
+    result = invoke(command, "--help")
     assert result.exit_code == 0
     assert f"Examples:\n    moec {command}" in result.stdout
 
 
 def test_help_of_all():
-    result = moec("--help")
+    result = invoke("--help")
     assert result.exit_code == 0
     assert all(f"  {command} " in result.stdout for command in COMMANDS)
     assert not any("..." in line for line in result.stdout.splitlines() if line.split()[:1] in [[c] for c in COMMANDS])
@@ -63,7 +63,7 @@ def test_help_of_all():
 def test_version():
     import moec as package
 
-    assert moec("--version").stdout == f"moec, version {package.__version__}\n"
+    assert invoke("--version").stdout == f"moec, version {package.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_version():
     ],
 )
 def test_wrong_use(arguments, message):
-    result = moec(*arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert result.stdout == ""
@@ -104,7 +104,7 @@ def test_wrong_use(arguments, message):
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = moec(*arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith(message)
     assert "Traceback" not in result.stderr
@@ -117,7 +117,7 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["--debug", "targets", "x"], ["targets", "x", "--debug"]])
 def test_debug_shows_the_traceback_too(arguments):
-    result = moec(*arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith("Traceback (most recent call last)")
     assert "\nerror: there is no target 'x'" in result.stderr
@@ -130,7 +130,7 @@ def failing(monkeypatch, error: BaseException) -> Result:
         raise error
 
     monkeypatch.setattr(listing, "targets", fail)
-    return moec("targets")
+    return invoke("targets")
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_no_progress_bar_without_a_terminal():
 
 
 def test_opt_prints_ir_that_parses(program):
-    result = moec("opt", program, "-p", "cleanup")
+    result = invoke("opt", program, "-p", "cleanup")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("core.neg") == 1
-    assert moec("opt", program).stdout == PROGRAM
+    assert invoke("opt", program).stdout == PROGRAM
     assert parse_module(result.stdout).stage == "graph"
 
 
@@ -198,18 +198,18 @@ def test_opt_reads_standard_input_and_writes_a_file(program, tmp_path):
     out = tmp_path / "new" / "out.moir"
     done = shell("opt", "-", "-p", "cleanup", "--check", "--why", "-o", out, input=PROGRAM)
     assert (done.returncode, done.stdout) == (0, "")
-    assert out.read_text("utf-8") == moec("opt", program, "-p", "cleanup").stdout
+    assert out.read_text("utf-8") == invoke("opt", program, "-p", "cleanup").stdout
 
 
 def test_opt_says_where_the_text_is_wrong():
-    result = moec("opt", "-", input=PROGRAM.replace("%w, _) : f32[B, S, 4]", "%w, _) : f32[B, S, 5]"))
+    result = invoke("opt", "-", input=PROGRAM.replace("%w, _) : f32[B, S, 4]", "%w, _) : f32[B, S, 5]"))
     assert result.exit_code == 2
     assert "<stdin>:9:33" in result.stderr
     assert "^" in result.stderr
 
 
 def test_opt_dumps(program, tmp_path):
-    result = moec("opt", program, "-p", "cleanup", "--dump", tmp_path / "dumps")
+    result = invoke("opt", program, "-p", "cleanup", "--dump", tmp_path / "dumps")
     assert result.exit_code == 0, result.stderr
     assert sorted(p.name for p in (tmp_path / "dumps").iterdir())[-1] == "01.cleanup.moir"
 
@@ -221,34 +221,34 @@ def test_opt_dumps(program, tmp_path):
     ("what", "name"), [("ops", "moe.experts"), ("passes", "lift-moe"), ("families", "Mixtral"), ("rules", None)]
 )
 def test_lists(what, name):
-    rows = json.loads(moec("list", what, "--json").stdout, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    rows = json.loads(invoke("list", what, "--json").stdout, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     names = [row["name"] for row in rows]
     assert name is None or name in names
     assert all(row.get("doc", "x") for row in rows)
-    table = moec("list", what).stdout
+    table = invoke("list", what).stdout
     assert len(table.splitlines()) == 2 + len(rows)
     assert all(line.startswith(n) for line, n in zip(table.splitlines()[2:], names, strict=True))
 
 
 def test_targets():
-    rows = json.loads(moec("targets", "--json").stdout)
+    rows = json.loads(invoke("targets", "--json").stdout)
     assert "cpu" in [row["name"] for row in rows]
-    (cpu,) = json.loads(moec("targets", "cpu", "--json").stdout)
+    (cpu,) = json.loads(invoke("targets", "cpu", "--json").stdout)
     assert set(cpu) == {"name", "pipeline", "doc", "runtime"}
 
 
 def test_inspect_a_program(program):
-    report = json.loads(moec("inspect", program, "--json", "--context", "3").stdout)
+    report = json.loads(invoke("inspect", program, "--json", "--context", "3").stdout)
     assert report["parameters"]["total"] == 16
     assert report["per_token"]["context"] == 3
     assert report["per_token"]["flops"] == 2 * 16 + 3 * 4
-    text = moec("inspect", program).stdout
+    text = invoke("inspect", program).stdout
     assert "parameters" in text and "@main" in text and "dims: B in 1..8" in text
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
 def test_inspect_a_config():
-    result = moec("inspect", CONFIGS / "OLMoE-1B-7B-0924")
+    result = invoke("inspect", CONFIGS / "OLMoE-1B-7B-0924")
     assert result.exit_code == 0, result.stderr
     assert "6.919 B" in result.stdout and "1.282 B" in result.stdout
     assert "@layer     0..15" in result.stdout

@@ -8,12 +8,11 @@ import moec
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from moec.compiler.cli.commands import main
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.recipes import Step, step
 from moec.compiler.weights.pull import pull
+from moec_command import invoke
 from quantized_checkpoints import AWQ, CASES, CT4, EXACT, GPTQ, checkpoint, difference, quantized
 from tiny_models import random_model, save
 
@@ -149,7 +148,7 @@ def test_gpt_oss_in_mxfp4(tmp_path):
 
 def test_the_command_says_what_was_kept(tmp_path):
     folder, _ = checkpoint(tmp_path, "mixtral", AWQ, quantized(formats.awq))
-    done = CliRunner().invoke(main, ["compile", str(folder), "-o", str(tmp_path / "a"), "--quantize", "keep", "--why"])
+    done = invoke("compile", folder, "-o", tmp_path / "a", "--quantize", "keep", "--why")
     assert done.exit_code == 0, done.output
     assert "codes of the checkpoint kept in @layer: uint4_g32\n" in done.stderr
     assert "keep the codes of the checkpoint, uint4 in groups of 32, as uint4_g32" in done.stderr

@@ -5,7 +5,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from moec.compiler.cli import commands as cli
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
@@ -14,6 +13,7 @@ from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.allocate import Weight, choose
 from moec.compiler.quantize.plan import Budget, Entry, Plan, Unit, parse_layers, read_plan, spell_layers
 from moec.compiler.text.parser import parse_module
+from moec_command import invoke
 from places import TINY
 
 TEXT = {
@@ -205,15 +205,11 @@ def test_layers_that_are_not_there(module):
         opt(module, 'quantize{layers="1.experts=uint4_g256"}')
 
 
-def moec(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
-
-
 def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(Path(cli.__file__).read_text("utf-8") * 2, "utf-8")
     start = ["compile", TINY, "--calibration", text]
-    result = moec(*start, "-o", tmp_path / "a", "--quantize", "auto", "--budget", "4.5bpw")
+    result = invoke(*start, "-o", tmp_path / "a", "--quantize", "auto", "--budget", "4.5bpw")
     assert result.exit_code == 0, result.stderr
     file = tmp_path / "a" / "quantization.json"
     content = json.loads(file.read_text("utf-8"))
@@ -223,7 +219,7 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
     data = (tmp_path / "a" / "model.onnx.data").stat().st_size
     assert content["bytes"] < data < 1.04 * content["bytes"] + 70_000  # norms, the router, and gaps between tensors
 
-    result = moec("compile", TINY, "-o", tmp_path / "b", "--quantize", file)
+    result = invoke("compile", TINY, "-o", tmp_path / "b", "--quantize", file)
     assert result.exit_code == 0, result.stderr
     for name in ("program.moir", "model.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -232,10 +228,10 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
 
     content["weights"][0]["format"] = "mxfp4"
     file.write_text(json.dumps(content), "utf-8")
-    result = moec("compile", TINY, "-o", tmp_path / "c", "--quantize", file)
+    result = invoke("compile", TINY, "-o", tmp_path / "c", "--quantize", file)
     assert result.exit_code == 2 and "cannot be stored as mxfp4" in result.stderr
 
-    result = moec(*start, "-o", tmp_path / "d", "--quantize", "auto", "--budget", "1MB")
+    result = invoke(*start, "-o", tmp_path / "d", "--quantize", "auto", "--budget", "1MB")
     assert result.exit_code == 2 and "cannot be met" in result.stderr and not (tmp_path / "d").exists()
 
 
@@ -256,7 +252,7 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
     ],
 )
 def test_wrong_use(tmp_path, options, wanted):
-    result = moec("compile", TINY, "-o", tmp_path / "x", *options)
+    result = invoke("compile", TINY, "-o", tmp_path / "x", *options)
     assert result.exit_code == 2 and wanted in result.stderr
     assert not (tmp_path / "x").exists()
 
@@ -265,15 +261,15 @@ def test_gptq_reports_its_coverage(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("nothing", "utf-8")
     start = ["compile", TINY, "--calibration", text, "-o", tmp_path / "x", "--quantize", "int4,method=gptq"]
-    result = moec(*start)
+    result = invoke(*start)
     assert result.exit_code == 2 and "one batch has 512" in result.stderr and not (tmp_path / "x").exists()
     text.write_text(Path(cli.__file__).read_text("utf-8"), "utf-8")
-    result = moec(*start)
+    result = invoke(*start)
     assert result.exit_code == 0, result.stderr
     assert "calibration: " in result.stderr and "experts" in result.stderr
     figures = json.loads((tmp_path / "x" / "moec.json").read_text("utf-8"))["figures"]["calibration"]
     assert figures["experts"] == 64 and len(figures["layers"]) == 4
     assert sum(figures["layers"][0]["tokens"]) == 2 * figures["tokens"]
 
-    again = moec("compile", tmp_path / "x", "-o", tmp_path / "y", "--calibration", text)
+    again = invoke("compile", tmp_path / "x", "-o", tmp_path / "y", "--calibration", text)
     assert again.exit_code == 2 and "already lowered" in again.stderr and "stage moe" in again.stderr

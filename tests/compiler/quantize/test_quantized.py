@@ -6,9 +6,7 @@ import moec
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from moec.compiler import driver
-from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
@@ -16,6 +14,7 @@ from moec.compiler.quantize.request import read_request, with_quantization
 from moec.compiler.runtime.compare import score_text
 from moec.compiler.runtime.reference import Reference
 from moec.compiler.weights.memory import tile_bytes
+from moec_command import invoke
 from tiny_models import meaning, padded_batch, random_model
 
 TINY = "examples/tiny-moe"
@@ -75,7 +74,7 @@ def test_int8_activations_stay_near(tiny_int4, request):
 def test_quality_and_what_is_kept_of_it(tiny_int4, request):
     text = str(request.config.rootpath / TINY / "heldout.txt")
     command = ["verify", str(tiny_int4.folder), "--text", text, "--text-tokens", "4000"]
-    printed = CliRunner().invoke(main, command)
+    printed = invoke(*command)
     assert printed.exit_code == 0, printed.output
     assert "KL" in printed.output and "top-1 agreement" in printed.output and "perplexity" in printed.output
     manifest = json.loads((tiny_int4.folder / "moec.json").read_text())
@@ -150,7 +149,7 @@ def test_running_needs_no_torch(tiny_int4):
 )
 def test_wrong_wishes(options, message, tmp_path, request):
     command = ["compile", str(request.config.rootpath / TINY), "-o", str(tmp_path / "out"), *options]
-    result = CliRunner().invoke(main, command)
+    result = invoke(*command)
     assert result.exit_code == 2 and message in result.output, result.output
     assert not (tmp_path / "out").exists()
 

@@ -6,9 +6,7 @@ import moec
 import numpy as np
 import onnxruntime
 import pytest
-from click.testing import CliRunner
 from moec.compiler.check.interpret import interpret, random_inputs
-from moec.compiler.cli.commands import main
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.rewrite.unfused import line, unfused
 from moec.compiler.text.parser import parse_module
@@ -17,6 +15,7 @@ from moec.compiler.weights.sources.source import RandomSource
 from moec.passes import PASSES
 from moec.targets.cpu.lower.module import lower
 from moec.targets.cpu.onnx.emit import MODEL, emit
+from moec_command import invoke
 from places import FILES
 from tiny_models import random_model, save
 
@@ -38,15 +37,14 @@ def checkpoint(tmp_path_factory):
 
 
 def test_the_artifact_and_both_commands_name_the_block(checkpoint, tmp_path):
-    runner = CliRunner()
-    made = runner.invoke(main, ["compile", str(checkpoint), "-o", str(tmp_path / "made")])
+    made = invoke("compile", checkpoint, "-o", tmp_path / "made")
     assert made.exit_code == 0, made.stderr
     assert f"{line(RELU)}\n" in made.stderr
     assert json.loads((tmp_path / "made" / "moec.json").read_text())["unfused"] == [RELU]
     assert moec.Artifact.open(tmp_path / "made").report["unfused"] == [RELU]
-    shown = runner.invoke(main, ["inspect", str(tmp_path / "made")])
+    shown = invoke("inspect", tmp_path / "made")
     assert line(RELU) in shown.stdout
-    told = runner.invoke(main, ["inspect", str(tmp_path / "made"), "--json"])
+    told = invoke("inspect", tmp_path / "made", "--json")
     assert json.loads(told.stdout)["unfused"] == [RELU]
 
 

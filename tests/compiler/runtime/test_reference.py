@@ -10,11 +10,9 @@ import checkpoint_formats as formats
 import moec
 import pytest
 import torch
-from click.testing import CliRunner
 from deepseek_v4_checkpoint import official_config, write_official
 from deepseek_v4_models import WIDE
 from gguf_models import write_model
-from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.stored import stored
@@ -22,6 +20,7 @@ from moec.compiler.frontends.transformers.dequantized import dequantized_model
 from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.recipes import step
 from moec.compiler.runtime.reference import open_reference
+from moec_command import invoke
 from quantized_checkpoints import CASES, checkpoint, quantized
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, save
@@ -61,7 +60,7 @@ SHORT = {"ct int4 zeros"}  # 48 columns in groups of 32, which the library does 
 
 def verified(artifact, *options):
     """Return what `moec verify` prints as JSON, and its exit code."""
-    result = CliRunner().invoke(main, ["verify", str(artifact), "--json", *map(str, options)])
+    result = invoke("verify", artifact, "--json", *options)
     assert result.exit_code in (0, 1), result.output
     return json.loads(result.stdout), result.exit_code
 
@@ -99,7 +98,7 @@ def test_verify_of_a_quantized_folder(name, tmp_path):
     config, write, family = FORMATS[name]
     folder, plain = checkpoint(tmp_path, family, config, quantized(write))
     out = tmp_path / "artifact"
-    result = CliRunner().invoke(main, ["compile", str(folder), "-o", str(out), "--quantize", "f32", "--verify"])
+    result = invoke("compile", folder, "-o", out, "--quantize", "f32", "--verify")
     assert result.exit_code == 0 and ("note: moec itself decoded" in result.stderr) == (name not in LIBRARIES)
     found = json.loads((out / "moec.json").read_text())["figures"]["measured"]
     assert found["passed"] and found["lossless"] and found["against"] == str(folder)
@@ -177,7 +176,7 @@ def test_a_wrong_decoding_fails(name, tmp_path):
         PLANTED[name](patch)
         moec.compile(folder, out=tmp_path / "artifact", quantize="f32")
         if name in LIBRARIES:
-            result = CliRunner().invoke(main, ["verify", str(tmp_path / "artifact")])
+            result = invoke("verify", tmp_path / "artifact")
             assert result.exit_code == 1 and re.search(r"moec decodes model\.\S+ otherwise than", result.stderr)
     found, code = verified(tmp_path / "artifact", "--text-tokens", "50")
     assert code == 1 and not found["passed"] and (found["relative"] is None or found["relative"] > 0.01)
@@ -222,7 +221,7 @@ def test_an_artifact_that_cannot_be_written_to(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
-        result = CliRunner().invoke(main, ["verify", str(artifact.folder), "--text-tokens", "50"])
+        result = invoke("verify", artifact.folder, "--text-tokens", "50")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.exit_code == 0 and f"equal to {folder}" in result.stdout

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from boxes import boxes_of, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
@@ -16,14 +17,6 @@ from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
 from moec.compiler.weights.tiles import tiles
 from safetensors.torch import save_file
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of dtype, shape and every byte (so that NaN equals NaN and 0.0 differs from -0.0)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    left, right = (t.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
-    return torch.equal(left, right)
 
 
 def reference(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -61,15 +54,6 @@ def reference(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     for axis, block in enumerate(a["block"]):
         scales = scales.repeat_interleave(block, dim=axis).narrow(axis, 0, codes.shape[axis])
     return codes * scales
-
-
-def boxes_of(sizes: Any, allow_empty: bool = False) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
-    def span(size: int) -> st.SearchStrategy[tuple[int, int]]:
-        return st.integers(0, size if allow_empty else size - 1).flatmap(
-            lambda low: st.tuples(st.just(low), st.integers(low if allow_empty else low + 1, size))
-        )
-
-    return st.tuples(*(span(n) for n in sizes))
 
 
 def split_size(draw: st.DrawFn, elements: int) -> list[int]:

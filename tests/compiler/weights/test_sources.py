@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from boxes import boxes_of, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
@@ -31,14 +32,6 @@ def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
 
 def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of dtype, shape and every byte (so that NaN equals NaN and 0.0 differs from -0.0)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    left, right = (t.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
-    return torch.equal(left, right)
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
@@ -95,15 +88,6 @@ def test_reads_from_many_threads(tmp_path: Path) -> None:
         boxes = [((i % 64, i % 64 + 1), (i % 7, 900)) for i in range(400)]
         parts = pool.map(lambda box: checkpoint.read("x", box), boxes)
         assert all(same(part, cut(tensor, box)) for part, box in zip(parts, boxes, strict=True))
-
-
-def boxes_of(sizes: Any, allow_empty: bool = False) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
-    def span(size: int) -> st.SearchStrategy[tuple[int, int]]:
-        return st.integers(0, size if allow_empty else size - 1).flatmap(
-            lambda low: st.tuples(st.just(low), st.integers(low if allow_empty else low + 1, size))
-        )
-
-    return st.tuples(*(span(n) for n in sizes))
 
 
 @given(st.data())

@@ -16,9 +16,7 @@ import pytest
 import torch
 from ascend_programs import FORMATS, TOKENS, dense, programs, routed
 from chips_for_tests import CHIPS, cast, close, run
-from click.testing import CliRunner
 from linalg_interpreter import run_linalg
-from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.artifact.ascend_objects import MISSING, find_environment
@@ -31,6 +29,7 @@ from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.builder import Builder
 from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.tiles import Dot, Load, Program, walk
+from moec_command import invoke
 from places import TINY
 
 OLDER, NEWER = "Ascend910B4", "Ascend950DT_9582"
@@ -332,7 +331,7 @@ def copy(x, y, N: tl.constexpr):
 @pytest.mark.parametrize("target", ["ascend-910b", "ascend-950dt"])
 def test_all_kernels_of_a_model_are_lowered(target, triton_ascend, tmp_path, monkeypatch):
     monkeypatch.setattr(ascend, "default_folder", lambda: triton_ascend.folder)
-    done = CliRunner().invoke(main, ["compile", str(TINY), "--target", target, "-o", str(tmp_path / "out")])
+    done = invoke("compile", TINY, "--target", target, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
     kernels = json.loads((tmp_path / "out" / "kernels.json").read_text())["kernels"]
     for kernel in kernels:

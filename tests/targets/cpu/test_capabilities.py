@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-from moec.compiler.cli import commands as cli
 from moec.compiler.errors import MoecError
 from moec.targets.cpu import capabilities
 from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, shipped
 from moec.targets.cpu.probe import probe
 from moec.targets.cpu.probe.variants import all_variants, has_speed
+from moec_command import invoke
 
 # --- the probe -----------------------------------------------------------------------------------------------------
 
@@ -107,10 +106,6 @@ def test_a_file_that_is_no_record(text: str, tmp_path: Path) -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def moec(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.main, list(map(str, arguments)))
-
-
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch, probed: Record) -> list[Record]:
     """Let the command find what the list holds, without running it again."""
@@ -120,25 +115,25 @@ def stub(monkeypatch: pytest.MonkeyPatch, probed: Record) -> list[Record]:
 
 
 def test_targets_shows_the_record() -> None:
-    text = moec("targets", "cpu").stdout
+    text = invoke("targets", "cpu").stdout
     assert "MatMulNBits" in text and "ONNX Runtime 1.32.0" in text and "weights_prepacked=1" in text
-    (row,) = json.loads(moec("targets", "cpu", "--json").stdout)
+    (row,) = json.loads(invoke("targets", "cpu", "--json").stdout)
     assert {o["operator"] for o in row["runtime"]["operators"]} >= {"QMoE", "MoE", "MatMulNBits", "GroupQueryAttention"}
 
 
 def test_probe_prints_and_writes_what_it_found(stub: list[Record], tmp_path: Path) -> None:
-    result = moec("targets", "cpu", "--probe", "--quick", "-o", tmp_path / "record.json")
+    result = invoke("targets", "cpu", "--probe", "--quick", "-o", tmp_path / "record.json")
     assert result.exit_code == 0, result.stderr
     assert len(result.stdout.splitlines()) == 2 + len(all_variants())
     assert capabilities.read_record(tmp_path / "record.json") == stub[0]
-    rows = json.loads(moec("targets", "cpu", "--probe", "--json").stdout)
+    rows = json.loads(invoke("targets", "cpu", "--probe", "--json").stdout)
     assert [row["found"] for row in rows] == [f.found for f in stub[0].findings.values()]
 
 
 def test_probe_fails_if_something_right_is_lost(stub: list[Record]) -> None:
     variant = Variant("RotaryEmbedding")
     stub[0] = replace(stub[0], findings={**stub[0].findings, variant: Finding(WRONG, error=0.5)})
-    result = moec("targets", "cpu", "--probe")
+    result = invoke("targets", "cpu", "--probe")
     assert result.exit_code == 1
     assert "RotaryEmbedding: recorded right, f32 activations, found wrong" in result.stderr
 
@@ -147,4 +142,4 @@ def test_probe_fails_if_something_right_is_lost(stub: list[Record]) -> None:
     "arguments", [["targets", "--probe"], ["targets", "cpu", "--quick"], ["targets", "x", "--probe"]]
 )
 def test_wrong_use(arguments: list[str]) -> None:
-    assert moec(*arguments).exit_code == 2
+    assert invoke(*arguments).exit_code == 2

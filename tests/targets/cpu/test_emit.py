@@ -30,17 +30,10 @@ from moec.targets.cpu.lower.module import lower
 from moec.targets.cpu.lower.quantized import interleaved
 from moec.targets.cpu.onnx.emit import DATA, MODEL, emit, supported
 from moec.targets.cpu.onnx.genai import genai_config
+from onnx_session import open_session
 
 SOURCE = RandomSource(3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Torch's threads wait for each other on a busy machine, and the tensors here are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 PROGRAM = """moec 1 stage moe
@@ -121,12 +114,6 @@ def weights(recipe: Recipe) -> torch.Tensor:
     return pull(recipe, SOURCE)
 
 
-def session(folder: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
-
-
 def names(module: Module) -> set[str]:
     return {op.name for function in module.functions for op in function.ops}
 
@@ -134,7 +121,7 @@ def names(module: Module) -> set[str]:
 def compare(module: Module, folder: Path) -> None:
     """Run three steps (a padded prompt, a chunk, a token) in ONNX Runtime and compare with the interpreter."""
     emit(lower(module), SOURCE, folder)
-    runner = session(folder)
+    runner = open_session(folder)
     width = int(module.main.params[3].type.shape[3])
     states = [torch.zeros(3, 2, 0, width)] * 4
     mask = torch.ones(3, 7, dtype=torch.int64)
@@ -172,7 +159,7 @@ def test_caches_may_be_longer_than_the_past(width: int, tmp_path: Path) -> None:
     lowered = lower(module)
     assert ("ort.rotary_embedding" in names(lowered)) == (width == 8)
     emit(lowered, SOURCE, tmp_path)
-    runner = session(tmp_path)
+    runner = open_session(tmp_path)
     caches = [v for v in module.main.params if v.type.state]
     room = [ort.OrtValue.ortvalue_from_numpy(np.zeros((2, 2, 32, width), np.float32)) for _ in caches]
     states = [torch.zeros(2, 2, 0, width) for _ in caches]
@@ -288,7 +275,9 @@ func @main(%x: f32[B, S, 4]) -> (f32[B, S, 4], f32[B, S, 4], f32[4, B*S]) {
     assert not (tmp_path / DATA).exists()
     onnx.checker.check_model(str(tmp_path / MODEL), full_check=True)
     x = torch.randn(2, 3, 4)
-    for got, want in zip(session(tmp_path).run(None, {"x": x.numpy()}), interpret(module, [x], weights), strict=True):
+    for got, want in zip(
+        open_session(tmp_path).run(None, {"x": x.numpy()}), interpret(module, [x], weights), strict=True
+    ):
         np.testing.assert_allclose(got, want.numpy(), rtol=1e-5)
 
 

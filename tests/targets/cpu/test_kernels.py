@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import sympy
 import torch
@@ -20,7 +19,8 @@ from moec.compiler.ops import OPS
 from moec.compiler.ops.compressed import pending_tokens
 from moec.compiler.weights.sources.source import RandomSource
 from moec.targets.cpu.lower.module import lower
-from moec.targets.cpu.onnx.emit import KERNELS, MODEL, emit
+from moec.targets.cpu.onnx.emit import KERNELS, emit
+from onnx_session import open_session
 
 B, S, P = dim("B"), dim("S"), dim("P")
 DIMS = (Dim("B", 1, 1024), Dim("S", 1, 131072), Dim("P", 0, 131072))
@@ -407,12 +407,6 @@ def one_op(name: str, given: Case) -> Module:
     return Module(stage, DIMS, (Function("main", params, (), (op,), results),))
 
 
-def session(folder: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
-
-
 def differ(got: np.ndarray, want: torch.Tensor) -> float:
     """Return the largest error relative to the largest value; infinite where shapes, dtypes or non-numbers differ."""
     expected = want.numpy()
@@ -433,7 +427,7 @@ def no_weights(recipe: object) -> torch.Tensor:
 
 def run_case(module: Module, given: Case, folder: Path, all_sizes: Sequence[dict[str, int]] = SIZES) -> None:
     emit(lower(module), RandomSource(), folder)
-    runner = session(folder)
+    runner = open_session(folder)
     for seed, sizes in enumerate(all_sizes):
         inputs = random_inputs(module, "main", sizes, seed)
         if given.fix:
@@ -469,6 +463,6 @@ def test_small_scores_are_right_to_the_last_bits(name: str, tmp_path: Path) -> N
     emit(module, RandomSource(), tmp_path)
     x = torch.linspace(-30, 5, 256).expand(1, 1, 256)
     sizes = {v.name: np.ones((1, 1), np.int64) for v in SIZE_INPUTS}
-    (got,) = session(tmp_path).run(None, {"x0": x.numpy(), **sizes})
+    (got,) = open_session(tmp_path).run(None, {"x0": x.numpy(), **sizes})
     (want,) = interpret(module, [x, *map(torch.from_numpy, sizes.values())], no_weights)
     np.testing.assert_allclose(got, want.numpy(), rtol=4e-6)

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from moec.compiler.check.interpret import interpret, random_inputs
-from moec.compiler.cli import commands as cli
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.ir.module import Module
@@ -25,6 +23,7 @@ from moec.targets import open_target
 from moec.targets.cpu import capabilities
 from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, holds, shipped, slow
 from moec.targets.cpu.lower.module import lower
+from moec_command import invoke
 
 SOURCE = RandomSource(5)
 QMOE = {"activation": "swiglu", "routing": "weights"}
@@ -335,17 +334,13 @@ def test_experts_that_only_a_loop_runs_are_held() -> None:
 # --- another record ------------------------------------------------------------------------------------------------
 
 
-def moec(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.main, list(map(str, arguments)))
-
-
 def test_compiling_by_another_record(tmp_path: Path) -> None:
     (tmp_path / "program.moir").write_text(print_module(program()))
     record = without(*(Variant("QMoE", "uint4_g32", accuracy=level, **QMOE) for level in (0, 4)))
     (tmp_path / "record.json").write_text(capabilities.record_text(record))
     arguments = ["compile", tmp_path / "program.moir", "--stop-after", "kernel", "--why"]
-    assert "ort.qmoe" in moec(*arguments).stdout
-    result = moec(*arguments, "-D", f"capabilities={tmp_path / 'record.json'}")
+    assert "ort.qmoe" in invoke(*arguments).stdout
+    result = invoke(*arguments, "-D", f"capabilities={tmp_path / 'record.json'}")
     assert result.exit_code == 0, result.stderr
     assert "ort.qmoe" not in result.stdout and "uint4_g32 swiglu weights accuracy_level=4 is wrong" in result.stderr
     (use,) = (o for o in program().main.ops if o.name == "moe.experts")

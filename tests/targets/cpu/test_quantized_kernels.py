@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from moec.compiler.formats.table import format_of
 from moec.compiler.ir.dims import dim
 from moec.compiler.ir.types import TensorType
-from moec.targets.cpu.onnx.emit import MODEL
 from moec.targets.cpu.probe.cases import quantized, refer, write
 from moec.targets.cpu.probe.probe import INT8_MOST
+from onnx_session import open_session
 
 T = dim("T")
 FORMATS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in (16, 32, 64, 128, 256) for sign in ("", "u")]
@@ -33,9 +32,7 @@ def runs_right(
     types = {"float32": "f32", "int64": "i64", "uint8": "u8"}
     inputs = {n: TensorType.of(types[str(x.numpy().dtype)], T, *x.shape[1:]) for n, x in feeds.items()}
     write(name, inputs, weights, folder, **attrs)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = ort.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
+    session = open_session(folder)
     (want,) = refer(name, feeds | weights, **attrs)
     scale = want.abs().max().item()
     tokens = want.shape[0]

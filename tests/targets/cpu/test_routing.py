@@ -25,7 +25,8 @@ from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.sources.source import RandomSource
 from moec.targets import open_target
 from moec.targets.cpu.lower.ranges import gate_sum, not_negative
-from moec.targets.cpu.onnx.emit import MODEL, emit
+from moec.targets.cpu.onnx.emit import emit
+from onnx_session import open_session
 from places import FILES
 
 T = dim("T")
@@ -43,11 +44,9 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-30}  # of every single weight, however small
 
 def session(module: Module) -> ort.InferenceSession:
     """Return a session of a module of stage kernel without weights."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
     with tempfile.TemporaryDirectory() as folder:
         emit(module, RandomSource(), Path(folder))
-        return ort.InferenceSession(Path(folder) / MODEL, options, providers=["CPUExecutionProvider"])
+        return open_session(Path(folder))
 
 
 def no_weights(recipe: object) -> torch.Tensor:

@@ -8,15 +8,14 @@ import moec
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 from gguf_models import ARCHITECTURES, gguf_tensors, metadata
 from moec.compiler.artifact.generation_files import find_end_tokens
-from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.gguf.config import gguf_config
 from moec.compiler.weights.sources.gguf import open_gguf
+from moec_command import invoke
 from quantized_checkpoints import EXACT, difference
 from tiny_models import random_model, save
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -408,7 +407,7 @@ def test_files_that_are_no_model(key, models, tmp_path):
 
 def test_the_command_ends_with_2_and_one_message(models, tmp_path):
     file = variant(tmp_path / "g", models, "qwen3_moe", {"attention.head_count_kv": 0})
-    result = CliRunner().invoke(main, ["compile", str(file), "-o", str(tmp_path / "out")])
+    result = invoke("compile", file, "-o", tmp_path / "out")
     assert result.exit_code == 2 and result.stderr.startswith("error: qwen3moe.attention.head_count_kv is 0")
     assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 

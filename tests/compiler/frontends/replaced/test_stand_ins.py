@@ -11,12 +11,11 @@ from importlib import metadata
 import moec
 import pytest
 import transformers
-from click.testing import CliRunner
-from moec.compiler.cli import commands as cli
 from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.replaced.replace import replaced
 from moec.compiler.frontends.replaced.stand_ins import UNREADABLE, fingerprint, plain
+from moec_command import invoke
 from tiny_models import INSTALLED, random_model, save
 
 ALWAYS = ("minimax", "deepseek_v32", "deepseek_v2", "deepseek_v4")  # the others belong to the long matrix
@@ -62,7 +61,7 @@ def edited(original, tmp_path, change):
 def compiled(checkpoint, tmp_path, *options):
     """Compile with the command; return what it says on standard error, and moec.json."""
     out = tmp_path / "artifact"
-    result = CliRunner().invoke(cli.main, ["compile", str(checkpoint), "-o", str(out), *options])
+    result = invoke("compile", checkpoint, "-o", out, *options)
     assert result.exit_code == 0, result.output
     return result.stderr, json.loads((out / "moec.json").read_text())
 

@@ -8,19 +8,15 @@ import gguf_files
 import numpy as np
 import pytest
 import torch
-from checkpoint_formats import Config
 from gguf_files import random_blocks
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.gguf.model import dequantized
 from moec.compiler.frontends.stored.decoded import Decoding, gguf_source, safetensors_source
-from moec.compiler.frontends.stored.quantization_config import read_quantization
-from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.weights.pull import pull
-from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.gguf import open_gguf
-from safetensors.torch import save_file
+from stored_checkpoint import write_and_decode
 
 MODULE = "model.layers.0.mlp.up_proj"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
@@ -89,10 +85,8 @@ LAYOUTS = {
 
 def source_of(folder, tensors, quantization):
     """Return the decoded source of a checkpoint with these tensors, and moec's recipes for its weights."""
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    checkpoint = open_checkpoint(folder)
-    found = read_quantization(Config(quantization), folder)
-    return safetensors_source(checkpoint, found), decode(checkpoint, found).recipes
+    recipes, checkpoint, found = write_and_decode(folder, tensors, quantization)
+    return safetensors_source(checkpoint, found), recipes
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -14,7 +14,7 @@ from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
-from safetensors.torch import save_file
+from stored_checkpoint import Config, write_and_decode
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -23,27 +23,14 @@ INT4 = {"type": "int", "num_bits": 4, "strategy": "group"}
 NAME = "model.layers.0.mlp.up_proj"
 
 
-class Config:
-    """As much of a transformers config as is asked."""
-
-    def __init__(self, quantization, **others):
-        self.quantization_config = quantization
-        self.__dict__ |= others
-
-    def get_text_config(self, decoder):
-        return self
-
-
 def weight(rows=40, columns=96, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
 
 
 def decoded(folder, tensors, quantization):
     """Write tensors by their names and return the weights, as numbers by name."""
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    checkpoint = open_checkpoint(folder)
-    found = read_quantization(Config(quantization), folder) if quantization else None
-    return {name: pull(r, checkpoint).numpy() for name, r in decode(checkpoint, found).recipes.items()}
+    recipes, checkpoint, _ = write_and_decode(folder, tensors, quantization)
+    return {name: pull(r, checkpoint).numpy() for name, r in recipes.items()}
 
 
 def module(leaves, name=NAME):

@@ -6,7 +6,6 @@ import checkpoint_formats as formats
 import numpy as np
 import pytest
 import torch
-from checkpoint_formats import Config
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.stored.layouts import Stored
@@ -22,6 +21,7 @@ from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import RandomSource, cut
 from safetensors.torch import save_file
+from stored_checkpoint import Config, write_and_decode
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
 FP8 = {"quant_method": "fp8"}
@@ -79,10 +79,7 @@ LAYOUTS = {
 
 def opened(folder, leaves, quantization, name="model.layers.0.mlp.up_proj"):
     """Write one module and return its tensors as recipes, and the checkpoint."""
-    save_file({f"{name}.{leaf}": t.contiguous() for leaf, t in leaves.items()}, folder / "model.safetensors")
-    checkpoint = open_checkpoint(folder)
-    found = read_quantization(Config(quantization), folder) if quantization else None
-    return decode(checkpoint, found).recipes, checkpoint
+    return write_and_decode(folder, {f"{name}.{leaf}": t for leaf, t in leaves.items()}, quantization)[:2]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

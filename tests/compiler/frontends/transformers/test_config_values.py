@@ -5,14 +5,13 @@ import re
 
 import pytest
 import torch
-from click.testing import CliRunner
-from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load, skeleton
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import build, decoder_config, read_config
 from moec.compiler.frontends.transformers.config_checks import check_config, check_sizes
 from moec.compiler.frontends.transformers.config_names import check_read
+from moec_command import invoke
 from places import CONFIGS
 from tiny_models import INSTALLED, random_model
 
@@ -84,7 +83,7 @@ def write(folder, family, key=None, value=None, text=None):
 
 def refusal(folder):
     """Return the one error that inspect ends with."""
-    result = CliRunner().invoke(main, ["inspect", str(folder)])
+    result = invoke("inspect", folder)
     assert result.exit_code == 2, result.output + str(result.exception)
     text = result.stderr
     assert text.count("error:") == 1 and "Error" not in text and "Traceback" not in text, text
@@ -260,7 +259,7 @@ def test_spellings_that_mean_the_same(tmp_path, text):
 )
 def test_where_model_code_stops_is_shown(tmp_path, family, key, value, named):
     folder = write(tmp_path / "m", family, key, value)
-    result = CliRunner().invoke(main, ["inspect", str(folder)])
+    result = invoke("inspect", folder)
     assert result.exit_code == 2, result.output
     for text in named:
         assert text in result.stderr, result.stderr

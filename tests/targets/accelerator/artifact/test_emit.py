@@ -9,9 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from chips_for_tests import needs_triton
-from click.testing import CliRunner
 from moec.compiler.artifact.manifest import check_files, read_manifest
-from moec.compiler.cli.commands import main
 from moec.compiler.errors import MoecError
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
@@ -25,6 +23,7 @@ from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.lower import lower
 from moec.targets.accelerator.triton.compile import Compiled
 from moec.targets.accelerator.triton.source import triton_source
+from moec_command import invoke
 from places import ROOT, TINY
 
 H200 = find_profile("nvidia-h200", {})
@@ -82,7 +81,7 @@ def test_the_artifact_is_whole(artifact):
 
 
 def test_it_is_inspected_and_run(artifact):
-    result = CliRunner().invoke(main, ["inspect", str(artifact.folder)])
+    result = invoke("inspect", artifact.folder)
     assert (
         result.exit_code == 0
         and "target nvidia-h200" in result.output

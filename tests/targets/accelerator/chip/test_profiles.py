@@ -9,13 +9,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from moec.compiler.cli import commands as cli
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator.chip.chip import FIGURES, GRADES, RULES, TOP, kind_of
 from moec.targets.accelerator.chip.profile import FOLDER, find_profile, read_profile, shipped_profiles
 from moec.targets.accelerator.chip.quantities import quantity, quantity_text
 from moec.targets.accelerator.chip.schema import SCHEMA
+from moec_command import invoke
 
 NAMES = [
     "amd-mi300x", "amd-mi355x", "ascend-910b", "ascend-910c", "ascend-950dt", "ascend-950pr", "cambricon-mlu370",
@@ -44,10 +43,6 @@ paths.gm = ["ub"]
 peak = "200TFLOPS"
 shapes.of = [{ m = [16], n = { first = 16, last = 64, step = 16 }, k = 16 }]
 """
-
-
-def moec(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
 
 
 def own(tmp_path: Path, old: str = "", new: str = "") -> Path:
@@ -431,24 +426,24 @@ def test_the_schema_knows_the_figures_of_the_code():
 
 
 def test_targets_lists_the_accelerators():
-    rows = {row["name"]: row for row in json.loads(moec("targets", "--json").stdout)}
+    rows = {row["name"]: row for row in json.loads(invoke("targets", "--json").stdout)}
     assert {"cpu", *NAMES} <= set(rows)
     assert len({tuple(row) for row in rows.values()}) == 1
-    text = moec("targets").stdout
+    text = invoke("targets").stdout
     assert "NVIDIA H200 SXM: 151 GB at 4,800 GB/s, 989.4 TFLOPS bf16; kernels compiled for sm_90" in text
     assert "unknown bandwidth, bf16 peak unknown; kernels as source" in text
     assert max(map(len, text.splitlines()[2:])) < 200
 
 
 def test_targets_shows_a_profile():
-    text = moec("targets", "nvidia-b200").stdout
+    text = invoke("targets", "nvidia-b200").stdout
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["memory.dram.bandwidth"][:3] == ["8,000", "GB/s", "S"]
     assert rows["memory.shared.capacity"][:2] == ["228", "KiB"]
     number = rows["memory.dram.bandwidth"][3]
     assert f"\n  {number} https://glennklockwood.com/garden/processors/B200\n" in text
     assert "\nunknown: clock, launch, memory.l2.bandwidth" in text and "K general knowledge" in text
-    (found,) = json.loads(moec("targets", "nvidia-b200", "--json").stdout)
+    (found,) = json.loads(invoke("targets", "nvidia-b200", "--json").stdout)
     peak = next(row for row in found["figures"] if row["figure"] == "unit.nvfp4.peak")
     assert peak["value"] == 9e15 and peak["unit"] == "FLOP/s" and peak["grade"] == "S" and "http" in peak["source"]
     assert "launch" in found["unknown"]
@@ -457,7 +452,7 @@ def test_targets_shows_a_profile():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_targets_shows_every_profile(name):
-    text = moec("targets", name).stdout
+    text = invoke("targets", name).stdout
     figures = [key for key, figure in shipped_profiles()[name].figures().items() if figure]
     shown = [line.split()[0] for line in text.splitlines() if line]
     assert set(figures) <= set(shown)
@@ -465,11 +460,11 @@ def test_targets_shows_every_profile(name):
 
 
 def test_targets_with_options_and_a_file(tmp_path):
-    (found,) = json.loads(moec("targets", "ascend-950dt", "-D", "variant=36", "-D", "launch=3us", "--json").stdout)
+    (found,) = json.loads(invoke("targets", "ascend-950dt", "-D", "variant=36", "-D", "launch=3us", "--json").stdout)
     figures = {row["figure"]: row for row in found["figures"]}
     assert found["variant"] == "36" and figures["cores"]["value"] == 36 and figures["launch"]["value"] == 3e-6
     assert figures["launch"]["grade"] == "U" and "launch" not in found["unknown"]
-    text = moec("targets", own(tmp_path)).stdout
+    text = invoke("targets", own(tmp_path)).stdout
     assert text.startswith("my chip: 64 GB at 1,200 GB/s, 200 TFLOPS bf16; kernels as source\n")
     assert "\n  1 my-chip.toml\n" in text
 
@@ -488,14 +483,14 @@ def test_targets_with_options_and_a_file(tmp_path):
 )
 def test_wrong_use_of_targets(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = moec("targets", *arguments)
+    result = invoke("targets", *arguments)
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith(message)
 
 
 def test_a_bad_file_is_one_error(tmp_path):
     path = own(tmp_path, "bandwidth = 1.2e12", "bandwith = -1\nusable = 'x'")
-    result = moec("targets", path)
+    result = invoke("targets", path)
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr == (
         f"error: memory.gm.bandwith is no key of a profile\n  at {path}\n  did you mean bandwidth?\n"

@@ -19,7 +19,7 @@ from moec.targets.accelerator.predict.assumed import ASSUMED, MEANING
 from moec.targets.accelerator.predict.experts_touched import distinct_experts
 from moec.targets.accelerator.predict.roofline import Overlap, Roofline, module_roofline
 from moec.targets.accelerator.predict.work import call_counts, module_work, stored_bits
-from moec_command import moec
+from moec_command import invoke
 from places import CONFIGS
 
 declare_kernel_ops()
@@ -280,7 +280,7 @@ def test_skewed_experts_against_draws(skew, tokens):
 def test_inspect_predicts_a_step():
     command = ("inspect", CONFIGS / "DeepSeek-V4-Flash", "--target", "nvidia-b200", "--batch", 16, "--context", 8192)
     start = time.perf_counter()
-    shown = moec(*command)
+    shown = invoke(*command)
     assert shown.exit_code == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert "on nvidia-b200, predicted: 1 new token of 16 sequences behind 8,192 past tokens" in lines
@@ -292,7 +292,7 @@ def test_inspect_predicts_a_step():
         "routing is balanced",
     ):
         assert words in shown.stdout
-    found = json.loads(moec(*command, "--devices", 2, "-D", "memory.dram.bandwidth=4TB/s", "--json").stdout)[
+    found = json.loads(invoke(*command, "--devices", 2, "-D", "memory.dram.bandwidth=4TB/s", "--json").stdout)[
         "predicted"
     ]
     assert time.perf_counter() - start < 60
@@ -314,9 +314,9 @@ def test_inspect_says_what_is_wrong(tmp_path):
         (("--target", "cambricon-mlu590"), "memory.gm.bandwidth of cambricon-mlu590 is unknown"),
         (("--target", "nvidia-h200", "--batch", 65), "B = 65 is outside"),
     ):
-        shown = moec("inspect", file, *arguments)
+        shown = invoke("inspect", file, *arguments)
         assert shown.exit_code == 2
         assert message in shown.stderr
-    shown = moec("inspect", file, "--target", "nvidia-h200", "--batch", 64, "--new", 128)
+    shown = invoke("inspect", file, "--target", "nvidia-h200", "--batch", 64, "--new", 128)
     assert shown.exit_code == 0, shown.stderr
     assert "128 new tokens of 64 sequences" in shown.stdout
