@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..compiler.ir.dce import dce
 from ..compiler.ir.module import Function, Module
 from ..compiler.rewrite.declare import pass_
-from .drop_dead import without_dead, without_idle_functions
+from .drop_dead import drop_uncalled_functions
 from .fold_constants import folded
 from .share_expressions import shared
 
@@ -19,12 +20,12 @@ def cleanup(module: Module, target: Any) -> Module:
 
     Names of parameters and of results stay.
     """
-    return without_idle_functions(module.with_functions({f.name: _clean(f) for f in module.functions}))
+    return drop_uncalled_functions(module.with_functions({f.name: _clean(f) for f in module.functions}))
 
 
 def _clean(function: Function) -> Function:
     for _ in range(BOUND):
-        cleaned = without_dead(shared(folded(function)))
+        cleaned = dce(shared(folded(function)))
         if cleaned is function:
             break
         function = cleaned

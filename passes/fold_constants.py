@@ -15,8 +15,8 @@ from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import step
 from ..compiler.ir.types import attr_key, make_attrs
 from ..compiler.rewrite.declare import pass_
+from ..compiler.rewrite.function_rewriter import FunctionRewriter
 from ..compiler.rewrite.roles import weight_operands
-from ..compiler.rewrite.sweep import Sweep
 
 # elementwise ops: on operands that hold one number everywhere, the result does too
 _ELEMENTWISE = frozenset(
@@ -43,14 +43,14 @@ def fold_constants(module: Module, target: Any) -> Module:
 
 def folded(function: Function) -> Function:
     """Return the function with its constants folded; itself if nothing can be."""
-    sweep = Sweep(function)
+    rewriter = FunctionRewriter(function)
     for original in function.ops:
-        op = sweep.read(original)
-        op = _constant(op, sweep) or _shorten(op, sweep)
-        same = _unchanged(op, sweep)
-        if same is None or not sweep.stand_for(op.results[0], same):
-            sweep.keep(op)
-    return _weights_in_order(sweep.finish())
+        op = rewriter.read(original)
+        op = _constant(op, rewriter) or _shorten(op, rewriter)
+        same = _unchanged(op, rewriter)
+        if same is None or not rewriter.stand_for(op.results[0], same):
+            rewriter.keep(op)
+    return _weights_in_order(rewriter.finish())
 
 
 # --- weights that the program transposes -----------------------------------------------------------------------------
@@ -94,17 +94,17 @@ def _only_weights(function: Function, value: Value) -> bool:
 # --- constants -------------------------------------------------------------------------------------------------
 
 
-def _number(value: Value | None, sweep: Sweep) -> float | int | bool | None:
+def _number(value: Value | None, rewriter: FunctionRewriter) -> float | int | bool | None:
     """Return the number that a value holds everywhere, if it is a constant."""
-    op = sweep.made.get(value.name) if value else None
+    op = rewriter.made.get(value.name) if value else None
     return op.attributes["value"] if op and op.name in ("core.constant", "core.full") else None  # type: ignore[return-value]
 
 
-def _constant(op: Op, sweep: Sweep) -> Op | None:
+def _constant(op: Op, rewriter: FunctionRewriter) -> Op | None:
     """Return the constant that an op on constants makes."""
     if op.name not in _ELEMENTWISE | _RESHAPING or not op.operands:
         return None
-    numbers = [_number(v, sweep) for v in op.operands]
+    numbers = [_number(v, rewriter) for v in op.operands]
     if any(n is None for n in numbers):
         return None
     type_ = op.results[0].type
@@ -117,7 +117,7 @@ def _constant(op: Op, sweep: Sweep) -> Op | None:
     if isinstance(number, float) and math.isnan(number):  # its bits are another machine's choice
         return None
     attrs = {"value": number, "dtype": type_.dtype, **({"shape": type_.shape} if type_.shape else {})}
-    return Op("core.full" if type_.shape else "core.constant", (), op.results, make_attrs(attrs), loc=op.loc)
+    return op.become("core.full" if type_.shape else "core.constant", **attrs)
 
 
 def _compute(op: Op, numbers: list[Any]) -> Any:
@@ -131,16 +131,16 @@ def _compute(op: Op, numbers: list[Any]) -> Any:
 # --- ops that change nothing -----------------------------------------------------------------------------------
 
 
-def _shorten(op: Op, sweep: Sweep) -> Op:
+def _shorten(op: Op, rewriter: FunctionRewriter) -> Op:
     """Return the op reading through an op of the same kind before it, where one does the work of both."""
     if op.name == "core.concat":
         return _without_empty(op)
     if op.name == "core.slice":
-        return _slice_of_part(op, sweep)
+        return _slice_of_part(op, rewriter)
     if op.name not in ("core.reshape", "core.transpose"):
         return op
     operand = op.operands[0]
-    inner = sweep.made.get(operand.name) if operand else None
+    inner = rewriter.made.get(operand.name) if operand else None
     if inner is None or inner.name != op.name:
         return op
     if op.name == "core.reshape":
@@ -157,10 +157,10 @@ def _without_empty(op: Op) -> Op:
     return replace(op, operands=full) if full and full != op.operands else op
 
 
-def _slice_of_part(op: Op, sweep: Sweep) -> Op:
+def _slice_of_part(op: Op, rewriter: FunctionRewriter) -> Op:
     """Return a slice of joined values that lies in one of them as the slice of that one."""
     attributes: Any = op.attributes
-    joined = sweep.made.get(op.inputs[0].name)
+    joined = rewriter.made.get(op.inputs[0].name)
     if joined is None or joined.name != "core.concat" or joined.attributes["axis"] != attributes["axis"]:
         return op
     start, stop = size(attributes["start"]), size(attributes["stop"])
@@ -175,17 +175,17 @@ def _slice_of_part(op: Op, sweep: Sweep) -> Op:
     return op
 
 
-def _unchanged(op: Op, sweep: Sweep) -> Value | None:
+def _unchanged(op: Op, rewriter: FunctionRewriter) -> Value | None:
     """Return the operand that the op's only result equals, if there is one."""
     test = _SAME.get(op.name)
     if test is None:
         return None
-    return next((v for i, v in enumerate(op.operands) if v is not None and test(op, i, sweep)), None)
+    return next((v for i, v in enumerate(op.operands) if v is not None and test(op, i, rewriter)), None)
 
 
-def _with_number(neutral: float, commutative: bool) -> Callable[[Op, int, Sweep], bool]:
-    def test(op: Op, index: int, sweep: Sweep) -> bool:
-        number = _number(op.operands[1 - index], sweep)
+def _with_number(neutral: float, commutative: bool) -> Callable[[Op, int, FunctionRewriter], bool]:
+    def test(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
+        number = _number(op.operands[1 - index], rewriter)
         if number is None or isinstance(number, bool):
             return False
         return number == neutral and (commutative or index == 0)
@@ -193,7 +193,7 @@ def _with_number(neutral: float, commutative: bool) -> Callable[[Op, int, Sweep]
     return test
 
 
-def _whole_slice(op: Op, index: int, sweep: Sweep) -> bool:
+def _whole_slice(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
     operand, attributes = op.operands[0], op.attributes
     assert operand is not None
     whole = operand.type.shape[attributes["axis"]]  # type: ignore[index]
@@ -201,22 +201,22 @@ def _whole_slice(op: Op, index: int, sweep: Sweep) -> bool:
     return start == 0 and sympy.expand(stop - whole) == 0 and attributes.get("step", 1) == 1
 
 
-def _same_type(op: Op, index: int, sweep: Sweep) -> bool:
+def _same_type(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
     return op.operands[0] is not None and op.operands[0].type == op.results[0].type
 
 
-def _in_order(op: Op, index: int, sweep: Sweep) -> bool:
+def _in_order(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
     perm = op.attributes["perm"]
     return list(perm) == sorted(perm)  # type: ignore[arg-type]
 
 
-_SAME: dict[str, Callable[[Op, int, Sweep], bool]] = {
+_SAME: dict[str, Callable[[Op, int, FunctionRewriter], bool]] = {
     "core.cast": _same_type,
     "core.reshape": _same_type,
     "core.expand": _same_type,
     "core.transpose": _in_order,
     "core.slice": _whole_slice,
-    "core.concat": lambda op, index, sweep: len(op.operands) == 1,
+    "core.concat": lambda op, index, rewriter: len(op.operands) == 1,
     "core.add": _with_number(0, commutative=True),
     "core.sub": _with_number(0, commutative=False),
     "core.mul": _with_number(1, commutative=True),

@@ -8,10 +8,9 @@ from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Op, Value
-from ..compiler.ir.types import TensorType, make_attrs
 from ..compiler.ops import OPS
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.draft import Draft, join, rewrite_ops
+from ..compiler.rewrite.editor import Editor, join, rewrite_ops
 from ..compiler.rewrite.rules import Note, Why, tell
 
 FUSED = "nn.cached_attention"
@@ -27,7 +26,7 @@ def fuse_attention(module: Module, target: Any, why: Why) -> Module:
     notes: list[str] = []
     fused = {}
     for function in module.functions:
-        attended = rewrite_ops(Draft(function), {"nn.attention": _attention(notes)}, "fuse-attention", notes)
+        attended = rewrite_ops(function, {"nn.attention": _attention(notes)}, "fuse-attention", notes)
         fused[function.name] = _pack(attended, notes)
     tell(why, notes)
     return module.with_functions(fused)
@@ -48,10 +47,10 @@ class _Heads:
     tokens_first: bool = False  # [B, S, H, D] instead of [B, H, S, D]
 
 
-def _attention(notes: list[str]) -> Callable[[Draft, Op], Op]:
+def _attention(notes: list[str]) -> Callable[[Editor, Op], Op]:
     """Return the rewrite of nn.attention; `notes` gets what stays outside of the op."""
 
-    def rewrite(draft: Draft, op: Op) -> Op:
+    def rewrite(editor: Editor, op: Op) -> Op:
         q, key, value, mask, sinks = op.operands
         assert q and key and value
         _check(q, key, value)
@@ -59,32 +58,30 @@ def _attention(notes: list[str]) -> Callable[[Draft, Op], Op]:
             raise Refuse("nn.cached_attention has no chunks")
         if mask is not None and len(mask.type.shape) != 2:
             raise Refuse("the mask differs from token to token, as in sparse attention", mask)
-        appends = [_append(draft.function, state, op) for state in (key, value)]
+        appends = [_append(editor.function, state, op) for state in (key, value)]
         if key == value:
             raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)
         new_key, new_value = (append.operands[1] for append in appends)
         assert new_key and new_value
         if q.type.shape[2] != new_key.type.shape[2]:
             raise Refuse("the number of queries is not the number of tokens appended to the cache")
-        heads = _outside_in(draft.function, _Heads(q), _Heads(new_key))
-        made = [_rows(draft, h, op.loc) for h in (*heads, _Heads(new_value))]
+        heads = _outside_in(editor.function, _Heads(q), _Heads(new_key))
+        made = [_rows(editor, h) for h in (*heads, _Heads(new_value))]
         for (_, outside), h in zip(made[:2], heads, strict=False):
             if outside is not None:
                 reason = (
                     f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
                 )
-                notes.append(Note("fuse-attention", draft.function.name, op, reason))
+                notes.append(Note("fuse-attention", editor.function.name, op, reason))
         pasts = [append.operands[0] for append in appends]
         norms, angles = (heads[0].norm, heads[1].norm), (heads[0].cos, heads[0].sin)
         attrs = {**op.attributes, "heads": int(q.type.shape[1])}
         eps = next((h.eps for h in heads if h.eps is not None), None)
         attrs |= {} if eps is None else {"eps": eps}
         y = op.results[0]
-        batch, new, count, width = y.type.shape
-        flat = Value(draft.fresh(f"{y.name}.rows"), TensorType(y.type.dtype, (batch, new, count * width)))
         operands = (*(rows for rows, _ in made), *pasts, *angles, *norms, mask, sinks)
-        draft.ops.append(Op(FUSED, operands, (flat, key, value), make_attrs(attrs), loc=op.loc))
-        return Op("core.reshape", (flat,), (y,), make_attrs({"shape": y.type.shape}), loc=op.loc)
+        flat, *_ = editor.add_all(FUSED, *operands, hints=(f"{y.name}.rows", key, value), **attrs)
+        return op.become("core.reshape", flat, shape=y.type.shape)
 
     return rewrite
 
@@ -160,22 +157,22 @@ def _normed(function: Function, heads: _Heads) -> _Heads:
     return replace(heads, value=x, norm=weight, eps=float(op.attributes["eps"]), tokens_first=turned)  # type: ignore[arg-type]
 
 
-def _rows(draft: Draft, heads: _Heads, loc: tuple[str, ...]) -> tuple[Value, Op | None]:
+def _rows(editor: Editor, heads: _Heads) -> tuple[Value, Op | None]:
     """Return the heads concatenated, [B, S, H*D], and the op on single heads that stays outside, if there is one."""
-    producers = draft.function.producers
+    producers = editor.function.producers
     value, op, outside = heads.value, producers.get(heads.value.name), None
     if not heads.tokens_first:
         if op is not None and op.name == "core.transpose" and op.attributes["perm"] == BEFORE_HEADS:
             value = op.inputs[0]
         else:
             outside = op
-            value = draft.add("core.transpose", value, hint=f"{value.name}.turned", loc=loc, perm=BEFORE_HEADS)
+            value = editor.add("core.transpose", value, hint=f"{value.name}.turned", perm=BEFORE_HEADS)
     batch, new, count, width = value.type.shape
     flat = (batch, new, count * width)
     op = producers.get(value.name)
     if op is not None and op.name == "core.reshape" and op.inputs[0].type.shape == flat:
         return op.inputs[0], outside
-    return draft.add("core.reshape", value, hint=f"{value.name}.rows", loc=loc, shape=flat), outside
+    return editor.add("core.reshape", value, hint=f"{value.name}.rows", shape=flat), outside
 
 
 # --- one linear for q, k and v -----------------------------------------------------------------------------------
@@ -192,11 +189,12 @@ def _pack(function: Function, notes: list[str]) -> Function:
                 notes.append(Note("fuse-attention", function.name, op, f"q, k and v stay apart: {refusal.reason}"))
             else:
                 packs |= dict.fromkeys((id(op), *map(id, pack.linears)), pack)
-    draft = Draft(function)
+    editor = Editor(function)
     for op in function.ops:
         found = packs.get(id(op))
-        draft.ops.append(_packed(draft, op, found) if found else op)
-    return draft.finish()
+        editor.loc = op.loc
+        editor.ops.append(_packed(editor, op, found) if found else op)
+    return editor.finish()
 
 
 @dataclass
@@ -234,21 +232,21 @@ def _linears(function: Function, attention: Op) -> _Pack:
     return _Pack(tuple(linears))
 
 
-def _packed(draft: Draft, op: Op, pack: _Pack) -> Op:
+def _packed(editor: Editor, op: Op, pack: _Pack) -> Op:
     """Return the slice that a linear's result is of the packed one, or the attention that takes the packed one whole."""
     results = tuple(linear.results[0] for linear in pack.linears)
     if pack.value is None:
-        pack.value = _one_linear(draft, pack.linears)
+        pack.value = _one_linear(editor, pack.linears)
     if op.name == FUSED:
         whole = all(
-            _unshaped(draft.function, v) == result and v.type.shape[-1] == result.type.shape[-1]
+            _unshaped(editor.function, v) == result and v.type.shape[-1] == result.type.shape[-1]
             for v, result in zip(op.operands[:3], results, strict=True)
             if v
         )
-        return replace(op, operands=(_by_row(draft, pack.value, op), None, None, *op.operands[3:])) if whole else op
+        return replace(op, operands=(_by_row(editor, pack.value, op), None, None, *op.operands[3:])) if whole else op
     start = sum(int(v.type.shape[-1]) for v in results[: results.index(op.results[0])])
     attrs = {"axis": len(pack.value.type.shape) - 1, "start": start, "stop": start + int(op.results[0].type.shape[-1])}
-    return Op("core.slice", (pack.value,), op.results, make_attrs(attrs), loc=op.loc)
+    return op.become("core.slice", pack.value, **attrs)
 
 
 def _unshaped(function: Function, value: Value) -> Value:
@@ -258,18 +256,18 @@ def _unshaped(function: Function, value: Value) -> Value:
     return value
 
 
-def _by_row(draft: Draft, value: Value, attention: Op) -> Value:
+def _by_row(editor: Editor, value: Value, attention: Op) -> Value:
     """Return the result of a linear over flattened tokens as [B, S, N]; that of another as it is."""
     if len(value.type.shape) == 3:
         return value
     shape = (*attention.results[0].type.shape[:2], value.type.shape[-1])
-    return draft.add("core.reshape", value, hint=f"{value.name}.rows", loc=attention.loc, shape=shape)
+    return editor.add("core.reshape", value, hint=f"{value.name}.rows", shape=shape)
 
 
-def _one_linear(draft: Draft, linears: tuple[Op, ...]) -> Value:
+def _one_linear(editor: Editor, linears: tuple[Op, ...]) -> Value:
     """Add the linear whose weight is those of q, k and v one below the other."""
-    loc = tuple(dict.fromkeys(text for op in linears for text in op.loc))
     _, weights, biases = zip(*(op.operands for op in linears), strict=True)
-    weight = draft.weight(join(*map(draft.recipe, weights), axis=0), "qkv_proj")
-    bias = None if biases[0] is None else draft.weight(join(*map(draft.recipe, biases), axis=0), "qkv_proj_bias")
-    return draft.add("core.linear", linears[0].operands[0], weight, bias, hint="qkv", loc=loc)
+    weight = editor.weight(join(*map(editor.recipe, weights), axis=0), "qkv_proj")
+    bias = None if biases[0] is None else editor.weight(join(*map(editor.recipe, biases), axis=0), "qkv_proj_bias")
+    with editor.at(tuple(dict.fromkeys(text for op in linears for text in op.loc))):
+        return editor.add("core.linear", linears[0].operands[0], weight, bias, hint="qkv")

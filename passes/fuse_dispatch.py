@@ -14,7 +14,7 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Value
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.draft import join
+from ..compiler.rewrite.editor import join
 from ..compiler.rewrite.rules import Match, Note, Rule, Why, apply, rule, tell
 
 

@@ -9,7 +9,7 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.module import Module
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.draft import join
+from ..compiler.rewrite.editor import join
 from ..compiler.rewrite.rules import Match, Rule, Why, apply, rule
 
 ACTS = {

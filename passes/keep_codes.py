@@ -8,6 +8,7 @@ from typing import Any
 
 from ..compiler.formats.format import Format
 from ..compiler.formats.table import GROUPS, format_of
+from ..compiler.ir.dce import dce
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import Recipe, step, steps_of
 from ..compiler.rewrite.declare import pass_
@@ -131,8 +132,7 @@ def _store(function: Function, chosen: Mapping[int, Stored]) -> Function:
             consts[value.name] = Const(value, recipe)
             operands[k] = value
         ops[i] = replace(ops[i], operands=tuple(operands))
-    used = {v.name for op in ops for v in op.inputs} | {v.name for v in function.results}
-    return replace(function, consts=tuple(c for c in consts.values() if c.value.name in used), ops=tuple(ops))
+    return dce(replace(function, consts=tuple(consts.values()), ops=tuple(ops)))
 
 
 def _name(op: Op, k: int) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 from ..compiler.errors import MoecError
 from ..compiler.formats.format import Format
 from ..compiler.formats.table import GROUPS, find_format
-from ..compiler.ir.module import Const, Function, Module, Op, Value
+from ..compiler.ir.module import Function, Module, Op, Value
+from ..compiler.ir.names import Names
 from ..compiler.ir.recipes import WEIGHT, step
 from ..compiler.quantize.awq_scales import fold
 from ..compiler.quantize.choices import KEEP, check_options, storing
 from ..compiler.quantize.plan import Unit, parse_layers
 from ..compiler.rewrite.declare import pass_
+from ..compiler.rewrite.editor import Editor
 from ..compiler.rewrite.expert_groups import split_experts
 from ..compiler.rewrite.roles import weight_operands, weight_roles
 from ..compiler.rewrite.rules import Why, tell
@@ -93,6 +95,7 @@ class Policy:
 def _split(module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]) -> tuple[Module, dict[str, Policy]]:
     """Return the module with a function for every set of layers of one policy, and the policy of every function."""
     roles = {name: set(uses.values()) for name, uses in weight_roles(module).items()}
+    names = Names(module.by_name, mark="_")
     policies: dict[str, Policy] = {}
     made: dict[tuple[str, tuple], str] = {}
     clones: dict[str, list[Function]] = {}
@@ -105,7 +108,7 @@ def _split(module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]
         key = (name, tuple(sorted((unit[1:], f) for unit, f in own.items())))
         if key not in made:
             first = name not in policies
-            made[key] = name if first else _free(f"{name}_{layer}", {*module.by_name, *policies})
+            made[key] = name if first else names.fresh(f"{name}_{layer}")
             whole = {unit.role: f for unit, f in own.items() if not unit.experts}
             policies[made[key]] = Policy(
                 {**policy, **whole}, {unit.experts: f for unit, f in own.items() if unit.experts}
@@ -161,12 +164,6 @@ def _in_groups(function: Function, policy: Policy) -> tuple[Function, Policy]:
 def _layer(op: Op) -> int | None:
     layer = op.attributes.get("layer")
     return layer if isinstance(layer, int) else None
-
-
-def _free(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
 
 
 # --- which format ----------------------------------------------------------------------------------------------
@@ -245,8 +242,7 @@ def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str,
     """Return the function with the chosen operands quantized; the same weight in two formats becomes two."""
     if not chosen:
         return function
-    consts = {c.value.name: c for c in function.consts}
-    taken = set(function.names)
+    editor = Editor(function)
     made: dict[tuple[str, str], Value] = {}
     # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by; what the
     # blocks of a weight are multiplied with differs from block to block, and calibration keeps the inputs of whole rows
@@ -260,25 +256,18 @@ def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str,
         key = (value.name, format.name)
         if key not in made:
             name = f"{value.name}.{format.name}"
-            while name in taken:
-                name += ".1"
-            taken.add(name)
             calibrated = bool(how) and format.element == "int" and key in multiplied
             options = {**how, WEIGHT: f"{function.name}:{name}"} if calibrated else {}
-            recipe = step("quantize", consts[value.name].recipe, to=format.name, **options)
-            made[key] = Value(name, recipe.type)
-            consts[name] = Const(made[key], recipe)
+            recipe = step("quantize", editor.recipe(value), to=format.name, **options)
+            made[key] = editor.const(name, recipe)
         return made[key]
 
-    ops = []
     for i, op in enumerate(function.ops):
         operands = [
             stored(v, chosen[i, k]) if v is not None and (i, k) in chosen else v for k, v in enumerate(op.operands)
         ]
-        ops.append(replace(op, operands=tuple(operands)) if any(k[0] == i for k in chosen) else op)
-    used = {v.name for op in ops for v in op.inputs} | {v.name for v in function.results}
-    kept = tuple(c for c in consts.values() if c.value.name in used)
-    return _with_old_names(replace(function, consts=kept, ops=tuple(ops)), made)
+        editor.ops.append(replace(op, operands=tuple(operands)) if any(k[0] == i for k in chosen) else op)
+    return _with_old_names(editor.finish(), made)
 
 
 def _with_old_names(function: Function, made: Mapping[tuple[str, str], Value]) -> Function:

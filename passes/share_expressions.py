@@ -8,7 +8,7 @@ from typing import Any
 from ..compiler.ir.module import Const, Function, Module, Op
 from ..compiler.ir.types import attr_key
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.sweep import Sweep
+from ..compiler.rewrite.function_rewriter import FunctionRewriter
 
 
 @pass_(reads="any")
@@ -22,27 +22,27 @@ def share_expressions(module: Module, target: Any) -> Module:
 
 def shared(function: Function) -> Function:
     """Return the function with equal ops and weights only once; itself if there are none."""
-    sweep = Sweep(function)
-    consts = _shared_consts(sweep)
+    rewriter = FunctionRewriter(function)
+    consts = _shared_consts(rewriter)
     seen: dict[Any, int] = {}
     for original in function.ops:
-        op = sweep.read(original)
+        op = rewriter.read(original)
         position = seen.get(_key(op))
-        if position is None or any(map(sweep.returned, op.results)):
-            seen.setdefault(_key(op), len(sweep.ops))
-            sweep.keep(op)
+        if position is None or any(map(rewriter.returned, op.results)):
+            seen.setdefault(_key(op), len(rewriter.ops))
+            rewriter.keep(op)
             continue
-        first = sweep.ops[position]
-        sweep.alias |= {old.name: new for old, new in zip(op.results, first.results, strict=True)}
-        sweep.ops[position] = replace(first, loc=tuple(dict.fromkeys((*first.loc, *op.loc))))
-    return sweep.finish(consts)
+        first = rewriter.ops[position]
+        rewriter.alias |= {old.name: new for old, new in zip(op.results, first.results, strict=True)}
+        rewriter.ops[position] = replace(first, loc=tuple(dict.fromkeys((*first.loc, *op.loc))))
+    return rewriter.finish(consts)
 
 
-def _shared_consts(sweep: Sweep) -> tuple[Const, ...]:
+def _shared_consts(rewriter: FunctionRewriter) -> tuple[Const, ...]:
     kept: dict[Any, Const] = {}
-    for const in sweep.function.consts:
+    for const in rewriter.function.consts:
         first = kept.setdefault(const.recipe, const)
-        if first is not const and not sweep.stand_for(const.value, first.value):
+        if first is not const and not rewriter.stand_for(const.value, first.value):
             kept[const.value.name] = const
     return tuple(kept.values())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .types import Attr, Keyed, TensorType, attr_key
+from .types import Attr, Keyed, TensorType, attr_key, make_attrs
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -68,6 +68,10 @@ class Op(Keyed):
     def inputs(self) -> tuple[Value, ...]:
         """The operands that are there."""
         return tuple(v for v in self.operands if v is not None)
+
+    def become(self, name: str, *operands: Value | None, **attributes: Attr) -> Op:
+        """Return another op with the results of this one, and its place in the source model."""
+        return Op(name, operands, self.results, make_attrs(attributes), loc=self.loc)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from ..ir.module import Const, Function, Op, Value
+from ..ir.module import Function, Op, Value
 from ..ir.recipes import Literal, Recipe, step
-from ..ir.types import TensorType, make_attrs
-from ..ops import OPS
+from ..ir.types import TensorType
+from .editor import Editor
 
 Experts = tuple[int, ...]
 
@@ -22,54 +21,33 @@ def split_experts(function: Function, op: Op, groups: Sequence[Experts]) -> tupl
     """Return the function with an op of routed experts as one op for each group, and those ops; groups cover all once."""
     x, ids, gates, *weights = op.operands
     assert x and ids and gates and weights[0]
-    recipes = {c.value.name: c.recipe for c in function.consts}
-    taken = set(function.names)
-    ops: list[Op] = []
-    consts: list[Const] = []
-
-    def fresh(name: str) -> str:
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        return name
-
-    def add(name: str, *operands: Value | None, hint: str, **attrs: Any) -> tuple[Value, ...]:
-        types = OPS[name].infer([v and v.type for v in operands], attrs)
-        results = tuple(Value(fresh(f"{hint}.{i}" if i else hint), t) for i, t in enumerate(types))
-        ops.append(Op(name, operands, results, make_attrs(attrs), loc=op.loc))
-        return results
-
+    editor = Editor(function)
+    editor.loc = op.loc
     base = op.results[0].name
     count = weights[0].type.sizes[0]
-    (none,) = add("core.full", hint=f"{base}.none", shape=(ids.type.shape[0], count), value=0.0, dtype=gates.type.dtype)
-    (dense,) = add("core.scatter", none, ids, gates, hint=f"{base}.gates", axis=1)
+    none = editor.add(
+        "core.full", hint=f"{base}.none", shape=(ids.type.shape[0], count), value=0.0, dtype=gates.type.dtype
+    )
+    dense = editor.add("core.scatter", none, ids, gates, hint=f"{base}.gates", axis=1)
     total: Value | None = None
     made: list[Op] = []
     for number, group in enumerate(groups):
-        index = Literal(TensorType.of("i64", len(group)), tuple(group))
-        consts.append(Const(Value(fresh(f"{base}.group{number}"), index.type), index))
-        (own,) = add("core.take", dense, consts[-1].value, hint=f"{base}.gates{number}", axis=1)
+        index = editor.const(f"{base}.group{number}", Literal(TensorType.of("i64", len(group)), tuple(group)))
+        own = editor.add("core.take", dense, index, hint=f"{base}.gates{number}", axis=1)
         # by size: a gate below 0 is a choice too, and not the 0 of an expert that was not chosen
-        (size,) = add("core.abs", own, hint=f"{base}.sizes{number}")
+        size = editor.add("core.abs", own, hint=f"{base}.sizes{number}")
         most = min(int(ids.type.shape[1]), len(group))
-        _, chosen = add("core.topk", size, hint=f"{base}.ids{number}", axis=1, k=most)
-        (mixing,) = add("core.gather", own, chosen, hint=f"{base}.mixing{number}", axis=1)
-        held: list[Value | None] = []
-        for value in weights:
-            if value is None:
-                held.append(None)
-                continue
-            recipe = _rows(recipes[value.name], group)
-            consts.append(Const(Value(fresh(f"{value.name}.{number}"), recipe.type), recipe))
-            held.append(consts[-1].value)
-        (y,) = add(op.name, x, chosen, mixing, *held, hint=f"{base}.y{number}", **op.attributes)
-        made.append(ops[-1])
-        total = y if total is None else add("core.add", total, y, hint=f"{base}.sum{number}")[0]
-    ops[-1] = replace(ops[-1], results=op.results)
-    after = [o for old in function.ops for o in (ops if old is op else [old])]
-    used = {v.name for o in after for v in o.inputs} | {v.name for v in function.results}
-    kept = tuple(c for c in (*function.consts, *consts) if c.value.name in used)
-    return replace(function, consts=kept, ops=tuple(after)), made
+        hints = (f"{base}.ids{number}", f"{base}.ids{number}.1")
+        _, chosen = editor.add_all("core.topk", size, hints=hints, axis=1, k=most)
+        mixing = editor.add("core.gather", own, chosen, hint=f"{base}.mixing{number}", axis=1)
+        held = [v and editor.const(f"{v.name}.{number}", _rows(editor.recipe(v), group)) for v in weights]
+        y = editor.add(op.name, x, chosen, mixing, *held, hint=f"{base}.y{number}", **op.attributes)
+        made.append(editor.ops[-1])
+        total = y if total is None else editor.add("core.add", total, y, hint=f"{base}.sum{number}")
+    editor.ops[-1] = replace(editor.ops[-1], results=op.results)
+    at = next(i for i, old in enumerate(function.ops) if old is op)
+    editor.ops = [*function.ops[:at], *editor.ops, *function.ops[at + 1 :]]
+    return editor.finish(), made
 
 
 def _rows(recipe: Recipe, group: Experts) -> Recipe:

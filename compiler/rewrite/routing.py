@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from ..errors import MoecError, Refuse
+from ..ir.dce import dce
 from ..ir.module import Function, Op, Value
-from ..ir.types import Attr, make_attrs
+from ..ir.names import Names
+from ..ir.types import Attr
 from ..ops import OPS
+from ..ops.builder import IRBuilder
 from .patterns import Match
-from .rules import in_order, without_idle
+from .rules import in_order
 
 _SCORES = ("core.softmax", "core.sigmoid", "core.sqrt")  # the last op of a score
 _OPERANDS = ("logits", "bias", "given", "expert_scale")
@@ -67,25 +70,20 @@ class Router:
             if other is not self:
                 raise Refuse(f"{value} is also used outside the router", value)
         operands = tuple(self.operands.get(name) for name in _OPERANDS)
-        definition = OPS["moe.route"]
-        said = {n: v for n, v in self.attrs.items() if n == "score" or v != definition.attrs[n][1]}
+        defaults = OPS["moe.route"].attrs
+        said = {n: v for n, v in self.attrs.items() if n == "score" or v != defaults[n][1]}
+        builder = IRBuilder(function.name, names=Names(function.names))
+        builder.loc = tuple(dict.fromkeys(text for op in function.ops if id(op) in self.ops for text in op.loc))
+        given = "given" in self.operands
         try:
-            types = definition.infer([v.type if v else None for v in operands], said)
+            hints = (self.gates, f"{self.ids.name}.routed" if given else self.ids)
+            _, ids = builder.add_all("moe.route", *operands, hints=hints, **said)
         except MoecError as error:
             raise Refuse(error.what) from None
-        if types != (self.gates.type, self.ids.type):
-            raise Refuse(f"the weights are {self.gates.type}, moe.route gives {types[0]}", self.gates)
-        ids = self.ids
-        if operands[2]:
-            names = (f"{ids.name}.routed{n or ''}" for n in range(len(function.names) + 1))
-            ids = Value(next(n for n in names if n not in function.names), types[1])
-        loc = tuple(dict.fromkeys(text for op in function.ops if id(op) in self.ops for text in op.loc))
-        route = Op("moe.route", operands, (self.gates, ids), make_attrs(said), loc=loc)
         last = max(i for i, op in enumerate(function.ops) if id(op) in self.ops)
-        ops = [*function.ops[: last + 1], route, *function.ops[last + 1 :]]
+        ops = [*function.ops[: last + 1], *builder.ops, *function.ops[last + 1 :]]
         kept = [_reading(op, self.ids, ids) if op is reader else op for op in ops if id(op) not in self.ops]
-        suspects = {v.name for op in read for v in op.inputs if v not in operands}
-        return without_idle(replace(function, ops=in_order(tuple(kept))), suspects)
+        return dce(replace(function, ops=in_order(tuple(kept))))
 
     # --- the weights, from the last step to the first ------------------------------------------------------
 

@@ -23,18 +23,19 @@ The guard may return more bindings for `after`: attributes, values, or recipes (
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MoecError, Refuse
+from ..ir.dce import dce
 from ..ir.fragments import Var
-from ..ir.module import Const, Function, Module, Op, Value
+from ..ir.module import Function, Module, Op, Value
+from ..ir.names import Names
 from ..ir.recipes import Literal, Step, Tensor
-from ..ir.types import make_attrs
-from ..ops import OPS
+from ..ops.builder import IRBuilder
 from .patterns import Match, Rule, Search, rule
 
-__all__ = ["Match", "Note", "Refuse", "Rule", "Why", "apply", "in_order", "rule", "tell", "without_idle"]
+__all__ = ["Match", "Note", "Refuse", "Rule", "Why", "apply", "in_order", "rule", "tell"]
 
 Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that did not apply
 
@@ -87,58 +88,40 @@ def _removed(owner: Rule, match: Match) -> list[Op]:
 
 
 @dataclass
-class _Draft:
+class _RightSide:
     """The right side being made: names in the pattern -> values in the function."""
 
+    builder: IRBuilder
     values: dict[str, Value | None]
     attrs: dict[str, Any]
-    taken: set[str]
     unsaid: Collection[str] = ()  # attributes that are bound to a default
-    consts: list[Const] = field(default_factory=list)
-
-    def fresh(self, base: str) -> str:
-        """Return a free name: `base`, `base.1`, ..."""
-        name, i = base, 0
-        while name in self.taken:
-            i += 1
-            name = f"{base}.{i}"
-        self.taken.add(name)
-        return name
 
     def bind(self, name: str, given: Any) -> None:
         """Take one of the guard's bindings: a value, None for an absent one, a recipe (a new weight), or an attribute."""
         if given is None or isinstance(given, Value):
             self.values[name] = given
         elif isinstance(given, (Tensor, Literal, Step)):
-            value = Value(self.fresh(name), given.type)
-            self.consts.append(Const(value, given))
-            self.values[name] = value
+            self.values[name] = self.builder.const(name, given)
         else:
             self.attrs[name] = given
 
 
-def _build(owner: Rule, draft: _Draft, loc: tuple[str, ...]) -> list[Op]:
-    ops = []
+def _build(owner: Rule, side: _RightSide) -> list[Op]:
     for statement in owner.after:
-        unbound = [n for n in statement.operands if n and n not in draft.values]
+        unbound = [n for n in statement.operands if n and n not in side.values]
         if unbound:
             raise MoecError(f"rule {owner.name}: nothing binds %{unbound[0]} of `after`", exit_code=1)
-        operands = tuple(draft.values[n] if n else None for n in statement.operands)
-        given = {n: v for n, v in statement.attrs.items() if not (isinstance(v, Var) and v.name in draft.unsaid)}
-        attrs = {name: _fill(owner, value, draft.attrs) for name, value in given.items()}
+        operands = (side.values[n] if n else None for n in statement.operands)
+        given = {n: v for n, v in statement.attrs.items() if not (isinstance(v, Var) and v.name in side.unsaid)}
+        attrs = {name: _fill(owner, value, side.attrs) for name, value in given.items()}
+        hints = [side.values.get(name) or name for name in statement.results]
         try:
-            types = OPS[statement.name].infer([v.type if v else None for v in operands], attrs)
+            results = side.builder.add_all(statement.name, *operands, hints=hints, **attrs)
         except MoecError as error:
-            raise replace(error, what=f"rule {owner.name}: {error.what}", model=", ".join(loc), exit_code=1) from None
-        for name, type in zip(statement.results, types, strict=True):
-            kept = draft.values.get(name)
-            if kept is not None and kept.type != type:
-                what = f"rule {owner.name}: {statement.name} gives {type} for %{name}, but {kept} is {kept.type}"
-                raise MoecError(what, model=", ".join(loc), exit_code=1)
-            draft.values[name] = kept or Value(draft.fresh(name), type)
-        results = tuple(v for n in statement.results if (v := draft.values[n]))
-        ops.append(Op(statement.name, operands, results, make_attrs(attrs), loc=loc))
-    return ops
+            place = ", ".join(side.builder.loc)
+            raise replace(error, what=f"rule {owner.name}: {error.what}", model=place, exit_code=1) from None
+        side.values |= zip(statement.results, results, strict=True)
+    return side.builder.ops
 
 
 def _unsaid(owner: Rule, match: Match) -> set[str]:
@@ -168,18 +151,19 @@ def _replace(owner: Rule, match: Match, removed: list[Op], extra: Mapping[str, A
     gone = {id(op) for op in removed}
     matched = [op for op in function.ops if any(op is m for m in match.ops.values())]
     loc = tuple(dict.fromkeys(text for op in matched if op.inputs or len(matched) == 1 for text in op.loc))
-    draft = _Draft(dict(match.values), dict(match.attrs), set(function.names), _unsaid(owner, match) - set(extra))
+    builder = IRBuilder(function.name, consts=function.consts, names=Names(function.names))
+    builder.loc = loc
+    side = _RightSide(builder, dict(match.values), dict(match.attrs), _unsaid(owner, match) - set(extra))
     for name, given in extra.items():
-        draft.bind(name, given)
-    new = _build(owner, draft, loc)
+        side.bind(name, given)
+    new = _build(owner, side)
     ops: list[Op] = []
     for op in function.ops:
         if id(op) not in gone:
             ops.append(op)
         if op is matched[-1]:
             ops += new
-    changed = replace(function, consts=function.consts + tuple(draft.consts), ops=in_order(tuple(ops)))
-    return without_idle(changed, {v.name for op in matched for v in (*op.inputs, *op.results)})
+    return dce(replace(function, consts=tuple(builder.consts.values()), ops=in_order(tuple(ops))))
 
 
 def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
@@ -197,20 +181,6 @@ def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
         return tuple(ops[i] for i in networkx.lexicographical_topological_sort(graph))
     except networkx.NetworkXUnfeasible:
         raise Refuse("a value between two matched ops depends on one and feeds the other") from None
-
-
-def without_idle(function: Function, suspects: set[str]) -> Function:
-    """Drop ops and weights among the suspects that nothing reads any more."""
-    while True:
-        uses = function.uses
-        idle = [op for op in function.ops if not any(v.name in uses for v in op.results)]
-        idle = [op for op in idle if any(v.name in suspects for v in op.results)]
-        consts = tuple(c for c in function.consts if c.value.name in uses or c.value.name not in suspects)
-        if not idle and len(consts) == len(function.consts):
-            return function
-        dropped = {id(op) for op in idle}
-        suspects |= {v.name for op in idle for v in op.inputs}
-        function = replace(function, consts=consts, ops=tuple(op for op in function.ops if id(op) not in dropped))
 
 
 # --- applying --------------------------------------------------------------------------------------------------

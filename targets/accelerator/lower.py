@@ -12,11 +12,10 @@ from typing import Any
 
 from ...compiler.errors import MoecError
 from ...compiler.formats.table import find_format
-from ...compiler.ir.module import Const, Function, Module, Op, Value
+from ...compiler.ir.module import Function, Module, Op, Value
 from ...compiler.ir.narrow import narrowed
-from ...compiler.ir.types import make_attrs
 from ...compiler.ops import OPS
-from ...compiler.rewrite.draft import Draft, Rewrite, rewrite_ops
+from ...compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ...compiler.rewrite.roles import Uses, weight_roles
 from . import ops
 
@@ -52,25 +51,25 @@ def _lower_function(function: Function, roles: Uses, notes: list[str]) -> Functi
         "moe.experts": _experts,
         "nn.cached_attention": _attention,
     }
-    return _with_old_names(rewrite_ops(Draft(function), rewrites, "lower", notes))
+    return _with_old_names(rewrite_ops(function, rewrites, "lower", notes))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def _stored(draft: Draft, op: Op, weight: Value | None) -> Value:
+def _stored(editor: Editor, op: Op, weight: Value | None) -> Value:
     """Return a weight as it is stored: quantized as it is, bf16 where that has all of its numbers, else f32."""
-    recipe = draft.recipe(weight)
+    recipe = editor.recipe(weight)
     assert weight
     if find_format(weight.type.dtype):
         return weight
     narrow, exact = narrowed(recipe)
     if not exact:
-        draft.note(
+        editor.note(
             op, f"{weight} stays {weight.type.dtype}: bf16 has not all of its numbers; round-weights rounds them"
         )
         return weight
-    return draft.weight(narrow, f"{weight.name}{_STORED}")
+    return editor.weight(narrow, f"{weight.name}{_STORED}")
 
 
 def _with_old_names(function: Function) -> Function:
@@ -93,93 +92,89 @@ def _with_old_names(function: Function) -> Function:
 # --- linears ---------------------------------------------------------------------------------------------------
 
 
-def _linear(draft: Draft, op: Op, routers: frozenset[str]) -> Op:
+def _linear(editor: Editor, op: Op, routers: frozenset[str]) -> Op:
     x, weight, bias = op.operands
     if op.results[0].name in routers:
         # a rounded score may choose another expert: the weights keep all their numbers, the scores stay f32
-        narrow, exact = narrowed(draft.recipe(weight))
+        narrow, exact = narrowed(editor.recipe(weight))
         assert weight
-        kept = draft.weight(narrow, f"{weight.name}.bf16") if exact else weight
-        return Op("acc.linear", (x, kept, bias), op.results, make_attrs({"out": "f32"}), loc=op.loc)
-    return Op("acc.linear", (x, _stored(draft, op, weight), bias), op.results, loc=op.loc)
+        kept = editor.weight(narrow, f"{weight.name}.bf16") if exact else weight
+        return op.become("acc.linear", x, kept, bias, out="f32")
+    return op.become("acc.linear", x, _stored(editor, op, weight), bias)
 
 
-def _block_linear(draft: Draft, op: Op) -> Op:
+def _block_linear(editor: Editor, op: Op) -> Op:
     x, weight = op.operands
-    return Op("acc.block_linear", (x, _stored(draft, op, weight)), op.results, loc=op.loc)
+    return op.become("acc.block_linear", x, _stored(editor, op, weight))
 
 
-def _embedding(draft: Draft, op: Op) -> Op:
+def _embedding(editor: Editor, op: Op) -> Op:
     """Return a lookup in bf16 rows, which are widened behind it: the framework has it, and a token reads one row."""
     ids, table = op.operands
-    recipe = draft.recipe(table)
+    recipe = editor.recipe(table)
     assert table
     narrow, exact = (recipe, False) if find_format(table.type.dtype) else narrowed(recipe)
     if not exact:
-        draft.note(op, f"the table {table} stays {table.type.dtype}")
+        editor.note(op, f"the table {table} stays {table.type.dtype}")
         return op
     # a weight of its own: the head may have the same numbers, but it may pack them otherwise
-    stored = Value(draft.fresh(f"{table.name}{_TABLE}"), narrow.type)
-    draft.consts[stored.name] = Const(stored, narrow)
+    stored = editor.const(f"{table.name}{_TABLE}", narrow)
     (y,) = op.results
-    rows = draft.add("nn.embedding", ids, stored, hint=f"{y.name}.bf16", loc=op.loc)
-    return Op("core.cast", (rows,), (y,), make_attrs({"to": y.type.dtype}), loc=op.loc)
+    rows = editor.add("nn.embedding", ids, stored, hint=f"{y.name}.bf16")
+    return op.become("core.cast", rows, to=y.type.dtype)
 
 
-def _gated_mlp(draft: Draft, op: Op) -> Op:
+def _gated_mlp(editor: Editor, op: Op) -> Op:
     """Return nn.gated_mlp as the linear of both halves with the activation, the linear back, and the token's gate."""
     x, up, down, up_bias, down_bias, gate = op.operands
-    loc, (y,) = op.loc, op.results
-    up, down = _stored(draft, op, up), _stored(draft, op, down)
+    (y,) = op.results
+    up, down = _stored(editor, op, up), _stored(editor, op, down)
     kept = {name: value for name, value in op.attributes.items() if name in _ACTIVATION}
-    h = draft.add("acc.gated_up", x, up, up_bias, hint=f"{y.name}.h", loc=loc, **kept)
+    h = editor.add("acc.gated_up", x, up, up_bias, hint=f"{y.name}.h", **kept)
     if gate is None:
-        return Op("acc.linear", (h, down, down_bias), (y,), loc=loc)
-    out = draft.add("acc.linear", h, down, down_bias, hint=f"{y.name}.down", loc=loc)
-    score = draft.add("acc.linear", x, gate, None, hint=f"{y.name}.score", loc=loc)
-    share = draft.add("core.sigmoid", score, hint=f"{y.name}.gate", loc=loc)
-    return Op("core.mul", (share, out), (y,), loc=loc)
+        return op.become("acc.linear", h, down, down_bias)
+    out = editor.add("acc.linear", h, down, down_bias, hint=f"{y.name}.down")
+    score = editor.add("acc.linear", x, gate, None, hint=f"{y.name}.score")
+    share = editor.add("core.sigmoid", score, hint=f"{y.name}.gate")
+    return op.become("core.mul", share, out)
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
 
 
-def _experts(draft: Draft, op: Op) -> Op:
+def _experts(editor: Editor, op: Op) -> Op:
     """Return routed experts as the sort of the pairs by expert and the two grouped linears."""
     x, ids, gates, up, down, up_bias, down_bias = op.operands
-    loc, (y,) = op.loc, op.results
-    up, down = _stored(draft, op, up), _stored(draft, op, down)
+    (y,) = op.results
+    up, down = _stored(editor, op, up), _stored(editor, op, down)
     assert ids
     hints = (f"{ids.name}.order", f"{ids.name}.offsets")
-    order, offsets = _sorted(draft, ids, int(up.type.shape[0]), hints, loc)
+    order, offsets = _sorted(editor, ids, int(up.type.shape[0]), hints)
     pairs = (ids, order, offsets)
     kept = {name: value for name, value in op.attributes.items() if name in (*_ACTIVATION, "gated")}
-    h = draft.add("acc.grouped_up", x, *pairs, up, up_bias, hint=f"{y.name}.h", loc=loc, **kept)
-    return Op("acc.grouped_down", (h, *pairs, gates, down, down_bias), (y,), loc=loc)
+    h = editor.add("acc.grouped_up", x, *pairs, up, up_bias, hint=f"{y.name}.h", **kept)
+    return op.become("acc.grouped_down", h, *pairs, gates, down, down_bias)
 
 
-def _sorted(draft: Draft, ids: Value, experts: int, hints: tuple[str, str], loc: tuple[str, ...]) -> tuple[Value, ...]:
+def _sorted(editor: Editor, ids: Value, experts: int, hints: tuple[str, str]) -> tuple[Value, ...]:
     """Return order and offsets of the pairs, sorted once for all experts of the same ids."""
-    for op in draft.ops:
+    for op in editor.ops:
         if op.name == "acc.sort" and op.operands == (ids,) and op.attributes["experts"] == experts:
             return op.results
-    return draft.add_all("acc.sort", ids, hints=hints, loc=loc, experts=experts)
+    return editor.add_all("acc.sort", ids, hints=hints, experts=experts)
 
 
 # --- attention -------------------------------------------------------------------------------------------------
 
 
-def _attention(draft: Draft, op: Op) -> Op:
+def _attention(editor: Editor, op: Op) -> Op:
     """Return nn.cached_attention as what is done with new heads, and the attention over the cache."""
     *given, mask, sinks = op.operands
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     y, key, value = op.results
     first: dict[str, Any] = {name: op.attributes[name] for name in ("heads", "eps") if name in op.attributes}
-    types = OPS["acc.rope_append"].infer([None if v is None else v.type for v in given], first)
-    q = Value(draft.fresh(f"{y.name}.q"), types[0])
-    draft.ops.append(Op("acc.rope_append", tuple(given), (q, key, value), make_attrs(first), loc=op.loc))
+    q, *_ = editor.add_all("acc.rope_append", *given, hints=(f"{y.name}.q", key, value), **first)
     kept = {name: attributes[name] for name in ("scale", "window", "softcap") if name in op.attributes}
-    heads = draft.add("nn.attention", q, key, value, mask, sinks, hint=f"{y.name}.heads", loc=op.loc, **kept)
-    shape = make_attrs({"shape": y.type.shape})
+    heads = editor.add("nn.attention", q, key, value, mask, sinks, hint=f"{y.name}.heads", **kept)
     # the rewritten op's other results are made in front of it
-    return Op("core.reshape", (heads,), (y,), shape, loc=op.loc)
+    return replace(op.become("core.reshape", heads, shape=y.type.shape), results=(y,))

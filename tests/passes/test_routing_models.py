@@ -14,7 +14,6 @@ import torch
 from moec.compiler.driver import compile, opt
 from moec.compiler.frontends.aten.export import trace
 from moec.compiler.frontends.aten.lower import Graph, lower
-from moec.compiler.frontends.builder import Builder
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.transformers.layers import BATCH, NEW
 from moec.compiler.frontends.transformers.model import _type_of
@@ -22,6 +21,7 @@ from moec.compiler.ir.dtypes import dtype_name
 from moec.compiler.ir.module import Dim, Module
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
+from moec.compiler.ops.builder import IRBuilder
 from places import SUPPORT
 from tiny_models import INSTALLED, random_model
 
@@ -163,7 +163,7 @@ def imported(case: Router) -> Module:
     with torch.device("meta"):
         inputs = [torch.empty(BATCH, NEW, WIDTH), *([case.extra()] if case.extra else [])]
     traced = trace(Alone(getattr(code, case.name)(config).to("meta").eval(), case.flat), inputs, case.name)
-    signature, builder = traced.program.graph_signature, Builder("main")
+    signature, builder = traced.program.graph_signature, IRBuilder("main")
     tensors = {**traced.program.state_dict, **traced.program.constants}
     values: dict[str, Any] = {}
     for i, (node, tensor) in enumerate(zip(signature.user_inputs, inputs, strict=True)):
@@ -171,7 +171,7 @@ def imported(case: Router) -> Module:
     for node, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
         type_ = TensorType.of(dtype_name(tensors[name].dtype), *tensors[name].shape)
         values[node] = builder.const(name.replace(".", "_"), Tensor(name, type_))
-    function = builder.finish(lower(Graph(traced, builder), values))
+    function = builder.build(lower(Graph(traced, builder), values))
     return Module("graph", (Dim("B", 1, 64), Dim("S", 1, 64)), (function,))
 
 

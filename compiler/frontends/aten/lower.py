@@ -14,7 +14,7 @@ from ...errors import MoecError
 from ...ir.dims import Size, size
 from ...ir.dtypes import dtype_name
 from ...ir.module import Value
-from ..builder import Builder
+from ...ops.builder import IRBuilder
 from .export import Traced
 from .uninitialised import Uninitialised
 
@@ -37,7 +37,7 @@ class Graph:
     """A traced graph being rewritten: what each fx node became (a Value, a size, or a tuple of them)."""
 
     traced: Traced
-    builder: Builder
+    builder: IRBuilder
     calls: Callable[[Graph, list[Value], int], tuple[Value, ...]] | None = None  # what moec.layer becomes
     values: dict[Any, Any] = field(default_factory=dict)
     scalars: dict[tuple[Any, str], Value] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Graph:
         kind = bool if dtype == "bool" else float if dtype.startswith(("f", "b")) else int
         key = (kind(number), dtype)
         if key not in self.scalars:
-            self.scalars[key] = self.builder.op("core.constant", value=kind(number), dtype=dtype, hint="c")
+            self.scalars[key] = self.builder.add("core.constant", value=kind(number), dtype=dtype, hint="c")
         return self.scalars[key]
 
     def like(self, number: Any, other: Value) -> Value:
@@ -58,13 +58,13 @@ class Graph:
 
     def size_value(self, number: Size) -> Value:
         """Return a size as an i64 scalar: the last of as many numbers and one more."""
-        counted = self.builder.op("core.iota", size=number + 1)
-        last = self.builder.op("core.slice", counted, axis=0, start=number, stop=number + 1)
-        return self.builder.op("core.reshape", last, shape=())
+        counted = self.builder.add("core.iota", size=number + 1)
+        last = self.builder.add("core.slice", counted, axis=0, start=number, stop=number + 1)
+        return self.builder.add("core.reshape", last, shape=())
 
     def cast(self, x: Value, dtype: str) -> Value:
         """Convert x unless it has the dtype."""
-        return x if x.type.dtype == dtype else self.builder.op("core.cast", x, to=dtype)
+        return x if x.type.dtype == dtype else self.builder.add("core.cast", x, to=dtype)
 
 
 def lower(graph: Graph, inputs: dict[str, Any]) -> list[Any]:
@@ -169,4 +169,4 @@ def resolve_shape(x: Value, wanted: list[Any]) -> tuple[Size, ...]:
 def reshape(g: Graph, x: Value, shape: Any, hint: str = "") -> Value:
     """Reshape unless the shape is the same."""
     shape = tuple(sympy.expand(size(s)) for s in shape)
-    return x if shape == x.type.shape else g.builder.op("core.reshape", x, shape=shape, hint=hint or "reshape")
+    return x if shape == x.type.shape else g.builder.add("core.reshape", x, shape=shape, hint=hint or "reshape")

@@ -12,54 +12,54 @@ from .lower import Graph, aten, reshape
 
 @aten("moec.cache_append")
 def _cache_append(g: Graph, past: Value, new: Value) -> Value:
-    return g.builder.op("nn.cache_append", past, new, axis=2, hint=past.name.replace("past", "present"))
+    return g.builder.add("nn.cache_append", past, new, axis=2, hint=past.name.replace("past", "present"))
 
 
 @aten("moec.conv_window")
 def _conv_window(g: Graph, past: Value, new: Value) -> tuple[Value, ...]:
-    return g.builder.op("nn.conv_window", past, new)
+    return g.builder.add_all("nn.conv_window", past, new)
 
 
 @aten("moec.new_state")
 def _new_state(g: Graph, x: Value) -> Value:
-    return x if x.type.state else g.builder.op("nn.new_state", x)
+    return x if x.type.state else g.builder.add("nn.new_state", x)
 
 
 @aten("moec.causal_conv")
 def _causal_conv(g: Graph, x: Value, w: Value, b: Any) -> Value:
-    return g.builder.op("nn.causal_conv", x, w, b)
+    return g.builder.add("nn.causal_conv", x, w, b)
 
 
 @aten("moec.linear_attention")
 def _linear_attention(
     g: Graph, q: Value, k: Value, v: Value, decay: Any, beta: Any, past: Value, scale: float
 ) -> tuple[Value, ...]:
-    options = {} if scale == 1 else {"scale": float(scale)}
-    return g.builder.op("nn.linear_attention", q, k, v, decay, beta, past, **options)
+    options: dict[str, Any] = {} if scale == 1 else {"scale": float(scale)}
+    return g.builder.add_all("nn.linear_attention", q, k, v, decay, beta, past, **options)
 
 
 @aten("moec.expert_linear")
 def _expert_linear(g: Graph, rows: Value, ids: Value, w: Value) -> Value:
     count = rows.type.shape[0]
-    one = g.builder.op("core.reshape", ids, shape=(count, 1))
-    sorted_, offsets, perm = g.builder.op("moe.dispatch", rows, one, experts=w.type.shape[0])
-    ones = g.builder.op("core.full", shape=(count, 1), value=1.0, dtype=rows.type.dtype)
-    return g.builder.op("moe.combine", g.builder.op("moe.grouped_linear", sorted_, w, offsets, None), ones, perm)
+    one = g.builder.add("core.reshape", ids, shape=(count, 1))
+    sorted_, offsets, perm = g.builder.add_all("moe.dispatch", rows, one, experts=w.type.shape[0])
+    ones = g.builder.add("core.full", shape=(count, 1), value=1.0, dtype=rows.type.dtype)
+    return g.builder.add("moe.combine", g.builder.add("moe.grouped_linear", sorted_, w, offsets, None), ones, perm)
 
 
 @aten("moec.dispatch")
 def _dispatch(g: Graph, x: Value, ids: Value, experts: int) -> tuple[Value, ...]:
-    return g.builder.op("moe.dispatch", x, ids, experts=experts)
+    return g.builder.add_all("moe.dispatch", x, ids, experts=experts)
 
 
 @aten("moec.grouped_linear")
 def _grouped_linear(g: Graph, rows: Value, w: Value, offsets: Value) -> Value:
-    return g.builder.op("moe.grouped_linear", rows, w, offsets, None)
+    return g.builder.add("moe.grouped_linear", rows, w, offsets, None)
 
 
 @aten("moec.combine")
 def _combine(g: Graph, rows: Value, gates: Value, perm: Value) -> Value:
-    return g.builder.op("moe.combine", rows, gates, perm)
+    return g.builder.add("moe.combine", rows, gates, perm)
 
 
 @aten("moec.blocks")
@@ -67,9 +67,9 @@ def _blocks(g: Graph, x: Value, at: int, width: int, fill: float) -> Value:
     """Add what fills up any last block, and cut at a whole number of blocks."""
     shape = x.type.shape
     count = FUNCTIONS["floordiv"](shape[at] + width - 1, size(width))
-    edge = g.builder.op("core.full", shape=(*shape[:at], width - 1, *shape[at + 1 :]), value=fill, dtype=x.type.dtype)
-    filled = g.builder.op("core.concat", x, edge, axis=at)
-    cut = g.builder.op("core.slice", filled, axis=at, start=0, stop=count * width)
+    edge = g.builder.add("core.full", shape=(*shape[:at], width - 1, *shape[at + 1 :]), value=fill, dtype=x.type.dtype)
+    filled = g.builder.add("core.concat", x, edge, axis=at)
+    cut = g.builder.add("core.slice", filled, axis=at, start=0, stop=count * width)
     return reshape(g, cut, (*shape[:at], count, width, *shape[at + 1 :]))
 
 
@@ -77,9 +77,9 @@ def _blocks(g: Graph, x: Value, at: int, width: int, fill: float) -> Value:
 def _spread(g: Graph, x: Value, width: int, like: Value) -> Value:
     *outer, count = x.type.shape
     opened = reshape(g, x, (*outer, count, 1))
-    repeated = g.builder.op("core.expand", opened, shape=(*outer, count, width))
+    repeated = g.builder.add("core.expand", opened, shape=(*outer, count, width))
     flat = reshape(g, repeated, (*outer, count * width))
-    return g.builder.op("core.slice", flat, axis=len(outer), start=0, stop=like.type.shape[-1])
+    return g.builder.add("core.slice", flat, axis=len(outer), start=0, stop=like.type.shape[-1])
 
 
 @aten("moec.attention")
@@ -92,7 +92,7 @@ def _attention(
         **({"chunk": chunk} if chunk else {}),
         **({"softcap": softcap} if softcap else {}),
     }
-    return g.builder.op("nn.attention", q, k, v, mask, sinks, **options)
+    return g.builder.add("nn.attention", q, k, v, mask, sinks, **options)
 
 
 @aten("moec.experts")
@@ -101,12 +101,12 @@ def _experts(
     act: str, gated: bool, layout: str, transposed: bool, alpha: float, beta: float, limit: float,
 ) -> Value:  # fmt: skip
     if transposed:
-        up, down = (g.builder.op("core.transpose", w, perm=(0, 2, 1)) for w in (up, down))
+        up, down = (g.builder.add("core.transpose", w, perm=(0, 2, 1)) for w in (up, down))
     options: dict[str, Any] = {"act": act, "layout": layout}
     options |= {} if gated else {"gated": False}
     options |= {k: v for k, v, default in (("alpha", alpha, 1.0), ("beta", beta, 0.0)) if v != default}
     options |= {"limit": limit} if math.isfinite(limit) else {}
-    return g.builder.op("moe.experts", x, ids, gates, up, down, up_bias, down_bias, **options)
+    return g.builder.add("moe.experts", x, ids, gates, up, down, up_bias, down_bias, **options)
 
 
 @aten("moec.layer")

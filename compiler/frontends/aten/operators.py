@@ -42,7 +42,7 @@ def _binary(name: str) -> Handler:
         x, y = _promote(g, x, y)
         if name == "div" and not x.type.dtype.startswith(("f", "b")):
             x, y = g.cast(x, "f32"), g.cast(y, "f32")
-        return g.builder.op(f"core.{name}", x, y)
+        return g.builder.add(f"core.{name}", x, y)
 
     return handler
 
@@ -55,7 +55,7 @@ for _name in ("logical_and", "logical_or"):
 
 
 def _unary(name: str) -> Handler:
-    return lambda g, x, **kwargs: g.builder.op(f"core.{name}", x)
+    return lambda g, x, **kwargs: g.builder.add(f"core.{name}", x)
 
 
 for _name in (
@@ -69,7 +69,7 @@ for _name in (
 def _bitwise_not(g: Graph, x: Value) -> Value:
     if x.type.dtype != "bool":
         raise MoecError("bitwise_not of integers is not understood")
-    return g.builder.op("core.logical_not", x)
+    return g.builder.add("core.logical_not", x)
 
 
 @aten("aten.rsub")
@@ -79,39 +79,39 @@ def _rsub(g: Graph, x: Value, y: Any, alpha: Any = 1) -> Value:
 
 @aten("aten.square")
 def _square(g: Graph, x: Value) -> Value:
-    return g.builder.op("core.mul", x, x)
+    return g.builder.add("core.mul", x, x)
 
 
 @aten("aten.log1p")
 def _log1p(g: Graph, x: Value) -> Value:
-    return g.builder.op("core.log", g.builder.op("core.add", x, g.like(1.0, x)))
+    return g.builder.add("core.log", g.builder.add("core.add", x, g.like(1.0, x)))
 
 
 @aten("aten.softplus")
 def _softplus(g: Graph, x: Value, beta: float = 1, threshold: float = 20) -> Value:
     if beta != 1:
         raise MoecError(f"softplus with beta={beta} is not understood")
-    return g.builder.op("core.softplus", x)
+    return g.builder.add("core.softplus", x)
 
 
 @aten("aten.log_sigmoid")
 def _log_sigmoid(g: Graph, x: Value) -> Value:
-    return g.builder.op("core.neg", g.builder.op("core.softplus", g.builder.op("core.neg", x)))
+    return g.builder.add("core.neg", g.builder.add("core.softplus", g.builder.add("core.neg", x)))
 
 
 @aten("aten.gelu")
 def _gelu(g: Graph, x: Value, approximate: str = "none") -> Value:
-    return g.builder.op("core.gelu", x, approximate=approximate)
+    return g.builder.add("core.gelu", x, approximate=approximate)
 
 
 @aten("aten.clamp", "aten.clamp_min", "aten.clamp_max")
 def _clamp(g: Graph, x: Value, min: Any = None, max: Any = None) -> Value:
     if isinstance(min, Value) or isinstance(max, Value):
-        x = x if min is None else g.builder.op("core.maximum", *_promote(g, x, min))
-        return x if max is None else g.builder.op("core.minimum", *_promote(g, x, max))
+        x = x if min is None else g.builder.add("core.maximum", *_promote(g, x, min))
+        return x if max is None else g.builder.add("core.minimum", *_promote(g, x, max))
     low = float("-inf") if min is None else float(min)
     high = float("inf") if max is None else float(max)
-    return g.builder.op("core.clamp", x, min=low, max=high)
+    return g.builder.add("core.clamp", x, min=low, max=high)
 
 
 @aten("aten.where")
@@ -119,12 +119,12 @@ def _where(g: Graph, condition: Value, x: Any, y: Any) -> Value:
     x, y = (
         _promote(g, x, y) if isinstance(x, Value) or isinstance(y, Value) else (g.scalar(x, "f32"), g.scalar(y, "f32"))
     )
-    return g.builder.op("core.where", condition, x, y)
+    return g.builder.add("core.where", condition, x, y)
 
 
 @aten("aten.masked_fill")
 def _masked_fill(g: Graph, x: Value, mask: Value, value: Any) -> Value:
-    return g.builder.op("core.where", mask, g.like(value, x), x)
+    return g.builder.add("core.where", mask, g.like(value, x), x)
 
 
 @aten("aten.to", "aten._to_copy", "aten.type_as")
@@ -152,12 +152,12 @@ def _nothing(g: Graph, *args: Any, **kwargs: Any) -> None:
 
 @aten("aten.linear")
 def _linear(g: Graph, x: Value, w: Value, b: Value | None = None) -> Value:
-    return g.builder.op("core.linear", x, w, b, hint=_last_name(g))
+    return g.builder.add("core.linear", x, w, b, hint=_last_name(g))
 
 
 @aten("aten.matmul", "aten.bmm", "aten.mm")
 def _matmul(g: Graph, x: Value, y: Value) -> Value:
-    return g.builder.op("core.matmul", x, y)
+    return g.builder.add("core.matmul", x, y)
 
 
 @aten("aten.conv1d")
@@ -174,14 +174,14 @@ def _conv1d(
     heads = reshape(g, x, (batch, groups, inner, tokens))
     total: Value | None = None
     for tap in range(taps):
-        weight = g.builder.op("core.slice", w, axis=2, start=tap, stop=tap + 1)
+        weight = g.builder.add("core.slice", w, axis=2, start=tap, stop=tap + 1)
         weight = reshape(g, weight, (groups, outputs // groups, inner))
-        seen = g.builder.op("core.slice", heads, axis=3, start=tap, stop=tap + kept)
-        product = g.builder.op("core.matmul", weight, seen)
-        total = product if total is None else g.builder.op("core.add", total, product)
+        seen = g.builder.add("core.slice", heads, axis=3, start=tap, stop=tap + kept)
+        product = g.builder.add("core.matmul", weight, seen)
+        total = product if total is None else g.builder.add("core.add", total, product)
     assert total  # a kernel has a tap or more
     y = reshape(g, total, (batch, outputs, kept))
-    return y if b is None else g.builder.op("core.add", y, reshape(g, b, (outputs, 1)))
+    return y if b is None else g.builder.add("core.add", y, reshape(g, b, (outputs, 1)))
 
 
 @aten("aten.scaled_dot_product_attention")
@@ -192,29 +192,29 @@ def _products(
     """Attend as a model does outside of its attention layers: to all of a few rows."""
     if mask is not None or is_causal or q.type.shape[:-2] != k.type.shape[:-2]:
         raise MoecError("scaled_dot_product_attention with a mask or groups of heads is not understood")
-    scores = g.builder.op("core.matmul", q, _transposed(g, k))
+    scores = g.builder.add("core.matmul", q, _transposed(g, k))
     factor = float(scale) if scale is not None else float(q.type.shape[-1]) ** -0.5
-    weights = g.builder.op(
-        "core.softmax", g.builder.op("core.mul", scores, g.like(factor, q)), axis=len(q.type.shape) - 1
+    weights = g.builder.add(
+        "core.softmax", g.builder.add("core.mul", scores, g.like(factor, q)), axis=len(q.type.shape) - 1
     )
-    return g.builder.op("core.matmul", weights, v)
+    return g.builder.add("core.matmul", weights, v)
 
 
 def _transposed(g: Graph, x: Value) -> Value:
     rank = len(x.type.shape)
-    return g.builder.op("core.transpose", x, perm=(*range(rank - 2), rank - 1, rank - 2))
+    return g.builder.add("core.transpose", x, perm=(*range(rank - 2), rank - 1, rank - 2))
 
 
 @aten("aten.addmm")
 def _addmm(g: Graph, b: Value, x: Value, y: Value, beta: Any = 1, alpha: Any = 1) -> Value:
     if beta != 1 or alpha != 1:
         raise MoecError(f"addmm with beta={beta}, alpha={alpha} is not understood")
-    return g.builder.op("core.add", g.builder.op("core.matmul", x, y), b)
+    return g.builder.add("core.add", g.builder.add("core.matmul", x, y), b)
 
 
 @aten("aten.max.dim")
 def _max(g: Graph, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, ...]:
-    found = g.builder.op("core.topk", x, k=1, axis=axis(x, dim))
+    found = g.builder.add_all("core.topk", x, k=1, axis=axis(x, dim))
     return found if keepdim else tuple(squeeze(g, part, dim) for part in found)
 
 
@@ -227,14 +227,14 @@ def _last_name(g: Graph) -> str:
 @aten("aten.softmax", "aten._softmax")
 def _softmax(g: Graph, x: Value, dim: int, dtype: Any = None) -> Value:
     x = g.cast(x, dtype) if isinstance(dtype, str) else x
-    return g.builder.op("core.softmax", x, axis=axis(x, dim))
+    return g.builder.add("core.softmax", x, axis=axis(x, dim))
 
 
 def _reduction(name: str) -> Handler:
     def handler(g: Graph, x: Value, dim: Any = None, keepdim: bool = False, dtype: str | None = None) -> Value:
         dims = range(len(x.type.shape)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
         x = g.cast(x, dtype) if dtype else x
-        return g.builder.op(f"core.{name}", x, axes=tuple(sorted(axis(x, d) for d in dims)), keepdim=bool(keepdim))
+        return g.builder.add(f"core.{name}", x, axes=tuple(sorted(axis(x, d) for d in dims)), keepdim=bool(keepdim))
 
     return handler
 
@@ -248,28 +248,28 @@ def _vector_norm(g: Graph, x: Value, ord: Any = 2, dim: Any = None, keepdim: boo
     if ord not in (1, 2):
         raise MoecError(f"a norm of order {ord} is not understood")
     if ord == 1:
-        return HANDLERS["aten.sum"](g, g.builder.op("core.abs", x), dim, keepdim)
-    return g.builder.op("core.sqrt", HANDLERS["aten.sum"](g, g.builder.op("core.mul", x, x), dim, keepdim))
+        return HANDLERS["aten.sum"](g, g.builder.add("core.abs", x), dim, keepdim)
+    return g.builder.add("core.sqrt", HANDLERS["aten.sum"](g, g.builder.add("core.mul", x, x), dim, keepdim))
 
 
 @aten("aten.logsumexp")
 def _logsumexp(g: Graph, x: Value, dim: Any, keepdim: bool = False) -> Value:
     top = HANDLERS["aten.amax"](g, x, dim, True)
-    total = HANDLERS["aten.sum"](g, g.builder.op("core.exp", g.builder.op("core.sub", x, top)), dim, True)
-    y = g.builder.op("core.add", g.builder.op("core.log", total), top)
+    total = HANDLERS["aten.sum"](g, g.builder.add("core.exp", g.builder.add("core.sub", x, top)), dim, True)
+    y = g.builder.add("core.add", g.builder.add("core.log", total), top)
     return y if keepdim else squeeze(g, y, dim)
 
 
 @aten("aten.cumsum")
 def _cumsum(g: Graph, x: Value, dim: int, dtype: str | None = None) -> Value:
-    return g.builder.op("core.cumsum", g.cast(x, dtype) if dtype else x, axis=axis(x, dim))
+    return g.builder.add("core.cumsum", g.cast(x, dtype) if dtype else x, axis=axis(x, dim))
 
 
 @aten("aten.topk")
 def _topk(g: Graph, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     if not largest:
         raise MoecError("topk of the smallest is not understood")
-    return g.builder.op("core.topk", x, k=int(k), axis=axis(x, dim))
+    return g.builder.add_all("core.topk", x, k=int(k), axis=axis(x, dim))
 
 
 @aten("aten.layer_norm")
@@ -278,7 +278,7 @@ def _layer_norm(
 ) -> Value:
     if len(shape) != 1:
         raise MoecError(f"layer_norm over {len(shape)} axes is not understood")
-    return g.builder.op("nn.layer_norm", x, w, b, eps=eps, hint=_last_name(g))
+    return g.builder.add("nn.layer_norm", x, w, b, eps=eps, hint=_last_name(g))
 
 
 # --- indexing and constants ------------------------------------------------------------------------------------
@@ -286,24 +286,24 @@ def _layer_norm(
 
 @aten("aten.embedding")
 def _embedding(g: Graph, table: Value, ids: Value, *args: Any) -> Value:
-    return g.builder.op("nn.embedding", ids, table)
+    return g.builder.add("nn.embedding", ids, table)
 
 
 @aten("aten.gather")
 def _gather(g: Graph, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Value:
-    return g.builder.op("core.gather", x, index, axis=axis(x, dim))
+    return g.builder.add("core.gather", x, index, axis=axis(x, dim))
 
 
 @aten("aten.scatter")
 def _scatter(g: Graph, x: Value, dim: int, index: Value, src: Any) -> Value:
     if not isinstance(src, Value):
-        src = g.builder.op("core.full", shape=index.type.shape, value=float(src), dtype=x.type.dtype)
-    return g.builder.op("core.scatter", x, index, src, axis=axis(x, dim))
+        src = g.builder.add("core.full", shape=index.type.shape, value=float(src), dtype=x.type.dtype)
+    return g.builder.add("core.scatter", x, index, src, axis=axis(x, dim))
 
 
 @aten("aten.index_select")
 def _index_select(g: Graph, x: Value, dim: int, index: Value) -> Value:
-    return g.builder.op("core.take", x, index, axis=axis(x, dim))
+    return g.builder.add("core.take", x, index, axis=axis(x, dim))
 
 
 @aten("aten.index")
@@ -311,7 +311,7 @@ def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
     given = [i for i, index in enumerate(indices) if index is not None]
     if len(given) != 1 or indices[given[0]].type.dtype == "bool":
         raise MoecError("indexing with several tensors or with a mask is not understood")
-    return g.builder.op("core.take", x, indices[given[0]], axis=given[0])
+    return g.builder.add("core.take", x, indices[given[0]], axis=given[0])
 
 
 @aten("aten.index_put")
@@ -319,7 +319,7 @@ def _index_put(g: Graph, x: Value, indices: list[Any], value: Value, accumulate:
     """Write one number where a mask is set."""
     if accumulate or len(indices) != 1 or indices[0].type.shape != x.type.shape or value.type.elements != 1:
         raise MoecError("writing by indices, or other than one number by a mask, is not understood")
-    return g.builder.op("core.where", indices[0], value, x)
+    return g.builder.add("core.where", indices[0], value, x)
 
 
 @aten("aten.scalar_tensor")
@@ -332,14 +332,14 @@ def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
     start, end = (0, args[0]) if len(args) == 1 else args[:2]
     if len(args) > 2 and args[2] != 1:
         raise MoecError(f"arange in steps of {args[2]} is not understood")
-    counted = g.builder.op("core.iota", size=size(end) - size(start))
+    counted = g.builder.add("core.iota", size=size(end) - size(start))
     dtype = kwargs.get("dtype") or "i64"
     counted = g.cast(counted, dtype)
     if size(start) == 0:
         return counted
     if not size(start).is_Integer:
         raise MoecError("arange from a size that is not known when compiling is not understood")
-    return g.builder.op("core.add", counted, g.scalar(int(start), dtype))
+    return g.builder.add("core.add", counted, g.scalar(int(start), dtype))
 
 
 def _filled(value: float | None, like: bool, new: bool) -> Handler:
@@ -351,7 +351,7 @@ def _filled(value: float | None, like: bool, new: bool) -> Handler:
         kind = dtype or (source.type.dtype if source is not None else "f32")
         if isinstance(number, (int, float)) and not math.isfinite(number) and not kind.startswith(("f", "b")):
             raise MoecError(f"{number} does not fit into {kind}")
-        return g.builder.op("core.full", shape=tuple(shape), value=number, dtype=kind)
+        return g.builder.add("core.full", shape=tuple(shape), value=number, dtype=kind)
 
     return handler
 

@@ -56,24 +56,24 @@ def _transpose(g: Graph, x: Value, a: int, b: int) -> Value:
     perm = list(range(len(x.type.shape)))
     a, b = axis(x, a), axis(x, b)
     perm[a], perm[b] = perm[b], perm[a]
-    return g.builder.op("core.transpose", x, perm=tuple(perm))
+    return g.builder.add("core.transpose", x, perm=tuple(perm))
 
 
 @aten("aten.t", "aten.numpy_T")
 def _t(g: Graph, x: Value) -> Value:
-    return g.builder.op("core.transpose", x, perm=tuple(reversed(range(len(x.type.shape)))))
+    return g.builder.add("core.transpose", x, perm=tuple(reversed(range(len(x.type.shape)))))
 
 
 @aten("aten.permute")
 def _permute(g: Graph, x: Value, dims: Any) -> Value:
-    return g.builder.op("core.transpose", x, perm=tuple(axis(x, d) for d in dims))
+    return g.builder.add("core.transpose", x, perm=tuple(axis(x, d) for d in dims))
 
 
 @aten("aten.expand")
 def _expand(g: Graph, x: Value, shape: Any, implicit: bool = False) -> Value:
     lead = len(shape) - len(x.type.shape)
     sizes = [x.type.shape[i - lead] if s == -1 else size(s) for i, s in enumerate(shape)]
-    return x if tuple(sizes) == x.type.shape else g.builder.op("core.expand", x, shape=tuple(sizes))
+    return x if tuple(sizes) == x.type.shape else g.builder.add("core.expand", x, shape=tuple(sizes))
 
 
 @aten("aten.repeat_interleave")
@@ -83,7 +83,7 @@ def _repeat_interleave(g: Graph, x: Value, repeats: Any, dim: int | None = None,
     a = 0 if dim is None else axis(x, dim)
     s = (x.type.elements,) if dim is None else x.type.shape
     opened = reshape(g, x, (*s[: a + 1], 1, *s[a + 1 :]))
-    repeated = g.builder.op("core.expand", opened, shape=(*s[: a + 1], repeats, *s[a + 1 :]))
+    repeated = g.builder.add("core.expand", opened, shape=(*s[: a + 1], repeats, *s[a + 1 :]))
     return reshape(g, repeated, (*s[:a], s[a] * repeats, *s[a + 1 :]))
 
 
@@ -98,8 +98,8 @@ def _pad(g: Graph, x: Value, amounts: Any, mode: str = "constant", value: Any = 
         if not amount.is_Integer or amount < 0:
             raise MoecError(f"padding by {amount} is not understood")
         shape = (*x.type.shape[:a], amount, *x.type.shape[a + 1 :])
-        edge = g.builder.op("core.full", shape=shape, value=float(value or 0), dtype=x.type.dtype)
-        x = g.builder.op("core.concat", *((edge, x) if i % 2 == 0 else (x, edge)), axis=a)
+        edge = g.builder.add("core.full", shape=shape, value=float(value or 0), dtype=x.type.dtype)
+        x = g.builder.add("core.concat", *((edge, x) if i % 2 == 0 else (x, edge)), axis=a)
     return x
 
 
@@ -108,7 +108,7 @@ def _repeat(g: Graph, x: Value, repeats: Any) -> Value:
     if len(repeats) != len(x.type.shape) or not all(isinstance(n, int) for n in repeats):
         raise MoecError(f"repeat of {x.type} by {list(repeats)} is not understood")
     for a, count in enumerate(repeats):
-        x = x if count == 1 else g.builder.op("core.concat", *[x] * count, axis=a)
+        x = x if count == 1 else g.builder.add("core.concat", *[x] * count, axis=a)
     return x
 
 
@@ -126,12 +126,12 @@ def _expand_as(g: Graph, x: Value, other: Value) -> Value:
 def _cat(g: Graph, xs: list[Value], dim: int = 0) -> Value:
     a = axis(xs[0], dim)
     some = [x for x in xs if x.type.shape[a] != 0] or xs[:1]
-    return some[0] if len(some) == 1 else g.builder.op("core.concat", *some, axis=a)
+    return some[0] if len(some) == 1 else g.builder.add("core.concat", *some, axis=a)
 
 
 @aten("aten.stack")
 def _stack(g: Graph, xs: list[Value], dim: int = 0) -> Value:
-    return g.builder.op("core.concat", *[_unsqueeze(g, x, dim) for x in xs], axis=dim % (len(xs[0].type.shape) + 1))
+    return g.builder.add("core.concat", *[_unsqueeze(g, x, dim) for x in xs], axis=dim % (len(xs[0].type.shape) + 1))
 
 
 def _position(x: Value | Uninitialised, a: int, index: Any, default: Any) -> Size:
@@ -172,14 +172,14 @@ def _slice(g: Graph, x: Any, dim: int = 0, start: Any = None, end: Any = None, s
     if low == 0 and high == x.type.shape[a] and step == 1:
         return x
     extra: dict[str, Any] = {} if step == 1 else {"step": step}
-    return g.builder.op("core.slice", x, axis=a, start=low, stop=high, **extra)
+    return g.builder.add("core.slice", x, axis=a, start=low, stop=high, **extra)
 
 
 @aten("aten.select")
 def _select(g: Graph, x: Value, dim: int, index: Any) -> Value:
     a = axis(x, dim)
     at = _position(x, a, index, 0)
-    piece = g.builder.op("core.slice", x, axis=a, start=at, stop=at + 1)
+    piece = g.builder.add("core.slice", x, axis=a, start=at, stop=at + 1)
     return reshape(g, piece, (*x.type.shape[:a], *x.type.shape[a + 1 :]))
 
 
@@ -192,7 +192,7 @@ def _split(g: Graph, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
         sizes = [min(each, int(length) - i) for i in range(0, int(length), each)]
     pieces, at = [], size(0)
     for n in sizes:
-        pieces.append(g.builder.op("core.slice", x, axis=a, start=at, stop=at + size(n)))
+        pieces.append(g.builder.add("core.slice", x, axis=a, start=at, stop=at + size(n)))
         at += size(n)
     return tuple(pieces)
 

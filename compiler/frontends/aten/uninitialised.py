@@ -8,7 +8,7 @@ from ...errors import MoecError
 from ...ir.dims import Size
 from ...ir.module import Value
 from ...ir.types import TensorType
-from ..builder import Builder
+from ...ops.builder import IRBuilder
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Uninitialised:
         shape = (*self.type.shape[:axis], stop - start, *self.type.shape[axis + 1 :])
         return Piece(self, axis, start, stop, TensorType(self.type.dtype, shape))
 
-    def complete(self, builder: Builder) -> Value:
+    def complete(self, builder: IRBuilder) -> Value:
         """Return the whole; MoecError unless the pieces cover it exactly."""
         if self.made is None:
             pieces = sorted(self.pieces, key=lambda p: int(p[1]))
@@ -36,7 +36,7 @@ class Uninitialised:
                 or ends[-1] != self.type.shape[pieces[0][0]]
             ):
                 raise MoecError("a tensor made empty is read before all of it is written")
-            self.made = builder.op("core.concat", *(p[3] for p in pieces), axis=axes.pop())
+            self.made = builder.add("core.concat", *(p[3] for p in pieces), axis=axes.pop())
         return self.made
 
 

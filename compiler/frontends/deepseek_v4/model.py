@@ -17,8 +17,8 @@ from ...ir.dims import Size, dim, floordiv, size
 from ...ir.module import Dim, Function, Module, Value
 from ...ir.recipes import Literal, Recipe, step, tensors
 from ...ir.types import TensorType
+from ...ops.builder import IRBuilder
 from ...ops.compressed import pending_tokens
-from ..builder import Builder
 from .config import LayerKind, Settings, read_settings
 from .weights import EXTRA, Weights
 
@@ -94,7 +94,7 @@ class _LayerBuilder:
     name: str
 
     def __post_init__(self) -> None:
-        self.b = Builder(self.name)
+        self.b = IRBuilder(self.name)
 
     def build(self) -> Function:
         """Return (hidden, what the layer needs, states) -> (hidden, states)."""
@@ -105,7 +105,7 @@ class _LayerBuilder:
         states = {n: b.param(f"past_{n}", t) for n, t in state_types(s, self.layer, P).items()}
         hidden, presents = self._attention_sublayer(given, states)
         hidden = self._moe_sublayer(hidden, given)
-        return b.finish([hidden, *(presents[n] for n in states)], self.weights.prefix)
+        return b.build([hidden, *(presents[n] for n in states)], self.weights.prefix)
 
     def _weight(self, name: str, *sizes: int) -> Value:
         """Return a weight by its official name."""
@@ -117,10 +117,10 @@ class _LayerBuilder:
         return self.b.const(hint, step("concat", *parts, axis=0))
 
     def _linear(self, x: Value, name: str, rows: int, width: int, hint: str) -> Value:
-        return self.b.op("core.linear", x, self._weight(f"{name}.weight", rows, width), None, hint=hint)
+        return self.b.add("core.linear", x, self._weight(f"{name}.weight", rows, width), None, hint=hint)
 
     def _norm(self, x: Value, name: str, width: int, hint: str) -> Value:
-        return self.b.op("nn.rms_norm", x, self._weight(f"{name}.weight", width), hint=hint, eps=self.settings.eps)
+        return self.b.add("nn.rms_norm", x, self._weight(f"{name}.weight", width), hint=hint, eps=self.settings.eps)
 
     def _collapsed(self, streams: Value, part: str) -> tuple[Value, Value, Value]:
         """Return (a sublayer's input, post, mix)."""
@@ -128,10 +128,11 @@ class _LayerBuilder:
         self.b.loc = (f"hc_{part}",)
         sizes = {"fn": ((2 + n) * n, n * s.hidden), "base": ((2 + n) * n,), "scale": (3,)}
         given = [self._weight(f"hc_{part}_{leaf}", *shape) for leaf, shape in sizes.items()]
-        return self.b.op(
-            "nn.hyper_connection_pre", streams, *given, hint=f"{part}_in",
+        y, post, mix = self.b.add_all(
+            "nn.hyper_connection_pre", streams, *given, hints=f"{part}_in",
             eps=s.eps, floor=s.stream_eps, iterations=s.sinkhorn,
         )  # fmt: skip
+        return y, post, mix
 
     # --- attention ---------------------------------------------------------------------------------------------
 
@@ -145,13 +146,13 @@ class _LayerBuilder:
         turn = {"cos": given["cos"], "sin": given["sin"]}
         latent = self._norm(self._linear(x, "attn.wq_a", s.q_rank, s.hidden, "q_a"), "attn.q_norm", s.q_rank, "latent")
         q = self._linear(latent, "attn.wq_b", s.heads * s.head, s.q_rank, "q_b")
-        q = b.op("core.reshape", q, hint="q_heads", shape=(B, S, s.heads, s.head))
-        ones = b.op("core.full", hint="ones", shape=(s.head,), value=1.0, dtype="f32")
-        q = b.op("nn.rms_norm", q, ones, hint="q_normed", eps=s.eps)
-        q = b.op("nn.rope_pairs", q, turn["cos"], turn["sin"], hint="q")
+        q = b.add("core.reshape", q, hint="q_heads", shape=(B, S, s.heads, s.head))
+        ones = b.add("core.full", hint="ones", shape=(s.head,), value=1.0, dtype="f32")
+        q = b.add("nn.rms_norm", q, ones, hint="q_normed", eps=s.eps)
+        q = b.add("nn.rope_pairs", q, turn["cos"], turn["sin"], hint="q")
         kv = self._norm(self._linear(x, "attn.wkv", s.head, s.hidden, "kv_in"), "attn.kv_norm", s.head, "kv_normed")
         kv = self._turned(kv, turn, 1, s.head, "kv")
-        kv = b.op("core.reshape", kv, hint="kv", shape=(B, S, s.head))
+        kv = b.add("core.reshape", kv, hint="kv", shape=(B, S, s.head))
         presents: dict[str, Value] = {}
         entries = selected = None
         if layer.ratio:
@@ -160,20 +161,20 @@ class _LayerBuilder:
             selected = self._selected(x, latent, given, states, presents, turn)
         b.loc = ("attn",)
         sinks = self._weight("attn.attn_sink", s.heads)
-        y, presents["window"] = b.op(
-            "nn.compressed_attention", q, kv, states["window"], entries, selected, sinks, hint="attended",
+        y, presents["window"] = b.add_all(
+            "nn.compressed_attention", q, kv, states["window"], entries, selected, sinks, hints="attended",
             scale=s.head**-0.5, window=s.window, past=P, ratio=layer.ratio,
         )  # fmt: skip
-        y = b.op("nn.rope_pairs", y, turn["cos"], turn["sin"], hint="turned_back", inverse=True)
+        y = b.add("nn.rope_pairs", y, turn["cos"], turn["sin"], hint="turned_back", inverse=True)
         part = s.heads * s.head // s.groups
-        y = b.op("core.reshape", y, hint="grouped", shape=(B, S, s.groups, part))
-        y = b.op("nn.block_linear", y, self._weight("attn.wo_a.weight", s.groups * s.o_rank, part), hint="o_a")
+        y = b.add("core.reshape", y, hint="grouped", shape=(B, S, s.groups, part))
+        y = b.add("nn.block_linear", y, self._weight("attn.wo_a.weight", s.groups * s.o_rank, part), hint="o_a")
         y = self._linear(y, "attn.wo_b", s.hidden, s.groups * s.o_rank, "attn_out")
-        return b.op("nn.hyper_connection_post", y, given["hidden"], post, mix, hint="after_attn"), presents
+        return b.add("nn.hyper_connection_post", y, given["hidden"], post, mix, hint="after_attn"), presents
 
     def _turned(self, x: Value, turn: Mapping[str, Value], heads: int, width: int, hint: str) -> Value:
-        heads_of = self.b.op("core.reshape", x, hint=f"{hint}_heads", shape=(B, S, heads, width))
-        return self.b.op("nn.rope_pairs", heads_of, turn["cos"], turn["sin"], hint=f"{hint}_turned")
+        heads_of = self.b.add("core.reshape", x, hint=f"{hint}_heads", shape=(B, S, heads, width))
+        return self.b.add("nn.rope_pairs", heads_of, turn["cos"], turn["sin"], hint=f"{hint}_turned")
 
     def _compressed(
         self, x: Value, given: Mapping[str, Value], states: Mapping[str, Value], presents: dict[str, Value],
@@ -186,12 +187,12 @@ class _LayerBuilder:
         width = head * (2 if layer.sparse else 1)
         names = (f"{place}.wkv.weight", f"{place}.wgate.weight")
         both = self._joined(f"{part}compressor", *names, rows=width, width=s.hidden)
-        tokens = b.op("core.linear", x, both, None, hint=f"{part}tokens")
+        tokens = b.add("core.linear", x, both, None, hint=f"{part}tokens")
         bias = self._weight(f"{place}.ape", layer.ratio, width)
         norm = self._weight(f"{place}.norm.weight", head)
-        presents[f"{part}pending"], presents[f"{part}entries"] = b.op(
+        presents[f"{part}pending"], presents[f"{part}entries"] = b.add_all(
             "nn.compress_tokens", tokens, states[f"{part}pending"], states[f"{part}entries"], bias, norm,
-            given["entry_cos"], given["entry_sin"], hint=f"{part}compressed",
+            given["entry_cos"], given["entry_sin"], hints=f"{part}compressed",
             ratio=layer.ratio, past=P, overlap=layer.sparse, eps=s.eps,
         )  # fmt: skip
         return presents[f"{part}entries"]
@@ -207,9 +208,9 @@ class _LayerBuilder:
         q = self._linear(latent, "attn.indexer.wq_b", s.index_heads * s.index_head, s.q_rank, "index_q_b")
         q = self._turned(q, turn, s.index_heads, s.index_head, "index_q")
         weights = self._linear(x, "attn.indexer.weights_proj", s.index_heads, s.hidden, "index_weights")
-        scale = b.op("core.constant", hint="index_scale", value=(s.index_head * s.index_heads) ** -0.5, dtype="f32")
-        weights = b.op("core.mul", weights, scale, hint="index_weights")
-        return b.op(
+        scale = b.add("core.constant", hint="index_scale", value=(s.index_head * s.index_heads) ** -0.5, dtype="f32")
+        weights = b.add("core.mul", weights, scale, hint="index_weights")
+        return b.add(
             "nn.select_entries", q, keys, weights, hint="selected", k=s.index_topk, ratio=self.layer.ratio, past=P
         )
 
@@ -220,25 +221,25 @@ class _LayerBuilder:
         collapsed, post, mix = self._collapsed(streams, "ffn")
         b.loc = ("ffn",)
         x = self._norm(collapsed, "ffn_norm", s.hidden, "x")
-        rows = b.op("core.reshape", x, hint="rows", shape=(B * S, s.hidden))
+        rows = b.add("core.reshape", x, hint="rows", shape=(B * S, s.hidden))
         ids, gates = self._routed(rows, given)
         b.loc = ("ffn.experts",)
         up, down = self.weights.experts(self.number, s.experts, s.hidden, s.inner)
-        y = b.op(
+        y = b.add(
             "moe.experts", rows, ids, gates, b.const("experts_up", up), b.const("experts_down", down), None, None,
             hint="routed", **s.clamp,
         )  # fmt: skip
-        y = b.op("core.reshape", y, hint="routed", shape=(B, S, s.hidden))
+        y = b.add("core.reshape", y, hint="routed", shape=(B, S, s.hidden))
         b.loc = ("ffn.shared_experts",)
         names = ("ffn.shared_experts.w1.weight", "ffn.shared_experts.w3.weight")
         both = self._joined("shared_up", *names, rows=s.inner, width=s.hidden)
-        shared = b.op(
+        shared = b.add(
             "nn.gated_mlp", x, both, self._weight("ffn.shared_experts.w2.weight", s.hidden, s.inner), None, None, None,
             hint="shared", **s.clamp,
         )  # fmt: skip
         b.loc = ("ffn",)
-        y = b.op("core.add", y, shared, hint="ffn_out")
-        return b.op("nn.hyper_connection_post", y, streams, post, mix, hint="after_ffn")
+        y = b.add("core.add", y, shared, hint="ffn_out")
+        return b.add("nn.hyper_connection_post", y, streams, post, mix, hint="after_ffn")
 
     def _routed(self, rows: Value, given: Mapping[str, Value]) -> tuple[Value, Value]:
         """Return (ids, gates) of the chosen experts."""
@@ -248,12 +249,12 @@ class _LayerBuilder:
         bias = known = None
         if self.layer.hashed:
             table = self._weight("ffn.gate.tid2eid", s.vocabulary, s.chosen)
-            flat = b.op("core.reshape", given["input_ids"], hint="flat_ids", shape=(B * S,))
-            known = b.op("core.take", table, flat, hint="known", axis=0)
+            flat = b.add("core.reshape", given["input_ids"], hint="flat_ids", shape=(B * S,))
+            known = b.add("core.take", table, flat, hint="known", axis=0)
         else:
             bias = self._weight("ffn.gate.bias", s.experts)
-        gates, ids = b.op(
-            "moe.route", logits, bias, known, None, hint="route",
+        gates, ids = b.add_all(
+            "moe.route", logits, bias, known, None, hints="route",
             k=s.chosen, score=s.score, renorm="sum", eps=1e-20, scale=s.routed_scale,
         )  # fmt: skip
         return ids, gates
@@ -276,7 +277,7 @@ def layer_params(settings: Settings, layer: LayerKind) -> dict[str, TensorType]:
 
 
 def _main(settings: Settings, layers: Sequence[Function], weights: Weights) -> Function:
-    s, b = settings, Builder("main")
+    s, b = settings, IRBuilder("main")
     ids = b.param("input_ids", TensorType.of("i64", B, S))
     b.param("attention_mask", TensorType.of("i64", B, TOTAL))  # says how many tokens are past; all of it is 1
     pasts = {
@@ -286,9 +287,9 @@ def _main(settings: Settings, layers: Sequence[Function], weights: Weights) -> F
     }
     table = b.const("embed", weights.around("embed.weight", s.vocabulary, s.hidden))
     b.loc = ("embed",)
-    x = b.op("nn.embedding", ids, table, hint="embedded")
-    x = b.op("core.reshape", x, hint="one_stream", shape=(B, S, 1, s.hidden))
-    x = b.op("core.expand", x, hint="streams", shape=(B, S, s.streams, s.hidden))
+    x = b.add("nn.embedding", ids, table, hint="embedded")
+    x = b.add("core.reshape", x, hint="one_stream", shape=(B, S, 1, s.hidden))
+    x = b.add("core.expand", x, hint="streams", shape=(B, S, s.streams, s.hidden))
     angles = _angles(s, b)
     presents: list[Value] = []
     for number, layer in enumerate(s.layers):
@@ -302,14 +303,14 @@ def _main(settings: Settings, layers: Sequence[Function], weights: Weights) -> F
     n = s.streams
     sizes = {"fn": (n, n * s.hidden), "base": (n,), "scale": (1,)}
     given_head = [b.const(f"hc_head_{k}", weights.around(f"hc_head_{k}", *v)) for k, v in sizes.items()]
-    x = b.op("nn.hyper_connection_head", x, *given_head, hint="collapsed", eps=s.eps, floor=s.stream_eps)
-    x = b.op("nn.rms_norm", x, b.const("norm", weights.around("norm.weight", s.hidden)), hint="normed", eps=s.eps)
+    x = b.add("nn.hyper_connection_head", x, *given_head, hint="collapsed", eps=s.eps, floor=s.stream_eps)
+    x = b.add("nn.rms_norm", x, b.const("norm", weights.around("norm.weight", s.hidden)), hint="normed", eps=s.eps)
     head = b.const("head", weights.around("head.weight", s.vocabulary, s.hidden))
-    logits = b.op("core.linear", x, head, None, hint="logits")
-    return b.finish([logits, *presents])
+    logits = b.add("core.linear", x, head, None, hint="logits")
+    return b.build([logits, *presents])
 
 
-def _angles(settings: Settings, b: Builder) -> dict[int, dict[str, Value]]:
+def _angles(settings: Settings, b: IRBuilder) -> dict[int, dict[str, Value]]:
     """Return what layers of each ratio turn by: `cos` and `sin` of the new tokens, `entry_*` of the new entries."""
     positions = _count(b, TOTAL, P, TOTAL, "positions")
     tables: dict[bool, dict[str, Value]] = {}
@@ -321,32 +322,32 @@ def _angles(settings: Settings, b: Builder) -> dict[int, dict[str, Value]]:
             cos, sin = _turns(b, positions, frequencies, label)
             shape = (1, *cos.type.shape)
             tables[bool(ratio)] = {
-                "cos": b.op("core.reshape", cos, hint=f"{label}_cos", shape=shape),
-                "sin": b.op("core.reshape", sin, hint=f"{label}_sin", shape=shape),
+                "cos": b.add("core.reshape", cos, hint=f"{label}_cos", shape=shape),
+                "sin": b.add("core.reshape", sin, hint=f"{label}_sin", shape=shape),
                 "frequencies": frequencies,
             }
         found[ratio] = dict(tables[bool(ratio)])
         if ratio:
             before, after = floordiv(P, ratio), floordiv(TOTAL, ratio)
             windows = _count(b, after, before, after, f"windows_{ratio}")
-            each = b.op("core.constant", hint="ratio", value=ratio, dtype="i64")
-            starts = b.op("core.mul", windows, each, hint=f"starts_{ratio}")
+            each = b.add("core.constant", hint="ratio", value=ratio, dtype="i64")
+            starts = b.add("core.mul", windows, each, hint=f"starts_{ratio}")
             cos, sin = _turns(b, starts, found[ratio]["frequencies"], f"entry_{ratio}")
             found[ratio] |= {"entry_cos": cos, "entry_sin": sin}
     return found
 
 
-def _count(b: Builder, length: Size, start: Size, stop: Size, hint: str) -> Value:
-    numbers = b.op("core.iota", hint=f"{hint}_all", size=length)
-    return b.op("core.slice", numbers, hint=hint, axis=0, start=start, stop=stop)
+def _count(b: IRBuilder, length: Size, start: Size, stop: Size, hint: str) -> Value:
+    numbers = b.add("core.iota", hint=f"{hint}_all", size=length)
+    return b.add("core.slice", numbers, hint=hint, axis=0, start=start, stop=stop)
 
 
-def _turns(b: Builder, positions: Value, frequencies: Value, label: str) -> tuple[Value, Value]:
+def _turns(b: IRBuilder, positions: Value, frequencies: Value, label: str) -> tuple[Value, Value]:
     """Return cos and sin [N, R] of the angles at N positions."""
-    numbers = b.op("core.cast", positions, hint=f"{label}_at", to="f32")
-    column = b.op("core.reshape", numbers, hint=f"{label}_at", shape=(*positions.type.shape, 1))
-    angles = b.op("core.mul", column, frequencies, hint=f"{label}_angles")
-    return b.op("core.cos", angles, hint=f"{label}_cos"), b.op("core.sin", angles, hint=f"{label}_sin")
+    numbers = b.add("core.cast", positions, hint=f"{label}_at", to="f32")
+    column = b.add("core.reshape", numbers, hint=f"{label}_at", shape=(*positions.type.shape, 1))
+    angles = b.add("core.mul", column, frequencies, hint=f"{label}_angles")
+    return b.add("core.cos", angles, hint=f"{label}_cos"), b.add("core.sin", angles, hint=f"{label}_sin")
 
 
 def _literal(numbers: tuple[float, ...]) -> Recipe:

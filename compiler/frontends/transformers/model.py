@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ...errors import MoecError
+from ...ir.dce import dce
 from ...ir.dtypes import dtype_name, find_dtype
 from ...ir.module import Dim, Function, Module, Value
 from ...ir.recipes import Literal, Recipe, step
 from ...ir.types import TensorType
+from ...ops.builder import IRBuilder
 from ..aten import moec_ops, operators  # noqa: F401  (these fill the table of handlers)
 from ..aten.export import DIM_EXPRESSIONS, Traced, trace
 from ..aten.lower import Graph, lower
-from ..builder import Builder
 from ..replaced.replace import replaced
 from ..replaced.stand_ins import StandIn
 from ..skeleton import Skeleton
@@ -108,7 +109,7 @@ def _layer_function(job: Import, kind: LayerCall) -> Function:
     inputs = layer_inputs(kind)
     place = f"{job.layers_name}.{kind.index}"
     traced = trace(LayerProgram(kind), inputs, place)
-    builder = Builder(name)
+    builder = IRBuilder(name)
     values: dict[str, Any] = {}
     names = [*argument_names(kind), *state_names(kind)]
     for i, (node, label, tensor) in enumerate(
@@ -121,7 +122,7 @@ def _layer_function(job: Import, kind: LayerCall) -> Function:
         results = lower(Graph(traced, builder), values)
     except MoecError as error:
         raise replace(error, model=".".join(filter(None, (place, error.model)))) from None
-    return prune(builder.finish(results, prefix))
+    return dce(builder.build(results, prefix), params=True)
 
 
 def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
@@ -134,7 +135,7 @@ def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
 
 
 def _add_weights(
-    job: Import, builder: Builder, traced: Traced, values: dict[str, Any], wrapper: str, place: str, layer: int | None
+    job: Import, builder: IRBuilder, traced: Traced, values: dict[str, Any], wrapper: str, place: str, layer: int | None
 ) -> str:
     """Add a const for every weight that the trace reads; return the common prefix of their names."""
     signature = traced.program.graph_signature
@@ -209,7 +210,7 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
     past = torch.empty(next(iter(inputs.values())).shape[0], 1, PAST, 1, device="meta")  # carries the dim P
     with stubbed(job.layers, modules):
         traced = trace(_MainProgram(job.skeleton.model), [*inputs.values(), past], "the model around its layers")
-    builder = Builder("main")
+    builder = IRBuilder("main")
     values: dict[str, Any] = {}
     user_inputs = [str(n) for n in traced.program.graph_signature.user_inputs]
     for node, (name, tensor) in zip(user_inputs, inputs.items(), strict=False):
@@ -238,7 +239,7 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
     (logits,) = lower(Graph(traced, builder, calls=call), values)
     logits, builder.ops[-1] = _rename(builder, logits, "logits")
     ordered = [presents[key] for key in states]
-    return prune(builder.finish([logits, *ordered]), keep_params=True)
+    return dce(builder.build([logits, *ordered]))
 
 
 def _call_operands(callee: Function, layer: LayerCall, given: list[Value]) -> list[Value]:
@@ -248,7 +249,7 @@ def _call_operands(callee: Function, layer: LayerCall, given: list[Value]) -> li
     return [by_name[p.name] for p in callee.params]
 
 
-def _state_params(job: Import, builder: Builder) -> dict[str, Value]:
+def _state_params(job: Import, builder: IRBuilder) -> dict[str, Value]:
     """Add the past states: all keys, then all values, then others. Their names are ONNX Runtime GenAI's."""
     states = {key: s for layer in job.layers for key, s in layer.states.items()}
     order = [*dict.fromkeys(("key", "value", *(label for _, label in states)))]
@@ -259,23 +260,10 @@ def _state_params(job: Import, builder: Builder) -> dict[str, Value]:
     return found
 
 
-def _rename(builder: Builder, value: Value, name: str) -> tuple[Value, Any]:
+def _rename(builder: IRBuilder, value: Value, name: str) -> tuple[Value, Any]:
     """Give the program's result its public name; it must be the last op's only result."""
     last = builder.ops[-1]
     if last.results != (value,):
         raise MoecError("the model does not end with its logits")
-    renamed = Value(builder.fresh(name), value.type)
+    renamed = Value(builder.names.fresh(name), value.type)
     return renamed, replace(last, results=(renamed,))
-
-
-def prune(function: Function, keep_params: bool = False) -> Function:
-    """Drop ops, weights and parameters that nothing reads."""
-    live = {v.name for v in function.results}
-    ops = []
-    for op in reversed(function.ops):
-        if any(v.name in live for v in op.results):
-            live |= {v.name for v in op.inputs}
-            ops.append(op)
-    params = tuple(p for p in function.params if keep_params or p.name in live)
-    consts = tuple(c for c in function.consts if c.value.name in live)
-    return replace(function, ops=tuple(reversed(ops)), params=params, consts=consts)

@@ -23,6 +23,7 @@ from ....compiler.formats.packing import unpack
 from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES, dtype_name
 from ....compiler.ir.module import Function, Module, bindings
+from ....compiler.ir.names import Names
 from ....compiler.ir.recipes import Recipe, Step, bind
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.pull import pull, row_major
@@ -98,7 +99,7 @@ def find_shards(module: Module, layouts: WeightLayouts) -> Shards:
     found = Shards()
     weights: dict[str, list[Stored]] = {}
     written: dict[tuple[Recipe, Packing | None], str] = {}
-    taken: set[str] = set()
+    labels = Names([MAIN])
 
     def visit(function: Function, label: str, bound: Mapping[str, str]) -> None:
         found.calls.append(Call(label, function.name, dict(bound)))
@@ -117,21 +118,12 @@ def find_shards(module: Module, layouts: WeightLayouts) -> Shards:
         for op in function.ops:
             if op.callee:
                 own = ".".join(f"{name}.{value}" for name, value in bindings(op).items()) or op.callee
-                inner = _fresh(own if function is module.main else f"{label}/{own}", taken)
+                inner = labels.fresh(own if function is module.main else f"{label}/{own}")
                 visit(module.by_name[op.callee], inner, {**bound, **bindings(op)})
 
-    taken.add(MAIN)
     visit(module.main, MAIN, {})
     found.shards = [Shard(f"{FOLDER}/{label}.safetensors", tuple(own)) for label, own in weights.items()]
     return found
-
-
-def _fresh(label: str, taken: set[str]) -> str:
-    name, number = label, 1
-    while name in taken:
-        name, number = f"{label}.{number}", number + 1
-    taken.add(name)
-    return name
 
 
 def _packing(packing: Packing | None, recipe: Recipe, what: str) -> Packing | None:

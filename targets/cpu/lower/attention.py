@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ....compiler.errors import Refuse
 from ....compiler.ir.dims import size
 from ....compiler.ir.module import Op, Value
-from ....compiler.ir.types import TensorType, make_attrs
 from ....compiler.ops import OPS
-from ....compiler.rewrite.draft import Draft
+from ....compiler.rewrite.editor import Editor
 from ..capabilities import ODD_HEADS, Record, attention_variants, packed_variant, rotary_variants
 
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
@@ -17,7 +17,7 @@ BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 Three = tuple[Value, Value | None, Value | None]  # q, k and v; q alone holds all three
 
 
-def group_query_attention(draft: Draft, op: Op, record: Record) -> Op:
+def group_query_attention(editor: Editor, op: Op, record: Record) -> Op:
     """Return nn.cached_attention as ONNX Runtime's op; Refuse says what that cannot do.
 
     Norms of heads go in front, and so does a rotary embedding that the op does not do right itself.
@@ -27,21 +27,19 @@ def group_query_attention(draft: Draft, op: Op, record: Record) -> Op:
     past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands[3:]
     width = op.results[1].type.shape[3]
     outside = cos is not None and bool(record.refusal(rotary_variants(width, cos.type.shape[2])))
-    q, k, v = _moved(draft, op)
+    q, k, v = _moved(editor, op)
     unpacked = outside or q_norm or k_norm or record.refusal([packed_variant(turned=cos is not None)])
     if k is None and unpacked:
-        q, k, v = _apart(draft, op)
+        q, k, v = _apart(editor, op)
     if k is not None:
-        q, k = (_normed(draft, x, w, width, attributes["eps"], op.loc) for x, w in ((q, q_norm), (k, k_norm)))
+        q, k = (_normed(editor, x, w, width, attributes["eps"]) for x, w in ((q, q_norm), (k, k_norm)))
     if outside:
-        q, k = (_rotate_heads(draft, x, cos, sin, width, op.loc) for x in (q, k) if x)
+        q, k = (_rotate_heads(editor, x, cos, sin, width) for x in (q, k) if x)
         cos = sin = None
-    bias = mask and draft.add(
-        "ort.attention_bias", mask, hint="attention_bias", loc=op.loc, tokens=op.results[0].type.shape[1]
-    )
+    bias = mask and editor.add("ort.attention_bias", mask, hint="attention_bias", tokens=op.results[0].type.shape[1])
     kept = {name: value for name, value in op.attributes.items() if name != "eps"}
     operands = (q, k, v, past_key, past_value, cos, sin, bias, sinks)
-    return Op("ort.group_query_attention", operands, op.results, make_attrs(kept), loc=op.loc)
+    return op.become("ort.group_query_attention", *operands, **kept)
 
 
 def _check(op: Op, record: Record) -> None:
@@ -60,66 +58,64 @@ def _check(op: Op, record: Record) -> None:
         raise Refuse("a scale of 0 means the default to GroupQueryAttention")
 
 
-def _apart(draft: Draft, op: Op) -> tuple[Value, Value, Value]:
+def _apart(editor: Editor, op: Op) -> tuple[Value, Value, Value]:
     """Return q, k and v of the one value that holds them."""
     _, groups, _, width = op.results[1].type.shape
     sizes = tuple(int(n) for n in (size(op.attributes["heads"]) * width, groups * width, groups * width))
-    q, k, v = draft.add_all("ort.split", op.operands[0], hints=("q", "k", "v"), loc=op.loc, axis=2, sizes=sizes)
+    q, k, v = editor.add_all("ort.split", op.operands[0], hints=("q", "k", "v"), axis=2, sizes=sizes)
     return q, k, v
 
 
-def _heads(draft: Draft, x: Value, width: Any, loc: tuple[str, ...]) -> Value:
+def _heads(editor: Editor, x: Value, width: Any) -> Value:
     batch, new, total = x.type.shape
-    return draft.add("core.reshape", x, hint=f"{x.name}.heads", loc=loc, shape=(batch, new, total / width, width))
+    return editor.add("core.reshape", x, hint=f"{x.name}.heads", shape=(batch, new, total / width, width))
 
 
-def _flat(draft: Draft, x: Value, loc: tuple[str, ...]) -> Value:
+def _flat(editor: Editor, x: Value) -> Value:
     batch, new, count, width = x.type.shape
-    return draft.add("core.reshape", x, hint=f"{x.name}.flat", loc=loc, shape=(batch, new, count * width))
+    return editor.add("core.reshape", x, hint=f"{x.name}.flat", shape=(batch, new, count * width))
 
 
-def _normed(draft: Draft, x: Value, weight: Value | None, width: Any, eps: float, loc: tuple[str, ...]) -> Value:
+def _normed(editor: Editor, x: Value, weight: Value | None, width: Any, eps: float) -> Value:
     if weight is None:
         return x
-    heads = _heads(draft, x, width, loc)
-    return _flat(draft, draft.add("nn.rms_norm", heads, weight, hint=f"{x.name}.normed", loc=loc, eps=eps), loc)
+    heads = _heads(editor, x, width)
+    return _flat(editor, editor.add("nn.rms_norm", heads, weight, hint=f"{x.name}.normed", eps=eps))
 
 
-def _rotate_heads(
-    draft: Draft, x: Value, cos: Value | None, sin: Value | None, width: Any, loc: tuple[str, ...]
-) -> Value:
-    heads = _heads(draft, x, width, loc)
-    return _flat(draft, draft.add("ort.rotary_embedding", heads, cos, sin, hint=f"{x.name}.turned", loc=loc), loc)
+def _rotate_heads(editor: Editor, x: Value, cos: Value | None, sin: Value | None, width: Any) -> Value:
+    heads = _heads(editor, x, width)
+    return _flat(editor, editor.add("ort.rotary_embedding", heads, cos, sin, hint=f"{x.name}.turned"))
 
 
 # --- ops on single heads before the attention ------------------------------------------------------
 
 
-def _moved(draft: Draft, op: Op) -> Three:
+def _moved(editor: Editor, op: Op) -> Three:
     """Return q, k and v; ops on single heads before the transpose are moved after it, and it is dropped."""
     made: list[Value | None] = []
     for value in op.operands[:3]:
-        heads = None if value is None else _before_transpose(draft, value)
-        moved = None if heads is None else _move(draft, heads)
-        made.append(value if moved is None else _flat(draft, moved, op.loc))
+        heads = None if value is None else _before_transpose(editor, value)
+        moved = None if heads is None else _move(editor, heads)
+        made.append(value if moved is None else _flat(editor, moved))
     q, k, v = made
     assert q
     return q, k, v
 
 
-def _before_transpose(draft: Draft, value: Value) -> Value | None:
+def _before_transpose(editor: Editor, value: Value) -> Value | None:
     """Return the heads [B, H, S, D] that a value [B, S, H*D] is the transpose of."""
     for name in ("core.reshape", "core.transpose"):
-        op = draft.function.producers.get(value.name)
+        op = editor.function.producers.get(value.name)
         if op is None or op.name != name or op.attributes.get("perm", BEFORE_HEADS) != BEFORE_HEADS:
             return None
         value = op.inputs[0]
     return value
 
 
-def _move(draft: Draft, value: Value) -> Value | None:
+def _move(editor: Editor, value: Value) -> Value | None:
     """Return the value made with the axes in the other order, or None where there is no transpose to save."""
-    op = draft.function.producers.get(value.name)
+    op = editor.function.producers.get(value.name)
     if op is None:
         return None
     hint = f"{value.name}.rows"
@@ -133,18 +129,19 @@ def _move(draft: Draft, value: Value) -> Value | None:
             pass
         case _:
             return None
-    moved = [_move(draft, x) for x in inner if x is not None]
+    moved = [_move(editor, x) for x in inner if x is not None]
     if any(x is None for x in moved):
         return None
     name = "ort.rotary_embedding" if op.name == "nn.rope" else op.name
     rest = op.operands[len(inner) :]
-    return draft.add(name, *moved, *rest, hint=hint, loc=op.loc, **op.attributes)
+    with editor.at(op.loc):
+        return editor.add(name, *moved, *rest, hint=hint, **op.attributes)
 
 
 # --- what is left ------------------------------------------------------------------------------------------------
 
 
-def plain_attention(draft: Draft, op: Op) -> Op:
+def plain_attention(editor: Editor, op: Op) -> Op:
     """Return nn.cached_attention as the ops that it fuses."""
     q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands
     assert q
@@ -152,17 +149,14 @@ def plain_attention(draft: Draft, op: Op) -> Op:
     y, key, value = op.results
     width = key.type.shape[3]
     if k is None or v is None:
-        q, k, v = _apart(draft, op)
-    rows = [_normed(draft, x, w, width, attributes["eps"], op.loc) for x, w in ((q, q_norm), (k, k_norm), (v, None))]
-    heads = [_heads(draft, x, width, op.loc) for x in rows]
+        q, k, v = _apart(editor, op)
+    rows = [_normed(editor, x, w, width, attributes["eps"]) for x, w in ((q, q_norm), (k, k_norm), (v, None))]
+    heads = [_heads(editor, x, width) for x in rows]
     if cos is not None:
-        heads[:2] = (
-            draft.add("ort.rotary_embedding", x, cos, sin, hint=f"{x.name}.turned", loc=op.loc) for x in heads[:2]
-        )
-    q, k, v = (draft.add("core.transpose", x, hint=f"{x.name}.bhsd", loc=op.loc, perm=BEFORE_HEADS) for x in heads)
+        heads[:2] = (editor.add("ort.rotary_embedding", x, cos, sin, hint=f"{x.name}.turned") for x in heads[:2])
+    q, k, v = (editor.add("core.transpose", x, hint=f"{x.name}.bhsd", perm=BEFORE_HEADS) for x in heads)
     for past, new, present in ((past_key, k, key), (past_value, v, value)):
-        draft.ops.append(Op("nn.cache_append", (past, new), (present,), make_attrs({"axis": 2}), loc=op.loc))
+        editor.add("nn.cache_append", past, new, hint=present, axis=2)
     kept = {name: attributes[name] for name in ("scale", "window", "softcap")}
-    attended = draft.add("nn.attention", q, key, value, mask, sinks, hint=f"{y.name}.heads", loc=op.loc, **kept)
-    type_ = TensorType(y.type.dtype, y.type.shape)
-    return Op("core.reshape", (attended,), (Value(y.name, type_),), make_attrs({"shape": type_.shape}), loc=op.loc)
+    attended = editor.add("nn.attention", q, key, value, mask, sinks, hint=f"{y.name}.heads", **kept)
+    return replace(op.become("core.reshape", attended, shape=y.type.shape), results=(y,))

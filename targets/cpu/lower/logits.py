@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ....compiler.ir.module import Function, Op, Value
-from ....compiler.ops import OPS
+from ....compiler.rewrite.editor import Editor
 
 HEADS = ("core.linear", "ort.matmul_nbits")
 LOGITS = "logits"
@@ -20,17 +20,14 @@ def keep_last_tokens(function: Function) -> Function:
     if head is None or head.operands[0] is None or len(head.operands[0].type.shape) != 3:
         return function
     x = head.operands[0]
-    name = f"{x.name}.last"
-    while name in function.names:
-        name += ".1"
-    last = Value(name, OPS["ort.last_tokens"].infer([x.type], {})[0])
-    ops: list[Op] = []
+    editor = Editor(function)
+    editor.loc = head.loc
     for op in function.ops:
         if op is head:
-            ops.append(Op("ort.last_tokens", (x,), (last,), loc=head.loc))
+            last = editor.add("ort.last_tokens", x, hint=f"{x.name}.last")
             op = replace(op, operands=(last, *op.operands[1:]))
-        ops.append(op)
-    return replace(function, ops=tuple(ops))
+        editor.ops.append(op)
+    return editor.finish()
 
 
 def _head(function: Function, value: Value) -> Op | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ....compiler.ir.module import Op, Value
 from ....compiler.ops import OPS
-from ....compiler.rewrite.draft import Draft
+from ....compiler.rewrite.editor import Editor
 
 _ACTS = {
     "gelu": ("core.gelu", {"approximate": "none"}),
@@ -16,31 +16,31 @@ _ACTS = {
 }
 
 
-def gated_mlp(draft: Draft, op: Op) -> Op:
+def gated_mlp(editor: Editor, op: Op) -> Op:
     """Return nn.gated_mlp as one linear for both halves, the activation, and the linear back."""
     x, up, down, up_bias, down_bias, gate = op.operands
-    loc, (y,) = op.loc, op.results
-    h = draft.add("core.linear", x, up, up_bias, hint=f"{y.name}.up", loc=loc)
-    h = _activated(draft, h, OPS[op.name].complete(op.attributes), y.name, loc)
+    (y,) = op.results
+    h = editor.add("core.linear", x, up, up_bias, hint=f"{y.name}.up")
+    h = _activated(editor, h, OPS[op.name].complete(op.attributes), y.name)
     if gate is None:
-        return Op("core.linear", (h, down, down_bias), (y,), loc=loc)
-    out = draft.add("core.linear", h, down, down_bias, hint=f"{y.name}.down", loc=loc)
-    score = draft.add("core.linear", x, gate, None, hint=f"{y.name}.score", loc=loc)
-    return Op("core.mul", (draft.add("core.sigmoid", score, hint=f"{y.name}.gate", loc=loc), out), (y,), loc=loc)
+        return op.become("core.linear", h, down, down_bias)
+    out = editor.add("core.linear", h, down, down_bias, hint=f"{y.name}.down")
+    score = editor.add("core.linear", x, gate, None, hint=f"{y.name}.score")
+    return op.become("core.mul", editor.add("core.sigmoid", score, hint=f"{y.name}.gate"), out)
 
 
-def _activated(draft: Draft, h: Value, attributes: dict[str, Any], name: str, loc: tuple[str, ...]) -> Value:
+def _activated(editor: Editor, h: Value, attributes: dict[str, Any], name: str) -> Value:
     """Return act(g) (u + beta) of the halves g and u."""
 
     def add(kind: str, *operands: Value, hint: str, **attrs: Any) -> Value:
-        return draft.add(kind, *operands, hint=f"{name}.{hint}", loc=loc, **attrs)
+        return editor.add(kind, *operands, hint=f"{name}.{hint}", **attrs)
 
     axis, width = len(h.type.shape) - 1, int(h.type.shape[-1])
     if attributes["layout"] == "interleaved":
         g, u = (add("core.slice", h, hint=n, axis=axis, start=i, stop=width, step=2) for i, n in enumerate("gu"))
     else:
         sizes = (width // 2, width // 2)
-        g, u = draft.add_all("ort.split", h, hints=(f"{name}.g", f"{name}.u"), loc=loc, axis=axis, sizes=sizes)
+        g, u = editor.add_all("ort.split", h, hints=(f"{name}.g", f"{name}.u"), axis=axis, sizes=sizes)
     limit, beta = attributes["limit"], attributes["beta"]
     if not math.isinf(limit):
         g, u = add("core.clamp", g, hint="g", max=limit), add("core.clamp", u, hint="u", min=-limit, max=limit)

@@ -13,9 +13,8 @@ from typing import Any
 from ....compiler.errors import MoecError, Refuse
 from ....compiler.formats.table import find_format
 from ....compiler.ir.module import Function, Module, Op
-from ....compiler.ir.types import make_attrs
 from ....compiler.ops import OPS
-from ....compiler.rewrite.draft import Draft, Rewrite, rewrite_ops
+from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from .. import ops, ops_quantized
 from ..capabilities import ACCURACIES, FAST, Record, activation_variant, routing_variant, shipped, version_note
 from .attention import group_query_attention, plain_attention
@@ -63,16 +62,16 @@ def _lower_function(function: Function, accuracy: str, record: Record, notes: li
         "nn.block_linear": partial(lower_linear, accuracy=accuracy, record=record),
         "nn.embedding": partial(lower_embedding, record=record),
     }
-    function = rewrite_ops(Draft(function), {"moe.experts": _merge_choices}, "lower", notes)
-    function = rewrite_ops(Draft(function), blocks, "lower", notes, instead)
+    function = rewrite_ops(function, {"moe.experts": _merge_choices}, "lower", notes)
+    function = rewrite_ops(function, blocks, "lower", notes, instead)
     # blocks have become linears too: those on quantized weights come last
-    return join_slices(rewrite_ops(Draft(function), weights, "lower", notes))
+    return join_slices(rewrite_ops(function, weights, "lower", notes))
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
 
 
-def _merge_choices(draft: Draft, op: Op) -> Op:
+def _merge_choices(editor: Editor, op: Op) -> Op:
     """Return routed experts whose ids may be equal, as those of a table may, with ids that differ.
 
     Equal ids become one with the sum of their gates; experts without weight fill the places that become free. MoE and
@@ -80,26 +79,24 @@ def _merge_choices(draft: Draft, op: Op) -> Op:
     """
     x, ids, gates, up = op.operands[:4]
     assert x and ids and gates and up
-    if distinct(draft.function, ids) or not not_negative(draft.function, gates):
+    if distinct(editor.function, ids) or not not_negative(editor.function, gates):
         return op
     tokens, chosen = ids.type.shape
-    none = draft.add(
-        "core.full", hint="no_gates", loc=op.loc, shape=(tokens, up.type.shape[0]), value=0.0, dtype=gates.type.dtype
-    )
-    merged = draft.add("core.scatter_add", none, ids, gates, hint="merged", loc=op.loc, axis=1)
+    none = editor.add("core.full", hint="no_gates", shape=(tokens, up.type.shape[0]), value=0.0, dtype=gates.type.dtype)
+    merged = editor.add("core.scatter_add", none, ids, gates, hint="merged", axis=1)
     hints = ("merged.gates", "merged.ids")
-    gates, ids = draft.add_all("core.topk", merged, hints=hints, loc=op.loc, k=int(chosen), axis=1)
+    gates, ids = editor.add_all("core.topk", merged, hints=hints, k=int(chosen), axis=1)
     return replace(op, operands=(x, ids, gates, *op.operands[3:]))
 
 
-def _experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
+def _experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts as the op for their weights; Refuse says what it cannot do."""
     up = op.operands[3]
     assert up
-    return lower_experts(draft, op, accuracy, record) if find_format(up.type.dtype) else _moe(draft, op, record)
+    return lower_experts(editor, op, accuracy, record) if find_format(up.type.dtype) else _moe(editor, op, record)
 
 
-def _moe(draft: Draft, op: Op, record: Record) -> Op:
+def _moe(editor: Editor, op: Op, record: Record) -> Op:
     """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
@@ -108,16 +105,16 @@ def _moe(draft: Draft, op: Op, record: Record) -> Op:
         raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")
     if reason := record.refusal([activation_variant("MoE", attributes)]):
         raise Refuse(reason)
-    positive = not_negative(draft.function, gates)
+    positive = not_negative(editor.function, gates)
     if reason := record.refusal([routing_variant("MoE", "zero weights" if positive else "negative weights")]):
         raise Refuse(reason if positive else f"the weights {gates} may be negative, and {reason}", gates)
-    if not distinct(draft.function, ids):
+    if not distinct(editor.function, ids):
         raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)
     if attributes["gated"] and attributes["layout"] == "concat":
-        up = interleave(draft, up)
-        up_bias = up_bias and interleave(draft, up_bias)
+        up = interleave(editor, up)
+        up_bias = up_bias and interleave(editor, up_bias)
     kept = {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
     kept = {n: v for n, v in kept.items() if n in op.attributes}
-    if total := gate_sum(draft.function, gates):
+    if total := gate_sum(editor.function, gates):
         kept["gate_sum"] = total
-    return Op("ort.moe", (x, ids, gates, up, down, up_bias, down_bias), op.results, make_attrs(kept), loc=op.loc)
+    return op.become("ort.moe", x, ids, gates, up, down, up_bias, down_bias, **kept)

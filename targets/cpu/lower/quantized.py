@@ -10,9 +10,8 @@ from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format, format_of
 from ....compiler.ir.module import Op, Value
 from ....compiler.ir.recipes import Recipe, Step, range_length, step
-from ....compiler.ir.types import make_attrs
 from ....compiler.ops import OPS
-from ....compiler.rewrite.draft import Draft
+from ....compiler.rewrite.editor import Editor
 from ..capabilities import (
     Record,
     Variant,
@@ -29,7 +28,7 @@ from .ranges import distinct, gate_sum, not_negative
 _ACTIVATION = ("act", "gated", "alpha", "beta", "limit")
 
 
-def lower_linear(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
+def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return a linear with a quantized weight as ort.matmul_nbits, one of blocks as one for each; others as they are."""
     x, weight, *bias = op.operands
     assert x and weight
@@ -39,14 +38,14 @@ def lower_linear(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
     level, reason = best_level(record, variants, accuracy)
     if reason:
-        return _with_decoded(draft, op, format, reason) if decodes(format) else _widened(draft, op, reason)
-    _note_slow(draft, op, record, at_level(variants, level), format)
+        return _with_decoded(editor, op, format, reason) if decodes(format) else _widened(editor, op, reason)
+    _note_slow(editor, op, record, at_level(variants, level), format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     name = "ort.matmul_nbits" if op.name == "core.linear" else "ort.block_matmul_nbits"
-    return Op(name, (x, *_parts(draft, weight), *bias), op.results, make_attrs(attrs), loc=op.loc)
+    return op.become(name, x, *_parts(editor, weight), *bias, **attrs)
 
 
-def lower_embedding(draft: Draft, op: Op, record: Record) -> Op:
+def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
     """Return a lookup in a quantized table as ort.gather_nbits; others as they are."""
     ids, table = op.operands
     assert ids and table
@@ -54,12 +53,11 @@ def lower_embedding(draft: Draft, op: Op, record: Record) -> Op:
     if format is None:
         return op
     if reason := record.refusal([Variant("GatherBlockQuantized", format.name)]):
-        return _lookup_and_decode(draft, op, format, reason) if decodes(format) else _widened(draft, op, reason)
-    attrs = make_attrs({"bits": format.bits, "group": format.group})
-    return Op("ort.gather_nbits", (ids, *_parts(draft, table)), op.results, attrs, loc=op.loc)
+        return _lookup_and_decode(editor, op, format, reason) if decodes(format) else _widened(editor, op, reason)
+    return op.become("ort.gather_nbits", ids, *_parts(editor, table), bits=format.bits, group=format.group)
 
 
-def lower_experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
+def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts with quantized weights as QMoE; Refuse says where it is not right for them."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     up, down = op.operands[3:5]
@@ -67,13 +65,13 @@ def lower_experts(draft: Draft, op: Op, accuracy: str, record: Record) -> Op:
     format = format_of(up.type.dtype)
     variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
     level, reason = best_level(record, variants, accuracy)
-    if reason := reason or _not_qmoe(draft, op, attributes, record):
+    if reason := reason or _not_qmoe(editor, op, attributes, record):
         raise Refuse(reason)
-    _note_slow(draft, op, record, at_level(variants, level), format)
-    return _qmoe(draft, op, attributes, format, level, record)
+    _note_slow(editor, op, record, at_level(variants, level), format)
+    return _qmoe(editor, op, attributes, format, level, record)
 
 
-def lower_experts_to_loop(draft: Draft, op: Op, record: Record) -> Op:
+def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
     """Return routed experts with quantized weights as a Loop over the chosen ones; others as they are."""
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert up and down
@@ -82,133 +80,132 @@ def lower_experts_to_loop(draft: Draft, op: Op, record: Record) -> Op:
         return op
     reason = record.refusal([loop_variant(format)])
     if reason and not decodes(format):
-        return _widened(draft, op, reason)
+        return _widened(editor, op, reason)
     if reason:
-        _note_decoded(draft, op, reason)
+        _note_decoded(editor, op, reason)
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     kept = {name: attributes[name] for name in (*_ACTIVATION, "layout") if name in op.attributes}
     kept |= {"bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
-    parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
-    return Op("ort.experts_nbits", (x, ids, gates, *parts), op.results, make_attrs(kept), loc=op.loc)
+    parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
+    return op.become("ort.experts_nbits", x, ids, gates, *parts, **kept)
 
 
-def _not_qmoe(draft: Draft, op: Op, attributes: dict[str, Any], record: Record) -> str:
+def _not_qmoe(editor: Editor, op: Op, attributes: dict[str, Any], record: Record) -> str:
     """Return why QMoE cannot run these experts, whatever their weights; nothing if it can."""
     _, ids, gates, *_ = op.operands
     assert ids and gates
     if reason := record.refusal([activation_variant("QMoE", attributes)]):
         return reason
-    positive = not_negative(draft.function, gates)
+    positive = not_negative(editor.function, gates)
     if reason := record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):
         return reason if positive else f"the weights {gates} may be negative, and {reason}"
-    if not distinct(draft.function, ids):
+    if not distinct(editor.function, ids):
         return f"the experts {ids} of a token cannot be shown to differ"
     return ""
 
 
-def _widened(draft: Draft, op: Op, reason: str) -> Op:
+def _widened(editor: Editor, op: Op, reason: str) -> Op:
     """Return the op with its quantized weights as the numbers that they stand for, in f32."""
-    draft.note(op, f"{op.name} with weights in f32, of 4 bytes: {reason}")
+    editor.note(op, f"{op.name} with weights in f32, of 4 bytes: {reason}")
     stored = [
-        draft.weight(step("cast", draft.recipe(v), to="f32"), f"{v.name}.f32") if v and find_format(v.type.dtype) else v
+        editor.weight(step("cast", editor.recipe(v), to="f32"), f"{v.name}.f32")
+        if v and find_format(v.type.dtype)
+        else v
         for v in op.operands
     ]
     return replace(op, operands=tuple(stored))
 
 
-def _with_decoded(draft: Draft, op: Op, format: Format, reason: str) -> Op:
+def _with_decoded(editor: Editor, op: Op, format: Format, reason: str) -> Op:
     """Return a linear with its quantized weight decoded before it."""
-    _note_decoded(draft, op, reason)
+    _note_decoded(editor, op, reason)
     x, weight, *others = op.operands
     assert weight
-    parts = _parts(draft, weight)[:2]
-    numbers = draft.add("ort.decode", *parts, hint=f"{weight.name}.numbers", loc=op.loc, format=format.name)
+    parts = _parts(editor, weight)[:2]
+    numbers = editor.add("ort.decode", *parts, hint=f"{weight.name}.numbers", format=format.name)
     return replace(op, operands=(x, numbers, *others))
 
 
-def _lookup_and_decode(draft: Draft, op: Op, format: Format, reason: str) -> Op:
+def _lookup_and_decode(editor: Editor, op: Op, format: Format, reason: str) -> Op:
     """Return a lookup in a quantized table as those of codes and scales, which are decoded behind it."""
-    _note_decoded(draft, op, reason)
+    _note_decoded(editor, op, reason)
     ids, table = op.operands
     assert table
-    rows = [
-        draft.add("nn.embedding", ids, part, hint=f"{part.name}.rows", loc=op.loc) for part in _parts(draft, table)[:2]
-    ]
-    return Op("ort.decode", tuple(rows), op.results, make_attrs({"format": format.name}), loc=op.loc)
+    rows = [editor.add("nn.embedding", ids, part, hint=f"{part.name}.rows") for part in _parts(editor, table)[:2]]
+    return op.become("ort.decode", *rows, format=format.name)
 
 
-def _note_decoded(draft: Draft, op: Op, reason: str) -> None:
-    draft.note(op, f"{op.name} with weights that plain ops decode: {reason}")
+def _note_decoded(editor: Editor, op: Op, reason: str) -> None:
+    editor.note(op, f"{op.name} with weights that plain ops decode: {reason}")
 
 
-def _note_slow(draft: Draft, op: Op, record: Record, variants: list[Variant], format: Format) -> None:
+def _note_slow(editor: Editor, op: Op, record: Record, variants: list[Variant], format: Format) -> None:
     slow = [text for v in variants if (text := record.slow(v, format.bits))]
     if slow:
-        draft.note(op, slow[0])
+        editor.note(op, slow[0])
 
 
-def _qmoe(draft: Draft, op: Op, attributes: dict[str, Any], format: Format, level: int, record: Record) -> Op:
+def _qmoe(editor: Editor, op: Op, attributes: dict[str, Any], format: Format, level: int, record: Record) -> Op:
     x, ids, gates, up, down, up_bias, down_bias = op.operands
     assert x and ids and gates and up and down
     if attributes["gated"] and attributes["layout"] == "concat":
-        up, up_bias = interleave(draft, up), up_bias and interleave(draft, up_bias)
-    choice, mixing = _routing(draft, op, ids, gates, int(up.type.shape[0]), record)
+        up, up_bias = interleave(editor, up), up_bias and interleave(editor, up_bias)
+    choice, mixing = _routing(editor, op, ids, gates, int(up.type.shape[0]), record)
     kept = {name: attributes[name] for name in _ACTIVATION if name in op.attributes}
     kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
-    parts = (*_parts(draft, up), up_bias, *_parts(draft, down), down_bias)
-    return Op("ort.qmoe", (x, choice, mixing, *parts), op.results, make_attrs(kept), loc=op.loc)
+    parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
+    return op.become("ort.qmoe", x, choice, mixing, *parts, **kept)
 
 
 def _routing(
-    draft: Draft, op: Op, ids: Value, gates: Value, experts: int, record: Record
+    editor: Editor, op: Op, ids: Value, gates: Value, experts: int, record: Record
 ) -> tuple[Value, Value | None]:
     """Return the scores that choose and the weights that mix, one for each expert.
 
     A softmax router hands over its logits; any other routing becomes the weights of all experts, 0 for those that
     were not chosen, which choose as well.
     """
-    route = draft.function.producers.get(gates.name)
+    route = editor.function.producers.get(gates.name)
     if route is not None and route.name == "moe.route" and route.results == (gates, ids):
-        found = softmax_routing(draft, route)
+        found = softmax_routing(editor, route)
         if found is not None and (found[1] or not record.refusal([routing_variant("QMoE", "softmax")])):
             return found
     tokens = ids.type.shape[0]
-    none = draft.add(
-        "core.full", hint=f"{gates.name}.none", loc=op.loc, shape=(tokens, experts), value=0.0, dtype="f32"
-    )
-    dense = draft.add("core.scatter", none, ids, gates, hint=f"{gates.name}.dense", loc=op.loc, axis=1)
+    none = editor.add("core.full", hint=f"{gates.name}.none", shape=(tokens, experts), value=0.0, dtype="f32")
+    dense = editor.add("core.scatter", none, ids, gates, hint=f"{gates.name}.dense", axis=1)
     return dense, dense
 
 
-def softmax_routing(draft: Draft, route: Op) -> tuple[Value, Value | None] | None:
+def softmax_routing(editor: Editor, route: Op) -> tuple[Value, Value | None] | None:
     """Return (logits, weights of all experts or None for the softmax of the chosen) of a plain softmax router."""
     logits, *others = route.operands
     a = OPS[route.name].complete(route.attributes)
     assert logits
     if any(others) or a["score"] != "softmax" or a["groups"] > 1 or a["weigh"] == "logits":
         return None
-    if gate_sum(draft.function, route.results[0]) == 1.0:
+    if gate_sum(editor.function, route.results[0]) == 1.0:
         return logits, None
     if (a["order"], a["renorm"], a["scale"]) == ("score_select", "none", 1.0):
-        return logits, draft.add("core.softmax", logits, hint=f"{logits.name}.shares", loc=route.loc, axis=1)
+        with editor.at(route.loc):
+            return logits, editor.add("core.softmax", logits, hint=f"{logits.name}.shares", axis=1)
     return None
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def _parts(draft: Draft, weight: Value) -> tuple[Value, Value, Value | None]:
+def _parts(editor: Editor, weight: Value) -> tuple[Value, Value, Value | None]:
     """Return codes, scales and zero points (None without them) of a quantized weight."""
-    quantized = draft.recipe(weight)
+    quantized = editor.recipe(weight)
     format = format_of(weight.type.dtype)
-    codes, scales = (draft.weight(step(part, quantized), f"{weight.name}.{part}") for part in ("codes", "scales"))
-    zeros = draft.weight(step("zeros", quantized), f"{weight.name}.zeros") if format.zeros else None
+    codes, scales = (editor.weight(step(part, quantized), f"{weight.name}.{part}") for part in ("codes", "scales"))
+    zeros = editor.weight(step("zeros", quantized), f"{weight.name}.zeros") if format.zeros else None
     return codes, scales, zeros
 
 
-def interleave(draft: Draft, value: Value) -> Value:
+def interleave(editor: Editor, value: Value) -> Value:
     """Return the weight with its gate rows and up rows interleaved."""
-    return draft.weight(interleaved(draft.recipe(value)), f"{value.name}.interleaved")
+    return editor.weight(interleaved(editor.recipe(value)), f"{value.name}.interleaved")
 
 
 def interleaved(recipe: Recipe) -> Recipe:

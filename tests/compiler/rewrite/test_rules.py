@@ -9,7 +9,7 @@ from moec.compiler.ir.module import Module
 from moec.compiler.ir.recipes import Tensor, step
 from moec.compiler.ir.types import TensorType
 from moec.compiler.ops.verify import verify
-from moec.compiler.rewrite.draft import join
+from moec.compiler.rewrite.editor import join
 from moec.compiler.rewrite.rules import Note, apply, rule
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
@@ -220,7 +220,7 @@ def test_a_rule_that_changes_a_type_is_an_error_with_its_name():
     def other_type(m, target):
         """Give another dtype."""
 
-    with pytest.raises(MoecError, match=r"rule other_type: core.cast gives f64\[B, 8\] for %y, but %y is f32\[B, 8\]"):
+    with pytest.raises(MoecError, match=r"rule other_type: core.cast gives f64\[B, 8\] for %y, which is f32\[B, 8\]"):
         apply(program("  %y = core.abs(%x) : f32[B, 8]"), None, [other_type])
 
 

@@ -8,7 +8,7 @@ from ..ir.module import Const, Function, Op, Value
 
 
 @dataclass
-class Sweep:
+class FunctionRewriter:
     """The state of the walk: the ops kept so far, the op that makes each value, and values that replace others."""
 
     function: Function
