@@ -35,7 +35,7 @@ def quantize(
 ) -> Module:  # fmt: skip
     """Store weights in fewer bits.
 
-    Each role takes a number of bits (int8, int4, int2), a format of its own (uint4_g64, mxfp4, nvfp4, fp8_b128), or f32
+    Each role takes a number of bits (int8, int4, int2), a format by its name (uint4_g64, mxfp4, nvfp4, fp8_b128 ...), or f32
     to be left as it is. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of
     weights that share a scale; without one it is the largest that divides, that the target holds and is not slow at.
     `method` is rtn (to nearest, with a search for the scale), gptq or awq (with the inputs on a calibration text);

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Parts = Mapping[str, "torch.Tensor"]
 PART_NAMES = ("codes", "scales", "zeros")  # those that are made row by row, in the order in which they are stored
 Cells = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
-SCALE_BITS = {"f32": 32, "f8e8m0": 8, "f8e4m3": 8}
+SCALE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "f8e8m0": 8, "f8e4m3": 8}
 
 
 class Codec(Protocol):

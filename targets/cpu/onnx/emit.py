@@ -51,6 +51,7 @@ OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23
 INLINE_BYTES = 1024  # smaller weights are in the model file
 _LARGEST_PROTO = (1 << 31) - 1
 _DTYPES = {"bool", "u8", "i8", "i32", "i64", "f32", "f64"}  # what the CPU's kernels compute with
+_CONVERT = {"core.cast", "nn.embedding", "ort.decode", "ort.experts_nbits"}  # Cast and Gather take every dtype
 
 
 def supported(op: Op) -> str | None:
@@ -61,7 +62,7 @@ def supported(op: Op) -> str | None:
         near = difflib.get_close_matches(op.name, KERNELS, n=3, cutoff=0.5)
         near = near or sorted(n for n in KERNELS if n.split(".")[0] == op.name.split(".")[0])
         return f"the target cpu has no kernel for {op.name}; it has {', '.join(near or sorted(KERNELS))}"
-    if op.name == "core.cast":
+    if op.name in _CONVERT:
         return None
     strange = sorted({v.type.dtype for v in (*op.inputs, *op.results)} - _DTYPES)
     if strange:
