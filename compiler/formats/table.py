@@ -5,6 +5,7 @@ uint4_g128  the same with a zero point for each scale: w = scale (q - zero)
 mxfp4       E2M1, one power of two (E8M0) for 32 codes (OCP Microscaling Formats 1.0)
 nvfp4       E2M1, one E4M3 scale for 16 codes, times one f32 scale for the matrix
 fp8_b128    E4M3, one f32 scale for a block of 128 x 128
+nf4         quantiles of the normal distribution, one bf16 scale for 64 codes (QLoRA, Dettmers et al. 2023)
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from .format import Codec, Format
 GROUPS = (16, 32, 64, 128, 256)
 INTEGER_BITS = (2, 4, 8)
 
-# numbers that codes of four bits stand for: E2M1 (OCP Microscaling Formats 1.0); the table of IQ4_NL (ggml-common.h)
+# numbers that codes of four bits stand for: E2M1 (OCP Microscaling Formats 1.0); the tables of IQ4_NL (ggml-common.h)
+# and of NF4 (QLoRA, appendix E)
 ELEMENTS: Mapping[str, tuple[float, ...]] = {
     "e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
     "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-}
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+}  # fmt: skip
 
 
 def _integers() -> Codec:
@@ -43,12 +50,19 @@ def _e4m3() -> Codec:
     return e4m3
 
 
+def _grid() -> Codec:
+    from . import grid
+
+    return grid
+
+
 _NAMED = {
     f.name: f
     for f in (
         Format("mxfp4", 4, 32, _e2m1, "e2m1", ELEMENTS["e2m1"], scale="f8e8m0"),
         Format("nvfp4", 4, 16, _e2m1, "e2m1", ELEMENTS["e2m1"], scale="f8e4m3", tensor_scale=6 * 448),
         Format("fp8_b128", 8, 128, _e4m3, "e4m3", rows=128),
+        Format("nf4", 4, 64, _grid, "nf4", ELEMENTS["nf4"], scale="bf16"),
     )
 }
 NAMED: tuple[Format, ...] = tuple(_NAMED.values())  # the formats that are no integers
