@@ -1,9 +1,10 @@
-"""Compile a model: source -> module -> passes -> kernels -> artifact. Read `compile` from top to bottom."""
+"""Compile a model: source -> module -> passes -> kernels -> artifact. Read `compile_source` from top to bottom."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,10 +16,11 @@ from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
 from .errors import MoecError
 from .errors.paths import check_source
-from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_options
+from .ir.notes import Note
+from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_lowering, with_options
 from .quantize.plan import PLAN, Budget
 from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
-from .rewrite.declare import Option, PassDef, PassTable, check_stop, resolve
+from .rewrite.declare import PassTable, check_stop, pass_, resolve
 from .version import __version__
 from .weights.memory import MEMORY_LIMIT, tile_bytes
 
@@ -27,8 +29,7 @@ if TYPE_CHECKING:
     from .frontends import Loaded
     from .ir.module import Module
     from .quantize.plan import Plan
-    from .rewrite.pipeline import PassTiming
-    from .rewrite.rules import Why
+    from .rewrite.pipeline import PassTiming, Run
     from .runtime.artifact import Artifact
     from .runtime.compare import Comparison
 
@@ -38,10 +39,32 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int], None]  # bytes of weights written, bytes in all
 
 IMPORTING = ("torch", "transformers")  # packages that models are read with, whose versions moec.json records
-ACCURACIES = ("fast", "exact")
 
 
-def compile(
+@dataclass(frozen=True)
+class Compiled:
+    """The result of a compilation: the artifact (with `stop_after` None), its module, what was reported, how long passes took."""
+
+    artifact: Artifact | None
+    module: Module
+    notes: tuple[Note, ...]
+    timings: tuple[PassTiming, ...]
+
+
+def compile(source: Any, target: str = "cpu", out: Path | str | None = None, **options: Any) -> Artifact | Module:
+    """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
+
+    The options are those of `compile_source`, which returns what is reported as well. Code of transformers that moec
+    replaces and that nobody compared with what replaces it is a warning.
+    """
+    compiled = compile_source(source, target, out, **options)
+    for note in compiled.notes:
+        if note.warning:
+            warnings.warn(str(note), stacklevel=2)
+    return compiled.module if compiled.artifact is None else compiled.artifact
+
+
+def compile_source(
     source: Any,
     target: str = "cpu",
     out: Path | str | None = None,
@@ -50,7 +73,7 @@ def compile(
     quantize: str | None = None,
     budget: str | None = None,
     calibration: Path | str | None = None,
-    accuracy: str = "fast",
+    accuracy: str | None = None,
     memory_limit: int | None = None,
     dump: Path | str | None = None,
     check: bool = False,
@@ -60,28 +83,35 @@ def compile(
     trust_remote_code: bool = False,
     weights: Path | str | None = None,
     tokenizer: Any = None,
-    why: Why = None,
     progress: Progress | None = None,
-    timings: list[PassTiming] | None = None,
-) -> Artifact | Module:
-    """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
+) -> Compiled:
+    """Compile a source for a target into the folder `out`.
 
     `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
     checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one of transformers; by default
     that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
-    `accuracy` is `fast` (int8 activations beside quantized weights) or `exact` (f32), `memory_limit` the bytes that
-    tiles of weights may use beside the imports. `stop_after` is a stage or a pass. `check` compares the numbers before and
-    after every pass, `why` collects why rules did not apply, `timings` how long each pass took, `progress` is told the
-    bytes written and those in all. Raises MoecError; the folder is then as it was before.
+    `accuracy` is an option of the target's lowering, on the CPU `fast` (int8 activations beside quantized weights, the
+    default) or `exact` (f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `stop_after` is
+    a stage or a pass. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
+    those in all. Raises MoecError; the folder is then as it was before.
     """
     chosen = open_target(target, options or {})
     table = passes_for(chosen)
-    asked = chosen.pipeline if pipeline is None else parse_pipeline(pipeline)
+    asked = with_lowering(chosen.pipeline if pipeline is None else parse_pipeline(pipeline))
+    if accuracy is not None:
+        asked = with_options(asked, LOWER, accuracy=accuracy)
     request = read_request(quantize, budget, calibration, UNASKED if pipeline is None else NOTHING)
     resolve((*asked, *request.calls), table)
-    _judge(source, chosen, out, quantize is not None, accuracy, memory_limit, dump, stop_after)
+    if stop_after is not None:
+        check_stop(stop_after, table)
+    limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+    tile = tile_bytes(limit)
+    dumps = check_dump(Path(dump)) if dump is not None else None
+    if isinstance(source, (str, Path)):
+        _check_places(check_source(source), chosen, out, writes=stop_after is None, quantized=quantize is not None)
+
     from . import frontends
     from .cost.count import module_costs
     from .quantize.planning import calibrated, plan_under_budget
@@ -91,162 +121,103 @@ def compile(
     from .weights.heap import returning_freed_memory
 
     declare_kernel_ops()
-    limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     loaded = frontends.load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-    _say_replaced(loaded, why)
 
     def make_plan(budget: Budget, method: str) -> Plan:
         loaded.need_weights()
-        steps = remaining(loaded.module, asked, table)
-        before, _ = run_pipeline(loaded.module, steps, target=chosen, stop_after="moe", table=table)
+        passes = remaining(loaded.module, asked, table)
+        before = run_pipeline(loaded.module, passes, target=chosen, stop_after="moe", table=table).module
         return plan_under_budget(budget, method, loaded, before, table[PASS], chosen, calibration, limit)
 
     whole, plan = with_quantization(asked, request, loaded.module, make_plan)
-    if accuracy != "fast":
-        whole = with_options(whole, LOWER, accuracy=accuracy)
-    steps = remaining(loaded.module, whole, table)
-    given: dict[str, Module] = {}
-    notes: list[str] = []
-    module, taken = run_pipeline(
-        loaded.module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=_keeping(notes, why),
-        stop_after=stop_after, table=table, given=given,
-    )  # fmt: skip
-    if timings is not None:
-        timings += taken
+    passes = remaining(loaded.module, whole, table)
+    run = run_pipeline(
+        loaded.module, passes, target=chosen, check=check, dump=dumps, stop_after=stop_after, table=table
+    )
+    notes = (*(stand_in.note() for stand_in in loaded.replaced), *run.notes)
     if stop_after:
-        return module
+        return Compiled(None, run.module, notes, run.timings)
     folder = _output(source, loaded, chosen, out)
     loaded.need_weights()
-    check_room(folder, int(module_costs(module).total.compiled_bytes))
+    check_room(folder, int(module_costs(run.module).total.compiled_bytes))
+    calibrating = needs_calibration(run.module)
     figures: dict[str, Any] = {}
-    with returning_freed_memory(memory_limit is not None or needs_calibration(module)):
-        if needs_calibration(module):
-            loaded, figures["calibration"] = calibrated(loaded, given.get(LOWER), calibration, folder, limit)
-        artifact = _emit(module, loaded, chosen, whole, folder, limit, progress, notes, figures, plan)
+    with returning_freed_memory(memory_limit is not None or calibrating):
+        if calibrating:
+            loaded, figures["calibration"] = calibrated(loaded, run.given.get(LOWER), calibration, folder, limit)
+        artifact = _emit(run, loaded, chosen, whole, folder, tile, progress, figures, plan)
     if verify:
         against = loaded.folder if isinstance(source, (str, Path)) else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
-    return artifact
+    return Compiled(artifact, run.module, notes, run.timings)
 
 
-def _say_replaced(loaded: Loaded, why: Why) -> None:
-    """Report what replaces code of transformers; without a collector of notes, warn of code that was not checked."""
-    from .rewrite.rules import tell
-
-    tell(why, [stand_in.note() for stand_in in loaded.replaced])
-    if why is None:
-        for stand_in in loaded.replaced:
-            if not stand_in.checked:
-                warnings.warn(stand_in.note(), stacklevel=3)
-
-
-def _judge(
-    source: Any, target: Target, out: Path | str | None, quantized: bool, accuracy: str, memory_limit: int | None,
-    dump: Path | str | None, stop_after: str | None,
-) -> None:  # fmt: skip
-    """Raise MoecError for what is wrong with a request whatever the source holds: all that the first second shows."""
-    if accuracy not in ACCURACIES:
-        raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
-    tile_bytes(MEMORY_LIMIT if memory_limit is None else memory_limit)
-    if stop_after is not None:
-        check_stop(stop_after, passes_for(target))
-    if dump is not None:
-        check_dump(Path(dump))
-    if not isinstance(source, (str, Path)):
-        return
-    folder = check_source(source)
-    if folder.is_dir():
-        check_folder(folder)
-    final = (
-        Path(out) if out is not None else Path(f"{folder.resolve().name}-{target.name}") if folder.is_dir() else None
-    )
-    if stop_after is None and final is not None:
+def _check_places(source: Path, target: Target, out: Path | str | None, *, writes: bool, quantized: bool) -> None:
+    """Raise MoecError for files beside a source that do not read, and for an output that cannot be written."""
+    if source.is_dir():
+        check_folder(source)
+    final = Path(out) if out is not None else _default_output(source, target) if source.is_dir() else None
+    if writes and final is not None:
         check_output(final)
-        check_room(final, least_bytes(folder, quantized))
+        check_room(final, least_bytes(source, quantized))
 
 
-def _keeping(notes: list[str], why: Why) -> Callable[[str], None]:
-    """Return a function that takes notes for the report and hands them on."""
-
-    from .rewrite.rules import tell
-
-    def take(note: str) -> None:
-        notes.append(note)
-        tell(why, [note])
-
-    return take
-
-
-def passes_for(target: Target) -> PassTable:
-    """Return the table of passes together with the target's lowering and those that packages bring."""
-
-    def lower(module: Module, target: Target, why: Why, accuracy: str = "fast") -> Module:
-        from .rewrite.rules import tell
-
-        notes: list[str] = []
-        lowered = target.lower(module, notes, accuracy)
-        tell(why, notes)
-        return lowered
-
-    doc = f"Rewrite the module in the ops that target {target.name} runs."
-    options = {"accuracy": Option("accuracy", str, False, "fast")}
-    return PassTable({**PASSES, LOWER: PassDef(LOWER, doc, lower, "moe", "kernel", False, options, notes=True)})
-
-
-def _emit(
-    module: Module, loaded: Loaded, target: Target, pipeline: Pipeline, out: Path, limit: int,
-    progress: Progress | None, notes: list[str], figures: Mapping[str, Any], plan: Plan | None,
-) -> Artifact:  # fmt: skip
-    """Write the artifact beside its final name and put it in place when it is whole; `notes` say what was not fused."""
-    from .cost.count import module_costs
-    from .cost.report import left_out_of, per_token
-    from .quantize.stored import is_lossy, kept_codes, precision
-    from .rewrite.unfused import unfused
-    from .runtime.artifact import Artifact
-    from .text.printer import print_module
-
-    weights = loaded.need_weights()
-    tile = tile_bytes(limit)
-    source: dict[str, Any] = {"name": module.source, "sha256": getattr(weights, "fingerprint", "")}
-    if loaded.left_out:
-        source["left_out"] = left_out_of(loaded.left_out)
-    with atomic_folder(out) as folder:
-        for name, content in loaded.companions().items():
-            (folder / name).write_bytes(content)
-        (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
-        if plan is not None:
-            plan.write(folder / PLAN)
-        costs = module_costs(module)
-        said: list[str] = []
-        files = target.emit(module, weights, folder, tile, _with_total(progress, costs.total.compiled_bytes), said)
-        if (opened := getattr(weights, "opened", None)) is not None:
-            opened.check()
-        kept = kept_codes(module)
-        figures = {
-            "counted": per_token(costs),
-            **figures,
-            **({"kept": kept} if kept else {}),
-            **({"notes": said} if said else {}),
-        }
-        write_manifest(
-            folder, module, source=source, target=target.name, pipeline=print_pipeline(pipeline), moec=__version__, files=files,
-            precision=precision(module), lossy=is_lossy(module), figures=figures,
-            unfused=unfused(module, notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
-            packages={name: metadata.version(name) for name in (*IMPORTING, *target.packages)},
-        )  # fmt: skip
-    return Artifact.open(out)
-
-
-def _with_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    return progress and (lambda done: progress(done, total))
+def _default_output(source: Path, target: Target) -> Path:
+    return Path(f"{source.resolve().name}-{target.name}")
 
 
 def _output(source: Any, loaded: Loaded, target: Target, out: Path | str | None) -> Path:
     if out is not None:
         return Path(out)
     if isinstance(source, (str, Path)) and loaded.folder is not None:
-        return Path(f"{loaded.folder.resolve().name}-{target.name}")
+        return _default_output(loaded.folder, target)
     raise MoecError("the output folder is not named", todo="pass out=DIR (-o DIR)")
+
+
+def passes_for(target: Target) -> PassTable:
+    """Return the table of passes together with the target's lowering and those that packages bring."""
+    return PassTable({**PASSES, LOWER: pass_(reads="moe", leaves="kernel")(target.lower)})
+
+
+def _emit(
+    run: Run, loaded: Loaded, target: Target, pipeline: Pipeline, out: Path, tile: int, progress: Progress | None,
+    figures: Mapping[str, Any], plan: Plan | None,
+) -> Artifact:  # fmt: skip
+    """Write the artifact beside its final name and put it in place when it is whole."""
+    from .cost.count import module_costs
+    from .cost.report import left_out_of, per_token
+    from .quantize.stored import is_lossy, kept_codes, precision
+    from .rewrite.fusion_report import fusion_report
+    from .runtime.artifact import Artifact
+    from .text.printer import print_module
+
+    module, weights = run.module, loaded.need_weights()
+    source: dict[str, Any] = {"name": module.source, "sha256": getattr(weights, "fingerprint", "")}
+    if loaded.left_out:
+        source["left_out"] = left_out_of(loaded.left_out)
+    costs = module_costs(module)
+    total = costs.total.compiled_bytes
+    with atomic_folder(out) as folder:
+        for name, content in loaded.companions().items():
+            (folder / name).write_bytes(content)
+        (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
+        if plan is not None:
+            plan.write(folder / PLAN)
+        written = target.emit(module, weights, folder, tile, progress and (lambda done: progress(done, total)))
+        if (opened := getattr(weights, "opened", None)) is not None:
+            opened.check()
+        kept, notes = kept_codes(module), [note.reason for note in written.notes]
+        figures = {
+            "counted": per_token(costs), **figures,
+            **({"kept": kept} if kept else {}), **({"notes": notes} if notes else {}),
+        }  # fmt: skip
+        write_manifest(
+            folder, module, source=source, target=target.name, pipeline=print_pipeline(pipeline), moec=__version__,
+            files=written.files, precision=precision(module), lossy=is_lossy(module), figures=figures,
+            unfused=fusion_report(module, run.notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
+            packages={name: metadata.version(name) for name in (*IMPORTING, *target.packages)},
+        )  # fmt: skip
+    return Artifact.open(out)
 
 
 def load(source: Any, **options: Any) -> Module | Artifact:
@@ -260,21 +231,19 @@ def load(source: Any, **options: Any) -> Module | Artifact:
     return frontends.load(source, **options).module
 
 
-def opt(
-    source: Any,
-    passes: str,
-    *,
-    target: str = "cpu",
-    check: bool = False,
-    dump: Path | str | None = None,
-    why: Why = None,
-    timings: list[PassTiming] | None = None,
-) -> Module:
-    """Run passes on a module, a `.moir` file or any other source; return the module."""
+def opt(source: Any, passes: str, **options: Any) -> Module:
+    """Run passes on a module, a `.moir` file or any other source; return the module. Options as in `run_passes`."""
+    return run_passes(source, passes, **options).module
+
+
+def run_passes(
+    source: Any, passes: str, *, target: str = "cpu", check: bool = False, dump: Path | str | None = None
+) -> Run:
+    """Run passes on a module, a `.moir` file or any other source; return the module, notes and timings."""
     chosen = open_target(target, {})
     table = passes_for(chosen)
-    steps = parse_pipeline(passes)
-    resolve(steps, table)
+    pipeline = parse_pipeline(passes)
+    resolve(pipeline, table)
     if isinstance(source, (str, Path)):
         check_source(source)
     from . import frontends
@@ -283,12 +252,7 @@ def opt(
 
     declare_kernel_ops()
     module = source if isinstance(source, Module) else frontends.load(source).module
-    module, taken = run_pipeline(
-        module, steps, target=chosen, check=check, dump=Path(dump) if dump else None, why=why, table=table
-    )  # fmt: skip
-    if timings is not None:
-        timings += taken
-    return module
+    return run_pipeline(module, pipeline, target=chosen, check=check, dump=Path(dump) if dump else None, table=table)
 
 
 def predict(
@@ -312,20 +276,21 @@ def predict(
                 raise MoecError(reason, f"@{function.name}", todo="inspect the checkpoint that it was compiled from")
     table = passes_for(chosen)
     whole, _ = with_quantization(chosen.pipeline, UNASKED, module)
-    lowered, _ = run_pipeline(module, remaining(module, whole, table), target=chosen, table=table)
+    lowered = run_pipeline(module, remaining(module, whole, table), target=chosen, table=table).module
     return chosen.predict(lowered, batch=batch, new=new, past=past, devices=devices)
 
 
-def verify(
-    folder: Path | str,
-    against: Any = None,
-    accuracy: str | None = None,
-    notes: list[str] | None = None,
-    **options: Any,
-) -> Comparison:
+def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison:
+    """Compare an artifact with its source model in transformers; options as in `measure`."""
+    return measure(folder, against, **options)[0]
+
+
+def measure(
+    folder: Path | str, against: Any = None, accuracy: str | None = None, **options: Any
+) -> tuple[Comparison, tuple[Note, ...]]:
     """Compare an artifact with its source model in transformers, and keep what is found in moec.json.
 
-    Options as in `parity.verify`; `accuracy` is that of the session (None: as compiled). Where moec.json cannot be
+    Options as in runtime.compare.verify; `accuracy` is that of the session (None: as compiled). Where moec.json cannot be
     written that is a note: the figures are found all the same.
     """
     from .runtime.artifact import Artifact, record_figures
@@ -338,6 +303,5 @@ def verify(
     except MoecError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        if notes is not None:
-            notes.append(f"note: the figures are not kept: {error.what}")
-    return found
+        return found, (Note(f"the figures are not kept: {error.what}"),)
+    return found, ()

@@ -7,9 +7,10 @@ from typing import Any
 from ..compiler.errors import Refuse
 from ..compiler.ir.dims import size
 from ..compiler.ir.module import Module
+from ..compiler.ir.notes import Rewritten
 from ..compiler.ir.recipes import Recipe, step
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, Why, apply, rule
+from ..compiler.rewrite.rules import Match, apply, rule
 
 
 @rule(
@@ -101,7 +102,7 @@ RULES = (attend_to_latent, attend_to_latent_without_positions)
 
 
 @pass_(reads="moe")
-def absorb_mla(module: Module, target: Any, why: Why) -> Module:
+def absorb_mla(module: Module, target: Any) -> Rewritten:
     """Let attention over keys and values that are made of a cached latent work on the latent, one head for all queries.
 
     A step no longer makes keys and values of all cached tokens, which saves H R (N + V) products for each of them and
@@ -109,4 +110,4 @@ def absorb_mla(module: Module, target: Any, why: Why) -> Module:
     DeepSeek-V3 steps of up to 170 tokens get cheaper, decoding a hundredfold, and longer prompts up to 3.4 times dearer
     in their attention. One program serves both, and decoding is what takes the time.
     """
-    return apply(module, target, RULES, why)
+    return apply(module, target, RULES)

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Op, Value
+from ..compiler.ir.notes import Note, Rewritten, refusal
 from ..compiler.ops import OPS
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import Editor, join, rewrite_ops
-from ..compiler.rewrite.rules import Note, Why, tell
 
 FUSED = "nn.cached_attention"
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
 
 
 @pass_(reads="moe")
-def fuse_attention(module: Module, target: Any, why: Why) -> Module:
+def fuse_attention(module: Module, target: Any) -> Rewritten:
     """Fuse q/k norms, rotary embedding, cache append and attention, and give them q, k and v from one linear.
 
     What is done to heads in another order (a norm after the rotary embedding, another embedding) stays outside.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     fused = {}
     for function in module.functions:
-        attended = rewrite_ops(function, {"nn.attention": _attention(notes)}, "fuse-attention", notes)
-        fused[function.name] = _pack(attended, notes)
-    tell(why, notes)
-    return module.with_functions(fused)
+        attended, refused = rewrite_ops(function, {"nn.attention": _attention}, "fuse-attention")
+        fused[function.name], apart = _pack(attended)
+        notes += [*refused, *apart]
+    return Rewritten(module.with_functions(fused), tuple(notes))
 
 
 # --- norms, rotary embedding, cache and attention ----------------------------------------------------------------
@@ -47,43 +46,37 @@ class _Heads:
     tokens_first: bool = False  # [B, S, H, D] instead of [B, H, S, D]
 
 
-def _attention(notes: list[str]) -> Callable[[Editor, Op], Op]:
-    """Return the rewrite of nn.attention; `notes` gets what stays outside of the op."""
-
-    def rewrite(editor: Editor, op: Op) -> Op:
-        q, key, value, mask, sinks = op.operands
-        assert q and key and value
-        _check(q, key, value)
-        if op.attributes.get("chunk"):
-            raise Refuse("nn.cached_attention has no chunks")
-        if mask is not None and len(mask.type.shape) != 2:
-            raise Refuse("the mask differs from token to token, as in sparse attention", mask)
-        appends = [_append(editor.function, state, op) for state in (key, value)]
-        if key == value:
-            raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)
-        new_key, new_value = (append.operands[1] for append in appends)
-        assert new_key and new_value
-        if q.type.shape[2] != new_key.type.shape[2]:
-            raise Refuse("the number of queries is not the number of tokens appended to the cache")
-        heads = _outside_in(editor.function, _Heads(q), _Heads(new_key))
-        made = [_rows(editor, h) for h in (*heads, _Heads(new_value))]
-        for (_, outside), h in zip(made[:2], heads, strict=False):
-            if outside is not None:
-                reason = (
-                    f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
-                )
-                notes.append(Note("fuse-attention", editor.function.name, op, reason))
-        pasts = [append.operands[0] for append in appends]
-        norms, angles = (heads[0].norm, heads[1].norm), (heads[0].cos, heads[0].sin)
-        attrs = {**op.attributes, "heads": int(q.type.shape[1])}
-        eps = next((h.eps for h in heads if h.eps is not None), None)
-        attrs |= {} if eps is None else {"eps": eps}
-        y = op.results[0]
-        operands = (*(rows for rows, _ in made), *pasts, *angles, *norms, mask, sinks)
-        flat, *_ = editor.add_all(FUSED, *operands, hints=(f"{y.name}.rows", key, value), **attrs)
-        return op.become("core.reshape", flat, shape=y.type.shape)
-
-    return rewrite
+def _attention(editor: Editor, op: Op) -> Op:
+    """Return the fused op in the place of nn.attention, with notes on what stays outside of it."""
+    q, key, value, mask, sinks = op.operands
+    assert q and key and value
+    _check(q, key, value)
+    if op.attributes.get("chunk"):
+        raise Refuse("nn.cached_attention has no chunks")
+    if mask is not None and len(mask.type.shape) != 2:
+        raise Refuse("the mask differs from token to token, as in sparse attention", mask)
+    appends = [_append(editor.function, state, op) for state in (key, value)]
+    if key == value:
+        raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)
+    new_key, new_value = (append.operands[1] for append in appends)
+    assert new_key and new_value
+    if q.type.shape[2] != new_key.type.shape[2]:
+        raise Refuse("the number of queries is not the number of tokens appended to the cache")
+    heads = _outside_in(editor.function, _Heads(q), _Heads(new_key))
+    made = [_rows(editor, h) for h in (*heads, _Heads(new_value))]
+    for (_, outside), h in zip(made[:2], heads, strict=False):
+        if outside is not None:
+            reason = f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
+            editor.notes.append(refusal("fuse-attention", editor.function, op, reason))
+    pasts = [append.operands[0] for append in appends]
+    norms, angles = (heads[0].norm, heads[1].norm), (heads[0].cos, heads[0].sin)
+    attrs = {**op.attributes, "heads": int(q.type.shape[1])}
+    eps = next((h.eps for h in heads if h.eps is not None), None)
+    attrs |= {} if eps is None else {"eps": eps}
+    y = op.results[0]
+    operands = (*(rows for rows, _ in made), *pasts, *angles, *norms, mask, sinks)
+    flat, *_ = editor.add_all(FUSED, *operands, hints=(f"{y.name}.rows", key, value), **attrs)
+    return op.become("core.reshape", flat, shape=y.type.shape)
 
 
 def _append(function: Function, state: Value, attention: Op) -> Op:
@@ -178,15 +171,16 @@ def _rows(editor: Editor, heads: _Heads) -> tuple[Value, Op | None]:
 # --- one linear for q, k and v -----------------------------------------------------------------------------------
 
 
-def _pack(function: Function, notes: list[str]) -> Function:
+def _pack(function: Function) -> tuple[Function, list[Note]]:
     """Replace the linears of q, k and v by one, and their results by slices of its result."""
+    notes = []
     packs: dict[int, _Pack] = {}
     for op in function.ops:
         if op.name == FUSED and op.operands[1] is not None:
             try:
                 pack = _linears(function, op)
-            except Refuse as refusal:
-                notes.append(Note("fuse-attention", function.name, op, f"q, k and v stay apart: {refusal.reason}"))
+            except Refuse as reason:
+                notes.append(refusal("fuse-attention", function, op, f"q, k and v stay apart: {reason.reason}"))
             else:
                 packs |= dict.fromkeys((id(op), *map(id, pack.linears)), pack)
     editor = Editor(function)
@@ -194,7 +188,7 @@ def _pack(function: Function, notes: list[str]) -> Function:
         found = packs.get(id(op))
         editor.loc = op.loc
         editor.ops.append(_packed(editor, op, found) if found else op)
-    return editor.finish()
+    return editor.finish(), notes
 
 
 @dataclass

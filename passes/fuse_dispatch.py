@@ -6,16 +6,17 @@ an expert's first matrix come from (`_halves`), and the activation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Value
+from ..compiler.ir.notes import Note, Rewritten, refusal
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import join
-from ..compiler.rewrite.rules import Match, Note, Rule, Why, apply, rule, tell
+from ..compiler.rewrite.rules import Match, Rule, apply, rule
 
 
 @dataclass(frozen=True)
@@ -203,22 +204,20 @@ RULES = (
 
 
 @pass_(reads="moe")
-def fuse_dispatch(module: Module, target: Any, why: Why) -> Module:
+def fuse_dispatch(module: Module, target: Any) -> Rewritten:
     """Fuse dispatch, the experts' linears, activation and weighted sum into moe.experts, without a copy of the tokens."""
-    notes: list[str] = []
-    module = apply(module, target, RULES, notes)
-    tell(why, [*notes, *_unexplained(module, notes)])
-    return module
+    fused, notes = apply(module, target, RULES)
+    return Rewritten(fused, (*notes, *_unexplained(fused, notes)))
 
 
-def _unexplained(module: Module, notes: list[str]) -> Iterator[Note]:
+def _unexplained(module: Module, notes: Iterable[Note]) -> Iterator[Note]:
     """Yield a note for each block that stays and that no rule came near."""
-    explained = {(note.function, note.place) for note in notes if isinstance(note, Note)}
+    explained = {(note.function, note.loc) for note in notes}
     for function in module.functions:
         for op in function.ops:
             if op.name == "moe.combine" and (function.name, op.loc) not in explained:
                 between = ", ".join(dict.fromkeys(_between(function, op.inputs[0]))) or "nothing"
-                yield Note("fuse-dispatch", function.name, op, f"between the experts' linears no rule knows {between}")
+                yield refusal("fuse-dispatch", function, op, f"between the experts' linears no rule knows {between}")
 
 
 def _between(function: Function, rows: Value) -> Iterator[str]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Module
+from ..compiler.ir.notes import Rewritten
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, Why, apply, rule
+from ..compiler.rewrite.rules import Match, apply, rule
 
 
 @rule(
@@ -27,6 +28,6 @@ RULES = (add_into_rms_norm,)
 
 
 @pass_(reads="moe")
-def fuse_norm(module: Module, target: Any, why: Why) -> Module:
+def fuse_norm(module: Module, target: Any) -> Rewritten:
     """Fuse a residual add and the RMSNorm behind it."""
-    return apply(module, target, RULES, why)
+    return apply(module, target, RULES)

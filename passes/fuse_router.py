@@ -12,22 +12,22 @@ from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Op, Value
+from ..compiler.ir.notes import Note, Rewritten
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.routing import Router
-from ..compiler.rewrite.rules import Match, Why, apply, rule, tell
+from ..compiler.rewrite.rules import Match, apply, rule
 from .cleanup import cleanup
 
 
 @pass_(reads="moe")
-def fuse_router(module: Module, target: Any, why: Why) -> Module:
+def fuse_router(module: Module, target: Any) -> Rewritten:
     """Fuse every routing scheme into moe.route: scores, bias, groups, choice, weights and their normalisation."""
-    spelled = apply(module, target, SPELLINGS)
+    spelled = apply(module, target, SPELLINGS).module
     if spelled is not module:
         spelled = cleanup(spelled, target)  # so that what is the same is one value again
-    notes: list[str] = []
-    fused = spelled.with_functions({f.name: _fuse_all(f, notes) for f in spelled.functions})
-    tell(why, notes)
-    return fused
+    fused = {f.name: _fuse_all(f) for f in spelled.functions}
+    functions = {name: function for name, (function, _) in fused.items()}
+    return Rewritten(spelled.with_functions(functions), tuple(note for _, notes in fused.values() for note in notes))
 
 
 # --- other spellings of the same -------------------------------------------------------------------------------
@@ -110,14 +110,18 @@ SPELLINGS = (slice_before_sigmoid, score_before_scatter, sparsemixer)
 # --- finding routers -------------------------------------------------------------------------------------------
 
 
-def _fuse_all(function: Function, notes: list[str]) -> Function:
+def _fuse_all(function: Function) -> tuple[Function, list[Note]]:
     """Fuse the routers of a function; one at a time, since each changes the ops."""
+    notes: list[Note] = []
     done: set[tuple[Value, Value]] = set()
     while root := next((r for r in _roots(function) if r[:2] not in done), None):
         gates, ids, reader = root
         done.add((gates, ids))
-        function = _fuse(function, gates, ids, reader, notes)
-    return function
+        function, refused, reason = _fuse(function, gates, ids, reader)
+        if reason and reader and reader.name in ("moe.experts", "moe.combine"):
+            loc = reader.loc or (reader.name,)
+            notes.append(Note(reason, function.name, loc, str(reader.results[0]), refused))
+    return function, notes
 
 
 def _roots(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
@@ -137,14 +141,14 @@ def _roots(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
                 yield gates, ids, None
 
 
-def _fuse(function: Function, gates: Value, ids: Value, reader: Op | None, notes: list[str]) -> Function:
-    """Return the function with one router fused, from as near to its reader as can be read."""
+def _fuse(function: Function, gates: Value, ids: Value, reader: Op | None) -> tuple[Function, str, str]:
+    """Return the function with one router fused, from as near to its reader as can be read; what was refused, and why."""
     first: Refuse | None = None
     for inner_ids in _behind(function, ids):
         for inner_gates in _behind(function, gates):
             op = function.producers.get(inner_gates.name)
             if op and op.name == "moe.route" and op.results[1] == inner_ids:
-                return function  # fused already
+                return function, "", ""  # fused already
             try:
                 router = Router(function, inner_gates, inner_ids)
                 router.read()
@@ -152,18 +156,9 @@ def _fuse(function: Function, gates: Value, ids: Value, reader: Op | None, notes
             except Refuse as refusal:
                 first = first or refusal
                 continue
-            if first:
-                _note(notes, reader, f"fuse-router leaves what follows {inner_gates}", first)
-            return fused
+            return fused, f"fuse-router leaves what follows {inner_gates}", first.reason if first else ""
     assert first
-    _note(notes, reader, "fuse-router not applied", first)
-    return function
-
-
-def _note(notes: list[str], reader: Op | None, what: str, refusal: Refuse) -> None:
-    if reader and reader.name in ("moe.experts", "moe.combine"):
-        place = ", ".join(reader.loc) or reader.name
-        notes.append(f"note: {what} at {reader.results[0]} ({place}): {refusal.reason}")
+    return function, "fuse-router not applied", first.reason
 
 
 def _behind(function: Function, value: Value) -> Iterator[Value]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Module
+from ..compiler.ir.notes import Rewritten
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import join
-from ..compiler.rewrite.rules import Match, Rule, Why, apply, rule
+from ..compiler.rewrite.rules import Match, Rule, apply, rule
 
 ACTS = {
     "silu": "core.silu(%g)",
@@ -94,6 +95,6 @@ RULES = (*map(_two_linears, ACTS), *map(_halves, ACTS), sigmoid_gate_into_mlp)
 
 
 @pass_(reads="moe")
-def fuse_shared_experts(module: Module, target: Any, why: Why) -> Module:
+def fuse_shared_experts(module: Module, target: Any) -> Rewritten:
     """Fuse gated feed-forward layers spelled as linears, with gate and up in one weight."""
-    return apply(module, target, RULES, why)
+    return apply(module, target, RULES)

@@ -10,10 +10,10 @@ from ..compiler.formats.format import Format
 from ..compiler.formats.table import GROUPS, format_of
 from ..compiler.ir.dce import dce
 from ..compiler.ir.module import Const, Function, Module, Op, Value
+from ..compiler.ir.notes import Note, Rewritten, note_on
 from ..compiler.ir.recipes import Recipe, step, steps_of
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import weight_roles
-from ..compiler.rewrite.rules import Why, tell
 from ..compiler.weights.kept_codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
 
 Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> its recipe and its format
@@ -23,13 +23,13 @@ _UNGROUPED = 128  # the group of weights whose columns each have a scale of thei
 
 
 @pass_(reads="moe", rounds=True)
-def keep_codes(module: Module, target: Any, why: Why) -> Module:
+def keep_codes(module: Module, target: Any) -> Rewritten:
     """Store the weights of a quantized checkpoint in the smallest format that the target runs and that holds their codes.
 
     Where no format holds the codes of all weights of an op, those that have none are quantized again, to 8 bits in the
     groups that they had. Weights that are not quantized in the checkpoint stay as they are.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     functions = {}
     for function, roles in ((f, weight_roles(module)[f.name]) for f in module.functions):
         recipes = {c.value.name: c.recipe for c in function.consts}
@@ -38,17 +38,18 @@ def keep_codes(module: Module, target: Any, why: Why) -> Module:
             value = function.ops[i].operands[k]
             assert value
             places.setdefault(i, {})[k] = recipes[value.name]
-        chosen = {i: _choose(function, function.ops[i], weights, target, notes) for i, weights in places.items()}
+        chosen = {}
+        for i, weights in places.items():
+            if any(map(is_stored_quantized, weights.values())):
+                chosen[i], reason = _choose(function.ops[i], weights, target)
+                names = ", ".join(str(function.ops[i].operands[k]) for k in weights)
+                notes.append(note_on(function, function.ops[i], f"{names}{reason}"))
         functions[function.name] = _store(function, {i: stored for i, stored in chosen.items() if stored})
-    tell(why, notes)
-    return module.with_functions(functions)
+    return Rewritten(module.with_functions(functions), tuple(notes))
 
 
-def _choose(function: Function, op: Op, weights: Mapping[int, Recipe], target: Any, notes: list[str]) -> Stored:
-    """Return how the weights of an op are stored; nothing where they stay as they are."""
-    if not any(map(is_stored_quantized, weights.values())):
-        return {}
-    place = f"@{function.name} {', '.join(op.loc)}: {', '.join(str(op.operands[k]) for k in weights)}"
+def _choose(op: Op, weights: Mapping[int, Recipe], target: Any) -> tuple[Stored, str]:
+    """Return how the weights of an op are stored (nothing where they stay as they are), and what to report of them."""
     found: dict[int, Codes] = {}
     reasons: list[str] = []
     for k, recipe in weights.items():
@@ -60,26 +61,24 @@ def _choose(function: Function, op: Op, weights: Mapping[int, Recipe], target: A
     common = [f for f in next(iter(exact.values()), []) if all(f in formats for formats in exact.values())]
     if common and len(found) == len(weights):
         names = ", ".join(sorted({codes.name for codes in found.values()}))
-        notes.append(f"note: {place} keep the codes of the checkpoint, {names}, as {common[0].name}")
-        return {k: (packed(codes, common[0]), common[0]) for k, codes in found.items()}
+        stored = {k: (packed(codes, common[0]), common[0]) for k, codes in found.items()}
+        return stored, f" keep the codes of the checkpoint, {names}, as {common[0].name}"
     if not all(map(is_stored_quantized, weights.values())):
-        notes.append(f"note: {place}: {'; '.join(reasons)}; they stay f32")
-        return {}
+        return {}, f": {'; '.join(reasons)}; they stay f32"
     nearest = _nearest(op, weights, target)
     reason = (
         "; ".join(reasons) or f"no format of the target holds {', '.join(sorted({c.name for c in found.values()}))}"
     )
     if nearest is None:
-        notes.append(f"note: {place}: {reason}; no group divides their rows, they stay f32")
-        return {}
-    notes.append(f"note: {place}: {reason}; stored as {nearest.name}, which is near and not the same")
-    return {
+        return {}, f": {reason}; no group divides their rows, they stay f32"
+    stored = {
         k: (
             packed(found[k], nearest) if nearest in exact.get(k, ()) else step("quantize", recipe, to=nearest.name),
             nearest,
         )
         for k, recipe in weights.items()
     }
+    return stored, f": {reason}; stored as {nearest.name}, which is near and not the same"
 
 
 def _by_rows(recipe: Recipe) -> Codes:

@@ -11,6 +11,7 @@ from ..compiler.formats.format import Format
 from ..compiler.formats.table import GROUPS, find_format
 from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.names import Names
+from ..compiler.ir.notes import Note, Rewritten, note_on
 from ..compiler.ir.recipes import WEIGHT, step
 from ..compiler.quantize.awq_scales import fold
 from ..compiler.quantize.choices import KEEP, check_options, storing
@@ -19,7 +20,6 @@ from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import Editor
 from ..compiler.rewrite.expert_groups import split_experts
 from ..compiler.rewrite.roles import weight_operands, weight_roles
-from ..compiler.rewrite.rules import Why, tell
 
 # groups that are tried in this order where the user names no group: experts are the largest part and the least sensitive one,
 # attention is the most sensitive one
@@ -29,10 +29,10 @@ PREFERRED_ELSEWHERE = (128, 64, 32, 16)
 
 @pass_(reads="moe", rounds=True, judge=check_options)
 def quantize(
-    module: Module, target: Any, why: Why, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
+    module: Module, target: Any, *, experts: str = "int4", attention: str = "int4", shared: str = "int4",
     dense: str = "int4", router: str = "f32", embedding: str = "int8", head: str = "int4", group: int | None = None,
     symmetric: bool = False, method: str = "rtn", starved: str = "rtn", layers: str = "",
-) -> Module:  # fmt: skip
+) -> Rewritten:  # fmt: skip
     """Store weights in fewer bits.
 
     Each role takes a number of bits (int8, int4, int2), a format by its name (uint4_g64, mxfp4, nvfp4, fp8_b128 ...), or f32
@@ -52,20 +52,20 @@ def quantize(
     roles = weight_roles(module)
     # one format for everything is not meant for a table that the target only looks rows up in
     everything = len({spec for role, spec in policy.items() if role != "router"}) == 1
-    notes: list[str] = []
+    notes: list[Note] = []
     functions = {}
     for function in module.functions:
         own = roles[function.name]
-        chosen = {
-            place: format
+        found = {
+            place: _choose(function, place, spec, group, symmetric, target, own, everything)
             for place, spec in _specs(function, own, policies[function.name])
-            if (format := _choose(function, place, spec, group, symmetric, target, own, notes, everything))
         }
-        scaled = fold(function, notes) if method == "awq" and chosen else function
+        chosen = {place: format for place, format in found.items() if isinstance(format, Format)}
+        scaled, unscaled = fold(function) if method == "awq" and chosen else (function, [])
         functions[function.name] = _store(scaled, chosen, how)
-        notes += _rounded_blocks(function, chosen) if how else []
-    tell(why, notes)
-    return module.with_functions(functions)
+        refused = [note for note in found.values() if isinstance(note, Note)]
+        notes += [*refused, *unscaled, *(_rounded_blocks(function, chosen) if how else [])]
+    return Rewritten(module.with_functions(functions), tuple(notes))
 
 
 Place = tuple[int, int]  # an op and one of its operands
@@ -171,9 +171,9 @@ def _layer(op: Op) -> int | None:
 
 def _choose(
     function: Function, place: Place, spec: str, group: int | None, symmetric: bool, target: Any,
-    roles: Mapping[Place, str], notes: list[str], everything: bool,
-) -> Format | None:  # fmt: skip
-    """Return the format of a weight; None where no group fits a weight and the user asked for no group.
+    roles: Mapping[Place, str], everything: bool,
+) -> Format | Note:  # fmt: skip
+    """Return the format of a weight; a note where no group fits a weight and the user asked for no group.
 
     `everything` says that all roles were given one format: then an embedding that cannot have it stays as it is.
     """
@@ -205,8 +205,7 @@ def _choose(
         raise MoecError(
             what, where=where, model=", ".join(op.loc), todo=_would_work(op, weights, candidates[0], target)
         )
-    notes.append(f"note: @{function.name} {', '.join(op.loc)}: {what}; it stays f32")
-    return None
+    return note_on(function, op, f"{what}; it stays f32")
 
 
 def _obstacle(op: Op, weights: list[Value], format: Format, target: Any, or_slow: bool = True) -> str:
@@ -231,11 +230,11 @@ def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> st
 # --- storing it ------------------------------------------------------------------------------------------------
 
 
-def _rounded_blocks(function: Function, chosen: Mapping[Place, Format]) -> list[str]:
+def _rounded_blocks(function: Function, chosen: Mapping[Place, Format]) -> list[Note]:
     """Return a note for each weight of blocks, which no method looks at the inputs of."""
     blocks = [(function.ops[i], k) for i, k in chosen if function.ops[i].name == "nn.block_linear"]
     reason = "its blocks have inputs of their own, it is rounded to nearest"
-    return [f"note: @{function.name} {', '.join(op.loc)}: {op.operands[k]}: {reason}" for op, k in blocks]
+    return [note_on(function, op, f"{op.operands[k]}: {reason}") for op, k in blocks]
 
 
 def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str, str]) -> Function:

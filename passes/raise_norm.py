@@ -6,8 +6,9 @@ from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Module
+from ..compiler.ir.notes import Rewritten
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, Why, apply, rule
+from ..compiler.rewrite.rules import Match, apply, rule
 
 
 @rule(
@@ -61,6 +62,6 @@ RULES = (power_into_rms_norm, square_into_rms_norm)
 
 
 @pass_(reads="graph")
-def raise_norm(module: Module, target: Any, why: Why) -> Module:
+def raise_norm(module: Module, target: Any) -> Rewritten:
     """Raise the arithmetic of RMSNorm to nn.rms_norm."""
-    return apply(module, target, RULES, why)
+    return apply(module, target, RULES)

@@ -7,8 +7,9 @@ from typing import Any
 from ..compiler.errors import Refuse
 from ..compiler.ir.dims import Size
 from ..compiler.ir.module import Module
+from ..compiler.ir.notes import Rewritten
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, Why, apply, rule
+from ..compiler.rewrite.rules import Match, apply, rule
 
 
 @rule(
@@ -108,6 +109,6 @@ RULES = (halves_into_rope, split_halves_into_rope, pairs_into_rope)
 
 
 @pass_(reads="graph")
-def raise_rope(module: Module, target: Any, why: Why) -> Module:
+def raise_rope(module: Module, target: Any) -> Rewritten:
     """Raise the arithmetic of rotary embedding to nn.rope."""
-    return apply(module, target, RULES, why)
+    return apply(module, target, RULES)

@@ -8,17 +8,17 @@ from ..compiler.errors import MoecError
 from ..compiler.formats.table import find_format
 from ..compiler.ir.module import Const, Function, Module
 from ..compiler.ir.narrow import narrowed
+from ..compiler.ir.notes import Note, Rewritten
 from ..compiler.ir.recipes import step
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import Uses, weight_roles
-from ..compiler.rewrite.rules import Why, tell
 
 DTYPES = ("bf16", "f16")
 _ALSO = {"nn.block_linear": (1,)}  # weights that are never quantized and so have no role
 
 
 @pass_(reads="moe", rounds=True)
-def round_weights(module: Module, target: object, why: Why, *, to: str = "bf16") -> Module:
+def round_weights(module: Module, target: object, *, to: str = "bf16") -> Rewritten:
     """Round the weights of linears, experts and the embedding to bf16 (or f16); those that are bf16 stay as they are.
 
     The types stay f32: a lowering stores what was rounded in the dtype that holds it. Quantized weights stay, and so
@@ -27,13 +27,12 @@ def round_weights(module: Module, target: object, why: Why, *, to: str = "bf16")
     if to not in DTYPES:
         raise MoecError(f"weights are not rounded to {to}", todo=f"there are {', '.join(DTYPES)}")
     roles = weight_roles(module)
-    notes: list[str] = []
-    functions = {f.name: _round(f, roles[f.name], to, notes) for f in module.functions}
-    tell(why, notes)
-    return module.with_functions(functions)
+    rounded = {f.name: _round(f, roles[f.name], to) for f in module.functions}
+    functions = {name: function for name, (function, _) in rounded.items()}
+    return Rewritten(module.with_functions(functions), tuple(note for _, notes in rounded.values() for note in notes))
 
 
-def _round(function: Function, roles: Uses, to: str, notes: list[str]) -> Function:
+def _round(function: Function, roles: Uses, to: str) -> tuple[Function, list[Note]]:
     stored = {place for place, role in roles.items() if role != "router"}
     stored |= {(i, k) for i, op in enumerate(function.ops) for k in _ALSO.get(op.name, ())}
     names = {v.name for i, k in stored if (v := function.ops[i].operands[k])}
@@ -50,7 +49,7 @@ def _round(function: Function, roles: Uses, to: str, notes: list[str]) -> Functi
                 const = Const(const.value, step("cast", narrow, to=const.value.type.dtype))
         consts.append(const)
     if not rounded:
-        return function
+        return function, []
     listed = ", ".join(str(c.value) for c in rounded[:6]) + (" ..." if len(rounded) > 6 else "")
-    notes.append(f"note: @{function.name}: {len(rounded)} weights are rounded to {to}: {listed}")
-    return replace(function, consts=tuple(consts))
+    note = Note(f"{len(rounded)} weights are rounded to {to}: {listed}", function.name)
+    return replace(function, consts=tuple(consts)), [note]

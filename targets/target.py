@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..compiler.ir.pipelines import PassCall, Pipeline
 
 if TYPE_CHECKING:
     from ..compiler.formats.format import Format
     from ..compiler.ir.module import Module, Op
+    from ..compiler.ir.notes import Note, Rewritten
     from ..compiler.weights.sources.source import WeightSource
 
 
@@ -25,17 +26,17 @@ FUSED = tuple(
 )  # fmt: skip
 
 
-class Lower(Protocol):
-    """Turns a module of stage moe into one of stage kernel; appends to `why` what it left unfused, and the reason."""
+class Emitted(NamedTuple):
+    """The sha256 of each file that was written, by its name, and what a user should know of what was left out."""
 
-    def __call__(self, module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module: ...
+    files: dict[str, str]
+    notes: tuple[Note, ...] = ()
 
 
 class Emit(Protocol):
-    """Writes a module of stage kernel into a folder and returns the sha256 of each file by its name.
+    """Writes a module of stage kernel into a folder.
 
-    Weights are worked on in tiles of `tile_bytes` of f32. `progress` is told the bytes of weights written so far;
-    `notes` gets what a user should know of what was left out.
+    Weights are worked on in tiles of `tile_bytes` of f32. `progress` is told the bytes of weights written so far.
     """
 
     def __call__(
@@ -45,8 +46,7 @@ class Emit(Protocol):
         folder: Path,
         tile_bytes: int,
         progress: Callable[[int], None] | None = None,
-        notes: list[str] | None = None,
-    ) -> dict[str, str]: ...
+    ) -> Emitted: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Target:
     supported: Callable[[Op], str | None]
     holds: Callable[[Op, Format], str | None]
     slow: Callable[[Op, Format], str | None]
-    lower: Lower
+    lower: Callable[..., Rewritten]  # (module, target, *, options): the target's own pass, from stage moe to kernel
     emit: Emit
     load: Callable[..., Any]  # (folder, **options) -> a runner; see the target's session module
     recorded: Callable[[], Probed] | None = None  # what the lowering goes by, for a target that has such a record

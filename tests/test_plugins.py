@@ -31,9 +31,9 @@ def twice_into_add(m, target):
     """Add what is doubled to itself."""
 
 @pass_(reads="any")
-def add_for_twice(module, target, why, *, often: int = 1):
+def add_for_twice(module, target, *, often: int = 1):
     """Write outside.twice as an addition."""
-    return apply(module, target, (twice_into_add,), why)
+    return apply(module, target, (twice_into_add,))
 '''
 TARGET = '''
 """The cpu target of moec, for programs with ops of this package too."""

@@ -39,11 +39,12 @@ def check_room(final: Path, wanted: int) -> None:
         raise MoecError(what, str(final), todo="free some space, choose another disk, or store weights in fewer bits")
 
 
-def check_dump(folder: Path) -> None:
-    """Raise MoecError unless dumps can be written into a folder."""
+def check_dump(folder: Path) -> Path:
+    """Return the folder; MoecError unless dumps can be written into it."""
     place = _existing(check_path(folder, "the dumps"))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise MoecError("no dumps can be written there", str(folder), todo="choose another folder")
+    return folder
 
 
 def check_text(file: Path) -> None:

@@ -99,7 +99,7 @@ def write_manifest(
 ) -> None:
     """Write moec.json for a folder that is otherwise complete; the same inputs give the same bytes.
 
-    `unfused` are the MoE blocks left in plain ops (see unfused.py), `packages` the versions of what made the artifact,
+    `unfused` are the MoE blocks left in plain ops (see fusion_report.py), `packages` the versions of what made the artifact,
     `replaced` what of transformers moec's own functions stand for (see frontends/stand_ins.py). `files` holds the sha256 of files whose hash is
     known already; the others are read.
     """

@@ -75,8 +75,7 @@ def run(
         return
     click.echo()
     click.echo(speed(result) + ran_on(session), err=True)
-    for note in end_notes(artifact.end_tokens):
-        click.echo(note, err=True)
+    print_notes(end_notes(artifact.end_tokens))
 
 
 def _token_ids(text: str) -> list[int]:
@@ -129,16 +128,14 @@ def verify(
     written = None if text is None else read_text(text)
     from .. import driver
 
-    notes: list[str] = []
     with progress_bar(f"verifying {folder}", unit="parts") as progress:
-        comparison = driver.verify(
+        comparison, notes = driver.measure(
             folder,
             against,
             text=written,
             tokens=text_tokens,
             accuracy=accuracy,
             device=device,
-            notes=notes,
             progress=progress,
         )
     print_notes(notes)

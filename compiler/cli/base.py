@@ -12,10 +12,10 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,10 @@ from ..errors import MoecError, write_error
 from ..errors.json_files import problem_of
 from ..errors.paths import unwritable
 
-WARNING = "warning:"  # how a note begins that is printed without --why too
+if TYPE_CHECKING:
+    from ..ir.notes import Note
+    from ..rewrite.pipeline import PassTiming
+
 CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
 
 
@@ -156,13 +159,13 @@ def write_text(text: str, out: str | None) -> None:
         raise write_error(error, path) from error
 
 
-def print_notes(notes: list[str]) -> None:
+def print_notes(notes: Iterable[Note]) -> None:
     """Write the notes of --why on standard error."""
-    for note in dict.fromkeys(notes):  # two functions may have the same to say
-        click.echo(note if note.startswith(("note:", WARNING)) else f"note: {note}", err=True)
+    for text in dict.fromkeys(map(str, notes)):  # two functions may have the same note
+        click.echo(text, err=True)
 
 
-def print_timings(timings: list[Any]) -> None:
+def print_timings(timings: Iterable[PassTiming]) -> None:
     """Write what each pass took on standard error, checks included."""
     for t in timings:
         click.echo(f"{t.checked_seconds:8.3f} s  {t.name}{'' if t.changed else ' (changed nothing)'}", err=True)

@@ -16,7 +16,6 @@ from ..version import __version__
 from .artifacts import run, verify
 from .base import (
     CHECK_FAILED,
-    WARNING,
     Commands,
     byte_size,
     debug_option,
@@ -70,9 +69,7 @@ def main() -> None:
 @click.option(
     "--accuracy",
     type=click.Choice(["fast", "exact"]),
-    default="fast",
-    show_default=True,
-    help="Beside quantized weights: int8 activations (fast), or f32 (exact).",
+    help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: fast]",
 )
 @click.option(
     "--memory-limit",
@@ -115,25 +112,23 @@ def compile(
     from .. import driver
 
     start = time.perf_counter()
-    notes: list[str] = []
-    taken: list[Any] = []
     with progress_bar(f"compiling {source}") as progress:
-        result: Any = driver.compile(
+        done = driver.compile_source(
             source, target, None if stop_after else out, options=keys, stop_after=stop_after, verify=verify,
-            why=notes, progress=progress, timings=taken, **given,
+            progress=progress, **given,
         )  # fmt: skip
-    print_notes(notes if why else [note for note in notes if note.startswith(WARNING)])
-    print_timings(taken if timings else [])
-    if stop_after:
+    print_notes(note for note in done.notes if why or note.warning)
+    print_timings(done.timings if timings else ())
+    if done.artifact is None:
         from ..text.printer import print_module
 
-        write_text(print_module(result), out)
+        write_text(print_module(done.module), out)
         return
     from .show import show_artifact
 
-    show_artifact(result, time.perf_counter() - start)
-    click.echo(str(result.folder))
-    if verify and not result.manifest["figures"]["measured"]["passed"]:
+    show_artifact(done.artifact, time.perf_counter() - start)
+    click.echo(str(done.artifact.folder))
+    if verify and not done.artifact.manifest["figures"]["measured"]["passed"]:
         click.get_current_context().exit(CHECK_FAILED)
 
 
@@ -174,14 +169,12 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 
         declare_kernel_ops()
         source = parse_module(read_text("-"), "<stdin>")
-    notes: list[str] = []
-    taken: list[Any] = []
-    module = driver.opt(source, passes, why=notes if why else None, timings=taken, **given)
-    print_notes(notes)
-    print_timings(taken if timings else [])
+    run = driver.run_passes(source, passes, **given)
+    print_notes(run.notes if why else ())
+    print_timings(run.timings if timings else ())
     from ..text.printer import print_module
 
-    write_text(print_module(module), out)
+    write_text(print_module(run.module), out)
 
 
 main.add_command(run)

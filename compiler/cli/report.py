@@ -54,7 +54,7 @@ class Opened:
         from ...passes import PASSES
         from ...targets.target import FUSED
 
-        return run_pipeline(self.module, FUSED, table=PASSES)[0]
+        return run_pipeline(self.module, FUSED, table=PASSES).module
 
     def context(self, wanted: int | None) -> int:
         """Return the past tokens to cost a token at; MoecError for more than the program takes."""

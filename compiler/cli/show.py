@@ -8,7 +8,8 @@ import click
 from rich.table import Table
 
 from ..cost.report import bytes_text, count_text, flops_text
-from ..rewrite.unfused import line
+from ..ir.notes import Note
+from ..rewrite.fusion_report import line
 from .report import left_out_text, ranges
 from .table import make_table, print_parts, stdout_console
 
@@ -128,7 +129,7 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
         exact = ", ".join(formats.get("exact", ["none"]))
         click.echo(f"codes of the checkpoint kept in @{function}: {exact}{near}", err=True)
     for note in report["figures"].get("notes", []):
-        click.echo(f"note: {note}", err=True)
+        click.echo(Note(note), err=True)
     figures = report["figures"].get("measured")
     if figures:
         verdict = "verified" if figures["passed"] else "verification failed"
@@ -136,7 +137,7 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
         click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
         decoding = figures.get("decoding") or {}
         if own := decoding.get("moec"):
-            click.echo(f"note: moec itself decoded {own} weights of the source: {decoding['reason']}", err=True)
+            click.echo(Note(f"moec itself decoded {own} weights of the source: {decoding['reason']}"), err=True)
 
 
 def _coverage(seen: dict[str, Any]) -> str:
@@ -148,13 +149,13 @@ def _coverage(seen: dict[str, Any]) -> str:
     return f"{text}; an expert saw {seen['mean']:.0f} of them on average, at least {seen['least']}; {few}"
 
 
-def end_notes(ends: EndTokens) -> list[str]:
-    """Return what there is to say of the tokens at which generation stops."""
+def end_notes(ends: EndTokens) -> list[Note]:
+    """Return notes on the tokens at which generation stops."""
     notes = [
-        f"note: the end token {text!r} has no number in the tokenizer's files: not stopped at" for text in ends.unknown
+        Note(f"the end token {text!r} has no number in the tokenizer's files: not stopped at") for text in ends.unknown
     ]
     if not ends.ids:
-        notes.append("note: no file of the checkpoint names an end token: generation stops at --max-new-tokens")
+        notes.append(Note("no file of the checkpoint names an end token: generation stops at --max-new-tokens"))
     return notes
 
 

@@ -71,6 +71,11 @@ def put_before(pipeline: Pipeline, names: Collection[str], *added: PassCall) -> 
     return (*pipeline[:place], *added, *pipeline[place:])
 
 
+def with_lowering(pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline with the lowering, at its end if it has none."""
+    return pipeline if LOWER in [call.name for call in pipeline] else (*pipeline, PassCall(LOWER))
+
+
 def with_options(pipeline: Pipeline, name: str, **options: Any) -> Pipeline:
     """Return the pipeline with options set for the passes of a name."""
     return tuple(PassCall(c.name, {**c.options, **options}) if c.name == name else c for c in pipeline)

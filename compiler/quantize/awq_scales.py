@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..ir.module import Function, Op, Value
+from ..ir.notes import Note, note_on
 from ..ir.recipes import FITTED, Recipe, Tensor, step
 from ..ir.types import TensorType
 from ..ops import OPS
@@ -18,24 +19,22 @@ from ..ops import OPS
 _LINEAR = ("core.linear", "moe.experts")
 
 
-def fold(function: Function, notes: list[str]) -> Function:
-    """Return the function with its weights scaled where that can be undone exactly; `notes` says where it cannot."""
+def fold(function: Function) -> tuple[Function, list[Note]]:
+    """Return the function with its weights scaled where that can be undone exactly, and notes where it cannot."""
     recipes = {c.value.name: c.recipe for c in function.consts}
-    for op in function.ops:
-        if op.name == "nn.rms_norm":
-            _fold_norm(function, op, recipes, notes)
-        elif op.name == "moe.experts":
-            _fold_experts(function, op, recipes, notes)
+    folds = {"nn.rms_norm": _fold_norm, "moe.experts": _fold_experts}
+    reasons = [(op, folds[op.name](function, op, recipes)) for op in function.ops if op.name in folds]
     consts = tuple(replace(c, recipe=recipes[c.value.name]) for c in function.consts)
-    return replace(function, consts=consts)
+    return replace(function, consts=consts), [note_on(function, op, reason) for op, reason in reasons if reason]
 
 
-def _fold_norm(function: Function, norm: Op, recipes: dict[str, Recipe], notes: list[str]) -> None:
+def _fold_norm(function: Function, norm: Op, recipes: dict[str, Recipe]) -> str:
+    """Scale the weights that read a norm, and the norm's own; return why they cannot be."""
     weight = norm.operands[1]
     assert weight
     readers = _readers(function, norm.results[0])
     if not any(op is not None and op.name in _LINEAR for op in readers):
-        return
+        return ""
     reason = ""
     scaled: list[Value] = []
     for op in readers:
@@ -50,13 +49,13 @@ def _fold_norm(function: Function, norm: Op, recipes: dict[str, Recipe], notes: 
     if weight.name not in recipes or len(function.uses[weight.name]) != 1 or weight.type.dtype != "f32":
         reason = f"{weight} is not a weight of its own"
     if reason:
-        notes.append(f"note: @{function.name} {', '.join(norm.loc)}: no scale for its readers: {reason}")
-        return
+        return f"no scale for its readers: {reason}"
     width = weight.type.sizes[0]
     factors = Tensor(f"{weight.name}{FITTED}", TensorType.of("f32", width))
     recipes[weight.name] = step("scale", recipes[weight.name], factors, axes=(0,), inverse=True)
     for read in scaled:
         recipes[read.name] = step("scale", recipes[read.name], factors, axes=(len(read.type.shape) - 1,))
+    return ""
 
 
 def _readers(function: Function, value: Value) -> list[Op | None]:
@@ -68,7 +67,8 @@ def _readers(function: Function, value: Value) -> list[Op | None]:
     return found
 
 
-def _fold_experts(function: Function, op: Op, recipes: dict[str, Recipe], notes: list[str]) -> None:
+def _fold_experts(function: Function, op: Op, recipes: dict[str, Recipe]) -> str:
+    """Scale the down columns of experts, and their up rows; return why they cannot be."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     up, down, up_bias = op.operands[3], op.operands[4], op.operands[5]
     assert up and down
@@ -76,9 +76,9 @@ def _fold_experts(function: Function, op: Op, recipes: dict[str, Recipe], notes:
     plain = attributes["layout"] == "concat" and up_bias is None
     own = all(v.name in recipes and v.type.dtype == "f32" and len(function.uses[v.name]) == 1 for v in (up, down))
     if not (linear and plain and own):
-        notes.append(f"note: @{function.name} {', '.join(op.loc)}: no scale for down: its inputs are not linear in up")
-        return
+        return "no scale for down: its inputs are not linear in up"
     experts, _, inner = down.type.sizes
     factors = Tensor(f"{down.name}{FITTED}", TensorType.of("f32", experts, inner))
     recipes[down.name] = step("scale", recipes[down.name], factors, axes=(0, 2))
     recipes[up.name] = step("scale", recipes[up.name], factors, axes=(0, 1), start=inner, inverse=True)
+    return ""

@@ -38,7 +38,7 @@ def plan_under_budget(
     from .sensitivity import make_plan
 
     def store(module: Module, layers: str) -> Module:
-        return quantize(module, target, None, **dict.fromkeys(ROLES, KEEP), layers=layers)
+        return quantize(module, target, **dict.fromkeys(ROLES, KEEP), layers=layers)
 
     def obstacle(op: Op, format: Format) -> str | None:
         return target.holds(op, format) or target.slow(op, format)

@@ -1,7 +1,7 @@
 """What a pass is: a function with a name, help, options and a contract, declared in one place, its own definition.
 
-A pass is a function `(module, target, *, options)` (or `(module, target, why, *, options)` where it notes what its
-rules refuse) under `@pass_`. `read_pass` reads the declaration off the text of a file, and the file is imported when
+A pass is a function `(module, target, *, options)` under `@pass_`, which returns the module after it, or that with
+notes (`Rewritten`). `read_pass` reads the declaration off the text of a file, and the file is imported when
 the pass runs: what passes are made of takes seconds to import, and what passes there are is asked for without them.
 """
 
@@ -23,22 +23,23 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MoecError
 from ..errors.plugins import PASSES as BROUGHT
 from ..errors.plugins import broken, brought, load_brought, refuse_names
+from ..ir.notes import Rewritten, distinct
 from ..ir.pipelines import Pipeline, spell
 from ..ir.stages import STAGES
 
 if TYPE_CHECKING:
     from ..ir.module import Module
-    from .rules import Why
 
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword of a pass: its type (and None where that is allowed) and its default."""
+    """A keyword of a pass: its type (and None where that is allowed), its default, and the texts that it can be, if not all."""
 
     name: str
     type: type
     optional: bool
     default: Any
+    choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}: {self.type.__name__} = {spell(self.default)}"
@@ -53,20 +54,21 @@ class PassDef:
 
     name: str
     doc: str
-    function: Callable[..., Module]
+    function: Callable[..., Module | Rewritten]
     reads: str
     leaves: str
     rounds: bool
     options: Mapping[str, Option]
-    notes: bool
     judge: Callable[..., None] | None = None
 
-    def __call__(self, module: Module, target: Any = None, why: Why = None, **options: Any) -> Module:
-        """Run the pass, options checked, nothing else."""
-        converted = self.convert(options)
-        if self.notes:
-            return self.function(module, target, why, **converted)
-        return self.function(module, target, **converted)
+    def __call__(self, module: Module, target: Any = None, **options: Any) -> Module:
+        """Return the module after the pass, options checked, nothing else."""
+        return self.run(module, target, **options).module
+
+    def run(self, module: Module, target: Any = None, **options: Any) -> Rewritten:
+        """Return the module after the pass, and its notes."""
+        result = self.function(module, target, **self.convert(options))
+        return Rewritten(result.module, distinct(result.notes)) if isinstance(result, Rewritten) else Rewritten(result)
 
     def convert(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options as the types that the pass declares; MoecError for one that it does not have."""
@@ -88,15 +90,15 @@ class PassDef:
             case "true" | "false" if option.type is bool:
                 return value == "true"
             case str() | int() | float() if option.type is str and not isinstance(value, bool):
-                return str(value)
+                if not option.choices or value in option.choices:
+                    return str(value)
             case str() | int() | float() if option.type in (int, float) and not isinstance(value, bool):
                 number = _number(value, option.type)
                 if number is not None:
                     return number
-        raise MoecError(
-            f"option {name} of pass {self.name} is {spell(value)}, not {_article(option.type.__name__)}",
-            todo=f"its options: {known}",
-        )
+        wanted = " or ".join(option.choices) or _article(option.type.__name__)
+        what = f"option {name} of pass {self.name} is {spell(value)}, not {wanted}"
+        raise MoecError(what, todo=f"its options: {known}")
 
 
 def _article(word: str) -> str:
@@ -112,25 +114,30 @@ def _number(value: str | int | float, type: type) -> int | float | None:
 
 def pass_(
     *, reads: str = "any", leaves: str | None = None, rounds: bool = False, judge: Callable[..., None] | None = None
-) -> Callable[[Callable[..., Module]], PassDef]:
+) -> Callable[[Callable[..., Module | Rewritten]], PassDef]:
     """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits, and `judge`
     takes all options and raises MoecError for wrong ones."""
 
-    def declare(function: Callable[..., Module]) -> PassDef:
-        signature = inspect.signature(function, eval_str=True)
+    def declare(function: Callable[..., Module | Rewritten]) -> PassDef:
+        signature = inspect.signature(function)
         name = function.__name__.rstrip("_").replace("_", "-")
         options = {
-            p.name: _option(name, p) for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
+            p.name: _option(name, p, function)
+            for p in signature.parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
         doc = inspect.cleandoc(function.__doc__ or "")
-        notes = "why" in signature.parameters
-        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, notes, judge)
+        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, judge)
 
     return declare
 
 
-def _option(owner: str, parameter: inspect.Parameter) -> Option:
+def _option(owner: str, parameter: inspect.Parameter, function: Callable[..., Any]) -> Option:
     kind, optional = parameter.annotation, False
+    if isinstance(kind, str):
+        kind = eval(kind, function.__globals__)
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    kind = str if choices else kind
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         rest = [t for t in typing.get_args(kind) if t is not types.NoneType]
         kind, optional = rest[0], True
@@ -138,7 +145,7 @@ def _option(owner: str, parameter: inspect.Parameter) -> Option:
             kind = object
     if kind not in (int, float, bool, str) or parameter.default is parameter.empty:
         raise TypeError(f"option {parameter.name} of pass {owner} must be int, float, bool or str, with a default")
-    return Option(parameter.name, kind, optional, parameter.default)
+    return Option(parameter.name, kind, optional, parameter.default, choices)
 
 
 def resolve(pipeline: Pipeline, table: Mapping[str, PassDef]) -> list[tuple[PassDef, dict[str, Any]]]:

@@ -14,9 +14,9 @@ from ..errors import Refuse
 from ..ir.dce import dce
 from ..ir.module import Function, Op, Value
 from ..ir.names import Names
+from ..ir.notes import Note, note_on, refusal
 from ..ir.recipes import Recipe, Step, step
 from ..ops.builder import IRBuilder
-from .rules import Note
 
 
 class Editor(IRBuilder):
@@ -26,11 +26,11 @@ class Editor(IRBuilder):
         """Start without ops; all names of the function are taken."""
         super().__init__(function.name, function.params, function.consts, Names(function.names))
         self.function = function
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
 
     def note(self, op: Op, text: str) -> None:
-        """Remember something to be said of an op under --why."""
-        self.notes.append(f"note: @{self.function.name} {', '.join(op.loc)}: {text}")
+        """Keep a note on an op."""
+        self.notes.append(note_on(self.function, op, text))
 
     def weight(self, recipe: Recipe, hint: str) -> Value:
         """Return the weight with this recipe, added under a new name if it is missing."""
@@ -55,27 +55,26 @@ Rewrite = Callable[[Any, Op], Op]  # takes the editor and the op, returns the op
 
 
 def rewrite_ops(
-    function: Function, rewrites: Mapping[str, Rewrite], owner: str, notes: list[str], instead: Mapping[str, Rewrite] | None = None
-) -> Function:  # fmt: skip
-    """Return the function with every op replaced whose name is in `rewrites`.
+    function: Function, rewrites: Mapping[str, Rewrite], owner: str, instead: Mapping[str, Rewrite] | None = None
+) -> tuple[Function, list[Note]]:
+    """Return the function with every op replaced whose name is in `rewrites`, and notes.
 
-    An op that is refused stays, or becomes what `instead` makes of it; `notes` gets the reason, said by `owner`.
+    An op that is refused stays, or becomes what `instead` makes of it; the notes give the reason, for `owner`.
     """
-    editor = Editor(function)
+    editor, refused = Editor(function), []
     for op in function.ops:
         editor.loc = op.loc
         rewrite = rewrites.get(op.name)
         kept = len(editor.ops)
         try:
             new = rewrite(editor, op) if rewrite else op
-        except Refuse as refusal:
+        except Refuse as reason:
             del editor.ops[kept:]
-            notes.append(Note(f"{owner} of {op.name}", function.name, op, refusal))
+            refused.append(refusal(f"{owner} of {op.name}", function, op, reason))
             other = (instead or {}).get(op.name)
             new = other(editor, op) if other else op
         editor.ops.append(new)
-    notes += editor.notes
-    return editor.finish()
+    return editor.finish(), [*refused, *editor.notes]
 
 
 def join(*recipes: Recipe, axis: int) -> Recipe:

@@ -15,13 +15,13 @@ from typing import Any
 
 from ..errors import MoecError
 from ..ir.module import Module
-from ..ir.pipelines import LOWER, PassCall, Pipeline
+from ..ir.notes import Note, Rewritten
+from ..ir.pipelines import PassCall, Pipeline
 from ..ir.stages import STAGES
 from ..ops.verify import verify
 from ..text.parser import parse_module
 from ..text.printer import print_module
 from .declare import PassDef, resolve, stop_hint
-from .rules import Why
 
 TOLERANCE = 1e-4  # largest difference relative to the largest number before, apart from rounded weights
 
@@ -43,7 +43,19 @@ class Settings:
     target: Any = None
     check: bool = False
     dump: Path | None = None
-    why: Why = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The result of a run: the module, what the passes report, how long each took, and the module that each was given.
+
+    Of a pass that ran twice, `given` has the later one.
+    """
+
+    module: Module
+    notes: tuple[Note, ...]
+    timings: tuple[PassTiming, ...]
+    given: Mapping[str, Module]
 
 
 def run_pipeline(
@@ -53,36 +65,33 @@ def run_pipeline(
     target: Any = None,
     check: bool = False,
     dump: Path | None = None,
-    why: Why = None,
     stop_after: str | None = None,
     table: Mapping[str, PassDef],
-    given: dict[str, Module] | None = None,
-) -> tuple[Module, list[PassTiming]]:
-    """Run passes, each by name with its options, and check each one; return the module and the timings.
+) -> Run:
+    """Run passes, each by name with its options, and check each one.
 
-    `dump` is a folder for numbered modules; `why` collects notes of rules that did not apply; `stop_after` is a pass
-    or a stage (the module as it is before a pass leaves that stage); `table` maps names to passes; `given` is filled with the
-    module that each pass was given (the last time that it ran).
+    `dump` is a folder for numbered modules; `stop_after` is a pass or a stage (the module as it is before a pass leaves that
+    stage); `table` maps names to passes.
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
     steps = _until(resolve(pipeline, table), stop_after)
-    settings = Settings(target, check, dump, why)
+    settings = Settings(target, check, dump)
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / "00.load.moir").write_text(print_module(module), "utf-8")
+    notes: list[Note] = []
     timings: list[PassTiming] = []
+    given: dict[str, Module] = {}
     for number, (definition, options) in enumerate(steps, 1):
-        if given is not None:
-            given[definition.name] = module
-        module, timing = _run_pass(module, number, definition, options, settings)
+        given[definition.name] = module
+        (module, found), timing = _run_pass(module, number, definition, options, settings)
+        notes += found
         timings.append(timing)
-    return module, timings
+    return Run(module, tuple(notes), tuple(timings), given)
 
 
 def remaining(module: Module, pipeline: Pipeline, table: Mapping[str, PassDef]) -> Pipeline:
-    """Return the passes still to run, the lowering among them; an IR file enters the pipeline at its stage."""
-    if LOWER not in [call.name for call in pipeline]:
-        pipeline = (*pipeline, PassCall(LOWER))
+    """Return the passes still to run; an IR file enters the pipeline at its stage."""
     if module.stage == STAGES[0]:
         return pipeline
     done = next((i for i, call in enumerate(pipeline, 1) if table[call.name].leaves == module.stage), len(pipeline))
@@ -107,11 +116,11 @@ def _until(steps: list[tuple[PassDef, dict]], stop_after: str | None) -> list[tu
 
 def _run_pass(
     module: Module, number: int, definition: PassDef, options: dict, settings: Settings
-) -> tuple[Module, PassTiming]:
+) -> tuple[Rewritten, PassTiming]:
     start = time.perf_counter()
     try:
         _check_reads(module, definition)
-        result = definition(module, settings.target, settings.why, **options)
+        result, notes = definition.run(module, settings.target, **options)
     except MoecError as error:
         raise _failure(error, "in", module, number, definition, options, settings) from error
     except Exception as error:  # a bug in a pass; the traceback stays as the cause
@@ -127,7 +136,7 @@ def _run_pass(
         raise _failure(pointed, "found after", module, number, definition, options, settings) from error
     if changed and settings.dump is not None:
         (settings.dump / f"{number:02}.{definition.name}.moir").write_text(print_module(result), "utf-8")
-    return result, PassTiming(definition.name, seconds, time.perf_counter() - start, changed)
+    return Rewritten(result, notes), PassTiming(definition.name, seconds, time.perf_counter() - start, changed)
 
 
 # --- the contract ----------------------------------------------------------------------------------------------

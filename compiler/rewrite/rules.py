@@ -22,7 +22,7 @@ The guard may return more bindings for `after`: attributes, values, or recipes (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,45 +31,12 @@ from ..ir.dce import dce
 from ..ir.fragments import Var
 from ..ir.module import Function, Module, Op, Value
 from ..ir.names import Names
+from ..ir.notes import Note, Rewritten, distinct, refusal
 from ..ir.recipes import Literal, Step, Tensor
 from ..ops.builder import IRBuilder
 from .patterns import Match, Rule, Search, rule
 
-__all__ = ["Match", "Note", "Refuse", "Rule", "Why", "apply", "in_order", "rule", "tell"]
-
-Why = Callable[[str], None] | list[str] | None  # takes the notes of rules that did not apply
-
-
-class Note(str):
-    """The note of `--why` on a rule that did not apply at an op.
-
-    It knows the function, the op's place, the reason, and the share of the rule's left side that matched (1: all of it,
-    and the guard refused).
-    """
-
-    function: str
-    place: tuple[str, ...]
-    reason: str
-    matched: float
-
-    def __new__(cls, owner: str, function: str, op: Op, reason: str | Refuse, matched: float = 1.0) -> Note:
-        """Make the text; the culprits of a refusal that its reason does not name are appended."""
-        if isinstance(reason, Refuse):
-            culprits = ", ".join(str(c) for c in reason.culprits if str(c) not in reason.reason)
-            reason = reason.reason + (f" ({culprits})" if culprits else "")
-        place = ", ".join(op.loc) or f"@{function}"
-        note = super().__new__(cls, f"note: {owner} not applied at {op.results[0]} ({place}): {reason}")
-        note.function, note.place, note.reason, note.matched = function, op.loc, reason, matched
-        return note
-
-
-def tell(why: Why, notes: Sequence[str]) -> None:
-    """Hand notes on, each text once for a function."""
-    for note in {(str(note), getattr(note, "function", "")): note for note in notes}.values():
-        if isinstance(why, list):
-            why.append(note)
-        elif why is not None:
-            why(note)
+__all__ = ["Match", "Refuse", "Rule", "apply", "in_order", "rule"]
 
 
 def _removed(owner: Rule, match: Match) -> list[Op]:
@@ -186,48 +153,46 @@ def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
 # --- applying --------------------------------------------------------------------------------------------------
 
 
-def apply(module: Module, target: Any, rules: Sequence[Rule], why: Why = None) -> Module:
-    """Apply rules to every function until none fires; the module itself if none did.
+def apply(module: Module, target: Any, rules: Sequence[Rule]) -> Rewritten:
+    """Apply rules to every function until none fires; return the module (the same one if none did) and notes.
 
-    `why` collects a note for each rule that nearly applied: its guard refused, or at least half of `before` matched.
+    There is a note for each rule that nearly applied: its guard refused, or at least half of `before` matched.
     MoecError where the rules do not come to an end.
     """
-    notes: list[str] = []
-    module = module.with_functions({f.name: _fixpoint(f, target, rules, notes) for f in module.functions})
-    tell(why, notes)
-    return module
+    found = {f.name: _fixpoint(f, target, rules) for f in module.functions}
+    notes = distinct(note for _, notes in found.values() for note in notes)
+    return Rewritten(module.with_functions({name: function for name, (function, _) in found.items()}), notes)
 
 
-def _fixpoint(function: Function, target: Any, rules: Sequence[Rule], why: list[str]) -> Function:
+def _fixpoint(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[Function, list[Note]]:
     bound = 10 * max(10, len(function.ops))
     for _ in range(bound):
-        notes: list[str] = []
-        rewritten, fired = _first(function, target, rules, notes)
+        rewritten, fired, notes = _first(function, target, rules)
         if rewritten is None:
-            why += notes
-            return function
+            return function, notes
         function = rewritten
     raise MoecError(
         f"rules do not come to an end: {bound} rewrites of @{function.name}, the last one by {fired}", exit_code=1
     )
 
 
-def _first(function: Function, target: Any, rules: Sequence[Rule], notes: list[str]) -> tuple[Function | None, str]:
-    """Return the function after the first rewrite that applies, and the rule's name; None if none applies."""
+def _first(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[Function | None, str, list[Note]]:
+    """Return the function after the first rewrite that applies, and the rule's name; None and notes if none applies."""
+    notes: list[Note] = []
     for owner in rules:
         for root in function.ops:
             if root.name != owner.before[-1].name:
                 continue
             search = Search(owner, function)
-            rewritten, refusal = _try(search, root, target)
+            rewritten, refused = _try(search, root, target)
             if rewritten is not None:
-                return rewritten, owner.name
+                return rewritten, owner.name, []
             near = search.depth >= 2 and 2 * search.depth >= len(owner.before)
-            reason = refusal or (search.reason if near else "")
+            reason = refused or (search.reason if near else "")
             if reason:
-                matched = 1.0 if refusal else search.depth / len(owner.before)
-                notes.append(Note(owner.name, function.name, root, reason, matched))
-    return None, ""
+                matched = 1.0 if refused else search.depth / len(owner.before)
+                notes.append(refusal(owner.name, function, root, reason, matched))
+    return None, "", notes
 
 
 def _try(search: Search, root: Op, target: Any) -> tuple[Function | None, str | Refuse]:

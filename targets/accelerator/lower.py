@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...compiler.errors import MoecError
 from ...compiler.formats.table import find_format
 from ...compiler.ir.module import Function, Module, Op, Value
 from ...compiler.ir.narrow import narrowed
+from ...compiler.ir.notes import Note, Rewritten
 from ...compiler.ops import OPS
 from ...compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ...compiler.rewrite.roles import Uses, weight_roles
@@ -23,25 +23,23 @@ assert ops  # what is lowered to is declared there
 
 _STORED, _TABLE = ".bf16", ".table"  # suffixes of the names of weights that are stored so
 _ACTIVATION = ("act", "layout", "alpha", "beta", "limit")
-ACCURACIES = ("fast", "exact")
 
 
-def lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
-    """Return the module at stage kernel; `why` gets a note for each matrix that stays f32.
+def lower(module: Module) -> Rewritten:
+    """Return the module at stage kernel, with a note for each matrix that stays f32.
 
-    Both accuracies are the same here: activations are bf16 between kernels and f32 in them, never integers.
+    Activations are bf16 between kernels and f32 in them.
     """
-    if accuracy not in ACCURACIES:
-        raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
     if module.stage == "kernel":
-        return module
-    notes = why if why is not None else []
+        return Rewritten(module)
     roles = weight_roles(module)
-    functions = tuple(_lower_function(f, roles[f.name], notes) for f in module.functions)
-    return replace(module, stage="kernel", functions=functions)
+    lowered = [_lower_function(f, roles[f.name]) for f in module.functions]
+    functions = tuple(function for function, _ in lowered)
+    notes = tuple(note for _, notes in lowered for note in notes)
+    return Rewritten(replace(module, stage="kernel", functions=functions), notes)
 
 
-def _lower_function(function: Function, roles: Uses, notes: list[str]) -> Function:
+def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Note]]:
     routers = frozenset(function.ops[i].results[0].name for (i, _), role in roles.items() if role == "router")
     rewrites: dict[str, Rewrite] = {
         "core.linear": partial(_linear, routers=routers),
@@ -51,7 +49,8 @@ def _lower_function(function: Function, roles: Uses, notes: list[str]) -> Functi
         "moe.experts": _experts,
         "nn.cached_attention": _attention,
     }
-    return _with_old_names(rewrite_ops(function, rewrites, "lower", notes))
+    lowered, notes = rewrite_ops(function, rewrites, "lower")
+    return _with_old_names(lowered), notes
 
 
 # --- weights ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import MoecError
 from ...compiler.ir.pipelines import LOWER, PassCall
-from ..target import FUSED, Target
+from ..target import FUSED, Emitted, Target
 from .chip.chip import Profile
 from .chip.describe import line
 from .chip.profile import find_profile
@@ -17,6 +17,7 @@ from .chip.profile import find_profile
 if TYPE_CHECKING:
     from ...compiler.formats.format import Format
     from ...compiler.ir.module import Module, Op
+    from ...compiler.ir.notes import Rewritten
     from ...compiler.weights.sources.source import WeightSource
 
 
@@ -44,7 +45,7 @@ def accelerator_target(
         supported=_supported,
         holds=_holds,
         slow=_slow,
-        lower=_lower,
+        lower=lower,
         emit=partial(
             _emit, profile=profile, compiled=kernels == "objects", make_toolchain=toolchain == "make", buckets=buckets
         ),
@@ -99,21 +100,22 @@ def _slow(op: Op, format: Format) -> str | None:
     return slow(op, format)
 
 
-def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
+def lower(module: Module, target: Target) -> Rewritten:
+    """Rewrite the module in the ops that accelerators run."""
     from .lower import lower
 
-    return lower(module, why, accuracy)
+    return lower(module)
 
 
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
-    progress: Callable[[int], None] | None = None, notes: list[str] | None = None, *, profile: Profile,
+    progress: Callable[[int], None] | None = None, *, profile: Profile,
     compiled: bool, make_toolchain: bool, buckets: tuple[int, ...] | None = None,
-) -> dict[str, str]:  # fmt: skip
+) -> Emitted:  # fmt: skip
     from .artifact.emit import emit
 
     return emit(
-        module, source, folder, tile_bytes, progress, notes, profile=profile, compiled=compiled,
+        module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled,
         make_toolchain=make_toolchain, buckets=buckets,
     )  # fmt: skip
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...compiler.errors import MoecError
 from ...compiler.ir.pipelines import LOWER, PassCall
-from ..target import FUSED, Probed, Target
+from ..target import FUSED, Emitted, Probed, Target
 
 if TYPE_CHECKING:
     from ...compiler.formats.format import Format
     from ...compiler.ir.module import Module, Op
+    from ...compiler.ir.notes import Rewritten
     from ...compiler.weights.sources.source import WeightSource
+    from .capabilities import Record
 
 # torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions below
 # import what they need when they run
@@ -38,22 +40,28 @@ def _slow(op: Op, format: Format) -> str | None:
     return slow(op, format)
 
 
-def _lower(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
-    from .lower.module import lower
-    from .onnx.emit import check
+def _lowering(record: Record | None = None) -> Callable[..., Rewritten]:
+    """Return the target's lowering by a record of what ONNX Runtime does right (None: the one that moec comes with)."""
 
-    lowered = lower(module, why, accuracy)
-    check(lowered)
-    return lowered
+    def lower(module: Module, target: Target, *, accuracy: Literal["fast", "exact"] = "fast") -> Rewritten:
+        """Rewrite the module in the ops that target cpu runs."""
+        from .lower.module import lower
+        from .onnx.emit import check
+
+        lowered = lower(module, accuracy, record)
+        check(lowered.module)
+        return lowered
+
+    return lower
 
 
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
-    progress: Callable[[int], None] | None = None, notes: list[str] | None = None,
-) -> dict[str, str]:  # fmt: skip
+    progress: Callable[[int], None] | None = None,
+) -> Emitted:  # fmt: skip
     from .onnx.emit import emit
 
-    return emit(module, source, folder, tile_bytes, progress)
+    return Emitted(emit(module, source, folder, tile_bytes, progress))
 
 
 def _load(folder: Path, **options: Any) -> Any:
@@ -84,20 +92,11 @@ def _configure(options: Mapping[str, str]) -> Target:
     from .capabilities import holds, read_record, slow
 
     record = read_record(Path(options["capabilities"]))
-
-    def lower_by_record(module: Module, why: list[str] | None = None, accuracy: str = "fast") -> Module:
-        from .lower.module import lower
-        from .onnx.emit import check
-
-        lowered = lower(module, why, accuracy, record)
-        check(lowered)
-        return lowered
-
     return replace(
         TARGET,
         holds=lambda op, format: holds(op, format, record),
         slow=lambda op, format: slow(op, format, record),
-        lower=lower_by_record,
+        lower=_lowering(record),
     )
 
 
@@ -108,7 +107,7 @@ TARGET = Target(
     supported=_supported,
     holds=_holds,
     slow=_slow,
-    lower=_lower,
+    lower=_lowering(),
     emit=_emit,
     load=_load,
     recorded=_recorded,

@@ -30,7 +30,7 @@ INTO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
 
 def of_stage_moe(source, pipeline=INTO_MOE):
     """Return the module of a checkpoint folder as the passes leave it for the lowering."""
-    return run_pipeline(load(source).module, parse_pipeline(pipeline), table=PASSES)[0]
+    return run_pipeline(load(source).module, parse_pipeline(pipeline), table=PASSES).module
 
 
 def attentions(module):
@@ -58,7 +58,7 @@ def deepseek_v3():
     """Return DeepSeek-V3 from its config.json with keys and values made of the latent, and with the latent itself."""
     folder = CONFIGS / "DeepSeek-V3"
     expanded = of_stage_moe(folder, INTO_MOE.replace("absorb-mla,", ""))
-    return expanded, run_pipeline(expanded, parse_pipeline("absorb-mla,cleanup"), table=PASSES)[0]
+    return expanded, run_pipeline(expanded, parse_pipeline("absorb-mla,cleanup"), table=PASSES).module
 
 
 def attention_flops(module, new, past):
@@ -131,25 +131,21 @@ def test_keep_holds_the_codes_of_w_uv_and_says_that_those_of_w_uk_are_near(tmp_p
     folder, _ = checkpoint(tmp_path, "deepseek_v3", CT4, quantized(formats.ct_packed), **WIDE)
     artifact = moec.compile(folder, out=tmp_path / "artifact", quantize="keep")
     assert artifact.manifest["figures"]["kept"]["layer_0"] == {"exact": ["int4_g32"], "near": ["int8_g32"]}
-    notes: list[str] = []
-    loaded = load(folder).module
-    module, _ = run_pipeline(
-        loaded, parse_pipeline(f"{INTO_MOE},keep-codes"), table=PASSES, target=TARGETS["cpu"], why=notes
-    )
-    stored = {c.value.name: c.value.type.dtype for c in module.by_name["layer_0"].consts}
+    passes = parse_pipeline(f"{INTO_MOE},keep-codes")
+    run = run_pipeline(load(folder).module, passes, table=PASSES, target=TARGETS["cpu"])
+    stored = {c.value.name: c.value.type.dtype for c in run.module.by_name["layer_0"].consts}
     assert (stored["w_uk"], stored["w_uv"]) == ("int8_g32", "int4_g32")
-    assert any("%w_uk: " in note and "near and not the same" in note for note in notes), notes
+    assert any("%w_uk: " in note.reason and "near and not the same" in note.reason for note in run.notes), run.notes
 
 
 def test_weights_of_heads_are_rounded_to_nearest_whatever_the_method(tmp_path):
     FAMILIES["deepseek_v3"].config(**WIDE).save_pretrained(tmp_path)
-    notes: list[str] = []
     passes = parse_pipeline(f"{INTO_MOE},quantize{{method=gptq,group=32}}")
-    module, _ = run_pipeline(load(tmp_path).module, passes, table=PASSES, target=TARGETS["cpu"], why=notes)
+    run = run_pipeline(load(tmp_path).module, passes, table=PASSES, target=TARGETS["cpu"])
     methods = {
-        c.value.name: method_of(c.recipe) for c in module.by_name["layer_0"].consts if "_g32" in c.value.type.dtype
+        c.value.name: method_of(c.recipe) for c in run.module.by_name["layer_0"].consts if "_g32" in c.value.type.dtype
     }
     assert {n for n, method in methods.items() if method == "rtn"} == {"w_uk", "w_uv"}
     assert len(methods) > 2
     for name in ("w_uk", "w_uv"):
-        assert any(f"%{name}: its blocks have inputs of their own" in note for note in notes), notes
+        assert any(f"%{name}: its blocks have inputs of their own" in note.reason for note in run.notes), run.notes

@@ -41,15 +41,15 @@ def test_file(path: Path, request: pytest.FixtureRequest):
     before, separator, expected = text.partition(SEPARATOR)
     comments = [(n, *m.groups()) for n, line in enumerate(before.splitlines(), 1) if (m := COMMENT.search(line))]
     assert separator or comments, f"{path.name} says neither what comes out nor what goes wrong"
-    notes: list[str] = []
     try:
         passes, target = command(before)
         table = PASSES if target is None else passes_for(target)
         module = parse_module(before, str(path))
-        result, _ = run_pipeline(module, passes, target=target, table=table, check=True, why=notes)
+        run = run_pipeline(module, passes, target=target, table=table, check=True)
     except MoecError as error:
         check_error(error, comments)
         return
+    result, notes = run.module, [str(note) for note in run.notes]
     assert not [text for _, kind, text in comments if kind == "error"], "the command did not fail"
     for _, _, wanted in comments:
         assert f"note: {wanted}" in notes, "\n".join(notes)

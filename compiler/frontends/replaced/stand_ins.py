@@ -20,6 +20,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
+from ...ir.notes import Note
 from .checked_sources import CHECKED
 
 UNREADABLE = "unreadable"  # in place of a hash, where Python has no source of a function
@@ -35,12 +36,14 @@ class StandIn:
     checked: bool
     known: bool  # whether any source of that name was ever checked
 
-    def note(self) -> str:
-        """Say what stands for what, and whether it was checked."""
+    def note(self) -> Note:
+        """Return what stands for what, and a warning if it was not checked."""
         text = f"moec's {self.name} stands for {self.replaces} of transformers"
         if self.checked:
-            return f"import: {text}"
-        return f"warning: {text}, whose source {'changed since it was' if self.known else 'was never'} checked"
+            return Note(f"import: {text}")
+        return Note(
+            f"{text}, whose source {'changed since it was' if self.known else 'was never'} checked", warning=True
+        )
 
     def entry(self) -> dict[str, Any]:
         """Return what moec.json says."""

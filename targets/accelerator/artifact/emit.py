@@ -10,6 +10,7 @@ from typing import Any
 from ....compiler.ir.module import Module
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.sources.source import WeightSource
+from ...target import Emitted
 from ..chip.chip import Profile
 from ..triton.source import triton_source
 from .ascend_objects import source_of
@@ -28,18 +29,17 @@ def emit(
     folder: Path,
     tile_bytes: int = TILE_BYTES,
     progress: Callable[[int], None] | None = None,
-    notes: list[str] | None = None,
     *,
     profile: Profile,
     compiled: bool = True,
     make_toolchain: bool = False,
     buckets: Sequence[int] | None = None,
-) -> dict[str, str]:
-    """Write the artifact's files into a folder and return the sha256 of each by name.
+) -> Emitted:
+    """Write the artifact's files into a folder; return the sha256 of each, and which tuning files of other engines are left out.
 
     Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set; `make_toolchain` makes
     triton-ascend's environment if it takes that and there is none; `buckets` are what kernel_specs takes as tokens. `progress` is told the
-    bytes of weights written so far, `notes` gets which tuning files of other engines are left out. MoecError for an op that no kernel computes, for a chip on which a kernel does not
+    bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on which a kernel does not
     fit, for weights that cannot be read and for a full disk.
     """
     kernels = kernel_specs(module, profile, buckets or BUCKETS)
@@ -50,9 +50,8 @@ def emit(
         made = compile_kernels(kernels, profile, SOURCES, make_toolchain=make_toolchain)
         kernels, objects = made.kernels, made.files
     sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
-    left_out = [] if notes is None else notes
-    tuned = engine_files(find_problems(module, packed), profile, left_out)
-    engines = {f"{ENGINES}/{name}": _json(content) for name, content in tuned}
+    tuned, left_out = engine_files(find_problems(module, packed), profile)
+    engines = {f"{ENGINES}/{name}": _json(content) for name, content in tuned.items()}
     texts = {
         **sources,
         **engines,
@@ -60,7 +59,7 @@ def emit(
         PLAN: _json(place_on_devices(module, profile, found)),
     }
     written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
-    return written | write_shards(found, source, folder, tile_bytes, progress)
+    return Emitted(written | write_shards(found, source, folder, tile_bytes, progress), left_out)
 
 
 def _source(kernel: KernelSpec, profile: Profile) -> str:

@@ -9,11 +9,12 @@ FP8 weights with one scale for a tensor or a row are FP8 in the name, whatever f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ....compiler.ir.module import Module
+from ....compiler.ir.notes import Note, distinct
 from ....compiler.ir.recipes import Recipe, steps_of
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
@@ -128,25 +129,22 @@ def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:
 
 
 def engine_files(
-    problems: Iterable[Problem], profile: Profile, notes: list[str]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (path, content) of the files for all routed experts of a model; `notes` gets the reason where a model has no such file."""
+    problems: Iterable[Problem], profile: Profile
+) -> tuple[dict[str, Mapping[str, Any]], tuple[Note, ...]]:
+    """Return the files for all routed experts of a model by their paths, and notes where experts have no such file."""
     device = DEVICES.get(profile.name)
-    done: set[str] = set()
+    files: dict[str, Mapping[str, Any]] = {}
+    notes: list[Note] = []
     for p in problems:
         if device is None:
             reason = f"what the engines call {profile.name} is not known, or they do not run on it"
         else:
             names = {engine: file_name(engine, p, device) for engine in ("vllm", "sglang")}
             reason = f"their fused-MoE kernel has no weights in {p.experts.up.format}"
-            if names["vllm"] in done:
-                continue
             if names["vllm"] is not None:
-                done.add(names["vllm"])
-                content = entries(p, profile)
-                yield f"vllm/{names['vllm']}", content
-                yield f"sglang/triton_{TRITON.replace('.', '_')}/{names['sglang']}", content
+                if (path := f"vllm/{names['vllm']}") not in files:
+                    files[path] = entries(p, profile)
+                    files[f"sglang/triton_{TRITON.replace('.', '_')}/{names['sglang']}"] = files[path]
                 continue
-        note = f"no tuning files of vLLM and SGLang for experts of {p.experts.up.format}: {reason}"
-        if note not in notes:
-            notes.append(note)
+        notes.append(Note(f"no tuning files of vLLM and SGLang for experts of {p.experts.up.format}: {reason}"))
+    return files, distinct(notes)

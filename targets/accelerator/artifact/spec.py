@@ -18,7 +18,6 @@ from ....compiler.errors import MoecError
 from ....compiler.ir.module import Function, Module, Op, bindings
 from ....compiler.ops import OPS
 from ....compiler.ops.define import free
-from ....compiler.rewrite.rules import tell
 from ....compiler.version import __version__
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
@@ -194,9 +193,7 @@ def _memories_json(profile: Profile) -> dict[str, Any]:
 # --- from a module -------------------------------------------------------------------------------------------------
 
 
-def kernel_specs(
-    module: Module, profile: Profile, tokens: Sequence[int] = BUCKETS, why: list[str] | None = None
-) -> Kernels:
+def kernel_specs(module: Module, profile: Profile, tokens: Sequence[int] = BUCKETS) -> Kernels:
     """Return the kernels of a module of stage kernel for each bucket of tokens.
 
     MoecError for an op that has no kernel, for a weight in a format that none reads, and where nothing fits the chip.
@@ -218,11 +215,7 @@ def kernel_specs(
                 IMPLEMENTATIONS[op.name](op, _weights(function, op, stored)) if op.name in IMPLEMENTATIONS else None
             )
             if computation is not None and not multiplies(profile, computation.matmuls):
-                tell(
-                    why,
-                    [f"{place}: {profile.name} does not multiply {computation.matmuls}, so the framework computes it"],
-                )
-                computation = None
+                computation = None  # the framework computes it
             if computation is None:
                 framework.append({"op": op.name, "place": place, "calls": calls[function.name]})
                 steps.append({"op": op.name, "place": place, **_values(op), "attributes": _attributes(op)})
@@ -238,7 +231,7 @@ def kernel_specs(
             group.calls += calls[function.name]
             steps.append({"op": op.name, "place": place, "kernels": group.name, **_values(op, named=True)})
         functions.append({"name": function.name, "calls": calls[function.name], "steps": steps})
-    kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)), why)]
+    kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)))]
     return Kernels(
         profile.name,
         profile,
@@ -290,7 +283,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[str] | None) -> Iterable[KernelSpec]:
+def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...]) -> Iterable[KernelSpec]:
     low = 1
     fits: defaultdict[tuple[str, str], dict[Tile, Fit]] = defaultdict(
         dict
@@ -298,9 +291,7 @@ def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...], why: list[
     for high in buckets:
         offered = group.computation.implementations(_tokens(high), profile)
         found = [(i, [(k, search(k, profile, fits[i.name, k.name])) for k in i.kernels]) for i in offered]
-        fastest, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
-        if why is not None and len(offered) > 1:
-            why.append(f"{group.name}, up to {high} tokens: {fastest.name} of {', '.join(i.name for i in offered)}")
+        _, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
         made: set[str] = set()
         for kernel, choice in best:
             binding = bind(group.op, kernel, choice.best.program, group.computation.weights, made)

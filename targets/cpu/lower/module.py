@@ -13,6 +13,7 @@ from typing import Any
 from ....compiler.errors import MoecError, Refuse
 from ....compiler.formats.table import find_format
 from ....compiler.ir.module import Function, Module, Op
+from ....compiler.ir.notes import Note, Rewritten
 from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from .. import ops, ops_quantized
@@ -27,8 +28,8 @@ from .slices import join_slices
 assert ops and ops_quantized  # what ops are lowered to is declared there
 
 
-def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST, record: Record | None = None) -> Module:
-    """Return the module at stage kernel; `why` gets a note for each attention and MoE block left in plain ops.
+def lower(module: Module, accuracy: str = FAST, record: Record | None = None) -> Rewritten:
+    """Return the module at stage kernel, with a note for each attention and MoE block left in plain ops.
 
     `accuracy` is `fast` (activations beside quantized weights are rounded to int8) or `exact` (they stay f32). Only
     what the record (by default the one that moec comes with) calls right is used.
@@ -36,18 +37,19 @@ def lower(module: Module, why: list[str] | None = None, accuracy: str = FAST, re
     if accuracy not in ACCURACIES:
         raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
     if module.stage == "kernel":
-        return module
-    notes = why if why is not None else []
+        return Rewritten(module)
     record = record or shipped()
-    if note := version_note(record):
-        notes.append(f"note: {note}")
-    functions = tuple(_lower_function(f, accuracy, record, notes) for f in module.functions)
-    functions = tuple(keep_last_tokens(f) if f.name == "main" else f for f in functions)
-    result = replace(module, stage="kernel", functions=functions)
-    return result
+    about_record = version_note(record)
+    notes = [Note(about_record)] if about_record else []
+    functions = []
+    for function in module.functions:
+        lowered, found = _lower_function(function, accuracy, record)
+        functions.append(keep_last_tokens(lowered) if lowered.name == "main" else lowered)
+        notes += found
+    return Rewritten(replace(module, stage="kernel", functions=tuple(functions)), tuple(notes))
 
 
-def _lower_function(function: Function, accuracy: str, record: Record, notes: list[str]) -> Function:
+def _lower_function(function: Function, accuracy: str, record: Record) -> tuple[Function, list[Note]]:
     blocks: dict[str, Rewrite] = {
         "nn.cached_attention": partial(group_query_attention, record=record),
         "nn.gated_mlp": gated_mlp,
@@ -62,10 +64,11 @@ def _lower_function(function: Function, accuracy: str, record: Record, notes: li
         "nn.block_linear": partial(lower_linear, accuracy=accuracy, record=record),
         "nn.embedding": partial(lower_embedding, record=record),
     }
-    function = rewrite_ops(function, {"moe.experts": _merge_choices}, "lower", notes)
-    function = rewrite_ops(function, blocks, "lower", notes, instead)
+    merged, about_choices = rewrite_ops(function, {"moe.experts": _merge_choices}, "lower")
+    fused, about_blocks = rewrite_ops(merged, blocks, "lower", instead)
     # blocks have become linears too: those on quantized weights come last
-    return join_slices(rewrite_ops(function, weights, "lower", notes))
+    lowered, about_weights = rewrite_ops(fused, weights, "lower")
+    return join_slices(lowered), [*about_choices, *about_blocks, *about_weights]
 
 
 # --- routed experts --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ def write_genai_config(module: Module, folder: Path) -> None:
     """Write genai_config.json into an artifact that has the checkpoint's config.json, where GenAI can run it."""
     config, generation = (read_object(folder, name) for name in (CONFIG, GENERATION))
     ends = find_end_tokens(folder).ids
-    content = genai_config(module, config, generation, ends) if config else None
-    if content:
-        (folder / NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if config:
+        with suppress(Refuse):
+            content = genai_config(module, config, generation, ends)
+            (folder / NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def genai_config(
-    module: Module, config: Mapping[str, Any], generation_config: Mapping[str, Any], ends: Sequence[int],
-    why: list[str] | None = None,
-) -> dict[str, Any] | None:  # fmt: skip
-    """Return the content of genai_config.json, or None where GenAI cannot run the program; `why` gets the reason.
+    module: Module, config: Mapping[str, Any], generation_config: Mapping[str, Any], ends: Sequence[int]
+) -> dict[str, Any]:
+    """Return the content of genai_config.json; Refuse where GenAI cannot run the program.
 
     `config` and `generation_config` are the checkpoint's files as read, `ends` its end tokens. GenAI wants
     token ids, a mask and positions, one key and one value cache for each layer, all of one shape, and logits for every
@@ -42,16 +43,11 @@ def genai_config(
     inner = config.get("text_config")
     config = inner if isinstance(inner, dict) else config
     tokens = {**config, **{k: v for k, v in generation_config.items() if v is not None}}
-    try:
-        cache = _caches(module)
-        vocabulary = _logits(module)
-        if not ends:
-            raise Refuse("the checkpoint names no end-of-text token")
-        heads, hidden = (_number(config, name) for name in ("num_attention_heads", "hidden_size"))
-    except Refuse as refusal:
-        if why is not None:
-            why.append(f"no {NAME}: {refusal.reason}")
-        return None
+    cache = _caches(module)
+    vocabulary = _logits(module)
+    if not ends:
+        raise Refuse("the checkpoint names no end-of-text token")
+    heads, hidden = (_number(config, name) for name in ("num_attention_heads", "hidden_size"))
     first = ends[0]
     context = config.get("max_position_embeddings") or next(d.high for d in module.dims if d.name == "P")
     given = [p.name for p in module.main.params if p.name in _INPUTS]

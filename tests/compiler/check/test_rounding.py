@@ -53,7 +53,7 @@ def program():
 
 def checked(module, name, table=PASSES, **options):
     """Run a pass on a module and check what it did; return the module."""
-    return run_pipeline(module, (PassCall(name, options),), table=table, check=True)[0]
+    return run_pipeline(module, (PassCall(name, options),), table=table, check=True).module
 
 
 def everything(name, method="rtn"):
@@ -82,7 +82,7 @@ def models():
     return {
         family: run_pipeline(
             frontends.load(random_model(FAMILIES[family])).module, tuple(map(PassCall, pipeline)), table=PASSES
-        )[0]
+        ).module
         for family in ("qwen2_moe", "gpt_oss")
     }  # fmt: skip
 
@@ -121,7 +121,7 @@ def test_codes_that_no_format_holds_are_near(tmp_path):
 
 def moe(module):
     steps = tuple(map(PassCall, ("cleanup", "lift-moe", "cleanup", "fuse-router", "cleanup")))
-    return run_pipeline(module, steps, table=PASSES)[0]
+    return run_pipeline(module, steps, table=PASSES).module
 
 
 # --- faults ----------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_a_weight_keeps_its_name_through_the_lowering(qwen, target):
     """Whatever a target makes of a weight, in the order of its rows and in its parts."""
     _, loaded, module = qwen
     calibration = calibrate(module, loaded.weights, IDS)
-    lowered = open_target(target, {}).lower(module)
+    lowered = open_target(target, {}).lower(module, None).module
     names = {
         weight_of(bind(c.recipe, f.weights, bound)) for f, bound in walk_calls(lowered) for c in f.consts
     } - {""}  # fmt: skip

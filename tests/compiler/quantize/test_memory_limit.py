@@ -38,7 +38,7 @@ def qwen():
 
 def quantized(module, **options):
     policy = {"attention": "uint4_g16", "experts": "uint4_g16", "embedding": "f32", "head": "uint4_g16", **options}
-    return PASSES["quantize"](module, TARGETS["cpu"], None, method="gptq", **policy)
+    return PASSES["quantize"](module, TARGETS["cpu"], method="gptq", **policy)
 
 
 @pytest.mark.parametrize("starved", ["rtn", "force"])
@@ -78,7 +78,7 @@ def test_sensitivities_in_batches(qwen):
 
     def store(module, layers):
         return PASSES["quantize"](
-            module, None, None, layers=layers,
+            module, None, layers=layers,
             **dict.fromkeys(("experts", "attention", "shared", "dense", "embedding", "head"), "f32"),
         )  # fmt: skip
 

@@ -141,7 +141,7 @@ def test_without_a_dump_folder_the_reproducer_gets_its_own(module, tmp_path, mon
 
 
 def test_numbers_are_compared_only_on_demand(module):
-    assert run(module, "other-epsilon")[0] is not module
+    assert run(module, "other-epsilon").module is not module
     assert failure(module, "lossy-epsilon", check=True).what.startswith("wrong numbers: %y differs by")
 
 
@@ -202,7 +202,8 @@ def test_spelling_parses_back():
 
 
 def test_dumps_are_numbered_and_only_of_passes_that_changed_something(module, tmp_path):
-    result, timings = run(module, "cleanup, lift-moe, cleanup", dump=tmp_path)
+    done = run(module, "cleanup, lift-moe, cleanup", dump=tmp_path)
+    result, timings = done.module, done.timings
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00.load.moir", "02.lift-moe.moir"]
     assert parse_module((tmp_path / "02.lift-moe.moir").read_text("utf-8"), "dump") == result
     assert [(t.name, t.changed) for t in timings] == [("cleanup", False), ("lift-moe", True), ("cleanup", False)]
@@ -214,8 +215,8 @@ def test_dumps_are_numbered_and_only_of_passes_that_changed_something(module, tm
     [("graph", ["cleanup"]), ("moe", ["cleanup", "lift-moe", "cleanup"]), ("lift-moe", ["cleanup", "lift-moe"])],
 )
 def test_stop_after_a_stage_or_a_pass(module, stop, names):
-    _, timings = run(module, "cleanup, lift-moe, cleanup", stop_after=stop)
-    assert [t.name for t in timings] == names
+    done = run(module, "cleanup, lift-moe, cleanup", stop_after=stop)
+    assert [t.name for t in done.timings] == names
 
 
 def test_stop_after_something_unknown(module):
@@ -235,8 +236,7 @@ def test_kernel_stage_asks_the_target(module):
 
 def test_notes_reach_the_caller():
     path = FILES / "raise_norm_refused.moir"
-    notes: list[str] = []
-    run(parse_module(path.read_text("utf-8"), str(path)), "raise-norm", why=notes.append)
+    notes = [str(note) for note in run(parse_module(path.read_text("utf-8"), str(path)), "raise-norm").notes]
     assert "note: power_into_rms_norm not applied at %y (norm): %n is also used outside the pattern" in notes
 
 

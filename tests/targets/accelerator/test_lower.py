@@ -4,11 +4,10 @@ import dataclasses
 import subprocess
 import sys
 
-import moec
 import pytest
 import torch
 from moec.compiler.check.compare import compare_function
-from moec.compiler.driver import passes_for
+from moec.compiler.driver import compile_source, passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.families import FAMILIES
@@ -164,23 +163,22 @@ def test_rounding_is_lossy_and_bf16_is_not():
     steps = parse_pipeline("round-weights,lower")
     for recipe, lossy in [('tensor("w", f32[256, 256])', True), ('cast(tensor("w", bf16[256, 256]), to=f32)', False)]:
         module = parse_module(LINEAR.format(recipe))
-        why = []
-        lowered, timings = run_pipeline(module, steps, target=TARGET, check=True, table=passes_for(TARGET), why=why)
-        assert lowered.main.consts[0].value.type.dtype == "bf16" and lowered.main.consts[0].value.name == "w"
-        assert is_lossy(lowered) == lossy == timings[0].changed
-        assert any("1 weights are rounded to bf16: %w" in note for note in why) == lossy
+        run = run_pipeline(module, steps, target=TARGET, check=True, table=passes_for(TARGET))
+        stored = run.module.main.consts[0].value
+        assert stored.type.dtype == "bf16" and stored.name == "w"
+        assert is_lossy(run.module) == lossy == run.timings[0].changed
+        assert any("1 weights are rounded to bf16: %w" in note.reason for note in run.notes) == lossy
     with pytest.raises(MoecError, match="not rounded to f8"):
         PASSES["round-weights"](module, to="f8")
 
 
 def test_a_matrix_that_bf16_does_not_hold_stays_and_says_so():
-    why = []
-    lowered = lower(parse_module(LINEAR.format('tensor("w", f32[256, 256])')), why)
+    lowered, notes = lower(parse_module(LINEAR.format('tensor("w", f32[256, 256])')))
     assert lowered.main.consts[0].value.type.dtype == "f32"
-    assert any("%w stays f32" in note and "round-weights" in note for note in why)
-    with pytest.raises(MoecError, match="no accuracy"):
-        lower(lowered, accuracy="half")
-    assert lower(lowered) is lowered
+    assert any("%w stays f32" in note.reason and "round-weights" in note.reason for note in notes)
+    with pytest.raises(MoecError, match="pass lower has no option accuracy"):
+        passes_for(TARGET)["lower"].convert({"accuracy": "exact"})
+    assert lower(lowered).module is lowered
 
 
 def test_quantize_comes_before_rounding():
@@ -213,14 +211,14 @@ func @main(%x: f32[T, 256], %ids: i64[T, 2], %gates: f32[T, 2]) -> (f32[T, 256])
 
 
 def test_fp8_blocks_of_a_checkpoint_are_kept():
-    module, notes = parse_module(BLOCKS), []
-    kept = PASSES["keep-codes"](module, TARGET, notes)
+    module = parse_module(BLOCKS)
+    kept, notes = PASSES["keep-codes"].run(module, TARGET)
     formats = {c.value.name: c.value.type.dtype for c in kept.main.consts}
     blocks = dict.fromkeys(("w", "part", "up", "down"), "fp8_b128")
     assert formats == {**blocks, "out": formats["out"], "last": "f32"} and formats["out"].startswith("f32"), notes
-    assert any("blocks of rows and columns would be turned" in note for note in notes)
+    assert any("blocks of rows and columns would be turned" in note.reason for note in notes)
     compare_function(module, kept, "main", {}, 1e-6)
-    lowered = lower(PASSES["round-weights"](kept))
+    lowered = lower(PASSES["round-weights"](kept)).module
     assert {c.value.name: c.value.type.dtype for c in lowered.main.consts} == {**blocks, "out": "bf16", "last": "bf16"}
     compare_function(PASSES["round-weights"](kept), lowered, "main", {}, 1e-6)
 
@@ -229,10 +227,10 @@ def test_fp8_blocks_of_a_checkpoint_are_kept():
 def test_families_are_lowered_with_their_numbers(family, tmp_path):
     """Of random checkpoints in f32, so that every matrix is rounded; the lowering itself changes no number."""
     folder = save(random_model(FAMILIES[family]), tmp_path)
-    why = []
-    module = moec.compile(folder, target="nvidia-h200", stop_after="lower", check=True, why=why)
+    done = compile_source(folder, target="nvidia-h200", stop_after="lower", check=True)
+    module = done.module
     assert [supported(op) for f in module.functions for op in f.ops if supported(op)] == []
-    assert is_lossy(module) and any("rounded to bf16" in note for note in why)
+    assert is_lossy(done.module) and any("rounded to bf16" in note.reason for note in done.notes)
     moe = [f for f in module.functions if any(op.name == "acc.grouped_up" for op in f.ops)]
     assert moe
     for function in moe:
@@ -271,7 +269,7 @@ def test_formats_that_they_do_not_read():
 )
 def test_quantize_picks_groups(options, format):
     module = parse_module(LINEAR.format('tensor("w", f32[256, 256])'))
-    assert PASSES["quantize"](module, TARGET, [], **options).main.consts[0].value.type.dtype == format
+    assert PASSES["quantize"](module, TARGET, **options).main.consts[0].value.type.dtype == format
 
 
 def test_one_format_for_everything_leaves_out_the_embedding():
@@ -279,13 +277,13 @@ def test_one_format_for_everything_leaves_out_the_embedding():
     text = text.replace(
         "  %y", '  const %e : f32[9, 256] = tensor("e", f32[9, 256])\n  %x = nn.embedding(%t, %e) : f32[T, 256]\n  %y'
     )
-    module, notes = parse_module(text), []
+    module = parse_module(text)
     everything = dict.fromkeys(("experts", "attention", "shared", "dense", "embedding", "head"), "mxfp4")
-    made = PASSES["quantize"](module, TARGET, notes, **everything)
+    made, notes = PASSES["quantize"].run(module, TARGET, **everything)
     assert {c.value.name: c.value.type.dtype for c in made.main.consts} == {"w": "mxfp4", "e": "f32"}
-    assert any("looked up by the framework" in note for note in notes)
+    assert any("looked up by the framework" in note.reason for note in notes)
     with pytest.raises(MoecError, match="looked up by the framework"):
-        PASSES["quantize"](module, TARGET, [], embedding="mxfp4")
+        PASSES["quantize"](module, TARGET, embedding="mxfp4")
 
 
 # --- targets -------------------------------------------------------------------------------------------------------

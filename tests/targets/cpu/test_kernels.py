@@ -426,7 +426,7 @@ def no_weights(recipe: object) -> torch.Tensor:
 
 
 def run_case(module: Module, given: Case, folder: Path, all_sizes: Sequence[dict[str, int]] = SIZES) -> None:
-    emit(lower(module), RandomSource(), folder)
+    emit(lower(module).module, RandomSource(), folder)
     runner = open_session(folder)
     for seed, sizes in enumerate(all_sizes):
         inputs = random_inputs(module, "main", sizes, seed)

@@ -61,13 +61,12 @@ def program(
 
 def lowered(module: Module, record: Record | None = None, **options: Any) -> tuple[set[str], list[str]]:
     """Return the names of the ops and the notes; the numbers are compared on the way."""
-    why: list[str] = []
-    result = lower(module, why, record=record, **options)
+    result, notes = lower(module, record=record, **options)
     verify(result)
     inputs = random_inputs(module, "main", {"T": 7})
     (want,), (got,) = (interpret(m, inputs, lambda r: pull(r, SOURCE)) for m in (module, result))
     assert torch.allclose(got, want, atol=1e-5)
-    return {op.name for op in result.main.ops}, why
+    return {op.name for op in result.main.ops}, [str(note) for note in notes]
 
 
 def without(*variants: Variant, finding: Finding | None = None) -> Record:
@@ -99,9 +98,9 @@ def test_wrong_linears_become_f32() -> None:
 def test_int8_activations_that_are_wrong_become_f32_ones() -> None:
     module = program()
     record = without(Variant("MatMulNBits", "uint4_g32", accuracy=4))
-    (op,) = (op for op in lower(module, record=record).main.ops if op.name == "ort.matmul_nbits")
+    (op,) = (op for op in lower(module, record=record).module.main.ops if op.name == "ort.matmul_nbits")
     assert op.attributes["accuracy"] == 0
-    (op,) = (op for op in lower(module).main.ops if op.name == "ort.matmul_nbits")
+    (op,) = (op for op in lower(module).module.main.ops if op.name == "ort.matmul_nbits")
     assert op.attributes["accuracy"] == 4
 
 
@@ -224,7 +223,7 @@ def test_what_attention_does_inside(width: int, turned: int, wrong: list[str], i
     text = ATTENTION.replace("R]", f"{turned}]").replace("D]", f"{width}]").replace("N]", f"{heads * width}]")
     module = parse_module(text.replace("heads=H", f"heads={heads}"))
     verify(module)
-    result = lower(module, record=without(*(Variant("GroupQueryAttention", option=name) for name in wrong)))
+    result = lower(module, record=without(*(Variant("GroupQueryAttention", option=name) for name in wrong))).module
     verify(result)
     inputs = random_inputs(module, "main", {"S": 3, "P": 2})
     for want, got in zip(*(interpret(m, inputs, lambda r: pull(r, SOURCE)) for m in (module, result)), strict=True):
@@ -282,14 +281,15 @@ def test_slow_formats_are_for_those_who_ask_for_them(wish: dict[str, Any], store
     text = re.sub(r"quantize\((.*), to=\w+\)", r"\1", PROGRAM)
     text = text.replace("128, 64", "96, 64").replace("64, 64", "64, 48").replace("ACT", "act=silu")
     text = re.sub("EMBED|EXPERTS|HEAD", "f32", text).replace("SCORE", "softmax(%r) {axis=1}")
-    why: list[str] = []
-    module = quantize(parse_module(text), open_target("cpu", {}), why, embedding="f32", head="f32", **wish)
+    module, why = quantize.run(parse_module(text), open_target("cpu", {}), embedding="f32", head="f32", **wish)
     (use,) = (op for op in module.main.ops if op.name == "moe.experts")
     assert {v.type.dtype for v in use.operands[3:5] if v} == {stored}
     if stored == "f32":
-        assert len(why) == 2 and all("is slow" in note and "it stays f32" in note for note in why)  # up and down
+        assert len(why) == 2 and all(
+            "is slow" in note.reason and "it stays f32" in note.reason for note in why
+        )  # up and down
     else:
-        assert why == []
+        assert why == ()
         names, notes = lowered(module)
         assert (
             "ort.qmoe" in names

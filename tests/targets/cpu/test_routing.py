@@ -85,7 +85,7 @@ def test_scheme_on_the_cpu(name: str) -> None:
     module = parse_module(SCHEMES[name].read_text("utf-8").partition("# ---- expect")[0])
     fused = opt(module, "fuse-router,cleanup")
     assert sum(op.name == "moe.route" for op in fused.main.ops) == 1
-    runner = session(open_target("cpu", {}).lower(fused))
+    runner = session(open_target("cpu", {}).lower(fused, None).module)
     for factor, shift in EXTREMES:
         for seed in range(3):
             check(module, runner, inputs_of(module, factor, shift, seed))

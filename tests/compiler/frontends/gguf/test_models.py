@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_models import write_model
+from moec.compiler.driver import compile_source
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends import load
 from moec.compiler.frontends.gguf.model import dequantized
@@ -53,13 +54,13 @@ def test_layers_in_mixed_types_with_minimums(tmp_path):
         file, plain = write_model(
             tmp_path, "mixtral", kind, hidden_size=256, intermediate_size=256, num_hidden_layers=2
         )
-    notes = []
-    artifact = moec.compile(file, out=tmp_path / "a", accuracy="exact", why=notes)
+    done = compile_source(file, out=tmp_path / "a", accuracy="exact")
+    artifact, notes = done.artifact, done.notes
     kept = artifact.manifest["figures"]["kept"]
     assert kept["main"] == {"exact": ["int8_g16"]} and artifact.manifest["lossy"]
     assert kept["layer_0"] == {"exact": ["int8_g16"], "near": ["int8_g16", "int8_g32"]}
     assert kept["layer_1"] == {"near": ["int8_g32"]}
-    assert any("minimums that are no multiples" in note for note in notes)
+    assert any("minimums that are no multiples" in note.reason for note in notes)
     assert difference(artifact, plain, of=torch.median) < 0.01
 
 

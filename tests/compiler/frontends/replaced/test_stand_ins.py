@@ -128,4 +128,4 @@ def test_an_indexer_that_nobody_knows():
         if isinstance(module, known):
             module.__class__ = new
     warning = "moec's replaced.indexer.under_topk stands for NewIndexer.forward of transformers, whose source was never checked"
-    assert [s.note() for s in stand_ins(model) if not s.checked] == [f"warning: {warning}"]
+    assert [str(s.note()) for s in stand_ins(model) if not s.checked] == [f"warning: {warning}"]

@@ -91,7 +91,7 @@ def test_it_is_inspected_and_run(artifact):
 
 
 def test_the_plan_counts_bytes():
-    module = lower(parse_module(TEXT))
+    module = lower(parse_module(TEXT)).module
     plan = place_on_devices(module, H200, find_shards(module, weight_layouts(module, H200)))
     (device,) = plan["devices"]
     assert device["weights"] == sum(s["bytes"] for s in device["shards"]) == 2 * 64 * 64 * 2
@@ -108,7 +108,7 @@ def test_the_plan_counts_bytes():
 
 @pytest.fixture(scope="module")
 def kernels():
-    return kernel_specs(lower(parse_module(TEXT)), H200, (16,))
+    return kernel_specs(lower(parse_module(TEXT)).module, H200, (16,))
 
 
 def made(wanted, spills=0, limit=None):
@@ -228,15 +228,13 @@ def test_tuning_files_have_the_engines_names(weight, recipe, vllm, sglang, chip,
     (problem,) = find_problems(module, weight_layouts(module, profile))
     for engine, suffix in (("vllm", vllm), ("sglang", sglang)):
         assert file_name(engine, problem, device) == f"E=8,N=256,device_name={device}{suffix}.json"
-    notes: list[str] = []
-    names = []
-    for name, content in engine_files([problem], profile, notes):
-        names.append(name)
+    files, notes = engine_files([problem], profile)
+    for content in files.values():
         itemsize = 1 if "fp8" in suffix else 2
         for entry in content.values():  # what the engines' kernel keeps in shared memory has to fit there
             tile = (entry["BLOCK_SIZE_M"] + entry["BLOCK_SIZE_N"]) * entry["BLOCK_SIZE_K"] * itemsize
             assert (entry["num_stages"] - 1) * tile <= {"nvidia-gb10": 101376, "nvidia-b300": 232448}[chip]
-    assert len(names) == 2 and not notes
+    assert len(files) == 2 and not notes
 
 
 def test_tuning_files_that_cannot_be_are_noted(artifact):

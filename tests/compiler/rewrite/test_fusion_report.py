@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.rewrite.unfused import line, unfused
+from moec.compiler.rewrite.fusion_report import fusion_report, line
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.source import RandomSource
@@ -56,9 +56,9 @@ def test_a_program_whose_blocks_are_fused_names_none(tmp_path):
 def test_spelled_out_blocks_are_named_and_right(tmp_path):
     """The reason is that of the rule that came nearest; the cost counts copies of tokens and weights."""
     module = parse_module(REFUSED.read_text("utf-8"), str(REFUSED))
-    notes: list[str] = []
-    lowered = lower(PASSES["fuse-dispatch"](module, why=notes), notes)
-    found = unfused(lowered, notes)
+    fused, notes = PASSES["fuse-dispatch"].run(module)
+    lowered, more = lower(fused)
+    found = fusion_report(lowered, (*notes, *more))
     assert [entry["place"] for entry in found] == [f"mlp{i}" for i in range(5)]
     assert found[0]["reason"] == "only %bg has a bias of the two (%g0, %u0)"
     assert found[2]["reason"].startswith("the halves are clamped to")
@@ -78,4 +78,4 @@ def test_spelled_out_blocks_are_named_and_right(tmp_path):
 
 def test_without_a_note_the_reason_is_not_made_up():
     module = parse_module(REFUSED.read_text("utf-8"), str(REFUSED))
-    assert {entry["reason"] for entry in unfused(module)} == {"no pass of this run said why"}
+    assert {entry["reason"] for entry in fusion_report(module)} == {"no pass of this run said why"}

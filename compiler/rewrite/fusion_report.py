@@ -9,23 +9,23 @@ import sympy
 
 from ..ir.dims import Size
 from ..ir.module import Function, Module, Op
+from ..ir.notes import Note
 from ..ir.types import TensorType
 from ..ops.define import free
-from .rules import Note
 
 _LOOPS = ("experts", "experts_nbits")  # ops that a target runs as a loop, whatever their weights are stored in
 _UNKNOWN = "no pass of this run said why"
 
 
-def unfused(module: Module, notes: Iterable[str] = ()) -> list[dict[str, Any]]:
+def fusion_report(module: Module, notes: Iterable[Note] = ()) -> list[dict[str, Any]]:
     """Return {function, place, reason, cost} of every MoE block that no op of the target does as a whole.
 
     A block is a moe.experts that the target's lowering left, or dispatch, grouped linears and combine. The reasons are
     those of the run's `notes`; the costs are counted from the ops' types.
     """
-    known = [note for note in notes if isinstance(note, Note)]
+    refusals = [note for note in notes if note.refused]
     return [
-        {"function": function.name, "place": ", ".join(op.loc), "reason": _reason(function, op, known), "cost": cost}
+        {"function": function.name, "place": ", ".join(op.loc), "reason": _reason(function, op, refusals), "cost": cost}
         for function in module.functions
         for op, cost in _blocks(function)
     ]
@@ -47,7 +47,7 @@ def _blocks(function: Function) -> Iterator[tuple[Op, str]]:
 
 def _reason(function: Function, op: Op, notes: list[Note]) -> str:
     """Return the reason of the rule that came nearest."""
-    own = [note for note in notes if note.function == function.name and note.place == op.loc]
+    own = [note for note in notes if note.function == function.name and note.loc == op.loc]
     return max(own, key=lambda note: note.matched).reason if own else _UNKNOWN
 
 
