@@ -192,8 +192,8 @@ def holds(op: Op, format: Format, record: Record | None = None) -> str | None:
     variants = _weights_of(op, format, record)
     if not variants:
         return f"no op of the target reads quantized weights of {op.name}"
-    if decodes(format) and not any(v in record.findings for v in variants):
-        return None
+    if decodes(format) and all(v.format != format.name for v in record.findings):
+        return None  # no operator has this format
     if format.element != "int":
         return f"target cpu does not run {format.name}: {record.refusal(variants)}"
     return _level(record, variants)[1] or None
