@@ -141,7 +141,8 @@ def memory(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
 moec.compile(source, stop_after="moe")  # what imports bring along
 before = memory("VmRSS")
-moec.compile(source, out=out, quantize=quantize, calibration=text, memory_limit=int(limit) * 10**6)
+budget = "4.5bpw" if quantize == "auto" else None
+moec.compile(source, out=out, quantize=quantize, budget=budget, calibration=text, memory_limit=int(limit) * 10**6)
 print(memory("VmHWM") - before)
 """
 
@@ -179,7 +180,7 @@ def test_freed_blocks_between_small_ones_that_stay(returning):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("quantize", ["int4,method=gptq", "int4,method=awq"])
+@pytest.mark.parametrize("quantize", ["int4,method=gptq", "int4,method=awq", "auto"])
 def test_a_limit_holds_beside_the_imports(quantize, tmp_path_factory, tmp_path):
     folder = tmp_path_factory.getbasetemp() / "150mb"
     if not folder.exists():
