@@ -26,7 +26,7 @@ from .weights.memory import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
-    from .frontends import Loaded
+    from .frontends.load import Loaded
     from .ir.module import Module
     from .quantize.plan import Plan
     from .rewrite.pipeline import PassTiming, Run
@@ -112,8 +112,8 @@ def compile_source(
     if isinstance(source, (str, Path)):
         _check_places(check_source(source), chosen, out, writes=stop_after is None, quantized=quantize is not None)
 
-    from . import frontends
     from .cost.count import module_costs
+    from .frontends.load import load
     from .quantize.planning import calibrated, plan_under_budget
     from .quantize.stored import needs_calibration
     from .rewrite.pipeline import remaining, run_pipeline
@@ -121,7 +121,7 @@ def compile_source(
     from .weights.heap import returning_freed_memory
 
     declare_kernel_ops()
-    loaded = frontends.load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    loaded = load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
 
     def make_plan(budget: Budget, method: str) -> Plan:
         loaded.need_weights()
@@ -222,13 +222,13 @@ def _emit(
 
 def load(source: Any, **options: Any) -> Module | Artifact:
     """Open an artifact folder, or import any other source as a module."""
-    from . import frontends
+    from .frontends.load import load
     from .runtime.artifact import Artifact
 
     declare_kernel_ops()
     if isinstance(source, (str, Path)) and (Path(source) / "moec.json").is_file():
         return Artifact.open(Path(source))
-    return frontends.load(source, **options).module
+    return load(source, **options).module
 
 
 def opt(source: Any, passes: str, **options: Any) -> Module:
@@ -246,12 +246,12 @@ def run_passes(
     resolve(pipeline, table)
     if isinstance(source, (str, Path)):
         check_source(source)
-    from . import frontends
+    from .frontends.load import load
     from .ir.module import Module
     from .rewrite.pipeline import run_pipeline
 
     declare_kernel_ops()
-    module = source if isinstance(source, Module) else frontends.load(source).module
+    module = source if isinstance(source, Module) else load(source).module
     return run_pipeline(module, pipeline, target=chosen, check=check, dump=Path(dump) if dump else None, table=table)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import sympy
 
-from ..compiler.check.interpret import run_op
 from ..compiler.ir.dims import size
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import step
@@ -121,6 +120,8 @@ def _constant(op: Op, rewriter: FunctionRewriter) -> Op | None:
 
 
 def _compute(op: Op, numbers: list[Any]) -> Any:
+    from ..compiler.check.interpret import run_op  # computes with torch
+
     scalars = [
         run_op(Op("core.constant", (), (), make_attrs({"value": n, "dtype": v.type.dtype})), [], {})[0]
         for n, v in zip(numbers, op.inputs, strict=True)

@@ -173,7 +173,7 @@ def v4(parts, tmp_path_factory):
 def test_v4_checkpoint_is_official(v4):
     """It names what the import reads, with all kinds of layers, and its logits are neither exploded nor collapsed."""
     import torch
-    from moec.compiler.frontends import load
+    from moec.compiler.frontends.load import load
     from moec.compiler.frontends.transformers.dequantized import dequantized_model
 
     loaded = load(v4)

@@ -24,8 +24,8 @@ import torch
 from deepseek_v4_checkpoint import official_config, write_official
 from deepseek_v4_models import WIDE
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers import model as importing
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.recipes import Literal, bind

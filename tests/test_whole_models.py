@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.cli.report import inspect
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from safetensors.torch import load_file, save_file
 from tiny_models import padded_batch, random_model, save
 

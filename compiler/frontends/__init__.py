@@ -13,7 +13,3 @@ gguf                a GGUF file
 dequantized         a quantized checkpoint as a model of transformers, for `moec verify`
 names               parameter names to recipes over checkpoint tensors
 """
-
-from .load import Loaded, load
-
-__all__ = ["Loaded", "load"]

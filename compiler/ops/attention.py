@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sympy
-import torch
 
+from ..ir.deferred import torch
 from ..ir.dims import Size, size
 from ..ir.types import TensorType
 from .define import OPS, Attributes, Domain, Types, fail, op

@@ -7,8 +7,8 @@ before this step; with it every size follows, for a prompt of any length and for
 from __future__ import annotations
 
 import sympy
-import torch
 
+from ..ir.deferred import torch
 from ..ir.dims import Size, floordiv, size
 from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op

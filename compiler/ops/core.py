@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import sympy
-import torch
 
+from ..ir.deferred import torch
 from ..ir.dims import Size, size
 from ..ir.dtypes import DTYPES
 from ..ir.types import TensorType
@@ -28,39 +26,40 @@ def with_axis(type: TensorType, axis: int, length: int | Size) -> TensorType:
 
 # --- elementwise -----------------------------------------------------------------------------------------------
 
-_BINARY: dict[str, tuple[Callable, str]] = {
-    "add": (torch.add, "Add, with broadcasting."),
-    "sub": (torch.sub, "Subtract y from x, with broadcasting."),
-    "mul": (torch.mul, "Multiply, with broadcasting."),
-    "div": (torch.div, "Divide x by y, with broadcasting."),
-    "pow": (torch.pow, "Raise x to the power y, with broadcasting."),
-    "maximum": (torch.maximum, "Take the larger element, with broadcasting."),
-    "minimum": (torch.minimum, "Take the smaller element, with broadcasting."),
+# ops that one function of torch computes, by its name there
+_BINARY = {
+    "add": "Add, with broadcasting.",
+    "sub": "Subtract y from x, with broadcasting.",
+    "mul": "Multiply, with broadcasting.",
+    "div": "Divide x by y, with broadcasting.",
+    "pow": "Raise x to the power y, with broadcasting.",
+    "maximum": "Take the larger element, with broadcasting.",
+    "minimum": "Take the smaller element, with broadcasting.",
 }
-for _name, (_function, _doc) in _BINARY.items():
+for _name, _doc in _BINARY.items():
     op(f"core.{_name}", "x: A[*X], y: A[*Y] -> z: A[broadcast(X, Y)]", doc=_doc)(
-        lambda x, y, _function=_function: _function(x, y)
+        lambda x, y, _name=_name: getattr(torch, _name)(x, y)
     )
 
-_COMPARE = {"eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
-for _name, _function in _COMPARE.items():
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     op(f"core.{_name}", "x: A[*X], y: A[*Y] -> z: bool[broadcast(X, Y)]", doc=f"Compare elements: x {_name} y.")(
-        lambda x, y, _function=_function: _function(x, y)
+        lambda x, y, _name=_name: getattr(torch, _name)(x, y)
     )
-for _name, _function in {"logical_and": torch.logical_and, "logical_or": torch.logical_or}.items():
+for _name in ("logical_and", "logical_or"):
     op(f"core.{_name}", "x: bool[*X], y: bool[*Y] -> z: bool[broadcast(X, Y)]", doc=f"Combine truth values: {_name}.")(
-        lambda x, y, _function=_function: _function(x, y)
+        lambda x, y, _name=_name: getattr(torch, _name)(x, y)
     )
 
-_UNARY: dict[str, Callable] = {
-    "neg": torch.neg, "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
-    "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
-    "silu": torch.nn.functional.silu, "relu": torch.relu, "softplus": torch.nn.functional.softplus,
-    "abs": torch.abs, "floor": torch.floor, "erf": torch.erf, "reciprocal": torch.reciprocal,
-}  # fmt: skip
-for _name, _function in _UNARY.items():
+_UNARY = (
+    "neg", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "relu", "abs", "floor", "erf", "reciprocal",
+)  # fmt: skip
+for _name in _UNARY:
     op(f"core.{_name}", "x: A[*X] -> y: A[*X]", doc=f"Apply {_name} to every element.")(
-        lambda x, _function=_function: _function(x)
+        lambda x, _name=_name: getattr(torch, _name)(x)
+    )
+for _name in ("silu", "softplus"):
+    op(f"core.{_name}", "x: A[*X] -> y: A[*X]", doc=f"Apply {_name} to every element.")(
+        lambda x, _name=_name: getattr(torch.nn.functional, _name)(x)
     )
 
 
@@ -241,11 +240,10 @@ def _input_flops(operands: Types, results: tuple[TensorType, ...], attributes: A
     return operands[0].elements
 
 
-_REDUCTIONS: dict[str, Callable] = {"sum": torch.sum, "mean": torch.mean, "amax": torch.amax}
-for _name, _function in _REDUCTIONS.items():
+for _name in ("sum", "mean", "amax"):
 
-    def _reference(x, *, axes: tuple[int, ...], keepdim: bool = False, _function=_function):
-        return _function(x, dim=axes, keepdim=keepdim)
+    def _reference(x, *, axes: tuple[int, ...], keepdim: bool = False, _name=_name):
+        return getattr(torch, _name)(x, dim=axes, keepdim=keepdim)
 
     op(f"core.{_name}", "x: A[*X] -> y: A[*Y]", infer=_reduce, flops=_input_flops, doc=f"Reduce axes: {_name}.")(
         _reference

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
-
+from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op

@@ -5,8 +5,7 @@ Manifold-constrained hyper-connections (mHC, Xie et al. 2026), as DeepSeek-V4 ha
 
 from __future__ import annotations
 
-import torch
-
+from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
+from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
+    "silu": lambda x: torch.nn.functional.silu(x),
+    "gelu": lambda x: torch.nn.functional.gelu(x),
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
+    "relu": lambda x: torch.relu(x),
     "relu2": lambda x: torch.relu(x).square(),
     "identity": lambda x: x,
 }

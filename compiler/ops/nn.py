@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sympy
-import torch
 
 from ..formats.table import find_format
+from ..ir.deferred import torch
 from ..ir.dims import Size, size
 from ..ir.types import TensorType
 from .core import axis_of, with_axis

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
 from .define import Attributes, Types, fail, op

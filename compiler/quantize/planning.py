@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
-from ..frontends import Loaded
+from ..frontends.load import Loaded
 from ..ir.module import Module
 from ..weights.heap import returning_freed_memory
 from .options import ROLES

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-import torch
-
 from ...compiler.formats.table import find_format
+from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ...compiler.formats.table import format_of, integers_of
+from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op

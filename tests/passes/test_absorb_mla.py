@@ -8,8 +8,8 @@ import onnx
 import pytest
 import torch
 from moec.compiler.cost.count import op_flops
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.dims import evaluate
 from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
 from moec.compiler.ir.quantize_step import method_of

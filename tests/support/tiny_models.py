@@ -10,8 +10,8 @@ import torch
 import transformers
 from moec.compiler import driver
 from moec.compiler.check.interpret import interpret
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES, Family
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.skeleton import make_model
 from moec.compiler.frontends.transformers.cache import cache_argument, returned_cache
 from moec.compiler.weights.pull import pull

@@ -7,7 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from moec.compiler import frontends
+from moec.compiler.frontends import load
 from moec_command import invoke
 from places import TINY
 
@@ -19,7 +19,7 @@ def refused(tmp_path, monkeypatch):
     def no_import(*arguments, **options):
         pytest.fail("the model was imported")
 
-    monkeypatch.setattr(frontends, "load", no_import)
+    monkeypatch.setattr(load, "load", no_import)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, source=TINY):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import checkpoint_formats as formats
 import pytest
 import torch
-from moec.compiler import frontends
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.format import Format
 from moec.compiler.formats.table import FORMAT_NAMES, GROUPS, find_format
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import Const
 from moec.compiler.ir.pipelines import PassCall
 from moec.compiler.ir.recipes import Literal, Step, step
@@ -81,7 +81,7 @@ def models():
     pipeline = ["cleanup", "lift-moe", "cleanup", "fuse-router", "cleanup"]
     return {
         family: run_pipeline(
-            frontends.load(random_model(FAMILIES[family])).module, tuple(map(PassCall, pipeline)), table=PASSES
+            load(random_model(FAMILIES[family])).module, tuple(map(PassCall, pipeline)), table=PASSES
         ).module
         for family in ("qwen2_moe", "gpt_oss")
     }  # fmt: skip
@@ -102,7 +102,7 @@ def test_whole_models_pass(models, family):
 def test_kept_codes_pass_and_others_do_not(name, tmp_path):
     config, write, family, _ = CASES[name]
     folder, _ = checkpoint(tmp_path, family, config, quantized(write))
-    module = moe(frontends.load(folder).module)
+    module = moe(load(folder).module)
     checked(module, "keep-codes")
     for fault in (twice_the_scale, codes_of_others):
         with pytest.raises(MoecError, match=r"wrong weight: .* another weight than before"):
@@ -113,7 +113,7 @@ def test_codes_that_no_format_holds_are_near(tmp_path):
     """GPTQ's desc_act has no format: its weights go to 8 bits, and the check holds them to that."""
     config = {**CASES["gptq"][0], "desc_act": True}
     folder, _ = checkpoint(tmp_path, "mixtral", config, quantized(lambda w: formats.gptq(w, act_order=True)))
-    module = moe(frontends.load(folder).module)
+    module = moe(load(folder).module)
     assert formats_in(checked(module, "keep-codes")) == {"int8_g32", "int8_g64"}
     with pytest.raises(MoecError, match="wrong weight"):
         checked(module, "wrong", table=faulty("keep-codes", zeroed))

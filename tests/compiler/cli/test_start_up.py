@@ -47,13 +47,32 @@ TINY = "examples/tiny-moe"
     ],
 )
 def test_what_does_not_compute_imports_nothing_that_takes_long(command, code, said):
+    assert imported(command, code, said) == []
+
+
+@pytest.mark.parametrize(
+    "command, said, needed",
+    [
+        ("list families", "qwen3_moe", []),
+        ("list ops", "core.add", ["sympy"]),  # of sizes
+        ("list rules", "halves_into_rope", ["sympy"]),
+    ],
+)
+def test_what_there_is_is_listed_without_torch(command, said, needed):
+    assert imported(command, 0, said) == needed
+
+
+def imported(command, code, said):
+    """Return what takes long and a command imports; its exit code and a part of its output are given."""
     script = CODE.format(slow=SLOW)
     done = subprocess.run(
         [sys.executable, "-c", script, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == code
     assert said in done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1].strip() == "imported:"
+    start, _, names = done.stderr.splitlines()[-1].partition(":")
+    assert start == "imported"
+    return names.split()
 
 
 def test_a_pass_is_declared_alike_in_its_text_and_in_its_module():

@@ -11,7 +11,7 @@ from moec.compiler.cost.count import Costs, module_costs
 from moec.compiler.cost.report import bytes_text, count_text, flops_text
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import Module, Op
 from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ops import OPS

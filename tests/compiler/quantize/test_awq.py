@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from moec.compiler import frontends
 from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ir.recipes import FITTED, Tensor, step, tensors
 from moec.compiler.ir.types import TensorType
@@ -26,7 +26,7 @@ POLICY = "method=awq, experts=uint4_g16, attention=uint4_g16, embedding=f32, hea
 @pytest.fixture(scope="module", params=["qwen3_moe", "olmoe"])
 def family(request, tmp_path_factory):
     model = random_model(FAMILIES[request.param])
-    loaded = frontends.load(save(model, tmp_path_factory.mktemp(request.param)))
+    loaded = load(save(model, tmp_path_factory.mktemp(request.param)))
     return loaded, opt(loaded.module, TO_MOE)
 
 

@@ -3,11 +3,11 @@
 import moec
 import pytest
 import torch
-from moec.compiler import frontends
 from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ir.quantize_step import weight_of
@@ -28,7 +28,7 @@ IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
 def family(request, tmp_path_factory):
     """Return (transformers model, loaded source, its module at stage moe)."""
     model = random_model(FAMILIES[request.param])
-    loaded = frontends.load(save(model, tmp_path_factory.mktemp(request.param)))
+    loaded = load(save(model, tmp_path_factory.mktemp(request.param)))
     return model, loaded, opt(loaded.module, TO_MOE)
 
 
@@ -50,7 +50,7 @@ def quantized(module, **options):
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     model = random_model(FAMILIES["qwen3_moe"])
-    loaded = frontends.load(save(model, tmp_path_factory.mktemp("calibrated")))
+    loaded = load(save(model, tmp_path_factory.mktemp("calibrated")))
     return model, loaded, quantized(opt(loaded.module, TO_MOE))
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.driver import compile_source
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.recipes import Step, step
 from moec.compiler.weights.pull import pull
 from moec_command import invoke

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from moec.compiler import frontends
 from moec.compiler.check.live import live_bytes
 from moec.compiler.driver import opt
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.quantize.calibrate import calibrate, fitting
 from moec.compiler.quantize.sensitivity import find_units, measure
@@ -32,7 +32,7 @@ MAIN = "from moec.compiler.cli.commands import main; main()"
 
 @pytest.fixture(scope="module")
 def qwen():
-    loaded = frontends.load(random_model(FAMILIES["qwen3_moe"]))
+    loaded = load(random_model(FAMILIES["qwen3_moe"]))
     return loaded, opt(loaded.module, TO_MOE)
 
 

@@ -4,12 +4,12 @@ import moec
 import numpy as np
 import pytest
 import torch
-from moec.compiler import frontends
 from moec.compiler.check.compare import compare_function
 from moec.compiler.check.tiled import TiledInterpreter
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import Module
 from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ops.verify import verify
@@ -49,7 +49,7 @@ def test_the_sum_of_groups_is_the_whole(groups):
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     folder = save(random_model(FAMILIES["qwen3_moe"]), tmp_path_factory.mktemp("groups"))
-    loaded = frontends.load(folder)
+    loaded = load(folder)
     return folder, loaded, opt(loaded.module, TO_MOE)
 
 

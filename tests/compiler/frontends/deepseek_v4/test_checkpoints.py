@@ -9,8 +9,8 @@ import torch
 from deepseek_v4_checkpoint import official_config, write_official
 from deepseek_v4_models import WIDE, Interpreted, difference, tokens
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.sources.checkpoint import Checkpoint
 from safetensors.torch import load_file, save_file

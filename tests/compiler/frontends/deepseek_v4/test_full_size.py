@@ -5,7 +5,7 @@ import time
 import pytest
 from moec.compiler.cli.report import inspect
 from moec.compiler.cost.count import module_costs, op_flops
-from moec.compiler.frontends import load
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.dims import evaluate
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.recipes import Step

@@ -6,8 +6,8 @@ import pytest
 import torch
 from deepseek_v4_models import PLAIN, PUBLISHED, YARN, Interpreted, difference, tokens
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.dims import evaluate
 from moec.compiler.ops.verify import verify
 from moec.compiler.runtime.generate import generate

@@ -8,8 +8,8 @@ import torch
 from gguf_models import write_model
 from moec.compiler.driver import compile_source
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.gguf.model import dequantized
+from moec.compiler.frontends.load import load
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.gguf import open_gguf

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gguf_models import ARCHITECTURES, gguf_tensors, metadata
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers.dequantized import dequantized_model
 from quantized_checkpoints import EXACT, difference
 from tiny_models import random_model, save

@@ -5,8 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 from moec.compiler.check.interpret import interpret
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.weights.pull import pull
 from tiny_models import random_model
 

@@ -11,8 +11,8 @@ from importlib import metadata
 import moec
 import pytest
 import transformers
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.replaced.replace import replaced
 from moec.compiler.frontends.replaced.stand_ins import UNREADABLE, fingerprint, plain
 from moec_command import invoke

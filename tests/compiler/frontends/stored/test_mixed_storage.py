@@ -12,8 +12,8 @@ import torch
 import transformers
 from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.skeleton import build, read_config
 from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode

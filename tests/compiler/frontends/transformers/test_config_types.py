@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers.config_types import known_config
 from moec.compiler.text.printer import print_module
 from safetensors.torch import load_file, save_file

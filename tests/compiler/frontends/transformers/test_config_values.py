@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load, skeleton
+from moec.compiler.frontends import skeleton
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.skeleton import build, decoder_config, read_config
 from moec.compiler.frontends.transformers.config_checks import check_config, check_sizes
 from moec.compiler.frontends.transformers.config_names import check_read

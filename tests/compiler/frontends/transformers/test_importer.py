@@ -9,8 +9,8 @@ import pytest
 import torch
 from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES, Family
+from moec.compiler.frontends.load import load
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
@@ -151,7 +151,7 @@ def test_fp8_blocks_are_dequantized(tmp_path):
 
 def load_again(loaded, folder):
     """Return the program with the weights that lie in the folder now."""
-    from moec.compiler.frontends import Loaded
+    from moec.compiler.frontends.load import Loaded
     from moec.compiler.weights.sources.checkpoint import open_checkpoint
 
     return Loaded(loaded.module, open_checkpoint(folder), folder)

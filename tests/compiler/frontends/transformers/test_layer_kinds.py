@@ -4,8 +4,8 @@ import moec
 import pytest
 import torch
 from moec.compiler.check.interpret import interpret
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers.merge import merge_functions
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends import load
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.frontends.load import load
 from moec.compiler.frontends.skeleton import build, read_config
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.frontends.transformers.names import map_parameters
