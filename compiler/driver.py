@@ -18,7 +18,7 @@ from .errors import MoecError
 from .errors.paths import check_source
 from .ir.notes import Note
 from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_lowering, with_options
-from .quantize.plan import PLAN, Budget
+from .quantize.plan import PLAN, Budget, Plan
 from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
 from .rewrite.declare import PassTable, check_stop, pass_, resolve
 from .version import __version__
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..targets import Target
     from .frontends.load import Loaded
     from .ir.module import Module
-    from .quantize.plan import Plan
     from .rewrite.pipeline import PassTiming, Run
     from .runtime.artifact import Artifact
     from .runtime.compare import Comparison
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 # that wrong use is answered at once.
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes of weights written, bytes in all
-
-IMPORTING = ("torch", "transformers")  # packages that models are read with, whose versions moec.json records
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,6 @@ def compile_source(
     dumps = check_dump(Path(dump)) if dump is not None else None
     if isinstance(source, (str, Path)):
         _check_places(check_source(source), chosen, out, writes=stop_after is None, quantized=quantize is not None)
-
     from .cost.count import module_costs
     from .frontends.load import load
     from .quantize.planning import calibrated, plan_under_budget
@@ -120,7 +116,7 @@ def compile_source(
     from .runtime.artifact import record_figures
     from .weights.heap import returning_freed_memory
 
-    declare_kernel_ops()
+    declare_kernel_ops(chosen)
     loaded = load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
 
     def make_plan(budget: Budget, method: str) -> Plan:
@@ -137,7 +133,9 @@ def compile_source(
     notes = (*(stand_in.note() for stand_in in loaded.replaced), *run.notes)
     if stop_after:
         return Compiled(None, run.module, notes, run.timings)
-    folder = _output(source, loaded, chosen, out)
+    stored = isinstance(source, (str, Path))
+    if (folder := _output(out, loaded.folder if stored else None, chosen)) is None:
+        raise MoecError("the output folder is not named", todo="pass out=DIR (-o DIR)")
     loaded.need_weights()
     check_room(folder, int(module_costs(run.module).total.compiled_bytes))
     calibrating = needs_calibration(run.module)
@@ -147,7 +145,7 @@ def compile_source(
             loaded, figures["calibration"] = calibrated(loaded, run.given.get(LOWER), calibration, folder, limit)
         artifact = _emit(run, loaded, chosen, whole, folder, tile, progress, figures, plan)
     if verify:
-        against = loaded.folder if isinstance(source, (str, Path)) else source
+        against = loaded.folder if stored else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
     return Compiled(artifact, run.module, notes, run.timings)
 
@@ -156,22 +154,17 @@ def _check_places(source: Path, target: Target, out: Path | str | None, *, write
     """Raise MoecError for files beside a source that do not read, and for an output that cannot be written."""
     if source.is_dir():
         check_folder(source)
-    final = Path(out) if out is not None else _default_output(source, target) if source.is_dir() else None
+    final = _output(out, source if source.is_dir() else None, target)
     if writes and final is not None:
         check_output(final)
         check_room(final, least_bytes(source, quantized))
 
 
-def _default_output(source: Path, target: Target) -> Path:
-    return Path(f"{source.resolve().name}-{target.name}")
-
-
-def _output(source: Any, loaded: Loaded, target: Target, out: Path | str | None) -> Path:
-    if out is not None:
-        return Path(out)
-    if isinstance(source, (str, Path)) and loaded.folder is not None:
-        return _default_output(loaded.folder, target)
-    raise MoecError("the output folder is not named", todo="pass out=DIR (-o DIR)")
+def _output(out: Path | str | None, source: Path | None, target: Target) -> Path | None:
+    """Return the artifact's folder: the one asked for, or one by the name of the source's folder."""
+    if out is None:
+        return None if source is None else Path(f"{source.resolve().name}-{target.name}")
+    return Path(out)
 
 
 def passes_for(target: Target) -> PassTable:
@@ -215,7 +208,7 @@ def _emit(
             folder, module, source=source, target=target.name, pipeline=print_pipeline(pipeline), moec=__version__,
             files=written.files, precision=precision(module), lossy=is_lossy(module), figures=figures,
             unfused=fusion_report(module, run.notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
-            packages={name: metadata.version(name) for name in (*IMPORTING, *target.packages)},
+            packages={name: metadata.version(name) for name in ("torch", "transformers", *target.packages)},
         )  # fmt: skip
     return Artifact.open(out)
 
@@ -250,7 +243,7 @@ def run_passes(
     from .ir.module import Module
     from .rewrite.pipeline import run_pipeline
 
-    declare_kernel_ops()
+    declare_kernel_ops(chosen)
     module = source if isinstance(source, Module) else load(source).module
     return run_pipeline(module, pipeline, target=chosen, check=check, dump=Path(dump) if dump else None, table=table)
 
@@ -267,12 +260,12 @@ def predict(
     chosen = open_target(target, options or {})
     from .rewrite.pipeline import remaining, run_pipeline
 
-    declare_kernel_ops()
+    declare_kernel_ops(chosen)
     if chosen.predict is None:
         raise MoecError(f"target {target} is not known by figures", todo="name an accelerator; moec targets lists them")
     if module.stage == "kernel":
         for function in module.functions:
-            for reason in filter(None, map(chosen.supported, function.ops)):
+            for reason in filter(None, map(chosen.ops.supported, function.ops)):
                 raise MoecError(reason, f"@{function.name}", todo="inspect the checkpoint that it was compiled from")
     table = passes_for(chosen)
     whole, _ = with_quantization(chosen.pipeline, UNASKED, module)

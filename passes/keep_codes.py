@@ -90,7 +90,7 @@ def _by_rows(recipe: Recipe) -> Codes:
 
 
 def _obstacle(op: Op, format: Format, target: Any) -> str:
-    return "" if target is None else target.holds(op, format) or ""
+    return "" if target is None else target.formats.holds(op, format) or ""
 
 
 def _nearest(op: Op, weights: Mapping[int, Recipe], target: Any) -> Format | None:

@@ -217,7 +217,7 @@ def _obstacle(op: Op, weights: list[Value], format: Format, target: Any, or_slow
             return f"groups of {format.group} do not divide {weight.type.sizes[-1]}"
     if target is None:
         return ""
-    return target.holds(op, format) or (or_slow and target.slow(op, format)) or ""
+    return target.formats.holds(op, format) or (or_slow and target.formats.slow(op, format)) or ""
 
 
 def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> str:

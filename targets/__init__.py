@@ -59,7 +59,7 @@ def open_target(name: str, options: Mapping[str, str]) -> Target:
     if name not in TARGETS:
         raise unknown_target(name)
     target = TARGETS[name]
-    return target.configure(options) if options and target.configure else target
+    return target.options(options) if options and target.options else target
 
 
 def load_artifact(name: str, folder: Path, **options: Any) -> Any:
@@ -84,10 +84,12 @@ def unknown_target(name: str) -> MoecError:
     return MoecError(f"there is no target {name!r}", todo=todo)
 
 
-def declare_kernel_ops() -> None:
-    """Import every target's own ops into the table of ops, so that programs of stage kernel can be read."""
-    from .accelerator import ops as accelerator_ops  # noqa: F401
-    from .cpu import ops, ops_quantized  # noqa: F401
+def declare_kernel_ops(*others: Target) -> None:
+    """Declare the ops of moec's own targets and of others, so that programs of stage kernel can be read."""
+    from .accelerator.target import OPS as ACCELERATOR
+
+    for ops in (CPU.ops, ACCELERATOR, *(target.ops for target in others)):
+        ops.declare()
 
 
 __all__ = ["TARGETS", "Target", "declare_kernel_ops", "load_artifact", "open_target", "unknown_target"]

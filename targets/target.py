@@ -79,24 +79,40 @@ class Predict(Protocol):
 
 
 @dataclass(frozen=True)
-class Target:
-    """A target.
+class Ops:
+    """What a target runs: `declare` declares the ops of its own, `supported` returns why it does not run an op (None: it does)."""
 
-    `supported` returns None for an op that the target runs, else the reason why it does not; `holds` likewise for an
-    op of stage moe with its weights in a quantized format. `slow` says of one that it holds why it should not be chosen.
+    declare: Callable[[], object]
+    supported: Callable[[Op], str | None]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The stored formats of a target: `holds` returns why an op of stage moe cannot have its weights in one, `slow` why it should not."""
+
+    holds: Callable[[Op, Format], str | None]
+    slow: Callable[[Op, Format], str | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target: what it runs and holds, and how it lowers a module, writes an artifact and opens one.
+
+    `lower` is its own pass from stage moe to stage kernel: a function `(module, target, *, options)`. `load` opens an
+    artifact: a function `(folder, **options)` that returns a session. `options` returns the target with options (-D), and
+    raises MoecError for those that it does not have.
     """
 
     name: str
     doc: str
     pipeline: Pipeline
-    supported: Callable[[Op], str | None]
-    holds: Callable[[Op, Format], str | None]
-    slow: Callable[[Op, Format], str | None]
-    lower: Callable[..., Rewritten]  # (module, target, *, options): the target's own pass, from stage moe to kernel
+    ops: Ops
+    formats: Formats
+    lower: Callable[..., Rewritten]
     emit: Emit
-    load: Callable[..., Any]  # (folder, **options) -> a runner; see the target's session module
+    load: Callable[..., Any]
+    options: Callable[[Mapping[str, str]], Target] | None = None
     recorded: Callable[[], Probed] | None = None  # what the lowering goes by, for a target that has such a record
     probe: Probe | None = None
-    configure: Callable[[Mapping[str, str]], Target] | None = None  # the target with options (-D), MoecError for others
     predict: Predict | None = None  # for a target that is known by its figures
     packages: tuple[str, ...] = ()  # what it makes artifacts with; moec.json records the versions

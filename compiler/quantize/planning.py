@@ -41,7 +41,7 @@ def plan_under_budget(
         return quantize(module, target, **dict.fromkeys(ROLES, KEEP), layers=layers)
 
     def obstacle(op: Op, format: Format) -> str | None:
-        return target.holds(op, format) or target.slow(op, format)
+        return target.formats.holds(op, format) or target.formats.slow(op, format)
 
     with returning_freed_memory():
         windows = windows_of(text, module)

@@ -14,15 +14,14 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from importlib import import_module
 from importlib.util import resolve_name
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
 from ..errors.plugins import PASSES as BROUGHT
 from ..errors.plugins import broken, brought, load_brought, refuse_names
+from ..ir.deferred import DeferredFunction
 from ..ir.notes import Rewritten, distinct
 from ..ir.pipelines import Pipeline, spell
 from ..ir.stages import STAGES
@@ -205,18 +204,6 @@ class PassTable(Mapping[str, PassDef]):
 # --- a pass by the text of its file ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Imported:
-    """A function that is imported at the first call."""
-
-    module: str
-    name: str
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Call it."""
-        return attrgetter(self.name)(import_module(self.module))(*args, **options)
-
-
 def read_pass(module: str, file: Path) -> PassDef:
     """Return the pass that a file declares, read off its text; `module` is imported when the pass runs.
 
@@ -232,15 +219,15 @@ def read_pass(module: str, file: Path) -> PassDef:
     name = definition.name
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     judged = None if judge is None else _home(ast.unparse(judge), tree, module, package)
-    return replace(pass_(**contract)(scope[name]), function=_Imported(module, f"{name}.function"), judge=judged)
+    return replace(pass_(**contract)(scope[name]), function=DeferredFunction(module, f"{name}.function"), judge=judged)
 
 
-def _home(name: str, tree: ast.Module, module: str, package: str) -> _Imported:
+def _home(name: str, tree: ast.Module, module: str, package: str) -> DeferredFunction:
     """Return a function by its name in a file: from where the file has it, if it imports it, else from the file."""
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
-            return _Imported(resolve_name("." * node.level + (node.module or ""), package), name)
-    return _Imported(module, name)
+            return DeferredFunction(resolve_name("." * node.level + (node.module or ""), package), name)
+    return DeferredFunction(module, name)
 
 
 def _definition(tree: ast.Module, file: Path) -> tuple[ast.FunctionDef, ast.Call]:

@@ -160,7 +160,7 @@ def _check_result(before: Module, after: Module, definition: PassDef, settings: 
     if after.stage == "kernel" != before.stage and settings.target is not None:
         for function in after.functions:
             for op in function.ops:
-                if op.name != "call" and (reason := settings.target.supported(op)):
+                if op.name != "call" and (reason := settings.target.ops.supported(op)):
                     place = f"{op.results[0]} in @{function.name}"
                     raise MoecError(reason, place, model=", ".join(op.loc), exit_code=1)
     _check_signature(before, after)

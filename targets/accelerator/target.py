@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compiler.errors import MoecError
+from ...compiler.ir.deferred import DeferredFunction
 from ...compiler.ir.pipelines import LOWER, PassCall
-from ..target import FUSED, Emitted, Target
+from ..target import FUSED, Emitted, Formats, Ops, Target
 from .chip.chip import Profile
 from .chip.describe import line
 from .chip.profile import find_profile
 
 if TYPE_CHECKING:
-    from ...compiler.formats.format import Format
-    from ...compiler.ir.module import Module, Op
+    from ...compiler.ir.module import Module
     from ...compiler.ir.notes import Rewritten
     from ...compiler.weights.sources.source import WeightSource
 
@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 # of -D, beside the figures of the profile: choices, the first by default
 OPTIONS = {"kernels": ("objects", "source"), "toolchain": ("found", "make")}
 BUCKETS = "buckets"  # of -D too: the most tokens of a step that kernels are tuned for, as in 1,16,256
+
+
+def declare_ops() -> None:
+    """Declare the ops that accelerators have."""
+    from . import ops  # noqa: F401
+
+
+_ROOM = __name__.rpartition(".")[0]
+OPS = Ops(declare_ops, DeferredFunction(f"{_ROOM}.select.supported", "supported"))
+FORMATS = Formats(
+    DeferredFunction(f"{_ROOM}.kernels.formats", "holds"), DeferredFunction(f"{_ROOM}.kernels.formats", "slow")
+)
 
 
 def accelerator_target(
@@ -42,15 +54,14 @@ def accelerator_target(
         name=profile.name,
         doc=line(profile),
         pipeline=(*FUSED, PassCall("round-weights"), PassCall(LOWER)),
-        supported=_supported,
-        holds=_holds,
-        slow=_slow,
+        ops=OPS,
+        formats=FORMATS,
         lower=lower,
         emit=partial(
             _emit, profile=profile, compiled=kernels == "objects", make_toolchain=toolchain == "make", buckets=buckets
         ),
-        load=_load,
-        configure=partial(find_accelerator, source or profile.name),
+        load=DeferredFunction(f"{_ROOM}.run.session", "load"),
+        options=partial(find_accelerator, source or profile.name),
         predict=partial(_predict, profile=profile),
     )
 
@@ -82,24 +93,6 @@ def _buckets(text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _supported(op: Op) -> str | None:
-    from .select.supported import supported
-
-    return supported(op)
-
-
-def _holds(op: Op, format: Format) -> str | None:
-    from .kernels.formats import holds
-
-    return holds(op, format)
-
-
-def _slow(op: Op, format: Format) -> str | None:
-    from .kernels.formats import slow
-
-    return slow(op, format)
-
-
 def lower(module: Module, target: Target) -> Rewritten:
     """Rewrite the module in the ops that accelerators run."""
     from .lower import lower
@@ -124,9 +117,3 @@ def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]
     from .predict.predicted import predicted
 
     return predicted(module, profile, **step)
-
-
-def _load(folder: Path, **options: Any) -> Any:
-    from .run.session import load
-
-    return load(folder, **options)

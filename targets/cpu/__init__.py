@@ -4,40 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ...compiler.errors import MoecError
+from ...compiler.ir.deferred import DeferredFunction
 from ...compiler.ir.pipelines import LOWER, PassCall
-from ..target import FUSED, Emitted, Probed, Target
+from ..target import FUSED, Emitted, Formats, Ops, Probed, Target
 
 if TYPE_CHECKING:
-    from ...compiler.formats.format import Format
-    from ...compiler.ir.module import Module, Op
+    from ...compiler.ir.module import Module
     from ...compiler.ir.notes import Rewritten
     from ...compiler.weights.sources.source import WeightSource
     from .capabilities import Record
 
-# torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions below
-# import what they need when they run
+# torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions of the
+# target are imported when they are called
 
 
-def _supported(op: Op) -> str | None:
-    from .onnx.emit import supported
-
-    return supported(op)
-
-
-def _holds(op: Op, format: Format) -> str | None:
-    from .capabilities import holds
-
-    return holds(op, format)
-
-
-def _slow(op: Op, format: Format) -> str | None:
-    from .capabilities import slow
-
-    return slow(op, format)
+def _declare_ops() -> None:
+    from . import ops, ops_quantized  # noqa: F401
 
 
 def _lowering(record: Record | None = None) -> Callable[..., Rewritten]:
@@ -64,12 +51,6 @@ def _emit(
     return Emitted(emit(module, source, folder, tile_bytes, progress))
 
 
-def _load(folder: Path, **options: Any) -> Any:
-    from .run.session import load
-
-    return load(folder, **options)
-
-
 def _recorded() -> Probed:
     from .capabilities import made_with, record_rows, record_text, shipped
 
@@ -85,7 +66,7 @@ def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = No
     return Probed(made_with(found), record_rows(found), record_text(found), differ, bool(lost(found, shipped())))
 
 
-def _configure(options: Mapping[str, str]) -> Target:
+def _with_options(options: Mapping[str, str]) -> Target:
     """Return the target with `capabilities=FILE`: a record made by --probe instead of the one that moec comes with."""
     if unknown := sorted(set(options) - {"capabilities"}):
         raise MoecError(f"target cpu has no option {', '.join(unknown)}", todo="it has capabilities=FILE")
@@ -93,10 +74,7 @@ def _configure(options: Mapping[str, str]) -> Target:
 
     record = read_record(Path(options["capabilities"]))
     return replace(
-        TARGET,
-        holds=lambda op, format: holds(op, format, record),
-        slow=lambda op, format: slow(op, format, record),
-        lower=_lowering(record),
+        TARGET, formats=Formats(partial(holds, record=record), partial(slow, record=record)), lower=_lowering(record)
     )
 
 
@@ -104,15 +82,20 @@ TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
     pipeline=(*FUSED, PassCall(LOWER)),
-    supported=_supported,
-    holds=_holds,
-    slow=_slow,
+    ops=Ops(
+        declare=_declare_ops,
+        supported=DeferredFunction(f"{__name__}.onnx.emit", "supported"),
+    ),
+    formats=Formats(
+        holds=DeferredFunction(f"{__name__}.capabilities", "holds"),
+        slow=DeferredFunction(f"{__name__}.capabilities", "slow"),
+    ),
     lower=_lowering(),
     emit=_emit,
-    load=_load,
+    load=DeferredFunction(f"{__name__}.run.session", "load"),
+    options=_with_options,
     recorded=_recorded,
     probe=_probe,
-    configure=_configure,
     packages=("onnx", "onnxruntime"),
 )
 

@@ -345,4 +345,4 @@ def test_many_layers_are_emitted_quickly(tmp_path: Path) -> None:
 def test_the_table_of_targets() -> None:
     target = TARGETS["cpu"]
     assert target.lower(program(), target).module.stage == "kernel"
-    assert target.supported(Op("call", (), (), callee="layer")) is None
+    assert target.ops.supported(Op("call", (), (), callee="layer")) is None

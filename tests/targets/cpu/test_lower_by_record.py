@@ -345,7 +345,7 @@ def test_compiling_by_another_record(tmp_path: Path) -> None:
     assert "ort.qmoe" not in result.stdout and "uint4_g32 swiglu weights accuracy_level=4 is wrong" in result.stderr
     (use,) = (o for o in program().main.ops if o.name == "moe.experts")
     target = open_target("cpu", {"capabilities": str(tmp_path / "record.json")})
-    assert "is wrong" in (target.holds(use, format_of("uint4_g32")) or "")
-    assert target.slow(use, format_of("uint4_g64")) is None
+    assert "is wrong" in (target.formats.holds(use, format_of("uint4_g32")) or "")
+    assert target.formats.slow(use, format_of("uint4_g64")) is None
     with pytest.raises(MoecError, match="has no option speed"):
         open_target("cpu", {"speed": "9"})
