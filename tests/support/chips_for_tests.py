@@ -12,8 +12,9 @@ from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.tile.builder import Layout
 from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
+from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.tile.simulate import Chip, simulate
-from moec.targets.accelerator.tile.tiles import DEVICE, Dot, Program, aligned, footprint, walk
+from moec.targets.accelerator.tile.tiles import DEVICE, Dot, aligned, footprint, walk
 
 KB = 1 << 10
 
@@ -66,7 +67,7 @@ CHIPS = {
 
 def run(program, chip, scalars, **tensors):
     """Simulate a program, read back from its JSON; return its outputs, which are made here where none are given."""
-    program = Program.from_json(program.to_json())
+    program = program_from_json(program_to_json(program))
     given = {}
     for a in program.arguments:
         shape = tuple(int(evaluate(n, scalars)) for n in a.shape)

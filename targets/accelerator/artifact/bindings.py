@@ -22,7 +22,7 @@ from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..select.search import KernelTemplate
-from ..tile.expr import evaluate
+from ..tile.expr import Expr, evaluate
 from ..tile.packing import Packing
 from ..tile.tiles import Argument, Program
 
@@ -149,20 +149,18 @@ def _over(a: Argument, scalar: str, known: set[str]) -> str | None:
     return str(over)
 
 
-def elements(shape: Sequence[int | str]) -> Size | None:
+def elements(shape: Sequence[int | Expr]) -> Size | None:
     """Return the product of an argument's sizes as a formula; None where one is not of sums and products."""
     sizes = symbolic(tuple(shape))
     return None if sizes is None else sympy.Mul(*sizes)
 
 
 @lru_cache(maxsize=4096)
-def symbolic(shape: tuple[int | str, ...]) -> tuple[Size, ...] | None:
+def symbolic(shape: tuple[int | Expr, ...]) -> tuple[Size, ...] | None:
     """Return sizes in the language of tiles as formulas; None where one takes a minimum or the like."""
-    from ..tile.expr import names
-
     try:
         return tuple(
-            sympy.sympify(evaluate(n, {name: dim(name) for name in names(n)} if isinstance(n, str) else {}))
+            sympy.sympify(evaluate(n, {} if isinstance(n, int) else {name: dim(name) for name in n.names}))
             for n in shape
         )
     except TypeError:  # numpy's functions do not take formulas
@@ -190,7 +188,7 @@ def check_op(op: Op, program: Program, binding: Binding, what: str) -> None:
 
 
 @lru_cache(maxsize=4096)
-def agrees(type: TensorType, shape: tuple[int | str, ...]) -> bool:
+def agrees(type: TensorType, shape: tuple[int | Expr, ...]) -> bool:
     """Return whether row by row a tensor of a type is one of a kernel's shape, without exchanging axes.
 
     Scalars that are no dims stand for any size; where a size is no formula of sums and products, only what is between

@@ -29,6 +29,7 @@ from ..select.search import Choice, Fit, Found, search
 from ..select.supported import IMPLEMENTATIONS, supported
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
+from ..tile.serialize import program_to_json
 from ..tile.tiles import DEVICE, For, walk
 from .bindings import Binding, bind, check_op
 
@@ -73,9 +74,9 @@ class KernelSpec:
             "weights": {name: packing_json(p) for name, p in self.weights.items()},
             "binding": self.binding.to_json(),
             "tile": asdict(choice.tile),
-            "grid": [{"axis": name, "extent": extent} for name, extent in program.grid],
+            "grid": [{"axis": name, "extent": str(extent)} for name, extent in program.grid],
             "loops": [
-                {"var": s.var, "from": s.start, "to": s.stop, "step": s.step, "stages": s.stages}
+                {"var": s.var, "from": str(s.start), "to": str(s.stop), "step": str(s.step), "stages": s.stages}
                 for s in walk(program.body)
                 if isinstance(s, For)
             ],
@@ -88,7 +89,7 @@ class KernelSpec:
             ],
             "considered": {"tried": self.found.tried, "fitting": self.found.fitting},
             "operands": list(layout_of(profile, choice.tile.m).operands),
-            "program": program.to_json(),
+            "program": program_to_json(program),
             **({"objects": dict(self.objects)} if self.objects else {}),
         }
 

@@ -10,15 +10,15 @@ room for a tile's columns.
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ....compiler.errors import MoecError
-from ..tile.expr import names, parse
-from ..tile.tiles import Argument, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, axes, binary, call
+from ..tile.scope import Scope
+from ..tile.tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
 
-EIGHT: Mapping[str, tuple[int, int]] = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
+EIGHT = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
 
 
 def for_ascend(program: Program, newer: bool) -> Program:
@@ -28,9 +28,13 @@ def for_ascend(program: Program, newer: bool) -> Program:
     for a program that computes FP8 numbers there.
     """
     rewriter = _Rewriter(program, newer)
+    scope = rewriter.scope
+    for a in program.arguments:
+        scope.tensor(rewriter.argument(a))
+    for name in (*program.scalars, *(name for name, _ in program.grid)):
+        scope.integer(name)
     body = rewriter.body(program.body)
-    arguments = tuple(rewriter.argument(a) for a in program.arguments)
-    return replace(program, arguments=arguments, buffers=rewriter.buffers, body=body)
+    return replace(program, arguments=tuple(scope.arguments.values()), buffers=scope.buffers, body=body)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class _Blocks:
     In that shape, of the same bytes, all fractals of one column are one block.
     """
 
-    at: tuple[str, str, str]
-    mask: str
+    at: tuple[Expr, ...]
+    mask: Expr | None
     width: int
     rows: int
     across: int  # columns of a fractal
@@ -51,18 +55,19 @@ class _Blocks:
 class _Rewriter:
     program: Program
     newer: bool
-    buffers: dict[str, Buffer] = field(default_factory=dict)
-    known: dict[str, str] = field(default_factory=dict)  # how a name's numbers follow each other, as `steps` says it
+    scope: Scope = field(init=False)  # of the program that is made
+    known: dict[str, str] = field(default_factory=dict)  # how the numbers of a name follow each other, see `steps`
     ranges: frozenset[str] = frozenset()  # names of masks that `is_range` is true of
     kept: frozenset[str] = frozenset()  # tiles that stay FP8
     fractal: frozenset[str] = frozenset()  # weights of which each load is one of blocks
+    made: list[Statement] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.buffers = dict(self.program.buffers)
+        self.scope = Scope(self.program.name, buffers=dict(self.program.buffers))
         self.kept = _multiplied(self.program) if self.newer else frozenset()
         for name, buffer in self.program.buffers.items():
             if buffer.dtype in EIGHT and name not in self.kept:
-                self.buffers[name] = replace(buffer, dtype="f32")
+                self.scope.buffers[name] = replace(buffer, dtype="f32")
         loads: dict[str, list[bool]] = {}
         for statement in walk(self.program.body):
             if isinstance(statement, (Load, Store)):
@@ -78,114 +83,128 @@ class _Rewriter:
         return replace(a, dtype="u8") if a.dtype in EIGHT else a
 
     def body(self, body: Sequence[Statement]) -> tuple[Statement, ...]:
-        return tuple(new for old in body for new in self.rewrite(old))
+        outer, self.made = self.made, []
+        for statement in body:
+            self.rewrite(statement)
+        made, self.made = tuple(self.made), outer
+        return made
 
-    def rewrite(self, statement: Statement) -> Iterator[Statement]:
+    def add(self, statement: Let | Load | Store | Move | Dot) -> None:
+        self.made.append(self.scope.add(statement))
+
+    def rewrite(self, statement: Statement) -> None:
+        value = self.scope.value
         match statement:
-            case Load():
-                yield from self.load(statement)
-            case Store(tensor, _, value) if self.program.argument(tensor).dtype in EIGHT:
-                self.check(f'cast(0.0, "{self.program.argument(tensor).dtype}")')
-                yield replace(statement, value=f'bitcast({value}, "u8")')
-            case For(body=inner) | If(body=inner):
-                yield replace(statement, body=self.body(inner))
-            case Let(name, value):
-                self.check(value)
-                self.known[name] = self.steps(parse(value))
-                self.ranges = self.ranges | {name} if self.is_range(parse(value)) else self.ranges - {name}
-                yield statement
-            case _:
-                yield statement
+            case For(var, start, stop, step, inner):
+                with self.scope.loop(var, value(start), value(stop), value(step)):
+                    body = self.body(inner)
+                self.made.append(replace(statement, start=value(start), stop=value(stop), step=value(step), body=body))
+            case If(condition, inner):
+                with self.scope.when(value(condition)):
+                    body = self.body(inner)
+                self.made.append(replace(statement, condition=value(condition), body=body))
+            case Load(at=at, mask=mask):
+                self.load(replace(statement, at=tuple(map(value, at)), mask=self.scope.mask(mask)))
+            case Store(tensor, at, stored, mask):
+                stored, dtype = value(stored), self.program.argument(tensor).dtype
+                if dtype in EIGHT:
+                    self.check(call("cast", 0.0, parameters=(dtype,)))
+                    stored = call("bitcast", stored, parameters=("u8",))
+                self.add(replace(statement, at=tuple(map(value, at)), value=stored, mask=self.scope.mask(mask)))
+            case Let(name, given):
+                given = value(given)
+                self.check(given)
+                self.known[name] = self.steps(given)
+                self.ranges = self.ranges | {name} if self.is_range(given) else self.ranges - {name}
+                self.add(Let(name, given))
+            case Move() | Dot():
+                self.add(statement)
 
-    def check(self, value: str) -> None:
+    def check(self, value: Expr) -> None:
         """Raise MoecError for an expression that makes FP8 numbers where there are none."""
-        if not self.newer and any(isinstance(n, ast.Constant) and n.value in EIGHT for n in ast.walk(parse(value))):
+        if not self.newer and _makes_eight(value):
             what = f"{self.program.name}: {value} is of a type that an Ascend before the 950 has not"
             raise MoecError(what, todo="keep these numbers in bf16, or in int8")
 
-    def load(self, statement: Load) -> Iterator[Statement]:
-        reached = [self.steps(parse(index)) for index in statement.at]
-        loose = bool(statement.mask) and not self.is_range(parse(statement.mask))
+    def load(self, statement: Load) -> None:
+        reached = [self.steps(index) for index in statement.at]
+        loose = statement.mask is not None and not self.is_range(statement.mask)
         if statement.mask and (loose or "any" in reached) and statement.tensor not in self.fractal:
             statement = replace(statement, at=self.inside(statement, reached, loose))
         self.known[statement.name] = "none" if set(reached) <= {"none"} else "any"
         name, dtype = statement.name, self.program.argument(statement.tensor).dtype
-        if dtype in EIGHT:
-            assert statement.other == 0
-            bits = self.beside(name, "bits", "u8")
-            yield from self.in_blocks(replace(statement, name=bits))
-            yield Let(name, f'bitcast({bits}, "{dtype}")' if name in self.kept else _decoded(bits, *EIGHT[dtype]))
-        else:
-            yield from self.in_blocks(statement)
+        if dtype not in EIGHT:
+            self.in_blocks(statement)
+            return
+        assert statement.other == 0
+        bits = self.beside(name, "bits", "u8")
+        self.in_blocks(replace(statement, name=bits))
+        codes = self.scope.value(bits)
+        kept = name in self.kept
+        self.add(Let(name, call("bitcast", codes, parameters=(dtype,)) if kept else _decoded(codes, *EIGHT[dtype])))
 
-    def steps(self, node: ast.expr) -> str:
+    def steps(self, expr: Expr) -> str:
         """Return how numbers follow each other: `none` for a scalar, `even` by the same step, or `any`."""
-        match node:
-            case ast.Name(name):
+        match expr:
+            case Name(name):
                 return self.known.get(name, "none")  # those that are not known are scalars of the launch and the grid
-            case ast.Call(ast.Name("arange")):
+            case Call("arange"):
                 return "even"
-            case ast.Subscript(value):
+            case Axes(value):
                 return self.steps(value)
-            case ast.Call(ast.Name("sum" | "max" | "min" | "argmax"), [ast.expr() as value, _]):
-                tiles = {n for n in names(ast.unparse(value)) if n in self.buffers}
-                return "any" if tiles else "none"
-        parts = [self.steps(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
-        if isinstance(node, ast.Call):
-            parts = parts[1:]  # without the function's name
+            case Call("sum" | "max" | "min" | "argmax", [value], _):
+                return "any" if value.names & self.scope.buffers.keys() else "none"
+        parts = [self.steps(part) for part in expr.operands]
         if all(part == "none" for part in parts):
             return "none"
-        match node:
-            case ast.BinOp(op=ast.Add() | ast.Sub()) if "any" not in parts:
+        match expr:
+            case Binary("+" | "-") if "any" not in parts:
                 return "even"
-            case ast.BinOp(op=ast.Mult()) if "any" not in parts and "none" in parts:
+            case Binary("*") if "any" not in parts and "none" in parts:
                 return "even"
         return "any"
 
-    def is_range(self, mask: ast.expr) -> bool:
+    def is_range(self, mask: Expr) -> bool:
         """Return whether the adapter reads only what a mask allows: numbers of even steps are compared with scalars."""
         match mask:
-            case ast.Name(name):
+            case Name(name):
                 return name in self.ranges or self.known.get(name, "none") == "none"
-            case ast.Subscript(value):
+            case Axes(value):
                 return self.is_range(value)
-            case ast.BinOp(left, ast.BitAnd(), right):
+            case Binary("&", left, right):
                 return self.is_range(left) and self.is_range(right)
-            case ast.Compare(left, _, [right]):
+            case Binary(operator, left, right) if operator in COMPARISONS:
                 return "any" not in (self.steps(left), self.steps(right))
         return self.steps(mask) == "none"
 
-    def inside(self, statement: Load, reached: Sequence[str], loose: bool) -> tuple[str, ...]:
+    def inside(self, statement: Load, reached: Sequence[str], loose: bool) -> tuple[Expr, ...]:
         """Return the indices of a load, those of no even step kept inside the tensor; `loose`: all before the last."""
         found = []
         shape = self.program.argument(statement.tensor).shape
         for axis, (index, size, how) in enumerate(zip(statement.at, shape, reached, strict=True)):
-            node = parse(index)
-            inner, axes = ast.unparse(node), ""
-            if isinstance(node, ast.Subscript):
-                inner, axes = ast.unparse(node.value), f"[{ast.unparse(node.slice).strip('()')}]"
             kept = how == "any" or (loose and how == "even" and axis < len(shape) - 1)
-            found.append(f"maximum(minimum({inner}, {size} - 1), 0){axes}" if kept else index)
+            found.append(_within(index, size) if kept else index)
         return tuple(found)
 
-    def in_blocks(self, statement: Load) -> Iterator[Statement]:
+    def in_blocks(self, statement: Load) -> None:
         blocks = self.blocks(statement) if statement.tensor in self.fractal else None
         if blocks is None:
-            yield statement
+            self.add(statement)
             return
         name = statement.name
         shape = (blocks.width // blocks.across, blocks.rows, blocks.across)
-        loaded = self.beside(name, "blocks", self.buffers[name].dtype, shape)
-        yield replace(statement, name=loaded, at=(*statement.at[:-4], *blocks.at), mask=blocks.mask)
-        yield Let(name, f"trans(reshape(trans({loaded}), {blocks.width}, {blocks.rows}))")
+        loaded = self.beside(name, "blocks", self.scope.buffers[name].dtype, shape)
+        self.add(replace(statement, name=loaded, at=(*statement.at[:-4], *blocks.at), mask=blocks.mask))
+        columns = call("reshape", call("trans", self.scope.value(loaded)), parameters=(blocks.width, blocks.rows))
+        self.add(Let(name, call("trans", columns)))
 
     def beside(self, name: str, label: str, dtype: str, shape: tuple[int, ...] = ()) -> str:
         """Return the name of a value that another is made of; it lies where that one does."""
-        new = f"{name}_{label}"
-        if name in self.buffers:
-            buffer = replace(self.buffers[name], dtype=dtype, shape=shape or self.buffers[name].shape)
-            assert self.buffers.get(new, buffer) == buffer, f"{new} has two buffers"
-            self.buffers[new] = buffer
+        new, buffers = f"{name}_{label}", self.scope.buffers
+        if name in buffers:
+            buffer = replace(buffers[name], dtype=dtype, shape=shape or buffers[name].shape)
+            assert buffers.get(new, buffer) == buffer, f"{new} has two buffers"
+            buffers[new] = buffer
         return new
 
     def blocks(self, statement: Load | Store) -> _Blocks | None:
@@ -193,32 +212,32 @@ class _Rewriter:
         shape = self.program.argument(statement.tensor).shape
         if isinstance(statement, Store) or len(shape) < 4 or len(statement.at) != len(shape):
             return None
-        match [parse(text) for text in statement.at[-4:]]:
+        match statement.at[-4:]:
             case [
-                ast.BinOp(column, ast.FloorDiv(), ast.Constant(int() as across)),
-                ast.BinOp(row, ast.FloorDiv(), ast.Constant(int() as high)),
-                ast.BinOp(row_again, ast.Mod(), ast.Constant(high_again)),
-                ast.BinOp(column_again, ast.Mod(), ast.Constant(across_again)),
+                Binary("//", column, Number(int(across))),
+                Binary("//", row, Number(int(high))),
+                Binary("%", row_again, Number(high_again)),
+                Binary("%", column_again, Number(across_again)),
             ] if (high, across) == (high_again, across_again) == shape[-2:]:
-                if ast.dump(column) != ast.dump(column_again) or ast.dump(row) != ast.dump(row_again):
+                if column != column_again or row != row_again:
                     return None
             case _:
                 return None
         match column, row:
             case (
-                ast.Subscript(
-                    ast.BinOp(start, ast.Add(), ast.Call(ast.Name("arange"), [ast.Constant(int() as width)]))
-                ),
-                ast.Subscript(rows),
-            ) if width % across == 0 and statement.name in self.buffers:
-                block = f"({ast.unparse(start)} // {across} + arange({width // across}))[:, None, None]"
-                mask = _masks(statement.mask, column, f"({block} < {shape[-4]})")
+                Axes(Binary("+", start, Call("arange", [], [int(width)]))),
+                Axes(rows),
+            ) if width % across == 0 and statement.name in self.scope.buffers:
+                every = call("arange", parameters=(width // across,))
+                block = axes(start // across + every, (True, False, False))
+                masks = _masks(statement.mask, column, binary("<", block, shape[-4]))
             case _:
                 return None
-        if mask is None:
+        if masks is None:
             return None
-        at = (block, f"({ast.unparse(rows)})[None, :, None]", f"arange({across})[None, None, :]")
-        return _Blocks(at, mask, width, self.buffers[statement.name].shape[0], across)
+        within = axes(call("arange", parameters=(across,)), (False, False, True))
+        at = (block, axes(rows, (False, True, False)), within)
+        return _Blocks(at, _all(masks), width, self.scope.buffers[statement.name].shape[0], across)
 
 
 def _multiplied(program: Program) -> frozenset[str]:
@@ -230,30 +249,53 @@ def _multiplied(program: Program) -> frozenset[str]:
     return frozenset(found)
 
 
-def _masks(mask: str, column: ast.expr, whole: str) -> str | None:
-    """Return a mask [rows, columns] for a load in blocks; None if a term of it is neither of rows nor of columns.
+def _makes_eight(value: Expr) -> bool:
+    """Return whether an expression makes FP8 numbers anywhere in it."""
+    own = isinstance(value, Call) and any(p in EIGHT for p in value.parameters)
+    return own or any(map(_makes_eight, value.operands))
+
+
+def _within(index: Expr, size: Expr | int) -> Expr:
+    """Return an index, kept inside an axis; axes that it adds are added last."""
+    if isinstance(index, Axes):
+        return axes(_within(index.value, size), index.kept)
+    return call("maximum", call("minimum", index, binary("-", size, 1)), 0)
+
+
+def _masks(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
+    """Return the terms of a mask [rows, columns] for a load in blocks; None if one is neither of rows nor of columns.
 
     `whole` says which blocks there are: what follows the last column in its fractal is packed as zeros.
     """
-    terms, rest = [], [parse(mask)] if mask else []
+    terms: list[Expr] = []
+    rest = [mask] if mask else []
     while rest:
         match rest.pop():
-            case ast.BinOp(left, ast.BitAnd(), right):
+            case Binary("&", left, right):
                 rest += [right, left]
-            case ast.Subscript(value, ast.Tuple([ast.Slice(), ast.Constant(None)])):
-                terms.append(f"({ast.unparse(value)})[None, :, None]")
-            case ast.Compare(value, [ast.Lt()], [ast.Constant(int())]) if ast.dump(value) == ast.dump(column):
+            case Axes(value, (True, False)):
+                terms.append(axes(value, (False, True, False)))
+            case Binary("<", value, Number(int())) if value == column:
                 terms.append(whole)
             case _:
                 return None
-    return " & ".join(terms)
+    return terms
 
 
-def _decoded(bits: str, mantissa: int, bias: int) -> str:
+def _all(masks: Sequence[Expr]) -> Expr | None:
+    """Return the mask of what all masks allow; None where there is none."""
+    found = None
+    for mask in masks:
+        found = mask if found is None else found & mask
+    return found
+
+
+def _decoded(bits: Expr, mantissa: int, bias: int) -> Expr:
     """Return FP8 numbers as f32 from their bytes, by the definition of the format: sign, exponent, mantissa."""
-    code = f'cast({bits}, "i32")'
-    low, scale = (1 << mantissa) - 1, 2.0 ** (1 - bias - mantissa)
-    exponent = f"({code} >> {mantissa} & {(1 << 7 - mantissa) - 1})"
-    normal = f'bitcast(({exponent} + {127 - bias}) << 23 | ({code} & {low}) << {23 - mantissa}, "f32")'
-    small = f'cast({code} & {low}, "f32") * {scale!r}'
-    return f'where({exponent} == 0, {small}, {normal}) * cast(1 - ({code} >> 7) * 2, "f32")'
+    code = call("cast", bits, parameters=("i32",))
+    low, scale = code & (1 << mantissa) - 1, 2.0 ** (1 - bias - mantissa)
+    exponent = code >> mantissa & (1 << 7 - mantissa) - 1
+    normal = call("bitcast", (exponent + (127 - bias)) << 23 | low << 23 - mantissa, parameters=("f32",))
+    small = call("cast", low, parameters=("f32",)) * scale
+    sign = call("cast", binary("-", 1, (code >> 7) * 2), parameters=("f32",))
+    return call("where", binary("==", exponent, 0), small, normal) * sign

@@ -59,7 +59,7 @@ def sort(e: Experts, layout: Layout) -> Program:
     b.tensor("ids", "i32", pairs)
     b.tensor("order", "i32", pairs, role="output")
     b.tensor("offsets", "i32", e.experts + 1, role="output")
-    b.let("start", "0")
+    b.let("start", 'cast(0, "i32")')
     with b.loop("p", 0, pairs, LOOK):
         b.let("pair", f"p + arange({LOOK})")
         b.load("id", "ids", ["pair"], f"pair < {pairs}", other=e.experts)

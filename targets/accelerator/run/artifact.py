@@ -18,6 +18,7 @@ from ....compiler.weights.sources.checkpoint import read_tensors
 from ..artifact.bindings import Binding
 from ..artifact.emit import KERNELS, PLAN
 from ..artifact.spec import SCHEMA
+from ..tile.serialize import program_from_json
 from ..tile.simulate import Chip
 from ..tile.tiles import Program
 
@@ -102,7 +103,7 @@ def read_kernels(folder: Path) -> Kernels:
 
 
 def _launch(entry: Mapping[str, Any]) -> Launch:
-    program = Program.from_json(entry["program"])
+    program = program_from_json(entry["program"])
     names = [program.name, *program.scalars, *(a.name for a in program.arguments), *program.buffers]
     if not all(name.isidentifier() for name in names):
         raise ValueError(entry["name"])  # names become those of a printed source

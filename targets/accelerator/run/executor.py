@@ -20,7 +20,8 @@ from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..artifact.bindings import DIMS, Bound
-from ..tile.expr import evaluate
+from ..tile.expr import Name, evaluate
+from ..tile.parse import parse_size
 from ..tile.tiles import Argument
 from .artifact import Kernels, Launch, Weights
 from .launchers import Launcher
@@ -152,7 +153,7 @@ class _Call:
         for name, (argument, over) in launch.binding.scalars.items():
             tensor = given[argument]
             count = tensor.numel() if tensor is not None else self._elements(launch.binding.arguments[argument])
-            found[name] = count // int(evaluate(over, found))
+            found[name] = count // int(evaluate(parse_size(over, tuple(found)), found))
         return found
 
     def _elements(self, bound: Bound) -> int:
@@ -170,7 +171,7 @@ class _Call:
 def _has_slots(a: Argument, held: Slots) -> bool:
     """Return whether an argument's axis for the slots is a scalar, which says how many there are in the buffer."""
     size = a.shape[held.axis] if len(a.shape) == held.buffer.dim() else 0
-    return isinstance(size, str) and size.isidentifier() and size not in DIMS
+    return isinstance(size, Name) and size.name not in DIMS
 
 
 @lru_cache(maxsize=4096)

@@ -1,5 +1,8 @@
 """Writes tile programs: statements are added one after the other, and each tile goes where the chip wants it.
 
+Kernels write expressions as text, which is read here, once, into typed nodes; a statement that is wrong is refused
+where it is added.
+
 What differs between chips is which memories a tile passes on its way, and that is all in `Layout`: the operands of the
 matrix unit come through shared memory on a GPU, through L1 and L0A or L0B on an Ascend, through NRAM and WRAM on a
 Cambricon; results leave the matrix unit from registers, tensor memory or L0C. Kernels are written once, without it.
@@ -11,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from .expr import Expr
+from .scope import Scope
 from .tiles import DEVICE, Argument, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store
 
 
@@ -19,8 +24,8 @@ class Layout:
     """The memories that tiles pass on a chip.
 
     `first` and `second`: from where a load of that operand of the matrix unit arrives to where the unit reads it.
-    `result`: where the unit adds. `vector`: where everything else is computed. `leave`: from the memory behind `result`
-    to `vector` (empty where they are one, DEVICE in it where the way leads through device memory). `enter`: from behind
+    `result`: where the unit adds. `vector`: where everything else is computed. `leave`: from the memory after `result`
+    to `vector` (empty where they are one, DEVICE in it where the path leads through device memory). `enter`: from after
     `vector` to the first memory of the operands, for tiles that are computed before they are multiplied.
     """
 
@@ -43,11 +48,10 @@ class Builder:
     def __init__(self, name: str, layout: Layout, doc: str = "") -> None:
         """Begin a program."""
         self.layout = layout
-        self._name, self._doc = name, doc
-        self._grid: list[tuple[str, str]] = []
-        self._arguments: list[Argument] = []
+        self._doc = doc
+        self._scope = Scope(name)
+        self._grid: list[tuple[str, Expr]] = []
         self._scalars: list[str] = []
-        self._buffers: dict[str, Buffer] = {}
         self._bodies: list[list[Statement]] = [[]]
         self._stages = 1
 
@@ -55,21 +59,21 @@ class Builder:
 
     def grid(self, name: str, extent: int | str) -> str:
         """Add an axis of the grid and return its variable."""
-        self._grid.append((name, str(extent)))
-        return name
+        self._grid.append((name, self._scope.value(extent)))
+        return self._scope.integer(name)
 
     def scalar(self, *names: str) -> None:
         """Declare ints that the launch gives."""
-        self._scalars += names
+        self._scalars += map(self._scope.integer, names)
 
     def tensor(self, name: str, dtype: str, *shape: int | str, role: str = "input") -> str:
         """Declare a tensor."""
-        self._arguments.append(Argument(name, dtype, shape, role))
+        self._scope.tensor(Argument(name, dtype, tuple(map(self._scope.size, shape)), role))
         return name
 
     def dtype(self, tensor: str) -> str:
         """Return the dtype of a tensor that is declared."""
-        return next(a.dtype for a in self._arguments if a.name == tensor)
+        return self._scope.arguments[tensor].dtype
 
     # --- body ---
 
@@ -77,7 +81,7 @@ class Builder:
         """Compute a value; with a shape it is a tile, in the memory of vectors unless another is named."""
         if shape:
             self._place(name, memory or self.layout.vector, dtype, shape)
-        self._add(Let(name, value))
+        self._add(Let(name, self._scope.value(value)))
         return name
 
     def load(
@@ -87,25 +91,23 @@ class Builder:
         """Load a scalar, an index vector, or (with a shape) a tile into the memory of vectors or the one that is named."""
         if shape:
             self._place(name, memory or self.layout.vector, self.dtype(tensor), shape, self._stages)
-        self._add(Load(name, tensor, tuple(at), mask, other))
+        self._add(Load(name, tensor, self._values(at), self._scope.mask(mask), other))
         return name
 
     def operand(
         self, name: str, tensor: str, at: Sequence[str], mask: str, shape: Sequence[int], *, second: bool
     ) -> str:
         """Load a tile as an operand of the matrix unit and return the name that it has there."""
-        way = self.layout.second if second else self.layout.first
-        self.load(name, tensor, at, mask, shape=shape, memory=way[0])
-        return self._move(name, way[1:])
+        self.far(name, tensor, at, mask, shape, second=second)
+        return self.near(name, second=second)
 
     def far(self, name: str, tensor: str, at: Sequence[str], mask: str, shape: Sequence[int], *, second: bool) -> str:
-        """Load a tile to the first memory on an operand's way, where it may wait until `near` takes it on."""
-        way = self.layout.second if second else self.layout.first
-        return self.load(name, tensor, at, mask, shape=shape, memory=way[0])
+        """Load a tile to the first memory of an operand's path, where it may wait until `near` takes it on."""
+        return self.load(name, tensor, at, mask, shape=shape, memory=self._path(second)[0])
 
     def near(self, name: str, *, second: bool) -> str:
         """Take a tile of `far` to where the matrix unit reads it and return the name that it has there."""
-        return self._move(name, (self.layout.second if second else self.layout.first)[1:])
+        return self._move(name, self._path(second)[1:])
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -118,10 +120,10 @@ class Builder:
 
     def as_operand(self, name: str, *, second: bool) -> str:
         """Take a computed tile to where the matrix unit reads it and return the name that it has there."""
-        way = self.layout.second if second else self.layout.first
-        if self._buffers[name].memory == way[-1]:
+        path = self._path(second)
+        if self._scope.buffers[name].memory == path[-1]:
             return name
-        return self._move(name, (*self.layout.enter, *way))
+        return self._move(name, (*self.layout.enter, *path))
 
     def accumulator(self, name: str, shape: Sequence[int]) -> str:
         """Begin a sum of the matrix unit: zeros, f32."""
@@ -151,52 +153,64 @@ class Builder:
 
     def store(self, tensor: str, at: Sequence[str], value: str, mask: str = "", add: bool = False) -> None:
         """Store a tile, or add it."""
-        self._add(Store(tensor, tuple(at), value, mask, add))
+        self._add(Store(tensor, self._values(at), self._scope.value(value), self._scope.mask(mask), add))
 
     @contextmanager
     def loop(self, var: str, start: int | str, stop: int | str, step: int | str, stages: int = 1) -> Iterator[str]:
         """Add a loop; with `stages` above 1 the tiles loaded in it have so many buffers."""
+        bounds = self._scope.value(start), self._scope.value(stop), self._scope.value(step)
         outer, self._stages = self._stages, max(stages, 1)
         self._bodies.append([])
-        yield var
-        body = tuple(self._bodies.pop())
+        with self._scope.loop(var, *bounds):
+            yield var
         self._stages = outer
-        self._add(For(var, str(start), str(stop), str(step), body, stages))
+        body = tuple(self._bodies.pop())
+        self._bodies[-1].append(For(var, *bounds, body, stages))
 
     @contextmanager
     def when(self, condition: str) -> Iterator[None]:
         """Add statements that run if a scalar is not 0."""
+        tested = self._scope.value(condition)
         self._bodies.append([])
-        yield
+        with self._scope.when(tested):
+            yield
         body = tuple(self._bodies.pop())
-        self._add(If(condition, body))
+        self._bodies[-1].append(If(tested, body))
 
     def program(self) -> Program:
         """Return the program."""
         (body,) = self._bodies
+        scope = self._scope
         return Program(
-            self._name, tuple(self._grid), tuple(self._arguments), tuple(self._scalars), dict(self._buffers),
+            scope.program, tuple(self._grid), tuple(scope.arguments.values()), tuple(self._scalars), dict(scope.buffers),
             tuple(body), self._doc,
         )  # fmt: skip
 
     # --- parts ---
 
-    def _add(self, statement: Statement) -> None:
-        self._bodies[-1].append(statement)
+    def _add(self, statement: Let | Load | Store | Move | Dot) -> None:
+        self._bodies[-1].append(self._scope.add(statement))
+
+    def _values(self, texts: Sequence[str]) -> tuple[Expr, ...]:
+        return tuple(map(self._scope.value, texts))
+
+    def _path(self, second: bool) -> tuple[str, ...]:
+        """Return the memories that an operand of the matrix unit passes."""
+        return self.layout.second if second else self.layout.first
 
     def _place(self, name: str, memory: str, dtype: str, shape: Sequence[int], copies: int = 1) -> None:
         buffer = Buffer(memory, dtype, tuple(shape), copies)
-        assert self._buffers.get(name, buffer) == buffer, f"{name} has two buffers"
-        self._buffers[name] = buffer
+        assert self._scope.buffers.get(name, buffer) == buffer, f"{name} has two buffers"
+        self._scope.buffers[name] = buffer
 
-    def _move(self, name: str, way: Sequence[str]) -> str:
-        source = self._buffers[name]
-        for memory in way:
+    def _move(self, name: str, path: Sequence[str]) -> str:
+        source = self._scope.buffers[name]
+        for memory in path:
             if memory == source.memory:
                 continue
             moved = f"{name}_{memory}"
             # close to the matrix unit two buffers are enough: one is filled while the other is read
             self._place(moved, memory, source.dtype, source.shape, min(self._stages, 2) if memory != DEVICE else 1)
             self._add(Move(moved, name))
-            name, source = moved, self._buffers[moved]
+            name, source = moved, self._scope.buffers[moved]
         return name

@@ -6,17 +6,16 @@ stands for all; where they depend on numbers that are loaded, the caller says wh
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from ....compiler.ir.dtypes import DTYPES
-from .expr import evaluate, names, parse
+from .expr import Axes, Call, Expr, Name, Number, evaluate, shape_of
+from .functions import FUNCTIONS
 from .tiles import Dot, For, If, Let, Load, Move, Program, Statement, Store
 
 
@@ -30,7 +29,7 @@ class Counts:
     moved: dict[tuple[str, str], float] = field(default_factory=dict)  # (from, to) memory -> bytes
     dots: dict[str, float] = field(default_factory=dict)  # by dtype of the operands, with padding
     computed: float = 0.0  # numbers x operators outside of the matrix unit
-    steps: float = 0.0  # turns of the innermost loops that load, of one point
+    steps: float = 0.0  # iterations of the innermost loops that load, of one point
 
     @property
     def traffic(self) -> float:
@@ -69,11 +68,11 @@ class _Counter:
                     self.let(name, value, times)
                 case Load(name, tensor, at):
                     if name not in self.program.buffers:
-                        self.values[name] = np.zeros(self.shape(at), DTYPES[self.program.argument(tensor).dtype].numpy)
+                        self.values[name] = np.zeros(shape_of(*at), DTYPES[self.program.argument(tensor).dtype].numpy)
                     size = self.elements(name) * DTYPES[self.program.argument(tensor).dtype].bits / 8
                     self.counts.loaded[tensor] = self.counts.loaded.get(tensor, 0) + times * size
                 case Store(tensor, at):
-                    size = prod(self.shape(at)) * DTYPES[self.program.argument(tensor).dtype].bits / 8
+                    size = prod(shape_of(*at)) * DTYPES[self.program.argument(tensor).dtype].bits / 8
                     self.counts.stored[tensor] = self.counts.stored.get(tensor, 0) + times * size
                 case Dot(acc, a, _):
                     m, n = self.program.buffers[acc].shape
@@ -86,25 +85,25 @@ class _Counter:
                     self.counts.moved[key] = self.counts.moved.get(key, 0) + times * size
                 case For(var, start, stop, step, inner):
                     first, last, by = (float(self.bound(n)) for n in (start, stop, step))
-                    turns = max(-(-(last - first) // by), 0.0)
-                    self.values[var] = int(first + (turns // 2) * by)
+                    iterations = max(-(-(last - first) // by), 0.0)
+                    self.values[var] = int(first + (iterations // 2) * by)
                     if any(isinstance(s, Load) for s in inner):
-                        self.counts.steps += turns
-                    self.body(inner, times * turns)
+                        self.counts.steps += iterations
+                    self.body(inner, times * iterations)
                 case If(_, inner):
                     self.body(inner, times)
 
-    def bound(self, text: str) -> Any:
+    def bound(self, expr: Expr) -> Any:
         """Return the value of an expression over what is known; tiles and other unknown numbers count as 0."""
-        missing = {n: self.zero(n) for n in names(text) if n not in self.values}
+        missing = {n: self.zero(n) for n in expr.names if n not in self.values}
         with np.errstate(all="ignore"):
-            return evaluate(text, {**self.values, **missing} if missing else self.values)
+            return evaluate(expr, {**self.values, **missing} if missing else self.values)
 
     def zero(self, name: str) -> Any:
         buffer = self.program.buffers.get(name)
         return np.broadcast_to(np.zeros((), DTYPES[buffer.dtype].numpy), buffer.shape) if buffer else 0
 
-    def let(self, name: str, value: str, times: float) -> None:
+    def let(self, name: str, value: Expr, times: float) -> None:
         if name in self.program.buffers:
             self.counts.computed += times * self.elements(name) * operators(value)
         else:
@@ -115,18 +114,15 @@ class _Counter:
         buffer = self.program.buffers.get(name)
         return prod(buffer.shape) if buffer else np.size(self.values[name])
 
-    def shape(self, at: Sequence[str]) -> tuple[int, ...]:
-        """Return the shape that the indices of a load or store broadcast to."""
-        return np.broadcast_shapes(*(np.shape(self.bound(i)) for i in at))
 
-
-@lru_cache(maxsize=65536)
-def operators(text: str) -> int:
-    """Return how many operators and functions an expression applies to every number, a function as 4."""
-    total = 0
-    for node in ast.walk(parse(text)):
-        if isinstance(node, (ast.BinOp, ast.Compare, ast.UnaryOp)):
-            total += 1
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            total += {"cast": 1, "bitcast": 0, "reshape": 0, "arange": 0, "full": 1, "where": 1}.get(node.func.id, 4)
-    return total
+def operators(expr: Expr) -> int:
+    """Return how many operators and functions an expression applies to every number, as FUNCTIONS counts them."""
+    total = sum(map(operators, expr.operands))
+    match expr:
+        case Number() | Name() | Axes():
+            return total
+        case Call("cast", [value], _) if value.type.constant is not None:
+            return total  # a literal of a dtype
+        case Call(function):
+            return total + FUNCTIONS[function].operators
+    return total + 1

@@ -1,157 +1,328 @@
-"""The expressions of the tile language: a small part of Python's, over ints and tiles, with one meaning in numpy.
+"""The expressions of the tile language: typed immutable nodes over ints and tiles, with one meaning in numpy.
 
-Numbers, names, + - * / // %, comparisons, & | ~ << >>, `x[:, None]` to add axes, and the functions in FUNCTIONS. Nothing
-else parses: a spec from elsewhere cannot make the simulator run anything.
+Numbers, names, + - * / // %, comparisons, & | ^ ~ << >>, axes that are added, and the functions of functions.py. A node
+is made by `binary`, `unary`, `call`, `axes` or Python's operators, which give it its type or raise MoecError: there is
+no node of two operands that do not go together. parse.py makes nodes of text; what reads programs folds over nodes.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any
+import operator as python
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import inf
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ....compiler.errors import MoecError
 from ....compiler.ir.dtypes import DTYPES
+from .functions import FUNCTIONS, Parameter
+from .types import (
+    EIGHT,
+    FLOATS,
+    TILE_DTYPES,
+    ExprType,
+    broadcast,
+    check_integers,
+    check_no_bool,
+    common,
+    constant_type,
+    promoted,
+)
 
-
-def _cast(x: Any, dtype: str) -> Any:
-    return np.asarray(x).astype(DTYPES[dtype].numpy)
-
-
-def _full(*shape_value_dtype: Any) -> np.ndarray:
-    *shape, value, dtype = shape_value_dtype
-    return np.full(shape, value, DTYPES[dtype].numpy)
-
-
-def _erf(x: np.ndarray) -> np.ndarray:
-    # Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7
-    t = 1 / (1 + 0.3275911 * np.abs(x))
-    series = ((((1.061405429 * t - 1.453152027) * t) + 1.421413741) * t - 0.284496736) * t + 0.254829592
-    return np.sign(x) * (1 - series * t * np.exp(-x * x))
-
-
-def _exp(x: Any) -> Any:
-    with np.errstate(over="ignore"):
-        return np.exp(x)
-
-
-def _log(x: Any) -> Any:
-    with np.errstate(divide="ignore"):
-        return np.log(x)
-
-
-FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    "arange": lambda n: np.arange(n, dtype=np.int32),  # 0 .. n - 1
-    "full": _full,  # full(M, N, value, "f32")
-    "cast": _cast,  # cast(x, "bf16"), rounding to nearest even
-    "bitcast": lambda x, dtype: np.asarray(x).view(DTYPES[dtype].numpy),  # the same bits
-    "where": np.where,
-    "minimum": np.minimum,
-    "maximum": np.maximum,
-    "cdiv": lambda a, b: -(-a // b),
-    "exp": _exp,
-    "log": _log,
-    "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "sigmoid": lambda x: 1 / (1 + _exp(-x)),
-    "tanh": np.tanh,
-    "erf": _erf,
-    "abs": np.abs,
-    "sum": lambda x, axis: np.sum(x, axis=axis, dtype=np.int32 if x.dtype in (np.bool_, np.int32) else None),
-    "max": lambda x, axis: np.max(x, axis=axis),
-    "min": lambda x, axis: np.min(x, axis=axis),
-    "argmax": lambda x, axis: np.argmax(x, axis=axis).astype(np.int32),  # the first of equal ones
-    "cumsum": lambda x, axis: np.cumsum(x, axis=axis, dtype=np.int32 if x.dtype in (np.bool_, np.int32) else None),
-    "reshape": lambda x, *shape: np.reshape(x, shape),
-    "trans": lambda x: np.swapaxes(x, -1, -2),
-}
-
-_BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
-    ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b,
-    ast.FloorDiv: lambda a, b: a // b, ast.Mod: lambda a, b: a % b, ast.BitAnd: lambda a, b: a & b,
-    ast.BitOr: lambda a, b: a | b, ast.BitXor: lambda a, b: a ^ b, ast.LShift: lambda a, b: a << b,
-    ast.RShift: lambda a, b: a >> b,
+BINARY: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": python.add, "-": python.sub, "*": python.mul, "/": python.truediv, "//": python.floordiv, "%": python.mod,
+    "&": python.and_, "|": python.or_, "^": python.xor, "<<": python.lshift, ">>": python.rshift,
 }  # fmt: skip
-_COMPARE: Mapping[type, Callable[[Any, Any], Any]] = {
-    ast.Lt: lambda a, b: a < b, ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
-    ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b,
+COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "<": python.lt, "<=": python.le, ">": python.gt, ">=": python.ge, "==": python.eq, "!=": python.ne,
 }  # fmt: skip
-_UNARY: Mapping[type, Callable[[Any], Any]] = {ast.USub: lambda a: -a, ast.Invert: lambda a: ~a}
+UNARY: Mapping[str, Callable[[Any], Any]] = {"-": python.neg, "~": python.invert}
+
+Operand: TypeAlias = "Expr | int | float"
 
 
-@lru_cache(maxsize=65536)
-def parse(text: str) -> ast.expr:
-    """Return an expression's tree; MoecError for anything that is not of this language."""
+def _method(operator: str) -> Callable[[Expr, Operand], Expr]:
+    return lambda self, other: binary(operator, self, other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expr:
+    """An expression; `source` is the text that it was written as, which messages and kernels.json show."""
+
+    type: ExprType
+    source: str = field(default="", compare=False, repr=False)
+
+    @property
+    def operands(self) -> tuple[Expr, ...]:
+        """The expressions that it is made of."""
+        match self:
+            case Binary(_, left, right):
+                return left, right
+            case Unary(_, value) | Axes(value):
+                return (value,)
+            case Call(_, values):
+                return values
+        return ()
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names that it reads."""
+        if isinstance(self, Name):
+            return frozenset((self.name,))
+        return frozenset[str]().union(*(part.names for part in self.operands))
+
+    def __str__(self) -> str:
+        """Return it as text that parse.py reads."""
+        return self.source or ast.unparse(python_syntax(self))
+
+    __add__ = _method("+")
+    __sub__ = _method("-")
+    __mul__ = _method("*")
+    __floordiv__ = _method("//")
+    __and__ = _method("&")
+    __or__ = _method("|")
+    __lshift__ = _method("<<")
+    __rshift__ = _method(">>")
+    __lt__ = _method("<")
+
+
+@dataclass(frozen=True)
+class Number(Expr):
+    """A literal, one of Python's numbers; infinity is an f32."""
+
+    value: int | float
+
+
+@dataclass(frozen=True)
+class Name(Expr):
+    """A scalar of the launch, a variable of the grid or of a loop, or what a statement before made."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Binary(Expr):
+    """Two operands with one of BINARY or COMPARISONS."""
+
+    operator: str
+    left: Expr
+    right: Expr
+
+
+@dataclass(frozen=True)
+class Unary(Expr):
+    """An operand with one of UNARY."""
+
+    operator: str
+    operand: Expr
+
+
+@dataclass(frozen=True)
+class Call(Expr):
+    """A function of FUNCTIONS on values, with parameters that are known when the program is written."""
+
+    function: str
+    values: tuple[Expr, ...]
+    parameters: tuple[Parameter, ...]
+
+
+@dataclass(frozen=True)
+class Axes(Expr):
+    """A value with axes of size 1 added: `kept` is True for each axis of its own and False for each new one."""
+
+    value: Expr
+    kept: tuple[bool, ...]
+
+
+# --- making nodes --------------------------------------------------------------------------------------------------
+
+
+def number(value: int | float) -> Number:
+    """Return a literal."""
+    return Number(value, type=ExprType("f32") if value == inf else constant_type(value))
+
+
+def binary(operator: str, left: Operand, right: Operand) -> Binary:
+    """Return two operands with an operator; MoecError where they do not go together."""
+    left, right = (x if isinstance(x, Expr) else number(x) for x in (left, right))
+    return Binary(operator, left, right, type=_binary_type(operator, left.type, right.type))
+
+
+def _binary_type(operator: str, a: ExprType, b: ExprType) -> ExprType:
+    if operator in COMPARISONS:
+        common(a, b)
+        return ExprType("bool", broadcast(a.shape, b.shape))
+    if a.constant is not None and b.constant is not None:
+        return _constant(operator, a.constant, b.constant)
+    both = promoted(a, b)
+    if operator in ("+", "-", "*"):
+        check_no_bool(both, operator)
+    elif operator == "/" and both.dtype not in FLOATS:
+        raise MoecError(f"/ of {both.dtype} is f64 in numpy", todo="cast to f32 first, or divide by //")
+    elif operator in ("//", "%", "<<", ">>") or (operator != "/" and both.dtype != "bool"):
+        check_integers(both, operator)
+    if operator in ("<<", ">>") and b.constant is not None:
+        _check_shift(b.constant, 64 if both.weak else DTYPES[both.dtype].bits)
+    return both
+
+
+def _constant(operator: str, a: int | float, b: int | float) -> ExprType:
+    if operator in ("<<", ">>"):
+        _check_shift(b, 64)
     try:
-        tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise MoecError(f"{text!r} is no expression of the tile language") from error
-    _check(tree, text)
-    return tree
+        return constant_type(BINARY[operator](a, b))
+    except (TypeError, ArithmeticError) as error:
+        raise MoecError(f"{a} {operator} {b}: {error}") from error
 
 
-def _check(node: ast.expr, text: str) -> None:
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None) | ast.Name():
-            return
-        case ast.BinOp(left, operator, right) if type(operator) in _BINARY:
-            parts = [left, right]
-        case ast.UnaryOp(operator, operand) if type(operator) in _UNARY:
-            parts = [operand]
-        case ast.Compare(left, [operator], [right]) if type(operator) in _COMPARE:
-            parts = [left, right]
-        case ast.Call(ast.Name(name), arguments, []) if name in FUNCTIONS:
-            parts = arguments
-        case ast.Subscript(value, ast.Tuple(axes)) if all(_is_axis(a) for a in axes):
-            parts = [value]
+def _check_shift(by: int | float, bits: int) -> None:
+    if not 0 <= by < bits:
+        raise MoecError(f"a shift by {by}, of numbers of {bits} bits")
+
+
+def unary(operator: str, operand: Expr) -> Unary:
+    """Return an operand with - or ~; MoecError for a type that has it not."""
+    given = operand.type
+    constant = None
+    if operator == "~":
+        if given.dtype != "bool":
+            check_integers(given, operator)
+    elif given.dtype in ("bool", "u8", *EIGHT):
+        raise MoecError(f"- of {given.dtype}", todo="cast it first")
+    elif given.constant is not None:
+        constant = -given.constant
+    return Unary(operator, operand, type=ExprType(given.dtype, given.shape, constant))
+
+
+def call(name: str, *values: Operand, parameters: Sequence[Parameter] = ()) -> Call:
+    """Return a function's value; MoecError for a number or type of values and parameters that it does not take."""
+    function = FUNCTIONS[name]
+    given = tuple(x if isinstance(x, Expr) else number(x) for x in values)
+    if len(given) != function.values or not _match(function.parameters, parameters):
+        takes = ", ".join(("a value",) * function.values + function.parameters)
+        raise MoecError(f"{name} of {len(given)} values and {list(parameters)}", todo=f"it takes {takes}")
+    constants = [x.type.constant for x in given if isinstance(x.type.constant, int)]
+    if name in ("cdiv", "minimum", "maximum") and len(constants) == len(given):
+        if name == "cdiv" and not constants[1]:
+            raise MoecError("cdiv by 0")
+        type = constant_type(int(function.compute(*constants)))
+    else:
+        type = function.type(name, [x.type for x in given], parameters)
+    return Call(name, given, tuple(parameters), type=type)
+
+
+def _match(wanted: Sequence[str], given: Sequence[Parameter]) -> bool:
+    dtypes, sizes = [p for p in given if isinstance(p, str)], [p for p in given if not isinstance(p, str)]
+    if dtypes != list(given[len(sizes) :]) or len(dtypes) != ("dtype" in wanted) or not set(dtypes) <= set(TILE_DTYPES):
+        return False
+    return "sizes" in wanted or len(sizes) == len(wanted) - len(dtypes)
+
+
+def axes(value: Expr, kept: Sequence[bool]) -> Axes:
+    """Return a value with axes added; MoecError where `kept` has not each axis of its own."""
+    shape = value.type.shape
+    if sum(kept) != len(shape):
+        what = "more" if sum(kept) > len(shape) else "fewer"
+        raise MoecError(f"{_index(kept)} names {what} axes than {list(shape)} has")
+    sizes = iter(shape)
+    return Axes(value, tuple(kept), type=ExprType(value.type.dtype, tuple(next(sizes) if k else 1 for k in kept)))
+
+
+def _index(kept: Sequence[bool]) -> str:
+    return f"[{', '.join(':' if k else 'None' for k in kept)}]"
+
+
+# --- folds ---------------------------------------------------------------------------------------------------------
+
+
+def shape_of(*exprs: Expr | None) -> tuple[int, ...]:
+    """Return the shape that expressions broadcast to, such as the indices and the mask of a load."""
+    shape: tuple[int, ...] = ()
+    for expr in exprs:
+        shape = shape if expr is None else broadcast(shape, expr.type.shape)
+    return shape
+
+
+def retyped(expr: Expr, types: Mapping[str, ExprType]) -> Expr:
+    """Return an expression over names of other types; MoecError where it has none then."""
+    match expr:
+        case Name(name):
+            return replace(expr, type=types[name])
+        case Binary(operator, left, right):
+            made: Expr = binary(operator, retyped(left, types), retyped(right, types))
+        case Unary(operator, operand):
+            made = unary(operator, retyped(operand, types))
+        case Call(function, values, parameters):
+            made = call(function, *(retyped(v, types) for v in values), parameters=parameters)
+        case Axes(value, kept):
+            made = axes(retyped(value, types), kept)
         case _:
-            raise MoecError(
-                f"{ast.unparse(node)} in {text!r} is not of the tile language",
-                todo=f"its functions are {', '.join(FUNCTIONS)}",
-            )
-    for part in parts:
-        _check(part, text)
+            return expr
+    return replace(made, source=expr.source)
 
 
-def _is_axis(node: ast.expr) -> bool:
-    whole = isinstance(node, ast.Slice) and not (node.lower or node.upper or node.step)
-    return whole or (isinstance(node, ast.Constant) and node.value is None)
-
-
-@lru_cache(maxsize=65536)
-def names(text: str) -> frozenset[str]:
-    """Return the names that an expression reads."""
-    tree = parse(text)
-    called = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    return frozenset(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called)
-
-
-def evaluate(text: str | int, values: Mapping[str, Any]) -> Any:
+def evaluate(expr: Expr | int, values: Mapping[str, Any]) -> Any:
     """Return the value of an expression; MoecError for a name without one."""
-    return text if isinstance(text, int) else _value(parse(text), values, text)
-
-
-def _value(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
-    match node:
-        case ast.Constant(value):
-            return value
-        case ast.Name("inf"):
-            return np.float32(np.inf)
-        case ast.Name(name):
+    match expr:
+        case int():
+            return expr
+        case Number(value):
+            return np.float32(value) if value == inf else value
+        case Name(name):
             if name not in values:
-                raise MoecError(f"{name} in {text!r} has no value")
+                raise MoecError(f"{name} has no value")
             return values[name]
-        case ast.BinOp(left, operator, right):
-            return _BINARY[type(operator)](_value(left, values, text), _value(right, values, text))
-        case ast.UnaryOp(operator, operand):
-            return _UNARY[type(operator)](_value(operand, values, text))
-        case ast.Compare(left, [operator], [right]):
-            return _COMPARE[type(operator)](_value(left, values, text), _value(right, values, text))
-        case ast.Call(ast.Name(name), arguments):
-            return FUNCTIONS[name](*(_value(a, values, text) for a in arguments))
-        case ast.Subscript(value, ast.Tuple(axes)):
-            return _value(value, values, text)[tuple(slice(None) if isinstance(a, ast.Slice) else None for a in axes)]
-    raise AssertionError(f"{ast.unparse(node)} passed the check")
+        case Binary(operator, left, right):
+            compute = BINARY.get(operator) or COMPARISONS[operator]
+            return compute(evaluate(left, values), evaluate(right, values))
+        case Unary(operator, operand):
+            return UNARY[operator](evaluate(operand, values))
+        case Call(function, arguments, parameters):
+            return FUNCTIONS[function].compute(*(evaluate(a, values) for a in arguments), *parameters)
+        case Axes(value, kept):
+            return evaluate(value, values)[tuple(slice(None) if k else None for k in kept)]
+    raise AssertionError(f"{type(expr).__name__} is no node")
+
+
+def python_syntax(expr: Expr, spell: Callable[[str, list[ast.expr]], ast.expr] | None = None) -> ast.expr:
+    """Return the tree of an expression as Python has it; `spell` makes the tree of a function's call."""
+    match expr:
+        case Number(value):
+            return ast.Name("inf") if value == inf else ast.Constant(value)
+        case Name(name):
+            return ast.Name(name)
+        case Binary(operator, left, right):
+            return operation(operator, python_syntax(left, spell), python_syntax(right, spell))
+        case Unary(operator, operand):
+            return ast.UnaryOp(_UNARY_SYNTAX[operator](), python_syntax(operand, spell))
+        case Call(function, values, parameters):
+            given = [ast.Constant(p) for p in parameters]
+            first = len(given) - 1 if function == "full" else 0
+            arguments = [*given[:first], *(python_syntax(v, spell) for v in values), *given[first:]]
+            return spell(function, arguments) if spell else ast.Call(ast.Name(function), arguments, [])
+        case Axes(value, kept):
+            return ast.Subscript(python_syntax(value, spell), index_syntax(kept))
+    raise AssertionError(f"{type(expr).__name__} is no node")
+
+
+_SIGNS: Mapping[str, ast.expr] = {sign: ast.parse(f"a {sign} b", mode="eval").body for sign in (*BINARY, *COMPARISONS)}
+_UNARY_SYNTAX: Mapping[str, type[ast.unaryop]] = {"-": ast.USub, "~": ast.Invert}
+
+
+def operation(operator: str, left: ast.expr, right: ast.expr) -> ast.expr:
+    """Return the tree of an operator of Python's between two trees."""
+    match _SIGNS[operator]:
+        case ast.BinOp(op=sign):
+            return ast.BinOp(left, sign, right)
+        case ast.Compare(ops=signs):
+            return ast.Compare(left, signs, [right])
+    raise AssertionError(operator)
+
+
+def index_syntax(kept: Sequence[bool]) -> ast.expr:
+    """Return the tree of the index that adds axes, such as `:, None`."""
+    return ast.Tuple([ast.Slice() if k else ast.Constant(None) for k in kept])

@@ -4,8 +4,9 @@ A program runs once for every point of its grid. It loads tiles of tensors from 
 chip, computes with them, moves them from one memory to another and stores them. One program is all that a kernel is:
 the simulator executes it, the Triton source is printed from it, and its bytes and FLOPs are counted on it.
 
-Statements are plain data; expressions are text in the small language of expr.py. In JSON a statement is an object
-whose first key says what it is: {"load": "a", "from": "x", "at": ["rows[:, None]", "cols[None, :]"], "mask": "..."}.
+Statements are plain data whose expressions are nodes of expr.py; scope.py checks them as they are added. In JSON
+expressions are text and a statement is an object whose first key says what it is: {"load": "a", "from": "x", "at":
+["rows[:, None]", "cols[None, :]"], "mask": "..."}.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from ....compiler.errors import MoecError
 from ....compiler.ir.dtypes import DTYPES
+from .expr import Expr, Name
 
 DEVICE = "device"  # what programs call the outermost memory, whatever the chip's own name for it is
 
@@ -26,7 +27,7 @@ class Let:
     """name = value. A value of two axes or more has a buffer; scalars and index vectors need none."""
 
     name: str
-    value: str
+    value: Expr
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Load:
 
     name: str
     tensor: str
-    at: tuple[str, ...]
-    mask: str = ""
+    at: tuple[Expr, ...]
+    mask: Expr | None = None
     other: float = 0
 
 
@@ -45,10 +46,15 @@ class Store:
     """tensor[at...] = value where `mask` is true; `add` adds, atomically."""
 
     tensor: str
-    at: tuple[str, ...]
-    value: str
-    mask: str = ""
+    at: tuple[Expr, ...]
+    value: Expr
+    mask: Expr | None = None
     add: bool = False
+
+    @property
+    def stored(self) -> str:
+        """The name that is stored as it is; empty for another value."""
+        return self.value.name if isinstance(self.value, Name) else ""
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,12 @@ class Move:
 
 @dataclass(frozen=True)
 class For:
-    """Run the body for var = start, start + step, ... below stop; loads of `stages` - 1 later turns are under way."""
+    """Run the body for var = start, start + step, ... below stop; loads of `stages` - 1 later iterations are under way."""
 
     var: str
-    start: str
-    stop: str
-    step: str
+    start: Expr
+    stop: Expr
+    step: Expr
     body: tuple[Statement, ...]
     stages: int = 1
 
@@ -85,7 +91,7 @@ class For:
 class If:
     """Run the body if a scalar is not 0."""
 
-    condition: str
+    condition: Expr
     body: tuple[Statement, ...]
 
 
@@ -109,11 +115,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor of a kernel, row by row in device memory. Sizes are ints and names of the kernel's scalars."""
+    """A tensor of a kernel, row by row in device memory. Sizes are ints and expressions over the kernel's scalars."""
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[int | Expr, ...]
     role: str = "input"  # input, weight, output or scratch
 
 
@@ -125,7 +131,7 @@ class Program:
     """
 
     name: str
-    grid: tuple[tuple[str, str], ...]
+    grid: tuple[tuple[str, Expr], ...]
     arguments: tuple[Argument, ...]
     scalars: tuple[str, ...]
     buffers: Mapping[str, Buffer]
@@ -135,83 +141,6 @@ class Program:
     def argument(self, name: str) -> Argument:
         """Return a tensor by name."""
         return next(a for a in self.arguments if a.name == name)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the program as JSON values; `from_json` reads them."""
-        return {
-            "name": self.name,
-            "doc": self.doc,
-            "grid": [list(axis) for axis in self.grid],
-            "scalars": list(self.scalars),
-            "arguments": [
-                {"name": a.name, "dtype": a.dtype, "shape": list(a.shape), "role": a.role} for a in self.arguments
-            ],
-            "buffers": {
-                name: {"memory": b.memory, "dtype": b.dtype, "shape": list(b.shape), "copies": b.copies, "bytes": b.bytes}
-                for name, b in self.buffers.items()
-            },
-            "body": _write(self.body),
-        }  # fmt: skip
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Program:
-        """Return the program of JSON values; MoecError for anything but a statement."""
-        buffers = {
-            name: Buffer(b["memory"], b["dtype"], tuple(b["shape"]), b["copies"]) for name, b in data["buffers"].items()
-        }
-        arguments = tuple(Argument(a["name"], a["dtype"], tuple(a["shape"]), a["role"]) for a in data["arguments"])
-        grid = tuple((name, extent) for name, extent in data["grid"])
-        return Program(
-            data["name"], grid, arguments, tuple(data["scalars"]), buffers, _read(data["body"]), data.get("doc", "")
-        )
-
-
-def _write(body: Sequence[Statement]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for statement in body:
-        match statement:
-            case Let(name, value):
-                entry: dict[str, Any] = {"let": name, "value": value}
-            case Load(name, tensor, at, mask, other):
-                entry = {"load": name, "from": tensor, "at": list(at), "mask": mask}
-                entry |= {"other": other} if other else {}
-            case Store(tensor, at, value, mask, add):
-                entry = {"store": tensor, "at": list(at), "value": value, "mask": mask}
-                entry |= {"add": True} if add else {}
-            case Dot(acc, a, b, transpose):
-                entry = {"dot": acc, "a": a, "b": b, "transpose": transpose}
-            case Move(name, value):
-                entry = {"move": name, "value": value}
-            case For(var, start, stop, step, inner, stages):
-                entry = {"for": var, "start": start, "stop": stop, "step": step, "stages": stages}
-                entry["body"] = _write(inner)
-            case If(condition, inner):
-                entry = {"if": condition, "body": _write(inner)}
-        found.append(entry)
-    return found
-
-
-def _read(entries: Sequence[Mapping[str, Any]]) -> tuple[Statement, ...]:
-    return tuple(_read_one(entry) for entry in entries)
-
-
-def _read_one(entry: Mapping[str, Any]) -> Statement:
-    match entry:
-        case {"let": name, "value": value}:
-            return Let(name, value)
-        case {"load": name, "from": tensor, "at": at}:
-            return Load(name, tensor, tuple(at), entry.get("mask", ""), entry.get("other", 0))
-        case {"store": tensor, "at": at, "value": value}:
-            return Store(tensor, tuple(at), value, entry.get("mask", ""), entry.get("add", False))
-        case {"dot": acc, "a": a, "b": b}:
-            return Dot(acc, a, b, entry.get("transpose", False))
-        case {"move": name, "value": value}:
-            return Move(name, value)
-        case {"for": var, "start": start, "stop": stop, "step": step, "body": body}:
-            return For(var, start, stop, step, _read(body), entry.get("stages", 1))
-        case {"if": condition, "body": body}:
-            return If(condition, _read(body))
-    raise MoecError(f"{dict(entry)} is no statement of a tile program")
 
 
 def walk(body: Sequence[Statement]) -> Iterator[Statement]:

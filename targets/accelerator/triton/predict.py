@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ....compiler.ir.dtypes import DTYPES
-from ..tile.expr import names
+from ..tile.expr import Call, Expr
 from ..tile.machine import TALL_ROWS
 from ..tile.tiles import Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
 from .architectures import nearest
@@ -62,8 +62,8 @@ def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
     """Yield the bytes through which the layout of each stored result of a product is converted."""
     results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots(program.body)}
     for store in walk(program.body):
-        if isinstance(store, Store) and store.value in program.buffers:
-            shape = program.buffers[store.value].shape
+        if isinstance(store, Store) and store.stored in program.buffers:
+            shape = program.buffers[store.stored].shape
             if shape in results:
                 m, n = shape
                 bits = DTYPES[program.argument(store.tensor).dtype].bits
@@ -99,7 +99,7 @@ def spills(program: Program, arch: str, warps: int) -> bool:
     for unit in units(program, arch, warps):
         limit = SPILL_FREE[unit] // (2 if unit == "mfma" and warps > 4 else 1)  # two waves share a unit's registers
         if made:
-            limit = GROUPED if unit == "mma" and any("reshape(" in text for text in made) else limit - COMPUTED
+            limit = GROUPED if unit == "mma" and any(map(_in_groups, made)) else limit - COMPUTED
         if held > limit:
             return True
     return False
@@ -214,11 +214,11 @@ class _Loop:
         gfx950's waves that have columns of their own pass the scales alone, and none of a group of columns that they
         share. None where no operand is computed so.
         """
-        made = {s.name: s.value for s in statements if isinstance(s, Let)}
+        made = {s.name for s in statements if isinstance(s, Let) and _in_groups(s.value)}
         shapes = {}  # of the operands: those of their products
         for dot in dots:
             name = self.origin.get(dot.b, dot.b)
-            if "reshape(" in made.get(name, ""):
+            if name in made:
                 shapes[name] = self.program.buffers[dot.acc].shape
         if not shapes or not self.waves:
             return None
@@ -232,8 +232,7 @@ class _Loop:
         known: set[str] = set()  # loaded in this iteration, or computed from it
         found = set()
         for s in statements:
-            texts = (*s.at, s.mask) if isinstance(s, Load) else (s.value,) if isinstance(s, (Let, Move)) else ()
-            late = any(known & names(text) for text in texts if text)
+            late = bool(known & _read(s))
             if isinstance(s, Load) and late:
                 found.add(s.name)
             if isinstance(s, Load) or (isinstance(s, (Let, Move)) and late):
@@ -307,6 +306,23 @@ def _flat(body: Sequence[Statement]) -> Iterator[Statement]:
     for statement in walk(body):
         if not isinstance(statement, (For, If)):
             yield statement
+
+
+def _read(statement: Statement) -> frozenset[str]:
+    """Return the names that the value of a statement, or the place that it loads, depends on."""
+    match statement:
+        case Load(_, _, at, mask):
+            return frozenset[str]().union(*(index.names for index in at), mask.names if mask else ())
+        case Let(_, value):
+            return value.names
+        case Move(_, name):
+            return frozenset((name,))
+    return frozenset()
+
+
+def _in_groups(expr: Expr) -> bool:
+    """Return whether a tile is computed in groups of columns, which are an axis of their own meanwhile."""
+    return (isinstance(expr, Call) and expr.function == "reshape") or any(map(_in_groups, expr.operands))
 
 
 def _size(buffer: Buffer) -> int:

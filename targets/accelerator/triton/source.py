@@ -13,21 +13,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ....compiler.errors import MoecError
-from ..tile.expr import parse
+from ..tile.expr import Expr, operation, python_syntax, shape_of
 from ..tile.tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store
-from .expr import (
-    HELPERS,
-    Expressions,
-    Kind,
-    Printed,
-    as_dtype,
-    broadcast,
-    call,
-    dtype_node,
-    powers_of_two,
-    sizes_node,
-    strong,
-)
+from ..tile.types import EIGHT, FLOATS, ExprType
+from .expr import HELPERS, Expressions, as_dtype, call, dtype_node, powers_of_two, sizes_node, strong
 
 WIDTH = 116
 LIMIT = 2**31 - 1  # what an offset of 32 bits reaches
@@ -38,14 +27,14 @@ Lines: TypeAlias = "list[str]"
 def triton_source(program: Program, warps: int = 4, limit: int | None = None) -> str:
     """Return the Python source of a kernel for `warps` warps of a block, with at most `limit` registers a thread.
 
-    MoecError for what Triton cannot say: sizes of tiles that are no powers of two, dtypes that numpy and Triton would
-    promote otherwise, names that are used after the loop that makes them.
+    MoecError for what Triton cannot say: sizes of tiles that are no powers of two, names that it has taken, quotients
+    of numbers that may be negative by others than constants.
     """
     printer = _Printer(program)
-    while True:  # each turn knows better which names are negative or wider than the first value they get
-        before = (set(printer.negative), dict(printer.wider))
+    while True:  # each pass knows better which names a loop makes negative
+        before = set(printer.negative)
         body = printer.kernel()
-        if before == (printer.negative, printer.wider):
+        if before == printer.negative:
             return "\n".join(_file(program, body, printer.expressions.helpers, warps, limit)) + "\n"
 
 
@@ -81,23 +70,18 @@ def _product(extents: Sequence[str]) -> str:
     return " * ".join(f"({e})" if not e.isidentifier() and not e.isdigit() else e for e in extents)
 
 
-def host(extent: str) -> str:
+def host(extent: Expr) -> str:
     """Return an expression over the scalars as plain Python, for the host."""
-    return ast.unparse(_Host().visit(parse(extent)))
+    return ast.unparse(python_syntax(extent, _host_call))
 
 
-class _Host(ast.NodeTransformer):
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        arguments = [self.visit(a) for a in node.args]
-        match node.func:
-            case ast.Name("minimum"):
-                return ast.Call(ast.Name("min"), arguments, [])
-            case ast.Name("maximum"):
-                return ast.Call(ast.Name("max"), arguments, [])
-            case ast.Name("cdiv"):
-                below = ast.BinOp(ast.UnaryOp(ast.USub(), arguments[0]), ast.FloorDiv(), arguments[1])
-                return ast.UnaryOp(ast.USub(), below)
-        raise MoecError(f"{ast.unparse(node)} in the extent of a grid", todo="it knows minimum, maximum and cdiv")
+def _host_call(name: str, arguments: list[ast.expr]) -> ast.expr:
+    match name:
+        case "minimum" | "maximum":
+            return ast.Call(ast.Name(name[:3]), arguments, [])
+        case "cdiv":
+            return ast.UnaryOp(ast.USub(), operation("//", ast.UnaryOp(ast.USub(), arguments[0]), arguments[1]))
+    raise MoecError(f"{name} in the extent of a grid", todo="it knows minimum, maximum and cdiv")
 
 
 # --- the kernel ----------------------------------------------------------------------------------------------------
@@ -107,7 +91,6 @@ class _Host(ast.NodeTransformer):
 class _Printer:
     program: Program
     negative: set[str] = field(default_factory=set)  # names that may be below 0 somewhere
-    wider: dict[str, str] = field(default_factory=dict)  # names that begin as a Python int -> the dtype they get
     expressions: Expressions = field(default_factory=lambda: Expressions({}))
     lines: Lines = field(default_factory=list)
     depth: int = 0
@@ -116,7 +99,7 @@ class _Printer:
         self.expressions, self.lines, self.depth = Expressions({}), [], 0
         self._check_names()
         for name in self.program.scalars:
-            self.expressions.kinds[name] = Kind("int", natural=True)
+            self.expressions.naturals[name] = True
         self._points()
         self._body(self.program.body)
         return self.lines
@@ -137,13 +120,12 @@ class _Printer:
             self._line(f"program = {rest}")
             rest = "program"
         for number, (name, extent) in enumerate(self.program.grid):
-            node = self.expressions.print(extent)[0]
             last = number == len(self.program.grid) - 1
-            size = ast.unparse(node)
+            size = ast.unparse(self.expressions.print(extent))
             size = size if size.isidentifier() or size.isdigit() else f"({size})"
             self._line(f"{name} = {rest}" if last else f"{name} = {rest} % {size}")
             rest = f"{rest} // {size}"
-            self.expressions.kinds[name] = Kind("int", natural=True)
+            self.expressions.naturals[name] = True
 
     def _line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
@@ -163,174 +145,126 @@ class _Printer:
     def _print(self, statement: Statement) -> None:
         match statement:
             case Let(name, value):
-                self._assign(name, self.expressions.print(value))
+                self._assign(name, self.expressions.print(value), value.type.shape, self.expressions.natural(value))
             case Load():
                 self._load(statement)
             case Store():
                 self._store(statement)
             case Move(name, value):
-                self._assign(name, (ast.Name(value), self.expressions.kinds[value]))
+                shape = self.program.buffers[name].shape
+                self._assign(name, ast.Name(value), shape, self.expressions.naturals[value])
             case Dot():
                 self._dot(statement)
             case For():
                 self._loop(statement)
             case If(condition, inner):
-                node, kind = self.expressions.print(condition)
-                if kind.constant is None:
-                    node = node if kind.dtype == "bool" else ast.Compare(node, [ast.NotEq()], [ast.Constant(0)])
+                if condition.type.constant is None:
+                    node = self.expressions.print(condition)
+                    node = node if condition.type.dtype == "bool" else operation("!=", node, ast.Constant(0))
                     self._line(f"if {ast.unparse(node)}:")
                     self._inner(inner)
-                elif kind.constant:
+                elif condition.type.constant:
                     self._inner(inner, deeper=0)
 
     def _inner(self, body: Sequence[Statement], deeper: int = 1) -> None:
-        """Print a body; names that are new in it are gone behind it, others must stay what they are."""
-        outer = dict(self.expressions.kinds)
+        """Print a body, and note which names may be negative after it."""
+        outer = dict(self.expressions.naturals)
         self.depth += deeper
         if not body:
             self._line("pass")
         self._body(body)
         self.depth -= deeper
-        inner = self.expressions.kinds
-        for name, kind in outer.items():
-            now = inner[name]
-            if (now.dtype, now.shape) != (kind.dtype, kind.shape):
-                if kind.dtype == "int" and now.dtype in ("i32", "i64") and now.shape == ():
-                    self.wider[name] = now.dtype
-                else:
-                    raise MoecError(
-                        f"{name} is {kind.dtype}{list(kind.shape)} before and {now.dtype}{list(now.shape)} in a body",
-                        todo="Triton wants one type of a name that a loop or an if changes: cast it",
-                    )
-            if kind.natural and not now.natural:
-                self.negative.add(name)
-        self.expressions.kinds = outer
+        inner = self.expressions.naturals
+        self.negative |= {name for name, natural in outer.items() if natural and not inner[name]}
+        self.expressions.naturals = outer
 
-    def _assign(self, name: str, value: Printed) -> None:
-        node, kind = value
+    def _assign(self, name: str, node: ast.expr, shape: tuple[int, ...], natural: bool) -> None:
         self._check_name(name, {pointer(a.name) for a in self.program.arguments} | {"tl", "triton"})
-        buffer = self.program.buffers.get(name)
-        if buffer is not None and (buffer.dtype, buffer.shape) != (kind.dtype, kind.shape):
-            raise MoecError(
-                f"{name} is stated as {buffer.dtype}{list(buffer.shape)} and gets {kind.dtype}{list(kind.shape)}"
-            )
-        powers_of_two(kind.shape)
-        wider = self.wider.get(name)
-        if wider and kind.dtype != wider:
-            node = strong(node, kind, wider)
-            kind = Kind(wider, kind.shape, kind.natural)
+        powers_of_two(shape)
         self._statement(f"{name} = ", node)
-        self.expressions.kinds[name] = Kind(kind.dtype, kind.shape, kind.natural and name not in self.negative)
+        self.expressions.naturals[name] = natural and name not in self.negative
 
-    def _place(self, tensor: str, at: Sequence[str], mask: str) -> tuple[ast.expr, ast.expr | None, tuple[int, ...]]:
-        """Return the tree of the addresses and of the mask, and the shape of both together."""
+    def _address(self, tensor: str, at: Sequence[Expr], mask: Expr | None) -> tuple[ast.expr, dict[str, ast.expr]]:
+        """Return the tree of the addresses that a load or store reaches, and its argument with the mask, if there is one."""
         argument = self.program.argument(tensor)
-        if len(at) != len(argument.shape):
-            raise MoecError(f"{tensor} has {len(argument.shape)} axes, {len(at)} indices were given")
         offsets: list[ast.expr] = []
         first = 0
-        shape: tuple[int, ...] = ()
-        for axis, text in enumerate(at):
-            node, kind = self.expressions.print(text)
+        for axis, index in enumerate(at):
+            node = self.expressions.print(index)
             if axis == len(at) - 1:
                 first, node = _split(node)
-            if kind.dtype not in ("int", "i32", "i64"):
-                raise MoecError(f"an index that is {kind.dtype}", where=text)
-            shape = broadcast(shape, kind.shape)
-            if kind.constant != 0:
-                offsets.append(self._offset(argument, axis, node, kind))
+            if index.type.constant != 0:
+                offsets.append(self._offset(argument, axis, node, index.type))
         if first:  # before the rest: where it comes after, triton-ascend fails when every second number is read
             offsets.insert(0, ast.Constant(first))
         address: ast.expr = ast.Name(pointer(tensor))
         for offset in offsets:
-            address = ast.BinOp(address, ast.Add(), offset)
-        if not mask:
-            return address, None, shape
-        node, kind = self.expressions.print(mask)
-        if kind.dtype != "bool":
-            raise MoecError(f"a mask that is {kind.dtype}", where=mask)
-        whole = broadcast(shape, kind.shape)
+            address = operation("+", address, offset)
+        if mask is None:
+            return address, {}
+        shape, whole = shape_of(*at), shape_of(*at, mask)
         if whole != shape:
             address = call("tl.broadcast_to", address, sizes_node(whole)) if shape else _spread(address, whole)
-        return address, node, whole
+        return address, {"mask": self.expressions.print(mask)}
 
-    def _offset(self, argument: Argument, axis: int, node: ast.expr, kind: Kind) -> ast.expr:
+    def _offset(self, argument: Argument, axis: int, node: ast.expr, type: ExprType) -> ast.expr:
         """Return index * stride, in 64 bits where the axis may reach further than 32."""
         constant, scalars = 1, []
         for size in argument.shape[axis + 1 :]:
-            factor, of = self.expressions.print(size)
-            if of.constant is None:
-                scalars.append(factor)
-            else:
-                constant *= int(of.constant)
+            known = size if isinstance(size, int) else size.type.constant
+            if known is not None:
+                constant *= int(known)
+            elif isinstance(size, Expr):
+                scalars.append(self.expressions.print(size))
         if constant == 1 and not scalars:
             return node
         whole = argument.shape[axis]
         short = isinstance(whole, int) and not scalars and whole * constant <= LIMIT
-        if not short and kind.dtype != "i64":
-            node = strong(node, kind, "i64")
+        if not short and type.dtype != "i64":
+            node = strong(node, type, "i64")
         if constant != 1:
-            node = ast.BinOp(node, ast.Mult(), ast.Constant(constant))
+            node = operation("*", node, ast.Constant(constant))
         for factor in scalars:  # one after the other: each product has the 64 bits of the index
-            node = ast.BinOp(node, ast.Mult(), factor)
+            node = operation("*", node, factor)
         return node
 
     def _load(self, statement: Load) -> None:
-        address, mask, shape = self._place(statement.tensor, statement.at, statement.mask)
+        address, named = self._address(statement.tensor, statement.at, statement.mask)
         dtype = self.program.argument(statement.tensor).dtype
-        named = {}
-        if mask is not None:
-            other = float(statement.other) if dtype[0] in "bf" and dtype != "bool" else int(statement.other)
-            named = {"mask": mask, "other": ast.Constant(other)}
+        if named:
+            other = float(statement.other) if dtype in FLOATS or dtype in EIGHT else int(statement.other)
+            named["other"] = ast.Constant(other)
         node = call("tl.load", address, **named)
         if dtype == "bool":  # a bool lies in a byte
-            node = ast.Compare(node, [ast.NotEq()], [ast.Constant(0)])
-        self._assign(statement.name, (node, Kind(dtype, shape, dtype in ("u8", "bool"))))
+            node = operation("!=", node, ast.Constant(0))
+        self._assign(statement.name, node, shape_of(*statement.at, statement.mask), dtype in ("u8", "bool"))
 
     def _store(self, statement: Store) -> None:
-        address, mask, shape = self._place(statement.tensor, statement.at, statement.mask)
-        node, kind = self.expressions.print(statement.value)
-        if broadcast(shape, kind.shape) != shape:
-            raise MoecError(f"a value of {list(kind.shape)} stored to {list(shape)} cells", where=statement.value)
+        address, named = self._address(statement.tensor, statement.at, statement.mask)
+        node, given = self.expressions.print(statement.value), statement.value.type
         dtype = self.program.argument(statement.tensor).dtype
-        if not kind.weak and kind.dtype != dtype:
+        if not given.weak and given.dtype != dtype:
             node = as_dtype(node, dtype)
-        named = {} if mask is None else {"mask": mask}
         if statement.add:
             self._statement("", call("tl.atomic_add", address, node, **named, sem=ast.Constant("relaxed")))
         else:
             self._statement("", call("tl.store", address, node, **named))
 
     def _dot(self, statement: Dot) -> None:
-        a, b, acc = (self.expressions.kinds[n] for n in (statement.a, statement.b, statement.acc))
-        b_shape = b.shape[::-1] if statement.transpose else b.shape
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b_shape[0] or acc.shape != (a.shape[0], b_shape[1]):
-            raise MoecError(f"{statement.acc}{list(acc.shape)} += {list(a.shape)} times {list(b_shape)}")
-        if a.dtype != b.dtype or acc.dtype != "f32" or a.dtype not in ("f32", "bf16", "f16", "f8e4m3", "f8e5m2"):
-            raise MoecError(
-                f"{statement.acc} ({acc.dtype}) += {a.dtype} times {b.dtype}: it adds floats of one dtype in f32"
-            )
+        buffer = self.program.buffers[statement.acc]
         second = call("tl.trans", ast.Name(statement.b)) if statement.transpose else ast.Name(statement.b)
-        precise = {"input_precision": ast.Constant("ieee")} if a.dtype == "f32" else {}
-        self._assign(
-            statement.acc, (call("tl.dot", ast.Name(statement.a), second, ast.Name(statement.acc), **precise), acc)
-        )
+        exact = self.program.buffers[statement.a].dtype == "f32"
+        precise = {"input_precision": ast.Constant("ieee")} if exact else {}
+        node = call("tl.dot", ast.Name(statement.a), second, ast.Name(statement.acc), **precise)
+        self._assign(statement.acc, node, buffer.shape, self.expressions.naturals[statement.acc])
 
     def _loop(self, loop: For) -> None:
-        (start, first), (stop, last), (step, by) = (
-            self.expressions.print(n) for n in (loop.start, loop.stop, loop.step)
-        )
-        if any(k.shape or k.dtype not in ("int", "i32", "i64") for k in (first, last, by)):
-            raise MoecError(f"the bounds of {loop.var} are no ints", where=f"{loop.start}, {loop.stop}, {loop.step}")
-        if not by.constant or by.constant < 0:
-            raise MoecError(f"the step of {loop.var} is no constant above 0", where=loop.step)
-        bounds = call("tl.range", start, stop, step, num_stages=ast.Constant(max(loop.stages, 1)))
-        self._line(f"for {loop.var} in {ast.unparse(bounds)}:")
-        if loop.var in self.expressions.kinds:
-            raise MoecError(f"{loop.var} is a name before its loop", todo="name it otherwise")
-        self.expressions.kinds[loop.var] = Kind("int", natural=first.natural)
+        bounds = [self.expressions.print(n) for n in (loop.start, loop.stop, loop.step)]
+        counted = call("tl.range", *bounds, num_stages=ast.Constant(max(loop.stages, 1)))
+        self._line(f"for {loop.var} in {ast.unparse(counted)}:")
+        self.expressions.naturals[loop.var] = self.expressions.natural(loop.start)
         self._inner(loop.body)
-        del self.expressions.kinds[loop.var]
+        del self.expressions.naturals[loop.var]
 
 
 def _split(node: ast.expr) -> tuple[int, ast.expr]:
@@ -345,7 +279,7 @@ def _split(node: ast.expr) -> tuple[int, ast.expr]:
 
 def _spread(address: ast.expr, shape: tuple[int, ...]) -> ast.expr:
     zeros = call("tl.full", sizes_node(shape), ast.Constant(0), dtype_node("i32"))
-    return ast.BinOp(address, ast.Add(), zeros)
+    return operation("+", address, zeros)
 
 
 def wrapped(target: str, node: ast.expr, width: int, inside: bool = False) -> Lines:

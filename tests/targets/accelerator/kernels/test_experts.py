@@ -12,8 +12,9 @@ from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.packing import Packing
+from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.tile.simulate import simulate
-from moec.targets.accelerator.tile.tiles import Program, footprint
+from moec.targets.accelerator.tile.tiles import footprint
 
 CHIPS = ("nvidia-h200", "nvidia-b200", "amd-mi300x", "ascend-910b", "ascend-950dt", "cambricon-mlu370")
 FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "uint8_g64", "fp8_b128", "mxfp4", "nvfp4")
@@ -77,7 +78,7 @@ def run(e, tensors, tokens, profile, tile, direct=False, scatter=False):
         "y": np.zeros((tokens, e.hidden), np.float32 if scatter else BF16),
     }  # fmt: skip
     for program in programs:
-        program = Program.from_json(program.to_json())
+        program = program_from_json(program_to_json(program))
         given = {a.name: tensors[a.name] for a in program.arguments}
         used = simulate(program, given, {"T": tokens}, chip)
         assert used == footprint(program, chip.align)

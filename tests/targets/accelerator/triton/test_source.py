@@ -14,6 +14,7 @@ from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_d
 from moec.targets.accelerator.run.launch import GpuKernel, seconds
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.packing import Packing
+from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.triton.architectures import ARCHITECTURES
 from moec.targets.accelerator.triton.compile import compile_kernel, compile_request, request
 from moec.targets.accelerator.triton.predict import agrees, matrix_unit, predict_shared, spills, units
@@ -56,8 +57,8 @@ def program_of(*lets: tuple[str, str], stored: str = "0"):
         ("u & 256", "u8 with int"),
         ("i ^ 1 << 31", "i32 with int"),
         ("i // j", "may be negative"),
-        ("f // 2.0", "FloorDiv of f32"),
-        ("f & 1", "BitAnd of f32"),
+        ("f // 2.0", "// of f32"),
+        ("f & 1", "& of f32"),
         ("(f > 0.0) + (f < 1.0)", "of bools"),
         ("where(f > 0.0, 1.0, 0.0)", "at least one number that has a dtype"),
         ("exp(i)", "exp of i32"),
@@ -67,6 +68,14 @@ def program_of(*lets: tuple[str, str], stored: str = "0"):
         ("nothing + 1", "has no value"),
         ("f + full(16, 0.0, \"f32\")", "[32] with [16]"),
         ("f[:, None] + f", "as many axes"),
+        ("f[:, :]", "more axes"),
+        ("max(f, 1)", "axis 1 of [32]"),
+        ("i << 32", "a shift by 32"),
+        ("f + True", "no numbers of the tile language"),
+        ("f.real", "not of the tile language"),
+        ('cast(f, "f64")', "cast of 1 values"),
+        ("reshape(f, 4, 4)", "reshape of [32] to [4, 4]"),
+        ("f[:, None]", "without a buffer"),
     ],
 )  # fmt: skip
 def test_what_numpy_and_triton_take_otherwise_is_refused(text, why):
@@ -81,16 +90,48 @@ def test_a_name_is_gone_behind_its_loop_and_keeps_its_type_in_it():
     b.tensor("out", "i32", 4, role="output")
     with b.loop("k", 0, 4, 1):
         b.let("last", "k")
-    b.store("out", ["point"], "last")
     with pytest.raises(MoecError, match="last has no value here"):
-        triton_source(b.program())
+        b.store("out", ["point"], "last")
     b = Builder("tried", LAYOUT)
     b.grid("point", 4)
     b.let("total", 'full(2, 0.0, "f32")')
-    with b.loop("k", 0, 4, 1):
+    with pytest.raises(MoecError, match="has one type: cast it"), b.loop("k", 0, 4, 1):
         b.let("total", 'cast(total, "bf16")')
-    with pytest.raises(MoecError, match="Triton wants one type"):
-        triton_source(b.program())
+
+
+@pytest.mark.parametrize(
+    ("at", "mask", "why"),
+    [
+        (["arange(32)", "0"], "", "f has 1 axes, 2 indices were given"),
+        (["f"], "", "an index that is f32"),
+        (["32"], "", "index 32 of an axis of 32 of f"),
+        (["arange(32)"], "i", "a mask that is i32"),
+        (["arange(32)"], "(arange(16) < 3)", "[32] with [16]"),
+    ],
+)
+def test_a_load_that_does_not_reach_its_tensor_is_refused_where_it_is_added(at, mask, why):
+    b = Builder("tried", LAYOUT)
+    for name, dtype in (("i", "i32"), ("f", "f32")):
+        b.tensor(name, dtype, 32)
+        b.load(name, name, ["arange(32)"])
+    with pytest.raises(MoecError) as error:
+        b.load("again", "f", at, mask)
+    assert why in str(error.value) and "tried" in error.value.where
+
+
+def test_a_tile_is_what_its_buffer_states_and_products_fit():
+    b = Builder("tried", LAYOUT)
+    b.tensor("x", "bf16", 16, 32)
+    at = ["arange(16)[:, None]", "arange(32)[None, :]"]
+    b.operand("a", "x", at, "", (16, 32), second=False)
+    b.accumulator("acc", (16, 32))
+    with pytest.raises(MoecError, match=r"acc\[16, 32\] \+= \[16, 32\] times \[32, 16\]"):
+        b.dot("acc", "a", "a")
+    with pytest.raises(MoecError, match=r"y is stated as f32\[16, 16\] and gets bf16\[16, 32\]"):
+        b.let("y", "a", (16, 16), "f32")
+    for start, step in (("0", "0"), ("0.5", "1")):
+        with pytest.raises(MoecError, match="of k"), b.loop("k", start, 4, step):
+            pass
 
 
 def test_division_of_what_may_be_negative_is_not_tritons():
@@ -115,7 +156,7 @@ def test_an_accumulator_in_tensor_memory_prints_as_one_in_registers_does():
 def test_source_is_printed_the_same_again_and_says_how_it_is_launched():
     program = grouped_down(experts("int4_g128"), Tile(16, 32, 128, 3), LAYOUT)
     source = triton_source(program, 8, 255)
-    assert source == triton_source(type(program).from_json(program.to_json()), 8, 255)
+    assert source == triton_source(program_from_json(program_to_json(program)), 8, 255)
     assert "num_warps=8, maxnreg=255)" in source and "num_stages=3" in source
     assert all(len(line) <= 120 for line in source.splitlines())
 

@@ -1,0 +1,109 @@
+"""Reads the text of expressions, once, into typed nodes: a small part of Python's syntax and nothing else.
+
+Nothing else parses: a spec from elsewhere cannot make the simulator run anything.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from math import inf
+
+from ....compiler.errors import MoecError
+from .expr import BINARY, COMPARISONS, UNARY, Expr, Name, axes, binary, call, number, unary
+from .functions import FUNCTIONS, Parameter
+from .types import INT, ExprType
+
+_SIGNS: Mapping[type, str] = {
+    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.BitAnd: "&",
+    ast.BitOr: "|", ast.BitXor: "^", ast.LShift: "<<", ast.RShift: ">>", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">",
+    ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=", ast.USub: "-", ast.Invert: "~",
+}  # fmt: skip
+
+
+def parse(text: str, types: Mapping[str, ExprType]) -> Expr:
+    """Return the expression of a text over names of these types; MoecError for what is none or has no type."""
+    _, names = _syntax(text)
+    for name in names:
+        if name not in types:
+            what = f"{name} has no value here: what a loop or an if makes is gone after it"
+            raise MoecError(what, where=text)
+    return _typed(text, tuple((name, types[name]) for name in names))
+
+
+def parse_size(size: int | str, names: Sequence[str]) -> Expr | int:
+    """Return a size over scalars: an int as it is, a text as an expression."""
+    return size if isinstance(size, int) else parse(size, dict.fromkeys(names, INT))
+
+
+@lru_cache(maxsize=65536)
+def _syntax(text: str) -> tuple[ast.expr, tuple[str, ...]]:
+    """Return a text's tree and the names that it reads."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise MoecError(f"{text!r} is no expression of the tile language") from error
+    called = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called}
+    return tree, tuple(sorted(found - {"inf"}))
+
+
+@lru_cache(maxsize=65536)
+def _typed(text: str, types: tuple[tuple[str, ExprType], ...]) -> Expr:
+    try:
+        return replace(_node(_syntax(text)[0], dict(types)), source=text)
+    except MoecError as error:
+        raise MoecError(error.what, where=text, todo=error.todo) from error
+    except RecursionError as error:
+        raise MoecError("an expression that is nested too deeply", where=f"{text[:40]} ...") from error
+
+
+def _node(tree: ast.expr, types: Mapping[str, ExprType]) -> Expr:
+    match tree:
+        case ast.Constant(bool()):
+            raise MoecError("True and False are no numbers of the tile language", todo="compare instead")
+        case ast.Constant(int() | float() as value):
+            return number(value)
+        case ast.Name("inf"):
+            return number(inf)
+        case ast.Name(name):
+            return Name(name, type=types[name])
+        case ast.BinOp(left, sign, right) | ast.Compare(left, [sign], [right]) if _SIGNS.get(type(sign)) in _OPERATORS:
+            return binary(_SIGNS[type(sign)], _node(left, types), _node(right, types))
+        case ast.UnaryOp(sign, operand) if _SIGNS.get(type(sign)) in UNARY:
+            return unary(_SIGNS[type(sign)], _node(operand, types))
+        case ast.Call(ast.Name(name), arguments, []) if name in FUNCTIONS:
+            return _call(name, arguments, types)
+        case ast.Subscript(value, ast.Tuple(index)) if all(_is_axis(a) for a in index):
+            return axes(_node(value, types), [isinstance(a, ast.Slice) for a in index])
+    raise MoecError(
+        f"{ast.unparse(tree)} is not of the tile language", todo=f"its functions are {', '.join(FUNCTIONS)}"
+    )
+
+
+_OPERATORS = {**BINARY, **COMPARISONS}
+
+
+def _call(name: str, arguments: Sequence[ast.expr], types: Mapping[str, ExprType]) -> Expr:
+    """Return a call: its values are written before its parameters, but for `full`, whose sizes are written first."""
+    count, first = FUNCTIONS[name].values, max(len(arguments) - 2, 0) if name == "full" else 0
+    values = [_node(a, types) for a in arguments[first : first + count]]
+    rest = [_parameter(a, types) for a in (*arguments[:first], *arguments[first + count :])]
+    return call(name, *values, parameters=rest)
+
+
+def _parameter(tree: ast.expr, types: Mapping[str, ExprType]) -> Parameter:
+    """Return a size, an axis or a dtype."""
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, str):
+        return tree.value
+    constant = _node(tree, types).type.constant
+    if not isinstance(constant, int):
+        raise MoecError(f"{ast.unparse(tree)} is no int")
+    return constant
+
+
+def _is_axis(tree: ast.expr) -> bool:
+    whole = isinstance(tree, ast.Slice) and not (tree.lower or tree.upper or tree.step)
+    return whole or (isinstance(tree, ast.Constant) and tree.value is None)
