@@ -96,7 +96,7 @@ def _only_weights(function: Function, value: Value) -> bool:
 def _number(value: Value | None, rewriter: FunctionRewriter) -> float | int | bool | None:
     """Return the number that a value holds everywhere, if it is a constant."""
     op = rewriter.made.get(value.name) if value else None
-    return op.attributes["value"] if op and op.name in ("core.constant", "core.full") else None  # type: ignore[return-value]
+    return op.attributes.number("value") if op and op.name in ("core.constant", "core.full") else None
 
 
 def _constant(op: Op, rewriter: FunctionRewriter) -> Op | None:
@@ -146,28 +146,28 @@ def _shorten(op: Op, rewriter: FunctionRewriter) -> Op:
         return op
     if op.name == "core.reshape":
         return replace(op, operands=inner.operands)
-    first, second = inner.attributes["perm"], op.attributes["perm"]
-    attrs = make_attrs({"perm": tuple(first[p] for p in second)})  # type: ignore[index, union-attr]
+    first, second = inner.attributes.integers("perm"), op.attributes.integers("perm")
+    attrs = make_attrs({"perm": tuple(first[p] for p in second)})
     return replace(op, operands=inner.operands, attrs=attrs)
 
 
 def _without_empty(op: Op) -> Op:
     """Return a concat without the operands that have nothing along its axis."""
-    axis: Any = op.attributes["axis"]
+    axis = op.attributes.integer("axis")
     full = tuple(v for v in op.inputs if v.type.shape[axis] != 0)
     return replace(op, operands=full) if full and full != op.operands else op
 
 
 def _slice_of_part(op: Op, rewriter: FunctionRewriter) -> Op:
     """Return a slice of joined values that lies in one of them as the slice of that one."""
-    attributes: Any = op.attributes
+    attributes, axis = op.attributes, op.attributes.integer("axis")
     joined = rewriter.made.get(op.inputs[0].name)
-    if joined is None or joined.name != "core.concat" or joined.attributes["axis"] != attributes["axis"]:
+    if joined is None or joined.name != "core.concat" or joined.attributes["axis"] != axis:
         return op
     start, stop = size(attributes["start"]), size(attributes["stop"])
     low = size(0)
     for part in joined.inputs:
-        high = low + part.type.shape[attributes["axis"]]
+        high = low + part.type.shape[axis]
         if all(sympy.expand(d).is_nonnegative for d in (start - low, high - stop)):
             return replace(
                 op, operands=(part,), attrs=make_attrs({**attributes, "start": start - low, "stop": stop - low})
@@ -197,7 +197,7 @@ def _with_number(neutral: float, commutative: bool) -> Callable[[Op, int, Functi
 def _whole_slice(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
     operand, attributes = op.operands[0], op.attributes
     assert operand is not None
-    whole = operand.type.shape[attributes["axis"]]  # type: ignore[index]
+    whole = operand.type.shape[attributes.integer("axis")]
     start, stop = size(attributes["start"]), size(attributes["stop"])
     return start == 0 and sympy.expand(stop - whole) == 0 and attributes.get("step", 1) == 1
 
@@ -207,8 +207,8 @@ def _same_type(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
 
 
 def _in_order(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
-    perm = op.attributes["perm"]
-    return list(perm) == sorted(perm)  # type: ignore[arg-type]
+    perm = op.attributes.integers("perm")
+    return list(perm) == sorted(perm)
 
 
 _SAME: dict[str, Callable[[Op, int, FunctionRewriter], bool]] = {

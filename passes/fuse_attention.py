@@ -147,7 +147,7 @@ def _normed(function: Function, heads: _Heads) -> _Heads:
     if op is None or op.name != "nn.rms_norm" or len(op.inputs[0].type.shape) != 4:
         return heads
     x, weight = op.inputs
-    return replace(heads, value=x, norm=weight, eps=float(op.attributes["eps"]), tokens_first=turned)  # type: ignore[arg-type]
+    return replace(heads, value=x, norm=weight, eps=op.attributes.number("eps"), tokens_first=turned)
 
 
 def _rows(editor: Editor, heads: _Heads) -> tuple[Value, Op | None]:

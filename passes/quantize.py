@@ -274,10 +274,4 @@ def _with_old_names(function: Function, made: Mapping[tuple[str, str], Value]) -
     kept = {c.value.name for c in function.consts}
     olds = [old for old, _ in made]
     names = {new.name: old for (old, _), new in made.items() if old not in kept and olds.count(old) == 1}
-
-    def named(value: Value | None) -> Value | None:
-        return value and replace(value, name=names.get(value.name, value.name))
-
-    consts = tuple(replace(c, value=named(c.value)) for c in function.consts)  # type: ignore[arg-type]
-    ops = tuple(replace(op, operands=tuple(map(named, op.operands))) for op in function.ops)
-    return replace(function, consts=consts, ops=ops)
+    return function.renamed(names)

@@ -93,7 +93,7 @@ def _index_sizes(module: Module) -> Iterator[tuple[str, int]]:
         for const in function.consts:
             for found in steps_of(const.recipe):
                 if found.name == "gather":
-                    size = found.items[0].type.sizes[int(found.attributes["axis"])]  # type: ignore[arg-type]
+                    size = found.items[0].type.sizes[found.attributes.integer("axis")]
                     names = tensors(bind(found.items[1], function.weights, bound))
                     yield from ((name, size) for tensor in names for name in expand_range(tensor.name))
 

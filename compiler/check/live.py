@@ -50,7 +50,7 @@ def live_bytes(module: Module, dims: Mapping[str, int]) -> int:
 def heads(op: Op) -> int:
     """Return for how many heads an op computes scores, at least 1."""
     if "heads" in op.attributes:
-        return int(op.attributes["heads"])  # type: ignore[arg-type]
+        return op.attributes.integer("heads")
     query = op.operands[0]
     assert query is not None
     return max([1, *(int(s) for s in query.type.shape[1:-1] if s.is_Integer)])

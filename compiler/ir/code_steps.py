@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..formats.table import ELEMENTS, format_of
 from .dtypes import DTYPES
-from .types import Attr, TensorType
+from .types import Attr, Attrs, TensorType
 
 Types = list[TensorType]
-Attributes = Mapping[str, Attr]
 
 
 @dataclass(frozen=True)
@@ -48,19 +46,19 @@ BLOCKS: Mapping[str, Blocks] = {
 }
 
 
-def _unpack(types: Types, attributes: Attributes) -> TensorType:
+def _unpack(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
-    bits, axis = int(attributes["bits"]), int(attributes["axis"])  # type: ignore[arg-type]
+    bits, axis = attributes.integer("bits"), attributes.integer("axis")
     if item.dtype not in ("u8", "i8", "i32") or not 0 <= axis < len(item.shape):
         raise ValueError(
             f"codes are unpacked from u8, i8 or i32 along an axis that is there, not axis {axis} of {item}"
         )
     word = DTYPES[item.dtype].bits
-    order: Any = attributes.get("order")
+    order = attributes.integers("order") if "order" in attributes else None
     if order is not None and (word % bits or sorted(order) != list(range(word // bits))):
         raise ValueError(f"the order {order} does not order the codes of {bits} bits in {word}")
     room = item.sizes[axis] * word // bits
-    count = int(attributes.get("size", room))  # type: ignore[arg-type]
+    count = attributes.integer("size", room)
     if not 0 < bits <= 8 or math.ceil(count * bits / word) != item.sizes[axis]:
         raise ValueError(
             f"{count} codes of {bits} bits take {math.ceil(count * bits / word)} words, not those of {item}"
@@ -68,12 +66,12 @@ def _unpack(types: Types, attributes: Attributes) -> TensorType:
     return TensorType.of("u8", *item.sizes[:axis], count, *item.sizes[axis + 1 :])
 
 
-def _affine(types: Types, attributes: Attributes) -> TensorType:
+def _affine(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
     return TensorType.of(_dtype(attributes["to"]), *item.shape)
 
 
-def _view(types: Types, attributes: Attributes) -> TensorType:
+def _view(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
     dtype = _dtype(attributes["to"])
     if DTYPES[dtype].bits != item.bits:
@@ -81,32 +79,32 @@ def _view(types: Types, attributes: Attributes) -> TensorType:
     return TensorType.of(dtype, *item.shape)
 
 
-def _decode(types: Types, attributes: Attributes) -> TensorType:
+def _decode(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
     if item.dtype != "u8" or attributes["of"] not in ELEMENTS:
         raise ValueError(f"codes u8 of {', '.join(ELEMENTS)} are decoded, not {item} of {attributes['of']}")
     return TensorType.of("f32", *item.shape)
 
 
-def _gather(types: Types, attributes: Attributes) -> TensorType:
+def _gather(types: Types, attributes: Attrs) -> TensorType:
     item, index = types
-    axis = int(attributes["axis"])  # type: ignore[arg-type]
+    axis = attributes.integer("axis")
     if index.dtype not in ("i32", "i64") or len(index.shape) != 1 or not 0 <= axis < len(item.shape):
         raise ValueError(f"axis {axis} of {item} is gathered with i32 or i64 of one axis, not {index}")
     return TensorType.of(item.dtype, *item.sizes[:axis], index.sizes[0], *item.sizes[axis + 1 :])
 
 
-def _repeat(types: Types, attributes: Attributes) -> TensorType:
+def _repeat(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
-    axis, times = int(attributes["axis"]), int(attributes["times"])  # type: ignore[arg-type]
+    axis, times = attributes.integer("axis"), attributes.integer("times")
     if not 0 <= axis < len(item.shape) or times < 1:
         raise ValueError(f"axis {axis} of {item} cannot be repeated {times} times")
     return TensorType.of(item.dtype, *item.sizes[:axis], item.sizes[axis] * times, *item.sizes[axis + 1 :])
 
 
-def _blocks(types: Types, attributes: Attributes) -> TensorType:
+def _blocks(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
-    kind, part = BLOCKS.get(str(attributes["of"])), attributes["part"]
+    kind, part = BLOCKS.get(attributes.text("of")), attributes["part"]
     if kind is None or part not in ("codes", "scales", "minimums") or (part == "minimums" and not kind.minimums):
         raise ValueError(f"blocks of {attributes['of']} have no {part}; there are {', '.join(BLOCKS)}")
     *outer, width = item.sizes
@@ -118,9 +116,9 @@ def _blocks(types: Types, attributes: Attributes) -> TensorType:
     return TensorType.of("f32", *outer, count // kind.group)
 
 
-def _dequantize(types: Types, attributes: Attributes) -> TensorType:
+def _dequantize(types: Types, attributes: Attrs) -> TensorType:
     codes, *others = types
-    block: Any = attributes["block"]
+    block = attributes.integers("block")
     if not 1 <= len(others) <= 2 or len(block) != len(codes.shape):
         raise ValueError(
             f"{codes} with {len(others)} items beside it and blocks of {block}: scales, or scales and zeros"
@@ -132,9 +130,9 @@ def _dequantize(types: Types, attributes: Attributes) -> TensorType:
     return TensorType.of("f32", *codes.shape)
 
 
-def _packed(types: Types, attributes: Attributes) -> TensorType:
+def _packed(types: Types, attributes: Attrs) -> TensorType:
     codes, scales, *zeros = types
-    format = format_of(str(attributes["to"]))
+    format = format_of(attributes.text("to"))
     if codes.dtype != "u8" or len(codes.shape) < 2 or codes.sizes[-1] % format.group or format.tensor_scale:
         raise ValueError(f"codes u8 in whole groups of {format.group} are kept, not {codes}")
     wanted = (*codes.sizes[:-2], -(-codes.sizes[-2] // format.rows), codes.sizes[-1] // format.group)

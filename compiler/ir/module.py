@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .types import Attr, Keyed, TensorType, attr_key, make_attrs
+from .types import Attr, Attrs, Keyed, TensorType, attr_key, make_attrs
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -55,9 +55,9 @@ class Op(Keyed):
         return self.name, self.operands, self.results, attr_key(self.attrs), self.callee
 
     @cached_property
-    def attributes(self) -> dict[str, Attr]:
+    def attributes(self) -> Attrs:
         """The attributes by name."""
-        return dict(self.attrs)
+        return Attrs(self.attrs)
 
     @property
     def operand_types(self) -> tuple[TensorType | None, ...]:
@@ -110,6 +110,21 @@ class Function:
     def names(self) -> frozenset[str]:
         """Every value name that is taken in this function."""
         return frozenset([v.name for v in self.params] + [c.value.name for c in self.consts] + list(self.producers))
+
+    def renamed(self, names: Mapping[str, str]) -> Function:
+        """Return the function with other names for its weights and for what its ops make; itself without any."""
+        if not names:
+            return self
+
+        def named(value: Value) -> Value:
+            return replace(value, name=names[value.name]) if value.name in names else value
+
+        consts = tuple(replace(c, value=named(c.value)) for c in self.consts)
+        ops = tuple(
+            replace(op, operands=tuple(v and named(v) for v in op.operands), results=tuple(map(named, op.results)))
+            for op in self.ops
+        )
+        return replace(self, consts=consts, ops=ops)
 
 
 @dataclass(frozen=True)

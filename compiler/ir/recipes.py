@@ -16,7 +16,7 @@ from ..formats.format import PART_NAMES
 from ..formats.table import find_format, format_of
 from .code_steps import CODE_STEPS
 from .dtypes import DTYPES
-from .types import Attr, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
+from .types import Attr, Attrs, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Step(Keyed):
         return _Hashed((self.name, self.items, attr_key(self.attrs), self.type))
 
     @property
-    def attributes(self) -> dict[str, Attr]:
+    def attributes(self) -> Attrs:
         """The attributes by name."""
-        return dict(self.attrs)
+        return Attrs(self.attrs)
 
 
 class _Hashed(tuple):
@@ -80,7 +80,7 @@ def step(name: str, *items: Recipe, **attributes: Attr) -> Step:
     types = [item.type for item in items]
     if name in SPREADING:
         types = [item.type for item in items for _ in range(range_length(item))]
-    return Step(name, tuple(items), attrs, STEPS[name](types, dict(attrs)))
+    return Step(name, tuple(items), attrs, STEPS[name](types, Attrs(attrs)))
 
 
 def tensors(recipe: Recipe) -> Iterator[Tensor]:
@@ -165,20 +165,20 @@ def _one(types: list[TensorType]) -> TensorType:
     return types[0]
 
 
-def _axis(attributes: Mapping[str, Attr], rank: int) -> int:
-    axis = int(attributes["axis"])  # type: ignore[arg-type]
+def _axis(attributes: Attrs, rank: int) -> int:
+    axis = attributes.integer("axis")
     if not 0 <= axis < rank:
         raise ValueError(f"axis {axis} is not in 0..{rank - 1}")
     return axis
 
 
-def _stack(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _stack(types: list[TensorType], attributes: Attrs) -> TensorType:
     if len({t.shape for t in types}) != 1:
         raise ValueError(f"stacking different shapes: {', '.join(sorted({str(t) for t in types}))}")
     return TensorType.of(_same_dtype(types), len(types), *types[0].shape)
 
 
-def _concat(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _concat(types: list[TensorType], attributes: Attrs) -> TensorType:
     axis = _axis(attributes, len(types[0].shape))
     rest = {t.shape[:axis] + t.shape[axis + 1 :] for t in types}
     if len(rest) != 1:
@@ -188,25 +188,25 @@ def _concat(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorTy
     return TensorType.of(_same_dtype(types), *shape)
 
 
-def _interleave(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _interleave(types: list[TensorType], attributes: Attrs) -> TensorType:
     if len({t.shape for t in types}) != 1:
         raise ValueError(f"interleaving different shapes: {', '.join(sorted({str(t) for t in types}))}")
     return _concat(types, attributes)
 
 
-def _transpose(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _transpose(types: list[TensorType], attributes: Attrs) -> TensorType:
     item = _one(types)
-    perm: Any = attributes["perm"]
+    perm = attributes.integers("perm")
     if sorted(perm) != list(range(len(item.shape))):
         raise ValueError(f"perm {perm} does not order the {len(item.shape)} axes of {item}")
     return TensorType.of(item.dtype, *(item.shape[p] for p in perm))
 
 
-def _slice(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _slice(types: list[TensorType], attributes: Attrs) -> TensorType:
     item = _one(types)
     axis = _axis(attributes, len(item.shape))
-    start, stop = int(attributes["start"]), int(attributes["stop"])  # type: ignore[arg-type]
-    step_ = int(attributes.get("step", 1))  # type: ignore[arg-type]
+    start, stop = attributes.integer("start"), attributes.integer("stop")
+    step_ = attributes.integer("step", 1)
     if not 0 <= start < stop <= item.sizes[axis] or step_ < 1:
         raise ValueError(f"slice {start}:{stop}:{step_} is outside axis {axis} of {item}")
     shape = list(item.sizes)
@@ -214,34 +214,34 @@ def _slice(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorTyp
     return TensorType.of(item.dtype, *shape)
 
 
-def _reshape(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _reshape(types: list[TensorType], attributes: Attrs) -> TensorType:
     item = _one(types)
-    result = TensorType.of(item.dtype, *attributes["shape"])  # type: ignore[misc]
+    result = TensorType.of(item.dtype, *attributes.integers("shape"))
     if result.elements != item.elements:
         raise ValueError(f"{item} cannot take the shape {attributes['shape']}")
     return result
 
 
-def _cast(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
-    dtype = str(attributes["to"])
+def _cast(types: list[TensorType], attributes: Attrs) -> TensorType:
+    dtype = attributes.text("to")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     return TensorType.of(dtype, *_one(types).shape)
 
 
-def _scale(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _scale(types: list[TensorType], attributes: Attrs) -> TensorType:
     item, factors = types
-    axes: Any = attributes["axes"]
-    start = int(attributes.get("start", 0))  # type: ignore[arg-type]
+    axes = attributes.integers("axes")
+    start = attributes.integer("start", 0)
     sizes = [item.sizes[axis] for axis in axes]
     if not axes or list(factors.sizes) != [*sizes[:-1], sizes[-1] - start]:
         raise ValueError(f"factors {factors} do not fit the axes {list(axes)} of {item} from {start} on")
     return TensorType.of(item.dtype, *item.shape)
 
 
-def _quantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+def _quantize(types: list[TensorType], attributes: Attrs) -> TensorType:
     item = _one(types)
-    format = format_of(str(attributes["to"]))
+    format = format_of(attributes.text("to"))
     if item.dtype != "f32" or len(item.shape) < 2:
         raise ValueError(f"f32 with two axes or more is quantized, not {item}")
     if item.sizes[-1] % format.group:
@@ -250,7 +250,7 @@ def _quantize(types: list[TensorType], attributes: Mapping[str, Attr]) -> Tensor
 
 
 def _part_of(name: str) -> StepRule:
-    def rule(types: list[TensorType], attributes: Mapping[str, Attr]) -> TensorType:
+    def rule(types: list[TensorType], attributes: Attrs) -> TensorType:
         item = _one(types)
         format = find_format(item.dtype)
         if format is None or name not in format.part_names:
@@ -262,7 +262,7 @@ def _part_of(name: str) -> StepRule:
     return rule
 
 
-StepRule = Callable[[list[TensorType], Mapping[str, Attr]], TensorType]
+StepRule = Callable[[list[TensorType], Attrs], TensorType]
 
 STEPS: dict[str, StepRule] = {
     "stack": _stack,  # new axis 0

@@ -21,6 +21,39 @@ from .dtypes import DTYPES
 Attr: TypeAlias = int | float | bool | str | Size | tuple["Attr", ...]
 
 
+class Attrs(dict[str, Attr]):
+    """Attributes by name, and each of them as what it has to be: KeyError if it is missing, ValueError if it is not that."""
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """Return an integer."""
+        value = self[name] if default is None else self.get(name, default)
+        if not isinstance(value, int):
+            raise ValueError(f"{name} is an integer, not {value}")
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Return a list of integers."""
+        value = self[name]
+        found = tuple(v for v in value if isinstance(v, int)) if isinstance(value, tuple) else None
+        if found is None or found != value:
+            raise ValueError(f"{name} is a list of integers, not {value}")
+        return found
+
+    def number(self, name: str, default: float | None = None) -> int | float:
+        """Return a number; an integer as one."""
+        value = self[name] if default is None else self.get(name, default)
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is a number, not {value}")
+        return value
+
+    def text(self, name: str) -> str:
+        """Return a word."""
+        value = self[name]
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is a word, not {value}")
+        return value
+
+
 def attr_key(value: Attr) -> Any:
     """Return what tells attributes apart in a program: 0.0 and -0.0, 1 and 1.0 and true, and NaNs bit by bit.
 

@@ -45,16 +45,6 @@ class FunctionRewriter:
 
     def finish(self, consts: tuple[Const, ...] | None = None) -> Function:
         """Return the function with the ops kept and the new names; the one before if it is the same."""
-
-        def named(value: Value) -> Value:
-            return replace(value, name=self.renamed[value.name]) if value.name in self.renamed else value
-
-        ops = tuple(
-            replace(op, operands=tuple(v and named(v) for v in op.operands), results=tuple(map(named, op.results)))
-            if self.renamed
-            else op
-            for op in self.ops
-        )
         consts = self.function.consts if consts is None else consts
-        new = replace(self.function, ops=ops, consts=consts)
+        new = replace(self.function, ops=tuple(self.ops), consts=consts).renamed(self.renamed)
         return self.function if new == self.function else new

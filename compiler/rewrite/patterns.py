@@ -155,7 +155,7 @@ class Match:
         """Return the one number that the value bound to a name holds everywhere, if it is a constant."""
         made, recipe = self.op(name), self.recipe(name)
         if made is not None and made.name in ("core.constant", "core.full"):
-            return made.attributes["value"]  # type: ignore[return-value]
+            return made.attributes.number("value")
         if isinstance(recipe, Literal) and len(set(map(attr_key, recipe.values))) == 1:
             return recipe.values[0]
         return None

@@ -237,6 +237,6 @@ def _print_calls(op: Op, run: _Run, dims: Dims) -> str:
     operands = ", ".join(map(text, op.operands, run.operands))
     attrs = []
     for name, value in op.attrs:
-        last = f"..{int(value) + run.length - 1}" if name == run.attr else ""  # type: ignore[arg-type]
+        last = f"..{op.attributes.integer(name) + run.length - 1}" if name == run.attr else ""
         attrs.append(f"{name}={_attribute(value, dims)}{last}")
     return _statement(op, results, operands, attrs)

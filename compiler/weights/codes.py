@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -40,19 +40,15 @@ def _shape(box: Box) -> list[int]:
     return [stop - start for start, stop in box]
 
 
-def _int(step: Step, name: str, default: int | None = None) -> int:
-    return cast(int, step.attributes[name] if default is None else step.attributes.get(name, default))
-
-
 def _unpack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    item, bits, axis = step.items[0], _int(step, "bits"), _int(step, "axis")
+    item, bits, axis = step.items[0], step.attributes.integer("bits"), step.attributes.integer("axis")
     word = DTYPES[item.type.dtype].bits
     low, high = box[axis]
     first, last = low * bits // word, math.ceil(high * bits / word)
     words = inner(item, _span(box, axis, first, last))
     if word % bits:
         return _straddling(words, word, bits, axis, range(low * bits - first * word, high * bits - first * word, bits))
-    order = cast(Any, step.attributes.get("order")) or range(word // bits)
+    order = step.attributes.integers("order") if "order" in step.attributes else range(word // bits)
     shape = list(words.shape)
     codes = torch.empty([*shape[: axis + 1], word // bits, *shape[axis + 1 :]], dtype=torch.uint8)
     for i, place in enumerate(order):
@@ -75,11 +71,11 @@ def _straddling(words: torch.Tensor, word: int, bits: int, axis: int, places: ra
 
 def _affine(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     item, attributes = inner(step.items[0], box), step.attributes
-    add, factor = cast(float, attributes.get("add", 0)), cast(float, attributes.get("factor", 1))
+    add, factor = attributes.number("add", 0), attributes.number("factor", 1)
     exact = not item.is_floating_point() and isinstance(add, int) and isinstance(factor, int)
     numbers = item.to(torch.int32 if exact else torch.float32)
     numbers = (numbers * factor if factor != 1 else numbers) + add
-    if bits := _int(step, "bits", 0):
+    if bits := step.attributes.integer("bits", 0):
         numbers = numbers & ((1 << bits) - 1)
     return numbers.to(DTYPES[step.type.dtype].torch)
 
@@ -107,11 +103,14 @@ def _is_two_in_a_byte(item: Recipe) -> TypeGuard[Step]:
     if not _is_step(item, "unpack") or "order" in item.attributes:
         return False
     last = len(item.type.shape) - 1
-    return DTYPES[item.items[0].type.dtype].bits == 8 and (_int(item, "bits"), _int(item, "axis")) == (4, last)
+    return DTYPES[item.items[0].type.dtype].bits == 8 and (
+        item.attributes.integer("bits"),
+        item.attributes.integer("axis"),
+    ) == (4, last)
 
 
 def _gather(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    (item, index), axis = step.items, _int(step, "axis")
+    (item, index), axis = step.items, step.attributes.integer("axis")
     places = inner(index, (box[axis],)).long()
     low, high = int(places.min()), int(places.max())
     if low < 0 or high >= item.type.sizes[axis]:
@@ -121,7 +120,7 @@ def _gather(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _repeat(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    axis, times = _int(step, "axis"), _int(step, "times")
+    axis, times = step.attributes.integer("axis"), step.attributes.integer("times")
     low, high = box[axis]
     first, last = low // times, -(-high // times)
     part = inner(step.items[0], _span(box, axis, first, last)).repeat_interleave(times, dim=axis)
@@ -139,7 +138,7 @@ def _blocks(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _dequantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    blocks = cast(tuple[int, ...], step.attributes["block"])
+    blocks = step.attributes.integers("block")
     around = tuple((a // n, -(-b // n)) for (a, b), n in zip(box, blocks, strict=True))
     codes, scales, *zeros = (inner(item, part) for item, part in zip(step.items, (box, around, around), strict=False))
     split: list[int] = []  # the shape of the codes with whole blocks as an axis of their own: scales broadcast over it
@@ -165,7 +164,7 @@ def _dequantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     if wide.data_ptr() == codes.data_ptr() and not _is_step(step.items[0], "decode"):
         wide = wide.clone()  # codes that were float32 may belong to the source
     minimums = bool(zeros) and zeros[0].is_floating_point()
-    if bits := _int(step, "bits", 0) if not minimums else 0:
+    if bits := step.attributes.integer("bits", 0) if not minimums else 0:
         wide -= over_blocks(zeros[0]) if zeros else 1 << (bits - 1)
     if step.attributes.get("divide"):
         wide /= over_blocks(scales)

@@ -79,7 +79,7 @@ def take_apart(recipe: Recipe) -> Codes:
         case "stack" | "concat" | "interleave":
             return _together(recipe)
         case "transpose":
-            perm = tuple(attributes["perm"])  # type: ignore[arg-type]
+            perm = attributes.integers("perm")
             found = take_apart(recipe.items[0])
             if found.rows > 1 and perm.index(found.axis) != perm.index(found.axis - 1) + 1:
                 raise NotKept("its blocks of rows and columns would be turned")
@@ -93,15 +93,15 @@ def take_apart(recipe: Recipe) -> Codes:
 
 def _leaf(recipe: Step) -> Codes:
     codes, scales, *zeros = recipe.items
-    block = tuple(int(b) for b in recipe.attributes["block"])  # type: ignore[union-attr, arg-type]
-    bits, element = recipe.attributes.get("bits"), "int"
+    block = recipe.attributes.integers("block")
+    bits, element = recipe.attributes.integer("bits", 0), "int"
     if isinstance(codes, Step) and codes.name == "decode":
         bits, element, codes = 4, str(codes.attributes["of"]), codes.items[0]
-    if bits is None and codes.type.dtype == "f8e4m3" and block[-2:] == FP8_BLOCK and set(block[:-2]) <= {1}:
+    if not bits and codes.type.dtype == "f8e4m3" and block[-2:] == FP8_BLOCK and set(block[:-2]) <= {1}:
         group = min(FP8_BLOCK[1], codes.type.sizes[-1])
         codes = step("view", codes, to="u8")
         return Codes(codes, scales, None, len(block) - 1, group, 8, "e4m3", FP8_BLOCK[0])
-    if bits is None:
+    if not bits:
         raise NotKept(f"its codes are {codes.type.dtype}")
     if zeros and zeros[0].type.dtype != "u8":
         raise NotKept("its groups have minimums that are no multiples of their scales")
@@ -115,7 +115,7 @@ def _leaf(recipe: Step) -> Codes:
     for i in shared:  # scales shared along other axes are written out
         if i != axis:
             scales, *zeros = (_spread(item, i, block[i], sizes[i]) for item in (scales, *zeros))
-    return Codes(codes, scales, zeros[0] if zeros else None, axis, min(block[axis], sizes[axis]), int(bits), element)  # type: ignore[arg-type]
+    return Codes(codes, scales, zeros[0] if zeros else None, axis, min(block[axis], sizes[axis]), bits, element)
 
 
 def _spread(item: Recipe, axis: int, times: int, size: int) -> Recipe:
@@ -177,11 +177,11 @@ def _as(part: Codes, bits: int, group: int, zeros: bool, dtype: str) -> Codes:
 def _slice(recipe: Step) -> Codes:
     found = take_apart(recipe.items[0])
     options = recipe.attributes
-    axis = int(options["axis"])  # type: ignore[arg-type]
+    axis = options.integer("axis")
     shared = found.group if axis == found.axis else found.rows if axis == found.axis - 1 else 1
     if shared == 1 and axis != found.axis:
         return found.with_items([step("slice", item, **options) for item in found.items])
-    start, stop = int(options["start"]), int(options["stop"])  # type: ignore[arg-type]
+    start, stop = options.integer("start"), options.integer("stop")
     if start % shared or options.get("step", 1) != 1:
         raise NotKept("a slice of it begins within a group")
     codes = step("slice", found.codes, **options)

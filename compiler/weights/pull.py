@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -103,7 +102,7 @@ def _stack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _concat(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    axis = _int(step, "axis")
+    axis = step.attributes.integer("axis")
     low, high = box[axis]
     result: torch.Tensor | None = None
     position = 0
@@ -122,7 +121,7 @@ def _concat(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _interleave(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    axis = _int(step, "axis")
+    axis = step.attributes.integer("axis")
     low, high = box[axis]
     items = spread(step)
     result = _allocate(step, box)
@@ -136,7 +135,7 @@ def _interleave(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _transpose(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    perm = _ints(step, "perm")
+    perm = step.attributes.integers("perm")
     source_box = [(0, 0)] * len(perm)
     for span, axis in zip(box, perm, strict=True):
         source_box[axis] = span
@@ -144,8 +143,8 @@ def _transpose(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _slice(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    axis, start = _int(step, "axis"), _int(step, "start")
-    stride = _int(step, "step") if "step" in step.attributes else 1
+    axis, start = step.attributes.integer("axis"), step.attributes.integer("start")
+    stride = step.attributes.integer("step") if "step" in step.attributes else 1
     low, high = box[axis]
     # rows between the wanted ones are read too: one long read costs less than many short ones
     part = inner(step.items[0], _replace(box, axis, start + low * stride, start + (high - 1) * stride + 1))
@@ -157,8 +156,8 @@ def _cast(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _scale(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    axes = _ints(step, "axes")
-    start = _int(step, "start") if "start" in step.attributes else 0
+    axes = step.attributes.integers("axes")
+    start = step.attributes.integer("start") if "start" in step.attributes else 0
     numbers = inner(step.items[0], box)
     low, high = (max(bound, start) for bound in box[axes[-1]])
     if low == high:
@@ -260,14 +259,6 @@ def _flat_boxes(sizes: Sequence[int], low: int, high: int) -> Iterator[Box]:
 
 def _replace(box: Box, axis: int, start: int, stop: int) -> Box:
     return (*box[:axis], (start, stop), *box[axis + 1 :])
-
-
-def _int(step: Step, name: str) -> int:
-    return cast(int, step.attributes[name])
-
-
-def _ints(step: Step, name: str) -> tuple[int, ...]:
-    return cast(tuple[int, ...], step.attributes[name])
 
 
 # the step's name in recipes.STEPS -> how it is evaluated: (step, box of the result, pull of an item)

@@ -79,13 +79,7 @@ def _with_old_names(function: Function) -> Function:
         if dot + suffix in (_STORED, _TABLE) and old not in taken:
             names[const.value.name] = old
             taken.add(old)
-
-    def named(value: Value | None) -> Value | None:
-        return value and replace(value, name=names.get(value.name, value.name))
-
-    consts = tuple(replace(c, value=named(c.value)) for c in function.consts)  # type: ignore[arg-type]
-    ops = tuple(replace(op, operands=tuple(map(named, op.operands))) for op in function.ops)
-    return replace(function, consts=consts, ops=ops) if names else function
+    return function.renamed(names)
 
 
 # --- linears ---------------------------------------------------------------------------------------------------

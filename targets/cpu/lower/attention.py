@@ -48,9 +48,9 @@ def _check(op: Op, record: Record) -> None:
     width = key.shape[3]
     if not width.is_Integer:
         raise Refuse(f"heads have {width} numbers, GroupQueryAttention wants to know how many")
-    used = {name: op.attributes.get(name, 0) for name in ("window", "softcap")}
+    window, softcap = op.attributes.integer("window", 0), op.attributes.number("softcap", 0.0)
     mask, sinks = op.operands[9:11]
-    if reason := record.refusal(attention_variants(width, masked=bool(mask), sinks=bool(sinks), **used)):  # type: ignore[arg-type]
+    if reason := record.refusal(attention_variants(width, window, softcap, masked=bool(mask), sinks=bool(sinks))):
         raise Refuse(f"heads have {width} numbers, and {reason}" if ODD_HEADS in reason else reason)
     if key.dtype != "f32":
         raise Refuse(f"it is {key.dtype}, the target's attention is f32")

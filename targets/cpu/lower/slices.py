@@ -17,7 +17,7 @@ def join_slices(function: Function) -> Function:
     groups: dict[tuple[str, int], list[tuple[Cut, Op]]] = {}
     for op in function.ops:
         if op.name == "core.slice" and (cut := _cut(op)):
-            groups.setdefault((op.inputs[0].name, int(op.attributes["axis"])), []).append((cut, op))  # type: ignore[arg-type]
+            groups.setdefault((op.inputs[0].name, op.attributes.integer("axis")), []).append((cut, op))
     first: dict[int, Op] = {}
     gone: set[int] = set()
     for (_, axis), cuts in groups.items():

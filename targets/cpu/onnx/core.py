@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import sympy
@@ -189,7 +188,7 @@ def reshape(ctx: Context, op: Op) -> None:
 @kernel("core.transpose")
 def transpose(ctx: Context, op: Op) -> None:
     """Emit Transpose."""
-    ctx.finish(op, "Transpose", *ctx.inputs(op), perm=list(op.attributes["perm"]))  # type: ignore[arg-type]
+    ctx.finish(op, "Transpose", *ctx.inputs(op), perm=op.attributes.integers("perm"))
 
 
 @kernel("core.expand")
@@ -216,7 +215,7 @@ def slice_(ctx: Context, op: Op) -> None:
 @kernel("ort.split")
 def split(ctx: Context, op: Op) -> None:
     """Emit Split."""
-    sizes = ctx.graph.constant(list(op.attributes["sizes"]))  # type: ignore[arg-type]
+    sizes = ctx.graph.constant(op.attributes.integers("sizes"))
     ctx.finish(op, "Split", *ctx.inputs(op), sizes, axis=op.attributes["axis"])
 
 
@@ -233,7 +232,7 @@ def concat(ctx: Context, op: Op) -> None:
 def reduce(ctx: Context, op: Op) -> None:
     """Emit a reduction."""
     kind = {"core.sum": "ReduceSum", "core.mean": "ReduceMean", "core.amax": "ReduceMax"}[op.name]
-    axes = ctx.graph.constant(list(op.attributes["axes"]))  # type: ignore[arg-type]
+    axes = ctx.graph.constant(op.attributes.integers("axes"))
     ctx.finish(op, kind, *ctx.inputs(op), axes, keepdims=int(ctx.attributes(op)["keepdim"]))
 
 
@@ -259,7 +258,7 @@ def topk(ctx: Context, op: Op) -> None:
 @kernel("core.argsort")
 def argsort(ctx: Context, op: Op) -> None:
     """Emit TopK over the whole axis; it is stable in ONNX Runtime."""
-    axis: Any = op.attributes["axis"]
+    axis = op.attributes.integer("axis")
     largest = int(ctx.attributes(op)["descending"])
     inputs = [*ctx.inputs(op), ctx.graph.size(op.results[0].type.shape[axis])]
     outputs = [ctx.graph.fresh(f"{ctx.label}/sorted"), ctx.value(op.results[0])]
