@@ -195,15 +195,14 @@ def _with_number(neutral: float, commutative: bool) -> Callable[[Op, int, Functi
 
 
 def _whole_slice(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
-    operand, attributes = op.operands[0], op.attributes
-    assert operand is not None
-    whole = operand.type.shape[attributes.integer("axis")]
+    attributes = op.attributes
+    whole = op["x"].type.shape[attributes.integer("axis")]
     start, stop = size(attributes["start"]), size(attributes["stop"])
     return start == 0 and sympy.expand(stop - whole) == 0 and attributes.get("step", 1) == 1
 
 
 def _same_type(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
-    return op.operands[0] is not None and op.operands[0].type == op.results[0].type
+    return op["x"].type == op.results[0].type
 
 
 def _in_order(op: Op, index: int, rewriter: FunctionRewriter) -> bool:

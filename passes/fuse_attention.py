@@ -48,8 +48,7 @@ class _Heads:
 
 def _attention(editor: Editor, op: Op) -> Op:
     """Return the fused op in the place of nn.attention, with notes on what stays outside of it."""
-    q, key, value, mask, sinks = op.operands
-    assert q and key and value
+    q, key, value, mask = op["q"], op["k"], op["v"], op.get("mask")
     _check(q, key, value)
     if op.attributes.get("chunk"):
         raise Refuse("nn.cached_attention has no chunks")
@@ -58,8 +57,7 @@ def _attention(editor: Editor, op: Op) -> Op:
     appends = [_append(editor.function, state, op) for state in (key, value)]
     if key == value:
         raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)
-    new_key, new_value = (append.operands[1] for append in appends)
-    assert new_key and new_value
+    new_key, new_value = (append["new"] for append in appends)
     if q.type.shape[2] != new_key.type.shape[2]:
         raise Refuse("the number of queries is not the number of tokens appended to the cache")
     heads = _outside_in(editor.function, _Heads(q), _Heads(new_key))
@@ -68,13 +66,13 @@ def _attention(editor: Editor, op: Op) -> Op:
         if outside is not None:
             reason = f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
             editor.notes.append(refusal("fuse-attention", editor.function, op, reason))
-    pasts = [append.operands[0] for append in appends]
+    pasts = [append["past"] for append in appends]
     norms, angles = (heads[0].norm, heads[1].norm), (heads[0].cos, heads[0].sin)
     attrs = {**op.attributes, "heads": int(q.type.shape[1])}
     eps = next((h.eps for h in heads if h.eps is not None), None)
     attrs |= {} if eps is None else {"eps": eps}
     y = op.results[0]
-    operands = (*(rows for rows, _ in made), *pasts, *angles, *norms, mask, sinks)
+    operands = (*(rows for rows, _ in made), *pasts, *angles, *norms, mask, op.get("sinks"))
     flat, *_ = editor.add_all(FUSED, *operands, hints=(f"{y.name}.rows", key, value), **attrs)
     return op.become("core.reshape", flat, shape=y.type.shape)
 
@@ -115,17 +113,15 @@ def _outside_in(function: Function, q: _Heads, k: _Heads) -> tuple[_Heads, _Head
 def _before_rotation(function: Function, heads: _Heads) -> _Heads:
     """Read a rotary embedding of whole heads, or of the first numbers of each head."""
     op = function.producers.get(heads.value.name)
-    match op:
-        case Op("nn.rope", (x, cos, sin)):
-            assert x and cos and sin
-            return replace(heads, value=x, cos=cos, sin=sin)
-        case Op("core.concat", (first, second)) if op.attributes["axis"] == 3:
-            rope, rest = (function.producers.get(v.name) for v in (first, second) if v)
-            whole = _slice_of(rest, int(first.type.shape[3])) if first else None
-            if rope and rope.name == "nn.rope" and whole:
-                part = function.producers.get(rope.operands[0].name)  # type: ignore[union-attr]
-                if _slice_of(part, 0) == whole and whole.type == heads.value.type:
-                    return replace(heads, value=whole, cos=rope.operands[1], sin=rope.operands[2])
+    if op is not None and op.name == "nn.rope":
+        return replace(heads, value=op["x"], cos=op["cos"], sin=op["sin"])
+    if op is not None and op.name == "core.concat" and op.attributes["axis"] == 3 and len(op.inputs) == 2:
+        rope, rest = (function.producers.get(v.name) for v in op.inputs)
+        whole = _slice_of(rest, int(op.inputs[0].type.shape[3]))
+        if rope and rope.name == "nn.rope" and whole:
+            part = function.producers.get(rope["x"].name)
+            if _slice_of(part, 0) == whole and whole.type == heads.value.type:
+                return replace(heads, value=whole, cos=rope["cos"], sin=rope["sin"])
     return heads
 
 
@@ -135,7 +131,7 @@ def _slice_of(op: Op | None, start: int) -> Value | None:
         return None
     attributes = OPS[op.name].complete(op.attributes)
     fits = attributes["axis"] == 3 and attributes["start"] == start and attributes["step"] == 1
-    return op.operands[0] if fits else None
+    return op["x"] if fits else None
 
 
 def _normed(function: Function, heads: _Heads) -> _Heads:
@@ -176,7 +172,7 @@ def _pack(function: Function) -> tuple[Function, list[Note]]:
     notes = []
     packs: dict[int, _Pack] = {}
     for op in function.ops:
-        if op.name == FUSED and op.operands[1] is not None:
+        if op.name == FUSED and op.get("k"):
             try:
                 pack = _linears(function, op)
             except Refuse as reason:
@@ -202,8 +198,7 @@ class _Pack:
 def _linears(function: Function, attention: Op) -> _Pack:
     """Return the linears that q, k and v come from, in this order; Refuse where one cannot do the work of the three."""
     linears = []
-    for value in attention.operands[:3]:
-        assert value
+    for value in (attention[name] for name in "qkv"):
         op = function.producers.get(value.name)
         while op is not None and op.name != "core.linear":
             op = function.producers.get(op.inputs[0].name) if op.inputs else None
@@ -214,13 +209,13 @@ def _linears(function: Function, attention: Op) -> _Pack:
     apart = len({id(op) for op in linears})
     if apart < 3:
         raise Refuse("they come from one linear already" if apart == 1 else "two of them come from one linear")
-    if len({op.operands[0] for op in linears}) > 1:
-        raise Refuse(f"their linears read {', '.join(str(op.operands[0]) for op in linears)}")
+    if len({op["x"] for op in linears}) > 1:
+        raise Refuse(f"their linears read {', '.join(str(op['x']) for op in linears)}")
     for op in linears:
         strange = [v for v in op.inputs[1:] if v.name not in weights]
         if strange:
             raise Refuse(f"{strange[0]} is not a weight, it cannot be put beside others beforehand")
-    biased = [op for op in linears if op.operands[2] is not None]
+    biased = [op for op in linears if op.get("b")]
     if len(biased) not in (0, 3):
         raise Refuse(f"of their linears only {', '.join(str(op.results[0]) for op in biased)} has a bias")
     return _Pack(tuple(linears))
@@ -234,10 +229,9 @@ def _packed(editor: Editor, op: Op, pack: _Pack) -> Op:
     if op.name == FUSED:
         whole = all(
             _unshaped(editor.function, v) == result and v.type.shape[-1] == result.type.shape[-1]
-            for v, result in zip(op.operands[:3], results, strict=True)
-            if v
+            for v, result in zip((op[name] for name in "qkv"), results, strict=True)
         )
-        return replace(op, operands=(_by_row(editor, pack.value, op), None, None, *op.operands[3:])) if whole else op
+        return op.reading(q=_by_row(editor, pack.value, op), k=None, v=None) if whole else op
     start = sum(int(v.type.shape[-1]) for v in results[: results.index(op.results[0])])
     attrs = {"axis": len(pack.value.type.shape) - 1, "start": start, "stop": start + int(op.results[0].type.shape[-1])}
     return op.become("core.slice", pack.value, **attrs)
@@ -260,8 +254,8 @@ def _by_row(editor: Editor, value: Value, attention: Op) -> Value:
 
 def _one_linear(editor: Editor, linears: tuple[Op, ...]) -> Value:
     """Add the linear whose weight is those of q, k and v one below the other."""
-    _, weights, biases = zip(*(op.operands for op in linears), strict=True)
+    weights, biases = [op["w"] for op in linears], [op["b"] for op in linears if op.get("b")]
     weight = editor.weight(join(*map(editor.recipe, weights), axis=0), "qkv_proj")
-    bias = None if biases[0] is None else editor.weight(join(*map(editor.recipe, biases), axis=0), "qkv_proj_bias")
+    bias = editor.weight(join(*map(editor.recipe, biases), axis=0), "qkv_proj_bias") if biases else None
     with editor.at(tuple(dict.fromkeys(text for op in linears for text in op.loc))):
-        return editor.add("core.linear", linears[0].operands[0], weight, bias, hint="qkv")
+        return editor.add("core.linear", linears[0]["x"], weight, bias, hint="qkv")

@@ -35,9 +35,7 @@ def keep_codes(module: Module, target: Any) -> Rewritten:
         recipes = {c.value.name: c.recipe for c in function.consts}
         places: dict[int, dict[int, Recipe]] = {}
         for i, k in roles:
-            value = function.ops[i].operands[k]
-            assert value
-            places.setdefault(i, {})[k] = recipes[value.name]
+            places.setdefault(i, {})[k] = recipes[function.ops[i][k].name]
         chosen = {}
         for i, weights in places.items():
             if any(map(is_stored_quantized, weights.values())):
@@ -119,25 +117,19 @@ def _store(function: Function, chosen: Mapping[int, Stored]) -> Function:
     formats: dict[str, list[str]] = {}
     for i, stored in chosen.items():
         for k, (_, format) in stored.items():
-            formats.setdefault(_name(function.ops[i], k), []).append(format.name)
+            formats.setdefault(function.ops[i][k].name, []).append(format.name)
     unchanged = _names_left(function, chosen)
     ops = list(function.ops)
     for i, stored in chosen.items():
         operands = list(ops[i].operands)
         for k, (recipe, format) in stored.items():
-            old = _name(function.ops[i], k)
+            old = function.ops[i][k].name
             alone = set(formats[old]) == {format.name} and old not in unchanged
             value = Value(old if alone else f"{old}.{format.name}", recipe.type)
             consts[value.name] = Const(value, recipe)
             operands[k] = value
         ops[i] = replace(ops[i], operands=tuple(operands))
     return dce(replace(function, consts=tuple(consts.values()), ops=tuple(ops)))
-
-
-def _name(op: Op, k: int) -> str:
-    value = op.operands[k]
-    assert value
-    return value.name
 
 
 def _names_left(function: Function, chosen: Mapping[int, Stored]) -> set[str]:

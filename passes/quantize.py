@@ -148,7 +148,7 @@ def _in_groups(function: Function, policy: Policy) -> tuple[Function, Policy]:
     for op in function.ops if policy.groups else ():
         if op.name != "moe.experts":
             continue
-        count = int(op.operands[3].type.shape[0])  # type: ignore[union-attr]
+        count = int(op["up"].type.shape[0])
         named = [e for group in policy.groups for e in group]
         if max(named) >= count:
             raise MoecError(
@@ -246,7 +246,7 @@ def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str,
     # a table that is only looked up is multiplied with nothing: there are no inputs to choose its codes by; what the
     # blocks of a weight are multiplied with differs from block to block, and calibration keeps the inputs of whole rows
     multiplied = {
-        (function.ops[i].operands[k].name, format.name)  # type: ignore[union-attr]
+        (function.ops[i][k].name, format.name)
         for (i, k), format in chosen.items()
         if function.ops[i].name not in ("nn.embedding", "nn.block_linear")
     }

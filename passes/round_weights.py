@@ -35,7 +35,7 @@ def round_weights(module: Module, target: object, *, to: str = "bf16") -> Rewrit
 def _round(function: Function, roles: Uses, to: str) -> tuple[Function, list[Note]]:
     stored = {place for place, role in roles.items() if role != "router"}
     stored |= {(i, k) for i, op in enumerate(function.ops) for k in _ALSO.get(op.name, ())}
-    names = {v.name for i, k in stored if (v := function.ops[i].operands[k])}
+    names = {function.ops[i][k].name for i, k in stored}
     # a weight that the router reads too stays for both
     others = {
         v.name for i, op in enumerate(function.ops) for k, v in enumerate(op.operands) if v and (i, k) not in stored

@@ -183,7 +183,7 @@ def _in_place(module: Module, function: Function, state: Value) -> bool:
         callee = module.by_name[op.callee]
         return _in_place(module, callee, callee.params[place])
     definition = OPS[op.name]
-    return definition.signature.operands[place].name in definition.in_place
+    return definition.operand_name(place) in definition.in_place
 
 
 def _shape(value: Value) -> list[int | str]:

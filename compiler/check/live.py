@@ -38,10 +38,8 @@ def live_bytes(module: Module, dims: Mapping[str, int]) -> int:
         if op.name.endswith("attention"):
             return results + _SCORES * 4 * dims["B"] * dims["S"] ** 2 * heads(op)
         if op.name == "moe.experts":
-            ids, down = op.operands[1], op.operands[4]
-            assert ids and down
             # what all experts' second matrices are multiplied with, and what one expert works in
-            return 2 * results + 2 * size(ids) * int(down.type.shape[-1])
+            return 2 * results + 2 * size(op["ids"]) * int(op["down"].type.shape[-1])
         return results
 
     return peak("main")
@@ -51,6 +49,4 @@ def heads(op: Op) -> int:
     """Return for how many heads an op computes scores, at least 1."""
     if "heads" in op.attributes:
         return op.attributes.integer("heads")
-    query = op.operands[0]
-    assert query is not None
-    return max([1, *(int(s) for s in query.type.shape[1:-1] if s.is_Integer)])
+    return max([1, *(int(s) for s in op.inputs[0].type.shape[1:-1] if s.is_Integer)])

@@ -261,25 +261,22 @@ def _usage(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int
         if op is None or op.callee:
             found.append((DENSE, Fraction(1)))
         else:
-            found += [_operand_use(function, op, i, at) for i, v in enumerate(op.operands) if v == value]
+            found += [_operand_use(function, op, i, v, at) for i, v in enumerate(op.operands) if v == value]
     if found:
         role, share = max(role for role, _ in found), max(share for _, share in found)
     return role, share
 
 
-def _operand_use(function: Function, op: Op, index: int, at: Mapping[str, int]) -> tuple[int, Fraction]:
+def _operand_use(function: Function, op: Op, index: int, value: Value, at: Mapping[str, int]) -> tuple[int, Fraction]:
     definition = _definition(op)
-    operand = op.operands[index]
-    assert operand
-    names = [o.name for o in definition.signature.operands]
-    rows = definition.rows.get(names[min(index, len(names) - 1)])
-    first = operand.type.shape[0] if operand.type.shape else None
+    rows = definition.rows.get(definition.operand_name(index))
+    first = value.type.shape[0] if value.type.shape else None
     if rows is not None:
         types = [None if v is None else v.type for v in op.operands]
         read = evaluate(rows(types, definition.complete(op.attributes)), at)
         # an op without arithmetic looks rows up; one with arithmetic computes with the chosen experts
         role = TABLE if definition.custom_flops == 0 else EXPERTS
-        return role, min(Fraction(1), Fraction(read, evaluate(operand.type.shape[0], at)))
+        return role, min(Fraction(1), Fraction(read, evaluate(value.type.shape[0], at)))
     if len(op.inputs) == 1 and len(op.results) == 1 and op.results[0].type.shape[:1] == (first,):
         return _usage(
             function, op.results[0], at

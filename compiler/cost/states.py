@@ -53,21 +53,20 @@ class States:
             for result in grown:
                 more = _of_one(result.type.elements - value.type.elements)
                 yield from self._needed(function, result, added + more)
-            for needed in [] if op is None else [self._by_op(op, k) for k, v in enumerate(op.operands) if v == value]:
+            for needed in (
+                [] if op is None else [self._by_op(op, k, v) for k, v in enumerate(op.operands) if v == value]
+            ):
                 if needed != 0 or not grown:  # what only appends reads nothing
                     yield needed if added == 0 else sympy.Max(0, sympy.expand(needed - added))
 
-    def _by_op(self, op: Op, k: int) -> Size:
-        operand = op.operands[k]
-        assert operand
+    def _by_op(self, op: Op, k: int, value: Value) -> Size:
         if op.callee:
             callee = self.module.by_name[op.callee]
             return self.of(callee, callee.params[k])
         definition = OPS[op.name]
-        names = [o.name for o in definition.signature.operands]
-        declared = getattr(definition, self.question).get(names[min(k, len(names) - 1)])
+        declared = getattr(definition, self.question).get(definition.operand_name(k))
         if declared is None:
-            return _of_one(operand.type.elements)
+            return _of_one(value.type.elements)
         types = [None if v is None else v.type for v in op.operands]
         return _of_one(declared(types, definition.complete(op.attributes)))
 
@@ -79,10 +78,9 @@ def _of_one(formula: Size) -> Size:
 
 def _grown(op: Op, state: Value) -> Iterator[Value]:
     """Yield the results of an op that are a state with more behind it."""
-    if not op.callee and state.type.state:
-        names = [o.name for o in OPS[op.name].signature.operands]
-        if any(v == state and names[min(k, len(names) - 1)] in OPS[op.name].appends for k, v in enumerate(op.operands)):
-            yield from (v for v in op.results if v.type.state and _longer(state.type, v.type))
+    appends = state.type.state and not op.callee and OPS[op.name].appends
+    if appends and any(v == state and name in appends for name, v in op.named):
+        yield from (v for v in op.results if v.type.state and _longer(state.type, v.type))
 
 
 def _longer(before: TensorType, after: TensorType) -> bool:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MoecError
+from .declared import DECLARED
 from .types import Attr, Attrs, Keyed, TensorType, attr_key, make_attrs
 
 if TYPE_CHECKING:
@@ -68,6 +70,27 @@ class Op(Keyed):
     def inputs(self) -> tuple[Value, ...]:
         """The operands that are there."""
         return tuple(v for v in self.operands if v is not None)
+
+    def get(self, name: str) -> Value | None:
+        """Return the operand that the op's declaration names; None if it is absent."""
+        return self.operands[DECLARED[self.name].places[name]]
+
+    def __getitem__(self, name: str | int) -> Value:
+        """Return the operand that the op's declaration names, or the one at a place; MoecError if it is absent."""
+        value = self.operands[name] if isinstance(name, int) else self.get(name)
+        if value is None:
+            raise MoecError(f"{self.name} has no operand {name}", model=", ".join(self.loc))
+        return value
+
+    @property
+    def named(self) -> list[tuple[str, Value]]:
+        """The operands that are there, each with its name."""
+        return [(DECLARED[self.name].operand_name(k), v) for k, v in enumerate(self.operands) if v is not None]
+
+    def reading(self, **operands: Value | None) -> Op:
+        """Return the op with other operands at some names."""
+        places = {DECLARED[self.name].places[name]: value for name, value in operands.items()}
+        return replace(self, operands=tuple(places.get(k, v) for k, v in enumerate(self.operands)))
 
     def become(self, name: str, *operands: Value | None, **attributes: Attr) -> Op:
         """Return another op with the results of this one, and its place in the source model."""

@@ -12,15 +12,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import sympy
 
 from ..errors import MoecError
-from ..errors.plugins import OPS as BROUGHT
-from ..errors.plugins import broken, brought, load_brought, refuse_names
 from ..formats.table import find_format
+from ..ir.declared import DECLARED, Ops
 from ..ir.dims import Size, size, size_text
 from ..ir.dtypes import DTYPES
 from ..ir.fragments import Operand, Signature, parse_signature
@@ -35,43 +33,7 @@ Domain = Callable[[Types, Attributes], Size]
 REQUIRED = object()  # the default of an attribute that has none
 
 
-class _Ops(dict[str, "OpDef"]):
-    """Ops by name; a dialect that a package outside of moec brings is imported when the first op of it is asked for."""
-
-    def __init__(self) -> None:
-        """Start with none."""
-        super().__init__()
-        self.imported: set[str] = set()
-
-    def __missing__(self, name: str) -> OpDef:
-        """Return an op of a package; KeyError if none brings it."""
-        if not self.bring(name.partition(".")[0]) or not super().__contains__(name):
-            raise KeyError(name)
-        return self[name]
-
-    def __contains__(self, name: object) -> bool:
-        """Return whether there is an op of this name, in a package too."""
-        there = super().__contains__
-        return there(name) or (self.bring(str(name).partition(".")[0]) and there(name))
-
-    def bring(self, dialect: str) -> bool:
-        """Import a dialect from the package that brings it, if one does and it is not here yet; return whether it was."""
-        if dialect in self.imported or dialect not in brought(BROUGHT):
-            return False
-        refuse_names(BROUGHT, {known.partition(".")[0] for known in self} - self.imported)
-        load_brought(BROUGHT, dialect, ModuleType, "a module")
-        self.imported.add(dialect)
-        if not any(known.startswith(f"{dialect}.") for known in self):
-            raise broken(brought(BROUGHT)[dialect], f"declares no op {dialect}.*")
-        return True
-
-    def bring_all(self) -> None:
-        """Import every dialect that a package brings."""
-        for dialect in brought(BROUGHT):
-            self.bring(dialect)
-
-
-OPS = _Ops()
+OPS: Ops[OpDef] = DECLARED
 
 
 def fail(what: str) -> MoecError:
@@ -120,6 +82,16 @@ class OpDef:
             for p in parameters
             if p.kind is p.KEYWORD_ONLY and not p.name.startswith("_")
         }
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each operand by its name; of one that may be repeated, the first."""
+        return {operand.name: place for place, operand in enumerate(self.signature.operands)}
+
+    def operand_name(self, place: int) -> str:
+        """Return the name of the operand at a place; the last one may be repeated."""
+        operands = self.signature.operands
+        return operands[min(place, len(operands) - 1)].name
 
     def complete(self, attributes: Attributes) -> dict[str, Any]:
         """Return the attributes with defaults filled in; MoecError for an unknown or a missing one."""

@@ -30,8 +30,7 @@ def fold(function: Function) -> tuple[Function, list[Note]]:
 
 def _fold_norm(function: Function, norm: Op, recipes: dict[str, Recipe]) -> str:
     """Scale the weights that read a norm, and the norm's own; return why they cannot be."""
-    weight = norm.operands[1]
-    assert weight
+    weight = norm["w"]
     readers = _readers(function, norm.results[0])
     if not any(op is not None and op.name in _LINEAR for op in readers):
         return ""
@@ -41,8 +40,7 @@ def _fold_norm(function: Function, norm: Op, recipes: dict[str, Recipe]) -> str:
         if op is None or op.name not in _LINEAR:
             reason = f"{op.name if op else 'the result'} reads it, which is not linear in it"
             break
-        read = op.operands[1] if op.name == "core.linear" else op.operands[3]
-        assert read
+        read = op["w"] if op.name == "core.linear" else op["up"]
         if read.name not in recipes or read.type.dtype != "f32" or len(function.uses[read.name]) != 1:
             reason = f"{read} is not a weight of its own"
         scaled.append(read)
@@ -70,10 +68,9 @@ def _readers(function: Function, value: Value) -> list[Op | None]:
 def _fold_experts(function: Function, op: Op, recipes: dict[str, Recipe]) -> str:
     """Scale the down columns of experts, and their up rows; return why they cannot be."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    up, down, up_bias = op.operands[3], op.operands[4], op.operands[5]
-    assert up and down
+    up, down = op["up"], op["down"]
     linear = attributes["gated"] and attributes["beta"] == 0 and attributes["limit"] == float("inf")
-    plain = attributes["layout"] == "concat" and up_bias is None
+    plain = attributes["layout"] == "concat" and op.get("up_bias") is None
     own = all(v.name in recipes and v.type.dtype == "f32" and len(function.uses[v.name]) == 1 for v in (up, down))
     if not (linear and plain and own):
         return "no scale for down: its inputs are not linear in up"

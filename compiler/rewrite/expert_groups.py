@@ -19,12 +19,11 @@ Experts = tuple[int, ...]
 
 def split_experts(function: Function, op: Op, groups: Sequence[Experts]) -> tuple[Function, list[Op]]:
     """Return the function with an op of routed experts as one op for each group, and those ops; groups cover all once."""
-    x, ids, gates, *weights = op.operands
-    assert x and ids and gates and weights[0]
+    x, ids, gates, weights = op["x"], op["ids"], op["gates"], op.operands[3:]
     editor = Editor(function)
     editor.loc = op.loc
     base = op.results[0].name
-    count = weights[0].type.sizes[0]
+    count = op["up"].type.sizes[0]
     none = editor.add(
         "core.full", hint=f"{base}.none", shape=(ids.type.shape[0], count), value=0.0, dtype=gates.type.dtype
     )

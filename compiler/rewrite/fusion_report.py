@@ -64,7 +64,7 @@ def _behind(function: Function, root: Op) -> Iterator[Op]:
 
 
 def _experts_cost(op: Op) -> str:
-    x, ids = (v.type for v in op.operands[:2] if v)
+    x, ids = op["x"].type, op["ids"].type
     weight = sum((_each(v.type) for v in op.operands[3:] if v), sympy.Integer(0))
     copies = _row(x) * ids.shape[1]
     return (
@@ -75,7 +75,7 @@ def _experts_cost(op: Op) -> str:
 
 def _spelled_cost(ops: list[Op]) -> str:
     copies = sum(_row(r.type) * _chosen(op) for op in ops if op.name == "moe.dispatch" for r in op.results[:1])
-    linears = [op.operands[1].type for op in ops if op.name == "moe.grouped_linear" and op.operands[1]]
+    linears = [op["w"].type for op in ops if op.name == "moe.grouped_linear"]
     loops = f"{len(linears)} Loops over {linears[0].shape[0]} experts" if linears else "no grouped linear"
     weight = sum((_each(type_) for type_ in linears), sympy.Integer(0))
     return (

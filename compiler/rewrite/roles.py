@@ -61,7 +61,7 @@ def _linear_roles(function: Function) -> dict[int, str]:
 
     for op in function.ops:
         if op.name in ("moe.experts", "moe.route"):
-            routing = op.operands[1:3] if op.name == "moe.experts" else op.operands[:1]
+            routing = [op["ids"], op["gates"]] if op.name == "moe.experts" else [op["logits"]]
             mark(_back(function, routing, through=lambda o: o.name not in LINEARS), "router")
     for op in function.ops:
         if _is_attention(op):
@@ -71,7 +71,7 @@ def _linear_roles(function: Function) -> dict[int, str]:
             outputs = _forward(function, [v for v in op.results if not v.type.state])
             mark(outputs, "attention")
             mark(
-                _back(function, [o.operands[0] for o in outputs], through=lambda o: o.name not in LINEARS),
+                _back(function, [o.inputs[0] for o in outputs], through=lambda o: o.name not in LINEARS),
                 "attention",
             )
     if function.name == "main":

@@ -42,9 +42,8 @@ class Router:
         self.ops[id(op)] = op
         return op
 
-    def number(self, value: Value | None) -> float | int | bool | None:
+    def number(self, value: Value) -> float | int | bool | None:
         """Return the one number that a value holds everywhere, if it is a constant."""
-        assert value is not None
         return Match(self.function, {"x": value}, {}, {}).number("x")
 
     def split(self, op: Op | None) -> tuple[Value, float] | None:
@@ -97,7 +96,7 @@ class Router:
         taken = self.made(chosen, "core.topk", "core.gather")
         if taken is None or taken.attributes["axis"] != 1 or (taken.name == "core.topk" and taken is not top):
             raise self.refuse(chosen, "which does not take scores of the chosen experts")
-        if taken.name == "core.gather" and taken.operands[1] != self.ids:
+        if taken.name == "core.gather" and taken["index"] != self.ids:
             raise Refuse(f"{chosen} takes the scores of other experts than {self.ids}", chosen)
         source = taken.inputs[0]
         self.attrs["k"] = int(self.ids.type.shape[1])
@@ -110,7 +109,7 @@ class Router:
         """Return what factors are applied to: one number, or one number an expert."""
         scale = 1.0
         while (op := self.function.producers.get(x.name)) and op.name in ("core.mul", "core.div"):
-            scaled = self.split(op) if op.name == "core.mul" or self.number(op.operands[1]) is not None else None
+            scaled = self.split(op) if op.name == "core.mul" or self.number(op["y"]) is not None else None
             if scaled:
                 scale = scale * scaled[1] if op.name == "core.mul" else scale / scaled[1]
                 x = scaled[0]
@@ -126,7 +125,7 @@ class Router:
     def _per_expert(self, op: Op) -> tuple[Value, Value] | None:
         for value, factor in (op.inputs, op.inputs[::-1]):
             take = self.function.producers.get(factor.name)
-            chosen = take is not None and take.name == "core.take" and take.operands[1] == self.ids
+            chosen = take is not None and take.name == "core.take" and take["index"] == self.ids
             if take and chosen and len(take.inputs[0].type.shape) == 1:
                 self.ops[id(take)] = take
                 return value, take.inputs[0]
@@ -157,7 +156,7 @@ class Router:
         root = self.made(total, "core.sqrt", "core.pow")
         p = 1.0
         if root:
-            given = self.number(root.operands[1]) if root.name == "core.pow" else 0.5
+            given = self.number(root["y"]) if root.name == "core.pow" else 0.5
             if not given:
                 raise wrong
             total, p = root.inputs[0], 1 / float(given)
@@ -169,7 +168,7 @@ class Router:
         inner, exponent = added.inputs[0], 1.0
         if power := self.made(inner, "core.mul", "core.pow"):
             square = power.name == "core.mul" and power.inputs[0] == power.inputs[-1]
-            found = 2.0 if square else self.number(power.operands[1]) if power.name == "core.pow" else None
+            found = 2.0 if square else self.number(power["y"]) if power.name == "core.pow" else None
             inner, exponent = power.inputs[0], float(found or 0)
         absolute = self.made(inner, "core.abs")
         inner = absolute.inputs[0] if absolute else inner
@@ -277,7 +276,7 @@ class Router:
         """Return what a truth value is made of, and whether it holds where that is 0."""
         flipped = False
         while op := self.made(value, "core.logical_not", "core.cast", "core.ne", "core.eq", "core.gt"):
-            if len(op.inputs) == 2 and self.number(op.operands[1]) != 0:
+            if len(op.inputs) == 2 and self.number(op["y"]) != 0:
                 break
             flipped ^= op.name in ("core.logical_not", "core.eq")
             value = op.inputs[0]

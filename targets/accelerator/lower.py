@@ -56,10 +56,9 @@ def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Not
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def _stored(editor: Editor, op: Op, weight: Value | None) -> Value:
+def _stored(editor: Editor, op: Op, weight: Value) -> Value:
     """Return a weight as it is stored: quantized as it is, bf16 where that has all of its numbers, else f32."""
     recipe = editor.recipe(weight)
-    assert weight
     if find_format(weight.type.dtype):
         return weight
     narrow, exact = narrowed(recipe)
@@ -86,26 +85,24 @@ def _with_old_names(function: Function) -> Function:
 
 
 def _linear(editor: Editor, op: Op, routers: frozenset[str]) -> Op:
-    x, weight, bias = op.operands
+    x, weight, bias = op["x"], op["w"], op.get("b")
     if op.results[0].name in routers:
         # a rounded score may choose another expert: the weights keep all their numbers, the scores stay f32
         narrow, exact = narrowed(editor.recipe(weight))
-        assert weight
         kept = editor.weight(narrow, f"{weight.name}.bf16") if exact else weight
         return op.become("acc.linear", x, kept, bias, out="f32")
     return op.become("acc.linear", x, _stored(editor, op, weight), bias)
 
 
 def _block_linear(editor: Editor, op: Op) -> Op:
-    x, weight = op.operands
+    x, weight = op["x"], op["w"]
     return op.become("acc.block_linear", x, _stored(editor, op, weight))
 
 
 def _embedding(editor: Editor, op: Op) -> Op:
     """Return a lookup in bf16 rows, which are widened behind it: the framework has it, and a token reads one row."""
-    ids, table = op.operands
+    ids, table = op["ids"], op["table"]
     recipe = editor.recipe(table)
-    assert table
     narrow, exact = (recipe, False) if find_format(table.type.dtype) else narrowed(recipe)
     if not exact:
         editor.note(op, f"the table {table} stays {table.type.dtype}")
@@ -119,9 +116,9 @@ def _embedding(editor: Editor, op: Op) -> Op:
 
 def _gated_mlp(editor: Editor, op: Op) -> Op:
     """Return nn.gated_mlp as the linear of both halves with the activation, the linear back, and the token's gate."""
-    x, up, down, up_bias, down_bias, gate = op.operands
+    x, up_bias, down_bias, gate = op["x"], op.get("up_bias"), op.get("down_bias"), op.get("gate")
     (y,) = op.results
-    up, down = _stored(editor, op, up), _stored(editor, op, down)
+    up, down = _stored(editor, op, op["up"]), _stored(editor, op, op["down"])
     kept = {name: value for name, value in op.attributes.items() if name in _ACTIVATION}
     h = editor.add("acc.gated_up", x, up, up_bias, hint=f"{y.name}.h", **kept)
     if gate is None:
@@ -137,16 +134,15 @@ def _gated_mlp(editor: Editor, op: Op) -> Op:
 
 def _experts(editor: Editor, op: Op) -> Op:
     """Return routed experts as the sort of the pairs by expert and the two grouped linears."""
-    x, ids, gates, up, down, up_bias, down_bias = op.operands
+    ids = op["ids"]
     (y,) = op.results
-    up, down = _stored(editor, op, up), _stored(editor, op, down)
-    assert ids
+    up, down = _stored(editor, op, op["up"]), _stored(editor, op, op["down"])
     hints = (f"{ids.name}.order", f"{ids.name}.offsets")
     order, offsets = _sorted(editor, ids, int(up.type.shape[0]), hints)
     pairs = (ids, order, offsets)
     kept = {name: value for name, value in op.attributes.items() if name in (*_ACTIVATION, "gated")}
-    h = editor.add("acc.grouped_up", x, *pairs, up, up_bias, hint=f"{y.name}.h", **kept)
-    return op.become("acc.grouped_down", h, *pairs, gates, down, down_bias)
+    h = editor.add("acc.grouped_up", op["x"], *pairs, up, op.get("up_bias"), hint=f"{y.name}.h", **kept)
+    return op.become("acc.grouped_down", h, *pairs, op["gates"], down, op.get("down_bias"))
 
 
 def _sorted(editor: Editor, ids: Value, experts: int, hints: tuple[str, str]) -> tuple[Value, ...]:

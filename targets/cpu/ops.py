@@ -51,7 +51,6 @@ def last_tokens(x):
 
 def _bias(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     (mask,) = types
-    assert mask
     return (TensorType.of("f32", mask.shape[0], 1, attributes["tokens"], mask.shape[1]),)
 
 

@@ -43,7 +43,6 @@ def _width(name: str, codes: TensorType, scales: TensorType, zeros: TensorType |
 
 def _decode(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     codes, scales = types
-    assert codes and scales
     format = format_of(attributes["format"])
     if scales.dtype != format.part("scales", 1, format.group)[0]:
         raise fail(f"ort.decode: scales of {format.name} are not {scales}")
@@ -67,7 +66,6 @@ def decode(codes, scales, *, format: str):
 
 def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, codes, scales, zeros, _ = types
-    assert x and codes and scales
     if _width("ort.matmul_nbits", codes, scales, zeros, attributes) != x.shape[-1]:
         raise fail(f"ort.matmul_nbits: {codes} does not fit {x}")
     return (TensorType("f32", (*x.shape[:-1], codes.shape[0])),)
@@ -86,7 +84,6 @@ def matmul_nbits(x, codes, scales, zeros, b, *, bits: int, group: int, accuracy:
 
 def _block_matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, codes, scales, zeros = types
-    assert x and codes and scales
     width = _width("ort.block_matmul_nbits", codes, scales, zeros, attributes)
     return OPS["nn.block_linear"].infer([x, TensorType("f32", (codes.shape[0], width))], {})
 
@@ -104,7 +101,6 @@ def block_matmul_nbits(x, codes, scales, zeros, *, bits: int, group: int, accura
 
 def _gather(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     ids, codes, scales, zeros = types
-    assert ids and codes and scales
     return (TensorType("f32", (*ids.shape, _width("ort.gather_nbits", codes, scales, zeros, attributes))),)
 
 
@@ -133,7 +129,6 @@ _PART_NAMES = tuple(part.split(":")[0].strip() for part in _EXPERT_PARTS.split("
 def _weight_types(parts: Types, attributes: Attributes) -> tuple[TensorType, TensorType]:
     """Return the types of the two matrices that the parts encode."""
     up, up_scales, up_zeros, _, down, down_scales, down_zeros, _ = parts
-    assert up and up_scales and down and down_scales
     both = [(up, up_scales, up_zeros), (down, down_scales, down_zeros)]
     found = [TensorType("f32", (*c.shape[:-1], _width("ort.qmoe", c, s, z, attributes))) for c, s, z in both]
     return found[0], found[1]
@@ -141,7 +136,6 @@ def _weight_types(parts: Types, attributes: Attributes) -> tuple[TensorType, Ten
 
 def _qmoe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, choice, _mixing, *parts = types
-    assert x and choice
     up, down = _weight_types(parts, attributes)
     chosen = TensorType("i64", (choice.shape[0], size(attributes["k"])))
     return OPS["ort.moe"].infer(

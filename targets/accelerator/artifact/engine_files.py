@@ -21,7 +21,6 @@ from ..kernels.choices import Tile
 from ..kernels.experts import Experts, grouped_up
 from ..predict.experts_touched import expected_tiles
 from ..select.experts import experts_of, touched
-from ..select.implementations import named
 from ..select.search import Fit, KernelTemplate, row_choices, search, shapes
 from ..tile.packing import Packing
 
@@ -59,7 +58,7 @@ def find_problems(module: Module, weights: Mapping[tuple[str, str], Packing]) ->
         recipes = {const.value.name: const.recipe for const in function.consts}
         for op in function.ops:
             if op.name == "acc.grouped_up":
-                name = next(v.name for v in named(op).values() if (function.name, v.name) in weights)
+                name = next(v.name for v in op.inputs if (function.name, v.name) in weights)
                 found.append(Problem(experts_of(op, weights[function.name, name]), _scale_of(recipes.get(name))))
     return found
 

@@ -24,7 +24,7 @@ from ..kernels.choices import Tile
 from ..predict.assumed import ASSUMED, multiplies
 from ..predict.work import call_counts
 from ..select.exchange import exchanges
-from ..select.implementations import Computation, Tokens, named
+from ..select.implementations import Computation, Tokens
 from ..select.search import Choice, Fit, Found, search
 from ..select.supported import IMPLEMENTATIONS, supported
 from ..tile.machine import chip_of, layout_of
@@ -335,7 +335,7 @@ def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Pa
         consts = {c.value.name for c in function.consts}
         looked_up = {v.name for op in function.ops if op.name not in IMPLEMENTATIONS for v in op.inputs}
         for op in function.ops:
-            for operand, value in named(op).items() if op.name in IMPLEMENTATIONS else ():
+            for operand, value in op.named if op.name in IMPLEMENTATIONS else ():
                 if operand in WEIGHTS and value.name in consts and len(value.type.shape) in (2, 3):
                     *lead, rows, columns = map(int, value.type.shape)
                     plain = value.type.dtype in ("bf16", "f16")
@@ -351,5 +351,5 @@ def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Pa
 
 def _weights(function: Function, op: Op, stored: Mapping[tuple[str, str], Packing]) -> dict[str, Packing]:
     """Return the weight_layouts of an op's weights by the names of its operands."""
-    places = {name: (function.name, v.name) for name, v in named(op).items()}
+    places = {name: (function.name, v.name) for name, v in op.named}
     return {name: stored[place] for name, place in places.items() if place in stored}

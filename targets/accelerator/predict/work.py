@@ -8,7 +8,7 @@ Activations and states count in bf16 where the program types f32, which is what 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -118,7 +118,7 @@ def _is_parted(op: Op, value: Value) -> bool:
     definition = OPS.get(op.name)
     if definition is None or definition.custom_flops == 0:
         return False
-    return any(operand == value and name in definition.rows for name, operand in _named(definition, op))
+    return any(operand == value and name in definition.rows for name, operand in op.named)
 
 
 def _roots(function: Function) -> dict[str, Value]:
@@ -129,11 +129,6 @@ def _roots(function: Function) -> dict[str, Value]:
             (source,), (result,) = op.inputs, op.results
             roots[result.name] = roots.get(source.name, source)
     return roots
-
-
-def _named(definition: OpDef, op: Op) -> Iterator[tuple[str, Value | None]]:
-    names = [o.name for o in definition.signature.operands]
-    return ((names[min(i, len(names) - 1)], operand) for i, operand in enumerate(op.operands))
 
 
 class _Reader:
@@ -155,7 +150,7 @@ class _Reader:
         if not op.inputs and not any(v.type.elements.free_symbols for v in op.results):
             return None  # the same in every step: made once
         weights, activations, states = self._operands(op, definition)
-        appended = [v.type for name, v in _named(definition, op) if v and v.type.state and name in definition.appends]
+        appended = [v.type for name, v in op.named if v.type.state and name in definition.appends]
         for result in op.results:
             if result.type.state:
                 states += _bytes(result.type, _new(result.type, appended))
@@ -167,10 +162,9 @@ class _Reader:
     def _operands(self, op: Op, definition: OpDef) -> tuple[Size, Size, Size]:
         """Return the bytes of weights, activations and states that an op reads."""
         read: dict[Value, list[Size]] = {}
-        for name, value in _named(definition, op):
-            if value is not None:
-                root = self.roots.get(value.name, value)
-                read.setdefault(root, []).append(self._read(op, definition, name, value, root))
+        for name, value in op.named:
+            root = self.roots.get(value.name, value)
+            read.setdefault(root, []).append(self._read(op, definition, name, value, root))
         weights = activations = states = sympy.S.Zero
         for root, amounts in read.items():
             moved = sympy.Add(*amounts)

@@ -32,9 +32,7 @@ def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
 
 def experts_of(op: Op, weight: Packing) -> Experts:
     """Return the routed experts whose first or second product an op is, with its packed weight."""
-    a, ids = attributes(op), op.operands[1]
-    assert ids
-    chosen = int(ids.type.shape[1])
+    a, chosen = attributes(op), int(op["ids"].type.shape[1])
     operands = given(op)
     if op.name == "acc.grouped_up":
         inner = weight.rows // 2 if a["gated"] else weight.rows
@@ -80,9 +78,7 @@ def _combine(e: Experts, count: int) -> KernelTemplate:
 
 
 def _sort(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    ids = op.operands[0]
-    assert ids
-    experts, chosen = attributes(op)["experts"], int(ids.type.shape[1])
+    experts, chosen = attributes(op)["experts"], int(op["ids"].type.shape[1])
     none = Packing("bf16", 1, 1)
     e = Experts(experts, chosen, 1, 1, none, none)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ....compiler.ir.module import Op, Value
+from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..chip.chip import Profile
@@ -61,15 +61,9 @@ def attributes(op: Op) -> dict[str, Any]:
     return OPS[op.name].complete(op.attributes)
 
 
-def named(op: Op) -> dict[str, Value]:
-    """Return an op's operands by their names in its signature; absent ones are left out."""
-    names = [o.name for o in OPS[op.name].signature.operands]
-    return {name: v for name, v in zip(names, op.operands, strict=True) if v is not None}
-
-
 def given(op: Op) -> dict[str, TensorType]:
     """Return the types of an op's operands by their names in its signature; absent ones are left out."""
-    return {name: v.type for name, v in named(op).items()}
+    return {name: v.type for name, v in op.named}
 
 
 def activated(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def group_query_attention(editor: Editor, op: Op, record: Record) -> Op:
     """
     _check(op, record)
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands[3:]
+    cos, sin, q_norm, k_norm, mask = (op.get(name) for name in ("cos", "sin", "q_norm", "k_norm", "mask"))
     width = op.results[1].type.shape[3]
     outside = cos is not None and bool(record.refusal(rotary_variants(width, cos.type.shape[2])))
     q, k, v = _moved(editor, op)
@@ -38,7 +38,7 @@ def group_query_attention(editor: Editor, op: Op, record: Record) -> Op:
         cos = sin = None
     bias = mask and editor.add("ort.attention_bias", mask, hint="attention_bias", tokens=op.results[0].type.shape[1])
     kept = {name: value for name, value in op.attributes.items() if name != "eps"}
-    operands = (q, k, v, past_key, past_value, cos, sin, bias, sinks)
+    operands = (q, k, v, op["past_key"], op["past_value"], cos, sin, bias, op.get("sinks"))
     return op.become("ort.group_query_attention", *operands, **kept)
 
 
@@ -49,8 +49,8 @@ def _check(op: Op, record: Record) -> None:
     if not width.is_Integer:
         raise Refuse(f"heads have {width} numbers, GroupQueryAttention wants to know how many")
     window, softcap = op.attributes.integer("window", 0), op.attributes.number("softcap", 0.0)
-    mask, sinks = op.operands[9:11]
-    if reason := record.refusal(attention_variants(width, window, softcap, masked=bool(mask), sinks=bool(sinks))):
+    masked, sinks = op.get("mask") is not None, op.get("sinks") is not None
+    if reason := record.refusal(attention_variants(width, window, softcap, masked=masked, sinks=sinks)):
         raise Refuse(f"heads have {width} numbers, and {reason}" if ODD_HEADS in reason else reason)
     if key.dtype != "f32":
         raise Refuse(f"it is {key.dtype}, the target's attention is f32")
@@ -62,7 +62,7 @@ def _apart(editor: Editor, op: Op) -> tuple[Value, Value, Value]:
     """Return q, k and v of the one value that holds them."""
     _, groups, _, width = op.results[1].type.shape
     sizes = tuple(int(n) for n in (size(op.attributes["heads"]) * width, groups * width, groups * width))
-    q, k, v = editor.add_all("ort.split", op.operands[0], hints=("q", "k", "v"), axis=2, sizes=sizes)
+    q, k, v = editor.add_all("ort.split", op["q"], hints=("q", "k", "v"), axis=2, sizes=sizes)
     return q, k, v
 
 
@@ -93,14 +93,14 @@ def _rotate_heads(editor: Editor, x: Value, cos: Value | None, sin: Value | None
 
 def _moved(editor: Editor, op: Op) -> Three:
     """Return q, k and v; ops on single heads before the transpose are moved after it, and it is dropped."""
-    made: list[Value | None] = []
-    for value in op.operands[:3]:
-        heads = None if value is None else _before_transpose(editor, value)
-        moved = None if heads is None else _move(editor, heads)
-        made.append(value if moved is None else _flat(editor, moved))
-    q, k, v = made
-    assert q
-    return q, k, v
+
+    def moved(value: Value) -> Value:
+        heads = _before_transpose(editor, value)
+        made = None if heads is None else _move(editor, heads)
+        return value if made is None else _flat(editor, made)
+
+    q, k, v = op["q"], op.get("k"), op.get("v")
+    return moved(q), k and moved(k), v and moved(v)
 
 
 def _before_transpose(editor: Editor, value: Value) -> Value | None:
@@ -143,20 +143,24 @@ def _move(editor: Editor, value: Value) -> Value | None:
 
 def plain_attention(editor: Editor, op: Op) -> Op:
     """Return nn.cached_attention as the ops that it fuses."""
-    q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, mask, sinks = op.operands
-    assert q
+    q, k, v, cos = op["q"], op.get("k"), op.get("v"), op.get("cos")
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     y, key, value = op.results
     width = key.type.shape[3]
     if k is None or v is None:
         q, k, v = _apart(editor, op)
-    rows = [_normed(editor, x, w, width, attributes["eps"]) for x, w in ((q, q_norm), (k, k_norm), (v, None))]
+    rows = [
+        _normed(editor, x, w, width, attributes["eps"])
+        for x, w in ((q, op.get("q_norm")), (k, op.get("k_norm")), (v, None))
+    ]
     heads = [_heads(editor, x, width) for x in rows]
     if cos is not None:
-        heads[:2] = (editor.add("ort.rotary_embedding", x, cos, sin, hint=f"{x.name}.turned") for x in heads[:2])
+        heads[:2] = (editor.add("ort.rotary_embedding", x, cos, op["sin"], hint=f"{x.name}.turned") for x in heads[:2])
     q, k, v = (editor.add("core.transpose", x, hint=f"{x.name}.bhsd", perm=BEFORE_HEADS) for x in heads)
-    for past, new, present in ((past_key, k, key), (past_value, v, value)):
+    for past, new, present in ((op["past_key"], k, key), (op["past_value"], v, value)):
         editor.add("nn.cache_append", past, new, hint=present, axis=2)
     kept = {name: attributes[name] for name in ("scale", "window", "softcap")}
-    attended = editor.add("nn.attention", q, key, value, mask, sinks, hint=f"{y.name}.heads", **kept)
+    attended = editor.add(
+        "nn.attention", q, key, value, op.get("mask"), op.get("sinks"), hint=f"{y.name}.heads", **kept
+    )
     return replace(op.become("core.reshape", attended, shape=y.type.shape), results=(y,))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ....compiler.ir.module import Function, Op, Value
 from ....compiler.rewrite.editor import Editor
 
@@ -17,15 +15,14 @@ def keep_last_tokens(function: Function) -> Function:
     """Return @main with ort.last_tokens in front of the head; the function itself where the head cannot be seen."""
     result = next((v for v in function.results if v.name == LOGITS), None)
     head = None if result is None else _head(function, result)
-    if head is None or head.operands[0] is None or len(head.operands[0].type.shape) != 3:
+    if head is None or len(head["x"].type.shape) != 3:
         return function
-    x = head.operands[0]
     editor = Editor(function)
     editor.loc = head.loc
     for op in function.ops:
         if op is head:
-            last = editor.add("ort.last_tokens", x, hint=f"{x.name}.last")
-            op = replace(op, operands=(last, *op.operands[1:]))
+            last = editor.add("ort.last_tokens", op["x"], hint=f"{op['x'].name}.last")
+            op = op.reading(x=last)
         editor.ops.append(op)
     return editor.finish()
 

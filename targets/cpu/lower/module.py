@@ -80,29 +80,28 @@ def _merge_choices(editor: Editor, op: Op) -> Op:
     Equal ids become one with the sum of their gates; experts without weight fill the places that become free. MoE and
     QMoE choose by scores, one for each expert, and could not tell two equal ids apart.
     """
-    x, ids, gates, up = op.operands[:4]
-    assert x and ids and gates and up
+    ids, gates = op["ids"], op["gates"]
     if distinct(editor.function, ids) or not not_negative(editor.function, gates):
         return op
     tokens, chosen = ids.type.shape
-    none = editor.add("core.full", hint="no_gates", shape=(tokens, up.type.shape[0]), value=0.0, dtype=gates.type.dtype)
+    none = editor.add(
+        "core.full", hint="no_gates", shape=(tokens, op["up"].type.shape[0]), value=0.0, dtype=gates.type.dtype
+    )
     merged = editor.add("core.scatter_add", none, ids, gates, hint="merged", axis=1)
     hints = ("merged.gates", "merged.ids")
     gates, ids = editor.add_all("core.topk", merged, hints=hints, k=int(chosen), axis=1)
-    return replace(op, operands=(x, ids, gates, *op.operands[3:]))
+    return op.reading(ids=ids, gates=gates)
 
 
 def _experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts as the op for their weights; Refuse says what it cannot do."""
-    up = op.operands[3]
-    assert up
-    return lower_experts(editor, op, accuracy, record) if find_format(up.type.dtype) else _moe(editor, op, record)
+    return lower_experts(editor, op, accuracy, record) if find_format(op["up"].type.dtype) else _moe(editor, op, record)
 
 
 def _moe(editor: Editor, op: Op, record: Record) -> Op:
     """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
-    x, ids, gates, up, down, up_bias, down_bias = op.operands
-    assert x and ids and gates and up and down
+    x, ids, gates, up, down = (op[name] for name in ("x", "ids", "gates", "up", "down"))
+    up_bias, down_bias = op.get("up_bias"), op.get("down_bias")
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
     if x.type.dtype != "f32":
         raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")

@@ -30,8 +30,7 @@ _ACTIVATION = ("act", "gated", "alpha", "beta", "limit")
 
 def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return a linear with a quantized weight as ort.matmul_nbits, one of blocks as one for each; others as they are."""
-    x, weight, *bias = op.operands
-    assert x and weight
+    weight, bias = op["w"], op.operands[2:]
     format = find_format(weight.type.dtype)
     if format is None:
         return op
@@ -42,13 +41,12 @@ def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     _note_slow(editor, op, record, at_level(variants, level), format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     name = "ort.matmul_nbits" if op.name == "core.linear" else "ort.block_matmul_nbits"
-    return op.become(name, x, *_parts(editor, weight), *bias, **attrs)
+    return op.become(name, op["x"], *_parts(editor, weight), *bias, **attrs)
 
 
 def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
     """Return a lookup in a quantized table as ort.gather_nbits; others as they are."""
-    ids, table = op.operands
-    assert ids and table
+    ids, table = op["ids"], op["table"]
     format = find_format(table.type.dtype)
     if format is None:
         return op
@@ -60,8 +58,7 @@ def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
 def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts with quantized weights as QMoE; Refuse says where it is not right for them."""
     attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    up, down = op.operands[3:5]
-    assert up and down
+    up, down = op["up"], op["down"]
     format = format_of(up.type.dtype)
     variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
     level, reason = best_level(record, variants, accuracy)
@@ -73,8 +70,7 @@ def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
 
 def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
     """Return routed experts with quantized weights as a Loop over the chosen ones; others as they are."""
-    x, ids, gates, up, down, up_bias, down_bias = op.operands
-    assert up and down
+    up, down, up_bias, down_bias = op["up"], op["down"], op.get("up_bias"), op.get("down_bias")
     format = find_format(up.type.dtype)
     if format is None:
         return op
@@ -87,13 +83,12 @@ def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
     kept = {name: attributes[name] for name in (*_ACTIVATION, "layout") if name in op.attributes}
     kept |= {"bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
     parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
-    return op.become("ort.experts_nbits", x, ids, gates, *parts, **kept)
+    return op.become("ort.experts_nbits", op["x"], op["ids"], op["gates"], *parts, **kept)
 
 
 def _not_qmoe(editor: Editor, op: Op, attributes: dict[str, Any], record: Record) -> str:
     """Return why QMoE cannot run these experts, whatever their weights; nothing if it can."""
-    _, ids, gates, *_ = op.operands
-    assert ids and gates
+    ids, gates = op["ids"], op["gates"]
     if reason := record.refusal([activation_variant("QMoE", attributes)]):
         return reason
     positive = not_negative(editor.function, gates)
@@ -119,18 +114,16 @@ def _widened(editor: Editor, op: Op, reason: str) -> Op:
 def _with_decoded(editor: Editor, op: Op, format: Format, reason: str) -> Op:
     """Return a linear with its quantized weight decoded before it."""
     _note_decoded(editor, op, reason)
-    x, weight, *others = op.operands
-    assert weight
+    weight = op["w"]
     parts = _parts(editor, weight)[:2]
     numbers = editor.add("ort.decode", *parts, hint=f"{weight.name}.numbers", format=format.name)
-    return replace(op, operands=(x, numbers, *others))
+    return op.reading(w=numbers)
 
 
 def _lookup_and_decode(editor: Editor, op: Op, format: Format, reason: str) -> Op:
     """Return a lookup in a quantized table as those of codes and scales, which are decoded behind it."""
     _note_decoded(editor, op, reason)
-    ids, table = op.operands
-    assert table
+    ids, table = op["ids"], op["table"]
     rows = [editor.add("nn.embedding", ids, part, hint=f"{part.name}.rows") for part in _parts(editor, table)[:2]]
     return op.become("ort.decode", *rows, format=format.name)
 
@@ -146,41 +139,38 @@ def _note_slow(editor: Editor, op: Op, record: Record, variants: list[Variant], 
 
 
 def _qmoe(editor: Editor, op: Op, attributes: dict[str, Any], format: Format, level: int, record: Record) -> Op:
-    x, ids, gates, up, down, up_bias, down_bias = op.operands
-    assert x and ids and gates and up and down
+    up, down, up_bias, down_bias = op["up"], op["down"], op.get("up_bias"), op.get("down_bias")
     if attributes["gated"] and attributes["layout"] == "concat":
         up, up_bias = interleave(editor, up), up_bias and interleave(editor, up_bias)
-    choice, mixing = _routing(editor, op, ids, gates, int(up.type.shape[0]), record)
+    choice, mixing = _routing(editor, op, record)
     kept = {name: attributes[name] for name in _ACTIVATION if name in op.attributes}
-    kept |= {"k": ids.type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
+    kept |= {"k": op["ids"].type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
     parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
-    return op.become("ort.qmoe", x, choice, mixing, *parts, **kept)
+    return op.become("ort.qmoe", op["x"], choice, mixing, *parts, **kept)
 
 
-def _routing(
-    editor: Editor, op: Op, ids: Value, gates: Value, experts: int, record: Record
-) -> tuple[Value, Value | None]:
+def _routing(editor: Editor, op: Op, record: Record) -> tuple[Value, Value | None]:
     """Return the scores that choose and the weights that mix, one for each expert.
 
     A softmax router hands over its logits; any other routing becomes the weights of all experts, 0 for those that
     were not chosen, which choose as well.
     """
+    ids, gates = op["ids"], op["gates"]
     route = editor.function.producers.get(gates.name)
     if route is not None and route.name == "moe.route" and route.results == (gates, ids):
         found = softmax_routing(editor, route)
         if found is not None and (found[1] or not record.refusal([routing_variant("QMoE", "softmax")])):
             return found
-    tokens = ids.type.shape[0]
-    none = editor.add("core.full", hint=f"{gates.name}.none", shape=(tokens, experts), value=0.0, dtype="f32")
+    shape = (ids.type.shape[0], op["up"].type.shape[0])
+    none = editor.add("core.full", hint=f"{gates.name}.none", shape=shape, value=0.0, dtype="f32")
     dense = editor.add("core.scatter", none, ids, gates, hint=f"{gates.name}.dense", axis=1)
     return dense, dense
 
 
 def softmax_routing(editor: Editor, route: Op) -> tuple[Value, Value | None] | None:
     """Return (logits, weights of all experts or None for the softmax of the chosen) of a plain softmax router."""
-    logits, *others = route.operands
+    logits, others = route["logits"], route.operands[1:]
     a = OPS[route.name].complete(route.attributes)
-    assert logits
     if any(others) or a["score"] != "softmax" or a["groups"] > 1 or a["weigh"] == "logits":
         return None
     if gate_sum(editor.function, route.results[0]) == 1.0:

@@ -13,26 +13,25 @@ _ALWAYS = {
     "core.softmax", "core.sigmoid", "core.exp", "core.relu", "core.abs", "core.softplus", "core.sqrt", "core.rsqrt",
 }  # fmt: skip
 # ops whose result is 0 or more when these operands are
-_WHEN: dict[str, Callable[[Op], tuple[Value | None, ...]]] = {
+_WHEN: dict[str, Callable[[Op], tuple[Value, ...]]] = {
     **dict.fromkeys(
         ("core.cast", "core.reshape", "core.transpose", "core.slice", "core.expand", "core.gather", "core.take",
          "core.sum", "core.mean", "core.amax", "core.cumsum", "core.floor", "core.reciprocal", "core.pow"),
-        lambda op: op.operands[:1],
+        lambda op: op.inputs[:1],
     ),
     **dict.fromkeys(
-        ("core.add", "core.mul", "core.div", "core.minimum", "core.concat"), lambda op: op.operands
+        ("core.add", "core.mul", "core.div", "core.minimum", "core.concat"), lambda op: op.inputs
     ),
-    "core.where": lambda op: op.operands[1:],
-    **dict.fromkeys(("core.scatter", "core.scatter_add"), lambda op: (op.operands[0], op.operands[2])),
+    "core.where": lambda op: op.inputs[1:],
+    **dict.fromkeys(("core.scatter", "core.scatter_add"), lambda op: (op.inputs[0], op.inputs[2])),
 }  # fmt: skip
 
 
-def not_negative(function: Function, value: Value | None) -> bool:
+def not_negative(function: Function, value: Value) -> bool:
     """Return whether a value can be shown to be 0 or more in every element (or NaN); False means not known."""
     known: dict[str, bool] = {}
 
-    def visit(value: Value | None) -> bool:
-        assert value is not None
+    def visit(value: Value) -> bool:
         if value.name not in known:
             known[value.name] = _not_negative(function, value, visit)
         return known[value.name]
@@ -40,7 +39,7 @@ def not_negative(function: Function, value: Value | None) -> bool:
     return visit(value)
 
 
-def _not_negative(function: Function, value: Value, visit: Callable[[Value | None], bool]) -> bool:
+def _not_negative(function: Function, value: Value, visit: Callable[[Value], bool]) -> bool:
     op = function.producers.get(value.name)
     if op is None:
         recipe = next((c.recipe for c in function.consts if c.value.name == value.name), None)
@@ -52,27 +51,27 @@ def _not_negative(function: Function, value: Value, visit: Callable[[Value | Non
         case "core.constant" | "core.full":
             return attributes["value"] >= 0
         case "core.topk":
-            return value == op.results[0] and visit(op.operands[0])
+            return value == op.results[0] and visit(op.inputs[0])
         case "moe.route":
             return value == op.results[0] and _route_not_negative(op, visit)
         case "core.maximum":
-            return any(map(visit, op.operands))
+            return any(map(visit, op.inputs))
         case "core.clamp":
-            return attributes.get("max", 0.0) >= 0 and (attributes.get("min", -1.0) >= 0 or visit(op.operands[0]))
+            return attributes.get("max", 0.0) >= 0 and (attributes.get("min", -1.0) >= 0 or visit(op.inputs[0]))
         case name if name in _WHEN:
             return all(map(visit, _WHEN[name](op)))
     return False
 
 
-def _route_not_negative(op: Op, visit: Callable[[Value | None], bool]) -> bool:
+def _route_not_negative(op: Op, visit: Callable[[Value], bool]) -> bool:
     a = OPS[op.name].complete(op.attributes)
-    logits, bias, _, expert_scale = op.operands
+    bias, expert_scale = op.get("bias"), op.get("expert_scale")
     if a["scale"] < 0 or (expert_scale and not visit(expert_scale)):
         return False
     scored = a["score"] != "identity" and a["weigh"] != "logits"
     if scored and (a["weigh"] == "scores" or a["order"] == "select_score"):
         return True
-    if not scored and not visit(logits):
+    if not scored and not visit(op["logits"]):
         return False
     # a masked choice is 0, or not among the largest; a bias may be anything
     return a["weigh"] != "choice" or bias is None or visit(bias)
@@ -81,11 +80,11 @@ def _route_not_negative(op: Op, visit: Callable[[Value | None], bool]) -> bool:
 def gate_sum(function: Function, gates: Value) -> float | None:
     """Return what every token's gates add up to (to 1e-6), where that can be shown; None means not known."""
     op = function.producers.get(gates.name)
-    if op is None or op.name != "moe.route" or op.operands[3] is not None:
+    if op is None or op.name != "moe.route" or op.get("expert_scale") is not None:
         return None
     a = OPS[op.name].complete(op.attributes)
-    _, bias, given, _ = op.operands
-    experts = op.inputs[0].type.shape[1]
+    bias, given = op.get("bias"), op.get("given")
+    experts = op["logits"].type.shape[1]
     if a["score"] != "softmax" or a["weigh"] == "logits" or not experts.is_Integer:
         return None
     if a["order"] == "select_score":
@@ -102,9 +101,10 @@ def distinct(function: Function, value: Value) -> bool:
         last = len(value.type.shape) - 1
         match op.name:
             case "moe.route":
-                if op.operands[2] is None:
+                given = op.get("given")
+                if given is None:
                     return value == op.results[1]
-                value = op.operands[2]
+                value = given
                 continue
             case "core.topk":
                 return value == op.results[1] and op.attributes["axis"] == last

@@ -61,8 +61,7 @@ def _same_chunk(ctx: Context, mask: str, new: Size, total: Size, chunk: int) -> 
 
 def attention(ctx: Context, op: Op) -> None:
     """Emit attention in plain ops; a token that sees no slot gets zeros, as a softmax of -inf would give NaN."""
-    q, k, v, mask, sinks = op.operands
-    assert q and k and v
+    q, k, v, mask, sinks = op["q"], op["k"], op["v"], op.get("mask"), op.get("sinks")
     batch, heads, new, width = q.type.shape
     groups, total, out = k.type.shape[1], k.type.shape[2], v.type.shape[3]
     graph = ctx.graph
@@ -113,9 +112,8 @@ def attention_bias(ctx: Context, op: Op) -> None:
 def group_query_attention(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.GroupQueryAttention, with the number of tokens before and in this step."""
     q, k, v, past_key, past_value, cos, sin, bias, sinks = op.operands
-    assert q and past_key
     graph, attributes = ctx.graph, ctx.attributes(op)
-    batch, new, _ = q.type.shape
+    batch, new, _ = op["q"].type.shape
     total = op.results[1].type.shape[2]
     last = _per_row(ctx, graph.scalar(total - 1, "i32"), batch)
     # without the count of new tokens a batch with past and several new tokens is refused
@@ -130,7 +128,7 @@ def group_query_attention(ctx: Context, op: Op) -> None:
     inputs += [ctx.value(bias), sink, "", "", "", "", count]
     ctx.finish(
         op, "GroupQueryAttention", *inputs, domain=CONTRIB,
-        num_heads=attributes["heads"], kv_num_heads=int(past_key.type.shape[1]), do_rotary=int(bool(angles)),
+        num_heads=attributes["heads"], kv_num_heads=int(op["past_key"].type.shape[1]), do_rotary=int(bool(angles)),
         scale=attributes["scale"], local_window_size=attributes["window"] or -1, softcap=attributes["softcap"],
     )  # fmt: skip
 

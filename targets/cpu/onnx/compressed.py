@@ -255,8 +255,8 @@ def select_entries(ctx: Context, op: Op) -> None:
 
 def compressed_attention(ctx: Context, op: Op) -> None:
     """Emit attention with one more slot for the sink; entries that are not selected are masked."""
-    q, kv, window_kv, entries, selected, sinks = op.operands
-    assert q and kv and window_kv
+    q, kv, window_kv, sinks = op["q"], op["kv"], op["window"], op["sinks"]
+    entries, selected = op.get("entries"), op.get("selected")
     attributes, graph = ctx.attributes(op), ctx.graph
     past, window = size(attributes["past"]), attributes["window"]
     batch, new, heads, width = q.type.shape

@@ -69,7 +69,7 @@ def expert_loop(
     `up` and `down` add what makes the matrix of the expert whose number they are given, `biases` are those of all.
     """
     x, ids, gates = ctx.inputs(op)[:3]
-    tokens, chosen = op.operands[1].type.shape  # type: ignore[union-attr]
+    tokens, chosen = op["ids"].type.shape
     type_ = op.results[0].type
     width = int(type_.shape[1])
     graph = ctx.graph
@@ -103,9 +103,8 @@ def expert_loop(
 
 def _sizes(op: Op) -> tuple[Any, int, int]:
     """Return the number of tokens, of experts, and of experts for each token."""
-    ids, up = op.operands[1], op.operands[3]
-    assert ids and up
-    return ids.type.shape[0], int(up.type.shape[0]), int(ids.type.shape[1])
+    tokens, chosen = op["ids"].type.shape
+    return tokens, int(op["up"].type.shape[0]), int(chosen)
 
 
 def _linear(ctx: Context, x: str, expert: str, weight: str, bias: str) -> str:

@@ -42,7 +42,7 @@ def matmul_nbits(ctx: Context, op: Op) -> None:
     """Emit MatMulNBits; it wants the codes as [N, groups, bytes of a group] and no second axis of the others."""
     x, codes, scales, zeros, bias = ctx.inputs(op)
     a = ctx.attributes(op)
-    out, groups = (int(s) for s in op.operands[2].type.shape)  # type: ignore[union-attr]
+    out, groups = op["scales"].type.sizes
     codes = ctx.graph.with_sizes(codes, [out, groups, a["group"] * a["bits"] // 8])
     inputs = [x, codes, scales, zeros, "", bias]
     while not inputs[-1]:
@@ -54,8 +54,8 @@ def block_matmul_nbits(ctx: Context, op: Op) -> None:
     """Emit a MatMulNBits for each block, on its rows of the codes as they lie in the data file."""
     x, *parts = ctx.inputs(op)
     a, graph = ctx.attributes(op), ctx.graph
-    batch, new, blocks, width = op.inputs[0].type.shape
-    rows, groups = (int(s) for s in op.operands[2].type.shape)  # type: ignore[union-attr]
+    batch, new, blocks, width = op["x"].type.shape
+    rows, groups = op["scales"].type.sizes
     count, each = int(blocks), rows // int(blocks)
     flat = ctx.reshape(x, (batch, new, blocks, width), (batch * new, blocks, width))
     by_block = ctx.nodes("Split", flat, outputs=count, axis=1, num_outputs=count) if count > 1 else [flat]

@@ -24,22 +24,19 @@ def new_state(ctx: Context, op: Op) -> None:
 def causal_conv(ctx: Context, op: Op) -> None:
     """Emit Conv with a group for each channel and zeros in front."""
     x, w, b = ctx.inputs(op)
-    weight = op.operands[1]
-    assert weight
-    channels, width = (int(n) for n in weight.type.shape)
+    channels, width = op["w"].type.sizes
     kernel = ctx.node("Unsqueeze", w, ctx.graph.constant([1]))
     ctx.finish(op, "Conv", x, kernel, *([b] if b else []), group=channels, pads=[width - 1, 0], kernel_shape=[width])
 
 
 def linear_attention(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.LinearAttention, which takes heads flattened."""
-    q, k, v, decay, beta, past = op.operands
-    assert q and k and v
+    decay, beta = op.get("decay"), op.get("beta")
     y, present = op.results
-    batch, new, heads, width = v.type.shape
-    flat = [_flat(ctx, x) for x in (q, k, v)]
+    batch, new, heads, width = op["v"].type.shape
+    flat = [_flat(ctx, op[name]) for name in "qkv"]
     rule = "_".join(name for name, given in (("gated", decay), ("delta", beta)) if given) or "linear"
-    inputs = [*flat, ctx.value(past), _flat(ctx, decay) if decay is not None else "", ctx.value(beta)]
+    inputs = [*flat, ctx.value(op["past"]), _flat(ctx, decay) if decay is not None else "", ctx.value(beta)]
     while not inputs[-1]:
         inputs.pop()
     made = ctx.graph.fresh(f"{ctx.value(y)}/flat")
