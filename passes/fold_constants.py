@@ -140,8 +140,7 @@ def _shorten(op: Op, rewriter: FunctionRewriter) -> Op:
         return _slice_of_part(op, rewriter)
     if op.name not in ("core.reshape", "core.transpose"):
         return op
-    operand = op.operands[0]
-    inner = rewriter.made.get(operand.name) if operand else None
+    inner = rewriter.made.get(op["x"].name)
     if inner is None or inner.name != op.name:
         return op
     if op.name == "core.reshape":

@@ -56,7 +56,7 @@ def grouped_linear(ctx: Context, op: Op) -> None:
 
 
 def _weights(op: Op) -> list[Value]:
-    return [w for w in (op.operands[1], op.operands[3]) if w is not None]
+    return [v for v in (op["w"], op.get("bias")) if v is not None]
 
 
 def combine(ctx: Context, op: Op) -> None:
