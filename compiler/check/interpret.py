@@ -125,12 +125,11 @@ def _random_value(function: Function, param: Value, dims: Mapping[str, int], gen
         if user is None or user.callee:
             continue
         definition = OPS[user.name]
-        for operand, given in zip(definition.signature.operands, user.operands, strict=False):
-            if given == param and operand.name in definition.domains:
-                bound = evaluate(
-                    definition.domains[operand.name](user.operand_types, definition.complete(user.attributes)), dims
-                )
-                distinct = distinct or operand.name in definition.distinct
+        for name, given in user.named:
+            if given == param and name in definition.domains:
+                below = definition.domains[name](user.operand_types, definition.complete(user.attributes))
+                bound = evaluate(below, dims)
+                distinct = distinct or name in definition.distinct
     if distinct:
         return torch.rand([*shape[:-1], bound], generator=generator).argsort(-1)[..., : shape[-1]].to(dtype)
     return torch.randint(0, max(bound, 1), shape, generator=generator).to(dtype)

@@ -67,7 +67,7 @@ class IRBuilder:
             types = OPS[name].infer([None if v is None else v.type for v in operands], dict(attrs))
             if isinstance(hints, str):
                 hints = [f"{hints or name.split('.')[-1]}_{r.name}" for r in OPS[name].signature.results]
-            results = tuple(map(self._result, hints, types, [name] * len(types)))
+            results = tuple(self._result(hint, type, name) for hint, type in zip(hints, types, strict=True))
         except MoecError as error:
             raise replace(error, model=".".join(self.loc)) from None
         self.ops.append(Op(name, operands, results, attrs, loc=self.loc))

@@ -176,7 +176,7 @@ def check_op(op: Op, program: Program, binding: Binding, what: str) -> None:
     MoecError otherwise: the kernel would read numbers that mean something else.
     """
     definition = OPS[op.name].signature
-    types = {("operand", d.name): v for d, v in zip(definition.operands, op.operands, strict=True) if v}
+    types = {("operand", name): v for name, v in op.named}
     types |= {("result", d.name): v for d, v in zip(definition.results, op.results, strict=True)}
     for a in program.arguments:
         bound = binding.arguments[a.name]

@@ -100,7 +100,7 @@ class _Call:
         device: torch.device,
     ) -> None:  # fmt: skip
         signature = OPS[op.name].signature
-        self._operands = {d.name: v for d, v in zip(signature.operands, op.operands, strict=True) if v}
+        self._operands = dict(op.named)
         self._results = {d.name: v for d, v in zip(signature.results, op.results, strict=True)}
         self._op, self._values, self._weights, self._dims, self._device = op, values, weights, dims, device
         self._scratch: dict[str, torch.Tensor] = {}

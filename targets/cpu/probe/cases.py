@@ -18,10 +18,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from ....compiler.formats.format import Format, Parts
 from ....compiler.formats.packing import pack
 from ....compiler.ir.dims import dim
-from ....compiler.ir.module import Const, Dim, Function, Module, Op, Value
+from ....compiler.ir.module import Const, Dim, Module, Value
 from ....compiler.ir.recipes import Tensor
-from ....compiler.ir.types import TensorType, make_attrs
+from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
+from ....compiler.ops.builder import IRBuilder
 from ....compiler.weights.sources.source import ModuleSource
 from ..onnx.emit import IR_VERSION, MODEL, OPSET, emit
 from ..onnx.graph import CONTRIB
@@ -91,12 +92,11 @@ def write(
     there = {n: t for n, t in weights.items() if t is not None}
     source = ModuleSource(there)
     values = {n: Value(n, t) for n, t in inputs.items()} | {n: Value(n, source.tensors[n].type) for n in there}
-    consts = tuple(Const(values[n], Tensor(n, values[n].type)) for n in there)
-    operands = tuple(values.get(o.name) for o in OPS[name].signature.operands)
-    types = OPS[name].infer([v and v.type for v in operands], attrs)
-    results = tuple(Value(f"y{i}", t) for i, t in enumerate(types))
-    op = Op(name, operands, results, make_attrs(attrs))
-    function = Function("main", tuple(values[n] for n in inputs), consts, (op,), results)
+    consts = (Const(values[n], Tensor(n, values[n].type)) for n in there)
+    operands = (values.get(o.name) for o in OPS[name].signature.operands)
+    builder = IRBuilder("main", (values[n] for n in inputs), consts)
+    hints = [f"y{i}" for i, _ in enumerate(OPS[name].signature.results)]
+    function = builder.build(builder.add_all(name, *operands, hints=hints, **attrs))
     emit(Module("kernel", DIMS, (function,)), source, folder)
 
 
