@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ...errors import MoecError
@@ -81,12 +82,17 @@ class Weights:
     quantization: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "bf16"
 
-    @property
+    @cached_property
     def dialect(self) -> str:
-        """`official`, `saved` or `memory`."""
-        if self.types is None or "embed.weight" in self.types:
+        """`official`, `saved` or `memory`: what most names are, since any single tensor may be the one that is missing."""
+        if self.types is None:
             return "official"
-        return "memory" if "lm_head.weight" in self.types else "saved"
+        inside = sum(name.startswith("model.") for name in self.types)
+        if len(self.types) > 2 * inside:
+            return "official"
+        return (
+            "memory" if 2 * sum(".self_attn." in name or ".mlp." in name for name in self.types) > inside else "saved"
+        )
 
     @property
     def prefix(self) -> str:

@@ -148,6 +148,18 @@ def test_a_config_that_does_not_fit_says_why(written, tmp_path, change, message)
     assert error.value.exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight", "norm.weight", "hc_head_fn", "layers.0.hc_attn_fn"])
+def test_a_renamed_tensor_is_named(written, tmp_path, name):
+    """The dialect is what most names are: no single tensor's absence makes the others look foreign."""
+    tensors = load_file(written[1] / "model.safetensors")
+    tensors[f"x{name}"] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((written[1] / "config.json").read_bytes())
+    with pytest.raises(MoecError) as caught:
+        load(tmp_path)
+    assert name in str(caught.value) and caught.value.exit_code == 2
+
+
 def test_a_missing_tensor_is_named(written, tmp_path):
     from safetensors.torch import load_file, save_file
 
