@@ -1,10 +1,10 @@
 """Rewrites tile programs to what triton-ascend lowers well; what they compute stays the same.
 
-FP8 tensors are loaded as bytes and decoded by arithmetic, except for what a product takes as it is: before the Ascend
+FP8 tensors are loaded as bytes and decoded by arithmetic, except for what a matmul takes as it is: before the Ascend
 950 there are no such types, and for it the adapter has neither constants of them nor a conversion to f32.
 Weights in fractals are loaded as tiles of three axes, block by block: by the quotients and remainders of their rows and
 columns the adapter would load number by number. Where rows are gathered it reads those too that are masked, and throws
-them away: their indices are kept inside the tensor. Of a row it reads the whole tile: behind a tensor's end there must be
+them away: their indices are kept inside the tensor. Of a row it reads the whole tile: after a tensor's end there must be
 room for a tile's columns.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import and_
 
 from ....compiler.errors import MoecError
 from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, axes, binary, call
@@ -237,7 +239,9 @@ class _Rewriter:
             return None
         within = axes(call("arange", parameters=(across,)), (False, False, True))
         at = (block, axes(rows, (False, True, False)), within)
-        return _Blocks(at, _all(masks), width, self.scope.buffers[statement.name].shape[0], across)
+        return _Blocks(
+            at, reduce(and_, masks) if masks else None, width, self.scope.buffers[statement.name].shape[0], across
+        )
 
 
 def _multiplied(program: Program) -> frozenset[str]:
@@ -280,14 +284,6 @@ def _masks(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
             case _:
                 return None
     return terms
-
-
-def _all(masks: Sequence[Expr]) -> Expr | None:
-    """Return the mask of what all masks allow; None where there is none."""
-    found = None
-    for mask in masks:
-        found = mask if found is None else found & mask
-    return found
 
 
 def _decoded(bits: Expr, mantissa: int, bias: int) -> Expr:

@@ -14,7 +14,7 @@ from ..tile.builder import Builder
 from .choices import AttentionTile
 from .norm import power
 
-LEAST = 16  # columns of the narrowest tile of a product
+LEAST = 16  # columns of the narrowest tile of a matmul
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def rope(p: Rope, t: RowTile, layout: Layout) -> Program:
 class Append:
     """The part of nn.cached_attention before it attends: norm and rotate the heads of q and k, append k and v to the cache.
 
-    `joined`: the heads of q, k and v lie behind one another in one tensor qkv [B, S, H + 2 G, D]. `q_norm`, `k_norm`:
+    `joined`: the heads of q, k and v are concatenated in one tensor qkv [B, S, H + 2 G, D]. `q_norm`, `k_norm`:
     weights of an rms_norm over each head, `rotary` 0: nothing is rotated.
     """
 

@@ -1,9 +1,9 @@
-"""Writes tile programs: statements are added one after the other, and each tile goes where the chip wants it.
+"""Writes tile programs: statements are added one after the other, and each tile is put where the chip needs it.
 
 Kernels write expressions as text, which is read here, once, into typed nodes; a statement that is wrong is refused
 where it is added.
 
-What differs between chips is which memories a tile passes on its way, and that is all in `Layout`: the operands of the
+What differs between chips is which memories a tile passes, and that is all in `Layout`: the operands of the
 matrix unit come through shared memory on a GPU, through L1 and L0A or L0B on an Ascend, through NRAM and WRAM on a
 Cambricon; results leave the matrix unit from registers, tensor memory or L0C. Kernels are written once, without it.
 """

@@ -80,7 +80,6 @@ class Expr:
         return self.source or ast.unparse(python_syntax(self))
 
     __add__ = _method("+")
-    __sub__ = _method("-")
     __mul__ = _method("*")
     __floordiv__ = _method("//")
     __and__ = _method("&")

@@ -1,7 +1,7 @@
 """The functions of the tile language: what each takes, the type of its result, what it computes, and what it costs.
 
 A function takes values, which are expressions, and parameters, which are known when the program is written: sizes, an
-axis, or a dtype. Printers add how a function is spelled elsewhere; nothing else about one is said outside of this file.
+axis, or a dtype. Printers add how a function is spelled elsewhere; all else is declared here.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class Packing:
         """Add what brings `sizes` = (rows, columns) of the weight to the matrix unit as its second operand, in bf16.
 
         `row` is an index vector of rows, `live` which of them there are, `k` the first column. Returns the tiles, with
-        the first of their columns (behind k) as an expression and how many they have: the other operand is split alike.
+        the first of their columns (after k) as an expression and how many they have: the other operand is split alike.
         """
         f = self.quantized
         lead = [expert] if expert else []

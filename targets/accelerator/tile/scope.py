@@ -1,7 +1,7 @@
 """Checks a tile program while it is built: names, types and shapes of every statement, ranges of what is constant.
 
 The builder, the reader of JSON and what rewrites programs add their statements to a `Scope`; so a program that exists
-is one in which each name has a value of one type, each tile what its buffer states, and each product operands that fit.
+is one in which each name has a value of one type, each tile what its buffer states, and each matmul operands that fit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ....compiler.errors import MoecError
 from .expr import Expr, retyped, shape_of
 from .parse import parse
 from .tiles import Argument, Buffer, Dot, Let, Load, Move, Store
-from .types import FLOATS, INDICES, INT, TILE_DTYPES, ExprType, broadcast
+from .types import EIGHT, FLOATS, INDICES, INT, TILE_DTYPES, ExprType, broadcast
 
-PRODUCTS = (*FLOATS, "f8e4m3", "f8e5m2")  # dtypes that are multiplied as matrices
+MULTIPLIED = (*FLOATS, *EIGHT)  # dtypes that are multiplied as matrices
 
 S = TypeVar("S", bound="Let | Load | Store | Move | Dot")
 
@@ -156,9 +156,9 @@ class Scope:
         b_shape = b.shape[::-1] if dot.transpose else b.shape
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b_shape[0] or acc.shape != (a.shape[0], b_shape[1]):
             raise MoecError(f"{dot.acc}{list(acc.shape)} += {list(a.shape)} times {list(b_shape)}")
-        if a.dtype != b.dtype or acc.dtype != "f32" or a.dtype not in PRODUCTS:
+        if a.dtype != b.dtype or acc.dtype != "f32" or a.dtype not in MULTIPLIED:
             what = f"{dot.acc} ({acc.dtype}) += {a.dtype} times {b.dtype}"
-            raise MoecError(what, todo="a product adds floats of one dtype in f32")
+            raise MoecError(what, todo="a matmul adds floats of one dtype in f32")
 
     # --- names ---
 
@@ -173,7 +173,7 @@ class Scope:
         return self.types[name]
 
     def _check_name(self, name: str) -> None:
-        if not name.isidentifier() or keyword.iskeyword(name) or name == "inf":
+        if not str(name).isidentifier() or keyword.iskeyword(name) or name == "inf":
             raise self._error(f"{name} is no name for a value")
 
     def _error(self, what: str, where: str = "", todo: str = "") -> MoecError:

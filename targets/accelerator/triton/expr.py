@@ -2,7 +2,7 @@
 
 Where Triton would compute in another dtype than an expression's type, the cast is printed; what differs in a way that no
 cast mends is refused. bf16 and f16 are computed in f32 and rounded after each step, as numpy does it. // and % round
-down in numpy and to zero in Triton: they are printed as they stand for numbers that cannot be negative, as shifts and
+down in numpy and to zero in Triton: they are printed unchanged for numbers that cannot be negative, as shifts and
 masks for powers of two, and through a helper for others.
 
 What is not kept: which of two NaN is meant, the maximum over numbers with NaN among them, numbers beyond the range of
@@ -68,14 +68,14 @@ def powers_of_two(shape: Sequence[int]) -> None:
 class Expressions:
     """Prints the expressions of one kernel.
 
-    `naturals` says of each name whether it is never negative; `helpers` collects which of HELPERS are called.
+    `nonnegative` says of each name whether it is never negative; `helpers` collects which of HELPERS are called.
     """
 
-    naturals: dict[str, bool]
+    nonnegative: dict[str, bool]
     helpers: set[str] = field(default_factory=set)
 
     def print(self, expr: Expr) -> ast.expr:
-        """Return an expression as Triton's tree; MoecError where Triton cannot say it."""
+        """Return an expression as Triton's tree; MoecError where Triton cannot express it."""
         try:
             return self._visit(expr)
         except MoecError as error:
@@ -130,7 +130,7 @@ class Expressions:
     def _division(self, operator: str, dividend: ast.expr, a: Expr | None, b: Expr, dtype: str) -> ast.expr:
         """Return // or %, rounded down; `a` is None for a dividend that may be negative."""
         divisor, by = self._taken_as(b, dtype), b.type.constant
-        if a is not None and self.natural(a) and self.natural(b):
+        if a is not None and self.is_nonnegative(a) and self.is_nonnegative(b):
             return operation(operator, dividend, divisor)
         if by is None or by <= 0:
             raise MoecError("// and % by what may be negative", todo="divide by a constant, or what cannot be below 0")
@@ -145,7 +145,7 @@ class Expressions:
 
     def _ceiling(self, a: Expr, b: Expr, dtype: str) -> ast.expr:
         left = self._taken_as(a, dtype)
-        if self.natural(a) and self.natural(b):
+        if self.is_nonnegative(a) and self.is_nonnegative(b):
             return call("tl.cdiv", left, self._taken_as(b, dtype))
         by = int(b.type.constant or 0)
         if by <= 0:
@@ -210,35 +210,35 @@ class Expressions:
 
     # --- signs ---
 
-    def natural(self, expr: Expr) -> bool:
+    def is_nonnegative(self, expr: Expr) -> bool:
         """Return whether an expression is known to be never negative."""
         if expr.type.constant is not None:
             return expr.type.constant >= 0
         match expr:
             case Name(name):
-                return self.naturals[name]
+                return self.nonnegative[name]
             case Binary(operator, left, right):
-                return self._natural_binary(operator, left, right, expr.type.dtype)
+                return self._is_nonnegative_binary(operator, left, right, expr.type.dtype)
             case Call("cast", [value], _):
                 given = value.type
-                known = self.natural(value) or expr.type.dtype in ("u8", "bool")
+                known = self.is_nonnegative(value) or expr.type.dtype in ("u8", "bool")
                 return known and (given.weak or given.dtype == expr.type.dtype or expr.type.dtype != "i8")
             case Call("bitcast"):
                 return expr.type.dtype == "u8"
             case Call("maximum", [a, b], _):
-                return self.natural(a) or self.natural(b)
+                return self.is_nonnegative(a) or self.is_nonnegative(b)
             case Call("cdiv" | "minimum", [a, b], _) | Call("where", [_, a, b], _):
-                return self.natural(a) and self.natural(b)
+                return self.is_nonnegative(a) and self.is_nonnegative(b)
             case Call("arange" | "argmax" | "abs"):
                 return True
             case Call("full" | "reshape" | "trans" | "sum" | "cumsum" | "max" | "min", [value], _) | Axes(value):
-                return self.natural(value)
+                return self.is_nonnegative(value)
         return False
 
-    def _natural_binary(self, operator: str, a: Expr, b: Expr, dtype: str) -> bool:
+    def _is_nonnegative_binary(self, operator: str, a: Expr, b: Expr, dtype: str) -> bool:
         if operator in COMPARISONS:
             return True
-        left, right = self.natural(a), self.natural(b)
+        left, right = self.is_nonnegative(a), self.is_nonnegative(b)
         match operator:
             case "-":
                 return False

@@ -1,4 +1,4 @@
-"""Predicts what Triton makes of a program: which matrix unit its products use, shared memory, registers that spill.
+"""Predicts what Triton makes of a program: which matrix unit its matmuls use, shared memory, registers that spill.
 
 The rules were read off kernels that Triton 3.9 compiled. Where the unit reads both operands from shared memory by itself
 (wgmma, tcgen05, and gfx950's loads past the registers) Triton keeps all `stages` buffers of a loaded operand, elsewhere
@@ -21,10 +21,10 @@ from .layouts import COLUMNS, conversion_bytes, warps_along
 
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
-PIECE = 4  # rows of a second operand that mma.sync passes for each warp where no loop holds the product
+PIECE = 4  # rows of a second operand that mma.sync passes for each warp where no loop holds the matmul
 ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
 SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
-SIDES = (16, 32)  # of AMD's products: the smaller one where there are no more rows
+SIDES = (16, 32)  # of AMD's matmuls: the smaller one where there are no more rows
 SCALES = 8  # bytes of a column's scales that AMD's waves pass on
 SMALL = 8192  # bytes that Triton takes for converting layouts and adding across warps, which is not predicted
 COMPUTED = 32  # fewer of them where operands are computed: these pass through registers
@@ -32,7 +32,7 @@ GROUPED = 16  # sums a thread at most where mma's operands are computed in group
 
 
 def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
-    """Return what a product with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, or fma (no matrix unit)."""
+    """Return what a matmul with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, or fma (no matrix unit)."""
     row = nearest(arch)
     if (dtype == "f32" and not row.exact) or min(m, n) < row.least:
         return "fma"
@@ -41,7 +41,7 @@ def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
 
 
 def units(program: Program, arch: str, warps: int) -> set[str]:
-    """Return the units that a program's products are expected to use."""
+    """Return the units that a program's matmuls are expected to use."""
     found = set()
     for dot in _dots(program.body):
         m, n = program.buffers[dot.acc].shape
@@ -59,7 +59,7 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
 
 
 def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
-    """Yield the bytes through which the layout of each stored result of a product is converted."""
+    """Yield the bytes through which the layout of each stored result of a matmul is converted."""
     results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots(program.body)}
     for store in walk(program.body):
         if isinstance(store, Store) and store.stored in program.buffers:
@@ -71,7 +71,7 @@ def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
 
 
 def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:
-    """Return the bytes of a product that no loop holds: its operands' while it runs, AMD's one after the other.
+    """Return the bytes of a matmul that no loop holds: its operands' while it runs, AMD's one after the other.
 
     mma.sync passes the second operand piece by piece, about four rows for each warp.
     """
@@ -86,7 +86,7 @@ def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, war
 
 
 def spills(program: Program, arch: str, warps: int) -> bool:
-    """Return whether the sums of the products may be too many for a thread's registers, with what else it holds.
+    """Return whether the sums of the matmuls may be too many for a thread's registers, with what else it holds.
 
     It errs to the safe side: some that are predicted to spill do not.
     """
@@ -111,7 +111,7 @@ def agrees(predicted: int, found: int) -> bool:
 
 
 def _own_columns(shape: tuple[int, ...], warps: int) -> bool:
-    """Return whether each of AMD's waves has columns of its own of a product, and all rows of them.
+    """Return whether each of AMD's waves has columns of its own of a matmul, and all rows of them.
 
     Waves are added along the side on which more instructions are left for each, along columns where both are equal.
     """
@@ -131,7 +131,7 @@ def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
 
 
 def _loops(program: Program) -> Iterator[For]:
-    """Yield the loops that hold loads or products and no further loops: those whose loads run ahead."""
+    """Yield the loops that hold loads or matmuls and no further loops: those whose loads run ahead."""
     for statement in walk(program.body):
         if isinstance(statement, For) and not any(isinstance(s, For) for s in walk(statement.body)):
             yield statement
@@ -173,7 +173,7 @@ class _Loop:
         copies = max(self.loop.stages, 1)
         chained = self._chained(statements) if self.past_registers else set()
         total, grouped = 0, self._grouped(statements, dots)
-        both = self._both_ways(dots) if copies > 1 else set()
+        both = self._both_orders(dots) if copies > 1 else set()
         for name, buffer in self.loaded.items():
             size = _size(buffer)
             if name in both:
@@ -194,7 +194,7 @@ class _Loop:
         return matrix_unit(self.arch, m, n, self.program.buffers[dot.a].dtype, self.warps)
 
     def _widened(self, dots: Sequence[Dot]) -> bool:
-        """Return whether these are products of f32 on AMD: what is widened to f32 is converted there, not what it was."""
+        """Return whether these are matmuls of f32 on AMD: what is widened to f32 is converted there, not what it was."""
         return self.waves and any(self.program.buffers[d.a].dtype == "f32" for d in dots)
 
     def _copies(self, name: str, unit: str, second: bool, stages: int) -> int:
@@ -215,7 +215,7 @@ class _Loop:
         share. None where no operand is computed so.
         """
         made = {s.name for s in statements if isinstance(s, Let) and _in_groups(s.value)}
-        shapes = {}  # of the operands: those of their products
+        shapes = {}  # of the operands: those of their matmuls
         for dot in dots:
             name = self.origin.get(dot.b, dot.b)
             if name in made:
@@ -244,12 +244,14 @@ class _Loop:
         if self.waves:
             yield from (_size(self.program.buffers[name]) for name in first if name in self.outer)
 
-    def _both_ways(self, dots: Sequence[Dot]) -> set[str]:
+    def _both_orders(self, dots: Sequence[Dot]) -> set[str]:
         """Return the loaded tiles that are multiplied as they are and transposed: gfx950 keeps them in registers."""
         if not self.past_registers:
             return set()
-        ways = [{self.origin.get(d.b, d.b) for d in dots if d.transpose is way} for way in (True, False)]
-        return ways[0] & ways[1] & set(self.loaded)
+        orders = [
+            {self.origin.get(d.b, d.b) for d in dots if d.transpose is transposed} for transposed in (True, False)
+        ]
+        return orders[0] & orders[1] & set(self.loaded)
 
     def _kept(self, dots: Sequence[Dot]) -> int:
         """Return the bytes of first operands that no iteration loads: those from before the loop, and what an iteration computes.
@@ -287,7 +289,7 @@ class _Loop:
         return sum(held.values()) + made + passed
 
     def _computed(self, statements: Sequence[Statement], second: Mapping[str, str]) -> int:
-        """Return the most bytes of second operands that are computed, from where they are to their last product."""
+        """Return the most bytes of second operands that are computed, from where they are to their last matmul."""
         last = {self.origin.get(s.b, s.b): i for i, s in enumerate(statements) if isinstance(s, Dot)}
         used, most, whole = 0, 0, 0
         for i, s in enumerate(statements):

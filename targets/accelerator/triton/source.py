@@ -27,7 +27,7 @@ Lines: TypeAlias = "list[str]"
 def triton_source(program: Program, warps: int = 4, limit: int | None = None) -> str:
     """Return the Python source of a kernel for `warps` warps of a block, with at most `limit` registers a thread.
 
-    MoecError for what Triton cannot say: sizes of tiles that are no powers of two, names that it has taken, quotients
+    MoecError for what Triton cannot express: sizes of tiles that are no powers of two, names that it has taken, quotients
     of numbers that may be negative by others than constants.
     """
     printer = _Printer(program)
@@ -99,7 +99,7 @@ class _Printer:
         self.expressions, self.lines, self.depth = Expressions({}), [], 0
         self._check_names()
         for name in self.program.scalars:
-            self.expressions.naturals[name] = True
+            self.expressions.nonnegative[name] = True
         self._points()
         self._body(self.program.body)
         return self.lines
@@ -125,7 +125,7 @@ class _Printer:
             size = size if size.isidentifier() or size.isdigit() else f"({size})"
             self._line(f"{name} = {rest}" if last else f"{name} = {rest} % {size}")
             rest = f"{rest} // {size}"
-            self.expressions.naturals[name] = True
+            self.expressions.nonnegative[name] = True
 
     def _line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
@@ -145,14 +145,16 @@ class _Printer:
     def _print(self, statement: Statement) -> None:
         match statement:
             case Let(name, value):
-                self._assign(name, self.expressions.print(value), value.type.shape, self.expressions.natural(value))
+                self._assign(
+                    name, self.expressions.print(value), value.type.shape, self.expressions.is_nonnegative(value)
+                )
             case Load():
                 self._load(statement)
             case Store():
                 self._store(statement)
             case Move(name, value):
                 shape = self.program.buffers[name].shape
-                self._assign(name, ast.Name(value), shape, self.expressions.naturals[value])
+                self._assign(name, ast.Name(value), shape, self.expressions.nonnegative[value])
             case Dot():
                 self._dot(statement)
             case For():
@@ -168,21 +170,21 @@ class _Printer:
 
     def _inner(self, body: Sequence[Statement], deeper: int = 1) -> None:
         """Print a body, and note which names may be negative after it."""
-        outer = dict(self.expressions.naturals)
+        outer = dict(self.expressions.nonnegative)
         self.depth += deeper
         if not body:
             self._line("pass")
         self._body(body)
         self.depth -= deeper
-        inner = self.expressions.naturals
-        self.negative |= {name for name, natural in outer.items() if natural and not inner[name]}
-        self.expressions.naturals = outer
+        inner = self.expressions.nonnegative
+        self.negative |= {name for name, before in outer.items() if before and not inner[name]}
+        self.expressions.nonnegative = outer
 
-    def _assign(self, name: str, node: ast.expr, shape: tuple[int, ...], natural: bool) -> None:
+    def _assign(self, name: str, node: ast.expr, shape: tuple[int, ...], nonnegative: bool) -> None:
         self._check_name(name, {pointer(a.name) for a in self.program.arguments} | {"tl", "triton"})
         powers_of_two(shape)
         self._statement(f"{name} = ", node)
-        self.expressions.naturals[name] = natural and name not in self.negative
+        self.expressions.nonnegative[name] = nonnegative and name not in self.negative
 
     def _address(self, tensor: str, at: Sequence[Expr], mask: Expr | None) -> tuple[ast.expr, dict[str, ast.expr]]:
         """Return the tree of the addresses that a load or store reaches, and its argument with the mask, if there is one."""
@@ -224,7 +226,7 @@ class _Printer:
             node = strong(node, type, "i64")
         if constant != 1:
             node = operation("*", node, ast.Constant(constant))
-        for factor in scalars:  # one after the other: each product has the 64 bits of the index
+        for factor in scalars:  # from the left: each product has the 64 bits of the index
             node = operation("*", node, factor)
         return node
 
@@ -256,15 +258,15 @@ class _Printer:
         exact = self.program.buffers[statement.a].dtype == "f32"
         precise = {"input_precision": ast.Constant("ieee")} if exact else {}
         node = call("tl.dot", ast.Name(statement.a), second, ast.Name(statement.acc), **precise)
-        self._assign(statement.acc, node, buffer.shape, self.expressions.naturals[statement.acc])
+        self._assign(statement.acc, node, buffer.shape, self.expressions.nonnegative[statement.acc])
 
     def _loop(self, loop: For) -> None:
         bounds = [self.expressions.print(n) for n in (loop.start, loop.stop, loop.step)]
         counted = call("tl.range", *bounds, num_stages=ast.Constant(max(loop.stages, 1)))
         self._line(f"for {loop.var} in {ast.unparse(counted)}:")
-        self.expressions.naturals[loop.var] = self.expressions.natural(loop.start)
+        self.expressions.nonnegative[loop.var] = self.expressions.is_nonnegative(loop.start)
         self._inner(loop.body)
-        del self.expressions.naturals[loop.var]
+        del self.expressions.nonnegative[loop.var]
 
 
 def _split(node: ast.expr) -> tuple[int, ast.expr]:
