@@ -6,16 +6,18 @@ an expert's first matrix come from (`_halves`), and the activation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compiler.errors import Refuse
+from ..compiler.ir.activation import KINDS, Activation
 from ..compiler.ir.module import Function, Module, Value
 from ..compiler.ir.notes import Note, Rewritten, refusal
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import join
+from ..compiler.rewrite.patterns import Guard
 from ..compiler.rewrite.rules import Match, Rule, apply, rule
 
 
@@ -78,32 +80,27 @@ def _halves(spelling: _Spelling) -> dict[str, str]:
     }
 
 
-_ACTS = {
-    "silu": "%a = core.silu(%g)",
-    "gelu": "%a = core.gelu(%g) {approximate=none}",
-    "gelu_tanh": "%a = core.gelu(%g) {approximate=tanh}",
-    "relu": "%a = core.relu(%g)",
-}
-_CLAMPED = """
-      %gc = core.clamp(%g) {min=Low, max=Limit}
-      %uc = core.clamp(%u) {min=Lower, max=Upper}"""
-# what makes %h of %g and %u, and the attributes that say so
+_CLAMP_GATE = "%gc = core.clamp(%g) {min=Low, max=Limit}\n"
+_CLAMP = "%uc = core.clamp(%u) {min=Lower, max=Upper}\n"
+_GATED_KINDS = ("silu", "gelu", "gelu_tanh", "relu")
+# what makes %h of %g and %u
 _GATED = {
-    **{act: (f"\n      {text}\n      %h = core.mul(%a, %u)", f"act={act}") for act, text in _ACTS.items()},
-    "clamped_silu": (_CLAMPED + """
+    **{kind: f"{KINDS[kind]}\n%h = core.mul(%a, %u)" for kind in _GATED_KINDS},
+    "clamped_silu": _CLAMP_GATE + _CLAMP + """
       %a = core.silu(%gc)
-      %h = core.mul(%a, %uc)""", "act=silu, limit=Limit"),
-    "gpt_oss": (_CLAMPED + """
+      %h = core.mul(%a, %uc)""",
+    "gpt_oss": _CLAMP_GATE + _CLAMP + """
       %s = core.mul(%gc, %alpha)
       %t = core.sigmoid(%s)
       %a = core.mul(%gc, %t)
       %v = core.add(%uc, %beta)
-      %h = core.mul(%v, %a)""", "act=silu, alpha=Alpha, beta=Beta, limit=Limit"),
+      %h = core.mul(%v, %a)""",
+    "silu_clamped_after": _CLAMP + """
+      %a = core.silu(%g)
+      %ac = core.clamp(%a) {min=Low, max=Limit}
+      %h = core.mul(%ac, %uc)""",
 }  # fmt: skip
-_PLAIN = {
-    **{act: f"\n      {text.replace('%a', '%h')}" for act, text in _ACTS.items()},
-    "relu2": "\n      %a = core.relu(%g)\n      %h = core.mul(%a, %a)",
-}
+_PLAIN = {kind: KINDS[kind].replace("%a", "%h") for kind in (*_GATED_KINDS, "relu2")}
 
 
 def _end(spelling: _Spelling) -> str:
@@ -111,39 +108,41 @@ def _end(spelling: _Spelling) -> str:
     return column + spelling("o", "h", "down", "down_bias") + spelling.after
 
 
-def _gated(spelling: _Spelling, halves: str, act: str) -> Rule:
-    middle, attrs = _GATED[act]
-    layout = "interleaved" if halves == "interleaved" else "concat"
-
+def _gated(spelling: _Spelling, halves: str, name: str) -> Rule:
     def guard(m: Match, target: Any) -> Mapping[str, Any]:
         """Read tokens where they are and add results where they belong, instead of copying a row for each expert."""
         if spelling is _BATCHED:
             _check_order(m)
         if halves != "apart":
             _check_halves(m, halves)
+        act = Activation(
+            name if name in KINDS else "silu", layout="interleaved" if halves == "interleaved" else "concat"
+        )
         if "Limit" in m.attrs:
-            _check_limits(m)
-        bindings: dict[str, Any] = _one_weight(m) if halves == "apart" else {}
-        if act == "gpt_oss":
-            bindings |= {"Alpha": _number(m, "alpha"), "Beta": _number(m, "beta")}
-        return bindings
+            act = replace(act, limit=_limit(m), clamp_after=name == "silu_clamped_after")
+        if name == "gpt_oss":
+            act = replace(act, alpha=_number(m, "alpha"), beta=_number(m, "beta"))
+        return {"Act": act, **(_one_weight(m) if halves == "apart" else {})}
 
-    guard.__name__ = f"{spelling.name}_{halves}_{act}_into_experts"
-    before = spelling.before + _halves(spelling)[halves] + middle + _end(spelling)
-    after = f"%y = moe.experts({spelling.operands}) {{{attrs}, layout={layout}}}"
-    return rule(before=before, after=after, optional=_OPTIONAL)(guard)
+    guard.__name__ = f"{spelling.name}_{halves}_{name}_into_experts"
+    before = f"{spelling.before}{_halves(spelling)[halves]}\n{_GATED[name]}{_end(spelling)}"
+    return _into_experts(spelling, before)(guard)
 
 
-def _plain(spelling: _Spelling, act: str) -> Rule:
-    def guard(m: Match, target: Any) -> None:
+def _plain(spelling: _Spelling, kind: str) -> Rule:
+    def guard(m: Match, target: Any) -> Mapping[str, Any]:
         """Read experts without a gate as one op."""
         if spelling is _BATCHED:
             _check_order(m)
+        return {"Act": Activation(kind, gated=False)}
 
-    guard.__name__ = f"{spelling.name}_plain_{act}_into_experts"
-    before = spelling.before + spelling("g", "rows", "up", "up_bias") + _PLAIN[act] + _end(spelling)
-    after = f"%y = moe.experts({spelling.operands}) {{act={act}, gated=false}}"
-    return rule(before=before, after=after, optional=_OPTIONAL)(guard)
+    guard.__name__ = f"{spelling.name}_plain_{kind}_into_experts"
+    first = spelling("g", "rows", "up", "up_bias")
+    return _into_experts(spelling, f"{spelling.before}{first}\n{_PLAIN[kind]}{_end(spelling)}")(guard)
+
+
+def _into_experts(spelling: _Spelling, before: str) -> Callable[[Guard], Rule]:
+    return rule(before=before, after=f"%y = moe.experts({spelling.operands}) {{act=Act}}", optional=_OPTIONAL)
 
 
 def _one_weight(m: Match) -> dict[str, Any]:
@@ -183,10 +182,15 @@ def _check_halves(m: Match, layout: str) -> None:
         raise Refuse(f"{m.g} and {m.u} are not the halves of {m.gu.type}", m.gu)
 
 
-def _check_limits(m: Match) -> None:
+def _limit(m: Match) -> float:
     if m.Low != float("-inf") or (m.Lower, m.Upper) != (-m.Limit, m.Limit):
         limits = f"{m.Low}..{m.Limit} and {m.Lower}..{m.Upper}"
-        raise Refuse(f"the halves are clamped to {limits}, not to -inf..limit and -limit..limit", m.gc, m.uc)
+        raise Refuse(
+            f"the halves are clamped to {limits}, not to -inf..limit and -limit..limit",
+            m["ac" if "ac" in m.values else "gc"],
+            m.uc,
+        )
+    return float(m.Limit)
 
 
 def _number(m: Match, name: str) -> float:
@@ -198,8 +202,8 @@ def _number(m: Match, name: str) -> float:
 
 _SPELLINGS = (_GROUPED, _BATCHED)
 RULES = (
-    *(_gated(s, halves, act) for s in _SPELLINGS for halves in _halves(s) for act in _GATED),
-    *(_plain(s, act) for s in _SPELLINGS for act in _PLAIN),
+    *(_gated(s, halves, name) for s in _SPELLINGS for halves in _halves(s) for name in _GATED),
+    *(_plain(s, kind) for s in _SPELLINGS for kind in _PLAIN),
 )
 
 

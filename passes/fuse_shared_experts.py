@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..compiler.errors import Refuse
+from ..compiler.ir.activation import KINDS
 from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
 from ..compiler.ir.recipes import Recipe
@@ -13,12 +14,7 @@ from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import join
 from ..compiler.rewrite.rules import Match, Rule, apply, rule
 
-ACTS = {
-    "silu": "core.silu(%g)",
-    "gelu": "core.gelu(%g) {approximate=none}",
-    "gelu_tanh": "core.gelu(%g) {approximate=tanh}",
-    "relu": "core.relu(%g)",
-}
+GATED_KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 _TWO = """
       %g = core.linear(%x, %wg, %bg)
       %u = core.linear(%x, %wu, %bu)
@@ -31,16 +27,16 @@ _HALVES = """
 _OPTIONAL = ("bg", "bu", "up_bias", "down_bias")
 
 
-def _rest(act: str) -> str:
+def _rest(kind: str) -> str:
     return f"""
-      %a = {act}
+      {KINDS[kind]}
       %h = core.mul(%a, %u)
       %y = core.linear(%h, %down, %down_bias)
 """
 
 
-def _two_linears(act: str) -> Rule:
-    after = f"%y = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, _) {{act={act}}}"
+def _two_linears(kind: str) -> Rule:
+    after = f"%y = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, _) {{act=gated({kind})}}"
 
     def guard(m: Match, target: Any) -> Mapping[str, Any]:
         """Put the rows of the gate's linear and of the other one into one weight, and read the layer as one op."""
@@ -51,12 +47,12 @@ def _two_linears(act: str) -> Rule:
         bias = None if m.bg is None else join(_weight(m, "bg"), _weight(m, "bu"), axis=0)
         return {"up": join(_weight(m, "wg"), _weight(m, "wu"), axis=0), "up_bias": bias}
 
-    guard.__name__ = f"two_linears_into_{act}_mlp"
-    return rule(before=_TWO + _rest(ACTS[act]), after=after, optional=_OPTIONAL)(guard)
+    guard.__name__ = f"two_linears_into_{kind}_mlp"
+    return rule(before=_TWO + _rest(kind), after=after, optional=_OPTIONAL)(guard)
 
 
-def _halves(act: str) -> Rule:
-    after = f"%y = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, _) {{act={act}}}"
+def _halves(kind: str) -> Rule:
+    after = f"%y = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, _) {{act=gated({kind})}}"
 
     def guard(m: Match, target: Any) -> None:
         """Read a layer whose linear gives gate and other half together as one op."""
@@ -64,8 +60,8 @@ def _halves(act: str) -> Rule:
         if m.Axis != len(shape) - 1 or (2 * m.Middle, m.End) != (shape[-1], shape[-1]):
             raise Refuse(f"{m.Middle} and {m.Middle}:{m.End} of axis {m.Axis} are not the halves of {m.gu.type}", m.gu)
 
-    guard.__name__ = f"halves_into_{act}_mlp"
-    return rule(before=_HALVES + _rest(ACTS[act]), after=after, optional=_OPTIONAL)(guard)
+    guard.__name__ = f"halves_into_{kind}_mlp"
+    return rule(before=_HALVES + _rest(kind), after=after, optional=_OPTIONAL)(guard)
 
 
 def _weight(m: Match, name: str) -> Recipe:
@@ -77,12 +73,12 @@ def _weight(m: Match, name: str) -> Recipe:
 
 @rule(
     before="""
-      %y = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, _) {act=Act, layout=Layout, alpha=Alpha, beta=Beta, limit=Limit}
+      %y = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, _) {act=Act}
       %s = core.linear(%x, %gate, _)
       %o = core.sigmoid(%s)
       %z = core.mul(%o, %y)
     """,
-    after="%z = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, %gate) {act=Act, layout=Layout, alpha=Alpha, beta=Beta, limit=Limit}",
+    after="%z = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, %gate) {act=Act}",
     optional=("up_bias", "down_bias"),
 )
 def sigmoid_gate_into_mlp(m: Match, target: Any) -> None:
@@ -91,7 +87,7 @@ def sigmoid_gate_into_mlp(m: Match, target: Any) -> None:
         raise Refuse(f"the gate {m.gate.type} gives {m.gate.type.shape[0]} numbers a token, not one", m.gate)
 
 
-RULES = (*map(_two_linears, ACTS), *map(_halves, ACTS), sigmoid_gate_into_mlp)
+RULES = (*map(_two_linears, GATED_KINDS), *map(_halves, GATED_KINDS), sigmoid_gate_into_mlp)
 
 
 @pass_(reads="moe")

@@ -17,7 +17,7 @@ from ..errors import MoecError
 from ..ir.module import Function, Module, Op, bindings
 from ..ir.recipes import Recipe, bind, tensors
 from ..ops import OPS
-from ..ops.moe import activate
+from ..ops.activation import activate
 from ..weights.calibrated import unquantized
 from ..weights.pull import pull
 from ..weights.sources.source import Box, WeightSource, full_box
@@ -151,7 +151,7 @@ class TiledInterpreter:
             if start == end:
                 continue
             h = torch.nn.functional.linear(x[rows], self.tensor(up, _expert(up, e))[0], _at(up_bias, e))
-            h = activate(h, *(attributes[a] for a in ("act", "gated", "layout", "alpha", "beta", "limit")))
+            h = activate(h, attributes["act"])
             hidden[start:end] = h
             own = h if rows is token else h[torch.searchsorted(rows, token)]
             own = torch.nn.functional.linear(own, self.tensor(down, _expert(down, e))[0], _at(down_bias, e))
@@ -175,7 +175,7 @@ class TiledInterpreter:
         x, up, down, up_bias, down_bias, gate = operands
         a: dict[str, Any] = OPS[op.name].complete(op.attributes)
         h = self.linear(x, up, up_bias)
-        y = self.linear(activate(h, a["act"], True, a["layout"], a["alpha"], a["beta"], a["limit"]), down, down_bias)
+        y = self.linear(activate(h, a["act"]), down, down_bias)
         return y if gate is None else y * torch.sigmoid(torch.nn.functional.linear(x, self.tensor(gate)))
 
     def attention(self, op: Op, tensors: Sequence[Any]) -> Sequence[torch.Tensor]:

@@ -9,8 +9,10 @@ from typing import Any
 import sympy
 from lark import Token
 
+from ..errors import MoecError
+from .activation import Activation
 from .dims import Size, dim, size_text
-from .syntax import Names, Slot, Source, StatementNode, attributes, expression, near, read, shallow
+from .syntax import Names, Slot, Source, StatementNode, attribute, attributes, expression, near, read, shallow
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ def parse_statements(text: str, filename: str = "<rule>") -> tuple[PatternOp, ..
 
     with shallow(source):
         return tuple(map(pattern, read("statements", source)))
+
+
+def parse_activation(text: str) -> Activation:
+    """Return the activation that a text such as `gated(silu, limit=7.0)` says."""
+    source = Source(text, "<activation>")
+    found = attribute(read("size", source), source, lambda token, alone: str(token))
+    if not isinstance(found, Activation):
+        raise MoecError(f"{text} is no activation", todo="write it as in gated(silu) or plain(relu)")
+    return found
 
 
 def parse_signature(text: str) -> Signature:

@@ -22,6 +22,7 @@ from lark import Lark, Token, Transformer, v_args
 from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
 
 from ..errors import MoecError, caret
+from .activation import FORMS, Activation
 
 if TYPE_CHECKING:
     from .types import Attr
@@ -325,8 +326,25 @@ def attribute(node: Node, source: Source, names: Names) -> Attr:
             return integer(token, source)
         case ("name", token):
             return names(token, True)
+        case ("call", name, (("name", kind), *options)) if name in FORMS:
+            return _activation(name, kind, options, source)
     result = expression(node, source, names)
     return int(result) if isinstance(result, int) or result.is_Integer else result
+
+
+def _activation(form: Token, kind: Token, options: list[Any], source: Source) -> Attr:
+    if not all(isinstance(n, AttrNode) for n in options):
+        raise source.error(f"{form} takes one name and then options, such as limit=7.0", form)
+
+    def names(token: Token, alone: bool) -> str:
+        if not alone:
+            raise source.error("an activation has no sizes", token)
+        return str(token)
+
+    try:
+        return Activation.of(form, str(kind), attributes(options, source, names))
+    except MoecError as error:
+        raise error if error.where else source.error(error.what, form, todo=error.todo) from None
 
 
 def attributes(nodes: Iterable[AttrNode], source: Source, names: Names) -> dict[str, Attr]:
@@ -351,6 +369,8 @@ def expression(node: Node, source: Source, names: Names) -> Any:
         case ("neg", a):
             return -expression(a, source, names)
         case ("call", name, arguments):
+            if option := next((a for a in arguments if isinstance(a, AttrNode)), None):
+                raise source.error(f"{name} takes no options", option.name)
             return _apply(name, [expression(a, source, names) for a in arguments], source)
     kind, left, right = node
     a, b = expression(left, source, names), expression(right, source, names)

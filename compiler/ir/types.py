@@ -15,10 +15,11 @@ import sympy
 
 from ..errors import MoecError
 from ..formats.table import find_format
+from .activation import Activation
 from .dims import Size, size, size_text
 from .dtypes import DTYPES
 
-Attr: TypeAlias = int | float | bool | str | Size | tuple["Attr", ...]
+Attr: TypeAlias = int | float | bool | str | Size | Activation | tuple["Attr", ...]
 
 
 class Attrs(dict[str, Attr]):
@@ -64,6 +65,8 @@ def attr_key(value: Attr) -> Any:
             return struct.pack("?" if isinstance(value, bool) else ">d", value)
         case tuple():
             return tuple(map(attr_key, value))
+        case Activation():
+            return Activation, *map(attr_key, vars(value).values())
     return value
 
 

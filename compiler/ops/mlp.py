@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from ..ir.activation import SILU, Activation
 from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
+from .activation import activate, inner_size
 from .define import Attributes, Types, fail, op
-from .moe import ACTIVATIONS, activate
 
 
 def _gated(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, up, down = types[:3]
-    if attributes["act"] not in ACTIVATIONS:
-        raise fail(f"nn.gated_mlp does not know act={attributes['act']}; it knows {', '.join(ACTIVATIONS)}")
-    if attributes["layout"] not in ("concat", "interleaved"):
-        raise fail(f"nn.gated_mlp: layout={attributes['layout']} is neither concat nor interleaved")
-    if up.shape[0] != 2 * down.shape[1]:
+    if inner_size("nn.gated_mlp", up.shape[0], attributes["act"], gated=True) != down.shape[1]:
         raise fail(f"nn.gated_mlp: up is {up}, but down {down} wants {2 * down.shape[1]} rows")
     return (TensorType(x.dtype, (*x.shape[:-1], down.shape[0])),)
 
@@ -32,14 +29,11 @@ def _gated_flops(operands: Types, results: tuple[TensorType, ...], attributes: A
     infer=_gated,
     flops=_gated_flops,
 )
-def gated_mlp(
-    x, up, down, up_bias, down_bias, gate, *, act: str = "silu", layout: str = "concat",
-    alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
-):  # fmt: skip
-    """Compute down(act(g) (u + beta)) with g, u the two halves of up(x), as an expert of moe.experts does.
+def gated_mlp(x, up, down, up_bias, down_bias, gate, *, act: Activation = SILU):
+    """Compute down(act(up(x))) with a gated activation, as an expert of moe.experts does.
 
     With a `gate` the result is multiplied by sigmoid(x gateᵀ), one number a token (Qwen2-MoE's shared expert).
     """
     h = torch.nn.functional.linear(x, up, up_bias)
-    y = torch.nn.functional.linear(activate(h, act, True, layout, alpha, beta, limit), down, down_bias)
+    y = torch.nn.functional.linear(activate(h, act), down, down_bias)
     return y if gate is None else y * torch.sigmoid(torch.nn.functional.linear(x, gate))

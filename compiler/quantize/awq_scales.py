@@ -8,8 +8,8 @@ expert is linear in u. Elsewhere a weight is rounded as it is. The factors thems
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
+from ..ir.activation import Activation
 from ..ir.module import Function, Op, Value
 from ..ir.notes import Note, note_on
 from ..ir.recipes import FITTED, Recipe, Tensor, step
@@ -67,10 +67,10 @@ def _readers(function: Function, value: Value) -> list[Op | None]:
 
 def _fold_experts(function: Function, op: Op, recipes: dict[str, Recipe]) -> str:
     """Scale the down columns of experts, and their up rows; return why they cannot be."""
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    act: Activation = OPS[op.name].complete(op.attributes)["act"]
     up, down = op["up"], op["down"]
-    linear = attributes["gated"] and attributes["beta"] == 0 and attributes["limit"] == float("inf")
-    plain = attributes["layout"] == "concat" and op.get("up_bias") is None
+    linear = act.gated and act.beta == 0 and not act.clamped
+    plain = not act.interleaved and op.get("up_bias") is None
     own = all(v.name in recipes and v.type.dtype == "f32" and len(function.uses[v.name]) == 1 for v in (up, down))
     if not (linear and plain and own):
         return "no scale for down: its inputs are not linear in up"

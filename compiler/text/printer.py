@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import sympy
 
+from ..ir.activation import Activation
 from ..ir.dims import size_text
 from ..ir.module import Const, Function, Module, Op, Value
 from ..ir.recipes import Literal, Recipe, Tensor
@@ -111,6 +112,8 @@ def _attribute(value: Attr, dims: Dims) -> str:
             return f"[{', '.join(_attribute(v, dims) for v in value)}]"
         case sympy.Expr():
             return size_text(value)
+        case Activation():
+            return str(value)
     raise TypeError(f"an attribute cannot be a {type(value).__name__}: {value!r}")
 
 

@@ -22,7 +22,6 @@ from . import ops
 assert ops  # what is lowered to is declared there
 
 _STORED, _TABLE = ".bf16", ".table"  # suffixes of the names of weights that are stored so
-_ACTIVATION = ("act", "layout", "alpha", "beta", "limit")
 
 
 def lower(module: Module) -> Rewritten:
@@ -119,8 +118,7 @@ def _gated_mlp(editor: Editor, op: Op) -> Op:
     x, up_bias, down_bias, gate = op["x"], op.get("up_bias"), op.get("down_bias"), op.get("gate")
     (y,) = op.results
     up, down = _stored(editor, op, op["up"]), _stored(editor, op, op["down"])
-    kept = {name: value for name, value in op.attributes.items() if name in _ACTIVATION}
-    h = editor.add("acc.gated_up", x, up, up_bias, hint=f"{y.name}.h", **kept)
+    h = editor.add("acc.gated_up", x, up, up_bias, hint=f"{y.name}.h", **op.attributes)
     if gate is None:
         return op.become("acc.linear", h, down, down_bias)
     out = editor.add("acc.linear", h, down, down_bias, hint=f"{y.name}.down")
@@ -140,8 +138,7 @@ def _experts(editor: Editor, op: Op) -> Op:
     hints = (f"{ids.name}.order", f"{ids.name}.offsets")
     order, offsets = _sorted(editor, ids, int(up.type.shape[0]), hints)
     pairs = (ids, order, offsets)
-    kept = {name: value for name, value in op.attributes.items() if name in (*_ACTIVATION, "gated")}
-    h = editor.add("acc.grouped_up", op["x"], *pairs, up, op.get("up_bias"), hint=f"{y.name}.h", **kept)
+    h = editor.add("acc.grouped_up", op["x"], *pairs, up, op.get("up_bias"), hint=f"{y.name}.h", **op.attributes)
     return op.become("acc.grouped_down", h, *pairs, op["gates"], down, op.get("down_bias"))
 
 

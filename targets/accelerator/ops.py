@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ...compiler.formats.table import find_format
+from ...compiler.ir.activation import SILU, Activation
 from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
+from ...compiler.ops.activation import activate, inner_size
 from ...compiler.ops.attention import turn
 from ...compiler.ops.compressed import block_linear as plain_block_linear
 from ...compiler.ops.define import Attributes, Types, fail
-from ...compiler.ops.moe import ACTIVATIONS, activate
 from ...compiler.ops.nn import rms_norm
 
 PLAIN = ("bf16", "f32")
@@ -65,23 +66,10 @@ def block_linear(x, w):
     return plain_block_linear(x, w.float())
 
 
-def _inner(name: str, rows: Size, attributes: Attributes) -> Size:
-    """Return how many numbers the activation leaves of `rows`."""
-    if attributes["act"] not in ACTIVATIONS:
-        raise fail(f"{name} does not know act={attributes['act']}; it knows {', '.join(ACTIVATIONS)}")
-    if attributes["layout"] not in ("concat", "interleaved"):
-        raise fail(f"{name}: layout={attributes['layout']} is neither concat nor interleaved")
-    if not attributes["gated"]:
-        return rows
-    if rows % 2 != 0:
-        raise fail(f"{name}: {rows} rows are no halves for gate and up")
-    return rows / 2
-
-
 def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, up = types[:2]
     _check_weight("acc.gated_up", up)
-    inner = _inner("acc.gated_up", up.shape[0], {**attributes, "gated": True})
+    inner = inner_size("acc.gated_up", up.shape[0], attributes["act"], gated=True)
     return (TensorType(x.dtype, (*x.shape[:-1], inner)),)
 
 
@@ -91,13 +79,9 @@ def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     infer=_gated_up,
     flops=lambda o, r, a: r[0].elements * (4 * o[1].shape[1] + 4),
 )
-def gated_up(
-    x, up, bias, *, act: str = "silu", layout: str = "concat",
-    alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
-):  # fmt: skip
-    """Compute act(g) (u + beta) with g, u the two halves of up(x): the first part of nn.gated_mlp, I = N / 2."""
-    h = torch.nn.functional.linear(x, up.float(), bias)
-    return activate(h, act, True, layout, alpha, beta, limit)
+def gated_up(x, up, bias, *, act: Activation = SILU):
+    """Compute the gated activation of up(x): the first part of nn.gated_mlp, I = N / 2."""
+    return activate(torch.nn.functional.linear(x, up.float(), bias), act)
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
@@ -130,7 +114,7 @@ def _check_order(name: str, ids: TensorType, order: TensorType, offsets: TensorT
 def _grouped_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, ids, order, offsets, up = types[:5]
     _check_order("acc.grouped_up", ids, order, offsets, up)
-    return (TensorType(x.dtype, (order.shape[0], _inner("acc.grouped_up", up.shape[1], attributes))),)
+    return (TensorType(x.dtype, (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))),)
 
 
 def _grouped_up_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
@@ -159,20 +143,16 @@ def _chosen(types: Types, attributes: Attributes) -> Size:
     distinct=("ids", "order"),
     rows=dict.fromkeys(("up", "up_bias"), _chosen),
 )
-def grouped_up(
-    x, ids, order, offsets, up, up_bias, *,
-    act: str = "silu", gated: bool = True, layout: str = "concat",
-    alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
-):  # fmt: skip
+def grouped_up(x, ids, order, offsets, up, up_bias, *, act: Activation = SILU):
     """Gather each expert's tokens, multiply by its `up` and apply the activation: the first half of moe.experts.
 
     Row t * K + j of the result is the pair (token t, choice j); I = N / 2 where there is a gate, else N. `order` and
     `offsets` are acc.sort's and say the same as `ids`: a kernel for many pairs reads those, one for few pairs these.
     """
-    h = x.new_zeros(len(order), up.shape[1] // 2 if gated else up.shape[1])
+    h = x.new_zeros(len(order), up.shape[1] // 2 if act.gated else up.shape[1])
     for expert, pairs in _by_expert(order, offsets):
         y = torch.nn.functional.linear(x[pairs // ids.shape[1]], up[expert].float(), _at(up_bias, expert))
-        h[pairs] = activate(y, act, gated, layout, alpha, beta, limit)
+        h[pairs] = activate(y, act)
     return h
 
 

@@ -18,6 +18,7 @@ from ...compiler.errors import MoecError
 from ...compiler.errors.json_files import read_json
 from ...compiler.formats.format import Format
 from ...compiler.formats.table import find_format, format_of
+from ...compiler.ir.activation import Activation
 from ...compiler.ir.dims import Size
 from ...compiler.ir.module import Op
 from ...compiler.ops import OPS
@@ -230,7 +231,7 @@ def _weights_of(op: Op, format: Format, record: Record) -> list[Variant]:
             widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 2 and v.type.shape[0] != 1]
             return weight_variants("MatMulNBits", format, *widths)
         case "moe.experts":
-            if record.refusal([activation_variant("QMoE", OPS[op.name].complete(op.attributes))]):
+            if record.refusal([activation_variant("QMoE", OPS[op.name].complete(op.attributes)["act"])]):
                 return [loop_variant(format)]
             widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 3]
             return weight_variants("QMoE", format, *widths)
@@ -253,9 +254,9 @@ def loop_variant(format: Format) -> Variant:
     return Variant("GatherBlockQuantized", _in_groups_of_32(format), option="experts")
 
 
-def activation_variant(operator: str, attributes: Mapping[str, Any]) -> Variant:
-    """Return the variant of MoE or QMoE with the activation of moe.experts' attributes."""
-    return replace(plain_variant(operator), activation=activation_name(attributes))
+def activation_variant(operator: str, act: Activation) -> Variant:
+    """Return the variant of MoE or QMoE with an activation."""
+    return replace(plain_variant(operator), activation=activation_name(act))
 
 
 def routing_variant(operator: str, routing: str) -> Variant:
@@ -268,13 +269,14 @@ def plain_variant(operator: str) -> Variant:
     return Variant(operator, "f32" if operator == "MoE" else "int4_g32", **PLAIN[operator])
 
 
-def activation_name(attributes: Mapping[str, Any]) -> str:
-    """Return what a variant calls the activation of moe.experts' attributes."""
-    act = str(attributes["act"])
-    if not attributes["gated"]:
-        return act
-    plain = (attributes["alpha"], attributes["beta"], attributes["limit"]) == (1.0, 0.0, float("inf"))
-    return ("swiglu" if plain else "swiglu_clamped") if act == "silu" else f"gated_{act}"
+def activation_name(act: Activation) -> str:
+    """Return what a variant calls an activation."""
+    if not act.gated:
+        return act.kind
+    if act.clamp_after:
+        return f"gated_{act.kind}_clamped_after"
+    plain = (act.alpha, act.beta, act.clamped) == (1.0, 0.0, False)
+    return ("swiglu" if plain else "swiglu_clamped") if act.kind == "silu" else f"gated_{act.kind}"
 
 
 def attention_variants(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...compiler.ir.activation import Activation
 from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
@@ -101,20 +102,22 @@ def group_query_attention(
     return cached_attention(q, k, v, past_key, past_value, cos, sin, None, None, mask, sinks, **settings)
 
 
+INTERLEAVED = Activation(layout="interleaved")
 UNGATED = ("silu", "relu", "identity", "gelu_tanh")
 
 
 def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    if attributes["gated"] and attributes["act"] != "silu":
-        raise fail(f"ort.moe has a gate only with act=silu, not {attributes['act']}")
-    if not attributes["gated"] and attributes["act"] not in UNGATED:
-        raise fail(f"ort.moe has {', '.join(UNGATED)} without a gate, not {attributes['act']}")
+    act = attributes["act"]
+    if act.gated and (act.kind != "silu" or act.clamp_after or not act.interleaved):
+        raise fail(f"ort.moe has only silu with a gate, rows interleaved and clamped before it, not {act}")
+    if not act.gated and act.kind not in UNGATED:
+        raise fail(f"ort.moe has {', '.join(UNGATED)} without a gate, not {act.kind}")
     return OPS["moe.experts"].infer(types, _as_experts(attributes))
 
 
 def _as_experts(attributes: Attributes) -> dict[str, Any]:
     """Return the attributes of the moe.experts that an ort.moe replaces."""
-    return {n: v for n, v in attributes.items() if n != "gate_sum"} | {"layout": "interleaved"}
+    return {"act": attributes["act"]}
 
 
 @op(
@@ -129,12 +132,10 @@ def _as_experts(attributes: Attributes) -> dict[str, Any]:
 )
 def moe(
     x, ids, gates, up, down, up_bias, down_bias, *,
-    act: str = "silu", gated: bool = True, alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
-    gate_sum: float = 0.0,
+    act: Activation = INTERLEAVED, gate_sum: float = 0.0,
 ):  # fmt: skip
     """Send each token through its chosen experts as moe.experts does, with gate and up rows interleaved; gates are >= 0.
 
     `gate_sum` says what the gates of every token add up to, where that is known; 0 where it is not.
     """
-    attributes = {"act": act, "gated": gated, "alpha": alpha, "beta": beta, "limit": limit}
-    return experts(x, ids, gates, up, down, up_bias, down_bias, layout="interleaved", **attributes)
+    return experts(x, ids, gates, up, down, up_bias, down_bias, act=act)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...compiler.formats.table import format_of, integers_of
+from ...compiler.ir.activation import SILU, Activation
 from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
@@ -16,6 +17,7 @@ from ...compiler.ops import OPS, op
 from ...compiler.ops.compressed import block_linear
 from ...compiler.ops.define import Attributes, Types, fail
 from ...compiler.ops.moe import experts
+from .ops import INTERLEAVED
 
 
 def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int, format: str = "") -> torch.Tensor:
@@ -139,12 +141,8 @@ def _qmoe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     up, down = _weight_types(parts, attributes)
     chosen = TensorType("i64", (choice.shape[0], size(attributes["k"])))
     return OPS["ort.moe"].infer(
-        (x, chosen, TensorType("f32", chosen.shape), up, down, None, None), _activation(attributes)
+        (x, chosen, TensorType("f32", chosen.shape), up, down, None, None), {"act": attributes["act"]}
     )
-
-
-def _activation(attributes: Attributes) -> dict[str, Any]:
-    return {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
 
 
 def _qmoe_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
@@ -152,7 +150,7 @@ def _qmoe_flops(operands: Types, results: tuple[TensorType, ...], attributes: At
     up, down = _weight_types(parts, attributes)
     chosen = TensorType("i64", (x.shape[0], size(attributes["k"])))
     given = (x, chosen, TensorType("f32", chosen.shape), up, down, None, None)
-    return OPS["moe.experts"].flops(given, results, {**_activation(attributes), "layout": "interleaved"})
+    return OPS["moe.experts"].flops(given, results, {"act": attributes["act"]})
 
 
 @op(
@@ -165,7 +163,7 @@ def _qmoe_flops(operands: Types, results: tuple[TensorType, ...], attributes: At
 def qmoe(
     x, choice, mixing, up_codes, up_scales, up_zeros, up_bias, down_codes, down_scales, down_zeros, down_bias, *,
     k: int, bits: int, group: int, accuracy: int = 0,
-    act: str = "silu", gated: bool = True, alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+    act: Activation = INTERLEAVED,
 ):  # fmt: skip
     """Send each token through the k experts with the largest `choice` and add the results, weighted.
 
@@ -176,22 +174,19 @@ def qmoe(
     gates = torch.softmax(top, -1) if mixing is None else torch.gather(mixing, 1, ids)
     up = dequantize(up_codes, up_scales, up_zeros, bits, group)
     down = dequantize(down_codes, down_scales, down_zeros, bits, group)
-    attributes = {"act": act, "gated": gated, "alpha": alpha, "beta": beta, "limit": limit}
-    return experts(x, ids, gates, up, down, up_bias, down_bias, layout="interleaved", **attributes)
+    return experts(x, ids, gates, up, down, up_bias, down_bias, act=act)
 
 
 def _experts_nbits(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, ids, gates, *parts = types
     up, down = _weight_types(parts, attributes)
-    plain = {**_activation(attributes), "layout": attributes["layout"]}
-    return OPS["moe.experts"].infer((x, ids, gates, up, down, None, None), plain)
+    return OPS["moe.experts"].infer((x, ids, gates, up, down, None, None), {"act": attributes["act"]})
 
 
 def _experts_nbits_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     x, ids, gates, *parts = operands
     up, down = _weight_types(parts, attributes)
-    plain = {**_activation(attributes), "layout": attributes["layout"]}
-    return OPS["moe.experts"].flops((x, ids, gates, up, down, None, None), results, plain)
+    return OPS["moe.experts"].flops((x, ids, gates, up, down, None, None), results, {"act": attributes["act"]})
 
 
 @op(
@@ -205,8 +200,7 @@ def _experts_nbits_flops(operands: Types, results: tuple[TensorType, ...], attri
 )
 def experts_nbits(
     x, ids, gates, up_codes, up_scales, up_zeros, up_bias, down_codes, down_scales, down_zeros, down_bias, *,
-    bits: int, group: int, format: str = "", act: str = "silu", gated: bool = True, layout: str = "concat",
-    alpha: float = 1.0, beta: float = 0.0, limit: float = float("inf"),
+    bits: int, group: int, format: str = "", act: Activation = SILU,
 ):  # fmt: skip
     """Compute moe.experts on quantized weights with f32 activations, one expert after the other: right for any routing.
 
@@ -214,5 +208,4 @@ def experts_nbits(
     """
     up = dequantize(up_codes, up_scales, up_zeros, bits, group, format)
     down = dequantize(down_codes, down_scales, down_zeros, bits, group, format)
-    attributes = {"act": act, "gated": gated, "layout": layout, "alpha": alpha, "beta": beta, "limit": limit}
-    return experts(x, ids, gates, up, down, up_bias, down_bias, **attributes)
+    return experts(x, ids, gates, up, down, up_bias, down_bias, act=act)

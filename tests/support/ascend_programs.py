@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from chips_for_tests import named, weight
+from moec.compiler.ir.activation import Activation
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
@@ -18,7 +19,8 @@ def routed(form, layout, sizes=(100, 40), direct=False):
     rng = np.random.default_rng(1)
     up = Packing(form, 2 * inner, hidden, EXPERTS, fractal=form == "bf16")
     down = Packing(form, hidden, inner, EXPERTS, fractal=form == "bf16")
-    e = Experts(EXPERTS, CHOSEN, hidden, inner, up, down, limit=7.0, up_bias=True, interleaved=form == "mxfp4")
+    act = Activation(limit=7.0, layout="interleaved" if form == "mxfp4" else "concat")
+    e = Experts(EXPERTS, CHOSEN, hidden, inner, up, down, up_bias=True, act=act)
     tile = Tile(16, 32, max(up.step, 32))
     ids = np.stack([rng.permutation(EXPERTS - 1)[:CHOSEN] for _ in range(TOKENS)]).astype(np.int32)  # one has no token
     pairs = ids.reshape(-1)
@@ -47,7 +49,7 @@ def dense(form, layout):
     packing = Packing(form, rows, depth, fractal=form == "bf16")
     parts, _ = weight(packing, rng)
     x = torch.tensor(rng.standard_normal((TOKENS, depth)), dtype=torch.bfloat16)
-    p = Linear(rows, depth, packing, bias=True, act="gelu", scaled=True)
+    p = Linear(rows, depth, packing, bias=True, act=Activation("gelu", gated=False), scaled=True)
     end = {"bias": rng.standard_normal(rows), "scale": rng.random(TOKENS)}
     yield f"linear {form}", linear(p, tile, layout), {"x": x, **named(parts, "w"), **end}
     yield f"linear {form} in parts", linear(p, tile, layout, 2), {"x": x, **named(parts, "w")}

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from moec.compiler.ir.activation import Activation
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.kernels.choices import Tile
@@ -116,9 +117,7 @@ def check(e: Experts, tile: Tile, tokens: int, *, direct=False, scatter=False, o
             if a.role == "output":
                 close(plain(tensors[a.name]), simulated[a.name].astype(np.float32), 1e-2 if a.dtype == "bf16" else 5e-3)
     biases = [torch.from_numpy(parts[n]) if n in parts else None for n in ("up_bias", "down_bias")]
-    options = {"act": e.act, "gated": e.gated, "layout": "interleaved" if e.interleaved else "concat"}
-    options |= {"alpha": e.alpha, "beta": e.beta, "limit": e.limit}
-    close(plain(y), reference(x.float(), ids, gates, *weights, *biases, **options).numpy(), 2e-2)
+    close(plain(y), reference(x.float(), ids, gates, *weights, *biases, act=e.act).numpy(), 2e-2)
 
 
 def close(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
@@ -130,7 +129,7 @@ def close(found: np.ndarray, wanted: np.ndarray, tolerance: float) -> None:
 
 def layer_of(fmt: str, hidden=160, inner=40, experts=5, chosen=2, **more) -> Experts:
     """Return experts of sizes that are no multiples of a tile."""
-    rows = inner * (2 if more.get("gated", True) else 1)
+    rows = inner * (2 if more.get("act", Activation()).gated else 1)
     return Experts(
         experts,
         chosen,
@@ -161,10 +160,11 @@ def test_each_pair_a_tile_and_added_atomically(fmt, scatter):
 @pytest.mark.parametrize(
     "more",
     (
-        {"interleaved": True, "alpha": 1.702, "beta": 1.0, "limit": 7.0, "up_bias": True, "down_bias": True},
-        {"act": "gelu"},
-        {"act": "gelu_tanh"},
-        {"act": "relu2", "gated": False},
+        {"act": Activation("silu", True, "interleaved", 1.702, 1.0, 7.0), "up_bias": True, "down_bias": True},
+        {"act": Activation("gelu")},
+        {"act": Activation("gelu_tanh")},
+        {"act": Activation("relu2", gated=False)},
+        {"act": Activation(limit=0.5, clamp_after=True)},
         {"chosen": 3, "experts": 6},
     ),
 )

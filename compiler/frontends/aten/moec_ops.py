@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ...ir.dims import FUNCTIONS, size
+from ...ir.fragments import parse_activation
 from ...ir.module import Value
 from .lower import Graph, aten, reshape
 
@@ -98,15 +98,11 @@ def _attention(
 @aten("moec.experts")
 def _experts(
     g: Graph, x: Value, ids: Value, gates: Value, up: Value, down: Value, up_bias: Any, down_bias: Any,
-    act: str, gated: bool, layout: str, transposed: bool, alpha: float, beta: float, limit: float,
+    act: str, transposed: bool,
 ) -> Value:  # fmt: skip
     if transposed:
         up, down = (g.builder.add("core.transpose", w, perm=(0, 2, 1)) for w in (up, down))
-    options: dict[str, Any] = {"act": act, "layout": layout}
-    options |= {} if gated else {"gated": False}
-    options |= {k: v for k, v, default in (("alpha", alpha, 1.0), ("beta", beta, 0.0)) if v != default}
-    options |= {"limit": limit} if math.isfinite(limit) else {}
-    return g.builder.add("moe.experts", x, ids, gates, up, down, up_bias, down_bias, **options)
+    return g.builder.add("moe.experts", x, ids, gates, up, down, up_bias, down_bias, act=parse_activation(act))
 
 
 @aten("moec.layer")

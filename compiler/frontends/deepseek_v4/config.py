@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
+from ...ir.activation import Activation
 
 SPARSE, HEAVY, SLIDING = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
@@ -55,9 +56,9 @@ class Settings:
     frequencies: Mapping[bool, tuple[float, ...]]
 
     @property
-    def clamp(self) -> dict[str, float]:
-        """The attribute of expert ops that bounds what goes into the activation."""
-        return {"limit": self.limit} if math.isfinite(self.limit) else {}
+    def activation(self) -> dict[str, Activation]:
+        """The attribute of expert ops, where it is not the usual one, that bounds what goes into the activation."""
+        return {"act": Activation(limit=self.limit)} if math.isfinite(self.limit) else {}
 
 
 def read_settings(config: Any) -> Settings:

@@ -227,7 +227,7 @@ class _LayerBuilder:
         up, down = self.weights.experts(self.number, s.experts, s.hidden, s.inner)
         y = b.add(
             "moe.experts", rows, ids, gates, b.const("experts_up", up), b.const("experts_down", down), None, None,
-            hint="routed", **s.clamp,
+            hint="routed", **s.activation,
         )  # fmt: skip
         y = b.add("core.reshape", y, hint="routed", shape=(B, S, s.hidden))
         b.loc = ("ffn.shared_experts",)
@@ -235,7 +235,7 @@ class _LayerBuilder:
         both = self._joined("shared_up", *names, rows=s.inner, width=s.hidden)
         shared = b.add(
             "nn.gated_mlp", x, both, self._weight("ffn.shared_experts.w2.weight", s.hidden, s.inner), None, None, None,
-            hint="shared", **s.clamp,
+            hint="shared", **s.activation,
         )  # fmt: skip
         b.loc = ("ffn",)
         y = b.add("core.add", y, shared, hint="ffn_out")

@@ -6,7 +6,6 @@ between the matrices of an expert than apply an activation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import MoecError
-from ...ops.moe import ACTIVATIONS
-from ..transformers.tracing import current
+from ...ir.activation import Activation
+from ..transformers.activations import activation_of, kind_of
 from .expert_rows import expert_rows
 
 
@@ -33,26 +31,7 @@ def _(rows, ids, w):
 
 def _experts(x: Tensor, ids: Tensor, gates: Tensor, up: Tensor, down: Tensor, act: Any, transposed: bool) -> Tensor:
     """Emit gated experts with rows of all gates before those of up."""
-    return torch.ops.moec.experts(
-        x, ids, gates, up, down, None, None, _name_of(act), True, "concat", transposed, 1.0, 0.0, math.inf
-    )
-
-
-def _name_of(act: Any) -> str:
-    """Return the name of an activation, found by comparing numbers (in the rehearsal: a trace cannot look at them)."""
-    known = current().names
-    if id(act) not in known:
-        known[id(act)] = _find_name(act)
-    return known[id(act)]
-
-
-def _find_name(act: Any) -> str:
-    with torch.no_grad(), torch.device("cpu"):
-        x = torch.linspace(-6, 6, 97)
-        for name, function in ACTIVATIONS.items():
-            if torch.allclose(function(x), act(x), rtol=1e-5, atol=1e-6):
-                return name
-    raise MoecError(f"the activation {act} is none that moe.experts knows", todo=", ".join(ACTIVATIONS))
+    return torch.ops.moec.experts(x, ids, gates, up, down, None, None, str(Activation(kind_of(act))), transposed)
 
 
 def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +69,12 @@ def _longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 
 
 def _step_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Step 3.7: some layers clamp the gate behind its activation, where `moe.experts` clamps before it."""
-    up, down = self.gate_up_proj, self.down_proj
-    if math.isinf(self.limit):
-        return _experts(hidden_states, top_k_index, top_k_weights, up, down, self.act_fn, False)
-    return expert_rows(hidden_states, top_k_index, top_k_weights, up, down, self._apply_gate)
+    """Step 3.7: some layers clamp the gate behind its activation."""
+    given, weights = (hidden_states, top_k_index, top_k_weights), (self.gate_up_proj, self.down_proj)
+    act = activation_of(self, gated=True, layout="concat")
+    if act is None:
+        return expert_rows(*given, *weights, self._apply_gate)
+    return torch.ops.moec.experts(*given, *weights, None, None, str(act), False)
 
 
 # --- JetMoE: attention heads are experts too -----------------------------------------------------------------------

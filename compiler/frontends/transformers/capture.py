@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...errors import MoecError
-from ...ops.moe import ACTIVATIONS, activate
 from ..replaced.biased_attention import biased, unmasked
 from ..replaced.expert_rows import expert_rows
 from ..replaced.indexer import causal, selected
+from .activations import activation_of
 from .cache import SIZES, shared_class
 from .tracing import _CURRENT, Tracing, current
 
@@ -76,14 +76,14 @@ def _(past, new):
 @torch.library.custom_op("moec::experts", mutates_args=())
 def experts_op(
     x: Tensor, ids: Tensor, gates: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
-    act: str, gated: bool, layout: str, transposed: bool, alpha: float, beta: float, limit: float,
+    act: str, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """Stand for `moe.experts`; `transposed` weights are [E, in, out]."""
+    """Stand for `moe.experts` with the activation of the text `act`; `transposed` weights are [E, in, out]."""
     return torch.empty_like(x)
 
 
 @experts_op.register_fake
-def _(x, ids, gates, up, down, up_bias, down_bias, act, gated, layout, transposed, alpha, beta, limit):
+def _(x, ids, gates, up, down, up_bias, down_bias, act, transposed):
     return torch.empty_like(x)
 
 
@@ -196,49 +196,14 @@ def _is_chunked(function: Any) -> bool:
 def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
     up = module.gate_up_proj if module.has_gate else module.up_proj
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
-    known = current().activations
-    if id(module) not in known:  # in the rehearsal; a trace cannot look at numbers
-        known[id(module)] = activation_of(module)
-    found, norm = known[id(module)], getattr(module, "post_expert_norm", None)
-    if found is None or norm is not None:
+    layout = "concat" if module.is_concatenated else "interleaved"
+    act, norm = activation_of(module, module.has_gate, layout), getattr(module, "post_expert_norm", None)
+    if act is None or norm is not None:
         if module.has_bias or module.is_transposed or not module.has_gate:
             what = "a norm behind each expert" if norm is not None else "an activation that moe.experts does not know"
             raise MoecError(f"{type(module).__name__} has {what}, which is understood of plain experts only")
         return expert_rows(x, ids, gates, up, module.down_proj, module._apply_gate, norm)
-    act, alpha, beta, limit = found
     up_bias = getattr(module, f"{prefix}_bias", None) if module.has_bias else None
     down_bias = module.down_proj_bias if module.has_bias else None
-    layout = "concat" if module.is_concatenated else "interleaved"
-    return torch.ops.moec.experts(
-        x, ids, gates, up, module.down_proj, up_bias, down_bias,
-        act, module.has_gate, layout, module.is_transposed, alpha, beta, limit,
-    )  # fmt: skip
-
-
-# --- which activation an experts module has --------------------------------------------------------------------
-
-
-def activation_of(module: Any) -> tuple[str, float, float, float] | None:
-    """Return (act, alpha, beta, limit) of `moe.experts` for a module, found by comparing numbers; None if it has none.
-
-    A class may override the gate's formula, so its code is not trusted to be the usual one: every candidate is
-    compared with what the module computes on random numbers.
-    """
-    with torch.no_grad(), torch.device("cpu"):
-        generator = torch.Generator().manual_seed(0)
-        h = 12 * torch.randn(64, 32, generator=generator)
-        h[:, :] = h * torch.linspace(0.05, 1.0, 64)[:, None]
-        layout = "concat" if module.is_concatenated else "interleaved"
-        actual = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-        limit = float(getattr(module, "limit", None) or getattr(module, "swiglu_limit", None) or float("inf"))
-        alpha = float(getattr(module, "alpha", getattr(module, "swiglu_alpha", 1.0)))
-        for act, a, b, c in [
-            *((name, 1.0, 0.0, float("inf")) for name in ACTIVATIONS),
-            ("silu", alpha, 1.0, limit),
-            *((name, 1.0, 0.0, limit) for name in ACTIVATIONS),
-            ("silu", alpha, 0.0, limit),
-        ]:
-            expected = activate(h, act, module.has_gate, layout, a, b, c)
-            if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-5, atol=1e-6):
-                return act, a, b, c
-    return None
+    weights = (up, module.down_proj, up_bias, down_bias)
+    return torch.ops.moec.experts(x, ids, gates, *weights, str(act), module.is_transposed)

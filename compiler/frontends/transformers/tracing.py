@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...ir.activation import Activation
+
 
 @dataclass
 class Tracing:
@@ -19,9 +21,7 @@ class Tracing:
     layers: list[Any] = field(default_factory=list)  # what the stubs stand for, call by call
     called: int = 0  # how many of these calls the pass of the model that is being traced has made
     recurrent: Tensor | None = None  # the recurrent state that was asked for last
-    activations: dict[int, tuple[str, float, float, float] | None] = field(
-        default_factory=dict
-    )  # by id of an experts module
+    activations: dict[int, Activation | None] = field(default_factory=dict)  # by id of an experts module
 
 
 _CURRENT: list[Tracing] = []  # transformers calls the registered functions without a way to pass this along

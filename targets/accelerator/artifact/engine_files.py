@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ....compiler.ir.activation import IDENTITY
 from ....compiler.ir.module import Module
 from ....compiler.ir.notes import Note, distinct
 from ....compiler.ir.recipes import Recipe, steps_of
@@ -98,7 +99,7 @@ def entries(p: Problem, profile: Profile, tokens: tuple[int, ...] = TOKENS) -> d
     e = p.experts
     if p.scale and e.up.columns % 128 == 0:  # as FP8 tiles are read, with any number of scales
         e = replace(e, up=replace(e.up, format="fp8_b128"))
-    product = replace(e, gated=False, inner=e.up.rows, act="identity")
+    product = replace(e, inner=e.up.rows, act=IDENTITY)
     fits: dict[Tile, Fit] = {}
     return {str(count): _entry(_tile(product, profile, count, fits), e, count) for count in tokens}
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from ....compiler.errors import MoecError
+from ....compiler.ir.activation import IDENTITY, Activation
 from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
-from .experts import Activated, activation, multiply
+from .experts import activation, multiply
 
 
 @dataclass(frozen=True)
-class Linear(Activated):
+class Linear:
     """y[t] = act(w x[t] + bias), in `blocks` independent parts: y [T, blocks rows], x [T, depth] or [T, blocks, depth].
 
     The weight has `rows` (gated: twice as many) for each block: concatenated, or as experts of the packing.
-    Gated: act(gate) (value + beta), see moe.experts. `scaled`: y[t] is multiplied by scale[t], f32.
+    The activation `act` may be gated. `scaled`: y[t] is multiplied by scale[t], f32.
     """
 
     rows: int
@@ -30,8 +31,7 @@ class Linear(Activated):
     blocks: int = 1
     bias: bool = False
     _: KW_ONLY
-    act: str = "identity"
-    gated: bool = False
+    act: Activation = IDENTITY
     scaled: bool = False
     dtype: str = "bf16"  # of x
     out: str = "bf16"
@@ -42,7 +42,7 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
 
     MoecError for a gated linear with a split: its two sums would be two results.
     """
-    if split > 1 and p.gated:
+    if split > 1 and p.act.gated:
         raise MoecError("a gated linear is not cut along its depth", todo="use split=1")
     b = Builder(
         name, layout, "y[t] = act(x[t] wᵀ + bias)" if split == 1 else "parts[i, t] = x[t, part i] w[:, part i]ᵀ"
@@ -113,19 +113,19 @@ def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:
 
 def _declare_end(b: Builder, p: Linear) -> None:
     if p.bias:
-        b.tensor("bias", "f32", p.blocks * p.rows * (2 if p.gated else 1), role="weight")
+        b.tensor("bias", "f32", p.blocks * p.rows * (2 if p.act.gated else 1), role="weight")
     if p.scaled:
         b.tensor("scale", "f32", "T")
 
 
 def _weight_rows(b: Builder, p: Linear) -> tuple[str, ...]:
     """Add the index vectors of the weight's rows, one for each sum, and return the sums' names."""
-    first = f"block * {p.rows * (2 if p.gated else 1)} + " if p.blocks > 1 and not p.weight.experts else ""
-    if not p.gated:
+    first = f"block * {p.rows * (2 if p.act.gated else 1)} + " if p.blocks > 1 and not p.weight.experts else ""
+    if not p.act.gated:
         b.let("gate_row", f"{first}n")
         return ("gate",)
-    b.let("gate_row", f"{first}n * 2" if p.interleaved else f"{first}n")
-    b.let("value_row", f"{first}n * 2 + 1" if p.interleaved else f"{first}n + {p.rows}")
+    b.let("gate_row", f"{first}n * 2" if p.act.interleaved else f"{first}n")
+    b.let("value_row", f"{first}n * 2 + 1" if p.act.interleaved else f"{first}n + {p.rows}")
     return "gate", "value"
 
 
@@ -142,12 +142,12 @@ def depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, str]:
 def _finish(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int, int]) -> None:
     """Add bias, activation and scale: `y_tile` in the dtype of y."""
     if p.bias:
-        first = f"block * {2 * p.rows} + " if p.gated and p.blocks > 1 and p.weight.experts else ""
+        first = f"block * {2 * p.rows} + " if p.act.gated and p.blocks > 1 and p.weight.experts else ""
         for acc in value:
-            at = f"{first}{acc}_row" if p.gated else "place"
+            at = f"{first}{acc}_row" if p.act.gated else "place"
             b.load(f"{acc}_bias", "bias", [at], "n_live")
             value[acc] = f"({value[acc]} + {acc}_bias[None, :])"
-    text = activation(p, value)
+    text = activation(p.act, value)
     if p.scaled:
         b.load("scale_row", "scale", ["row"], "live")
         text = f"({text}) * scale_row[:, None]"

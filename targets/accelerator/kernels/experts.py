@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ....compiler.ir.activation import SILU, Activation
 from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
@@ -17,23 +18,8 @@ from .choices import Tile
 LOOK = 1024  # pairs that sort looks at in one step
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activated:
-    """The epilogue of a matmul: act(gate) (value + beta), or without `gated` act(gate) alone; see moe.experts.
-
-    `act` is a function of moe.experts or sigmoid; rows of gate and value are concatenated, or `interleaved`.
-    """
-
-    act: str = "silu"
-    gated: bool = True
-    interleaved: bool = False
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float = float("inf")
-
-
 @dataclass(frozen=True)
-class Experts(Activated):
+class Experts:
     """Routed experts, as moe.experts has them: sizes, activation, the packings of `up` [E, N, D] and `down` [E, D, I]."""
 
     experts: int
@@ -44,6 +30,7 @@ class Experts(Activated):
     down: Packing
     up_bias: bool = False
     down_bias: bool = False
+    act: Activation = SILU
     dtype: str = "bf16"  # of x, y and what lies between
 
 
@@ -125,8 +112,10 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
         b.let("token", f"pair // {e.chosen}")
         b.let("n", f"{column} * {t.n} + arange({t.n})")
         b.let("n_live", f"n < {e.inner}")
-        rows = {"gate": "n * 2", "value": "n * 2 + 1"} if e.interleaved else {"gate": "n", "value": f"n + {e.inner}"}
-        rows = rows if e.gated else {"gate": "n"}
+        rows = (
+            {"gate": "n * 2", "value": "n * 2 + 1"} if e.act.interleaved else {"gate": "n", "value": f"n + {e.inner}"}
+        )
+        rows = rows if e.act.gated else {"gate": "n"}
         for name, text in rows.items():
             b.let(f"{name}_row", text)
             b.accumulator(name, (t.m, t.n))
@@ -137,7 +126,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
             for name in rows:
                 b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
                 value[name] = f"({value[name]} + {name}_bias[None, :])"
-        b.let("act", f'cast({activation(e, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
+        b.let("act", f'cast({activation(e.act, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
         b.store("h", ["pair[:, None]", "n[None, :]"], "act", "live[:, None] & n_live[None, :]")
     return b.program()
 
@@ -229,14 +218,14 @@ def multiply(
             b.dot(acc, loaded[first, width], tile)
 
 
-def activation(e: Activated, value: dict[str, str]) -> str:
-    """Return the expression of act(gate) (value + beta), or of act(gate) alone."""
+def activation(act: Activation, value: dict[str, str]) -> str:
+    """Return the expression of an activation of `gate`, and where it is gated of `value`; rows of `act` in the kernel's sums."""
     g = value["gate"]
-    if e.limit != float("inf") and e.gated:
-        g = f"minimum({g}, {e.limit})"
-    match e.act:
+    if act.clamped and not act.clamp_after:
+        g = f"minimum({g}, {act.limit})"
+    match act.kind:
         case "silu":
-            text = f"{g} * sigmoid({e.alpha} * {g})" if e.alpha != 1 and e.gated else f"{g} * sigmoid({g})"
+            text = f"{g} * sigmoid({act.alpha} * {g})" if act.alpha != 1 else f"{g} * sigmoid({g})"
         case "gelu":
             text = f"0.5 * {g} * (1.0 + erf({g} * 0.7071067811865476))"
         case "gelu_tanh":
@@ -245,13 +234,13 @@ def activation(e: Activated, value: dict[str, str]) -> str:
             text = f"maximum({g}, 0.0)"
         case "relu2":
             text = f"maximum({g}, 0.0) * maximum({g}, 0.0)"
-        case "sigmoid":
-            text = f"sigmoid({g})"
         case _:
             text = g
-    if not e.gated:
+    if not act.gated:
         return text
     u = value["value"]
-    if e.limit != float("inf"):
-        u = f"minimum(maximum({u}, {-e.limit}), {e.limit})"
-    return f"{text} * ({u} + {e.beta})" if e.beta else f"{text} * {u}"
+    if act.clamped:
+        u = f"minimum(maximum({u}, {-act.limit}), {act.limit})"
+    if act.clamp_after:
+        text = f"minimum({text}, {act.limit})"
+    return f"{text} * ({u} + {act.beta})" if act.beta else f"{text} * {u}"

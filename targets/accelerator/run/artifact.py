@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -124,7 +124,10 @@ def read_program(folder: Path, kernels: Kernels) -> Module:
         raise MoecError(f"{PROGRAM} cannot be read: {error.strerror}", where=str(path)) from error
     from .. import ops  # noqa: F401  (the program is made of them)
 
-    module = parse_module(text, str(path))
+    try:
+        module = parse_module(text, str(path))
+    except MoecError as error:  # damaged, or of a moec whose ops had other attributes
+        raise replace(error, todo=AGAIN.format(kernels.target)) from None
     for function in module.functions:
         steps = kernels.steps.get(function.name, ())
         if len(steps) != len(function.ops) or not all(map(_matches, function.ops, steps)):

@@ -7,6 +7,7 @@ from typing import Any
 
 import sympy
 
+from ....compiler.ir.activation import IDENTITY
 from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
@@ -19,7 +20,6 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    activated,
     attributes,
     given,
     only_implementation,
@@ -45,8 +45,9 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     blocks = int(operands["x"].shape[2]) if op.name == "acc.block_linear" else 1
     gated = op.name == "acc.gated_up"
     rows = weight.rows // blocks // (2 if gated else 1)
-    extra = activated(a) if gated else {}
-    p = Linear(rows, weight.columns, weight, blocks, "bias" in operands, out=a.get("out", "bf16"), **extra)
+    p = Linear(
+        rows, weight.columns, weight, blocks, "bias" in operands, out=a.get("out", "bf16"), act=a.get("act", IDENTITY)
+    )
     return Computation(
         "gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_implementations(p, tokens)
     )
@@ -57,10 +58,14 @@ def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, .
     count = {"T": tokens.count}
     tiles = shapes(row_choices(tokens.count), p.weight.step)
     whole = KernelTemplate(
-        "linear", lambda t, layout: linear(p, t, layout), count, tiles, renamed={"w": "up", "y": "h"} if p.gated else {}
+        "linear",
+        lambda t, layout: linear(p, t, layout),
+        count,
+        tiles,
+        renamed={"w": "up", "y": "h"} if p.act.gated else {},
     )
     implementations = [Implementation("whole", (whole,))]
-    if tokens.count <= FEW and not p.gated:
+    if tokens.count <= FEW and not p.act.gated:
         implementations += [_split_linear(p, split, count, tiles) for split in SPLITS]
     return tuple(implementations)
 

@@ -14,7 +14,6 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    activated,
     attributes,
     given,
     only_implementation,
@@ -35,9 +34,9 @@ def experts_of(op: Op, weight: Packing) -> Experts:
     a, chosen = attributes(op), int(op["ids"].type.shape[1])
     operands = given(op)
     if op.name == "acc.grouped_up":
-        inner = weight.rows // 2 if a["gated"] else weight.rows
+        inner = weight.rows // 2 if a["act"].gated else weight.rows
         return Experts(
-            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, **activated(a)
+            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, act=a["act"]
         )  # fmt: skip
     return Experts(
         weight.experts, chosen, weight.rows, weight.columns, weight, weight, down_bias="down_bias" in operands

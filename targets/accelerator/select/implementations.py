@@ -66,12 +66,6 @@ def given(op: Op) -> dict[str, TensorType]:
     return {name: v.type for name, v in op.named}
 
 
-def activated(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `Activated` (kernels/experts.py) from an op with an activation."""
-    kept = {name: attributes[name] for name in ("act", "alpha", "beta", "limit")}
-    return {**kept, "gated": attributes.get("gated", True), "interleaved": attributes["layout"] == "interleaved"}
-
-
 def row_tile(tile: Tile) -> RowTile:
     """Return a tile of the search as one of a kernel without matmuls."""
     return RowTile(tile.m, tile.n, tile.warps)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+from ....compiler.ir.activation import Activation
 from ....compiler.ir.module import Op, Value
 from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor
@@ -21,7 +21,7 @@ def gated_mlp(editor: Editor, op: Op) -> Op:
     x, up, down, up_bias, down_bias, gate = op.operands
     (y,) = op.results
     h = editor.add("core.linear", x, up, up_bias, hint=f"{y.name}.up")
-    h = _activated(editor, h, OPS[op.name].complete(op.attributes), y.name)
+    h = _activated(editor, h, OPS[op.name].complete(op.attributes)["act"], y.name)
     if gate is None:
         return op.become("core.linear", h, down, down_bias)
     out = editor.add("core.linear", h, down, down_bias, hint=f"{y.name}.down")
@@ -29,34 +29,36 @@ def gated_mlp(editor: Editor, op: Op) -> Op:
     return op.become("core.mul", editor.add("core.sigmoid", score, hint=f"{y.name}.gate"), out)
 
 
-def _activated(editor: Editor, h: Value, attributes: dict[str, Any], name: str) -> Value:
-    """Return act(g) (u + beta) of the halves g and u."""
+def _activated(editor: Editor, h: Value, act: Activation, name: str) -> Value:
+    """Return a gated activation of h as ops of its halves g and u."""
 
     def add(kind: str, *operands: Value, hint: str, **attrs: Any) -> Value:
         return editor.add(kind, *operands, hint=f"{name}.{hint}", **attrs)
 
     axis, width = len(h.type.shape) - 1, int(h.type.shape[-1])
-    if attributes["layout"] == "interleaved":
+    if act.interleaved:
         g, u = (add("core.slice", h, hint=n, axis=axis, start=i, stop=width, step=2) for i, n in enumerate("gu"))
     else:
         sizes = (width // 2, width // 2)
         g, u = editor.add_all("ort.split", h, hints=(f"{name}.g", f"{name}.u"), axis=axis, sizes=sizes)
-    limit, beta = attributes["limit"], attributes["beta"]
-    if not math.isinf(limit):
-        g, u = add("core.clamp", g, hint="g", max=limit), add("core.clamp", u, hint="u", min=-limit, max=limit)
-    if beta:
-        u = add("core.add", u, add("core.constant", hint="beta", value=float(beta), dtype=u.type.dtype), hint="u")
-    return add("core.mul", _function(add, g, attributes), u, hint="h")
+    if act.clamped and not act.clamp_after:
+        g = add("core.clamp", g, hint="g", max=act.limit)
+    if act.clamped:
+        u = add("core.clamp", u, hint="u", min=-act.limit, max=act.limit)
+    if act.beta:
+        u = add("core.add", u, add("core.constant", hint="beta", value=act.beta, dtype=u.type.dtype), hint="u")
+    a = _function(add, g, act)
+    return add("core.mul", add("core.clamp", a, hint="a", max=act.limit) if act.clamp_after else a, u, hint="h")
 
 
-def _function(add: Any, g: Value, attributes: dict[str, Any]) -> Value:
-    match attributes["act"]:
+def _function(add: Any, g: Value, act: Activation) -> Value:
+    match act.kind:
         case "identity":
             return g
         case "silu":
-            return add("ort.quick_gelu", g, hint="a", alpha=float(attributes["alpha"]))
+            return add("ort.quick_gelu", g, hint="a", alpha=act.alpha)
         case "relu2":
             positive = add("core.relu", g, hint="a")
             return add("core.mul", positive, positive, hint="a")
-    kind, attrs = _ACTS[attributes["act"]]
+    kind, attrs = _ACTS[act.kind]
     return add(kind, g, hint="a", **attrs)

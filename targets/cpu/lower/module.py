@@ -12,6 +12,7 @@ from typing import Any
 
 from ....compiler.errors import MoecError, Refuse
 from ....compiler.formats.table import find_format
+from ....compiler.ir.activation import Activation
 from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.notes import Note, Rewritten
 from ....compiler.ops import OPS
@@ -21,7 +22,7 @@ from ..capabilities import ACCURACIES, FAST, Record, activation_variant, routing
 from .attention import group_query_attention, plain_attention
 from .logits import keep_last_tokens
 from .mlp import gated_mlp
-from .quantized import interleave, lower_embedding, lower_experts, lower_experts_to_loop, lower_linear
+from .quantized import interleave_gate, lower_embedding, lower_experts, lower_experts_to_loop, lower_linear
 from .ranges import distinct, gate_sum, not_negative
 from .slices import join_slices
 
@@ -102,21 +103,18 @@ def _moe(editor: Editor, op: Op, record: Record) -> Op:
     """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
     x, ids, gates, up, down = (op[name] for name in ("x", "ids", "gates", "up", "down"))
     up_bias, down_bias = op.get("up_bias"), op.get("down_bias")
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    act: Activation = OPS[op.name].complete(op.attributes)["act"]
     if x.type.dtype != "f32":
         raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")
-    if reason := record.refusal([activation_variant("MoE", attributes)]):
+    if reason := record.refusal([activation_variant("MoE", act)]):
         raise Refuse(reason)
     positive = not_negative(editor.function, gates)
     if reason := record.refusal([routing_variant("MoE", "zero weights" if positive else "negative weights")]):
         raise Refuse(reason if positive else f"the weights {gates} may be negative, and {reason}", gates)
     if not distinct(editor.function, ids):
         raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)
-    if attributes["gated"] and attributes["layout"] == "concat":
-        up = interleave(editor, up)
-        up_bias = up_bias and interleave(editor, up_bias)
-    kept = {name: attributes[name] for name in ("act", "gated", "alpha", "beta", "limit")}
-    kept = {n: v for n, v in kept.items() if n in op.attributes}
+    act, up, up_bias = interleave_gate(editor, act, up, up_bias)
+    kept: dict[str, Any] = {"act": act}
     if total := gate_sum(editor.function, gates):
         kept["gate_sum"] = total
     return op.become("ort.moe", x, ids, gates, up, down, up_bias, down_bias, **kept)

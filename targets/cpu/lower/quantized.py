@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ....compiler.errors import Refuse
 from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format, format_of
+from ....compiler.ir.activation import Activation
 from ....compiler.ir.module import Op, Value
 from ....compiler.ir.recipes import Recipe, Step, range_length, step
 from ....compiler.ops import OPS
@@ -24,8 +24,6 @@ from ..capabilities import (
     weight_variants,
 )
 from .ranges import distinct, gate_sum, not_negative
-
-_ACTIVATION = ("act", "gated", "alpha", "beta", "limit")
 
 
 def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
@@ -57,15 +55,15 @@ def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
 
 def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts with quantized weights as QMoE; Refuse says where it is not right for them."""
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    act: Activation = OPS[op.name].complete(op.attributes)["act"]
     up, down = op["up"], op["down"]
     format = format_of(up.type.dtype)
     variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
     level, reason = best_level(record, variants, accuracy)
-    if reason := reason or _not_qmoe(editor, op, attributes, record):
+    if reason := reason or _not_qmoe(editor, op, act, record):
         raise Refuse(reason)
     _note_slow(editor, op, record, at_level(variants, level), format)
-    return _qmoe(editor, op, attributes, format, level, record)
+    return _qmoe(editor, op, act, format, level, record)
 
 
 def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
@@ -79,17 +77,15 @@ def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
         return _widened(editor, op, reason)
     if reason:
         _note_decoded(editor, op, reason)
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    kept = {name: attributes[name] for name in (*_ACTIVATION, "layout") if name in op.attributes}
-    kept |= {"bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
+    kept = {**op.attributes, "bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
     parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
     return op.become("ort.experts_nbits", op["x"], op["ids"], op["gates"], *parts, **kept)
 
 
-def _not_qmoe(editor: Editor, op: Op, attributes: dict[str, Any], record: Record) -> str:
+def _not_qmoe(editor: Editor, op: Op, act: Activation, record: Record) -> str:
     """Return why QMoE cannot run these experts, whatever their weights; nothing if it can."""
     ids, gates = op["ids"], op["gates"]
-    if reason := record.refusal([activation_variant("QMoE", attributes)]):
+    if reason := record.refusal([activation_variant("QMoE", act)]):
         return reason
     positive = not_negative(editor.function, gates)
     if reason := record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):
@@ -138,13 +134,11 @@ def _note_slow(editor: Editor, op: Op, record: Record, variants: list[Variant], 
         editor.note(op, slow[0])
 
 
-def _qmoe(editor: Editor, op: Op, attributes: dict[str, Any], format: Format, level: int, record: Record) -> Op:
-    up, down, up_bias, down_bias = op["up"], op["down"], op.get("up_bias"), op.get("down_bias")
-    if attributes["gated"] and attributes["layout"] == "concat":
-        up, up_bias = interleave(editor, up), up_bias and interleave(editor, up_bias)
+def _qmoe(editor: Editor, op: Op, act: Activation, format: Format, level: int, record: Record) -> Op:
+    down, down_bias = op["down"], op.get("down_bias")
+    act, up, up_bias = interleave_gate(editor, act, op["up"], op.get("up_bias"))
     choice, mixing = _routing(editor, op, record)
-    kept = {name: attributes[name] for name in _ACTIVATION if name in op.attributes}
-    kept |= {"k": op["ids"].type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
+    kept = {"act": act, "k": op["ids"].type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
     parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
     return op.become("ort.qmoe", op["x"], choice, mixing, *parts, **kept)
 
@@ -193,9 +187,15 @@ def _parts(editor: Editor, weight: Value) -> tuple[Value, Value, Value | None]:
     return codes, scales, zeros
 
 
-def interleave(editor: Editor, value: Value) -> Value:
-    """Return the weight with its gate rows and up rows interleaved."""
-    return editor.weight(interleaved(editor.recipe(value)), f"{value.name}.interleaved")
+def interleave_gate(
+    editor: Editor, act: Activation, up: Value, up_bias: Value | None
+) -> tuple[Activation, Value, Value | None]:
+    """Return an activation with the weight and bias before it, gate rows and up rows interleaved where there is a gate."""
+    if not act.gated or act.interleaved:
+        return act, up, up_bias
+    weight, bias = (v and editor.weight(interleaved(editor.recipe(v)), f"{v.name}.interleaved") for v in (up, up_bias))
+    assert weight
+    return replace(act, layout="interleaved"), weight, bias
 
 
 def interleaved(recipe: Recipe) -> Recipe:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from onnx import TensorProto, helper
 
+from ....compiler.ir.activation import Activation
 from ....compiler.ir.module import Op
 from .graph import CONTRIB, END, ONNX_TYPES, Context, Kernel
 
@@ -29,7 +29,7 @@ def moe(ctx: Context, op: Op) -> None:
     low = helper.make_tensor("value", TensorProto.FLOAT, [1], [_UNUSED])
     scores = ctx.node("ConstantOfShape", graph.shape([tokens, experts]), value=low)
     scores = ctx.node("ScatterElements", scores, ids, ctx.node("Log", gates), axis=1)
-    options = activation_options(attributes)
+    options = activation_options(attributes["act"])
     inputs = [x, scores, up, up_bias, down, *([down_bias] if down_bias else [])]
     options |= {"k": chosen, "normalize_routing_weights": 1, "domain": CONTRIB}
     if attributes["gate_sum"] == 1.0:
@@ -43,15 +43,13 @@ def moe(ctx: Context, op: Op) -> None:
     ctx.finish(op, "Mul", mixed, total)
 
 
-def activation_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of MoE and QMoE for the activation; gate and up rows are interleaved."""
-    if not attributes["gated"]:
-        return {"activation_type": _UNGATED.get(attributes["act"], attributes["act"])}
+def activation_options(act: Activation) -> dict[str, Any]:
+    """Return the attributes of MoE and QMoE for an activation; gate and up rows are interleaved."""
+    if not act.gated:
+        return {"activation_type": _UNGATED.get(act.kind, act.kind)}
     options = {"activation_type": "swiglu", "swiglu_fusion": 1}
-    options |= {"activation_alpha": float(attributes["alpha"]), "activation_beta": float(attributes["beta"])}
-    if not np.isinf(attributes["limit"]):
-        options["swiglu_limit"] = float(attributes["limit"])
-    return options
+    options |= {"activation_alpha": act.alpha, "activation_beta": act.beta}
+    return options | ({"swiglu_limit": act.limit} if act.clamped else {})
 
 
 def experts(ctx: Context, op: Op) -> None:
@@ -85,7 +83,7 @@ def expert_loop(
         hits = ctx.node("Squeeze", hits, graph.constant([0]))
         rows = ctx.node("Div", hits, graph.constant(int(chosen)))
         h = _linear(ctx, ctx.node("Gather", x, rows, axis=0), expert, up(expert), biases[0])
-        h = _activate(ctx, h, op)
+        h = _activate(ctx, h, ctx.attributes(op)["act"])
         h = _linear(ctx, h, expert, down(expert), biases[1])
         h = ctx.node("Mul", h, ctx.node("Gather", flat_gates, hits, axis=0))
         where = ctx.node("Unsqueeze", rows, graph.constant([1]))
@@ -112,20 +110,20 @@ def _linear(ctx: Context, x: str, expert: str, weight: str, bias: str) -> str:
     return ctx.node("Gemm", *inputs, transB=1)
 
 
-def _activate(ctx: Context, h: str, op: Op) -> str:
-    """Add the activation between the two matrices, as `moe.experts` says it."""
-    attributes = ctx.attributes(op)
-    act, graph = attributes["act"], ctx.graph
-    alpha, beta, limit = (float(attributes[name]) for name in ("alpha", "beta", "limit"))
-    if not attributes["gated"]:
-        return _function(ctx, act, h, 1.0)
-    g, u = _halves(ctx, h, attributes["layout"])
-    if not np.isinf(limit):
-        g = ctx.node("Clip", g, "", graph.constant(limit, "f32"))
-        u = ctx.node("Clip", u, graph.constant(-limit, "f32"), graph.constant(limit, "f32"))
-    if beta:
-        u = ctx.node("Add", u, graph.constant(beta, "f32"))
-    return ctx.node("Mul", _function(ctx, act, g, alpha), u)
+def _activate(ctx: Context, h: str, act: Activation) -> str:
+    """Add the activation between the two matrices."""
+    if not act.gated:
+        return _function(ctx, act, h)
+    g, u = _halves(ctx, h, act.layout)
+    below = ("", ctx.graph.constant(act.limit, "f32")) if act.clamped else ()
+    if below and not act.clamp_after:
+        g = ctx.node("Clip", g, *below)
+    if below:
+        u = ctx.node("Clip", u, ctx.graph.constant(-act.limit, "f32"), below[1])
+    if act.beta:
+        u = ctx.node("Add", u, ctx.graph.constant(act.beta, "f32"))
+    g = _function(ctx, act, g)
+    return ctx.node("Mul", ctx.node("Clip", g, *below) if act.clamp_after else g, u)
 
 
 def _halves(ctx: Context, h: str, layout: str) -> tuple[str, str]:
@@ -137,18 +135,18 @@ def _halves(ctx: Context, h: str, layout: str) -> tuple[str, str]:
     return ctx.node("Slice", h, graph.constant([0]), *ends), ctx.node("Slice", h, graph.constant([1]), *ends)
 
 
-def _function(ctx: Context, act: str, x: str, alpha: float) -> str:
-    match act:
+def _function(ctx: Context, act: Activation, x: str) -> str:
+    match act.kind:
         case "identity":
             return x
         case "silu":
-            scaled = x if alpha == 1.0 else ctx.node("Mul", x, ctx.graph.constant(alpha, "f32"))
+            scaled = x if act.alpha == 1.0 else ctx.node("Mul", x, ctx.graph.constant(act.alpha, "f32"))
             return ctx.node("Mul", x, ctx.node("Sigmoid", scaled))
         case "gelu" | "gelu_tanh":
-            return ctx.node("Gelu", x, approximate="none" if act == "gelu" else "tanh")
+            return ctx.node("Gelu", x, approximate="none" if act.kind == "gelu" else "tanh")
         case _:
             y = ctx.node("Relu", x)
-            return ctx.node("Mul", y, y) if act == "relu2" else y
+            return ctx.node("Mul", y, y) if act.kind == "relu2" else y
 
 
 KERNELS: dict[str, Kernel] = {"moe.experts": experts, "ort.moe": moe}

@@ -118,7 +118,7 @@ def qmoe(ctx: Context, op: Op) -> None:
     # without weights of its own the op mixes by the softmax of the chosen, whatever normalize_routing_weights says
     ctx.finish(
         op, "QMoE", *inputs, domain=CONTRIB, k=a["k"], expert_weight_bits=a["bits"], block_size=a["group"],
-        accuracy_level=a["accuracy"], normalize_routing_weights=0 if mixing else 1, **activation_options(a),
+        accuracy_level=a["accuracy"], normalize_routing_weights=0 if mixing else 1, **activation_options(a["act"]),
     )  # fmt: skip
 
 

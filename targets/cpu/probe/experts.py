@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from onnx import TensorProto, helper
 
 from ....compiler.formats.format import Format
 from ....compiler.formats.table import format_of, integers_of
+from ....compiler.ir.activation import Activation
 from ....compiler.ir.types import TensorType
 from ..capabilities import Variant
 from ..onnx.graph import CONTRIB
+from ..ops import INTERLEAVED
 from .cases import (
     TOKENS,
     Case,
@@ -36,18 +39,18 @@ EXPERTS, CHOSEN = 6, 2
 LARGE_WIDTH, LARGE_INNER, LARGE_CHOSEN = 1024, 512, 8
 SCALES = (3, 6)  # inputs of QMoE whose dtype is not that of the activations
 
-# activation of a variant -> attributes of moe.experts
-ACTS: dict[str, dict[str, Any]] = {
-    "swiglu": {},
-    "swiglu_clamped": {"alpha": 1.702, "beta": 1.0, "limit": 0.7},
-    "gated_gelu": {"act": "gelu"},
-    "gated_gelu_tanh": {"act": "gelu_tanh"},
-    **{name: {"act": name, "gated": False} for name in ("silu", "relu", "identity", "gelu", "gelu_tanh", "relu2")},
+# activation of a variant -> what moe.experts computes there
+ACTS = {
+    "swiglu": INTERLEAVED,
+    "swiglu_clamped": replace(INTERLEAVED, alpha=1.702, beta=1.0, limit=0.7),
+    "gated_gelu": replace(INTERLEAVED, kind="gelu"),
+    "gated_gelu_tanh": replace(INTERLEAVED, kind="gelu_tanh"),
+    **{name: Activation(name, gated=False) for name in ("silu", "relu", "identity", "gelu", "gelu_tanh", "relu2")},
 }
 # activations that moec does not emit -> what replaces them in the program, and what the node is told afterwards
-UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
-    "gated_gelu": ({}, "geglu"),
-    "gated_gelu_tanh": ({}, "geglu"),
+UNKNOWN: dict[str, tuple[Activation, str]] = {
+    "gated_gelu": (INTERLEAVED, "geglu"),
+    "gated_gelu_tanh": (INTERLEAVED, "geglu"),
     "gelu": (ACTS["gelu_tanh"], "gelu"),
     "relu2": (ACTS["identity"], "relu2"),
 }
@@ -77,13 +80,11 @@ def write_qmoe(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     mixed = "weights" in variant.routing
     act, edits = _bent(variant)
     inputs = {"x": _f32(T, x.shape[1]), "choice": _f32(T, EXPERTS)} | ({"mixing": _f32(T, EXPERTS)} if mixed else {})
-    write("ort.qmoe", inputs, parts, folder, k=CHOSEN, **options, **act)
+    write("ort.qmoe", inputs, parts, folder, k=CHOSEN, **options, act=act)
     bend(folder, *edits)
     ids, gates = _routing(variant.routing, choice, mixing)
-    layout = "concat" if variant.option == "swiglu_fusion=2" else "interleaved"
-    weights = {"bits": format.bits, "group": format.group, "layout": layout}
     given = {"x": x, "ids": ids, "gates": gates, **parts}
-    wants = refer("ort.experts_nbits", given, **weights, **ACTS[variant.activation])
+    wants = refer("ort.experts_nbits", given, bits=format.bits, group=format.group, act=_wanted(variant))
     feeds = {"x": x, "choice": choice} | ({"mixing": mixing} if mixed else {})
     return Case(feeds, wants, rows=True)
 
@@ -100,7 +101,7 @@ def write_moe(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     chosen = min(LARGE_CHOSEN, experts // 2) if weight_bytes else CHOSEN
     act, edits = _bent(variant)
     inputs = {"x": _f32(T, width), "ids": TensorType.of("i64", T, chosen), "gates": _f32(T, chosen)}
-    write("ort.moe", inputs, weights, folder, **act)
+    write("ort.moe", inputs, weights, folder, act=act)
     bend(folder, *edits)
     if weight_bytes:
         steps = [{"x": torch.randn(1, width), "ids": ids, "gates": torch.full((1, chosen), 1 / chosen)}
@@ -113,9 +114,8 @@ def write_moe(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
         gates[::2, 0] = 0
     if variant.routing == "negative weights":
         gates[::2, 0] *= -1
-    layout = "concat" if variant.option == "swiglu_fusion=2" else "interleaved"
     given = {"x": x, "ids": ids, "gates": gates}
-    wants = refer("moe.experts", given | weights, layout=layout, **ACTS[variant.activation])
+    wants = refer("moe.experts", given | weights, act=_wanted(variant))
     return Case(given, wants, rows=True)
 
 
@@ -124,10 +124,16 @@ def _f32(*sizes: Any) -> TensorType:
 
 
 def _gated(variant: Variant) -> bool:
-    return bool(ACTS[variant.activation].get("gated", True))
+    return ACTS[variant.activation].gated
 
 
-def _bent(variant: Variant) -> tuple[dict[str, Any], list[Edit]]:
+def _wanted(variant: Variant) -> Activation:
+    """Return the activation whose numbers a node should give."""
+    act = ACTS[variant.activation]
+    return replace(act, layout="concat") if variant.option == "swiglu_fusion=2" else act
+
+
+def _bent(variant: Variant) -> tuple[Activation, list[Edit]]:
     """Return the activation to emit, and what to change in the node afterwards."""
     act, name = UNKNOWN.get(variant.activation, (ACTS[variant.activation], ""))
     edits = [attributes(activation_type=name)] if name else []
@@ -219,6 +225,4 @@ def _floats(variant: Variant, format: Format, folder: Path) -> Case:
     x, choice, mixing = _inputs(width, negative=False)
     ids, gates = _routing(variant.routing, choice, mixing)
     given = {"x": x, "ids": ids, "gates": gates, "up": format.decode(up, width), "down": format.decode(down, inner)}
-    return Case(
-        {"x": x, "choice": choice, "mixing": mixing}, refer("moe.experts", given, layout="interleaved"), rows=True
-    )
+    return Case({"x": x, "choice": choice, "mixing": mixing}, refer("moe.experts", given, act=INTERLEAVED), rows=True)

@@ -34,7 +34,7 @@ func @main(%x: f32[T, 256], %ids: i64[T, 2], %gates: f32[T, 2]) -> (f32[T, 256])
   const %down : f32[5, 256, 256] = tensor("down", f32[5, 256, 256])
   %n = nn.rms_norm(%x, %norm) {eps=1e-6} : f32[T, 256]
   %h = core.linear(%n, %w, _) : f32[T, 256]
-  %y = moe.experts(%h, %ids, %gates, %up, %down, _, _) {act=silu, layout=concat} : f32[T, 256]
+  %y = moe.experts(%h, %ids, %gates, %up, %down, _, _) {act=gated(silu)} : f32[T, 256]
   return %y
 }
 """

@@ -33,7 +33,7 @@ func @layer(%x: f32[B, S, 8], %k: state f32[B, 1, P, 8]) -> (f32[B, S, 8], state
   %flat = core.reshape(%x) {shape=[B*S, 8]} : f32[B*S, 8]
   %logits = core.linear(%flat, %router, _) : f32[B*S, 4]
   %gates, %ids = core.topk(%logits) {axis=1, k=2} : f32[B*S, 2], i64[B*S, 2]
-  %y = moe.experts(%flat, %ids, %gates, %up, %down, _, _) {act=silu, gated=true, layout=concat} : f32[B*S, 8]
+  %y = moe.experts(%flat, %ids, %gates, %up, %down, _, _) {act=gated(silu)} : f32[B*S, 8]
   %z = core.linear(%y, %shared, _) : f32[B*S, 8]
   %h = core.reshape(%z) {shape=[B, S, 8]} : f32[B, S, 8]
   %new = core.reshape(%z) {shape=[B, 1, S, 8]} : f32[B, 1, S, 8]

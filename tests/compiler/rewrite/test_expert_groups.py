@@ -29,7 +29,7 @@ func @main(%x: f32[T, 16], %ids: i64[T, 3], %gates: f32[T, 3]) -> (f32[T, 16]) {
   const %up : f32[8, 24, 16] = tensor("up", f32[8, 24, 16])
   const %down : f32[8, 16, 12] = tensor("down", f32[8, 16, 12])
   const %up_bias : f32[8, 24] = tensor("up_bias", f32[8, 24])
-  %y = moe.experts(%x, %ids, %gates, %up, %down, %up_bias, _) {act=silu, layout=concat} : f32[T, 16]
+  %y = moe.experts(%x, %ids, %gates, %up, %down, %up_bias, _) {act=gated(silu)} : f32[T, 16]
   return %y
 }
 """

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 from moec.compiler.errors import MoecError
+from moec.compiler.ir.activation import KINDS, LAYOUTS, Activation
 from moec.compiler.ir.dims import ceildiv, dim, floordiv, size, size_text
 from moec.compiler.ir.module import Const, Dim, Function, Module, Op, Value
 from moec.compiler.ir.pipelines import parse_pipeline
@@ -72,8 +73,16 @@ sizes = st.recursive(
 types = st.builds(TensorType, dtypes, st.lists(sizes, max_size=3).map(tuple), st.booleans())
 # any bits, so that there are zeros of both signs and NaNs of all kinds
 floats = st.one_of(st.floats(), st.binary(min_size=8, max_size=8).map(lambda b: struct.unpack("<d", b)[0]))
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+limits = st.floats(min_value=0, allow_infinity=False)
+activations = st.one_of(
+    st.builds(
+        Activation, st.just("silu"), st.just(True), st.sampled_from(LAYOUTS), numbers, numbers, limits, st.booleans()
+    ),
+    st.builds(Activation, st.sampled_from(list(KINDS)), st.booleans()),
+)
 values = st.recursive(
-    st.one_of(st.integers(-(10**9), 10**9), floats, st.booleans(), texts, sizes),
+    st.one_of(st.integers(-(10**9), 10**9), floats, st.booleans(), texts, sizes, activations),
     lambda inner: st.lists(inner, max_size=3).map(tuple),
     max_leaves=5,
 )

@@ -11,6 +11,7 @@ from moec.compiler.driver import compile_source, passes_for
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.families import FAMILIES
+from moec.compiler.ir.activation import Activation
 from moec.compiler.ir.narrow import is_narrowing, narrowed
 from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
 from moec.compiler.ir.recipes import Tensor, step
@@ -42,16 +43,17 @@ def types(*tensors):
 # --- ops -----------------------------------------------------------------------------------------------------------
 
 ACTS = [
-    {"act": "silu"}, {"act": "silu", "layout": "interleaved", "alpha": 1.702, "beta": 1.0, "limit": 0.5},
-    {"act": "gelu_tanh"}, {"act": "relu2", "gated": False}, {"act": "gelu", "gated": False},
+    Activation(), Activation("silu", True, "interleaved", 1.702, 1.0, 0.5), Activation("gelu_tanh"),
+    Activation("relu2", gated=False), Activation("gelu", gated=False), Activation(limit=0.5, clamp_after=True),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("attributes", ACTS)
+@pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", ["some", "one", "all on one expert"])
-def test_sort_and_grouped_linears_are_the_experts(attributes, dtype, bias, tokens):
+def test_sort_and_grouped_linears_are_the_experts(act, dtype, bias, tokens):
+    attributes = {"act": act}
     torch.manual_seed(0)
     count, experts, chosen, hidden, inner = (1 if tokens == "one" else 9), 6, 2, 12, 10
     x = torch.randn(count, hidden)
@@ -59,7 +61,7 @@ def test_sort_and_grouped_linears_are_the_experts(attributes, dtype, bias, token
     if tokens == "all on one expert":
         ids = torch.full((count, 1), 3)
     gates = torch.rand(ids.shape)
-    rows = inner * (2 if attributes.get("gated", True) else 1)
+    rows = inner * (2 if act.gated else 1)
     up, down = torch.randn(experts, rows, hidden).to(dtype), torch.randn(experts, hidden, inner).to(dtype)
     up_bias, down_bias = (torch.randn(experts, rows), torch.randn(experts, hidden)) if bias else (None, None)
     order, offsets = reference("acc.sort", ids, experts=experts)
@@ -67,9 +69,9 @@ def test_sort_and_grouped_linears_are_the_experts(attributes, dtype, bias, token
     for e in range(experts):
         own = order[offsets[e] : offsets[e + 1]]
         assert own.tolist() == (ids.flatten() == e).nonzero().flatten().tolist()
-    h = reference("acc.grouped_up", x, *pairs, up, up_bias, **attributes)
+    h = reference("acc.grouped_up", x, *pairs, up, up_bias, act=act)
     y = reference("acc.grouped_down", h, *pairs, gates, down, down_bias)
-    wanted = reference("moe.experts", x, ids, gates, up.float(), down.float(), up_bias, down_bias, **attributes)
+    wanted = reference("moe.experts", x, ids, gates, up.float(), down.float(), up_bias, down_bias, act=act)
     assert torch.allclose(y, wanted, atol=1e-5 * float(wanted.abs().max()))
     first, second = types(x, *pairs, up, up_bias), types(h, *pairs, gates, down, down_bias)
     assert OPS["acc.grouped_up"].infer(first, attributes)[0].sizes == h.shape
@@ -84,9 +86,10 @@ def test_sort_and_grouped_linears_are_the_experts(attributes, dtype, bias, token
 
 def test_gated_mlp_in_two_parts():
     x, up, down = torch.randn(3, 2, 8), torch.randn(12, 8), torch.randn(8, 6)
-    h = reference("acc.gated_up", x, up, None, act="gelu_tanh", layout="interleaved", beta=0.5)
+    act = Activation("gelu_tanh", layout="interleaved", beta=0.5)
+    h = reference("acc.gated_up", x, up, None, act=act)
     y = reference("acc.linear", h, down, None)
-    wanted = reference("nn.gated_mlp", x, up, down, None, None, None, act="gelu_tanh", layout="interleaved", beta=0.5)
+    wanted = reference("nn.gated_mlp", x, up, down, None, None, None, act=act)
     assert torch.equal(y, wanted)
     flops = OPS["nn.gated_mlp"].flops([*types(x, up, down), None, None, None], tuple(types(y)), {})
     first = OPS["acc.gated_up"].flops([*types(x, up), None], tuple(types(h)), {})
@@ -115,7 +118,7 @@ def test_rope_append_and_attention_are_the_cached_attention(packed, extras):
     [
         ("acc.linear", ["f32[2, 8]", "i64[4, 8]", None], {}, "weights are bf16, f32 or in a quantized format"),
         ("acc.gated_up", ["f32[2, 8]", "bf16[5, 8]", None], {}, "5 rows are no halves"),
-        ("acc.gated_up", ["f32[2, 8]", "bf16[4, 8]", None], {"act": "swish"}, "does not know act=swish"),
+        ("acc.gated_up", ["f32[2, 8]", "bf16[4, 8]", None], {"act": "swish"}, "act=swish is no activation"),
         ("acc.grouped_up", ["f32[2, 8]", "i64[2, 2]", "i64[3]", "i64[4]", "bf16[3, 4, 8]", None], {}, "does not order"),
         ("acc.grouped_up", ["f32[2, 8]", "i64[2, 2]", "i64[4]", "i64[5]", "bf16[3, 4, 8]", None], {}, "not the bounds"),
     ],

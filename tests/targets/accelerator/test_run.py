@@ -15,7 +15,7 @@ from moec.compiler.runtime.reference import Reference
 from moec.targets import open_target
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.run.artifact import read_kernels
+from moec.targets.accelerator.run.artifact import read_kernels, read_program
 from moec.targets.accelerator.select import dense as select_dense
 from moec.targets.accelerator.tile.tiles import Argument
 from places import ROOT, TINY
@@ -135,6 +135,11 @@ def test_an_older_artifact_says_what_to_do(session, tmp_path):
     (tmp_path / "kernels.json").write_text(json.dumps({**data, "schema": 1}))
     with pytest.raises(MoecError, match="schema 1, which an older moec wrote") as caught:
         read_kernels(tmp_path)
+    assert caught.value.todo == "compile it again: moec compile SOURCE --target nvidia-h200"
+    text = (session.folder / "program.moir").read_text()
+    (tmp_path / "program.moir").write_text(text.replace("{act=gated(silu)}", "{act=silu, layout=concat}"))
+    with pytest.raises(MoecError, match="has no attribute layout") as caught:
+        read_program(tmp_path, read_kernels(session.folder))
     assert caught.value.todo == "compile it again: moec compile SOURCE --target nvidia-h200"
     with pytest.raises(MoecError, match="there is no device gpu"):
         Artifact.open(session.folder).session(device="gpu")

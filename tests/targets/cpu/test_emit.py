@@ -73,7 +73,7 @@ func @layer(%h: f32[B, S, 32], %cos: f32[B, S, WIDTH], %sin: f32[B, S, WIDTH], %
   %r = core.linear(%t, %router, _) : f32[B*S, 6] loc("mlp.gate")
   %p = core.SCORE : f32[B*S, 6]
   %top, %ids = core.topk(%p) {axis=1, k=2} : f32[B*S, 2], i64[B*S, 2]
-  %e = moe.experts(%t, %ids, %top, %up, %down, _, _) {act=ACT} : f32[B*S, 32] loc("mlp.experts")
+  %e = moe.experts(%t, %ids, %top, %up, %down, _, _) {act=gated(ACT)} : f32[B*S, 32] loc("mlp.experts")
   %e3 = core.reshape(%e) {shape=[B, S, 32]} : f32[B, S, 32]
   %h2 = core.add(%h1, %e3) : f32[B, S, 32]
   return %h2, %key, %value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import sympy
 import torch
 from moec.compiler.check.interpret import interpret, random_inputs
+from moec.compiler.ir.activation import Activation
 from moec.compiler.ir.dims import dim, floordiv, size
 from moec.compiler.ir.module import Dim, Function, Module, Op, Value
 from moec.compiler.ir.types import TensorType, make_attrs
@@ -200,10 +201,10 @@ def cached(
 
 
 def experts(
-    fix: Fix, *, count: int = 6, chosen: int = 2, gated: bool = True, biased: bool = False, **attrs: Any
+    fix: Fix, *, count: int = 6, chosen: int = 2, biased: bool = False, act: Activation | None = None, **attrs: Any
 ) -> Case:
     width, inner = 8, 6
-    rows = 2 * inner if gated else inner
+    rows = inner if act and not act.gated else 2 * inner
     types = [
         f32(B * S, width),
         i64(B * S, chosen),
@@ -212,7 +213,11 @@ def experts(
         f32(count, width, inner),
     ]
     types += [f32(count, rows), f32(count, width)] if biased else [None, None]
-    return case(*types, fix=fix, gated=gated, **attrs)
+    return case(*types, fix=fix, **attrs, **({"act": act} if act else {}))
+
+
+def plain(kind: str) -> Activation:
+    return Activation(kind, gated=False)
 
 
 def router(*, bias: bool = False, given: bool = False, expert_scale: bool = False, **attrs: Any) -> Case:
@@ -252,7 +257,9 @@ def streams(rows: int, scales: int, *, n: int = 3) -> list[TensorType]:
     return [f32(B, S, n, 8), f32(rows, n * 8), f32(rows), f32(scales)]
 
 
-GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
+INTERLEAVED = Activation(layout="interleaved")
+GPT_OSS = replace(INTERLEAVED, alpha=1.702, beta=1.0, limit=0.7)
+AFTER = Activation(limit=0.5, clamp_after=True)
 
 CASES: dict[str, list[Case]] = {
     **{f"core.{n}": [case(X, X), case(X, ROW), case(ROW, ONE)] for n in ("add", "sub", "mul", "maximum", "minimum")},
@@ -338,11 +345,12 @@ CASES: dict[str, list[Case]] = {
         linear_attention(decay=None, beta=True, scale=0.5),
     ],
     "moe.experts": [
-        experts(routing(signed=True)), experts(routing(zeros=True), layout="interleaved", biased=True),
-        experts(routing(all_on_one=True), count=9), experts(routing(), act="gelu"), experts(routing(), act="gelu_tanh"),
-        experts(routing(), act="relu2", gated=False), experts(routing(), act="relu", biased=True),
-        experts(routing(), act="identity", gated=False, biased=True), experts(routing(), chosen=1, count=2),
-        experts(routing(), biased=True, layout="interleaved", **GPT_OSS), experts(routing(), act="silu", gated=False),
+        experts(routing(signed=True)), experts(routing(zeros=True), act=INTERLEAVED, biased=True),
+        experts(routing(all_on_one=True), count=9), *(experts(routing(), act=Activation(k)) for k in ("gelu", "gelu_tanh")),
+        experts(routing(), act=plain("relu2")), experts(routing(), act=Activation("relu"), biased=True),
+        experts(routing(), act=plain("identity"), biased=True), experts(routing(), chosen=1, count=2),
+        experts(routing(), biased=True, act=GPT_OSS), experts(routing(), act=plain("silu")),
+        experts(routing(), act=AFTER), experts(routing(), act=replace(AFTER, kind="gelu", layout="interleaved")),
     ],
     "moe.route": [
         router(), router(renorm="sum"), router(bias=True, score="sigmoid", **GROUPS), router(given=True, renorm="sum"),
@@ -372,9 +380,10 @@ CASES: dict[str, list[Case]] = {
         cached(4, 2, 24, turned=16, normed=False),
     ],
     "nn.gated_mlp": [
-        mlp(), mlp(biased=True, gated=True), mlp(act="gelu"), mlp(act="gelu_tanh", layout="interleaved", biased=True),
-        mlp(act="relu2"), mlp(act="relu", gated=True), mlp(act="identity"),
-        mlp(layout="interleaved", **GPT_OSS), mlp(limit=0.2),
+        mlp(), mlp(biased=True, gated=True), mlp(act=Activation("gelu")),
+        mlp(act=replace(INTERLEAVED, kind="gelu_tanh"), biased=True), mlp(act=Activation("relu2")),
+        mlp(act=Activation("relu"), gated=True), mlp(act=Activation("identity")), mlp(act=GPT_OSS),
+        mlp(act=Activation(limit=0.2)), mlp(act=AFTER), mlp(act=replace(AFTER, kind="relu2", layout="interleaved")),
     ],
     "ort.attention_bias": [case(i64(B, P + S), tokens=S)],
     "ort.split": [case(X, axis=2, sizes=(3, 5)), case(f32(4, B), axis=0, sizes=(1, 2, 1))],
@@ -388,9 +397,9 @@ CASES: dict[str, list[Case]] = {
     ],
     "ort.moe": [
         experts(routing()), experts(routing(zeros=True), biased=True), experts(routing(all_on_one=True), count=9),
-        experts(routing(), chosen=1), experts(routing(), chosen=6), experts(routing(), biased=True, **GPT_OSS),
-        experts(routing(), act="silu", gated=False, biased=True), experts(routing(), act="relu", gated=False),
-        experts(routing(), act="identity", gated=False), experts(routing(), limit=0.5),
+        experts(routing(), chosen=1), experts(routing(), chosen=6), experts(routing(), biased=True, act=GPT_OSS),
+        experts(routing(), act=plain("silu"), biased=True), experts(routing(), act=plain("relu")),
+        experts(routing(), act=plain("identity")), experts(routing(), act=replace(INTERLEAVED, limit=0.5)),
         experts(routing(total=1.0), gate_sum=1.0), experts(routing(total=2.5), gate_sum=2.5, biased=True),
     ],
 }  # fmt: skip

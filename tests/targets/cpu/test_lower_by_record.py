@@ -50,7 +50,7 @@ func @main(%input_ids: i64[T])
 
 
 def program(
-    embed: str = "int8_g32", experts: str = "uint4_g32", head: str = "uint4_g32", act: str = "act=silu",
+    embed: str = "int8_g32", experts: str = "uint4_g32", head: str = "uint4_g32", act: str = "act=gated(silu)",
     score: str = "softmax(%r) {axis=1}",
 ) -> Module:  # fmt: skip
     text = PROGRAM.replace("EMBED", embed).replace("EXPERTS", experts).replace("HEAD", head)
@@ -136,7 +136,7 @@ def test_wrong_experts_without_a_loop_become_f32() -> None:
 
 def test_wrong_activations_and_routings_become_a_loop() -> None:
     plain = capabilities.plain_variant("QMoE")
-    clamped = "act=silu, alpha=1.702, beta=1.0, limit=7.0"
+    clamped = "act=gated(silu, alpha=1.702, beta=1.0, limit=7.0)"
     for module, variant in (
         (program(act=clamped), replace(plain, activation="swiglu_clamped")),
         (program(), plain),
@@ -149,8 +149,8 @@ def test_wrong_activations_and_routings_become_a_loop() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"act": "act=gelu"}, "QMoE int4_g32 gated_gelu weights is rejected"),
-        ({"act": "act=relu"}, "QMoE int4_g32 gated_relu weights was not tried"),
+        ({"act": "act=gated(gelu)"}, "QMoE int4_g32 gated_gelu weights is rejected"),
+        ({"act": "act=gated(relu)"}, "QMoE int4_g32 gated_relu weights was not tried"),
         ({"score": "tanh(%r)"}, "may be negative, and QMoE int4_g32 swiglu negative weights is wrong"),
     ],
 )
@@ -279,7 +279,7 @@ def test_slow(op: str, format: str, reason: str | None) -> None:
 def test_slow_formats_are_for_those_who_ask_for_them(wish: dict[str, Any], stored: str) -> None:
     """Rows of 64 and 48 numbers: no other group than 16 divides both."""
     text = re.sub(r"quantize\((.*), to=\w+\)", r"\1", PROGRAM)
-    text = text.replace("128, 64", "96, 64").replace("64, 64", "64, 48").replace("ACT", "act=silu")
+    text = text.replace("128, 64", "96, 64").replace("64, 64", "64, 48").replace("ACT", "act=gated(silu)")
     text = re.sub("EMBED|EXPERTS|HEAD", "f32", text).replace("SCORE", "softmax(%r) {axis=1}")
     module, why = quantize.run(parse_module(text), open_target("cpu", {}), embedding="f32", head="f32", **wish)
     (use,) = (op for op in module.main.ops if op.name == "moe.experts")
@@ -326,7 +326,7 @@ def test_holds_asks_for_groups_of_a_row() -> None:
 
 
 def test_experts_that_only_a_loop_runs_are_held() -> None:
-    (use,) = (o for o in program(act="act=gelu").main.ops if o.name == "moe.experts")
+    (use,) = (o for o in program(act="act=gated(gelu)").main.ops if o.name == "moe.experts")
     assert holds(use, format_of("uint8_g64")) is None
     assert "does not run mxfp4" in (holds(use, format_of("mxfp4")) or "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.formats.table import format_of
+from moec.compiler.ir.activation import Activation
 from moec.compiler.ir.dims import dim
 from moec.compiler.ir.types import TensorType
 from moec.targets.cpu.probe.cases import quantized, refer, write
@@ -17,7 +19,8 @@ from onnx_session import open_session
 
 T = dim("T")
 FORMATS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in (16, 32, 64, 128, 256) for sign in ("", "u")]
-GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 0.7}
+INTERLEAVED = Activation(layout="interleaved")
+GPT_OSS = replace(INTERLEAVED, alpha=1.702, beta=1.0, limit=0.7)
 EXACT = 1e-5  # f32 activations; sums of up to 2880 products
 
 
@@ -146,14 +149,14 @@ def test_qmoe_formats(format: str, accuracy: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "gated"),
-    [({}, True), (GPT_OSS, True), ({"limit": 0.5}, True), ({"act": "silu"}, False), ({"act": "relu"}, False),
-     ({"act": "identity"}, False), ({"act": "gelu_tanh"}, False)],
+    "act",
+    [INTERLEAVED, GPT_OSS, replace(INTERLEAVED, limit=0.5),
+     *(Activation(kind, gated=False) for kind in ("silu", "relu", "identity", "gelu_tanh"))],
 )  # fmt: skip
 @pytest.mark.parametrize("mixing", [False, True])
-def test_qmoe_activations_and_routings(act: dict[str, Any], gated: bool, mixing: bool, tmp_path: Path) -> None:
-    weights = parts("uint4_g32", 6, 96, 160, gated=gated, biased=mixing)
-    runs_right("ort.qmoe", scores(11, 6, 96, mixing), weights, tmp_path, k=3, bits=4, group=32, gated=gated, **act)
+def test_qmoe_activations_and_routings(act: Activation, mixing: bool, tmp_path: Path) -> None:
+    weights = parts("uint4_g32", 6, 96, 160, gated=act.gated, biased=mixing)
+    runs_right("ort.qmoe", scores(11, 6, 96, mixing), weights, tmp_path, k=3, bits=4, group=32, act=act)
 
 
 @pytest.mark.parametrize("routing", ["idle", "one"])
@@ -173,24 +176,24 @@ def test_qmoe_leaves_out_weights_of_zero(tmp_path: Path) -> None:
 def test_qmoe_on_rows_of_gpt_oss(tmp_path: Path) -> None:
     weights = parts("uint4_g32", 3, 2880, 2880, biased=True)
     feeds = scores(3, 3, 2880, mixing=False)
-    runs_right("ort.qmoe", feeds, weights, tmp_path, k=2, bits=4, group=32, **{**GPT_OSS, "limit": 7.0})
+    runs_right("ort.qmoe", feeds, weights, tmp_path, k=2, bits=4, group=32, act=replace(GPT_OSS, limit=7.0))
 
 
 @pytest.mark.parametrize("format", ["uint2_g16", "int4_g32", "uint4_g64", "uint8_g16", "int8_g128"])
 @pytest.mark.parametrize(
-    ("act", "gated", "layout"),
-    [({}, True, "concat"), (GPT_OSS, True, "interleaved"), ({"act": "gelu"}, True, "concat"), ({"act": "relu2"}, False, "concat")],
+    "act",
+    [Activation(), GPT_OSS, Activation("gelu"), Activation("relu2", gated=False), Activation(limit=0.5, clamp_after=True)],
 )  # fmt: skip
-def test_loop_over_experts(format: str, act: dict[str, Any], gated: bool, layout: str, tmp_path: Path) -> None:
+def test_loop_over_experts(format: str, act: Activation, tmp_path: Path) -> None:
     found, generator = format_of(format), torch.Generator().manual_seed(11)
     width, inner = 3 * found.group, 2 * found.group
     ids = torch.rand(9, 5, generator=generator).argsort(-1)[:, :2].clone()
     ids[5:] = torch.tensor([1, 0])
     gates = torch.randn(9, 2, generator=generator)  # of any sign
     feeds = {"x": torch.randn(9, width, generator=generator), "ids": ids, "gates": gates}
-    weights = parts(format, 5, width, inner, gated=gated, biased=gated)
-    options = {"bits": found.bits, "group": found.group, "gated": gated, "layout": layout}
-    runs_right("ort.experts_nbits", feeds, weights, tmp_path, **options, **act)
+    weights = parts(format, 5, width, inner, gated=act.gated, biased=act.gated)
+    options = {"bits": found.bits, "group": found.group, "act": act}
+    runs_right("ort.experts_nbits", feeds, weights, tmp_path, **options)
 
 
 def test_loop_over_experts_that_plain_ops_decode(tmp_path: Path) -> None:

@@ -212,3 +212,12 @@ def test_a_live_model_may_be_the_first_thing_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "graph", done.stderr
+
+
+def test_a_clamp_behind_the_activation_is_read_as_such():
+    """Step 3.7 clamps what silu gives in some layers; its experts are one op there too."""
+    module = moec.compile(random_model(FAMILIES["step3p7"]), stop_after="moe")
+    experts = [op.attributes["act"] for f in module.functions for op in f.ops if op.name == "moe.experts"]
+    assert set(map(str, experts)) == {
+        "gated(silu, limit=0.5, clamp_after=true)", "gated(silu)", "gated(silu, limit=0.7, clamp_after=true)",
+    }  # fmt: skip

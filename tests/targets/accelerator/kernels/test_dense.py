@@ -5,6 +5,8 @@ import pytest
 import torch
 from chips_for_tests import CHIPS, bf16, close, named, run, weight
 from moec.compiler.errors import MoecError
+from moec.compiler.ir.activation import Activation
+from moec.compiler.ir.fragments import parse_activation
 from moec.compiler.ops.compressed import block_linear
 from moec.compiler.ops.mlp import gated_mlp as gated_mlp_op
 from moec.targets.accelerator.kernels.choices import Tile
@@ -38,7 +40,9 @@ def test_linear_in_every_format(name, form):
 def test_linear_with_bias_and_activation_cut_along_its_depth(name):
     layout, chip = CHIPS[name]
     rng = np.random.default_rng(2)
-    p = Linear(24, 100, Packing("bf16", 24, 100), bias=True, act="gelu", scaled=True, out="f32")
+    p = Linear(
+        24, 100, Packing("bf16", 24, 100), bias=True, act=Activation("gelu", gated=False), scaled=True, out="f32"
+    )
     parts, w = weight(p.weight, rng)
     x, bias, scale = bf16(tokens(rng, 5, 100)), tokens(rng, 24), tokens(rng, 5)
     wanted = torch.nn.functional.gelu(x @ w.T + bias) * scale[:, None]
@@ -66,25 +70,15 @@ def test_blocks(name, form):
 
 
 @chips
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("form", ["layout=interleaved, alpha=1.7, beta=1.0", "alpha=1.7", "clamp_after=true"])
 @pytest.mark.parametrize("gate", [False, True])
-def test_gated_mlp(name, interleaved, gate):
+def test_gated_mlp(name, form, gate):
+    act = parse_activation(f"gated(silu, limit=0.7, {form})")
     layout, chip = CHIPS[name]
     rng = np.random.default_rng(4)
     for count in (1, 18):
         up_packing, down_packing = Packing("bf16", 80, 48), Packing("bf16", 48, 40)
-        first = Linear(
-            40,
-            48,
-            up_packing,
-            bias=True,
-            act="silu",
-            gated=True,
-            interleaved=interleaved,
-            alpha=1.7,
-            beta=1.0,
-            limit=7.0,
-        )
+        first = Linear(40, 48, up_packing, bias=True, act=act)
         second = Linear(48, 40, down_packing, bias=True, scaled=gate)
         up_parts, up = weight(up_packing, rng, 1.0)
         down_parts, down = weight(down_packing, rng)
@@ -94,19 +88,17 @@ def test_gated_mlp(name, interleaved, gate):
         if gate:
             gate_packing = Packing("bf16", 1, 48)
             gate_parts, gate_w = weight(gate_packing, rng)
-            factor = linear(Linear(1, 48, gate_packing, act="sigmoid", out="f32"), Tile(16, 16, 32), layout)
-            given["scale"] = run(factor, chip, scalars, x=x, **named(gate_parts, "w"))["y"]
+            factor = linear(Linear(1, 48, gate_packing, out="f32"), Tile(16, 16, 32), layout)
+            score = run(factor, chip, scalars, x=x, **named(gate_parts, "w"))["y"]
+            given["scale"] = (1 / (1 + np.exp(-score))).astype(np.float32)
         down_program = linear(second, Tile(16, 32, 16), layout)
         y = run(down_program, chip, scalars, x=h, bias=down_bias, **named(down_parts, "w"), **given)["y"]
-        form = "interleaved" if interleaved else "concat"
-        wanted = gated_mlp_op(
-            x, up, down, up_bias, down_bias, gate_w, act="silu", layout=form, alpha=1.7, beta=1.0, limit=7.0
-        )
+        wanted = gated_mlp_op(x, up, down, up_bias, down_bias, gate_w, act=act)
         close(y, wanted, 1e-2)
 
 
 def test_a_gated_linear_is_not_cut():
-    p = Linear(8, 32, Packing("bf16", 16, 32), gated=True)
+    p = Linear(8, 32, Packing("bf16", 16, 32), act=Activation())
     with pytest.raises(MoecError, match="not cut along its depth"):
         linear(p, Tile(16, 16, 16), CHIPS["hopper"][0], 2)
 
@@ -119,7 +111,7 @@ def test_blocks_with_gates_and_biases(stacked):
     packing = Packing("bf16", 2 * rows, depth, blocks) if stacked else Packing("bf16", blocks * 2 * rows, depth)
     parts, w = weight(packing, rng)
     x, bias = bf16(tokens(rng, 3, blocks, depth)), tokens(rng, blocks * 2 * rows)
-    p = Linear(rows, depth, packing, blocks, bias=True, act="silu", gated=True, out="f32")
+    p = Linear(rows, depth, packing, blocks, bias=True, act=Activation(), out="f32")
     y = run(linear(p, Tile(16, 16, 16), layout), chip, {"T": 3}, x=x, bias=bias, **named(parts, "w"))["y"]
     each = w.reshape(blocks, 2 * rows, depth)
     h = torch.einsum("tgk,gnk->tgn", x, each) + bias.reshape(blocks, 2 * rows)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import find_format
+from moec.compiler.ir.activation import Activation
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.kernels.choices import Tile
@@ -88,7 +89,7 @@ def run(e, tensors, tokens, profile, tile, direct=False, scatter=False):
 
 def layer(rng, experts=4, chosen=2, hidden=72, inner=40, tokens=5, format="bf16", fractal=False, ids=None, **options):
     """Return (experts, tensors, expected y) of a random layer."""
-    up = Packing(format, inner * (2 if options.get("gated", True) else 1), hidden, experts, fractal)
+    up = Packing(format, inner * (2 if options.get("act", Activation()).gated else 1), hidden, experts, fractal)
     down = Packing(format, hidden, inner, experts, fractal)
     e = Experts(experts, chosen, hidden, inner, up, down, **options)
     up_parts, up_numbers = random_weight(up, rng)
@@ -109,8 +110,7 @@ def layer(rng, experts=4, chosen=2, hidden=72, inner=40, tokens=5, format="bf16"
 
     y = reference(
         as_torch(x), torch.tensor(ids), as_torch(gates), as_torch(up_numbers), as_torch(down_numbers), *map(as_torch, biases),
-        act=e.act, gated=e.gated, layout="interleaved" if e.interleaved else "concat", alpha=e.alpha, beta=e.beta,
-        limit=e.limit,
+        act=e.act,
     )  # fmt: skip
     return e, tensors, y.numpy()
 
@@ -159,13 +159,14 @@ def test_pair_by_pair_and_added_up_in_place(tokens, scatter):
 @pytest.mark.parametrize(
     "options",
     [
-        {"act": "gelu"},
-        {"act": "gelu_tanh"},
-        {"act": "relu2", "gated": False},
-        {"alpha": 1.702, "beta": 1.0, "limit": 7.0, "interleaved": True, "up_bias": True, "down_bias": True},
-        {"limit": 0.5},
+        {"act": Activation("gelu")},
+        {"act": Activation("gelu_tanh")},
+        {"act": Activation("relu2", gated=False)},
+        {"act": Activation("silu", True, "interleaved", 1.702, 1.0, 7.0), "up_bias": True, "down_bias": True},
+        {"act": Activation(limit=0.5)},
+        {"act": Activation(limit=0.5, clamp_after=True)},
     ],
-    ids=lambda o: ",".join(o),
+    ids=lambda o: str(o["act"]),
 )
 def test_activations_and_biases(options):
     e, tensors, expected = layer(np.random.default_rng(3), **options)

@@ -48,7 +48,7 @@ func @layer(%x: f32[B, S, 1024], %k: state f32[B, 1, P, 64]) -> (f32[B, S, 1024]
   %logits = acc.linear(%t, %router, _) : f32[B*S, 16]
   %gates, %ids = moe.route(%logits, _, _, _) {k=2} : f32[B*S, 2], i64[B*S, 2]
   %order, %offsets = acc.sort(%ids) {experts=16} : i64[2*B*S], i64[17]
-  %h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=silu} : f32[2*B*S, 512]
+  %h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=gated(silu)} : f32[2*B*S, 512]
   %e = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _) : f32[B*S, 1024]
   %out = core.reshape(%e) {shape=[B, S, 1024]} : f32[B, S, 1024]
   return %out, %k2
@@ -139,7 +139,9 @@ def test_formulas_of_a_module_are_those_of_its_ops(layers, h200):
 def test_a_module_of_stage_moe_reads_the_same_weights(layers):
     text = LAYERS.replace("stage kernel", "stage moe").replace("acc.linear", "core.linear")
     text = text.replace("%order, %offsets = acc.sort(%ids) {experts=16} : i64[2*B*S], i64[17]\n", "")
-    text = text.replace("%h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=silu} : f32[2*B*S, 512]\n", "")
+    text = text.replace(
+        "%h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=gated(silu)} : f32[2*B*S, 512]\n", ""
+    )
     text = text.replace("acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _)",
                         "moe.experts(%t, %ids, %gates, %up, %down, _, _)")  # fmt: skip
     text = text.replace('bf16[16, 1024, 1024] = tensor("up", bf16[16, 1024, 1024])',

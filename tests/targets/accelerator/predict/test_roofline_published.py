@@ -146,7 +146,7 @@ def gated(name: str, width: int) -> str:
     return f"""
   const %{name}_up : fp8_b128[{2 * width}, 7168] = quantize(tensor("{name}_up", f32[{2 * width}, 7168]), to=fp8_b128)
   const %{name}_down : fp8_b128[7168, {width}] = quantize(tensor("{name}_down", f32[7168, {width}]), to=fp8_b128)
-  %{name}_h = acc.gated_up(%m, %{name}_up, _) {{act=silu}} : f32[B, S, {width}]
+  %{name}_h = acc.gated_up(%m, %{name}_up, _) {{act=gated(silu)}} : f32[B, S, {width}]
   %{name} = acc.linear(%{name}_h, %{name}_down, _) : f32[B, S, 7168]"""
 
 
@@ -158,7 +158,7 @@ ROUTED = """
   %logits = acc.linear(%rows, %router, _) : f32[B*S, 256]
   %gates, %ids = moe.route(%logits, _, _, _) {k=8, score=sigmoid, renorm=sum} : f32[B*S, 8], i64[B*S, 8]
   %order, %offsets = acc.sort(%ids) {experts=256} : i64[8*B*S], i64[257]
-  %h = acc.grouped_up(%rows, %ids, %order, %offsets, %experts_up, _) {act=silu} : f32[8*B*S, 2048]
+  %h = acc.grouped_up(%rows, %ids, %order, %offsets, %experts_up, _) {act=gated(silu)} : f32[8*B*S, 2048]
   %routed = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %experts_down, _) : f32[B*S, 7168]
   %routed_1 = core.reshape(%routed) {shape=[B, S, 7168]} : f32[B, S, 7168]
   %ffn = core.add(%routed_1, %shared) : f32[B, S, 7168]"""
