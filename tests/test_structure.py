@@ -137,6 +137,13 @@ def test_no_test_module_imports_another():
     assert not [entry for entry in found if entry[0] != Path(__file__).name]
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_check_of_types_is_turned_off(file):
+    text = file.read_text(encoding="utf-8")
+    assert "# type: ignore" not in text
+    assert not re.search(r"^from typing import .*\bcast\b|typing\.cast", text, re.MULTILINE)
+
+
 def test_every_folder_of_modules_is_a_package_of_the_wheel():
     folders = {file.parent.relative_to(ROOT).as_posix().replace("/", ".") for file in FILES}
     patterns = [name for part in PARTS for name in (part, f"{part}.*")]

@@ -171,9 +171,9 @@ def faulty(name, change, only=("quantize", "packed")):
         return replace(recipe, items=tuple(map(broken, recipe.items)))
 
     @pass_(reads="moe", rounds=True)
-    def wrong(module, target, why, *, to: str = "", method: str = "rtn"):
+    def wrong(module, target, *, to: str = "", method: str = "rtn"):
         options = everything(to, method) if name == "quantize" else {"to": to} if to else {}
-        made = PASSES[name](module, target, why, **options)
+        made = PASSES[name].run(module, target, **options).module
         changed = {
             f.name: replace(f, consts=tuple(Const(c.value, broken(c.recipe)) for c in f.consts)) for f in made.functions
         }
