@@ -33,7 +33,7 @@ DIMS = ("B", "S", "P")  # scalars that are the program's dims of these names
 class Bound:
     """The binding of an argument: exactly one of `operand`, `result` and `scratch` is named.
 
-    `part` is that of a packed weight ("" for one that lies as plain numbers). `past` is the operand that a result is
+    `part` is that of a packed weight ("" for one that lies as plain values). `past` is the operand that a result is
     appended to: both lie in one buffer, which the argument is.
     """
 
@@ -173,7 +173,7 @@ def symbolic(shape: tuple[int | Expr, ...]) -> tuple[Size, ...] | None:
 def check_op(op: Op, program: Program, binding: Binding, what: str) -> None:
     """Check that every argument has the axes of its operand or result in their order, merged or split at most.
 
-    MoecError otherwise: the kernel would read numbers that mean something else.
+    MoecError otherwise: the kernel would read values that mean something else.
     """
     definition = OPS[op.name].signature
     types = {("operand", name): v for name, v in op.named}

@@ -1,9 +1,9 @@
 """Tuning files of the fused-MoE Triton kernels of vLLM and SGLang, from the same search as moec's own kernels.
 
 Both engines look for `E=64,N=1024,device_name=NVIDIA_H200.json` (dtype and block shape in the name for quantized
-weights): E experts, N the numbers between an expert's two products, on the device that torch names so. The file says
+weights): E experts, N the values between an expert's two matmuls, on the device that torch names so. The file says
 for numbers of tokens M which tile, how many rows of tiles run side by side, warps and stages. Their kernel multiplies
-by one matrix at a time, so what is searched is the product without the activation. The engines run the checkpoint as it is:
+by one matrix at a time, so what is searched is the matmul without the activation. The engines run the checkpoint as it is:
 FP8 weights with one scale for a tensor or a row are FP8 in the name, whatever format moec's own kernels read them in.
 """
 
@@ -46,7 +46,7 @@ TRITON = "3.4.0"  # the version of the folder that SGLang looks into
 
 @dataclass(frozen=True)
 class Problem:
-    """Routed experts, and how many of a weight's numbers share a scale in an FP8 checkpoint: `tensor`, `row` or `` (none do)."""
+    """Routed experts, and how many of a weight's values share a scale in an FP8 checkpoint: `tensor`, `row` or `` (none do)."""
 
     experts: Experts
     scale: str = ""

@@ -102,7 +102,7 @@ def _is_good(made: Made) -> bool:
 
 
 def _moved(kernel: KernelSpec, place: int) -> KernelSpec:
-    """Return the kernel with the tile at a place of the search's order, the others behind it in their order."""
+    """Return the kernel with the tile at a place of the search's order, the others after it in their order."""
     order = [kernel.found.best, *kernel.found.others]
     best = order.pop(place)
     return replace(kernel, found=replace(kernel.found, best=best, others=tuple(order)))

@@ -303,7 +303,7 @@ def _given(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor's numbers in numpy, also those of dtypes that numpy has not by itself."""
+    """Return a tensor's values in numpy, also those of dtypes that numpy has not by itself."""
     if tensor.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return tensor.numpy()
     kind = DTYPES[dtype_name(tensor.dtype)].numpy

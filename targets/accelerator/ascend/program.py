@@ -26,8 +26,8 @@ EIGHT = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
 def for_ascend(program: Program, newer: bool) -> Program:
     """Return the program for an Ascend 950 (`newer`) or one before it.
 
-    Tiles must begin at a multiple of a fractal's width. NaN and infinity in FP8 become numbers before the 950. MoecError
-    for a program that computes FP8 numbers there.
+    Tiles must begin at a multiple of a fractal's width. NaN and infinity in FP8 become finite values before the 950. MoecError
+    for a program that computes FP8 values there.
     """
     rewriter = _Rewriter(program, newer)
     scope = rewriter.scope
@@ -41,7 +41,7 @@ def for_ascend(program: Program, newer: bool) -> Program:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """A load of `rows` x `width` numbers of a weight in fractals, by its indices into [columns, rows, across].
+    """A load of `rows` x `width` values of a weight in fractals, by its indices into [columns, rows, across].
 
     In that shape, of the same bytes, all fractals of one column are one block.
     """
@@ -58,7 +58,7 @@ class _Rewriter:
     program: Program
     newer: bool
     scope: Scope = field(init=False)  # of the program that is made
-    known: dict[str, str] = field(default_factory=dict)  # how the numbers of a name follow each other, see `steps`
+    known: dict[str, str] = field(default_factory=dict)  # how the values of a name follow each other, see `steps`
     ranges: frozenset[str] = frozenset()  # names of masks that `is_range` is true of
     kept: frozenset[str] = frozenset()  # tiles that stay FP8
     fractal: frozenset[str] = frozenset()  # weights of which each load is one of blocks
@@ -123,7 +123,7 @@ class _Rewriter:
                 self.add(statement)
 
     def check(self, value: Expr) -> None:
-        """Raise MoecError for an expression that makes FP8 numbers where there are none."""
+        """Raise MoecError for an expression that makes FP8 values where there are none."""
         if not self.newer and _makes_eight(value):
             what = f"{self.program.name}: {value} is of a type that an Ascend before the 950 has not"
             raise MoecError(what, todo="keep these numbers in bf16, or in int8")
@@ -146,7 +146,7 @@ class _Rewriter:
         self.add(Let(name, call("bitcast", codes, parameters=(dtype,)) if kept else _decoded(codes, *EIGHT[dtype])))
 
     def steps(self, expr: Expr) -> str:
-        """Return how numbers follow each other: `none` for a scalar, `even` by the same step, or `any`."""
+        """Return how values follow each other: `none` for a scalar, `even` by the same step, or `any`."""
         match expr:
             case Name(name):
                 return self.known.get(name, "none")  # those that are not known are scalars of the launch and the grid
@@ -167,7 +167,7 @@ class _Rewriter:
         return "any"
 
     def is_range(self, mask: Expr) -> bool:
-        """Return whether the adapter reads only what a mask allows: numbers of even steps are compared with scalars."""
+        """Return whether the adapter reads only what a mask allows: values of even steps are compared with scalars."""
         match mask:
             case Name(name):
                 return name in self.ranges or self.known.get(name, "none") == "none"
@@ -254,7 +254,7 @@ def _multiplied(program: Program) -> frozenset[str]:
 
 
 def _makes_eight(value: Expr) -> bool:
-    """Return whether an expression makes FP8 numbers anywhere in it."""
+    """Return whether an expression makes FP8 values anywhere in it."""
     own = isinstance(value, Call) and any(p in EIGHT for p in value.parameters)
     return own or any(map(_makes_eight, value.operands))
 
@@ -287,7 +287,7 @@ def _masks(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
 
 
 def _decoded(bits: Expr, mantissa: int, bias: int) -> Expr:
-    """Return FP8 numbers as f32 from their bytes, by the definition of the format: sign, exponent, mantissa."""
+    """Return FP8 values as f32 from their bytes, by the definition of the format: sign, exponent, mantissa."""
     code = call("cast", bits, parameters=("i32",))
     low, scale = code & (1 << mantissa) - 1, 2.0 ** (1 - bias - mantissa)
     exponent = code >> mantissa & (1 << 7 - mantissa) - 1

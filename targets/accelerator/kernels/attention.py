@@ -23,7 +23,7 @@ class Attention:
     """q [B, S, H, D] (`heads_first`: [B, H, S, D]) on a cache key [B, G, C, D], value [B, G, C, E]: y [B, S, H, E].
 
     The slots are 0 .. P + S - 1 of C, new token i is slot P + i. `mask`: "keys" for bool [B, P + S], "tokens" for bool
-    [B, S, P + S]. `shared`: there is no value tensor, the first E numbers of a key are its value (the latent of MLA).
+    [B, S, P + S]. `shared`: there is no value tensor, the first E values of a key are its value (the latent of MLA).
     """
 
     heads: int

@@ -18,7 +18,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class RowTile:
-    """The choices of a kernel without products: rows and columns of a tile, warps of a block."""
+    """The choices of a kernel without matmuls: rows and columns of a tile, warps of a block."""
 
     m: int
     n: int

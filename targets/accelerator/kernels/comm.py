@@ -11,12 +11,12 @@ from math import comb
 
 from ....compiler.errors import MoecError
 
-GROUP = 128  # numbers of a row that share a scale in fp8
+GROUP = 128  # values of a row that share a scale in fp8
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """T tokens a device, each with `chosen` of `experts` experts on `devices` devices, and rows of `hidden` numbers."""
+    """T tokens a device, each with `chosen` of `experts` experts on `devices` devices, and rows of `hidden` values."""
 
     tokens: float
     chosen: int
@@ -43,7 +43,7 @@ class Link:
 
 
 def row_bytes(dtype: str, hidden: int, header: int = 0) -> int:
-    """Return the bytes of a row on its way: bf16, or fp8 or int8 with an f32 scale for each 128 numbers, and a header.
+    """Return the bytes of a row as it is sent: bf16, or fp8 or int8 with an f32 scale for each 128 values, and a header.
 
     DeepEP's low latency kernels send fp8 rows with a header of 16 bytes (its tests/test_low_latency.py counts hidden +
     hidden / 128 * 4 + 16 for dispatch and 2 hidden for combine). MoecError for another dtype.

@@ -14,7 +14,7 @@ from .norm import power
 
 @dataclass(frozen=True)
 class Select:
-    """nn.select_entries: `heads` index heads of `width` numbers, the k best of the entries that a token sees."""
+    """nn.select_entries: `heads` index heads of `width` values, the k best of the entries that a token sees."""
 
     heads: int
     width: int
@@ -122,7 +122,7 @@ def _count(b: Builder, columns: int, loop: str, condition: str) -> None:
 
 @dataclass(frozen=True)
 class Compress:
-    """nn.compress_tokens: entries of `width` numbers from windows of `ratio` tokens, the last 2 `rotary` of them rotated.
+    """nn.compress_tokens: entries of `width` values from windows of `ratio` tokens, the last 2 `rotary` of them rotated.
 
     A token is x [B, S, 2 W], W = width, with `overlap` 2 width.
     """
@@ -143,7 +143,7 @@ class Compress:
 def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
     """Append entries P // ratio .. (P + S) // ratio - 1 to the cache [B, C, width], t.m tokens of a window at once.
 
-    The softmax over a window runs for each number by itself, so that the numbers that are rotated as pairs are kept as
+    The softmax over a window runs for each value by itself, so that the values that are rotated as pairs are kept as
     two rows from the start. What stays pending is `slide`'s to keep.
     """
     wide = p.width * (2 if p.overlap else 1)
@@ -195,7 +195,7 @@ def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
 
 
 def _window(b: Builder, p: Compress, t: RowTile, name: str, columns: int, wide: int, first: str, half: int) -> None:
-    """Add a window's tokens, from token `first` of the stream on, to the softmax of one piece of the numbers."""
+    """Add a window's tokens, from token `first` of the stream on, to the softmax of one piece of the values."""
     shape = (t.m, columns)
     with b.loop(f"{name}_token{half}", 0, p.ratio, t.m):
         b.let("i", f"{name}_token{half} + arange({t.m})")

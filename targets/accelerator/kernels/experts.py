@@ -97,7 +97,7 @@ def tiles(e: Experts, t: Tile, direct: bool) -> str:
 
 
 def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Program:
-    """h[pair] = act(gate) (up + beta) of the pair's token and expert: gather, both products and activation in one."""
+    """h[pair] = act(gate) (up + beta) of the pair's token and expert: gather, both matmuls and activation in one."""
     b = Builder("grouped_up", layout, "h[pair] = act(x[token] gateᵀ) (x[token] upᵀ + beta), rows gathered by expert.")
     b.scalar("T")
     column, _ = b.grid("column", f"cdiv({e.inner}, {t.n})"), b.grid("tile", tiles(e, t, direct))

@@ -1,6 +1,6 @@
 """The kernels of hyper-connections: the streams' scores, their mix into a sublayer's input, and what goes back to them.
 
-`stream_scores` is a product with few columns and a long row, cut along the row for few tokens; `streams_in` turns the
+`stream_scores` is a matmul with few columns and a long row, cut along the row for few tokens; `streams_in` turns the
 scores into weights, each tile of columns for itself, and mixes; `streams_out` is nn.hyper_connection_post.
 """
 
@@ -34,7 +34,7 @@ class Streams:
 
 
 def stream_scores(p: Streams, t: Tile, layout: Layout, split: int = 1) -> Program:
-    """z [split, T, M] = x wᵀ and squares [split, T] = sum x², each over its part of the N D numbers of a token, f32."""
+    """z [split, T, M] = x wᵀ and squares [split, T] = sum x², each over its part of the N D values of a token, f32."""
     b = Builder("stream_scores", layout, "z[i, t] = x[t, part i] w[:, part i]ᵀ, squares[i, t] = sum x[t, part i]²")
     b.scalar("T")
     whole, wide = p.streams * p.width, power(p.scores, 16)

@@ -104,7 +104,7 @@ def _columns(b: Builder, width: int, n: int, name: str) -> Iterator[None]:
 
 
 def _read(b: Builder, p: Norm, t: RowTile, column: str) -> None:
-    """Add `v`, the numbers that are normed in f32, and `there`, which of the tile there are."""
+    """Add `v`, the values that are normed in f32, and `there`, which of the tile there are."""
     shape, at = (t.m, t.n), ["row[:, None]", f"{column}[None, :]"]
     b.let("there", f"live[:, None] & ({column} < {p.width})[None, :]", shape, "bool")
     b.load("x_tile", "x", at, "there", shape=shape)

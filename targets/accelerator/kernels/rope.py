@@ -1,7 +1,7 @@
 """The kernels that rotate heads by their positions' angles, with a norm of each head before, and append to the cache.
 
 A head is read as three pieces that each lie evenly in it: the first and the second number of every pair that is rotated,
-and the rest. Halves: pairs are (j, R/2 + j) of the first R numbers. Neighbours (`pairs`): (D - R + 2 j, D - R + 2 j + 1).
+and the rest. Halves: pairs are (j, R/2 + j) of the first R values. Neighbours (`pairs`): (D - R + 2 j, D - R + 2 j + 1).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .norm import power
 
 @dataclass(frozen=True)
 class Rope:
-    """Heads of `width` numbers, `rotary` of them rotated, as nn.rope or with `pairs` as nn.rope_pairs has it.
+    """Heads of `width` values, `rotary` of them rotated, as nn.rope or with `pairs` as nn.rope_pairs has it.
 
     The angles are [C, S, rotary] (pairs: [C, S, rotary / 2]), f32, C the batch (`own_angles`) or 1. `norm`: each head
     is first divided by its root mean square and, if `weight`, scaled. `heads_first`: x is [B, H, S, D], not [B, S, H, D].

@@ -19,7 +19,7 @@ from .implementations import Computation, Implementation, Selector, Tokens, attr
 from .search import KernelTemplate, row_choices
 
 KEYS = (32, 64, 128)  # keys at once
-PARTS = (64, 128, 256, 512)  # widest part of a head in one product
+PARTS = (64, 128, 256, 512)  # widest part of a head in one matmul
 SPLITS = (1, 4, 16)  # runs that share the keys of a row of queries
 FEW = 64  # tokens up to which a split is considered
 

@@ -25,7 +25,7 @@ from .implementations import (
     only_implementation,
     row_shapes,
     row_tile,
-)
+)  # fmt: skip
 from .search import KernelTemplate, row_choices, shapes
 
 SPLITS = (4,)  # parts that the depth of a linear may be cut into
@@ -54,7 +54,7 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
 
 
 def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, ...]:
-    """Return a linear in one kernel, and for few tokens cut along its depth with a sum behind."""
+    """Return a linear in one kernel, and for few tokens cut along its depth and followed by a sum."""
     count = {"T": tokens.count}
     tiles = shapes(row_choices(tokens.count), p.weight.step)
     whole = KernelTemplate(

@@ -18,7 +18,7 @@ from .implementations import (
     given,
     only_implementation,
     row_shapes,
-)
+)  # fmt: skip
 from .search import ROWS, KernelTemplate, row_choices, shapes
 
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
@@ -30,7 +30,7 @@ def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
 
 
 def experts_of(op: Op, weight: Packing) -> Experts:
-    """Return the routed experts whose first or second product an op is, with its packed weight."""
+    """Return the routed experts whose first or second matmul an op is, with its packed weight."""
     a, chosen = attributes(op), int(op["ids"].type.shape[1])
     operands = given(op)
     if op.name == "acc.grouped_up":

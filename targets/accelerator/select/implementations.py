@@ -30,7 +30,7 @@ class Tokens:
 
     @property
     def scalars(self) -> dict[str, int]:
-        """The numbers that kernels are launched with."""
+        """The scalars that kernels are launched with."""
         return {"T": self.count, "B": self.batch, "S": self.new, "P": self.past}
 
 

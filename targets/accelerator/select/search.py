@@ -191,7 +191,7 @@ def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
     if rows := profile.rule("fractal_rows"):
         width = (profile.rule("fractal_bytes") or 32) * 8 // DTYPES[a.dtype].bits
         if m % rows or n % rows or a.shape[1] % width:
-            return f"a product of {m} x {n} x {a.shape[1]} is not made of fractals of {rows} x {width}"
+            return f"a matmul of {m} x {n} x {a.shape[1]} is not made of fractals of {rows} x {width}"
     return None
 
 
@@ -209,7 +209,7 @@ def _narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
 
 
 def shapes(rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[int, ...] = COLUMNS) -> tuple:
-    """Return tile shapes of a product whose weight is read in multiples of `step` columns, codes 128 at once."""
+    """Return tile shapes of a matmul whose weight is read in multiples of `step` columns, codes 128 at once."""
     depths = [k for k in DEPTHS if k % step == 0] or [128]
     return tuple(product(rows, columns, depths))
 

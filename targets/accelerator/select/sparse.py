@@ -26,7 +26,7 @@ from .implementations import (
     only_implementation,
     row_shapes,
     row_tile,
-)
+)  # fmt: skip
 from .search import KernelTemplate, row_choices
 
 ROUTED = (1, 2, 4, 8, 16)  # tokens that one point of routing decides on

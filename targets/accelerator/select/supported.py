@@ -1,6 +1,6 @@
 """The table of what an accelerator runs: ops with kernels, and ops that the framework computes between kernels.
 
-The framework (torch) has shapes, tables, recurrences, and arithmetic on numbers that are few beside the weights.
+The framework (torch) has shapes, tables, recurrences, and arithmetic on values that are few beside the weights.
 """
 
 from __future__ import annotations
@@ -8,18 +8,11 @@ from __future__ import annotations
 import difflib
 
 from ....compiler.ir.module import Op
-from . import attention as select_attention
-from . import dense as select_dense
-from . import experts as select_experts
-from . import sparse as select_sparse
+from . import attention, dense, experts, sparse
 from .implementations import Selector
 
-IMPLEMENTATIONS: dict[str, Selector] = {
-    **select_experts.IMPLEMENTATIONS,
-    **select_dense.IMPLEMENTATIONS,
-    **select_attention.IMPLEMENTATIONS,
-    **select_sparse.IMPLEMENTATIONS,
-}
+_TABLES = (experts.IMPLEMENTATIONS, dense.IMPLEMENTATIONS, attention.IMPLEMENTATIONS, sparse.IMPLEMENTATIONS)
+IMPLEMENTATIONS: dict[str, Selector] = {name: selector for table in _TABLES for name, selector in table.items()}
 # and core.*; the recurrences are loops over tokens there, right and slow, until there are kernels for them
 FRAMEWORK = (
     "nn.embedding", "nn.cache_append", "nn.new_state", "nn.conv_window", "nn.causal_conv", "nn.linear_attention",

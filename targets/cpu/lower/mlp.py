@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ....compiler.ir.activation import Activation
+from ....compiler.ir.activation import KINDS, Activation
+from ....compiler.ir.fragments import parse_statements
 from ....compiler.ir.module import Op, Value
 from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor
-
-_ACTS = {
-    "gelu": ("core.gelu", {"approximate": "none"}),
-    "gelu_tanh": ("core.gelu", {"approximate": "tanh"}),
-    "relu": ("core.relu", {}),
-}
 
 
 def gated_mlp(editor: Editor, op: Op) -> Op:
@@ -52,13 +47,10 @@ def _activated(editor: Editor, h: Value, act: Activation, name: str) -> Value:
 
 
 def _function(add: Any, g: Value, act: Activation) -> Value:
-    match act.kind:
-        case "identity":
-            return g
-        case "silu":
-            return add("ort.quick_gelu", g, hint="a", alpha=act.alpha)
-        case "relu2":
-            positive = add("core.relu", g, hint="a")
-            return add("core.mul", positive, positive, hint="a")
-    kind, attrs = _ACTS[act.kind]
-    return add(kind, g, hint="a", **attrs)
+    """Return the activation's function of the gate, in the ops that KINDS has for it; silu is one op of the runtime."""
+    if act.kind == "silu":
+        return add("ort.quick_gelu", g, hint="a", alpha=act.alpha)
+    values = {"g": g}
+    for line in parse_statements(KINDS[act.kind]):
+        values[line.results[0]] = add(line.name, *(values[n] for n in line.operands if n), hint="a", **line.attrs)
+    return values.get("a", g)
