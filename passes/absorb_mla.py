@@ -8,9 +8,10 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.dims import size
 from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
-from ..compiler.ir.recipes import Recipe, step
+from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.rules import Match, apply, rule
+from ..compiler.weights.steps.table import step
 
 
 @rule(

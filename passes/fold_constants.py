@@ -11,11 +11,11 @@ import sympy
 
 from ..compiler.ir.dims import size
 from ..compiler.ir.module import Const, Function, Module, Op, Value
-from ..compiler.ir.recipes import step
 from ..compiler.ir.types import attr_key, make_attrs
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.function_rewriter import FunctionRewriter
 from ..compiler.rewrite.roles import weight_operands
+from ..compiler.weights.steps.table import step
 
 # elementwise ops: on operands that hold one number everywhere, the result does too
 _ELEMENTWISE = frozenset(

@@ -11,10 +11,11 @@ from ..compiler.formats.table import GROUPS, format_of
 from ..compiler.ir.dce import dce
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.notes import Note, Rewritten, note_on
-from ..compiler.ir.recipes import Recipe, step, steps_of
+from ..compiler.ir.recipes import Recipe, steps_of
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import weight_roles
 from ..compiler.weights.kept_codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
+from ..compiler.weights.steps.table import step
 
 Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> its recipe and its format
 

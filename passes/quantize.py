@@ -12,7 +12,7 @@ from ..compiler.formats.table import GROUPS, find_format
 from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.names import Names
 from ..compiler.ir.notes import Note, Rewritten, note_on
-from ..compiler.ir.recipes import WEIGHT, step
+from ..compiler.ir.recipes import WEIGHT
 from ..compiler.quantize.awq_scales import fold
 from ..compiler.quantize.choices import KEEP, check_options, storing
 from ..compiler.quantize.plan import Unit, parse_layers
@@ -20,6 +20,7 @@ from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import Editor
 from ..compiler.rewrite.expert_groups import split_experts
 from ..compiler.rewrite.roles import weight_operands, weight_roles
+from ..compiler.weights.steps.table import step
 
 # groups that are tried in this order where the user names no group: experts are the largest part and the least sensitive one,
 # attention is the most sensitive one

@@ -7,11 +7,11 @@ from dataclasses import replace
 from ..compiler.errors import MoecError
 from ..compiler.formats.table import find_format
 from ..compiler.ir.module import Const, Function, Module
-from ..compiler.ir.narrow import narrowed
 from ..compiler.ir.notes import Note, Rewritten
-from ..compiler.ir.recipes import step
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import Uses, weight_roles
+from ..compiler.weights.narrow import narrowed
+from ..compiler.weights.steps.table import step
 
 DTYPES = ("bf16", "f16")
 _ALSO = {"nn.block_linear": (1,)}  # weights that are never quantized and so have no role

@@ -11,9 +11,9 @@ from ..errors import MoecError
 from ..ir.module import Function, Module, walk_calls
 from ..ir.recipes import Recipe, bind, steps_of, tensors
 from ..ir.types import expand_range
-from ..weights.calibrated import uncalibrated
 from ..weights.pull import pull
 from ..weights.sources.source import RandomSource
+from ..weights.uncalibrated import uncalibrated
 from .interpret import interpret, random_inputs
 
 if TYPE_CHECKING:

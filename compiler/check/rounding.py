@@ -17,13 +17,14 @@ from ..errors import MoecError
 from ..formats.bounds import rounding_bounds
 from ..formats.table import find_format
 from ..ir.module import Function, Module, Op, walk_calls
-from ..ir.narrow import is_narrowing
-from ..ir.recipes import FITTED, SPREADING, Recipe, Step, bind, step, steps_of
+from ..ir.recipes import FITTED, Recipe, Step, bind, steps_of
 from ..ir.types import TensorType
-from ..weights.calibrated import uncalibrated
+from ..weights.narrow import is_narrowing
 from ..weights.pull import pull
 from ..weights.sources.safetensors_header import TensorInfo
 from ..weights.sources.source import Box, WeightSource, full_box
+from ..weights.steps.table import step
+from ..weights.uncalibrated import uncalibrated
 from .compare import compare_modules, random_source
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _exact(recipe: Recipe, kept: set[Step]) -> Recipe:
     items = tuple(_exact(item, kept) for item in recipe.items)
     if _rounds(recipe) and recipe not in kept:
         return items[0]
-    if recipe.name in SPREADING and len({i.type.dtype for i in items}) > 1:  # some were rounded, some are short already
+    if recipe.spreads and len({i.type.dtype for i in items}) > 1:  # some were rounded, some are short already
         items = tuple(i if i.type.dtype == "f32" else step("cast", i, to="f32") for i in items)
     return step(recipe.name, *items, **recipe.attributes)
 

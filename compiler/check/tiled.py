@@ -18,10 +18,10 @@ from ..ir.module import Function, Module, Op, bindings
 from ..ir.recipes import Recipe, bind, tensors
 from ..ops import OPS
 from ..ops.activation import activate
-from ..weights.calibrated import unquantized
 from ..weights.pull import pull
 from ..weights.sources.source import Box, WeightSource, full_box
 from ..weights.tiles import tiles
+from ..weights.uncalibrated import unquantized
 from .interpret import run_op
 from .live import heads
 

@@ -1,1 +1,1 @@
-"""Quantized storage: numbers to the codes of a format and back, and the blocks of GGUF."""
+"""Stored formats: each one object, and the codecs that make codes of numbers and numbers of codes."""

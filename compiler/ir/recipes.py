@@ -12,11 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ..formats.format import PART_NAMES
-from ..formats.table import find_format, format_of
-from .code_steps import CODE_STEPS
-from .dtypes import DTYPES
-from .types import Attr, Attrs, Keyed, TensorType, attr_key, make_attrs, range_at, range_size
+from .types import Attr, Attrs, Keyed, TensorType, attr_key, range_at, range_size
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,13 @@ class Literal(Keyed):
 
 @dataclass(frozen=True, eq=False)
 class Step(Keyed):
-    """One step (a key of STEPS) on other recipes. Make it with `step`, which computes the type."""
+    """One step on other recipes. Make it with `step` of weights/steps, which computes the type."""
 
     name: str
     items: tuple[Recipe, ...]
     attrs: tuple[tuple[str, Attr], ...]
     type: TensorType
+    spreads: bool = False  # an item that is a template with a range stands for as many items
 
     @cached_property
     def key(self) -> Any:
@@ -72,21 +69,10 @@ class _Hashed(tuple):
 Recipe = Tensor | Literal | Step
 
 
-def step(name: str, *items: Recipe, **attributes: Attr) -> Step:
-    """Return a step with its type inferred; ValueError says what does not fit."""
-    if name not in STEPS:
-        raise ValueError(f"there is no weight step {name!r}; there are {', '.join(sorted(STEPS))}")
-    attrs = make_attrs(attributes)
-    types = [item.type for item in items]
-    if name in SPREADING:
-        types = [item.type for item in items for _ in range(range_length(item))]
-    return Step(name, tuple(items), attrs, STEPS[name](types, Attrs(attrs)))
-
-
 def tensors(recipe: Recipe) -> Iterator[Tensor]:
     """Yield every checkpoint tensor that a recipe reads, ranges spread out, in order."""
     if isinstance(recipe, Step):
-        if recipe.name in SPREADING:
+        if recipe.spreads:
             for item in spread(recipe):
                 yield from tensors(item)
         else:
@@ -119,7 +105,7 @@ def range_length(recipe: Recipe) -> int:
             return range_size(name)
         case Literal():
             return 1
-    if recipe.name in SPREADING:
+    if recipe.spreads:
         return 1
     lengths = {n for n in map(range_length, recipe.items) if n != 1}
     if len(lengths) > 1:
@@ -150,136 +136,8 @@ def bind(recipe: Recipe, prefix: str, bindings: Mapping[str, str]) -> Recipe:
     return rename(recipe, absolute)
 
 
-# --- the steps: each entry infers the type of the result from the types of the items ---------------------------
-
-
-def _same_dtype(types: list[TensorType]) -> str:
-    if len({t.dtype for t in types}) != 1:
-        raise ValueError(f"items of different dtypes: {', '.join(sorted({t.dtype for t in types}))}")
-    return types[0].dtype
-
-
-def _one(types: list[TensorType]) -> TensorType:
-    if len(types) != 1:
-        raise ValueError(f"one item wanted, {len(types)} given")
-    return types[0]
-
-
-def _axis(attributes: Attrs, rank: int) -> int:
-    axis = attributes.integer("axis")
-    if not 0 <= axis < rank:
-        raise ValueError(f"axis {axis} is not in 0..{rank - 1}")
-    return axis
-
-
-def _stack(types: list[TensorType], attributes: Attrs) -> TensorType:
-    if len({t.shape for t in types}) != 1:
-        raise ValueError(f"stacking different shapes: {', '.join(sorted({str(t) for t in types}))}")
-    return TensorType.of(_same_dtype(types), len(types), *types[0].shape)
-
-
-def _concat(types: list[TensorType], attributes: Attrs) -> TensorType:
-    axis = _axis(attributes, len(types[0].shape))
-    rest = {t.shape[:axis] + t.shape[axis + 1 :] for t in types}
-    if len(rest) != 1:
-        raise ValueError(f"shapes differ off axis {axis}: {', '.join(sorted({str(t) for t in types}))}")
-    shape = list(types[0].shape)
-    shape[axis] = sum(t.sizes[axis] for t in types)
-    return TensorType.of(_same_dtype(types), *shape)
-
-
-def _interleave(types: list[TensorType], attributes: Attrs) -> TensorType:
-    if len({t.shape for t in types}) != 1:
-        raise ValueError(f"interleaving different shapes: {', '.join(sorted({str(t) for t in types}))}")
-    return _concat(types, attributes)
-
-
-def _transpose(types: list[TensorType], attributes: Attrs) -> TensorType:
-    item = _one(types)
-    perm = attributes.integers("perm")
-    if sorted(perm) != list(range(len(item.shape))):
-        raise ValueError(f"perm {perm} does not order the {len(item.shape)} axes of {item}")
-    return TensorType.of(item.dtype, *(item.shape[p] for p in perm))
-
-
-def _slice(types: list[TensorType], attributes: Attrs) -> TensorType:
-    item = _one(types)
-    axis = _axis(attributes, len(item.shape))
-    start, stop = attributes.integer("start"), attributes.integer("stop")
-    step_ = attributes.integer("step", 1)
-    if not 0 <= start < stop <= item.sizes[axis] or step_ < 1:
-        raise ValueError(f"slice {start}:{stop}:{step_} is outside axis {axis} of {item}")
-    shape = list(item.sizes)
-    shape[axis] = len(range(start, stop, step_))
-    return TensorType.of(item.dtype, *shape)
-
-
-def _reshape(types: list[TensorType], attributes: Attrs) -> TensorType:
-    item = _one(types)
-    result = TensorType.of(item.dtype, *attributes.integers("shape"))
-    if result.elements != item.elements:
-        raise ValueError(f"{item} cannot take the shape {attributes['shape']}")
-    return result
-
-
-def _cast(types: list[TensorType], attributes: Attrs) -> TensorType:
-    dtype = attributes.text("to")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    return TensorType.of(dtype, *_one(types).shape)
-
-
-def _scale(types: list[TensorType], attributes: Attrs) -> TensorType:
-    item, factors = types
-    axes = attributes.integers("axes")
-    start = attributes.integer("start", 0)
-    sizes = [item.sizes[axis] for axis in axes]
-    if not axes or list(factors.sizes) != [*sizes[:-1], sizes[-1] - start]:
-        raise ValueError(f"factors {factors} do not fit the axes {list(axes)} of {item} from {start} on")
-    return TensorType.of(item.dtype, *item.shape)
-
-
-def _quantize(types: list[TensorType], attributes: Attrs) -> TensorType:
-    item = _one(types)
-    format = format_of(attributes.text("to"))
-    if item.dtype != "f32" or len(item.shape) < 2:
-        raise ValueError(f"f32 with two axes or more is quantized, not {item}")
-    if item.sizes[-1] % format.group:
-        raise ValueError(f"groups of {format.group} do not divide the {item.sizes[-1]} columns of {item}")
-    return TensorType.of(format.name, *item.shape)
-
-
-def _part_of(name: str) -> StepRule:
-    def rule(types: list[TensorType], attributes: Attrs) -> TensorType:
-        item = _one(types)
-        format = find_format(item.dtype)
-        if format is None or name not in format.part_names:
-            raise ValueError(f"{item} has no {name}")
-        *outer, rows, width = item.sizes
-        dtype, sizes = format.part(name, rows, width)
-        return TensorType.of(dtype, *outer, *sizes)
-
-    return rule
-
-
-StepRule = Callable[[list[TensorType], Attrs], TensorType]
-
-STEPS: dict[str, StepRule] = {
-    "stack": _stack,  # new axis 0
-    "concat": _concat,  # axis
-    "interleave": _interleave,  # axis: rows 0 of every item, rows 1 of every item, ...
-    "transpose": _transpose,  # perm
-    "slice": _slice,  # axis, start, stop, step=1
-    "reshape": _reshape,  # shape
-    "cast": _cast,  # to
-    "scale": _scale,  # by factors that lie along axes, start=0 (on the last of them); inverse=false: divide
-    "quantize": _quantize,  # to: a format, method, starved, weight: see quantize_step.py; the numbers are those that the codes stand for
-    **{name: _part_of(name) for name in PART_NAMES},  # of a quantized weight, as a target stores them
-    **CODE_STEPS,  # what reads quantized checkpoints
-}
 WEIGHT = "weight"  # the option of quantize that names a weight, for methods that look at what it is multiplied with
 FITTED = ".awq"  # how the names of tensors end that no checkpoint has: they are fitted on a calibration text
-SPREADING = ("stack", "concat", "interleave")
 
 
 def steps_of(recipe: Recipe) -> Iterator[Step]:

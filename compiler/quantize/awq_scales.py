@@ -12,9 +12,10 @@ from dataclasses import replace
 from ..ir.activation import Activation
 from ..ir.module import Function, Op, Value
 from ..ir.notes import Note, note_on
-from ..ir.recipes import FITTED, Recipe, Tensor, step
+from ..ir.recipes import FITTED, Recipe, Tensor
 from ..ir.types import TensorType
 from ..ops import OPS
+from ..weights.steps.table import step
 
 _LINEAR = ("core.linear", "moe.experts")
 

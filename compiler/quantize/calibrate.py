@@ -22,12 +22,12 @@ from ..check.tiled import SCORES, TILE, TiledInterpreter
 from ..errors import MoecError
 from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op
-from ..ir.quantize_step import method_of, option_of, weight_of
 from ..ir.recipes import Recipe
 from ..runtime.tokenizer import load_tokenizer
 from ..weights.calibrated import Inputs
 from ..weights.row_file import RowFile
 from ..weights.sources.source import WeightSource
+from ..weights.steps.quantized import method_of, option_of, weight_of
 from .options import CALIBRATED
 
 TOKENS, WINDOW = 8192, 512

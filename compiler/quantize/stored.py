@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..ir.module import Module
-from ..ir.narrow import is_narrowing
-from ..ir.quantize_step import method_of
 from ..ir.recipes import steps_of
+from ..weights.narrow import is_narrowing
+from ..weights.steps.quantized import method_of
 from .options import CALIBRATED
 
 

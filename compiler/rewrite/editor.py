@@ -15,8 +15,9 @@ from ..ir.dce import dce
 from ..ir.module import Function, Op, Value
 from ..ir.names import Names
 from ..ir.notes import Note, note_on, refusal
-from ..ir.recipes import Recipe, Step, step
+from ..ir.recipes import Recipe, Step
 from ..ops.builder import IRBuilder
+from ..weights.steps.table import step
 
 
 class Editor(IRBuilder):

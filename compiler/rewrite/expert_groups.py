@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..ir.module import Function, Op, Value
-from ..ir.recipes import Literal, Recipe, step
+from ..ir.recipes import Literal, Recipe
 from ..ir.types import TensorType
+from ..weights.steps.table import step
 from .editor import Editor
 
 Experts = tuple[int, ...]

@@ -27,7 +27,7 @@ from ..ir.fragments import (
     parse_statements,
 )
 from ..ir.module import Const, Dim, Function, Module, Op, Value
-from ..ir.recipes import STEPS, Literal, Recipe, Tensor, step
+from ..ir.recipes import Literal, Recipe, Tensor
 from ..ir.stages import STAGES
 from ..ir.syntax import (
     LONGEST_INT,
@@ -50,6 +50,7 @@ from ..ir.syntax import (
     shallow,
 )
 from ..ir.types import LONGEST_RANGE, TensorType, expand_range, make_attrs
+from ..weights.steps.table import STEPS, step
 
 __all__ = [
     "Operand",

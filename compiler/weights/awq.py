@@ -13,12 +13,12 @@ import torch
 
 from ..formats.table import format_of
 from ..ir.module import Module, walk_calls
-from ..ir.quantize_step import method_of
 from ..ir.recipes import Recipe, Step, Tensor, bind
 from ..ir.types import TensorType
 from .calibrated import Inputs, inputs_of
 from .pull import pull
 from .sources.source import WeightSource
+from .steps.quantized import method_of
 
 STEPS = 10  # the exponent is tried in tenths
 TILE = 4 << 20  # bytes of f32 of a weight that are worked on at once

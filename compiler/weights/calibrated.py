@@ -8,13 +8,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from ..errors import MoecError
-from ..formats.gptq import factor_of
-from ..ir.recipes import WEIGHT, Recipe, Step, step, tensors
+from ..ir.deferred import torch
+from ..ir.recipes import WEIGHT, Step, tensors
 from ..ir.types import TensorType
 from .row_file import RowFile
 from .sources.safetensors_header import TensorInfo
@@ -110,6 +107,8 @@ class Calibrated:
 
     def factor(self, quantized: Step, expert: int | None) -> torch.Tensor | None:
         """Return gptq's factor for a weight (of one expert); None for an expert that saw too few tokens, or only zeros."""
+        from ..formats.gptq import factor_of
+
         found = inputs_of(quantized, self.inputs)
         key = (str(quantized.attributes[WEIGHT]), expert)
         with self._lock:
@@ -130,16 +129,6 @@ class Calibrated:
             return factor
 
 
-def unquantized(recipe: Recipe) -> Recipe:
-    """Return the recipe of a weight's own numbers: not quantized, and not scaled for that."""
-    return _rebuilt(recipe, lambda s: s.items[0] if s.name in ("quantize", "scale") else s)
-
-
-def uncalibrated(recipe: Recipe) -> Recipe:
-    """Return the recipe of a weight without known inputs, as where its numbers are pseudo-random: rounded to nearest."""
-    return _rebuilt(recipe, lambda s: step("quantize", *s.items, to=s.attributes["to"]) if s.name == "quantize" else s)
-
-
 def inputs_of(quantized: Step, inputs: Mapping[str, Inputs]) -> Inputs:
     """Return what a weight is multiplied with; MoecError if the calibration did not see it."""
     name = quantized.attributes.get(WEIGHT)
@@ -150,10 +139,3 @@ def inputs_of(quantized: Step, inputs: Mapping[str, Inputs]) -> Inputs:
             todo=f"method={quantized.attributes['method']} needs it: run the pass quantize again, or with method=rtn",
         )
     return inputs[str(name)]
-
-
-def _rebuilt(recipe: Recipe, change: Any) -> Recipe:
-    if not isinstance(recipe, Step):
-        return recipe
-    items = tuple(_rebuilt(item, change) for item in recipe.items)
-    return change(recipe if items == recipe.items else step(recipe.name, *items, **recipe.attributes))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from ..formats.format import Format
 from ..formats.table import ELEMENTS, GROUPS, format_of
-from ..ir.recipes import Recipe, Step, step
+from ..ir.recipes import Recipe, Step
+from .steps.table import step
 
 FP8_BLOCK = (128, 128)  # rows and columns of FP8 that share a scale, in checkpoints as in the format fp8_b128
 

@@ -9,9 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
-
 from ..errors import MoecError, write_error
+from ..ir.deferred import torch
 
 NAME = "calibration inputs"
 

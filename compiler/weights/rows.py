@@ -9,8 +9,8 @@ import torch
 from ..formats.format import Parts
 from ..ir.recipes import Step
 from .pull import Pull
-from .quantized import encode_parts, matrix_scale
 from .sources.source import Box, WeightSource
+from .steps.quantized import encode_parts, matrix_scale
 
 
 def encode_rows(quantized: Step, source: WeightSource, box: Box, whole: torch.Tensor | None = None) -> Parts:

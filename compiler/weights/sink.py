@@ -20,13 +20,14 @@ import torch
 
 from ..errors import write_error
 from ..formats.table import format_of
-from ..ir.recipes import Recipe, Step, step
+from ..ir.recipes import Recipe, Step
 from .heap import keep_freed_memory
 from .memory import TILE_BYTES, usable_threads
 from .pull import pull, row_major
-from .quantized import is_part, row_tiles
 from .rows import encode_rows
 from .sources.source import Box, WeightSource
+from .steps.quantized import is_part, row_tiles
+from .steps.table import step
 from .tiles import tiles
 
 # Tensors of a page or more start on a page, so that a runtime can map them; small ones on a cache line.

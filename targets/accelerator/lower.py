@@ -12,11 +12,11 @@ from typing import Any
 
 from ...compiler.formats.table import find_format
 from ...compiler.ir.module import Function, Module, Op, Value
-from ...compiler.ir.narrow import narrowed
 from ...compiler.ir.notes import Note, Rewritten
 from ...compiler.ops import OPS
 from ...compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ...compiler.rewrite.roles import Uses, weight_roles
+from ...compiler.weights.narrow import narrowed
 from . import ops
 
 assert ops  # what is lowered to is declared there

@@ -12,9 +12,9 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.dims import evaluate
 from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
-from moec.compiler.ir.quantize_step import method_of
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.rewrite.roles import weight_roles
+from moec.compiler.weights.steps.quantized import method_of
 from moec.passes import PASSES
 from moec.targets import TARGETS
 from places import CONFIGS

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moec.compiler.ir.code_steps import BLOCKS
+from moec.compiler.weights.ggml import BLOCKS
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q4_k": 12, "q6_k": 14, "mxfp4": 39}
 ELEMENTS = {"q4_k": 256, "q6_k": 256}

@@ -15,10 +15,11 @@ import sympy
 
 from ...ir.dims import Size, dim, floordiv, size
 from ...ir.module import Dim, Function, Module, Value
-from ...ir.recipes import Literal, Recipe, step, tensors
+from ...ir.recipes import Literal, Recipe, tensors
 from ...ir.types import TensorType
 from ...ops.builder import IRBuilder
 from ...ops.compressed import pending_tokens
+from ...weights.steps.table import step
 from .config import LayerKind, Settings, read_settings
 from .weights import EXTRA, Weights
 

@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from ...errors import MoecError
-from ...ir.recipes import Recipe, Tensor, bind, step
+from ...ir.recipes import Recipe, Tensor, bind
 from ...ir.types import TensorType, expand_range
 from ...weights.sources.checkpoint import names_like
+from ...weights.steps.table import step
 from ..stored.layouts import FLOATS, Stored, scaled
 from ..stored.schemes import Scheme, read_schemes
 from ..stored.stored import fitting

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MoecError
-from ...ir.code_steps import BLOCKS
+from ...weights.ggml import BLOCKS
 from ...weights.sources.gguf import Gguf
 from ..skeleton import read_config
 from . import rope as gguf_rope

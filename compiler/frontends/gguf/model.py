@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MoecError
-from ...ir.code_steps import BLOCKS
 from ...ir.module import Module
-from ...ir.recipes import Recipe, Tensor, step, tensors
+from ...ir.recipes import Recipe, Tensor, tensors
+from ...weights.ggml import BLOCKS
 from ...weights.sources.gguf import Gguf, open_gguf
+from ...weights.steps.table import step
 from ..replaced.stand_ins import StandIn
 from ..skeleton import build
 from ..stored.stored import first_number, layer_types

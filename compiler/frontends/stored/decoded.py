@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -88,7 +88,7 @@ class DecodedSource:
         if recipe.name == "dequantize":
             return self.whole(recipe)
         items = tuple(self.decoded(item) for item in recipe.items)
-        return recipe if items == recipe.items else Step(recipe.name, items, recipe.attrs, recipe.type)
+        return recipe if items == recipe.items else replace(recipe, items=items)
 
     def whole(self, recipe: Recipe) -> Recipe:
         """Return a tensor in place of a recipe that decodes one weight, named as its codes; others stay."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ir.recipes import Recipe, Step, Tensor, step
+from ...ir.recipes import Recipe, Step, Tensor
 from ...ir.types import TensorType
+from ...weights.steps.table import step
 from .schemes import WHOLE_TENSOR, Block, Scheme
 
 FLOATS = ("f32", "bf16", "f16", "f64")

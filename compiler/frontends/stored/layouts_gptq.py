@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from ...ir.recipes import Recipe, Tensor, step
+from ...ir.recipes import Recipe, Tensor
+from ...weights.steps.table import step
 from .layouts import FLOATS, Stored, by_order
 from .schemes import Scheme
 

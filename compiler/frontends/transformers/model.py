@@ -17,9 +17,10 @@ from ...errors import MoecError
 from ...ir.dce import dce
 from ...ir.dtypes import dtype_name, find_dtype
 from ...ir.module import Dim, Function, Module, Value
-from ...ir.recipes import Literal, Recipe, step
+from ...ir.recipes import Literal, Recipe
 from ...ir.types import TensorType
 from ...ops.builder import IRBuilder
+from ...weights.steps.table import step
 from ..aten import moec_ops, operators  # noqa: F401  (these fill the table of handlers)
 from ..aten.export import DIM_EXPRESSIONS, Traced, trace
 from ..aten.lower import Graph, lower

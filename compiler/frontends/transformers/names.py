@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
-from ...ir.code_steps import CODE_STEPS
 from ...ir.dtypes import dtype_name
-from ...ir.recipes import Recipe, Step, Tensor, rename, step, tensors
+from ...ir.recipes import Recipe, Step, Tensor, rename, tensors
 from ...ir.types import TensorType, expand_range
+from ...weights.steps.table import STEPS, step
 from ..stored.layouts import FLOATS
 from .config_names import keys_of
 from .other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
@@ -307,7 +307,7 @@ def check_numbers(recipe: Recipe, floats: bool) -> None:
 
     `floats` is false for a parameter of integers, which may be stored in any kind of integers.
     """
-    if isinstance(recipe, Step) and recipe.name not in CODE_STEPS:
+    if isinstance(recipe, Step) and not STEPS[recipe.name].reads_codes:
         for item in recipe.items:
             check_numbers(item, floats)
     elif isinstance(recipe, Tensor) and (recipe.type.dtype in FLOATS) != floats:

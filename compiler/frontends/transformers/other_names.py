@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
-from ...ir.recipes import Recipe, step
+from ...ir.recipes import Recipe
+from ...weights.steps.table import step
 from .recipe_tensor import join
 
 # parts in front of the names of the model that reads and writes text: of models of text and images, of wrappers

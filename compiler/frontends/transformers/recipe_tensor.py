@@ -6,14 +6,16 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import DTYPES, dtype_name
-from ...ir.recipes import SPREADING, Recipe, Step, Tensor, step
+from ...ir.recipes import Recipe, Step, Tensor
 from ...ir.types import Attr
+from ...weights.steps.table import step
 
 FLOATS = {"f16", "bf16", "f32", "f64"}
 
@@ -188,7 +190,7 @@ def _shape_of(recipe: Recipe) -> Hashable:
     match recipe:
         case Tensor():
             return (re.sub(r"\d+", "#", recipe.name), recipe.type)
-        case Step() if recipe.name not in SPREADING:
+        case Step() if not recipe.spreads:
             return (recipe.name, recipe.attrs, recipe.type, tuple(map(_shape_of, recipe.items)))
     return None
 
@@ -206,13 +208,13 @@ def _template(recipes: Sequence[Recipe]) -> Recipe | None:
         not isinstance(r, Step) or (r.name, r.attrs, r.type) != (first.name, first.attrs, first.type) for r in recipes
     ):
         return None
-    if first.name in SPREADING:
+    if first.spreads:
         return None
     columns = zip(*(r.items for r in recipes if isinstance(r, Step)), strict=True)
     items = [_template(column) for column in columns]
     if any(item is None for item in items):
         return None
-    return Step(first.name, tuple(i for i in items if i is not None), first.attrs, first.type)
+    return replace(first, items=tuple(i for i in items if i is not None))
 
 
 def _name_range(names: Sequence[str]) -> str | None:

@@ -19,9 +19,9 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from ...errors import MoecError
-from ...ir.code_steps import BLOCKS
 from ...ir.dtypes import DTYPES
 from ...ir.types import TensorType
+from ..ggml import BLOCKS
 from ..unchanged import Opened, stamp_of
 from .checkpoint import Checkpoint, open_regular
 from .safetensors_header import TensorInfo

@@ -13,9 +13,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Protocol
 
-import torch
-
 from ...errors import MoecError
+from ...ir.deferred import torch
 from ...ir.dtypes import DTYPES, dtype_name, find_dtype
 from ...ir.recipes import FITTED
 from ...ir.types import TensorType

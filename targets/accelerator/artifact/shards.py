@@ -27,11 +27,11 @@ from ....compiler.ir.names import Names
 from ....compiler.ir.recipes import Recipe, Step, bind
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.pull import pull, row_major
-from ....compiler.weights.quantized import block_tiles
 from ....compiler.weights.rows import encode_rows, tensor_scales
 from ....compiler.weights.sink import TiledFile
 from ....compiler.weights.sources.safetensors_header import SAFETENSORS_DTYPES
 from ....compiler.weights.sources.source import Box, WeightSource
+from ....compiler.weights.steps.quantized import block_tiles
 from ....compiler.weights.tiles import tiles
 from ..tile.packing import FRACTAL_ROWS, Packing
 

@@ -9,9 +9,10 @@ from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format, format_of
 from ....compiler.ir.activation import Activation
 from ....compiler.ir.module import Op, Value
-from ....compiler.ir.recipes import Recipe, Step, range_length, step
+from ....compiler.ir.recipes import Recipe, Step, range_length
 from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor
+from ....compiler.weights.steps.table import step
 from ..capabilities import (
     Record,
     Variant,

@@ -23,9 +23,9 @@ from ....compiler.ir.recipes import Recipe, bind
 from ....compiler.version import __version__
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.pull import pull
-from ....compiler.weights.quantized import is_part
 from ....compiler.weights.sink import DataFile
 from ....compiler.weights.sources.source import WeightSource
+from ....compiler.weights.steps.quantized import is_part
 from .. import ops, ops_quantized
 from ..lower.logits import LOGITS
 from . import attention as onnx_attention

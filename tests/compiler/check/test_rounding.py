@@ -12,12 +12,13 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import Const
 from moec.compiler.ir.pipelines import PassCall
-from moec.compiler.ir.recipes import Literal, Step, step
+from moec.compiler.ir.recipes import Literal, Step
 from moec.compiler.ir.types import TensorType
 from moec.compiler.rewrite.declare import pass_
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module
-from moec.compiler.weights import quantized as evaluated
+from moec.compiler.weights.steps import quantized as evaluated
+from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from quantized_checkpoints import CASES, checkpoint, quantized
 from tiny_models import random_model

@@ -15,11 +15,12 @@ from moec.compiler.errors import MoecError
 from moec.compiler.formats.format import PART_NAMES, Format
 from moec.compiler.formats.packing import pack, unpack
 from moec.compiler.formats.table import ELEMENTS, GROUPS, format_of
-from moec.compiler.ir.recipes import Step, Tensor, step
+from moec.compiler.ir.recipes import Step, Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.source import ModuleSource
+from moec.compiler.weights.steps.table import step
 from moec.compiler.weights.tiles import tiles
 
 INTEGERS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in GROUPS for sign in ("", "u")]

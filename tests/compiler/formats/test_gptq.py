@@ -5,12 +5,14 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.gptq import gptq, inverse_factor
 from moec.compiler.formats.table import format_of
-from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.calibrated import Calibrated, Inputs, uncalibrated
+from moec.compiler.weights.calibrated import Calibrated, Inputs
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.source import ModuleSource
+from moec.compiler.weights.steps.table import step
+from moec.compiler.weights.uncalibrated import uncalibrated
 
 FORMATS = ("uint4_g32", "int4_g64", "uint2_g16", "int8_g64", "uint4_g256")
 

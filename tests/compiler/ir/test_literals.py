@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from moec.compiler.ir.module import Const, Function, Module, Op, Value
-from moec.compiler.ir.recipes import Literal, step
+from moec.compiler.ir.recipes import Literal
 from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.source import RandomSource
+from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 
 ZEROS = (b"\0" * 8, b"\0" * 7 + b"\x80")

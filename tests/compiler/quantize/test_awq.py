@@ -7,7 +7,7 @@ from moec.compiler.driver import opt
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.pipelines import print_pipeline
-from moec.compiler.ir.recipes import FITTED, Tensor, step, tensors
+from moec.compiler.ir.recipes import FITTED, Tensor, tensors
 from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.awq_scales import fold
 from moec.compiler.quantize.calibrate import calibrate, main_inputs
@@ -15,6 +15,7 @@ from moec.compiler.weights.awq import _search, fit
 from moec.compiler.weights.calibrated import Calibrated, Inputs
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.source import ModuleSource
+from moec.compiler.weights.steps.table import step
 from moec.targets import TARGETS
 from tiny_models import random_model, save
 

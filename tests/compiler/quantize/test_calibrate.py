@@ -10,12 +10,12 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.pipelines import print_pipeline
-from moec.compiler.ir.quantize_step import weight_of
 from moec.compiler.ir.recipes import bind
 from moec.compiler.quantize.calibrate import CalibrationText, _Recorder, calibrate, main_inputs, windows_of
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.calibrated import Calibrated
 from moec.compiler.weights.sources.source import ModuleSource
+from moec.compiler.weights.steps.quantized import weight_of
 from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
 from tiny_models import random_model, save

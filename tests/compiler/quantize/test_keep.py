@@ -11,8 +11,9 @@ import torch
 from moec.compiler.driver import compile_source
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
-from moec.compiler.ir.recipes import Step, step
+from moec.compiler.ir.recipes import Step
 from moec.compiler.weights.pull import pull
+from moec.compiler.weights.steps.table import step
 from moec_command import invoke
 from quantized_checkpoints import AWQ, CASES, CT4, EXACT, GPTQ, checkpoint, difference, quantized
 from tiny_models import random_model, save

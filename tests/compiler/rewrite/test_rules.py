@@ -6,13 +6,14 @@ import pytest
 from moec.compiler.check.compare import compare_modules
 from moec.compiler.errors import MoecError, Refuse
 from moec.compiler.ir.module import Module
-from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.ops.verify import verify
 from moec.compiler.rewrite.editor import join
 from moec.compiler.rewrite.rules import apply, rule
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
+from moec.compiler.weights.steps.table import step
 
 
 def program(body: str, results: str = "f32[B, 8]", returned: str = "%y", params: str = "%x: f32[B, 8]") -> Module:

@@ -17,9 +17,9 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.stored import stored
 from moec.compiler.frontends.transformers.dequantized import dequantized_model
-from moec.compiler.ir.code_steps import BLOCKS
-from moec.compiler.ir.recipes import step
 from moec.compiler.runtime.reference import open_reference
+from moec.compiler.weights.ggml import BLOCKS
+from moec.compiler.weights.steps.table import step
 from moec_command import invoke
 from quantized_checkpoints import CASES, checkpoint, quantized
 from safetensors.torch import load_file, save_file

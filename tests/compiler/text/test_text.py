@@ -12,7 +12,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir.dims import dim
 from moec.compiler.ir.module import Op, Value
 from moec.compiler.ir.pipelines import PassCall, parse_pipeline
-from moec.compiler.ir.recipes import Literal, Tensor, step
+from moec.compiler.ir.recipes import Literal, Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.text.parser import (
     Operand,
@@ -24,6 +24,7 @@ from moec.compiler.text.parser import (
     parse_statements,
 )
 from moec.compiler.text.printer import print_function, print_module, print_op, print_recipe, print_type
+from moec.compiler.weights.steps.table import step
 
 TEXT = """\
 moec 1 stage graph

@@ -14,11 +14,12 @@ from moec.compiler.ir.activation import KINDS, LAYOUTS, Activation
 from moec.compiler.ir.dims import ceildiv, dim, floordiv, size, size_text
 from moec.compiler.ir.module import Const, Dim, Function, Module, Op, Value
 from moec.compiler.ir.pipelines import parse_pipeline
-from moec.compiler.ir.recipes import Literal, Tensor, step
+from moec.compiler.ir.recipes import Literal, Tensor
 from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module, parse_signature, parse_size, parse_statements
 from moec.compiler.text.printer import print_module
+from moec.compiler.weights.steps.table import step
 
 RELAXED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 TYPES: dict[int, tuple[TensorType, ...]] = {}  # what the op test.any gives, by its attribute `n`

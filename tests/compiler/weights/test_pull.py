@@ -9,12 +9,12 @@ from boxes import boxes_of, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
-from moec.compiler.ir.recipes import SPREADING, STEPS, Literal, Recipe, Tensor, bind, spread, step
+from moec.compiler.ir.recipes import Literal, Recipe, Tensor, bind, spread
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.pull import EVALUATE, pull
-from moec.compiler.weights.quantized import QUANTIZED
+from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
+from moec.compiler.weights.steps.table import STEPS, step
 from moec.compiler.weights.tiles import tiles
 from safetensors.torch import save_file
 
@@ -27,7 +27,7 @@ def reference(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         case Literal():
             return torch.tensor(recipe.values, dtype=torch.float32).reshape(recipe.type.sizes)
     a: dict[str, Any] = recipe.attributes
-    items = [reference(item, tensors) for item in (spread(recipe) if recipe.name in SPREADING else recipe.items)]
+    items = [reference(item, tensors) for item in (spread(recipe) if recipe.spreads else recipe.items)]
     match recipe.name:
         case "stack":
             return torch.stack(items)
@@ -137,8 +137,9 @@ def test_a_box_is_the_slice_of_the_whole(program: tuple[Recipe, dict[str, torch.
     assert all(same(kept[name], tensor) for name, tensor in tensors.items())  # nothing was written to the source
 
 
-def test_every_step_is_evaluated() -> None:
-    assert set(EVALUATE) | set(QUANTIZED) == set(STEPS)
+def test_every_step_says_what_it_does() -> None:
+    assert not [name for name, declared in STEPS.items() if not declared.evaluate.__doc__ or declared.name != name]
+    assert all(declared.moves for declared in STEPS.values() if declared.spreads)
 
 
 def test_partial_edge_blocks(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
-from moec.compiler.ir.recipes import Literal, Recipe, Step, Tensor, step
+from moec.compiler.ir.recipes import Literal, Recipe, Step, Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.kept_codes import packed, take_apart
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import RandomSource
+from moec.compiler.weights.steps.table import step
 from moec.compiler.weights.tiles import tiles
 from safetensors.torch import save_file
 

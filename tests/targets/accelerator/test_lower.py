@@ -12,15 +12,16 @@ from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.activation import Activation
-from moec.compiler.ir.narrow import is_narrowing, narrowed
 from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
-from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.ops import OPS
 from moec.compiler.quantize.request import read_request, with_quantization
 from moec.compiler.quantize.stored import is_lossy
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module
+from moec.compiler.weights.narrow import is_narrowing, narrowed
+from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
 from moec.targets.accelerator.kernels.formats import holds, slow

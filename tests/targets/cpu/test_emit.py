@@ -17,13 +17,14 @@ import torch
 from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError, Refuse
 from moec.compiler.ir.module import Function, Module, Op, Value
-from moec.compiler.ir.recipes import Recipe, Tensor, step
+from moec.compiler.ir.recipes import Recipe, Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.source import RandomSource
+from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from moec.targets import TARGETS
 from moec.targets.cpu.lower.module import lower

@@ -12,10 +12,11 @@ from gguf_files import random_blocks
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.gguf.model import dequantized
 from moec.compiler.frontends.stored.decoded import Decoding, gguf_source, safetensors_source
-from moec.compiler.ir.code_steps import BLOCKS
-from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.recipes import Tensor
+from moec.compiler.weights.ggml import BLOCKS
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.gguf import open_gguf
+from moec.compiler.weights.steps.table import step
 from stored_checkpoint import write_and_decode
 
 MODULE = "model.layers.0.mlp.up_proj"

@@ -13,13 +13,14 @@ from moec.compiler.frontends.stored.layouts_gptq import gptq
 from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.schemes import read_schemes
 from moec.compiler.frontends.stored.stored import decode
-from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.kept_codes import packed, take_apart
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import RandomSource, cut
+from moec.compiler.weights.steps.table import step
 from safetensors.torch import save_file
 from stored_checkpoint import Config, write_and_decode
 

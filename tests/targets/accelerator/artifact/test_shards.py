@@ -9,10 +9,11 @@ import safetensors.torch
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Const, Function, Module, Op, Value
-from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource
+from moec.compiler.weights.steps.table import step
 from moec.targets.accelerator.artifact.shards import find_shards, write_shards
 from moec.targets.accelerator.tile.packing import Packing
 

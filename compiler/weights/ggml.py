@@ -1,17 +1,31 @@
-"""The parts of GGUF blocks: codes, scales and minimums, from the bytes as they lie in the file.
+"""The block types of GGUF and their parts: codes, scales and minimums, from the bytes as they lie in the file.
 
-Every function takes u8[blocks, bytes] and the part that is wanted, and returns u8[blocks, elements] of codes (unsigned,
+What reads a block type takes u8[blocks, bytes] and the part that is wanted, and returns u8[blocks, elements] of codes (unsigned,
 half of the range added to signed ones) or f32[blocks, groups]. The layouts are those of ggml-common.h and
 ggml-quants.c of llama.cpp: low and high nibbles hold codes that lie far apart, not beside each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-import torch
+from ..ir.deferred import torch
 
-Part = Callable[[torch.Tensor, str], torch.Tensor]
+Part = Callable[["torch.Tensor", str], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block type of GGUF: its elements and bytes, the elements that share a scale, what a code is, and how it is read."""
+
+    elements: int
+    bytes: int
+    group: int
+    bits: int
+    read: Part
+    element: str = "int"  # int, or a key of table.ELEMENTS
+    minimums: bool = False  # w = scale q - minimum; without it half of the range is subtracted from a code
 
 
 def _f16(raw: torch.Tensor, start: int) -> torch.Tensor:
@@ -115,7 +129,18 @@ def _q6_k(raw: torch.Tensor, part: str) -> torch.Tensor:
     return _f16(raw, 208) * raw[:, 192:208].view(torch.int8).float()
 
 
-PARTS: dict[str, Part] = {
-    "q4_0": _q4_0, "q4_1": _q4_1, "q5_0": _q5_0, "q5_1": _q5_1, "q8_0": _q8_0, "q2_k": _q2_k, "q3_k": _q3_k,
-    "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k, "mxfp4": _mxfp4, "iq4_nl": _q4_0,
-}  # fmt: skip
+# ggml-common.h of llama.cpp has the structs
+BLOCKS: Mapping[str, Blocks] = {
+    "q4_0": Blocks(32, 18, 32, 4, _q4_0),
+    "q4_1": Blocks(32, 20, 32, 4, _q4_1, minimums=True),
+    "q5_0": Blocks(32, 22, 32, 5, _q5_0),
+    "q5_1": Blocks(32, 24, 32, 5, _q5_1, minimums=True),
+    "q8_0": Blocks(32, 34, 32, 8, _q8_0),
+    "q2_k": Blocks(256, 84, 16, 2, _q2_k, minimums=True),
+    "q3_k": Blocks(256, 110, 16, 3, _q3_k),
+    "q4_k": Blocks(256, 144, 32, 4, _q4_k, minimums=True),
+    "q5_k": Blocks(256, 176, 32, 5, _q5_k, minimums=True),
+    "q6_k": Blocks(256, 210, 16, 6, _q6_k),
+    "mxfp4": Blocks(32, 17, 32, 4, _mxfp4, "e2m1"),
+    "iq4_nl": Blocks(32, 18, 32, 4, _q4_0, "iq4_nl"),
+}

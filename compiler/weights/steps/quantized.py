@@ -7,22 +7,19 @@ As a value, a quantized weight is the numbers that its codes stand for, in f32. 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
-import torch
-
-from ..errors import MoecError
-from ..formats.format import PART_NAMES, Format, Parts
-from ..formats.gptq import gptq
-from ..formats.packing import pack
-from ..formats.table import format_of
-from ..ir.recipes import Recipe, Step, tensors
-from ..ir.types import TensorType
-from .calibrated import Calibrated
-from .evaluator import Evaluator
-from .sources.source import Box, WeightSource
-from .tiles import tiles
+from ...errors import MoecError
+from ...formats.format import PART_NAMES, Format, Parts
+from ...formats.table import find_format, format_of
+from ...ir.deferred import torch
+from ...ir.recipes import WEIGHT, Recipe, Step, steps_of, tensors
+from ...ir.types import Attrs, TensorType
+from ..calibrated import Calibrated
+from ..sources.source import Box, WeightSource
+from ..tiles import tiles
+from .declare import Evaluator, TypeRule, Types, WeightStep, one, weight_step
 
 
 def is_part(recipe: Recipe) -> TypeGuard[Step]:
@@ -97,6 +94,8 @@ def encode_parts(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tenso
 
 def _packed(quantized: Step, box: Box, inner: Evaluator) -> Parts:
     """Return the parts of rows whose codes and scales the checkpoint holds."""
+    from ...formats.packing import pack
+
     format, codes = _format(quantized), quantized.items[0]
     *lead, (low, high), _ = box
     blocks = (low // format.rows, -(-high // format.rows))
@@ -117,6 +116,8 @@ def _packed(quantized: Step, box: Box, inner: Evaluator) -> Parts:
 
 def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: WeightSource) -> Parts:
     """Return parts chosen with the inputs of the weight; experts that saw too few tokens are rounded to nearest."""
+    from ...formats.gptq import gptq
+
     format, known = _format(quantized), source if isinstance(source, Calibrated) else Calibrated(source, {})
 
     def parts(rows: torch.Tensor, expert: int | None) -> Parts:
@@ -129,11 +130,42 @@ def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: Weigh
     return {name: torch.stack([p[name] for p in found]) for name in found[0]}
 
 
+def _quantize_type(types: Types, attributes: Attrs) -> TensorType:
+    item = one(types)
+    format = format_of(attributes.text("to"))
+    if item.dtype != "f32" or len(item.shape) < 2:
+        raise ValueError(f"f32 with two axes or more is quantized, not {item}")
+    if item.sizes[-1] % format.group:
+        raise ValueError(f"groups of {format.group} do not divide the {item.sizes[-1]} columns of {item}")
+    return TensorType.of(format.name, *item.shape)
+
+
+@weight_step("quantize", _quantize_type)
 def _quantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
-    """Evaluate to the numbers that the codes stand for."""
+    """Quantize to the format `to`, by `method` (rtn); the numbers are those that the codes stand for.
+
+    `weight` names the weight for methods that look at what it is multiplied with, `starved` says what they do without.
+    """
     format, wide = _format(step), _whole_blocks(step, box)
     numbers = format.decode(encode_parts(step, wide, inner), step.type.sizes[-1])
     return numbers[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, wide, strict=True))]
+
+
+def _packed_type(types: Types, attributes: Attrs) -> TensorType:
+    codes, scales, *zeros = types
+    format = format_of(attributes.text("to"))
+    if codes.dtype != "u8" or len(codes.shape) < 2 or codes.sizes[-1] % format.group or format.tensor_scale:
+        raise ValueError(f"codes u8 in whole groups of {format.group} are kept, not {codes}")
+    wanted = (*codes.sizes[:-2], -(-codes.sizes[-2] // format.rows), codes.sizes[-1] // format.group)
+    if scales.sizes != wanted or len(zeros) > format.zeros or any(z.sizes != wanted for z in zeros):
+        raise ValueError(f"{format.name} of {codes} has scales (and zero points) {list(wanted)}, not {types[1:]}")
+    return TensorType.of(format.name, *codes.shape)
+
+
+@weight_step("packed", _packed_type, reads_codes=True)
+def _packed_weight(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
+    """Store codes, scales and zeros of the checkpoint in the format `to`."""
+    return _quantize.evaluate(step, box, inner)
 
 
 def _whole_blocks(step: Step, box: Box) -> Box:
@@ -144,8 +176,25 @@ def _whole_blocks(step: Step, box: Box) -> Box:
     return (*outer, (low, high), (0, sizes[-1]))
 
 
-def _part(name: str) -> Callable[[Step, Box, Evaluator], torch.Tensor]:
+def _part_type(name: str) -> TypeRule:
+    def rule(types: Types, attributes: Attrs) -> TensorType:
+        item = one(types)
+        format = find_format(item.dtype)
+        if format is None or name not in format.part_names:
+            raise ValueError(f"{item} has no {name}")
+        *outer, rows, width = item.sizes
+        dtype, sizes = format.part(name, rows, width)
+        return TensorType.of(dtype, *outer, *sizes)
+
+    return rule
+
+
+def _part(name: str) -> WeightStep:
+    """Declare the step that takes a part of a quantized weight."""
+
+    @weight_step(name, _part_type(name))
     def evaluate(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
+        """Take this part of a quantized weight, as a target stores it."""
         quantized: Any = step.items[0]
         format = _format(quantized)
         rows = quantized.type.sizes[-2]
@@ -161,5 +210,23 @@ def _part(name: str) -> Callable[[Step, Box, Evaluator], torch.Tensor]:
     return evaluate
 
 
-# the steps of recipes.STEPS on quantized weights, as in pull.EVALUATE
-QUANTIZED = {"quantize": _quantize, "packed": _quantize, **{name: _part(name) for name in PART_NAMES}}
+STEPS = (_quantize, *map(_part, PART_NAMES), _packed_weight)
+
+
+# --- what the step that quantizes says ---------------------------------------------------------------------------
+
+
+def method_of(recipe: Recipe) -> str:
+    """Return the method by which a weight is quantized."""
+    return option_of(recipe, "method")
+
+
+def weight_of(recipe: Recipe) -> str:
+    """Return the name of a weight that is quantized with its inputs, bound as its tensors are; nothing for others."""
+    return next((str(s.attributes[WEIGHT]) for s in steps_of(recipe) if WEIGHT in s.attributes), "")
+
+
+def option_of(recipe: Recipe, name: str) -> str:
+    """Return an option of the step that quantizes a weight; rtn where it says nothing."""
+    found = next((s for s in steps_of(recipe) if s.name == "quantize"), None)
+    return str(found.attributes.get(name, "rtn")) if found else "rtn"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .recipes import Recipe, Step, step
+from ..ir.recipes import Recipe, Step
+from .steps.table import STEPS, step
 
 # dtype -> the dtypes whose numbers it has all of
 _HOLDS = {"bf16": ("bf16", "f8e4m3", "f8e5m2", "f8e8m0"), "f16": ("f16", "f8e4m3", "f8e5m2")}
-_SHAPES = ("stack", "concat", "interleave", "transpose", "slice", "reshape")  # steps that move numbers and change none
 
 
 def narrowed(recipe: Recipe, to: str = "bf16") -> tuple[Recipe, bool]:
@@ -19,7 +19,7 @@ def narrowed(recipe: Recipe, to: str = "bf16") -> tuple[Recipe, bool]:
     if isinstance(recipe, Step):
         if recipe.name == "cast" and recipe.attributes["to"] == "f32":
             return narrowed(recipe.items[0], to)
-        if recipe.name in _SHAPES:
+        if STEPS[recipe.name].moves:
             items, exact = zip(*(narrowed(item, to) for item in recipe.items), strict=True)
             return step(recipe.name, *items, **recipe.attributes), all(exact)
     return step("cast", recipe, to=to), recipe.type.dtype in _HOLDS[to]

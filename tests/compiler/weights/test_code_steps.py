@@ -5,13 +5,14 @@ import pytest
 import torch
 from gguf_files import random_blocks
 from moec.compiler.errors import MoecError
-from moec.compiler.ir.code_steps import BLOCKS
 from moec.compiler.ir.dtypes import dtype_name
-from moec.compiler.ir.recipes import Tensor, step
+from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
+from moec.compiler.weights.ggml import BLOCKS
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.source import ModuleSource, cut
+from moec.compiler.weights.steps.table import step
 
 
 def leaf(name, tensor):
