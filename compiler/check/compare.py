@@ -50,27 +50,25 @@ def changed_functions(before: Module, after: Module) -> list[str]:
     return names
 
 
-def compare_modules(before: Module, after: Module, tolerance: float, seed: int = 0) -> None:
+def compare_modules(before: Module, after: Module, tolerance: float) -> None:
     """Raise MoecError unless every changed function gives the same numbers, relative to the largest one."""
     bindings: dict[str, Mapping[str, str]] = {}
     for function, bound in walk_calls(before):
         bindings.setdefault(function.name, bound)
     for name in changed_functions(before, after):
         if name in bindings:  # a function that nothing calls has no weights to be run with
-            compare_function(before, after, name, bindings[name], tolerance, seed)
+            compare_function(before, after, name, bindings[name], tolerance)
 
 
-def compare_function(
-    before: Module, after: Module, name: str, bound: Mapping[str, str], tolerance: float, seed: int = 0
-) -> None:
+def compare_function(before: Module, after: Module, name: str, bound: Mapping[str, str], tolerance: float) -> None:
     """Raise MoecError unless a function gives the same numbers in both modules."""
-    source = random_source(before, after, seed=seed)
+    source = random_source(before, after)
     dims = small_dims(before)
 
     def weights(recipe: Recipe) -> Tensor:
         return pull(uncalibrated(recipe), source)
 
-    inputs = random_inputs(before, name, dims, seed)
+    inputs = random_inputs(before, name, dims)
     expected = interpret(before, inputs, weights, name, bound, dims)
     try:
         found = interpret(after, inputs, weights, name, bound, dims)
@@ -82,9 +80,9 @@ def compare_function(
             raise _report(before.by_name[name], i, problem)
 
 
-def random_source(*modules: Module, seed: int = 0) -> RandomSource:
+def random_source(*modules: Module) -> RandomSource:
     """Return a source of random weights for modules, with indices inside of what they choose from."""
-    return RandomSource(seed, below=dict(bound for module in modules for bound in _index_sizes(module)))
+    return RandomSource(below=dict(bound for module in modules for bound in _index_sizes(module)))
 
 
 def _index_sizes(module: Module) -> Iterator[tuple[str, int]]:

@@ -65,10 +65,8 @@ class Opened:
         return chosen
 
 
-def open_source(source: Module | Path | str, *, trust_remote_code: bool = False) -> Opened:
-    """Open a module, a checkpoint folder (config.json is enough), an artifact or a `.moir` file; MoecError."""
-    if isinstance(source, Module):
-        return Opened(source, {}, {})
+def open_source(source: Path | str, *, trust_remote_code: bool = False) -> Opened:
+    """Open a checkpoint folder (config.json is enough), an artifact or a `.moir` file; MoecError."""
     from ...targets import declare_kernel_ops
     from ..frontends.load import load
 
@@ -78,16 +76,13 @@ def open_source(source: Module | Path | str, *, trust_remote_code: bool = False)
     return Opened(loaded.module, loaded.left_out, manifest, imported=Path(source).suffix != ".moir")
 
 
-def inspect(
-    source: Module | Path | str | Opened, *, context: int | None = None, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Return the figures of a source, opened or not (see `open_source`).
+def inspect(opened: Opened, *, context: int | None = None) -> dict[str, Any]:
+    """Return the figures of a source.
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
     parameters, bytes, left_out, per_token, state, formulas, dims, inputs, outputs, kinds, layers; of an artifact also unfused,
     files and (for an accelerator) kernels. Raises MoecError.
     """
-    opened = source if isinstance(source, Opened) else open_source(source, trust_remote_code=trust_remote_code)
     module, chosen = opened.counted, opened.context(context)
     return _report(module, module_costs(module), chosen, opened.manifest, opened.left_out)
 

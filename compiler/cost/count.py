@@ -89,17 +89,9 @@ class Costs:
     layers: tuple[CallCost, ...]
     total: Cost
 
-    def dims(self, batch: int = 1, new: int = 1, past: int = 0) -> dict[str, int]:
-        """Return values for every dim: B, S and P as given, any other as small as it may be (but not 0)."""
-        return _dims(self.module, batch, new, past)
-
-    def decode_flops(self, context: int) -> int:
-        """Return the FLOPs of decoding one token behind `context` past tokens."""
-        return self.flops_at(self.total, past=context)
-
-    def prefill_flops(self, tokens: int) -> int:
-        """Return the FLOPs of reading a prompt of `tokens` tokens into an empty cache."""
-        return self.flops_at(self.total, new=tokens)
+    def dims(self, new: int = 1, past: int = 0) -> dict[str, int]:
+        """Return values for every dim: B of 1, S and P as given, any other as small as it may be (but not 0)."""
+        return _dims(self.module, 1, new, past)
 
     def bytes_read(self, context: int) -> int:
         """Return the bytes that decoding one token reads: weights as compiled and states."""

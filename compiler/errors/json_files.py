@@ -67,22 +67,22 @@ def problem_of(error: ValueError | RecursionError) -> str:
     return str(error)
 
 
-def read_value(path: Path, what: str = "", todo: str = "", **options: Any) -> Any:
+def read_value(path: Path, what: str = "", **options: Any) -> Any:
     """Return the value of a JSON file; MoecError says what is wrong with it."""
     what = what or path.name
     try:
         text = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else "that is no path"
-        raise MoecError(f"{what} cannot be read: {reason}", where=str(path), todo=todo) from error
-    return parse_json(text, path, what, todo, **options)
+        raise MoecError(f"{what} cannot be read: {reason}", where=str(path)) from error
+    return parse_json(text, path, what, **options)
 
 
-def read_json(path: Path, todo: str = "", **options: Any) -> dict[str, Any]:
+def read_json(path: Path, **options: Any) -> dict[str, Any]:
     """Return the object that a JSON file holds; MoecError says what is wrong with it."""
-    found = read_value(path, todo=todo, **options)
+    found = read_value(path, **options)
     if not isinstance(found, dict):
-        raise MoecError(f"{path.name} is not a JSON object", where=str(path), todo=todo)
+        raise MoecError(f"{path.name} is not a JSON object", where=str(path))
     return found
 
 

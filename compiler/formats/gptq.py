@@ -18,16 +18,11 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns after which the rest of the row is brought up to date
 
 
-def inverse_factor(x: torch.Tensor) -> torch.Tensor | None:
-    """Return U f32[K, K], upper, with UᵀU the inverse of XᵀX (damped), for inputs f32[N, K]; None if they are all 0.
+def factor_of(h: torch.Tensor) -> torch.Tensor | None:
+    """Return U f32[K, K], upper, with UᵀU the inverse of XᵀX (damped), for H = XᵀX of inputs X, which is changed; None if it is 0.
 
     A column that is always 0 gets the damping alone: its weights are rounded to nearest.
     """
-    return factor_of(x.T @ x)
-
-
-def factor_of(h: torch.Tensor) -> torch.Tensor | None:
-    """Return the factor of inputs X by XᵀX f32[K, K], which is changed."""
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf"):

@@ -80,9 +80,9 @@ def parse_size(text: str, dims: Collection[str]) -> Size:
         return sympy.expand(expression(read("size", source), source, declared(source, dims)))
 
 
-def parse_statements(text: str, filename: str = "<rule>") -> tuple[PatternOp, ...]:
+def parse_statements(text: str) -> tuple[PatternOp, ...]:
     """Return the statements of a rule's side; types may be left out, and `{k=K}` holds `Var("K")`."""
-    source = Source(text, filename)
+    source = Source(text, "<rule>")
 
     def names(token: Token, alone: bool) -> Any:
         if not alone:

@@ -11,11 +11,11 @@ from ..ir.types import TensorType
 from .define import Attributes, Types, broadcast_shapes, fail, free, op
 
 
-def axis_of(attributes: Attributes, rank: int, key: str = "axis") -> int:
+def axis_of(attributes: Attributes, rank: int) -> int:
     """Return the axis attribute as a non-negative number; axes count from 0."""
-    axis = attributes[key]
+    axis = attributes["axis"]
     if not isinstance(axis, int) or not 0 <= axis < rank:
-        raise fail(f"{key}={axis} is not an axis of a tensor with {rank} axes; axes are 0..{rank - 1}")
+        raise fail(f"axis={axis} is not an axis of a tensor with {rank} axes; axes are 0..{rank - 1}")
     return axis
 
 

@@ -1,7 +1,7 @@
 """Runs a program on a calibration text and keeps what its weights are multiplied with, layer by layer.
 
 The program is one of stage moe; weights that it wants quantized are taken as they were before. The inputs go to files
-without names, as bf16. An expert that saw fewer than STARVED tokens is rounded to nearest (starved=rtn), or works on
+without names, as bf16. An expert that saw fewer than UNDERSAMPLED tokens is rounded to nearest (starved=rtn), or works on
 FORCED tokens of the whole text besides its own (starved=force).
 """
 
@@ -34,7 +34,7 @@ TOKENS, WINDOW = 8192, 512
 ENOUGH = 64 * TOKENS  # characters of a text that hold the tokens: all of a long one would take gigabytes
 LIMIT = 10**9  # bytes that a run may take, by default
 SHORTEST = 64  # tokens of a window that is cut shorter for want of memory
-STARVED = 32  # tokens; an expert that saw fewer says too little about its inputs
+UNDERSAMPLED = 32  # tokens; an expert that saw fewer says too little about its inputs
 FORCED = 1024  # tokens that such an expert is given besides its own, where it is forced
 
 
@@ -47,7 +47,7 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts with their least, mean, and the share of experts that saw too few."""
-        few = sum(n < STARVED for n in self.tokens)
+        few = sum(n < UNDERSAMPLED for n in self.tokens)
         mean = sum(self.tokens) / len(self.tokens)
         return {
             "layer": self.place, "least": min(self.tokens), "mean": mean, "most": max(self.tokens),
@@ -67,9 +67,9 @@ class Calibration:
         """Return the figures for the manifest."""
         counts = [n for layer in self.coverage for n in layer.tokens]
         total = {"least": min(counts), "mean": sum(counts) / len(counts)} if counts else {}
-        few = sum(n < STARVED for n in counts)
+        few = sum(n < UNDERSAMPLED for n in counts)
         return {
-            "tokens": self.tokens, "starved_below": STARVED, "experts": len(counts), "starved": few, **total,
+            "tokens": self.tokens, "starved_below": UNDERSAMPLED, "experts": len(counts), "starved": few, **total,
             "layers": [layer.to_dict() for layer in self.coverage],
         }  # fmt: skip
 
@@ -154,7 +154,9 @@ def calibrate(
             recorder.steps(module.main, values, {})
 
     if len(batches) > 1 and any(option_of(c.recipe, "starved") == "force" for f in module.functions for c in f.consts):
-        counted = _Store(folder, counts_only=True)  # who is starved is known only when all tokens have been seen
+        counted = _Store(
+            folder, counts_only=True
+        )  # which experts are undersampled is known only when all tokens have been seen
         for batch in batches:
             run(batch, counted)
         store = _Store(folder, totals=counted.counts, rows=windows.numel())
@@ -241,7 +243,7 @@ class _Store:
 
         def enough(places: list[torch.Tensor]) -> torch.Tensor | None:
             found = torch.cat(places)
-            return found if len(found) >= STARVED else None
+            return found if len(found) >= UNDERSAMPLED else None
 
         return {
             name: Inputs(kept.file, None if kept.chosen is None else tuple(map(enough, kept.chosen)))
@@ -289,7 +291,7 @@ class _Recorder(TiledInterpreter):
             self.store.keep(weight_of(weight), rows, chosen)
 
     def forced(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
-        """Return the rows of an expert; a starved one is given some of all rows where the weight says so."""
+        """Return the rows of an expert; an undersampled one is given some of all rows where the weight says so."""
         name = weight_of(weight)
         if option_of(weight, "starved") != "force":
             return token
@@ -297,7 +299,7 @@ class _Recorder(TiledInterpreter):
             counts = self.store.counts.setdefault(name, [0] * weight.type.sizes[0])
             counts[expert] += len(token)
             return token
-        if (self.store.totals[name][expert] if name in self.store.totals else len(token)) >= STARVED:
+        if (self.store.totals[name][expert] if name in self.store.totals else len(token)) >= UNDERSAMPLED:
             return token
         return torch.cat([token, torch.arange(0, rows, max(1, max(rows, self.store.rows) // FORCED))]).unique()
 

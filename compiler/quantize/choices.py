@@ -9,7 +9,8 @@ from ..errors import MoecError
 from ..formats.table import FORMAT_NAMES, GROUPS, NAMED, find_format
 from .plan import parse_layers
 
-METHODS, STARVED = ("rtn", "gptq", "awq"), ("rtn", "force")
+METHODS = ("rtn", "gptq", "awq")
+UNDERSAMPLED = ("rtn", "force")  # what the option `starved` does with experts that saw few tokens
 KEEP = ("f32", "none")
 
 
@@ -27,8 +28,8 @@ def storing(method: str, starved: str) -> dict[str, str]:
     """Return the attributes of the step that quantizes; none for the plain way."""
     if method not in METHODS:
         raise MoecError(f"there is no method {method}", todo=f"there are {', '.join(METHODS)}")
-    if starved not in STARVED:
-        raise MoecError(f"starved is {starved}", todo=f"there are {', '.join(STARVED)}")
+    if starved not in UNDERSAMPLED:
+        raise MoecError(f"starved is {starved}", todo=f"there are {', '.join(UNDERSAMPLED)}")
     options = {"method": (method, "rtn"), "starved": (starved, "rtn")}
     return {name: value for name, (value, plain) in options.items() if value != plain} if method != "rtn" else {}
 

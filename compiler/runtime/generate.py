@@ -60,10 +60,10 @@ class Generation:
         return count / self.decode_seconds if self.decode_seconds and count else 0.0
 
 
-def left_pad(prompts: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def left_pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return input_ids, attention_mask (1 = token) and position_ids (0 at padding), all i64[B, longest]."""
     width = max(map(len, prompts))
-    ids = np.full((len(prompts), width), pad, np.int64)
+    ids = np.zeros((len(prompts), width), np.int64)
     mask = np.zeros((len(prompts), width), np.int64)
     for row, prompt in enumerate(prompts):
         if len(prompt):

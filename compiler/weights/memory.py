@@ -13,9 +13,9 @@ IN_USE = 10  # times the size of a tile that one thread uses at most: what was r
 MEMORY_LIMIT = 10**9  # bytes in use for tiles, by default
 
 
-def tile_bytes(limit: int, threads: int | None = None) -> int:
+def tile_bytes(limit: int) -> int:
     """Return the size of tiles with which all threads together use at most `limit` bytes; MoecError if none does."""
-    threads = threads or usable_threads()
+    threads = usable_threads()
     wanted = limit // (IN_USE * threads)
     if wanted < SMALLEST_TILE:
         least = -(-SMALLEST_TILE * IN_USE * threads // 10**6)

@@ -8,7 +8,7 @@ takes for one that is not there, is in its llama-model.cpp and src/models.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,9 +114,9 @@ class Keys:
                     key, f"is {value!r:.60}, which models of this architecture do not compute: only {_list(neutral)}"
                 )
 
-    def require_known(self, further: Collection[str] = ()) -> None:
+    def require_known(self) -> None:
         """Raise MoecError for the first key that nothing has read and that is not known to be harmless."""
-        unknown = sorted(self.values.keys() - self.read - _HARMLESS - set(further))
+        unknown = sorted(self.values.keys() - self.read - _HARMLESS)
         if unknown:
             more = f", nor are {len(unknown) - 1} more" if unknown[1:] else ""
             raise self.error(

@@ -83,8 +83,8 @@ def whole_number(config: Mapping[str, Any], *keys: str, default: int | None = No
     return value
 
 
-def _group(config: Mapping[str, Any], *keys: str, default: int | None = None) -> Block:
-    size = whole_number(config, *keys, default=default, least=-1)
+def _group(config: Mapping[str, Any], *keys: str) -> Block:
+    size = whole_number(config, *keys, least=-1)
     if size == 0:
         raise ValueError(f"{keys[0]} in quantization_config cannot be 0")
     return (1, max(size, 0))

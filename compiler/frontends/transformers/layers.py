@@ -147,16 +147,16 @@ def shared_results(layer: LayerCall, given: Any) -> list[Tensor]:
     return [tensor for key in layer.shared for tensor in states[key]]
 
 
-def example_inputs(batch: int = BATCH, new: int = NEW, past: int = PAST) -> dict[str, Tensor]:
+def example_inputs() -> dict[str, Tensor]:
     """Return the program's inputs on the meta device."""
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device="meta")
 
     return {
-        "input_ids": ints(batch, new),
-        "attention_mask": ints(batch, past + new),
-        "position_ids": ints(batch, new),
+        "input_ids": ints(BATCH, NEW),
+        "attention_mask": ints(BATCH, PAST + NEW),
+        "position_ids": ints(BATCH, NEW),
     }
 
 

@@ -120,14 +120,14 @@ def names_like(name: str, names: Iterable[str]) -> str:
     return f"config.json and the weights do not belong together: the tensors have names such as {', '.join(names[:3])}"
 
 
-def closest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+def closest(name: str, names: Iterable[str]) -> list[str]:
     """Return the names that are most like a name: those that end alike, best first; none where nothing is like it."""
     parts, number = name.split("."), first_number(name)
     # difflib is slow; names of other layers cannot be closer than those of the layer itself
     own = [other for other in names if first_number(other) == number]
     ends = {parts[-1], parts[-2] if len(parts) > 1 else ""}
     found = [other for other in own if ends & set(other.split(".")[-2:])] or own
-    return difflib.get_close_matches(name, found[:5000], n=count, cutoff=0.6)
+    return difflib.get_close_matches(name, found[:5000], n=3, cutoff=0.6)
 
 
 def first_number(name: str) -> int | None:

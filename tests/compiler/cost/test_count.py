@@ -6,7 +6,8 @@ import json
 
 import pytest
 import transformers
-from moec.compiler.cli.report import inspect, ranges
+from moec.compiler.cli import report as reports
+from moec.compiler.cli.report import Opened, open_source, ranges
 from moec.compiler.cost.count import Costs, module_costs
 from moec.compiler.cost.report import bytes_text, count_text, flops_text
 from moec.compiler.driver import opt
@@ -50,6 +51,11 @@ func @main(%ids: i64[B, S], %k.{0..2}: state f32[B, 1, P, 8]) -> (f32[B, S, 16],
   return %logits, %p.{0..2}
 }
 """
+
+
+def inspect(source, **options):
+    """Return the figures of a module, or of a source by its path."""
+    return reports.inspect(Opened(source, {}, {}) if isinstance(source, Module) else open_source(source), **options)
 
 
 def tiny(head: str = "head") -> Costs:
@@ -96,8 +102,8 @@ def test_flops_and_states_are_formulas():
     experts = 2 * (2 * 8 * 8 + 2 * 8 * 4) + 4 * 2 * 4  # two matrices and the activation, two experts
     topk = 4  # one for every score
     token = 3 * (2 * 8 * 4 + topk + experts + 2 * 8 * 8) + 2 * 8 * 16
-    assert costs.decode_flops(0) == costs.decode_flops(60) == token
-    assert costs.prefill_flops(10) == 10 * token
+    assert costs.flops_at(costs.total) == costs.flops_at(costs.total, past=60) == token
+    assert costs.flops_at(costs.total, new=10) == 10 * token
     assert str(costs.total.state_bytes) == "96*B*P"
     assert costs.state_growth(costs.total.state_bytes_kept, 50) == (96, 0)
     assert costs.at(costs.total.state_bytes, 0) == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.formats.gptq import gptq, inverse_factor
+from moec.compiler.formats.gptq import factor_of, gptq
 from moec.compiler.formats.table import format_of
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
@@ -15,6 +15,11 @@ from moec.compiler.weights.steps.table import step
 from moec.compiler.weights.uncalibrated import uncalibrated
 
 FORMATS = ("uint4_g32", "int4_g64", "uint2_g16", "int8_g64", "uint4_g256")
+
+
+def inverse_factor(x):
+    """Return the factor of inputs f32[N, K]."""
+    return factor_of(x.T @ x)
 
 
 def correlated(rows, width, seed=0):

@@ -15,8 +15,8 @@ PROMPTS = [[5, 9, 2, 11, 30], [7], [3, 3, 8]]
 
 
 def test_left_pad():
-    ids, mask, positions = left_pad([[4, 5, 6], [9]], pad=1)
-    assert ids.tolist() == [[4, 5, 6], [1, 1, 9]]
+    ids, mask, positions = left_pad([[4, 5, 6], [9]])
+    assert ids.tolist() == [[4, 5, 6], [0, 0, 9]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]
 

@@ -264,9 +264,9 @@ def test_statements_of_rules():
         ("%y = core.neg(x)", "syntax error: 'x' does not fit here"),
     ]:
         with pytest.raises(MoecError) as caught:
-            parse_statements(text, "rule.py")
+            parse_statements(text)
         assert caught.value.what == what
-        assert caught.value.where.startswith("rule.py:1:")
+        assert caught.value.where.startswith("<rule>:1:")
 
 
 def test_signatures():
