@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from ....compiler.ir.dtypes import DTYPES
-from .expr import Axes, Call, Expr, Name, Number, evaluate, shape_of
-from .functions import FUNCTIONS
+from .expr import Expr, evaluate, shape_of
 from .tiles import Dot, For, If, Let, Load, Move, Program, Statement, Store
 
 
@@ -105,24 +104,11 @@ class _Counter:
 
     def let(self, name: str, value: Expr, times: float) -> None:
         if name in self.program.buffers:
-            self.counts.computed += times * self.elements(name) * operators(value)
+            self.counts.computed += times * self.elements(name) * value.operators
         else:
             self.values[name] = self.bound(value)
-            self.counts.computed += times * np.size(self.values[name]) * operators(value)
+            self.counts.computed += times * np.size(self.values[name]) * value.operators
 
     def elements(self, name: str) -> int:
         buffer = self.program.buffers.get(name)
         return prod(buffer.shape) if buffer else np.size(self.values[name])
-
-
-def operators(expr: Expr) -> int:
-    """Return how many operators and functions an expression applies to every number, as FUNCTIONS counts them."""
-    total = sum(map(operators, expr.operands))
-    match expr:
-        case Number() | Name() | Axes():
-            return total
-        case Call("cast", [value], _) if value.type.constant is not None:
-            return total  # a literal of a dtype
-        case Call(function):
-            return total + FUNCTIONS[function].operators
-    return total + 1

@@ -75,6 +75,17 @@ class Expr:
             return frozenset((self.name,))
         return frozenset[str]().union(*(part.names for part in self.operands))
 
+    @cached_property
+    def operators(self) -> int:
+        """How many operators it applies to every number; functions count as FUNCTIONS says, a literal of a dtype as none."""
+        inner = sum(part.operators for part in self.operands)
+        match self:
+            case Number() | Name() | Axes() | Call("cast", [Expr(type=ExprType(constant=int() | float()))]):
+                return inner
+            case Call(function):
+                return inner + FUNCTIONS[function].operators
+        return inner + 1
+
     def __str__(self) -> str:
         """Return it as text that parse.py reads."""
         return self.source or ast.unparse(python_syntax(self))

@@ -26,11 +26,11 @@ _SIGNS: Mapping[type, str] = {
 def parse(text: str, types: Mapping[str, ExprType]) -> Expr:
     """Return the expression of a text over names of these types; MoecError for what is none or has no type."""
     _, names = _syntax(text)
-    for name in names:
-        if name not in types:
-            what = f"{name} has no value here: what a loop or an if makes is gone after it"
-            raise MoecError(what, where=text)
-    return _typed(text, tuple((name, types[name]) for name in names))
+    given = tuple(map(types.get, names))
+    if None in given:
+        what = f"{names[given.index(None)]} has no value here: what a loop or an if makes is gone after it"
+        raise MoecError(what, where=text)
+    return _typed(text, given)
 
 
 def parse_size(size: int | str, names: Sequence[str]) -> Expr | int:
@@ -51,9 +51,11 @@ def _syntax(text: str) -> tuple[ast.expr, tuple[str, ...]]:
 
 
 @lru_cache(maxsize=65536)
-def _typed(text: str, types: tuple[tuple[str, ExprType], ...]) -> Expr:
+def _typed(text: str, types: tuple[ExprType, ...]) -> Expr:
+    """Return the expression of a text over its names, of these types: the same object for equal ones."""
+    tree, names = _syntax(text)
     try:
-        return replace(_node(_syntax(text)[0], dict(types)), source=text)
+        return replace(_node(tree, dict(zip(names, types, strict=True))), source=text)
     except MoecError as error:
         raise MoecError(error.what, where=text, todo=error.todo) from error
     except RecursionError as error:

@@ -116,13 +116,14 @@ class Scope:
     # --- statements ---
 
     def _bind(self, name: str, type: ExprType) -> None:
-        self._check_name(name)
+        if name not in self.types:
+            self._check_name(name)
         buffer = self.buffers.get(name)
         if buffer is not None and (buffer.dtype, buffer.shape) != (type.dtype, type.shape):
             raise MoecError(f"{name} is stated as {buffer.dtype}{list(buffer.shape)} and gets {type}")
         if buffer is None and len(type.shape) > 1:
             raise MoecError(f"{name} is a tile of shape {list(type.shape)} without a buffer")
-        self.types[name] = ExprType(type.dtype, type.shape)
+        self.types[name] = type if type.constant is None else ExprType(type.dtype)
 
     def _loaded(self, load: Load) -> ExprType:
         dtype = self._argument(load.tensor).dtype
