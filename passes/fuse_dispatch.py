@@ -70,13 +70,13 @@ _OPTIONAL = ("bg", "bu", "up_bias", "down_bias")
 
 
 def _halves(spelling: _Spelling) -> dict[str, str]:
-    """Return where %g and %u come from: two weights, or one with the halves concatenated or interleaved."""
-    packed = spelling("gu", "rows", "up", "up_bias")
-    cut = "\n      %{} = core.slice(%gu) {{axis=1, start={}, stop={}, step={}}}"
+    """Return where %g and %u come from: two weights, or the halves of one."""
+    cut = """
+      %g = core.slice(%gu) {axis=1, start=0, stop=Stop, step=Step}
+      %u = core.slice(%gu) {axis=1, start=Start, stop=End, step=Step}"""
     return {
         "apart": spelling("g", "rows", "wg", "bg") + spelling("u", "rows", "wu", "bu"),
-        "concat": packed + cut.format("g", 0, "Middle", 1) + cut.format("u", "Middle", "End", 1),
-        "interleaved": packed + cut.format("g", 0, "End", 2) + cut.format("u", 1, "End", 2),
+        "packed": spelling("gu", "rows", "up", "up_bias") + cut,
     }
 
 
@@ -113,11 +113,8 @@ def _gated(spelling: _Spelling, halves: str, name: str) -> Rule:
         """Read tokens where they are and add results where they belong, instead of copying a row for each expert."""
         if spelling is _BATCHED:
             _check_order(m)
-        if halves != "apart":
-            _check_halves(m, halves)
-        act = Activation(
-            name if name in KINDS else "silu", layout="interleaved" if halves == "interleaved" else "concat"
-        )
+        layout = "concat" if halves == "apart" else _layout(m)
+        act = Activation(name if name in KINDS else "silu", layout=layout)
         if "Limit" in m.attrs:
             act = replace(act, limit=_limit(m), clamp_after=name == "silu_clamped_after")
         if name == "gpt_oss":
@@ -176,10 +173,13 @@ def _check_order(m: Match) -> None:
             raise Refuse(f"{m[name]} is {m[name].type}, not [{', '.join(map(str, shape))}]", m[name])
 
 
-def _check_halves(m: Match, layout: str) -> None:
+def _layout(m: Match) -> str:
+    """Return how the rows of gate and up lie in one weight; Refuse where they are not its halves."""
     width = m.gu.type.shape[1]
-    if m.End != width or (layout == "concat" and 2 * m.Middle != width):
+    found = {(1, width / 2, width / 2): "concat", (2, width, 1): "interleaved"}.get((m.Step, m.Stop, m.Start))
+    if found is None or m.End != width:
         raise Refuse(f"{m.g} and {m.u} are not the halves of {m.gu.type}", m.gu)
+    return found
 
 
 def _limit(m: Match) -> float:
