@@ -8,7 +8,6 @@ from typing import Any
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.notes import Note, Rewritten, refusal
-from ..compiler.ops import OPS
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import Editor, join, rewrite_ops
 
@@ -129,7 +128,7 @@ def _slice_of(op: Op | None, start: int) -> Value | None:
     """Return the value that a plain slice of heads from `start` on is taken of."""
     if op is None or op.name != "core.slice":
         return None
-    attributes = OPS[op.name].complete(op.attributes)
+    attributes = op.settings
     fits = attributes["axis"] == 3 and attributes["start"] == start and attributes["step"] == 1
     return op["x"] if fits else None
 

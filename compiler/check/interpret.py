@@ -127,7 +127,7 @@ def _random_value(function: Function, param: Value, dims: Mapping[str, int], gen
         definition = OPS[user.name]
         for name, given in user.named:
             if given == param and name in definition.domains:
-                below = definition.domains[name](user.operand_types, definition.complete(user.attributes))
+                below = definition.domains[name](user.operand_types, user.settings)
                 bound = evaluate(below, dims)
                 distinct = distinct or name in definition.distinct
     if distinct:

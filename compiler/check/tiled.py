@@ -16,7 +16,6 @@ import torch
 from ..errors import MoecError
 from ..ir.module import Function, Module, Op, bindings
 from ..ir.recipes import Recipe, bind, tensors
-from ..ops import OPS
 from ..ops.activation import activate
 from ..weights.pull import pull
 from ..weights.sources.source import Box, WeightSource, full_box
@@ -135,7 +134,7 @@ class TiledInterpreter:
         """Run routed experts one after the other; the formula stands at moe.experts."""
         x, ids, gates, up, down, up_bias, down_bias = operands
         up_bias, down_bias = self.tensor(up_bias), self.tensor(down_bias)
-        attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+        act = op.settings.activation("act")
         # a gate of 0 is no choice: groups of experts fill up with those
         places = [torch.where((ids == e) & (gates != 0)) for e in range(up.type.sizes[0])]
         self.routed(op, bound, [len(token) for token, _ in places])
@@ -151,7 +150,7 @@ class TiledInterpreter:
             if start == end:
                 continue
             h = torch.nn.functional.linear(x[rows], self.tensor(up, _expert(up, e))[0], _at(up_bias, e))
-            h = activate(h, attributes["act"])
+            h = activate(h, act)
             hidden[start:end] = h
             own = h if rows is token else h[torch.searchsorted(rows, token)]
             own = torch.nn.functional.linear(own, self.tensor(down, _expert(down, e))[0], _at(down_bias, e))
@@ -173,9 +172,9 @@ class TiledInterpreter:
     def gated_mlp(self, op: Op, operands: Sequence[Any]) -> torch.Tensor:
         """Run a gated layer matrix by matrix; the formula stands at nn.gated_mlp."""
         x, up, down, up_bias, down_bias, gate = operands
-        a: dict[str, Any] = OPS[op.name].complete(op.attributes)
+        act = op.settings.activation("act")
         h = self.linear(x, up, up_bias)
-        y = self.linear(activate(h, a["act"]), down, down_bias)
+        y = self.linear(activate(h, act), down, down_bias)
         return y if gate is None else y * torch.sigmoid(torch.nn.functional.linear(x, self.tensor(gate)))
 
     def attention(self, op: Op, tensors: Sequence[Any]) -> Sequence[torch.Tensor]:

@@ -265,7 +265,7 @@ def _operand_use(function: Function, op: Op, index: int, value: Value, at: Mappi
     first = value.type.shape[0] if value.type.shape else None
     if rows is not None:
         types = [None if v is None else v.type for v in op.operands]
-        read = evaluate(rows(types, definition.complete(op.attributes)), at)
+        read = evaluate(rows(types, op.settings), at)
         # an op without arithmetic looks rows up; one with arithmetic computes with the chosen experts
         role = TABLE if definition.custom_flops == 0 else EXPERTS
         return role, min(Fraction(1), Fraction(read, evaluate(value.type.shape[0], at)))

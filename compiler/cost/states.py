@@ -68,7 +68,7 @@ class States:
         if declared is None:
             return _of_one(value.type.elements)
         types = [None if v is None else v.type for v in op.operands]
-        return _of_one(declared(types, definition.complete(op.attributes)))
+        return _of_one(declared(types, op.settings))
 
 
 def _of_one(formula: Size) -> Size:

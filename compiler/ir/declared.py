@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors.plugins import OPS as BROUGHT
 from ..errors.plugins import broken, brought, load_brought, refuse_names
+from .types import Attr
 
 
 class Declared(Protocol):
@@ -19,6 +20,9 @@ class Declared(Protocol):
     @property
     def places(self) -> Mapping[str, int]:
         """The place of each operand by its name."""
+
+    def complete(self, attributes: Mapping[str, Attr]) -> Mapping[str, Attr]:
+        """Return the attributes with defaults for those that are left out."""
 
     def operand_name(self, place: int) -> str:
         """Return the name of the operand at a place."""

@@ -61,6 +61,11 @@ class Op(Keyed):
         """The attributes by name."""
         return Attrs(self.attrs)
 
+    @cached_property
+    def settings(self) -> Attrs:
+        """The attributes by name, with the declared defaults of those that are left out."""
+        return Attrs(DECLARED[self.name].complete(self.attributes))
+
     @property
     def operand_types(self) -> tuple[TensorType | None, ...]:
         """The types of the operands, None for an absent one."""

@@ -47,9 +47,30 @@ class Attrs(dict[str, Attr]):
             raise ValueError(f"{name} is a number, not {value}")
         return value
 
-    def text(self, name: str) -> str:
-        """Return a word."""
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        """Return a truth value."""
+        value = self[name] if default is None else self.get(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is true or false, not {value}")
+        return value
+
+    def size(self, name: str) -> Size:
+        """Return a size: a number or an expression over dims."""
         value = self[name]
+        if isinstance(value, (str, tuple, Activation)):
+            raise ValueError(f"{name} is a size, not {value}")
+        return size(value)
+
+    def activation(self, name: str) -> Activation:
+        """Return an activation."""
+        value = self[name]
+        if not isinstance(value, Activation):
+            raise ValueError(f"{name} is an activation, not {value}")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Return a word."""
+        value = self[name] if default is None else self.get(name, default)
         if not isinstance(value, str):
             raise ValueError(f"{name} is a word, not {value}")
         return value

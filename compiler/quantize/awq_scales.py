@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..ir.activation import Activation
 from ..ir.module import Function, Op, Value
 from ..ir.notes import Note, note_on
 from ..ir.recipes import FITTED, Recipe, Tensor
 from ..ir.types import TensorType
-from ..ops import OPS
 from ..weights.steps.table import step
 
 _LINEAR = ("core.linear", "moe.experts")
@@ -68,7 +66,7 @@ def _readers(function: Function, value: Value) -> list[Op | None]:
 
 def _fold_experts(function: Function, op: Op, recipes: dict[str, Recipe]) -> str:
     """Scale the down columns of experts, and their up rows; return why they cannot be."""
-    act: Activation = OPS[op.name].complete(op.attributes)["act"]
+    act = op.settings.activation("act")
     up, down = op["up"], op["down"]
     linear = act.gated and act.beta == 0 and not act.clamped
     plain = not act.interleaved and op.get("up_bias") is None

@@ -209,7 +209,7 @@ class Search:
             self._miss(depth, f"{place} is made by {op.name}, not {pattern.name}")
             return
         attrs = dict(found.attrs)
-        given = OPS[op.name].complete(op.attributes)
+        given = op.settings
         for name, wanted in pattern.attrs.items():
             if not _bind_attr(wanted, given[name], attrs):
                 self._miss(depth, f"{name} of {op.name} at {place} is {given[name]}, not {wanted}")

@@ -141,7 +141,7 @@ class Router:
             total = expand.inputs[0]
         if weights.type != x.type or total.type.shape != (x.type.shape[0], 1):
             raise Refuse(f"{weights} is divided by {total}, not by one number a token", x)
-        if (clamp := self.made(total, "core.clamp")) and OPS["core.clamp"].complete(clamp.attributes)["max"] == inf:
+        if (clamp := self.made(total, "core.clamp")) and clamp.settings["max"] == inf:
             total, self.attrs["min_sum"] = clamp.inputs[0], clamp.attributes["min"]
         elif larger := self.split(self.made(total, "core.maximum")):
             total, self.attrs["min_sum"] = larger

@@ -13,7 +13,6 @@ from typing import Any
 from ...compiler.formats.table import find_format
 from ...compiler.ir.module import Function, Module, Op, Value
 from ...compiler.ir.notes import Note, Rewritten
-from ...compiler.ops import OPS
 from ...compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ...compiler.rewrite.roles import Uses, weight_roles
 from ...compiler.weights.narrow import narrowed
@@ -156,7 +155,7 @@ def _sorted(editor: Editor, ids: Value, experts: int, hints: tuple[str, str]) ->
 def _attention(editor: Editor, op: Op) -> Op:
     """Return nn.cached_attention as what is done with new heads, and the attention over the cache."""
     *given, mask, sinks = op.operands
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    attributes = op.settings
     y, key, value = op.results
     first: dict[str, Any] = {name: op.attributes[name] for name in ("heads", "eps") if name in op.attributes}
     q, *_ = editor.add_all("acc.rope_append", *given, hints=(f"{y.name}.q", key, value), **first)

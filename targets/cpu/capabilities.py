@@ -21,7 +21,6 @@ from ...compiler.formats.table import find_format, format_of
 from ...compiler.ir.activation import Activation
 from ...compiler.ir.dims import Size
 from ...compiler.ir.module import Op
-from ...compiler.ops import OPS
 
 FILE = "capabilities.json"
 RIGHT, WRONG, REJECTED, CRASHED = "right", "wrong", "rejected", "crashed"
@@ -231,7 +230,7 @@ def _weights_of(op: Op, format: Format, record: Record) -> list[Variant]:
             widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 2 and v.type.shape[0] != 1]
             return weight_variants("MatMulNBits", format, *widths)
         case "moe.experts":
-            if record.refusal([activation_variant("QMoE", OPS[op.name].complete(op.attributes)["act"])]):
+            if record.refusal([activation_variant("QMoE", op.settings.activation("act"))]):
                 return [loop_variant(format)]
             widths = [v.type.sizes[-1] for v in weights if len(v.type.shape) == 3]
             return weight_variants("QMoE", format, *widths)

@@ -180,7 +180,7 @@ class _Reader:
 
     def _read(self, op: Op, definition: OpDef, name: str, value: Value, root: Value) -> Size:
         """Return the bytes of an operand that one run reads."""
-        types, attributes = list(op.operand_types), definition.complete(op.attributes)
+        types, attributes = list(op.operand_types), op.settings
         elements = value.type.elements
         if name in definition.reads:
             elements = size(definition.reads[name](types, attributes))

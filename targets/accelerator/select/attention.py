@@ -15,7 +15,7 @@ from ..kernels.norm import power
 from ..tile.builder import Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
-from .implementations import Computation, Implementation, Selector, Tokens, attributes, given, row_shapes, row_tile
+from .implementations import Computation, Implementation, Selector, Tokens, given, row_shapes, row_tile
 from .search import KernelTemplate, row_choices
 
 KEYS = (32, 64, 128)  # keys at once
@@ -28,11 +28,12 @@ Merge = Callable[[RowTile, Layout, int], Program]
 
 
 def _attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), attributes(op)
+    operands, a = given(op), op.settings
     q, key, value = (operands[name].shape for name in "qkv")
     mask = operands.get("mask")
     p = Attention(
-        int(q[1]), int(key[1]), int(q[3]), int(value[3]), a["scale"], a["window"], a["chunk"], a["softcap"],
+        int(q[1]), int(key[1]), int(q[3]), int(value[3]), a.number("scale"), a.integer("window"), a.integer("chunk"),
+        a.number("softcap"),
         "sinks" in operands, "" if mask is None else "keys" if len(mask.shape) == 2 else "tokens", heads_first=True,
     )  # fmt: skip
 
@@ -48,9 +49,11 @@ def _attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _compressed(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), attributes(op)
+    operands, a = given(op), op.settings
     q = operands["q"].shape
-    p = Compressed(int(q[2]), int(q[3]), a["window"], a["scale"], a["ratio"], "selected" in operands)
+    p = Compressed(
+        int(q[2]), int(q[3]), a.integer("window"), a.number("scale"), a.integer("ratio"), "selected" in operands
+    )
     chosen = operands["selected"].shape[2] if p.selected else 0
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:

@@ -20,7 +20,6 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    attributes,
     given,
     only_implementation,
     row_shapes,
@@ -40,14 +39,14 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     weight = weights["w" if "w" in weights else "up"]
     if weight.format == "f32":
         return None
-    operands = given(op)
-    a: dict[str, Any] = attributes(op)
+    operands, a = given(op), op.settings
     blocks = int(operands["x"].shape[2]) if op.name == "acc.block_linear" else 1
     gated = op.name == "acc.gated_up"
     rows = weight.rows // blocks // (2 if gated else 1)
     p = Linear(
-        rows, weight.columns, weight, blocks, "bias" in operands, out=a.get("out", "bf16"), act=a.get("act", IDENTITY)
-    )
+        rows, weight.columns, weight, blocks, "bias" in operands, out=a.text("out", "bf16"),
+        act=a.activation("act") if gated else IDENTITY,
+    )  # fmt: skip
     return Computation(
         "gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_implementations(p, tokens)
     )
@@ -87,9 +86,9 @@ _NORMS = {"nn.rms_norm": rms_norm, "nn.add_rms_norm": add_rms_norm, "nn.layer_no
 
 
 def _norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), attributes(op)
+    operands, a = given(op), op.settings
     p = Norm(
-        int(operands["x"].shape[-1]), a["eps"], "w" in operands, "b" in operands, op.name == "nn.layer_norm",
+        int(operands["x"].shape[-1]), a.number("eps"), "w" in operands, "b" in operands, op.name == "nn.layer_norm",
         op.name == "nn.add_rms_norm",
     )  # fmt: skip
     make, lead = _NORMS[op.name], operands["x"].shape[:-1]
@@ -116,7 +115,7 @@ def _rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
     pairs = op.name == "nn.rope_pairs"
     p = Rope(
         int(shape[2 if pairs else 1]), int(shape[3]), int(angles[2]) * (2 if pairs else 1), pairs,
-        attributes(op).get("inverse", False), own_angles=str(angles[0]) == "B", heads_first=not pairs,
+        op.settings.flag("inverse", False), own_angles=str(angles[0]) == "B", heads_first=not pairs,
     )  # fmt: skip
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
@@ -127,12 +126,12 @@ def _rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _append(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), attributes(op)
+    operands, a = given(op), op.settings
     key = operands["past_key"].shape
     angles = operands.get("cos")
     p = Append(
-        a["heads"], int(key[1]), int(key[3]), int(angles.shape[2]) if angles else 0, "k" not in operands,
-        "q_norm" in operands, "k_norm" in operands, a["eps"], angles is not None and str(angles.shape[0]) == "B",
+        a.integer("heads"), int(key[1]), int(key[3]), int(angles.shape[2]) if angles else 0, "k" not in operands,
+        "q_norm" in operands, "k_norm" in operands, a.number("eps"), angles is not None and str(angles.shape[0]) == "B",
     )  # fmt: skip
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:

@@ -14,7 +14,6 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    attributes,
     given,
     only_implementation,
     row_shapes,
@@ -31,12 +30,12 @@ def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
 
 def experts_of(op: Op, weight: Packing) -> Experts:
     """Return the routed experts whose first or second matmul an op is, with its packed weight."""
-    a, chosen = attributes(op), int(op["ids"].type.shape[1])
+    a, chosen = op.settings, int(op["ids"].type.shape[1])
     operands = given(op)
     if op.name == "acc.grouped_up":
-        inner = weight.rows // 2 if a["act"].gated else weight.rows
+        inner = weight.rows // 2 if a.activation("act").gated else weight.rows
         return Experts(
-            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, act=a["act"]
+            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, act=a.activation("act")
         )  # fmt: skip
     return Experts(
         weight.experts, chosen, weight.rows, weight.columns, weight, weight, down_bias="down_bias" in operands
@@ -77,7 +76,7 @@ def _combine(e: Experts, count: int) -> KernelTemplate:
 
 
 def _sort(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    experts, chosen = attributes(op)["experts"], int(op["ids"].type.shape[1])
+    experts, chosen = op.settings.integer("experts"), int(op["ids"].type.shape[1])
     none = Packing("bf16", 1, 1)
     e = Experts(experts, chosen, 1, 1, none, none)
 

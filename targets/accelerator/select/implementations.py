@@ -8,7 +8,6 @@ from typing import Any
 
 from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
-from ....compiler.ops import OPS
 from ..chip.chip import Profile
 from ..kernels.choices import RowTile, Tile
 from ..tile.packing import Packing
@@ -54,11 +53,6 @@ class Computation:
 
 
 Selector = Callable[[Op, Mapping[str, Packing]], Computation | None]  # None: the framework computes this one
-
-
-def attributes(op: Op) -> dict[str, Any]:
-    """Return an op's attributes with the defaults."""
-    return OPS[op.name].complete(op.attributes)
 
 
 def given(op: Op) -> dict[str, TensorType]:

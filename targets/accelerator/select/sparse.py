@@ -21,7 +21,6 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    attributes,
     given,
     only_implementation,
     row_shapes,
@@ -36,7 +35,7 @@ CHOSEN = 1024  # entries that the choice looks at in one step
 
 
 def _route(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), attributes(op)
+    operands, a = given(op), dict[str, Any](op.settings)
     there: dict[str, Any] = {name: name in operands for name in ("bias", "given", "expert_scale")}
     p = Route(int(operands["logits"].shape[1]), **a, **there)
 
@@ -54,8 +53,8 @@ def _route(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _select(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    a, q = attributes(op), given(op)["q"].shape
-    p = Select(int(q[2]), int(q[3]), a["k"], a["ratio"])
+    a, q = op.settings, given(op)["q"].shape
+    p = Select(int(q[2]), int(q[3]), a.integer("k"), a.integer("ratio"))
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         entries = max((tokens.past + tokens.new) // p.ratio, 1)
@@ -75,9 +74,9 @@ def _select(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _compress(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), attributes(op)
+    operands, a = given(op), op.settings
     width, turned = int(operands["norm"].shape[0]), int(operands["cos"].shape[1])
-    p = Compress(width, a["ratio"], turned, a["overlap"], a["eps"])
+    p = Compress(width, a.integer("ratio"), turned, a.flag("overlap"), a.number("eps"))
     token = int(operands["x"].shape[2])
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
@@ -104,10 +103,11 @@ def _compress(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _streams(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    x, a = given(op)["x"].shape, attributes(op)
+    x, a = given(op)["x"].shape, op.settings
     p = Streams(
-        int(x[2]), int(x[3]), a["eps"], a["floor"], a.get("iterations", 1), op.name == "nn.hyper_connection_head"
-    )
+        int(x[2]), int(x[3]), a.number("eps"), a.number("floor"), a.integer("iterations", 1),
+        op.name == "nn.hyper_connection_head",
+    )  # fmt: skip
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         count = {"T": tokens.count}

@@ -8,7 +8,6 @@ from typing import Any
 from ....compiler.errors import Refuse
 from ....compiler.ir.dims import size
 from ....compiler.ir.module import Op, Value
-from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor
 from ..capabilities import ODD_HEADS, Record, attention_variants, packed_variant, rotary_variants
 
@@ -23,7 +22,7 @@ def group_query_attention(editor: Editor, op: Op, record: Record) -> Op:
     Norms of heads go in front, and so does a rotary embedding that the op does not do right itself.
     """
     _check(op, record)
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    eps = op.settings.number("eps")
     cos, sin, q_norm, k_norm, mask = (op.get(name) for name in ("cos", "sin", "q_norm", "k_norm", "mask"))
     width = op.results[1].type.shape[3]
     outside = cos is not None and bool(record.refusal(rotary_variants(width, cos.type.shape[2])))
@@ -32,7 +31,7 @@ def group_query_attention(editor: Editor, op: Op, record: Record) -> Op:
     if k is None and unpacked:
         q, k, v = _apart(editor, op)
     if k is not None:
-        q, k = (_normed(editor, x, w, width, attributes["eps"]) for x, w in ((q, q_norm), (k, k_norm)))
+        q, k = (_normed(editor, x, w, width, eps) for x, w in ((q, q_norm), (k, k_norm)))
     if outside:
         q, k = (_rotate_heads(editor, x, cos, sin, width) for x in (q, k) if x)
         cos = sin = None
@@ -144,13 +143,13 @@ def _move(editor: Editor, value: Value) -> Value | None:
 def plain_attention(editor: Editor, op: Op) -> Op:
     """Return nn.cached_attention as the ops that it fuses."""
     q, k, v, cos = op["q"], op.get("k"), op.get("v"), op.get("cos")
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
+    attributes = op.settings
     y, key, value = op.results
     width = key.type.shape[3]
     if k is None or v is None:
         q, k, v = _apart(editor, op)
     rows = [
-        _normed(editor, x, w, width, attributes["eps"])
+        _normed(editor, x, w, width, attributes.number("eps"))
         for x, w in ((q, op.get("q_norm")), (k, op.get("k_norm")), (v, None))
     ]
     heads = [_heads(editor, x, width) for x in rows]

@@ -7,7 +7,6 @@ from typing import Any
 from ....compiler.ir.activation import KINDS, Activation
 from ....compiler.ir.fragments import parse_statements
 from ....compiler.ir.module import Op, Value
-from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor
 
 
@@ -16,7 +15,7 @@ def gated_mlp(editor: Editor, op: Op) -> Op:
     x, up, down, up_bias, down_bias, gate = op.operands
     (y,) = op.results
     h = editor.add("core.linear", x, up, up_bias, hint=f"{y.name}.up")
-    h = _activated(editor, h, OPS[op.name].complete(op.attributes)["act"], y.name)
+    h = _activated(editor, h, op.settings.activation("act"), y.name)
     if gate is None:
         return op.become("core.linear", h, down, down_bias)
     out = editor.add("core.linear", h, down, down_bias, hint=f"{y.name}.down")

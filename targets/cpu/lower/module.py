@@ -12,10 +12,8 @@ from typing import Any
 
 from ....compiler.errors import MoecError, Refuse
 from ....compiler.formats.table import find_format
-from ....compiler.ir.activation import Activation
 from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.notes import Note, Rewritten
-from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from .. import ops, ops_quantized
 from ..capabilities import ACCURACIES, FAST, Record, activation_variant, routing_variant, shipped, version_note
@@ -103,7 +101,7 @@ def _moe(editor: Editor, op: Op, record: Record) -> Op:
     """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
     x, ids, gates, up, down = (op[name] for name in ("x", "ids", "gates", "up", "down"))
     up_bias, down_bias = op.get("up_bias"), op.get("down_bias")
-    act: Activation = OPS[op.name].complete(op.attributes)["act"]
+    act = op.settings.activation("act")
     if x.type.dtype != "f32":
         raise Refuse(f"it is {x.type.dtype}, MoE on the CPU is f32")
     if reason := record.refusal([activation_variant("MoE", act)]):

@@ -10,7 +10,6 @@ from ....compiler.formats.table import find_format, format_of
 from ....compiler.ir.activation import Activation
 from ....compiler.ir.module import Op, Value
 from ....compiler.ir.recipes import Recipe, Step, range_length
-from ....compiler.ops import OPS
 from ....compiler.rewrite.editor import Editor
 from ....compiler.weights.steps.table import step
 from ..capabilities import (
@@ -56,7 +55,7 @@ def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
 
 def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts with quantized weights as QMoE; Refuse says where it is not right for them."""
-    act: Activation = OPS[op.name].complete(op.attributes)["act"]
+    act = op.settings.activation("act")
     up, down = op["up"], op["down"]
     format = format_of(up.type.dtype)
     variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
@@ -165,8 +164,8 @@ def _routing(editor: Editor, op: Op, record: Record) -> tuple[Value, Value | Non
 def softmax_routing(editor: Editor, route: Op) -> tuple[Value, Value | None] | None:
     """Return (logits, weights of all experts or None for the softmax of the chosen) of a plain softmax router."""
     logits, others = route["logits"], route.operands[1:]
-    a = OPS[route.name].complete(route.attributes)
-    if any(others) or a["score"] != "softmax" or a["groups"] > 1 or a["weigh"] == "logits":
+    a = route.settings
+    if any(others) or a["score"] != "softmax" or a.integer("groups") > 1 or a["weigh"] == "logits":
         return None
     if gate_sum(editor.function, route.results[0]) == 1.0:
         return logits, None

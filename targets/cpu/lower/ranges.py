@@ -7,7 +7,6 @@ from typing import Any
 
 from ....compiler.ir.module import Function, Op, Value
 from ....compiler.ir.recipes import Literal
-from ....compiler.ops import OPS
 
 _ALWAYS = {
     "core.softmax", "core.sigmoid", "core.exp", "core.relu", "core.abs", "core.softplus", "core.sqrt", "core.rsqrt",
@@ -64,9 +63,9 @@ def _not_negative(function: Function, value: Value, visit: Callable[[Value], boo
 
 
 def _route_not_negative(op: Op, visit: Callable[[Value], bool]) -> bool:
-    a = OPS[op.name].complete(op.attributes)
+    a = op.settings
     bias, expert_scale = op.get("bias"), op.get("expert_scale")
-    if a["scale"] < 0 or (expert_scale and not visit(expert_scale)):
+    if a.number("scale") < 0 or (expert_scale and not visit(expert_scale)):
         return False
     scored = a["score"] != "identity" and a["weigh"] != "logits"
     if scored and (a["weigh"] == "scores" or a["order"] == "select_score"):
@@ -82,7 +81,7 @@ def gate_sum(function: Function, gates: Value) -> float | None:
     op = function.producers.get(gates.name)
     if op is None or op.name != "moe.route" or op.get("expert_scale") is not None:
         return None
-    a = OPS[op.name].complete(op.attributes)
+    a = op.settings
     bias, given = op.get("bias"), op.get("given")
     experts = op["logits"].type.shape[1]
     if a["score"] != "softmax" or a["weigh"] == "logits" or not experts.is_Integer:
@@ -90,9 +89,9 @@ def gate_sum(function: Function, gates: Value) -> float | None:
     if a["order"] == "select_score":
         least, normal = 1.0, a["renorm"] in ("none", "sum")  # what the sum is at least before it is divided by itself
     else:  # the k largest shares of 1
-        least, normal = a["k"] / int(experts), a["renorm"] == "sum" and not (bias or given) and a["groups"] == 1
-    divided = a["renorm"] == "none" or (a["eps"] <= 1e-7 * least and a["min_sum"] <= least / 2)
-    return a["scale"] if normal and divided else None
+        least, normal = a.integer("k") / int(experts), a["renorm"] == "sum" and not (bias or given) and a["groups"] == 1
+    divided = a["renorm"] == "none" or (a.number("eps") <= 1e-7 * least and a.number("min_sum") <= least / 2)
+    return a.number("scale") if normal and divided else None
 
 
 def distinct(function: Function, value: Value) -> bool:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ....compiler.ir.module import Function, Op
 from ....compiler.ir.types import make_attrs
-from ....compiler.ops import OPS
 
 Cut = tuple[int, int]  # start, stop
 
@@ -32,10 +30,10 @@ def join_slices(function: Function) -> Function:
 
 def _cut(op: Op) -> Cut | None:
     """Return the bounds of a slice without steps whose bounds are numbers."""
-    attributes: dict[str, Any] = OPS[op.name].complete(op.attributes)
-    start, stop = attributes["start"], attributes["stop"]
-    plain = attributes["step"] == 1 and isinstance(start, int) and isinstance(stop, int)
-    return (start, stop) if plain else None
+    start, stop = op.attributes["start"], op.attributes["stop"]
+    if isinstance(start, int) and isinstance(stop, int) and op.settings["step"] == 1:
+        return start, stop
+    return None
 
 
 def _split(axis: int, cuts: list[tuple[Cut, Op]]) -> Op | None:

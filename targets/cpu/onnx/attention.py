@@ -65,17 +65,17 @@ def attention(ctx: Context, op: Op) -> None:
     batch, heads, new, width = q.type.shape
     groups, total, out = k.type.shape[1], k.type.shape[2], v.type.shape[3]
     graph = ctx.graph
-    attributes = ctx.attributes(op)
+    attributes = op.settings
     # the heads of a group are adjacent: [B, H, S, D] is [B, G, R*S, D], and no key is repeated
     rows = heads / groups * new
     flat = ctx.reshape(ctx.value(q), q.type.shape, (batch, groups, rows, width))
     turned = ctx.node("Transpose", ctx.value(k), perm=[0, 1, 3, 2])
-    scores = ctx.node("MatMul", ctx.node("Mul", flat, graph.constant(attributes["scale"], "f32")), turned)
+    scores = ctx.node("MatMul", ctx.node("Mul", flat, graph.constant(attributes.number("scale"), "f32")), turned)
     scores = ctx.reshape(scores, (batch, groups, rows, total), (batch, heads, new, total))
-    if softcap := attributes["softcap"]:
+    if softcap := attributes.number("softcap"):
         cap = graph.constant(softcap, "f32")
         scores = ctx.node("Mul", ctx.node("Tanh", ctx.node("Div", scores, cap)), cap)
-    seen = visible(ctx, mask, new, total, attributes["window"], attributes["chunk"])
+    seen = visible(ctx, mask, new, total, attributes.integer("window"), attributes.integer("chunk"))
     scores = ctx.node("Where", seen, scores, graph.constant(LOWEST, "f32"))
     if sinks is not None:  # one more slot that takes its share of the softmax and has no value
         column = ctx.node("Reshape", ctx.value(sinks), graph.constant([1, int(heads), 1, 1]))
@@ -112,7 +112,7 @@ def attention_bias(ctx: Context, op: Op) -> None:
 def group_query_attention(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.GroupQueryAttention, with the number of tokens before and in this step."""
     q, k, v, past_key, past_value, cos, sin, bias, sinks = op.operands
-    graph, attributes = ctx.graph, ctx.attributes(op)
+    graph, attributes = ctx.graph, op.settings
     batch, new, _ = op["q"].type.shape
     total = op.results[1].type.shape[2]
     last = _per_row(ctx, graph.scalar(total - 1, "i32"), batch)
@@ -120,16 +120,17 @@ def group_query_attention(ctx: Context, op: Op) -> None:
     count = _per_row(ctx, graph.scalar(new, "i32"), batch)
     angles = [_angle_rows(ctx, table, batch, new, total) for table in (cos, sin) if table]
     sink = ctx.value(sinks)
-    if attributes["softcap"] and bias is not None and not sink:
+    heads, softcap = attributes.integer("heads"), attributes.number("softcap")
+    if softcap and bias is not None and not sink:
         # with a softcap a row that is all -inf becomes NaN; a sink that weighs nothing makes it 0, as without one
-        sink = graph.constant(np.full(attributes["heads"], -1e30), "f32")
+        sink = graph.constant(np.full(heads, -1e30), "f32")
     inputs = [ctx.value(x) for x in (q, k, v, past_key, past_value)] + [last, graph.scalar(total, "i32")]
     inputs += [*angles, _row_numbers(ctx, batch, new)] if angles else ["", "", ""]
     inputs += [ctx.value(bias), sink, "", "", "", "", count]
     ctx.finish(
         op, "GroupQueryAttention", *inputs, domain=CONTRIB,
-        num_heads=attributes["heads"], kv_num_heads=int(op["past_key"].type.shape[1]), do_rotary=int(bool(angles)),
-        scale=attributes["scale"], local_window_size=attributes["window"] or -1, softcap=attributes["softcap"],
+        num_heads=heads, kv_num_heads=int(op["past_key"].type.shape[1]), do_rotary=int(bool(angles)),
+        scale=attributes.number("scale"), local_window_size=attributes.integer("window") or -1, softcap=softcap,
     )  # fmt: skip
 
 

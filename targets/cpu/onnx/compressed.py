@@ -30,9 +30,9 @@ def hyper_connection_pre(ctx: Context, op: Op) -> None:
     streams, _, w, base, scale = x.type.shape[2], *ctx.inputs(op)
     n = int(streams)
     batch, new = x.type.shape[:2]
-    attributes, graph = ctx.attributes(op), ctx.graph
-    floor = graph.constant(attributes["floor"], "f32")
-    z = _normed_product(ctx, x, w, attributes["eps"])
+    attributes, graph = op.settings, ctx.graph
+    floor = graph.constant(attributes.number("floor"), "f32")
+    z = _normed_product(ctx, x, w, attributes.number("eps"))
     parts = []
     for i, (start, stop) in enumerate(((0, n), (n, 2 * n), (2 * n, (2 + n) * n))):
         part = ctx.node("Mul", _slice(ctx, z, 2, start, stop), _slice(ctx, scale, 0, i, i + 1))
@@ -44,7 +44,7 @@ def hyper_connection_pre(ctx: Context, op: Op) -> None:
     )
     graph.node(ctx.label, "Mul", [ctx.node("Sigmoid", parts[1]), graph.constant(2.0, "f32")], [post], ctx.doc)
     square = ctx.reshape(parts[2], (batch, new, size(n * n)), (batch, new, size(n), size(n)))
-    _doubly_stochastic(ctx, op, square, floor, attributes["iterations"])
+    _doubly_stochastic(ctx, op, square, floor, attributes.integer("iterations"))
 
 
 def _doubly_stochastic(ctx: Context, op: Op, logits: str, floor: str, iterations: int) -> None:
@@ -67,9 +67,9 @@ def hyper_connection_post(ctx: Context, op: Op) -> None:
 def hyper_connection_head(ctx: Context, op: Op) -> None:
     """Emit the weights of the streams, and HyperConnectionPreMix."""
     x, w, base, scale = ctx.inputs(op)
-    attributes = ctx.attributes(op)
-    z = ctx.node("Add", ctx.node("Mul", _normed_product(ctx, op.inputs[0], w, attributes["eps"]), scale), base)
-    pre = ctx.node("Add", ctx.node("Sigmoid", z), ctx.graph.constant(attributes["floor"], "f32"))
+    attributes = op.settings
+    z = ctx.node("Add", ctx.node("Mul", _normed_product(ctx, op.inputs[0], w, attributes.number("eps")), scale), base)
+    pre = ctx.node("Add", ctx.node("Sigmoid", z), ctx.graph.constant(attributes.number("floor"), "f32"))
     ctx.finish(op, "HyperConnectionPreMix", x, pre, domain=CONTRIB, reduction_scale=1.0)
 
 
@@ -80,7 +80,7 @@ def rope_pairs(ctx: Context, op: Op) -> None:
     """Emit RotaryEmbedding of the last numbers of each head."""
     x, cos, sin = op.inputs
     width, turned = int(x.type.shape[3]), 2 * int(cos.type.shape[2])
-    if ctx.attributes(op)["inverse"]:
+    if op.settings.flag("inverse"):
         back = lambda shared: shared.node("Neg", ctx.value(sin))  # noqa: E731
         sine = ctx.once(("neg", ctx.value(sin)), f"{ctx.value(sin)}/back", back)
     else:
@@ -129,8 +129,8 @@ def compress_tokens(ctx: Context, op: Op) -> None:
     """Emit the softmax over the windows that end in this step, the norm, and the appended entries."""
     x, _, _, _, norm, cos, _ = op.inputs
     new, pending, past_entries, bias, weight, cosine, sine = ctx.inputs(op)
-    attributes, graph = ctx.attributes(op), ctx.graph
-    ratio, overlap, width = attributes["ratio"], attributes["overlap"], int(norm.type.shape[0])
+    attributes, graph = op.settings, ctx.graph
+    ratio, overlap, width = attributes.integer("ratio"), attributes.flag("overlap"), int(norm.type.shape[0])
     count, batch, wide = cos.type.shape[0], x.type.shape[0], int(x.type.shape[2]) // 2
     stream = ctx.node("Concat", pending, new, axis=1)
     kept, everything = (ctx.value(v) for v in op.results)
@@ -145,7 +145,7 @@ def compress_tokens(ctx: Context, op: Op) -> None:
     values, logits = _slice(ctx, windows, 3, 0, wide), _slice(ctx, windows, 3, wide, 2 * wide)
     logits = ctx.node("Add", logits, bias)
     if overlap:
-        first = _first_window(ctx, size(attributes["past"]), ratio, count)
+        first = _first_window(ctx, attributes.size("past"), ratio, count)
         before = _half(ctx, logits, 0, width, 0, -1)
         before = ctx.node("Where", first, graph.constant(-np.inf, "f32"), before)
         logits = ctx.node("Concat", before, _half(ctx, logits, width, wide, 1, END), axis=2)
@@ -153,7 +153,7 @@ def compress_tokens(ctx: Context, op: Op) -> None:
         values = ctx.node("Concat", _half(ctx, values, 0, width, 0, -1), own, axis=2)
     shares = ctx.node("Softmax", logits, axis=2)
     mixed = ctx.node("ReduceSum", ctx.node("Mul", values, shares), graph.constant([2]), keepdims=0)
-    normed = ctx.node("RMSNormalization", mixed, weight, axis=-1, epsilon=attributes["eps"])
+    normed = ctx.node("RMSNormalization", mixed, weight, axis=-1, epsilon=attributes.number("eps"))
     turned = 2 * int(cos.type.shape[1])
     made = _turned_entries(ctx, normed, width, turned, cosine, sine)
     graph.node(ctx.label, "Concat", [past_entries, made], [everything], ctx.doc, axis=1)
@@ -234,7 +234,7 @@ def _visible_tokens(ctx: Context, past: Size, new: Size, kept: Size, window: int
 def select_entries(ctx: Context, op: Op) -> None:
     """Emit the scores of all entries and TopK; an entry that is not visible becomes -1."""
     q, keys, _ = op.inputs
-    attributes, graph = ctx.attributes(op), ctx.graph
+    attributes, graph = op.settings, ctx.graph
     batch, new, heads, width = q.type.shape
     entries = keys.type.shape[1]
     flat = ctx.reshape(ctx.value(q), q.type.shape, (batch, new * heads, width))
@@ -243,7 +243,7 @@ def select_entries(ctx: Context, op: Op) -> None:
     positive = ctx.node("Reshape", ctx.node("Relu", products), shape, allowzero=1)
     weights = ctx.node("Unsqueeze", ctx.value(op.inputs[2]), graph.constant([2]))
     scores = ctx.node("Squeeze", ctx.node("MatMul", weights, positive), graph.constant([2]))
-    seen = _visible_entries(ctx, size(attributes["past"]), new, entries, attributes["ratio"])
+    seen = _visible_entries(ctx, attributes.size("past"), new, entries, attributes.integer("ratio"))
     scores = ctx.node("Where", seen, scores, graph.constant(-np.inf, "f32"))
     best, ids = ctx.nodes("TopK", scores, graph.size(op.results[0].type.shape[2]), outputs=2, axis=2)
     hidden = ctx.node("IsInf", best, detect_positive=0)
@@ -257,8 +257,8 @@ def compressed_attention(ctx: Context, op: Op) -> None:
     """Emit attention with one more slot for the sink; entries that are not selected are masked."""
     q, kv, window_kv, sinks = op["q"], op["kv"], op["window"], op["sinks"]
     entries, selected = op.get("entries"), op.get("selected")
-    attributes, graph = ctx.attributes(op), ctx.graph
-    past, window = size(attributes["past"]), attributes["window"]
+    attributes, graph = op.settings, ctx.graph
+    past, window = attributes.size("past"), attributes.integer("window")
     batch, new, heads, width = q.type.shape
     tokens = ctx.node("Concat", ctx.value(window_kv), ctx.value(kv), axis=1)
     _keep_window(ctx, op, tokens, past + new, window)
@@ -267,7 +267,7 @@ def compressed_attention(ctx: Context, op: Op) -> None:
     keys, slots = tokens, window_kv.type.shape[1] + new
     if entries is not None:
         count = entries.type.shape[1]
-        read = _visible_entries(ctx, past, new, count, attributes["ratio"])
+        read = _visible_entries(ctx, past, new, count, attributes.integer("ratio"))
         read = ctx.node("Unsqueeze", read, graph.constant([0]))
         if selected is not None:
             read = ctx.node("And", read, _selected_entries(ctx, selected, count))
@@ -275,7 +275,7 @@ def compressed_attention(ctx: Context, op: Op) -> None:
         keys, slots = ctx.node("Concat", tokens, ctx.value(entries), axis=1), slots + count
         seen = ctx.node("Concat", seen, read, axis=2)
     flat = ctx.reshape(ctx.value(q), q.type.shape, (batch, new * heads, width))
-    scores = ctx.node("FusedMatMul", flat, keys, domain=CONTRIB, transB=1, alpha=attributes["scale"])
+    scores = ctx.node("FusedMatMul", flat, keys, domain=CONTRIB, transB=1, alpha=attributes.number("scale"))
     scores = ctx.reshape(scores, (batch, new * heads, slots), (batch, new, heads, slots))
     # -inf will do: the sink is one more logit, so that every row has one that is finite
     seen = ctx.node("Unsqueeze", seen, graph.constant([2]))

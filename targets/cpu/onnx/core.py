@@ -83,7 +83,7 @@ def silu(ctx: Context, op: Op) -> None:
 @kernel("ort.quick_gelu")
 def quick_gelu(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.QuickGelu."""
-    ctx.finish(op, "QuickGelu", *ctx.inputs(op), domain=CONTRIB, alpha=ctx.attributes(op)["alpha"])
+    ctx.finish(op, "QuickGelu", *ctx.inputs(op), domain=CONTRIB, alpha=op.settings["alpha"])
 
 
 @kernel("core.relu", "core.floor")
@@ -101,15 +101,15 @@ def float_only(ctx: Context, op: Op) -> None:
 @kernel("core.gelu")
 def gelu(ctx: Context, op: Op) -> None:
     """Emit Gelu with erf or tanh."""
-    ctx.finish(op, "Gelu", *ctx.inputs(op), approximate=ctx.attributes(op)["approximate"])
+    ctx.finish(op, "Gelu", *ctx.inputs(op), approximate=op.settings.text("approximate"))
 
 
 @kernel("core.clamp")
 def clamp(ctx: Context, op: Op) -> None:
     """Emit Clip; a bound of inf is left out."""
     dtype = op.results[0].type.dtype
-    attributes = ctx.attributes(op)
-    bounds = [float(attributes[name]) for name in ("min", "max")]
+    attributes = op.settings
+    bounds = [float(attributes.number(name)) for name in ("min", "max")]
     names = ["" if np.isinf(b) else ctx.graph.constant(b if dtype[0] == "f" else int(b), dtype) for b in bounds]
     ctx.finish(op, "Clip", *ctx.inputs(op), *names)
 
@@ -204,8 +204,8 @@ def expand(ctx: Context, op: Op) -> None:
 @kernel("core.slice")
 def slice_(ctx: Context, op: Op) -> None:
     """Emit Slice."""
-    attributes = ctx.attributes(op)
-    axis, step = attributes["axis"], attributes["step"]
+    attributes = op.settings
+    axis, step = attributes.integer("axis"), attributes["step"]
     (source,) = op.inputs
     stop = END if attributes["stop"] == source.type.shape[axis] else attributes["stop"]
     bounds = [ctx.graph.size(attributes["start"]), ctx.graph.size(stop)]
@@ -233,7 +233,7 @@ def reduce(ctx: Context, op: Op) -> None:
     """Emit a reduction."""
     kind = {"core.sum": "ReduceSum", "core.mean": "ReduceMean", "core.amax": "ReduceMax"}[op.name]
     axes = ctx.graph.constant(op.attributes.integers("axes"))
-    ctx.finish(op, kind, *ctx.inputs(op), axes, keepdims=int(ctx.attributes(op)["keepdim"]))
+    ctx.finish(op, kind, *ctx.inputs(op), axes, keepdims=int(op.settings.flag("keepdim")))
 
 
 @kernel("core.softmax")
@@ -259,7 +259,7 @@ def topk(ctx: Context, op: Op) -> None:
 def argsort(ctx: Context, op: Op) -> None:
     """Emit TopK over the whole axis; it is stable in ONNX Runtime."""
     axis = op.attributes.integer("axis")
-    largest = int(ctx.attributes(op)["descending"])
+    largest = int(op.settings.flag("descending"))
     inputs = [*ctx.inputs(op), ctx.graph.size(op.results[0].type.shape[axis])]
     outputs = [ctx.graph.fresh(f"{ctx.label}/sorted"), ctx.value(op.results[0])]
     ctx.graph.node(ctx.label, "TopK", inputs, outputs, ctx.doc, axis=axis, largest=largest, sorted=1)

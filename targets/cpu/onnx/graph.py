@@ -18,7 +18,6 @@ from ....compiler.ir.dims import Size, evaluate, size_text
 from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Dim, Op, Value
 from ....compiler.ir.types import TensorType
-from ....compiler.ops import OPS
 
 ONNX_TYPES = {
     "f32": TensorProto.FLOAT, "f64": TensorProto.DOUBLE, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16,
@@ -314,10 +313,6 @@ class Context:
     def inputs(self, op: Op) -> list[str]:
         """Return the ONNX names of the operands."""
         return [self.value(v) for v in op.operands]
-
-    def attributes(self, op: Op) -> dict[str, Any]:
-        """Return the op's attributes with the defaults filled in."""
-        return OPS[op.name].complete(op.attributes)
 
     def node(self, kind: str, *inputs: str, **attrs: Any) -> str:
         """Add a node with one output and return its name."""

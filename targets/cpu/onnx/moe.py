@@ -23,13 +23,13 @@ def moe(ctx: Context, op: Op) -> None:
     is not known to be 1.
     """
     x, ids, gates, up, down, up_bias, down_bias = ctx.inputs(op)
-    attributes = ctx.attributes(op)
+    attributes = op.settings
     tokens, experts, chosen = _sizes(op)
     graph = ctx.graph
     low = helper.make_tensor("value", TensorProto.FLOAT, [1], [_UNUSED])
     scores = ctx.node("ConstantOfShape", graph.shape([tokens, experts]), value=low)
     scores = ctx.node("ScatterElements", scores, ids, ctx.node("Log", gates), axis=1)
-    options = activation_options(attributes["act"])
+    options = activation_options(attributes.activation("act"))
     inputs = [x, scores, up, up_bias, down, *([down_bias] if down_bias else [])]
     options |= {"k": chosen, "normalize_routing_weights": 1, "domain": CONTRIB}
     if attributes["gate_sum"] == 1.0:
@@ -83,7 +83,7 @@ def expert_loop(
         hits = ctx.node("Squeeze", hits, graph.constant([0]))
         rows = ctx.node("Div", hits, graph.constant(int(chosen)))
         h = _linear(ctx, ctx.node("Gather", x, rows, axis=0), expert, up(expert), biases[0])
-        h = _activate(ctx, h, ctx.attributes(op)["act"])
+        h = _activate(ctx, h, op.settings.activation("act"))
         h = _linear(ctx, h, expert, down(expert), biases[1])
         h = ctx.node("Mul", h, ctx.node("Gather", flat_gates, hits, axis=0))
         where = ctx.node("Unsqueeze", rows, graph.constant([1]))

@@ -11,6 +11,7 @@ from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format, format_of
 from ....compiler.ir.dims import size
 from ....compiler.ir.module import Op
+from ....compiler.ir.types import Attrs
 from .graph import CONTRIB, Context, Kernel
 from .moe import activation_options, expert_loop
 
@@ -18,7 +19,7 @@ from .moe import activation_options, expert_loop
 def decode(ctx: Context, op: Op) -> None:
     """Emit what gives the numbers that codes stand for."""
     codes, scales = ctx.inputs(op)
-    format = format_of(ctx.attributes(op)["format"])
+    format = format_of(op.settings.text("format"))
     ctx.alias(op.results[0], _numbers(ctx, format, codes, scales, len(op.inputs[0].type.shape)))
 
 
@@ -41,9 +42,9 @@ def _numbers(ctx: Context, format: Format, codes: str, scales: str, rank: int) -
 def matmul_nbits(ctx: Context, op: Op) -> None:
     """Emit MatMulNBits; it wants the codes as [N, groups, bytes of a group] and no second axis of the others."""
     x, codes, scales, zeros, bias = ctx.inputs(op)
-    a = ctx.attributes(op)
+    a = op.settings
     out, groups = op["scales"].type.sizes
-    codes = ctx.graph.with_sizes(codes, [out, groups, a["group"] * a["bits"] // 8])
+    codes = ctx.graph.with_sizes(codes, [out, groups, a.integer("group") * a.integer("bits") // 8])
     inputs = [x, codes, scales, zeros, "", bias]
     while not inputs[-1]:
         inputs.pop()
@@ -53,7 +54,7 @@ def matmul_nbits(ctx: Context, op: Op) -> None:
 def block_matmul_nbits(ctx: Context, op: Op) -> None:
     """Emit a MatMulNBits for each block, on its rows of the codes as they lie in the data file."""
     x, *parts = ctx.inputs(op)
-    a, graph = ctx.attributes(op), ctx.graph
+    a, graph = op.settings, ctx.graph
     batch, new, blocks, width = op["x"].type.shape
     rows, groups = op["scales"].type.sizes
     count, each = int(blocks), rows // int(blocks)
@@ -62,16 +63,16 @@ def block_matmul_nbits(ctx: Context, op: Op) -> None:
     products = []
     for i, block in enumerate(by_block):
         codes, scales, *zeros = (graph.rows_of(part, i, count) for part in parts if part)
-        codes = graph.with_sizes(codes, [each, groups, a["group"] * a["bits"] // 8])
+        codes = graph.with_sizes(codes, [each, groups, a.integer("group") * a.integer("bits") // 8])
         products.append(ctx.node("MatMulNBits", block, codes, scales, *zeros, **_product_options(a, each, groups)))
     joined = ctx.node("Concat", *products, axis=1) if count > 1 else products[0]
     ctx.alias(op.results[0], ctx.reshape(joined, (batch * new, blocks, size(each)), (batch, new, size(rows))))
 
 
-def _product_options(a: dict[str, Any], rows: int, groups: int) -> dict[str, Any]:
+def _product_options(a: Attrs, rows: int, groups: int) -> dict[str, Any]:
     return {
-        "domain": CONTRIB, "K": groups * a["group"], "N": rows, "bits": a["bits"], "block_size": a["group"],
-        "accuracy_level": a["accuracy"],
+        "domain": CONTRIB, "K": groups * a.integer("group"), "N": rows, "bits": a.integer("bits"),
+        "block_size": a.integer("group"), "accuracy_level": a.integer("accuracy"),
     }  # fmt: skip
 
 
@@ -86,16 +87,17 @@ def _lookup(codes: str, ids: str, scales: str, zeros: str) -> list[str]:
 
 
 def _lookup_options(ctx: Context, op: Op, axis: int) -> dict[str, Any]:
-    a = ctx.attributes(op)
+    a = op.settings
     return {
-        "domain": CONTRIB, "bits": a["bits"], "block_size": a["group"], "gather_axis": 0, "quantize_axis": axis,
+        "domain": CONTRIB, "bits": a.integer("bits"), "block_size": a.integer("group"), "gather_axis": 0,
+        "quantize_axis": axis,
     }  # fmt: skip
 
 
 def qmoe(ctx: Context, op: Op) -> None:
     """Emit QMoE; scores that choose are its input 1, weights of the chosen its input 14."""
     x, choice, mixing, up, up_scales, up_zeros, up_bias, down, down_scales, down_zeros, down_bias = ctx.inputs(op)
-    a = ctx.attributes(op)
+    a = op.settings
     inputs = [
         x,
         choice,
@@ -117,8 +119,9 @@ def qmoe(ctx: Context, op: Op) -> None:
         inputs.pop()
     # without weights of its own the op mixes by the softmax of the chosen, whatever normalize_routing_weights says
     ctx.finish(
-        op, "QMoE", *inputs, domain=CONTRIB, k=a["k"], expert_weight_bits=a["bits"], block_size=a["group"],
-        accuracy_level=a["accuracy"], normalize_routing_weights=0 if mixing else 1, **activation_options(a["act"]),
+        op, "QMoE", *inputs, domain=CONTRIB, k=a.integer("k"), expert_weight_bits=a.integer("bits"),
+        block_size=a.integer("group"), accuracy_level=a.integer("accuracy"),
+        normalize_routing_weights=0 if mixing else 1, **activation_options(a.activation("act")),
     )  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def experts_nbits(ctx: Context, op: Op) -> None:
     """Emit the Loop over the experts that were chosen, each with its weights dequantized."""
     names = ctx.inputs(op)
     options = _lookup_options(ctx, op, axis=2)
-    format = find_format(ctx.attributes(op)["format"])
+    format = find_format(op.settings.text("format"))
 
     def weight(part: int, expert: str) -> str:
         codes, scales, zeros = names[part : part + 3]

@@ -42,7 +42,7 @@ def linear_attention(ctx: Context, op: Op) -> None:
     made = ctx.graph.fresh(f"{ctx.value(y)}/flat")
     ctx.graph.node(
         ctx.label, "LinearAttention", inputs, [made, ctx.value(present)], ctx.doc, domain=CONTRIB, update_rule=rule,
-        q_num_heads=int(heads), kv_num_heads=int(heads), scale=ctx.attributes(op)["scale"],
+        q_num_heads=int(heads), kv_num_heads=int(heads), scale=op.settings.number("scale"),
     )  # fmt: skip
     ctx.alias(y, ctx.reshape(made, (batch, new, heads * width), y.type.shape))
 

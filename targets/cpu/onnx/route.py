@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from onnx import TensorProto, helper
 
 from ....compiler.ir.module import Op
+from ....compiler.ir.types import Attrs
 from .core import sigmoid_of
 from .graph import Context, Kernel
 
@@ -17,55 +16,55 @@ _IDLE_SHARE = 1e-8  # an eps of less than this share of a sum is lost in float32
 def route(ctx: Context, op: Op) -> None:
     """Emit the choice and the weights of moe.route, without the steps that its attributes make idle."""
     logits, bias, given, expert_scale = ctx.inputs(op)
-    a = ctx.attributes(op)
+    a = op.settings
     if a["score"] == "sparsemixer":
         weights, ids = _sparsemixer(ctx, op, logits)
     else:
         if _is_softmax_of_chosen(op, a):
-            a = {**a, "order": "select_score", "renorm": "none"}
+            a = Attrs({**a, "order": "select_score", "renorm": "none"})
         weights, ids = _choose(ctx, op, a, logits, bias, given)
     weights = _renorm(ctx, op, weights, a)
-    if a["scale"] != 1.0:
-        weights = ctx.node("Mul", weights, ctx.graph.constant(a["scale"], op.results[0].type.dtype))
+    if a.number("scale") != 1.0:
+        weights = ctx.node("Mul", weights, ctx.graph.constant(a.number("scale"), op.results[0].type.dtype))
     if expert_scale:
         weights = ctx.node("Mul", weights, ctx.node("Gather", expert_scale, ids, axis=0))
     for result, name in zip(op.results, (weights, ids), strict=True):
         ctx.alias(result, name)
 
 
-def _is_softmax_of_chosen(op: Op, a: dict[str, Any]) -> bool:
+def _is_softmax_of_chosen(op: Op, a: Attrs) -> bool:
     """Return whether the weights are the softmax of the chosen logits: the softmax of all, chosen and normalised.
 
     The k largest of E shares add up to k / E or more, so that a small eps and min_sum change nothing.
     """
     _, bias, given, _ = op.operands
-    if bias or given or a["groups"] > 1 or a["weigh"] == "logits":
+    if bias or given or a.integer("groups") > 1 or a["weigh"] == "logits":
         return False
-    if (a["score"], a["order"], a["renorm"]) != ("softmax", "score_select", "sum"):
+    if (a.text("score"), a.text("order"), a.text("renorm")) != ("softmax", "score_select", "sum"):
         return False
     experts = op.inputs[0].type.shape[1]
-    share = a["k"] / int(experts) if experts.is_Integer else 0.0
-    return bool(a["eps"] <= _IDLE_SHARE * share and a["min_sum"] <= share / 2)
+    share = a.integer("k") / int(experts) if experts.is_Integer else 0.0
+    return bool(a.number("eps") <= _IDLE_SHARE * share and a.number("min_sum") <= share / 2)
 
 
-def _choose(ctx: Context, op: Op, a: dict[str, Any], logits: str, bias: str, given: str) -> tuple[str, str]:
+def _choose(ctx: Context, op: Op, a: Attrs, logits: str, bias: str, given: str) -> tuple[str, str]:
     """Return the weights before they are normalised, and the indices."""
     late = a["order"] == "select_score"
-    scores = logits if late else _score(ctx, op, logits, a["score"])
+    scores = logits if late else _score(ctx, op, logits, a.text("score"))
     choice = ctx.node("Add", scores, bias) if bias else scores
-    if a["groups"] > 1:
+    if a.integer("groups") > 1:
         choice = _limit(ctx, op, choice)
-    read = {"scores": scores, "choice": choice, "logits": logits}[a["weigh"]]
+    read = {"scores": scores, "choice": choice, "logits": logits}[a.text("weigh")]
     if given:
         weights, ids = "", given
     else:
-        k = ctx.graph.constant([a["k"]])
+        k = ctx.graph.constant([a.integer("k")])
         weights, ids = ctx.nodes("TopK", choice, k, outputs=2, axis=1, largest=1, sorted=1)
     # where experts outside the groups have -inf, none of them is chosen, and the choice holds the scores
-    limited = read == scores and not bias and a["groups"] > 1 and a["mask"] == -np.inf
+    limited = read == scores and not bias and a.integer("groups") > 1 and a["mask"] == -np.inf
     if given or (read != choice and not limited):
         weights = ctx.node("GatherElements", read, ids, axis=1)
-    return (_score(ctx, op, weights, a["score"]) if late else weights), ids
+    return (_score(ctx, op, weights, a.text("score")) if late else weights), ids
 
 
 def _score(ctx: Context, op: Op, x: str, score: str) -> str:
@@ -81,9 +80,9 @@ def _score(ctx: Context, op: Op, x: str, score: str) -> str:
 
 def _limit(ctx: Context, op: Op, choice: str) -> str:
     """Return the choice with `mask` outside the best groups."""
-    a, graph = ctx.attributes(op), ctx.graph
+    a, graph = op.settings, ctx.graph
     tokens, experts = op.inputs[0].type.shape
-    groups, dtype = a["groups"], op.results[0].type.dtype
+    groups, dtype = a.integer("groups"), op.results[0].type.dtype
     shape = (tokens, groups, experts / groups)
     grouped = ctx.reshape(choice, (tokens, experts), shape)
     if a["group_score"] == "max":
@@ -91,13 +90,17 @@ def _limit(ctx: Context, op: Op, choice: str) -> str:
     else:
         two, _ = ctx.nodes("TopK", grouped, graph.constant([2]), outputs=2, axis=2, largest=1, sorted=0)
         best = ctx.node("ReduceSum", two, graph.constant([2]), keepdims=0)
-    _, kept = ctx.nodes("TopK", best, graph.constant([a["topk_groups"]]), outputs=2, axis=1, largest=1, sorted=0)
+    _, kept = ctx.nodes(
+        "TopK", best, graph.constant([a.integer("topk_groups")]), outputs=2, axis=1, largest=1, sorted=0
+    )
     no, yes = (helper.make_tensor("value", TensorProto.BOOL, [1], [value]) for value in (False, True))
     outside = ctx.node("ConstantOfShape", graph.shape([tokens, groups]), value=yes)
-    inside = ctx.node("ConstantOfShape", graph.shape([tokens, a["topk_groups"]]), value=no)
+    inside = ctx.node("ConstantOfShape", graph.shape([tokens, a.integer("topk_groups")]), value=no)
     outside = ctx.node("ScatterElements", outside, kept, inside, axis=1)
     outside = ctx.node("Unsqueeze", outside, graph.constant([2]))
-    return ctx.reshape(ctx.node("Where", outside, graph.constant(a["mask"], dtype), grouped), shape, (tokens, experts))
+    return ctx.reshape(
+        ctx.node("Where", outside, graph.constant(a.number("mask"), dtype), grouped), shape, (tokens, experts)
+    )
 
 
 def _sparsemixer(ctx: Context, op: Op, logits: str) -> tuple[str, str]:
@@ -105,12 +108,12 @@ def _sparsemixer(ctx: Context, op: Op, logits: str) -> tuple[str, str]:
 
     The softmax of the largest logit m is 1 / sum(exp(logit - m)), over the logits that are near enough.
     """
-    a, graph, dtype = ctx.attributes(op), ctx.graph, op.results[0].type.dtype
+    a, graph, dtype = op.settings, ctx.graph, op.results[0].type.dtype
     zero, axis, low = graph.constant(0.0, dtype), graph.constant([1]), graph.constant([[-np.inf]], dtype)
-    limit = graph.constant(2 * a["jitter"], dtype)
+    limit = graph.constant(2 * a.number("jitter"), dtype)
     size = ctx.node("Abs", logits)
     left, gates, ids = logits, [], []
-    for _ in range(a["k"]):
+    for _ in range(a.integer("k")):
         best, chosen = ctx.nodes("TopK", left, graph.constant([1]), outputs=2, axis=1, largest=1, sorted=1)
         far = ctx.node("Div", ctx.node("Sub", best, logits), ctx.node("Max", size, best))
         shares = ctx.node("Exp", ctx.node("Sub", left, best))
@@ -122,23 +125,23 @@ def _sparsemixer(ctx: Context, op: Op, logits: str) -> tuple[str, str]:
     return ctx.node("Concat", *gates, axis=1), ctx.node("Concat", *ids, axis=1)
 
 
-def _renorm(ctx: Context, op: Op, weights: str, a: dict[str, Any]) -> str:
+def _renorm(ctx: Context, op: Op, weights: str, a: Attrs) -> str:
     if a["renorm"] == "none":
         return weights
     graph, dtype, axis = ctx.graph, op.results[0].type.dtype, ctx.graph.constant([1])
     kinds = {1.0: "ReduceL1", 2.0: "ReduceL2"}
     if a["renorm"] == "sum":
         total = ctx.node("ReduceSum", weights, axis, keepdims=1)
-    elif a["p"] in kinds:
-        total = ctx.node(kinds[a["p"]], weights, axis, keepdims=1)
+    elif a.number("p") in kinds:
+        total = ctx.node(kinds[a.number("p")], weights, axis, keepdims=1)
     else:
-        powers = ctx.node("Pow", ctx.node("Abs", weights), graph.constant(a["p"], dtype))
+        powers = ctx.node("Pow", ctx.node("Abs", weights), graph.constant(a.number("p"), dtype))
         total = ctx.node("ReduceSum", powers, axis, keepdims=1)
-        total = ctx.node("Pow", total, graph.constant(1 / a["p"], dtype))
-    if a["eps"]:
-        total = ctx.node("Add", total, graph.constant(a["eps"], dtype))
-    if a["min_sum"]:
-        total = ctx.node("Max", total, graph.constant(a["min_sum"], dtype))
+        total = ctx.node("Pow", total, graph.constant(1 / a.number("p"), dtype))
+    if a.number("eps"):
+        total = ctx.node("Add", total, graph.constant(a.number("eps"), dtype))
+    if a.number("min_sum"):
+        total = ctx.node("Max", total, graph.constant(a.number("min_sum"), dtype))
     return ctx.node("Div", weights, total)
 
 
