@@ -22,8 +22,9 @@ def _first(doc: str) -> str:
 
 
 def _json(value: Any) -> Any:
-    """Return a default as JSON has it: it knows no infinity."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """Return a default as JSON has it: it knows no infinity and no activation."""
+    plain = math.isfinite(value) if isinstance(value, float) else isinstance(value, (bool, int, str, tuple, type(None)))
+    return value if plain else str(value)
 
 
 def ops() -> Rows:
