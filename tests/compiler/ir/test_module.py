@@ -3,6 +3,7 @@
 import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.dce import dce
+from moec.compiler.ir.dims import size
 from moec.compiler.ir.module import Function, Value
 from moec.compiler.ir.names import Names
 from moec.compiler.ir.recipes import Tensor
@@ -60,6 +61,22 @@ def test_attributes_are_what_they_have_to_be():
     for read, name in ((attrs.integer, "eps"), (attrs.integers, "mixed"), (attrs.number, "to"), (attrs.text, "axis")):
         with pytest.raises(ValueError, match=f"^{name} is a"):
             read(name)
+
+
+def test_settings_have_the_declared_defaults():
+    b = IRBuilder("main")
+    b.add("core.slice", b.param("x", ROWS), axis=1, start=0, stop=4)
+    (op,) = b.ops
+    assert op.settings.integer("step") == 1 and "step" not in op.attributes
+    assert op.settings.size("stop") == size(4)
+    b.add("core.sum", op.results[0], axes=(1,))
+    assert b.ops[1].settings.flag("keepdim") is False and b.ops[1].settings.flag("other", True)
+    with pytest.raises(ValueError, match=r"^stop is true or false, not 4"):
+        op.settings.flag("stop")
+    with pytest.raises(ValueError, match=r"^stop is an activation, not 4"):
+        op.settings.activation("stop")
+    with pytest.raises(ValueError, match=r"^axes is a size, not "):
+        b.ops[1].settings.size("axes")
 
 
 def test_free_names_count_up():
