@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..formats.format import Format
-from ..formats.table import ELEMENTS, GROUPS, format_of
+from ..formats.table import ELEMENTS, GROUPS, INTEGER_BITS, NAMED, format_of
 from ..ir.recipes import Recipe, Step
 from .steps.table import step
 
-FP8_BLOCK = (128, 128)  # rows and columns of FP8 that share a scale, in checkpoints as in the format fp8_b128
+FP8_BLOCK = (128, 128)  # rows and columns of FP8 that share a scale in checkpoints
 
 
 class NotKept(Exception):
@@ -44,8 +44,8 @@ class Codes:
         """The format of the checkpoint, in words."""
         if self.rows > 1:
             return f"{self.element} in blocks of {self.rows} x {self.group}"
-        kind = "mxfp4" if self.element == "e2m1" and self.scales.type.dtype == "f8e8m0" else self.element
-        kind = f"{'u' * (self.zeros is not None)}int{self.bits}" if kind == "int" else kind
+        kind = f"{'u' * (self.zeros is not None)}int{self.bits}" if self.element == "int" else self.element
+        kind = next((format.name for format in NAMED if _is_in(self, format)), kind)
         return f"{kind} in groups of {self.group}"
 
     @property
@@ -214,16 +214,19 @@ def exact_formats(found: Codes) -> Iterator[Format]:
     """Yield the formats that hold the codes and their scales exactly, the fewest bits first, then the largest groups."""
     columns = found.codes.type.sizes[found.axis]
     groups = [g for g in reversed(GROUPS) if columns % g == 0 and (found.group % g == 0 or found.group >= columns)]
-    if found.element == "e2m1" and found.group == 32 and found.scales.type.dtype == "f8e8m0" and columns % 32 == 0:
-        yield format_of("mxfp4")
+    yield from (format for format in NAMED if _is_in(found, format) and columns % format.group == 0)
     if found.element == "e4m3":
-        if (found.rows, found.group) == FP8_BLOCK:
-            yield format_of("fp8_b128")
         return
-    for bits in (2, 4, 8):
+    for bits in INTEGER_BITS:
         if bits >= (found.bits if found.element == "int" else 8):
             for prefix in ("", "u") if found.zeros is None else ("u",):
                 yield from (format_of(f"{prefix}int{bits}_g{group}") for group in groups)
+
+
+def _is_in(found: Codes, format: Format) -> bool:
+    """Return whether codes are those of a format that is no integers, one scale for as many of them, and their scales too."""
+    alike = (found.element, found.rows, found.group) == (format.element, format.rows, format.group)
+    return alike and format.scale in ("f32", found.scales.type.dtype) and not format.tensor_scale
 
 
 def packed(found: Codes, format: Format) -> Recipe:

@@ -15,7 +15,7 @@ from moec.compiler.frontends.stored.schemes import read_schemes
 from moec.compiler.frontends.stored.stored import decode
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.kept_codes import packed, take_apart
+from moec.compiler.weights.kept_codes import exact_formats, packed, take_apart
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
@@ -226,3 +226,13 @@ def test_the_config_of_modelopt_may_be_a_file_of_its_own(tmp_path):
     (tmp_path / "hf_quant_config.json").write_text("{}")
     with pytest.raises(MoecError, match="has no `quantization`"):
         read_quantization(Config(None), tmp_path)
+
+
+@pytest.mark.parametrize(("columns", "names"), [(256, ["fp8_b128"]), (192, [])])
+def test_fp8_is_kept_in_whole_blocks_of_columns(columns, names):
+    """Rows of 192 end within a block, which the format does not have: such weights are stored as near integers."""
+    codes = Tensor("w", TensorType.of("f8e4m3", 200, columns))
+    weight = step("dequantize", codes, Tensor("s", TensorType.of("f32", 2, 2)), block=(128, 128))
+    found = take_apart(weight)
+    assert [format.name for format in exact_formats(found)] == names
+    assert [packed(found, format_of(name)).type for name in names] == [TensorType.of(n, 200, columns) for n in names]
