@@ -108,6 +108,7 @@ def test_what_is_brought_is_listed(site):
     assert passes["add-for-twice"]["options"] == ["often: int = 1"] and "quantize" in passes
     ops = {row["name"]: row for row in json.loads(moec(site, "list", "ops", "--json").stdout)}
     assert ops["outside.twice"]["doc"] == "Double every number." and "core.add" in ops
+    assert ops["moe.experts"]["attributes"] == {"act": "gated(silu)"}
     targets = {row["name"]: row["doc"] for row in json.loads(moec(site, "targets", "--json").stdout)}
     assert targets["outside-cpu"].startswith("ONNX Runtime, behind")
     assert targets["outside-chip"].startswith("NVIDIA H100") and "nvidia-h100" in targets
