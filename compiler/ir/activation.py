@@ -65,6 +65,8 @@ class Activation:
             raise MoecError(f"alpha is one of silu, not of {self.kind}")
         if self.clamp_after and math.isinf(self.limit):
             raise MoecError("clamp_after needs a limit")
+        for name in ("alpha", "beta", "limit"):  # 0.0 and -0.0 compute the same here, and have one text
+            object.__setattr__(self, name, getattr(self, name) + 0.0)
 
     @staticmethod
     def of(form: str, kind: str, options: Mapping[str, Any]) -> Activation:

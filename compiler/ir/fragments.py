@@ -12,7 +12,8 @@ from lark import Token
 from ..errors import MoecError
 from .activation import Activation
 from .dims import Size, dim, size_text
-from .syntax import Names, Slot, Source, StatementNode, attribute, attributes, expression, near, read, shallow
+from .literals import Names, attribute, attributes, expression
+from .syntax import Slot, Source, StatementNode, near, read, shallow
 
 
 @dataclass(frozen=True)

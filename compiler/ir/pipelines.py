@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lark import Token
 
-from .syntax import Source, attributes, read, shallow
+from .literals import attributes
+from .syntax import Source, read, shallow
 
 if TYPE_CHECKING:
     from .types import Attr

@@ -55,6 +55,9 @@ class Rule:
         inputs = {n for p in self.before for n in p.operands if n} - self.results
         for name in sorted(defined & (staying | inputs)):
             raise MoecError(f"rule {self.name}: `after` defines %{name}, which stays as `before` has it", exit_code=1)
+        if not defined & self.results:
+            what = f"rule {self.name}: `after` defines no value of `before`, so the rule could never be applied"
+            raise MoecError(what, todo="what only takes ops away is a part of passes/fold_constants.py", exit_code=1)
         return side
 
     def may_stay(self, pattern: PatternOp) -> bool:

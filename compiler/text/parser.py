@@ -26,24 +26,19 @@ from ..ir.fragments import (
     parse_size,
     parse_statements,
 )
+from ..ir.literals import LONGEST_INT, Names, attribute, attributes, expression, integer
 from ..ir.module import Const, Dim, Function, Module, Op, Value
 from ..ir.recipes import Literal, Recipe, Tensor
 from ..ir.stages import STAGES
 from ..ir.syntax import (
-    LONGEST_INT,
     AttrNode,
     ConstNode,
     FunctionNode,
     ModuleNode,
-    Names,
     RecipeNode,
     Source,
     StatementNode,
     TypeNode,
-    attribute,
-    attributes,
-    expression,
-    integer,
     near,
     place,
     read,

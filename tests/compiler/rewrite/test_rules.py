@@ -233,6 +233,8 @@ def test_a_rule_that_changes_a_type_is_an_error_with_its_name():
         ("%y = core.abs(%x)", "%y = core.add(%x, %z)", "nothing binds %z"),
         ("%y = core.abs(%x)", "%y = core.sum(%x) {axes=A}", "nothing binds A"),
         ("%a = core.exp(%b)\n%y = core.abs(%x)", "%y = core.exp(%x)", "shares no value"),
+        ("%y = core.abs(%x)", "", "could never be applied"),
+        ("%y = core.abs(%x)", "%z = core.exp(%x)", "could never be applied"),
     ],
 )
 def test_wrong_rules_are_errors(before, after, what):
