@@ -1,15 +1,14 @@
 """Sources to modules.
 
-load                any source to a module and its weights
-huggingface         a checkpoint folder, a live transformers model
-deepseek_v4         DeepSeek-V4, built from its config and tensors: traced, it would hold for some lengths only
-transformers_model  the import itself: rehearse, trace each kind of layer, trace the whole
-capture             transformers' registration interfaces; attention, experts and cache as single ops
-skeleton            a model without weights
-layers              which layers a model has and which are alike
-export, aten        torch.export, and its operators as IR ops
-stored, layouts     how quantized checkpoints store weights
-gguf                a GGUF file
-dequantized         a quantized checkpoint as a model of transformers, for `moec verify`
-names               parameter names to recipes over checkpoint tensors
+load          any source to a module and its weights
+transformers  checkpoint folders and live models: rehearse, trace each kind of layer, trace the whole
+aten          torch.export, and its operators as ops of the IR
+replaced      what stands for code of transformers that cannot be traced as it is
+stored        how quantized checkpoints store weights
+gguf          GGUF files
+deepseek_v4   DeepSeek-V4, built from its config and tensors: traced, it would hold for some lengths only
+skeleton      a model without weights
+companions    the files that travel with the weights into an artifact
+text_weights  checks the weights that a .moir file names against a checkpoint
+families      the families that the tests compare, each with a tiny configuration
 """

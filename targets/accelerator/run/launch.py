@@ -89,20 +89,3 @@ def check_gpu() -> None:
     """Raise MoecError where torch finds no GPU."""
     if not torch.cuda.is_available():
         raise MoecError("no GPU is here to time kernels on", todo="torch.cuda.is_available() says False", exit_code=1)
-
-
-def grouped_mm_layer(
-    x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
-    """Return the layer (silu, gated, concat) by torch's own grouped product in bf16: what kernels are compared with."""
-    chosen = ids.shape[1]
-    found, order = ids.flatten().sort(stable=True)
-    experts = torch.arange(up.shape[0], device=ids.device)
-    ends = torch.searchsorted(found, experts, right=True).int()  # no bincount: it waits for the GPU
-    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
-    product = grouped_mm(x[order // chosen], up.transpose(1, 2), offs=ends)
-    gate, value = product.chunk(2, dim=-1)
-    rows = grouped_mm(torch.nn.functional.silu(gate) * value, down.transpose(1, 2), offs=ends)
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    y.index_add_(0, order // chosen, rows.float() * gates.flatten()[order, None])
-    return y.to(x.dtype)
