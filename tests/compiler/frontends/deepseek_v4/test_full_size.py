@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from moec.compiler.cli.report import inspect
+from moec.compiler.cli.report import inspect, open_source
 from moec.compiler.cost.count import module_costs, op_flops
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.dims import evaluate
@@ -23,7 +23,7 @@ LAYERS = {"Flash": (21, 20), "Pro": (30, 31)}
 def full(request):
     """Return (Flash or Pro, its module, its report at a million past tokens)."""
     folder = CONFIGS / f"DeepSeek-V4-{request.param}"
-    return request.param, load(folder).module, inspect(folder, context=MILLION - 128)
+    return request.param, load(folder).module, inspect(open_source(folder), context=MILLION - 128)
 
 
 def test_import_is_quick_and_the_text_short(full):
