@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...errors import MoecError
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
 from .layers import LayerCall
+from .model_errors import CODE_ERRORS
 from .tracing import current
 
 MAX_COMPARED = 65536  # elements of a tensor, made outside the layer, whose values are part of the record
@@ -72,7 +73,7 @@ def _recorded(layer: LayerCall, computed: Mapping[str, Hashable]) -> Hashable:
     try:
         with _Recorder(program, inputs, computed) as recorder, torch.no_grad():
             results, states = program(inputs)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, LookupError, MoecError):
+    except (*CODE_ERRORS, MoecError):
         return layer.place  # it stays a kind of its own, and tracing it says what is wrong
     return (tuple(recorder.lines), recorder.name(results), recorder.name(states))
 

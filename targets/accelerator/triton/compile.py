@@ -83,7 +83,7 @@ class Request:
 def request(program: Program, arch: str, warps: int, source: str | None = None) -> Request:
     """Return what to compile for a program, printed here unless `source` is what was printed from it.
 
-    MoecError for an `arch` that is none of ARCHITECTURES, and for what Triton cannot say.
+    Raises MoecError for an `arch` that ARCHITECTURES does not have, and for a program that Triton cannot express.
     """
     architecture_of(arch)
     tensors = tuple((pointer(a.name), "*" + SIGNATURE[a.dtype]) for a in program.arguments)
