@@ -6,6 +6,7 @@ torch, transformers and onnxruntime are imported inside the commands that need t
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -133,8 +134,10 @@ def compile(
 
 
 def _key_values(options: tuple[str, ...]) -> dict[str, str]:
-    pairs = [option.partition("=") for option in options]
-    for (key, equals, _), option in zip(pairs, options, strict=True):
+    """Return what -D gives; several pairs may be in one option, with commas between: tp=8,ep=4."""
+    single = [part for option in options for part in re.split(r",(?=[\w.]+=)", option)]
+    pairs = [option.partition("=") for option in single]
+    for (key, equals, _), option in zip(pairs, single, strict=True):
         if not key or not equals:
             raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-D")
     return {key: value for key, _, value in pairs}

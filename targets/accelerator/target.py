@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...compiler.errors import MoecError
 from ...compiler.ir.deferred import DeferredFunction
 from ...compiler.ir.pipelines import LOWER, PassCall
 from ..target import FUSED, Emitted, Formats, Ops, Target
+from .artifact.options import NAMES, Options, read_options
 from .chip.chip import Profile
 from .chip.describe import line
 from .chip.profile import find_profile
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 
 # what the functions below need takes long to import: they import it when they run
-
-# of -D, beside the figures of the profile: choices, the first by default
-OPTIONS = {"kernels": ("objects", "source"), "toolchain": ("found", "make")}
-BUCKETS = "buckets"  # of -D too: the most tokens of a step that kernels are tuned for, as in 1,16,256
 
 
 def declare_ops() -> None:
@@ -40,16 +36,8 @@ FORMATS = Formats(
 )
 
 
-def accelerator_target(
-    profile: Profile, source: str = "", kernels: str = "objects", toolchain: str = "found",
-    buckets: tuple[int, ...] | None = None,
-) -> Target:  # fmt: skip
-    """Return the target for a chip; `source` is the name or TOML file that options are put on (the profile's name).
-
-    `kernels` is `objects` (sources, and compiled where the toolchain is installed) or `source`; `toolchain` is `found`
-    or `make` (triton-ascend's environment is made if there is none). `buckets` are the most tokens of a step that
-    kernels are tuned for (None: spec.BUCKETS).
-    """
+def accelerator_target(profile: Profile, source: str, options: Options) -> Target:
+    """Return the target for a chip; `source` is the name or TOML file that options are put on."""
     return Target(
         name=profile.name,
         doc=line(profile),
@@ -57,40 +45,21 @@ def accelerator_target(
         ops=OPS,
         formats=FORMATS,
         lower=lower,
-        emit=partial(
-            _emit, profile=profile, compiled=kernels == "objects", make_toolchain=toolchain == "make", buckets=buckets
-        ),
+        emit=partial(_emit, profile=profile, options=options),
         load=DeferredFunction(f"{_ROOM}.run.session", "load"),
-        options=partial(find_accelerator, source or profile.name),
+        options=partial(find_accelerator, source),
         predict=partial(_predict, profile=profile),
     )
 
 
 def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
-    """Return the target of a shipped profile or of a TOML file, with a user's figures; see profile.find_profile.
+    """Return the target of a shipped profile or of a TOML file, with a user's options and figures.
 
-    `kernels=source` leaves the kernels uncompiled; `toolchain=make` makes what compiles them, for a chip that takes an
-    environment of its own; `buckets=1,16,256` tunes kernels for these numbers of tokens of a step.
+    What is no option (options.py) is a figure; see profile.find_profile.
     """
-    figures = {key: value for key, value in options.items() if key not in (*OPTIONS, BUCKETS)}
-    chosen = {key: options.get(key, choices[0]) for key, choices in OPTIONS.items()}
-    for key, value in chosen.items():
-        if value not in OPTIONS[key]:
-            todo = f"give {' or '.join(OPTIONS[key])}"
-            raise MoecError(f"{key} cannot be {value}", where=f"-D {key}={value}", todo=todo)
-    return accelerator_target(find_profile(name, figures), name, **chosen, buckets=_buckets(options.get(BUCKETS)))
-
-
-def _buckets(text: str | None) -> tuple[int, ...] | None:
-    """Return the numbers of an option `buckets`; MoecError if they are none."""
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise MoecError(
-            f"{BUCKETS} cannot be {text}", where=f"-D {BUCKETS}={text}", todo="give numbers, as in 1,16,256"
-        )
-    return tuple(sorted({int(part) for part in parts}))
+    figures = {key: value for key, value in options.items() if key not in NAMES}
+    chosen = read_options(options)
+    return accelerator_target(find_profile(name, figures), name, chosen)
 
 
 def lower(module: Module, target: Target) -> Rewritten:
@@ -102,15 +71,11 @@ def lower(module: Module, target: Target) -> Rewritten:
 
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
-    progress: Callable[[int], None] | None = None, *, profile: Profile,
-    compiled: bool, make_toolchain: bool, buckets: tuple[int, ...] | None = None,
+    progress: Callable[[int], None] | None = None, *, profile: Profile, options: Options,
 ) -> Emitted:  # fmt: skip
     from .artifact.emit import emit
 
-    return emit(
-        module, source, folder, tile_bytes, progress, profile=profile, compiled=compiled,
-        make_toolchain=make_toolchain, buckets=buckets,
-    )  # fmt: skip
+    return emit(module, source, folder, tile_bytes, progress, profile=profile, options=options)
 
 
 def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from ..chip.chip import Profile
 from ..triton.source import triton_source
 from .ascend_objects import source_of
 from .device_placement import place_on_devices
-from .engine_files import engine_files, find_problems
+from .engine_files import engine_files, find_problems, introduction
 from .objects import compile_kernels, write_files
+from .options import Options
 from .shards import find_shards, write_shards
 from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs, weight_layouts
 
@@ -31,27 +32,25 @@ def emit(
     progress: Callable[[int], None] | None = None,
     *,
     profile: Profile,
-    compiled: bool = True,
-    make_toolchain: bool = False,
-    buckets: Sequence[int] | None = None,
+    options: Options,
 ) -> Emitted:
-    """Write the artifact's files into a folder; return the sha256 of each, and which tuning files of other engines are left out.
+    """Write the artifact's files into a folder; return the sha256 of each, and notes on tuning files of other engines.
 
-    Kernels are compiled where the chip's toolchain is installed, unless `compiled` is not set; `make_toolchain` makes
-    triton-ascend's environment if it takes that and there is none; `buckets` are what kernel_specs takes as tokens. `progress` is told the
-    bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on which a kernel does not
-    fit, for weights that cannot be read and for a full disk.
+    `progress` is told the bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on
+    which a kernel does not fit, for weights that cannot be read and for a full disk.
     """
-    kernels = kernel_specs(module, profile, buckets or BUCKETS)
+    kernels = kernel_specs(module, profile, options.buckets or BUCKETS)
     packed = weight_layouts(module, profile)
     found = find_shards(module, packed)
     objects: Mapping[str, bytes] = {}
-    if compiled:
-        made = compile_kernels(kernels, profile, SOURCES, make_toolchain=make_toolchain)
+    if options.compiled:
+        made = compile_kernels(kernels, profile, SOURCES, make_toolchain=options.make_toolchain)
         kernels, objects = made.kernels, made.files
     sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
-    tuned, left_out = engine_files(find_problems(module, packed), profile)
+    tuned, notes = engine_files(find_problems(module, packed), profile, options.tuning)
     engines = {f"{ENGINES}/{name}": _json(content) for name, content in tuned.items()}
+    if engines:
+        engines[f"{ENGINES}/README.md"] = introduction(profile.name)
     texts = {
         **sources,
         **engines,
@@ -59,7 +58,7 @@ def emit(
         PLAN: _json(place_on_devices(module, profile, found)),
     }
     written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
-    return Emitted(written | write_shards(found, source, folder, tile_bytes, progress), left_out)
+    return Emitted(written | write_shards(found, source, folder, tile_bytes, progress), notes)
 
 
 def _source(kernel: KernelSpec, profile: Profile) -> str:

@@ -72,6 +72,7 @@ def test_version():
         (["compyle"], "No such command 'compyle'"),
         (["compile"], "Missing argument 'SOURCE'"),
         (["compile", "m", "-D", "context"], "'context' is not KEY=VALUE"),
+        (["compile", "m", "--target", "nvidia-h200", "-D", "engines=vllm,sglang,tp=8,ep=no"], "ep cannot be no"),
         (["compile", "m", "-o", "m.moir"], "add --stop-after kernel"),
         (["compile", "m", "--stop-after", "moe", "--verify"], "--verify needs an artifact"),
         (["run", "d"], "give one of --prompt and --tokens"),

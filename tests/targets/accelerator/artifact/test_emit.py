@@ -15,8 +15,15 @@ from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.artifact import objects
 from moec.targets.accelerator.artifact.device_placement import place_on_devices
-from moec.targets.accelerator.artifact.engine_files import engine_files, file_name, find_problems
+from moec.targets.accelerator.artifact.engine_files import (
+    Shard,
+    engine_files,
+    file_name,
+    find_problems,
+    find_shard,
+)
 from moec.targets.accelerator.artifact.objects import compile_kernels
+from moec.targets.accelerator.artifact.options import Tuning, read_options
 from moec.targets.accelerator.artifact.shards import find_shards
 from moec.targets.accelerator.artifact.spec import kernel_specs, weight_layouts
 from moec.targets.accelerator.chip.profile import find_profile
@@ -228,17 +235,88 @@ def test_tuning_files_have_the_engines_names(weight, recipe, vllm, sglang, chip,
     (problem,) = find_problems(module, weight_layouts(module, profile))
     for engine, suffix in (("vllm", vllm), ("sglang", sglang)):
         assert file_name(engine, problem, device) == f"E=8,N=256,device_name={device}{suffix}.json"
-    files, notes = engine_files([problem], profile)
+    files, notes = engine_files([problem], profile, Tuning(("vllm", "sglang")))
     for content in files.values():
         itemsize = 1 if "fp8" in suffix else 2
         for entry in content.values():  # what the engines' kernel keeps in shared memory has to fit there
             tile = (entry["BLOCK_SIZE_M"] + entry["BLOCK_SIZE_N"]) * entry["BLOCK_SIZE_K"] * itemsize
             assert (entry["num_stages"] - 1) * tile <= {"nvidia-gb10": 101376, "nvidia-b300": 232448}[chip]
-    assert len(files) == 2 and not notes
+    assert len(files) == 2 and [n.reason for n in notes] == [PREDICTED]
 
 
-def test_tuning_files_that_cannot_be_are_noted(artifact):
-    (note,) = artifact.manifest["figures"]["notes"]
-    assert note.startswith(
-        "no tuning files of vLLM and SGLang for experts of mxfp4: their fused-MoE kernel has no weights"
-    )
+PREDICTED = "the tuning files in engines/ are predicted, not measured, and replace the engine's own choices"
+
+
+@pytest.fixture(scope="module")
+def problem():
+    declare_kernel_ops()
+    module = parse_module(GROUPED.replace("WEIGHT", "bf16").replace("RECIPE", PLAIN))
+    (found,) = find_problems(module, weight_layouts(module, H200))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "vllm", "sglang"),
+    [
+        # as the engines part 8 experts of 256 values: SGLang's --tp 4 --ep 2; vLLM's --enable-expert-parallel
+        (4, 1, "E=8,N=64", "E=8,N=64"),
+        (4, 4, "E=2,N=256", "E=2,N=256"),
+        (4, 2, "its ep is 1 or a multiple of tp", "E=4,N=128"),
+        (2, 4, "E=2,N=256", "its ep divides tp"),
+        (16, 16, "cannot be divided over tp=16, ep=16", "cannot be divided over tp=16, ep=16"),
+    ],
+)
+def test_tuning_files_of_one_device_of_several(tp, ep, vllm, sglang, problem):
+    tuning = Tuning(("vllm", "sglang"), tp, ep)
+    for engine, wanted in (("vllm", vllm), ("sglang", sglang)):
+        found = find_shard(engine, problem.experts, tuning)
+        if isinstance(found, Shard):
+            assert file_name(engine, problem, "X", found) == f"{wanted},device_name=X.json"
+        else:
+            assert wanted in found
+
+
+def test_a_shard_of_experts_has_its_share_of_the_pairs(problem):
+    """With half of the experts, half of the tiles: the choice stays that of rows for one expert."""
+    files, notes = engine_files([problem], H200, Tuning(("sglang",), 2, 2))
+    ((path, content),) = files.items()
+    assert path == "sglang/configs/triton_3_4_0/E=4,N=256,device_name=NVIDIA_H200.json"
+    assert content["1"]["BLOCK_SIZE_M"] == 16 and content["4096"]["BLOCK_SIZE_M"] >= 64
+    assert [n.reason for n in notes] == [PREDICTED]
+
+
+def test_tuning_files_are_opt_in(artifact, tmp_path):
+    assert not (artifact.folder / "engines").exists() and "notes" not in artifact.manifest["figures"]
+    options = {"kernels": "source", "buckets": "16", "engines": "vllm,sglang", "device": "NVIDIA H20-3e"}
+    made = moec.compile(TINY, target="nvidia-h20", out=tmp_path / "a", options=options)
+    assert made.manifest["figures"]["notes"] == [PREDICTED]
+    assert "nobody has measured them" in (made.folder / "engines/README.md").read_text()
+    (file,) = (made.folder / "engines/vllm").iterdir()
+    assert file.name == "E=16,N=128,device_name=NVIDIA_H20-3e.json"
+    assert all(key.isdecimal() for key in json.loads(file.read_text()))  # what both engines read
+
+
+def test_tuning_files_that_cannot_be_are_noted(problem):
+    unknown = find_profile("ascend-950dt", {})
+    (note,) = engine_files([problem], unknown, Tuning(("vllm",)))[1]
+    assert note.reason.startswith("no tuning file of vllm for experts of bf16: what it calls ascend-950dt is not known")
+    packed = dataclasses.replace(problem.experts.up, format="mxfp4")
+    other = dataclasses.replace(problem, experts=dataclasses.replace(problem.experts, up=packed))
+    files, (note,) = engine_files([other], H200, Tuning(("vllm",)))
+    assert not files and "its fused-MoE kernel has no weights in mxfp4" in note.reason
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"engines": "tensorrt"}, "engines cannot be tensorrt"),
+        ({"engines": ""}, "engines cannot be "),
+        ({"engines": "vllm", "tp": "0"}, "tp cannot be 0"),
+        ({"engines": "vllm", "ep": "two"}, "ep cannot be two"),
+        ({"tp": "8"}, "tp says for whom tuning files of engines are"),
+    ],
+)
+def test_options_of_tuning_files_that_cannot_be(given, said):
+    with pytest.raises(MoecError, match=said) as caught:
+        read_options(given)
+    assert caught.value.todo
