@@ -33,9 +33,7 @@ def routed(form, layout, sizes=(100, 40), direct=False):
     label = f"{form}{' direct' if direct else ''}"
     yield f"up {label}", grouped_up(e, tile, layout, direct), {**given, **where, **named(up_parts, "up")}
     given = {"h": rng.standard_normal((TOKENS * CHOSEN, inner)), "gates": rng.random(TOKENS * CHOSEN), **where}
-    for scatter in (False, True):
-        program = grouped_down(e, tile, layout, direct, scatter)
-        yield f"down {label}{' scattered' if scatter else ''}", program, {**given, **named(down_parts, "down")}
+    yield f"down {label}", grouped_down(e, tile, layout, direct), {**given, **named(down_parts, "down")}
     if not direct and form == "bf16":
         yield "sort", sort(e, layout), {"ids": pairs}
         rows = rng.standard_normal((TOKENS * CHOSEN, hidden))

@@ -47,7 +47,7 @@ class Layer:
 
     up: GpuKernel
     down: GpuKernel
-    combine: GpuKernel | None = None  # none where `down` adds to y itself
+    combine: GpuKernel
     sort: GpuKernel | None = None
 
     @property
@@ -73,21 +73,19 @@ class Layer:
     def run(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the kernels and return y [T, D]."""
         scalars = {"T": tensors["x"].shape[0]}
-        if self.combine is None:
-            tensors["y"].zero_()
         for kernel in self.kernels:
             kernel(tensors, scalars)
         return tensors["y"]
 
 
-def kernels(e: Experts, tile: Tile, direct: bool, scatter: bool) -> Layer:
-    down = GpuKernel(grouped_down(e, tile, LAYOUT, direct, scatter))
-    last = None if scatter else GpuKernel(combine(e, 64, LAYOUT, 2))
+def kernels(e: Experts, tile: Tile, direct: bool) -> Layer:
+    down = GpuKernel(grouped_down(e, tile, LAYOUT, direct))
+    last = GpuKernel(combine(e, 64, LAYOUT, 2))
     first = None if direct else GpuKernel(sort(e, LAYOUT))
     return Layer(GpuKernel(grouped_up(e, tile, LAYOUT, direct)), down, last, first)
 
 
-def check(e: Experts, tile: Tile, tokens: int, *, direct=False, scatter=False, one_expert=False, seed=0) -> None:
+def check(e: Experts, tile: Tile, tokens: int, *, direct=False, one_expert=False, seed=0) -> None:
     """Run all kernels of a layer both ways; the outputs of each kernel must agree, and y with moe.experts."""
     generator = np.random.default_rng(seed)
     parts, weights = {}, []
@@ -102,7 +100,7 @@ def check(e: Experts, tile: Tile, tokens: int, *, direct=False, scatter=False, o
     for name, packing in (("up_bias", e.up), ("down_bias", e.down)):
         if getattr(e, name):
             parts[name] = generator.standard_normal((e.experts, packing.rows), np.float32)
-    layer = kernels(e, tile, direct, scatter)
+    layer = kernels(e, tile, direct)
     tensors = layer.buffers(x, ids, gates, {name: to_torch(array) for name, array in parts.items()})
     simulated = {n: parts.get(n, np.zeros(0)) for n in tensors}
     for name, tensor in tensors.items():
@@ -152,9 +150,8 @@ def test_all_tokens_on_one_expert(fmt):
 
 
 @pytest.mark.parametrize("fmt", ("bf16", "nvfp4"))
-@pytest.mark.parametrize("scatter", (False, True))
-def test_each_pair_a_tile_and_added_atomically(fmt, scatter):
-    check(layer_of(fmt), Tile(16, 32, 128, 2), 3, direct=True, scatter=scatter)
+def test_each_pair_a_tile(fmt):
+    check(layer_of(fmt), Tile(16, 32, 128, 2), 3, direct=True)
 
 
 @pytest.mark.parametrize(

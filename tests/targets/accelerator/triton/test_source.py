@@ -302,10 +302,10 @@ def test_a_launch_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     kernel = GpuKernel(combine(experts("bf16"), 512, LAYOUT))
-    tensors = {"rows": torch.zeros(2, 512), "y": torch.zeros(1, 512, dtype=torch.bfloat16)}
+    tensors = {"rows": torch.zeros(2, 512, dtype=torch.bfloat16), "y": torch.zeros(1, 512, dtype=torch.bfloat16)}
     with pytest.raises(MoecError, match="kernels run on a GPU, not on cpu"):
         kernel(tensors, {"T": 1})
-    with pytest.raises(MoecError, match=r"rows is f32\[2, 512\]"):
-        kernel(tensors | {"rows": torch.zeros(3, 512)}, {"T": 1})
+    with pytest.raises(MoecError, match=r"rows is bf16\[2, 512\]"):
+        kernel(tensors | {"rows": torch.zeros(3, 512, dtype=torch.bfloat16)}, {"T": 1})
     with pytest.raises(MoecError, match="no GPU is here"):
         seconds(lambda: None)
