@@ -268,8 +268,8 @@ class TracedOnce:
 
 @pytest.fixture
 def traced_once(monkeypatch):
-    once = TracedOnce(importing.trace)
-    monkeypatch.setattr(importing, "trace", once)
+    once = TracedOnce(importing.trace_module)
+    monkeypatch.setattr(importing, "trace_module", once)
     return once
 
 
@@ -306,8 +306,8 @@ def test_one_changed_tensor_many_times(layout, traced_once):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    once = TracedOnce(importing.trace)
-    importing.trace = once
+    once = TracedOnce(importing.trace_module)
+    importing.trace_module = once
     number, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
     only = sys.argv[3:] or list(LAYOUTS)
     found = faults(once, only, number, first)

@@ -35,9 +35,9 @@ def live_companions(model: Any, tokenizer: Any = None) -> dict[str, bytes]:
     config = json.loads(model.config.to_json_string(use_diff=True))
     if not config.get("architectures"):
         config["architectures"] = [type(model).__name__]
-    found = {"config.json": _json(config)}
+    found = {"config.json": _json_bytes(config)}
     if getattr(model, "generation_config", None) is not None:
-        found[GENERATION] = _json(json.loads(model.generation_config.to_json_string(use_diff=True)))
+        found[GENERATION] = _json_bytes(json.loads(model.generation_config.to_json_string(use_diff=True)))
     if tokenizer is None:
         source = Path(getattr(model, "name_or_path", "") or ".")
         return found | (read_companions(source, TOKENIZER) if source != Path() else {})
@@ -70,8 +70,8 @@ def gguf_companions(metadata: Mapping[str, Any], rows: int, file: Path) -> dict[
             what = f"{key} is {number!r}, and the tokens are 0 to {rows - 1}"
             raise MoecError(what, where=str(file), todo="convert the model again")
         ends.append(number)
-    return {GENERATION: _json({"eos_token_id": list(dict.fromkeys(ends))})} if ends else {}
+    return {GENERATION: _json_bytes({"eos_token_id": list(dict.fromkeys(ends))})} if ends else {}
 
 
-def _json(content: dict[str, Any]) -> bytes:
+def _json_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

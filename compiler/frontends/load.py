@@ -79,7 +79,7 @@ def load(
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _silence_output() -> Iterator[None]:
     """Drop what the code of a model prints while it is built and traced: results alone belong on standard output."""
     from transformers.utils import logging
 
@@ -98,7 +98,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         from .transformers.huggingface import check_weights
 
         found: list[StandIn] = []
-        with _silent():
+        with _silence_output():
             module, opened = import_gguf(file, name.rstrip("/"), found)
         check_weights(module, opened.checkpoint)
         rows = opened.checkpoint.tensors["token_embd.weight"].type.sizes[0]
@@ -107,7 +107,7 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
     from .transformers.huggingface import import_folder
 
     replaced: list[StandIn] = []
-    with _silent():
+    with _silence_output():
         module, checkpoint, left_out = import_folder(
             path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
         )
@@ -182,7 +182,7 @@ def _load_live(model: Any, tokenizer: Any) -> Loaded:
     from .transformers.huggingface import import_live
 
     replaced: list[StandIn] = []
-    with _silent():
+    with _silence_output():
         module, tensors = import_live(model, replaced)
     brought = live_companions(model, tokenizer)
     return Loaded(merge_functions(module), ModuleSource(tensors), None, replaced=tuple(replaced), brought=brought)

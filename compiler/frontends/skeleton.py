@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MoecError
 from ..errors.json_files import no_contradiction, read_json
-from .transformers.capture import NAME, register
+from .transformers.capture import NAME, register_interfaces
 from .transformers.config_checks import check_config, check_sizes
 from .transformers.config_names import check_names
 from .transformers.config_types import known_config, refuse_adapter
@@ -36,12 +36,12 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _FACTORIES and kwargs.get("device") is None and _elements(args, kwargs) > 65536:
+        if func in _FACTORIES and kwargs.get("device") is None and _count_elements(args, kwargs) > 65536:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 
-def _elements(args: Any, kwargs: Any) -> int:
+def _count_elements(args: Any, kwargs: Any) -> int:
     if args and isinstance(args[0], torch.Tensor):
         return args[0].numel()
     size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
@@ -93,7 +93,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=bool(remote), local_files_only=True)
     except Exception as error:
-        raise _refusal(error, path) from error
+        raise _refused_config(error, path) from error
     check_names(raw, decoder_config(config), str(path))
     check_sizes(decoder_config(config).to_dict(), str(path))
     return config
@@ -105,18 +105,18 @@ def decoder_config(config: Any) -> Any:
     return whole.get_text_config(decoder=True)
 
 
-def _refusal(error: Exception, path: Path) -> MoecError:
+def _refused_config(error: Exception, path: Path) -> MoecError:
     """Return the MoecError for what transformers raises about a config."""
     what = "transformers does not accept this config"
     if isinstance(error, KeyError) and (missing := re.search(r"`(\w+)`.*?\{(.*?)\}", str(error))):
         return MoecError(f"{what}: {missing[1]} lacks {missing[2]}", where=str(path), todo=f"add {missing[2]}")
     # a ValueError, or one of huggingface_hub's strict dataclasses (they share no public base), is an explanation
     if isinstance(error, ValueError) or "Strict" in type(error).__name__:
-        return MoecError(f"{what}: {_explanation(error)}", where=str(path))
+        return MoecError(f"{what}: {_explain_refusal(error)}", where=str(path))
     return replace(model_error(error, what, None, "as it stands"), where=str(path))
 
 
-def _explanation(error: Exception) -> str:
+def _explain_refusal(error: Exception) -> str:
     """Return why a config is refused, without the classes that it went through."""
     text = _first_line(error)
     field = re.search(r"[Ff]ield '(\w+)'", text)
@@ -152,9 +152,9 @@ def make_model(config: Any, trust_remote_code: bool = False, **options: Any) -> 
     return cls.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
-def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
+def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
     """Build the causal LM of a config in float32 without memory for its weights."""
-    register()
+    register_interfaces()
     if part := PARTS.get(config.model_type):
         config = getattr(config, f"{part}_config")
     if hasattr(config, "quantization_config"):
@@ -163,7 +163,7 @@ def build(config: Any, trust_remote_code: bool = False) -> Skeleton:
     # where there are several models in one, only the decoder is told: see adopt
     alone = config.get_text_config(decoder=True) is config
     options = {"attn_implementation": NAME} if alone else {}
-    return adopt(make_empty(config, trust_remote_code, **options))
+    return adopt_model(make_empty(config, trust_remote_code, **options))
 
 
 def make_empty(config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -176,7 +176,7 @@ def make_empty(config: Any, trust_remote_code: bool = False, **options: Any) -> 
         raise model_error(error, f"a causal LM of model_type {kind!r}", config, "cannot be built") from error
 
 
-def adopt(model: Any) -> Skeleton:
+def adopt_model(model: Any) -> Skeleton:
     """Put a model on the meta device, keeping the values of its non-persistent buffers."""
     use_moec_ops(model)
     persistent = set(model.state_dict(keep_vars=True))

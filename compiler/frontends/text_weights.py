@@ -20,15 +20,15 @@ def check_text_weights(module: Module, checkpoint: Checkpoint, text: str, path: 
     """Check that every tensor that a program reads is there as it should be; MoecError points at its name in the text."""
     for function, bound in walk_calls(module):
         for const in function.consts:
-            for leaf in _leaves(const.recipe):
+            for leaf in _tensors_of_recipe(const.recipe):
                 named = bind(leaf, function.weights, bound)
                 assert isinstance(named, Tensor)
                 for name in expand_range(named.name):
-                    if (problem := _problem(name, leaf.type, checkpoint)) is not None:
-                        raise _pointed(problem, function, const, leaf, Source(text, str(path)))
+                    if (problem := _weight_problem(name, leaf.type, checkpoint)) is not None:
+                        raise _error_at_name(problem, function, const, leaf, Source(text, str(path)))
 
 
-def _problem(name: str, wanted: TensorType, checkpoint: Checkpoint) -> MoecError | None:
+def _weight_problem(name: str, wanted: TensorType, checkpoint: Checkpoint) -> MoecError | None:
     info = checkpoint.tensors.get(name)
     if name.endswith(FITTED):
         return None
@@ -39,16 +39,16 @@ def _problem(name: str, wanted: TensorType, checkpoint: Checkpoint) -> MoecError
     return None
 
 
-def _leaves(recipe: Recipe) -> Iterator[Tensor]:
+def _tensors_of_recipe(recipe: Recipe) -> Iterator[Tensor]:
     """Yield the tensors of a recipe as they are written, ranges and all."""
     if isinstance(recipe, Tensor):
         yield recipe
     elif isinstance(recipe, Step):
         for item in recipe.items:
-            yield from _leaves(item)
+            yield from _tensors_of_recipe(item)
 
 
-def _pointed(problem: MoecError, function: Function, const: Const, leaf: Tensor, source: Source) -> MoecError:
+def _error_at_name(problem: MoecError, function: Function, const: Const, leaf: Tensor, source: Source) -> MoecError:
     """Return the error at the name's place in the text; as it is where the name is not found there."""
     name = json.dumps(leaf.name, ensure_ascii=False)
     inside = False

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from moec.compiler.driver import compile_source, opt
-from moec.compiler.frontends.aten.export import trace
-from moec.compiler.frontends.aten.lower import Graph, lower
+from moec.compiler.frontends.aten.export import trace_module
+from moec.compiler.frontends.aten.lower import Graph, lower_graph
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.transformers.layers import BATCH, NEW
 from moec.compiler.frontends.transformers.model import _type_of
@@ -162,7 +162,7 @@ def imported(case: Router) -> Module:
     config = getattr(configs, case.config)(hidden_size=WIDTH, num_attention_heads=4, **case.options)
     with torch.device("meta"):
         inputs = [torch.empty(BATCH, NEW, WIDTH), *([case.extra()] if case.extra else [])]
-    traced = trace(Alone(getattr(code, case.name)(config).to("meta").eval(), case.flat), inputs, case.name)
+    traced = trace_module(Alone(getattr(code, case.name)(config).to("meta").eval(), case.flat), inputs, case.name)
     signature, builder = traced.program.graph_signature, IRBuilder("main")
     tensors = {**traced.program.state_dict, **traced.program.constants}
     values: dict[str, Any] = {}
@@ -171,7 +171,7 @@ def imported(case: Router) -> Module:
     for node, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
         type_ = TensorType.of(dtype_name(tensors[name].dtype), *tensors[name].shape)
         values[node] = builder.const(name.replace(".", "_"), Tensor(name, type_))
-    function = builder.build(lower(Graph(traced, builder), values))
+    function = builder.build(lower_graph(Graph(traced, builder), values))
     return Module("graph", (Dim("B", 1, 64), Dim("S", 1, 64)), (function,))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gguf_files import random_blocks
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.frontends.gguf.model import dequantized, gguf_name
+from moec.compiler.frontends.gguf.model import dequantize_blocks, gguf_name
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.pull import pull
@@ -29,7 +29,7 @@ def k_quant(kind):
             flat[:, start : start + 2] = (np.abs(scale) / 5000).astype("<f2").view(np.uint8)
         raw = flat.reshape(*x.shape[:-1], -1)
         tensor = Tensor("w", TensorType.of("u8", *raw.shape))
-        return raw, pull(dequantized(tensor, kind), ModuleSource({"w": torch.from_numpy(raw)})).numpy()
+        return raw, pull(dequantize_blocks(tensor, kind), ModuleSource({"w": torch.from_numpy(raw)})).numpy()
 
     return made
 

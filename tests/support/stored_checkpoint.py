@@ -1,7 +1,7 @@
 """Opens a written checkpoint as the importer does: its quantization read from a config, its tensors as recipes."""
 
 from moec.compiler.frontends.stored.quantization_config import read_quantization
-from moec.compiler.frontends.stored.stored import decode
+from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from safetensors.torch import save_file
 
@@ -22,4 +22,4 @@ def write_and_decode(folder, tensors, quantization):
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
     found = read_quantization(Config(quantization), folder) if quantization else None
-    return decode(checkpoint, found).recipes, checkpoint, found
+    return decode_checkpoint(checkpoint, found).recipes, checkpoint, found

@@ -30,14 +30,14 @@ class Traced:
         """Return a torch size (int or SymInt) as a size of the IR."""
         if isinstance(value, int):
             return sympy.Integer(value)
-        return _translate(value.node.expr, self.symbols)
+        return _translate_expression(value.node.expr, self.symbols)
 
     def shape(self, tensor: Tensor) -> tuple[Size, ...]:
         """Return the shape of a traced value in IR sizes."""
         return tuple(sympy.expand(self.size(s)) for s in tensor.shape)
 
 
-def trace(module: torch.nn.Module, inputs: Sequence[Tensor], where: str) -> Traced:
+def trace_module(module: torch.nn.Module, inputs: Sequence[Tensor], where: str) -> Traced:
     """Export a module for every batch, length and past; MoecError where it holds only for some."""
     from torch.export import Dim, export
 
@@ -85,19 +85,19 @@ def _check_guards(placeholders: Sequence[Any], traced: Traced, where: str) -> No
                 if LAYOUT in str(guard.sloc):
                     continue
                 # sizes that torch found equal were replaced by each other; the guards still name all of them
-                expression = _translate(guard.expr.xreplace(environment.replacements), traced.symbols)
-                if expression.free_symbols and _decides(expression):
+                expression = _translate_expression(guard.expr.xreplace(environment.replacements), traced.symbols)
+                if expression.free_symbols and _restricts_sizes(expression):
                     raise MoecError(f"the traced code holds only where {expression}", where=where)
             return
 
 
-def _decides(guard: sympy.Basic) -> bool:
+def _restricts_sizes(guard: sympy.Basic) -> bool:
     """Return whether a guard is more than torch's own assumption that sizes are 2 or larger."""
     positive = {s: sympy.Symbol(f"{s.name}_", integer=True, nonnegative=True) + 2 for s in guard.free_symbols}
     return sympy.simplify(guard.subs(positive)) is not sympy.true
 
 
-def _translate(expression: sympy.Basic, symbols: Mapping[sympy.Symbol, Size]) -> Any:
+def _translate_expression(expression: sympy.Basic, symbols: Mapping[sympy.Symbol, Size]) -> Any:
     """Rewrite torch's sympy expression over its own symbols and functions as one of the IR."""
     if isinstance(expression, sympy.Symbol):
         if expression not in symbols:
@@ -105,7 +105,7 @@ def _translate(expression: sympy.Basic, symbols: Mapping[sympy.Symbol, Size]) ->
         return symbols[expression]
     if not expression.args:
         return expression
-    args = [_translate(a, symbols) for a in expression.args]
+    args = [_translate_expression(a, symbols) for a in expression.args]
     match type(expression).__name__:
         case "FloorDiv" | "CleanDiv":
             return FUNCTIONS["floordiv"](*args)

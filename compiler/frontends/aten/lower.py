@@ -67,7 +67,7 @@ class Graph:
         return x if x.type.dtype == dtype else self.builder.add("core.cast", x, to=dtype)
 
 
-def lower(graph: Graph, inputs: dict[str, Any]) -> list[Any]:
+def lower_graph(graph: Graph, inputs: dict[str, Any]) -> list[Any]:
     """Write every node of the graph through its handler; return what the graph's outputs became.
 
     `inputs` gives the value of each placeholder by its fx name.
@@ -81,20 +81,20 @@ def lower(graph: Graph, inputs: dict[str, Any]) -> list[Any]:
             case "call_function":
                 graph.values[node] = _lower_node(graph, node)
             case "output":
-                outputs = [_value(graph, a) for a in torch.utils._pytree.tree_leaves(node.args[0])]
+                outputs = [_argument_value(graph, a) for a in torch.utils._pytree.tree_leaves(node.args[0])]
             case _:
-                raise MoecError(f"a traced {node.op} node is not understood", model=_place(node))
+                raise MoecError(f"a traced {node.op} node is not understood", model=_module_path(node))
     return outputs
 
 
 def _lower_node(graph: Graph, node: Any) -> Any:
-    place = _place(node)
+    place = _module_path(node)
     graph.builder.loc = (place,) if place else ()
     val = node.meta.get("val")
     if isinstance(val, (int, torch.SymInt)):
         return graph.traced.size(val)
     if node.target is operator.getitem:
-        return _value(graph, node.args[0])[node.args[1]]
+        return _argument_value(graph, node.args[0])[node.args[1]]
     name = _operator_name(node.target)
     base, _, overload = name.rpartition(".")
     in_place = base.endswith("_") and not base.endswith("__")
@@ -109,15 +109,15 @@ def _lower_node(graph: Graph, node: Any) -> Any:
         "aten.alias",
         "aten.copy",
     )  # these may see a tensor without values yet
-    args = [_value(graph, a, raw) for a in node.args]
-    kwargs = {k: _value(graph, v) for k, v in node.kwargs.items()}
+    args = [_argument_value(graph, a, raw) for a in node.args]
+    kwargs = {k: _argument_value(graph, v) for k, v in node.kwargs.items()}
     result = handler(graph, *args, **kwargs)
     if in_place and not raw:
-        _rebind(graph, node, result, place)
+        _rebind_operand(graph, node, result, place)
     return result
 
 
-def _rebind(graph: Graph, node: Any, result: Any, place: str) -> None:
+def _rebind_operand(graph: Graph, node: Any, result: Any, place: str) -> None:
     """Let the operand of an in-place operator mean its new value from here on."""
     target = node.args[0]
     views = ("view", "slice", "select", "transpose", "unsqueeze", "expand", "permute", "reshape", "split", "chunk")
@@ -134,24 +134,24 @@ def _operator_name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _place(node: Any) -> str:
+def _module_path(node: Any) -> str:
     """Return the module path of a node, without the wrapper's own name."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if not path.startswith("_")]
     return stack[-1].partition(".")[2] if stack else ""
 
 
-def _value(graph: Graph, argument: Any, raw: bool = False) -> Any:
+def _argument_value(graph: Graph, argument: Any, raw: bool = False) -> Any:
     if isinstance(argument, torch.fx.Node):
         value = graph.values[argument]
         return value.complete(graph.builder) if isinstance(value, Uninitialised) and not raw else value
     if isinstance(argument, (list, tuple)):
-        return [_value(graph, a) for a in argument]
+        return [_argument_value(graph, a) for a in argument]
     if isinstance(argument, torch.dtype):
         return dtype_name(argument)
     return argument
 
 
-def axis(x: Value, number: int) -> int:
+def normalize_axis(x: Value, number: int) -> int:
     """Return an axis counted from the front."""
     return number % len(x.type.shape)
 

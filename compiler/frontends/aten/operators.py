@@ -11,7 +11,7 @@ from ...errors import MoecError
 from ...ir.dims import size
 from ...ir.dtypes import DTYPES
 from ...ir.module import Value
-from .lower import HANDLERS, Graph, aten, axis, reshape
+from .lower import HANDLERS, Graph, aten, normalize_axis, reshape
 from .shapes import squeeze
 
 Handler = Callable[..., Any]
@@ -20,7 +20,7 @@ Handler = Callable[..., Any]
 # --- elementwise -----------------------------------------------------------------------------------------------
 
 
-def _promote(g: Graph, x: Any, y: Any) -> tuple[Value, Value]:
+def _promote_dtypes(g: Graph, x: Any, y: Any) -> tuple[Value, Value]:
     if not isinstance(x, Value):
         return g.like(x, y), y
     if not isinstance(y, Value):
@@ -33,13 +33,13 @@ def _promote(g: Graph, x: Any, y: Any) -> tuple[Value, Value]:
     return g.cast(x, dtype), g.cast(y, dtype)
 
 
-def _binary(name: str) -> Handler:
+def _binary_handler(name: str) -> Handler:
     def handler(g: Graph, x: Any, y: Any, alpha: Any = 1, rounding_mode: Any = None) -> Any:
         if not isinstance(x, Value) and not isinstance(y, Value):
             return {"add": operator.add, "sub": operator.sub, "mul": operator.mul}[name](x, y)
         if alpha != 1 or rounding_mode is not None:
             raise MoecError(f"{name} with alpha={alpha}, rounding_mode={rounding_mode} is not understood")
-        x, y = _promote(g, x, y)
+        x, y = _promote_dtypes(g, x, y)
         if name == "div" and not x.type.dtype.startswith(("f", "b")):
             x, y = g.cast(x, "f32"), g.cast(y, "f32")
         return g.builder.add(f"core.{name}", x, y)
@@ -48,13 +48,13 @@ def _binary(name: str) -> Handler:
 
 
 for _name in ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge"):
-    aten(f"aten.{_name}")(_binary(_name))
+    aten(f"aten.{_name}")(_binary_handler(_name))
 for _name in ("logical_and", "logical_or"):
     _short = _name.split("_")[1]
-    aten(f"aten.{_name}", f"aten.bitwise_{_short}", f"aten.__{_short}__")(_binary(_name))
+    aten(f"aten.{_name}", f"aten.bitwise_{_short}", f"aten.__{_short}__")(_binary_handler(_name))
 
 
-def _unary(name: str) -> Handler:
+def _unary_handler(name: str) -> Handler:
     return lambda g, x, **kwargs: g.builder.add(f"core.{name}", x)
 
 
@@ -62,7 +62,7 @@ for _name in (
     "neg", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu", "relu", "abs", "floor", "erf",
     "reciprocal", "logical_not",
 ):  # fmt: skip
-    aten(f"aten.{_name}")(_unary(_name))
+    aten(f"aten.{_name}")(_unary_handler(_name))
 
 
 @aten("aten.bitwise_not")
@@ -107,8 +107,8 @@ def _gelu(g: Graph, x: Value, approximate: str = "none") -> Value:
 @aten("aten.clamp", "aten.clamp_min", "aten.clamp_max")
 def _clamp(g: Graph, x: Value, min: Any = None, max: Any = None) -> Value:
     if isinstance(min, Value) or isinstance(max, Value):
-        x = x if min is None else g.builder.add("core.maximum", *_promote(g, x, min))
-        return x if max is None else g.builder.add("core.minimum", *_promote(g, x, max))
+        x = x if min is None else g.builder.add("core.maximum", *_promote_dtypes(g, x, min))
+        return x if max is None else g.builder.add("core.minimum", *_promote_dtypes(g, x, max))
     low = float("-inf") if min is None else float(min)
     high = float("inf") if max is None else float(max)
     return g.builder.add("core.clamp", x, min=low, max=high)
@@ -117,7 +117,9 @@ def _clamp(g: Graph, x: Value, min: Any = None, max: Any = None) -> Value:
 @aten("aten.where")
 def _where(g: Graph, condition: Value, x: Any, y: Any) -> Value:
     x, y = (
-        _promote(g, x, y) if isinstance(x, Value) or isinstance(y, Value) else (g.scalar(x, "f32"), g.scalar(y, "f32"))
+        _promote_dtypes(g, x, y)
+        if isinstance(x, Value) or isinstance(y, Value)
+        else (g.scalar(x, "f32"), g.scalar(y, "f32"))
     )
     return g.builder.add("core.where", condition, x, y)
 
@@ -138,12 +140,12 @@ def _to(g: Graph, x: Value, *args: Any, dtype: str | None = None, **kwargs: Any)
 
 
 @aten("aten.contiguous", "aten.clone", "aten.detach", "aten.alias", "aten.dropout", "aten.lift_fresh_copy")
-def _same(g: Graph, x: Value, *args: Any, **kwargs: Any) -> Value:
+def _return_unchanged(g: Graph, x: Value, *args: Any, **kwargs: Any) -> Value:
     return x
 
 
 @aten("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range_for_size")
-def _nothing(g: Graph, *args: Any, **kwargs: Any) -> None:
+def _return_none(g: Graph, *args: Any, **kwargs: Any) -> None:
     return None
 
 
@@ -185,14 +187,14 @@ def _conv1d(
 
 
 @aten("aten.scaled_dot_product_attention")
-def _products(
+def _scaled_dot_product_attention(
     g: Graph, q: Value, k: Value, v: Value, mask: Any = None, dropout: float = 0.0, is_causal: bool = False,
     scale: float | None = None, **kwargs: Any,
 ) -> Value:  # fmt: skip
     """Attend as a model does outside of its attention layers: to all of a few rows."""
     if mask is not None or is_causal or q.type.shape[:-2] != k.type.shape[:-2]:
         raise MoecError("scaled_dot_product_attention with a mask or groups of heads is not understood")
-    scores = g.builder.add("core.matmul", q, _transposed(g, k))
+    scores = g.builder.add("core.matmul", q, _transpose_last_axes(g, k))
     factor = float(scale) if scale is not None else float(q.type.shape[-1]) ** -0.5
     weights = g.builder.add(
         "core.softmax", g.builder.add("core.mul", scores, g.like(factor, q)), axis=len(q.type.shape) - 1
@@ -200,7 +202,7 @@ def _products(
     return g.builder.add("core.matmul", weights, v)
 
 
-def _transposed(g: Graph, x: Value) -> Value:
+def _transpose_last_axes(g: Graph, x: Value) -> Value:
     rank = len(x.type.shape)
     return g.builder.add("core.transpose", x, perm=(*range(rank - 2), rank - 1, rank - 2))
 
@@ -214,7 +216,7 @@ def _addmm(g: Graph, b: Value, x: Value, y: Value, beta: Any = 1, alpha: Any = 1
 
 @aten("aten.max.dim")
 def _max(g: Graph, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, ...]:
-    found = g.builder.add_all("core.topk", x, k=1, axis=axis(x, dim))
+    found = g.builder.add_all("core.topk", x, k=1, axis=normalize_axis(x, dim))
     return found if keepdim else tuple(squeeze(g, part, dim) for part in found)
 
 
@@ -227,20 +229,22 @@ def _last_name(g: Graph) -> str:
 @aten("aten.softmax", "aten._softmax")
 def _softmax(g: Graph, x: Value, dim: int, dtype: Any = None) -> Value:
     x = g.cast(x, dtype) if isinstance(dtype, str) else x
-    return g.builder.add("core.softmax", x, axis=axis(x, dim))
+    return g.builder.add("core.softmax", x, axis=normalize_axis(x, dim))
 
 
-def _reduction(name: str) -> Handler:
+def _reduction_handler(name: str) -> Handler:
     def handler(g: Graph, x: Value, dim: Any = None, keepdim: bool = False, dtype: str | None = None) -> Value:
         dims = range(len(x.type.shape)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
         x = g.cast(x, dtype) if dtype else x
-        return g.builder.add(f"core.{name}", x, axes=tuple(sorted(axis(x, d) for d in dims)), keepdim=bool(keepdim))
+        return g.builder.add(
+            f"core.{name}", x, axes=tuple(sorted(normalize_axis(x, d) for d in dims)), keepdim=bool(keepdim)
+        )
 
     return handler
 
 
 for _name in ("sum", "mean", "amax"):
-    aten(f"aten.{_name}")(_reduction(_name))
+    aten(f"aten.{_name}")(_reduction_handler(_name))
 
 
 @aten("aten.linalg_vector_norm", "aten.norm")
@@ -262,14 +266,14 @@ def _logsumexp(g: Graph, x: Value, dim: Any, keepdim: bool = False) -> Value:
 
 @aten("aten.cumsum")
 def _cumsum(g: Graph, x: Value, dim: int, dtype: str | None = None) -> Value:
-    return g.builder.add("core.cumsum", g.cast(x, dtype) if dtype else x, axis=axis(x, dim))
+    return g.builder.add("core.cumsum", g.cast(x, dtype) if dtype else x, axis=normalize_axis(x, dim))
 
 
 @aten("aten.topk")
 def _topk(g: Graph, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     if not largest:
         raise MoecError("topk of the smallest is not understood")
-    return g.builder.add_all("core.topk", x, k=int(k), axis=axis(x, dim))
+    return g.builder.add_all("core.topk", x, k=int(k), axis=normalize_axis(x, dim))
 
 
 @aten("aten.layer_norm")
@@ -291,19 +295,19 @@ def _embedding(g: Graph, table: Value, ids: Value, *args: Any) -> Value:
 
 @aten("aten.gather")
 def _gather(g: Graph, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Value:
-    return g.builder.add("core.gather", x, index, axis=axis(x, dim))
+    return g.builder.add("core.gather", x, index, axis=normalize_axis(x, dim))
 
 
 @aten("aten.scatter")
 def _scatter(g: Graph, x: Value, dim: int, index: Value, src: Any) -> Value:
     if not isinstance(src, Value):
         src = g.builder.add("core.full", shape=index.type.shape, value=float(src), dtype=x.type.dtype)
-    return g.builder.add("core.scatter", x, index, src, axis=axis(x, dim))
+    return g.builder.add("core.scatter", x, index, src, axis=normalize_axis(x, dim))
 
 
 @aten("aten.index_select")
 def _index_select(g: Graph, x: Value, dim: int, index: Value) -> Value:
-    return g.builder.add("core.take", x, index, axis=axis(x, dim))
+    return g.builder.add("core.take", x, index, axis=normalize_axis(x, dim))
 
 
 @aten("aten.index")
@@ -342,7 +346,7 @@ def _arange(g: Graph, *args: Any, **kwargs: Any) -> Value:
     return g.builder.add("core.add", counted, g.scalar(int(start), dtype))
 
 
-def _filled(value: float | None, like: bool, new: bool) -> Handler:
+def _filled_handler(value: float | None, like: bool, new: bool) -> Handler:
     def handler(g: Graph, *args: Any, dtype: str | None = None, fill_value: Any = None, **kwargs: Any) -> Value:
         rest = list(args)
         source: Any = rest.pop(0) if like or new else None
@@ -357,6 +361,6 @@ def _filled(value: float | None, like: bool, new: bool) -> Handler:
 
 
 for _name, _number in (("zeros", 0.0), ("ones", 1.0), ("full", None)):
-    aten(f"aten.{_name}")(_filled(_number, False, False))
-    aten(f"aten.{_name}_like")(_filled(_number, True, False))
-    aten(f"aten.new_{_name}")(_filled(_number, False, True))
+    aten(f"aten.{_name}")(_filled_handler(_number, False, False))
+    aten(f"aten.{_name}_like")(_filled_handler(_number, True, False))
+    aten(f"aten.new_{_name}")(_filled_handler(_number, False, True))

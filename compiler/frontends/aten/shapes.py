@@ -10,7 +10,7 @@ from ...errors import MoecError
 from ...ir.dims import Size, size
 from ...ir.module import Value
 from ...ir.types import TensorType
-from .lower import Graph, aten, axis, reshape, resolve_shape
+from .lower import Graph, aten, normalize_axis, reshape, resolve_shape
 from .uninitialised import Piece, Uninitialised
 
 
@@ -21,14 +21,14 @@ def _view(g: Graph, x: Value, shape: Any) -> Value:
 
 @aten("aten.flatten")
 def _flatten(g: Graph, x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
-    a, b = axis(x, start_dim), axis(x, end_dim)
+    a, b = normalize_axis(x, start_dim), normalize_axis(x, end_dim)
     s = x.type.shape
     return reshape(g, x, (*s[:a], sympy.Mul(*s[a : b + 1]), *s[b + 1 :]))
 
 
 @aten("aten.unflatten")
 def _unflatten(g: Graph, x: Value, dim: int, sizes: Any) -> Value:
-    a = axis(x, dim)
+    a = normalize_axis(x, dim)
     s = x.type.shape
     known = [size(n) for n in sizes]
     if -1 in known:
@@ -47,14 +47,14 @@ def _unsqueeze(g: Graph, x: Value, dim: int) -> Value:
 def squeeze(g: Graph, x: Value, dim: Any = None) -> Value:
     """Drop axes of size 1."""
     dims = range(len(x.type.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
-    drop = {axis(x, d) for d in dims if x.type.shape[axis(x, d)] == 1}
+    drop = {normalize_axis(x, d) for d in dims if x.type.shape[normalize_axis(x, d)] == 1}
     return reshape(g, x, tuple(s for i, s in enumerate(x.type.shape) if i not in drop), hint="squeeze")
 
 
 @aten("aten.transpose", "aten.swapaxes")
 def _transpose(g: Graph, x: Value, a: int, b: int) -> Value:
     perm = list(range(len(x.type.shape)))
-    a, b = axis(x, a), axis(x, b)
+    a, b = normalize_axis(x, a), normalize_axis(x, b)
     perm[a], perm[b] = perm[b], perm[a]
     return g.builder.add("core.transpose", x, perm=tuple(perm))
 
@@ -66,7 +66,7 @@ def _t(g: Graph, x: Value) -> Value:
 
 @aten("aten.permute")
 def _permute(g: Graph, x: Value, dims: Any) -> Value:
-    return g.builder.add("core.transpose", x, perm=tuple(axis(x, d) for d in dims))
+    return g.builder.add("core.transpose", x, perm=tuple(normalize_axis(x, d) for d in dims))
 
 
 @aten("aten.expand")
@@ -80,7 +80,7 @@ def _expand(g: Graph, x: Value, shape: Any, implicit: bool = False) -> Value:
 def _repeat_interleave(g: Graph, x: Value, repeats: Any, dim: int | None = None, output_size: Any = None) -> Value:
     if not isinstance(repeats, int):
         raise MoecError("repeat_interleave with repeats that are data is not understood")
-    a = 0 if dim is None else axis(x, dim)
+    a = 0 if dim is None else normalize_axis(x, dim)
     s = (x.type.elements,) if dim is None else x.type.shape
     opened = reshape(g, x, (*s[: a + 1], 1, *s[a + 1 :]))
     repeated = g.builder.add("core.expand", opened, shape=(*s[: a + 1], repeats, *s[a + 1 :]))
@@ -124,7 +124,7 @@ def _expand_as(g: Graph, x: Value, other: Value) -> Value:
 
 @aten("aten.cat", "aten.concat")
 def _cat(g: Graph, xs: list[Value], dim: int = 0) -> Value:
-    a = axis(xs[0], dim)
+    a = normalize_axis(xs[0], dim)
     some = [x for x in xs if x.type.shape[a] != 0] or xs[:1]
     return some[0] if len(some) == 1 else g.builder.add("core.concat", *some, axis=a)
 
@@ -134,7 +134,7 @@ def _stack(g: Graph, xs: list[Value], dim: int = 0) -> Value:
     return g.builder.add("core.concat", *[_unsqueeze(g, x, dim) for x in xs], axis=dim % (len(xs[0].type.shape) + 1))
 
 
-def _position(x: Value | Uninitialised, a: int, index: Any, default: Any) -> Size:
+def _slice_bound(x: Value | Uninitialised, a: int, index: Any, default: Any) -> Size:
     """Return a slice bound counted from the front and inside the axis."""
     length = x.type.shape[a]
     if index is None:
@@ -165,10 +165,10 @@ def _copy(g: Graph, target: Any, source: Value, non_blocking: bool = False) -> A
 
 @aten("aten.slice")
 def _slice(g: Graph, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    a = axis(x, dim)
+    a = normalize_axis(x, dim)
     if isinstance(x, Uninitialised):
-        return x.piece(a, _position(x, a, start, 0), _position(x, a, end, x.type.shape[a]))
-    low, high = _position(x, a, start, 0), _position(x, a, end, x.type.shape[a])
+        return x.piece(a, _slice_bound(x, a, start, 0), _slice_bound(x, a, end, x.type.shape[a]))
+    low, high = _slice_bound(x, a, start, 0), _slice_bound(x, a, end, x.type.shape[a])
     if low == 0 and high == x.type.shape[a] and step == 1:
         return x
     extra: dict[str, Any] = {} if step == 1 else {"step": step}
@@ -177,15 +177,15 @@ def _slice(g: Graph, x: Any, dim: int = 0, start: Any = None, end: Any = None, s
 
 @aten("aten.select")
 def _select(g: Graph, x: Value, dim: int, index: Any) -> Value:
-    a = axis(x, dim)
-    at = _position(x, a, index, 0)
+    a = normalize_axis(x, dim)
+    at = _slice_bound(x, a, index, 0)
     piece = g.builder.add("core.slice", x, axis=a, start=at, stop=at + 1)
     return reshape(g, piece, (*x.type.shape[:a], *x.type.shape[a + 1 :]))
 
 
 @aten("aten.split", "aten.split_with_sizes")
 def _split(g: Graph, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
-    a = axis(x, dim)
+    a = normalize_axis(x, dim)
     length = x.type.shape[a]
     if not isinstance(sizes, (list, tuple)):
         each = int(sizes)
@@ -199,9 +199,9 @@ def _split(g: Graph, x: Value, sizes: Any, dim: int = 0) -> tuple[Value, ...]:
 
 @aten("aten.chunk")
 def _chunk(g: Graph, x: Value, chunks: int, dim: int = 0) -> tuple[Value, ...]:
-    return _split(g, x, -(-int(x.type.shape[axis(x, dim)]) // chunks), dim)
+    return _split(g, x, -(-int(x.type.shape[normalize_axis(x, dim)]) // chunks), dim)
 
 
 @aten("aten.unbind")
 def _unbind(g: Graph, x: Value, dim: int = 0) -> tuple[Value, ...]:
-    return tuple(_select(g, x, dim, i) for i in range(int(x.type.shape[axis(x, dim)])))
+    return tuple(_select(g, x, dim, i) for i in range(int(x.type.shape[normalize_axis(x, dim)])))

@@ -63,7 +63,7 @@ class Settings:
 
 def read_settings(config: Any) -> Settings:
     """Return the settings of transformers' DeepseekV4Config; MoecError names the key that is not understood."""
-    _refuse(config)
+    _refuse_unsupported(config)
     rates = config.compress_rates
     layers = tuple(
         LayerKind(0 if kind == SLIDING else int(rates[kind]), kind == SPARSE, routing == "hash_moe")
@@ -79,13 +79,13 @@ def read_settings(config: Any) -> Settings:
         routed_scale=float(config.routed_scaling_factor), streams=config.hc_mult, sinkhorn=config.hc_sinkhorn_iters,
         stream_eps=config.hc_eps, eps=config.rms_norm_eps, context=config.max_position_embeddings,
         frequencies={
-            compressed: _frequencies(config, config.rope_parameters["compress" if compressed else "main"])
+            compressed: _rope_frequencies(config, config.rope_parameters["compress" if compressed else "main"])
             for compressed in (False, True)
         },
     )  # fmt: skip
 
 
-def _refuse(config: Any) -> None:
+def _refuse_unsupported(config: Any) -> None:
     """Raise MoecError for a setting that would change the program in a way that is not built here."""
     wanted = {
         "hidden_act": ("silu",), "scoring_func": SCORES, "norm_topk_prob": (True,), "n_shared_experts": (1,),
@@ -103,7 +103,7 @@ def _refuse(config: Any) -> None:
             raise MoecError(f"compress_rates has no number of tokens for {kind}")
 
 
-def _frequencies(config: Any, rope: Mapping[str, Any]) -> tuple[float, ...]:
+def _rope_frequencies(config: Any, rope: Mapping[str, Any]) -> tuple[float, ...]:
     """Return the angle of each pair of numbers for one position, in float32 as transformers computes it.
 
     YaRN (Peng et al. 2023) divides slow frequencies by the factor, keeps fast ones, and mixes in between.

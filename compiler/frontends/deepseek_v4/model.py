@@ -38,7 +38,7 @@ def build(config: Any, weights: Weights, source: str) -> Module:
         if kind not in kinds:
             kinds[kind] = _LayerBuilder(settings, layer, number, weights, f"layer_{len(kinds)}").build()
         layers.append(kinds[kind])
-    main = _main(settings, layers, weights)
+    main = _build_main(settings, layers, weights)
     dims = (Dim("B", 1, 1024), Dim("S", 1, settings.context), Dim("P", 0, settings.context))
     return Module("moe", dims, (*kinds.values(), main), source)
 
@@ -55,10 +55,10 @@ def left_out(config: Any, weights: Weights) -> dict[str, TensorType]:
     block = _LayerBuilder(s, LayerKind(0, False, False), 0, weights, "mtp").build()
     recipes = [c.recipe for c in block.consts]
     n = s.streams
-    recipes += [weights.layer(0, f"{name}_proj.weight", s.hidden, s.hidden) for name in ("e", "h")]
-    recipes += [weights.layer(0, f"{name}.weight", s.hidden) for name in ("enorm", "hnorm", "norm")]
+    recipes += [weights.layer_weight(0, f"{name}_proj.weight", s.hidden, s.hidden) for name in ("e", "h")]
+    recipes += [weights.layer_weight(0, f"{name}.weight", s.hidden) for name in ("enorm", "hnorm", "norm")]
     for leaf, shape in {"fn": (n, n * s.hidden), "base": (n,), "scale": (1,)}.items():
-        recipes.append(weights.layer(0, f"hc_head_{leaf}", *shape))
+        recipes.append(weights.layer_weight(0, f"hc_head_{leaf}", *shape))
     each = {tensor.name: tensor.type for recipe in recipes for tensor in tensors(recipe)}
     blocks = range(config.num_nextn_predict_layers or 0)
     return {f"{EXTRA}{i}.{name}": type_ for i in blocks for name, type_ in each.items()}
@@ -110,11 +110,11 @@ class _LayerBuilder:
 
     def _weight(self, name: str, *sizes: int) -> Value:
         """Return a weight by its official name."""
-        return self.b.const(_short(name), self.weights.layer(self.number, name, *sizes))
+        return self.b.const(_short_name(name), self.weights.layer_weight(self.number, name, *sizes))
 
-    def _joined(self, hint: str, *names: str, rows: int, width: int) -> Value:
+    def _concatenated_weights(self, hint: str, *names: str, rows: int, width: int) -> Value:
         """Return weights [rows, width] concatenated along their rows."""
-        parts = [self.weights.layer(self.number, name, rows, width) for name in names]
+        parts = [self.weights.layer_weight(self.number, name, rows, width) for name in names]
         return self.b.const(hint, step("concat", *parts, axis=0))
 
     def _linear(self, x: Value, name: str, rows: int, width: int, hint: str) -> Value:
@@ -123,7 +123,7 @@ class _LayerBuilder:
     def _norm(self, x: Value, name: str, width: int, hint: str) -> Value:
         return self.b.add("nn.rms_norm", x, self._weight(f"{name}.weight", width), hint=hint, eps=self.settings.eps)
 
-    def _collapsed(self, streams: Value, part: str) -> tuple[Value, Value, Value]:
+    def _collapse_streams(self, streams: Value, part: str) -> tuple[Value, Value, Value]:
         """Return (a sublayer's input, post, mix)."""
         s, n = self.settings, self.settings.streams
         self.b.loc = (f"hc_{part}",)
@@ -141,7 +141,7 @@ class _LayerBuilder:
         self, given: Mapping[str, Value], states: Mapping[str, Value]
     ) -> tuple[Value, dict[str, Value]]:
         s, b, layer = self.settings, self.b, self.layer
-        collapsed, post, mix = self._collapsed(given["hidden"], "attn")
+        collapsed, post, mix = self._collapse_streams(given["hidden"], "attn")
         b.loc = ("attn",)
         x = self._norm(collapsed, "attn_norm", s.hidden, "x")
         turn = {"cos": given["cos"], "sin": given["sin"]}
@@ -152,14 +152,14 @@ class _LayerBuilder:
         q = b.add("nn.rms_norm", q, ones, hint="q_normed", eps=s.eps)
         q = b.add("nn.rope_pairs", q, turn["cos"], turn["sin"], hint="q")
         kv = self._norm(self._linear(x, "attn.wkv", s.head, s.hidden, "kv_in"), "attn.kv_norm", s.head, "kv_normed")
-        kv = self._turned(kv, turn, 1, s.head, "kv")
+        kv = self._rotated_rows(kv, turn, 1, s.head, "kv")
         kv = b.add("core.reshape", kv, hint="kv", shape=(B, S, s.head))
         presents: dict[str, Value] = {}
         entries = selected = None
         if layer.ratio:
-            entries = self._compressed(x, given, states, presents, "", s.head)
+            entries = self._append_entries(x, given, states, presents, "", s.head)
         if layer.sparse:
-            selected = self._selected(x, latent, given, states, presents, turn)
+            selected = self._select_entries(x, latent, given, states, presents, turn)
         b.loc = ("attn",)
         sinks = self._weight("attn.attn_sink", s.heads)
         y, presents["window"] = b.add_all(
@@ -173,11 +173,11 @@ class _LayerBuilder:
         y = self._linear(y, "attn.wo_b", s.hidden, s.groups * s.o_rank, "attn_out")
         return b.add("nn.hyper_connection_post", y, given["hidden"], post, mix, hint="after_attn"), presents
 
-    def _turned(self, x: Value, turn: Mapping[str, Value], heads: int, width: int, hint: str) -> Value:
+    def _rotated_rows(self, x: Value, turn: Mapping[str, Value], heads: int, width: int, hint: str) -> Value:
         heads_of = self.b.add("core.reshape", x, hint=f"{hint}_heads", shape=(B, S, heads, width))
         return self.b.add("nn.rope_pairs", heads_of, turn["cos"], turn["sin"], hint=f"{hint}_turned")
 
-    def _compressed(
+    def _append_entries(
         self, x: Value, given: Mapping[str, Value], states: Mapping[str, Value], presents: dict[str, Value],
         part: str, head: int,
     ) -> Value:  # fmt: skip
@@ -187,7 +187,7 @@ class _LayerBuilder:
         b.loc = (place,)
         width = head * (2 if layer.sparse else 1)
         names = (f"{place}.wkv.weight", f"{place}.wgate.weight")
-        both = self._joined(f"{part}compressor", *names, rows=width, width=s.hidden)
+        both = self._concatenated_weights(f"{part}compressor", *names, rows=width, width=s.hidden)
         tokens = b.add("core.linear", x, both, None, hint=f"{part}tokens")
         bias = self._weight(f"{place}.ape", layer.ratio, width)
         norm = self._weight(f"{place}.norm.weight", head)
@@ -198,16 +198,16 @@ class _LayerBuilder:
         )  # fmt: skip
         return presents[f"{part}entries"]
 
-    def _selected(
+    def _select_entries(
         self, x: Value, latent: Value, given: Mapping[str, Value], states: Mapping[str, Value],
         presents: dict[str, Value], turn: Mapping[str, Value],
     ) -> Value:  # fmt: skip
         """Return the entries that the indexer chooses for every token."""
         s, b = self.settings, self.b
-        keys = self._compressed(x, given, states, presents, "index_", s.index_head)
+        keys = self._append_entries(x, given, states, presents, "index_", s.index_head)
         b.loc = ("attn.indexer",)
         q = self._linear(latent, "attn.indexer.wq_b", s.index_heads * s.index_head, s.q_rank, "index_q_b")
-        q = self._turned(q, turn, s.index_heads, s.index_head, "index_q")
+        q = self._rotated_rows(q, turn, s.index_heads, s.index_head, "index_q")
         weights = self._linear(x, "attn.indexer.weights_proj", s.index_heads, s.hidden, "index_weights")
         scale = b.add("core.constant", hint="index_scale", value=(s.index_head * s.index_heads) ** -0.5, dtype="f32")
         weights = b.add("core.mul", weights, scale, hint="index_weights")
@@ -219,13 +219,13 @@ class _LayerBuilder:
 
     def _moe_sublayer(self, streams: Value, given: Mapping[str, Value]) -> Value:
         s, b = self.settings, self.b
-        collapsed, post, mix = self._collapsed(streams, "ffn")
+        collapsed, post, mix = self._collapse_streams(streams, "ffn")
         b.loc = ("ffn",)
         x = self._norm(collapsed, "ffn_norm", s.hidden, "x")
         rows = b.add("core.reshape", x, hint="rows", shape=(B * S, s.hidden))
-        ids, gates = self._routed(rows, given)
+        ids, gates = self._route_rows(rows, given)
         b.loc = ("ffn.experts",)
-        up, down = self.weights.experts(self.number, s.experts, s.hidden, s.inner)
+        up, down = self.weights.expert_weights(self.number, s.experts, s.hidden, s.inner)
         y = b.add(
             "moe.experts", rows, ids, gates, b.const("experts_up", up), b.const("experts_down", down), None, None,
             hint="routed", **s.activation,
@@ -233,7 +233,7 @@ class _LayerBuilder:
         y = b.add("core.reshape", y, hint="routed", shape=(B, S, s.hidden))
         b.loc = ("ffn.shared_experts",)
         names = ("ffn.shared_experts.w1.weight", "ffn.shared_experts.w3.weight")
-        both = self._joined("shared_up", *names, rows=s.inner, width=s.hidden)
+        both = self._concatenated_weights("shared_up", *names, rows=s.inner, width=s.hidden)
         shared = b.add(
             "nn.gated_mlp", x, both, self._weight("ffn.shared_experts.w2.weight", s.hidden, s.inner), None, None, None,
             hint="shared", **s.activation,
@@ -242,7 +242,7 @@ class _LayerBuilder:
         y = b.add("core.add", y, shared, hint="ffn_out")
         return b.add("nn.hyper_connection_post", y, streams, post, mix, hint="after_ffn")
 
-    def _routed(self, rows: Value, given: Mapping[str, Value]) -> tuple[Value, Value]:
+    def _route_rows(self, rows: Value, given: Mapping[str, Value]) -> tuple[Value, Value]:
         """Return (ids, gates) of the chosen experts."""
         s, b = self.settings, self.b
         b.loc = ("ffn.gate",)
@@ -277,7 +277,7 @@ def layer_params(settings: Settings, layer: LayerKind) -> dict[str, TensorType]:
 # --- the whole program -----------------------------------------------------------------------------------------
 
 
-def _main(settings: Settings, layers: Sequence[Function], weights: Weights) -> Function:
+def _build_main(settings: Settings, layers: Sequence[Function], weights: Weights) -> Function:
     s, b = settings, IRBuilder("main")
     ids = b.param("input_ids", TensorType.of("i64", B, S))
     b.param("attention_mask", TensorType.of("i64", B, TOTAL))  # says how many tokens are past; all of it is 1
@@ -286,12 +286,12 @@ def _main(settings: Settings, layers: Sequence[Function], weights: Weights) -> F
         for number, layer in enumerate(s.layers)
         for name, type_ in state_types(s, layer, P).items()
     }
-    table = b.const("embed", weights.around("embed.weight", s.vocabulary, s.hidden))
+    table = b.const("embed", weights.top_level_weight("embed.weight", s.vocabulary, s.hidden))
     b.loc = ("embed",)
     x = b.add("nn.embedding", ids, table, hint="embedded")
     x = b.add("core.reshape", x, hint="one_stream", shape=(B, S, 1, s.hidden))
     x = b.add("core.expand", x, hint="streams", shape=(B, S, s.streams, s.hidden))
-    angles = _angles(s, b)
+    angles = _rotary_tables(s, b)
     presents: list[Value] = []
     for number, layer in enumerate(s.layers):
         given = {"hidden": x, "input_ids": ids, **angles[layer.ratio]}
@@ -303,24 +303,26 @@ def _main(settings: Settings, layers: Sequence[Function], weights: Weights) -> F
     b.loc = ("head",)
     n = s.streams
     sizes = {"fn": (n, n * s.hidden), "base": (n,), "scale": (1,)}
-    given_head = [b.const(f"hc_head_{k}", weights.around(f"hc_head_{k}", *v)) for k, v in sizes.items()]
+    given_head = [b.const(f"hc_head_{k}", weights.top_level_weight(f"hc_head_{k}", *v)) for k, v in sizes.items()]
     x = b.add("nn.hyper_connection_head", x, *given_head, hint="collapsed", eps=s.eps, floor=s.stream_eps)
-    x = b.add("nn.rms_norm", x, b.const("norm", weights.around("norm.weight", s.hidden)), hint="normed", eps=s.eps)
-    head = b.const("head", weights.around("head.weight", s.vocabulary, s.hidden))
+    x = b.add(
+        "nn.rms_norm", x, b.const("norm", weights.top_level_weight("norm.weight", s.hidden)), hint="normed", eps=s.eps
+    )
+    head = b.const("head", weights.top_level_weight("head.weight", s.vocabulary, s.hidden))
     logits = b.add("core.linear", x, head, None, hint="logits")
     return b.build([logits, *presents])
 
 
-def _angles(settings: Settings, b: IRBuilder) -> dict[int, dict[str, Value]]:
+def _rotary_tables(settings: Settings, b: IRBuilder) -> dict[int, dict[str, Value]]:
     """Return what layers of each ratio turn by: `cos` and `sin` of the new tokens, `entry_*` of the new entries."""
-    positions = _count(b, TOTAL, P, TOTAL, "positions")
+    positions = _count_range(b, TOTAL, P, TOTAL, "positions")
     tables: dict[bool, dict[str, Value]] = {}
     found: dict[int, dict[str, Value]] = {}
     for ratio in sorted({layer.ratio for layer in settings.layers}):
         label = "compressed" if ratio else "plain"
         if bool(ratio) not in tables:
-            frequencies = b.const(f"{label}_frequencies", _literal(settings.frequencies[bool(ratio)]))
-            cos, sin = _turns(b, positions, frequencies, label)
+            frequencies = b.const(f"{label}_frequencies", _literal_of_floats(settings.frequencies[bool(ratio)]))
+            cos, sin = _cos_and_sin(b, positions, frequencies, label)
             shape = (1, *cos.type.shape)
             tables[bool(ratio)] = {
                 "cos": b.add("core.reshape", cos, hint=f"{label}_cos", shape=shape),
@@ -330,20 +332,20 @@ def _angles(settings: Settings, b: IRBuilder) -> dict[int, dict[str, Value]]:
         found[ratio] = dict(tables[bool(ratio)])
         if ratio:
             before, after = floordiv(P, ratio), floordiv(TOTAL, ratio)
-            windows = _count(b, after, before, after, f"windows_{ratio}")
+            windows = _count_range(b, after, before, after, f"windows_{ratio}")
             each = b.add("core.constant", hint="ratio", value=ratio, dtype="i64")
             starts = b.add("core.mul", windows, each, hint=f"starts_{ratio}")
-            cos, sin = _turns(b, starts, found[ratio]["frequencies"], f"entry_{ratio}")
+            cos, sin = _cos_and_sin(b, starts, found[ratio]["frequencies"], f"entry_{ratio}")
             found[ratio] |= {"entry_cos": cos, "entry_sin": sin}
     return found
 
 
-def _count(b: IRBuilder, length: Size, start: Size, stop: Size, hint: str) -> Value:
+def _count_range(b: IRBuilder, length: Size, start: Size, stop: Size, hint: str) -> Value:
     numbers = b.add("core.iota", hint=f"{hint}_all", size=length)
     return b.add("core.slice", numbers, hint=hint, axis=0, start=start, stop=stop)
 
 
-def _turns(b: IRBuilder, positions: Value, frequencies: Value, label: str) -> tuple[Value, Value]:
+def _cos_and_sin(b: IRBuilder, positions: Value, frequencies: Value, label: str) -> tuple[Value, Value]:
     """Return cos and sin [N, R] of the angles at N positions."""
     numbers = b.add("core.cast", positions, hint=f"{label}_at", to="f32")
     column = b.add("core.reshape", numbers, hint=f"{label}_at", shape=(*positions.type.shape, 1))
@@ -351,9 +353,9 @@ def _turns(b: IRBuilder, positions: Value, frequencies: Value, label: str) -> tu
     return b.add("core.cos", angles, hint=f"{label}_cos"), b.add("core.sin", angles, hint=f"{label}_sin")
 
 
-def _literal(numbers: tuple[float, ...]) -> Recipe:
+def _literal_of_floats(numbers: tuple[float, ...]) -> Recipe:
     return Literal(TensorType.of("f32", len(numbers)), numbers)
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     return "_".join(name.removesuffix(".weight").split(".")[-2:])

@@ -18,10 +18,10 @@ from ...ir.recipes import Recipe, Tensor, bind
 from ...ir.types import TensorType, expand_range
 from ...weights.sources.checkpoint import names_like
 from ...weights.steps.table import step
-from ..stored.layouts import FLOATS, Stored, scaled
+from ..stored.layouts import FLOATS, Stored, scaled_codes
 from ..stored.schemes import Scheme, read_schemes
-from ..stored.stored import fitting
-from ..transformers.recipe_tensor import join
+from ..stored.stored import fitting_recipe
+from ..transformers.recipe_tensor import join_recipes
 
 FP4_GROUP = 32  # codes of a row that share a scale
 EXTRA = "mtp."  # multi-token prediction: blocks behind the model that draft tokens
@@ -105,35 +105,38 @@ class Weights:
         rewritten = ("quant_algo", "moe_quant_algo", "quantized_layers")
         return replace(self, quantization={k: v for k, v in self.quantization.items() if k not in rewritten})
 
-    def around(self, name: str, *sizes: int) -> Recipe:
+    def top_level_weight(self, name: str, *sizes: int) -> Recipe:
         """Return a weight outside of the layers."""
         other = _AROUND[name]
         own = {"official": name, "saved": other[0], "memory": other[1]}[self.dialect]
-        return self._recipe("", own, name, sizes)
+        return self._stored_recipe("", own, name, sizes)
 
-    def layer(self, layer: int, name: str, *sizes: int) -> Recipe:
+    def layer_weight(self, layer: int, name: str, *sizes: int) -> Recipe:
         """Return a weight of a layer, its name relative to `prefix`."""
         own = {"official": {}, "saved": _SAVED, "memory": _MEMORY}[self.dialect].get(name, name)
-        return self._recipe(self.prefix.replace("{layer}", str(layer)), own, name, sizes)
+        return self._stored_recipe(self.prefix.replace("{layer}", str(layer)), own, name, sizes)
 
-    def experts(self, layer: int, count: int, width: int, inner: int) -> tuple[Recipe, Recipe]:
+    def expert_weights(self, layer: int, count: int, width: int, inner: int) -> tuple[Recipe, Recipe]:
         """Return (up [count, 2 inner, width], gate rows first; down [count, width, inner]) of the routed experts."""
         if self.dialect == "memory":
             place = self.prefix.replace("{layer}", str(layer))
             sizes = {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
-            up, down = (self._recipe(place, f"mlp.experts.{own}", own, s) for own, s in sizes.items())
+            up, down = (self._stored_recipe(place, f"mlp.experts.{own}", own, s) for own, s in sizes.items())
             return up, down
         shapes = {"w1": (inner, width), "w3": (inner, width), "w2": (width, inner)}
         gate, up, down = (
-            join(
+            join_recipes(
                 "stack",
-                [self.layer(layer, f"ffn.experts.{each}.{w}.weight", *sizes) for each in self._alike(layer, count)],
+                [
+                    self.layer_weight(layer, f"ffn.experts.{each}.{w}.weight", *sizes)
+                    for each in self._expert_ranges(layer, count)
+                ],
             )
             for w, sizes in shapes.items()
         )
         return step("concat", gate, up, axis=1), down
 
-    def _alike(self, layer: int, count: int) -> list[str]:
+    def _expert_ranges(self, layer: int, count: int) -> list[str]:
         """Return the numbers of the experts: one range if all are stored alike."""
         if self.types is None:
             return [f"{{0..{count - 1}}}"]
@@ -158,27 +161,27 @@ class Weights:
         kinds = {number: tuple(sorted(own, key=lambda item: item[0])) for number, own in found.items()}
         return lambda layer: kinds.get(str(layer))
 
-    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
+    def parameter_recipes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
         """Return the parameters of a live model by name, from their shapes; the names in the recipes are absolute."""
         around = {memory: official for official, (_, memory) in _AROUND.items()}
         leaves = {memory: official for official, memory in _MEMORY.items()}
         found = {}
         for name, shape in shapes.items():
             if name in around:
-                found[name] = self.around(around[name], *shape)
+                found[name] = self.top_level_weight(around[name], *shape)
                 continue
             number, leaf = name.removeprefix("model.layers.").split(".", 1)
             if leaf.startswith("mlp.experts."):
                 count, width, inner = shapes[name.replace("gate_up_proj", "down_proj")]
-                made = self.experts(int(number), count, width, inner)["gate_up" not in leaf]
+                made = self.expert_weights(int(number), count, width, inner)["gate_up" not in leaf]
             else:
-                made = self.layer(int(number), leaves[leaf], *shape)
+                made = self.layer_weight(int(number), leaves[leaf], *shape)
             found[name] = bind(made, self.prefix, {"layer": number})
         return found
 
-    def _recipe(self, prefix: str, own: str, name: str, sizes: tuple[int, ...]) -> Recipe:
+    def _stored_recipe(self, prefix: str, own: str, name: str, sizes: tuple[int, ...]) -> Recipe:
         """Return a weight as f32 (integers stay integers); `name` is what the official dialect calls it."""
-        stored = self._stored(prefix + own, name, sizes)
+        stored = self._stored_type(prefix + own, name, sizes)
         packed = stored.dtype in ("i8", "u8")
         shape = (*stored.sizes[:-1], 2 * stored.sizes[-1]) if packed else stored.sizes
         integers = name.endswith("tid2eid")
@@ -186,14 +189,14 @@ class Weights:
         wanted = "" if shape != sizes else "integers of " if integers else "floats or codes of "
         if wanted == "" or (not codes and (stored.dtype in FLOATS) == integers):
             raise MoecError(
-                f"the tensor {_first(prefix + own)} is {stored}, {wanted}{list(sizes)} is wanted",
+                f"the tensor {_first_of_range(prefix + own)} is {stored}, {wanted}{list(sizes)} is wanted",
                 todo="config.json and the weights do not belong together",
             )
         if codes and not integers:
-            return self._dequantized(prefix, own, stored)
+            return self._dequantized_codes(prefix, own, stored)
         return Tensor(own, stored) if stored.dtype in ("f32", "i64") else step("cast", Tensor(own, stored), to="f32")
 
-    def _dequantized(self, prefix: str, own: str, codes: TensorType) -> Recipe:
+    def _dequantized_codes(self, prefix: str, own: str, codes: TensorType) -> Recipe:
         """Return what codes stand for with the scales beside them."""
         module = own.removesuffix(".weight")
         named = {
@@ -205,28 +208,30 @@ class Weights:
         if self.types is None:
             scales = self._expected_scales(prefix + module, codes)
         else:
-            found = {role: self.types.get(_first(prefix + full)) for role, full in named.items()}
+            found = {role: self.types.get(_first_of_range(prefix + full)) for role, full in named.items()}
             scales = {role: type_ for role, type_ in found.items() if type_ is not None}
         if not scales:
-            raise _missing(_first(prefix + named["scale"]), self.types or ())
+            raise _missing_tensor(_first_of_range(prefix + named["scale"]), self.types or ())
         parts = {"weight": Tensor(own, codes), **{role: Tensor(named[role], type_) for role, type_ in scales.items()}}
         try:
-            return fitting(scaled, Stored(parts, _unread), self._schemes(prefix + module))
+            return fitting_recipe(
+                scaled_codes, Stored(parts, _refuse_reading), self._schemes_of_module(prefix + module)
+            )
         except ValueError as error:
             raise MoecError(
-                f"{_first(prefix + own)} is not understood: {str(error).replace(module, _first(prefix + module))}",
-                where=_first(prefix + next(iter(parts[role].name for role in scales))),
+                f"{_first_of_range(prefix + own)} is not understood: {str(error).replace(module, _first_of_range(prefix + module))}",
+                where=_first_of_range(prefix + next(iter(parts[role].name for role in scales))),
                 todo="config.json and the weights do not belong together",
             ) from None
 
-    def _schemes(self, module: str) -> tuple[Scheme, ...]:
+    def _schemes_of_module(self, module: str) -> tuple[Scheme, ...]:
         if not self.quantization.get("weight_block_size"):
             raise MoecError("the checkpoint holds FP8 codes, but config.json names no weight_block_size")
-        return read_schemes({"quant_method": "fp8", **self.quantization})(_first(module))
+        return read_schemes({"quant_method": "fp8", **self.quantization})(_first_of_range(module))
 
     def _expected_scales(self, module: str, codes: TensorType) -> dict[str, TensorType]:
         """Return the scales that a checkpoint would hold, from its config alone: ModelOpt's for FP4 in groups of 16, else DeepSeek's."""
-        schemes = self._schemes(module)
+        schemes = self._schemes_of_module(module)
         *outer, rows, width = codes.sizes
         if codes.dtype != "f8e4m3":
             if (rewritten := next((s for s in schemes if s.scale == "e4m3" and s.block), None)) is not None:
@@ -239,9 +244,9 @@ class Weights:
         counts = (*outer, math.ceil(rows / high), math.ceil(width / wide))
         return {"scale": TensorType.of("f8e8m0" if powers else "f32", *counts)}
 
-    def _stored(self, full: str, name: str, sizes: tuple[int, ...]) -> TensorType:
+    def _stored_type(self, full: str, name: str, sizes: tuple[int, ...]) -> TensorType:
         if self.types is not None:
-            return self._found(full)
+            return self._tensor_type(full)
         if name.endswith("tid2eid"):
             return TensorType.of("i64", *sizes)
         if name.startswith(_FLOATS) or name.endswith(".ape"):
@@ -253,21 +258,21 @@ class Weights:
         blocks = self.quantization and (expert or name.startswith(_BLOCKS)) and name.endswith(".weight")
         return TensorType.of("f8e4m3" if blocks else self.dtype, *sizes)
 
-    def _found(self, full: str) -> TensorType:
+    def _tensor_type(self, full: str) -> TensorType:
         assert self.types is not None
-        name = _first(full)
+        name = _first_of_range(full)
         if name not in self.types:
-            raise _missing(name, self.types)
+            raise _missing_tensor(name, self.types)
         return self.types[name]
 
 
-def _missing(name: str, names: Iterable[str]) -> MoecError:
+def _missing_tensor(name: str, names: Iterable[str]) -> MoecError:
     return MoecError(f"the checkpoint has no tensor {name}", todo=names_like(name, names))
 
 
-def _unread(name: str) -> Any:
+def _refuse_reading(name: str) -> Any:
     raise ValueError(f"{name} would have to be read")
 
 
-def _first(name: str) -> str:
+def _first_of_range(name: str) -> str:
     return expand_range(name)[0]

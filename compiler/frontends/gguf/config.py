@@ -39,12 +39,12 @@ _SIZES = (
 
 def gguf_config(opened: Gguf, file: Path) -> Any:
     """Return the transformers config of a GGUF file; MoecError names the key that is missing, wrong or not understood."""
-    keys = Keys.of(opened.metadata, _architecture(opened, file), file)
+    keys = Keys.of(opened.metadata, _checked_architecture(opened, file), file)
     beside = file.parent / "config.json"
-    return _read_beside(keys, opened, beside) if beside.is_file() else _made(keys, opened)
+    return _read_beside(keys, opened, beside) if beside.is_file() else _config_from_metadata(keys, opened)
 
 
-def _architecture(opened: Gguf, file: Path) -> str:
+def _checked_architecture(opened: Gguf, file: Path) -> str:
     architecture, kind = opened.metadata.get("general.architecture"), opened.metadata.get("general.type", "model")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise MoecError(
@@ -71,7 +71,7 @@ def _read_beside(keys: Keys, opened: Gguf, path: Path) -> Any:
         what = f"config.json is of model_type {model_type!r}, the file of architecture {keys.architecture!r}"
         raise MoecError(what, where=str(path), todo=_BELONG)
     keys.require_neutral()
-    stated = {**_stated(keys, model_type), "rope_theta": ("rope.freq_base", keys.real("rope.freq_base"))}
+    stated = {**_stated_values(keys, model_type), "rope_theta": ("rope.freq_base", keys.real("rope.freq_base"))}
     told = {**config.to_dict(), "rope_theta": config.rope_parameters.get("rope_theta")}
     told["head_dim"] = told.get("head_dim") or config.hidden_size // config.num_attention_heads
     del stated["max_position_embeddings"]  # how far positions go changes no numbers
@@ -98,15 +98,17 @@ def _check_scaling(keys: Keys, opened: Gguf, config: Any, path: Path) -> None:
     gguf_rope.check_config(keys, opened, config)
 
 
-def _made(keys: Keys, opened: Gguf) -> Any:
+def _config_from_metadata(keys: Keys, opened: Gguf) -> Any:
     """Return the config that the metadata says."""
     from transformers import AutoConfig
 
     experts = keys.count("expert_count", least=0, default=0) or 0
     model_type = ARCHITECTURES[keys.architecture][0 if experts or keys.architecture != "llama" else 1]
-    _require(keys, model_type)
+    _require_keys(keys, model_type)
     keys.check(bool(experts) == (model_type in _MOE), "expert_count", f"is {experts}")
-    values = {attribute: value for attribute, (_, value) in _stated(keys, model_type).items() if value is not None}
+    values = {
+        attribute: value for attribute, (_, value) in _stated_values(keys, model_type).items() if value is not None
+    }
     _check_blocks(opened, values["num_hidden_layers"], keys.full("block_count"), keys.file)
     used, heads = values.get("num_experts_per_tok", 0), values["num_attention_heads"]
     keys.check(used <= experts, "expert_used_count", f"is {used}, and there are {experts} experts")
@@ -122,11 +124,11 @@ def _made(keys: Keys, opened: Gguf) -> Any:
     _check_sizes(keys, opened, values)
     values["rope_parameters"] = gguf_rope.rope_parameters(keys, opened, head, values["max_position_embeddings"])
     values["tie_word_embeddings"] = _is_tied(opened)
-    values["vocab_size"] = _vocabulary(keys, opened)
+    values["vocab_size"] = _vocabulary_size(keys, opened)
     values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # transformers' are another tokenizer's
     if model_type == "qwen2_moe":
         # the tensor says how wide it is where the key does not
-        shared = _shape(opened, "blk.0.ffn_up_shexp.weight")
+        shared = _tensor_shape(opened, "blk.0.ffn_up_shexp.weight")
         values.setdefault("shared_expert_intermediate_size", shared[0] if shared else 0)
     _check_window(keys, values["max_position_embeddings"])
     keys.require_neutral()
@@ -139,7 +141,7 @@ def _made(keys: Keys, opened: Gguf) -> Any:
         raise MoecError(what, where=str(keys.file), todo=_BESIDE) from error
 
 
-def _stated(keys: Keys, model_type: str) -> dict[str, tuple[str, Any]]:
+def _stated_values(keys: Keys, model_type: str) -> dict[str, tuple[str, Any]]:
     """Return what the metadata says of the config: an attribute -> (the key, its value or None)."""
     moe = model_type in _MOE
     names = {
@@ -186,7 +188,7 @@ def _stated(keys: Keys, model_type: str) -> dict[str, tuple[str, Any]]:
 _SHARED = "expert_shared_feed_forward_length"
 
 
-def _require(keys: Keys, model_type: str) -> None:
+def _require_keys(keys: Keys, model_type: str) -> None:
     """Raise MoecError for a key that has to be there."""
     always = (
         "block_count", "context_length", "embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon",
@@ -209,7 +211,7 @@ def _check_window(keys: Keys, context: int) -> None:
 # --- what the tensors say ------------------------------------------------------------------------------------------
 
 
-def _shape(opened: Gguf, name: str) -> tuple[int, ...] | None:
+def _tensor_shape(opened: Gguf, name: str) -> tuple[int, ...] | None:
     """Return the sizes of a tensor in numbers; None where the file does not have it."""
     info = opened.checkpoint.tensors.get(name)
     if info is None:
@@ -229,16 +231,16 @@ def _check_sizes(keys: Keys, opened: Gguf, values: Mapping[str, Any]) -> None:
         heads = values[attribute]
         wanted.append((key, heads * head, f"blk.0.attn_{letter}.weight", 0, f" times {head} channels of a head"))
     for key, size, name, axis, times in wanted:
-        shape = _shape(opened, name)
+        shape = _tensor_shape(opened, name)
         if not size or shape is None or len(shape) <= axis or shape[axis] == size:
             continue
         stated = size // head if times else size
         raise keys.error(key, f"is {stated}{times}, but {name} has the shape {list(shape)}")
 
 
-def _vocabulary(keys: Keys, opened: Gguf) -> int:
+def _vocabulary_size(keys: Keys, opened: Gguf) -> int:
     """Return the rows of the embedding, which the list of tokens has to have too."""
-    shape = _shape(opened, "token_embd.weight")
+    shape = _tensor_shape(opened, "token_embd.weight")
     if shape is None:
         raise MoecError("the file has no tensor token_embd.weight", where=str(keys.file), todo="is a part missing?")
     tokens = opened.metadata.get("tokenizer.ggml.tokens")

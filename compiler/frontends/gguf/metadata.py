@@ -111,7 +111,8 @@ class Keys:
             self.read.add(key)
             if value is not None and not _equals_one_of(value, neutral):
                 raise self.error(
-                    key, f"is {value!r:.60}, which models of this architecture do not compute: only {_list(neutral)}"
+                    key,
+                    f"is {value!r:.60}, which models of this architecture do not compute: only {_join_with_or(neutral)}",
                 )
 
     def require_known(self) -> None:
@@ -145,5 +146,5 @@ def _equals_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
     return isinstance(value, bool) == isinstance(neutral[0], bool) and value in neutral
 
 
-def _list(values: tuple[Any, ...]) -> str:
+def _join_with_or(values: tuple[Any, ...]) -> str:
     return " or ".join(str(v) for v in values)

@@ -18,7 +18,7 @@ from ...weights.ggml import BLOCKS
 from ...weights.sources.gguf import Gguf, open_gguf
 from ...weights.steps.table import step
 from ..replaced.stand_ins import StandIn
-from ..skeleton import build
+from ..skeleton import build_skeleton
 from ..stored.stored import first_number, layer_types
 from ..transformers.model import import_model
 from .config import gguf_config
@@ -52,7 +52,7 @@ def import_gguf(file: Path, name: str, replaced: list[StandIn] | None = None) ->
             sorted((n.partition(".")[2].partition(".")[2], k) for n, k in types.items() if first_number(n) == layer)
         )
 
-    skeleton = build(config)
+    skeleton = build_skeleton(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     mapper = lambda wanted: gguf_parameters({w: shapes[w] for w in wanted}, opened, config, file)  # noqa: E731
     return import_model(skeleton, mapper, name, replaced, stored_as), opened
@@ -64,11 +64,13 @@ def gguf_parameters(wanted: Mapping[str, tuple[int, ...]], opened: Gguf, config:
     MoecError for a tensor that is missing or of another shape, and for one that no parameter is made of.
     """
     architecture = str(opened.metadata["general.architecture"])
-    found = {w: r for w, s in wanted.items() if (r := _recipe(w, s, opened, config, architecture)) is not None}
-    left = _unused(opened, list(wanted), found)
+    found = {
+        w: r for w, s in wanted.items() if (r := _parameter_recipe(w, s, opened, config, architecture)) is not None
+    }
+    left = _unused_tensors(opened, list(wanted), found)
     lacking = next((w for w in wanted if w not in found and gguf_name(w) != "output.weight"), None)
     if lacking is not None:
-        raise _missing(gguf_name(lacking), file, left)
+        raise _missing_tensor(gguf_name(lacking), file, left)
     if left:
         raise MoecError(
             f"the tensor {left[0]} has no place in the model"
@@ -79,7 +81,7 @@ def gguf_parameters(wanted: Mapping[str, tuple[int, ...]], opened: Gguf, config:
     return found
 
 
-def _missing(name: str, file: Path, left: Sequence[str] = ()) -> MoecError:
+def _missing_tensor(name: str, file: Path, left: Sequence[str] = ()) -> MoecError:
     unread = f", and {left[0]} has no place in the model" if left else ""
     return MoecError(
         f"the file has no tensor {name}{unread}", where=str(file), todo="is a part missing? Download it again"
@@ -93,38 +95,38 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def _recipe(name: str, shape: tuple[int, ...], opened: Gguf, config: Any, architecture: str) -> Recipe | None:
+def _parameter_recipe(name: str, shape: tuple[int, ...], opened: Gguf, config: Any, architecture: str) -> Recipe | None:
     """Return how a parameter is made; None where the file has no tensor for it."""
     theirs = gguf_name(name)
     if "ffn_gate_up_exps" in theirs:
         if theirs in opened.checkpoint.tensors:  # gate first
-            return _numbers(theirs, shape, opened)
+            return _tensor_recipe(theirs, shape, opened)
         half = (shape[0], shape[1] // 2, *shape[2:])
-        gate, up = (_experts(theirs.replace("gate_up", part), half, opened) for part in ("gate", "up"))
+        gate, up = (_stacked_experts(theirs.replace("gate_up", part), half, opened) for part in ("gate", "up"))
         return step("concat", gate, up, axis=1) if gate is not None and up is not None else None
     if "_exps." in theirs:
-        return _experts(theirs, shape, opened)
+        return _stacked_experts(theirs, shape, opened)
     if "ffn_gate_inp_shexp" in theirs and theirs in opened.checkpoint.tensors:
         stored = opened.checkpoint.tensors[theirs].type
-        found = _numbers(theirs, shape if len(stored.shape) == 2 else shape[1:], opened)
+        found = _tensor_recipe(theirs, shape if len(stored.shape) == 2 else shape[1:], opened)
         return found and step("reshape", found, shape=shape)
-    found = _part_of_qkv(theirs, shape, opened, config) or _numbers(theirs, shape, opened)
+    found = _part_of_qkv(theirs, shape, opened, config) or _tensor_recipe(theirs, shape, opened)
     if found is not None and architecture in REORDERED and (part := re.search(r"attn_([qk])\.", theirs)):
         heads = config.num_attention_heads if part[1] == "q" else config.num_key_value_heads
         return _half_rotated(found, heads)
     return found
 
 
-def _experts(name: str, shape: tuple[int, ...], opened: Gguf) -> Recipe | None:
+def _stacked_experts(name: str, shape: tuple[int, ...], opened: Gguf) -> Recipe | None:
     """Return a matrix of all experts, which old files hold in a tensor for each."""
     first = name.replace("_exps.", ".0.")
     if name in opened.checkpoint.tensors or first not in opened.checkpoint.tensors:
-        return _numbers(name, shape, opened)
+        return _tensor_recipe(name, shape, opened)
     each = []
     for own in (name.replace("_exps.", f".{i}.") for i in range(shape[0])):
-        one = _numbers(own, shape[1:], opened)
+        one = _tensor_recipe(own, shape[1:], opened)
         if one is None:
-            raise _missing(own, opened.checkpoint.folder)
+            raise _missing_tensor(own, opened.checkpoint.folder)
         each.append(one)
     return step("stack", *each)
 
@@ -137,7 +139,7 @@ def _part_of_qkv(name: str, shape: tuple[int, ...], opened: Gguf, config: Any) -
     groups = config.num_attention_heads // config.num_key_value_heads
     keys = shape[0] if part[1] != "q" else shape[0] // groups
     start = {"q": 0, "k": groups * keys, "v": (groups + 1) * keys}[part[1]]
-    fused = _numbers(name.replace(part[0], "attn_qkv."), ((groups + 2) * keys, *shape[1:]), opened)
+    fused = _tensor_recipe(name.replace(part[0], "attn_qkv."), ((groups + 2) * keys, *shape[1:]), opened)
     return fused and step("slice", fused, axis=0, start=start, stop=start + shape[0])
 
 
@@ -149,14 +151,14 @@ def _half_rotated(found: Recipe, heads: int) -> Recipe:
     return step("reshape", turned, shape=(rows, *rest))
 
 
-def _numbers(name: str, shape: tuple[int, ...], opened: Gguf) -> Recipe | None:
+def _tensor_recipe(name: str, shape: tuple[int, ...], opened: Gguf) -> Recipe | None:
     """Return a tensor of the file as numbers; MoecError where it has another shape."""
     info = opened.checkpoint.tensors.get(name)
     if info is None:
         return None
     found: Recipe = Tensor(name, info.type)
     if name in opened.kinds:
-        found = dequantized(Tensor(name, info.type), opened.kinds[name])
+        found = dequantize_blocks(Tensor(name, info.type), opened.kinds[name])
     if found.type.sizes != shape:
         raise MoecError(
             f"the tensor {name} has the shape {list(found.type.sizes)}; the model wants {list(shape)}",
@@ -166,7 +168,7 @@ def _numbers(name: str, shape: tuple[int, ...], opened: Gguf) -> Recipe | None:
     return found
 
 
-def dequantized(tensor: Tensor, kind: str) -> Recipe:
+def dequantize_blocks(tensor: Tensor, kind: str) -> Recipe:
     """Return the numbers of a tensor of blocks."""
     block = BLOCKS[kind]
     parts = ("codes", "scales", *(["minimums"] if block.minimums else []))
@@ -177,7 +179,7 @@ def dequantized(tensor: Tensor, kind: str) -> Recipe:
     return step("dequantize", codes, *others, block=shape, bits=block.bits)
 
 
-def _unused(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe]) -> list[str]:
+def _unused_tensors(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe]) -> list[str]:
     """Return the tensors of the wanted layers, and those outside of layers, that no parameter is made of."""
     numbers = {first_number(name) for name in wanted} | {None}
     used = {t.name for recipe in found.values() for t in tensors(recipe)}

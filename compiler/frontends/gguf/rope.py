@@ -28,7 +28,7 @@ def rope_parameters(keys: Keys, opened: Gguf, head: int, context: int) -> dict[s
     for key in ("rope.dimension_count", "attention.value_length"):
         value = keys.count(key, default=head)
         keys.check(value == head, key, f"is {value}, and heads have {head} channels: that is not supported")
-    scaling = _scaling(keys, context)
+    scaling = _rope_scaling(keys, context)
     factors = read_factors(opened, head)
     if factors is not None:
         if scaling["rope_type"] != "default":
@@ -37,7 +37,7 @@ def rope_parameters(keys: Keys, opened: Gguf, head: int, context: int) -> dict[s
     return {**scaling, "rope_theta": theta}
 
 
-def _scaling(keys: Keys, context: int) -> dict[str, Any]:
+def _rope_scaling(keys: Keys, context: int) -> dict[str, Any]:
     """Return what the keys under rope.scaling say."""
     kind = keys.text("rope.scaling.type", "linear")
     old = "rope.scaling.factor" not in keys and "rope.scale_linear" in keys
@@ -92,7 +92,7 @@ def check_config(keys: Keys, opened: Gguf, config: Any) -> None:
     factors = read_factors(opened, head)
     told = _frequencies_of(config)
     theta = config.rope_parameters["rope_theta"]
-    wanted = _plain(theta, head // 2) / (1 if factors is None else factors)
+    wanted = _default_frequencies(theta, head // 2) / (1 if factors is None else factors)
     if not np.allclose(told, wanted, rtol=_PRECISION, atol=0):
         raise MoecError(
             f"{FREQUENCIES} and the rope_parameters of config.json make different frequencies",
@@ -108,11 +108,11 @@ def _frequencies_of(config: Any) -> np.ndarray:
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return _plain(config.rope_parameters["rope_theta"], head // 2)
+        return _default_frequencies(config.rope_parameters["rope_theta"], head // 2)
     return np.asarray(ROPE_INIT_FUNCTIONS[kind](config, "cpu")[0], np.float64)
 
 
-def _plain(theta: float, pairs: int) -> np.ndarray:
+def _default_frequencies(theta: float, pairs: int) -> np.ndarray:
     return np.asarray(theta ** -(np.arange(pairs) / pairs), np.float64)
 
 
@@ -121,13 +121,13 @@ def _of_factors(keys: Keys, factors: np.ndarray, theta: float) -> dict[str, Any]
     largest = float(factors.max())
     if np.ptp(factors) <= _PRECISION * largest:
         return {"rope_type": "linear", "factor": largest}
-    found = _llama3(factors, _plain(theta, len(factors)))
+    found = _fit_llama3_scaling(factors, _default_frequencies(theta, len(factors)))
     if found is None:
         raise _no_factors(keys, "holds no frequencies of llama3 scaling")
     return found
 
 
-def _llama3(factors: np.ndarray, frequencies: np.ndarray) -> dict[str, Any] | None:
+def _fit_llama3_scaling(factors: np.ndarray, frequencies: np.ndarray) -> dict[str, Any] | None:
     """Return the parameters of llama3 scaling that make these factors; None if there are none.
 
     There, short waves keep their frequency and long ones are divided by `factor`; in between the share `s` of a kept
@@ -141,7 +141,7 @@ def _llama3(factors: np.ndarray, frequencies: np.ndarray) -> dict[str, Any] | No
     if between.sum() > 1:
         slope, start = np.polyfit(frequencies[between], shares[between], 1)
     else:
-        slope, start = _steepest(frequencies, shares, between)
+        slope, start = _steepest_line(frequencies, shares, between)
     if not (slope > 0 > start):
         return None
     width = _LENGTH / (2 * math.pi * slope)
@@ -155,7 +155,7 @@ def _llama3(factors: np.ndarray, frequencies: np.ndarray) -> dict[str, Any] | No
     }  # fmt: skip
 
 
-def _steepest(frequencies: np.ndarray, shares: np.ndarray, between: np.ndarray) -> tuple[float, float]:
+def _steepest_line(frequencies: np.ndarray, shares: np.ndarray, between: np.ndarray) -> tuple[float, float]:
     """Return a line that crosses all of 0 to 1 between the last whole and the first divided frequency."""
     last_whole = frequencies[shares >= 1 - _PRECISION].min(initial=np.inf)
     first_divided = frequencies[shares <= _PRECISION].max(initial=0.0)

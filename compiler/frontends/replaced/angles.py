@@ -38,12 +38,12 @@ def _turn_pairs(q: Tensor, k: Tensor, angles: Tensor, heads: int) -> tuple[Tenso
     """
     cos, sin = angles[0].unsqueeze(heads), angles[1].unsqueeze(heads)
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         halves = x.reshape(*x.shape[:-1], -1, 2).transpose(-1, -2).reshape(x.shape)
         first, second = halves.chunk(2, dim=-1)
         return halves * cos + torch.cat((-second, first), dim=-1) * sin
 
-    return turn(q), turn(k)
+    return rotate(q), rotate(k)
 
 
 def _turn_before_tokens(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def biased(
+def attend_with_bias(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, bias: Tensor, sinks: Tensor | None
 ) -> Tensor:
     """Attend with a bias [B, H, S, T] on the scores, and a sink [B, H, S, 1] of its own for each query.
@@ -27,7 +27,7 @@ def biased(
     return y.reshape(*q.shape[:3], v.shape[3]).transpose(1, 2)
 
 
-def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attend_unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attend to all of a fixed number N of things, such as what earlier layers made of a token.
 
     q is [B, H, Q, D], k [B, G, N, D], v [B, G, N, E]; the result is [B, Q, H, E].

@@ -45,7 +45,7 @@ def _(x, size, like):
     return x.new_empty(*x.shape[:-1], like.shape[-1])
 
 
-def _among(chosen: Tensor, scores: Tensor) -> Tensor:
+def _mark_chosen(chosen: Tensor, scores: Tensor) -> Tensor:
     """Return bool like scores [.., N]: which are among the numbers `chosen` [.., K] and can be chosen at all.
 
     Numbers of N and more are those that indexer.py adds so that there are always enough.
@@ -59,7 +59,7 @@ def _among(chosen: Tensor, scores: Tensor) -> Tensor:
 # --- rows that begin with padding: blocks count from the first token behind it ---------------------------------------
 
 
-def _first(slots: Tensor, position_ids: Tensor) -> Tensor:
+def _first_token_slot(slots: Tensor, position_ids: Tensor) -> Tensor:
     """Return i64[B, 1]: the slot of each row's token of position 0, from the position of its last token."""
     return slots[-1:] - position_ids[:, -1:]
 
@@ -79,7 +79,7 @@ def _to_slots(x: Tensor, slots: Tensor, first: Tensor) -> Tensor:
 # --- the indexers --------------------------------------------------------------------------------------------------
 
 
-def _whole(counts: Tensor, size: int) -> Tensor:
+def _round_down(counts: Tensor, size: int) -> Tensor:
     """Return the largest multiples of a size that are not above the counts."""
     return (counts.float() / size).floor().long() * size
 
@@ -99,7 +99,7 @@ def _minimax(self: Any, hidden_states: Tensor, position_embeddings: Any, cache: 
     q, k = turn(q, k, cos[..., : self.head_dim], sin[..., : self.head_dim])
     keys = cache.update_indexer(k.squeeze(1), self.layer_idx)
     slots = torch.arange(keys.shape[1], device=keys.device)
-    first = _first(slots, position_ids)
+    first = _first_token_slot(slots, position_ids)
     keys = _from_first(keys, slots, first)
     scores = torch.matmul(q.float(), keys.float().transpose(-1, -2).unsqueeze(1))
     scores = scores.masked_fill(slots > position_ids[:, None, :, None], LOWEST)
@@ -109,7 +109,7 @@ def _minimax(self: Any, hidden_states: Tensor, position_embeddings: Any, cache: 
         near = (own[..., None] - torch.arange(self.local_blocks, device=own.device)).clamp(min=0)
         best = best.scatter(-1, near.unsqueeze(1).expand(-1, self.num_heads, -1, -1), float("inf"))
     chosen = best.topk(self.topk_blocks, dim=-1).indices
-    return _to_slots(torch.ops.moec.spread(_among(chosen, best), self.block_size, scores), slots, first)
+    return _to_slots(torch.ops.moec.spread(_mark_chosen(chosen, best), self.block_size, scores), slots, first)
 
 
 @takes_cache
@@ -137,9 +137,9 @@ def _glm(self: Any, hidden_states: Tensor, q_resid: Tensor, attention_mask: Tens
     ends = (torch.arange(keys.shape[1], device=keys.device) + 1) * size
     scores = scores.masked_fill(ends > seen[..., None], LOWEST)
     chosen = scores.topk(self.index_topk // size, dim=-1).indices
-    read = torch.ops.moec.spread(_among(chosen, scores), size, real)
+    read = torch.ops.moec.spread(_mark_chosen(chosen, scores), size, real)
     if self.index_kpool_always_select_tail:
-        read = read | (slots >= _whole(seen, size)[..., None])
+        read = read | (slots >= _round_down(seen, size)[..., None])
     return _to_slots(read.unsqueeze(1), slots, first)[:, 0] & real[:, None, :]
 
 

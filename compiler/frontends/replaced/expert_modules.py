@@ -29,7 +29,9 @@ def _(rows, ids, w):
     return rows.new_empty(rows.shape[0], w.shape[1])
 
 
-def _experts(x: Tensor, ids: Tensor, gates: Tensor, up: Tensor, down: Tensor, act: Any, transposed: bool) -> Tensor:
+def _gated_experts(
+    x: Tensor, ids: Tensor, gates: Tensor, up: Tensor, down: Tensor, act: Any, transposed: bool
+) -> Tensor:
     """Emit gated experts with rows of all gates before those of up."""
     return torch.ops.moec.experts(x, ids, gates, up, down, None, None, str(Activation(kind_of(act))), transposed)
 
@@ -43,7 +45,7 @@ def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     rows, ids = scaled.reshape(-1, self.hidden_dim), ids.reshape(-1, 1)
     experts = self.experts
     ones = torch.ones_like(ids, dtype=x.dtype)
-    y = _experts(rows, ids, ones, experts.gate_up_proj, experts.down_proj, experts.act_fn, True)
+    y = _gated_experts(rows, ids, ones, experts.gate_up_proj, experts.down_proj, experts.act_fn, True)
     return self.shared_expert(x) + y.reshape(-1, self.top_k, self.hidden_dim).sum(1), logits
 
 
@@ -53,7 +55,7 @@ def _dbrx_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     up = torch.cat((self.mlp.w1.view(shape), self.mlp.v1.view(shape)), dim=1)
     down = self.mlp.w2.view(shape).transpose(1, 2)
     x = hidden_states.reshape(-1, self.hidden_size)
-    y = _experts(x, top_k_index, top_k_weights, up, down, self.mlp.activation_fn, False)
+    y = _gated_experts(x, top_k_index, top_k_weights, up, down, self.mlp.activation_fn, False)
     return y.view(hidden_states.shape)
 
 
@@ -64,7 +66,7 @@ def _longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     ids = top_k_index.clamp(max=self.num_routed_experts - 1)
     gates = torch.where(real, top_k_weights, zero)
     up = self.gate_up_proj[: self.num_routed_experts]
-    y = _experts(hidden_states, ids, gates, up, self.down_proj, self.act_fn, False)
+    y = _gated_experts(hidden_states, ids, gates, up, self.down_proj, self.act_fn, False)
     return y + hidden_states * torch.where(real, zero, top_k_weights).sum(-1, keepdim=True)
 
 
@@ -89,7 +91,7 @@ def _jetmoe_route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _jetmoe_moe(self: Any, layer_input: Tensor) -> Tensor:
     x = layer_input.reshape(-1, self.input_size)
     gates, ids, _ = _jetmoe_route(self.router, x)
-    y = _experts(x, ids, gates, self.input_linear.weight, self.output_linear.weight, self.activation, False)
+    y = _gated_experts(x, ids, gates, self.input_linear.weight, self.output_linear.weight, self.activation, False)
     return y.view(layer_input.shape) + self.bias
 
 

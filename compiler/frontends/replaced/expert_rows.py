@@ -11,15 +11,15 @@ from torch import Tensor
 @torch.library.custom_op("moec::dispatch", mutates_args=())
 def dispatch_op(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stand for `moe.dispatch`."""
-    return _dispatched(x, ids, experts)
+    return _dispatched_shapes(x, ids, experts)
 
 
 @dispatch_op.register_fake
 def _(x, ids, experts):
-    return _dispatched(x, ids, experts)
+    return _dispatched_shapes(x, ids, experts)
 
 
-def _dispatched(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _dispatched_shapes(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = ids.shape[0] * ids.shape[1]
     return x.new_empty(rows, x.shape[1]), ids.new_empty(experts + 1), ids.new_empty(rows)
 

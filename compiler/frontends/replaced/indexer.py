@@ -29,7 +29,7 @@ class _Topk(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def least(*numbers: Any) -> Any:
+def min_of_sizes(*numbers: Any) -> Any:
     """Return the number among sizes: what `min(index_topk, tokens)` is when there are enough of them.
 
     The rehearsal's sizes are numbers too, and a large `index_topk` is above them.
@@ -48,14 +48,14 @@ def under_topk(forward: Any) -> Any:
     return wrapped
 
 
-def selected(visible: Tensor, indices: Tensor) -> Tensor:
+def selected_slots(visible: Tensor, indices: Tensor) -> Tensor:
     """Return bool[B, S, T]: the slots of `visible` [B, 1, S, T] whose numbers are among `indices` [B, S, K]."""
     batch, _, new, total = visible.shape
     chosen = torch.zeros(batch, new, total + indices.shape[-1], dtype=torch.bool, device=visible.device)
     return visible[:, 0] & chosen.scatter(-1, indices.long(), True)[..., :total]
 
 
-def causal(mask: Tensor, new: Any, window: int = 0) -> Tensor:
+def causal_mask(mask: Tensor, new: Any, window: int = 0) -> Tensor:
     """Return bool[B, 1, S, T]: which slots each new token may read, from a padding mask [B, T]; 0 is no window."""
     total = mask.shape[1]
     slots = torch.arange(total, device=mask.device)

@@ -47,7 +47,7 @@ def by_positions(forward: Any) -> Callable[..., Any]:
         rope = self.config.rope_parameters if layer_type is None else self.config.rope_parameters[layer_type]
         own = self._buffers.pop(name)
         try:
-            self.__dict__[name] = frequencies(self.config, rope, kind, own, position_ids)
+            self.__dict__[name] = frequencies_at_length(self.config, rope, kind, own, position_ids)
             return plain(self, x, position_ids, **more)
         finally:
             self.__dict__.pop(name, None)
@@ -56,7 +56,7 @@ def by_positions(forward: Any) -> Callable[..., Any]:
     return wrapped
 
 
-def frequencies(config: Any, rope: Any, kind: str, own: Tensor, positions: Tensor) -> Tensor:
+def frequencies_at_length(config: Any, rope: Any, kind: str, own: Tensor, positions: Tensor) -> Tensor:
     """Return the frequencies for the longest of the positions, from those of a short sequence."""
     length = (positions.reshape(-1).amax(0) + 1).float()
     channels = own.shape[0]

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import MoecError
 from ..transformers.cache import takes_cache
-from ..transformers.tracing import current
+from ..transformers.tracing import current_trace
 
 # --- the single ops --------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ def _mamba(
     dt = functional.softplus(dt) if delta_softplus else dt
     keys, queries = (t.transpose(1, 2)[:, :, None, :].expand(-1, -1, A.shape[0], -1) for t in (B, C))
     # transformers starts from nothing here, also where more tokens follow a past; the state is what decoding needs
-    y, state = linear_attention(queries, keys, (dt * x)[..., None], dt[..., None] * A, None, current().recurrent)
+    y, state = linear_attention(queries, keys, (dt * x)[..., None], dt[..., None] * A, None, current_trace().recurrent)
     y = y[..., 0]
     y = y if D is None else y + D * x
     y = y.transpose(1, 2)

@@ -41,9 +41,9 @@ class _Replacement:
 
 
 @contextmanager
-def replaced(model: Any) -> Iterator[list[StandIn]]:
+def replace_model_code(model: Any) -> Iterator[list[StandIn]]:
     """Replace what stands in the tables in the code of a model's modules; yields what was replaced."""
-    chosen = list(_chosen(model))
+    chosen = list(_replacements_of_model(model))
     found = [r.stand_in() for r in chosen if r.key]
     undo = [(r.owner, r.name, vars(r.owner).get(r.name)) for r in chosen]
     try:
@@ -55,7 +55,7 @@ def replaced(model: Any) -> Iterator[list[StandIn]]:
             setattr(owner, name, value) if value is not None else delattr(owner, name)
 
 
-def _chosen(model: Any) -> Iterator[_Replacement]:
+def _replacements_of_model(model: Any) -> Iterator[_Replacement]:
     types = sorted({type(module) for module in model.modules()}, key=lambda t: (t.__module__, t.__name__))
     sources = {t.__module__: sys.modules[t.__module__] for t in types if t.__module__.startswith("transformers.")}
     for path, source in sources.items():
@@ -70,7 +70,7 @@ def _chosen(model: Any) -> Iterator[_Replacement]:
         forward = indexer.under_topk(own or cls.forward)
         yield _Replacement(cls, "forward", forward, own or indexer.under_topk, f"{cls.__name__}.forward")
         if cls.__module__ in sources:
-            yield _Replacement(sources[cls.__module__], "min", indexer.least, indexer.least)
+            yield _Replacement(sources[cls.__module__], "min", indexer.min_of_sizes, indexer.min_of_sizes)
 
 
 def _of_lengths(model: Any, types: list[type]) -> Iterator[_Replacement]:

@@ -55,7 +55,7 @@ def stand_in(replacement: Any, name: str, key: str, original: Any, owner: Any) -
 
     `key` is its name in the table of checked sources: the function's alone where many modelling files have a copy of it.
     """
-    return _compared(replacement, name, key, fingerprint(original, owner))
+    return _compare_with_checked(replacement, name, key, source_fingerprint(original, owner))
 
 
 def stand_in_for_file(replacement: Any, module: str) -> StandIn:
@@ -63,24 +63,26 @@ def stand_in_for_file(replacement: Any, module: str) -> StandIn:
     found = find_spec(module)
     text = Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
     name = module.rpartition(".")[2]
-    return _compared(replacement, name, name, _hash([plain(text)]) if text else UNREADABLE)
+    return _compare_with_checked(replacement, name, name, _hash_texts([strip_comments(text)]) if text else UNREADABLE)
 
 
-def _compared(replacement: Any, name: str, key: str, source: str) -> StandIn:
+def _compare_with_checked(replacement: Any, name: str, key: str, source: str) -> StandIn:
     known = CHECKED.get(key, ())
     own = f"{replacement.__module__.partition('frontends.')[2]}.{replacement.__qualname__}"
     return StandIn(own, name, source, source in known, bool(known))
 
 
-def fingerprint(original: Any, owner: Any) -> str:
+def source_fingerprint(original: Any, owner: Any) -> str:
     """Return the hash of the source of a function, or of a class."""
     try:
-        return _hash([plain(textwrap.dedent(inspect.getsource(part))) for part in _with_helpers(original, owner)])
+        return _hash_texts(
+            [strip_comments(textwrap.dedent(inspect.getsource(part))) for part in _with_helpers(original, owner)]
+        )
     except (OSError, TypeError, SyntaxError):
         return UNREADABLE
 
 
-def _hash(texts: list[str]) -> str:
+def _hash_texts(texts: list[str]) -> str:
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
 
 
@@ -96,27 +98,29 @@ def _with_helpers(original: Any, owner: Any) -> Iterator[Any]:
             continue
         seen.add(function)
         yield function
-        for name in _names(function.__code__):
+        for name in _names_in_code(function.__code__):
             for found in (function.__globals__.get(name), vars(owner).get(name)):
                 helper = inspect.unwrap(found) if callable(found) else None
                 if isinstance(helper, FunctionType) and helper.__module__ == function.__module__:
                     waiting.append(helper)
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def _names_in_code(code: CodeType) -> Iterator[str]:
     yield from code.co_names
     for const in code.co_consts:
         if isinstance(const, CodeType):
-            yield from _names(const)
+            yield from _names_in_code(const)
 
 
-def plain(source: str) -> str:
+def strip_comments(source: str) -> str:
     """Return a source without comments, docstrings and white space."""
     lines = source.splitlines(keepends=True)
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line))
-    cut = [(starts[row - 1] + column, starts[end - 1] + last) for row, column, end, last in _silent(source, lines)]
+    cut = [
+        (starts[row - 1] + column, starts[end - 1] + last) for row, column, end, last in _comment_spans(source, lines)
+    ]
     kept, at = [], 0
     for begin, end in sorted(cut):
         kept.append(source[at:begin])
@@ -124,7 +128,7 @@ def plain(source: str) -> str:
     return "".join("".join([*kept, source[at:]]).split())
 
 
-def _silent(source: str, lines: list[str]) -> Iterator[tuple[int, int, int, int]]:
+def _comment_spans(source: str, lines: list[str]) -> Iterator[tuple[int, int, int, int]]:
     """Yield where comments and docstrings begin and end: line, column, line, column."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

@@ -92,11 +92,11 @@ class DecodedSource:
 
     def whole(self, recipe: Recipe) -> Recipe:
         """Return a tensor in place of a recipe that decodes one weight, named as its codes; others stay."""
-        anchor = _codes(recipe)
+        anchor = _first_codes_name(recipe)
         if anchor is None:
             return recipe
         for i, name in enumerate(expand_range(anchor)):
-            self._own[name] = rename(recipe, partial(_at, i))
+            self._own[name] = rename(recipe, partial(_name_at_index, i))
         return Tensor(anchor, recipe.type)
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
@@ -129,7 +129,7 @@ class DecodedSource:
             self._counts[""] += first
             return own
         self._counts[library.name] += first
-        _compare(name, own, found, library.name, self.checkpoint)
+        _compare_decodings(name, own, found, library.name, self.checkpoint)
         return found
 
 
@@ -137,7 +137,7 @@ def safetensors_source(checkpoint: Checkpoint, quantization: Mapping[str, Any]) 
     """Return the source for a checkpoint folder."""
 
     def library(name: str) -> Library | str:
-        module, names = _module(name, checkpoint)
+        module, names = _module_tensors(name, checkpoint)
         return library_of(module, {leaf: checkpoint.read(full) for leaf, full in names.items()}, quantization)
 
     return DecodedSource(checkpoint, library)
@@ -148,11 +148,11 @@ def gguf_source(opened: Gguf) -> DecodedSource:
     return DecodedSource(opened.checkpoint, lambda name: gguf_library(opened.kinds[name], opened.checkpoint.read(name)))
 
 
-def _at(index: int, name: str) -> str:
+def _name_at_index(index: int, name: str) -> str:
     return range_at(name, index) if range_size(name) > 1 else name
 
 
-def _codes(recipe: Recipe) -> str | None:
+def _first_codes_name(recipe: Recipe) -> str | None:
     """Return the name of the first tensor that a decoding reads; None for a recipe that decodes nothing."""
     if isinstance(recipe, Tensor):
         return None
@@ -172,7 +172,7 @@ def _codes(recipe: Recipe) -> str | None:
     return found[0] if decodes and found else None
 
 
-def _module(name: str, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+def _module_tensors(name: str, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     """Return the module that a tensor of codes belongs to, and all its tensors by their leaf, used by moec or not."""
     suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
     if suffix:
@@ -186,7 +186,7 @@ def _module(name: str, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     return module, {n[len(module) + 1 :]: n for n in names}
 
 
-def _compare(name: str, own: torch.Tensor, found: torch.Tensor, library: str, checkpoint: Checkpoint) -> None:
+def _compare_decodings(name: str, own: torch.Tensor, found: torch.Tensor, library: str, checkpoint: Checkpoint) -> None:
     """Raise MoecError where moec decodes a weight to other numbers than its format's library."""
     what = ""
     if own.shape != found.shape:

@@ -16,9 +16,9 @@ import torch
 from ...errors import MoecError
 from ...ir.recipes import Recipe, Tensor
 from ...ir.types import TensorType
-from .layouts import Layout, Stored, float4, gpt_oss, packed_integers, scaled
-from .layouts_gptq import gptq
-from .schemes import Scheme, Unquantized, matches, read_schemes, text_name
+from .layouts import Layout, Stored, block_scaled_float4, gpt_oss, packed_integers, scaled_codes
+from .layouts_gptq import gptq_weight
+from .schemes import Scheme, Unquantized, matches_module, read_schemes, text_name
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 Parts = dict[str, tuple[str, tuple[int, ...]]]  # role -> dtype, shape
@@ -39,10 +39,10 @@ def expected_quantized(
         schemes = read_schemes(quantization)
         left_out = _LEFT_OUT[quantization["quant_method"]](quantization)
         found = dict(stored)
-        for name, module in _quantizable(model, state, stored).items():
+        for name, module in _quantizable_weights(model, state, stored).items():
             owner = name.removesuffix(".weight")
             if not left_out(owner) and not left_out(module):
-                found[name] = _quantized(name, owner, stored[name], schemes(owner), quantization)
+                found[name] = _quantized_recipe(name, owner, stored[name], schemes(owner), quantization)
     except Unquantized:
         raise AssertionError("left_out says so first") from None
     except ValueError as error:
@@ -68,7 +68,7 @@ def expected_storage(model: Any, quantization: Mapping[str, Any], layers: str) -
     return lambda layer: tuple(found.get(layer, ()))
 
 
-def _quantizable(model: Any, state: Mapping[str, torch.Tensor], stored: Mapping[str, Recipe]) -> dict[str, str]:
+def _quantizable_weights(model: Any, state: Mapping[str, torch.Tensor], stored: Mapping[str, Recipe]) -> dict[str, str]:
     """Return the weights of linear layers and experts by their names in a checkpoint, with the model's name of the module."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -85,7 +85,7 @@ def _quantizable(model: Any, state: Mapping[str, torch.Tensor], stored: Mapping[
 # --- what the config leaves out -----------------------------------------------------------------------------------
 
 
-def _listed(config: Mapping[str, Any], *keys: str) -> list[str]:
+def _listed_names(config: Mapping[str, Any], *keys: str) -> list[str]:
     found: Any = next((config[key] for key in keys if config.get(key)), [])
     if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{keys[0]} in quantization_config is not a list of names")
@@ -94,7 +94,7 @@ def _listed(config: Mapping[str, Any], *keys: str) -> list[str]:
 
 def _not_converted(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Return transformers' rule for modules_to_not_convert; the head is left out in any case."""
-    listed = _listed(config, "modules_to_not_convert", "ignored_layers")
+    listed = _listed_names(config, "modules_to_not_convert", "ignored_layers")
     patterns = [re.compile(rf"(?:{re.escape(text_name(p)).replace(chr(92) + '*', '.*')})(?:\.|$)") for p in listed]
 
     def left_out(module: str) -> bool:
@@ -105,23 +105,23 @@ def _not_converted(config: Mapping[str, Any]) -> Callable[[str], bool]:
     return left_out
 
 
-def _ignored(config: Mapping[str, Any]) -> Callable[[str], bool]:
+def _modelopt_ignore_rule(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Return ModelOpt's rule: names and patterns with `*`; a mixed config names what is quantized."""
-    listed = _listed(config, "ignore", "exclude_modules")
+    listed = _listed_names(config, "ignore", "exclude_modules")
     layers = list(config.get("quantized_layers") or ()) if config.get("quant_algo") == "MIXED_PRECISION" else None
 
     def left_out(module: str) -> bool:
-        if any(matches(pattern, module) for pattern in listed):
+        if any(matches_module(pattern, module) for pattern in listed):
             return True
-        return layers is not None and not any(matches(name, module) for name in layers)
+        return layers is not None and not any(matches_module(name, module) for name in layers)
 
     return left_out
 
 
-def _untargeted(config: Mapping[str, Any]) -> Callable[[str], bool]:
+def _compressed_ignore_rule(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Return compressed-tensors' rule: `ignore`, and modules that no group of modules targets."""
-    ignored = _listed(config, "ignore")
-    targets = [t for group in config["config_groups"].values() for t in _listed(group, "targets")]
+    ignored = _listed_names(config, "ignore")
+    targets = [t for group in config["config_groups"].values() for t in _listed_names(group, "targets")]
 
     def named(module: str, names: list[str]) -> bool:
         own = text_name(module)
@@ -158,8 +158,8 @@ _LEFT_OUT: Mapping[str, Callable[[Mapping[str, Any]], Callable[[str], bool]]] = 
     "fp8": _not_converted,
     "mxfp8": _not_converted,
     "mxfp4": lambda config: lambda module: not module.endswith((".experts.gate_up_proj", ".experts.down_proj")),
-    "modelopt": _ignored,
-    "compressed-tensors": _untargeted,
+    "modelopt": _modelopt_ignore_rule,
+    "compressed-tensors": _compressed_ignore_rule,
     "gptq": _gptq_left_out,
     "awq": _gptq_left_out,
     "auto-round": _gptq_left_out,
@@ -169,7 +169,9 @@ _LEFT_OUT: Mapping[str, Callable[[Mapping[str, Any]], Callable[[str], bool]]] = 
 # --- what stands in its place -------------------------------------------------------------------------------------
 
 
-def _quantized(name: str, owner: str, plain: Recipe, schemes: tuple[Scheme, ...], config: Mapping[str, Any]) -> Recipe:
+def _quantized_recipe(
+    name: str, owner: str, plain: Recipe, schemes: tuple[Scheme, ...], config: Mapping[str, Any]
+) -> Recipe:
     """Return the recipe of a weight stored by the first of the schemes that a config allows."""
     method, scheme = config["quant_method"], schemes[0]
     sizes = plain.type.sizes
@@ -178,7 +180,7 @@ def _quantized(name: str, owner: str, plain: Recipe, schemes: tuple[Scheme, ...]
     elif scheme.layout:
         layout, parts = _gptq_parts(scheme, sizes)
     else:
-        layout, parts = _parts(scheme, sizes, method, plain.type.dtype)
+        layout, parts = _scheme_parts(scheme, sizes, method, plain.type.dtype)
     prefix = f"{owner}." if name != owner else f"{owner}_"
     named = {
         role: Tensor(name if role == "weight" else f"{prefix}{role}", TensorType.of(dtype, *shape))
@@ -206,7 +208,7 @@ def _gpt_oss_parts(sizes: tuple[int, ...]) -> tuple[Layout, Parts]:
 
 
 def _gptq_parts(scheme: Scheme, sizes: tuple[int, ...]) -> tuple[Layout, Parts]:
-    rows, columns = _matrix(sizes)
+    rows, columns = _matrix_sizes(sizes)
     assert scheme.block is not None
     groups = -(-columns // (scheme.block[1] or columns))
     if scheme.layout == "awq":
@@ -216,10 +218,10 @@ def _gptq_parts(scheme: Scheme, sizes: tuple[int, ...]) -> tuple[Layout, Parts]:
     parts: Parts = {"qweight": ("i32", codes), "scales": ("f16", (groups, rows)), "qzeros": ("i32", zeros)}
     if scheme.layout == "gptq":
         parts["g_idx"] = ("i32", (columns,))
-    return gptq, parts
+    return gptq_weight, parts
 
 
-def _parts(scheme: Scheme, sizes: tuple[int, ...], method: str, dtype: str) -> tuple[Layout, Parts]:
+def _scheme_parts(scheme: Scheme, sizes: tuple[int, ...], method: str, dtype: str) -> tuple[Layout, Parts]:
     *lead, rows, columns = sizes
     high, wide = scheme.block or (0, 0)
     counts = (*lead, -(-rows // (high or rows)), -(-columns // (wide or columns)))
@@ -235,9 +237,9 @@ def _parts(scheme: Scheme, sizes: tuple[int, ...], method: str, dtype: str) -> t
                 "f32",
                 (1,) if compressed else tuple(lead),
             )
-        return float4 if compressed else scaled, parts
+        return block_scaled_float4 if compressed else scaled_codes, parts
     if scheme.kind == "int" and compressed and scheme.bits < 8:
-        _matrix(sizes)
+        _matrix_sizes(sizes)
         parts = {
             "weight_packed": ("i32", (rows, -(-columns * scheme.bits // 32))),
             "weight_scale": (dtype, counts),
@@ -257,10 +259,10 @@ def _parts(scheme: Scheme, sizes: tuple[int, ...], method: str, dtype: str) -> t
     }
     if scheme.symmetric is False:
         parts["weight_zero_point"] = ("i8", parts[role][1])
-    return scaled, parts
+    return scaled_codes, parts
 
 
-def _matrix(sizes: tuple[int, ...]) -> tuple[int, int]:
+def _matrix_sizes(sizes: tuple[int, ...]) -> tuple[int, int]:
     if len(sizes) != 2:
         raise ValueError("experts of this family are stored in one tensor, which this method takes apart")
     return sizes[0], sizes[1]

@@ -61,11 +61,11 @@ def library_of(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> 
     if "_blocks" in leaves and "_scales" in leaves:
         return Library("transformers", lambda: _gpt_oss(leaves))
     if method in ("fp8", "mxfp8", "modelopt") and "weight" in leaves and "weight_scale_2" not in leaves:
-        return _float8(leaves, quantization)
+        return _decode_float8(leaves, quantization)
     if method in ("compressed-tensors", "awq", "modelopt"):
         if not is_installed("compressed-tensors"):
             return "the package compressed-tensors is not installed"
-        decode = {"awq": _awq, "modelopt": _modelopt}.get(method, _compressed)
+        decode = {"awq": _decode_awq, "modelopt": _decode_modelopt}.get(method, _decode_compressed_tensors)
         return Library("compressed-tensors", lambda: decode(module, leaves, quantization))
     return f"no library is known that decodes {method} on a CPU"
 
@@ -79,7 +79,7 @@ def _gpt_oss(leaves: Leaves) -> torch.Tensor:
     return convert_moe_packed_tensors(leaves["_blocks"], leaves["_scales"], dtype=torch.float32)
 
 
-def _float8(leaves: Leaves, quantization: Mapping[str, Any]) -> Library | str:
+def _decode_float8(leaves: Leaves, quantization: Mapping[str, Any]) -> Library | str:
     """Return transformers' decoding where its blocks are those of the config, else that of compressed-tensors.
 
     transformers divides a weight evenly among its scales, which is wrong where blocks are cut at the edges.
@@ -87,7 +87,7 @@ def _float8(leaves: Leaves, quantization: Mapping[str, Any]) -> Library | str:
     name = next((n for n in _FP8_SCALES if n in leaves), None)
     if name is None:
         return "no scale is known beside the codes"
-    codes, scales = leaves["weight"], _widened(leaves[name])
+    codes, scales = leaves["weight"], _float32_scales(leaves[name])
     if codes.dim() == 2 and scales.dim() == 1 and scales.shape == codes.shape[:1]:
         scales = scales[:, None]
     packed = codes.dtype in (torch.int8, torch.uint8)
@@ -122,15 +122,15 @@ def _cut_blocks(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, ...
 # --- compressed-tensors --------------------------------------------------------------------------------------------
 
 
-def _compressed(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> torch.Tensor:
+def _decode_compressed_tensors(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> torch.Tensor:
     from compressed_tensors.quantization import QuantizationConfig
 
     config = QuantizationConfig.model_validate(dict(quantization))
-    scheme = _scheme(module, config)
-    return _decompressed(leaves, scheme, _format(scheme, config))
+    scheme = _scheme_of_module(module, config)
+    return _decompress_module(leaves, scheme, _compression_format(scheme, config))
 
 
-def _scheme(module: str, config: Any) -> Any:
+def _scheme_of_module(module: str, config: Any) -> Any:
     """Return the scheme of the group of modules that a module belongs to: a named one before that of a class."""
     from compressed_tensors.utils.match import match_name
 
@@ -142,7 +142,7 @@ def _scheme(module: str, config: Any) -> Any:
     return found[0]
 
 
-def _format(scheme: Any, config: Any) -> str:
+def _compression_format(scheme: Any, config: Any) -> str:
     found = scheme.format or config.format
     if found is None or str(getattr(found, "value", found)) in ("dense", "mixed-precision"):
         from compressed_tensors.compressors.format import infer_module_format
@@ -151,7 +151,7 @@ def _format(scheme: Any, config: Any) -> str:
     return str(getattr(found, "value", found))
 
 
-def _decompressed(leaves: Leaves, scheme: Any, form: str) -> torch.Tensor:
+def _decompress_module(leaves: Leaves, scheme: Any, form: str) -> torch.Tensor:
     """Return what a compressor makes of a module, in float32."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization.lifecycle.forward import dequantize
@@ -159,7 +159,7 @@ def _decompressed(leaves: Leaves, scheme: Any, form: str) -> torch.Tensor:
     state = dict(leaves)
     if form not in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         if form != "mxfp8-quantized":
-            state["weight_scale"] = _widened(state["weight_scale"])
+            state["weight_scale"] = _float32_scales(state["weight_scale"])
         return BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"].float()
     # the compressors of FP4 round to bfloat16 in between: the same in float32
     from compressed_tensors.compressors.mx_utils import decompress_mx_scale
@@ -176,7 +176,7 @@ def _decompressed(leaves: Leaves, scheme: Any, form: str) -> torch.Tensor:
     )
 
 
-def _awq(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> torch.Tensor:
+def _decode_awq(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> torch.Tensor:
     from compressed_tensors.entrypoints.convert import AutoAWQConverter
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -192,10 +192,10 @@ def _awq(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> torch.
     width = made[f"{module}.weight_shape"][1] // made[f"{module}.weight_scale"].shape[1]
     weights = QuantizationArgs(num_bits=tool.bits, strategy="group", group_size=int(width), symmetric=not zero)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    return _decompressed({k.removeprefix(f"{module}."): v for k, v in made.items()}, scheme, "pack-quantized")
+    return _decompress_module({k.removeprefix(f"{module}."): v for k, v in made.items()}, scheme, "pack-quantized")
 
 
-def _modelopt(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> torch.Tensor:
+def _decode_modelopt(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> torch.Tensor:
     from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.quantization.quant_scheme import NVFP4
@@ -205,9 +205,9 @@ def _modelopt(module: str, leaves: Leaves, quantization: Mapping[str, Any]) -> t
     made = tool.process({f"{module}.{leaf}": leaves[leaf] for leaf in own})
     state = {k.removeprefix(f"{module}."): v for k, v in made.items()}
     scheme = QuantizationScheme(**NVFP4, targets=[module])
-    return _decompressed(state, scheme, "nvfp4-pack-quantized")
+    return _decompress_module(state, scheme, "nvfp4-pack-quantized")
 
 
-def _widened(scales: torch.Tensor) -> torch.Tensor:
+def _float32_scales(scales: torch.Tensor) -> torch.Tensor:
     """Return scales in float32; bytes of exponents stay."""
     return scales if scales.dtype == torch.uint8 else scales.float()

@@ -53,7 +53,7 @@ class Stored:
 Layout = Callable[[Stored, Scheme], Recipe]
 
 
-def scaled(stored: Stored, scheme: Scheme) -> Recipe:
+def scaled_codes(stored: Stored, scheme: Scheme) -> Recipe:
     """Return FP8 or int8 numbers times scales for blocks, groups, rows or the tensor; FP4 in bytes beside such scales.
 
     Sources: DeepSeek V3 and V4 (weight_scale_inv, scale), compressed-tensors (weight_scale, weight_zero_point),
@@ -69,14 +69,16 @@ def scaled(stored: Stored, scheme: Scheme) -> Recipe:
         )
     scale = stored[found[0]]
     if (scheme.kind, scheme.bits) == ("float", 4):
-        return float4(Stored({**stored.parts, "weight_packed": weight, "weight_scale": scale}, stored.read), scheme)
+        return block_scaled_float4(
+            Stored({**stored.parts, "weight_packed": weight, "weight_scale": scale}, stored.read), scheme
+        )
     wanted = scheme.floats if scheme.kind == "float" else "i8"
     if weight.type.dtype != wanted:
         raise ValueError(f"codes cannot be {weight.type}, config.json speaks of {wanted}")
     if "weight_scale_2" in stored:
         raise ValueError(f"{stored['weight_scale_2'].name} beside codes {weight.type}")
     scales, block = spread_scales(weight.type, scale, scheme)
-    zeros = _zeros(stored, scheme, "weight")
+    zeros = _zero_points(stored, scheme, "weight")
     if weight.type.dtype in _FP8:
         if zeros:
             raise ValueError(f"{zeros[0].name} beside codes {weight.type}")
@@ -88,7 +90,7 @@ def scaled(stored: Stored, scheme: Scheme) -> Recipe:
     return step("dequantize", codes, scales, *shifted, block=block, bits=8)
 
 
-def _zeros(stored: Stored, scheme: Scheme, codes: str) -> list[Tensor]:
+def _zero_points(stored: Stored, scheme: Scheme, codes: str) -> list[Tensor]:
     """Return the zero points, if there are any; ValueError if the config speaks of some that are not there."""
     if "weight_zero_point" in stored:
         return [stored["weight_zero_point"]]
@@ -125,10 +127,10 @@ def spread_scales(codes: TensorType, scale: Tensor, scheme: Scheme) -> tuple[Rec
         if scale.type.sizes in stored and len(shape) == len(codes.shape):
             return step("reshape", numbers, shape=shape) if scale.type.sizes != shape else numbers, own
     wanted = choices[-1][0]
-    raise ValueError(f"{scale.name} is {scale.type}, {_meaning(block)} for {codes} wants {list(wanted)}")
+    raise ValueError(f"{scale.name} is {scale.type}, {_describe_block(block)} for {codes} wants {list(wanted)}")
 
 
-def _meaning(block: Block | None) -> str:
+def _describe_block(block: Block | None) -> str:
     if block is None or block == WHOLE_TENSOR:
         return "one scale for the tensor" if block else "one scale for the tensor or a row"
     return "one scale a row" if block == (1, 0) else f"one scale for a block {list(block)} as config.json says"
@@ -145,12 +147,12 @@ def scale_numbers(scale: Tensor, scheme: Scheme) -> Recipe:
     return scale
 
 
-def e2m1(packed: Recipe) -> Recipe:
+def unpack_e2m1(packed: Recipe) -> Recipe:
     """Return the f32 numbers of E2M1 codes that lie two in a byte along the last axis, low nibble first."""
     return step("decode", step("unpack", packed, bits=4, axis=len(packed.type.shape) - 1), of="e2m1")
 
 
-def float4(stored: Stored, scheme: Scheme) -> Recipe:
+def block_scaled_float4(stored: Stored, scheme: Scheme) -> Recipe:
     """Return E2M1 in bytes along the last axis, low nibble first: MXFP4 and both kinds of NVFP4.
 
     The scale of the tensor multiplies in ModelOpt (weight_scale_2) and divides in compressed-tensors
@@ -159,7 +161,7 @@ def float4(stored: Stored, scheme: Scheme) -> Recipe:
     packed, scale = stored["weight_packed"], stored.needed("weight_scale", "weight_packed")
     if packed.type.dtype not in ("u8", "i8") or (scheme.kind, scheme.bits) != ("float", 4) or scheme.block is None:
         raise ValueError(f"codes {packed.type} where config.json speaks of {scheme.kind} with {scheme.bits} bits")
-    numbers = e2m1(packed)
+    numbers = unpack_e2m1(packed)
     *outer, columns = numbers.type.sizes
     group = scheme.block[1] or columns
     if scale.type.sizes != (*outer, -(-columns // group)):
@@ -192,7 +194,7 @@ def gpt_oss(stored: Stored, scheme: Scheme) -> Recipe:
     scales = stored["scales"]
     if scales.type.sizes != (*outer, groups):
         raise ValueError(f"{scales.name} is {scales.type}, {[*outer, groups]} is wanted")
-    numbers = step("dequantize", e2m1(codes), scale_numbers(scales, scheme), block=block)
+    numbers = step("dequantize", unpack_e2m1(codes), scale_numbers(scales, scheme), block=block)
     return step("transpose", numbers, perm=(*range(len(outer) - 1), len(outer), len(outer) - 1))
 
 
@@ -205,12 +207,12 @@ def packed_integers(stored: Stored, scheme: Scheme) -> Recipe:
     packed, scale = stored["weight_packed"], stored.needed("weight_scale", "weight_packed")
     if packed.type.dtype != "i32" or scheme.kind != "int":
         raise ValueError(f"codes {packed.type} where config.json speaks of {scheme.kind} with {scheme.bits} bits")
-    rows, columns = _shape(stored)
+    rows, columns = _stored_shape(stored)
     if packed.type.sizes != (rows, -(-columns * scheme.bits // 32)):
         raise ValueError(f"{stored['weight_shape'].name} {[rows, columns]} with {packed.type} and {scheme.bits} bits")
     codes = step("unpack", packed, bits=scheme.bits, axis=1, size=columns)
     scales, block = spread_scales(codes.type, scale, scheme)
-    found = _zeros(stored, scheme, "weight_packed")
+    found = _zero_points(stored, scheme, "weight_packed")
     wanted = (-(-rows * scheme.bits // 32), scales.type.sizes[-1])
     if found and (found[0].type.dtype != "i32" or found[0].type.sizes != wanted):
         raise ValueError(f"{found[0].name} is {found[0].type}, i32{list(wanted)} is wanted")
@@ -222,7 +224,7 @@ def packed_integers(stored: Stored, scheme: Scheme) -> Recipe:
     return step("dequantize", codes, scales, *zeros, block=block, bits=scheme.bits)
 
 
-def _shape(stored: Stored) -> tuple[int, int]:
+def _stored_shape(stored: Stored) -> tuple[int, int]:
     """Return the sizes that `weight_shape` holds."""
     shape = stored.needed("weight_shape", "weight_packed")
     if shape.type.dtype not in ("i64", "i32") or shape.type.elements != 2:

@@ -16,14 +16,14 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # column i of eight lies in this nibble o
 _BITS = (2, 3, 4, 8)
 
 
-def gptq(stored: Stored, scheme: Scheme) -> Recipe:
+def gptq_weight(stored: Stored, scheme: Scheme) -> Recipe:
     """Return GPTQ weights: codes i32[in bits / 32, out] along the columns, zero points i32[groups, out bits / 32].
 
     `checkpoint_format` gptq stores zero points less 1 (15 stands for 0), gptq_v2 stores them. Scales belong to groups of
     inputs in order, or, with desc_act, to the inputs that g_idx says. Symmetric weights need no zero points.
     """
     if scheme.layout == "awq":
-        return awq(stored, scheme)
+        return awq_weight(stored, scheme)
     indexed = _as_indexed(stored, scheme)
     try:
         return _by_columns(stored, indexed)
@@ -35,15 +35,15 @@ def gptq(stored: Stored, scheme: Scheme) -> Recipe:
 
 def _by_columns(stored: Stored, scheme: Scheme) -> Recipe:
     """Return GPTQ weights, stored as the scheme says."""
-    packed, scale, bits = _codes(stored, scheme)
+    packed, scale, bits = _packed_codes_and_scales(stored, scheme)
     words, rows = packed.type.sizes
     if bits not in _BITS or words * 32 % bits:
         raise ValueError(f"{packed.type} does not hold codes of {bits} bits, as config.json says")
     columns = words * 32 // bits
-    group, groups = _groups(scale, scheme, columns, rows)
+    group, groups = _group_counts(scale, scheme, columns, rows)
     codes = step("transpose", step("unpack", packed, bits=bits, axis=0, size=columns), perm=(1, 0))
     scales = step("transpose", scale, perm=(1, 0))
-    zeros = _zeros(stored, scheme, (groups, rows))
+    zeros = _zero_points(stored, scheme, (groups, rows))
     if not _has_order(stored, groups):
         if not scheme.in_order:
             what = "is missing, empty or zero everywhere"
@@ -82,7 +82,7 @@ def _as_indexed(stored: Stored, scheme: Scheme) -> Scheme:
     return replace(scheme, bits=bits, block=(1, group))
 
 
-def _codes(stored: Stored, scheme: Scheme) -> tuple[Tensor, Tensor, int]:
+def _packed_codes_and_scales(stored: Stored, scheme: Scheme) -> tuple[Tensor, Tensor, int]:
     packed, scale = stored["qweight"], stored.needed("scales", "qweight")
     if scheme.kind != "int" or not scheme.layout:
         raise ValueError(
@@ -95,7 +95,7 @@ def _codes(stored: Stored, scheme: Scheme) -> tuple[Tensor, Tensor, int]:
     return packed, scale, scheme.bits
 
 
-def _groups(scale: Tensor, scheme: Scheme, columns: int, rows: int) -> tuple[int, int]:
+def _group_counts(scale: Tensor, scheme: Scheme, columns: int, rows: int) -> tuple[int, int]:
     """Return how many inputs share a scale, and how many groups there are."""
     assert scheme.block is not None
     group = min(scheme.block[1] or columns, columns)
@@ -108,7 +108,7 @@ def _groups(scale: Tensor, scheme: Scheme, columns: int, rows: int) -> tuple[int
     return group, groups
 
 
-def _zeros(stored: Stored, scheme: Scheme, shape: tuple[int, int]) -> list[Recipe]:
+def _zero_points(stored: Stored, scheme: Scheme, shape: tuple[int, int]) -> list[Recipe]:
     """Return the zero points [out, groups]; none for symmetric weights, whose zero point is half of the range.
 
     Tools disagree about whether zero points of symmetric weights are stored less 1: `sym` decides, and what is stored
@@ -125,7 +125,7 @@ def _zeros(stored: Stored, scheme: Scheme, shape: tuple[int, int]) -> list[Recip
     if zero.type.dtype != "i32" or zero.type.sizes != (groups, width):
         raise ValueError(f"{zero.name} is {zero.type}, i32{[groups, width]} is wanted")
     if scheme.symmetric is not False:
-        found = _constant(stored.values("qzeros"), scheme.bits, rows)
+        found = _constant_code(stored.values("qzeros"), scheme.bits, rows)
         if found in ((half,) if scheme.layout == "awq" else (half, half - 1)):
             return []
         if scheme.symmetric:
@@ -138,29 +138,29 @@ def _zeros(stored: Stored, scheme: Scheme, shape: tuple[int, int]) -> list[Recip
     return [step("transpose", points, perm=(1, 0))]
 
 
-def _constant(words: torch.Tensor, bits: int, count: int) -> int | None:
+def _constant_code(words: torch.Tensor, bits: int, count: int) -> int | None:
     """Return the number that all packed codes of rows of words are, None if they differ. Bits behind the last count not."""
     first = int(words.flatten()[0]) & ((1 << bits) - 1)
-    wanted, used = _repeated(first, bits, count), _repeated((1 << bits) - 1, bits, count)
+    wanted, used = _repeated_code_words(first, bits, count), _repeated_code_words((1 << bits) - 1, bits, count)
     return first if bool(((words.long() & used) == wanted).all()) else None
 
 
 @lru_cache(maxsize=256)
-def _repeated(code: int, bits: int, count: int) -> torch.Tensor:
+def _repeated_code_words(code: int, bits: int, count: int) -> torch.Tensor:
     """Return the words (as integers of 64 bits) that hold a code so many times."""
     whole = int(f"{code:0{bits}b}" * count, 2)
     return torch.tensor([(whole >> (32 * i)) & 0xFFFFFFFF for i in range(-(-count * bits // 32))])
 
 
-def awq(stored: Stored, scheme: Scheme) -> Recipe:
+def awq_weight(stored: Stored, scheme: Scheme) -> Recipe:
     """Return AWQ weights (GEMM): codes i32[in, out / 8] and zero points i32[groups, out / 8], both in AWQ's order."""
-    packed, scale, bits = _codes(stored, scheme)
+    packed, scale, bits = _packed_codes_and_scales(stored, scheme)
     if bits != 4:
         raise ValueError(f"AWQ has 4 bits, config.json says {bits}")
     if "g_idx" in stored:
         raise ValueError(f"{stored['g_idx'].name} beside codes of AWQ")
     columns, rows = packed.type.sizes[0], packed.type.sizes[1] * 8
-    group, groups = _groups(scale, scheme, columns, rows)
+    group, groups = _group_counts(scale, scheme, columns, rows)
     codes = step("transpose", step("unpack", packed, bits=4, axis=1, order=_AWQ_ORDER), perm=(1, 0))
-    zeros = _zeros(stored, scheme, (groups, rows))
+    zeros = _zero_points(stored, scheme, (groups, rows))
     return step("dequantize", codes, step("transpose", scale, perm=(1, 0)), *zeros, block=(1, group), bits=4)

@@ -31,11 +31,11 @@ def read_quantization(config: Any, folder: Path) -> dict[str, Any] | None:
     `quant_method` of the result is a key of METHODS.
     """
     where = folder / "config.json"
-    raw = _of(config, "quantization_config")
-    _refuse_other_tools(raw if raw is not None else _of(config, "quantization"), folder)
+    raw = _config_value(config, "quantization_config")
+    _refuse_other_tools(raw if raw is not None else _config_value(config, "quantization"), folder)
     if raw is None and (folder / "hf_quant_config.json").is_file():
         where = folder / "hf_quant_config.json"
-        raw = _modelopt(where)
+        raw = _read_modelopt_file(where)
     if raw is None:
         return None
     found = dict(raw if isinstance(raw, dict) else raw.to_dict())
@@ -51,7 +51,7 @@ def read_quantization(config: Any, folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _of(config: Any, key: str) -> Any:
+def _config_value(config: Any, key: str) -> Any:
     """Return a key of a config, or of the config of the model that writes text."""
     found = getattr(config, key, None)
     return found if found is not None else getattr(config.get_text_config(decoder=True), key, None)
@@ -66,7 +66,7 @@ def _refuse_other_tools(raw: Any, folder: Path) -> None:
         raise MoecError(_MSMODELSLIM[0], where=str(description), todo=_MSMODELSLIM[1])
 
 
-def _modelopt(file: Path) -> dict[str, Any]:
+def _read_modelopt_file(file: Path) -> dict[str, Any]:
     """Return what ModelOpt's own file says."""
     try:
         content = parse_json(file.read_bytes(), file, "the file")
@@ -93,10 +93,10 @@ def _not_understood(found: Mapping[str, Any]) -> tuple[str, str] | None:
     format = gptq_format(found)
     if method == "gptq" and format not in ("gptq", "gptq_v2"):
         return f"GPTQ weights with checkpoint_format {format!r} are not understood", "gptq and gptq_v2 are"
-    return _compressed(found) if method == "compressed-tensors" else None
+    return _compressed_tensors_problem(found) if method == "compressed-tensors" else None
 
 
-def _compressed(found: Mapping[str, Any]) -> tuple[str, str] | None:
+def _compressed_tensors_problem(found: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return what in a config of compressed-tensors is not understood."""
     groups = found.get("config_groups") or {}
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):

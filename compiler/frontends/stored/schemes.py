@@ -83,21 +83,21 @@ def whole_number(config: Mapping[str, Any], *keys: str, default: int | None = No
     return value
 
 
-def _group(config: Mapping[str, Any], *keys: str) -> Block:
+def _group_block(config: Mapping[str, Any], *keys: str) -> Block:
     size = whole_number(config, *keys, least=-1)
     if size == 0:
         raise ValueError(f"{keys[0]} in quantization_config cannot be 0")
     return (1, max(size, 0))
 
 
-def _flag(config: Mapping[str, Any], key: str) -> bool | None:
+def _optional_flag(config: Mapping[str, Any], key: str) -> bool | None:
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{key} in quantization_config cannot be {value!r}")
     return value
 
 
-def _block(value: Any, key: str) -> Block:
+def _checked_block(value: Any, key: str) -> Block:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value):
         raise ValueError(f"{key} in quantization_config cannot be {value!r}")
     return value[0], value[1]
@@ -114,7 +114,7 @@ def text_name(module: str) -> str:
     return ".".join(parts)
 
 
-def matches(pattern: str, module: str) -> bool:
+def matches_module(pattern: str, module: str) -> bool:
     """Return whether a name or a pattern with `*` names a module or one that the module lies in."""
     own, wanted = text_name(module), text_name(pattern)
     if "*" in wanted:
@@ -123,7 +123,7 @@ def matches(pattern: str, module: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _regex(pattern: str) -> re.Pattern[str]:
+def _compiled_pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -133,57 +133,57 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _is_regex_match(pattern: str, module: str) -> bool:
-    return any(_regex(pattern).match(name) for name in (module, text_name(module)))
+    return any(_compiled_pattern(pattern).match(name) for name in (module, text_name(module)))
 
 
 # --- methods -----------------------------------------------------------------------------------------------------
 
 
-def _always(*schemes: Scheme) -> SchemesOf:
+def _same_schemes(*schemes: Scheme) -> SchemesOf:
     found = tuple(dict.fromkeys(schemes))
     return lambda module: found
 
 
-def _fp8(config: Mapping[str, Any]) -> SchemesOf:
+def _fp8_schemes(config: Mapping[str, Any]) -> SchemesOf:
     block = config.get("weight_block_size")
     floats = _FLOATS.get(str(config.get("fmt") or "e4m3").lower())
     if floats is None:
         raise ValueError(f"fmt in quantization_config cannot be {config['fmt']!r}, it is e4m3 or e5m2")
-    own = Scheme("float", 8, _block(block, "weight_block_size") if block else None, floats=floats)
+    own = Scheme("float", 8, _checked_block(block, "weight_block_size") if block else None, floats=floats)
     # DeepSeek V4 keeps experts in FP4 beside linears in FP8 blocks; where ModelOpt rewrote them, the method's name stays
     if config.get("moe_quant_algo"):
-        return _always(own, MXFP4, *_algorithms({**config, "quant_algo": config["moe_quant_algo"]}))
-    more = _modelopt(config) if "quant_algo" in config else _always()
+        return _same_schemes(own, MXFP4, *_algorithm_schemes({**config, "quant_algo": config["moe_quant_algo"]}))
+    more = _modelopt_schemes(config) if "quant_algo" in config else _same_schemes()
     return lambda module: tuple(dict.fromkeys((own, MXFP4, *more(module))))
 
 
-def _modelopt(config: Mapping[str, Any]) -> SchemesOf:
+def _modelopt_schemes(config: Mapping[str, Any]) -> SchemesOf:
     """Read ModelOpt's quant_algo. A mixed config names the algorithm of each module, or of what it lies in."""
     if config.get("quant_algo") != "MIXED_PRECISION":
-        return _always(*_algorithms(config))
+        return _same_schemes(*_algorithm_schemes(config))
     layers = config.get("quantized_layers")
     if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
         raise ValueError("quantized_layers in quantization_config is missing or not a table")
-    named = {text_name(name): _algorithms(entry) for name, entry in layers.items()}
+    named = {text_name(name): _algorithm_schemes(entry) for name, entry in layers.items()}
     patterns = {name: schemes for name, schemes in named.items() if "*" in name}
     every = tuple(dict.fromkeys(scheme for schemes in named.values() for scheme in schemes))
 
     def of(module: str) -> tuple[Scheme, ...]:
-        for name in _around(text_name(module)):
+        for name in _enclosing_modules(text_name(module)):
             if name in named:
                 return named[name]
-        return next((schemes for pattern, schemes in patterns.items() if matches(pattern, module)), every)
+        return next((schemes for pattern, schemes in patterns.items() if matches_module(pattern, module)), every)
 
     return of
 
 
-def _around(module: str) -> list[str]:
+def _enclosing_modules(module: str) -> list[str]:
     """Return a module's name and the names of the modules that it lies in, from the inside out."""
     parts = module.split(".")
     return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
 
 
-def _algorithms(entry: Mapping[str, Any]) -> tuple[Scheme, ...]:
+def _algorithm_schemes(entry: Mapping[str, Any]) -> tuple[Scheme, ...]:
     algorithm = entry.get("quant_algo")
     if algorithm is None:  # a config that says nothing of itself: what the tensors can only be
         return (_ALGORITHMS["FP8"], _with_group(_ALGORITHMS["NVFP4"], entry))
@@ -196,10 +196,10 @@ def _with_group(scheme: Scheme, entry: Mapping[str, Any]) -> Scheme:
     """Return a scheme with the group size of a config; schemes whose scales belong to something else have none."""
     if entry.get("group_size") is None or scheme.scale == "float":
         return scheme
-    return replace(scheme, block=_group(entry, "group_size"))
+    return replace(scheme, block=_group_block(entry, "group_size"))
 
 
-def _compressed(config: Mapping[str, Any]) -> SchemesOf:
+def _compressed_tensors_schemes(config: Mapping[str, Any]) -> SchemesOf:
     """Read config_groups of compressed-tensors: the group whose targets name a module best, else all of them.
 
     Targets are names, then regular expressions, then classes of modules.
@@ -244,31 +244,33 @@ def _compressed_weights(group: Mapping[str, Any], config: Mapping[str, Any]) -> 
     if kind not in ("int", "float") or bits > 8:
         raise ValueError(f"weights of type {kind!r} with {bits} bits are not understood")
     ordered = weights.get("actorder") in ("group", "dynamic", True)
-    return Scheme(kind, bits, _strategy(weights), "float", _flag(weights, "symmetric"), in_order=not ordered)
+    return Scheme(
+        kind, bits, _strategy_block(weights), "float", _optional_flag(weights, "symmetric"), in_order=not ordered
+    )
 
 
-def _strategy(weights: Mapping[str, Any]) -> Block | None:
+def _strategy_block(weights: Mapping[str, Any]) -> Block | None:
     """Return what shares a scale by the strategy of compressed-tensors, or by what implies one."""
     strategy, structure = weights.get("strategy"), weights.get("block_structure")
     if strategy == "block" or (strategy is None and structure is not None):
         if isinstance(structure, str):
             structure = [int(n) if n.isdigit() else 0 for n in structure.split("x")]
-        return _block(structure, "block_structure")
+        return _checked_block(structure, "block_structure")
     if strategy in ("group", "tensor_group") or (strategy is None and weights.get("group_size") is not None):
-        return _group(weights, "group_size")
+        return _group_block(weights, "group_size")
     if strategy not in (None, "channel", "tensor"):
         raise ValueError(f"strategy {strategy!r} of weights is not understood")
     return {None: None, "channel": WHOLE_ROW, "tensor": WHOLE_TENSOR}[strategy]
 
 
-def _gptq(config: Mapping[str, Any]) -> SchemesOf:
+def _gptq_schemes(config: Mapping[str, Any]) -> SchemesOf:
     dynamic = config.get("dynamic")
     if dynamic is not None and not isinstance(dynamic, Mapping):
         raise ValueError(f"dynamic in quantization_config cannot be {dynamic!r:.80}")
     own = lru_cache(maxsize=None)(lambda values: _gptq_scheme({**config, **dict(values)}))
 
     def of(module: str) -> tuple[Scheme, ...]:
-        values = _dynamic(dynamic, module) if dynamic else {}
+        values = _dynamic_values(dynamic, module) if dynamic else {}
         return (own(tuple((key, values[key]) for key in ("bits", "group_size", "sym", "desc_act") if key in values)),)
 
     return of
@@ -282,23 +284,25 @@ def gptq_format(config: Mapping[str, Any]) -> str:
 
 def _gptq_scheme(config: Mapping[str, Any]) -> Scheme:
     format = gptq_format(config)
-    return _integers(config, "gptq", _flag(config, "sym"), format == "gptq", not _flag(config, "desc_act"))
+    return _integer_scheme(
+        config, "gptq", _optional_flag(config, "sym"), format == "gptq", not _optional_flag(config, "desc_act")
+    )
 
 
-def _integers(
+def _integer_scheme(
     config: Mapping[str, Any], layout: str, symmetric: bool | None, less_one: bool = True, in_order: bool = True
 ) -> Scheme:
-    bits, group = whole_number(config, "bits", "w_bit"), _group(config, "group_size", "q_group_size")
+    bits, group = whole_number(config, "bits", "w_bit"), _group_block(config, "group_size", "q_group_size")
     return Scheme("int", bits, group, "float", symmetric, layout, less_one, in_order)
 
 
-def _dynamic(patterns: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+def _dynamic_values(patterns: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """Return what GPTQModel's `dynamic` says of a module: the first pattern that matches from the start of its name.
 
     `-:` stands before a pattern of modules that stay unquantized, `+:` or nothing before one whose values are others.
     """
     for pattern, values in patterns.items():
-        if not _regex(pattern.removeprefix("-:").removeprefix("+:")).match(module):
+        if not _compiled_pattern(pattern.removeprefix("-:").removeprefix("+:")).match(module):
             continue
         if pattern.startswith("-:"):
             raise Unquantized(f"the pattern {pattern!r} of `dynamic`")
@@ -308,10 +312,10 @@ def _dynamic(patterns: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     return {}
 
 
-def _awq(config: Mapping[str, Any]) -> SchemesOf:
-    points = _flag(config, "zero_point")
+def _awq_schemes(config: Mapping[str, Any]) -> SchemesOf:
+    points = _optional_flag(config, "zero_point")
     given = config if "w_bit" in config else {"bits": 4, **config}
-    return _always(_integers(given, "awq", None if points is None else not points))
+    return _same_schemes(_integer_scheme(given, "awq", None if points is None else not points))
 
 
 def _auto_round(config: Mapping[str, Any]) -> SchemesOf:
@@ -319,7 +323,7 @@ def _auto_round(config: Mapping[str, Any]) -> SchemesOf:
 
     `extra_config` has other values for modules, by name or by pattern; 16 bits are a module that is not quantized.
     """
-    layout, less_one = _packing(config)
+    layout, less_one = _autoround_packing(config)
     extra = config.get("extra_config") or {}
     if not isinstance(extra, Mapping) or not all(isinstance(values, Mapping) for values in extra.values()):
         raise ValueError("extra_config in quantization_config is not a table of tables")
@@ -329,18 +333,18 @@ def _auto_round(config: Mapping[str, Any]) -> SchemesOf:
     def of(module: str) -> tuple[Scheme, ...]:
         own = dict(config)
         for pattern, values in patterns.items():
-            own |= values if _regex(pattern).search(module) else {}
+            own |= values if _compiled_pattern(pattern).search(module) else {}
         own |= named.get(text_name(module), {})
         if whole_number(own, "bits") >= 16:
             raise Unquantized("`extra_config`, which gives it 16 bits")
         if str(own.get("data_type") or "int") != "int":
             raise ValueError(f"data_type {own['data_type']!r} is not understood; int is")
-        return (_integers(own, layout, _flag(own, "sym"), less_one),)
+        return (_integer_scheme(own, layout, _optional_flag(own, "sym"), less_one),)
 
     return of
 
 
-def _packing(config: Mapping[str, Any]) -> tuple[str, bool]:
+def _autoround_packing(config: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the layout of AutoRound's codes and whether zero points are stored less one, as the packing format says.
 
     Older configs say it as the backend; without either codes are packed as GPTQ's.
@@ -360,13 +364,13 @@ def _packing(config: Mapping[str, Any]) -> tuple[str, bool]:
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], SchemesOf]] = {
-    "fp8": _fp8,
-    "mxfp4": lambda config: _always(MXFP4),
-    "mxfp8": lambda config: _always(MXFP8),
-    "modelopt": _modelopt,
-    "compressed-tensors": _compressed,
-    "gptq": _gptq,
-    "awq": _awq,
+    "fp8": _fp8_schemes,
+    "mxfp4": lambda config: _same_schemes(MXFP4),
+    "mxfp8": lambda config: _same_schemes(MXFP8),
+    "modelopt": _modelopt_schemes,
+    "compressed-tensors": _compressed_tensors_schemes,
+    "gptq": _gptq_schemes,
+    "awq": _awq_schemes,
     "auto-round": _auto_round,
 }
 METHODS = tuple(_READERS)

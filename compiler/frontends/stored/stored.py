@@ -19,9 +19,9 @@ from ...errors import MoecError
 from ...ir.recipes import Recipe, Tensor, rename
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, first_number
-from .layouts import FLOATS, Layout, Stored, gpt_oss, packed_integers, scaled
-from .layouts import float4 as packed_floats
-from .layouts_gptq import gptq
+from .layouts import FLOATS, Layout, Stored, gpt_oss, packed_integers, scaled_codes
+from .layouts import block_scaled_float4 as packed_floats
+from .layouts_gptq import gptq_weight
 from .schemes import Scheme, SchemesOf, Unquantized, read_schemes
 
 # roles of tensors that nothing here needs -> why
@@ -38,10 +38,10 @@ _LAYOUTS: Mapping[str, tuple[tuple[str, ...], Layout]] = {
     "weight_packed": (
         ("weight_scale", "weight_global_scale", "weight_zero_point", "weight_g_idx", "weight_shape"), packed_integers,
     ),
-    "qweight": (("scales", "qzeros", "g_idx"), gptq),
+    "qweight": (("scales", "qzeros", "g_idx"), gptq_weight),
     "blocks": (("scales",), gpt_oss),
     "weight": (
-        ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_zero_point", "scale", "qscale_weight"), scaled,
+        ("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_zero_point", "scale", "qscale_weight"), scaled_codes,
     ),
 }  # fmt: skip
 _CODES_OF = {r: [c for c, (b, _) in _LAYOUTS.items() if r in b] for beside, _ in _LAYOUTS.values() for r in beside}
@@ -88,7 +88,7 @@ class Decoded:
         return lambda layer: kinds.get(layer)
 
 
-def decode(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> Decoded:
+def decode_checkpoint(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> Decoded:
     """Return every weight of a checkpoint, made of what is stored; MoecError names a tensor that is not understood.
 
     Reads the data of small tensors alone: shapes, orders of inputs, zero points.
@@ -100,7 +100,7 @@ def decode(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> De
     job = _Decoding(checkpoint, schemes, {}, {}, {})
     recipes: dict[str, Recipe] = {}
     alike: dict[str, Hashable] = {}
-    for (owner, _), parts in _owners(checkpoint.tensors).items():
+    for (owner, _), parts in _tensors_by_owner(checkpoint.tensors).items():
         for name, (recipe, kind) in job.weights(owner, parts).items():
             recipes[name], alike[name] = recipe, kind
     return Decoded(recipes, alike)
@@ -122,7 +122,7 @@ class _Decoding:
     def weights(self, owner: str, parts: Mapping[str, str]) -> dict[str, tuple[Recipe, Hashable]]:
         """Return the weights of a module or of a parameter with suffixes: what its codes make, and plain tensors."""
         types = {role: self.checkpoint.tensors[name].type for role, name in parts.items()}
-        codes = _codes(types)
+        codes = _codes_role(types)
         if codes is None:
             self._check_lonely(owner, parts, types)
             return {name: (Tensor(name, types[role]), types[role]) for role, name in parts.items()}
@@ -159,7 +159,7 @@ class _Decoding:
         values = tuple(self._digest(parts[role]) for role in sorted(looked))
         if (key, values) not in self.made:
             try:
-                recipe = fitting(layout, stored, schemes)
+                recipe = fitting_recipe(layout, stored, schemes)
             except ValueError as error:
                 raise self._error(f"{parts[codes]} is not understood: {error}", parts[codes], _APART) from None
             roles = {name: role for role, name in parts.items()}
@@ -231,7 +231,7 @@ class _Watched(Stored):
         return super().values(role)
 
 
-def fitting(layout: Layout, stored: Stored, schemes: Iterable[Scheme]) -> Recipe:
+def fitting_recipe(layout: Layout, stored: Stored, schemes: Iterable[Scheme]) -> Recipe:
     """Return what the one scheme makes that fits the tensors; ValueError if none does, or two with other results."""
     found: list[Recipe] = []
     reasons: list[str] = []
@@ -250,7 +250,7 @@ def fitting(layout: Layout, stored: Stored, schemes: Iterable[Scheme]) -> Recipe
     raise ValueError(min(reasons, key=lambda text: (text.startswith("codes"), "is missing" not in text)))
 
 
-def _codes(types: Mapping[str, TensorType]) -> str | None:
+def _codes_role(types: Mapping[str, TensorType]) -> str | None:
     """Return the role that holds codes beside which something says what they mean; None for plain tensors."""
     for codes, (beside, _) in _LAYOUTS.items():
         found = set(beside) & types.keys()
@@ -262,14 +262,14 @@ def _codes(types: Mapping[str, TensorType]) -> str | None:
 # --- names: which tensors belong together -----------------------------------------------------------------------------
 
 
-def _owners(names: Mapping[str, Any]) -> dict[tuple[str, bool], dict[str, str]]:
+def _tensors_by_owner(names: Mapping[str, Any]) -> dict[tuple[str, bool], dict[str, str]]:
     """Return the tensors of each weight by their role.
 
     They belong to a module (its weight is called `.weight`), or (True) to a parameter whose name they begin with.
     """
     found: dict[tuple[str, bool], dict[str, str]] = {}
     for name in names:
-        owner, role = _owner(name, names)
+        owner, role = _tensor_owner(name, names)
         found.setdefault(owner, {})[role] = name
     for parts in found.values():
         if "weight_packed" in parts and "scale" in parts:
@@ -280,13 +280,13 @@ def _owners(names: Mapping[str, Any]) -> dict[tuple[str, bool], dict[str, str]]:
 def beside_codes(checkpoint: Checkpoint) -> set[str]:
     """Return the tensors that are codes, or stand beside codes of the same module or parameter."""
     found: set[str] = set()
-    for parts in _owners(checkpoint.tensors).values():
-        if _codes({role: checkpoint.tensors[name].type for role, name in parts.items()}):
+    for parts in _tensors_by_owner(checkpoint.tensors).values():
+        if _codes_role({role: checkpoint.tensors[name].type for role, name in parts.items()}):
             found.update(parts.values())
     return found
 
 
-def _owner(name: str, names: Mapping[str, Any]) -> tuple[tuple[str, bool], str]:
+def _tensor_owner(name: str, names: Mapping[str, Any]) -> tuple[tuple[str, bool], str]:
     module, _, leaf = name.rpartition(".")
     if leaf in _ROLES or leaf in UNUSED or leaf in _PLAIN:
         return (module, False), leaf

@@ -56,7 +56,7 @@ def check_unread(read: Mapping[str, Any], checkpoint: Checkpoint, model: Any = N
     spoken_for = beside_codes(checkpoint)
     is_known = _known_to(model, read)
     for name in unread:
-        reason = _reason(name, checkpoint, inside, around, name in spoken_for)
+        reason = _unread_reason(name, checkpoint, inside, around, name in spoken_for)
         if reason and not is_known(name):
             raise MoecError(
                 f"nothing reads the tensor {name}, {reason}",
@@ -94,7 +94,7 @@ def _ignored_patterns(model: Any) -> Iterable[str]:
         yield from getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
 
 
-def _reason(name: str, checkpoint: Checkpoint, inside: set[str], around: set[str], is_part: bool) -> str | None:
+def _unread_reason(name: str, checkpoint: Checkpoint, inside: set[str], around: set[str], is_part: bool) -> str | None:
     """Return why a tensor has to be read; None for one that lies apart from what is read, or changes nothing."""
     parts = name.split(".")
     root = next((i for i in range(1, len(parts) + 1) if ".".join(parts[:i]) not in around), len(parts))

@@ -11,7 +11,7 @@ import torch
 from ...errors import MoecError
 from ...ir.activation import KINDS, Activation
 from ...ops.activation import FUNCTIONS, activate
-from .tracing import current
+from .tracing import current_trace
 
 
 def activation_of(module: Any, gated: bool, layout: str) -> Activation | None:
@@ -20,26 +20,28 @@ def activation_of(module: Any, gated: bool, layout: str) -> Activation | None:
     A class may override the gate's formula, so its code is not trusted to be the usual one: every candidate is
     compared with what the module computes on random numbers, in the rehearsal: a trace cannot look at numbers.
     """
-    known = current().activations
+    known = current_trace().activations
     if id(module) not in known:
-        known[id(module)] = _find(module, gated, layout)
+        known[id(module)] = _find_activation(module, gated, layout)
     return known[id(module)]
 
 
-def _find(module: Any, gated: bool, layout: str) -> Activation | None:
+def _find_activation(module: Any, gated: bool, layout: str) -> Activation | None:
     with torch.no_grad(), torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
         h = 12 * torch.randn(64, 32, generator=generator)
         h[:, :] = h * torch.linspace(0.05, 1.0, 64)[:, None]
         actual = module._apply_gate(h) if gated else module.act_fn(h)
-        for act in _candidates(module, layout) if gated else (Activation(kind, gated=False) for kind in KINDS):
+        for act in (
+            _candidate_activations(module, layout) if gated else (Activation(kind, gated=False) for kind in KINDS)
+        ):
             expected = activate(h, act)
             if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-5, atol=1e-6):
                 return act
     return None
 
 
-def _candidates(module: Any, layout: str) -> Iterator[Activation]:
+def _candidate_activations(module: Any, layout: str) -> Iterator[Activation]:
     """Yield gated activations, the simplest first."""
     limit = float(getattr(module, "limit", None) or getattr(module, "swiglu_limit", None) or math.inf)
     alpha = float(getattr(module, "alpha", getattr(module, "swiglu_alpha", 1.0)))
@@ -53,7 +55,7 @@ def _candidates(module: Any, layout: str) -> Iterator[Activation]:
 
 def kind_of(function: Any) -> str:
     """Return the kind that an activation without a gate is, found once; MoecError if it is none."""
-    known = current().names
+    known = current_trace().names
     if id(function) not in known:
         known[id(function)] = _find_kind(function)
     return known[id(function)]

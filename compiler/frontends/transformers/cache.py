@@ -77,13 +77,13 @@ class TraceCache:
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the last tokens that a convolution saw."""
-        return self._past_of((layer_idx, _numbered("conv", state_idx)))
+        return self._past_of((layer_idx, _numbered_label("conv", state_idx)))
 
     def update_conv_state(
         self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
     ) -> Tensor:
         """Return the convolution's past tokens and the new ones, and keep the last `conv_kernel_size` of them."""
-        name = (layer_idx, _numbered("conv", state_idx))
+        name = (layer_idx, _numbered_label("conv", state_idx))
         if conv_kernel_size is None:  # the layer has put past and new tokens together itself
             return self._keep(name, torch.ops.moec.new_state(new))
         past = self._past_of(name)
@@ -95,15 +95,15 @@ class TraceCache:
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the state of a linear attention."""
-        from .tracing import current
+        from .tracing import current_trace
 
-        past = self._past_of((layer_idx, _numbered("recurrent", state_idx)))
-        current().recurrent = past
+        past = self._past_of((layer_idx, _numbered_label("recurrent", state_idx)))
+        current_trace().recurrent = past
         return past
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
         """Keep the state of a linear attention."""
-        return self._keep((layer_idx, _numbered("recurrent", state_idx)), torch.ops.moec.new_state(state))
+        return self._keep((layer_idx, _numbered_label("recurrent", state_idx)), torch.ops.moec.new_state(state))
 
     def _past_of(self, name: StateKey) -> Tensor | None:
         return self.past.get(name) if self.past is not None else None
@@ -145,7 +145,7 @@ class TraceCache:
         raise MoecError(f"the model uses its cache's {name!r}, which is not understood")
 
 
-def _numbered(label: str, index: int) -> str:
+def _numbered_label(label: str, index: int) -> str:
     return f"{label}_{index}" if index else label
 
 

@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...errors import MoecError
-from ..replaced.biased_attention import biased, unmasked
+from ..replaced.biased_attention import attend_unmasked, attend_with_bias
 from ..replaced.expert_rows import expert_rows
-from ..replaced.indexer import causal, selected
+from ..replaced.indexer import causal_mask, selected_slots
 from .activations import activation_of
 from .cache import SIZES, shared_class
-from .tracing import _CURRENT, Tracing, current
+from .tracing import _CURRENT, Tracing, current_trace
 
 NAME = "moec"  # the name under which everything is registered with transformers
 
 
 @contextmanager
-def tracing() -> Iterator[Tracing]:
+def start_trace() -> Iterator[Tracing]:
     """Register with transformers and collect what one trace says."""
-    register()
+    register_interfaces()
     _CURRENT.append(Tracing())
     try:
         yield _CURRENT[-1]
@@ -91,16 +91,16 @@ def _(x, ids, gates, up, down, up_bias, down_bias, act, transposed):
 
 
 @lru_cache(maxsize=1)
-def register() -> None:
+def register_interfaces() -> None:
     """Make the attention, mask and experts functions known to transformers, once."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if (shared := shared_class()) is not None:
         pytree.register_pytree_node(shared, _flatten_shared, _shared_of)
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+    AttentionInterface.register(NAME, _traced_attention)
+    AttentionMaskInterface.register(NAME, _traced_mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _traced_experts)
 
 
 def _shared_of(values: Any, keys: tuple[str, ...]) -> Any:
@@ -117,7 +117,7 @@ _IGNORED_ATTENTION = {
 }  # fmt: skip
 
 
-def _attention(
+def _traced_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     s_aux: Tensor | None = None, softcap: float | None = None, indices: Tensor | None = None,
     block_indices: Tensor | None = None, position_bias: Tensor | None = None, sinks: Tensor | None = None, **kwargs: Any,
@@ -128,20 +128,20 @@ def _attention(
             f"the attention of {type(module).__name__} is called with {', '.join(sorted(unknown))}, which is not understood"
         )
     if block_indices is not None and attention_mask is not None:  # of block_indexers.py: what each query may read
-        attention_mask = block_indices & causal(attention_mask, query.shape[2])
+        attention_mask = block_indices & causal_mask(attention_mask, query.shape[2])
     elif indices is not None and attention_mask is not None:
-        attention_mask = selected(attention_mask, indices)
+        attention_mask = selected_slots(attention_mask, indices)
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         added = any(x is not None for x in (attention_mask, s_aux, softcap, position_bias, sinks))
         if added or not isinstance(key.shape[2], int) or key.shape[2] in SIZES:
             raise MoecError(f"{type(module).__name__} attends in both directions; only causal attention is understood")
-        return unmasked(query, key, value, scale), None  # to a fixed number of things, which are no tokens
-    masks = _masks(module, attention_mask, key.shape[1])
-    window, chunk = current().window
+        return attend_unmasked(query, key, value, scale), None  # to a fixed number of things, which are no tokens
+    masks = _group_masks(module, attention_mask, key.shape[1])
+    window, chunk = current_trace().window
     if position_bias is not None and attention_mask is not None and not chunk and not softcap:
-        return biased(
-            query, key, value, causal(attention_mask, query.shape[2], window), scale, position_bias, sinks
+        return attend_with_bias(
+            query, key, value, causal_mask(attention_mask, query.shape[2], window), scale, position_bias, sinks
         ), None
     if position_bias is not None or sinks is not None:
         raise MoecError(f"{type(module).__name__} adds to its scores or sinks in a way that is not understood")
@@ -157,7 +157,7 @@ def _attention(
     return torch.cat(found, dim=2), None
 
 
-def _masks(module: Any, mask: Tensor | None, heads: int) -> list[Tensor | None]:
+def _group_masks(module: Any, mask: Tensor | None, heads: int) -> list[Tensor | None]:
     """Return the mask of each group of heads: one for all of them, or those of bool[B, groups, S, T]."""
     if mask is None or mask.dim() == 2 or (mask.dim() == 3 and mask.dtype == torch.bool):
         return [mask]
@@ -168,7 +168,7 @@ def _masks(module: Any, mask: Tensor | None, heads: int) -> list[Tensor | None]:
     return list(mask.unbind(1))
 
 
-def _mask(
+def _traced_mask(
     *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any
 ) -> Tensor | None:
     if attention_mask is None:
@@ -176,9 +176,9 @@ def _mask(
     if kwargs.get("use_vmap"):
         raise MoecError("the model adds a mask function of its own to the causal mask, which is not understood")
     if kwargs.get("allow_is_causal_skip") is False:  # an indexer needs to see which token reads which
-        return causal(attention_mask, kwargs["q_length"])
+        return causal_mask(attention_mask, kwargs["q_length"])
     mask = attention_mask.clone() if not torch.compiler.is_exporting() else attention_mask
-    tracing_ = current()
+    tracing_ = current_trace()
     # models whose layers attend to everything may be asked for the mask of a window of no tokens: see layers.py
     size = 0 if local_size is None else int(local_size) or -1
     tracing_.windows[id(mask)] = (0, size) if _is_chunked(kwargs.get("mask_function")) else (size, 0)
@@ -193,7 +193,7 @@ def _is_chunked(function: Any) -> bool:
     return any("chunked" in getattr(p, "__qualname__", "") for p in parts)
 
 
-def _experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+def _traced_experts(module: Any, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
     up = module.gate_up_proj if module.has_gate else module.up_proj
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
     layout = "concat" if module.is_concatenated else "interleaved"

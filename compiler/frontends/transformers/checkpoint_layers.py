@@ -10,7 +10,7 @@ from ...errors import MoecError
 from ...weights.sources.checkpoint import Checkpoint, around_number, first_number
 from .layers import find_layers
 from .names import Rules
-from .other_names import canonical, piece_of
+from .other_names import canonical_name, piece_of
 
 # config keys that announce layers behind num_hidden_layers: they draft tokens
 _DRAFTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -26,7 +26,7 @@ def layer_prefixes(model: Any, names: Iterable[str]) -> set[str]:
     """Return what stands before the layer's number in the names of the tensors of the decoder's layers."""
     place = f"{find_layers(model)[0]}."
     rules = Rules(model)
-    known = {canonical(key) for key in rules.state if key.startswith(place)}
+    known = {canonical_name(key) for key in rules.state if key.startswith(place)}
     examples: dict[str, dict[str, str]] = {}
     for name in names:
         if first_number(name) is not None:
@@ -36,7 +36,7 @@ def layer_prefixes(model: Any, names: Iterable[str]) -> set[str]:
     for prefix, own in examples.items():
         for name in own.values():
             target = rules.find(name)
-            if (target is not None and target[0].startswith(place)) or canonical(name) in known:
+            if (target is not None and target[0].startswith(place)) or canonical_name(name) in known:
                 found.add(prefix)
                 break
     return found
@@ -103,10 +103,10 @@ def missing_parameter(model: Any, checkpoint: Checkpoint, name: str) -> MoecErro
     """Return the error for a parameter that no tensor of the checkpoint makes."""
     check_adapter(checkpoint.tensors, str(checkpoint.folder))
     rules = Rules(model)
-    piece = piece_of(canonical(name))
+    piece = piece_of(canonical_name(name))
     for other in checkpoint.unreadable:
-        found, own = rules.find(other), piece_of(canonical(other))
-        if (found is not None and found[0] == name) or canonical(other) == canonical(name):
+        found, own = rules.find(other), piece_of(canonical_name(other))
+        if (found is not None and found[0] == name) or canonical_name(other) == canonical_name(name):
             return checkpoint.lacks(other)
         if piece is not None and own is not None and own.block == piece.block:
             return checkpoint.lacks(other)
@@ -122,6 +122,6 @@ def _as_siblings(name: str, names: Iterable[str]) -> str | None:
     number = first_number(name)
     for other in names if number is not None else ():
         spelled = re.sub(r"(?<=\.)\d+(?=\.)", str(number), other, count=1)
-        if canonical(spelled) == canonical(name):
+        if canonical_name(spelled) == canonical_name(name):
             return spelled
     return None

@@ -59,12 +59,12 @@ _POSITIVE_IN_ROPE = (
 
 def check_config(values: Mapping[str, Any], where: str) -> None:
     """Raise MoecError for a value that no model can be made with, by its key; `values` are those of config.json."""
-    for prefix, scope in _scopes(values, ""):
+    for prefix, scope in _config_scopes(values, ""):
         for key, value in scope.items():
             _check_value(key, f"{prefix}{key}", value, where)
         for name in SCALINGS:
             if scope.get(name) is not None and not isinstance(scope[name], Mapping):
-                _refuse(f"{prefix}{name}", scope[name], "it has to be an object, or null", where)
+                _refuse_value(f"{prefix}{name}", scope[name], "it has to be an object, or null", where)
             _check_rope(scope.get(name) or {}, f"{prefix}{name}.", where)
         _check_relations(scope, prefix, where)
 
@@ -74,14 +74,14 @@ def check_sizes(values: Mapping[str, Any], where: str) -> None:
     _check_relations(values, "", where)
     heads, width, head = values.get("num_attention_heads"), values.get("hidden_size"), values.get("head_dim", 0)
     if _is_count(heads) and _is_count(width) and head is None and not values.get("kv_lora_rank") and width % heads:
-        _refuse(
+        _refuse_value(
             "num_attention_heads", heads, f"it does not divide hidden_size {width}, and there is no head_dim", where
         )
     layers = min((values[key] for key in LAYERS if _is_int(values.get(key))), default=0)
     for key in ("layer_types", "mlp_layer_types", "indexer_types"):
         kinds = values.get(key)
         if isinstance(kinds, (list, tuple)) and len(kinds) < layers:
-            _refuse(key, f"a list of {len(kinds)}", f"there are {layers} layers", where)
+            _refuse_value(key, f"a list of {len(kinds)}", f"there are {layers} layers", where)
 
 
 def _is_dtype(value: Any) -> bool:
@@ -94,7 +94,7 @@ def _is_dtype(value: Any) -> bool:
 # --- the parts of a config ---------------------------------------------------------------------------------------
 
 
-def _scopes(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _config_scopes(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the config and every config in it that belongs to the text, with the prefix of its keys.
 
     `attn_config` and `ffn_config` (DBRX) are parts of the same config: their keys stand beside the others.
@@ -103,10 +103,10 @@ def _scopes(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Mappi
     yield prefix, {**values, **{key: value for part in parts.values() for key, value in part.items()}}
     for key, value in values.items():
         if isinstance(value, Mapping) and key.endswith("_config") and key not in parts and not _TOWER.search(key):
-            yield from _scopes(value, f"{prefix}{key}.")
+            yield from _config_scopes(value, f"{prefix}{key}.")
 
 
-def _first(scope: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, int] | None:
+def _first_whole_number(scope: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, int] | None:
     """Return the first of several keys that has a whole number."""
     return next(((key, scope[key]) for key in keys if _is_int(scope.get(key))), None)
 
@@ -119,13 +119,13 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return _is_int(value) and value > 0
 
 
-def _numbers(value: Any) -> list[int | float]:
+def _numbers_in(value: Any) -> list[int | float]:
     """Return the numbers of a value: its own, or those of a list."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return [n for n in items if isinstance(n, (int, float)) and not isinstance(n, bool)]
 
 
-def _refuse(key: str, value: Any, why: str, where: str) -> NoReturn:
+def _refuse_value(key: str, value: Any, why: str, where: str) -> NoReturn:
     shown = value if isinstance(value, str) and value.startswith("a list") else f"{value!r:.60}"
     raise MoecError(f"{key} is {shown}: {why}", where=where, todo=f"correct {key}")
 
@@ -135,37 +135,37 @@ def _refuse(key: str, value: Any, why: str, where: str) -> NoReturn:
 
 def _check_value(key: str, name: str, value: Any, where: str) -> None:
     if key == "quantization_config" and value is not None and not isinstance(value, Mapping):
-        _refuse(name, value, "it has to be an object, or null", where)
+        _refuse_value(name, value, "it has to be an object, or null", where)
     if key in SCALINGS or _TOWER.search(key):
         return
     if key in ("dtype", "torch_dtype") and not _is_dtype(value):
-        _refuse(name, value, "it has to be the name of a torch dtype, such as bfloat16", where)
+        _refuse_value(name, value, "it has to be the name of a torch dtype, such as bfloat16", where)
     counts = key in LAYERS or key in EXPERTS or key in CHOSEN or bool(_COUNTS.fullmatch(key))
     sizes = counts or bool(_SIZES.fullmatch(key))
     items = value if isinstance(value, (list, tuple)) else (value,)  # a count for each layer, of some families
     if (counts or _WHOLE.fullmatch(key)) and any(isinstance(item, (str, float, bool, Mapping, list)) for item in items):
-        _refuse(name, value, "it has to be a whole number", where)
-    for number in _numbers(value):
+        _refuse_value(name, value, "it has to be a whole number", where)
+    for number in _numbers_in(value):
         if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and not _INFINITE.search(key))):
-            _refuse(name, number, "it has to be a number that is finite", where)
+            _refuse_value(name, number, "it has to be a number that is finite", where)
         if key in LAYERS and not 1 <= number <= MAX_LAYERS:
-            _refuse(name, number, f"models have 1 to {MAX_LAYERS} layers", where)
+            _refuse_value(name, number, f"models have 1 to {MAX_LAYERS} layers", where)
         if key in EXPERTS and not 0 <= number <= MAX_EXPERTS:
-            _refuse(name, number, f"models have at most {MAX_EXPERTS} experts", where)
+            _refuse_value(name, number, f"models have at most {MAX_EXPERTS} experts", where)
         if _COUNTS.fullmatch(key) and number < 1:
-            _refuse(name, number, "it has to be at least 1", where)
+            _refuse_value(name, number, "it has to be at least 1", where)
         if (sizes or _LENGTHS.fullmatch(key)) and number < 0:
-            _refuse(name, number, "it must not be negative", where)
+            _refuse_value(name, number, "it must not be negative", where)
         if sizes and number > MAX_SIZE:
-            _refuse(name, number, "no tensor is that large", where)
+            _refuse_value(name, number, "no tensor is that large", where)
         if key in _SHARES and not 0 <= number <= 1:
-            _refuse(name, number, "it is a share of the head, from 0 to 1", where)
+            _refuse_value(name, number, "it is a share of the head, from 0 to 1", where)
         if _BASE.fullmatch(key) and (number < 0 or (number == 0 and not isinstance(value, list))):
-            _refuse(name, number, "rotary embeddings need a base above 0", where)
+            _refuse_value(name, number, "rotary embeddings need a base above 0", where)
         if _EPSILON.fullmatch(key) and number < 0:
-            _refuse(name, number, "a norm's epsilon must not be negative", where)
+            _refuse_value(name, number, "a norm's epsilon must not be negative", where)
         if key in _DIVISORS and number == 0:
-            _refuse(name, number, "the logits are divided by it", where)
+            _refuse_value(name, number, "the logits are divided by it", where)
 
 
 def _check_rope(scope: Mapping[str, Any], prefix: str, where: str) -> None:
@@ -173,19 +173,19 @@ def _check_rope(scope: Mapping[str, Any], prefix: str, where: str) -> None:
         if isinstance(value, Mapping):
             _check_rope(value, f"{prefix}{key}.", where)
         if key in ("rope_type", "type") and not isinstance(value, str):
-            _refuse(f"{prefix}{key}", value, "it has to be a name", where)
+            _refuse_value(f"{prefix}{key}", value, "it has to be a name", where)
         wrong = (str, bool) if key != "rope_theta" else (str, bool, list, Mapping, type(None))
         if key in _POSITIVE_IN_ROPE and isinstance(value, wrong):
-            _refuse(f"{prefix}{key}", value, "it has to be a number", where)
-        for number in _numbers(value):
+            _refuse_value(f"{prefix}{key}", value, "it has to be a number", where)
+        for number in _numbers_in(value):
             if isinstance(number, float) and not math.isfinite(number):
-                _refuse(f"{prefix}{key}", number, "it has to be a number that is finite", where)
+                _refuse_value(f"{prefix}{key}", number, "it has to be a number that is finite", where)
             if number > 10**18:
-                _refuse(f"{prefix}{key}", number, "no angle is computed with a number that large", where)
+                _refuse_value(f"{prefix}{key}", number, "no angle is computed with a number that large", where)
             if (key in _POSITIVE_IN_ROPE or key == "original_max_position_embeddings") and number <= 0:
-                _refuse(f"{prefix}{key}", number, "it has to be above 0", where)
+                _refuse_value(f"{prefix}{key}", number, "it has to be above 0", where)
             if key in _SHARES and not 0 <= number <= 1:
-                _refuse(f"{prefix}{key}", number, "it is a share of the head, from 0 to 1", where)
+                _refuse_value(f"{prefix}{key}", number, "it is a share of the head, from 0 to 1", where)
 
 
 # --- values by each other ----------------------------------------------------------------------------------------
@@ -196,39 +196,43 @@ def _check_relations(scope: Mapping[str, Any], prefix: str, where: str) -> None:
     for many, few in HEADS:
         heads, shared = scope.get(many), scope.get(few)
         if _is_count(heads) and _is_count(shared) and heads % shared:
-            _refuse(f"{prefix}{few}", shared, f"it does not divide {many} {heads}", where)
+            _refuse_value(f"{prefix}{few}", shared, f"it does not divide {many} {heads}", where)
     if scope.get("head_dim") == 0 and not scope.get("qk_nope_head_dim"):
-        _refuse(f"{prefix}head_dim", 0, "a head has at least one channel", where)
+        _refuse_value(f"{prefix}head_dim", 0, "a head has at least one channel", where)
     turned = scope.get("qk_rope_head_dim")
     if _is_int(turned) and turned % 2:
-        _refuse(f"{prefix}qk_rope_head_dim", turned, "rotary embeddings turn pairs of numbers", where)
+        _refuse_value(f"{prefix}qk_rope_head_dim", turned, "rotary embeddings turn pairs of numbers", where)
     if scope.get("kv_lora_rank") == 0 and scope.get("qk_nope_head_dim"):
-        _refuse(f"{prefix}kv_lora_rank", 0, "keys and values are made of that many numbers", where)
+        _refuse_value(f"{prefix}kv_lora_rank", 0, "keys and values are made of that many numbers", where)
     vocabulary, padding = scope.get("vocab_size"), scope.get("pad_token_id")
     if _is_count(vocabulary) and _is_int(padding) and not -vocabulary <= padding < vocabulary:
-        _refuse(f"{prefix}pad_token_id", padding, f"it is beyond the vocabulary (vocab_size {vocabulary})", where)
+        _refuse_value(f"{prefix}pad_token_id", padding, f"it is beyond the vocabulary (vocab_size {vocabulary})", where)
 
 
 def _check_experts(scope: Mapping[str, Any], prefix: str, where: str) -> None:
-    experts, chosen, groups = _first(scope, EXPERTS), _first(scope, CHOSEN), _first(scope, GROUPS)
+    experts, chosen, groups = (
+        _first_whole_number(scope, EXPERTS),
+        _first_whole_number(scope, CHOSEN),
+        _first_whole_number(scope, GROUPS),
+    )
     if experts is None or experts[1] == 0:
         return
     count = experts[1] + (scope.get("zero_expert_num") or 0)  # experts that do nothing (LongCat) can be chosen too
     if chosen and chosen[1] < 1:
-        _refuse(prefix + chosen[0], chosen[1], "a token goes to at least one expert", where)
+        _refuse_value(prefix + chosen[0], chosen[1], "a token goes to at least one expert", where)
     if chosen and chosen[1] > count:
-        _refuse(prefix + chosen[0], chosen[1], f"there are {count} experts ({experts[0]})", where)
+        _refuse_value(prefix + chosen[0], chosen[1], f"there are {count} experts ({experts[0]})", where)
     width = scope.get("moe_intermediate_size")
     if _is_int(width) and width < 1:
-        _refuse(f"{prefix}moe_intermediate_size", width, f"it is the width of {count} experts", where)
+        _refuse_value(f"{prefix}moe_intermediate_size", width, f"it is the width of {count} experts", where)
     kept = scope.get("topk_group")
     if groups is None or scope.get("topk_method") == "greedy":
         return
     name = prefix + groups[0]
     if groups[1] < 1 or experts[1] % groups[1]:
-        _refuse(name, groups[1], f"it does not divide {experts[1]} experts ({experts[0]})", where)
+        _refuse_value(name, groups[1], f"it does not divide {experts[1]} experts ({experts[0]})", where)
     if _is_int(kept) and not 1 <= kept <= groups[1]:
-        _refuse(f"{prefix}topk_group", kept, f"there are {groups[1]} groups ({groups[0]})", where)
+        _refuse_value(f"{prefix}topk_group", kept, f"there are {groups[1]} groups ({groups[0]})", where)
     if chosen and _is_count(kept) and chosen[1] > kept * (experts[1] // groups[1]):
         held = f"the {kept} groups that a token may use hold {kept * (experts[1] // groups[1])} experts"
-        _refuse(prefix + chosen[0], chosen[1], held, where)
+        _refuse_value(prefix + chosen[0], chosen[1], held, where)

@@ -36,15 +36,15 @@ def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
     `config` is that of the part of the model that reads and writes text. The value is no matter where the class knows
     another name of the meaning that stands there too, or has the same value under it.
     """
-    known = _known(type(config))
+    known = _known_keys(type(config))
     if known is None:
         return
-    for scope in _scopes(raw, config.model_type):
+    for scope in _config_scopes(raw, config.model_type):
         chosen = [name for name in CHOSEN if name in known]
         experts = next((key for key in EXPERTS if isinstance(scope.get(key), int) and scope[key] > 1), None)
         if experts and chosen and not any(name in scope for name in _MEANINGS[0]):
             raise MoecError(
-                f"config.json has {experts} {scope[experts]} and does not say {chosen[0]}: {_value(config, chosen[0])} would be "
+                f"config.json has {experts} {scope[experts]} and does not say {chosen[0]}: {_config_value(config, chosen[0])} would be "
                 "a guess",
                 where=where,
                 todo=f"add {chosen[0]}: to how many experts a token goes",
@@ -54,7 +54,7 @@ def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
             other = next((n for n in names if n not in known and isinstance(scope.get(n), (int, float))), None)
             if other is None or not own or any(name in scope for name in own):
                 continue
-            values = [value for name in own if (value := _value(config, name)) is not None]
+            values = [value for name in own if (value := _config_value(config, name)) is not None]
             if values and scope[other] not in values:
                 raise MoecError(
                     f"config.json has {other} {scope[other]}, which the code of {config.model_type} does not read: it would "
@@ -79,17 +79,17 @@ def check_read(raw: Mapping[str, Any], model: Any, where: str) -> None:
     sigmoid where it computes that, whether it reads the key or not.
     """
     config = model.config.get_text_config(decoder=True)
-    code = _code(model)
-    known = _defaults(type(config)) or {}
+    code = _modelling_code(model)
+    known = _default_values(type(config)) or {}
     synonyms = dict(getattr(type(config), "attribute_map", None) or {})
-    for scope in _scopes(raw, config.model_type) if code else ():
+    for scope in _config_scopes(raw, config.model_type) if code else ():
         for key in _ROUTING:
             names = {key, synonyms.get(key, key), *(n for n, other in synonyms.items() if other == key)}
             value = scope.get(key)
             if value is None or any(re.search(rf"\b{name}\b", code) for name in names):
                 continue
             other = {"softmax": "sigmoid", "sigmoid": "softmax"}.get(value) if key == "scoring_func" else None
-            wrong = other and f"{other}(" in (router := _router(code)) and f"{value}(" not in router
+            wrong = other and f"{other}(" in (router := _router_code(code)) and f"{value}(" not in router
             if wrong or (key in known and value != known[key]):
                 does = f"it computes a {other}" if wrong else f"it computes what {known[key]} means"
                 raise MoecError(
@@ -99,7 +99,7 @@ def check_read(raw: Mapping[str, Any], model: Any, where: str) -> None:
                 )
 
 
-def _code(model: Any) -> str:
+def _modelling_code(model: Any) -> str:
     """Return the modelling code of a model's text part, empty where there is none to read."""
     try:
         return inspect.getsource(inspect.getmodule(type(model.get_decoder())) or type(model))
@@ -107,14 +107,14 @@ def _code(model: Any) -> str:
         return ""
 
 
-def _router(code: str) -> str:
+def _router_code(code: str) -> str:
     """Return the lines around where experts are chosen."""
     lines = code.split("\n")
     at = [i for i, line in enumerate(lines) if "topk(" in line]
     return "\n".join(line for i in at for line in lines[max(0, i - 40) : i + 10])
 
 
-def _scopes(raw: Mapping[str, Any], model_type: str) -> Iterator[Mapping[str, Any]]:
+def _config_scopes(raw: Mapping[str, Any], model_type: str) -> Iterator[Mapping[str, Any]]:
     """Yield the parts of config.json that a config of this model_type was made of, with what rope_parameters hold."""
     own = [raw] if raw.get("model_type") == model_type else []
     own += [v for v in raw.values() if isinstance(v, Mapping) and v.get("model_type") == model_type]
@@ -123,16 +123,16 @@ def _scopes(raw: Mapping[str, Any], model_type: str) -> Iterator[Mapping[str, An
         yield {**{key: value for rope in ropes for key, value in rope.items()}, **scope}
 
 
-def _value(config: Any, name: str) -> Any:
+def _config_value(config: Any, name: str) -> Any:
     """Return a value of a config, or of its rotary embeddings."""
     rope = getattr(config, "rope_parameters", None)
     found = getattr(config, name, None)
     return rope.get(name) if found is None and isinstance(rope, Mapping) else found
 
 
-def _known(cls: Any) -> frozenset[str] | None:
+def _known_keys(cls: Any) -> frozenset[str] | None:
     """Return the keys that a class of configs has of its own, None for one that cannot be made without values."""
-    defaults = _defaults(cls)
+    defaults = _default_values(cls)
     if defaults is None:
         return None
     rope = defaults.get("rope_parameters")
@@ -141,7 +141,7 @@ def _known(cls: Any) -> frozenset[str] | None:
     )
 
 
-def _defaults(cls: Any) -> Mapping[str, Any] | None:
+def _default_values(cls: Any) -> Mapping[str, Any] | None:
     """Return the values of a class of configs that is given none, None for one that cannot be made so."""
     try:
         return dict(cls().to_dict())

@@ -27,7 +27,7 @@ from ..load import gguf_file
 from ..skeleton import make_empty, read_config
 from ..stored.decoded import Decoding, gguf_source, safetensors_source
 from ..stored.quantization_config import read_quantization
-from ..stored.stored import decode
+from ..stored.stored import decode_checkpoint
 from .names import map_parameters
 
 _TILE = 16 << 20  # bytes of f32
@@ -46,29 +46,29 @@ def dequantized_model(path: Path) -> tuple[Any, Decoding] | None:
         opened = open_gguf(file)
         with opened.checkpoint:
             config = gguf_config(opened, file)
-            model = _empty(config)
+            model = _empty_model(config)
             decoded = gguf_source(opened)
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             recipes = gguf_parameters(shapes, opened, config, file)
             recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
-            return _filled(model, recipes, decoded, path), decoded.decoding
+            return _fill_model(model, recipes, decoded, path), decoded.decoding
     config = read_config(path)
     quantization = read_quantization(config, path)
     if quantization is None:
         return None
-    model = _empty(config)
+    model = _empty_model(config)
     with open_checkpoint(path) as source:
         decoded = safetensors_source(source, quantization)
         if config.model_type == MODEL_TYPE:
             types = {name: info.type for name, info in source.tensors.items()}
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            recipes = Weights(types, quantization).parameters(shapes)
+            recipes = Weights(types, quantization).parameter_recipes(shapes)
             recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
-            return _filled(model, recipes, decoded, path), decoded.decoding
+            return _fill_model(model, recipes, decoded, path), decoded.decoding
         wanted = list(model.state_dict())
-        stored = decode(source, quantization).of_layers(wanted)
+        stored = decode_checkpoint(source, quantization).of_layers(wanted)
         recipes = map_parameters(model, wanted, {name: decoded.whole(recipe) for name, recipe in stored.items()})
-        return _filled(model, recipes, decoded, path), decoded.decoding
+        return _fill_model(model, recipes, decoded, path), decoded.decoding
 
 
 def placed_model(path: Path, reason: str) -> tuple[Any, Decoding]:
@@ -76,14 +76,14 @@ def placed_model(path: Path, reason: str) -> tuple[Any, Decoding]:
 
     `reason` says why transformers does not. Raises MoecError for parameters that the checkpoint does not have.
     """
-    model = _empty(read_config(path))
+    model = _empty_model(read_config(path))
     with open_checkpoint(path) as source:
         wanted = list(model.state_dict())
-        recipes = map_parameters(model, wanted, decode(source, None).of_layers(wanted), source.lacks)
-        return _filled(model, recipes, source, path), Decoding({}, len(recipes), reason)
+        recipes = map_parameters(model, wanted, decode_checkpoint(source, None).of_layers(wanted), source.lacks)
+        return _fill_model(model, recipes, source, path), Decoding({}, len(recipes), reason)
 
 
-def _empty(config: Any) -> Any:
+def _empty_model(config: Any) -> Any:
     config = deepcopy(config)
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
@@ -91,7 +91,7 @@ def _empty(config: Any) -> Any:
     return make_empty(config, attn_implementation="eager")
 
 
-def _filled(model: Any, recipes: Mapping[str, Recipe], source: WeightSource, path: Path) -> Any:
+def _fill_model(model: Any, recipes: Mapping[str, Recipe], source: WeightSource, path: Path) -> Any:
     """Put what the recipes make into a model; MoecError names a parameter that has none."""
     state = model.state_dict(keep_vars=True)
     same: dict[int, list[str]] = {}
@@ -100,7 +100,7 @@ def _filled(model: Any, recipes: Mapping[str, Recipe], source: WeightSource, pat
     lacking = [names[0] for names in same.values() if not recipes.keys() & names]
     if lacking:
         raise MoecError(f"the source model lacks {len(lacking)} tensors, such as {lacking[0]}", where=str(path))
-    made = {name: _numbers(recipes[name], state[name].dtype, source) for name in state if name in recipes}
+    made = {name: _dequantized_tensor(recipes[name], state[name].dtype, source) for name in state if name in recipes}
     for names in same.values():  # parameters that the model ties: one that the checkpoint holds is not another's
         there = next(name for name in names if name in made)
         made |= {name: made[there] for name in names if name not in made}
@@ -111,7 +111,7 @@ def _filled(model: Any, recipes: Mapping[str, Recipe], source: WeightSource, pat
     return model.eval()
 
 
-def _numbers(recipe: Recipe, dtype: torch.dtype, source: WeightSource) -> torch.Tensor:
+def _dequantized_tensor(recipe: Recipe, dtype: torch.dtype, source: WeightSource) -> torch.Tensor:
     """Return what a recipe makes."""
     found = torch.empty(recipe.type.sizes, dtype=dtype)
     for box in tiles(recipe.type, _TILE):

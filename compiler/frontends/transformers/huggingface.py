@@ -20,12 +20,12 @@ from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
 from ..deepseek_v4 import model as deepseek_v4
 from ..deepseek_v4.weights import Weights
 from ..replaced.stand_ins import StandIn, stand_in_for_file
-from ..skeleton import PARTS, adopt, build, read_config
+from ..skeleton import PARTS, adopt_model, build_skeleton, read_config
 from ..stored.expected import expected_quantized, expected_storage
 from ..stored.quantization_config import read_quantization
-from ..stored.stored import Decoded, decode
+from ..stored.stored import Decoded, decode_checkpoint
 from ..stored.unread import check_unread, read_tensors, unread_tensors
-from .capture import register
+from .capture import register_interfaces
 from .checkpoint_layers import check_adapter, check_count, layer_prefixes, layer_storage, missing_parameter
 from .config_names import check_read
 from .config_types import known_config
@@ -57,8 +57,8 @@ def import_folder(
             check_count(config, config.num_hidden_layers, checkpoint.tensors, prefixes, str(folder))
             check_unread(check_weights(module, checkpoint), checkpoint)
         return module, checkpoint, deepseek_v4.left_out(config, weights)
-    decoded = decode(checkpoint, quantization) if checkpoint is not None else Decoded({}, {})
-    skeleton = build(config, trust_remote_code)
+    decoded = decode_checkpoint(checkpoint, quantization) if checkpoint is not None else Decoded({}, {})
+    skeleton = build_skeleton(config, trust_remote_code)
     check_read(known_config(read_json(folder / "config.json")), skeleton.model, str(folder / "config.json"))
 
     def mapper(wanted: list[str]) -> Mapping[str, Recipe]:
@@ -104,11 +104,11 @@ def import_live(model: Any, replaced: list[StandIn] | None = None) -> tuple[Modu
     live = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     if model.config.model_type == deepseek_v4.MODEL_TYPE:
         _note_deepseek_v4(replaced)
-        weights = Weights({name: _type(t) for name, t in live.items()})
+        weights = Weights({name: _tensor_type(t) for name, t in live.items()})
         return deepseek_v4.build(model.config, weights, f"python:{type(model).__name__}"), live
     shell = _without_data(model)
-    mapper = lambda wanted: {n: Tensor(n, _type(live[n])) for n in wanted}  # noqa: E731
-    return import_model(adopt(shell), mapper, f"python:{type(model).__name__}", replaced), live
+    mapper = lambda wanted: {n: Tensor(n, _tensor_type(live[n])) for n in wanted}  # noqa: E731
+    return import_model(adopt_model(shell), mapper, f"python:{type(model).__name__}", replaced), live
 
 
 def _note_deepseek_v4(replaced: list[StandIn] | None) -> None:
@@ -118,22 +118,22 @@ def _note_deepseek_v4(replaced: list[StandIn] | None) -> None:
 
 def _without_data(model: Any) -> Any:
     """Copy a model with its parameters on the meta device; it will be traced with the functions of `capture`."""
-    register()
+    register_interfaces()
     memo: dict[int, Any] = {}
     persistent = set(model.state_dict(keep_vars=True))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in persistent or isinstance(tensor, torch.nn.Parameter):
-            empty = torch.empty(tensor.shape, dtype=_float32(tensor.dtype), device="meta")
+            empty = torch.empty(tensor.shape, dtype=_computed_dtype(tensor.dtype), device="meta")
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             memo[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if is_parameter else empty
     return deepcopy(model, memo)
 
 
-def _float32(dtype: torch.dtype) -> torch.dtype:
+def _computed_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point else dtype
 
 
-def _type(tensor: torch.Tensor) -> TensorType:
+def _tensor_type(tensor: torch.Tensor) -> TensorType:
     return TensorType.of(dtype_name(tensor.dtype), *tensor.shape)
 
 

@@ -20,7 +20,7 @@ from ...errors import MoecError
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
 from .layers import LayerCall
 from .model_errors import CODE_ERRORS
-from .tracing import current
+from .tracing import current_trace
 
 MAX_COMPARED = 65536  # elements of a tensor, made outside the layer, whose values are part of the record
 
@@ -39,13 +39,13 @@ def group_kinds(
     first: dict[Hashable, LayerCall] = {}
     for layer in layers:
         stored = stored_as(layer.index) if stored_as else None
-        does = _recorded(layer, _computed(f"{prefix}.{layer.index}.", buffers))
-        representative = first.setdefault((_interface(layer), does, stored), layer)
+        does = _record_operations(layer, _computed_buffers(f"{prefix}.{layer.index}.", buffers))
+        representative = first.setdefault((_layer_interface(layer), does, stored), layer)
         layer.kind = len(first) - 1 if representative is layer else representative.kind
     return list(first.values())
 
 
-def _interface(layer: LayerCall) -> Hashable:
+def _layer_interface(layer: LayerCall) -> Hashable:
     """Return what a call of a layer has to fit: names, types and states of its arguments and results."""
     given = tuple((tuple(t.shape), str(t.dtype)) for t in layer.tensors)
     states = tuple((label, tuple(s.shape)) for (_, label), s in layer.states.items())
@@ -55,21 +55,21 @@ def _interface(layer: LayerCall) -> Hashable:
     return (names, given, states, results, layer.window, handed)
 
 
-def _computed(place: str, buffers: Mapping[str, Tensor]) -> dict[str, Hashable]:
+def _computed_buffers(place: str, buffers: Mapping[str, Tensor]) -> dict[str, Hashable]:
     """Return the values that the layer at a place computed for itself, by their names in the layer."""
-    return {name.removeprefix(place): _exact(b) for name, b in buffers.items() if name.startswith(place)}
+    return {name.removeprefix(place): _exact_values(b) for name, b in buffers.items() if name.startswith(place)}
 
 
-def _exact(tensor: Tensor) -> Hashable:
+def _exact_values(tensor: Tensor) -> Hashable:
     """Return a tensor as something whose equality is that of every bit."""
     values = id(tensor) if tensor.is_meta else repr(tensor.flatten().tolist())
     return (str(tensor.dtype), tuple(tensor.shape), values)
 
 
-def _recorded(layer: LayerCall, computed: Mapping[str, Hashable]) -> Hashable:
+def _record_operations(layer: LayerCall, computed: Mapping[str, Hashable]) -> Hashable:
     """Return every operation of a layer in order, the tensors by where they come from."""
     program, inputs = LayerProgram(layer), layer_inputs(layer)
-    current().window = layer.window
+    current_trace().window = layer.window
     try:
         with _Recorder(program, inputs, computed) as recorder, torch.no_grad():
             results, states = program(inputs)
@@ -101,7 +101,7 @@ class _Recorder(TorchDispatchMode):
         match value:
             case Tensor():
                 if id(value) not in self.names:  # neither of the layer nor made by an operation
-                    self.add(value, ("at", id(value)) if value.numel() > MAX_COMPARED else _exact(value))
+                    self.add(value, ("at", id(value)) if value.numel() > MAX_COMPARED else _exact_values(value))
                 return self.names[id(value)]
             case list() | tuple():
                 return tuple(self.name(v) for v in value)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ...errors import MoecError
 from .cache import BATCH, NEW, PAST, SIZES, StateKey, cache_argument, cache_class, shared_class
 from .model_errors import CODE_ERRORS, model_error
-from .tracing import Tracing, current
+from .tracing import Tracing, current_trace
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ def find_layers(model: Any) -> tuple[str, Any]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[LayerCall]:
+def record_layer_calls(model: Any, layers: Any, tracing: Tracing) -> list[LayerCall]:
     """Run the model on shapes alone and return what each layer was called with, call by call."""
     seen: list[LayerCall] = []
     cache = cache_class()()
@@ -97,8 +97,8 @@ def rehearse(model: Any, layers: Any, tracing: Tracing) -> list[LayerCall]:
         leaves = [leaf for leaf in leaves if leaf is not None]
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise MoecError(f"{type(module).__name__} returns something that is no tensor")
-        handed = dict(_shared(pytree.tree_unflatten(layer.leaves, layer.spec)) or {})
-        given = _shared((args, kwargs)) or {}
+        handed = dict(_shared_states(pytree.tree_unflatten(layer.leaves, layer.spec)) or {})
+        given = _shared_states((args, kwargs)) or {}
         layer.shared = [key for key, value in given.items() if value is not handed.get(key)]
         layer.results = [*leaves, *shared_results(layer, given)]
         layer.states = dict(cache.present)
@@ -133,7 +133,7 @@ def _check_states(layer: LayerCall, earlier: list[LayerCall]) -> None:
             )
 
 
-def _shared(arguments: Any) -> Any:
+def _shared_states(arguments: Any) -> Any:
     """Return the dictionary by which layers hand on keys and values to later layers, None if there is none."""
     if (shared := shared_class()) is None:
         return None
@@ -143,7 +143,7 @@ def _shared(arguments: Any) -> Any:
 
 def shared_results(layer: LayerCall, given: Any) -> list[Tensor]:
     """Return what a layer wrote into the dictionary that it was given, or into that of its arguments."""
-    states = given if hasattr(given, "keys") else _shared(given)
+    states = given if hasattr(given, "keys") else _shared_states(given)
     return [tensor for key in layer.shared for tensor in states[key]]
 
 
@@ -175,7 +175,7 @@ def _(tensors, place):
 
 
 def _stub_results(tensors: list[Tensor], place: int) -> list[Tensor]:
-    layer = current().layers[place]
+    layer = current_trace().layers[place]
     sizes: dict[int, Any] = {}
     for tensor, seen in zip(tensors, layer.tensors, strict=True):
         for actual, number in zip(tensor.shape, seen.shape, strict=True):
@@ -199,7 +199,7 @@ class Stub(torch.nn.Module):
         results = torch.ops.moec.layer([t for t in leaves if isinstance(t, Tensor)], layer.place)
         count = sum(layer.given)
         if layer.shared:
-            states, each = _shared((args, kwargs)), (len(results) - count) // len(layer.shared)
+            states, each = _shared_states((args, kwargs)), (len(results) - count) // len(layer.shared)
             for i, key in enumerate(layer.shared):
                 states[key] = tuple(results[count + i * each : count + (i + 1) * each])
         found = iter(results[:count])
@@ -214,7 +214,7 @@ class Stub(torch.nn.Module):
 
 def _next_call(module: Any) -> LayerCall:
     """Return what the rehearsal saw of the call of a layer that comes next in a pass of the model."""
-    tracing = current()
+    tracing = current_trace()
     found = tracing.layers[tracing.called] if tracing.called < len(tracing.layers) else None
     if found is None or found.module is not module:
         raise MoecError(f"the order in which the model calls its layers changes: {type(module).__name__} is not next")
@@ -223,9 +223,9 @@ def _next_call(module: Any) -> LayerCall:
 
 
 @contextmanager
-def stubbed(layers: list[LayerCall], modules: Any) -> Iterator[None]:
+def stub_layers(layers: list[LayerCall], modules: Any) -> Iterator[None]:
     """Replace every layer of a ModuleList by its stub."""
-    current().layers = layers
+    current_trace().layers = layers
     own = list(modules)
     try:
         for i, module in enumerate(own):

@@ -20,12 +20,12 @@ def merge_functions(module: Module) -> Module:
     kept: dict[Hashable, str] = {}
     merged: dict[str, str] = {}  # the name of a function -> the name of the one that stands for it
     for function in module.functions:  # callees come before their callers
-        key = function.name if function.name == "main" else _body(function, merged)
+        key = function.name if function.name == "main" else _function_body(function, merged)
         merged[function.name] = kept.setdefault(key, function.name)
     survivors = [f for f in module.functions if merged[f.name] == f.name]
     if len(survivors) == len(module.functions):
         return module
-    names = _renumbered([f.name for f in survivors])
+    names = _renumbered_names([f.name for f in survivors])
     final = {name: names[kept_name] for name, kept_name in merged.items()}
     functions = (
         replace(f, name=final[f.name], ops=tuple(replace(op, callee=final.get(op.callee, "")) for op in f.ops))
@@ -34,7 +34,7 @@ def merge_functions(module: Module) -> Module:
     return replace(module, functions=tuple(functions))
 
 
-def _renumbered(names: list[str]) -> dict[str, str]:
+def _renumbered_names(names: list[str]) -> dict[str, str]:
     """Number what is left of `layer_0`, `layer_1`, ... anew; a single one needs no number."""
     found: dict[str, str] = {}
     stems = {name: m[1] for name in names if (m := _NUMBERED.fullmatch(name))}
@@ -46,7 +46,7 @@ def _renumbered(names: list[str]) -> dict[str, str]:
     return {**others, **found} if not set(others.values()) & set(found.values()) else {n: n for n in names}
 
 
-def _body(function: Function, merged: Mapping[str, str]) -> Hashable:
+def _function_body(function: Function, merged: Mapping[str, str]) -> Hashable:
     """Return a function without its name and with its values numbered; `repr` tells 0.0 from -0.0."""
     order = [*function.params, *(c.value for c in function.consts), *(v for op in function.ops for v in op.results)]
     numbers = {value.name: i for i, value in enumerate(order)}

@@ -22,18 +22,18 @@ from ...ir.types import TensorType
 from ...ops.builder import IRBuilder
 from ...weights.steps.table import step
 from ..aten import moec_ops, operators  # noqa: F401  (these fill the table of handlers)
-from ..aten.export import DIM_EXPRESSIONS, Traced, trace
-from ..aten.lower import Graph, lower
-from ..replaced.replace import replaced
+from ..aten.export import DIM_EXPRESSIONS, Traced, trace_module
+from ..aten.lower import Graph, lower_graph
+from ..replaced.replace import replace_model_code
 from ..replaced.stand_ins import StandIn
 from ..skeleton import Skeleton
 from .cache import PAST, SIZES, cache_argument, cache_class, past_like
-from .capture import tracing
+from .capture import start_trace
 from .kinds import group_kinds
 from .layer_program import LayerProgram, argument_names, layer_inputs, state_names
-from .layers import LayerCall, example_inputs, find_layers, rehearse, stubbed
+from .layers import LayerCall, example_inputs, find_layers, record_layer_calls, stub_layers
 from .names import apart_from_layer, check_numbers, names_before, relative_to_layer
-from .tracing import Tracing, current
+from .tracing import Tracing, current_trace
 
 Mapper = Callable[[list[str]], Mapping[str, Recipe]]  # parameter names of the model -> recipes
 
@@ -53,7 +53,7 @@ class Import:
     missing: Callable[[str], MoecError]
 
 
-def _missing(name: str) -> MoecError:
+def _missing_tensor(name: str) -> MoecError:
     return MoecError(f"the checkpoint has no tensor for {name}", todo="do config.json and the weights belong together?")
 
 
@@ -63,7 +63,7 @@ def import_model(
     source: str,
     names: list[StandIn] | None = None,
     stored_as: Callable[[int], Hashable] | None = None,
-    missing: Callable[[str], MoecError] = _missing,
+    missing: Callable[[str], MoecError] = _missing_tensor,
 ) -> Module:
     """Return the module (stage graph) of a model; MoecError names what is not understood.
 
@@ -72,11 +72,11 @@ def import_model(
     without a recipe.
     """
     model = skeleton.model
-    with tracing() as session, replaced(model) as found, torch.no_grad():
+    with start_trace() as session, replace_model_code(model) as found, torch.no_grad():
         if names is not None:
             names += found
         layers_name, modules = find_layers(model)
-        layers = rehearse(model, modules, session)
+        layers = record_layer_calls(model, modules, session)
         kinds = group_kinds(layers_name, layers, skeleton.buffers, stored_as)
         recipes = _map_weights(model, mapper, layers_name, layers, kinds)
         job = Import(skeleton, layers_name, layers, kinds, recipes, session, missing)
@@ -109,7 +109,7 @@ def _layer_function(job: Import, kind: LayerCall) -> Function:
     job.tracing.window = kind.window
     inputs = layer_inputs(kind)
     place = f"{job.layers_name}.{kind.index}"
-    traced = trace(LayerProgram(kind), inputs, place)
+    traced = trace_module(LayerProgram(kind), inputs, place)
     builder = IRBuilder(name)
     values: dict[str, Any] = {}
     names = [*argument_names(kind), *state_names(kind)]
@@ -120,7 +120,7 @@ def _layer_function(job: Import, kind: LayerCall) -> Function:
         values[str(node)] = builder.param(label, _type_of(tensor, state))
     prefix = _add_weights(job, builder, traced, values, "layer.", f"{place}.", kind.index)
     try:
-        results = lower(Graph(traced, builder), values)
+        results = lower_graph(Graph(traced, builder), values)
     except MoecError as error:
         raise replace(error, model=".".join(filter(None, (place, error.model)))) from None
     return dce(builder.build(results, prefix), params=True)
@@ -146,7 +146,7 @@ def _add_weights(
         if node not in used:
             continue
         own = target.removeprefix(wrapper)
-        recipe = _recipe(job, place + own)
+        recipe = _parameter_recipe(job, place + own)
         if layer is not None and not isinstance(recipe, Literal):
             located = relative_to_layer(recipe, layer)
             apart = apart_from_layer(recipe, layer) if located is None or prefix not in ("", located[0]) else None
@@ -158,14 +158,16 @@ def _add_weights(
         values[node] = builder.const(_short_name(own), recipe)
     for node, target in signature.inputs_to_lifted_tensor_constants.items():
         if node in used:
-            values[node] = builder.const(_short_name(target), _literal(target, traced.program.constants[target]))
+            values[node] = builder.const(
+                _short_name(target), _literal_of_buffer(target, traced.program.constants[target])
+            )
     return prefix
 
 
-def _recipe(job: Import, name: str) -> Recipe:
+def _parameter_recipe(job: Import, name: str) -> Recipe:
     """Return how a parameter or buffer is made, in the dtype that the traced program computes in."""
     if name in job.skeleton.buffers:
-        return _literal(name, job.skeleton.buffers[name])
+        return _literal_of_buffer(name, job.skeleton.buffers[name])
     stored = next((n for n in (name, *job.skeleton.tied.get(name, ())) if n in job.recipes), None)
     if stored is None:
         raise job.missing(name)
@@ -176,7 +178,7 @@ def _recipe(job: Import, name: str) -> Recipe:
     return recipe if recipe.type.dtype == wanted else step("cast", recipe, to=wanted)
 
 
-def _literal(name: str, tensor: Tensor) -> Literal:
+def _literal_of_buffer(name: str, tensor: Tensor) -> Literal:
     """Return a tensor that the model computes, or writes down in its code, as numbers of the program."""
     if tensor.is_meta or tensor.numel() > MAX_LITERAL:
         raise MoecError(f"the buffer {name} has {tensor.numel()} elements, too many to write into the program")
@@ -202,15 +204,15 @@ class _MainProgram(torch.nn.Module):
         ids, mask, positions, past = tensors
         cache = cache_class()(length=past.shape[2])
         given = cache_argument(self.model, cache)
-        current().called = 0
+        current_trace().called = 0
         return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **given).logits
 
 
 def _main_function(job: Import, modules: Any, functions: list[Function]) -> Function:
     inputs = example_inputs()
     past = torch.empty(next(iter(inputs.values())).shape[0], 1, PAST, 1, device="meta")  # carries the dim P
-    with stubbed(job.layers, modules):
-        traced = trace(_MainProgram(job.skeleton.model), [*inputs.values(), past], "the model around its layers")
+    with stub_layers(job.layers, modules):
+        traced = trace_module(_MainProgram(job.skeleton.model), [*inputs.values(), past], "the model around its layers")
     builder = IRBuilder("main")
     values: dict[str, Any] = {}
     user_inputs = [str(n) for n in traced.program.graph_signature.user_inputs]
@@ -237,8 +239,8 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
         presents.update({key: value for key, value in zip(keys, results[len(layer.results) :], strict=True)})
         return results[: len(layer.results)]
 
-    (logits,) = lower(Graph(traced, builder, calls=call), values)
-    logits, builder.ops[-1] = _rename(builder, logits, "logits")
+    (logits,) = lower_graph(Graph(traced, builder, calls=call), values)
+    logits, builder.ops[-1] = _rename_result(builder, logits, "logits")
     ordered = [presents[key] for key in states]
     return dce(builder.build([logits, *ordered]))
 
@@ -261,7 +263,7 @@ def _state_params(job: Import, builder: IRBuilder) -> dict[str, Value]:
     return found
 
 
-def _rename(builder: IRBuilder, value: Value, name: str) -> tuple[Value, Any]:
+def _rename_result(builder: IRBuilder, value: Value, name: str) -> tuple[Value, Any]:
     """Give the program's result its public name; it must be the last op's only result."""
     last = builder.ops[-1]
     if last.results != (value,):

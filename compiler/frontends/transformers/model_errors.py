@@ -23,14 +23,14 @@ _ATTRIBUTE = re.compile(r"'(\w*Config)' object has no attribute '(\w+)'")
 
 def model_error(error: BaseException, model: str, config: Any, doing: str) -> MoecError:
     """Return the MoecError for an exception of model code; `doing` is what could not be done, as in "cannot be built"."""
-    steps = _steps(error)
+    steps = _traceback_steps(error)
     at, line = "", ""
     if steps:
         file = steps[0].tb_frame.f_code.co_filename
         at = f"{Path(file).name}:{steps[0].tb_lineno}"
         line = linecache.getline(file, steps[0].tb_lineno).strip()
-    read = next((r for step in steps if (r := _settings(step.tb_frame.f_code.co_names, config))), "")
-    what, todo = _cause(error, config, at)
+    read = next((r for step in steps if (r := _describe_settings(step.tb_frame.f_code.co_names, config))), "")
+    what, todo = _describe_cause(error, config, at)
     if not todo and read:
         todo = f"it reads {read} of the config"
     return MoecError(
@@ -41,7 +41,7 @@ def model_error(error: BaseException, model: str, config: Any, doing: str) -> Mo
     )
 
 
-def _steps(error: BaseException) -> list[TracebackType]:
+def _traceback_steps(error: BaseException) -> list[TracebackType]:
     """Return the way of an exception through modelling files, or else through transformers, from where it was raised."""
     steps: list[TracebackType] = []
     step = error.__traceback__
@@ -53,7 +53,7 @@ def _steps(error: BaseException) -> list[TracebackType]:
     return modelling or [step for step, file in zip(steps, files, strict=True) if "transformers" in file.parts]
 
 
-def _settings(names: Iterable[str], config: Any) -> str:
+def _describe_settings(names: Iterable[str], config: Any) -> str:
     """Return the numbers of a config that a function reads by their own names, as a text."""
     values = config.get_text_config(decoder=True).to_dict() if config is not None else {}
     numbers = ((name, values.get(name)) for name in names)
@@ -61,13 +61,13 @@ def _settings(names: Iterable[str], config: Any) -> str:
     return ", ".join(found)
 
 
-def _cause(error: BaseException, config: Any, at: str) -> tuple[str, str]:
+def _describe_cause(error: BaseException, config: Any, at: str) -> tuple[str, str]:
     """Return what stopped the code, and what to do where that is known."""
     text = str(error)
     if found := _ATTRIBUTE.search(text):
         return f"its code reads {found[2]}, which the config does not have", f"add {found[2]} to config.json"
     if isinstance(error, KeyError) and error.args:
-        return _missing(error.args[0], config)
+        return _describe_missing_key(error.args[0], config)
     if _NEEDS_NUMBERS.search(text):
         return "its code does not run on shapes alone (it looks at the numbers of a tensor)", ""
     unfit = isinstance(error, (RuntimeError, IndexError)) and not isinstance(error, NotImplementedError)
@@ -75,9 +75,9 @@ def _cause(error: BaseException, config: Any, at: str) -> tuple[str, str]:
     return f"its code stops{f' at {at}' if at else ''}{why}", ""
 
 
-def _missing(key: Any, config: Any) -> tuple[str, str]:
+def _describe_missing_key(key: Any, config: Any) -> tuple[str, str]:
     """Name the key of the config whose value is the missing key, or say that the key is missing."""
-    for name, value in _values(config.to_dict() if config is not None else {}, ""):
+    for name, value in _config_leaves(config.to_dict() if config is not None else {}, ""):
         if value == key and isinstance(key, str):
             known = _known_rope_types() if name.endswith(("rope_type", ".type")) else ""
             return f"{name} is {key!r}, which its code does not know", known or f"correct {name}"
@@ -87,11 +87,11 @@ def _missing(key: Any, config: Any) -> tuple[str, str]:
     return f"its code looks for {key!r}, which the config does not have", f"add {key!r} to config.json"
 
 
-def _values(tree: Any, prefix: str) -> list[tuple[str, Any]]:
+def _config_leaves(tree: Any, prefix: str) -> list[tuple[str, Any]]:
     """Return the leaves of a config with their dotted names; `rope_type` before other keys."""
     found: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += _values(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        found += _config_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
         if isinstance(value, (list, tuple)):
             found += [(f"{prefix}{key}", item) for item in value]
     return sorted(found, key=lambda item: not item[0].endswith("rope_type"))

@@ -23,7 +23,7 @@ from ...ir.types import TensorType, expand_range
 from ...weights.steps.table import STEPS, step
 from ..stored.layouts import FLOATS
 from .config_names import keys_of
-from .other_names import Experts, canonical, piece_of, taken_apart, twice, without_text_prefix
+from .other_names import Experts, canonical_name, duplicate_tensors, piece_of, taken_apart, without_text_prefix
 from .recipe_tensor import RecipeTensor
 
 
@@ -120,7 +120,7 @@ class _Mapping:
     def recipes(self) -> dict[str, Recipe]:
         """Return the recipes by parameter."""
         left = self._claim()
-        own = {key: canonical(key) for key in self.state}
+        own = {key: canonical_name(key) for key in self.state}
         counts = Counter(own.values())
         by_name = {name: key for key, name in own.items() if counts[name] == 1}
         blocks = self._blocks(left, by_name)
@@ -133,7 +133,7 @@ class _Mapping:
         missing = self.wanted - found.keys()
         if missing and left:
             shapes = {name: self.state[key].shape for name, key in by_name.items()}
-            sources = {canonical(name): self.available[name] for name in left}
+            sources = {canonical_name(name): self.available[name] for name in left}
             for name in missing:
                 made = sources.get(own[name]) if by_name.get(own[name]) == name else None
                 made = made if made is not None else taken_apart(shapes, own[name], sources)
@@ -148,7 +148,7 @@ class _Mapping:
         """Say of every tensor which parameter it goes into; return the names of those that no rule knows."""
         resolved: dict[str, str] = {}
         left = []
-        for name in sorted(self.available, key=_natural):
+        for name in sorted(self.available, key=_natural_order):
             found = self.rules.find(name)
             if found is None:
                 left.append(name)
@@ -156,11 +156,11 @@ class _Mapping:
             target, claim = found
             own = without_text_prefix(claim.resolved)
             if own in resolved:
-                raise twice(name, resolved[own])
+                raise duplicate_tensors(name, resolved[own])
             resolved[own] = name
             self.claims.setdefault(target, []).append(claim)
         for claims in self.claims.values():
-            claims.sort(key=lambda claim: _natural(without_text_prefix(claim.resolved)))
+            claims.sort(key=lambda claim: _natural_order(without_text_prefix(claim.resolved)))
         return left
 
     def _converted(self, target: str, claims: list[Claim]) -> dict[str, Recipe]:
@@ -172,7 +172,7 @@ class _Mapping:
         if first.pattern is not None:
             entry = deepcopy(self.rules.by_pattern[first.pattern])
         elif len(claims) > 1:
-            raise twice(claims[1].name, first.name)
+            raise duplicate_tensors(claims[1].name, first.name)
         for claim in claims:
             recipe = self.available[claim.name]
             entry.add_tensor(target, claim.resolved, claim.pattern or first.resolved, RecipeTensor.of(recipe))
@@ -190,7 +190,7 @@ class _Mapping:
         if first.pattern is not None and (incomplete := self._incomplete(target, claims)) is not None:
             raise incomplete
         if len(claims) == 1:
-            piece, own = piece_of(canonical(first.name)), self.available[first.name]
+            piece, own = piece_of(canonical_name(first.name)), self.available[first.name]
             keeps = self.rules.keeps_orientation(first.pattern)
             if piece and piece.expert is None and keeps is not False and target.endswith(f".{piece.matrix}"):
                 self.stacks[target] = own, keeps
@@ -200,7 +200,7 @@ class _Mapping:
         """Return the error for an expert that lacks a tensor, None if all have theirs."""
         experts = Experts()
         for claim in claims:
-            piece = piece_of(canonical(claim.name))
+            piece = piece_of(canonical_name(claim.name))
             if piece is None or piece.expert is None:
                 return None
             experts.add(piece, claim.name, self.available[claim.name])
@@ -217,15 +217,15 @@ class _Mapping:
 
     def _blocks(self, left: list[str], by_name: Mapping[str, str]) -> dict[str, Experts]:
         """Return the blocks of experts of which tensors are left, with all their tensors; their claims fall away."""
-        odd = {piece.block for name in left if (piece := piece_of(canonical(name)))}
+        odd = {piece.block for name in left if (piece := piece_of(canonical_name(name)))}
         known = {piece.block for name in by_name if (piece := piece_of(name))}
         blocks: dict[str, Experts] = {}
-        for name in sorted(self.available, key=_natural) if odd & known else ():
-            piece = piece_of(canonical(name))
+        for name in sorted(self.available, key=_natural_order) if odd & known else ():
+            piece = piece_of(canonical_name(name))
             if piece and piece.block in odd & known:
                 blocks.setdefault(piece.block, Experts()).add(piece, name, self.available[name])
         for target in list(self.claims):
-            piece = piece_of(canonical(target))
+            piece = piece_of(canonical_name(target))
             if piece and piece.block in blocks:
                 del self.claims[target]
         return blocks
@@ -285,7 +285,7 @@ class _Mapping:
     def _check_shape(self, name: str, recipe: Recipe) -> None:
         parameter = self.state[name]
         if tuple(recipe.type.sizes) != tuple(parameter.shape):
-            if hole := _hole([tensor.name for tensor in tensors(recipe)]):
+            if hole := _missing_number([tensor.name for tensor in tensors(recipe)]):
                 raise MoecError(
                     f"the checkpoint has no tensor {hole}, which {name} is made of",
                     todo="a shard is missing, or config.json and the weights do not belong together",
@@ -317,7 +317,7 @@ def check_numbers(recipe: Recipe, floats: bool) -> None:
         raise MoecError(f"the tensor {name} is {recipe.type}: {what}", todo=todo)
 
 
-def _hole(names: list[str]) -> str | None:
+def _missing_number(names: list[str]) -> str | None:
     """Return the first name that is missing among names that count up, None if there is none."""
     split = [re.split(r"(\d+)", name) for name in names]
     for parts in split[:1]:
@@ -329,7 +329,7 @@ def _hole(names: list[str]) -> str | None:
     return None
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def _natural_order(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
 
 
@@ -351,7 +351,7 @@ def expected_tensors(model: Any, state: Mapping[str, torch.Tensor], dtype: str) 
 def relative_to_layer(recipe: Recipe, layer: int) -> tuple[str, Recipe] | None:
     """Return (prefix with {layer}, recipe with names behind that prefix) if every name has the layer's number first."""
     prefixes = set()
-    for tensor in _leaves(recipe):
+    for tensor in _tensors_of_recipe(recipe):
         found = re.match(rf"(?:[^.\d][^.]*\.)*?{layer}\.", tensor.name)
         if not found:
             return None
@@ -368,7 +368,7 @@ def apart_from_layer(recipe: Recipe, layer: int) -> Recipe | None:
     They become `{layer}` and `{before}`: tensors that lie outside of their layers (`attn_res.attn_queries.0` is layer 1's).
     """
     made: dict[str, str] = {}
-    for tensor in _leaves(recipe):
+    for tensor in _tensors_of_recipe(recipe):
         parts = tensor.name.split(".")
         for number, label in ((layer, "{layer}"), (layer - 1, "{before}")):
             if parts.count(str(number)) == 1 and tensor.name not in made:
@@ -381,12 +381,12 @@ def apart_from_layer(recipe: Recipe, layer: int) -> Recipe | None:
 
 def names_before(recipe: Recipe) -> bool:
     """Return whether a name of the recipe holds the number of the layer before."""
-    return any("{before}" in tensor.name for tensor in _leaves(recipe))
+    return any("{before}" in tensor.name for tensor in _tensors_of_recipe(recipe))
 
 
-def _leaves(recipe: Recipe) -> Iterable[Tensor]:
+def _tensors_of_recipe(recipe: Recipe) -> Iterable[Tensor]:
     if isinstance(recipe, Tensor):
         yield recipe
     elif isinstance(recipe, Step):
         for item in recipe.items:
-            yield from _leaves(item)
+            yield from _tensors_of_recipe(item)

@@ -1,7 +1,7 @@
 """Names that other tools give to the tensors of a model: parts in front, other words for a module, experts otherwise cut.
 
 A checkpoint that transformers' own rules do not map may be one that was converted by hand or saved by another engine.
-`canonical` brings a checkpoint's name and a parameter's name to the same text where both mean the same. Experts may be
+`canonical_name` brings a checkpoint's name and a parameter's name to the same text where both mean the same. Experts may be
 stored one by one or stacked, their gate and up apart or as one matrix; `Experts` makes the one from the other.
 """
 
@@ -17,7 +17,7 @@ import torch
 from ...errors import MoecError
 from ...ir.recipes import Recipe
 from ...weights.steps.table import step
-from .recipe_tensor import join
+from .recipe_tensor import join_recipes
 
 # parts in front of the names of the model that reads and writes text: of models of text and images, of wrappers
 TEXT = {
@@ -50,7 +50,7 @@ def without_text_prefix(name: str) -> str:
     return ".".join(parts)
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return the name that tensors and parameters of one meaning have in common."""
     name = without_text_prefix(name)
     found = _LAYER.fullmatch(name)
@@ -111,7 +111,7 @@ class Experts:
     def add(self, piece: Piece, name: str, recipe: Recipe) -> None:
         """Add a tensor; MoecError where another one holds the same."""
         if piece in self.pieces:
-            raise twice(name, self.names[piece])
+            raise duplicate_tensors(name, self.names[piece])
         self.pieces[piece], self.names[piece] = recipe, name
 
     def assembled(self, wanted: Piece, shape: tuple[int, ...], module: Any) -> Recipe | str:
@@ -138,17 +138,19 @@ class Experts:
             if parts == [own] and (
                 other := next((p for p in halves if replace(p, expert=expert) in self.pieces), None)
             ):
-                raise twice(self.names[own], self.names[replace(other, expert=expert)])
+                raise duplicate_tensors(self.names[own], self.names[replace(other, expert=expert)])
             each.append([self.pieces[part] for part in parts])
         beyond = next((p for p in self.pieces if p.matrix == wanted.matrix and (p.expert or 0) >= shape[0]), None)
         if beyond is not None:
             todo = "config.json does not belong to the weights"
             raise MoecError(f"{self.names[beyond]} is beyond the {shape[0]} experts of the config", todo=todo)
         if all(len(parts) == len(each[0]) for parts in each):
-            stacks = [join("stack", [parts[i] for parts in each]) for i in range(len(each[0]))]
-            made: Recipe = stacks[0] if len(stacks) == 1 else join(how, stacks, axis=1)
+            stacks = [join_recipes("stack", [parts[i] for parts in each]) for i in range(len(each[0]))]
+            made: Recipe = stacks[0] if len(stacks) == 1 else join_recipes(how, stacks, axis=1)
         else:
-            made = join("stack", [parts[0] if len(parts) == 1 else join(how, parts, axis=0) for parts in each])
+            made = join_recipes(
+                "stack", [parts[0] if len(parts) == 1 else join_recipes(how, parts, axis=0) for parts in each]
+            )
         return step("transpose", made, perm=(0, 2, 1)) if turned else made
 
     def _parts(self, own: Piece, halves: list[Piece]) -> list[Piece]:
@@ -165,28 +167,28 @@ class Experts:
         parts = {(p.matrix, p.bias) for p in (whole, *halves)}
         other = next((name for p, name in self.names.items() if p != whole and (p.matrix, p.bias) in parts), None)
         if other is not None:
-            raise twice(self.names[whole], other)
+            raise duplicate_tensors(self.names[whole], other)
 
     def _joined_stacks(self, halves: list[Piece], shape: tuple[int, ...], how: str) -> Recipe:
         """Return gate and up as one, each stacked; their shape says which of their axes are the rows."""
         recipes = [self.pieces[half] for half in halves]
         sizes = recipes[0].type.sizes
         if len(shape) == 2:
-            return join(how, recipes, axis=1)
+            return join_recipes(how, recipes, axis=1)
         count, *both = shape
         options = {axis: (count, *(n // 2 if i == axis else n for i, n in enumerate(both, 1))) for axis in (1, 2)}
         turned = {axis: (s[0], s[2], s[1]) for axis, s in options.items()}
         straight = next((axis for axis, s in options.items() if s == sizes), None)
         across = next((axis for axis, s in turned.items() if s == sizes), None)
         if straight is None and across is None:
-            return join(how, recipes, axis=1)  # the check of shapes names it
+            return join_recipes(how, recipes, axis=1)  # the check of shapes names it
         if straight is not None and across is not None:
             what = f"{self.names[halves[0]]} is square: its shape does not say which of its axes are the rows"
             raise MoecError(what, todo="save the experts one by one, as transformers' save_pretrained does")
         if straight is not None:
-            return join(how, recipes, axis=straight)
+            return join_recipes(how, recipes, axis=straight)
         assert across is not None
-        return step("transpose", join(how, recipes, axis=3 - across), perm=(0, 2, 1))
+        return step("transpose", join_recipes(how, recipes, axis=3 - across), perm=(0, 2, 1))
 
     def lacking(self, count: int) -> str | None:
         """Return the name of the first tensor that one of `count` experts lacks and others have."""
@@ -208,7 +210,7 @@ class Experts:
         return f"{piece.block}{number}.{piece.matrix}{'.bias' if piece.bias else '.weight'}"
 
 
-def twice(first: str, second: str) -> MoecError:
+def duplicate_tensors(first: str, second: str) -> MoecError:
     """Return the error for two tensors of which both would be one parameter."""
     return MoecError(
         f"the tensors {first} and {second} are two names for the same weight",

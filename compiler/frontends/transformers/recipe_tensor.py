@@ -46,27 +46,27 @@ class RecipeTensor(torch.Tensor):
         return result
 
 
-def _made(*recipes: Recipe) -> Any:
+def _recipe_tensors(*recipes: Recipe) -> Any:
     tensors = tuple(RecipeTensor.of(r) for r in recipes)
     return tensors[0] if len(tensors) == 1 else tensors
 
 
 def _stack(tensors: Sequence[Any], dim: int = 0) -> Any:
-    stacked = join("stack", [t.recipe for t in tensors])
+    stacked = join_recipes("stack", [t.recipe for t in tensors])
     if dim == 0:
-        return _made(stacked)
+        return _recipe_tensors(stacked)
     order = list(range(1, len(stacked.type.shape)))
-    return _made(step("transpose", stacked, perm=tuple([*order[:dim], 0, *order[dim:]])))
+    return _recipe_tensors(step("transpose", stacked, perm=tuple([*order[:dim], 0, *order[dim:]])))
 
 
 def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
-    return _made(join("concat", [t.recipe for t in tensors], axis=dim % tensors[0].dim()))
+    return _recipe_tensors(join_recipes("concat", [t.recipe for t in tensors], axis=dim % tensors[0].dim()))
 
 
 def _transpose(x: Any, dim0: int, dim1: int) -> Any:
     perm = list(range(x.dim()))
     perm[dim0], perm[dim1] = perm[dim1], perm[dim0]
-    return _made(step("transpose", x.recipe, perm=tuple(perm)))
+    return _recipe_tensors(step("transpose", x.recipe, perm=tuple(perm)))
 
 
 def _split(x: Any, split_size_or_sections: int | Sequence[int], dim: int = 0) -> Any:
@@ -97,7 +97,7 @@ def _reshape(x: Any, *shape: Any) -> Any:
         sizes[sizes.index(-1)] = x.numel() // abs(known)
     if tuple(sizes) == tuple(x.shape):
         return x
-    return _made(step("reshape", x.recipe, shape=tuple(int(s) for s in sizes)))
+    return _recipe_tensors(step("reshape", x.recipe, shape=tuple(int(s) for s in sizes)))
 
 
 def _squeeze(x: Any, dim: int) -> Any:
@@ -121,7 +121,7 @@ def _unflatten(x: Any, dim: int, sizes: Sequence[int]) -> Any:
     return _reshape(x, [*x.shape[:axis], *whole, *x.shape[axis + 1 :]])
 
 
-def _index(x: Any, index: Any) -> Any:
+def _index_slices(x: Any, index: Any) -> Any:
     """Take slices along axes, and single places, whose axes vanish."""
     places = list(index) if isinstance(index, tuple) else [index]
     if any(p is ... for p in places):
@@ -142,29 +142,29 @@ def _to(x: Any, dtype: Any, **kwargs: Any) -> Any:
     if not isinstance(dtype, torch.dtype):  # a device: there is no data here
         return x
     wanted = dtype_name(dtype)
-    return x if x.recipe.type.dtype == wanted else _made(step("cast", x.recipe, to=wanted))
+    return x if x.recipe.type.dtype == wanted else _recipe_tensors(step("cast", x.recipe, to=wanted))
 
 
-def _same(x: Any, *args: Any, **kwargs: Any) -> Any:
+def _return_unchanged(x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
 _STEPS: dict[str, Callable[..., Any]] = {
     "stack": _stack, "cat": _cat, "concat": _cat, "chunk": _chunk, "split": _split, "unbind": _unbind,
     "transpose": _transpose, "reshape": _reshape, "view": _reshape, "squeeze": _squeeze, "unsqueeze": _unsqueeze,
-    "contiguous": _same, "clone": _same, "detach": _same, "permute": lambda x, *p: _made(
+    "contiguous": _return_unchanged, "clone": _return_unchanged, "detach": _return_unchanged, "permute": lambda x, *p: _recipe_tensors(
         step("transpose", x.recipe, perm=tuple(p[0] if isinstance(p[0], (tuple, list)) else p))),
-    "flatten": _flatten, "unflatten": _unflatten, "__getitem__": _index, "to": _to,
+    "flatten": _flatten, "unflatten": _unflatten, "__getitem__": _index_slices, "to": _to,
     "t": lambda x: _transpose(x, 0, 1),
 }  # fmt: skip
 
 
-def join(name: str, recipes: Sequence[Recipe], **attributes: Attr) -> Step:
+def join_recipes(name: str, recipes: Sequence[Recipe], **attributes: Attr) -> Step:
     """Return a step that joins recipes (`stack`, `concat`, `interleave`), which may be stored in different floats."""
-    return step(name, *gather_range(alike(recipes)), **attributes)
+    return step(name, *gather_range(with_common_dtype(recipes)), **attributes)
 
 
-def alike(recipes: Sequence[Recipe]) -> list[Recipe]:
+def with_common_dtype(recipes: Sequence[Recipe]) -> list[Recipe]:
     """Return recipes that can be joined: floats of several dtypes become f32, which all arithmetic is done in."""
     dtypes = {r.type.dtype for r in recipes}
     if len(dtypes) == 1 or not dtypes <= FLOATS:
@@ -180,7 +180,7 @@ def gather_range(recipes: Sequence[Recipe]) -> tuple[Recipe, ...]:
     found: list[Recipe] = []
     for key, run in itertools.groupby(recipes, _shape_of):
         own = list(run)
-        template = _template(own) if len(own) > 1 and key is not None else None
+        template = _template_of_range(own) if len(own) > 1 and key is not None else None
         found += [template] if template is not None else own
     return tuple(found)
 
@@ -195,7 +195,7 @@ def _shape_of(recipe: Recipe) -> Hashable:
     return None
 
 
-def _template(recipes: Sequence[Recipe]) -> Recipe | None:
+def _template_of_range(recipes: Sequence[Recipe]) -> Recipe | None:
     first = recipes[0]
     if isinstance(first, Tensor):
         if any(not isinstance(r, Tensor) or r.type != first.type for r in recipes):
@@ -211,7 +211,7 @@ def _template(recipes: Sequence[Recipe]) -> Recipe | None:
     if first.spreads:
         return None
     columns = zip(*(r.items for r in recipes if isinstance(r, Step)), strict=True)
-    items = [_template(column) for column in columns]
+    items = [_template_of_range(column) for column in columns]
     if any(item is None for item in items):
         return None
     return replace(first, items=tuple(i for i in items if i is not None))

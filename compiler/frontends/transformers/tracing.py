@@ -27,6 +27,6 @@ class Tracing:
 _CURRENT: list[Tracing] = []  # transformers calls the registered functions without a way to pass this along
 
 
-def current() -> Tracing:
+def current_trace() -> Tracing:
     """Return the trace that is under way."""
     return _CURRENT[-1]

@@ -140,7 +140,7 @@ def wrong_order(patch):
 def wrong_table(patch):
     """Let moec look up E2M1 codes in the table of another format."""
     other = lambda packed: step("decode", step("unpack", packed, bits=4, axis=1), of="iq4_nl")  # noqa: E731
-    patch.setattr("moec.compiler.frontends.stored.layouts.e2m1", other)
+    patch.setattr("moec.compiler.frontends.stored.layouts.unpack_e2m1", other)
 
 
 def wrong_layout(patch, role, change):

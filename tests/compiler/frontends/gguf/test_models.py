@@ -8,7 +8,7 @@ import torch
 from gguf_models import write_model
 from moec.compiler.driver import compile_source
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends.gguf.model import dequantized
+from moec.compiler.frontends.gguf.model import dequantize_blocks
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.weights.pull import pull
@@ -87,7 +87,7 @@ def test_the_header_as_gguf_reads_it(tmp_path):
     for tensor in theirs.tensors:
         info, kind = opened.checkpoint.tensors[tensor.name], opened.kinds.get(tensor.name)
         recipe = Tensor(tensor.name, info.type)
-        made = pull(dequantized(recipe, kind) if kind else recipe, opened.checkpoint).numpy()
+        made = pull(dequantize_blocks(recipe, kind) if kind else recipe, opened.checkpoint).numpy()
         assert np.array_equal(made, dequantize(tensor.data, tensor.tensor_type)), tensor.name
 
 

@@ -13,8 +13,8 @@ import pytest
 import transformers
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
-from moec.compiler.frontends.replaced.replace import replaced
-from moec.compiler.frontends.replaced.stand_ins import UNREADABLE, fingerprint, plain
+from moec.compiler.frontends.replaced.replace import replace_model_code
+from moec.compiler.frontends.replaced.stand_ins import UNREADABLE, source_fingerprint, strip_comments
 from moec_command import invoke
 from tiny_models import INSTALLED, random_model, save
 
@@ -33,7 +33,7 @@ def stand_ins(model):
     """Return what stands in the place of a model's code while it is imported."""
     if model.config.model_type == "deepseek_v4":  # built, not traced
         return load(model).replaced
-    with replaced(model) as found:
+    with replace_model_code(model) as found:
         return found
 
 
@@ -96,13 +96,13 @@ def test_changed_code_is_said_on_every_compile(checkpoint, tmp_path, monkeypatch
 
 def test_a_changed_helper_counts_and_a_comment_does_not(tmp_path, monkeypatch):
     attention = minimax().MiniMaxLightningAttention
-    before = fingerprint(attention.forward, attention)
+    before = source_fingerprint(attention.forward, attention)
     commented = edited(attention.forward, tmp_path, lambda text: text.replace("\n", "  # as it was\n", 1))
-    assert fingerprint(commented, attention) == before != UNREADABLE
+    assert source_fingerprint(commented, attention) == before != UNREADABLE
     name = "apply_mask_to_padding_states"  # what the forward pass calls
     helper = edited(getattr(minimax(), name), tmp_path, lambda text: text.replace("hidden_states *", "2 * hidden_states *"))  # fmt: skip
     monkeypatch.setattr(minimax(), name, helper)
-    assert fingerprint(attention.forward, attention) != before
+    assert source_fingerprint(attention.forward, attention) != before
 
 
 def test_what_does_not_count_in_a_source():
@@ -114,9 +114,9 @@ def test_what_does_not_count_in_a_source():
             """Return a number."""
             return f"{x} # no comment" "\\"\\"\\"kept"
     '''
-    found = plain(textwrap.dedent(source))
+    found = strip_comments(textwrap.dedent(source))
     assert found == 'classA:deff(self,x):returnf"{x}#nocomment""\\"\\"\\"kept"'
-    assert plain(ast.unparse(ast.parse("def f():\n    'only'\n    x = 1"))) == "deff():x=1"
+    assert strip_comments(ast.unparse(ast.parse("def f():\n    'only'\n    x = 1"))) == "deff():x=1"
 
 
 def test_an_indexer_that_nobody_knows():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf_files import random_blocks
 from moec.compiler.errors import MoecError
-from moec.compiler.frontends.gguf.model import dequantized
+from moec.compiler.frontends.gguf.model import dequantize_blocks
 from moec.compiler.frontends.stored.decoded import Decoding, gguf_source, safetensors_source
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.weights.ggml import BLOCKS
@@ -126,7 +126,7 @@ def test_blocks_of_gguf(kind, tmp_path):
     gguf_files.ELEMENTS.setdefault(kind, block.elements)
     file = gguf_files.write(tmp_path / "m.gguf", {}, {"w": (kind, (4, 2 * block.elements), raw.tobytes())})
     opened = open_gguf(file)
-    own = step("transpose", dequantized(Tensor("w", opened.checkpoint.tensors["w"].type), kind), perm=(1, 0))
+    own = step("transpose", dequantize_blocks(Tensor("w", opened.checkpoint.tensors["w"].type), kind), perm=(1, 0))
     source = gguf_source(opened)
     recipe = source.decoded(own)
     assert recipe.items == (Tensor("w", own.items[0].type),)

@@ -14,9 +14,9 @@ from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
-from moec.compiler.frontends.skeleton import build, read_config
+from moec.compiler.frontends.skeleton import build_skeleton, read_config
 from moec.compiler.frontends.stored.quantization_config import read_quantization
-from moec.compiler.frontends.stored.stored import decode
+from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.frontends.transformers.names import map_parameters
 from moec.compiler.weights.kept_codes import exact_formats, packed, take_apart
 from moec.compiler.weights.pull import pull
@@ -166,9 +166,11 @@ def mixed(request, plain, tmp_path_factory):
 def recipes_of(folder, checkpoint):
     config = read_config(folder)
     quantization = read_quantization(config, folder)
-    model = build(config).model
+    model = build_skeleton(config).model
     wanted = list(model.state_dict())
-    return map_parameters(model, wanted, decode(checkpoint, quantization).of_layers(wanted), checkpoint.lacks)
+    return map_parameters(
+        model, wanted, decode_checkpoint(checkpoint, quantization).of_layers(wanted), checkpoint.lacks
+    )
 
 
 def test_experts_stored_otherwise_mean_their_numbers(mixed):

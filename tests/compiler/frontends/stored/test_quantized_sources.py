@@ -11,7 +11,7 @@ import pytest
 import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.stored.quantization_config import read_quantization
-from moec.compiler.frontends.stored.stored import decode
+from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from stored_checkpoint import Config, write_and_decode
@@ -247,7 +247,7 @@ def test_an_order_of_inputs_in_one_layer_alone(tmp_path):
     tensors = {**module(plain, names[0]), **module(ordered, names[1])}
     found = decoded(tmp_path, tensors, GPTQ)
     assert all(np.array_equal(found[f"{n}.weight"], m) for n, m in zip(names, (first, second), strict=True))
-    layers = decode(open_checkpoint(tmp_path), GPTQ).alike
+    layers = decode_checkpoint(open_checkpoint(tmp_path), GPTQ).alike
     assert layers[f"{names[0]}.weight"] != layers[f"{names[1]}.weight"]
 
 

@@ -9,10 +9,10 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.stored.layouts import Stored
-from moec.compiler.frontends.stored.layouts_gptq import gptq
+from moec.compiler.frontends.stored.layouts_gptq import gptq_weight
 from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.schemes import read_schemes
-from moec.compiler.frontends.stored.stored import decode
+from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.kept_codes import exact_formats, packed, take_apart
@@ -112,7 +112,7 @@ def test_a_tile_reads_its_own_codes_alone():
     }  # fmt: skip
     parts = {leaf: Tensor(f"experts.{{0..7}}.{leaf}", t) for leaf, t in types.items()}
     (scheme,) = read_schemes({**GPTQ, "sym": False})("")
-    stacked = step("stack", gptq(Stored(parts, lambda name: torch.empty(0)), scheme))
+    stacked = step("stack", gptq_weight(Stored(parts, lambda name: torch.empty(0)), scheme))
     wanted = {"qweight": ((0, 12), (8, 16)), "qzeros": ((0, 3), (1, 2)), "scales": ((0, 3), (8, 16))}
     wanted = {f"experts.5.{leaf}": box for leaf, box in wanted.items()}
     rows = ((5, 6), (8, 16))
@@ -129,7 +129,7 @@ def test_the_experts_of_gpt_oss(tmp_path):
     leaves["_blocks"] = leaves["_blocks"].reshape(3, 10, 2, 16)
     save_file({f"layers.0.mlp.experts.up{k}": t for k, t in leaves.items()}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    recipes = decode(checkpoint, {"quant_method": "mxfp4"}).recipes
+    recipes = decode_checkpoint(checkpoint, {"quant_method": "mxfp4"}).recipes
     made = pull(recipes["layers.0.mlp.experts.up"], checkpoint)
     assert np.array_equal(made.numpy(), meant.transpose(0, 2, 1))
 

@@ -9,7 +9,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends import skeleton
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
-from moec.compiler.frontends.skeleton import build, decoder_config, read_config
+from moec.compiler.frontends.skeleton import build_skeleton, decoder_config, read_config
 from moec.compiler.frontends.transformers.config_checks import check_config, check_sizes
 from moec.compiler.frontends.transformers.config_names import check_read
 from moec_command import invoke
@@ -233,7 +233,7 @@ def test_rules_of_routing_that_the_code_follows(tmp_path):
         kinds = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "minimax_m2": "sigmoid", "dots1": "noaux_tc"}
         raw = {**config.to_dict(), **({"scoring_func": kinds[family]} if family in kinds else {})}
         if family != "deepseek_v4":
-            check_read(raw, build(config).model, "")
+            check_read(raw, build_skeleton(config).model, "")
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,9 @@ def traced(monkeypatch):
     """Return a list that gets a layer's number each time that one is traced."""
     from moec.compiler.frontends.transformers import model as transformers_model
 
-    found, original = [], transformers_model.trace
+    found, original = [], transformers_model.trace_module
     monkeypatch.setattr(
-        transformers_model, "trace", lambda *args: found.append(args[2].rpartition(".")[2]) or original(*args)
+        transformers_model, "trace_module", lambda *args: found.append(args[2].rpartition(".")[2]) or original(*args)
     )
     return found
 

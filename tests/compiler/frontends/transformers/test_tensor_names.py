@@ -9,8 +9,8 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
-from moec.compiler.frontends.skeleton import build, read_config
-from moec.compiler.frontends.stored.stored import decode
+from moec.compiler.frontends.skeleton import build_skeleton, read_config
+from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.frontends.transformers.names import map_parameters
 from moec.compiler.runtime.reference import open_reference
 from moec.compiler.weights.pull import pull
@@ -45,10 +45,12 @@ def write(folder, tensors, config):
 
 def parameters(folder):
     """Return the numbers of all parameters that the folder's tensors make."""
-    skeleton = build(read_config(folder))
+    skeleton = build_skeleton(read_config(folder))
     wanted = list(skeleton.model.state_dict())
     with open_checkpoint(folder) as checkpoint:
-        recipes = map_parameters(skeleton.model, wanted, decode(checkpoint, None).of_layers(wanted), checkpoint.lacks)
+        recipes = map_parameters(
+            skeleton.model, wanted, decode_checkpoint(checkpoint, None).of_layers(wanted), checkpoint.lacks
+        )
         return {name: pull(recipe, checkpoint) for name, recipe in recipes.items()}
 
 
