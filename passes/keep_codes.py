@@ -14,7 +14,7 @@ from ..compiler.ir.notes import Note, Rewritten, note_on
 from ..compiler.ir.recipes import Recipe, steps_of
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import weight_roles
-from ..compiler.weights.kept_codes import Codes, NotKept, exact_formats, is_stored_quantized, packed, take_apart
+from ..compiler.weights.kept_codes import Codes, NotKept, exact_formats, is_stored_quantized, pack_codes, take_apart
 from ..compiler.weights.steps.table import step
 
 Stored = Mapping[int, tuple[Recipe, Format]]  # an operand of an op -> its recipe and its format
@@ -60,7 +60,7 @@ def _choose(op: Op, weights: Mapping[int, Recipe], target: Any) -> tuple[Stored,
     common = [f for f in next(iter(exact.values()), []) if all(f in formats for formats in exact.values())]
     if common and len(found) == len(weights):
         names = ", ".join(sorted({codes.name for codes in found.values()}))
-        stored = {k: (packed(codes, common[0]), common[0]) for k, codes in found.items()}
+        stored = {k: (pack_codes(codes, common[0]), common[0]) for k, codes in found.items()}
         return stored, f" keep the codes of the checkpoint, {names}, as {common[0].name}"
     if not all(map(is_stored_quantized, weights.values())):
         return {}, f": {'; '.join(reasons)}; they stay f32"
@@ -72,7 +72,7 @@ def _choose(op: Op, weights: Mapping[int, Recipe], target: Any) -> tuple[Stored,
         return {}, f": {reason}; no group divides their rows, they stay f32"
     stored = {
         k: (
-            packed(found[k], nearest) if nearest in exact.get(k, ()) else step("quantize", recipe, to=nearest.name),
+            pack_codes(found[k], nearest) if nearest in exact.get(k, ()) else step("quantize", recipe, to=nearest.name),
             nearest,
         )
         for k, recipe in weights.items()

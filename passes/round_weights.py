@@ -10,7 +10,7 @@ from ..compiler.ir.module import Const, Function, Module
 from ..compiler.ir.notes import Note, Rewritten
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.roles import Uses, weight_roles
-from ..compiler.weights.narrow import narrowed
+from ..compiler.weights.demote import demoted_recipe
 from ..compiler.weights.steps.table import step
 
 DTYPES = ("bf16", "f16")
@@ -43,10 +43,10 @@ def _round(function: Function, roles: Uses, to: str) -> tuple[Function, list[Not
     consts, rounded = [], []
     for const in function.consts:
         if const.value.name in names - others and find_format(const.value.type.dtype) is None:
-            narrow, exact = narrowed(const.recipe, to)
-            if not exact and narrow.type.dtype != const.value.type.dtype:
+            demoted, exact = demoted_recipe(const.recipe, to)
+            if not exact and demoted.type.dtype != const.value.type.dtype:
                 rounded.append(const)
-                const = Const(const.value, step("cast", narrow, to=const.value.type.dtype))
+                const = Const(const.value, step("cast", demoted, to=const.value.type.dtype))
         consts.append(const)
     if not rounded:
         return function, []

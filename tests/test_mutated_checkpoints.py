@@ -29,7 +29,7 @@ from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers import model as importing
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.recipes import Literal, bind
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.checkpoint import Checkpoint
 from quantized_checkpoints import AWQ, CT4, CT4_ZEROS, GPTQ, quantized
 from safetensors.torch import load_file, save_file
@@ -136,7 +136,9 @@ def numbers_of(folder: Path) -> Numbers:
             own = {}
             for const in function.consts:
                 if not isinstance(const.recipe, Literal):
-                    own[const.value.name] = pull(bind(const.recipe, function.weights, bound), weights).float()
+                    own[const.value.name] = evaluate_recipe(
+                        bind(const.recipe, function.weights, bound), weights
+                    ).float()
             found.append(own)
     return found
 

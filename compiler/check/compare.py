@@ -11,9 +11,9 @@ from ..errors import MoecError
 from ..ir.module import Function, Module, walk_calls
 from ..ir.recipes import Recipe, bind, steps_of, tensors
 from ..ir.types import expand_range
-from ..weights.pull import pull
+from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.source import RandomSource
-from ..weights.uncalibrated import uncalibrated
+from ..weights.uncalibrated import without_calibration
 from .interpret import interpret, random_inputs
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def compare_function(before: Module, after: Module, name: str, bound: Mapping[st
     dims = small_dims(before)
 
     def weights(recipe: Recipe) -> Tensor:
-        return pull(uncalibrated(recipe), source)
+        return evaluate_recipe(without_calibration(recipe), source)
 
     inputs = random_inputs(before, name, dims)
     expected = interpret(before, inputs, weights, name, bound, dims)

@@ -19,12 +19,12 @@ from ..formats.table import find_format
 from ..ir.module import Function, Module, Op, walk_calls
 from ..ir.recipes import FITTED, Recipe, Step, bind, steps_of
 from ..ir.types import TensorType
-from ..weights.narrow import is_narrowing
-from ..weights.pull import pull
+from ..weights.demote import is_demotion
+from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.safetensors_header import TensorInfo
 from ..weights.sources.source import Box, WeightSource, full_box
 from ..weights.steps.table import step
-from ..weights.uncalibrated import uncalibrated
+from ..weights.uncalibrated import without_calibration
 from .compare import compare_modules, random_source
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _bound(found: Step, function: Function, bound: Mapping[str, str]) -> Step:
 
 
 def _rounds(recipe: Step) -> bool:
-    return recipe.name == "quantize" or is_narrowing(recipe)
+    return recipe.name == "quantize" or is_demotion(recipe)
 
 
 def _roundings(function: Function) -> Iterator[Step]:
@@ -150,7 +150,7 @@ def _other_numbers(old: Recipe, new: Recipe, source: WeightSource) -> str:
         return f"is {list(new.type.sizes)}, before {list(old.type.sizes)}"
     fitted = any(s.name == "scale" for s in steps_of(new))
     for box in _matrices(old):
-        a, b = (pull(uncalibrated(recipe), source, box).double() for recipe in (old, new))
+        a, b = (evaluate_recipe(without_calibration(recipe), source, box).double() for recipe in (old, new))
         if torch.equal(a, b):
             continue
         error, size = float((a - b).norm()), float(a.norm())
@@ -166,7 +166,9 @@ def _check_step(rounding: Step, where: str, source: WeightSource) -> None:
     """Raise MoecError unless what a step makes of random numbers is as near to them as its format promises."""
     (item,) = rounding.items
     for box in _matrices(item):
-        numbers, found = (pull(uncalibrated(recipe), source, box).double() for recipe in (item, rounding))
+        numbers, found = (
+            evaluate_recipe(without_calibration(recipe), source, box).double() for recipe in (item, rounding)
+        )
         errors = numbers - found
         bound, rows = _bounds(numbers, rounding.type.dtype)
         far = ~(errors.norm(dim=-1) <= rows)  # not >: what is no number is caught too

@@ -17,10 +17,10 @@ from ..errors import MoecError
 from ..ir.module import Function, Module, Op, bindings
 from ..ir.recipes import Recipe, bind, tensors
 from ..ops.activation import activate
-from ..weights.pull import pull
+from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.source import Box, WeightSource, full_box
-from ..weights.tiles import tiles
-from ..weights.uncalibrated import unquantized
+from ..weights.tiles import tile_boxes
+from ..weights.uncalibrated import without_quantization
 from .interpret import run_op
 from .live import heads
 
@@ -39,7 +39,7 @@ class TiledInterpreter:
     module: Module
     source: WeightSource
     shape: Sequence[int]  # windows and their length
-    numbers: Callable[[Recipe], Recipe] = unquantized
+    numbers: Callable[[Recipe], Recipe] = without_quantization
     tile: int = TILE
     scores: int = SCORES
 
@@ -106,14 +106,16 @@ class TiledInterpreter:
 
     def tensor(self, value: Any, box: Box | None = None) -> Any:
         """Return a tensor for a tensor, None, or a weight, of which a box may be asked for."""
-        return pull(self.numbers(value), self.source, box) if isinstance(value, Recipe) else value
+        return evaluate_recipe(self.numbers(value), self.source, box) if isinstance(value, Recipe) else value
 
     def linear(self, x: torch.Tensor, weight: Recipe, bias: Any) -> torch.Tensor:
         """Multiply with a weight, a tile of its rows at a time."""
         rows = x.reshape(-1, x.shape[-1])
         self.seen(weight, rows)
         y = torch.empty(len(rows), weight.type.sizes[0])
-        for box in tiles(weight.type if weight.type.dtype in ("f32", "f64") else unquantized(weight).type, self.tile):
+        for box in tile_boxes(
+            weight.type if weight.type.dtype in ("f32", "f64") else without_quantization(weight).type, self.tile
+        ):
             if box[1] != (0, rows.shape[1]):
                 raise MoecError(
                     "a row of a weight is larger than a tile", model=", ".join(t.name for t in tensors(weight))[:80]

@@ -8,7 +8,7 @@ import torch
 
 from .bounds import float_cells
 from .format import Cells, Format, Parts
-from .packing import pack, unpack
+from .packing import pack_bits, unpack_bits
 
 _LARGEST = 6.0
 # the least number that goes up at each half way between neighbours: half ways themselves go to the even code
@@ -32,21 +32,21 @@ def encode(x: torch.Tensor, format: Format, tensor_scale: float | None) -> Parts
         # the power of two under which the largest number is at most 6, or one below it where that errs less
         exponent = torch.ceil(torch.log2(largest / _LARGEST)).nan_to_num(neginf=-127).clamp(-127, 126)
         candidates = [exponent, (exponent - 1).clamp(min=-127)]
-        errors = [(groups - _nearest(groups, e.exp2(), format)[1]).square().sum(-1) for e in candidates]
+        errors = [(groups - _nearest_codes(groups, e.exp2(), format)[1]).square().sum(-1) for e in candidates]
         exponent = torch.where(errors[1] < errors[0], candidates[1], candidates[0])
         values = exponent.exp2()
         stored = (exponent + 127).to(torch.uint8)
         if not torch.isfinite(largest).all():
             raise ValueError("some numbers are infinite or not numbers")
-    codes, _ = _nearest(groups, values, format)
-    return {**parts, "codes": pack(codes.flatten(-2), 4), "scales": stored}
+    codes, _ = _nearest_codes(groups, values, format)
+    return {**parts, "codes": pack_bits(codes.flatten(-2), 4), "scales": stored}
 
 
 def decode(parts: Parts, format: Format, width: int) -> torch.Tensor:
     """Return the numbers f32[..., K] that parts stand for."""
-    codes = unpack(parts["codes"], format.bits, width)
+    codes = unpack_bits(parts["codes"], format.bits, width)
     scales = parts["scales"].view(torch.float8_e8m0fnu) if format.scale == "f8e8m0" else parts["scales"]
-    numbers = _numbers(format)[codes.long()].unflatten(-1, (-1, format.group)) * scales.float().unsqueeze(-1)
+    numbers = _values_of_codes(format)[codes.long()].unflatten(-1, (-1, format.group)) * scales.float().unsqueeze(-1)
     if format.tensor_scale:  # one for each matrix
         whole = parts["tensor_scale"]
         numbers = numbers * whole.reshape(*whole.shape, *(1 for _ in range(numbers.dim() - whole.dim())))
@@ -63,14 +63,14 @@ def cells(x: torch.Tensor, format: Format) -> Cells:
         yield float_cells(x, scale, 1, _LARGEST, 0)
 
 
-def _nearest(groups: torch.Tensor, scales: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest_codes(groups: torch.Tensor, scales: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes whose numbers are nearest, and those numbers; ties go to the even code."""
     scaled = groups / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     codes = torch.bucketize(scaled.abs(), _STEPS, right=True).to(torch.uint8)
     codes |= (scaled < 0).to(torch.uint8) << 3
-    return codes, _numbers(format)[codes.long()] * scales.unsqueeze(-1)
+    return codes, _values_of_codes(format)[codes.long()] * scales.unsqueeze(-1)
 
 
 @lru_cache(maxsize=8)
-def _numbers(format: Format) -> torch.Tensor:
+def _values_of_codes(format: Format) -> torch.Tensor:
     return torch.tensor(format.values)

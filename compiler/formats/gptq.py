@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from .format import Format, Parts
-from .integers import search
-from .packing import pack
+from .integers import search_scales
+from .packing import pack_bits
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns after which the rest of the row is brought up to date
@@ -39,7 +39,7 @@ def factor_of(h: torch.Tensor) -> torch.Tensor | None:
         diagonal.add_(damping)
 
 
-def gptq(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
+def gptq_encode(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
     """Return the parts (see format.py) of rows f32[N, K] in an integer format; `factor` is that of their inputs.
 
     A group's scale and zero point come from the usual search, on the numbers as they are when its first column is due.
@@ -58,7 +58,7 @@ def gptq(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
         for j in range(start, stop):
             group, first = divmod(j, format.group)
             if not first:
-                _, scale, zero = search(left[j : j + format.group].T.contiguous(), format)
+                _, scale, zero = search_scales(left[j : j + format.group].T.contiguous(), format)
                 scales[group], zeros[group] = scale, zero
                 divisor = torch.where(scale == 0, 1.0, scale)
             code = (left[j] / divisor).add_(zero).round_().clamp_(0, top)
@@ -68,7 +68,7 @@ def gptq(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     # not contiguous(): to torch one column counts as contiguous with any stride
     whole = torch.contiguous_format
-    parts = {"codes": pack(codes.T.contiguous(), format.bits), "scales": scales.T.clone(memory_format=whole)}
+    parts = {"codes": pack_bits(codes.T.contiguous(), format.bits), "scales": scales.T.clone(memory_format=whole)}
     if format.zeros:
-        parts["zeros"] = pack(zeros.T.to(torch.uint8, memory_format=whole, copy=True), format.bits)
+        parts["zeros"] = pack_bits(zeros.T.to(torch.uint8, memory_format=whole, copy=True), format.bits)
     return parts

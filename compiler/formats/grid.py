@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from .format import Cells, Format, Parts
-from .packing import pack, unpack
+from .packing import pack_bits, unpack_bits
 
 WIDTHS = (1.0, 0.9)  # of the grid, as shares of the range of the numbers
 _SCALES = {"bf16": torch.bfloat16}
@@ -26,48 +26,48 @@ def encode(x: torch.Tensor, format: Format, tensor_scale: float | None) -> Parts
     far = groups.abs().amax(-1, keepdim=True)
     unit = groups / torch.where(far == 0, 1.0, far)  # squares of numbers of any size would leave the range of f32
     gain, best = torch.full_like(far, -1.0), torch.zeros_like(far)
-    for scale in _scales(unit, format):
-        numbers = _values(format)[_nearest(unit, scale, format)]
+    for scale in _candidate_scales(unit, format):
+        numbers = _values_of_codes(format)[_nearest_codes(unit, scale, format)]
         product = (unit * numbers).sum(-1, keepdim=True)
         square = numbers.square().sum(-1, keepdim=True).clamp_(min=_TINY)
         # the error of the scale of least squares is the sum of squares of the numbers less this
         found = product.square() / square
         gain, best = torch.maximum(gain, found), torch.where(found > gain, product / square, best)
     stored = (best * far).to(_SCALES[format.scale])
-    codes = _nearest(groups, stored.float(), format).to(torch.uint8).flatten(-2)
-    return {"codes": pack(codes, format.bits), "scales": stored.squeeze(-1)}
+    codes = _nearest_codes(groups, stored.float(), format).to(torch.uint8).flatten(-2)
+    return {"codes": pack_bits(codes, format.bits), "scales": stored.squeeze(-1)}
 
 
 def decode(parts: Parts, format: Format, width: int) -> torch.Tensor:
     """Return the numbers f32[..., K] that parts stand for."""
-    codes = unpack(parts["codes"], format.bits, width).int()
-    numbers = _values(format)[codes].unflatten(-1, (-1, format.group))
+    codes = unpack_bits(parts["codes"], format.bits, width).int()
+    numbers = _values_of_codes(format)[codes].unflatten(-1, (-1, format.group))
     return (numbers * parts["scales"].float().unsqueeze(-1)).flatten(-2)
 
 
 def cells(x: torch.Tensor, format: Format) -> Cells:
     """Yield the cells of numbers f64[..., G] in groups, and how far they lie beyond the ends of the grid."""
-    values = _values(format).double()
-    for scale in _scales(x, format):
+    values = _values_of_codes(format).double()
+    for scale in _candidate_scales(x, format):
         size = (x / scale).nan_to_num(0.0)
         above = torch.bucketize(size, values).clamp_(1, len(values) - 1)
         beyond = (values[0] - size).clamp(min=0) + (size - values[-1]).clamp(min=0)
         yield (values[above] - values[above - 1]) * scale.abs(), beyond * scale.abs()
 
 
-def _scales(x: torch.Tensor, format: Format) -> Iterator[torch.Tensor]:
+def _candidate_scales(x: torch.Tensor, format: Format) -> Iterator[torch.Tensor]:
     """Yield the scales [..., 1] that are tried for groups [..., G]."""
     far = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     for end, width in itertools.product((format.values[-1], format.values[0]), WIDTHS):
         yield far * (width / end)
 
 
-def _nearest(x: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
+def _nearest_codes(x: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
     """Return the codes of the numbers that are nearest under a scale [..., 1]."""
-    values = _values(format)
+    values = _values_of_codes(format)
     return torch.bucketize(x / torch.where(scale == 0, 1.0, scale), (values[1:] + values[:-1]) / 2)
 
 
 @lru_cache(maxsize=8)
-def _values(format: Format) -> torch.Tensor:
+def _values_of_codes(format: Format) -> torch.Tensor:
     return torch.tensor(format.values, dtype=torch.float32)

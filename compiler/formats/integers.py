@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .format import Cells, Format, Parts
-from .packing import pack, unpack
+from .packing import pack_bits, unpack_bits
 
 # widths of the codes' range that are tried, as shares of the range of the numbers; fewer levels gain from clipping more
 WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9), 8: (1.0,)}
@@ -26,26 +26,26 @@ def encode(x: torch.Tensor, format: Format, tensor_scale: float | None) -> Parts
     """Return the parts of f32[..., K]."""
     shape, bits = x.shape, format.bits
     flat = x.reshape(-1, format.group)
-    factor, scale, zero = search(flat, format)
+    factor, scale, zero = search_scales(flat, format)
     codes = torch.empty(len(flat), format.group * bits // 8, dtype=torch.uint8)
-    for part, room in _chunks(flat):
-        rounded = _rounded(flat[part], factor[part], zero[part], format, room)
+    for part, room in _group_chunks(flat):
+        rounded = _round_groups(flat[part], factor[part], zero[part], format, room)
         lowest = rounded.numpy().view(np.int32).astype(np.uint8)  # the bits of a code, see _ROUND
-        codes[part] = pack(torch.from_numpy(lowest), bits)
+        codes[part] = pack_bits(torch.from_numpy(lowest), bits)
     parts = {
         "codes": codes.reshape(*shape[:-1], shape[-1] * bits // 8),
         "scales": scale.reshape(*shape[:-1], shape[-1] // format.group),
     }
     if format.zeros:
-        parts["zeros"] = pack(zero.to(torch.uint8).reshape(*shape[:-1], shape[-1] // format.group), bits)
+        parts["zeros"] = pack_bits(zero.to(torch.uint8).reshape(*shape[:-1], shape[-1] // format.group), bits)
     return parts
 
 
 def decode(parts: Parts, format: Format, width: int) -> torch.Tensor:
     """Return the numbers f32[..., K] that parts stand for."""
-    numbers = unpack(parts["codes"], format.bits, width).float().unflatten(-1, (-1, format.group))
+    numbers = unpack_bits(parts["codes"], format.bits, width).float().unflatten(-1, (-1, format.group))
     half, groups = float(1 << (format.bits - 1)), width // format.group
-    zeros = unpack(parts["zeros"], format.bits, groups).float() if format.zeros else torch.tensor(half)
+    zeros = unpack_bits(parts["zeros"], format.bits, groups).float() if format.zeros else torch.tensor(half)
     return ((numbers - zeros.unsqueeze(-1)) * parts["scales"].unsqueeze(-1)).flatten(-2)
 
 
@@ -63,7 +63,7 @@ def cells(x: torch.Tensor, format: Format) -> Cells:
         yield cell.expand_as(x), (low - x).clamp(min=0) + (x - high).clamp(min=0)
 
 
-def search(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def search_scales(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return for groups f32[N, G] the factor, scale and zero point f32[N] with which they are rounded best.
 
     The codes are round(x factor + zero) in 0 .. 2^bits - 1, and stand for (codes - zero) scale. For given codes c
@@ -72,7 +72,7 @@ def search(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor,
     """
     top, count = float((1 << format.bits) - 1), len(x)
     low, high = torch.empty(2, count)
-    for part, _ in _chunks(x):
+    for part, _ in _group_chunks(x):
         torch.amin(x[part], 1, out=low[part])  # twice as fast as aminmax
         torch.amax(x[part], 1, out=high[part])
     if format.zeros:
@@ -86,11 +86,11 @@ def search(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor,
     zero = (low * -widths / scale).round_().clamp_(0, top) if format.zeros else half
     factor = scale.reciprocal()
     product, square = torch.empty(2, *scale.shape)
-    for part, room in _chunks(x):
+    for part, room in _group_chunks(x):
         for i in range(len(widths)):
-            centred = _rounded(x[part], factor[i, part], zero[i, part], format, room)
+            centred = _round_groups(x[part], factor[i, part], zero[i, part], format, room)
             centred -= (zero[i, part] + _ROUND).unsqueeze(1)
-            _dot(x[part], centred, product[i, part])
+            _row_dot_products(x[part], centred, product[i, part])
             torch.linalg.vector_norm(centred, dim=1, out=square[i, part])
     square.square_().clamp_(min=_TINY)
     candidates = torch.stack((product * product / square, factor, product / square, zero), 1)
@@ -101,7 +101,7 @@ def search(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor,
     return factor, scale, zero
 
 
-def _chunks(x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+def _group_chunks(x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield slices of groups [N, G] that are worked on at once, each with a tensor of its size to work in.
 
     They share that memory: fresh memory costs more than the arithmetic, for the system clears its pages.
@@ -113,7 +113,7 @@ def _chunks(x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         yield slice(start, stop), room[: stop - start]
 
 
-def _rounded(
+def _round_groups(
     x: torch.Tensor, factor: torch.Tensor, zero: torch.Tensor, format: Format, room: torch.Tensor
 ) -> torch.Tensor:
     """Return _ROUND plus the codes of groups f32[N, G], made in `room`, for factors and zero points f32[N]."""
@@ -121,7 +121,7 @@ def _rounded(
     return room.add_((zero + _ROUND).unsqueeze(1)).clamp_(_ROUND, _ROUND + (1 << format.bits) - 1)
 
 
-def _dot(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+def _row_dot_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """Put the inner products of the rows of [N, G] in `out`; in torch a product and a sum pass over memory thrice."""
     np.einsum("ng,ng->n", a.numpy(), b.numpy(), out=out.numpy())
 

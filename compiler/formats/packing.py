@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack u8 codes along the last axis, the first in the lowest bits; the last byte is filled up with zeros."""
     if bits == 8:
         return codes
@@ -24,7 +24,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.from_numpy(packed.astype(np.uint8))
 
 
-def unpack(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+def unpack_bits(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     """Return the first `width` codes of packed ones, as u8."""
     if bits == 8:
         return packed

@@ -32,25 +32,25 @@ ELEMENTS: Mapping[str, tuple[float, ...]] = {
 }  # fmt: skip
 
 
-def _integers() -> Codec:
+def _integer_codec() -> Codec:
     from . import integers
 
     return integers
 
 
-def _e2m1() -> Codec:
+def _e2m1_codec() -> Codec:
     from . import e2m1
 
     return e2m1
 
 
-def _e4m3() -> Codec:
+def _e4m3_codec() -> Codec:
     from . import e4m3
 
     return e4m3
 
 
-def _grid() -> Codec:
+def _grid_codec() -> Codec:
     from . import grid
 
     return grid
@@ -59,10 +59,10 @@ def _grid() -> Codec:
 _NAMED = {
     f.name: f
     for f in (
-        Format("mxfp4", 4, 32, _e2m1, "e2m1", ELEMENTS["e2m1"], scale="f8e8m0"),
-        Format("nvfp4", 4, 16, _e2m1, "e2m1", ELEMENTS["e2m1"], scale="f8e4m3", tensor_scale=6 * 448),
-        Format("fp8_b128", 8, 128, _e4m3, "e4m3", rows=128),
-        Format("nf4", 4, 64, _grid, "nf4", ELEMENTS["nf4"], scale="bf16"),
+        Format("mxfp4", 4, 32, _e2m1_codec, "e2m1", ELEMENTS["e2m1"], scale="f8e8m0"),
+        Format("nvfp4", 4, 16, _e2m1_codec, "e2m1", ELEMENTS["e2m1"], scale="f8e4m3", tensor_scale=6 * 448),
+        Format("fp8_b128", 8, 128, _e4m3_codec, "e4m3", rows=128),
+        Format("nf4", 4, 64, _grid_codec, "nf4", ELEMENTS["nf4"], scale="bf16"),
     )
 }
 NAMED: tuple[Format, ...] = tuple(_NAMED.values())  # the formats that are no integers
@@ -71,7 +71,7 @@ FORMAT_NAMES = (*(f"{sign}int{bits}_gN" for sign in ("", "u") for bits in INTEGE
 
 def integers_of(bits: int, group: int, zeros: bool) -> Format:
     """Return the format of integers with any group."""
-    return Format(f"{'u' * zeros}int{bits}_g{group}", bits, group, _integers, zeros=zeros)
+    return Format(f"{'u' * zeros}int{bits}_g{group}", bits, group, _integer_codec, zeros=zeros)
 
 
 @lru_cache(maxsize=256)

@@ -55,7 +55,7 @@ def calibrated(
 
     `module` is the one that is to be lowered; None if it is lowered already. `limit` are the bytes to work in.
     """
-    from ..weights.awq import fit
+    from ..weights.awq import fit_awq_factors
     from ..weights.calibrated import Calibrated
     from .calibrate import calibrate, windows_of
 
@@ -65,7 +65,7 @@ def calibrated(
     weights = loaded.need_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
     found = calibrate(module, weights, windows_of(text, module), out.parent, limit)
-    fitted = fit(module, weights, found.inputs)
+    fitted = fit_awq_factors(module, weights, found.inputs)
     source = Calibrated(weights, found.inputs, fitted, limit // 4)
     return replace(loaded, weights=source), {"text": text.sha256, **found.to_dict()}
 

@@ -30,9 +30,9 @@ from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op, Value, bindings
 from ..ir.recipes import Recipe, bind
 from ..rewrite.roles import weight_roles
-from ..weights.pull import pull
+from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.source import WeightSource
-from ..weights.tiles import tiles
+from ..weights.tiles import tile_boxes
 from .allocate import Weight, choose
 from .calibrate import LIMIT, fitting, main_inputs
 from .plan import Budget, Entry, Plan, Unit, spell_layers
@@ -232,8 +232,8 @@ def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Re
     sizes = recipe.type.sizes
     weight = squares.get(recipe)  # a table that is only looked up has none: all columns count alike
     found = torch.zeros(sizes[0] if len(sizes) == 3 else 1)
-    for box in tiles(recipe.type, 4 << 20):
-        numbers = pull(recipe, source, box)
+    for box in tile_boxes(recipe.type, 4 << 20):
+        numbers = evaluate_recipe(recipe, source, box)
         error = (format.decode(format.encode(numbers), sizes[-1]) - numbers).square_()
         if len(sizes) == 3:
             experts = slice(*box[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..ir.module import Module
 from ..ir.recipes import steps_of
-from ..weights.narrow import is_narrowing
+from ..weights.demote import is_demotion
 from ..weights.steps.quantized import method_of
 from .options import CALIBRATED
 
@@ -12,7 +12,7 @@ from .options import CALIBRATED
 def is_lossy(module: Module) -> bool:
     """Return whether a weight of a module is stored in fewer bits than it has in the checkpoint."""
     steps = [step for f in module.functions for c in f.consts for step in steps_of(c.recipe)]
-    return any(step.name == "quantize" or is_narrowing(step) for step in steps)
+    return any(step.name == "quantize" or is_demotion(step) for step in steps)
 
 
 def precision(module: Module) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
 """The factors of AWQ (Lin et al. 2023): s = mean|x|^a for each input channel, with the a of 0, 0.1 .. 1 that errs least.
 
-compiler/awq.py says which weights are scaled and where the inverse goes. The error is that of the outputs, on inputs that
-a calibration kept; weights that read the same inputs share their factors, and each expert's down weight has its own.
+compiler/quantize/awq_scales.py says which weights are scaled and where the inverse goes. The error is that of the outputs,
+on inputs that a calibration kept; weights that read the same inputs share their factors, and each expert's down weight
+has its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..ir.module import Module, walk_calls
 from ..ir.recipes import Recipe, Step, Tensor, bind
 from ..ir.types import TensorType
 from .calibrated import Inputs, inputs_of
-from .pull import pull
+from .evaluate import evaluate_recipe
 from .sources.source import WeightSource
 from .steps.quantized import method_of
 
@@ -25,23 +26,23 @@ TILE = 4 << 20  # bytes of f32 of a weight that are worked on at once
 ROWS = 512  # inputs of a weight (of one expert) that the error is taken on
 
 
-def fit(module: Module, source: WeightSource, inputs: Mapping[str, Inputs]) -> dict[str, torch.Tensor]:
+def fit_awq_factors(module: Module, source: WeightSource, inputs: Mapping[str, Inputs]) -> dict[str, torch.Tensor]:
     """Return the factors of all scaled weights of a program by name, from the inputs that a calibration kept."""
     found: dict[str, torch.Tensor] = {}
-    for name, weights in _scaled(module).items():
+    for name, weights in _scaled_weights(module).items():
         per_expert = len(weights[0][0].sizes) == 2
         quantized = [(w, inputs_of(w, inputs)) for _, w in weights if w.name == "quantize" and method_of(w) == "awq"]
         found[name] = torch.ones(weights[0][0].sizes)
         if per_expert:
             for weight, seen in quantized:
                 for e in range(len(found[name])):
-                    found[name][e] = _search([(weight, seen, e)], source)
+                    found[name][e] = _search_factors([(weight, seen, e)], source)
         elif quantized:
-            found[name] = _search([(w, i, None) for w, i in quantized], source)
+            found[name] = _search_factors([(w, i, None) for w, i in quantized], source)
     return found
 
 
-def _scaled(module: Module) -> dict[str, list[tuple[TensorType, Step]]]:
+def _scaled_weights(module: Module) -> dict[str, list[tuple[TensorType, Step]]]:
     """Return for each tensor of factors the weights whose columns it scales, quantized ones as they are quantized."""
     found: dict[str, list[tuple[TensorType, Step]]] = {}
     for function, bound in walk_calls(module):
@@ -62,10 +63,10 @@ def _scaled(module: Module) -> dict[str, list[tuple[TensorType, Step]]]:
     return found
 
 
-def _search(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource) -> torch.Tensor:
+def _search_factors(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource) -> torch.Tensor:
     """Return the factors f32[K] that make the rounding of some weights, which share their inputs, err least."""
     first, given, one = weights[0]
-    level = _sample(given, one, first).abs().sum(0)
+    level = _sampled_inputs(given, one, first).abs().sum(0)
     if not float(level.max()) > 0:
         return torch.ones_like(level)
     candidates = []
@@ -76,32 +77,32 @@ def _search(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource
     for weight, seen, e in weights:
         format = format_of(weight.type.dtype)
         for expert in [e] if e is not None or len(weight.type.shape) == 2 else range(weight.type.sizes[0]):
-            x = _sample(seen, expert, weight)
-            for numbers in _rows(weight, expert, source):
+            x = _sampled_inputs(seen, expert, weight)
+            for numbers in _weight_rows(weight, expert, source):
                 for i, s in enumerate(candidates):
                     rounded = format.decode(format.encode(numbers * s), numbers.shape[1]).div_(s)
                     errors[i] += (x @ rounded.sub_(numbers).T).square().sum()
     return candidates[int(errors.argmin())]
 
 
-def _rows(weight: Step, expert: int | None, source: WeightSource) -> Iterator[torch.Tensor]:
+def _weight_rows(weight: Step, expert: int | None, source: WeightSource) -> Iterator[torch.Tensor]:
     """Yield the rows f32[N, K] of a weight's own numbers, or of one expert's, a few at a time."""
     *_, rows, width = weight.type.sizes
     step = max(1, TILE // (4 * width))
     lead = () if expert is None else ((expert, expert + 1),)
     for low in range(0, rows, step):
         box = (*lead, (low, min(low + step, rows)), (0, width))
-        yield pull(_own(weight), source, box).reshape(-1, width)
+        yield evaluate_recipe(_unscaled_recipe(weight), source, box).reshape(-1, width)
 
 
-def _own(weight: Step) -> Recipe:
+def _unscaled_recipe(weight: Step) -> Recipe:
     recipe: Recipe = weight
     while isinstance(recipe, Step) and recipe.name in ("quantize", "scale"):
         recipe = recipe.items[0]
     return recipe
 
 
-def _sample(seen: Inputs, expert: int | None, weight: Step) -> torch.Tensor:
+def _sampled_inputs(seen: Inputs, expert: int | None, weight: Step) -> torch.Tensor:
     """Return some of the inputs of a weight; none of an expert that saw too few."""
     rows = seen.sample(expert, ROWS)
     return torch.zeros(0, weight.type.sizes[-1]) if rows is None else rows

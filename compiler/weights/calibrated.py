@@ -15,7 +15,7 @@ from ..ir.recipes import WEIGHT, Step, tensors
 from ..ir.types import TensorType
 from .row_file import RowFile
 from .sources.safetensors_header import TensorInfo
-from .sources.source import Box, WeightSource, cut
+from .sources.source import Box, WeightSource, slice_box
 from .unchanged import Opened
 
 PIECE = 8 << 20  # bytes of f32 rows that are worked on at once
@@ -34,35 +34,35 @@ class Inputs:
     rows: torch.Tensor | RowFile
     chosen: tuple[torch.Tensor | None, ...] | None = None
 
-    def of(self, expert: int | None) -> torch.Tensor | None:
+    def expert_rows(self, expert: int | None) -> torch.Tensor | None:
         """Return the rows f32[N, K] of an expert, or of the whole weight for None."""
-        places = self._places(expert)
-        return None if places is None else torch.cat([self.rows[0:0].float(), *self._pieces(places)])
+        places = self._row_places(expert)
+        return None if places is None else torch.cat([self.rows[0:0].float(), *self._row_chunks(places)])
 
-    def gram(self, expert: int | None) -> torch.Tensor | None:
+    def gram_matrix(self, expert: int | None) -> torch.Tensor | None:
         """Return XᵀX f32[K, K] of the rows X of an expert, or of the whole weight for None."""
-        places = self._places(expert)
+        places = self._row_places(expert)
         if places is None:
             return None
         width = self.rows[0:0].shape[1]
         found = torch.zeros(width, width)
-        for piece in self._pieces(places):
+        for piece in self._row_chunks(places):
             found.addmm_(piece.T, piece)
         return found
 
     def sample(self, expert: int | None, most: int) -> torch.Tensor | None:
         """Return about `most` of the rows f32[N, K], equally far apart."""
-        places = self._places(expert)
+        places = self._row_places(expert)
         if places is None:
             return None
         some = places[:: max(1, len(places) // most)].contiguous()
-        return torch.cat([self.rows[0:0].float(), *self._pieces(some)])
+        return torch.cat([self.rows[0:0].float(), *self._row_chunks(some)])
 
-    def _places(self, expert: int | None) -> torch.Tensor | None:
+    def _row_places(self, expert: int | None) -> torch.Tensor | None:
         """Return which rows are an expert's."""
         return torch.arange(len(self.rows)) if self.chosen is None or expert is None else self.chosen[expert]
 
-    def _pieces(self, places: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _row_chunks(self, places: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the rows f32[N, K] at some places, which are in order, as many at a time as PIECE bytes hold."""
         step = max(1, PIECE // (4 * max(1, self.rows[0:0].shape[1])))
         for low in range(0, len(self.rows), step):
@@ -102,7 +102,7 @@ class Calibrated:
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
         """Return the part of a tensor in `box`; fitted tensors are available."""
         if name in self.fitted:
-            return cut(self.fitted[name], box)
+            return slice_box(self.fitted[name], box)
         return self.source.read(name, box, expected)
 
     def factor(self, quantized: Step, expert: int | None) -> torch.Tensor | None:
@@ -120,7 +120,7 @@ class Calibrated:
             size = 4 * quantized.type.sizes[-1] ** 2
             alone = self._making if 2 * _PARTS * size > self.room else nullcontext()
             with alone:
-                gram = found.gram(expert)
+                gram = found.gram_matrix(expert)
                 factor = None if gram is None else factor_of(gram)
             with self._lock:
                 self._factors[key] = factor

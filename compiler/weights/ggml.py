@@ -28,12 +28,12 @@ class Blocks:
     minimums: bool = False  # w = scale q - minimum; without it half of the range is subtracted from a code
 
 
-def _f16(raw: torch.Tensor, start: int) -> torch.Tensor:
+def _read_f16(raw: torch.Tensor, start: int) -> torch.Tensor:
     """Return the f16 at a byte as f32[blocks, 1]."""
     return raw[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
-def _nibbles(raw: torch.Tensor) -> torch.Tensor:
+def _split_nibbles(raw: torch.Tensor) -> torch.Tensor:
     """Return the low nibbles of the bytes along the last axis, then the high ones."""
     return torch.cat([raw & 15, raw >> 4], dim=-1)
 
@@ -49,31 +49,31 @@ def _fifth_bit(raw: torch.Tensor) -> torch.Tensor:
 
 
 def _q4_0(raw: torch.Tensor, part: str) -> torch.Tensor:
-    return _nibbles(raw[:, 2:]) if part == "codes" else _f16(raw, 0)
+    return _split_nibbles(raw[:, 2:]) if part == "codes" else _read_f16(raw, 0)
 
 
 def _q4_1(raw: torch.Tensor, part: str) -> torch.Tensor:
     if part == "codes":
-        return _nibbles(raw[:, 4:])
-    return _f16(raw, 0) if part == "scales" else -_f16(raw, 2)
+        return _split_nibbles(raw[:, 4:])
+    return _read_f16(raw, 0) if part == "scales" else -_read_f16(raw, 2)
 
 
 def _q5_0(raw: torch.Tensor, part: str) -> torch.Tensor:
-    return _nibbles(raw[:, 6:]) | _fifth_bit(raw[:, 2:6]) if part == "codes" else _f16(raw, 0)
+    return _split_nibbles(raw[:, 6:]) | _fifth_bit(raw[:, 2:6]) if part == "codes" else _read_f16(raw, 0)
 
 
 def _q5_1(raw: torch.Tensor, part: str) -> torch.Tensor:
     if part == "codes":
-        return _nibbles(raw[:, 8:]) | _fifth_bit(raw[:, 4:8])
-    return _f16(raw, 0) if part == "scales" else -_f16(raw, 2)
+        return _split_nibbles(raw[:, 8:]) | _fifth_bit(raw[:, 4:8])
+    return _read_f16(raw, 0) if part == "scales" else -_read_f16(raw, 2)
 
 
 def _q8_0(raw: torch.Tensor, part: str) -> torch.Tensor:
-    return raw[:, 2:] ^ 128 if part == "codes" else _f16(raw, 0)
+    return raw[:, 2:] ^ 128 if part == "codes" else _read_f16(raw, 0)
 
 
-def _mxfp4(raw: torch.Tensor, part: str) -> torch.Tensor:
-    return _nibbles(raw[:, 1:]) if part == "codes" else raw[:, :1].contiguous().view(torch.float8_e8m0fnu).float()
+def _read_mxfp4(raw: torch.Tensor, part: str) -> torch.Tensor:
+    return _split_nibbles(raw[:, 1:]) if part == "codes" else raw[:, :1].contiguous().view(torch.float8_e8m0fnu).float()
 
 
 def _q2_k(raw: torch.Tensor, part: str) -> torch.Tensor:
@@ -81,8 +81,8 @@ def _q2_k(raw: torch.Tensor, part: str) -> torch.Tensor:
     if part == "codes":
         return _bit_rows(raw[:, 16:80].unflatten(1, (2, 32)), 2).flatten(1)
     if part == "scales":
-        return _f16(raw, 80) * (raw[:, :16] & 15).float()
-    return _f16(raw, 82) * (raw[:, :16] >> 4).float()
+        return _read_f16(raw, 80) * (raw[:, :16] & 15).float()
+    return _read_f16(raw, 82) * (raw[:, :16] >> 4).float()
 
 
 def _q3_k(raw: torch.Tensor, part: str) -> torch.Tensor:
@@ -90,11 +90,11 @@ def _q3_k(raw: torch.Tensor, part: str) -> torch.Tensor:
     if part == "codes":
         third = _bit_rows(raw[:, :32], 1) << 2
         return _bit_rows(raw[:, 32:96].unflatten(1, (2, 32)), 2).flatten(1) | third
-    low, high = _nibbles(raw[:, 96:104]), _bit_rows(raw[:, 104:108], 2)
-    return _f16(raw, 108) * ((low | (high << 4)).float() - 32)
+    low, high = _split_nibbles(raw[:, 96:104]), _bit_rows(raw[:, 104:108], 2)
+    return _read_f16(raw, 108) * ((low | (high << 4)).float() - 32)
 
 
-def _sixes(raw: torch.Tensor, part: str) -> torch.Tensor:
+def _unpack_six_bits(raw: torch.Tensor, part: str) -> torch.Tensor:
     """Return the eight scales or minimums of 6 bits in 12 bytes as f32[blocks, 8].
 
     Four stand in the low bits of bytes 0 to 3 (minimums: 4 to 7), whose two high bits belong to the other four;
@@ -108,25 +108,25 @@ def _sixes(raw: torch.Tensor, part: str) -> torch.Tensor:
 def _q4_k(raw: torch.Tensor, part: str) -> torch.Tensor:
     """d, dmin, 12 bytes of scales and minimums, 128 bytes of codes in fours of 32."""
     if part == "codes":
-        return _nibbles(raw[:, 16:].unflatten(1, (4, 32))).flatten(1)
-    return _f16(raw, 0 if part == "scales" else 2) * _sixes(raw[:, 4:16], part)
+        return _split_nibbles(raw[:, 16:].unflatten(1, (4, 32))).flatten(1)
+    return _read_f16(raw, 0 if part == "scales" else 2) * _unpack_six_bits(raw[:, 4:16], part)
 
 
 def _q5_k(raw: torch.Tensor, part: str) -> torch.Tensor:
     """As q4_k, with 32 bytes of fifth bits before the codes."""
     if part == "codes":
         fifth = _bit_rows(raw[:, 16:48], 1) << 4
-        return _nibbles(raw[:, 48:].unflatten(1, (4, 32))).flatten(1) | fifth
+        return _split_nibbles(raw[:, 48:].unflatten(1, (4, 32))).flatten(1) | fifth
     return _q4_k(raw, part)
 
 
 def _q6_k(raw: torch.Tensor, part: str) -> torch.Tensor:
     """128 bytes of low nibbles, 64 bytes of two high bits, 16 scales i8, d."""
     if part == "codes":
-        low = _nibbles(raw[:, :128].unflatten(1, (2, 64)))
+        low = _split_nibbles(raw[:, :128].unflatten(1, (2, 64)))
         high = _bit_rows(raw[:, 128:192].unflatten(1, (2, 32)), 2)
         return (low | (high << 4)).flatten(1)
-    return _f16(raw, 208) * raw[:, 192:208].view(torch.int8).float()
+    return _read_f16(raw, 208) * raw[:, 192:208].view(torch.int8).float()
 
 
 # ggml-common.h of llama.cpp has the structs
@@ -141,6 +141,6 @@ BLOCKS: Mapping[str, Blocks] = {
     "q4_k": Blocks(256, 144, 32, 4, _q4_k, minimums=True),
     "q5_k": Blocks(256, 176, 32, 5, _q5_k, minimums=True),
     "q6_k": Blocks(256, 210, 16, 6, _q6_k),
-    "mxfp4": Blocks(32, 17, 32, 4, _mxfp4, "e2m1"),
+    "mxfp4": Blocks(32, 17, 32, 4, _read_mxfp4, "e2m1"),
     "iq4_nl": Blocks(32, 18, 32, 4, _q4_0, "iq4_nl"),
 }

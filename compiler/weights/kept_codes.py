@@ -74,11 +74,11 @@ def take_apart(recipe: Recipe) -> Codes:
     attributes = recipe.attributes
     match recipe.name:
         case "dequantize":
-            return _leaf(recipe)
+            return _codes_of_dequantize(recipe)
         case "cast" if attributes["to"] == "f32" and recipe.items[0].type.dtype == "f32":
             return take_apart(recipe.items[0])
         case "stack" | "concat" | "interleave":
-            return _together(recipe)
+            return _codes_of_join(recipe)
         case "transpose":
             perm = attributes.integers("perm")
             found = take_apart(recipe.items[0])
@@ -86,13 +86,13 @@ def take_apart(recipe: Recipe) -> Codes:
                 raise NotKept("its blocks of rows and columns would be turned")
             return found.with_items([step("transpose", i, perm=perm) for i in found.items], perm.index(found.axis))
         case "slice":
-            return _slice(recipe)
+            return _codes_of_slice(recipe)
         case "reshape":
-            return _reshape(recipe)
+            return _codes_of_reshape(recipe)
     raise NotKept(f"its codes do not pass through {recipe.name}")
 
 
-def _leaf(recipe: Step) -> Codes:
+def _codes_of_dequantize(recipe: Step) -> Codes:
     codes, scales, *zeros = recipe.items
     block = recipe.attributes.integers("block")
     bits, element = recipe.attributes.integer("bits", 0), "int"
@@ -115,17 +115,17 @@ def _leaf(recipe: Step) -> Codes:
         raise NotKept("each of its columns has a scale of its own (GPTQ's desc_act)")
     for i in shared:  # scales shared along other axes are written out
         if i != axis:
-            scales, *zeros = (_spread(item, i, block[i], sizes[i]) for item in (scales, *zeros))
+            scales, *zeros = (_repeat_along_axis(item, i, block[i], sizes[i]) for item in (scales, *zeros))
     return Codes(codes, scales, zeros[0] if zeros else None, axis, min(block[axis], sizes[axis]), bits, element)
 
 
-def _spread(item: Recipe, axis: int, times: int, size: int) -> Recipe:
+def _repeat_along_axis(item: Recipe, axis: int, times: int, size: int) -> Recipe:
     """Return an item repeated along an axis, cut to a size."""
     repeated = item if times == 1 else step("repeat", item, axis=axis, times=times)
     return repeated if repeated.type.sizes[axis] == size else step("slice", repeated, axis=axis, start=0, stop=size)
 
 
-def _together(recipe: Step) -> Codes:
+def _codes_of_join(recipe: Step) -> Codes:
     parts = _with_common_codes([take_apart(item) for item in recipe.items])
     first = parts[0]
     kinds = {(p.axis, p.group, p.bits, p.element, p.zeros is None, p.rows) for p in parts}
@@ -155,10 +155,10 @@ def _with_common_codes(parts: list[Codes]) -> list[Codes]:
     zeros = any(p.zeros is not None for p in parts)
     dtypes = {p.scales.type.dtype for p in parts}
     dtype = dtypes.pop() if len(dtypes) == 1 else "f32"
-    return [_as(p, bits, group, zeros, dtype) for p in parts]
+    return [_with_common_form(p, bits, group, zeros, dtype) for p in parts]
 
 
-def _as(part: Codes, bits: int, group: int, zeros: bool, dtype: str) -> Codes:
+def _with_common_form(part: Codes, bits: int, group: int, zeros: bool, dtype: str) -> Codes:
     """Return integer codes in more bits and smaller groups, with zero points and the dtype of scales that are wanted."""
     codes, scales, points = part.codes, part.scales, part.zeros
     half, wanted = 1 << (part.bits - 1), 1 << (bits - 1)
@@ -170,12 +170,12 @@ def _as(part: Codes, bits: int, group: int, zeros: bool, dtype: str) -> Codes:
         scales = step("cast", scales, to=dtype)
     if group != part.group:
         count = -(-codes.type.sizes[part.axis] // group)
-        scales = _spread(scales, part.axis, part.group // group, count)
-        points = points if points is None else _spread(points, part.axis, part.group // group, count)
+        scales = _repeat_along_axis(scales, part.axis, part.group // group, count)
+        points = points if points is None else _repeat_along_axis(points, part.axis, part.group // group, count)
     return replace(part, codes=codes, scales=scales, zeros=points, bits=bits, group=group)
 
 
-def _slice(recipe: Step) -> Codes:
+def _codes_of_slice(recipe: Step) -> Codes:
     found = take_apart(recipe.items[0])
     options = recipe.attributes
     axis = options.integer("axis")
@@ -190,7 +190,7 @@ def _slice(recipe: Step) -> Codes:
     return found.with_items([codes, *(step("slice", i, axis=axis, **ends) for i in found.items[1:])])
 
 
-def _reshape(recipe: Step) -> Codes:
+def _codes_of_reshape(recipe: Step) -> Codes:
     found = take_apart(recipe.items[0])
     before, after = found.codes.type.sizes, recipe.type.sizes
     behind = math.prod(before[found.axis + 1 :])
@@ -200,10 +200,10 @@ def _reshape(recipe: Step) -> Codes:
     if found.rows > 1 and after[axis - 1] != before[found.axis - 1]:
         raise NotKept("a reshape of it changes the rows that share scales")
     groups = found.scales.type.sizes[found.axis]
-    narrow = (*after[:axis], groups, *after[axis + 1 :])
+    grouped = (*after[:axis], groups, *after[axis + 1 :])
     if found.rows > 1:
-        narrow = (*narrow[: axis - 1], found.scales.type.sizes[found.axis - 1], *narrow[axis:])
-    shapes = [after, *(narrow for _ in found.items[1:])]
+        grouped = (*grouped[: axis - 1], found.scales.type.sizes[found.axis - 1], *grouped[axis:])
+    shapes = [after, *(grouped for _ in found.items[1:])]
     return found.with_items([step("reshape", i, shape=s) for i, s in zip(found.items, shapes, strict=True)], axis)
 
 
@@ -229,7 +229,7 @@ def _is_in(found: Codes, format: Format) -> bool:
     return alike and format.scale in ("f32", found.scales.type.dtype) and not format.tensor_scale
 
 
-def packed(found: Codes, format: Format) -> Recipe:
+def pack_codes(found: Codes, format: Format) -> Recipe:
     """Return the weight in a format that `exact_formats` yields, the groups along the last axis; NotKept otherwise."""
     last = len(found.codes.type.shape) - 1
     if found.axis != last:
@@ -243,7 +243,7 @@ def packed(found: Codes, format: Format) -> Recipe:
         codes = step("affine", codes, to="u8", add=(1 << (format.bits - 1)) - (1 << (found.bits - 1)))
     if format.group != found.group:
         times = max(1, -(-found.group // format.group))
-        scales, *zeros = (_spread(item, last, times, columns // format.group) for item in (scales, *zeros))
+        scales, *zeros = (_repeat_along_axis(item, last, times, columns // format.group) for item in (scales, *zeros))
     return step("packed", codes, scales, *zeros, to=format.name)
 
 

@@ -21,14 +21,14 @@ import torch
 from ..errors import write_error
 from ..formats.table import format_of
 from ..ir.recipes import Recipe, Step
+from .evaluate import evaluate_recipe, row_major
 from .heap import keep_freed_memory
 from .memory import TILE_BYTES, usable_threads
-from .pull import pull, row_major
 from .rows import encode_rows
 from .sources.source import Box, WeightSource
 from .steps.quantized import is_part, row_tiles
 from .steps.table import step
-from .tiles import tiles
+from .tiles import tile_boxes
 
 # Tensors of a page or more start on a page, so that a runtime can map them; small ones on a cache line.
 PAGE, LINE = 4096, 64
@@ -159,7 +159,7 @@ class DataFile(TiledFile):
                 (offset,) = self._reserve([recipe], source)
                 position = 0
                 jobs = []
-                for box in tiles(recipe.type, self._tile_bytes):
+                for box in tile_boxes(recipe.type, self._tile_bytes):
                     jobs.append(partial(self._tile, recipe, source, box, offset + position))
                     position += _box_elements(box) * recipe.type.bits // 8
                 self.run(jobs)
@@ -195,7 +195,7 @@ class DataFile(TiledFile):
 
     def _tile(self, recipe: Recipe, source: WeightSource, box: Box, offset: int) -> None:
         # row-major bytes; numpy knows no bf16 or float8, hence the view as bytes
-        self.write(offset, pull(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data)
+        self.write(offset, evaluate_recipe(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data)
 
     def _rows(self, quantized: Step, source: WeightSource, box: Box, first: int, offsets: dict[str, int]) -> None:
         for name, part in encode_rows(quantized, source, box).items():

@@ -12,7 +12,7 @@ from .sources.source import Box, full_box
 _GRAIN = 128
 
 
-def tiles(type_: TensorType, limit_bytes: int) -> Iterator[Box]:
+def tile_boxes(type_: TensorType, limit_bytes: int) -> Iterator[Box]:
     """Yield boxes that cover a tensor in row-major order, each contiguous and of at most `limit_bytes`.
 
     An element counts as at least 4 bytes, since most steps pass through float32. A box has at least one element.

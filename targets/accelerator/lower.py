@@ -15,7 +15,7 @@ from ...compiler.ir.module import Function, Module, Op, Value
 from ...compiler.ir.notes import Note, Rewritten
 from ...compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ...compiler.rewrite.roles import Uses, weight_roles
-from ...compiler.weights.narrow import narrowed
+from ...compiler.weights.demote import demoted_recipe
 from . import ops
 
 assert ops  # what is lowered to is declared there
@@ -59,7 +59,7 @@ def _stored(editor: Editor, op: Op, weight: Value) -> Value:
     recipe = editor.recipe(weight)
     if find_format(weight.type.dtype):
         return weight
-    narrow, exact = narrowed(recipe)
+    narrow, exact = demoted_recipe(recipe)
     if not exact:
         editor.note(
             op, f"{weight} stays {weight.type.dtype}: bf16 has not all of its numbers; round-weights rounds them"
@@ -86,7 +86,7 @@ def _linear(editor: Editor, op: Op, routers: frozenset[str]) -> Op:
     x, weight, bias = op["x"], op["w"], op.get("b")
     if op.results[0].name in routers:
         # a rounded score may choose another expert: the weights keep all their numbers, the scores stay f32
-        narrow, exact = narrowed(editor.recipe(weight))
+        narrow, exact = demoted_recipe(editor.recipe(weight))
         kept = editor.weight(narrow, f"{weight.name}.bf16") if exact else weight
         return op.become("acc.linear", x, kept, bias, out="f32")
     return op.become("acc.linear", x, _stored(editor, op, weight), bias)
@@ -101,7 +101,7 @@ def _embedding(editor: Editor, op: Op) -> Op:
     """Return a lookup in bf16 rows, which are widened behind it: the framework has it, and a token reads one row."""
     ids, table = op["ids"], op["table"]
     recipe = editor.recipe(table)
-    narrow, exact = (recipe, False) if find_format(table.type.dtype) else narrowed(recipe)
+    narrow, exact = (recipe, False) if find_format(table.type.dtype) else demoted_recipe(recipe)
     if not exact:
         editor.note(op, f"the table {table} stays {table.type.dtype}")
         return op

@@ -3,7 +3,7 @@
 import torch
 from moec.compiler.check.interpret import interpret
 from moec.compiler.ir.dims import evaluate
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 
 SPARSE, HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
 PUBLISHED = {"compress_rates": {SPARSE: 4, HEAVY: 128}, "sliding_window": 128, "max_position_embeddings": 1024}
@@ -22,7 +22,7 @@ class Interpreted:
         self.states = [p for p in self.module.main.params if p.type.state]
 
     def weights(self, recipe):
-        return self.kept.setdefault(repr(recipe), pull(recipe, self.source))
+        return self.kept.setdefault(repr(recipe), evaluate_recipe(recipe, self.source))
 
     def start(self, batch):
         dims = {"B": batch, "P": 0}

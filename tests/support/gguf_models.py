@@ -10,7 +10,7 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.gguf.model import dequantize_blocks, gguf_name
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import ModuleSource
 from tiny_models import random_model, save
 
@@ -29,7 +29,7 @@ def k_quant(kind):
             flat[:, start : start + 2] = (np.abs(scale) / 5000).astype("<f2").view(np.uint8)
         raw = flat.reshape(*x.shape[:-1], -1)
         tensor = Tensor("w", TensorType.of("u8", *raw.shape))
-        return raw, pull(dequantize_blocks(tensor, kind), ModuleSource({"w": torch.from_numpy(raw)})).numpy()
+        return raw, evaluate_recipe(dequantize_blocks(tensor, kind), ModuleSource({"w": torch.from_numpy(raw)})).numpy()
 
     return made
 

@@ -14,7 +14,7 @@ from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.frontends.load import load
 from moec.compiler.frontends.skeleton import make_model
 from moec.compiler.frontends.transformers.cache import cache_argument, returned_cache
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 
 INSTALLED = tuple(name for name, family in FAMILIES.items() if hasattr(transformers, family.config_class))
 ROUTER = re.compile(r"(\.(mlp|feed_forward|mixer)\.gate|\.gate\.wg|router(_gate)?(\.\w+)?)\.weight$")
@@ -91,7 +91,7 @@ def meaning(model, spec, target="cpu"):
 
     def weights(recipe):
         if repr(recipe) not in made:
-            made[repr(recipe)] = pull(recipe, source)
+            made[repr(recipe)] = evaluate_recipe(recipe, source)
         return made[repr(recipe)]
 
     return lambda inputs: interpret(module, inputs, weights)

@@ -18,11 +18,11 @@ import torch
 from ...errors import MoecError
 from ...ir.recipes import Recipe, Step, Tensor, rename
 from ...ir.types import TensorType, expand_range, range_at, range_size
-from ...weights.pull import pull
+from ...weights.evaluate import evaluate_recipe
 from ...weights.sources.checkpoint import Checkpoint
 from ...weights.sources.gguf import Gguf
 from ...weights.sources.safetensors_header import TensorInfo
-from ...weights.sources.source import Box, cut
+from ...weights.sources.source import Box, slice_box
 from .format_libraries import Library, gguf_library, library_of
 
 _NEAR, _SMALL = 1e-5, 1e-6  # relative to a number, and to the largest of a weight: f32 arithmetic in another order
@@ -108,10 +108,10 @@ class DecodedSource:
             while len(self._kept) >= _KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[name] = self._decode(name)
-        return cut(self._kept[name], box)
+        return slice_box(self._kept[name], box)
 
     def _decode(self, name: str) -> torch.Tensor:
-        own = pull(self._own[name], self.checkpoint)
+        own = evaluate_recipe(self._own[name], self.checkpoint)
         library = self.library_of(name)
         found: torch.Tensor | None = None
         if isinstance(library, str):

@@ -16,10 +16,10 @@ import torch
 
 from ...errors import MoecError
 from ...ir.recipes import Recipe
-from ...weights.pull import pull
+from ...weights.evaluate import evaluate_recipe
 from ...weights.sources.checkpoint import open_checkpoint
 from ...weights.sources.source import WeightSource
-from ...weights.tiles import tiles
+from ...weights.tiles import tile_boxes
 from ..deepseek_v4.model import MODEL_TYPE
 from ..deepseek_v4.weights import Weights
 from ..gguf.model import gguf_config, gguf_parameters
@@ -114,6 +114,6 @@ def _fill_model(model: Any, recipes: Mapping[str, Recipe], source: WeightSource,
 def _dequantized_tensor(recipe: Recipe, dtype: torch.dtype, source: WeightSource) -> torch.Tensor:
     """Return what a recipe makes."""
     found = torch.empty(recipe.type.sizes, dtype=dtype)
-    for box in tiles(recipe.type, _TILE):
-        found[tuple(slice(*span) for span in box)] = pull(recipe, source, box).to(dtype)
+    for box in tile_boxes(recipe.type, _TILE):
+        found[tuple(slice(*span) for span in box)] = evaluate_recipe(recipe, source, box).to(dtype)
     return found

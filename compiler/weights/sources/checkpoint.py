@@ -73,11 +73,11 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         """Have the files closed when nobody holds the checkpoint any more, as after an import that failed."""
-        weakref.finalize(self, _close, self._descriptors)
+        weakref.finalize(self, _close_files, self._descriptors)
 
     def close(self) -> None:
         """Close the files; reading is over."""
-        _close(self._descriptors)
+        _close_files(self._descriptors)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -114,13 +114,13 @@ def _missing_part(names: Iterable[str]) -> str | None:
 def names_like(name: str, names: Iterable[str]) -> str:
     """Say which of the names that are there are like one that is missing, or what they look like."""
     names = list(names)
-    near = closest(name, names)
+    near = closest_names(name, names)
     if near:
         return f"the closest names that are there: {', '.join(near)}"
     return f"config.json and the weights do not belong together: the tensors have names such as {', '.join(names[:3])}"
 
 
-def closest(name: str, names: Iterable[str]) -> list[str]:
+def closest_names(name: str, names: Iterable[str]) -> list[str]:
     """Return the names that are most like a name: those that end alike, best first; none where nothing is like it."""
     parts, number = name.split("."), first_number(name)
     # difflib is slow; names of other layers cannot be closer than those of the layer itself
@@ -142,7 +142,7 @@ def around_number(name: str) -> tuple[str, str]:
     return (name[: found.start()], name[found.end() :]) if found else (name, "")
 
 
-def _close(descriptors: dict[Path, int]) -> None:
+def _close_files(descriptors: dict[Path, int]) -> None:
     while descriptors:
         os.close(descriptors.popitem()[1])
 
@@ -171,9 +171,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             shards[name] = header.tensors
             unreadable |= header.unreadable
             digest.update(os.fsencode(f"{name} {len(header.content)}\n") + header.content)
-        tensors = _join(folder, shards, index or {})
+        tensors = _join_shards(folder, shards, index or {})
     except BaseException:
-        _close(descriptors)
+        _close_files(descriptors)
         raise
     for name, shard in (index or {}).items():
         if name not in tensors and name not in unreadable:
@@ -249,7 +249,7 @@ def open_regular(file: Path) -> int:
         raise MoecError(f"cannot open the shard: {error.strerror}", str(file)) from error
 
 
-def _join(
+def _join_shards(
     folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]], index: Mapping[str, str]
 ) -> dict[str, TensorInfo]:
     """Return all tensors by name. As in transformers, what the shards hold counts; the index decides between two of a name."""
@@ -285,20 +285,20 @@ def _read_box(info: TensorInfo, descriptor: int, box: Box) -> torch.Tensor:
     shape = tuple(stop - start for start, stop in box)
     item = info.type.bits // 8
     buffer = torch.empty(math.prod(shape) * item, dtype=torch.uint8)
-    _fill(info.file, descriptor, buffer, info.offset, item, info.type.sizes, box)
+    _read_into_buffer(info.file, descriptor, buffer, info.offset, item, info.type.sizes, box)
     if info.type.dtype == "bool":  # any byte may stand in a file; torch wants 0 and 1
         return buffer.ne(0).view(shape)
     return buffer.view(DTYPES[info.type.dtype].torch).view(shape)
 
 
-def _fill(
+def _read_into_buffer(
     file: Path, descriptor: int, buffer: torch.Tensor, offset: int, item: int, sizes: tuple[int, ...], box: Box
 ) -> None:
     """Read the bytes of a box (row-major) into a byte buffer; `item` is the size of one element in bytes."""
     view = buffer.numpy().data
     position = 0
     try:
-        for start, length in _runs(sizes, box):
+        for start, length in _contiguous_runs(sizes, box):
             done = 0
             while done < length * item:
                 part = view[position + done : position + length * item]
@@ -312,7 +312,7 @@ def _fill(
         raise MoecError(f"cannot read the shard: {error.strerror}", str(file)) from error
 
 
-def _runs(sizes: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
+def _contiguous_runs(sizes: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
     """Yield (start, length) in elements of each contiguous range of a box, in row-major order."""
     if any(start == stop for start, stop in box):
         return

@@ -74,7 +74,7 @@ def open_gguf(file: Path) -> Gguf:
     kinds: dict[str, str] = {}
     metadata: dict[str, Any] = {}
     try:
-        parts = _parts(Path(file))
+        parts = _part_files(Path(file))
         for part in parts:
             descriptors[part] = open_regular(part)
             with part.open("rb") as stream:
@@ -103,7 +103,7 @@ def _fingerprint_again(file: Path) -> str:
         return found.fingerprint
 
 
-def _parts(file: Path) -> list[Path]:
+def _part_files(file: Path) -> list[Path]:
     """Return the files of a model: of several where the name says `-00001-of-00003`."""
     found = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", file.name)
     if not found or int(found[3]) == 0:

@@ -85,7 +85,7 @@ def read_header(file: Path, descriptor: int) -> Header:
         raise MoecError("the header is not a JSON object", str(file), todo=_DAMAGED)
     _check_metadata(entries.pop("__metadata__", {}), file)
     data_start = 8 + length
-    spans = {name: _entry(name, entry, file) for name, entry in entries.items()}
+    spans = {name: _read_entry(name, entry, file) for name, entry in entries.items()}
     _check_cover(spans, size - data_start, file)
     found = {
         name: TensorInfo(type_, file, data_start + begin)
@@ -121,16 +121,16 @@ def _check_metadata(metadata: Any, file: Path) -> None:
         raise MoecError("__metadata__ in the header is not a table of strings", str(file), todo=_DAMAGED)
 
 
-def _entry(name: str, entry: Any, file: Path) -> tuple[TensorType | str, int, int]:
+def _read_entry(name: str, entry: Any, file: Path) -> tuple[TensorType | str, int, int]:
     """Return the type (the dtype alone where it is unknown) and the byte range (within the data) of one tensor."""
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise MoecError(f"tensor {name!r}: dtype, shape or data_offsets is missing", str(file), todo=_DAMAGED)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise MoecError(f"tensor {name!r} has the unknown dtype {dtype!r:.80}", str(file), todo=_DAMAGED)
-    if not _counts(shape) or math.prod(n or 1 for n in shape) >= 2**63:
+    if not _is_shape(shape) or math.prod(n or 1 for n in shape) >= 2**63:
         raise MoecError(f"tensor {name!r} has no valid shape: {shape!r:.80}", str(file), todo=_DAMAGED)
-    if not _counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+    if not _is_shape(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         what = f"tensor {name!r} has no valid data_offsets: {offsets!r:.80}"
         raise MoecError(what, str(file), todo=_DAMAGED)
     if dtype not in SAFETENSORS_DTYPES:
@@ -139,16 +139,16 @@ def _entry(name: str, entry: Any, file: Path) -> tuple[TensorType | str, int, in
     if offsets[1] - offsets[0] != wanted:
         what = f"the header lies about sizes: tensor {name!r} {dtype}{shape} takes {wanted} bytes, not"
         raise MoecError(f"{what} {offsets[1] - offsets[0]}", str(file), todo=_DAMAGED)
-    return _type(SAFETENSORS_DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
+    return _tensor_type(SAFETENSORS_DTYPES[dtype], tuple(shape)), offsets[0], offsets[1]
 
 
 @lru_cache(maxsize=1024)
-def _type(dtype: str, shape: tuple[int, ...]) -> TensorType:
+def _tensor_type(dtype: str, shape: tuple[int, ...]) -> TensorType:
     """Return a type; a checkpoint has 100,000 tensors of a few dozen types, and making one costs more than parsing."""
     return TensorType.of(dtype, *shape)
 
 
-def _counts(value: Any) -> bool:
+def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 

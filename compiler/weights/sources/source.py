@@ -57,7 +57,7 @@ class ModuleSource:
         if expected is not None and expected.plain != found:
             raise MoecError(f"tensor {name!r} is {found} in the module, {expected} is wanted", model=name)
         tensor = self._state[name].detach()
-        return cut(tensor, box).cpu()
+        return slice_box(tensor, box).cpu()
 
 
 class RandomSource:
@@ -84,7 +84,7 @@ class RandomSource:
             if name not in self.tensors:
                 raise ValueError(f"the type of {name!r} is not known")
             expected = self.tensors[name].type
-        return cut(self._whole(name, expected.dtype, expected.sizes), box)
+        return slice_box(self._whole(name, expected.dtype, expected.sizes), box)
 
     def _make(self, name: str, dtype: str, sizes: tuple[int, ...]) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
@@ -114,7 +114,7 @@ def check_box(box: Box, sizes: Sequence[int]) -> Box:
     return box
 
 
-def cut(tensor: torch.Tensor, box: Box | None) -> torch.Tensor:
+def slice_box(tensor: torch.Tensor, box: Box | None) -> torch.Tensor:
     """Return the part of a tensor in a box, as a view."""
     if box is None:
         return tensor

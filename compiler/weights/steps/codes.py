@@ -26,28 +26,28 @@ _FLOAT8 = ("f8e4m3", "f8e5m2")
 
 
 @cache
-def _table(name: str) -> torch.Tensor:
+def _numbers_of_codes(name: str) -> torch.Tensor:
     """Return the numbers of codes of 4 bits."""
     return torch.tensor(ELEMENTS[name], dtype=torch.float32)
 
 
 @cache
-def _pairs(name: str) -> np.ndarray:
+def _numbers_of_bytes(name: str) -> np.ndarray:
     """Return what a byte of two codes stands for, the low one first, as one element of 8 bytes.
 
     A lookup of whole bytes in numpy is several times as fast as one of codes in torch.
     """
-    numbers, byte = _table(name), torch.arange(256)
+    numbers, byte = _numbers_of_codes(name), torch.arange(256)
     return torch.stack((numbers[byte & 15], numbers[byte >> 4]), dim=-1).numpy().view(np.int64).ravel()
 
 
 @cache
-def _float8(name: str) -> np.ndarray:
+def _numbers_of_float8(name: str) -> np.ndarray:
     """Return the numbers of all bytes of a float8: a lookup is several times as fast as torch's conversion."""
     return torch.arange(256).to(torch.uint8).view(DTYPES[name].torch).float().numpy()
 
 
-def _dtype(name: Attr) -> str:
+def _checked_dtype(name: Attr) -> str:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
     return str(name)
@@ -82,7 +82,9 @@ def _unpack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     first, last = low * bits // word, math.ceil(high * bits / word)
     words = inner(item, with_span(box, axis, first, last))
     if word % bits:
-        return _straddling(words, word, bits, axis, range(low * bits - first * word, high * bits - first * word, bits))
+        return _unpack_across_words(
+            words, word, bits, axis, range(low * bits - first * word, high * bits - first * word, bits)
+        )
     order = step.attributes.integers("order") if "order" in step.attributes else range(word // bits)
     shape = list(words.shape)
     codes = torch.empty([*shape[: axis + 1], word // bits, *shape[axis + 1 :]], dtype=torch.uint8)
@@ -92,7 +94,7 @@ def _unpack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     return codes.flatten(axis, axis + 1).narrow(axis, start, high - low)
 
 
-def _straddling(words: torch.Tensor, word: int, bits: int, axis: int, places: range) -> torch.Tensor:
+def _unpack_across_words(words: torch.Tensor, word: int, bits: int, axis: int, places: range) -> torch.Tensor:
     """Return codes that begin at bit places of a row of words, and may end in the next word."""
     wide = words.to(torch.int64).bitwise_and_((1 << word) - 1)
     bit = torch.tensor(places)
@@ -106,7 +108,7 @@ def _straddling(words: torch.Tensor, word: int, bits: int, axis: int, places: ra
 
 def _affine_type(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
-    return TensorType.of(_dtype(attributes["to"]), *item.shape)
+    return TensorType.of(_checked_dtype(attributes["to"]), *item.shape)
 
 
 @weight_step("affine", _affine_type, reads_codes=True)
@@ -124,7 +126,7 @@ def _affine(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 def _view_type(types: Types, attributes: Attrs) -> TensorType:
     (item,) = types
-    dtype = _dtype(attributes["to"])
+    dtype = _checked_dtype(attributes["to"])
     if DTYPES[dtype].bits != item.bits:
         raise ValueError(f"{item} cannot be seen as {dtype}: elements of another size")
     return TensorType.of(dtype, *item.shape)
@@ -148,10 +150,12 @@ def _decode(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     """Return the numbers of codes, by the table `of` of formats."""
     kind, item = str(step.attributes["of"]), step.items[0]
     if not _is_two_in_a_byte(item):
-        return _table(kind)[inner(item, box).int()]
+        return _numbers_of_codes(kind)[inner(item, box).int()]
     *outer, (low, high) = box
     codes = inner(item.items[0], (*outer, (low // 2, -(-high // 2)))).contiguous().view(torch.uint8)
-    pairs = np.take(_pairs(kind), codes.numpy(), mode="clip")  # a byte is never out of range: nothing to check
+    pairs = np.take(
+        _numbers_of_bytes(kind), codes.numpy(), mode="clip"
+    )  # a byte is never out of range: nothing to check
     numbers = torch.from_numpy(pairs.view(np.float32))
     return numbers.narrow(-1, low % 2, high - low)
 
@@ -279,7 +283,7 @@ def _dequantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
                 axis += 1
         return values
 
-    numbers = _floats(codes)
+    numbers = _codes_to_f32(codes)
     wide = numbers.reshape(split)
     if wide.data_ptr() == codes.data_ptr() and not _is_step(step.items[0], "decode"):
         wide = wide.clone()  # codes that were float32 may belong to the source
@@ -295,12 +299,14 @@ def _dequantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     return wide.reshape(box_sizes(box))
 
 
-def _floats(codes: torch.Tensor) -> torch.Tensor:
+def _codes_to_f32(codes: torch.Tensor) -> torch.Tensor:
     """Return codes as f32; those that are f32 already are not copied."""
     name = find_dtype(codes.dtype)
     if name not in _FLOAT8:
         return codes.to(torch.float32)
-    return torch.from_numpy(np.take(_float8(name), codes.contiguous().view(torch.uint8).numpy(), mode="clip"))
+    return torch.from_numpy(
+        np.take(_numbers_of_float8(name), codes.contiguous().view(torch.uint8).numpy(), mode="clip")
+    )
 
 
 STEPS = (_unpack, _affine, _view, _decode, _gather, _repeat, _blocks, _dequantize)

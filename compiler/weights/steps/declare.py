@@ -58,7 +58,7 @@ def weight_step(name: str, infer: TypeRule, **properties: bool) -> Callable[[Eva
 # --- what several steps need -------------------------------------------------------------------------------------
 
 
-def one(types: Types) -> TensorType:
+def only_type(types: Types) -> TensorType:
     """Return the type of the only item."""
     if len(types) != 1:
         raise ValueError(f"one item wanted, {len(types)} given")

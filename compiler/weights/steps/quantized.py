@@ -18,32 +18,32 @@ from ...ir.recipes import WEIGHT, Recipe, Step, steps_of, tensors
 from ...ir.types import Attrs, TensorType
 from ..calibrated import Calibrated
 from ..sources.source import Box, WeightSource
-from ..tiles import tiles
-from .declare import Evaluator, TypeRule, Types, WeightStep, one, weight_step
+from ..tiles import tile_boxes
+from .declare import Evaluator, TypeRule, Types, WeightStep, only_type, weight_step
 
 
 def is_part(recipe: Recipe) -> TypeGuard[Step]:
     """Return whether a recipe is a part of a quantized weight whose parts are made row by row."""
-    return isinstance(recipe, Step) and recipe.name in PART_NAMES and _format(recipe.items[0]).rows == 1
+    return isinstance(recipe, Step) and recipe.name in PART_NAMES and _format_of_step(recipe.items[0]).rows == 1
 
 
 def row_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
     """Yield boxes of the leading axes that cover a weight in order; whole rows of f32 in a box fill `limit_bytes`."""
     *rows, width = quantized.type.shape
-    return tiles(TensorType("f32", tuple(rows)), max(4, limit_bytes // int(width)))
+    return tile_boxes(TensorType("f32", tuple(rows)), max(4, limit_bytes // int(width)))
 
 
 def block_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
     """Yield boxes as `row_tiles` does, each of rows of one matrix and with whole blocks of rows that share scales."""
     *lead, rows, width = quantized.type.sizes
-    block = _format(quantized).rows
+    block = _format_of_step(quantized).rows
     step = max(1, limit_bytes // (4 * width) // block) * block
     for outer in itertools.product(*map(range, lead)):
         for low in range(0, rows, step):
             yield (*((i, i + 1) for i in outer), (low, min(low + step, rows)))
 
 
-def _format(quantized: Recipe) -> Format:
+def _format_of_step(quantized: Recipe) -> Format:
     return format_of(quantized.type.dtype)
 
 
@@ -60,12 +60,12 @@ def matrix_scale(
     for low in range(0, rows, step):
         box = (*((i, i + 1) for i in index), (low, min(low + step, rows)), (0, width))
         largest = max(largest, float(inner(item, box).float().abs().max()))
-    return largest / _format(quantized).tensor_scale or 1.0
+    return largest / _format_of_step(quantized).tensor_scale or 1.0
 
 
 def _encode_scaled(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tensor | None) -> Parts:
     """Return the parts in a format with a scale for each matrix, one matrix after the other."""
-    format, numbers = _format(quantized), inner(quantized.items[0], box).float()
+    format, numbers = _format_of_step(quantized), inner(quantized.items[0], box).float()
     found = []
     for place in itertools.product(*(range(n) for n in numbers.shape[:-2])):
         index = tuple(low + i for i, (low, _) in zip(place, box, strict=False))
@@ -79,24 +79,24 @@ def encode_parts(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tenso
     """Return the parts of whole rows in a box; MoecError for numbers that are not finite."""
     try:
         if quantized.name == "packed":
-            return _packed(quantized, box, inner)
-        if _format(quantized).tensor_scale:
+            return _packed_parts(quantized, box, inner)
+        if _format_of_step(quantized).tensor_scale:
             return _encode_scaled(quantized, box, inner, whole)
         (item,) = quantized.items
         numbers = inner(item, box).float()
         if quantized.attributes.get("method") == "gptq":
             return _with_inputs(quantized, numbers, box, inner.source)
-        return _format(quantized).encode(numbers)
+        return _format_of_step(quantized).encode(numbers)
     except ValueError as error:
         names = ", ".join(dict.fromkeys(t.name for t in tensors(quantized)))
         raise MoecError(f"a weight cannot be quantized: {error}", model=names) from None
 
 
-def _packed(quantized: Step, box: Box, inner: Evaluator) -> Parts:
+def _packed_parts(quantized: Step, box: Box, inner: Evaluator) -> Parts:
     """Return the parts of rows whose codes and scales the checkpoint holds."""
-    from ...formats.packing import pack
+    from ...formats.packing import pack_bits
 
-    format, codes = _format(quantized), quantized.items[0]
+    format, codes = _format_of_step(quantized), quantized.items[0]
     *lead, (low, high), _ = box
     blocks = (low // format.rows, -(-high // format.rows))
     groups = (*lead, blocks, (0, codes.type.sizes[-1] // format.group))
@@ -104,25 +104,25 @@ def _packed(quantized: Step, box: Box, inner: Evaluator) -> Parts:
     if not torch.isfinite(scales.float()).all():
         raise ValueError("some scales are infinite or not numbers")
     parts = {
-        "codes": pack(inner(codes, box), format.bits),
+        "codes": pack_bits(inner(codes, box), format.bits),
         "scales": scales.view(torch.uint8) if format.scale == "f8e8m0" else scales.float(),
     }
     if format.zeros:
         half = torch.full(scales.shape, 1 << (format.bits - 1), dtype=torch.uint8)
         zeros = inner(quantized.items[2], groups) if len(quantized.items) > 2 else half
-        parts["zeros"] = pack(zeros, format.bits)
+        parts["zeros"] = pack_bits(zeros, format.bits)
     return parts
 
 
 def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: WeightSource) -> Parts:
     """Return parts chosen with the inputs of the weight; experts that saw too few tokens are rounded to nearest."""
-    from ...formats.gptq import gptq
+    from ...formats.gptq import gptq_encode
 
-    format, known = _format(quantized), source if isinstance(source, Calibrated) else Calibrated(source, {})
+    format, known = _format_of_step(quantized), source if isinstance(source, Calibrated) else Calibrated(source, {})
 
     def parts(rows: torch.Tensor, expert: int | None) -> Parts:
         factor = known.factor(quantized, expert)
-        return format.encode(rows) if factor is None else gptq(rows, factor, format)
+        return format.encode(rows) if factor is None else gptq_encode(rows, factor, format)
 
     if numbers.dim() == 2:
         return parts(numbers, None)
@@ -131,7 +131,7 @@ def _with_inputs(quantized: Step, numbers: torch.Tensor, box: Box, source: Weigh
 
 
 def _quantize_type(types: Types, attributes: Attrs) -> TensorType:
-    item = one(types)
+    item = only_type(types)
     format = format_of(attributes.text("to"))
     if item.dtype != "f32" or len(item.shape) < 2:
         raise ValueError(f"f32 with two axes or more is quantized, not {item}")
@@ -146,7 +146,7 @@ def _quantize(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
     `weight` names the weight for methods that look at what it is multiplied with, `starved` says what they do without.
     """
-    format, wide = _format(step), _whole_blocks(step, box)
+    format, wide = _format_of_step(step), _whole_blocks(step, box)
     numbers = format.decode(encode_parts(step, wide, inner), step.type.sizes[-1])
     return numbers[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, wide, strict=True))]
 
@@ -170,7 +170,7 @@ def _packed_weight(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 def _whole_blocks(step: Step, box: Box) -> Box:
     """Return the box with whole rows, and as many rows as share scales."""
-    format, sizes = _format(step), step.type.sizes
+    format, sizes = _format_of_step(step), step.type.sizes
     *outer, (low, high), _ = box
     low, high = low - low % format.rows, min(high + -high % format.rows, sizes[-2])
     return (*outer, (low, high), (0, sizes[-1]))
@@ -178,7 +178,7 @@ def _whole_blocks(step: Step, box: Box) -> Box:
 
 def _part_type(name: str) -> TypeRule:
     def rule(types: Types, attributes: Attrs) -> TensorType:
-        item = one(types)
+        item = only_type(types)
         format = find_format(item.dtype)
         if format is None or name not in format.part_names:
             raise ValueError(f"{item} has no {name}")
@@ -189,14 +189,14 @@ def _part_type(name: str) -> TypeRule:
     return rule
 
 
-def _part(name: str) -> WeightStep:
+def _declare_part(name: str) -> WeightStep:
     """Declare the step that takes a part of a quantized weight."""
 
     @weight_step(name, _part_type(name))
     def evaluate(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
         """Take this part of a quantized weight, as a target stores it."""
         quantized: Any = step.items[0]
-        format = _format(quantized)
+        format = _format_of_step(quantized)
         rows = quantized.type.sizes[-2]
         *outer, (low, high), columns = box
         if name == "scales" and format.rows > 1:
@@ -210,7 +210,7 @@ def _part(name: str) -> WeightStep:
     return evaluate
 
 
-STEPS = (_quantize, *map(_part, PART_NAMES), _packed_weight)
+STEPS = (_quantize, *map(_declare_part, PART_NAMES), _packed_weight)
 
 
 # --- what the step that quantizes says ---------------------------------------------------------------------------

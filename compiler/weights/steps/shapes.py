@@ -10,7 +10,7 @@ from ...ir.dtypes import DTYPES
 from ...ir.recipes import Recipe, Step, spread
 from ...ir.types import Attrs, TensorType
 from ..sources.source import Box, full_box
-from .declare import Evaluator, Types, box_sizes, one, weight_step, with_span
+from .declare import Evaluator, Types, box_sizes, only_type, weight_step, with_span
 
 
 def _same_dtype(types: Types) -> str:
@@ -19,14 +19,14 @@ def _same_dtype(types: Types) -> str:
     return types[0].dtype
 
 
-def _axis(attributes: Attrs, rank: int) -> int:
+def _checked_axis(attributes: Attrs, rank: int) -> int:
     axis = attributes.integer("axis")
     if not 0 <= axis < rank:
         raise ValueError(f"axis {axis} is not in 0..{rank - 1}")
     return axis
 
 
-def _allocate(step: Step, box: Box) -> torch.Tensor:
+def _empty_box(step: Step, box: Box) -> torch.Tensor:
     return torch.empty(box_sizes(box), dtype=DTYPES[step.type.dtype].torch)
 
 
@@ -43,14 +43,14 @@ def _stack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     items = spread(step, low, high)
     if len(items) == 1:
         return inner(items[0], rest).unsqueeze(0)
-    result = _allocate(step, box)
+    result = _empty_box(step, box)
     for i, item in enumerate(items):
         result[i] = inner(item, rest)
     return result
 
 
 def _concat_type(types: Types, attributes: Attrs) -> TensorType:
-    axis = _axis(attributes, len(types[0].shape))
+    axis = _checked_axis(attributes, len(types[0].shape))
     rest = {t.shape[:axis] + t.shape[axis + 1 :] for t in types}
     if len(rest) != 1:
         raise ValueError(f"shapes differ off axis {axis}: {', '.join(sorted({str(t) for t in types}))}")
@@ -73,7 +73,7 @@ def _concat(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
             part = inner(item, with_span(box, axis, start - position, stop - position))
             if (start, stop) == (low, high):  # the box lies in one item: nothing to copy together
                 return part
-            result = _allocate(step, box) if result is None else result
+            result = _empty_box(step, box) if result is None else result
             result.narrow(axis, start - low, stop - start).copy_(part)
         position += size
     assert result is not None
@@ -92,7 +92,7 @@ def _interleave(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     axis = step.attributes.integer("axis")
     low, high = box[axis]
     items = spread(step)
-    result = _allocate(step, box)
+    result = _empty_box(step, box)
     for i, item in enumerate(items):
         # row r of item i is row r * len(items) + i of the result
         first, end = (-(-(bound - i) // len(items)) for bound in (low, high))
@@ -103,7 +103,7 @@ def _interleave(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _transpose_type(types: Types, attributes: Attrs) -> TensorType:
-    item = one(types)
+    item = only_type(types)
     perm = attributes.integers("perm")
     if sorted(perm) != list(range(len(item.shape))):
         raise ValueError(f"perm {perm} does not order the {len(item.shape)} axes of {item}")
@@ -121,8 +121,8 @@ def _transpose(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _slice_type(types: Types, attributes: Attrs) -> TensorType:
-    item = one(types)
-    axis = _axis(attributes, len(item.shape))
+    item = only_type(types)
+    axis = _checked_axis(attributes, len(item.shape))
     start, stop = attributes.integer("start"), attributes.integer("stop")
     step_ = attributes.integer("step", 1)
     if not 0 <= start < stop <= item.sizes[axis] or step_ < 1:
@@ -144,7 +144,7 @@ def _slice(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
 
 
 def _reshape_type(types: Types, attributes: Attrs) -> TensorType:
-    item = one(types)
+    item = only_type(types)
     result = TensorType.of(item.dtype, *attributes.integers("shape"))
     if result.elements != item.elements:
         raise ValueError(f"{item} cannot take the shape {attributes['shape']}")
@@ -161,23 +161,23 @@ def _reshape(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     """
     item = step.items[0]
     groups = _axis_groups(item.type.sizes, step.type.sizes)
-    wide = [_widen([step.type.sizes[k] for k in after], [box[k] for k in after]) for _, after in groups]
+    wide = [_widen_to_range([step.type.sizes[k] for k in after], [box[k] for k in after]) for _, after in groups]
     pieces = []
     for (before, after), spans in zip(groups, wide, strict=True):
         low, high = _flat_range([step.type.sizes[k] for k in after], spans)
         pieces.append(list(_flat_boxes([item.type.sizes[k] for k in before], low, high)))
-    whole = _gather(item, pieces, [], inner).reshape([b - a for spans in wide for a, b in spans])
+    whole = _join_pieces(item, pieces, [], inner).reshape([b - a for spans in wide for a, b in spans])
     around = [span for group in wide for span in group]
     inside = tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, around, strict=True))
     return whole[inside]
 
 
-def _gather(item: Recipe, pieces: Sequence[list[Box]], chosen: list[Box], inner: Evaluator) -> torch.Tensor:
+def _join_pieces(item: Recipe, pieces: Sequence[list[Box]], chosen: list[Box], inner: Evaluator) -> torch.Tensor:
     """Return the pieces of an item put together, with one axis for each group of axes."""
     if len(chosen) == len(pieces):
         part = inner(item, tuple(span for group in chosen for span in group))
         return part.reshape([math.prod(box_sizes(group)) for group in chosen])
-    parts = [_gather(item, pieces, [*chosen, piece], inner) for piece in pieces[len(chosen)]]
+    parts = [_join_pieces(item, pieces, [*chosen, piece], inner) for piece in pieces[len(chosen)]]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(chosen))
 
 
@@ -198,7 +198,7 @@ def _axis_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[rang
     return groups
 
 
-def _widen(sizes: Sequence[int], box: Sequence[tuple[int, int]]) -> Box:
+def _widen_to_range(sizes: Sequence[int], box: Sequence[tuple[int, int]]) -> Box:
     """Return the smallest box around `box` whose elements are one range in row-major order."""
     axis = 0
     while axis < len(box) and box[axis][1] - box[axis][0] == 1:
@@ -207,7 +207,7 @@ def _widen(sizes: Sequence[int], box: Sequence[tuple[int, int]]) -> Box:
 
 
 def _flat_range(sizes: Sequence[int], box: Box) -> tuple[int, int]:
-    """Return the range of flat indices that a box made by `_widen` covers."""
+    """Return the range of flat indices that a box made by `_widen_to_range` covers."""
     low = 0
     for size, (start, _) in zip(sizes, box, strict=True):
         low = low * size + start
@@ -240,7 +240,7 @@ def _cast_type(types: Types, attributes: Attrs) -> TensorType:
     dtype = attributes.text("to")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    return TensorType.of(dtype, *one(types).shape)
+    return TensorType.of(dtype, *only_type(types).shape)
 
 
 @weight_step("cast", _cast_type)

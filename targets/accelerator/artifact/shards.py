@@ -19,20 +19,20 @@ import torch
 
 from ....compiler.errors import MoecError, write_error
 from ....compiler.formats.format import Format, Parts
-from ....compiler.formats.packing import unpack
+from ....compiler.formats.packing import unpack_bits
 from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES, dtype_name
 from ....compiler.ir.module import Function, Module, bindings
 from ....compiler.ir.names import Names
 from ....compiler.ir.recipes import Recipe, Step, bind
+from ....compiler.weights.evaluate import evaluate_recipe, row_major
 from ....compiler.weights.memory import TILE_BYTES
-from ....compiler.weights.pull import pull, row_major
 from ....compiler.weights.rows import encode_rows, tensor_scales
 from ....compiler.weights.sink import TiledFile
 from ....compiler.weights.sources.safetensors_header import SAFETENSORS_DTYPES
 from ....compiler.weights.sources.source import Box, WeightSource
 from ....compiler.weights.steps.quantized import block_tiles
-from ....compiler.weights.tiles import tiles
+from ....compiler.weights.tiles import tile_boxes
 from ..tile.packing import FRACTAL_ROWS, Packing
 
 FOLDER, MAIN = "weights", "main"
@@ -206,7 +206,7 @@ def _jobs(
     recipe, packing = weight.recipe, weight.packing
     if packing is None:
         offset = places[weight.name]
-        for box in tiles(recipe.type, tile_bytes):
+        for box in tile_boxes(recipe.type, tile_bytes):
             yield partial(_plain, file, recipe, source, box, offset)
             offset += int(np.prod([b - a for a, b in box], dtype=np.int64)) * int(recipe.type.bits) // 8
     elif packing.fractal:
@@ -217,7 +217,7 @@ def _jobs(
 
 
 def _plain(file: TiledFile, recipe: Recipe, source: WeightSource, box: Box, offset: int) -> None:
-    file.write(offset, pull(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data)
+    file.write(offset, evaluate_recipe(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data)
 
 
 # --- fractals ------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def _fractal(
     columns, rows, *one = shape[-4:]
     low, high = box[-2]
     matrix = box[0][0] if packing.experts else 0
-    numbers = _numpy(pull(recipe, source, box)).reshape(high - low, -1)
+    numbers = _numpy(evaluate_recipe(recipe, source, box)).reshape(high - low, -1)
     packed = replace(packing, rows=high - low, experts=0).pack(numbers)[""]
     size = int(np.prod(one)) * packed.dtype.itemsize
     for column, part in enumerate(packed):
@@ -290,13 +290,13 @@ def _format(packing: Packing) -> Format:
 
 def _given(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.ndarray]:
     """Return what Packing.pack takes of the parts that formats/format.py names: one code in an element."""
-    codes = unpack(parts["codes"], format.bits, width).reshape(rows, width).numpy()
+    codes = unpack_bits(parts["codes"], format.bits, width).reshape(rows, width).numpy()
     if format.element == "int" and not format.zeros:
         codes = (codes.astype(np.int16) - (1 << (format.bits - 1))).astype(np.int8)
     found = {"codes": codes, "scales": _numpy(parts["scales"])}
     found["scales"] = found["scales"].reshape(-1, found["scales"].shape[-1])
     if format.zeros:
-        found["zeros"] = unpack(parts["zeros"], format.bits, width // format.group).reshape(rows, -1).numpy()
+        found["zeros"] = unpack_bits(parts["zeros"], format.bits, width // format.group).reshape(rows, -1).numpy()
     if format.tensor_scale:
         found["tensor_scale"] = _numpy(parts["tensor_scale"]).reshape(-1)
     return found

@@ -21,8 +21,8 @@ from ....compiler.ir.dims import size_text
 from ....compiler.ir.module import Function, Module, Op, Value, bindings
 from ....compiler.ir.recipes import Recipe, bind
 from ....compiler.version import __version__
+from ....compiler.weights.evaluate import evaluate_recipe
 from ....compiler.weights.memory import TILE_BYTES
-from ....compiler.weights.pull import pull
 from ....compiler.weights.sink import DataFile
 from ....compiler.weights.sources.source import WeightSource
 from ....compiler.weights.steps.quantized import is_part
@@ -166,7 +166,7 @@ class _Writer:
         if int(type_.bytes) >= INLINE_BYTES or is_part(recipe):
             offset, length = self.data.append(recipe, self.source)
             return self.graph.external(name, type_, DATA, offset, length)
-        raw = pull(recipe, self.source).reshape(-1).view(torch.uint8).numpy().tobytes()
+        raw = evaluate_recipe(recipe, self.source).reshape(-1).view(torch.uint8).numpy().tobytes()
         return self.graph.initializer(name, type_.dtype, type_.sizes, raw)
 
 

@@ -16,7 +16,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ....compiler.formats.format import Format, Parts
-from ....compiler.formats.packing import pack
+from ....compiler.formats.packing import pack_bits
 from ....compiler.ir.dims import dim
 from ....compiler.ir.module import Const, Dim, Module, Value
 from ....compiler.ir.recipes import Tensor
@@ -62,9 +62,9 @@ def quantized(format: Format, *sizes: int, seed: int) -> dict[str, torch.Tensor 
     scales = (torch.rand(groups, generator=generator) + 0.5) / (spread * width**0.5)
     zeros = torch.randint(half - half // 4 - 1, half + half // 4 + 1, groups, generator=generator)
     return {
-        "codes": pack(codes.to(torch.uint8), format.bits),
+        "codes": pack_bits(codes.to(torch.uint8), format.bits),
         "scales": scales,
-        "zeros": pack(zeros.to(torch.uint8), format.bits) if format.zeros else None,
+        "zeros": pack_bits(zeros.to(torch.uint8), format.bits) if format.zeros else None,
     }
 
 

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.format import PART_NAMES, Format
-from moec.compiler.formats.packing import pack, unpack
+from moec.compiler.formats.packing import pack_bits, unpack_bits
 from moec.compiler.formats.table import ELEMENTS, GROUPS, format_of
 from moec.compiler.ir.recipes import Step, Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.source import ModuleSource
 from moec.compiler.weights.steps.table import step
-from moec.compiler.weights.tiles import tiles
+from moec.compiler.weights.tiles import tile_boxes
 
 INTEGERS = [f"{sign}int{bits}_g{group}" for bits in (2, 4, 8) for group in GROUPS for sign in ("", "u")]
 FORMATS = [*INTEGERS, "mxfp4", "nvfp4", "fp8_b128"]
@@ -55,14 +55,14 @@ def test_packed_codes_come_back(data: st.DataObject) -> None:
         data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=rows * width, max_size=rows * width)),
         dtype=torch.uint8,
     ).reshape(rows, width)
-    packed = pack(codes, bits)
+    packed = pack_bits(codes, bits)
     assert packed.shape == (rows, -(-width * bits // 8))
-    assert torch.equal(unpack(packed, bits, width), codes)
+    assert torch.equal(unpack_bits(packed, bits, width), codes)
 
 
 def test_the_first_code_is_in_the_lowest_bits() -> None:
-    assert pack(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
-    assert pack(torch.tensor([3, 0, 1, 2, 1], dtype=torch.uint8), 2).tolist() == [0b10_01_00_11, 0b01]
+    assert pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
+    assert pack_bits(torch.tensor([3, 0, 1, 2, 1], dtype=torch.uint8), 2).tolist() == [0b10_01_00_11, 0b01]
 
 
 # --- numbers to codes and back -----------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_the_refusal_names_the_weight(name: str) -> None:
     source = ModuleSource({"layers.3.w": torch.full((2, 64), torch.inf)})
     weight = step("quantize", Tensor("layers.3.w", TensorType.of("f32", 2, 64)), to=name)
     with pytest.raises(MoecError, match=r"cannot be quantized(.|\n)*layers\.3\.w"):
-        pull(step("codes", weight), source)
+        evaluate_recipe(step("codes", weight), source)
 
 
 # --- codes of floating-point formats ---------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_e2m1_rounds_as_ml_dtypes() -> None:
     widest = torch.cat((groups, torch.full((len(groups), 16), 6.0)), 1)
     parts = replace(format_of("nvfp4"), group=32).encode(widest, tensor_scale=1.0)
     assert (parts["scales"].float() == 1).all()
-    codes = unpack(parts["codes"], 4, 32)[:, :16]
+    codes = unpack_bits(parts["codes"], 4, 32)[:, :16]
     wanted = groups.numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
     assert np.array_equal(E2M1[codes.long()].numpy(), wanted)
 
@@ -185,7 +185,7 @@ def test_scales_of_mxfp4_are_powers_of_two_as_ml_dtypes_has_them() -> None:
     x = normal(64, 32) * torch.arange(-30, 34)[:, None].float().exp2()
     parts = format_of("mxfp4").encode(x)
     scales = parts["scales"].numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    numbers = E2M1[unpack(parts["codes"], 4, 32).long()]
+    numbers = E2M1[unpack_bits(parts["codes"], 4, 32).long()]
     assert torch.equal(format_of("mxfp4").decode(parts, 32), numbers * torch.from_numpy(scales))
     # six times the scale reaches the largest number, or half of it does
     ratio = x.abs().amax(1) / (6 * torch.from_numpy(scales[:, 0]))
@@ -224,13 +224,13 @@ def parts_of(name: str) -> tuple[Step, ModuleSource]:
 def test_parts_pulled_in_tiles_are_the_whole_ones(name: str) -> None:
     weight, source = parts_of(name)
     for part in [*(step(n, weight) for n in format_of(weight.type.dtype).part_names), weight]:
-        whole = pull(part, source)
+        whole = evaluate_recipe(part, source)
         for limit in (1000, 5000):
-            boxes = list(tiles(part.type if part is not weight else TensorType("f32", weight.type.shape), limit))
+            boxes = list(tile_boxes(part.type if part is not weight else TensorType("f32", weight.type.shape), limit))
             assert len(boxes) > 1 or part.name in ("scales", "zeros") or limit > 1000
             for box in boxes:
                 cut = whole[tuple(slice(*span) for span in box)]
-                assert torch.equal(pull(part, source, box), cut), (part.name, box)
+                assert torch.equal(evaluate_recipe(part, source, box), cut), (part.name, box)
 
 
 @pytest.mark.parametrize("name", ["int4_g16", "uint4_g32", "uint2_g64", "int8_g128", "uint8_g256", "mxfp4", "fp8_b128"])
@@ -242,13 +242,13 @@ def test_the_data_file_holds_what_pull_gives(name: str, tile_bytes: int, tmp_pat
         places = {part: data.append(recipe, source) for part, recipe in reversed(wanted.items())}
     raw = (tmp_path / "data").read_bytes()
     for part, (offset, length) in places.items():
-        whole = pull(wanted[part], source).reshape(-1).view(torch.uint8).numpy().tobytes()
+        whole = evaluate_recipe(wanted[part], source).reshape(-1).view(torch.uint8).numpy().tobytes()
         assert raw[offset : offset + length] == whole
     assert data.size == len(raw)
 
 
 def test_the_parts_are_what_a_weight_is_made_of() -> None:
     weight, source = parts_of("uint4_g32")
-    parts = {part: pull(step(part, weight), source) for part in format_of(weight.type.dtype).part_names}
+    parts = {part: evaluate_recipe(step(part, weight), source) for part in format_of(weight.type.dtype).part_names}
     assert list(parts) == list(PART_NAMES)
-    assert torch.equal(format_of("uint4_g32").decode(parts, 96), pull(weight, source))
+    assert torch.equal(format_of("uint4_g32").decode(parts, 96), evaluate_recipe(weight, source))

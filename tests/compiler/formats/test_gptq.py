@@ -3,16 +3,16 @@
 import pytest
 import torch
 from moec.compiler.errors import MoecError
-from moec.compiler.formats.gptq import factor_of, gptq
+from moec.compiler.formats.gptq import factor_of, gptq_encode
 from moec.compiler.formats.table import format_of
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.calibrated import Calibrated, Inputs
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.source import ModuleSource
 from moec.compiler.weights.steps.table import step
-from moec.compiler.weights.uncalibrated import uncalibrated
+from moec.compiler.weights.uncalibrated import without_calibration
 
 FORMATS = ("uint4_g32", "int4_g64", "uint2_g16", "int8_g64", "uint4_g256")
 
@@ -41,7 +41,7 @@ def output_error(parts, format, w, x):
 @pytest.mark.parametrize("name", FORMATS)
 def test_errs_less_than_rounding_to_nearest(name):
     format, x, w = format_of(name), correlated(1000, 256), weights(48, 256)
-    found, plain = gptq(w, inverse_factor(x), format), format.encode(w)
+    found, plain = gptq_encode(w, inverse_factor(x), format), format.encode(w)
     layouts = [{k: (v.shape, v.dtype, v.stride()) for k, v in parts.items()} for parts in (found, plain)]
     assert layouts[0] == layouts[1]
     assert output_error(found, format, w, x) < 0.6 * output_error(plain, format, w, x)
@@ -51,7 +51,7 @@ def test_errs_less_than_rounding_to_nearest(name):
 
 def test_independent_inputs_of_one_size_mean_rounding_to_nearest():
     format, w = format_of("uint4_g32"), weights(16, 64)
-    found = gptq(w, inverse_factor(torch.eye(64) * 3), format)
+    found = gptq_encode(w, inverse_factor(torch.eye(64) * 3), format)
     again = format.decode(found, 64)
     scales = found["scales"].repeat_interleave(32, dim=1)
     inside = (again - w).abs() <= scales / 2 + 1e-6  # nearest, unless the search clipped the number
@@ -87,12 +87,12 @@ def test_dead_inputs_do_no_harm():
     format, x, w = format_of("uint4_g32"), correlated(500, 64), weights(8, 64)
     x[:, 32:] = 0
     w[:, :16] = 0
-    numbers = format.decode(gptq(w, inverse_factor(x), format), 64)
+    numbers = format.decode(gptq_encode(w, inverse_factor(x), format), 64)
     assert torch.isfinite(numbers).all()
     assert float((numbers[:, 32:] - w[:, 32:]).square().mean()) < 0.05
     assert inverse_factor(torch.zeros(10, 64)) is None
     few = inverse_factor(correlated(3, 64))  # fewer rows than columns: H is singular but for the damping
-    assert torch.isfinite(format.decode(gptq(w, few, format), 64)).all()
+    assert torch.isfinite(format.decode(gptq_encode(w, few, format), 64)).all()
 
 
 # --- through recipes -------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def test_tiles_are_the_whole():
         same = (found["codes"] == whole["codes"][a:b]).float().mean()
         assert same > 0.99, "codes differ only where a number lies half way between two"
     for name, part in whole.items():  # small parts are pulled one by one
-        assert torch.equal(pull(step(name, quantized), source), part)
-    assert torch.equal(pull(quantized, source), format_of("uint4_g32").decode(whole, 64))
+        assert torch.equal(evaluate_recipe(step(name, quantized), source), part)
+    assert torch.equal(evaluate_recipe(quantized, source), format_of("uint4_g32").decode(whole, 64))
 
 
 def test_every_expert_has_its_own_inputs():
@@ -127,7 +127,7 @@ def test_every_expert_has_its_own_inputs():
     w, format = weights(3, 8, 64), format_of("uint4_g32")
     found = encode_rows(quantized, source, ((0, 3), (0, 8)))
     for e in (0, 2):
-        wanted = gptq(w[e], inverse_factor(x[chosen[e]].float()), format)
+        wanted = gptq_encode(w[e], inverse_factor(x[chosen[e]].float()), format)
         assert torch.equal(found["codes"][e], wanted["codes"])
     assert torch.equal(found["codes"][1], format.encode(w[1])["codes"])  # it saw too few tokens
 
@@ -138,8 +138,8 @@ def test_interleaved_rows_are_the_same_rows():
     item = quantized.items[0]
     halves = [step("slice", item, axis=1, start=a, stop=a + 4) for a in (0, 4)]
     turned = step("quantize", step("interleave", *halves, axis=1), to="uint4_g32", method="gptq", weight="main:w")
-    plain = pull(quantized, source)
-    assert torch.equal(pull(turned, source), plain.reshape(3, 2, 4, 64).transpose(1, 2).reshape(3, 8, 64))
+    plain = evaluate_recipe(quantized, source)
+    assert torch.equal(evaluate_recipe(turned, source), plain.reshape(3, 2, 4, 64).transpose(1, 2).reshape(3, 8, 64))
 
 
 def test_a_weight_whose_inputs_are_lost_is_never_rounded_to_nearest():
@@ -148,8 +148,10 @@ def test_a_weight_whose_inputs_are_lost_is_never_rounded_to_nearest():
     other = step("quantize", quantized.items[0], to="uint4_g32", method="gptq", weight="main:other")
     for recipe, given in ((quantized, source.source), (nameless, source), (other, source)):
         with pytest.raises(MoecError, match="the calibration saw nothing that the weight") as caught:
-            pull(recipe, given)
+            evaluate_recipe(recipe, given)
         assert caught.value.model == "w" and "method=gptq" in caught.value.todo
     plain = step("quantize", quantized.items[0], to="uint4_g32")
-    assert torch.equal(pull(uncalibrated(quantized), source.source), pull(plain, source.source))
-    assert not torch.equal(pull(quantized, source), pull(plain, source.source))
+    assert torch.equal(
+        evaluate_recipe(without_calibration(quantized), source.source), evaluate_recipe(plain, source.source)
+    )
+    assert not torch.equal(evaluate_recipe(quantized, source), evaluate_recipe(plain, source.source))

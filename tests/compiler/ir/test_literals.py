@@ -12,7 +12,7 @@ from moec.compiler.ir.recipes import Literal
 from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.source import RandomSource
 from moec.compiler.weights.steps.table import step
@@ -69,7 +69,10 @@ def test_evaluated_numbers_keep_sign_and_payload(dtype, word, fraction):
     """The bits are put together by hand: sign, exponent of ones, first bits of the fraction."""
     values = tuple(struct.unpack("<d", b)[0] for b in (*ZEROS, *NANS))
     found = (
-        pull(Literal(TensorType.of(dtype, len(values)), values), RandomSource()).view(torch.uint8).numpy().view(word)
+        evaluate_recipe(Literal(TensorType.of(dtype, len(values)), values), RandomSource())
+        .view(torch.uint8)
+        .numpy()
+        .view(word)
     )
     size = 8 * np.dtype(word).itemsize
     ones, quiet = (1 << (size - 1)) - (1 << fraction), 1 << (fraction - 1)

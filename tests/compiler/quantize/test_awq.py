@@ -11,9 +11,9 @@ from moec.compiler.ir.recipes import FITTED, Tensor, tensors
 from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.awq_scales import fold
 from moec.compiler.quantize.calibrate import calibrate, main_inputs
-from moec.compiler.weights.awq import _search, fit
+from moec.compiler.weights.awq import _search_factors, fit_awq_factors
 from moec.compiler.weights.calibrated import Calibrated, Inputs
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import ModuleSource
 from moec.compiler.weights.steps.table import step
 from moec.targets import TARGETS
@@ -63,7 +63,7 @@ def test_factors_are_fitted_for_every_scaled_weight(family):
     loaded, module = family
     quantized = opt(module, f"quantize{{{POLICY}}}")
     calibration = calibrate(quantized, loaded.weights, IDS)
-    fitted = fit(quantized, loaded.weights, calibration.inputs)
+    fitted = fit_awq_factors(quantized, loaded.weights, calibration.inputs)
     wanted = {
         name for f in TARGETS["cpu"].lower(quantized, None).module.functions for c in f.consts for name in [t.name for t in tensors(c.recipe)]
         if name.endswith(FITTED)
@@ -81,7 +81,7 @@ def test_a_few_large_channels_are_kept():
     w = torch.randn(32, 64, generator=generator)
     item = Tensor("w", TensorType.of("f32", 32, 64))
     quantized = step("quantize", item, to="uint4_g64", method="awq")
-    s = _search([(quantized, Inputs(x.bfloat16()), None)], ModuleSource({"w": w}))
+    s = _search_factors([(quantized, Inputs(x.bfloat16()), None)], ModuleSource({"w": w}))
 
     def error(factors):
         parts = find("uint4_g64").encode(w * factors)
@@ -98,11 +98,11 @@ def test_scale_in_boxes():
     factors = Tensor("s", TensorType.of("f32", 3, 4))
     source = ModuleSource({"w": torch.randn(3, 8, 4), "s": torch.rand(3, 4) + 0.5})
     scaled = step("scale", item, factors, axes=(0, 1), start=4, inverse=True)
-    whole = pull(scaled, source)
+    whole = evaluate_recipe(scaled, source)
     wanted = source.read("w").clone()
     wanted[:, 4:] /= source.read("s")[:, :, None]
     assert torch.equal(whole, wanted)
     for box in (((1, 3), (2, 7), (1, 4)), ((0, 1), (0, 4), (0, 4)), ((2, 3), (5, 6), (0, 1))):
-        assert torch.equal(pull(scaled, source, box), wanted[tuple(slice(*span) for span in box)])
+        assert torch.equal(evaluate_recipe(scaled, source, box), wanted[tuple(slice(*span) for span in box)])
     with pytest.raises(ValueError, match="do not fit the axes"):
         step("scale", item, factors, axes=(0, 1))

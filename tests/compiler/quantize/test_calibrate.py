@@ -86,7 +86,7 @@ def test_inputs_are_those_of_hooks(qwen):
         "head": "main:lm_head",
     }
     for name, word in weights.items():
-        rows = find(calibration, word).of(None)
+        rows = find(calibration, word).expert_rows(None)
         assert torch.allclose(rows, seen[name], rtol=1e-2, atol=1e-3), name
     experts = find(calibration, "layers.1.", "down_proj")
     up = layer.mlp.experts.gate_up_proj[3]
@@ -94,7 +94,7 @@ def test_inputs_are_those_of_hooks(qwen):
         chosen = find(calibration, "layers.1.", "gate_up_proj").chosen[3]
         if chosen is not None:
             gate, linear = (seen["mlp"][chosen] @ up.T).chunk(2, dim=-1)
-            assert torch.allclose(experts.of(3), torch.nn.functional.silu(gate) * linear, rtol=2e-2, atol=2e-3)
+            assert torch.allclose(experts.expert_rows(3), torch.nn.functional.silu(gate) * linear, rtol=2e-2, atol=2e-3)
 
 
 def test_coverage_counts_the_routers_choices(qwen):
@@ -196,7 +196,7 @@ def test_experts_that_were_not_fused_are_calibrated_too():
     chosen = (x @ state["router"].T).topk(2).indices
     for e in range(4):
         wanted = x[(chosen == e).any(1)]
-        assert torch.allclose(found.of(e), wanted.bfloat16().float())
+        assert torch.allclose(found.expert_rows(e), wanted.bfloat16().float())
     runner = TiledInterpreter(module, Calibrated(source, calibration.inputs), tuple(IDS.shape), numbers=lambda r: r)
     assert torch.isfinite(runner.run(module.main, main_inputs(module, IDS), {})[0]).all()
 

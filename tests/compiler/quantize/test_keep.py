@@ -12,7 +12,7 @@ from moec.compiler.driver import compile_source
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.recipes import Step
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.steps.table import step
 from moec_command import invoke
 from quantized_checkpoints import AWQ, CASES, CT4, EXACT, GPTQ, checkpoint, difference, quantized
@@ -43,7 +43,7 @@ def test_the_codes_are_those_of_the_checkpoint(name, tmp_path):
     for const in after.by_name["layer"].consts:
         if isinstance(const.recipe, Step) and const.recipe.name == "packed":
             bound = [_in_layer(after, recipe) for recipe in (consts[const.value.name], const.recipe)]
-            assert torch.equal(*(pull(recipe, weights) for recipe in bound))
+            assert torch.equal(*(evaluate_recipe(recipe, weights) for recipe in bound))
             seen += 1
     assert seen == 4  # q, k and v in one, o, up, down
 
@@ -172,6 +172,6 @@ def test_experts_interleave_as_codes():
     types = {"q": "u8", "s": "f32", "z": "u8"}
     leaves = [Tensor(n, TensorType.of(types[n], *t.shape)) for n, t in tensors.items()]
     packed = step("packed", *leaves, to="uint4_g16")
-    whole, turned = (pull(r, ModuleSource(tensors)) for r in (packed, interleaved(packed)))
+    whole, turned = (evaluate_recipe(r, ModuleSource(tensors)) for r in (packed, interleaved(packed)))
     assert torch.equal(turned, torch.stack([whole[:, :3], whole[:, 3:]], 2).flatten(1, 2))
     assert np.abs(whole.numpy()).max() > 0

@@ -10,7 +10,7 @@ from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.rewrite.fusion_report import fusion_report, line
 from moec.compiler.text.parser import parse_module
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import RandomSource
 from moec.passes import PASSES
 from moec.targets.cpu.lower.module import lower
@@ -70,7 +70,7 @@ def test_spelled_out_blocks_are_named_and_right(tmp_path):
     emit(lowered, source, tmp_path)
     inputs = random_inputs(module, "main", {"T": 7})
     feeds = {p.name: x.numpy() for p, x in zip(module.main.params, inputs, strict=True)}
-    want = interpret(module, inputs, lambda recipe: pull(recipe, source))
+    want = interpret(module, inputs, lambda recipe: evaluate_recipe(recipe, source))
     runner = onnxruntime.InferenceSession(tmp_path / MODEL, providers=["CPUExecutionProvider"])
     for got, expected in zip(runner.run(None, feeds), want, strict=True):
         assert np.abs(got - expected.numpy()).max() <= 1e-5 * expected.abs().max()

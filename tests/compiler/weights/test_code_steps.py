@@ -8,10 +8,10 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir.dtypes import dtype_name
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.ggml import BLOCKS
-from moec.compiler.weights.pull import pull
 from moec.compiler.weights.rows import encode_rows
-from moec.compiler.weights.sources.source import ModuleSource, cut
+from moec.compiler.weights.sources.source import ModuleSource, slice_box
 from moec.compiler.weights.steps.table import step
 
 
@@ -22,12 +22,12 @@ def leaf(name, tensor):
 def evaluate(recipe, tensors, boxes=4):
     """Return what a recipe makes, having seen that boxes of it are the same."""
     source = ModuleSource(tensors)
-    whole = pull(recipe, source)
+    whole = evaluate_recipe(recipe, source)
     assert tuple(whole.shape) == recipe.type.sizes
     generator = np.random.default_rng(0)
     for _ in range(boxes):
         box = tuple(tuple(sorted(generator.choice(n + 1, 2, replace=False))) for n in whole.shape)
-        assert torch.equal(pull(recipe, source, box), cut(whole, box))
+        assert torch.equal(evaluate_recipe(recipe, source, box), slice_box(whole, box))
     return whole
 
 
@@ -87,7 +87,7 @@ def test_scales_by_the_order_of_activations():
     assert torch.equal(evaluate(recipe, tensors), scales[:, index.long()])
     index[2] = 4
     with pytest.raises(MoecError, match="i points outside the 4 groups"):
-        pull(recipe, ModuleSource(tensors))
+        evaluate_recipe(recipe, ModuleSource(tensors))
 
 
 def test_affine_view_and_repeat():
@@ -130,7 +130,7 @@ def test_scales_that_are_no_numbers_are_found():
     tensors = {"q": torch.zeros(2, 32, dtype=torch.uint8), "s": torch.tensor([[1.0], [float("nan")]])}
     packed = step("packed", *(leaf(n, t) for n, t in tensors.items()), to="int8_g32")
     with pytest.raises(MoecError, match="some scales are infinite or not numbers"):
-        pull(step("codes", packed), ModuleSource(tensors))
+        evaluate_recipe(step("codes", packed), ModuleSource(tensors))
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.ir.recipes import Literal, Recipe, Step, Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.kept_codes import packed, take_apart
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
+from moec.compiler.weights.kept_codes import pack_codes, take_apart
 from moec.compiler.weights.sink import DataFile
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from moec.compiler.weights.sources.source import RandomSource
 from moec.compiler.weights.steps.table import step
-from moec.compiler.weights.tiles import tiles
+from moec.compiler.weights.tiles import tile_boxes
 from safetensors.torch import save_file
 
 
@@ -48,7 +48,7 @@ def test_data_file(tmp_path: Path) -> None:
     assert file.sha256 == hashlib.sha256(content).hexdigest() and file.size == len(content)
     used = bytearray(len(content))
     for recipe, (offset, length) in zip(recipes, places, strict=True):
-        assert content[offset : offset + length] == bytes(pull(recipe, source).reshape(-1).view(torch.uint8))
+        assert content[offset : offset + length] == bytes(evaluate_recipe(recipe, source).reshape(-1).view(torch.uint8))
         assert offset % (4096 if length >= 4096 else 64) == 0
         used[offset : offset + length] = b"\1" * length
     assert not any(byte for byte, taken in zip(content[: places[-1][0]], used, strict=False) if not taken)  # zeros
@@ -121,12 +121,12 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     save_file(zeros, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
         for recipe in shape:
-            assert max(_largest(recipe, box, checkpoint) for box in tiles(recipe.type, 1 << 20)) <= 1 << 20
+            assert max(_largest(recipe, box, checkpoint) for box in tile_boxes(recipe.type, 1 << 20)) <= 1 << 20
 
 
 def _largest(recipe: Step, box: Any, source: Any) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
-        pull(recipe, source, box)
+        evaluate_recipe(recipe, source, box)
     return max(event.self_cpu_memory_usage for event in profile.events())
 
 
@@ -134,7 +134,7 @@ def test_scales_of_one_column_have_the_strides_of_their_own(tmp_path: Path) -> N
     """A transposed scale of one group a row keeps the stride of the axis that is gone, which torch cannot view as bytes."""
     codes = step("transpose", leaf("codes", "u8", 32, 48), perm=(1, 0))
     scales = step("transpose", leaf("scales", "f32", 1, 48), perm=(1, 0))
-    weight = packed(take_apart(step("dequantize", codes, scales, block=(1, 32), bits=4)), format_of("uint4_g32"))
+    weight = pack_codes(take_apart(step("dequantize", codes, scales, block=(1, 32), bits=4)), format_of("uint4_g32"))
     with DataFile(tmp_path / "data", tile_bytes=1 << 16) as file:
         file.append(step("codes", weight), RandomSource())
         offset, length = file.append(step("scales", weight), RandomSource())

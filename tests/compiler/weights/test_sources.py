@@ -17,10 +17,10 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.checkpoint import INDEX, open_checkpoint, read_tensors
 from moec.compiler.weights.sources.safetensors_header import SAFETENSORS_DTYPES
-from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
+from moec.compiler.weights.sources.source import ModuleSource, RandomSource, slice_box
 from safetensors.torch import save_file
 
 
@@ -55,7 +55,7 @@ def test_every_dtype_and_box(tmp_path: Path) -> None:
         full = (0, 4)
         for box in (((1, 2), (0, 5), full), ((0, 3), (2, 4), full), ((1, 3), (0, 5), (1, 3)), ((1, 1), (0, 5), full)):
             for name in DTYPES:
-                assert same(checkpoint.read(name, box), cut(tensors[name], box))
+                assert same(checkpoint.read(name, box), slice_box(tensors[name], box))
         with pytest.raises(ValueError, match="does not lie in"):
             checkpoint.read("f32", ((0, 4), (0, 5), (0, 4)))
         with pytest.raises(MoecError, match="no tensor scaler") as caught:
@@ -87,7 +87,7 @@ def test_reads_from_many_threads(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint, ThreadPoolExecutor(8) as pool:
         boxes = [((i % 64, i % 64 + 1), (i % 7, 900)) for i in range(400)]
         parts = pool.map(lambda box: checkpoint.read("x", box), boxes)
-        assert all(same(part, cut(tensor, box)) for part, box in zip(parts, boxes, strict=True))
+        assert all(same(part, slice_box(tensor, box)) for part, box in zip(parts, boxes, strict=True))
 
 
 @given(st.data())
@@ -99,7 +99,7 @@ def test_random_boxes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObj
     save_file({"before": torch.ones(3), "x": tensor}, folder / "model.safetensors")
     with open_checkpoint(folder) as checkpoint:
         box = data.draw(boxes_of(sizes, allow_empty=True))
-        assert same(checkpoint.read("x", box), cut(tensor, box))
+        assert same(checkpoint.read("x", box), slice_box(tensor, box))
 
 
 def shards(folder: Path, parts: dict[str, dict[str, torch.Tensor]], index: dict[str, str] | None = None) -> Path:
@@ -329,7 +329,7 @@ def test_module_source() -> None:
     assert source.tensors["weight"].type == TensorType.of("f32", 3, 4)
     part = source.read("weight", ((1, 3), (0, 4)))
     assert part.data_ptr() == module.weight[1].data_ptr() and not part.requires_grad  # not copied
-    assert same(pull(Tensor("weight", TensorType.of("f32", 3, 4)), source), module.weight.detach())
+    assert same(evaluate_recipe(Tensor("weight", TensorType.of("f32", 3, 4)), source), module.weight.detach())
     with pytest.raises(MoecError, match="no tensor 'gate'"):
         source.read("gate")
     with pytest.raises(MoecError, match="is wanted"):

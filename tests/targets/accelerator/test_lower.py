@@ -20,7 +20,7 @@ from moec.compiler.quantize.request import read_request, with_quantization
 from moec.compiler.quantize.stored import is_lossy
 from moec.compiler.rewrite.pipeline import run_pipeline
 from moec.compiler.text.parser import parse_module
-from moec.compiler.weights.narrow import is_narrowing, narrowed
+from moec.compiler.weights.demote import demoted_recipe, is_demotion
 from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
@@ -142,15 +142,15 @@ def leaf(dtype, *sizes):
 
 def test_narrowed():
     wide = step("cast", leaf("bf16"), to="f32")
-    assert narrowed(wide) == (leaf("bf16"), True)
-    assert narrowed(step("transpose", wide, perm=(1, 0))) == (step("transpose", leaf("bf16"), perm=(1, 0)), True)
+    assert demoted_recipe(wide) == (leaf("bf16"), True)
+    assert demoted_recipe(step("transpose", wide, perm=(1, 0))) == (step("transpose", leaf("bf16"), perm=(1, 0)), True)
     mixed = step("concat", wide, step("cast", leaf("f16"), to="f32"), axis=0)
-    assert narrowed(mixed) == (step("concat", leaf("bf16"), step("cast", leaf("f16"), to="bf16"), axis=0), False)
-    assert narrowed(step("cast", leaf("f8e4m3"), to="f32")) == (step("cast", leaf("f8e4m3"), to="bf16"), True)
-    assert narrowed(wide, "f16") == (step("cast", leaf("bf16"), to="f16"), False)
-    assert not is_narrowing(wide) and is_narrowing(step("cast", leaf("f32"), to="bf16"))
-    assert not is_narrowing(step("cast", leaf("f8e4m3"), to="bf16"))
-    assert is_narrowing(step("cast", leaf("bf16"), to="f16"))
+    assert demoted_recipe(mixed) == (step("concat", leaf("bf16"), step("cast", leaf("f16"), to="bf16"), axis=0), False)
+    assert demoted_recipe(step("cast", leaf("f8e4m3"), to="f32")) == (step("cast", leaf("f8e4m3"), to="bf16"), True)
+    assert demoted_recipe(wide, "f16") == (step("cast", leaf("bf16"), to="f16"), False)
+    assert not is_demotion(wide) and is_demotion(step("cast", leaf("f32"), to="bf16"))
+    assert not is_demotion(step("cast", leaf("f8e4m3"), to="bf16"))
+    assert is_demotion(step("cast", leaf("bf16"), to="f16"))
 
 
 LINEAR = """moec 1 stage moe

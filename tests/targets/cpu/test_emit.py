@@ -22,7 +22,7 @@ from moec.compiler.ir.types import TensorType
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import RandomSource
 from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
@@ -112,7 +112,7 @@ def program(width: int = 8, act: str = "silu", score: str = "softmax(%r) {axis=1
 
 
 def weights(recipe: Recipe) -> torch.Tensor:
-    return pull(recipe, SOURCE)
+    return evaluate_recipe(recipe, SOURCE)
 
 
 def names(module: Module) -> set[str]:

@@ -16,7 +16,7 @@ from moec.compiler.ir.module import Module
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import RandomSource
 from moec.passes.quantize import quantize
 from moec.targets import open_target
@@ -64,7 +64,7 @@ def lowered(module: Module, record: Record | None = None, **options: Any) -> tup
     result, notes = lower(module, record=record, **options)
     verify(result)
     inputs = random_inputs(module, "main", {"T": 7})
-    (want,), (got,) = (interpret(m, inputs, lambda r: pull(r, SOURCE)) for m in (module, result))
+    (want,), (got,) = (interpret(m, inputs, lambda r: evaluate_recipe(r, SOURCE)) for m in (module, result))
     assert torch.allclose(got, want, atol=1e-5)
     return {op.name for op in result.main.ops}, [str(note) for note in notes]
 
@@ -226,7 +226,9 @@ def test_what_attention_does_inside(width: int, turned: int, wrong: list[str], i
     result = lower(module, record=without(*(Variant("GroupQueryAttention", option=name) for name in wrong))).module
     verify(result)
     inputs = random_inputs(module, "main", {"S": 3, "P": 2})
-    for want, got in zip(*(interpret(m, inputs, lambda r: pull(r, SOURCE)) for m in (module, result)), strict=True):
+    for want, got in zip(
+        *(interpret(m, inputs, lambda r: evaluate_recipe(r, SOURCE)) for m in (module, result)), strict=True
+    ):
         assert torch.allclose(got, want, atol=1e-5)
     fused = [op for op in result.main.ops if op.name == "ort.group_query_attention"]
     assert len(fused) == (wrong != [""])

@@ -11,7 +11,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.gguf.model import dequantize_blocks
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.recipes import Tensor
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.gguf import open_gguf
 from quantized_checkpoints import EXACT, difference
 
@@ -87,7 +87,7 @@ def test_the_header_as_gguf_reads_it(tmp_path):
     for tensor in theirs.tensors:
         info, kind = opened.checkpoint.tensors[tensor.name], opened.kinds.get(tensor.name)
         recipe = Tensor(tensor.name, info.type)
-        made = pull(dequantize_blocks(recipe, kind) if kind else recipe, opened.checkpoint).numpy()
+        made = evaluate_recipe(dequantize_blocks(recipe, kind) if kind else recipe, opened.checkpoint).numpy()
         assert np.array_equal(made, dequantize(tensor.data, tensor.tensor_type)), tensor.name
 
 

@@ -7,7 +7,7 @@ import torch
 from moec.compiler.check.interpret import interpret
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from tiny_models import random_model
 
 TRAINED = 12
@@ -64,7 +64,7 @@ def step(loaded, ids, past, states):
     """Run tokens behind `past` others; return the logits and the states."""
     total = past + ids.shape[1]
     inputs = [ids, torch.ones(1, total, dtype=torch.int64), torch.arange(past, total)[None], *states]
-    return interpret(loaded.module, inputs, lambda recipe: pull(recipe, loaded.weights))
+    return interpret(loaded.module, inputs, lambda recipe: evaluate_recipe(recipe, loaded.weights))
 
 
 def test_other_models_are_left_alone():

@@ -13,8 +13,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.gguf.model import dequantize_blocks
 from moec.compiler.frontends.stored.decoded import Decoding, gguf_source, safetensors_source
 from moec.compiler.ir.recipes import Tensor
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.ggml import BLOCKS
-from moec.compiler.weights.pull import pull
 from moec.compiler.weights.sources.gguf import open_gguf
 from moec.compiler.weights.steps.table import step
 from stored_checkpoint import write_and_decode
@@ -97,8 +97,8 @@ def test_a_library_decodes_what_was_written(name, tmp_path):
     source, recipes = source_of(tmp_path, {f"{MODULE}.{k}": t for k, t in leaves.items()}, quantization)
     recipe = source.whole(recipes[f"{MODULE}.weight"])
     assert isinstance(recipe, Tensor) and recipe.type.sizes == shape
-    np.testing.assert_allclose(pull(recipe, source).numpy(), meant, rtol=1e-6, atol=0)
-    assert torch.equal(pull(recipe, source, ((1, 4), (2, 9))), pull(recipe, source)[1:4, 2:9])
+    np.testing.assert_allclose(evaluate_recipe(recipe, source).numpy(), meant, rtol=1e-6, atol=0)
+    assert torch.equal(evaluate_recipe(recipe, source, ((1, 4), (2, 9))), evaluate_recipe(recipe, source)[1:4, 2:9])
     decoding = source.decoding
     assert decoding.libraries == ({f"{library} {version(library)}": 1} if library else {})
     assert decoding.own == (not library) and bool(decoding.reason) == (not library)
@@ -111,7 +111,7 @@ def test_the_experts_of_gpt_oss(tmp_path):
     leaves["_blocks"] = leaves["_blocks"].reshape(3, 10, 2, 16)
     name = "model.layers.0.mlp.experts.down_proj"
     source, recipes = source_of(tmp_path, {name + k: t for k, t in leaves.items()}, {"quant_method": "mxfp4"})
-    found = pull(source.whole(recipes[name]), source).numpy()
+    found = evaluate_recipe(source.whole(recipes[name]), source).numpy()
     assert np.array_equal(found, meant.transpose(0, 2, 1))
     assert source.decoding.libraries == {f"transformers {version('transformers')}": 1}
 
@@ -131,7 +131,7 @@ def test_blocks_of_gguf(kind, tmp_path):
     recipe = source.decoded(own)
     assert recipe.items == (Tensor("w", own.items[0].type),)
     wanted = quants.dequantize(raw, GGMLQuantizationType[kind.upper()])
-    assert np.array_equal(pull(recipe, source).numpy(), wanted.T, equal_nan=True)
+    assert np.array_equal(evaluate_recipe(recipe, source).numpy(), wanted.T, equal_nan=True)
     assert source.decoding == Decoding({f"gguf {version('gguf')}": 1}, 0, "")
 
 
@@ -160,7 +160,7 @@ def test_a_library_that_decodes_otherwise_fails_the_check(name, tmp_path):
     with pytest.raises(
         MoecError, match=rf"moec decodes {MODULE}\.weight_packed otherwise than .*: .*{message}"
     ) as caught:
-        pull(source.whole(recipes[f"{MODULE}.weight"]), source)
+        evaluate_recipe(source.whole(recipes[f"{MODULE}.weight"]), source)
     assert caught.value.exit_code == 1
 
 

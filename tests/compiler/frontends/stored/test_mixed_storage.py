@@ -18,8 +18,8 @@ from moec.compiler.frontends.skeleton import build_skeleton, read_config
 from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.frontends.transformers.names import map_parameters
-from moec.compiler.weights.kept_codes import exact_formats, packed, take_apart
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
+from moec.compiler.weights.kept_codes import exact_formats, pack_codes, take_apart
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import padded_batch, random_model, save
@@ -80,7 +80,9 @@ def test_floats_of_several_types(name, plain, tmp_path):
         for p in loaded.module.main.params
         if p.type.state
     ]
-    logits = interpret(loaded.module, [ids, mask, positions, *states], lambda recipe: pull(recipe, loaded.weights))[0]
+    logits = interpret(
+        loaded.module, [ids, mask, positions, *states], lambda recipe: evaluate_recipe(recipe, loaded.weights)
+    )[0]
     with torch.no_grad():
         wanted = model.eval()(ids, attention_mask=mask, position_ids=positions).logits
     real = mask.bool()
@@ -187,12 +189,12 @@ def test_experts_stored_otherwise_mean_their_numbers(mixed):
             )
             for parameter, wanted in (("gate_up_proj", torch.cat([gate, up], 1)), ("down_proj", down)):
                 recipe = recipes[f"model.layers.{layer}.mlp.experts.{parameter}"]
-                assert torch.equal(pull(recipe, checkpoint).float(), wanted)
+                assert torch.equal(evaluate_recipe(recipe, checkpoint).float(), wanted)
                 if exact and not (name.startswith("awq") and layer == 2):
                     codes = take_apart(recipe)
                     format = next(exact_formats(codes))
                     assert format.name == exact
-                    assert torch.equal(pull(packed(codes, format), checkpoint), wanted)
+                    assert torch.equal(evaluate_recipe(pack_codes(codes, format), checkpoint), wanted)
 
 
 def test_codes_that_no_format_holds_are_near_and_said(plain, tmp_path):
@@ -286,6 +288,8 @@ def test_quantized_experts_under_other_names(name, plain, tmp_path):
             torch.stack([numbers[f"{block}.{e}.{m}.weight"] for e in range(4)]) for m in ("w1", "w3", "w2")
         )
         for parameter, wanted in (("gate_up_proj", torch.cat([gate, up], 1)), ("down_proj", down)):
-            assert torch.equal(pull(recipes[f"model.layers.1.mlp.experts.{parameter}"], checkpoint).float(), wanted)
+            assert torch.equal(
+                evaluate_recipe(recipes[f"model.layers.1.mlp.experts.{parameter}"], checkpoint).float(), wanted
+            )
         for recipe in recipes.values():
-            pull(recipe, checkpoint)
+            evaluate_recipe(recipe, checkpoint)

@@ -12,7 +12,7 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.stored.quantization_config import read_quantization
 from moec.compiler.frontends.stored.stored import decode_checkpoint
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from stored_checkpoint import Config, write_and_decode
 
@@ -30,7 +30,7 @@ def weight(rows=40, columns=96, seed=0):
 def decoded(folder, tensors, quantization):
     """Write tensors by their names and return the weights, as numbers by name."""
     recipes, checkpoint, _ = write_and_decode(folder, tensors, quantization)
-    return {name: pull(r, checkpoint).numpy() for name, r in recipes.items()}
+    return {name: evaluate_recipe(r, checkpoint).numpy() for name, r in recipes.items()}
 
 
 def module(leaves, name=NAME):

@@ -15,11 +15,11 @@ from moec.compiler.frontends.stored.schemes import read_schemes
 from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.kept_codes import exact_formats, packed, take_apart
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
+from moec.compiler.weights.kept_codes import exact_formats, pack_codes, take_apart
 from moec.compiler.weights.rows import encode_rows
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
-from moec.compiler.weights.sources.source import RandomSource, cut
+from moec.compiler.weights.sources.source import RandomSource, slice_box
 from moec.compiler.weights.steps.table import step
 from safetensors.torch import save_file
 from stored_checkpoint import Config, write_and_decode
@@ -91,11 +91,11 @@ def test_layouts_decode_as_defined(name, tmp_path):
     recipes, checkpoint = opened(tmp_path, {**leaves, "bias": torch.ones(rows)}, quantization)
     assert sorted(recipes) == ["model.layers.0.mlp.up_proj.bias", "model.layers.0.mlp.up_proj.weight"]
     recipe = recipes["model.layers.0.mlp.up_proj.weight"]
-    made = pull(recipe, checkpoint)
+    made = evaluate_recipe(recipe, checkpoint)
     assert np.array_equal(made.numpy(), meant)
     assert 0 < np.abs(meant - weight).max() < (2.2 if " 2 bits" in name else 0.7)  # it is the weight, in fewer bits
     for box in (((1, 4), (0, columns)), ((0, rows), (5, 31)), ((3, rows - 1), (17, columns))):
-        assert torch.equal(pull(recipe, checkpoint, box), cut(made, box))
+        assert torch.equal(evaluate_recipe(recipe, checkpoint, box), slice_box(made, box))
 
 
 def test_a_tile_reads_its_own_codes_alone():
@@ -116,10 +116,10 @@ def test_a_tile_reads_its_own_codes_alone():
     wanted = {"qweight": ((0, 12), (8, 16)), "qzeros": ((0, 3), (1, 2)), "scales": ((0, 3), (8, 16))}
     wanted = {f"experts.5.{leaf}": box for leaf, box in wanted.items()}
     rows = ((5, 6), (8, 16))
-    pull(stacked, Watch(), (*rows, (0, 96)))
+    evaluate_recipe(stacked, Watch(), (*rows, (0, 96)))
     assert asked == wanted
     asked.clear()
-    encode_rows(packed(take_apart(stacked), format_of("uint4_g32")), Watch(), rows)
+    encode_rows(pack_codes(take_apart(stacked), format_of("uint4_g32")), Watch(), rows)
     assert asked == wanted
 
 
@@ -130,7 +130,7 @@ def test_the_experts_of_gpt_oss(tmp_path):
     save_file({f"layers.0.mlp.experts.up{k}": t for k, t in leaves.items()}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     recipes = decode_checkpoint(checkpoint, {"quant_method": "mxfp4"}).recipes
-    made = pull(recipes["layers.0.mlp.experts.up"], checkpoint)
+    made = evaluate_recipe(recipes["layers.0.mlp.experts.up"], checkpoint)
     assert np.array_equal(made.numpy(), meant.transpose(0, 2, 1))
 
 
@@ -159,7 +159,7 @@ def test_as_compressed_tensors_decodes(tmp_path):
         if name not in ("mxfp4", "nvfp4 ct"):
             leaves["weight_scale"] = leaves["weight_scale"].float()
         recipes, checkpoint = opened(tmp_path, leaves, quantization)
-        made = pull(recipes["model.layers.0.mlp.up_proj.weight"], checkpoint)
+        made = evaluate_recipe(recipes["model.layers.0.mlp.up_proj.weight"], checkpoint)
         scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
         compressor = BaseCompressor.get_value_from_registry(quantization["format"])
         wanted = compressor.decompress({k: v.clone() for k, v in leaves.items()}, scheme)["weight"]
@@ -235,4 +235,6 @@ def test_fp8_is_kept_in_whole_blocks_of_columns(columns, names):
     weight = step("dequantize", codes, Tensor("s", TensorType.of("f32", 2, 2)), block=(128, 128))
     found = take_apart(weight)
     assert [format.name for format in exact_formats(found)] == names
-    assert [packed(found, format_of(name)).type for name in names] == [TensorType.of(n, 200, columns) for n in names]
+    assert [pack_codes(found, format_of(name)).type for name in names] == [
+        TensorType.of(n, 200, columns) for n in names
+    ]

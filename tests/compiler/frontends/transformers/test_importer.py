@@ -13,7 +13,7 @@ from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.frontends.load import load
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.printer import print_module
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from places import CONFIGS
 from tiny_models import padded_batch, random_model, save, stepped
 
@@ -40,7 +40,9 @@ def case(request, tmp_path_factory):
 
 def run(loaded, ids, mask, positions, states):
     """Interpret the program on its own weights."""
-    return interpret(loaded.module, [ids, mask, positions, *states], lambda recipe: pull(recipe, loaded.weights))
+    return interpret(
+        loaded.module, [ids, mask, positions, *states], lambda recipe: evaluate_recipe(recipe, loaded.weights)
+    )
 
 
 def empty_states(module, batch):

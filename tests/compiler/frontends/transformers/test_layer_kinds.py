@@ -9,7 +9,7 @@ from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers.merge import merge_functions
 from moec.compiler.ops.verify import verify
 from moec.compiler.text.parser import parse_module
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from tiny_models import padded_batch, random_model
 
 
@@ -23,7 +23,7 @@ def numbers_equal(model, loaded, length=11):
     ]
     with torch.no_grad():
         want = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
-        weights = lambda recipe: pull(recipe, loaded.weights)  # noqa: E731
+        weights = lambda recipe: evaluate_recipe(recipe, loaded.weights)  # noqa: E731
         got = interpret(loaded.module, [ids, mask, positions, *states], weights)[0][mask.bool()]
     return ((got - want).abs().max() / want.abs().max()).item() < 1e-5
 

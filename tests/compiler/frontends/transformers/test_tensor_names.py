@@ -13,7 +13,7 @@ from moec.compiler.frontends.skeleton import build_skeleton, read_config
 from moec.compiler.frontends.stored.stored import decode_checkpoint
 from moec.compiler.frontends.transformers.names import map_parameters
 from moec.compiler.runtime.reference import open_reference
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import random_model, save
@@ -51,7 +51,7 @@ def parameters(folder):
         recipes = map_parameters(
             skeleton.model, wanted, decode_checkpoint(checkpoint, None).of_layers(wanted), checkpoint.lacks
         )
-        return {name: pull(recipe, checkpoint) for name, recipe in recipes.items()}
+        return {name: evaluate_recipe(recipe, checkpoint) for name, recipe in recipes.items()}
 
 
 def assert_same(found, state, tied=False):

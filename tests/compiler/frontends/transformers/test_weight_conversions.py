@@ -6,7 +6,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.transformers.recipe_tensor import RecipeTensor
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import ModuleSource
 
 STEPS = {
@@ -28,7 +28,7 @@ def test_a_step_gives_the_same_numbers(name):
     x = torch.arange(6 * 4 * 3, dtype=torch.bfloat16).reshape(6, 4, 3)
     made = STEPS[name](RecipeTensor.of(Tensor("x", TensorType.of("bf16", 6, 4, 3)))).recipe
     expected = STEPS[name](x)
-    found = pull(made, ModuleSource({"x": x}), tuple((0, n) for n in made.type.sizes))
+    found = evaluate_recipe(made, ModuleSource({"x": x}), tuple((0, n) for n in made.type.sizes))
     assert made.type.dtype == {torch.bfloat16: "bf16", torch.float32: "f32"}[expected.dtype]
     assert torch.equal(torch.as_tensor(found).float(), expected.float())
 

@@ -11,7 +11,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Const, Function, Module, Op, Value
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import ModuleSource, RandomSource
 from moec.compiler.weights.steps.table import step
 from moec.targets.accelerator.artifact.shards import find_shards, write_shards
@@ -91,7 +91,7 @@ def test_quantized_weights_are_the_interpreters_numbers(format, sizes, tmp_path)
     assert {f"main/w.{part}": tuple(shape) for part, (_, shape) in packing.parts.items()} == {
         name: tuple(t.shape) for name, t in tensors.items()
     }
-    found, wanted = numbers(tensors, "main/w", format, sizes), pull(recipe, source)
+    found, wanted = numbers(tensors, "main/w", format, sizes), evaluate_recipe(recipe, source)
     # nvfp4 multiplies by two scales, in another order than here
     assert torch.allclose(found, wanted, rtol=3e-7 if format == "nvfp4" else 0, atol=0)
     assert wanted.abs().max() > 0.1
@@ -118,7 +118,7 @@ def test_fractals(sizes, tmp_path):
     packing = Packing("bf16", sizes[-2], sizes[-1], sizes[0] if len(sizes) == 3 else 0, fractal=True)
     tensors = written(tmp_path, {"w": recipe}, {"w": packing}, RandomSource(2), tile_bytes=4096)
     fractals = tensors["main/w"].reshape(-1, *tensors["main/w"].shape[-4:])
-    wanted = pull(recipe, RandomSource(2)).reshape(-1, *sizes[-2:])
+    wanted = evaluate_recipe(recipe, RandomSource(2)).reshape(-1, *sizes[-2:])
     found = torch.empty_like(wanted)
     for row in range(sizes[-2]):
         for column in range(sizes[-1]):
@@ -173,7 +173,7 @@ def test_codes_of_an_fp8_checkpoint_are_kept(tmp_path):
     assert torch.equal(tensors["main/w.codes"].view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(tensors["main/w.scales"], scales)
     wide = scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
-    assert torch.equal(pull(recipe, source), codes.float() * wide)
+    assert torch.equal(evaluate_recipe(recipe, source), codes.float() * wide)
 
 
 def test_progress_and_what_goes_wrong(tmp_path, monkeypatch):

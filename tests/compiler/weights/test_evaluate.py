@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ir.recipes import Literal, Recipe, Tensor, bind, spread
 from moec.compiler.ir.types import TensorType
-from moec.compiler.weights.pull import pull
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
-from moec.compiler.weights.sources.source import ModuleSource, RandomSource, cut
+from moec.compiler.weights.sources.source import ModuleSource, RandomSource, slice_box
 from moec.compiler.weights.steps.table import STEPS, step
-from moec.compiler.weights.tiles import tiles
+from moec.compiler.weights.tiles import tile_boxes
 from safetensors.torch import save_file
 
 
@@ -122,17 +122,17 @@ def test_a_box_is_the_slice_of_the_whole(program: tuple[Recipe, dict[str, torch.
     whole = reference(recipe, tensors)
     assert whole.dtype == DTYPES[recipe.type.dtype].torch and tuple(whole.shape) == recipe.type.sizes
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
-    assert same(pull(recipe, source), whole)
+    assert same(evaluate_recipe(recipe, source), whole)
     for _ in range(3):
         box = data.draw(boxes_of(recipe.type.sizes, allow_empty=True))
-        part = pull(recipe, source, box)
+        part = evaluate_recipe(recipe, source, box)
         assert (
             part.is_contiguous()
             and (not part.numel() or part.view(-1).stride() == (1,))
-            and same(part, cut(whole, box))
+            and same(part, slice_box(whole, box))
         )
     limit = data.draw(st.integers(1, 4 * whole.numel() + 8))
-    parts = [pull(recipe, source, box).reshape(-1) for box in tiles(recipe.type, limit)]
+    parts = [evaluate_recipe(recipe, source, box).reshape(-1) for box in tile_boxes(recipe.type, limit)]
     assert same(torch.cat(parts), whole.reshape(-1))
     assert all(same(kept[name], tensor) for name, tensor in tensors.items())  # nothing was written to the source
 
@@ -152,9 +152,9 @@ def test_partial_edge_blocks(tmp_path: Path) -> None:
         recipe = step("dequantize", Tensor("w", TensorType.of("f8e4m3", 576, 192)), scale, block=(128, 128))
         whole = codes.float() * scales.float().repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)[:, :192]
         with open_checkpoint(tmp_path) as checkpoint:
-            assert same(pull(recipe, checkpoint), whole)
+            assert same(evaluate_recipe(recipe, checkpoint), whole)
             for box in (((500, 576), (0, 192)), ((100, 300), (120, 140)), ((128, 256), (0, 128))):
-                assert same(pull(recipe, checkpoint, box), cut(whole, box))
+                assert same(evaluate_recipe(recipe, checkpoint, box), slice_box(whole, box))
 
 
 def test_templates_are_spread(tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_templates_are_spread(tmp_path: Path) -> None:
     whole = reference(recipe, tensors)
     assert same(whole[2, 7], tensors["layers.3.experts.2.up.weight"][3].float())
     with open_checkpoint(tmp_path) as checkpoint:
-        assert same(pull(recipe, checkpoint), whole)
-        assert same(pull(recipe, checkpoint, ((2, 3), (3, 9), (0, 4))), whole[2:3, 3:9])
+        assert same(evaluate_recipe(recipe, checkpoint), whole)
+        assert same(evaluate_recipe(recipe, checkpoint, ((2, 3), (3, 9), (0, 4))), whole[2:3, 3:9])
 
 
 def test_only_the_box_is_read() -> None:
@@ -183,7 +183,7 @@ def test_only_the_box_is_read() -> None:
 
     stacked = step("stack", Tensor("e.{0..9}", TensorType.of("bf16", 6, 8)))
     flat = step("reshape", step("transpose", stacked, perm=(0, 2, 1)), shape=(80, 6))
-    pull(step("cast", flat, to="f32"), Watch(), ((13, 19), (0, 6)))
+    evaluate_recipe(step("cast", flat, to="f32"), Watch(), ((13, 19), (0, 6)))
     assert asked == [("e.1", ((0, 6), (5, 8))), ("e.2", ((0, 6), (0, 3)))]
 
 
@@ -192,20 +192,20 @@ def test_literals() -> None:
     for dtype in ("f32", "bf16", "f16", "f64", "f8e4m3"):
         recipe = Literal(TensorType.of(dtype, 2, 3), values if dtype != "f8e4m3" else (1.0, 2.0, 0.5, -1.0, 0.0, 4.0))
         whole = torch.tensor(recipe.values, dtype=torch.float64).to(DTYPES[dtype].torch).reshape(2, 3)
-        assert same(pull(recipe, RandomSource(), ((0, 2), (1, 3))), whole[:, 1:])
+        assert same(evaluate_recipe(recipe, RandomSource(), ((0, 2), (1, 3))), whole[:, 1:])
     big = Literal(TensorType.of("i64", 2), (2**62 + 1, -(2**63)))
-    assert pull(big, RandomSource()).tolist() == list(big.values)
-    assert pull(Literal(TensorType.of("bool", 2), (True, False)), RandomSource()).tolist() == [True, False]
+    assert evaluate_recipe(big, RandomSource()).tolist() == list(big.values)
+    assert evaluate_recipe(Literal(TensorType.of("bool", 2), (True, False)), RandomSource()).tolist() == [True, False]
 
 
 def test_tiles() -> None:
     kind = TensorType.of("f32", 3, 1000, 64)
-    found = list(tiles(kind, 100_000))
+    found = list(tile_boxes(kind, 100_000))
     assert found[:2] == [((0, 1), (0, 384), (0, 64)), ((0, 1), (384, 768), (0, 64))]  # whole blocks of 128 rows
     assert all((b - a) * 64 * 4 <= 100_000 for _, (a, b), _ in found) and len(found) == 9
-    assert list(tiles(TensorType.of("f32"), 1)) == [()]
-    assert list(tiles(TensorType.of("f32", 0, 5), 100)) == []
-    assert list(tiles(TensorType.of("i64", 2, 2), 16)) == [((0, 1), (0, 2)), ((1, 2), (0, 2))]
+    assert list(tile_boxes(TensorType.of("f32"), 1)) == [()]
+    assert list(tile_boxes(TensorType.of("f32", 0, 5), 100)) == []
+    assert list(tile_boxes(TensorType.of("i64", 2, 2), 16)) == [((0, 1), (0, 2)), ((1, 2), (0, 2))]
 
 
 def test_a_part_of_the_spread_items_makes_no_other_names(monkeypatch):

@@ -1,6 +1,6 @@
 """Evaluate a recipe for a box of its result, reading only what the box needs.
 
-`tiles` gives the boxes whose bytes, one after the other, are the tensor's.
+`tile_boxes` gives the boxes whose bytes, one after the other, are the tensor's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from ..ir.dtypes import DTYPES, torch_dtype
 from ..ir.recipes import Literal, Recipe, Tensor
-from .sources.source import Box, WeightSource, check_box, cut, full_box
+from .sources.source import Box, WeightSource, check_box, full_box, slice_box
 from .steps.declare import box_sizes
 from .steps.table import STEPS
 
@@ -20,7 +20,7 @@ _FRACTION_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch
 
 
 @dataclass(frozen=True)
-class Pull:
+class RecipeEvaluator:
     """Evaluates recipes on a source; every step is given it for its items."""
 
     source: WeightSource
@@ -34,11 +34,11 @@ class Pull:
             case Tensor():
                 return self.source.read(item.name, part, item.type)
             case Literal():
-                return _literal(item, part)
+                return _literal_box(item, part)
         return STEPS[item.name].evaluate(item, part, self)
 
 
-def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.Tensor:
+def evaluate_recipe(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.Tensor:
     """Return what a bound recipe (absolute names, see `recipes.bind`) makes, or the part of it in `box`.
 
     The result is contiguous (strides as of a new tensor), with the dtype of the recipe and the shape of the box; it
@@ -47,7 +47,7 @@ def pull(recipe: Recipe, source: WeightSource, box: Box | None = None) -> torch.
     """
 
     sizes = recipe.type.sizes
-    return row_major(Pull(source)(recipe, full_box(sizes) if box is None else check_box(box, sizes)))
+    return row_major(RecipeEvaluator(source)(recipe, full_box(sizes) if box is None else check_box(box, sizes)))
 
 
 def row_major(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,16 +59,16 @@ def row_major(tensor: torch.Tensor) -> torch.Tensor:
     return result.as_strided(result.shape, [math.prod(result.shape[k + 1 :]) for k in range(result.dim())])
 
 
-def _literal(literal: Literal, box: Box) -> torch.Tensor:
+def _literal_box(literal: Literal, box: Box) -> torch.Tensor:
     dtype = DTYPES[literal.type.dtype].torch
     wide = torch.tensor(literal.values, dtype=torch.float64 if dtype.is_floating_point else torch.int64)
     numbers = wide.to(dtype)
     if dtype in _FRACTION_BITS and bool(wide.isnan().any()):  # a conversion may give any NaN for one
-        numbers = torch.where(wide.isnan(), _nans(wide, dtype), numbers)
-    return cut(numbers.reshape(literal.type.sizes), box)
+        numbers = torch.where(wide.isnan(), _nans_with_payload(wide, dtype), numbers)
+    return slice_box(numbers.reshape(literal.type.sizes), box)
 
 
-def _nans(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _nans_with_payload(wide: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return NaNs with the sign and the first bits of the fraction of f64[N], in another dtype."""
     size, kept = dtype.itemsize * 8, _FRACTION_BITS[dtype]
     bits = wide.view(torch.int64)
