@@ -79,6 +79,6 @@ def _emit(
 
 
 def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:
-    from .predict.predicted import predicted
+    from .select.predicted import predicted
 
     return predicted(module, profile, **step)

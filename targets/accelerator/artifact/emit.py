@@ -12,6 +12,7 @@ from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.sources.source import WeightSource
 from ...target import Emitted
 from ..chip.chip import Profile
+from ..select.choose import weight_layouts
 from ..triton.source import triton_source
 from .ascend_objects import source_of
 from .device_placement import place_on_devices
@@ -19,7 +20,7 @@ from .engine_files import engine_files, find_problems, introduction
 from .objects import compile_kernels, write_files
 from .options import Options
 from .shards import find_shards, write_shards
-from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs, weight_layouts
+from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs
 
 KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
 

@@ -6,7 +6,6 @@ expected of it and what else was considered. Equal ops of different layers share
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -14,19 +13,18 @@ from typing import Any
 
 import sympy
 
-from ....compiler.errors import MoecError
-from ....compiler.ir.module import Function, Module, Op, bindings
+from ....compiler.ir.module import Module, Op, bindings
 from ....compiler.ops import OPS
 from ....compiler.ops.define import free
 from ....compiler.version import __version__
 from ..chip.chip import Profile
-from ..kernels.choices import Tile
-from ..predict.assumed import ASSUMED, multiplies
-from ..predict.work import call_counts
+from ..predict.assumed import ASSUMED
+from ..predict.roofline import Rates, framework_row
+from ..predict.work import WorkTable, call_counts, module_work, place_of
+from ..select.choose import Fits, computation_of, fastest_kernels, weight_layouts
 from ..select.exchange import exchanges
 from ..select.implementations import Computation, Tokens
-from ..select.search import Choice, Fit, Found, search
-from ..select.supported import IMPLEMENTATIONS, supported
+from ..select.search import Choice, Found
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from ..tile.serialize import program_to_json
@@ -34,7 +32,6 @@ from ..tile.tiles import DEVICE, For, walk
 from .bindings import Binding, bind, check_op
 
 SCHEMA = 2  # 2: bindings, every step, and what a simulation needs of the chip
-WEIGHTS = ("w", "up", "down")  # operands of kernels that are packed
 BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
 CONTEXT = 4096  # tokens before a decoding step, for what attention reads
 DECODE = 64  # steps of at most so many tokens count as decoding: one token of each of so many sequences
@@ -139,7 +136,7 @@ class Kernels:
     profile: Profile
     kernels: tuple[KernelSpec, ...]
     functions: tuple[dict[str, Any], ...]  # each op with the names of its kernels by bucket
-    framework: tuple[dict[str, Any], ...]  # ops that the framework computes between kernels
+    framework: tuple[dict[str, Any], ...]  # ops that the framework computes between kernels, with their times by bucket
     buckets: tuple[int, ...]
     problems: tuple[tuple[str, Any], ...] = ()  # what is computed, as (kind, problem)
 
@@ -170,8 +167,10 @@ class Kernels:
         ]
 
     def time(self, tokens: int) -> float:
-        """Return the predicted seconds of all kernels of one step of so many tokens, one after the other."""
-        return sum(k.calls * k.best.prediction.time for k in self.kernels if k.low <= tokens <= k.high)
+        """Return the predicted seconds of one step of so many tokens: kernels and the framework's ops, one after the other."""
+        bucket = str(next((b for b in self.buckets if tokens <= b), self.buckets[-1]))
+        kernels = sum(k.calls * k.best.prediction.time for k in self.kernels if k.low <= tokens <= k.high)
+        return kernels + sum(entry["predicted"][bucket] for entry in self.framework)
 
 
 def _chip_json(profile: Profile) -> dict[str, Any]:
@@ -209,14 +208,8 @@ def kernel_specs(module: Module, profile: Profile, tokens: Sequence[int] = BUCKE
             if op.callee:
                 steps.append({"op": "call", "callee": op.callee, **_values(op), "bindings": bindings(op)})
                 continue
-            if reason := supported(op):
-                raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
-            place = f"@{function.name}/%{op.results[0].name}"
-            computation = (
-                IMPLEMENTATIONS[op.name](op, _weights(function, op, stored)) if op.name in IMPLEMENTATIONS else None
-            )
-            if computation is not None and not multiplies(profile, computation.matmuls):
-                computation = None  # the framework computes it
+            place = place_of(function, op)
+            computation = computation_of(op, function, stored, profile)
             if computation is None:
                 framework.append({"op": op.name, "place": place, "calls": calls[function.name]})
                 steps.append({"op": op.name, "place": place, **_values(op), "attributes": _attributes(op)})
@@ -232,16 +225,24 @@ def kernel_specs(module: Module, profile: Profile, tokens: Sequence[int] = BUCKE
             group.calls += calls[function.name]
             steps.append({"op": op.name, "place": place, "kernels": group.name, **_values(op, named=True)})
         functions.append({"name": function.name, "calls": calls[function.name], "steps": steps})
-    kernels = [k for g in groups.values() for k in _specs(g, profile, tuple(sorted(tokens)))]
-    return Kernels(
-        profile.name,
-        profile,
-        tuple(kernels),
-        tuple(functions),
-        _summed(framework),
-        tuple(sorted(tokens)),
-        tuple(groups),
-    )
+    buckets = tuple(sorted(tokens))
+    kernels = [k for g in groups.values() for k in _specs(g, profile, buckets)]
+    summed = _summed(framework, _framework_times(module, profile, framework, buckets), buckets)
+    return Kernels(profile.name, profile, tuple(kernels), tuple(functions), summed, buckets, tuple(groups))
+
+
+def _framework_times(
+    module: Module, profile: Profile, framework: Iterable[Mapping[str, Any]], buckets: tuple[int, ...]
+) -> dict[str, dict[int, float]]:
+    """Return the predicted seconds of ops that the framework computes, in all of their calls, by place and bucket."""
+    places = {entry["place"] for entry in framework}
+    table, rates = WorkTable(module, tuple(w for w in module_work(module) if w.place in places)), Rates.of(profile)
+    found: dict[str, dict[int, float]] = {}
+    for bucket in buckets:
+        step = step_of(bucket)
+        for work, amounts in zip(table.works, table.at(step.batch, step.new, step.past), strict=True):
+            found.setdefault(work.place, {})[bucket] = framework_row(work, amounts, rates).time
+    return found
 
 
 @dataclass
@@ -286,15 +287,10 @@ def _plain(value: Any) -> Any:
 
 def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...]) -> Iterable[KernelSpec]:
     low = 1
-    fits: defaultdict[tuple[str, str], dict[Tile, Fit]] = defaultdict(
-        dict
-    )  # of a kernel, by its implementation's name and its own
+    fits: Fits = {}
     for high in buckets:
-        offered = group.computation.implementations(_tokens(high), profile)
-        found = [(i, [(k, search(k, profile, fits[i.name, k.name])) for k in i.kernels]) for i in offered]
-        _, best = min(found, key=lambda f: sum(x.best.prediction.time for _, x in f[1]))
         made: set[str] = set()
-        for kernel, choice in best:
+        for kernel, choice in fastest_kernels(group.computation, step_of(high), profile, fits):
             binding = bind(group.op, kernel, choice.best.program, group.computation.weights, made)
             for op, place in group.ops.values():
                 check_op(op, choice.best.program, binding, place)
@@ -310,46 +306,20 @@ def _name(group: _Group, kernel: str, high: int) -> str:
     return "_".join([group.name, *([] if kernel == group.computation.kind else [kernel]), f"t{high}"])
 
 
-def _tokens(count: int) -> Tokens:
-    """Return what a step of so many tokens is: one of each of so many sequences, or a prompt."""
+def step_of(count: int) -> Tokens:
+    """Return the step that a bucket of so many tokens is tuned for: one of each of so many sequences, or a prompt."""
     return Tokens(count, 1, CONTEXT) if count <= DECODE else Tokens(1, count, 0)
 
 
-def _summed(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+def _summed(
+    rows: list[dict[str, Any]], times: Mapping[str, Mapping[int, float]], buckets: tuple[int, ...]
+) -> tuple[dict[str, Any], ...]:
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        entry = found.setdefault(row["op"], {"op": row["op"], "calls": 0, "places": []})
+        nothing = {"calls": 0, "predicted": {str(b): 0.0 for b in buckets}, "places": []}
+        entry = found.setdefault(row["op"], {"op": row["op"], **nothing})
         entry["calls"] += row["calls"]
         entry["places"].append(row["place"])
+        for bucket, time in times.get(row["place"], {}).items():
+            entry["predicted"][str(bucket)] += time
     return tuple(found.values())
-
-
-def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
-    """Return how the weights of the kernels are stored, by function and name; others lie as they are typed.
-
-    A weight that is read otherwise too, as a tied table is whose rows are looked up, lies row by row, not in fractals.
-    """
-    fractal = any(layout.order == "FRACTAL_NZ" for layout in profile.layouts)
-    found = {}
-    for function in module.functions:
-        consts = {c.value.name for c in function.consts}
-        looked_up = {v.name for op in function.ops if op.name not in IMPLEMENTATIONS for v in op.inputs}
-        for op in function.ops:
-            for operand, value in op.named if op.name in IMPLEMENTATIONS else ():
-                if operand in WEIGHTS and value.name in consts and len(value.type.shape) in (2, 3):
-                    *lead, rows, columns = map(int, value.type.shape)
-                    plain = value.type.dtype in ("bf16", "f16")
-                    found[function.name, value.name] = Packing(
-                        value.type.dtype,
-                        rows,
-                        columns,
-                        lead[0] if lead else 0,
-                        fractal and plain and value.name not in looked_up,
-                    )
-    return found
-
-
-def _weights(function: Function, op: Op, stored: Mapping[tuple[str, str], Packing]) -> dict[str, Packing]:
-    """Return the weight_layouts of an op's weights by the names of its operands."""
-    places = {name: (function.name, v.name) for name, v in op.named}
-    return {name: stored[place] for name, place in places.items() if place in stored}

@@ -8,15 +8,15 @@ Activations and states count in bf16 where the program types f32, which is what 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import sympy
 
 from ....compiler.cost.count import leaves, op_flops
 from ....compiler.formats.table import find_format
-from ....compiler.ir.dims import Size, evaluate, size
+from ....compiler.ir.dims import Size, dim, evaluate, size
 from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Const, Function, Module, Op, Value
 from ....compiler.ir.types import TensorType, expand_range
@@ -25,21 +25,10 @@ from .experts_touched import distinct_experts
 
 MATRIX = "bf16"  # what the matrix unit multiplies: kernels widen weights of fewer bits to it
 VECTOR = "f32"
+KINDS = ("weights", "activations", "states")  # what bytes are
 BETWEEN = {"f32": 16, "f64": 16}  # bits of a number between kernels where those are not the program's
 LONG = 4096  # new tokens of a step at which an op shows what it is
 PRODUCT = 12  # FLOPs for each number moved, at that length, from which the matrix unit computes an op
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The placement of a program on several devices: each has all weights but the experts, and its own sequences.
-
-    Of the experts a device holds a `devices`-th part; those see the tokens of all devices. `skew` is the exponent of
-    Zipf's law that routing follows, 0 for balanced routing; devices count as equally loaded.
-    """
-
-    devices: int = 1
-    skew: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +36,7 @@ class Work:
     """The amounts that one call of an op moves and computes. Bytes are from or to device memory, formulas in B, S and P."""
 
     function: str
+    place: str  # its function and first result, as kernels.json names it
     op: str
     calls: int  # how often the program runs it in a step
     weights: Size
@@ -61,18 +51,75 @@ class Work:
         return self.weights + self.activations + self.states
 
 
-def module_work(module: Module, spread: Spread = Spread()) -> list[Work]:
+@dataclass(frozen=True)
+class Amounts:
+    """The numbers of a Work at a step."""
+
+    weights: float
+    activations: float
+    states: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class WorkTable:
+    """The works of ops of a module, to be put in numbers for a step."""
+
+    module: Module
+    works: tuple[Work, ...]
+
+    @property
+    def bytes(self) -> dict[str, Size]:
+        """The bytes of a step as formulas in B, S and P, by what they are: weights, activations, states."""
+        return {name: sympy.Add(*(getattr(w, name) * w.calls for w in self.works)) for name in KINDS}
+
+    @property
+    def flops(self) -> dict[str, Size]:
+        """The FLOPs of a step as formulas, by what computes them."""
+        return {u: sympy.Add(*(w.flops * w.calls for w in self.works if w.unit == u)) for u in (MATRIX, VECTOR)}
+
+    @cached_property
+    def _numbers(self) -> Callable[..., list[float]]:
+        """All formulas as one function of the dims; equal ones are computed once."""
+        symbols = [dim(d.name) for d in self.module.dims]
+        formulas = [getattr(w, name) for w in self.works for name in (*KINDS, "flops")]
+        different = list(dict.fromkeys(formulas))
+        place = {formula: i for i, formula in enumerate(different)}
+        compute = sympy.lambdify(symbols, different, modules=["math"])
+        order = [place[formula] for formula in formulas]
+
+        def numbers(*values: int) -> list[float]:
+            found = compute(*values)
+            return [float(found[i]) for i in order]
+
+        return numbers
+
+    def at(self, batch: int, new: int, past: int) -> list[Amounts]:
+        """Return each work in numbers at a step; dims other than B, S and P are at their least."""
+        values = {d.name: max(1, d.low) for d in self.module.dims} | {"B": batch, "S": new, "P": past}
+        numbers = self._numbers(*(values[d.name] for d in self.module.dims))
+        each = len(KINDS) + 1
+        return [Amounts(*numbers[i * each : (i + 1) * each]) for i in range(len(self.works))]
+
+
+def module_work(module: Module, devices: int = 1) -> list[Work]:
     """Return the work of every op that moves or computes anything, functions in order, each op once.
 
-    MoecError for an op that is not declared.
+    Of the experts each of `devices` devices holds a part, which sees the tokens of all; of the rest each has everything and
+    its own sequences. MoecError for an op that is not declared.
     """
     calls = call_counts(module)
     lowest = {d.name: max(1, d.low) for d in module.dims} | {"B": 1, "S": 1, "P": 0}
     found = []
     for function in module.functions:
-        reader = _Reader(function, lowest, spread)
+        reader = _Reader(function, lowest, devices)
         found += [work for op in function.ops if (work := reader.work(op, calls[function.name]))]
     return [work for work in found if work.calls]
+
+
+def place_of(function: Function, op: Op) -> str:
+    """Return the name of an op in a module: its function and first result."""
+    return f"@{function.name}/%{op.results[0].name}"
 
 
 def call_counts(module: Module) -> Counter[str]:
@@ -85,7 +132,7 @@ def call_counts(module: Module) -> Counter[str]:
     return counts
 
 
-def weight_bytes(module: Module, spread: Spread = Spread()) -> int:
+def weight_bytes(module: Module, devices: int = 1) -> int:
     """Return the bytes of all weights that one device holds."""
     calls, total = call_counts(module), sympy.S.Zero
     for function in module.functions:
@@ -93,7 +140,7 @@ def weight_bytes(module: Module, spread: Spread = Spread()) -> int:
         parted = {roots.get(v.name, v).name for op in function.ops for v in op.inputs if _is_parted(op, v)}
         for const in function.consts:
             each = stored_bits(const) * const.value.type.elements / 8
-            total += each * calls[function.name] / (spread.devices if const.value.name in parted else 1)
+            total += each * calls[function.name] / (devices if const.value.name in parted else 1)
     return int(sympy.ceiling(total))
 
 
@@ -134,8 +181,8 @@ def _roots(function: Function) -> dict[str, Value]:
 class _Reader:
     """Reads the work of one function's ops."""
 
-    def __init__(self, function: Function, lowest: Mapping[str, int], spread: Spread) -> None:
-        self.function, self.lowest, self.spread = function, lowest, spread
+    def __init__(self, function: Function, lowest: Mapping[str, int], devices: int) -> None:
+        self.function, self.lowest, self.devices = function, lowest, devices
         self.weights = {c.value.name: stored_bits(c) for c in function.consts}  # name -> bits of one number
         self.roots = _roots(function)
 
@@ -157,7 +204,8 @@ class _Reader:
             else:
                 activations += _bytes(result.type, result.type.elements)
         unit = self._unit(op, flops)
-        return Work(self.function.name, op.name, calls, weights, activations, states, flops, unit)
+        place = place_of(self.function, op)
+        return Work(self.function.name, place, op.name, calls, weights, activations, states, flops, unit)
 
     def _operands(self, op: Op, definition: OpDef) -> tuple[Size, Size, Size]:
         """Return the bytes of weights, activations and states that an op reads."""
@@ -200,11 +248,10 @@ class _Reader:
         if slices.free_symbols:
             return sympy.Min(rows, slices)
         all_slices, chosen = int(slices), evaluate(rows, self.lowest)
-        devices = self.spread.devices if parted else 1
+        devices = self.devices if parted else 1
         if chosen >= all_slices:
             return slices / devices
-        skew = self.spread.skew if parted else 0.0
-        return distinct_experts(all_slices, chosen, rows / chosen * devices, skew) / devices
+        return distinct_experts(all_slices, chosen, rows / chosen * devices) / devices
 
     def _unit(self, op: Op, flops: Size) -> str:
         """Return what computes an op: a product of matrices has many FLOPs for each number, when there are many."""

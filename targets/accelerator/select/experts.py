@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+from ....compiler.errors import MoecError
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.experts import Experts, combine, grouped_down, grouped_up, sort
@@ -78,8 +80,10 @@ def _combine(e: Experts, count: int) -> KernelTemplate:
 def _sort(op: Op, weights: Mapping[str, Packing]) -> Computation:
     experts, chosen = op.settings.integer("experts"), int(op["ids"].type.shape[1])
     none = Packing("bf16", 1, 1)
-    e = Experts(experts, chosen, 1, 1, none, none)
+    return _sort_of(Experts(experts, chosen, 1, 1, none, none))
 
+
+def _sort_of(e: Experts) -> Computation:
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         if _is_direct(e, tokens.count):
             return (Implementation("pair by pair", ()),)
@@ -92,13 +96,47 @@ def _sort(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _grouped_up(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    e = _experts(op, weights)
+    return _experts_up(_experts(op, weights), weights)
+
+
+def _experts_up(e: Experts, weights: Mapping[str, Packing]) -> Computation:
     return Computation("experts_up", e, weights, _grouped(grouped_up, "grouped_up", e, e.up, "up"))
 
 
 def _grouped_down(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    e = _experts(op, weights)
+    return _experts_down(_experts(op, weights), weights)
+
+
+def _experts_down(e: Experts, weights: Mapping[str, Packing]) -> Computation:
     return Computation("experts_down", e, weights, _grouped(grouped_down, "grouped_down", e, e.down, "down"))
+
+
+def part_of_experts(computation: Computation, devices: int) -> Computation:
+    """Return what one of `devices` devices computes of routed experts that are spread over them; others as they are.
+
+    It has its part of the experts, and of the pairs of all devices on average as many as its own tokens make: each comes
+    as a row of its own, with one choice. MoecError where the experts do not divide.
+    """
+    e = computation.problem
+    if devices == 1 or not isinstance(e, Experts):
+        return computation
+    if e.experts % devices:
+        raise MoecError(f"{e.experts} experts on {devices} devices", todo="give a number that divides them")
+    up, down = (replace(p, experts=p.experts // devices) for p in (e.up, e.down))
+    part = replace(e, experts=e.experts // devices, chosen=1, up=up, down=down)
+    whole = _PARTS[computation.kind](part, computation.weights)
+
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        return whole.implementations(replace(tokens, batch=tokens.batch * e.chosen), profile)
+
+    return replace(whole, implementations=implementations)
+
+
+_PARTS: dict[str, Callable[[Experts, Mapping[str, Packing]], Computation]] = {
+    "sort": lambda e, weights: _sort_of(e),
+    "experts_up": _experts_up,
+    "experts_down": _experts_down,
+}
 
 
 IMPLEMENTATIONS: dict[str, Selector] = {

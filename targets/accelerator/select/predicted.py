@@ -8,8 +8,10 @@ from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Module
 from ....compiler.ops.define import free
 from ..chip.chip import Profile
-from .roofline import Roofline, Row, StepPrediction, module_roofline
-from .work import call_counts, state_bytes
+from ..predict.assumed import ASSUMED, MEANING, vector_rate
+from ..predict.roofline import Row, StepPrediction
+from ..predict.work import MATRIX, call_counts, state_bytes, weight_bytes
+from .step import predict_step
 
 
 def predicted(
@@ -19,10 +21,9 @@ def predicted(
 
     Keys: target, variant, batch, new, past, devices; time, tokens_per_second, bandwidth_share; bytes, flops, formulas;
     memory (what a device has to hold, and its capacity); parts (seconds if nothing overlapped); functions; assumed.
-    Raises MoecError as `module_roofline` and `Roofline.at`.
+    Raises MoecError as `predict_step`.
     """
-    roofline = module_roofline(module, profile, devices=devices)
-    step = roofline.at(batch=batch, new=new, past=past)
+    step = predict_step(module, profile, batch=batch, new=new, past=past, devices=devices)
     return {
         "target": profile.name,
         "variant": profile.variant,
@@ -32,12 +33,12 @@ def predicted(
         "bandwidth_share": step.bandwidth_share,
         **_amounts(step.total),
         "formulas": {
-            "bytes": {name: free(formula) for name, formula in roofline.bytes.items()},
-            "flops": {name: free(formula) for name, formula in roofline.flops.items()},
+            "bytes": {name: free(formula) for name, formula in step.table.bytes.items()},
+            "flops": {name: free(formula) for name, formula in step.table.flops.items()},
         },
-        "memory": _memory(roofline, batch, past + new),
-        "functions": _functions(roofline, step),
-        "assumed": roofline.assumptions(),
+        "memory": _memory(module, profile, batch, past + new, devices),
+        "functions": _functions(module, step),
+        "assumed": assumptions(profile, devices),
     }
 
 
@@ -51,22 +52,22 @@ def _amounts(row: Row) -> dict[str, Any]:
     }
 
 
-def _memory(roofline: Roofline, batch: int, past: int) -> dict[str, Any]:
+def _memory(module: Module, profile: Profile, batch: int, past: int, devices: int) -> dict[str, Any]:
     """Return the bytes that one device holds after a step, and whether it has as many; None where that is unknown."""
-    capacity = roofline.profile.memories[0].capacity
-    dims = {d.name: max(1, d.low) for d in roofline.module.dims} | {"B": batch, "S": 1, "P": past}
-    held = roofline.weights + evaluate(state_bytes(roofline.module), dims)
+    capacity = profile.memories[0].capacity
+    dims = {d.name: max(1, d.low) for d in module.dims} | {"B": batch, "S": 1, "P": past}
+    weights, states = weight_bytes(module, devices), evaluate(state_bytes(module), dims)
     return {
-        "weights": roofline.weights,
-        "states": held - roofline.weights,
+        "weights": weights,
+        "states": states,
         "capacity": None if capacity is None else int(capacity.value),
-        "fits": None if capacity is None else held <= capacity.value,
+        "fits": None if capacity is None else weights + states <= capacity.value,
     }
 
 
-def _functions(roofline: Roofline, step: StepPrediction) -> list[dict[str, Any]]:
+def _functions(module: Module, step: StepPrediction) -> list[dict[str, Any]]:
     """Return every function with its ops, equal ones together, those of its callees apart."""
-    calls = call_counts(roofline.module)
+    calls = call_counts(module)
     ops: dict[str, list[dict[str, Any]]] = {}
     for row in step.grouped("function", "op"):
         ops.setdefault(row.function, []).append({"op": row.op, **_timed(row, step)})
@@ -74,6 +75,25 @@ def _functions(roofline: Roofline, step: StepPrediction) -> list[dict[str, Any]]
         {"function": row.function, "calls": calls[row.function], **_timed(row, step), "ops": ops[row.function]}
         for row in step.grouped("function")
     ]
+
+
+def assumptions(profile: Profile, devices: int) -> list[str]:
+    """Return what a prediction takes as given beside the profile, in words."""
+    taken = {name: value for name, value in ASSUMED.items() if name != "launch" or profile.launch is None}
+    lines = [f"{name} = {value:g} ({MEANING[name]})" for name, value in taken.items()]
+    lines += [
+        "kernels run one after the other, each with its launch, tuned for this number of tokens",
+        "ops without a kernel take what a good one would",
+        f"states and activations are {MATRIX} between kernels",
+        "routing is balanced",
+    ]
+    if vector_rate(profile) is None:
+        lines.append(f"vector_peak of {profile.name} is unknown: what is no product computes in no time")
+    if devices > 1:
+        lines.append(
+            f"experts are spread over {devices} devices, the rest is on each of them; what they exchange is not counted"
+        )
+    return lines
 
 
 def _timed(row: Row, step: StepPrediction) -> dict[str, Any]:
