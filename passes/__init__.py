@@ -3,6 +3,7 @@
 graph: raise-norm, raise-rope, lift-moe (leaves stage moe).
 moe: fuse-router, fuse-dispatch, fuse-shared-experts, absorb-mla, fuse-attention, fuse-norm, keep-codes, quantize,
     round-weights.
+kernel: quantize-activations.
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.
 """
 

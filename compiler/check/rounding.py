@@ -2,7 +2,8 @@
 
 Outputs alone say little about such a pass: a rounded score turns a router's choice, and then the numbers of a token have
 no bound. So the rounding is taken out of the program, which then has to give the numbers that it gave before; each weight
-without its rounding has to be the weight that stood there; and each rounding is held to what its format promises.
+without its rounding has to be the weight that stood there; and each rounding is held to what its format promises. Ops
+that round activations are taken out as well.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _roundings(function: Function) -> Iterator[Step]:
 
 
 def _without_rounding(function: Function, kept: set[Step]) -> Function:
-    """Return the function with its weights not rounded, but for the steps that are kept."""
+    """Return the function with its weights not rounded, but for the steps that are kept, and no activations either."""
+    function = _without_rounded_values(function)
     consts = tuple(
         replace(c, recipe=found) if (found := _exact(c.recipe, kept)) is not c.recipe else c for c in function.consts
     )
@@ -81,6 +83,20 @@ def _without_rounding(function: Function, kept: set[Step]) -> Function:
         if all(a is b for a, b in zip(consts, function.consts, strict=True))
         else replace(function, consts=consts)
     )
+
+
+def _without_rounded_values(function: Function) -> Function:
+    """Return the function without the ops that bring an operand to a quantized format; what reads them reads it."""
+    rounding = {op.results[0].name: op.inputs[0] for op in function.ops if _rounds_values(op)}
+    if not rounding:
+        return function
+    kept = [op for op in function.ops if not _rounds_values(op)]
+    ops = (replace(op, operands=tuple(v and rounding.get(v.name, v) for v in op.operands)) for op in kept)
+    return replace(function, ops=tuple(ops))
+
+
+def _rounds_values(op: Op) -> bool:
+    return len(op.inputs) == 1 and find_format(op.results[0].type.dtype) is not None
 
 
 def _exact(recipe: Recipe, kept: set[Step]) -> Recipe:

@@ -1,7 +1,8 @@
 """`acc.*`: what an accelerator has as one kernel. Each replaces ops of stage moe and gives their numbers.
 
 Weights are typed as they are stored: bf16, f32, or a quantized format, which stands for its numbers in f32 (the
-variable W). Activations are f32 here; a kernel computes in f32 and hands bf16 on, which kernels.json states.
+variable W). Activations are f32 here; a kernel computes in f32 and hands bf16 on, which kernels.json states. Those
+that acc.quantize rounds are typed in its format (the variable X): the matrix unit multiplies their codes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from ...compiler.formats.table import find_format
+from ...compiler.formats.table import find_format, format_of
 from ...compiler.ir.activation import SILU, Activation
 from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
@@ -29,18 +30,43 @@ def _check_weight(name: str, weight: TensorType) -> None:
         raise fail(f"{name}: weights are {', '.join(PLAIN)} or in a quantized format, not {weight}")
 
 
+def _numbers(x: TensorType) -> str:
+    """Return the dtype of the numbers that a value in a quantized format, or a plain one, represents."""
+    return "f32" if find_format(x.dtype) else x.dtype
+
+
+# --- activations in a format -----------------------------------------------------------------------------------
+
+
+def _quantize(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    (x,) = types
+    if find_format(attributes["to"]) is None:
+        raise fail(f"acc.quantize: {attributes['to']} is no quantized format")
+    return (TensorType(attributes["to"], x.shape),)
+
+
+@op("acc.quantize", "x: f32[*X, K] -> y: Y[*X, K]", infer=_quantize, flops=lambda o, r, a: 4 * r[0].elements)
+def quantize(x, *, to: str):
+    """Round activations to a quantized format, each group of a row under a scale of its own.
+
+    The result represents its numbers in f32, as a weight in a format does; kernels hand on codes and scales.
+    """
+    found = format_of(to)
+    return found.decode(found.encode(x), x.shape[-1])
+
+
 # --- linear ----------------------------------------------------------------------------------------------------
 
 
 def _linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, w = types[:2]
     _check_weight("acc.linear", w)
-    return (TensorType(x.dtype, (*x.shape[:-1], w.shape[0])),)
+    return (TensorType(_numbers(x), (*x.shape[:-1], w.shape[0])),)
 
 
 @op(
     "acc.linear",
-    "x: A[*X, K], w: W[N, K], bias: A[N]? -> y: A[*X, N]",
+    "x: X[*X, K], w: W[N, K], bias: A[N]? -> y: A[*X, N]",
     infer=_linear,
     flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
 )
@@ -70,12 +96,12 @@ def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, up = types[:2]
     _check_weight("acc.gated_up", up)
     inner = inner_size("acc.gated_up", up.shape[0], attributes["act"], gated=True)
-    return (TensorType(x.dtype, (*x.shape[:-1], inner)),)
+    return (TensorType(_numbers(x), (*x.shape[:-1], inner)),)
 
 
 @op(
     "acc.gated_up",
-    "x: A[*X, D], up: W[N, D], bias: A[N]? -> h: A[*X, I]",
+    "x: X[*X, D], up: W[N, D], bias: A[N]? -> h: A[*X, I]",
     infer=_gated_up,
     flops=lambda o, r, a: r[0].elements * (4 * o[1].shape[1] + 4),
 )
@@ -114,7 +140,7 @@ def _check_order(name: str, ids: TensorType, order: TensorType, offsets: TensorT
 def _grouped_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, ids, order, offsets, up = types[:5]
     _check_order("acc.grouped_up", ids, order, offsets, up)
-    return (TensorType(x.dtype, (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))),)
+    return (TensorType(_numbers(x), (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))),)
 
 
 def _grouped_up_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
@@ -136,7 +162,7 @@ def _chosen(types: Types, attributes: Attributes) -> Size:
 
 @op(
     "acc.grouped_up",
-    f"x: A[T, D], {_PAIRS}, up: W[E, N, D], up_bias: A[E, N]? -> h: A[R, I]",
+    f"x: X[T, D], {_PAIRS}, up: W[E, N, D], up_bias: A[E, N]? -> h: A[R, I]",
     infer=_grouped_up,
     flops=_grouped_up_flops,
     domains={**_ROWS, **_ORDER},
@@ -159,12 +185,12 @@ def grouped_up(x, ids, order, offsets, up, up_bias, *, act: Activation = SILU):
 def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     h, ids, order, offsets, _, down = types[:6]
     _check_order("acc.grouped_down", ids, order, offsets, down)
-    return (TensorType(h.dtype, (ids.shape[0], down.shape[1])),)
+    return (TensorType(_numbers(h), (ids.shape[0], down.shape[1])),)
 
 
 @op(
     "acc.grouped_down",
-    f"h: A[R, I], {_PAIRS}, gates: A[T, K], down: W[E, D, I], down_bias: A[E, D]? -> y: A[T, D]",
+    f"h: X[R, I], {_PAIRS}, gates: A[T, K], down: W[E, D, I], down_bias: A[E, D]? -> y: A[T, D]",
     infer=_grouped_down,
     flops=lambda o, r, a: 2 * o[1].elements * o[5].shape[1] * o[5].shape[2],
     domains={"ids": lambda types, attributes: types[5].shape[0], **_ORDER},

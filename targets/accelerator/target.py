@@ -14,6 +14,7 @@ from .artifact.options import NAMES, Options, read_options
 from .chip.chip import Profile
 from .chip.describe import line
 from .chip.profile import find_profile
+from .select.activations import rounded_pairs
 
 if TYPE_CHECKING:
     from ...compiler.ir.module import Module
@@ -38,10 +39,12 @@ FORMATS = Formats(
 
 def accelerator_target(profile: Profile, source: str, options: Options) -> Target:
     """Return the target for a chip; `source` is the name or TOML file that options are put on."""
+    pairs = rounded_pairs(profile, options.activations)
+    rounding = (PassCall("quantize-activations", {"pairs": pairs}),) if pairs else ()
     return Target(
         name=profile.name,
         doc=line(profile),
-        pipeline=(*FUSED, PassCall("round-weights"), PassCall(LOWER)),
+        pipeline=(*FUSED, PassCall("round-weights"), PassCall(LOWER), *rounding),
         ops=OPS,
         formats=FORMATS,
         lower=lower,

@@ -26,7 +26,7 @@ from moec.compiler.rewrite.pipeline import TOLERANCE, run_pipeline
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.passes import PASSES
-from moec.targets import Target, open_target
+from moec.targets import Target, declare_kernel_ops, open_target
 from places import FILES
 
 FILES = sorted(FILES.glob("*.moir"))
@@ -43,6 +43,8 @@ def test_file(path: Path, request: pytest.FixtureRequest):
     assert separator or comments, f"{path.name} says neither what comes out nor what goes wrong"
     try:
         passes, target = command(before)
+        if target is not None:
+            declare_kernel_ops(target)
         table = PASSES if target is None else passes_for(target)
         module = parse_module(before, str(path))
         run = run_pipeline(module, passes, target=target, table=table, check=True)

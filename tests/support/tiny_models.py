@@ -83,9 +83,12 @@ def padded_batch(
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def meaning(model, spec, target="cpu"):
-    """Return a function that runs the quantized program of a model with torch: what its codes stand for."""
-    module = driver.compile(model, target, quantize=spec, stop_after="moe")
+def meaning(model, spec, target="cpu", stage="moe"):
+    """Return a function that runs the quantized program of a model with torch: what its codes stand for.
+
+    At stage kernel activations are rounded as the target's kernels round them.
+    """
+    module = driver.compile(model, target, quantize=spec, stop_after=stage)
     source = load(model).weights
     made = {}
 

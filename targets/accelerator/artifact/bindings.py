@@ -17,6 +17,7 @@ from typing import Any
 import sympy
 
 from ....compiler.errors import MoecError
+from ....compiler.formats.format import PART_NAMES
 from ....compiler.ir.dims import Size, dim
 from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
@@ -91,11 +92,14 @@ def bind(
     found: dict[str, Bound] = {}
     for a in program.arguments:
         name = kernel.renamed.get(a.name, a.name)
+        base, part = _split_part(name)
         if a.name in kernel.appended:
             past, result = kernel.appended[a.name]
             found[a.name] = Bound(result=result, past=past)
         elif a.role == "output" and name in results:
             found[a.name] = Bound(result=name)
+        elif a.role == "output" and base in results:
+            found[a.name] = Bound(result=base, part=part)
         elif a.role == "output":
             before.add(a.name)
             found[a.name] = Bound(scratch=a.name)
@@ -116,9 +120,18 @@ def _input(kernel: KernelTemplate, a: Argument, operands: set[str], weights: Map
             if a.role == "weight" and part != a.name and part in packing.parts:
                 return Bound(operand=weight, part=part)
     name = kernel.renamed.get(a.name, a.name)
+    base, part = _split_part(name)
+    if name not in operands and base in operands:
+        return Bound(operand=base, part=part)
     if name not in operands:
         raise MoecError(f"the argument {a.name} of {kernel.name} is no operand of its op", exit_code=1)
     return Bound(operand=name)
+
+
+def _split_part(name: str) -> tuple[str, str]:
+    """Return the name of a value in a quantized format and of its part that an argument is; the part is "" for others."""
+    base, _, part = name.rpartition("_")
+    return (base, part) if part in PART_NAMES else (name, "")
 
 
 def _scalars(kernel: str, program: Program, bound: Mapping[str, Bound]) -> dict[str, tuple[str, str]]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from ....compiler.errors import MoecError
 
-CHOICES = {"kernels": ("objects", "source"), "toolchain": ("found", "make")}  # the first by default
+CHOICES = {  # the first by default
+    "kernels": ("objects", "source"), "toolchain": ("found", "make"), "activations": ("auto", "bf16", "fp8"),
+}  # fmt: skip
 ENGINES = ("vllm", "sglang")
 
 
@@ -30,11 +32,12 @@ class Options:
     """The options of an artifact.
 
     `compiled`: kernels are compiled where the toolchain is installed. `make_toolchain`: triton-ascend's environment is
-    made if there is none. `buckets`: the most tokens of a step that kernels are tuned for (None: spec.BUCKETS).
+    made if there is none. `activations`: what is multiplied with quantized weights, see select/activations.py. `buckets`: the most tokens of a step that kernels are tuned for (None: spec.BUCKETS).
     """
 
     compiled: bool = True
     make_toolchain: bool = False
+    activations: str = CHOICES["activations"][0]
     buckets: tuple[int, ...] | None = None
     tuning: Tuning = field(default_factory=Tuning)
 
@@ -60,7 +63,9 @@ def read_options(given: Mapping[str, str]) -> Options:
     tuning = Tuning(
         engines, _ranks("tp", given), _ranks("ep", given), given.get("device", "").strip().replace(" ", "_")
     )
-    return Options(chosen["kernels"] == "objects", chosen["toolchain"] == "make", _buckets(given), tuning)
+    return Options(
+        chosen["kernels"] == "objects", chosen["toolchain"] == "make", chosen["activations"], _buckets(given), tuning
+    )
 
 
 def _ranks(key: str, given: Mapping[str, str]) -> int:

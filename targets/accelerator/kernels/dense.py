@@ -15,6 +15,7 @@ from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
 from .experts import activation, multiply
+from .low_precision import begin_sums, declare_rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
         b.grid("block", p.blocks)
     if split > 1:
         b.grid("part", split)
-    b.tensor("x", p.dtype, "T", *([p.blocks] if p.blocks > 1 else []), p.depth)
+    declare_rows(b, "x", p.dtype, "T", *([p.blocks] if p.blocks > 1 else []), p.depth)
     p.weight.declare(b, "w")
     wide = p.blocks * p.rows
     if split == 1:
@@ -67,14 +68,14 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
     b.let("n", f"column * {t.n} + arange({t.n})")
     b.let("n_live", f"n < {p.rows}")
     sums = _weight_rows(b, p)
-    for acc in sums:
-        b.accumulator(acc, (t.m, t.n))
+    apart = None if p.act.gated and p.act.interleaved else p.rows if p.act.gated or p.blocks > 1 else 0
+    begin_sums(b, p.weight, p.dtype, t, {acc: f"{acc}_row" for acc in sums}, apart)
     start, stop = depth(b, p.depth, t.k, split)
     block = "block" if p.blocks > 1 else ""
     with b.loop("k", start, stop, t.k, t.stages):
         multiply(
             b, p.weight, "w", "x", "row", p.depth, t, {acc: f"{acc}_row" for acc in sums},
-            block if p.weight.experts else "", [block] if block else [],
+            block if p.weight.experts else "", [block] if block else [], dtype=p.dtype,
         )  # fmt: skip
     b.let("place", f"block * {p.rows} + n" if block else "n")
     value = {acc: b.result(acc) for acc in sums}

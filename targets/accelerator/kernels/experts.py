@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ....compiler.formats.table import find_format
 from ....compiler.ir.activation import SILU, Activation
 from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
+from .low_precision import begin_sums, declare_rows, multiply_codes
 
 LOOK = 1024  # pairs that sort looks at in one step
 
@@ -31,7 +33,8 @@ class Experts:
     up_bias: bool = False
     down_bias: bool = False
     act: Activation = SILU
-    dtype: str = "bf16"  # of x, y and what lies between
+    dtype: str = "bf16"  # of what a kernel hands on
+    given: str = "bf16"  # of the rows that are multiplied, or the format that they are in
 
 
 def sort(e: Experts, layout: Layout) -> Program:
@@ -101,7 +104,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
     b = Builder("grouped_up", layout, "h[pair] = act(x[token] gateᵀ) (x[token] upᵀ + beta), rows gathered by expert.")
     b.scalar("T")
     column, _ = b.grid("column", f"cdiv({e.inner}, {t.n})"), b.grid("tile", tiles(e, t, direct))
-    b.tensor("x", e.dtype, "T", e.hidden)
+    declare_rows(b, "x", e.given, "T", e.hidden)
     _orders(b, e, direct)
     e.up.declare(b, "up")
     if e.up_bias:
@@ -118,9 +121,10 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
         rows = rows if e.act.gated else {"gate": "n"}
         for name, text in rows.items():
             b.let(f"{name}_row", text)
-            b.accumulator(name, (t.m, t.n))
+        apart = None if e.act.interleaved else e.inner if e.act.gated else 0
+        begin_sums(b, e.up, e.given, t, {n: f"{n}_row" for n in rows}, apart)
         with b.loop("k", 0, e.hidden, t.k, t.stages):
-            multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows})
+            multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows}, dtype=e.given)
         value = {name: f"{b.result(name)}" for name in rows}
         if e.up_bias:
             for name in rows:
@@ -139,7 +143,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
     b = Builder("grouped_down", layout, "rows[pair] = gates[pair] h[pair] downᵀ")
     b.scalar("T")
     column, _ = b.grid("column", f"cdiv({e.hidden}, {t.n})"), b.grid("tile", tiles(e, t, direct))
-    b.tensor("h", e.dtype, f"T * {e.chosen}", e.inner)
+    declare_rows(b, "h", e.given, f"T * {e.chosen}", e.inner)
     b.tensor("gates", "f32", f"T * {e.chosen}")
     _orders(b, e, direct)
     e.down.declare(b, "down")
@@ -150,9 +154,9 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
     with b.when("1" if direct else "there"):
         b.let("n", f"{column} * {t.n} + arange({t.n})")
         b.let("n_live", f"n < {e.hidden}")
-        b.accumulator("acc", (t.m, t.n))
+        begin_sums(b, e.down, e.given, t, {"acc": "n"}, 0)
         with b.loop("k", 0, e.inner, t.k, t.stages):
-            multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"})
+            multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"}, dtype=e.given)
         value = b.result("acc")
         if e.down_bias:
             b.load("bias", "down_bias", ["expert", "n"], "n_live")
@@ -193,13 +197,16 @@ def _orders(b: Builder, e: Experts, direct: bool) -> None:
 
 def multiply(
     b: Builder, weight: Packing, tensor: str, x: str, row: str, depth: int, t: Tile, sums: dict[str, str],
-    expert: str = "expert", middle: Sequence[str] = (),
+    expert: str = "expert", middle: Sequence[str] = (), *, dtype: str,
 ) -> None:  # fmt: skip
     """Add one step of K: sums[acc] gets x[row, ..., k:] times the weight's rows, each weight tile split as its packing wants.
 
     `live` says which rows of x there are and `n_live` which of the weight, `middle` are indices between row and k. Rows
-    of another dtype than the weight's tiles are cast to theirs.
+    of another dtype than the weight's tiles are cast to theirs; those in a format, `dtype`, are multiplied as codes.
     """
+    if form := find_format(dtype):
+        multiply_codes(b, weight, tensor, x, form, row, depth, t, sums, expert, middle)
+        return
     loaded: dict[tuple[str, int], str] = {}
     for acc, rows in sums.items():
         label = f"w_{acc}"

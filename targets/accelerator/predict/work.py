@@ -17,7 +17,6 @@ import sympy
 from ....compiler.cost.count import leaves, op_flops
 from ....compiler.formats.table import find_format
 from ....compiler.ir.dims import Size, dim, evaluate, size
-from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Const, Function, Module, Op, Value
 from ....compiler.ir.types import TensorType, expand_range
 from ....compiler.ops import OPS, OpDef
@@ -262,7 +261,7 @@ class _Reader:
 
 
 def _bytes(type: TensorType, elements: Size) -> Size:
-    bits = BETWEEN.get(type.dtype) or DTYPES[type.dtype].bits
+    bits = BETWEEN.get(type.dtype) or type.bits
     return elements * sympy.Rational(bits, 8)
 
 

@@ -131,8 +131,10 @@ class _Call:
             return self._scratch.get(bound.scratch)
         if bound.result:
             found = self.made.get(self._results[bound.result].name)
-            return None if found is None else tensor_of(found)
+            return None if found is None or isinstance(found, Mapping) else tensor_of(found)
         value = self._operands[bound.operand]
+        if isinstance(parts := self._values.get(value.name), Mapping):
+            return parts[bound.part]
         if bound.part or value.name not in self._values:
             return self._weights[value.name][bound.part]
         held = self._values[value.name]
@@ -163,6 +165,10 @@ class _Call:
     def _keep(self, bound: Bound, tensor: torch.Tensor, a: Argument) -> None:
         if bound.scratch:
             self._scratch[bound.scratch] = tensor
+        elif bound.result and bound.part:
+            value = self._results[bound.result]
+            before = self.made.get(value.name)
+            self.made[value.name] = {**(before if isinstance(before, Mapping) else {}), bound.part: tensor}
         elif bound.result and not bound.past and a.role == "output":
             value = self._results[bound.result]
             self.made[value.name] = tensor.reshape(_sizes(value.type, tuple(sorted(self._dims.items()))))

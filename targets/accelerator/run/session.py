@@ -17,7 +17,7 @@ from ...session import INPUTS, check_step
 from .artifact import read_kernels, read_program, read_weights
 from .executor import Executor
 from .launchers import open_launcher
-from .slots import Held, Slots, tensor_of
+from .slots import Held, tensor_of
 
 ACCURACIES = ("fast", "exact")
 
@@ -116,7 +116,7 @@ class Session:
 
 def _kept(held: Held, state: State) -> Held:
     """Return a state as it is kept: caches that the framework appends to in bf16, as kernels hand them on."""
-    if isinstance(held, Slots) or state.axis is None or held.dtype != torch.float32:
+    if not isinstance(held, torch.Tensor) or state.axis is None or held.dtype != torch.float32:
         return held
     return held.to(torch.bfloat16)
 

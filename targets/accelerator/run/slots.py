@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
+
+from ....compiler.errors import MoecError
 
 STEP = 64  # buffers have room for a multiple of so many tokens
 
@@ -36,11 +39,14 @@ class Slots:
         return self.buffer.narrow(self.axis, 0, self.length)
 
 
-Held: TypeAlias = "torch.Tensor | Slots"
+# a value of a program: numbers, a state with room, or the codes and scales of numbers in a quantized format
+Held: TypeAlias = "torch.Tensor | Slots | Mapping[str, torch.Tensor]"
 
 
 def tensor_of(value: Held) -> torch.Tensor:
-    """Return the numbers of a value, whether it has room or not."""
+    """Return the numbers of a value, whether it has room or not; MoecError for codes, which only kernels read."""
+    if isinstance(value, Mapping):
+        raise MoecError("a value that lies as codes and scales is read by what is no kernel", exit_code=1)
     return value.tensor if isinstance(value, Slots) else value
 
 

@@ -12,6 +12,7 @@ from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.dense import Linear, linear, linear_sum
+from ..kernels.low_precision import Quantize, quantize
 from ..kernels.norm import Norm, add_rms_norm, layer_norm, power, rms_norm
 from ..kernels.rope import Append, Rope, qk_rope_append, rope
 from ..tile.packing import Packing
@@ -21,6 +22,7 @@ from .implementations import (
     Selector,
     Tokens,
     given,
+    given_in,
     only_implementation,
     row_shapes,
     row_tile,
@@ -44,7 +46,7 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     gated = op.name == "acc.gated_up"
     rows = weight.rows // blocks // (2 if gated else 1)
     p = Linear(
-        rows, weight.columns, weight, blocks, "bias" in operands, out=a.text("out", "bf16"),
+        rows, weight.columns, weight, blocks, "bias" in operands, dtype=given_in(operands["x"]), out=a.text("out", "bf16"),
         act=a.activation("act") if gated else IDENTITY,
     )  # fmt: skip
     return Computation(
@@ -78,6 +80,22 @@ def _split_linear(
         staged=False,
     )  # fmt: skip
     return Implementation(f"depth in {split} parts", (part, total))
+
+
+def _quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
+    x = given(op)["x"]
+    p = Quantize(int(x.shape[-1]), op.settings.text("to"))
+    widths = tuple(n for n in (128, 256, 512, 1024) if n < 2 * p.width) or (128,)
+
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        rows = _rows(x.shape[:-1], tokens)
+        tiles = tuple((m, n, 1) for m in (1, 2, 4, 8) for n in widths)
+        return only_implementation(
+            KernelTemplate("quantize", lambda t, layout: quantize(p, row_tile(t), layout), {"T": rows}, tiles,
+                   staged=False)
+        )  # fmt: skip
+
+    return Computation("quantize", p, {}, implementations)
 
 
 # --- norms and heads -----------------------------------------------------------------------------------------------
@@ -153,6 +171,7 @@ def _head_kernel(name: str, make: Any, scalars: Mapping[str, int], **bound: Any)
 
 IMPLEMENTATIONS: dict[str, Selector] = {
     **dict.fromkeys(("acc.linear", "acc.gated_up", "acc.block_linear"), _linear),
+    "acc.quantize": _quantize,
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(("nn.rope", "nn.rope_pairs"), _rope),
     "acc.rope_append": _append,

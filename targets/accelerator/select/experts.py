@@ -17,6 +17,7 @@ from .implementations import (
     Selector,
     Tokens,
     given,
+    given_in,
     only_implementation,
     row_shapes,
 )  # fmt: skip
@@ -37,10 +38,18 @@ def experts_of(op: Op, weight: Packing) -> Experts:
     if op.name == "acc.grouped_up":
         inner = weight.rows // 2 if a.activation("act").gated else weight.rows
         return Experts(
-            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, act=a.activation("act")
+            weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, act=a.activation("act"),
+            given=given_in(operands["x"]),
         )  # fmt: skip
     return Experts(
-        weight.experts, chosen, weight.rows, weight.columns, weight, weight, down_bias="down_bias" in operands
+        weight.experts,
+        chosen,
+        weight.rows,
+        weight.columns,
+        weight,
+        weight,
+        down_bias="down_bias" in operands,
+        given=given_in(operands["h"]),
     )
 
 

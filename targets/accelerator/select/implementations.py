@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ....compiler.formats.table import find_format
 from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
 from ..chip.chip import Profile
@@ -58,6 +59,11 @@ Selector = Callable[[Op, Mapping[str, Packing]], Computation | None]  # None: th
 def given(op: Op) -> dict[str, TensorType]:
     """Return the types of an op's operands by their names in its signature; absent ones are left out."""
     return {name: v.type for name, v in op.named}
+
+
+def given_in(x: TensorType) -> str:
+    """Return in what a kernel gets an operand: in the quantized format that it is in, else in bf16."""
+    return x.dtype if find_format(x.dtype) else "bf16"
 
 
 def row_tile(tile: Tile) -> RowTile:

@@ -75,6 +75,10 @@ class Builder:
         """Return the dtype of a tensor that is declared."""
         return self._scope.arguments[tensor].dtype
 
+    def is_scalar(self, name: str) -> bool:
+        """Return whether a name that has a value is one number."""
+        return not self._scope.types[name].shape
+
     # --- body ---
 
     def let(self, name: str, value: str, shape: Sequence[int] = (), dtype: str = "", memory: str = "") -> str:

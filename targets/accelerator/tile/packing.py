@@ -53,7 +53,7 @@ class Packing:
     def element(self) -> str:
         """The dtype of the tensor that holds the numbers or codes."""
         f = self.quantized
-        return self.format if f is None else "f8e4m3" if f.element == "e4m3" else "u8" if f.bits == 4 else "i8"
+        return self.format if f is None else codes_of(f)
 
     @property
     def operand(self) -> str:
@@ -76,7 +76,7 @@ class Packing:
         columns = pad(self.columns, self.step)
         groups = -(-columns // f.group)
         found = {"codes": (self.element, (*lead, self.rows, columns // 2 if f.bits == 4 else columns))}
-        found["scales"] = (_SCALES[f.scale][0], (*lead, -(-self.rows // f.rows), groups))
+        found["scales"] = (scales_of(f), (*lead, -(-self.rows // f.rows), groups))
         if f.zeros:
             found["zeros"] = ("u8", (*lead, self.rows, groups))
         if f.tensor_scale:
@@ -261,6 +261,16 @@ _SCALES: Mapping[str, tuple[str, Callable[[str], str]]] = {  # with the dtype in
     "f8e8m0": ("u8", lambda text: f'bitcast(cast({text}, "i32") << 23, "f32")'),  # 2^(byte - 127): an exponent of f32
     "f8e4m3": ("f8e4m3", _f32),
 }
+
+
+def codes_of(format: Format) -> str:
+    """Return the dtype of the tensor that holds the codes of a format."""
+    return "f8e4m3" if format.element == "e4m3" else "u8" if format.bits == 4 else "i8"
+
+
+def scales_of(format: Format) -> str:
+    """Return the dtype of the tensor that holds the scales of a format."""
+    return _SCALES[format.scale][0]
 
 
 def reads(format: Format) -> bool:

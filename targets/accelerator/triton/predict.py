@@ -16,6 +16,7 @@ from ....compiler.ir.dtypes import DTYPES
 from ..tile.expr import Call, Expr
 from ..tile.machine import TALL_ROWS
 from ..tile.tiles import Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from ..tile.types import EIGHT
 from .architectures import nearest
 from .layouts import COLUMNS, conversion_bytes, warps_along
 
@@ -91,8 +92,7 @@ def spills(program: Program, arch: str, warps: int) -> bool:
     It errs to the safe side: some that are predicted to spill do not.
     """
     threads = warps * nearest(arch).warp
-    sums = {dot.acc for dot in _dots(program.body)}
-    held = sum(prod(program.buffers[name].shape) for name in sums) / threads
+    held = _sums(program) / threads
     origin = _origins(program.body)
     second = {origin.get(dot.b, dot.b) for dot in _dots(program.body)}
     made = [s.value for s in walk(program.body) if isinstance(s, Let) and s.name in second]
@@ -103,6 +103,20 @@ def spills(program: Program, arch: str, warps: int) -> bool:
         if held > limit:
             return True
     return False
+
+
+def _sums(program: Program) -> int:
+    """Return how many numbers the sums of matmuls are that are held at once.
+
+    A sum of codes is added to a total in each step: the totals are held together, of the sums one after the other.
+    """
+    sizes = {dot.acc: prod(program.buffers[dot.acc].shape) for dot in _dots(program.body)}
+    coded = {dot.acc for dot in _dots(program.body) if program.buffers[dot.a].dtype in EIGHT}
+    if not coded:
+        return sum(sizes.values())
+    lets = [s for s in walk(program.body) if isinstance(s, Let) and s.name in s.value.names]
+    totals = {s.name: prod(program.buffers[s.name].shape) for s in lets if s.name in program.buffers}
+    return sum(totals.values()) + max(sizes.values())
 
 
 def agrees(predicted: int, found: int) -> bool:

@@ -60,10 +60,14 @@ def test_two_sequences_and_cached_steps(family, chip, tmp_path):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("spec", ["experts=int4", "int8", "experts=mxfp4", "experts=nvfp4", "experts=fp8_b128"])
 def test_stored_formats(spec, chip, tmp_path):
-    """Against the program before it is lowered, with the numbers that the codes stand for: a prefill and a cached step."""
+    """Against the program with the numbers that the codes stand for: a prefill and a cached step.
+
+    It is the one before lowering, but for fp8: with its weights activations are rounded.
+    """
+    stage, tolerance = ("kernel", 0.03) if "fp8" in spec else ("moe", 0.01)
     options = {"kernels": "source", "buckets": "1,16"}
     artifact = moec.compile(TINY, target=chip, out=tmp_path / "a", quantize=spec, options=options)
-    session, run = artifact.session(threads=1), meaning(TINY, spec, chip)
+    session, run = artifact.session(threads=1), meaning(TINY, spec, chip, stage)
     ids = np.arange(50, 61)[None]
     mask, positions = np.ones((1, 12), np.int64), np.arange(12)[None]
     found, states = session.step(ids, mask[:, :11], positions[:, :11])
@@ -72,7 +76,7 @@ def test_stored_formats(spec, chip, tmp_path):
     whole = [torch.from_numpy(a) for a in (np.append(ids, [[61]], 1), mask, positions)]
     wanted = run([*whole, *empty])[0].numpy()
     off = token_differences(np.concatenate([found, step], 1), wanted)
-    assert np.median(off) <= 0.01 and off[-1] <= 0.02
+    assert np.median(off) <= tolerance and off[-1] <= 2 * tolerance
 
 
 @needs_triton

@@ -1,0 +1,131 @@
+"""Products of activations in a quantized format with weights in one: the matrix unit gets codes, scales come after.
+
+Each step of the depth is one group of the activations. Its sum of products is the matrix unit's; it is multiplied by
+the scales of its row and of the weight and added, in f32, to what the steps before gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ....compiler.errors import MoecError
+from ....compiler.formats.format import Format
+from ....compiler.formats.table import find_format, format_of
+from ..tile.builder import Builder, Layout
+from ..tile.packing import Packing, codes_of, scales_of
+from ..tile.tiles import Program
+from .choices import RowTile, Tile
+
+LARGEST = 448.0  # of E4M3
+
+
+def declare_rows(b: Builder, name: str, dtype: str, *shape: int | str, role: str = "input") -> None:
+    """Declare activations as a tensor of a program, those in a format as its codes and scales."""
+    form = find_format(dtype)
+    if form is None:
+        b.tensor(name, dtype, *shape, role=role)
+        return
+    *lead, width = shape
+    b.tensor(f"{name}_codes", codes_of(form), *lead, width, role=role)
+    b.tensor(f"{name}_scales", scales_of(form), *lead, -(-int(width) // form.group), role=role)
+
+
+def begin_sums(b: Builder, weight: Packing, dtype: str, t: Tile, rows: Mapping[str, str], apart: int | None) -> None:
+    """Begin a sum for each index vector of weight rows: in the matrix unit, for activations in a format as vectors.
+
+    The rows of a tile are neighbours that begin at a multiple of t.n, or of `apart` more than one (None: they are no
+    neighbours). Where they have one scale together, the number of its rows is found here, once.
+    """
+    for acc, row in rows.items():
+        if find_format(dtype) is None:
+            b.accumulator(acc, (t.m, t.n))
+            continue
+        b.let(acc, f'full({t.m}, {t.n}, 0.0, "f32")', (t.m, t.n), "f32")
+        block = _scale_rows(weight)
+        if apart is not None and block % t.n == 0 and apart % block == 0:
+            b.let(f"{acc}_block", f"min({row}, 0) // {block}")
+        elif block > 1:
+            b.let(f"{acc}_block", f"{row} // {block}")
+        else:
+            b.let(f"{acc}_block", row)
+
+
+def _scale_rows(weight: Packing) -> int:
+    return weight.quantized.rows if weight.quantized else 1
+
+
+def multiply_codes(
+    b: Builder, weight: Packing, tensor: str, x: str, form: Format, row: str, depth: int, t: Tile, sums: Mapping[str, str],
+    expert: str, middle: Sequence[str],
+) -> None:  # fmt: skip
+    """Add one step of K to sums that `begin_sums` began; see `multiply`, of which this is the part for codes.
+
+    MoecError for a step that is no group of both, which the search does not try.
+    """
+    held = weight.quantized
+    if held is None or held.element != form.element or t.k != form.group or held.group % t.k:
+        raise MoecError(f"codes of {form.name} are not multiplied with {weight.format}, {t.k} columns at once")
+    k = f"(k + arange({t.k}))[None, :]"
+    mask = "live[:, None]" + ("" if depth % t.k == 0 else f" & ({k} < {depth})")
+    a = b.operand("a", f"{x}_codes", [f"{row}[:, None]", *middle, k], mask, (t.m, t.k), second=False)
+    b.load("a_scale", f"{x}_scales", [row, *middle, f"k // {form.group}"], "live")
+    lead = [expert] if expert else []
+    for acc, rows in sums.items():
+        at = [*lead, f"{rows}[:, None]", k]
+        w = b.operand(f"w_{acc}", f"{tensor}_codes", at, "n_live[:, None]", (t.n, t.k), second=True)
+        part = b.accumulator(f"{acc}_part", (t.m, t.n))
+        b.dot(part, a, w)
+        scale, block = f"{acc}_scale", f"{acc}_block"
+        each = b.load(scale, f"{tensor}_scales", [*lead, block, f"k // {held.group}"], _live(b, block))
+        by = f"({each} * a_scale)[:, None]" if b.is_scalar(block) else f"(a_scale[:, None] * {each}[None, :])"
+        b.let(acc, f"{acc} + {b.result(part)} * {by}", (t.m, t.n), "f32")
+
+
+def _live(b: Builder, block: str) -> str:
+    return "" if b.is_scalar(block) else "n_live"
+
+
+# --- rounding activations ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """acc.quantize of x [T, width] to a format: codes and scales."""
+
+    width: int
+    format: str
+    dtype: str = "bf16"  # of x
+
+
+def quantize(p: Quantize, t: RowTile, layout: Layout) -> Program:
+    """Round t.n columns, whole groups, of t.m rows for each point of the grid."""
+    form = format_of(p.format)
+    b = Builder("quantize", layout, f"y[t] = x[t] in {p.format}: codes, and a scale for each {form.group} of a row")
+    b.scalar("T")
+    b.grid("column", f"cdiv({p.width}, {t.n})")
+    b.grid("tile", f"cdiv(T, {t.m})")
+    b.tensor("x", p.dtype, "T", p.width)
+    declare_rows(b, "y", p.format, "T", p.width, role="output")
+    b.let("row", f"tile * {t.m} + arange({t.m})")
+    b.let("live", "row < T")
+    b.let("c", f"column * {t.n} + arange({t.n})")
+    b.let("there", f"live[:, None] & (c < {p.width})[None, :]", (t.m, t.n), "bool")
+    b.load("x_tile", "x", ["row[:, None]", "c[None, :]"], "there", shape=(t.m, t.n))
+    store_rows(b, "y", form, 'cast(x_tile, "f32")', (t.m, t.n), p.width)
+    return b.program()
+
+
+def store_rows(b: Builder, name: str, form: Format, value: str, shape: tuple[int, int], width: int) -> None:
+    """Round a tile of f32 [rows, whole groups] and store it at `row` and `c`, where `live` and `there` say that it is."""
+    rows, columns = shape
+    groups = columns // form.group
+    apart = (rows, groups, form.group)
+    b.let("parted", f"reshape({value}, {rows}, {groups}, {form.group})", apart, "f32")
+    b.let("scale", f"max(abs(parted), 2) / {LARGEST}", (rows, groups), "f32")
+    b.let("coded", 'cast(parted / where(scale == 0.0, 1.0, scale)[:, :, None], "f8e4m3")', apart, "f8e4m3")
+    b.let("codes", f"reshape(coded, {rows}, {columns})", shape, "f8e4m3")
+    b.store(f"{name}_codes", ["row[:, None]", "c[None, :]"], "codes", "there")
+    b.let("group", f"min(c, 0) // {form.group} + arange({groups})")
+    within = f"live[:, None] & (group < {-(-width // form.group)})[None, :]"
+    b.store(f"{name}_scales", ["row[:, None]", "group[None, :]"], "scale", within)
