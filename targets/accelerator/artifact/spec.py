@@ -18,7 +18,7 @@ from ....compiler.ops import OPS
 from ....compiler.ops.define import free
 from ....compiler.version import __version__
 from ..chip.chip import Profile
-from ..predict.assumed import ASSUMED
+from ..predict.assumed import assumed_of
 from ..predict.roofline import Rates, framework_row
 from ..predict.work import WorkTable, call_counts, module_work, place_of
 from ..select.choose import Fits, computation_of, fastest_kernels, weight_layouts
@@ -148,7 +148,7 @@ class Kernels:
             "target": self.target,
             "chip": _chip_json(self.profile),
             "memories": _memories_json(self.profile),
-            "assumed": dict(ASSUMED),
+            "assumed": assumed_of(self.profile),
             "buckets": list(self.buckets),
             "context": CONTEXT,
             "predicted": {str(b): self.time(b) for b in self.buckets},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..chip.chip import Profile
+from ..chip.chip import Link, Profile
 from ..tile.machine import device_memory
 
 ASSUMED: Mapping[str, float] = {
@@ -21,6 +21,8 @@ ASSUMED: Mapping[str, float] = {
     "step": 1.5e-7,
     "point": 5e-7,
     "intensity": 32.0,
+    "vector_share": 0.03,
+    "link_latency": 2e-6,
 }
 MEANING: Mapping[str, str] = {
     "launch": "s, of a kernel, where the profile does not say",
@@ -32,6 +34,8 @@ MEANING: Mapping[str, str] = {
     "cache_times": "bandwidth of the cache behind device memory where unknown, in times that of device memory",
     "step": "s, that one turn of a loop that loads takes at least",
     "point": "s, of beginning and ending one point of a grid",
+    "vector_share": "vector peak where the profile has none, in shares of the matrix peak: less than any known chip has",
+    "link_latency": "s, from sending to another device until the first bytes arrive, where the profile does not say",
     "intensity": "m n / (m + n) of a tile from which its operands come from shared memory fast enough",
 }
 
@@ -67,6 +71,19 @@ def matrix_rate(profile: Profile, dtype: str) -> float:
     return profile.need(f"unit.{dtype}.peak") * ASSUMED["matrix_reached"]
 
 
-def vector_rate(profile: Profile) -> float | None:
-    """Return FLOP/s outside of the matrix unit, None where unknown: what is computed there then counts as no time."""
-    return profile.vector_peak.value * ASSUMED["vector_reached"] if profile.vector_peak else None
+def vector_rate(profile: Profile) -> float:
+    """Return FLOP/s outside of the matrix unit; an unknown peak is assumed, MoecError where that of matrices is unknown too."""
+    if profile.vector_peak is None:
+        return profile.need("unit.bf16.peak") * ASSUMED["vector_share"] * ASSUMED["vector_reached"]
+    return profile.vector_peak.value * ASSUMED["vector_reached"]
+
+
+def link_latency(link: Link) -> float:
+    """Return the seconds until what is sent over a link begins to arrive."""
+    return link.latency.value if link.latency else ASSUMED["link_latency"]
+
+
+def assumed_of(profile: Profile) -> dict[str, float]:
+    """Return the assumptions that predictions for a chip stand on: those that its profile has no figure for."""
+    known = {"launch": profile.launch, "vector_share": profile.vector_peak}
+    return {name: value for name, value in ASSUMED.items() if known.get(name) is None}

@@ -97,7 +97,7 @@ def _needed(program: Program, counts: Counts, scalars: Mapping[str, int], touche
 
 
 def _seconds(amount: float, rate: float | None, cores: int) -> float:
-    """Return the time of one core with its share of a rate of the whole device; 0 where the rate is not known."""
+    """Return the time of one core with its share of a rate of the whole device; 0 for a path that the profile has no rate of."""
     return amount * cores / rate if rate else 0.0
 
 

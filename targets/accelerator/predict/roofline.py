@@ -35,7 +35,7 @@ class Rates:
     memory: float
     cache: float
     matrix: float
-    vector: float | None
+    vector: float
     launch: float
     latency: float
     peak_memory: float  # the bandwidth without the share that copies reach
@@ -145,7 +145,7 @@ def framework_row(work: Work, amounts: Amounts, rates: Rates) -> Row:
     parts = {
         "memory": (all_bytes - kept) / rates.memory,
         "cache": all_bytes / rates.cache,
-        "matrix" if work.unit == MATRIX else "vector": amounts.flops / rate if rate else 0.0,
+        "matrix" if work.unit == MATRIX else "vector": amounts.flops / rate,
     }
     time = rates.floor + max(parts.values())
     return _row(work, amounts, 1, all_bytes - kept, time, {**parts, "launch": rates.floor})

@@ -12,6 +12,7 @@ from ..chip.chip import Link as ChipLink
 from ..chip.chip import Profile
 from ..kernels.comm import Exchange, Link, distinct_devices, row_bytes, seconds, sent
 from ..kernels.experts import Experts
+from ..predict.assumed import link_latency
 
 GROUPS = (2, 8, 64)  # devices of a group, and the whole domain
 DISPATCHED, COMBINED = ("fp8", "int8", "bf16"), "bf16"
@@ -25,7 +26,7 @@ def exchanges(e: Experts, profile: Profile, tokens: tuple[int, ...]) -> list[dic
         return []
     assert near.bandwidth and near.domain
     rate = (near.measured or near.bandwidth).value
-    link = Link(rate, near.latency.value if near.latency else 0.0, int(near.domain.value))
+    link = Link(rate, link_latency(near), int(near.domain.value))
     sizes = sorted({*GROUPS, link.domain})
     groups = [n for n in sizes if 1 < n <= link.domain and e.experts % n == 0]
     return [_group(e, profile, near, link, devices, tokens) for devices in groups]

@@ -8,7 +8,7 @@ from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Module
 from ....compiler.ops.define import free
 from ..chip.chip import Profile
-from ..predict.assumed import ASSUMED, MEANING, vector_rate
+from ..predict.assumed import MEANING, assumed_of
 from ..predict.roofline import Row, StepPrediction
 from ..predict.work import MATRIX, call_counts, state_bytes, weight_bytes
 from .step import predict_step
@@ -79,16 +79,13 @@ def _functions(module: Module, step: StepPrediction) -> list[dict[str, Any]]:
 
 def assumptions(profile: Profile, devices: int) -> list[str]:
     """Return what a prediction takes as given beside the profile, in words."""
-    taken = {name: value for name, value in ASSUMED.items() if name != "launch" or profile.launch is None}
-    lines = [f"{name} = {value:g} ({MEANING[name]})" for name, value in taken.items()]
+    lines = [f"{name} = {value:g} ({MEANING[name]})" for name, value in assumed_of(profile).items()]
     lines += [
         "kernels run one after the other, each with its launch, tuned for this number of tokens",
         "ops without a kernel take what a good one would",
         f"states and activations are {MATRIX} between kernels",
         "routing is balanced",
     ]
-    if vector_rate(profile) is None:
-        lines.append(f"vector_peak of {profile.name} is unknown: what is no product computes in no time")
     if devices > 1:
         lines.append(
             f"experts are spread over {devices} devices, the rest is on each of them; what they exchange is not counted"

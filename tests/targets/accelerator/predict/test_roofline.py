@@ -14,12 +14,15 @@ from moec.compiler.ir.module import Module
 from moec.compiler.ops import OPS
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
-from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.chip.profile import find_profile, shipped_profiles
+from moec.targets.accelerator.kernels.experts import Experts
 from moec.targets.accelerator.predict.assumed import ASSUMED, MEANING
 from moec.targets.accelerator.predict.experts_touched import distinct_experts
 from moec.targets.accelerator.predict.work import WorkTable, call_counts, module_work, stored_bits, weight_bytes
+from moec.targets.accelerator.select.exchange import exchanges
 from moec.targets.accelerator.select.predicted import assumptions
 from moec.targets.accelerator.select.step import predict_step
+from moec.targets.accelerator.tile.packing import Packing
 from moec_command import invoke
 from places import CONFIGS
 
@@ -225,8 +228,34 @@ def test_a_figure_that_is_unknown_is_named(layers):
     profile = find_profile("cambricon-mlu590", given)
     cast = next(row for row in predict_step(layers, profile).rows if row.op == "core.cast")
     assert cast.parts["launch"] == pytest.approx(10e-6 + 2 * ASSUMED["latency"])
-    assert any("vector_peak of cambricon-mlu590 is unknown" in line for line in assumptions(profile, 1))
+    assert any(line.startswith("vector_share =") for line in assumptions(profile, 1))
     assert not any(line.startswith("launch =") for line in assumptions(profile, 1))
+    assert not any(line.startswith("vector_share") for line in assumptions(find_profile("nvidia-h200", {}), 1))
+
+
+@pytest.mark.parametrize("chip", ["nvidia-gb200", "nvidia-gb10", "amd-mi355x", "cambricon-mlu370"])
+def test_what_is_no_product_takes_time_on_every_chip(layers, chip):
+    """Where the peak of the vector units is unknown it is assumed: softmax is never free."""
+    rows = {row.op: row for row in at(layers, chip, batch=8, new=1024).rows}
+    assert rows["nn.attention"].parts["vector"] > 0
+    assert rows["moe.route"].parts["vector"] > 0
+
+
+def test_the_assumed_vector_peak_is_no_more_than_that_of_any_known_chip():
+    for name, profile in shipped_profiles().items():
+        if profile.vector_peak and profile.unit("bf16"):
+            assert profile.vector_peak.value >= ASSUMED["vector_share"] * profile.need("unit.bf16.peak"), name
+
+
+def test_a_link_of_unknown_latency_has_one(layers):
+    e = Experts(16, 2, 1024, 512, Packing("bf16", 1, 1), Packing("bf16", 1, 1))
+    unknown, known = (
+        exchanges(e, find_profile("nvidia-h200", figures), (1,))[0]["steps"][0]["dispatch"]
+        for figures in ({}, {"link.nvlink.latency": "5us"})
+    )
+    moved = unknown["bytes"] / 450e9
+    assert unknown["time"] == pytest.approx(moved + ASSUMED["link_latency"])
+    assert known["time"] == pytest.approx(moved + 5e-6)
 
 
 def test_an_op_that_no_kernel_computes_is_named():
