@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ...compiler.errors import MoecError
 from ...compiler.ir.deferred import DeferredFunction
 from ...compiler.ir.pipelines import LOWER, PassCall
 from ..target import FUSED, Emitted, Formats, Ops, Probed, Target
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from ...compiler.ir.notes import Rewritten
     from ...compiler.weights.sources.source import WeightSource
     from .capabilities import Record
+    from .options import OwnKernels
 
 # torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions of the
 # target are imported when they are called
@@ -44,11 +44,11 @@ def _lowering(record: Record | None = None) -> Callable[..., Rewritten]:
 
 def _emit(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None, *, kernels: OwnKernels | None = None,
 ) -> Emitted:  # fmt: skip
     from .onnx.emit import emit
 
-    return Emitted(emit(module, source, folder, tile_bytes, progress))
+    return Emitted(emit(module, source, folder, tile_bytes, progress, kernels))
 
 
 def _recorded() -> Probed:
@@ -66,16 +66,18 @@ def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = No
     return Probed(made_with(found), record_rows(found), record_text(found), differ, bool(lost(found, shipped())))
 
 
-def _with_options(options: Mapping[str, str]) -> Target:
-    """Return the target with `capabilities=FILE`: a record made by --probe instead of the one that moec comes with."""
-    if unknown := sorted(set(options) - {"capabilities"}):
-        raise MoecError(f"target cpu has no option {', '.join(unknown)}", todo="it has capabilities=FILE")
-    from .capabilities import holds, read_record, slow
+def _with_options(given: Mapping[str, str]) -> Target:
+    """Return the target with a user's options; see options.py."""
+    from .options import read_options
 
-    record = read_record(Path(options["capabilities"]))
-    return replace(
-        TARGET, formats=Formats(partial(holds, record=record), partial(slow, record=record)), lower=_lowering(record)
-    )
+    options = read_options(given)
+    target = replace(TARGET, emit=partial(_emit, kernels=options.kernels))
+    if options.record is None:
+        return target
+    from .capabilities import holds, slow
+
+    formats = Formats(partial(holds, record=options.record), partial(slow, record=options.record))
+    return replace(target, formats=formats, lower=_lowering(options.record))
 
 
 TARGET = Target(

@@ -55,6 +55,7 @@ def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _set_accuracy(model: onnx.ModelProto, path: Path, accuracy: str) -> None:
     from .capabilities import ACCURACIES, best_level, shipped
+    from .onnx.graph import CONTRIB
 
     if accuracy not in ACCURACIES:
         raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
@@ -68,6 +69,7 @@ def _set_accuracy(model: onnx.ModelProto, path: Path, accuracy: str) -> None:
         for attribute in node.attribute:
             if attribute.name == ATTRIBUTE:
                 attribute.i = level
+        node.domain = CONTRIB  # moec's kernels have one accuracy
 
 
 def _variant(node: onnx.NodeProto) -> Variant:

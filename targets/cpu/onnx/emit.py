@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from onnx import ModelProto, ValueInfoProto, helper
+from onnx import FunctionProto, ModelProto, ValueInfoProto, helper
 
 from ....compiler.errors import MoecError, write_error
 from ....compiler.ir.dims import size_text
@@ -27,7 +27,10 @@ from ....compiler.weights.sink import DataFile
 from ....compiler.weights.sources.source import WeightSource
 from ....compiler.weights.steps.quantized import is_part
 from .. import ops, ops_quantized
+from ..kernels.library import write_libraries
+from ..kernels.nodes import DOMAIN, use_kernels
 from ..lower.logits import LOGITS
+from ..options import OwnKernels
 from . import attention as onnx_attention
 from . import compressed as onnx_compressed
 from . import core as onnx_core
@@ -85,10 +88,12 @@ def emit(
     folder: Path,
     tile_bytes: int = TILE_BYTES,
     progress: Callable[[int], None] | None = None,
+    kernels: OwnKernels | None = None,
 ) -> dict[str, str]:
     """Write model.onnx, model.onnx.data and genai_config.json (where GenAI can run it) into a folder.
 
-    Returns the sha256 of the first two by name.
+    With `kernels` the nodes that moec's own kernels compute are theirs, and the libraries with them lie beside the
+    model. Returns the sha256 of the model, its data and the libraries by name.
 
     `progress` is told the bytes of weights written so far. Raises MoecError for an op without a kernel, for weights
     that cannot be read and for a full disk. There is no data file when no weight is large.
@@ -102,12 +107,15 @@ def emit(
         writer = _Writer(module, graph, source, data)
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])
-    model = _model(module, graph)
+    functions = use_kernels(graph.nodes, graph.initializers) if kernels else []
+    model = _model(module, graph, functions)
     files = {MODEL: _write(folder / MODEL, model)}
     if data.size:
         files[DATA] = data.sha256
     else:
         (folder / DATA).unlink()
+    if kernels and functions:
+        files |= write_libraries(folder, kernels.platforms, kernels.compiler)
     write_genai_config(module, folder)
     return files
 
@@ -177,16 +185,19 @@ def _place(op: Op, bound: Mapping[str, str]) -> str:
     return place
 
 
-def _model(module: Module, graph: Graph) -> ModelProto:
+def _model(module: Module, graph: Graph, functions: Sequence[FunctionProto]) -> ModelProto:
     inputs, outputs = ([_info(v) for v in values] for values in (module.main.params, module.main.results))
     if graph.optional_inputs:  # then the logits may have fewer tokens than the input
         inputs += graph.optional_inputs
         outputs = [_info(v, kept=v.name == LOGITS) for v in module.main.results]
     whole = helper.make_graph(graph.nodes, "main", inputs, outputs, list(graph.initializers.values()))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+    if functions:
+        opsets.append(helper.make_opsetid(DOMAIN, 1))
     return helper.make_model(
-        whole, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moec", producer_version=__version__
-    )
+        whole, opset_imports=opsets, ir_version=IR_VERSION, producer_name="moec", producer_version=__version__,
+        functions=functions,
+    )  # fmt: skip
 
 
 def _info(value: Value, kept: bool = False) -> ValueInfoProto:

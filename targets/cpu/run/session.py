@@ -16,6 +16,7 @@ import numpy as np
 from ....compiler.artifact.manifest import State, check_files, read_manifest
 from ....compiler.errors import MoecError
 from ...session import INPUTS, check_step
+from ..kernels.register import register_kernels
 from ..model_file import open_model
 from .caches import ELEMENTS, States, start
 
@@ -158,6 +159,7 @@ def load(
         model, beside = open_model(path, DATA, accuracy)
         if isinstance(model, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
+        register_kernels(options, folder, manifest)
         runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     _check_names(path, runtime, states)
     outputs = {output.name: output for output in runtime.get_outputs()}

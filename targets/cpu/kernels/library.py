@@ -1,0 +1,164 @@
+"""Compiles the kernels' sources to shared libraries, one for each platform, and keeps them in the user's cache.
+
+The compiler is clang as the package `ziglang` brings it: it makes libraries for every platform on any of them, and the
+same bytes from the same sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from ....compiler.errors import MoecError, write_error
+
+SOURCES = Path(__file__).with_name("source")
+OPTIONS = ("-std=c11", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-shared")
+_TIMEOUT = 600  # seconds; the first library for Windows takes a minute
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of machine that libraries are made for: its name, what clang calls it, and how a library's name ends."""
+
+    name: str
+    triple: str
+    processor: str
+    suffix: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """The library's name in an artifact."""
+        return f"moec-kernels.{self.name}.{self.suffix}"
+
+
+# x86-64 only, as long as no other processor has kernels that are faster than ONNX Runtime's
+PLATFORMS = {
+    p.name: p
+    for p in (
+        Platform("linux-x86_64", "x86_64-linux-gnu.2.17", "x86_64", "so", ("-fPIC",)),
+        Platform("macos-x86_64", "x86_64-macos", "x86_64", "dylib", ("-fPIC",)),
+        Platform("windows-x86_64", "x86_64-windows-gnu", "x86_64", "dll"),
+    )
+}
+
+
+def this_platform() -> Platform | None:
+    """Return the platform that this process runs on; None for one without kernels."""
+    system = {"Darwin": "macos"}.get(platform.system(), platform.system().lower())
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    return PLATFORMS.get(f"{system}-{machine}")
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """What compiles C: its command, and what tells its versions apart. `crosses` says whether it does so for any platform."""
+
+    command: tuple[str, ...]
+    version: str
+    crosses: bool
+
+
+def find_compiler(cc: str | None = None) -> Compiler | None:
+    """Return the compiler `cc`, or ziglang's; None if that is not installed. Raises MoecError if `cc` does not run."""
+    if cc is None:
+        if importlib.util.find_spec("ziglang") is None:
+            return None
+        return Compiler((sys.executable, "-m", "ziglang", "cc"), f"ziglang {metadata.version('ziglang')}", crosses=True)
+    command = tuple(shlex.split(cc))
+    shown = _run((*command, "--version"), f"the compiler {cc} does not run", "give another one with -D cc=")
+    return Compiler(command, shown.splitlines()[0] if shown else cc, crosses=False)
+
+
+def compile_library(place: Platform, compiler: Compiler) -> bytes:
+    """Return the shared library of the kernels for a platform, from the user's cache if it was compiled before.
+
+    Raises MoecError with the compiler's words if it fails, or if it makes libraries for its own platform only.
+    """
+    if not compiler.crosses and place != this_platform():
+        raise MoecError(
+            f"{shlex.join(compiler.command)} is not asked for libraries of {place.name}",
+            todo="leave -D cc= or -D platforms= out: ziglang makes libraries for all of them",
+        )
+    options = (*OPTIONS, *place.options)
+    if compiler.crosses:
+        options = (*options, "-s", "-target", place.triple, f"-mcpu={place.processor}")
+    kept = _cache() / f"{_fingerprint(compiler, options)}.{place.suffix}"
+    if kept.is_file():
+        return kept.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / place.file
+        # file names without folders: they, and so the library's bytes, are the same on every machine
+        sources = sorted(path.name for path in SOURCES.glob("*.c"))
+        libraries = () if place.suffix == "dll" else ("-lm",)
+        command = (*compiler.command, *options, "-o", str(made), *sources, *libraries)
+        _run(
+            command, f"the kernels for {place.name} do not compile", "report it, or compile with -D kernels=onnxruntime"
+        )
+        content = made.read_bytes()
+    _keep(kept, content)
+    return content
+
+
+def _fingerprint(compiler: Compiler, options: Sequence[str]) -> str:
+    """Return a hash of everything that the library's bytes depend on."""
+    digest = hashlib.sha256("\0".join((compiler.version, *options)).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "moec" / "kernels"
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a library to the cache, whole or not at all; a cache that cannot be written only costs time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError:
+        return
+
+
+def _run(command: Sequence[str], what: str, todo: str) -> str:
+    try:
+        done = subprocess.run(
+            command, cwd=SOURCES, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=_TIMEOUT, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise MoecError(f"{what}: it took longer than {_TIMEOUT} seconds", todo=todo) from error
+    except OSError as error:
+        raise MoecError(f"{what}: {error.strerror}", todo=todo) from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if re.search("error", line, re.IGNORECASE)]
+        raise MoecError(what, todo=todo, excerpt="\n".join(lines[:5] or done.stderr.splitlines()[-5:]))
+    return done.stdout
+
+
+def write_libraries(folder: Path, places: Sequence[Platform], compiler: Compiler) -> dict[str, str]:
+    """Write a library for each platform into a folder; return their sha256 by name."""
+    hashes = {}
+    for place in places:
+        content = compile_library(place, compiler)
+        try:
+            (folder / place.file).write_bytes(content)
+        except OSError as error:
+            raise write_error(error, folder / place.file) from error
+        hashes[place.file] = hashlib.sha256(content).hexdigest()
+    return hashes

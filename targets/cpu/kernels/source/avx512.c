@@ -1,0 +1,373 @@
+/* The kernels for x86-64 with AVX-512 and its dot products of bytes (VNNI). */
+#if defined(__x86_64__) || defined(_M_X64)
+#include "kernels.h"
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+#include "activate.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Return a mask of the first `count` of 64, or of 16, lanes. */
+INLINE __mmask64 first_of_64(int count) { return count >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (count > 0 ? count : 0)) - 1; }
+INLINE __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : (__mmask16)((1 << (count > 0 ? count : 0)) - 1); }
+
+/* --- rounding activations ----------------------------------------------------------------------------------------- */
+
+INLINE __m128i round16(const float *x, __m512 inverse) {
+  return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), inverse)));
+}
+
+static void quantize(const Shape *s, const float *x, int8_t *codes, float *scales, float *sums) {
+  int wide = chunk_width(s);
+  const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  for (size_t i = (size_t)(s->width / wide) * wide; i < codes_row(s); i++) codes[i] = 0;
+  for (int g = 0; g < s->groups; g++) {
+    const float *group = x + (size_t)g * s->group;
+    __m512 most = _mm512_setzero_ps();
+    for (int i = 0; i < s->group; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(group + i)));
+    float largest = _mm512_reduce_max_ps(most);
+    __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < s->group; i += 16) {
+      __m128i rounded = round16(group + i, inverse);
+      total = _mm512_add_epi32(total, _mm512_cvtepi8_epi32(rounded));
+      int place = g * s->group + i, within = place % wide;
+      int8_t *chunk = codes + place - within;
+      if (s->bits == 8) {
+        _mm_storeu_si128((__m128i *)(chunk + within), rounded);
+      } else {
+        __m128i apart = _mm_shuffle_epi8(rounded, split);
+        _mm_storel_epi64((__m128i *)(chunk + within / 2), apart);
+        _mm_storel_epi64((__m128i *)(chunk + CHUNK + within / 2), _mm_unpackhi_epi64(apart, apart));
+      }
+    }
+    scales[g] = largest / 127;
+    sums[g] = scales[g] * (float)_mm512_reduce_add_epi32(total);
+  }
+}
+
+/* --- a few rows of activations: one row of weights after the other, as they stream from memory --------------------- */
+
+/* Return the scale of each of a chunk's 16 sums; a chunk has 1 << log groups, or a group 1 << -log chunks. */
+INLINE __m512 spread_scales(const float *scales, int chunk, int log) {
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  switch (log) {
+    case 3:
+      return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                   _mm512_castps256_ps512(_mm256_loadu_ps(scales + (size_t)chunk * 8)));
+    case 2:
+      return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales + (size_t)chunk * 4)));
+    case 1:
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 1),
+                                   _mm512_castpd_ps(_mm512_set1_pd(*(const double *)(scales + (size_t)chunk * 2))));
+    default:
+      return _mm512_set1_ps(scales[chunk >> -log]);
+  }
+}
+
+/* Writes the products of a row's scales with those of the activations; returns what the zero points take off. */
+INLINE float combine_scales(const Matrix *w, int row, const float *scales, const float *sums, float *out) {
+  const Shape *s = w->shape;
+  const float *weights = w->scales + (size_t)row * s->groups;
+  __m512 off = _mm512_setzero_ps();
+  for (int g = 0; g < s->groups; g += 16) {
+    __mmask16 left = first_of_16(s->groups - g);
+    __m512 weight = _mm512_maskz_loadu_ps(left, weights + g);
+    _mm512_storeu_ps(out + g, _mm512_mul_ps(weight, _mm512_maskz_loadu_ps(left, scales + g)));
+    __m512 sum = _mm512_mul_ps(weight, _mm512_maskz_loadu_ps(left, sums + g));
+    if (w->zeros) {
+      const uint8_t *zeros = w->zeros + (size_t)row * s->zeros_bytes;
+      __m128i points;
+      if (s->bits == 8) {
+        points = _mm_maskz_loadu_epi8(left, zeros + g);
+      } else {
+        int bytes = s->zeros_bytes - g / 2;
+        __m128i both = _mm_maskz_loadu_epi8(first_of_16(bytes < 8 ? bytes : 8), zeros + g / 2), half = _mm_set1_epi8(15);
+        points = _mm_unpacklo_epi8(_mm_and_si128(both, half), _mm_and_si128(_mm_srli_epi16(both, 4), half));
+      }
+      off = _mm512_fmadd_ps(sum, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(points)), off);
+    } else {
+      off = _mm512_add_ps(off, sum);
+    }
+  }
+  float total = _mm512_reduce_add_ps(off);
+  return w->zeros ? total : total * (float)(1 << (s->bits - 1));
+}
+
+enum { MOST_GROUPS = 2048, FEW = 4 }; /* groups whose scales are kept on the stack; rows of activations at once */
+
+/* Return the 16 sums of a chunk's products with a row of activations: codes of 4 bits come as low and high halves. */
+INLINE __m512 multiply_chunk(int bits, __m512i low, __m512i high, const int8_t *x, __m512 scales, __m512 sum) {
+  __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x));
+  if (bits == 4) part = _mm512_dpbusd_epi32(part, high, _mm512_loadu_si512(x + CHUNK));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), scales, sum);
+}
+
+/* Multiplies one row of weights by `n` rows of activations, from..from + n. */
+INLINE void multiply_row(const Matrix *w, int row, int bits, int log, int n, const Product *p, int from) {
+  const Shape *s = w->shape;
+  const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
+  const __m512i half = _mm512_set1_epi8(15);
+  const int8_t *x[FEW];
+  float both[FEW][MOST_GROUPS + 16] __attribute__((aligned(64))), off[FEW];
+  __m512 sum[FEW][4];
+  int wide = CHUNK * 8 / bits, whole = s->row_bytes / CHUNK, c = 0;
+  int chains = n == 1 ? 4 : n == 2 ? 2 : 1; /* sums of a row, so that no product waits for the one before */
+#pragma GCC unroll 4
+  for (int i = 0; i < n; i++) {
+    x[i] = codes_of(p, s, from + i);
+    off[i] = combine_scales(w, row, scales_of(p, s, from + i), sums_of(p, s, from + i), both[i]);
+    for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
+  }
+  for (; c + chains <= whole; c += chains) {
+#pragma GCC unroll 4
+    for (int j = 0; j < chains; j++) {
+      __m512i low = _mm512_loadu_si512(codes + (size_t)(c + j) * CHUNK), high = low;
+      if (bits == 4) high = _mm512_and_si512(_mm512_srli_epi16(low, 4), half), low = _mm512_and_si512(low, half);
+#pragma GCC unroll 4
+      for (int i = 0; i < n; i++) {
+        const int8_t *chunk = x[i] + (size_t)(c + j) * wide;
+        sum[i][j] = multiply_chunk(bits, low, high, chunk, spread_scales(both[i], c + j, log), sum[i][j]);
+      }
+    }
+  }
+  for (; c < s->chunks; c++) {
+    __m512i low = _mm512_maskz_loadu_epi8(first_of_64(s->row_bytes - c * CHUNK), codes + (size_t)c * CHUNK), high = low;
+    if (bits == 4) high = _mm512_and_si512(_mm512_srli_epi16(low, 4), half), low = _mm512_and_si512(low, half);
+    for (int i = 0; i < n; i++) {
+      sum[i][0] = multiply_chunk(bits, low, high, x[i] + (size_t)c * wide, spread_scales(both[i], c, log), sum[i][0]);
+    }
+  }
+  float bias = w->bias ? w->bias[row] : 0;
+  for (int i = 0; i < n; i++) {
+    __m512 all = _mm512_add_ps(_mm512_add_ps(sum[i][0], sum[i][1]), _mm512_add_ps(sum[i][2], sum[i][3]));
+    p->y[(size_t)(from + i) * p->stride + row] = _mm512_reduce_add_ps(all) - off[i] + bias;
+  }
+}
+
+INLINE void multiply_rows_as(const Matrix *w, int first, int count, const Product *p, int bits, int log) {
+  for (int row = first; row < first + count; row++) {
+    for (int i = 0; i < p->count;) {
+      switch (p->count - i) {
+        case 1: multiply_row(w, row, bits, log, 1, p, i), i += 1; break;
+        case 2: multiply_row(w, row, bits, log, 2, p, i), i += 2; break;
+        case 3: multiply_row(w, row, bits, log, 3, p, i), i += 3; break;
+        default: multiply_row(w, row, bits, log, FEW, p, i), i += FEW;
+      }
+    }
+  }
+}
+
+/* Return the logarithm of the groups of a chunk; below 0 that of the chunks of a group. */
+static int log_groups(const Shape *s) {
+  int wide = chunk_width(s), log = 0;
+  for (int n = wide / s->group; n > 1; n /= 2) log++;
+  for (int n = s->group / wide; n > 1; n /= 2) log--;
+  return log;
+}
+
+static void multiply_rows(const Matrix *w, int first, int count, const Product *p) {
+  int log = log_groups(w->shape);
+#define CASE(bits, log) \
+  case log: multiply_rows_as(w, first, count, p, bits, log); break;
+  if (w->shape->bits == 4) {
+    switch (log) { CASE(4, 3) CASE(4, 2) CASE(4, 1) CASE(4, 0) CASE(4, -1) CASE(4, -2) }
+  } else {
+    switch (log) { CASE(8, 2) CASE(8, 1) CASE(8, 0) CASE(8, -1) CASE(8, -2) }
+  }
+#undef CASE
+}
+
+/* --- many rows of activations: a tile of 32 rows of weights, unpacked so that a register holds 4 neighbours of 16 --- */
+
+typedef struct {
+  uint8_t *codes; /* [steps of 4 neighbours, in the order of the activations][32 rows][4] */
+  float *scales;  /* [groups][32] */
+  float *zeros;   /* [groups][32]: zero point times scale */
+} Panel;
+
+/* Transposes 16 rows of 16 double words. */
+INLINE void transpose16(__m512i r[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+/* Unpacks 64 bytes of each of 16 rows, `count` of which there are; `shift` takes the high halves of codes of 4 bits. */
+INLINE void unpack_chunk(const uint8_t *codes, int row_bytes, int count, __mmask64 some, int bits, int shift, uint8_t *to) {
+  __m512i rows[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) { /* a row that is not there has zeros */
+    __m512i row = _mm512_maskz_loadu_epi8(i < count ? some : 0, codes + (size_t)i * row_bytes);
+    if (shift) row = _mm512_srli_epi16(row, 4);
+    rows[i] = bits == 4 ? _mm512_and_si512(row, _mm512_set1_epi8(15)) : row;
+  }
+  transpose16(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm512_store_si512(to + (size_t)i * TILE * 4, rows[i]);
+}
+
+/* Writes the scales of 16 rows, and their products with the zero points, group after group. */
+INLINE void unpack_scales(const Matrix *w, int first, int count, float *scales, float *zeros) {
+  const Shape *s = w->shape;
+  __m512 middle = _mm512_set1_ps((float)(1 << (s->bits - 1)));
+  for (int g = 0; g < s->groups; g += 16) {
+    __m512i rows[16];
+    __mmask16 some = first_of_16(s->groups - g);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      rows[i] = _mm512_maskz_loadu_epi32(i < count ? some : 0, w->scales + (size_t)(first + i) * s->groups + g);
+    }
+    transpose16(rows);
+    for (int i = 0; i < 16 && g + i < s->groups; i++) {
+      _mm512_store_ps(scales + (size_t)(g + i) * TILE, _mm512_castsi512_ps(rows[i]));
+      _mm512_store_ps(zeros + (size_t)(g + i) * TILE, _mm512_mul_ps(_mm512_castsi512_ps(rows[i]), middle));
+    }
+  }
+  if (!w->zeros) return;
+  for (int i = 0; i < count; i++) {
+    for (int g = 0; g < s->groups; g++) {
+      zeros[(size_t)g * TILE + i] = scales[(size_t)g * TILE + i] * (float)zero_point(w, first + i, g);
+    }
+  }
+}
+
+static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
+  const Shape *s = w->shape;
+  for (int part = 0; part < TILE; part += 16) {
+    int rows = count - part;
+    const uint8_t *codes = w->codes + (size_t)(first + part) * s->row_bytes;
+    uint8_t *to = panel.codes + part * 4;
+    for (int c = 0; c < s->chunks; c++, codes += CHUNK) {
+      __mmask64 some = first_of_64(s->row_bytes - c * CHUNK);
+      if (s->bits == 8) {
+        unpack_chunk(codes, s->row_bytes, rows, some, 8, 0, to), to += 16 * TILE * 4;
+      } else {
+        unpack_chunk(codes, s->row_bytes, rows, some, 4, 0, to), to += 16 * TILE * 4;
+        unpack_chunk(codes, s->row_bytes, rows, some, 4, 1, to), to += 16 * TILE * 4;
+      }
+    }
+    unpack_scales(w, first + part, rows, panel.scales + part, panel.zeros + part);
+  }
+}
+
+enum { BLOCK = 6 }; /* rows of activations that are multiplied at once: 12 sums of integers and 12 of numbers */
+
+/* Adds the products of `steps` steps of 4 neighbours to the sums. */
+INLINE void multiply_steps(__m512i sum[BLOCK][2], int n, const uint8_t *codes, const int8_t *const x[BLOCK], size_t at,
+                           int steps) {
+  for (int k = 0; k < steps; k++) {
+    __m512i a = _mm512_load_si512(codes + (size_t)k * TILE * 4), b = _mm512_load_si512(codes + (size_t)k * TILE * 4 + 64);
+#pragma GCC unroll 6
+    for (int i = 0; i < n; i++) {
+      __m512i v = _mm512_set1_epi32(*(const int32_t *)(x[i] + at + (size_t)k * 4));
+      sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], a, v);
+      sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], b, v);
+    }
+  }
+}
+
+/* Multiplies `n` rows of activations; meanwhile the processor fetches the bytes ahead..end. */
+INLINE void multiply_block(const Matrix *w, int first, int count, const Product *p, int from, int n, Panel panel,
+                           const uint8_t *ahead, const uint8_t *end) {
+  const Shape *s = w->shape;
+  const int8_t *x[BLOCK];
+  const float *scales[BLOCK], *sums[BLOCK];
+  __m512 y[BLOCK][2];
+  for (int i = 0; i < n; i++) {
+    x[i] = codes_of(p, s, from + i), scales[i] = scales_of(p, s, from + i), sums[i] = sums_of(p, s, from + i);
+    y[i][0] = y[i][1] = _mm512_setzero_ps();
+  }
+  int wide = chunk_width(s);
+  /* a group that is smaller than a chunk of 4-bit codes has its even places in one half of it, its odd ones in the other */
+  int parts = s->bits == 4 && s->group < wide ? 2 : 1, steps = s->group / 4 / parts;
+  size_t lines = (size_t)(end - ahead) / CHUNK / (size_t)s->groups + 1;
+  for (int g = 0; g < s->groups; g++) {
+    for (size_t i = 0; i < lines && ahead < end; i++, ahead += CHUNK) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+    __m512i sum[BLOCK][2];
+#pragma GCC unroll 6
+    for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_si512();
+    size_t at = (size_t)g * s->group;
+    if (parts == 2) at = at / wide * wide + at % wide / 2;
+    for (int part = 0; part < parts; part++) {
+      size_t start = at + (size_t)part * CHUNK;
+      multiply_steps(sum, n, panel.codes + start * TILE, x, start, steps);
+    }
+    const float *scale = panel.scales + (size_t)g * TILE, *zero = panel.zeros + (size_t)g * TILE;
+#pragma GCC unroll 6
+    for (int i = 0; i < n; i++) {
+      __m512 a = _mm512_set1_ps(scales[i][g]), off = _mm512_set1_ps(sums[i][g]);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][h]), a);
+        y[i][h] = _mm512_fmadd_ps(part, _mm512_load_ps(scale + 16 * h), y[i][h]);
+        y[i][h] = _mm512_fnmadd_ps(off, _mm512_load_ps(zero + 16 * h), y[i][h]);
+      }
+    }
+  }
+  for (int h = 0; h < 2; h++) {
+    __mmask16 some = first_of_16(count - 16 * h);
+    __m512 bias = w->bias ? _mm512_maskz_loadu_ps(some, w->bias + first + 16 * h) : _mm512_setzero_ps();
+    for (int i = 0; i < n; i++) {
+      float *to = p->y + (size_t)(from + i) * p->stride + first + 16 * h;
+      _mm512_mask_storeu_ps(to, some, _mm512_add_ps(y[i][h], bias));
+    }
+  }
+}
+
+static void multiply_tile(const Matrix *w, int first, int count, int next, const Product *p, void *memory) {
+  const Shape *s = w->shape;
+  float *scales = memory;
+  Panel panel = {(uint8_t *)(scales + (size_t)2 * TILE * s->groups), scales, scales + (size_t)TILE * s->groups};
+  const uint8_t *ahead = w->codes + (size_t)(first + count) * s->row_bytes, *end = ahead + (size_t)next * s->row_bytes;
+  unpack_tile(w, first, count, panel);
+  for (int i = 0; i < p->count;) {
+    switch (p->count - i) {
+      case 1: multiply_block(w, first, count, p, i, 1, panel, ahead, end), i += 1; break;
+      case 2: multiply_block(w, first, count, p, i, 2, panel, ahead, end), i += 2; break;
+      case 3: multiply_block(w, first, count, p, i, 3, panel, ahead, end), i += 3; break;
+      case 4: multiply_block(w, first, count, p, i, 4, panel, ahead, end), i += 4; break;
+      case 5: multiply_block(w, first, count, p, i, 5, panel, ahead, end), i += 5; break;
+      default: multiply_block(w, first, count, p, i, BLOCK, panel, ahead, end), i += BLOCK;
+    }
+    ahead = end; /* once is enough */
+  }
+}
+
+const InstructionSet avx512_kernels = {"avx512-vnni", 6, quantize, multiply_rows, multiply_tile, activate};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,47 @@
+/* What an operator needs of its host: tensors, threads, memory that is kept between steps, errors. */
+#ifndef MOEC_HOST_H
+#define MOEC_HOST_H
+
+#include "kernels.h"
+#include "ort.h"
+
+enum { MOST_RANK = 8 };
+
+typedef struct {
+  void *data; /* NULL: an input that is absent */
+  int64_t sizes[MOST_RANK];
+  int rank;
+} Tensor;
+
+OrtStatus *fail(OrtApi api, const char *message);
+/* Reads input `index`; an absent one has no data. */
+OrtStatus *read_input(OrtApi api, const OrtKernelContext *context, size_t index, Tensor *out);
+int64_t int_attribute(OrtApi api, const OrtKernelInfo *info, const char *name, int64_t otherwise);
+float float_attribute(OrtApi api, const OrtKernelInfo *info, const char *name, float otherwise);
+
+/* Calls task(data, worker, item) for items 0..items, one after the other in each of at most MOST_WORKERS workers: whoever is
+   done takes the next item, so that a slow thread does not hold up the others. */
+enum { MOST_WORKERS = 64 };
+typedef void (*Task)(void *data, int worker, int item);
+OrtStatus *run_parallel(OrtApi api, const OrtKernelContext *context, int items, Task task, void *data);
+
+/* How a matrix is cut into tasks for `rows` rows of activations: small ones where the weights stream from memory, larger ones
+   where tiles are unpacked, so that a task fetches a tile while it multiplies the one before. */
+static inline int task_rows(const InstructionSet *set, int64_t rows) { return rows >= set->tile_from ? 4 * TILE : TILE; }
+static inline int tasks_of(const Shape *s, int each) { return (s->rows + each - 1) / each; }
+/* Multiplies rows task * each.. of a matrix; `panel` is the worker's memory for a tile. */
+void multiply_task(const InstructionSet *set, const Matrix *w, int task, int each, const Product *p, void *panel);
+
+/* Return memory of at least `bytes` bytes, aligned to 64, or NULL; it is kept for the next one who asks. */
+void *take_scratch(size_t bytes);
+void give_scratch(void *memory);
+
+/* Fills what follows from bits, group, rows and width; returns whether the kernels take them. */
+int complete_shape(Shape *s);
+size_t activation_bytes(const Shape *s, int64_t rows);
+/* Lays out activations in memory of activation_bytes. */
+Activations place_activations(const Shape *s, int64_t rows, void *memory);
+
+extern const OrtCustomOp linear_op, experts_op;
+
+#endif

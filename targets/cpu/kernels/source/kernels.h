@@ -1,0 +1,99 @@
+/* What the kernels of all instruction sets share: how weights and rounded activations lie in memory.
+
+   A quantized matrix [rows, width] is what com.microsoft.MatMulNBits and QMoE read: codes of 4 bits (low half of a byte
+   first) or 8 bits, row after row, a scale for each group of neighbours along a row, and zero points in the width of
+   the codes, or none (then the middle of the range is subtracted).
+
+   Activations are rounded to int8 for each group. They lie in chunks, of what 64 bytes of codes multiply: 64 numbers beside
+   codes of 8 bits; beside codes of 4 bits 128 numbers, those at even places first, so that the low halves of 64 bytes meet
+   the first 64 and the high halves the others. The last chunk is filled with zeros. */
+#ifndef MOEC_KERNELS_H
+#define MOEC_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { CHUNK = 64, TILE = 32 }; /* bytes of codes; rows of a matrix that are unpacked at once */
+
+typedef struct {
+  int bits, group, rows, width;
+  int groups;      /* of a row */
+  int chunks;      /* of a row */
+  int row_bytes;   /* of codes */
+  int zeros_bytes; /* of a row's zero points */
+} Shape;
+
+typedef struct {
+  const Shape *shape;
+  const uint8_t *codes;
+  const float *scales;
+  const uint8_t *zeros; /* NULL: the middle of the range */
+  const float *bias;    /* NULL: none */
+} Matrix;
+
+/* Rows of activations. `sums` is the sum of a group's numbers: what a zero point of 1 takes off. */
+typedef struct {
+  int8_t *codes; /* [rows][chunks][weights of a chunk] */
+  float *scales; /* [rows][groups] */
+  float *sums;   /* [rows][groups] */
+} Activations;
+
+/* What a task multiplies: rows `index[0..count]` of the activations (NULL: 0..count); the results y[i * stride + row]. */
+typedef struct {
+  Activations x;
+  const int32_t *index;
+  int count;
+  float *y;
+  size_t stride;
+} Product;
+
+/* What is computed between the two matrices of an expert. With a gate, a row holds gate and up numbers alternately. */
+typedef enum { SWIGLU, SILU, RELU, GELU_TANH, IDENTITY } Function;
+typedef struct {
+  Function function;
+  float alpha, beta; /* of SWIGLU: g sigmoid(alpha g) (u + beta) */
+  float limit;       /* g <= limit, -limit <= u <= limit; infinity: none */
+} Activation;
+
+typedef struct {
+  const char *name;
+  int tile_from; /* rows of activations from which unpacking a tile of weights pays */
+  /* Rounds one row of `shape->width` numbers. */
+  void (*quantize)(const Shape *, const float *x, int8_t *codes, float *scales, float *sums);
+  /* Multiplies rows first..first + count of the matrix, one after the other; count is at most TILE. */
+  void (*multiply_rows)(const Matrix *, int first, int count, const Product *);
+  /* The same by unpacking the rows into `panel` (panel_bytes of it, aligned to 64); `next` rows after them come next. */
+  void (*multiply_tile)(const Matrix *, int first, int count, int next, const Product *, void *panel);
+  /* Writes `width` results of a row of `width` numbers, or of twice as many with a gate. */
+  void (*activate)(const Activation *, const float *x, int width, float *y);
+} InstructionSet;
+
+extern const InstructionSet plain_kernels;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const InstructionSet avx512_kernels;
+#endif
+
+/* Return the kernels for the processor that this runs on; NULL if it has none. */
+const InstructionSet *choose_kernels(void);
+
+static inline int chunk_width(const Shape *s) { return CHUNK * 8 / s->bits; }
+static inline size_t codes_row(const Shape *s) { return (size_t)s->chunks * chunk_width(s); }
+static inline size_t panel_bytes(const Shape *s) {
+  return (size_t)TILE * (codes_row(s) + 2 * sizeof(float) * (size_t)s->groups);
+}
+static inline int zero_point(const Matrix *w, int row, int group) {
+  if (!w->zeros) return 1 << (w->shape->bits - 1);
+  const uint8_t *zeros = w->zeros + (size_t)row * w->shape->zeros_bytes;
+  return w->shape->bits == 8 ? zeros[group] : zeros[group / 2] >> (group % 2 * 4) & 15;
+}
+static inline const int8_t *codes_of(const Product *p, const Shape *s, int i) {
+  return p->x.codes + (size_t)(p->index ? p->index[i] : i) * codes_row(s);
+}
+static inline const float *scales_of(const Product *p, const Shape *s, int i) {
+  return p->x.scales + (size_t)(p->index ? p->index[i] : i) * s->groups;
+}
+static inline const float *sums_of(const Product *p, const Shape *s, int i) {
+  return p->x.sums + (size_t)(p->index ? p->index[i] : i) * s->groups;
+}
+
+#endif

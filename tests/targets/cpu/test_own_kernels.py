@@ -1,0 +1,332 @@
+"""moec's own kernels against numbers made here, against ONNX Runtime's operators, and in whole artifacts."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+
+import moec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moec.compiler.errors import MoecError
+from moec.targets.cpu.kernels import library
+from moec.targets.cpu.kernels.nodes import use_kernels
+from moec.targets.cpu.kernels.register import kernels_that_run
+from onnx import TensorProto, helper, numpy_helper
+from places import TINY
+
+NONE, PLAIN = "none", "plain"  # what MOEC_CPU_KERNELS may ask for, beside what the processor has
+SETTINGS = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    compiler = library.find_compiler()
+    place = library.this_platform()
+    if compiler is None or place is None:
+        pytest.skip("ziglang is not installed, or moec has no kernels for this platform")
+    path = tmp_path_factory.mktemp("kernels") / place.file
+    path.write_bytes(library.compile_library(place, compiler))
+    return path
+
+
+def run(model, feeds, kernels, asked=None):
+    """Run a model of one node with the library; `asked` names other kernels than the processor's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEC_CPU_KERNELS", asked) if asked else patch.delenv("MOEC_CPU_KERNELS", raising=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.register_custom_ops_library(str(kernels))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return session.run(None, feeds)[0]
+
+
+def model_of(node, feeds, weights, width):
+    initializers = {name: numpy_helper.from_array(array, name) for name, array in weights.items()}
+    functions = use_kernels([node], initializers)
+    assert node.domain == "moec", "the node is none that the kernels compute"
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, a.shape[1]]) for n, a in feeds.items()]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, width])]
+    opsets = [helper.make_opsetid(*o) for o in (("", 23), ("com.microsoft", 1), ("moec", 1))]
+    graph = helper.make_graph([node], "one", inputs, outputs, list(initializers.values()))
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11)
+
+
+def codes_and_numbers(random, shape, bits, group, zeros):
+    """Return the parts of a random quantized weight, and its numbers."""
+    *lead, width = shape
+    values = random.integers(0, 1 << bits, shape)
+    scales = random.uniform(0.01, 0.1, (*lead, width // group)).astype(np.float32)
+    points = random.integers(0, 1 << bits, scales.shape) if zeros else np.full(scales.shape, 1 << bits - 1)
+    numbers = (values - points.repeat(group, -1)) * scales.repeat(group, -1)
+
+    def packed(array):
+        if bits == 8:
+            return array.astype(np.uint8)
+        even = np.concatenate([array, np.zeros((*array.shape[:-1], array.shape[-1] % 2), array.dtype)], -1)
+        return (even[..., ::2] | even[..., 1::2] << 4).astype(np.uint8)
+
+    return packed(values), scales, packed(points) if zeros else None, numbers.astype(np.float32)
+
+
+def exact_activations(random, rows, width, group):
+    """Return numbers that rounding to int8 in groups does not change: integers, the largest of each group 127."""
+    x = random.integers(-127, 128, (rows, width // group, group))
+    x[..., 0] = 127
+    return (x * 2.0 ** random.integers(-8, 8, (rows, width // group, 1))).astype(np.float32).reshape(rows, width)
+
+
+@st.composite
+def linears(draw):
+    bits = draw(st.sampled_from([4, 8]))
+    group = draw(st.sampled_from([16, 32, 64, 128, 256]))
+    rows, out = draw(st.integers(1, 200)), draw(st.integers(1, 150))
+    return (
+        bits,
+        group,
+        rows,
+        out,
+        group * draw(st.integers(1, 9)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(0, 99)),
+    )
+
+
+@pytest.mark.parametrize("asked", [None, PLAIN])
+@SETTINGS
+@given(case=linears())
+def test_linear_is_the_product_with_the_numbers(case, asked, kernels):
+    bits, group, rows, out, width, zeros, bias, seed = case
+    random = np.random.default_rng(seed)
+    codes, scales, points, numbers = codes_and_numbers(random, (out, width), bits, group, zeros)
+    weights = {"codes": codes.reshape(out, width // group, -1), "scales": scales}
+    weights |= ({"zeros": points} if zeros else {}) | (
+        {"b": random.normal(size=out).astype(np.float32)} if bias else {}
+    )
+    inputs = ["x", "codes", "scales", "zeros" if zeros else "", "", "b" if bias else ""]
+    while not inputs[-1]:
+        inputs.pop()
+    node = helper.make_node(
+        "MatMulNBits", inputs, ["y"], domain="com.microsoft", K=width, N=out, bits=bits, block_size=group,
+        accuracy_level=4,
+    )  # fmt: skip
+    x = exact_activations(random, rows, width, group)
+    wanted = x.astype(np.float64) @ numbers.T.astype(np.float64) + weights.get("b", 0)
+    found = run(model_of(node, {"x": x}, weights, out), {"x": x}, kernels, asked)
+    error = np.abs(found - wanted).max() / np.abs(x @ np.abs(numbers.T)).max().clip(1e-6)
+    assert error < 1e-5
+
+
+@st.composite
+def expert_cases(draw):
+    group = draw(st.sampled_from([16, 32, 64, 128]))
+    count = draw(st.integers(1, 12))
+    return {
+        "bits": draw(st.sampled_from([4, 8])), "group": group, "experts": count, "k": draw(st.integers(1, min(count, 4))),
+        "tokens": draw(st.sampled_from([1, 2, 3, 7, 40, 200, 600])), "width": group * draw(st.integers(1, 4)),
+        "inner": group * draw(st.integers(1, 3)), "zeros": draw(st.booleans()), "bias": draw(st.booleans()),
+        "mixing": draw(st.booleans()), "act": draw(st.sampled_from(["swiglu", "silu", "relu", "gelu", "identity"])),
+        "one": draw(st.booleans()), "seed": draw(st.integers(0, 99)),
+    }  # fmt: skip
+
+
+def expert_model(case):
+    """Return a model of one QMoE, its inputs and its result computed here with int8 activations."""
+    random = np.random.default_rng(case["seed"])
+    experts, tokens, width, inner = case["experts"], case["tokens"], case["width"], case["inner"]
+    rows = 2 * inner if case["act"] == "swiglu" else inner
+    up, up_scales, up_zeros, up_numbers = codes_and_numbers(
+        random, (experts, rows, width), case["bits"], case["group"], case["zeros"]
+    )
+    down, down_scales, down_zeros, down_numbers = codes_and_numbers(
+        random, (experts, width, inner), case["bits"], case["group"], case["zeros"]
+    )
+    up_scales *= 0.1
+    up_numbers *= 0.1
+    weights = {"up": up, "up_scales": up_scales, "down": down, "down_scales": down_scales}
+    if case["zeros"]:
+        weights |= {"up_zeros": up_zeros, "down_zeros": down_zeros}
+    biases = [random.normal(size=(experts, n)).astype(np.float32) for n in (rows, width)]
+    if case["bias"]:
+        weights |= dict(zip(("up_bias", "down_bias"), biases, strict=True))
+    feeds = {
+        "x": exact_activations(random, tokens, width, case["group"]) / 64,
+        "choice": random.normal(size=(tokens, experts)).astype(np.float32),
+    }
+    if case["one"]:
+        feeds["choice"][:, 0] += 100  # all tokens choose it, and some experts have none
+    if case["mixing"]:
+        feeds["mixing"] = np.abs(random.normal(size=(tokens, experts))).astype(np.float32)
+        feeds["mixing"][::3] = 0  # tokens without an expert
+    present = {*weights, *feeds}
+    order = (
+        "x", "choice", "up", "up_scales", "up_bias", "down", "down_scales", "down_bias", "", "", "", "up_zeros",
+        "down_zeros", "", "mixing",
+    )  # fmt: skip
+    inputs = [name if name in present else "" for name in order]
+    while not inputs[-1]:
+        inputs.pop()
+    gate = {"swiglu_fusion": 1, "activation_alpha": 1.25, "activation_beta": 1.0, "swiglu_limit": 5.0}
+    node = helper.make_node(
+        "QMoE", inputs, ["y"], domain="com.microsoft", k=case["k"], expert_weight_bits=case["bits"],
+        block_size=case["group"], accuracy_level=4, normalize_routing_weights=0 if case["mixing"] else 1,
+        activation_type=case["act"], **(gate if case["act"] == "swiglu" else {}),
+    )  # fmt: skip
+    return (
+        model_of(node, feeds, weights, width),
+        feeds,
+        _experts(case, feeds, up_numbers, down_numbers, biases if case["bias"] else None),
+    )
+
+
+def _experts(case, feeds, up, down, biases):
+    y = np.zeros_like(feeds["x"], np.float64)
+    for t, x in enumerate(feeds["x"].astype(np.float64)):
+        ids = np.argsort(-feeds["choice"][t], kind="stable")[: case["k"]]
+        scores = np.exp(feeds["choice"][t][ids].astype(np.float64))
+        gates = feeds["mixing"][t][ids] if case["mixing"] else scores / scores.sum()
+        for e, gate in zip(ids, gates, strict=True):
+            h = _activated(case["act"], up[e] @ x + (biases[0][e] if biases else 0))
+            groups = h.reshape(-1, case["group"])
+            scale = np.abs(groups).max(1, keepdims=True) / 127
+            h = np.divide(groups, scale, out=np.zeros_like(groups), where=scale > 0).round() * scale
+            y[t] += gate * (down[e] @ h.reshape(-1) + (biases[1][e] if biases else 0))
+    return y
+
+
+def _activated(act, h):
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    match act:
+        case "swiglu":
+            g, u = np.minimum(h[::2], 5), np.clip(h[1::2], -5, 5)
+            return g * sigmoid(1.25 * g) * (u + 1)
+        case "silu":
+            return h * sigmoid(h)
+        case "gelu":
+            return 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        case "relu":
+            return np.maximum(h, 0)
+    return h
+
+
+@pytest.mark.parametrize("asked", [None, PLAIN])
+@SETTINGS
+@given(case=expert_cases())
+def test_experts_are_the_sum_of_the_chosen(case, asked, kernels):
+    model, feeds, wanted = expert_model(case)
+    found = run(model, feeds, kernels, asked)
+    assert (
+        np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max() + 1e-6
+    )  # rounding of a number half way may differ
+
+
+@SETTINGS
+@given(case=expert_cases())
+def test_experts_are_those_of_onnx_runtime(case, kernels):
+    case["zeros"] = False  # what ONNX Runtime computes with zero points is for the capability record to say
+    model, feeds, _ = expert_model(case)
+    try:
+        wanted = run(model, feeds, kernels, NONE)
+    except Exception as error:
+        assert "not supported" in str(error).lower() or "not implemented" in str(error).lower(), error
+        return
+    found = run(model, feeds, kernels)
+    assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max() + 1e-6
+
+
+# --- whole artifacts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def artifact(kernels, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "out"
+    moec.compile(TINY, out=folder, quantize="int4", options={"kernels": "moec"})
+    return folder
+
+
+TOKENS = np.random.default_rng(5).integers(0, 2048, (1, 96))
+
+
+def logits_of(artifact, **options):
+    mask, positions = np.ones_like(TOKENS), np.arange(TOKENS.shape[1])[None]
+    return artifact.session(**options).step(TOKENS, mask, positions)[0]
+
+
+def test_the_kernels_are_as_close_to_exact_numbers_as_onnx_runtime(artifact, monkeypatch):
+    # numbers that round to the other side move everything after them, so that the two cannot be compared directly
+    opened = moec.load(artifact)
+    exact, own = logits_of(opened, accuracy="exact"), logits_of(opened)
+    monkeypatch.setenv("MOEC_CPU_KERNELS", NONE)
+    other = logits_of(opened)
+    assert np.abs(own[:, 0] - other[:, 0]).max() < 1e-4
+    errors = [np.square(found - exact).mean() for found in (own, other)]
+    assert errors[0] < 1.2 * errors[1]
+    assert (own.argmax(-1) == other.argmax(-1)).mean() > 0.95
+
+
+def test_a_plain_session_takes_the_model(artifact):
+    model = onnx.load(artifact / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(str(artifact / "model.onnx"))
+    assert {n.op_type for n in model.graph.node if n.domain == "moec"} == {"QMoE", "MatMulNBits"}
+    onnxruntime.InferenceSession(str(artifact / "model.onnx"), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("change", ["other", "short", "gone"])
+def test_a_changed_library_is_refused(artifact, tmp_path, change):
+    folder = tmp_path / "out"
+    shutil.copytree(artifact, folder)
+    path = next(folder.glob("moec-kernels.*"))
+    content = path.read_bytes()
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if change == "short" else content[:-1] + b"\x01")
+    with pytest.raises(MoecError, match=r"not as it was written|lacks"):
+        moec.load(folder).session()
+
+
+def test_the_kernels_of_this_processor_are_named(artifact, monkeypatch):
+    monkeypatch.setenv("MOEC_CPU_KERNELS", PLAIN)
+    assert kernels_that_run(artifact) == PLAIN
+    monkeypatch.setenv("MOEC_CPU_KERNELS", NONE)
+    assert kernels_that_run(artifact) is None
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------
+
+
+def test_the_same_sources_give_the_same_bytes(kernels, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    elsewhere = tmp_path / "a folder" / "source"
+    shutil.copytree(library.SOURCES, elsewhere)
+    monkeypatch.setattr(library, "SOURCES", elsewhere)
+    made = library.compile_library(library.this_platform(), library.find_compiler())
+    assert hashlib.sha256(made).digest() == hashlib.sha256(kernels.read_bytes()).digest()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kernels": "fast"}, "there are no kernels fast"),
+        ({"kernels": "moec", "platforms": "linux-x86_64,amiga"}, "there is no platform amiga"),
+        ({"kernels": "moec", "cc": "no-such-compiler"}, "no-such-compiler does not run"),
+        ({"kernels": "moec", "cc": f"{sys.executable} -c raise(SystemExit(3))"}, "does not run"),
+        ({"cc": "gcc"}, "-D cc= is for kernels of moec's own"),
+        ({"speed": "high"}, "target cpu has no option speed"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_read(options, said, tmp_path):
+    with pytest.raises(MoecError, match=said):
+        moec.compile(tmp_path / "no checkpoint", out=tmp_path / "out", options=options)
+
+
+def test_without_ziglang_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MoecError, match="ziglang is not installed"):
+        moec.compile(TINY, out=tmp_path / "out", quantize="int4", options={"kernels": "moec"})
