@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ...compiler.formats.table import find_format, format_of
-from ...compiler.ir.activation import SILU, Activation
+from ...compiler.ir.activation import IDENTITY, SILU, Activation
 from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
@@ -21,6 +21,8 @@ from ...compiler.ops.attention import turn
 from ...compiler.ops.compressed import block_linear as plain_block_linear
 from ...compiler.ops.define import Attributes, Types, fail
 from ...compiler.ops.nn import rms_norm
+from ...compiler.ops.recurrent import causal_conv, conv_window
+from ...compiler.ops.recurrent import linear_attention as plain_linear_attention
 
 PLAIN = ("bf16", "f32")
 
@@ -256,3 +258,56 @@ def rope_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, head
     q = turn(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
     k = turn(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
     return q, torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
+
+
+# --- recurrent layers ------------------------------------------------------------------------------------------
+
+
+def _window_conv(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, past, taps = types[:3]
+    if past.shape[1] != x.shape[2] or taps.shape[1] > past.shape[2] + 1:
+        raise fail(f"acc.window_conv: the state {past} and {taps} do not fit {x}")
+    return x.plain, TensorType(past.dtype, past.shape, state=True)
+
+
+@op(
+    "acc.window_conv",
+    "x: A[B, S, C], past: state A[B, C, K], taps: A[C, J], b: A[C]? -> y: A[B, S, C], present: state A[B, C, K]",
+    infer=_window_conv,
+    flops=lambda o, r, a: 2 * r[0].elements * o[2].shape[1],
+)
+def window_conv(x, past, taps, b, *, act: Activation = IDENTITY):
+    """Convolve each channel over its last J tokens, with those of the state before x, and apply the activation.
+
+    nn.conv_window, nn.causal_conv and the activation in one, for tokens in front of channels.
+    """
+    whole, present = conv_window(past, x.transpose(1, 2))
+    y = causal_conv(whole, taps, b)[:, :, past.shape[2] :].transpose(1, 2)
+    return activate(y, act), present
+
+
+def _linear_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    q, k, v, decay, rate, _, past = types
+    batch, _, groups, width = k.shape
+    heads = v.shape[2]
+    if heads % groups or q.shape != k.shape or past.shape != (batch, heads, width, v.shape[3]):
+        raise fail(f"acc.linear_attention: {q}, {k} and {v} do not fit the state {past}")
+    if rate is not None and (decay is None or rate.shape != (heads, width)):
+        raise fail(f"acc.linear_attention: there is no decay that {rate} multiplies")
+    return v.plain, TensorType(past.dtype, past.shape, state=True)
+
+
+@op(
+    "acc.linear_attention",
+    "q: A[B, S, F, K], k: A[B, S, F, K], v: A[B, S, H, V], decay: A[B, S, H, G]?, rate: A[H, K]?, beta: A[B, S, H]?,"
+    " past: state A[B, H, K, V] -> y: A[B, S, H, V], present: state A[B, H, K, V]",
+    infer=_linear_attention,
+    flops=lambda o, r, a: (8 if o[5] else 5) * r[0].elements * o[1].shape[3],
+)
+def linear_attention(q, k, v, decay, rate, beta, past, *, scale: float = 1.0):
+    """Update a state with each token and read it, as nn.linear_attention does; H / F heads share a head of q and k.
+
+    `rate` is multiplied by the decay: of a selective state space (Gu and Dao 2023), whose decay is a step times a rate.
+    """
+    q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], dim=2) for t in (q, k))
+    return plain_linear_attention(q, k, v, decay if rate is None else decay * rate, beta, past, scale=scale)

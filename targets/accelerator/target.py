@@ -67,7 +67,7 @@ def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
 
 def lower(module: Module, target: Target) -> Rewritten:
     """Rewrite the module in the ops that accelerators run."""
-    from .lower import lower
+    from .lower.module import lower
 
     return lower(module)
 

@@ -1,6 +1,6 @@
 """The table of what an accelerator runs: ops with kernels, and ops that the framework computes between kernels.
 
-The framework (torch) has shapes, tables, recurrences, and arithmetic on values that are few beside the weights.
+The framework (torch) has shapes, tables, and arithmetic on values that are few beside the weights.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import difflib
 
 from ....compiler.ir.module import Op
-from . import attention, dense, experts, sparse
+from . import attention, dense, experts, recurrent, sparse
 from .implementations import Selector
 
-_TABLES = (experts.IMPLEMENTATIONS, dense.IMPLEMENTATIONS, attention.IMPLEMENTATIONS, sparse.IMPLEMENTATIONS)
-IMPLEMENTATIONS: dict[str, Selector] = {name: selector for table in _TABLES for name, selector in table.items()}
-# and core.*; the recurrences are loops over tokens there, right and slow, until there are kernels for them
-FRAMEWORK = (
-    "nn.embedding", "nn.cache_append", "nn.new_state", "nn.conv_window", "nn.causal_conv", "nn.linear_attention",
-)  # fmt: skip
+_ROOMS = (experts, dense, attention, recurrent, sparse)
+IMPLEMENTATIONS: dict[str, Selector] = {
+    name: select for room in _ROOMS for name, select in room.IMPLEMENTATIONS.items()
+}
+# and core.*; a convolution over tokens only where the program does something else with its window than acc.window_conv
+FRAMEWORK = ("nn.embedding", "nn.cache_append", "nn.new_state", "nn.conv_window", "nn.causal_conv")
 
 
 def supported(op: Op) -> str | None:

@@ -19,7 +19,14 @@ from tiny_models import meaning, random_model
 STEPS = 3
 LEAST = 1e-3  # a difference that counts as none, where the model in bf16 happens to be nearer
 ATTENTION = ("deepseek_v3", "gpt_oss", "deepseek_v4", "mimo_v2_flash", "llama4_text", "olmoe", "step3p7")  # a kind each
-RECURRENT = ("lfm2_moe", "qwen3_next", "jamba", "granitemoehybrid", "minimax")  # by their references between kernels
+RECURRENT = (
+    "lfm2_moe",
+    "qwen3_next",
+    "jamba",
+    "granitemoehybrid",
+    "minimax",
+    "kimi_linear",
+)  # with states that do not grow
 CHIPS = ("nvidia-h200", "amd-mi355x", "ascend-950dt", "cambricon-mlu370")
 QUICK = (("deepseek_v3", "nvidia-h200"), ("gpt_oss", "amd-mi355x"))
 LONG = [

@@ -25,7 +25,7 @@ from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
 from moec.targets.accelerator.kernels.formats import holds, slow
-from moec.targets.accelerator.lower import lower
+from moec.targets.accelerator.lower.module import lower
 from moec.targets.accelerator.select.supported import supported
 from tiny_models import random_model, save
 
@@ -122,12 +122,25 @@ def test_rope_append_and_attention_are_the_cached_attention(packed, extras):
         ("acc.gated_up", ["f32[2, 8]", "bf16[4, 8]", None], {"act": "swish"}, "act=swish is no activation"),
         ("acc.grouped_up", ["f32[2, 8]", "i64[2, 2]", "i64[3]", "i64[4]", "bf16[3, 4, 8]", None], {}, "does not order"),
         ("acc.grouped_up", ["f32[2, 8]", "i64[2, 2]", "i64[4]", "i64[5]", "bf16[3, 4, 8]", None], {}, "not the bounds"),
+        ("acc.window_conv", ["f32[1, 2, 8]", "state f32[1, 8, 2]", "f32[8, 4]", None], {}, "do not fit"),
+        (
+            "acc.linear_attention",
+            ["f32[1, 2, 3, 8]", "f32[1, 2, 3, 8]", "f32[1, 2, 4, 6]", None, None, None, "state f32[1, 4, 8, 6]"],
+            {},
+            "do not fit the state",
+        ),
+        (
+            "acc.linear_attention",
+            ["f32[1, 2, 4, 8]", "f32[1, 2, 4, 8]", "f32[1, 2, 4, 6]", None, "f32[4, 8]", None, "state f32[1, 4, 8, 6]"],
+            {},
+            "there is no decay",
+        ),
     ],
 )
 def test_operands_that_do_not_fit(name, operands, attributes, what):
     def type_of(text):
-        dtype, _, sizes = text.partition("[")
-        return TensorType.of(dtype, *map(int, sizes[:-1].split(",")))
+        dtype, _, sizes = text.removeprefix("state ").partition("[")
+        return TensorType.of(dtype, *map(int, sizes[:-1].split(",")), state=text.startswith("state "))
 
     with pytest.raises(MoecError, match=what):
         OPS[name].infer([text and type_of(text) for text in operands], attributes)

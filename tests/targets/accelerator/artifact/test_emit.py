@@ -27,7 +27,7 @@ from moec.targets.accelerator.artifact.options import Tuning, read_options
 from moec.targets.accelerator.artifact.shards import find_shards
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.lower import lower
+from moec.targets.accelerator.lower.module import lower
 from moec.targets.accelerator.select.choose import weight_layouts
 from moec.targets.accelerator.triton.compile import Compiled
 from moec.targets.accelerator.triton.source import triton_source

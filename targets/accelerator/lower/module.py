@@ -10,13 +10,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ...compiler.formats.table import find_format
-from ...compiler.ir.module import Function, Module, Op, Value
-from ...compiler.ir.notes import Note, Rewritten
-from ...compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
-from ...compiler.rewrite.roles import Uses, weight_roles
-from ...compiler.weights.demote import demoted_recipe
-from . import ops
+from ....compiler.formats.table import find_format
+from ....compiler.ir.module import Function, Module, Op, Value
+from ....compiler.ir.notes import Note, Rewritten
+from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
+from ....compiler.rewrite.roles import Uses, weight_roles
+from ....compiler.weights.demote import demoted_recipe
+from .. import ops
+from .recurrent import cut_window, linear_attention, window_conv
 
 assert ops  # what is lowered to is declared there
 
@@ -46,6 +47,9 @@ def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Not
         "nn.embedding": _embedding,
         "moe.experts": _experts,
         "nn.cached_attention": _attention,
+        "nn.conv_window": window_conv,
+        "core.slice": cut_window,
+        "nn.linear_attention": linear_attention,
     }
     lowered, notes = rewrite_ops(function, rewrites, "lower")
     return _with_old_names(lowered), notes

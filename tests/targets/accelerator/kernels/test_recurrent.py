@@ -1,0 +1,67 @@
+"""Kernels of recurrent layers, simulated on a chip of every family, equal the reference ops of the program before it is lowered."""
+
+import pytest
+import torch
+from chips_for_tests import CHIPS, close, run
+from moec.compiler.ir.activation import Activation
+from moec.compiler.ops.recurrent import causal_conv, conv_window
+from moec.compiler.ops.recurrent import linear_attention as plain
+from moec.targets.accelerator.kernels.choices import RowTile
+from moec.targets.accelerator.kernels.recurrent import Recurrence, Window, linear_attention, window_conv
+
+chips = pytest.mark.parametrize("name", CHIPS)
+
+
+@chips
+@pytest.mark.parametrize(
+    ("taps", "kept", "kind", "bias"), [(4, 4, "silu", True), (3, 3, "identity", False), (4, 3, "silu", False)]
+)
+def test_windows(name, taps, kept, kind, bias):
+    """Of a prompt, a token and fewer tokens than the window holds, behind a state."""
+    layout, chip = CHIPS[name]
+    torch.manual_seed(taps)
+    for batch, new, tile in ((2, 11, RowTile(4, 8)), (3, 1, RowTile(1, 16)), (1, 2, RowTile(4, 8))):
+        x, past, w = torch.randn(batch, new, 12), torch.randn(batch, 12, kept), torch.randn(12, taps)
+        b = torch.randn(12) if bias else None
+        whole, present = conv_window(past, x.transpose(1, 2))
+        wanted = causal_conv(whole, w, b)[:, :, kept:].transpose(1, 2)
+        p = Window(12, taps, kept, Activation(kind, gated=False), bias, dtype="f32")
+        given = {"x": x, "past": past, "taps": w, **({"b": b} if bias else {})}
+        found = run(window_conv(p, tile, layout), chip, {"B": batch, "S": new}, **given)
+        close(found["y"], torch.nn.functional.silu(wanted) if kind == "silu" else wanted)
+        close(found["present"], present)
+
+
+KINDS = {
+    "lightning": Recurrence(4, 4, 8, 8, decay=1),
+    "mamba 2": Recurrence(6, 2, 12, 8, decay=1),
+    "mamba": Recurrence(10, 1, 8, 1, decay=1, rate=True),
+    "gated delta rule": Recurrence(4, 4, 12, 10, scale=0.3, decay=1, delta=True),
+    "delta rule with a decay a channel": Recurrence(4, 4, 8, 8, scale=0.3, decay=8, delta=True),
+    "no decay": Recurrence(3, 3, 8, 8),
+}
+
+
+@chips
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_attention(name, kind):
+    """Of a prompt and of a token behind a state; tiles have some heads or some columns of one."""
+    p = Recurrence(**{**vars(KINDS[kind]), "dtype": "f32"})
+    layout, chip = CHIPS[name]
+    torch.manual_seed(p.heads)
+    repeats = p.heads // p.groups
+    for batch, new, tile in ((2, 7, RowTile(4, 16)), (1, 1, RowTile(1, 4))):
+        q, k = (torch.randn(batch, new, p.groups, p.width) for _ in "qk")
+        k = k / k.norm(dim=-1, keepdim=True)
+        v, past = torch.randn(batch, new, p.heads, p.value_width), torch.randn(batch, p.heads, p.width, p.value_width)
+        given = {"q": q, "k": k, "v": v, "past": past}
+        decay = -torch.rand(batch, new, p.heads, p.decay) if p.decay else None
+        given |= {"decay": decay} if p.decay else {}
+        given |= {"rate": torch.rand(p.heads, p.width)} if p.rate else {}
+        given |= {"beta": torch.rand(batch, new, p.heads)} if p.delta else {}
+        found = run(linear_attention(p, tile, layout), chip, {"B": batch, "S": new}, **given)
+        whole = decay * given["rate"] if p.rate else decay
+        wide = [x.repeat_interleave(repeats, 2) for x in (q, k)]
+        wanted, present = plain(*wide, v, whole, given.get("beta"), past, scale=p.scale)
+        close(found["y"], wanted)
+        close(found["present"], present)
