@@ -1,7 +1,7 @@
 """The passes, one a file: a file here is a pass, and nowhere else is a list of them.
 
 graph: raise-norm, raise-rope, lift-moe (leaves stage moe).
-moe: fuse-router, fuse-dispatch, fuse-shared-experts, absorb-mla, fuse-attention, fuse-norm, keep-codes, quantize,
+moe: fuse-router, fuse-dispatch, fuse-shared-experts, absorb-mla, fuse-attention, fuse-norm, fold-weights, keep-codes, quantize,
     round-weights.
 kernel: quantize-activations.
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.

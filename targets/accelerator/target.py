@@ -44,7 +44,7 @@ def accelerator_target(profile: Profile, source: str, options: Options) -> Targe
     return Target(
         name=profile.name,
         doc=line(profile),
-        pipeline=(*FUSED, PassCall("round-weights"), PassCall(LOWER), *rounding),
+        pipeline=(*FUSED, PassCall("fold-weights"), PassCall("round-weights"), PassCall(LOWER), *rounding),
         ops=OPS,
         formats=FORMATS,
         lower=lower,

@@ -10,7 +10,6 @@ from ....compiler.errors import Refuse
 from ....compiler.ir.activation import IDENTITY, Activation
 from ....compiler.ir.module import Function, Op, Value
 from ....compiler.rewrite.editor import Editor
-from ....compiler.weights.steps.table import step
 
 _ACTIVATIONS = {"core.silu": "silu", "core.relu": "relu"}
 
@@ -21,12 +20,12 @@ _ACTIVATIONS = {"core.silu": "silu", "core.relu": "relu"}
 def window_conv(editor: Editor, op: Op) -> Op:
     """Return nn.conv_window as acc.window_conv, with the convolution and the activation behind it."""
     conv, act, _ = _convolution(editor.function, op)
-    taps, bias = _taps(editor, conv["w"]), conv.get("b")
-    if bias is not None and bias.name not in editor.consts:
-        raise Refuse(f"the bias {bias} is computed", bias)
+    for weight in (conv["w"], conv.get("b")):
+        if weight is not None and weight.name not in editor.consts:  # which may be computed further down
+            raise Refuse(f"{weight} is not a weight", weight)
     present = op.results[1]
     x = editor.add("core.transpose", op["new"], hint=f"{present.name}.x", perm=(0, 2, 1))
-    editor.add_all("acc.window_conv", x, op["past"], taps, bias, hints=(_name(op), present), act=act)
+    editor.add_all("acc.window_conv", x, op["past"], conv["w"], conv.get("b"), hints=(_name(op), present), act=act)
     return editor.ops.pop()
 
 
@@ -72,16 +71,6 @@ def _only_reader(function: Function, value: Value) -> Op:
         case [Op() as reader]:
             return reader
     raise Refuse(f"{value} is read at several places", value)
-
-
-def _taps(editor: Editor, value: Value) -> Value:
-    """Return a convolution's weights [C, K] as a weight of their own; checkpoints have them as [C, 1, K]."""
-    made = editor.function.producers.get(value.name)
-    if made is None or made.name != "core.reshape":
-        editor.recipe(value)
-        return value
-    recipe = step("reshape", editor.recipe(made["x"]), shape=tuple(map(int, value.type.shape)))
-    return editor.weight(recipe, f"{made['x'].name}.taps")
 
 
 # --- linear attention ------------------------------------------------------------------------------------------
