@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 
@@ -87,7 +88,7 @@ class Executor:
     ) -> dict[str, Held]:
         """Run the kernels of an op. None may be needed for a step of so many tokens: then nothing reads its results."""
         call = _Call(op, values, weights, dims, self.launcher.device)
-        for launch in self.kernels.of(group, dims["B"] * dims["S"]):
+        for launch in self.kernels.of(group, dims["B"], dims["S"]):
             call.launch(launch, self.launcher)
         return call.made
 
@@ -112,9 +113,15 @@ class _Call:
         bound = launch.binding.arguments
         given = {a.name: self._given(a, bound[a.name]) for a in arguments}
         scalars = self._scalars(launch, given)
+        shapes = {a.name: [int(evaluate(n, scalars)) for n in a.shape] for a in arguments}
+        if any(t is not None and t.numel() != prod(shapes[name]) for name, t in given.items()):
+            # caches with room for different numbers of tokens: one scalar cannot say how many there are
+            given |= {a.name: self._given(a, bound[a.name], whole=False) for a in arguments if not bound[a.name].past}
+            scalars = self._scalars(launch, given)
+            shapes = {a.name: [int(evaluate(n, scalars)) for n in a.shape] for a in arguments}
         tensors: dict[str, torch.Tensor] = {}
         for a in arguments:
-            shape = [int(evaluate(n, scalars)) for n in a.shape]
+            shape = shapes[a.name]
             tensor = given[a.name]
             if tensor is None:
                 tensor = torch.empty(shape, dtype=DTYPES[a.dtype].torch, device=self._device)
@@ -123,7 +130,7 @@ class _Call:
         for a in arguments:
             self._keep(bound[a.name], tensors[a.name], a)
 
-    def _given(self, a: Argument, bound: Bound) -> torch.Tensor | None:
+    def _given(self, a: Argument, bound: Bound, whole: bool = True) -> torch.Tensor | None:
         """Return the tensor of an argument that is there before the kernel runs; None for one that it makes."""
         if bound.past:
             return self._appended(a, bound).buffer
@@ -139,7 +146,7 @@ class _Call:
             return self._weights[value.name][bound.part]
         held = self._values[value.name]
         # a kernel that is told how many slots there are reads the buffer as it lies
-        return held.buffer if isinstance(held, Slots) and _has_slots(a, held) else tensor_of(held)
+        return held.buffer if whole and isinstance(held, Slots) and _has_slots(a, held) else tensor_of(held)
 
     def _appended(self, a: Argument, bound: Bound) -> Slots:
         """Return the buffer of a state with room for this step, and keep it as the result."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 import difflib
 
 from ....compiler.ir.module import Op
-from . import attention, dense, experts, recurrent, sparse
+from . import attention, dense, experts, recurrent, sparse, states
 from .implementations import Selector
 
-_ROOMS = (experts, dense, attention, recurrent, sparse)
+_ROOMS = (attention, dense, experts, recurrent, sparse, states)
 IMPLEMENTATIONS: dict[str, Selector] = {
     name: select for room in _ROOMS for name, select in room.IMPLEMENTATIONS.items()
 }
 # and core.*; a convolution over tokens only where the program does something else with its window than acc.window_conv
-FRAMEWORK = ("nn.embedding", "nn.cache_append", "nn.new_state", "nn.conv_window", "nn.causal_conv")
+FRAMEWORK = ("nn.embedding", "nn.new_state", "nn.conv_window", "nn.causal_conv")
 
 
 def supported(op: Op) -> str | None:
