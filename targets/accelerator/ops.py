@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+import sympy
+
 from ...compiler.formats.table import find_format, format_of
 from ...compiler.ir.activation import IDENTITY, SILU, Activation
 from ...compiler.ir.deferred import torch
@@ -20,7 +22,7 @@ from ...compiler.ops.activation import activate, inner_size
 from ...compiler.ops.attention import turn
 from ...compiler.ops.compressed import block_linear as plain_block_linear
 from ...compiler.ops.define import Attributes, Types, fail
-from ...compiler.ops.nn import rms_norm
+from ...compiler.ops.nn import attention, rms_norm
 from ...compiler.ops.recurrent import causal_conv, conv_window
 from ...compiler.ops.recurrent import linear_attention as plain_linear_attention
 
@@ -311,3 +313,64 @@ def linear_attention(q, k, v, decay, rate, beta, past, *, scale: float = 1.0):
     """
     q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], dim=2) for t in (q, k))
     return plain_linear_attention(q, k, v, decay if rate is None else decay * rate, beta, past, scale=scale)
+
+
+# --- latent attention ------------------------------------------------------------------------------------------
+
+
+def _latent_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    q, q_rope, latent, rope, w_uk, w_uv, mask, _ = types
+    heads, (batch, _, slots, width) = size(attributes["heads"]), latent.shape
+    for weight in (w_uk, w_uv):
+        _check_weight("acc.latent_attention", weight)
+    if w_uk.shape[0] != heads * width or w_uv.shape[0] % heads:
+        raise fail(f"acc.latent_attention: {w_uk} and {w_uv} are not those of {heads} heads on a latent of {width}")
+    if q.shape[2] % heads or q.shape[2] < heads * w_uk.shape[1]:
+        raise fail(f"acc.latent_attention: q is {q}, {heads} heads of {w_uk} want {w_uk.shape[1]} numbers each")
+    if (q_rope is None) != (rope is None):
+        raise fail("acc.latent_attention takes q_rope and rope, or neither")
+    if mask is not None and mask.shape not in ((batch, slots), (batch, q.shape[1], slots)):
+        raise fail(f"acc.latent_attention: the mask {mask} is not [{batch}, {slots}], nor one for each token")
+    return (TensorType(q.dtype, (*q.shape[:2], w_uv.shape[0])),)
+
+
+def _latent_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    """Return those of the form that has fewer: up-projections of the new tokens, or of all that are attended to."""
+    q, _, latent, rope, w_uk, w_uv, *_ = operands
+    heads, (batch, _, slots, width) = size(attributes["heads"]), latent.shape
+    nope, value, apart = w_uk.shape[1], w_uv.shape[0] / heads, rope.shape[3] if rope else size(0)
+    scored = {name: attributes[name] for name in ("scale", "window", "chunk", "softcap")}
+
+    def attended(key: Size, of_value: Size) -> Size:
+        types = [
+            TensorType(q.dtype, (batch, heads, n, w)) for n, w in ((q.shape[1], key), (slots, key), (slots, of_value))
+        ]
+        return OPS["nn.attention"].flops([*types, None, None], results, scored)
+
+    each = 2 * batch * heads * width * (nope + value)
+    absorbed = each * q.shape[1] + attended(width + apart, width)
+    return sympy.Min(absorbed, each * slots + attended(nope + apart, value))
+
+
+@op(
+    "acc.latent_attention",
+    "q: A[B, S, N], q_rope: A[B, heads, S, D]?, latent: state A[B, 1, T, R], rope: state A[B, 1, T, D]?,"
+    " w_uk: W[U, E], w_uv: Z[M, R], mask: I[B, *X]?, sinks: A[heads]? -> y: A[B, S, M]",
+    infer=_latent_attention,
+    flops=_latent_flops,
+)
+def latent_attention(
+    q, q_rope, latent, rope, w_uk, w_uv, mask, sinks, *,
+    heads: int, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0,
+):  # fmt: skip
+    """Attend to cached latents as nn.attention does, with keys and values that are made of them (MLA, arXiv 2405.04434).
+
+    The first E numbers of a head of q meet keys w_uk[h]ᵀ latent, with w_uk[h] the head's [R, E]; `q_rope` meets `rope`,
+    the part of the keys with positions, which all heads share. Values are w_uv[h] latent.
+    """
+    nope = q.unflatten(2, (heads, -1))[..., : w_uk.shape[1]]
+    absorbed = plain_block_linear(nope, w_uk.float()).unflatten(2, (heads, -1)).transpose(1, 2)
+    queries = absorbed if q_rope is None else torch.cat((absorbed, q_rope), dim=3)
+    keys = latent if rope is None else torch.cat((latent, rope), dim=3)
+    y = attention(queries, keys, latent, mask, sinks, scale=scale, window=window, chunk=chunk, softcap=softcap)
+    return plain_block_linear(y, w_uv.float())

@@ -101,10 +101,10 @@ def bind(
         elif a.role == "output" and base in results:
             found[a.name] = Bound(result=base, part=part)
         elif a.role == "output":
-            before.add(a.name)
-            found[a.name] = Bound(scratch=a.name)
-        elif a.name in before:
-            found[a.name] = Bound(scratch=a.name)
+            before.add(name)
+            found[a.name] = Bound(scratch=name)
+        elif name in before:
+            found[a.name] = Bound(scratch=name)
         else:
             found[a.name] = _input(kernel, a, operands, weights)
     return Binding(found, _scalars(kernel.name, program, found))
@@ -228,10 +228,10 @@ def _solve(given: Sequence[Size], wanted: Sequence[Size], free: Sequence[sympy.S
     if len(free) == 1 and not any(n == free[0] for n in wanted):
         left = sympy.cancel(sympy.Mul(*given) / (sympy.Mul(*wanted) / free[0]))
         return None if left.has(free[0]) else {free[0]: left}
-    if len(given) == len(wanted):
-        return {n: size for n, size in zip(wanted, given, strict=True) if n in free}
     if len(free) == 1:
         return {free[0]: sympy.cancel(sympy.Mul(*given) / sympy.Mul(*(n for n in wanted if n != free[0])))}
+    if len(given) == len(wanted):
+        return {n: size for n, size in zip(wanted, given, strict=True) if n in free}
     return None
 
 

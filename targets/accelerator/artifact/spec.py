@@ -6,8 +6,9 @@ expected of it and what else was considered. Equal ops of different layers share
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -31,7 +32,8 @@ from ..tile.serialize import program_to_json
 from ..tile.tiles import DEVICE, For, walk
 from .bindings import Binding, bind, check_op
 
-SCHEMA = 2  # 2: bindings, every step, and what a simulation needs of the chip
+# 2: bindings, every step, and what a simulation needs of the chip; 3: kernels by the new tokens of a sequence
+SCHEMA = 3
 BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
 CONTEXT = 4096  # tokens before a decoding step, for what attention reads
 DECODE = 64  # steps of at most so many tokens count as decoding: one token of each of so many sequences
@@ -39,7 +41,7 @@ DECODE = 64  # steps of at most so many tokens count as decoding: one token of e
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel for one bucket of tokens: `low` to `high` tokens a step."""
+    """One kernel for one bucket of tokens: `low` to `high` tokens a step, `new` of a sequence at least and at most."""
 
     name: str
     kind: str
@@ -53,6 +55,7 @@ class KernelSpec:
     objects: Mapping[str, Any] = field(default_factory=dict)  # what a toolchain made of it
     binding: Binding = field(default_factory=Binding)
     group: str = ""  # what the steps of kernels.json name: the kernels of the same ops
+    new: tuple[int, int | None] = (1, None)  # None: any more
 
     @property
     def best(self) -> Choice:
@@ -68,6 +71,7 @@ class KernelSpec:
             "kind": self.kind,
             "computes": {"op": self.op, "places": list(self.places), "calls": self.calls},
             "tokens": [self.low, self.high],
+            "new": list(self.new),
             "weights": {name: packing_json(p) for name, p in self.weights.items()},
             "binding": self.binding.to_json(),
             "tile": asdict(choice.tile),
@@ -169,8 +173,11 @@ class Kernels:
     def time(self, tokens: int) -> float:
         """Return the predicted seconds of one step of so many tokens: kernels and the framework's ops, one after the other."""
         bucket = str(next((b for b in self.buckets if tokens <= b), self.buckets[-1]))
-        kernels = sum(k.calls * k.best.prediction.time for k in self.kernels if k.low <= tokens <= k.high)
-        return kernels + sum(entry["predicted"][bucket] for entry in self.framework)
+        new = step_of(tokens).new
+        found = (k for k in self.kernels if k.low <= tokens <= k.high and is_within(new, k.new))
+        return sum(k.calls * k.best.prediction.time for k in found) + sum(
+            e["predicted"][bucket] for e in self.framework
+        )
 
 
 def _chip_json(profile: Profile) -> dict[str, Any]:
@@ -286,24 +293,41 @@ def _plain(value: Any) -> Any:
 
 
 def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...]) -> Iterable[KernelSpec]:
-    low = 1
+    low = {high: before + 1 for before, high in pairwise((0, *buckets))}
     fits: Fits = {}
-    for high in buckets:
+    for high, step, new in _steps(buckets, group.computation.changes_at):
         made: set[str] = set()
-        for kernel, choice in fastest_kernels(group.computation, step_of(high), profile, fits):
+        for kernel, choice in fastest_kernels(group.computation, step, profile, fits):
             binding = bind(group.op, kernel, choice.best.program, group.computation.weights, made)
             for op, place in group.ops.values():
                 check_op(op, choice.best.program, binding, place)
             yield KernelSpec(
-                _name(group, kernel.name, high), kernel.name, group.op, low, high, choice, group.computation.weights,
-                tuple(group.places), group.calls, binding=binding, group=group.name,
+                _name(group, kernel.name, high, new[0]), kernel.name, group.op, low[high], high, choice,
+                group.computation.weights, tuple(group.places), group.calls, binding=binding, group=group.name, new=new,
             )  # fmt: skip
-        low = high + 1
 
 
-def _name(group: _Group, kernel: str, high: int) -> str:
+def _steps(buckets: Iterable[int], changes_at: int | None) -> Iterator[tuple[int, Tokens, tuple[int, int | None]]]:
+    """Yield the most tokens of a bucket, the step to tune for, and which numbers of new tokens of a sequence it is for."""
+    for high in buckets:
+        if changes_at is None:
+            yield high, step_of(high), (1, None)
+            continue
+        yield high, Tokens(high, 1, CONTEXT), (1, changes_at - 1)
+        if high >= changes_at:
+            yield high, Tokens(1, high, 0), (changes_at, None)
+
+
+def is_within(new: int, limits: tuple[int, int | None]) -> bool:
+    """Return whether a number of new tokens of a sequence is within limits; None: any more."""
+    low, high = limits
+    return low <= new and (high is None or new <= high)
+
+
+def _name(group: _Group, kernel: str, high: int, new: int) -> str:
     """Return the name of a kernel, which is that of its file too: linear_0_t16, experts_down_0_combine_t16."""
-    return "_".join([group.name, *([] if kernel == group.computation.kind else [kernel]), f"t{high}"])
+    own = [] if kernel == group.computation.kind else [kernel]
+    return "_".join([group.name, *own, f"t{high}", *([f"s{new}"] if new > 1 else [])])
 
 
 def step_of(count: int) -> Tokens:

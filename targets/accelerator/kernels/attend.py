@@ -19,12 +19,16 @@ LEAST = 16  # columns of the narrowest tile of a matmul
 
 @dataclass(frozen=True)
 class Part:
-    """Columns first .. first + live - 1 of a head, in a tile of `wide` columns."""
+    """Columns first .. first + live - 1 of a head, in a tile of `wide` columns.
+
+    `apart`: of the part with positions, which lies in a tensor of its own.
+    """
 
     number: int
     first: int
     wide: int
     live: int
+    apart: bool = False
 
     @property
     def column(self) -> str:
@@ -58,7 +62,8 @@ def parts(most: int, *widths: int) -> tuple[Part, ...]:
 class Blocks:
     """Keys that one loop goes through: `start` to `stop` in steps of a tile, `j` is the index vector in it.
 
-    `key` and `value` give the indices of a column vector in the tensors; None for a value: the keys are the values.
+    `key` gives the tensor and the indices of a part of the keys, `value` the indices of a column vector in
+    `value_tensor`; None for a value: the keys are the values.
     `prepare` gets which keys are before `stop`, adds what the indices and `visible` need and returns which keys there
     are. `visible` is a bool [M, N] expression, or "".
     """
@@ -66,8 +71,7 @@ class Blocks:
     name: str
     start: str
     stop: str
-    key_tensor: str
-    key: Callable[[str], list[str]]
+    key: Callable[[Part], tuple[str, list[str]]]
     visible: str
     prepare: Callable[[str], str] = lambda before: before
     value_tensor: str = ""
@@ -85,11 +89,14 @@ class Attend:
     softcap: float
     dtype: str
 
-    def queries(self, b: Builder, tensor: str, at: Callable[[str], list[str]]) -> None:
-        """Add the loads of the queries, which stay, and what is kept while the keys pass."""
+    def queries(self, b: Builder, source: Callable[[Part], tuple[str, list[str]]]) -> None:
+        """Add the loads of the queries, which stay, and what is kept while the keys pass.
+
+        `source` gives the tensor and the indices of a part.
+        """
         for part in self.keys:
-            shape = (self.tile.m, part.wide)
-            b.far(f"q{part.number}", tensor, at(part.column), part.mask("live"), shape, second=False)
+            shape, (tensor, at) = (self.tile.m, part.wide), source(part)
+            b.far(f"q{part.number}", tensor, at, part.mask("live"), shape, second=False)
         for part in self.values:
             shape = (self.tile.m, part.wide)
             b.let(f"o{part.number}", f'full({shape[0]}, {shape[1]}, 0.0, "f32")', shape, "f32")
@@ -130,8 +137,8 @@ class Attend:
     def _scores(self, b: Builder, blocks: Blocks) -> None:
         b.accumulator("s", (self.tile.m, self.tile.n))
         for part in self.keys:
-            shape, name = (self.tile.n, part.wide), f"k{part.number}"
-            b.far(name, blocks.key_tensor, blocks.key(part.column), part.mask("key_live"), shape, second=True)
+            shape, name, (tensor, at) = (self.tile.n, part.wide), f"k{part.number}", blocks.key(part)
+            b.far(name, tensor, at, part.mask("key_live"), shape, second=True)
             with b.passing():
                 b.dot("s", b.near(f"q{part.number}", second=False), b.near(name, second=True))
 

@@ -7,12 +7,12 @@ window or its chunk are not looked at.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ....compiler.errors import MoecError
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
-from .attend import Attend, Blocks, declare_portions, merge, parts
+from .attend import Attend, Blocks, Part, declare_portions, merge, parts
 from .choices import AttentionTile, RowTile
 
 LOOK = 1024  # slots of the mask that are looked at in one step
@@ -24,6 +24,9 @@ class Attention:
 
     The slots are 0 .. P + S - 1 of C, new token i is slot P + i. `mask`: "keys" for bool [B, P + S], "tokens" for bool
     [B, S, P + S]. `shared`: there is no value tensor, the first E values of a key are its value (the latent of MLA).
+    `rope`: so many numbers of each head lie apart, in q_rope [B, H, S, rope] and key_rope [B, 1, C, rope], which all
+    heads share. `row`: the numbers of a head of q in memory, of which the first D are read (0: D). `dense`: key and
+    value have P + S slots.
     """
 
     heads: int
@@ -38,7 +41,15 @@ class Attention:
     mask: str = ""
     shared: bool = False
     heads_first: bool = False
+    rope: int = 0
+    row: int = 0
+    dense: bool = False
     dtype: str = "bf16"
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """The ints of a launch."""
+        return ("B", "S", "P", *(["C"] if self.rope or not self.dense else []))
 
     @property
     def rows(self) -> str:
@@ -54,15 +65,20 @@ def attention(p: Attention, t: AttentionTile, layout: Layout) -> Program:
     """
     _check(p)
     b = Builder("attention", layout, "y = softmax(scale q keyᵀ) value over the slots that a token may read")
-    b.scalar("B", "S", "P", "C")
+    b.scalar(*p.scalars)
     b.grid("tile", f"cdiv({p.rows}, {t.m})")
     b.grid("pair", f"B * {p.groups}")
     if t.split > 1:
         b.grid("part", t.split)
-    b.tensor("q", p.dtype, "B", *((p.heads, "S") if p.heads_first else ("S", p.heads)), p.width)
-    b.tensor("key", p.dtype, "B", p.groups, "C", p.width)
+    slots = "P + S" if p.dense else "C"
+    b.tensor("q", p.dtype, "B", *((p.heads, "S") if p.heads_first else ("S", p.heads)), p.row or p.width)
+    if p.rope:
+        b.tensor("q_rope", p.dtype, "B", p.heads, "S", p.rope)
+    b.tensor("key", p.dtype, "B", p.groups, slots, p.width)
+    if p.rope:
+        b.tensor("key_rope", p.dtype, "B", 1, "C", p.rope)
     if not p.shared:
-        b.tensor("value", p.dtype, "B", p.groups, "C", p.value_width)
+        b.tensor("value", p.dtype, "B", p.groups, slots, p.value_width)
     if p.mask:
         b.tensor("mask", "bool", "B", *(["S"] if p.mask == "tokens" else []), "P + S")
     if p.sinks:
@@ -73,8 +89,7 @@ def attention(p: Attention, t: AttentionTile, layout: Layout) -> Program:
         b.tensor("y", p.dtype, "B", "S", p.heads, p.value_width, role="output")
     _rows(b, p, t)
     run = _attend(p, t)
-    order = ["head[:, None]", "token[:, None]"] if p.heads_first else ["token[:, None]", "head[:, None]"]
-    run.queries(b, "q", lambda column: ["batch", *order, column])
+    run.queries(b, lambda part: _query(p, part))
     run.begin(b, "sinks" if p.sinks else "", "part == 0" if t.split > 1 else "")
     run.run(b, _keys(b, p, t))
     if t.split > 1:
@@ -82,6 +97,18 @@ def attention(p: Attention, t: AttentionTile, layout: Layout) -> Program:
     else:
         run.finish(b, "y", lambda column: ["batch", "token[:, None]", "head[:, None]", column], p.dtype)
     return b.program()
+
+
+def _query(p: Attention, part: Part) -> tuple[str, list[str]]:
+    """Return the tensor of a part of the queries, and its indices."""
+    first = ["head[:, None]", "token[:, None]"]
+    order = first if p.heads_first or part.apart else first[::-1]
+    return "q_rope" if part.apart else "q", ["batch", *order, part.column]
+
+
+def _key(part: Part) -> tuple[str, list[str]]:
+    """Return the tensor of a part of the keys, and its indices."""
+    return "key_rope" if part.apart else "key", ["batch", "0" if part.apart else "group", "j[:, None]", part.column]
 
 
 def attention_merge(p: Attention, t: RowTile, layout: Layout, split: int) -> Program:
@@ -111,6 +138,8 @@ def _attend(p: Attention, t: AttentionTile) -> Attend:
         values = parts(t.part, p.value_width)
     else:
         keys, values = parts(t.part, p.width), parts(t.part, p.value_width)
+    apart = (replace(x, number=len(keys) + x.number, apart=True) for x in parts(t.part, p.rope))
+    keys = (*keys, *apart)
     return Attend(t, keys, values, p.scale, p.softcap, p.dtype)
 
 
@@ -154,8 +183,7 @@ def _keys(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
         return before
 
     return Blocks(
-        "key", start, "last + 1", "key", lambda column: ["batch", "group", "j[:, None]", column],
-        " & ".join(f"({v})" for v in visible), prepare, "value", at,
+        "key", start, "last + 1", _key, " & ".join(f"({v})" for v in visible), prepare, "value", at,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def compressed_attention(p: Compressed, t: AttentionTile, layout: Layout) -> Pro
         b.let("first", f"tile * {t.m} // {p.heads}")
         b.let("last", f"minimum((tile * {t.m} + {t.m - 1}) // {p.heads}, S - 1)")
     run = Attend(t, parts(t.part, p.width), parts(t.part, p.width), p.scale, 0.0, p.dtype)
-    run.queries(b, "q", lambda column: ["batch", "token[:, None]", "head[:, None]", column])
+    run.queries(b, lambda part: ("q", ["batch", "token[:, None]", "head[:, None]", part.column]))
     run.begin(b, "sinks", "part == 0" if t.split > 1 else "")
     for blocks in _blocks(b, p):
         run.run(b, blocks)
@@ -93,12 +93,13 @@ def _blocks(b: Builder, p: Compressed) -> list[Blocks]:
     b.let("kept", p.kept)
     found = [
         Blocks(
-            "old", f"maximum(kept + first - {p.window - 1}, 0)", "kept", "window",
-            lambda column: ["batch", "j[:, None]", column],
+            "old", f"maximum(kept + first - {p.window - 1}, 0)", "kept",
+            lambda part: ("window", ["batch", "j[:, None]", part.column]),
             f"((kept + token)[:, None] - j[None, :] < {p.window})",
         ),
         Blocks(
-            "new", f"maximum(first - {p.window - 1}, 0)", "last + 1", "kv", lambda column: ["batch", "j[:, None]", column],
+            "new", f"maximum(first - {p.window - 1}, 0)", "last + 1",
+            lambda part: ("kv", ["batch", "j[:, None]", part.column]),
             f"(j[None, :] <= token[:, None]) & (token[:, None] - j[None, :] < {p.window})",
         ),
     ]  # fmt: skip
@@ -109,12 +110,12 @@ def _blocks(b: Builder, p: Compressed) -> list[Blocks]:
             return f"(chosen >= 0) & (chosen < (P + own + 1) // {p.ratio})"
 
         key = ["batch", "chosen[:, None]"]
-        found.append(Blocks("entry", "0", "J", "entries", lambda column: [*key, column], "", prepare))
+        found.append(Blocks("entry", "0", "J", lambda part: ("entries", [*key, part.column]), "", prepare))
     elif p.ratio:
         ended = f"((P + token + 1) // {p.ratio})[:, None]"
         key = ["batch", "j[:, None]"]
         stop, visible = f"(P + last + 1) // {p.ratio}", f"(j[None, :] < {ended})"
-        found.append(Blocks("entry", "0", stop, "entries", lambda column: [*key, column], visible))
+        found.append(Blocks("entry", "0", stop, lambda part: ("entries", [*key, part.column]), visible))
     return found
 
 

@@ -23,7 +23,8 @@ class Linear:
     """y[t] = act(w x[t] + bias), in `blocks` independent parts: y [T, blocks rows], x [T, depth] or [T, blocks, depth].
 
     The weight has `rows` (gated: twice as many) for each block: concatenated, or as experts of the packing.
-    The activation `act` may be gated. `scaled`: y[t] is multiplied by scale[t], f32.
+    The activation `act` may be gated. `scaled`: y[t] is multiplied by scale[t], f32. `wide`: x has so many numbers where
+    it has `depth`, and those after them are not read (0: depth).
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Linear:
     _: KW_ONLY
     act: Activation = IDENTITY
     scaled: bool = False
+    wide: int = 0
     dtype: str = "bf16"  # of x
     out: str = "bf16"
 
@@ -55,7 +57,7 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
         b.grid("block", p.blocks)
     if split > 1:
         b.grid("part", split)
-    declare_rows(b, "x", p.dtype, "T", *([p.blocks] if p.blocks > 1 else []), p.depth)
+    declare_rows(b, "x", p.dtype, "T", *([p.blocks] if p.blocks > 1 else []), p.wide or p.depth)
     p.weight.declare(b, "w")
     wide = p.blocks * p.rows
     if split == 1:

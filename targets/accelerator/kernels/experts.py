@@ -197,12 +197,13 @@ def _orders(b: Builder, e: Experts, direct: bool) -> None:
 
 def multiply(
     b: Builder, weight: Packing, tensor: str, x: str, row: str, depth: int, t: Tile, sums: dict[str, str],
-    expert: str = "expert", middle: Sequence[str] = (), *, dtype: str,
+    expert: str = "expert", middle: Sequence[str] = (), lead: Sequence[str] = (), *, dtype: str,
 ) -> None:  # fmt: skip
     """Add one step of K: sums[acc] gets x[row, ..., k:] times the weight's rows, each weight tile split as its packing wants.
 
-    `live` says which rows of x there are and `n_live` which of the weight, `middle` are indices between row and k. Rows
-    of another dtype than the weight's tiles are cast to theirs; those in a format, `dtype`, are multiplied as codes.
+    `live` says which rows of x there are and `n_live` which of the weight, `lead` are indices before row and `middle`
+    those between row and k. Rows of another dtype than the weight's tiles are cast to theirs; those in a format,
+    `dtype`, are multiplied as codes.
     """
     if form := find_format(dtype):
         multiply_codes(b, weight, tensor, x, form, row, depth, t, sums, expert, middle)
@@ -215,7 +216,7 @@ def multiply(
                 k = f"(k + {first} + arange({width}))[None, :]"
                 mask = "live[:, None]" + ("" if depth % t.k == 0 else f" & ({k} < {depth})")
                 name = "a" if first == "0" else f"a_{first}"
-                at = [f"{row}[:, None]", *middle, k]
+                at = [*lead, f"{row}[:, None]", *middle, k]
                 if b.dtype(x) == weight.operand:
                     loaded[first, width] = b.operand(name, x, at, mask, (t.m, width), second=False)
                 else:

@@ -17,6 +17,7 @@ from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ....compiler.rewrite.roles import Uses, weight_roles
 from ....compiler.weights.demote import demoted_recipe
 from .. import ops
+from .latent import latent_attention
 from .recurrent import cut_window, linear_attention, window_conv
 
 assert ops  # what is lowered to is declared there
@@ -97,6 +98,8 @@ def _linear(editor: Editor, op: Op, routers: frozenset[str]) -> Op:
 
 
 def _block_linear(editor: Editor, op: Op) -> Op:
+    if attention := latent_attention(editor, op, _stored):
+        return attention
     x, weight = op["x"], op["w"]
     return op.become("acc.block_linear", x, _stored(editor, op, weight))
 

@@ -17,7 +17,7 @@ from ....compiler.text.parser import parse_module
 from ....compiler.weights.sources.checkpoint import read_tensors
 from ..artifact.bindings import Binding
 from ..artifact.emit import KERNELS, PLAN
-from ..artifact.spec import SCHEMA
+from ..artifact.spec import SCHEMA, is_within
 from ..tile.serialize import program_from_json
 from ..tile.simulate import Chip
 from ..tile.tiles import Program
@@ -30,7 +30,8 @@ AGAIN = "compile it again: moec compile SOURCE --target {}"
 class Launch:
     """A kernel of an artifact: its program, what its arguments are, and how it is launched.
 
-    `group` names the kernels of the same ops, `low` and `high` are the tokens of a step that it is for.
+    `group` names the kernels of the same ops, `low` and `high` are the tokens of a step that it is for, `new` those of a
+    sequence.
     `operands` are the memories of the matrix unit. `objects` says what a compiler made of it, by architecture.
     """
 
@@ -43,6 +44,7 @@ class Launch:
     warps: int
     operands: tuple[str, str, str]
     objects: Mapping[str, Any]
+    new: tuple[int, int | None] = (1, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +70,11 @@ class Kernels:
         """The most tokens that a bucket is tuned for."""
         return max((launch.high for launch in self.launches), default=1)
 
-    def of(self, group: str, tokens: int) -> tuple[Launch, ...]:
-        """Return the kernels that compute an op in a step of so many tokens."""
-        bucket = min(tokens, self.last)
-        return tuple(launch for launch in self._groups.get(group, ()) if launch.low <= bucket <= launch.high)
+    def of(self, group: str, batch: int, new: int) -> tuple[Launch, ...]:
+        """Return the kernels that compute an op in a step of `new` tokens of each of `batch` sequences."""
+        bucket, kernels = min(batch * new, self.last), self._groups.get(group, ())
+        limit = min(new, self.last)
+        return tuple(k for k in kernels if k.low <= bucket <= k.high and is_within(limit, k.new))
 
     def chip_for(self, launch: Launch) -> Chip:
         """Return what the simulator checks of the chip."""
@@ -111,7 +114,7 @@ def _launch(entry: Mapping[str, Any]) -> Launch:
     low, high = entry["tokens"]
     return Launch(
         entry["name"], entry["group"], program, Binding.from_json(entry["binding"]), low, high, int(entry["pipeline"]["warps"]),
-        (first, second, result), entry.get("objects", {}),
+        (first, second, result), entry.get("objects", {}), (int(entry["new"][0]), entry["new"][1]),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from itertools import product
 
 from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Op
+from ....compiler.ir.types import TensorType
 from ..chip.chip import Profile
 from ..kernels.attention import Attention, attention, attention_merge
 from ..kernels.choices import AttentionTile, RowTile, Tile
@@ -30,22 +31,27 @@ Merge = Callable[[RowTile, Layout, int], Program]
 def _attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), op.settings
     q, key, value = (operands[name].shape for name in "qkv")
-    mask = operands.get("mask")
     p = Attention(
         int(q[1]), int(key[1]), int(q[3]), int(value[3]), a.number("scale"), a.integer("window"), a.integer("chunk"),
         a.number("softcap"),
-        "sinks" in operands, "" if mask is None else "keys" if len(mask.shape) == 2 else "tokens", heads_first=True,
+        "sinks" in operands, mask_of(operands), heads_first=True,
     )  # fmt: skip
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
         rows = tokens.new * p.heads // p.groups
-        return _attention_implementations(
+        return attention_implementations(
             "attention", lambda t, layout: attention(p, t, layout),
             lambda t, layout, split: attention_merge(p, t, layout, split), scalars, rows, p.width, p.value_width, tokens,
         )  # fmt: skip
 
     return Computation("attention", p, {}, implementations)
+
+
+def mask_of(operands: Mapping[str, TensorType]) -> str:
+    """Return what the mask of an attention is for, as Attention has it."""
+    mask = operands.get("mask")
+    return "" if mask is None else "keys" if len(mask.shape) == 2 else "tokens"
 
 
 def _compressed(op: Op, weights: Mapping[str, Packing]) -> Computation:
@@ -69,7 +75,7 @@ def _compressed(op: Op, weights: Mapping[str, Packing]) -> Computation:
             "slide", lambda t, layout: slide(p.width, row_tile(t), layout), {"B": batch, "S": new, **kept},
             row_shapes(power(p.width)), staged=False, renamed={"old": "window", "new": "kv"},
         )  # fmt: skip
-        found = _attention_implementations(
+        found = attention_implementations(
             "compressed_attention", lambda t, layout: compressed_attention(p, t, layout),
             lambda t, layout, split: compressed_merge(p, t, layout, split), scalars, rows, p.width, p.width, tokens,
         )  # fmt: skip
@@ -78,8 +84,9 @@ def _compressed(op: Op, weights: Mapping[str, Packing]) -> Computation:
     return Computation("compressed_attention", p, {}, implementations)
 
 
-def _attention_implementations(
-    name: str, make: Make, merge: Merge, scalars: Mapping[str, int], rows: int, width: int, value: int, tokens: Tokens
+def attention_implementations(
+    name: str, make: Make, merge: Merge, scalars: Mapping[str, int], rows: int, width: int, value: int, tokens: Tokens,
+    renamed: Mapping[str, str] = {"key": "k", "value": "v"},
 ) -> tuple[Implementation, ...]:  # fmt: skip
     """Return attention in one kernel, and for few tokens with the keys split and a kernel that merges."""
     widest = [part for part in PARTS if part < 2 * power(min(width, value))] or [PARTS[0]]
@@ -90,19 +97,23 @@ def _attention_implementations(
         def one(t: Tile, layout: Layout, split: int = split) -> Program:
             return make(AttentionTile(t.m, t.n, t.k, t.stages, t.warps, split), layout)
 
-        kernels = [KernelTemplate(name, one, scalars, tiles, renamed={"key": "k", "value": "v"})]
+        kernels = [KernelTemplate(name, one, scalars, tiles, renamed=renamed)]
         if split > 1:
-            kernels.append(_merge(merge, split, scalars, value))
+            kernels.append(_merge(merge, split, scalars, value, renamed))
         implementations.append(
             Implementation("keys in one go" if split == 1 else f"keys in {split} parts", tuple(kernels))
         )
     return tuple(implementations)
 
 
-def _merge(merge: Merge, split: int, scalars: Mapping[str, int], value: int) -> KernelTemplate:
+def _merge(
+    merge: Merge, split: int, scalars: Mapping[str, int], value: int, renamed: Mapping[str, str]
+) -> KernelTemplate:
     few = {key: scalars[key] for key in "BS"}
     tiles = row_shapes(power(value), (1, 2, 4))
-    return KernelTemplate("merge", lambda t, layout: merge(row_tile(t), layout, split), few, tiles, staged=False)
+    return KernelTemplate(
+        "merge", lambda t, layout: merge(row_tile(t), layout, split), few, tiles, staged=False, renamed=renamed
+    )
 
 
 IMPLEMENTATIONS: dict[str, Selector] = {"nn.attention": _attention, "nn.compressed_attention": _compressed}

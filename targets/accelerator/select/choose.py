@@ -17,7 +17,7 @@ from .implementations import Computation, Tokens
 from .search import Fit, Found, KernelTemplate, search
 from .supported import IMPLEMENTATIONS, supported
 
-WEIGHTS = ("w", "up", "down")  # operands of kernels that are packed
+WEIGHTS = ("w", "up", "down", "w_uk", "w_uv")  # operands of kernels that are packed
 
 Fits = dict[tuple[str, str], dict[Tile, Fit]]  # of a kernel, by its implementation's name and its own
 

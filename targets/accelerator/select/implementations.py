@@ -44,12 +44,16 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Computation:
-    """What an op computes: ops of one kind and equal problems share kernels; `implementations` gives those for a number of tokens."""
+    """What an op computes: ops of one kind and equal problems share kernels; `implementations` gives those for a step.
+
+    Where they differ with the new tokens of a sequence, `changes_at` is the number from which they are others.
+    """
 
     kind: str
     problem: Any
     weights: Mapping[str, Packing]
     implementations: Callable[[Tokens, Profile], tuple[Implementation, ...]]
+    changes_at: int | None = None
     matmuls: str = "bf16"  # dtype of what is multiplied as matrices: a chip that has none leaves it to the framework
 
 

@@ -1,0 +1,140 @@
+"""Selects the kernels of latent attention: absorbed, where queries and results pass the latent space, and expanded.
+
+The expanded form makes keys and values of all cached tokens, which costs more the more there are for each new one; the
+absorbed form attends with wider heads. Both read the same cache. A step takes the one or the other by how many new
+tokens of a sequence it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil
+
+from ....compiler.ir.module import Op
+from ..chip.chip import Profile
+from ..kernels.attention import Attention, attention, attention_merge
+from ..kernels.dense import Linear, linear
+from ..kernels.latent import Expand, expand
+from ..kernels.norm import power
+from ..tile.packing import Packing
+from .attention import attention_implementations, mask_of
+from .implementations import Computation, Implementation, Selector, Tokens, given
+from .search import COLUMNS, DEPTHS, KernelTemplate, row_choices, shapes
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent attention: the attention of its absorbed form, and its two weights.
+
+    `nope` are the numbers of a head of q that meet the latent, of `row` in memory, `value` those of a head of the result.
+    """
+
+    absorbed: Attention
+    nope: int
+    row: int
+    value: int
+    w_uk: Packing
+    w_uv: Packing
+
+    @property
+    def expanded(self) -> Attention:
+        """The attention of the expanded form: each head has keys and values of its own."""
+        a = self.absorbed
+        return replace(
+            a, groups=a.heads, width=self.nope, value_width=self.value, row=self.row, shared=False, dense=True
+        )
+
+    @property
+    def expanded_from(self) -> int | None:
+        """The new tokens of a sequence from which the expanded form computes less, with many before; None: never.
+
+        With latents of R numbers and heads of N and V: R (N + V) products for each cached token, instead of
+        2 R - N - V more for each pair of a new token and a cached one.
+        """
+        latent, heads = self.absorbed.width, self.nope + self.value
+        return ceil(latent * heads / (2 * latent - heads)) if 2 * latent > heads else None
+
+
+def _latent_attention(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
+    """Return latent attention; with f32 weights, which no matrix unit multiplies, it is the framework's."""
+    operands, a = given(op), op.settings
+    heads, (_, _, _, width), row = a.integer("heads"), operands["latent"].shape, operands["q"].shape[2]
+    w_uk, w_uv = weights["w_uk"], weights["w_uv"]
+    if "f32" in (w_uk.format, w_uv.format):
+        return None
+    absorbed = Attention(
+        heads, 1, int(width), int(width), a.number("scale"), a.integer("window"), a.integer("chunk"),
+        a.number("softcap"), "sinks" in operands, mask_of(operands), shared=True,
+        rope=int(operands["rope"].shape[3]) if "rope" in operands else 0,
+    )  # fmt: skip
+    p = Latent(absorbed, w_uk.columns, int(row) // heads, w_uv.rows // heads, w_uk, w_uv)
+
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        expands = p.expanded_from is not None and tokens.new >= p.expanded_from
+        return (_expanded if expands else _absorbed)(p, tokens)
+
+    return Computation("latent_attention", p, weights, implementations, p.expanded_from)
+
+
+def _absorbed(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
+    """Return the form that takes queries and results through the latent space."""
+    a = p.absorbed
+    into = Linear(a.width, p.nope, p.w_uk, a.heads, wide=p.row)
+    absorb = _linear("absorb", into, tokens, {"x": "q", "w": "w_uk", "y": "q_latent"})
+    back = Linear(p.value, a.width, p.w_uv, a.heads)
+    project = _linear("project", back, tokens, {"x": "y_latent", "w": "w_uv"})
+    attended = attention_implementations(
+        "attention", lambda t, layout: attention(a, t, layout),
+        lambda t, layout, split: attention_merge(a, t, layout, split), _scalars(tokens), tokens.new * a.heads, a.width,
+        a.width, tokens, {"q": "q_latent", "key": "latent", "key_rope": "rope", "y": "y_latent"},
+    )  # fmt: skip
+    return tuple(Implementation(f"absorbed, {i.name}", (absorb, *i.kernels, project)) for i in attended)
+
+
+def _expanded(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
+    """Return the form that makes keys and values of every cached token that is attended to."""
+    a = p.expanded
+    keys = Expand(a.heads, p.nope, p.absorbed.width, p.w_uk, turned=True, window=a.window)
+    values = Expand(a.heads, p.value, p.absorbed.width, p.w_uv, window=a.window)
+    expands = (
+        _expand("expand_keys", keys, tokens, {"w": "w_uk", "y": "keys"}),
+        _expand("expand_values", values, tokens, {"w": "w_uv", "y": "values"}),
+    )
+    attended = attention_implementations(
+        "attention", lambda t, layout: attention(a, t, layout),
+        lambda t, layout, split: attention_merge(a, t, layout, split), _scalars(tokens), tokens.new, a.width,
+        a.value_width, tokens, {"key": "keys", "key_rope": "rope", "value": "values"},
+    )  # fmt: skip
+    return tuple(Implementation(f"expanded, {i.name}", (*expands, *i.kernels)) for i in attended)
+
+
+def _linear(name: str, x: Linear, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
+    return KernelTemplate(
+        name, lambda t, layout: linear(x, t, layout, name=name), {"T": tokens.count},
+        shapes(row_choices(tokens.count), x.weight.step), renamed=renamed,
+    )  # fmt: skip
+
+
+def _expand(name: str, x: Expand, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
+    return KernelTemplate(
+        name, lambda t, layout: expand(x, t, layout), _scalars(tokens), _expand_shapes(x, tokens), renamed=renamed
+    )
+
+
+def _expand_shapes(x: Expand, tokens: Tokens) -> tuple[tuple[int, int, int], ...]:
+    """Return the tiles of an up-projection; the columns of a turned weight are read in the steps of its packing."""
+    rows = row_choices(tokens.past + tokens.new)
+    if not x.turned:
+        return shapes(rows, x.weight.step)
+    step = x.weight.step
+    columns = [n for n in COLUMNS if n % step == 0 and n < 2 * power(x.rows)] or [max(step, COLUMNS[0])]
+    return tuple(product(rows, columns, DEPTHS))
+
+
+def _scalars(tokens: Tokens) -> dict[str, int]:
+    return {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
+
+
+IMPLEMENTATIONS: dict[str, Selector] = {"acc.latent_attention": _latent_attention}
