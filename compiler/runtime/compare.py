@@ -14,6 +14,7 @@ from ..artifact.manifest import check_files
 from ..errors import MoecError
 from .generate import Runner, left_pad
 from .subject import Compiled
+from .text_score import ROWS, TYPICAL, TextScore, score_text
 
 if TYPE_CHECKING:
     from ..frontends.stored.decoded import Decoding
@@ -24,11 +25,9 @@ LENGTHS = (1, 7, 33)
 STEPS = 64
 TEXT_TOKENS, WINDOW = 2000, 256
 SLOW_STEPS, SLOW_TOKENS = 8, 200  # of sessions that say that they are slow
-TYPICAL = 0.75  # the share of tokens that "most" means
 ROUNDING = 3.0  # how far an artifact that computes in bf16 may be off, as a multiple of the source itself in bf16
 AGREEING = 0.99  # share of top-1 tokens that an artifact has to share where the source in bf16 shares that many
 SAMPLE = Path(__file__).with_name("sample.txt")
-ROWS = 32  # rows of logits that are widened to float64 at once
 
 Progress = Callable[[int, int], None]  # parts done, parts in all
 
@@ -51,20 +50,6 @@ class Case:
     def greedy_agrees(self) -> bool:
         """Whether all greedy tokens agree, up to a tie."""
         return self.greedy == self.steps + 1 or self.tie
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Predictions on a text: KL(source || artifact) in nats, share of equal top-1 tokens, perplexity of both."""
-
-    text: str
-    tokens: int
-    kl_mean: float
-    kl_max: float
-    top1: float
-    perplexity: float
-    reference_perplexity: float
-    kl_most: float = 0.0  # the divergence that three quarters of the tokens do not exceed
 
 
 @dataclass(frozen=True)
@@ -136,8 +121,9 @@ class Comparison:
             for case in self.cases
         ]
         t = self.text
+        other = "" if t.top1_bf16 is None else f" ({t.top1_bf16:.2%} with the source in bf16)"
         text = (
-            f"{t.text}, {t.tokens} tokens: KL {t.kl_mean:.3g} mean, {t.kl_max:.3g} max; top-1 agreement {t.top1:.2%}; "
+            f"{t.text}, {t.tokens} tokens: KL {t.kl_mean:.3g} mean, {t.kl_max:.3g} max; top-1 agreement {t.top1:.2%}{other}; "
             f"perplexity {t.perplexity:.5g}, source {t.reference_perplexity:.5g}"
         )
         return [*found, text]
@@ -195,16 +181,18 @@ def verify(
             if progress:
                 progress(done, parts)
 
-        def compared(one: Runner) -> Comparison:
+        def compared(one: Runner, bf16: Runner | None = None) -> Comparison:
             cases = []
             for label, prompts, count, split in batches:
                 cases.append(compare_prompts(one, reference, prompts, count, label, split))
                 tick()
-            score = score_text(one, reference, windows, name, lambda _: tick())
+            score = score_text(one, reference, windows, name, lambda _: tick(), bf16)
             return Comparison(reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score, reference.decoding)
 
-        found = compared(runner)
-        return replace(found, rounded=replace(compared(rounded(reference)), decoding=None)) if rounds else found
+        if not rounds:
+            return compared(runner)
+        bf16 = rounded(reference)
+        return replace(compared(runner, bf16), rounded=replace(compared(bf16), decoding=None))
 
 
 def _tokens(artifact: Compiled, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:
@@ -325,62 +313,6 @@ def _is_tie(found: np.ndarray, wanted: np.ndarray) -> bool:
     gap = wanted.max(axis=-1) - wanted[rows, found.argmax(axis=-1)]
     scale = np.abs(wanted, where=np.isfinite(wanted), out=np.zeros_like(wanted)).max(axis=-1)
     return bool((gap <= 2 * TOLERANCE * scale).all())
-
-
-# --- text ------------------------------------------------------------------------------------------------------
-
-
-def score_text(
-    runner: Runner,
-    reference: Runner,
-    windows: Sequence[np.ndarray],
-    name: str = "",
-    tick: Callable[[int], None] | None = None,
-) -> TextScore:
-    """Compare next-token distributions on windows of tokens, each read from its own start."""
-    kl: list[np.ndarray] = []
-    losses: list[np.ndarray] = []
-    reference_losses: list[np.ndarray] = []
-    equal = 0
-    for number, window in enumerate(windows, 1):
-        ids, mask, positions = left_pad([window])
-        ours = runner.step(ids, mask, positions, None)[0][0]
-        theirs = reference.step(ids, mask, positions, None)[0][0]
-        for start in range(0, len(window) - 1, ROWS):
-            rows = slice(start, min(start + ROWS, len(window) - 1))
-            following = np.asarray(window[rows.start + 1 : rows.stop + 1])
-            q, p = _log_softmax(ours[rows]), _log_softmax(theirs[rows])
-            kl.append(_kl(p, q))
-            losses.append(-q[np.arange(len(following)), following])
-            reference_losses.append(-p[np.arange(len(following)), following])
-            equal += int((q.argmax(axis=-1) == p.argmax(axis=-1)).sum())
-        if tick:
-            tick(number)
-    divergence = np.concatenate(kl)
-    return TextScore(
-        name, len(divergence), float(divergence.mean()), float(divergence.max()), equal / len(divergence),
-        _perplexity(losses), _perplexity(reference_losses), float(np.quantile(divergence, TYPICAL)),
-    )  # fmt: skip
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return wide
-
-
-def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return KL(p || q) in nats of log-probabilities, row by row; tokens without probability add nothing."""
-    shares = np.exp(p)
-    terms = np.zeros_like(p)
-    np.subtract(p, q, where=shares > 0, out=terms)
-    return np.maximum((shares * terms).sum(axis=-1), 0)
-
-
-def _perplexity(losses: Sequence[np.ndarray]) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.concatenate(losses).mean()))
 
 
 def _finite(value: Any) -> Any:

@@ -35,8 +35,8 @@ def measure(
     included), `kl_mean`, `kl_max`, `top1`, `perplexity_ratio`, `perplexity`, `reference_perplexity` and `tokens`.
     """
     import moec
-    from moec.compiler.runtime.compare import score_text
     from moec.compiler.runtime.reference import open_reference
+    from moec.compiler.runtime.text_score import score_text
 
     with open_reference(MODEL) as reference:
         windows = _windows(tokens)

@@ -11,8 +11,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.ir.pipelines import parse_pipeline, print_pipeline
 from moec.compiler.quantize.request import read_request, with_quantization
-from moec.compiler.runtime.compare import score_text
 from moec.compiler.runtime.reference import Reference
+from moec.compiler.runtime.text_score import score_text
 from moec.compiler.weights import memory
 from moec.compiler.weights.memory import tile_bytes
 from moec_command import invoke

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact, record_figures
-from moec.compiler.runtime.compare import SAMPLE, compare_prompts, relative, score_text, verify
+from moec.compiler.runtime.compare import SAMPLE, compare_prompts, relative, verify
 from moec.compiler.runtime.reference import Reference, open_reference
+from moec.compiler.runtime.text_score import score_text
 
 SMALL = {"tokens": 60, "steps": 12}
 
@@ -128,7 +129,9 @@ def test_scores_are_what_the_formulas_say():
     found = score_text(Table(q), Table(p), [np.array([0, 1, 2, 0])])
     kl = [sum(a * math.log(a / b) for a, b in zip(p[i], q[i], strict=True)) for i in (0, 1, 2)]
     assert found.kl_mean == pytest.approx(np.mean(kl), rel=1e-4) and found.kl_max == pytest.approx(max(kl), rel=1e-4)
-    assert found.top1 == pytest.approx(2 / 3)
+    assert found.top1 == pytest.approx(2 / 3) and found.top1_bf16 is None
+    bf16 = Table([[0.1, 0.8, 0.1], [0.5, 0.4, 0.1], [0.1, 0.3, 0.6]])  # agrees on the first and the last
+    assert score_text(Table(q), Table(p), [np.array([0, 1, 2, 0])], bf16=bf16).top1_bf16 == pytest.approx(2 / 3)
     assert found.perplexity == pytest.approx((0.5 * 0.1 * 0.1) ** (-1 / 3), rel=1e-4)
     assert found.reference_perplexity == pytest.approx((0.25 * 0.1 * 0.2) ** (-1 / 3), rel=1e-4)
 
