@@ -117,7 +117,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the da
 device_option = click.option(
     "--device",
     metavar="NAME",
-    help="What an artifact for an accelerator runs on: simulator, interpreter (Triton's), cuda (compiled objects, or Triton), triton.  [default: a GPU that it is for, else the simulator]",
+    help="What an artifact for an accelerator runs on: simulator, interpreter (Triton's), cuda or hip (compiled objects, or Triton), triton.  [default: a GPU that it is for, else the simulator]",
 )
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint folder brings along."

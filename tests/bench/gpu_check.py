@@ -9,7 +9,8 @@ What is run, each part by itself and none after --seconds:
   as a CUDA graph, beside torch's grouped product, with what was predicted; the largest difference from the reference in
   f32, relative to its largest number.
 - tiny: the checkpoint compiled for this GPU with objects; `moec verify` on it, greedy tokens, prefill and decode speed;
-  the same greedy tokens with the sources compiled by Triton when they are launched.
+  the same greedy tokens with the sources compiled by Triton when they are launched; decode speed and the same tokens
+  launch by launch, where steps of one token run as a CUDA graph.
 - olmoe: an OLMoE-shaped checkpoint of random weights (checkpoint.py), likewise, against transformers in bf16 on the GPU.
 
 Results are written after every part, so that what breaks or takes too long leaves the rest. --dry-run takes small sizes
@@ -25,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ def tiny(run: Run, found: dict[str, Any]) -> None:
         "runs on": other.runs, "tokens": artifact.run(PROMPT, greedy=True, max_new_tokens=16, session=other).tokens[0],
     }  # fmt: skip
     found["other"]["equal"] = found["other"]["tokens"] == found["tokens"]
+    if session.graphs:  # a graph may have failed by now: what runs says so
+        found["graphs"] = session.runs
+        single = replace(session, graphs=None)
+        tokens = artifact.run(PROMPT, greedy=True, max_new_tokens=16, session=single).tokens[0]
+        found["launch by launch"] = {"equal": tokens == found["tokens"]}
+        speeds(run, found["launch by launch"], single)
 
 
 def olmoe(run: Run, found: dict[str, Any]) -> None:

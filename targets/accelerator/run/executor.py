@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -25,7 +25,7 @@ from ..tile.expr import Name, evaluate
 from ..tile.parse import parse_size
 from ..tile.tiles import Argument
 from .artifact import Kernels, Launch, Weights
-from .launchers import Launcher
+from .launchers import Launcher, NotCaptured
 from .slots import Held, Slots, tensor_of, with_room
 
 Parts = Mapping[str, torch.Tensor]  # of a packed weight; "" is the whole of a plain one
@@ -43,22 +43,43 @@ class Executor:
     def run(self, inputs: Sequence[Held], dims: Mapping[str, int]) -> list[Held]:
         """Run @main on its parameters in their order and return its results; states with room keep it."""
         with torch.no_grad(), torch.device(self.launcher.device):
-            return self._function(self.module.main, iter(self.weights.labels), inputs, dims)
+            return self.after(self.before(frozenset(), inputs, dims), dims)
+
+    def before(self, names: frozenset[str], inputs: Sequence[Held], dims: Mapping[str, int]) -> dict[str, Held]:
+        """Return the parameters of @main by name, and the results `names` of ops that have no kernel."""
+        main = self.module.main
+        values: dict[str, Held] = {p.name: v for p, v in zip(main.params, inputs, strict=True)}
+        for op in main.ops:
+            if names and op.results[0].name in names:
+                values |= self._reference(op, {**self._plain, **values}, dims)
+        return values
+
+    @cached_property
+    def _plain(self) -> dict[str, Held]:
+        """The weights of @main that lie as plain values."""
+        weights = self.weights.by_label[self.weights.labels[0]]
+        return {name: parts[""] for name, parts in weights.items() if "" in parts}
+
+    def after(self, values: Mapping[str, Held], dims: Mapping[str, int]) -> list[Held]:
+        """Run @main from what `before` returned and return its results."""
+        return self._function(self.module.main, iter(self.weights.labels), values, dims)
 
     def _function(
-        self, function: Function, labels: Iterator[str], inputs: Sequence[Held], dims: Mapping[str, int]
+        self, function: Function, labels: Iterator[str], given: Mapping[str, Held], dims: Mapping[str, int]
     ) -> list[Held]:
         weights = self.weights.by_label[next(labels)]
-        values: dict[str, Held] = {p.name: v for p, v in zip(function.params, inputs, strict=True)}
-        values |= {name: parts[""] for name, parts in weights.items() if "" in parts}
+        values = {**given, **{name: parts[""] for name, parts in weights.items() if "" in parts}}
         last_use = {v.name: i for i, op in enumerate(function.ops) for v in op.inputs}
         keep = {v.name for v in function.results}
         steps = self.kernels.steps[function.name]
         for i, (op, step) in enumerate(zip(function.ops, steps, strict=True)):
             if op.callee:
-                given = [values[v.name] for v in op.inputs]
-                found: Sequence[Held] = self._function(self.module.by_name[op.callee], labels, given, dims)
+                callee = self.module.by_name[op.callee]
+                arguments = {p.name: values[v.name] for p, v in zip(callee.params, op.inputs, strict=True)}
+                found: Sequence[Held] = self._function(callee, labels, arguments, dims)
                 values |= {v.name: held for v, held in zip(op.results, found, strict=True)}
+            elif all(v.name in given for v in op.results):
+                pass  # it ran before
             elif "kernels" in step:
                 values |= self._kernels(op, step["kernels"], values, weights, dims)
             else:
@@ -116,6 +137,10 @@ class _Call:
         shapes = {a.name: [int(evaluate(n, scalars)) for n in a.shape] for a in arguments}
         if any(t is not None and t.numel() != prod(shapes[name]) for name, t in given.items()):
             # caches with room for different numbers of tokens: one scalar cannot say how many there are
+            if launcher.captures:
+                raise NotCaptured(
+                    f"{launch.name} takes caches without their room, which grow with the tokens that are past"
+                )
             given |= {a.name: self._given(a, bound[a.name], whole=False) for a in arguments if not bound[a.name].past}
             scalars = self._scalars(launch, given)
             shapes = {a.name: [int(evaluate(n, scalars)) for n in a.shape] for a in arguments}

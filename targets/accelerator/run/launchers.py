@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,16 +20,24 @@ from ..chip.families import find_family
 from ..tile.expr import evaluate
 from ..tile.simulate import simulate
 from ..tile.tiles import Argument
+from ..triton.architectures import architecture_of
 from ..triton.compile import ALIGN
 from .artifact import Kernels, Launch, inside
-from .cubin import Cubin, architecture, is_for
+from .driver import LoadedKernel, architecture, captured_node, is_for
 
-DEVICES = ("auto", "simulator", "interpreter", "cuda", "triton")
+DEVICES = ("auto", "simulator", "interpreter", "cuda", "hip", "triton")
 Tensors = Mapping[str, torch.Tensor]
 
 
+class NotCaptured(Exception):
+    """Why a step cannot be captured as a graph."""
+
+
 class Launcher(Protocol):
-    """Launches kernels. `runs` says in words what they run on, `device` where the tensors lie, `slow` that it is no chip."""
+    """Launches kernels. `runs` says in words what they run on, `device` where the tensors lie, `slow` that it is no chip.
+
+    `captures`: what is launched is kept to be replayed after more tokens, so that sizes have to stay as they are.
+    """
 
     @property
     def device(self) -> torch.device: ...
@@ -39,6 +48,9 @@ class Launcher(Protocol):
     @property
     def slow(self) -> bool: ...
 
+    @property
+    def captures(self) -> bool: ...
+
     def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         """Run a kernel on tensors of exactly its arguments' shapes and dtypes; outputs are changed in place."""
 
@@ -47,7 +59,7 @@ class Simulated:
     """Executes tile programs in numpy, with the checks of simulate.py: it needs no chip and no compiler."""
 
     device = torch.device("cpu")
-    slow = True
+    slow, captures = True, False
 
     def __init__(self, kernels: Kernels) -> None:
         """Simulate the chip that the kernels are for."""
@@ -70,6 +82,8 @@ def _array(tensor: torch.Tensor, a: Argument) -> np.ndarray:
 
 class Printed:
     """Launches the printed Triton source of each program: on a GPU, or where Triton interprets, on the CPU."""
+
+    captures = False
 
     def __init__(self, kernels: Kernels, interpreted: bool) -> None:
         """Prepare Triton; MoecError where it cannot be used so."""
@@ -104,32 +118,66 @@ class Compiled:
     """Launches the compiled objects of an artifact through the driver of the GPU that they are for."""
 
     device = torch.device("cuda")
-    slow = False
+    slow, captures = False, False
 
     def __init__(self, folder: Path, kernels: Kernels, arch: str) -> None:
         """Prepare to load objects of `folder` for an architecture."""
         self._folder, self._arch = folder, arch
-        self._made: dict[str, Cubin] = {}
+        self._made: dict[str, LoadedKernel] = {}
         self.runs = f"{torch.cuda.get_device_name()}, by the objects for {arch}"
 
     def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         """Run a kernel; a grid without points launches nothing."""
-        points = prod(int(evaluate(extent, scalars)) for _, extent in launch.program.grid)
-        if points < 1:
-            return
+        if points := _points(launch, scalars):
+            self._kernel(launch).launch(points, *_given(launch, tensors, scalars))
+
+    def capture(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> CapturedLaunch | None:
+        """Launch a kernel on a stream that is being captured; None for a grid without points."""
+        if not (points := _points(launch, scalars)):
+            return None
+        kernel, (given, numbers) = self._kernel(launch), _given(launch, tensors, scalars)
+        kernel.launch(points, given, numbers)
+        return CapturedLaunch(launch, kernel, tuple(given), dict(scalars), captured_node())
+
+    def _kernel(self, launch: Launch) -> LoadedKernel:
         if launch.name not in self._made:
             self._made[launch.name] = self._load(launch)
-        given = [aligned(tensors[a.name]) for a in launch.program.arguments]
-        self._made[launch.name].launch(points, given, [scalars[name] for name in launch.program.scalars])
+        return self._made[launch.name]
 
-    def _load(self, launch: Launch) -> Cubin:
+    def _load(self, launch: Launch) -> LoadedKernel:
         entry = launch.objects[self._arch]
         path = inside(self._folder, str(entry["file"]))
         try:
             image = path.read_bytes()
         except OSError as error:
             raise MoecError(f"an object cannot be read: {error.strerror}", where=str(path)) from error
-        return Cubin(image, launch.program.name, launch.warps, int(entry["shared"]))
+        threads = architecture_of(self._arch).warp * launch.warps
+        return LoadedKernel(image, launch.program.name, threads, int(entry["shared"]))
+
+
+def _points(launch: Launch, scalars: Mapping[str, int]) -> int:
+    return max(0, prod(int(evaluate(extent, scalars)) for _, extent in launch.program.grid))
+
+
+def _given(launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> tuple[list[torch.Tensor], list[int]]:
+    return [aligned(tensors[a.name]) for a in launch.program.arguments], [scalars[n] for n in launch.program.scalars]
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedLaunch:
+    """A launch in a captured graph: what it was given, and its node."""
+
+    launch: Launch
+    kernel: LoadedKernel
+    tensors: tuple[torch.Tensor, ...]
+    scalars: Mapping[str, int]
+    node: int
+
+    def update(self, graph: int, dims: Mapping[str, int]) -> None:
+        """Change the dims among its scalars, in an instantiated graph."""
+        scalars = {**self.scalars, **{name: n for name, n in dims.items() if name in self.scalars}}
+        numbers = [scalars[name] for name in self.launch.program.scalars]
+        self.kernel.update(graph, self.node, _points(self.launch, scalars), self.tensors, numbers)
 
 
 class _PrintedKernel:
@@ -171,8 +219,8 @@ def start_interpreter() -> None:
 def open_launcher(device: str | None, folder: Path, kernels: Kernels) -> Launcher:
     """Return what runs the kernels on `device`, one of DEVICES: auto (None) is a GPU that they are for, else the simulator.
 
-    `cuda` takes the compiled objects where they are for the GPU that is there, else Triton compiles the sources;
-    `triton` always does the latter. MoecError for a device that there is not, and for one that does not run kernels of
+    `cuda`, or `hip` where torch is built for AMD's GPUs, takes the compiled objects where they are for the GPU that is
+    there, else Triton compiles the sources; `triton` always does the latter. MoecError for a device that there is not, and for one that does not run kernels of
     this chip.
     """
     name = device or "auto"
@@ -188,6 +236,12 @@ def open_launcher(device: str | None, folder: Path, kernels: Kernels) -> Launche
             f"kernels for {kernels.target} are not run by {name}: it is a chip of the family {family.name}",
             todo="run them with --device simulator",
         )
+    if name == "hip":
+        if not torch.version.hip:
+            raise MoecError(
+                "torch is not built for AMD's GPUs here", todo="give --device cuda or simulator", exit_code=1
+            )
+        name = "cuda"  # as torch calls them
     if name == "cuda" and all(is_for(k.objects, architecture()) for k in kernels.launches):
         return Compiled(folder, kernels, architecture())
     return Printed(kernels, interpreted=name == "interpreter")

@@ -16,7 +16,8 @@ from ....compiler.ir.module import Value
 from ...session import INPUTS, check_step
 from .artifact import read_kernels, read_program, read_weights
 from .executor import Executor
-from .launchers import open_launcher
+from .graph import Graphs
+from .launchers import Compiled, open_launcher
 from .slots import Held, tensor_of
 
 ACCURACIES = ("fast", "exact")
@@ -38,7 +39,8 @@ class States:
 class Session:
     """An open artifact. `vocabulary` is the width of the logits, `context` the most tokens a sequence may have.
 
-    `computes` is the dtype in which kernels hand numbers to each other, `runs` says in words what they run on.
+    `computes` is the dtype in which kernels hand numbers to each other, `runs` says in words what they run on. `graphs`
+    runs steps of one token as a CUDA graph, where objects run.
     """
 
     folder: Path
@@ -46,11 +48,12 @@ class Session:
     states: tuple[State, ...]
     context: int
     computes: str = "bf16"
+    graphs: Graphs | None = None
 
     @property
     def runs(self) -> str:
         """What the kernels run on, in words."""
-        return self.executor.launcher.runs
+        return self.graphs.runs if self.graphs else self.executor.launcher.runs
 
     @property
     def slow(self) -> bool:
@@ -95,7 +98,7 @@ class Session:
         main = self.executor.module.main
         inputs = [next(given) if p.type.state else self._input(p, arrays) for p in main.params]
         dims = bind_dims(main.params, [tensor_of(held) for held in inputs], {"B": batch, "S": new, "P": states.length})
-        results = self.executor.run(inputs, dims)
+        results = (self.graphs or self.executor).run(inputs, dims)
         logits = tensor_of(results[0])
         found = (logits[:, -last:] if last else logits).float().cpu().numpy()
         kept = tuple(map(_kept, results[1:], self.states))
@@ -145,4 +148,6 @@ def load(
     weights = read_weights(folder, module, launcher.device)
     states = tuple(State.of(entry) for entry in manifest["states"])
     limit = manifest["dims"].get("S", (1, 1 << 31))[1]
-    return Session(folder, Executor(module, kernels, weights, launcher), states, limit)
+    executor = Executor(module, kernels, weights, launcher)
+    graphs = Graphs(executor) if isinstance(launcher, Compiled) else None
+    return Session(folder, executor, states, limit, graphs=graphs)

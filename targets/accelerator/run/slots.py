@@ -38,6 +38,10 @@ class Slots:
         """The slots that are taken."""
         return self.buffer.narrow(self.axis, 0, self.length)
 
+    def has_room(self, more: int) -> bool:
+        """Return whether so many slots can be appended where it lies: it is the newest state in its buffer."""
+        return self._filled.slots == self.length and self.length + more <= self.buffer.shape[self.axis]
+
 
 # a value of a program: numbers, a state with room, or the codes and scales of numbers in a quantized format
 Held: TypeAlias = "torch.Tensor | Slots | Mapping[str, torch.Tensor]"
@@ -52,11 +56,10 @@ def tensor_of(value: Held) -> torch.Tensor:
 
 def with_room(past: Held, axis: int, length: int, dtype: torch.dtype) -> Slots:
     """Return a buffer that begins with the slots of `past` and has `length` in all, those behind not yet written."""
-    if isinstance(past, Slots) and past.axis == axis and past.buffer.dtype == dtype:
-        fits = past._filled.slots == past.length and length <= past.buffer.shape[axis]
-        if fits:
-            past._filled.slots = length
-            return Slots(past.buffer, axis, length, past._filled)
+    same = isinstance(past, Slots) and past.axis == axis and past.buffer.dtype == dtype
+    if isinstance(past, Slots) and same and past.has_room(length - past.length):
+        past._filled.slots = length
+        return Slots(past.buffer, axis, length, past._filled)
     old = tensor_of(past)
     shape = list(old.shape)
     # a buffer that is outgrown grows by half, so that a long generation copies each token a few times at most

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from functools import cache
 
+import gpu_driver
 import moec
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from moec.compiler.runtime.reference import Reference
 from moec.targets import open_target
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.run import slots
 from moec.targets.accelerator.run.artifact import read_kernels, read_program
+from moec.targets.accelerator.run.graph import Graphs
+from moec.targets.accelerator.run.launchers import Compiled, open_launcher
 from moec.targets.accelerator.select import dense as select_dense
 from moec.targets.accelerator.tile.tiles import Argument
+from moec.targets.accelerator.triton.architectures import architecture_of
 from places import ROOT, TINY
 
 TARGETS = (
@@ -108,6 +113,62 @@ def test_states_do_not_change_under_the_hands_of_others(session):
     ):
         with pytest.raises(MoecError, match=what):
             session.step(*given)
+
+
+# --- objects, by a driver that is none -----------------------------------------------------------------------------
+
+
+def by_objects(session, folder, monkeypatch, arch, hip=None):
+    """Return a session on objects for an architecture, the driver's library and its graphs."""
+    suffix = architecture_of(arch).suffix
+    found = read_kernels(session.folder)
+    launches = []
+    for launch in found.launches:
+        (folder / f"{launch.name}{suffix}").write_bytes(launch.name.encode())
+        entry = {arch: {"file": f"{launch.name}{suffix}", "shared": 64 << 10}}
+        launches.append(dataclasses.replace(launch, objects=entry))
+    kernels = dataclasses.replace(found, launches=tuple(launches))
+    library, graphs = gpu_driver.install(monkeypatch, kernels, hip)
+    executor = dataclasses.replace(session.executor, kernels=kernels, launcher=Compiled(folder, kernels, arch))
+    return dataclasses.replace(session, executor=executor, graphs=Graphs(executor)), library, graphs
+
+
+def decode(session, count):
+    """Return the logits of a prefill of two tokens and of steps behind it."""
+    ids = np.array([[5, 9]])
+    found, states = [], None
+    for past in range(0, 2 + count):
+        if past == 1:
+            continue
+        new = ids.shape[1]
+        logits, states = session.step(ids, np.ones((1, past + new)), np.arange(past, past + new)[None], states, last=1)
+        found.append(logits)
+        ids = np.array([[40 + past]])
+    return np.concatenate(found)
+
+
+def test_steps_are_replayed_as_a_graph(session, tmp_path, monkeypatch):
+    """Caches with room for 6: a step loads, one is captured, two are replayed; then the caches are outgrown."""
+    monkeypatch.setattr(slots, "STEP", 6)
+    wanted = decode(session, 6)
+    graphed, library, graphs = by_objects(session, tmp_path, monkeypatch, "sm_90")
+    assert graphed.runs == "a GPU, by the objects for sm_90; steps of one token as a CUDA graph"
+    assert np.array_equal(decode(graphed, 6), wanted)
+    assert [g.replays for g in graphs] == [3] and library.lanes == 32
+    told = library.calls.count("cuGraphExecKernelNodeSetParams")
+    assert told == 2 * 2 * 4  # two replays after other tokens; the kernels that append and attend, in four layers
+    assert "cuFuncSetAttribute" in library.calls
+
+
+def test_objects_for_amd(session, tmp_path, monkeypatch):
+    graphed, library, graphs = by_objects(session, tmp_path, monkeypatch, "gfx942", hip="7.0")
+    assert "launch by launch, since AMD's driver" in graphed.runs
+    assert np.array_equal(decode(graphed, 0), decode(session, 0))
+    assert {"hipModuleLoadData", "hipModuleGetFunction", "hipModuleLaunchKernel"} == set(library.calls)
+    assert library.lanes == 64 and not graphs
+    with pytest.raises(MoecError, match="torch is not built for AMD's GPUs"):
+        monkeypatch.setattr(torch.version, "hip", None)
+        open_launcher("hip", session.folder, read_kernels(session.folder))
 
 
 # --- what kernels.json says ----------------------------------------------------------------------------------------
