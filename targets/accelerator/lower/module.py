@@ -17,6 +17,7 @@ from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ....compiler.rewrite.roles import Uses, weight_roles
 from ....compiler.weights.demote import demoted_recipe
 from .. import ops
+from .hoist import hoist
 from .latent import latent_attention
 from .recurrent import cut_window, linear_attention, window_conv
 
@@ -36,7 +37,7 @@ def lower(module: Module) -> Rewritten:
     lowered = [_lower_function(f, roles[f.name]) for f in module.functions]
     functions = tuple(function for function, _ in lowered)
     notes = tuple(note for _, notes in lowered for note in notes)
-    return Rewritten(replace(module, stage="kernel", functions=functions), notes)
+    return Rewritten(hoist(replace(module, stage="kernel", functions=functions)), notes)
 
 
 def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Note]]:
