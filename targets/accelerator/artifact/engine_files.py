@@ -25,9 +25,11 @@ from ....compiler.version import __version__
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
 from ..kernels.experts import Experts, grouped_up
+from ..kernels.order import axis_of_tiles
 from ..predict.experts_touched import expected_tiles
 from ..select.experts import experts_of, touched
-from ..select.search import Fit, KernelTemplate, row_choices, search, shapes
+from ..select.search import GROUPS, Fit, KernelTemplate, row_choices, search, shapes
+from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from .options import Tuning
 
@@ -53,7 +55,6 @@ DEVICES: Mapping[str, str] = {  # profile -> torch.cuda.get_device_name() as the
     "amd-mi350x": "AMD_Instinct_MI350X",
     "amd-mi355x": "AMD_Instinct_MI355X",
 }
-GROUP_LIMIT = 16  # rows of tiles side by side at most: their columns of the weight are read once from the cache
 TRITON = "3.4.0"  # the version of the folder that SGLang looks into
 FOLDERS = {"vllm": "vllm", "sglang": f"sglang/configs/triton_{TRITON.replace('.', '_')}"}
 
@@ -145,7 +146,7 @@ def entries(
     if p.scale and e.up.columns % 128 == 0:  # as FP8 tiles are read, with any number of scales
         e = replace(e, up=replace(e.up, format="fp8_b128"))
     fits: dict[Tile, Fit] = {}
-    return {str(count): _entry(_tile(e, shard, profile, count, fits), e, count) for count in tokens}
+    return {str(count): _entry(_tile(e, shard, profile, count, fits), e, profile) for count in tokens}
 
 
 def _tile(e: Experts, shard: Shard, profile: Profile, tokens: int, fits: dict[Tile, Fit]) -> Tile:
@@ -155,23 +156,24 @@ def _tile(e: Experts, shard: Shard, profile: Profile, tokens: int, fits: dict[Ti
     kernel = KernelTemplate(
         "fused_moe", lambda t, layout: grouped_up(alone, t, layout), {"T": tokens},
         shapes(row_choices(tokens * e.chosen / e.experts), e.up.step),
-        lambda t: {"tile": expected_tiles(e.experts, e.chosen, tokens, t.m) / shard.experts},
-        touched(e, "up", tokens),
+        lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, tokens, t.m) / shard.experts),
+        touched(e, "up", tokens), GROUPS,
     )  # fmt: skip
     return search(kernel, profile, fits).best.tile
 
 
-def _entry(tile: Tile, e: Experts, tokens: int) -> dict[str, int]:
-    side_by_side = 1
-    while side_by_side < GROUP_LIMIT and side_by_side * tile.m * e.experts < tokens * e.chosen:
-        side_by_side *= 2
+def _entry(tile: Tile, e: Experts, profile: Profile) -> dict[str, int]:
+    """Return a tile as the engines' kernel takes it, which keeps operands in shared memory as they are multiplied."""
+    layout = layout_of(profile, tile.m)
+    room = chip_of(profile, layout).capacity[layout.first[0]]
+    buffer = (tile.m + tile.n) * tile.k * (1 if e.up.format == "fp8_b128" else 2)
     return {
         "BLOCK_SIZE_M": tile.m,
         "BLOCK_SIZE_N": tile.n,
         "BLOCK_SIZE_K": tile.k,
-        "GROUP_SIZE_M": side_by_side,
+        "GROUP_SIZE_M": tile.group,
         "num_warps": tile.warps,
-        "num_stages": max(tile.stages, 2),
+        "num_stages": max(2, min(tile.stages, 1 + room // buffer)),
     }
 
 

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """The choices of a matrix kernel: rows, columns and depth of a tile, buffers of its loads, warps of a block."""
+    """The choices of a matrix kernel: rows, columns and depth of a tile, buffers of its loads, warps of a block.
+
+    `group` tiles of rows run side by side, one column of tiles after the other (order.py).
+    """
 
     m: int
     n: int
     k: int
     stages: int = 2
     warps: int = 4
+    group: int = 1
 
 
 @dataclass(frozen=True)

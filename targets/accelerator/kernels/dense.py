@@ -16,6 +16,7 @@ from ..tile.tiles import Program
 from .choices import Tile
 from .experts import activation, multiply
 from .low_precision import begin_sums, declare_rows
+from .order import tile_axes, tiles_that_exist
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
         name, layout, "y[t] = act(x[t] wᵀ + bias)" if split == 1 else "parts[i, t] = x[t, part i] w[:, part i]ᵀ"
     )
     b.scalar("T")
-    b.grid("column", f"cdiv({p.rows}, {t.n})")
-    b.grid("tile", f"cdiv(T, {t.m})")
+    tile_axes(b, f"cdiv({p.rows}, {t.n})", f"cdiv(T, {t.m})", t.group)
     if p.blocks > 1:
         b.grid("block", p.blocks)
     if split > 1:
@@ -69,6 +69,13 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
     b.let("live", "row < T")
     b.let("n", f"column * {t.n} + arange({t.n})")
     b.let("n_live", f"n < {p.rows}")
+    with tiles_that_exist(b, f"tile * {t.m} < T", t.group):
+        _product(b, p, t, split)
+    return b.program()
+
+
+def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
+    """Add the loop over the depth and the stores of its sums."""
     sums = _weight_rows(b, p)
     apart = None if p.act.gated and p.act.interleaved else p.rows if p.act.gated or p.blocks > 1 else 0
     begin_sums(b, p.weight, p.dtype, t, {acc: f"{acc}_row" for acc in sums}, apart)
@@ -84,10 +91,9 @@ def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "line
     live = "live[:, None] & n_live[None, :]"
     if split > 1:
         b.store("parts", ["part", "row[:, None]", "place[None, :]"], value["gate"], live)
-        return b.program()
-    _finish(b, p, value, (t.m, t.n))
-    b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", live)
-    return b.program()
+    else:
+        _finish(b, p, value, (t.m, t.n))
+        b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", live)
 
 
 def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:

@@ -16,6 +16,7 @@ from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
 from .low_precision import begin_sums, declare_rows, multiply_codes
+from .order import tile_axes
 
 LOOK = 1024  # pairs that sort looks at in one step
 
@@ -103,7 +104,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
     """h[pair] = act(gate) (up + beta) of the pair's token and expert: gather, both matmuls and activation in one."""
     b = Builder("grouped_up", layout, "h[pair] = act(x[token] gateᵀ) (x[token] upᵀ + beta), rows gathered by expert.")
     b.scalar("T")
-    column, _ = b.grid("column", f"cdiv({e.inner}, {t.n})"), b.grid("tile", tiles(e, t, direct))
+    tile_axes(b, f"cdiv({e.inner}, {t.n})", tiles(e, t, direct), t.group)
     declare_rows(b, "x", e.given, "T", e.hidden)
     _orders(b, e, direct)
     e.up.declare(b, "up")
@@ -113,7 +114,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
     _find_tile(b, e, t, direct)
     with b.when("1" if direct else "there"):
         b.let("token", f"pair // {e.chosen}")
-        b.let("n", f"{column} * {t.n} + arange({t.n})")
+        b.let("n", f"column * {t.n} + arange({t.n})")
         b.let("n_live", f"n < {e.inner}")
         rows = (
             {"gate": "n * 2", "value": "n * 2 + 1"} if e.act.interleaved else {"gate": "n", "value": f"n + {e.inner}"}
@@ -142,7 +143,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
     """
     b = Builder("grouped_down", layout, "rows[pair] = gates[pair] h[pair] downᵀ")
     b.scalar("T")
-    column, _ = b.grid("column", f"cdiv({e.hidden}, {t.n})"), b.grid("tile", tiles(e, t, direct))
+    tile_axes(b, f"cdiv({e.hidden}, {t.n})", tiles(e, t, direct), t.group)
     declare_rows(b, "h", e.given, f"T * {e.chosen}", e.inner)
     b.tensor("gates", "f32", f"T * {e.chosen}")
     _orders(b, e, direct)
@@ -152,7 +153,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
     b.tensor("rows", e.dtype, f"T * {e.chosen}", e.hidden, role="output")
     _find_tile(b, e, t, direct)
     with b.when("1" if direct else "there"):
-        b.let("n", f"{column} * {t.n} + arange({t.n})")
+        b.let("n", f"column * {t.n} + arange({t.n})")
         b.let("n_live", f"n < {e.hidden}")
         begin_sums(b, e.down, e.given, t, {"acc": "n"}, 0)
         with b.loop("k", 0, e.inner, t.k, t.stages):

@@ -4,23 +4,22 @@ time = launch + fill + max(memory, cores), where
   memory = bytes that have to come from and go to device memory / the bandwidth that enough bytes under way can use
   cores  = rounds x (the slowest of loading, matrix unit and vector units of one point of the grid; their sum where
            nothing is loaded ahead); rounds = points / cores, rounded up
-Bytes from device memory count once for each number that is used, what is read again comes from the cache: tiles that
-share a row or a column run at about the same time. A figure without a source is an assumption, and is listed in ASSUMED.
+Bytes from device memory count once for each number that is used, and again as far as the cache loses them before they
+are needed again (rereads.py); the rest comes from the cache. A figure without a source is an assumption, and is listed in ASSUMED.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
-from ....compiler.ir.dtypes import DTYPES
 from ..chip.chip import Profile
 from ..tile.count import Counts
-from ..tile.expr import evaluate
 from ..tile.machine import core_count
 from ..tile.tiles import Program
 from .assumed import ASSUMED, cache_bandwidth, launch_time, matrix_rate, memory_rate, vector_rate
+from .rereads import cache_capacity, device_bytes
 
 
 @dataclass(frozen=True)
@@ -45,17 +44,19 @@ class Prediction:
 
 def predict(
     program: Program, counts: Counts, scalars: Mapping[str, int], profile: Profile, *, warps: int, stages: int,
-    use: Mapping[str, int], touched: Mapping[str, float], share: float = 1.0,
+    use: Mapping[str, int], touched: Mapping[str, float], share: float = 1.0, group: int = 1,
 ) -> Prediction:  # fmt: skip
     """Return the prediction for one kernel.
 
     `use` has the bytes of each memory that a point takes, `touched` the share of a tensor that is needed (experts that
-    are chosen), `share` the part of the matrix peak that tiles of this shape can reach.
+    are chosen), `share` the part of the matrix peak that tiles of this shape can reach. `group` predicts the order in which
+    so many tiles of rows run side by side, of a program that has one.
     """
     cores = core_count(profile)
     resident = _resident(profile, use, warps)
-    needed = _needed(program, counts, scalars, touched)
     rounds = ceil(counts.points / cores)
+    at_once = min(cores * min(resident, rounds), counts.points)
+    needed = device_bytes(program, counts, scalars, touched, cache_capacity(profile), at_once, group)
     active = min(cores, counts.points)
     bandwidth = memory_rate(profile)
     step = counts.traffic / max(counts.points * max(counts.steps, 1), 1)
@@ -83,17 +84,6 @@ def predict(
         total, launch, memory, rounds * one, parts["cache"], parts["matrix"], parts["vector"], bound, needed, counts.traffic, flops,
         counts.points, rounds, resident,
     )  # fmt: skip
-
-
-def _needed(program: Program, counts: Counts, scalars: Mapping[str, int], touched: Mapping[str, float]) -> float:
-    """Return the bytes that have to pass device memory: each number that is used once."""
-    total = 0.0
-    for argument in program.arguments:
-        size = prod(int(evaluate(n, scalars)) for n in argument.shape) * DTYPES[argument.dtype].bits / 8
-        for moved in (counts.loaded.get(argument.name), counts.stored.get(argument.name)):
-            if moved is not None:
-                total += min(moved, size * touched.get(argument.name, 1.0))
-    return total
 
 
 def _seconds(amount: float, rate: float | None, cores: int) -> float:

@@ -27,7 +27,7 @@ from .implementations import (
     row_shapes,
     row_tile,
 )  # fmt: skip
-from .search import KernelTemplate, row_choices, shapes
+from .search import GROUPS, KernelTemplate, row_choices, shapes
 
 SPLITS = (4,)  # parts that the depth of a linear may be cut into
 FEW = 64  # tokens up to which that is considered
@@ -63,6 +63,7 @@ def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, .
         lambda t, layout: linear(p, t, layout),
         count,
         tiles,
+        groups=GROUPS,
         renamed={"w": "up", "y": "h"} if p.act.gated else {},
     )
     implementations = [Implementation("whole", (whole,))]

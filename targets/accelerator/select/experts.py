@@ -9,6 +9,7 @@ from ....compiler.errors import MoecError
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from ..kernels.order import axis_of_tiles
 from ..predict.experts_touched import distinct_experts, expected_tiles
 from ..tile.packing import Packing
 from .implementations import (
@@ -21,7 +22,7 @@ from .implementations import (
     only_implementation,
     row_shapes,
 )  # fmt: skip
-from .search import ROWS, KernelTemplate, row_choices, shapes
+from .search import GROUPS, ROWS, KernelTemplate, row_choices, shapes
 
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
 
@@ -71,8 +72,9 @@ def _grouped(kernel: Callable, name: str, e: Experts, packing: Packing, which: s
         matrix = KernelTemplate(
             name, lambda t, layout: kernel(e, t, layout, direct), {"T": count},
             shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step),
-            (lambda t: {}) if direct else (lambda t: {"tile": expected_tiles(e.experts, e.chosen, count, t.m)}),
-            touched(e, which, count),
+            (lambda t: {}) if direct
+            else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
+            touched(e, which, count), GROUPS[:1] if direct else GROUPS,
         )  # fmt: skip
         after = (_combine(e, count),) if which == "down" else ()
         return (Implementation("pair by pair" if direct else "sorted", (matrix, *after)),)

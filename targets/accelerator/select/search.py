@@ -27,6 +27,8 @@ from ..triton.predict import spills
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
 SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
 SLACK = 0.02
+TIE = 1.01  # times the least time, up to which predictions count as equal
+GROUPS = (1, 4, 16, 64)  # tiles of rows that may run side by side
 LEAST_DEPTH = 16  # columns of 16 bits that Triton multiplies at least: it takes a smaller instruction for them
 KEPT = 5  # alternatives that a choice remembers
 
@@ -36,7 +38,8 @@ class KernelTemplate:
     """A kernel to find a tile for: what makes its program, and what is known of a run at one number of tokens.
 
     `expect(tile)` holds what the counts cannot see (see count.py); `touched` the share of each weight that is needed.
-    `shapes` are the choices of (rows, columns, depth), `staged` whether loads may run ahead. `renamed` says which operand
+    `shapes` are the choices of (rows, columns, depth), `groups` those of tiles side by side, `staged` whether loads may
+    run ahead. `renamed` says which operand
     or result of the op an argument of another name is, `appended` which states an argument appends to: argument -> (the
     operand, the result); see bindings.py.
     """
@@ -47,6 +50,7 @@ class KernelTemplate:
     shapes: tuple[tuple[int, int, int], ...]
     expect: Callable[[Tile], Mapping[str, float]] = lambda tile: {}
     touched: Mapping[str, float] | None = None
+    groups: tuple[int, ...] = (1,)
     staged: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
     appended: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -114,8 +118,25 @@ def search(kernel: KernelTemplate, profile: Profile, fits: dict[Tile, Fit] | Non
     if not choices:
         worst = max(reasons, key=lambda reason: reasons[reason])
         raise MoecError(f"no tile of {kernel.name} fits {profile.name}: {worst}")
-    choices.sort(key=lambda c: (_rank(c.prediction), sum(c.use.values()), c.tile.m, c.tile.n, c.tile.k))
-    return Found(choices[0], tuple(choices[1 : 1 + KEPT]), tried, len(choices))
+    choices = _ranked(choices)
+    best, *others = (_in_order(kernel, choice, profile) for choice in choices[: 1 + KEPT])
+    return Found(best, tuple(others), tried, len(choices))
+
+
+def _ranked(choices: list[Choice]) -> list[Choice]:
+    """Return choices, the best first: of those that are about as fast as any the one with most bytes under way.
+
+    A prediction counts latencies as if all loads came in time; deeper loops and more buffers hide what it does not see.
+    """
+    ranks = [_rank(c.prediction) for c in choices]
+    limit = TIE * min(ranks)
+
+    def key(pair: tuple[float, Choice]) -> tuple[float, ...]:
+        rank, c = pair
+        near = rank <= limit
+        return (not near, -c.tile.stages * near, -c.tile.k * near, rank, sum(c.use.values()), c.tile.m, c.tile.n)
+
+    return [c for _, c in sorted(zip(ranks, choices, strict=True), key=key)]
 
 
 def _fit(kernel: KernelTemplate, tile: Tile, profile: Profile, chip: Chip) -> Fit:
@@ -146,12 +167,44 @@ def _choices(
     found = []
     for warps, reason in zip(profile.family.warps, fit.why, strict=True):
         if reason is None:
-            prediction = predict(
-                fit.program, counted[shape], kernel.scalars, profile, warps=warps, stages=tile.stages, use=fit.use,
-                touched=kernel.touched or {}, share=matrix_share(profile, tile.m, tile.n),
-            )  # fmt: skip
-            found.append(Choice(replace(tile, warps=warps), fit.program, prediction, fit.use))
+            found.append(_best_order(kernel, replace(tile, warps=warps), fit, profile, counted[shape]))
     return found, reasons
+
+
+def _best_order(kernel: KernelTemplate, tile: Tile, fit: Fit, profile: Profile, counts: Counts) -> Choice:
+    """Return a tile with as many tiles of rows side by side as it takes to wait no longer for device memory.
+
+    The program stays that of the plain order: what it takes and computes is the same in every order.
+    """
+    best = _predicted(kernel, tile, fit.program, fit.use, profile, counts)
+    for group in kernel.groups[1:]:
+        if best.prediction.memory <= best.prediction.cores or counts.axes[1].extent < 2:
+            break
+        choice = _predicted(kernel, tile, fit.program, fit.use, profile, counts, group)
+        if choice.prediction.time < best.prediction.time:
+            best = choice
+    return best
+
+
+def _predicted(
+    kernel: KernelTemplate, tile: Tile, program: Program, use: Mapping[str, int], profile: Profile, counts: Counts,
+    group: int = 1,
+) -> Choice:  # fmt: skip
+    prediction = predict(
+        program, counts, kernel.scalars, profile, warps=tile.warps, stages=tile.stages, use=use,
+        touched=kernel.touched or {}, share=matrix_share(profile, tile.m, tile.n), group=group,
+    )  # fmt: skip
+    return Choice(replace(tile, group=max(group, tile.group)), program, prediction, use)
+
+
+def _in_order(kernel: KernelTemplate, choice: Choice, profile: Profile) -> Choice:
+    """Return a choice with the program of its order, and the prediction for that."""
+    tile = choice.tile
+    if tile.group == 1:
+        return choice
+    program = kernel.make(tile, layout_of(profile, tile.m))
+    counts = count(program, kernel.scalars, kernel.expect(tile))
+    return _predicted(kernel, tile, program, choice.use, profile, counts)
 
 
 def _rank(p: Prediction) -> float:

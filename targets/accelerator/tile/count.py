@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,11 +18,32 @@ from .expr import Expr, evaluate, shape_of
 from .tiles import Dot, For, If, Let, Load, Move, Program, Statement, Store
 
 
+class Axis(NamedTuple):
+    """An axis of a grid, with how many of its points do something."""
+
+    name: str
+    extent: float
+
+
+class Depends(NamedTuple):
+    """The axes of the grid that a value depends on: by what is computed from them, and by numbers that are loaded."""
+
+    computed: frozenset[str] = frozenset()
+    loaded: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        return self.computed | self.loaded
+
+
 @dataclass
 class Counts:
     """Of all points of a grid together; bytes are those of tiles, as often as they are moved."""
 
     points: float
+    axes: tuple[Axis, ...] = ()  # the first is the fastest
+    depends: dict[str, Depends] = field(default_factory=dict)  # by tensor: of the places where it is read and written
     loaded: dict[str, float] = field(default_factory=dict)  # by tensor
     stored: dict[str, float] = field(default_factory=dict)  # by tensor
     moved: dict[tuple[str, str], float] = field(default_factory=dict)  # (from, to) memory -> bytes
@@ -42,15 +63,17 @@ def count(program: Program, scalars: Mapping[str, int], expect: Mapping[str, flo
     A key of `expect` is a variable of the grid (how many points of that axis do something), or a name that a bound reads.
     """
     values: dict[str, Any] = dict(scalars)
-    points = 1.0
+    axes: list[Axis] = []
     for name, extent in program.grid:
         size = float(evaluate(extent, scalars))
-        points *= min(size, expect.get(name, size))
+        axes.append(Axis(name, min(size, expect.get(name, size))))
         values[name] = int((size - 1) / 2)
     values |= {name: value for name, value in expect.items() if name not in values}
-    points = max(points, 1.0)  # a launch that finds nothing to do costs as one that finds one point
-    counts = Counts(points)
-    _Counter(program, counts, values).body(program.body, points)
+    # a launch that finds nothing to do costs as one that finds one point
+    points = max(prod(axis.extent for axis in axes), 1.0)
+    counts = Counts(points, tuple(axes))
+    depends = {axis.name: Depends(frozenset((axis.name,))) for axis in axes}
+    _Counter(program, counts, values, depends).body(program.body, points)
     return counts
 
 
@@ -59,6 +82,7 @@ class _Counter:
     program: Program
     counts: Counts
     values: dict[str, Any]
+    depends: dict[str, Depends]  # of names
 
     def body(self, statements: Sequence[Statement], times: float) -> None:
         for statement in statements:
@@ -66,11 +90,14 @@ class _Counter:
                 case Let(name, value):
                     self.let(name, value, times)
                 case Load(name, tensor, at):
+                    place = self.place(tensor, at)
+                    self.depends[name] = Depends(loaded=place.names)
                     if name not in self.program.buffers:
                         self.values[name] = np.zeros(shape_of(*at), DTYPES[self.program.argument(tensor).dtype].numpy)
                     size = self.elements(name) * DTYPES[self.program.argument(tensor).dtype].bits / 8
                     self.counts.loaded[tensor] = self.counts.loaded.get(tensor, 0) + times * size
                 case Store(tensor, at):
+                    self.place(tensor, at)
                     size = prod(shape_of(*at)) * DTYPES[self.program.argument(tensor).dtype].bits / 8
                     self.counts.stored[tensor] = self.counts.stored.get(tensor, 0) + times * size
                 case Dot(acc, a, _):
@@ -84,6 +111,7 @@ class _Counter:
                     self.counts.moved[key] = self.counts.moved.get(key, 0) + times * size
                 case For(var, start, stop, step, inner):
                     first, last, by = (float(self.bound(n)) for n in (start, stop, step))
+                    self.depends[var] = self.on(start)
                     iterations = max(-(-(last - first) // by), 0.0)
                     self.values[var] = int(first + (iterations // 2) * by)
                     if any(isinstance(s, Load) for s in inner):
@@ -102,7 +130,21 @@ class _Counter:
         buffer = self.program.buffers.get(name)
         return np.broadcast_to(np.zeros((), DTYPES[buffer.dtype].numpy), buffer.shape) if buffer else 0
 
+    def on(self, *exprs: Expr) -> Depends:
+        """Return what expressions depend on."""
+        names = frozenset[str]().union(*(expr.names for expr in exprs))
+        found = [known for name in names if (known := self.depends.get(name))]
+        return Depends(*(frozenset[str]().union(*parts) for parts in zip(*found, strict=True))) if found else Depends()
+
+    def place(self, tensor: str, at: Sequence[Expr]) -> Depends:
+        """Return what the place of a load or store depends on, and keep it of its tensor."""
+        place, known = self.on(*at), self.counts.depends.get(tensor, Depends())
+        self.counts.depends[tensor] = Depends(known.computed | place.computed, known.loaded | place.loaded)
+        return place
+
     def let(self, name: str, value: Expr, times: float) -> None:
+        before, after = self.depends.get(name, Depends()), self.on(value)
+        self.depends[name] = Depends(before.computed | after.computed, before.loaded | after.loaded)
         if name in self.program.buffers:
             self.counts.computed += times * self.elements(name) * value.operators
         else:

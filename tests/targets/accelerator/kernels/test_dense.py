@@ -56,6 +56,21 @@ def test_linear_with_bias_and_activation_cut_along_its_depth(name):
 
 
 @chips
+def test_tiles_of_rows_side_by_side(name):
+    """The order of the grid changes no number, nor do tiles of the last group that do not exist."""
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(6)
+    for blocks in (1, 2):
+        packing = Packing("bf16", blocks * 40, 32)
+        parts, w = weight(packing, rng)
+        x = bf16(tokens(rng, 70, blocks, 32))
+        p = Linear(40, 32, packing, blocks, out="f32")
+        program = linear(p, Tile(16, 16, 32, group=4), layout)
+        y = run(program, chip, {"T": 70}, x=x, **named(parts, "w"))["y"]
+        close(y, block_linear(x[None], bf16(w))[0])
+
+
+@chips
 @pytest.mark.parametrize("form", ["bf16", "fp8_b128"])
 def test_blocks(name, form):
     layout, chip = CHIPS[name]

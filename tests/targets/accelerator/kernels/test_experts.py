@@ -154,6 +154,13 @@ def test_pair_by_pair(tokens):
     close(run(e, tensors, tokens, find_profile("nvidia-h200", {}), Tile(16, 32, 64), True), expected)
 
 
+@pytest.mark.parametrize("name", ["nvidia-h200", "ascend-950dt"])
+def test_tiles_of_rows_side_by_side(name):
+    """The order of the grid changes no number, nor do tiles of the last group that do not exist."""
+    e, tensors, expected = layer(np.random.default_rng(6), experts=3, tokens=40, hidden=64)
+    close(run(e, tensors, 40, find_profile(name, {}), Tile(16, 32, 64, group=4)), expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [
