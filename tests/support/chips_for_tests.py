@@ -165,11 +165,11 @@ def check_fits(choice, profile):
     for dot in (s for s in walk(choice.program.body) if isinstance(s, Dot)):
         a, b, acc = (choice.program.buffers[n] for n in (dot.a, dot.b, dot.acc))
         assert (a.memory, b.memory, acc.memory) == chip.operands
-        unit = profile.unit(a.dtype)
+        depths = [unit.k for unit in profile.units if unit.dtype == a.dtype]  # of its shapes
         m, n = acc.shape
         columns, depth = b.shape if dot.transpose else b.shape[::-1]
         assert (a.shape, columns) == ((m, depth), n)
-        assert depth % (unit.k if unit else 1) == 0
+        assert depth % min(depths, default=1) == 0
         if rows := profile.rule("fractal_rows"):
             assert m % rows == n % rows == 0
             assert a.shape[1] * DTYPES[a.dtype].bits // 8 % profile.rule("fractal_bytes") == 0

@@ -356,7 +356,7 @@ TWO = {
     "shrui": lambda a, b: np.right_shift(unsigned(a), unsigned(b)).view(np.asarray(a).dtype),
 }  # fmt: skip
 ONE = {
-    "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "absf": np.abs, "absi": np.abs,
+    "exp": np.exp, "exp2": np.exp2, "log": np.log, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "absf": np.abs, "absi": np.abs,
     "negf": np.negative, "tanh": np.tanh, "sin": np.sin, "cos": np.cos,
     "erf": np.vectorize(math.erf, otypes=[np.float64]),
 }  # fmt: skip

@@ -178,7 +178,7 @@ EXPRESSIONS = (  # over i i32, j i32, f f32, g f32 (some equal, some NaN-free ex
     ("i32", "arange(32) + sum(f > 0.0, 0) * 2"), ("i32", "arange(32) + max(i, 0) - min(j, 0)"), ("i32", 'cast(f * 10.0, "i32")'),
     ("i64", 'cast(i, "i64") * 4000000000'), ("u8", "u * u + 3"), ("u8", "u << 4"), ("u8", "(u >> 4) + (u & 15)"), ("u8", 'cast(i, "u8")'),
     ("i8", "c + c"), ("i8", "c >> 2"), ("f32", 'cast(u, "f32") - 8.0'), ("f32", 'cast(c, "f32") * f'), ("f32", "f * u + g"),
-    ("f32", "f / g"), ("f32", "exp(-abs(f)) + log(abs(g) + 0.5)"), ("f32", "sqrt(abs(f)) + rsqrt(abs(g) + 1.0)"), ("f32", "sigmoid(f)"),
+    ("f32", "f / g"), ("f32", "exp(-abs(f)) + log(abs(g) + 0.5)"), ("f32", "exp2(-abs(f)) - exp2(g * 4.0)"), ("f32", "sqrt(abs(f)) + rsqrt(abs(g) + 1.0)"), ("f32", "sigmoid(f)"),
     ("f32", "tanh(f)"), ("f32", "erf(f)"), ("f32", "minimum(f, g) - maximum(f, 0.25)"), ("f32", "f * T"), ("f32", "h + f"), ("f32", "f * 0.1"),
     ("f32", 'bitcast(bitcast(f, "i32") ^ 1 << 20, "f32")'), ("f32", "where(f > g, f, -inf)"), ("f32", "cumsum(f, 0)"),
     ("f32", 'cast(cast(f, "f8e4m3"), "f32")'), ("f32", 'cast(cast(f, "f8e5m2"), "f32")'), ("f32", 'cast(bitcast(u & 119, "f8e4m3"), "f32")'),

@@ -2,6 +2,7 @@
 
 The row maximum `top`, the sum of the weights `total` and the weighted sums of the values are kept while blocks pass, and
 rescaled when the maximum grows (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
+Scores count in powers of two, which chips compute: log2(e) is multiplied into their scale.
 Heads of any width are cut into parts whose widths are powers of two, 576 into 512 and 64 or into 128, 128, 128, 128, 64.
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import e, log2
 
 from ..tile.builder import Builder
 from .choices import AttentionTile
 from .norm import power
 
 LEAST = 16  # columns of the narrowest tile of a matmul
+LOG2_E = log2(e)  # times a score: exp(x) = exp2(x log2(e))
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,11 @@ class Part:
         return f"({self.first} + arange({self.wide}))[None, :]"
 
     def mask(self, rows: str) -> str:
-        """Return the mask of a load or store of these columns for the rows that there are."""
-        if self.wide == self.live:
-            return f"{rows}[:, None]"
-        return f"{rows}[:, None] & ({self.column} < {self.first + self.live})"
+        """Return the mask of a load or store of these columns for the rows that there are; no rows: all of them."""
+        masks = [f"{rows}[:, None]"] if rows else []
+        if self.wide != self.live:
+            masks.append(f"({self.column} < {self.first + self.live})")
+        return " & ".join(masks)
 
 
 def parts(most: int, *widths: int) -> tuple[Part, ...]:
@@ -65,7 +69,8 @@ class Blocks:
     `key` gives the tensor and the indices of a part of the keys, `value` the indices of a column vector in
     `value_tensor`; None for a value: the keys are the values.
     `prepare` gets which keys are before `stop`, adds what the indices and `visible` need and returns which keys there
-    are. `visible` is a bool [M, N] expression, or "".
+    are. `visible` is a bool [M, N] expression, or "". `whole`: every row may read all keys before it, so that blocks of
+    them need no mask ("": of none is that known).
     """
 
     name: str
@@ -76,6 +81,7 @@ class Blocks:
     prepare: Callable[[str], str] = lambda before: before
     value_tensor: str = ""
     value: Callable[[str], list[str]] | None = None
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Attend:
         if sinks:
             b.load("sink", sinks, ["head"], "live")
             with b.when(first or "1"):
-                b.let("top", 'cast(sink, "f32")')
+                b.let("top", f'cast(sink, "f32") * {LOG2_E}')
                 b.let("total", f'full({self.tile.m}, 1.0, "f32")')
 
     def portion(self, b: Builder, blocks: Blocks) -> tuple[str, str]:
@@ -125,46 +131,59 @@ class Attend:
         return start, stop
 
     def run(self, b: Builder, blocks: Blocks) -> None:
-        """Add the loop over blocks of keys."""
+        """Add the loop over blocks of keys, after one over those that every row reads whole, if that is known of some."""
         start, stop = self.portion(b, blocks)
+        if blocks.whole:
+            n = self.tile.n
+            middle = b.let(
+                f"{blocks.name}_middle", f"{start} + maximum(minimum({blocks.whole}, {stop}) - {start}, 0) // {n} * {n}"
+            )
+            self._loop(b, blocks, start, middle, whole=True)
+            start = middle
+        self._loop(b, blocks, start, stop)
+
+    def _loop(self, b: Builder, blocks: Blocks, start: str, stop: str, whole: bool = False) -> None:
         with b.loop(f"{blocks.name}_first", start, stop, self.tile.n, self.tile.stages):
             b.let("j", f"{blocks.name}_first + arange({self.tile.n})")
-            b.let("key_live", blocks.prepare(f"j < {stop}"))
-            self._scores(b, blocks)
-            self._weights(b, blocks)
-            self._values(b, blocks)
+            live = "" if whole else b.let("key_live", blocks.prepare(f"j < {stop}"))
+            self._scores(b, blocks, live)
+            self._weights(b, blocks, live)
+            self._values(b, blocks, live)
 
-    def _scores(self, b: Builder, blocks: Blocks) -> None:
+    def _scores(self, b: Builder, blocks: Blocks, live: str) -> None:
         b.accumulator("s", (self.tile.m, self.tile.n))
         for part in self.keys:
             shape, name, (tensor, at) = (self.tile.n, part.wide), f"k{part.number}", blocks.key(part)
-            b.far(name, tensor, at, part.mask("key_live"), shape, second=True)
+            b.far(name, tensor, at, part.mask(live), shape, second=True)
             with b.passing():
                 b.dot("s", b.near(f"q{part.number}", second=False), b.near(name, second=True))
 
-    def _weights(self, b: Builder, blocks: Blocks) -> None:
+    def _weights(self, b: Builder, blocks: Blocks, live: str) -> None:
         shape = (self.tile.m, self.tile.n)
-        text = f"{b.result('s')} * {self.scale}"
+        s = b.result("s")
+        text = f"{s} * {self.scale * LOG2_E}"
         if self.softcap:
-            text = f"{self.softcap} * tanh({text} / {self.softcap})"
-        visible = "key_live[None, :]" + (f" & {blocks.visible}" if blocks.visible else "")
-        b.let("score", f"where({visible}, {text}, -inf)", shape, "f32")
+            text = f"{self.softcap * LOG2_E} * tanh({s} * {self.scale / self.softcap})"
+        if live:
+            visible = f"{live}[None, :]" + (f" & {blocks.visible}" if blocks.visible else "")
+            text = f"where({visible}, {text}, -inf)"
+        b.let("score", text, shape, "f32")
         b.let("higher", "maximum(top, max(score, 1))")
-        b.let("level", "where(higher == -inf, 0.0, higher)")  # rows that have seen nothing yet
-        b.let("fade", "exp(top - level)")
-        b.let("weight", "exp(score - level[:, None])", shape, "f32")
+        b.let("level", "where(higher == -inf, 0.0, higher)" if live else "higher")  # rows that have seen nothing yet
+        b.let("fade", "exp2(top - level)")
+        b.let("weight", "exp2(score - level[:, None])", shape, "f32")
         b.let("total", "total * fade + sum(weight, 1)")
         b.let("top", "higher")
         b.let("p", f'cast(weight, "{self.dtype}")', shape, self.dtype)
 
-    def _values(self, b: Builder, blocks: Blocks) -> None:
+    def _values(self, b: Builder, blocks: Blocks, live: str) -> None:
         weights = b.as_operand("p", second=False)
         for part in self.values:
             name = f"k{part.number}"
             if blocks.value:
                 shape, name = (self.tile.n, part.wide), f"v{part.number}"
                 at = blocks.value(part.column)
-                b.far(name, blocks.value_tensor, at, part.mask("key_live"), shape, second=True)
+                b.far(name, blocks.value_tensor, at, part.mask(live), shape, second=True)
             with b.passing():
                 shape = (self.tile.m, part.wide)
                 b.rescale_dot(f"o{part.number}", "fade[:, None]", weights, b.near(name, second=True), shape)
@@ -214,7 +233,7 @@ def merge(b: Builder, split: int, rows: str, width: int, dtype: str, shape: Sequ
         b.load("part_top", "tops", ["h", "row"], "live")
         b.load("part_total", "totals", ["h", "row"], "live")
         b.load("portion", "portions", ["h", "row[:, None]", "n[None, :]"], "there", shape=shape)
-        b.let("factor", "exp(part_top - level)")
+        b.let("factor", "exp2(part_top - level)")
         b.let("sum_", "sum_ + part_total * factor")
         b.let("o", "o + portion * factor[:, None]", shape, "f32")
     b.let("divisor", "where(sum_ == 0, 1.0, sum_)")

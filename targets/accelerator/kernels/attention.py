@@ -113,7 +113,7 @@ def _key(part: Part) -> tuple[str, list[str]]:
 
 def attention_merge(p: Attention, t: RowTile, layout: Layout, split: int) -> Program:
     """Put the portions of a split together: y [B S H, E], the sum of the portions at one common maximum."""
-    b = Builder("attention_merge", layout, "y = sum of portions exp(tops - top) / sum of totals exp(tops - top)")
+    b = Builder("attention_merge", layout, "y = sum of portions exp2(tops - top) / sum of totals exp2(tops - top)")
     b.scalar("B", "S")
     merge(b, split, f"B * S * {p.heads}", p.value_width, p.dtype, (t.m, t.n))
     return b.program()
@@ -184,6 +184,7 @@ def _keys(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
 
     return Blocks(
         "key", start, "last + 1", _key, " & ".join(f"({v})" for v in visible), prepare, "value", at,
+        "" if p.window or p.chunk or p.mask else "first + 1",
     )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def _blocks(b: Builder, p: Compressed) -> list[Blocks]:
 
 def compressed_merge(p: Compressed, t: RowTile, layout: Layout, split: int) -> Program:
     """Put the portions of a split together: y [B S H, D]."""
-    b = Builder("compressed_merge", layout, "y = sum of portions exp(tops - top) / sum of totals exp(tops - top)")
+    b = Builder("compressed_merge", layout, "y = sum of portions exp2(tops - top) / sum of totals exp2(tops - top)")
     b.scalar("B", "S")
     merge(b, split, f"B * S * {p.heads}", p.width, p.dtype, (t.m, t.n))
     return b.program()

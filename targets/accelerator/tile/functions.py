@@ -162,6 +162,11 @@ def _exp(x: Any) -> Any:
         return np.exp(x)
 
 
+def _exp2(x: Any) -> Any:
+    with np.errstate(over="ignore"):
+        return np.exp2(x)
+
+
 def _log(x: Any) -> Any:
     with np.errstate(divide="ignore"):
         return np.log(x)
@@ -189,6 +194,7 @@ FUNCTIONS: Mapping[str, Function] = {
     "cdiv": Function(2, (), _cdiv, lambda a, b: -(-a // b)),
     "abs": Function(1, (), _abs, np.abs),
     "exp": Function(1, (), _float, _exp),
+    "exp2": Function(1, (), _float, _exp2, 3),  # what a chip has; exp multiplies first
     "log": Function(1, (), _float, _log),
     "sqrt": Function(1, (), _float, np.sqrt),
     "rsqrt": Function(1, (), _float, lambda x: 1 / np.sqrt(x)),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chips_for_tests import CHIPS, close, run
+from chips_for_tests import CHIPS, check_fits, close, profile_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import (
@@ -17,7 +17,9 @@ from moec.compiler.ops.nn import attention as reference
 from moec.targets.accelerator.kernels.attend import parts
 from moec.targets.accelerator.kernels.attention import Attention, attention
 from moec.targets.accelerator.kernels.choices import AttentionTile
-from moec.targets.accelerator.tile.tiles import DEVICE
+from moec.targets.accelerator.select.implementations import Tokens
+from moec.targets.accelerator.select.search import KernelTemplate, search
+from moec.targets.accelerator.tile.tiles import DEVICE, For, Load, walk
 
 chips = pytest.mark.parametrize("name", CHIPS)
 
@@ -102,6 +104,35 @@ def test_keys_that_no_row_may_read_are_not_looked_at(name):
         seen = [x.nan_to_num()[:, :, : past + new] for x in (key, value)]
         close(y, reference(q.transpose(1, 2), *seen, None, None, scale=0.25, **more))
         key, value = torch.randn(1, 1, 50, 16), torch.randn(1, 1, 50, 16)
+
+
+def test_blocks_that_every_row_reads_whole_have_no_masks():
+    def loops(**more):
+        program = attention(Attention(2, 1, 16, 16, 0.25, **more), AttentionTile(16, 16), CHIPS["hopper"][0])
+        return [s for s in walk(program.body) if isinstance(s, For)]
+
+    whole, last = loops()
+    assert [s.mask for s in whole.body if isinstance(s, Load)] == [None, None]
+    assert all(s.mask is not None for s in last.body if isinstance(s, Load))
+    assert str(whole.stop) == str(last.start) == "key_middle"
+    for more in ({"window": 8}, {"chunk": 8}, {"mask": "tokens"}):
+        assert all(s.mask is not None for loop in loops(**more) for s in loop.body if isinstance(s, Load))
+
+
+@pytest.mark.parametrize("name", ["nvidia-h200", "nvidia-b200", "amd-mi300x", "amd-mi355x"])
+@pytest.mark.parametrize("width", [16, 24, 32, 48])
+def test_narrow_heads_find_a_tile(name, width):
+    for tokens in (Tokens(4, 1, 1000), Tokens(1, 700, 0)):
+        scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
+        p = Attention(8, 2, width, width, 0.25)
+        kernel = KernelTemplate(
+            "attention",
+            lambda t, layout, p=p: attention(p, AttentionTile(t.m, t.n, t.k, t.stages, t.warps), layout),
+            scalars,
+            ((16, 32, 64), (64, 64, 64)),
+        )
+        profile = profile_of(name)
+        check_fits(search(kernel, profile).best, profile)
 
 
 @settings(deadline=None)
