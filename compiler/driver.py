@@ -20,7 +20,7 @@ from .ir.notes import Note
 from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_lowering, with_options
 from .quantize.plan import PLAN, Budget, Plan
 from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
-from .rewrite.declare import PassTable, check_stop, pass_, resolve
+from .rewrite.declare import PassTable, check_stop, pass_, resolve_passes
 from .version import __version__
 from .weights.memory import MEMORY_LIMIT, tile_bytes
 
@@ -100,7 +100,7 @@ def compile_source(
     if accuracy is not None:
         asked = with_options(asked, LOWER, accuracy=accuracy)
     request = read_request(quantize, budget, calibration, UNASKED if pipeline is None else NOTHING)
-    resolve((*asked, *request.calls), table)
+    resolve_passes((*asked, *request.calls), table)
     if stop_after is not None:
         check_stop(stop_after, table)
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
@@ -110,9 +110,9 @@ def compile_source(
         _check_places(check_source(source), chosen, out, writes=stop_after is None, quantized=quantize is not None)
     from .cost.count import module_costs
     from .frontends.load import load
-    from .quantize.planning import calibrated, plan_under_budget
+    from .quantize.planning import calibrate_weights, plan_under_budget
     from .quantize.stored import needs_calibration
-    from .rewrite.pipeline import remaining, run_pipeline
+    from .rewrite.pipeline import remaining_passes, run_pipeline
     from .runtime.artifact import record_figures
     from .weights.heap import returning_freed_memory
 
@@ -121,12 +121,12 @@ def compile_source(
 
     def make_plan(budget: Budget, method: str) -> Plan:
         loaded.need_weights()
-        passes = remaining(loaded.module, asked, table)
+        passes = remaining_passes(loaded.module, asked, table)
         before = run_pipeline(loaded.module, passes, target=chosen, stop_after="moe", table=table).module
         return plan_under_budget(budget, method, loaded, before, table[PASS], chosen, calibration, limit)
 
     whole, plan = with_quantization(asked, request, loaded.module, make_plan)
-    passes = remaining(loaded.module, whole, table)
+    passes = remaining_passes(loaded.module, whole, table)
     run = run_pipeline(
         loaded.module, passes, target=chosen, check=check, dump=dumps, stop_after=stop_after, table=table
     )
@@ -134,7 +134,7 @@ def compile_source(
     if stop_after:
         return Compiled(None, run.module, notes, run.timings)
     stored = isinstance(source, (str, Path))
-    if (folder := _output(out, loaded.folder if stored else None, chosen)) is None:
+    if (folder := _output_folder(out, loaded.folder if stored else None, chosen)) is None:
         raise MoecError("the output folder is not named", todo="pass out=DIR (-o DIR)")
     loaded.need_weights()
     check_room(folder, int(module_costs(run.module).total.compiled_bytes))
@@ -142,8 +142,8 @@ def compile_source(
     figures: dict[str, Any] = {}
     with returning_freed_memory(memory_limit is not None or calibrating):
         if calibrating:
-            loaded, figures["calibration"] = calibrated(loaded, run.given.get(LOWER), calibration, folder, limit)
-        artifact = _emit(run, loaded, chosen, whole, folder, tile, progress, figures, plan)
+            loaded, figures["calibration"] = calibrate_weights(loaded, run.given.get(LOWER), calibration, folder, limit)
+        artifact = _emit_artifact(run, loaded, chosen, whole, folder, tile, progress, figures, plan)
     if verify:
         against = loaded.folder if stored else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -154,13 +154,13 @@ def _check_places(source: Path, target: Target, out: Path | str | None, *, write
     """Raise MoecError for files beside a source that do not read, and for an output that cannot be written."""
     if source.is_dir():
         check_folder(source)
-    final = _output(out, source if source.is_dir() else None, target)
+    final = _output_folder(out, source if source.is_dir() else None, target)
     if writes and final is not None:
         check_output(final)
         check_room(final, least_bytes(source, quantized))
 
 
-def _output(out: Path | str | None, source: Path | None, target: Target) -> Path | None:
+def _output_folder(out: Path | str | None, source: Path | None, target: Target) -> Path | None:
     """Return the artifact's folder: the one asked for, or one by the name of the source's folder."""
     if out is None:
         return None if source is None else Path(f"{source.resolve().name}-{target.name}")
@@ -172,14 +172,14 @@ def passes_for(target: Target) -> PassTable:
     return PassTable({**PASSES, LOWER: pass_(reads="moe", leaves="kernel")(target.lower)})
 
 
-def _emit(
+def _emit_artifact(
     run: Run, loaded: Loaded, target: Target, pipeline: Pipeline, out: Path, tile: int, progress: Progress | None,
     figures: Mapping[str, Any], plan: Plan | None,
 ) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole."""
     from .cost.count import module_costs
     from .cost.report import left_out_of, per_token
-    from .quantize.stored import is_lossy, kept_codes, precision
+    from .quantize.stored import is_lossy, kept_codes, stored_formats
     from .rewrite.fusion_report import fusion_report
     from .runtime.artifact import Artifact
     from .text.printer import print_module
@@ -206,7 +206,7 @@ def _emit(
         }  # fmt: skip
         write_manifest(
             folder, module, source=source, target=target.name, pipeline=print_pipeline(pipeline), moec=__version__,
-            files=written.files, precision=precision(module), lossy=is_lossy(module), figures=figures,
+            files=written.files, precision=stored_formats(module), lossy=is_lossy(module), figures=figures,
             unfused=fusion_report(module, run.notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
             packages={name: metadata.version(name) for name in ("torch", "transformers", *target.packages)},
         )  # fmt: skip
@@ -236,7 +236,7 @@ def run_passes(
     chosen = open_target(target, {})
     table = passes_for(chosen)
     pipeline = parse_pipeline(passes)
-    resolve(pipeline, table)
+    resolve_passes(pipeline, table)
     if isinstance(source, (str, Path)):
         check_source(source)
     from .frontends.load import load
@@ -258,7 +258,7 @@ def predict(
     compiled for another one, and for a figure of the chip that is unknown.
     """
     chosen = open_target(target, options or {})
-    from .rewrite.pipeline import remaining, run_pipeline
+    from .rewrite.pipeline import remaining_passes, run_pipeline
 
     declare_kernel_ops(chosen)
     if chosen.predict is None:
@@ -269,7 +269,7 @@ def predict(
                 raise MoecError(reason, f"@{function.name}", todo="inspect the checkpoint that it was compiled from")
     table = passes_for(chosen)
     whole, _ = with_quantization(chosen.pipeline, UNASKED, module)
-    lowered = run_pipeline(module, remaining(module, whole, table), target=chosen, table=table).module
+    lowered = run_pipeline(module, remaining_passes(module, whole, table), target=chosen, table=table).module
     return chosen.predict(lowered, batch=batch, new=new, past=past, devices=devices)
 
 

@@ -10,7 +10,7 @@ from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, apply, rule
+from ..compiler.rewrite.rules import Match, apply_rules, rule
 from ..compiler.weights.steps.table import step
 
 
@@ -42,7 +42,7 @@ from ..compiler.weights.steps.table import step
 )  # fmt: skip
 def attend_to_latent(m: Match, target: Any) -> dict[str, Any]:
     """Multiply queries by W_UK and outputs by W_UV instead of every cached latent (DeepSeek-V2, arXiv 2405.04434, 2.1.2)."""
-    return _absorbed(m, (m.latent, m.rope))
+    return _absorbed_bindings(m, (m.latent, m.rope))
 
 
 @rule(
@@ -67,10 +67,10 @@ def attend_to_latent(m: Match, target: Any) -> dict[str, Any]:
 )  # fmt: skip
 def attend_to_latent_without_positions(m: Match, target: Any) -> dict[str, Any]:
     """Do the same where keys have no part with positions: the latent is key and value at once."""
-    return _absorbed(m, (m.latent,))
+    return _absorbed_bindings(m, (m.latent,))
 
 
-def _absorbed(m: Match, cached: tuple[Any, ...]) -> dict[str, Any]:
+def _absorbed_bindings(m: Match, cached: tuple[Any, ...]) -> dict[str, Any]:
     """Return the bindings that `after` needs; Refuse where the value is not a latent, or queries do not fit it."""
     if not m.latent.type.state:
         raise Refuse("it is no cache, its keys and values are made for the new tokens only", m.latent)
@@ -111,4 +111,4 @@ def absorb_mla(module: Module, target: Any) -> Rewritten:
     DeepSeek-V3 steps of up to 170 tokens get cheaper, decoding a hundredfold, and longer prompts up to 3.4 times dearer
     in their attention. One program serves both, and decoding is what takes the time.
     """
-    return apply(module, target, RULES)
+    return apply_rules(module, target, RULES)

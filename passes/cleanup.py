@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compiler.ir.dce import dce
+from ..compiler.ir.dce import eliminate_dead_code
 from ..compiler.ir.module import Function, Module
 from ..compiler.rewrite.declare import pass_
 from .drop_dead import drop_uncalled_functions
-from .fold_constants import folded
-from .share_expressions import shared
+from .fold_constants import fold_constants_in
+from .share_expressions import share_expressions_in
 
 BOUND = 100  # rounds over one function; each one shortens it, so this is never reached by a sound program
 
@@ -20,12 +20,12 @@ def cleanup(module: Module, target: Any) -> Module:
 
     Names of parameters and of results stay.
     """
-    return drop_uncalled_functions(module.with_functions({f.name: _clean(f) for f in module.functions}))
+    return drop_uncalled_functions(module.with_functions({f.name: _clean_up_function(f) for f in module.functions}))
 
 
-def _clean(function: Function) -> Function:
+def _clean_up_function(function: Function) -> Function:
     for _ in range(BOUND):
-        cleaned = dce(shared(folded(function)))
+        cleaned = eliminate_dead_code(share_expressions_in(fold_constants_in(function)))
         if cleaned is function:
             break
         function = cleaned

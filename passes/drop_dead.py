@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..compiler.ir.dce import dce
+from ..compiler.ir.dce import eliminate_dead_code
 from ..compiler.ir.module import Module, walk_calls
 from ..compiler.rewrite.declare import pass_
 
@@ -13,7 +13,7 @@ from ..compiler.rewrite.declare import pass_
 @pass_(reads="any")
 def drop_dead(module: Module, target: Any) -> Module:
     """Drop ops and weights whose results are never read, and functions that are never called; every op is pure."""
-    return drop_uncalled_functions(module.with_functions({f.name: dce(f) for f in module.functions}))
+    return drop_uncalled_functions(module.with_functions({f.name: eliminate_dead_code(f) for f in module.functions}))
 
 
 def drop_uncalled_functions(module: Module) -> Module:

@@ -37,16 +37,16 @@ def fold_constants(module: Module, target: Any) -> Module:
     Constants are scalars, and tensors that hold one number everywhere. Transposes of weights move into the recipes of
     the weights. Names of parameters and of results stay.
     """
-    return module.with_functions({f.name: folded(f) for f in module.functions})
+    return module.with_functions({f.name: fold_constants_in(f) for f in module.functions})
 
 
-def folded(function: Function) -> Function:
+def fold_constants_in(function: Function) -> Function:
     """Return the function with its constants folded; itself if nothing can be."""
     rewriter = FunctionRewriter(function)
     for original in function.ops:
         op = rewriter.read(original)
-        op = _constant(op, rewriter) or _shorten(op, rewriter)
-        same = _unchanged(op, rewriter)
+        op = _fold_op(op, rewriter) or _read_through(op, rewriter)
+        same = _unchanged_operand(op, rewriter)
         if same is None or not rewriter.stand_for(op.results[0], same):
             rewriter.keep(op)
     return _weights_in_order(rewriter.finish())
@@ -93,17 +93,17 @@ def _only_weights(function: Function, value: Value) -> bool:
 # --- constants -------------------------------------------------------------------------------------------------
 
 
-def _number(value: Value | None, rewriter: FunctionRewriter) -> float | int | bool | None:
+def _constant_number(value: Value | None, rewriter: FunctionRewriter) -> float | int | bool | None:
     """Return the number that a value holds everywhere, if it is a constant."""
     op = rewriter.made.get(value.name) if value else None
     return op.attributes.number("value") if op and op.name in ("core.constant", "core.full") else None
 
 
-def _constant(op: Op, rewriter: FunctionRewriter) -> Op | None:
+def _fold_op(op: Op, rewriter: FunctionRewriter) -> Op | None:
     """Return the constant that an op on constants makes."""
     if op.name not in _ELEMENTWISE | _RESHAPING or not op.operands:
         return None
-    numbers = [_number(v, rewriter) for v in op.operands]
+    numbers = [_constant_number(v, rewriter) for v in op.operands]
     if any(n is None for n in numbers):
         return None
     type_ = op.results[0].type
@@ -112,14 +112,14 @@ def _constant(op: Op, rewriter: FunctionRewriter) -> Op | None:
             return None
         number = numbers[0]
     else:
-        number = _compute(op, numbers)
+        number = _compute_op(op, numbers)
     if isinstance(number, float) and math.isnan(number):  # its bits are another machine's choice
         return None
     attrs = {"value": number, "dtype": type_.dtype, **({"shape": type_.shape} if type_.shape else {})}
     return op.become("core.full" if type_.shape else "core.constant", **attrs)
 
 
-def _compute(op: Op, numbers: list[Any]) -> Any:
+def _compute_op(op: Op, numbers: list[Any]) -> Any:
     from ..compiler.check.interpret import run_op  # computes with torch
 
     scalars = [
@@ -132,7 +132,7 @@ def _compute(op: Op, numbers: list[Any]) -> Any:
 # --- ops that change nothing -----------------------------------------------------------------------------------
 
 
-def _shorten(op: Op, rewriter: FunctionRewriter) -> Op:
+def _read_through(op: Op, rewriter: FunctionRewriter) -> Op:
     """Return the op reading through an op of the same kind before it, where one does the work of both."""
     if op.name == "core.concat":
         return _without_empty(op)
@@ -175,7 +175,7 @@ def _slice_of_part(op: Op, rewriter: FunctionRewriter) -> Op:
     return op
 
 
-def _unchanged(op: Op, rewriter: FunctionRewriter) -> Value | None:
+def _unchanged_operand(op: Op, rewriter: FunctionRewriter) -> Value | None:
     """Return the operand that the op's only result equals, if there is one."""
     test = _SAME.get(op.name)
     if test is None:
@@ -185,7 +185,7 @@ def _unchanged(op: Op, rewriter: FunctionRewriter) -> Value | None:
 
 def _with_number(neutral: float, commutative: bool) -> Callable[[Op, int, FunctionRewriter], bool]:
     def test(op: Op, index: int, rewriter: FunctionRewriter) -> bool:
-        number = _number(op.operands[1 - index], rewriter)
+        number = _constant_number(op.operands[1 - index], rewriter)
         if number is None or isinstance(number, bool):
             return False
         return number == neutral and (commutative or index == 0)

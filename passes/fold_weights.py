@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..compiler.ir.dce import dce
+from ..compiler.ir.dce import eliminate_dead_code
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
@@ -37,7 +37,7 @@ def _folded(function: Function) -> Function:
         folded[op.results[0].name], consts[value.name] = value, Const(value, recipe)
     if not folded:
         return function
-    return dce(replace(function, ops=tuple(ops), consts=tuple(consts.values())))
+    return eliminate_dead_code(replace(function, ops=tuple(ops), consts=tuple(consts.values())))
 
 
 def _moved(op: Op, weights: list[Recipe]) -> Recipe | None:

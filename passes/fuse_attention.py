@@ -7,9 +7,9 @@ from typing import Any
 
 from ..compiler.errors import Refuse
 from ..compiler.ir.module import Function, Module, Op, Value
-from ..compiler.ir.notes import Note, Rewritten, refusal
+from ..compiler.ir.notes import Note, Rewritten, refusal_note
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.editor import Editor, join, rewrite_ops
+from ..compiler.rewrite.editor import Editor, join_recipes_along, rewrite_ops
 
 FUSED = "nn.cached_attention"
 BEFORE_HEADS = (0, 2, 1, 3)  # [B, H, S, D] <-> [B, S, H, D]
@@ -24,8 +24,8 @@ def fuse_attention(module: Module, target: Any) -> Rewritten:
     notes: list[Note] = []
     fused = {}
     for function in module.functions:
-        attended, refused = rewrite_ops(function, {"nn.attention": _attention}, "fuse-attention")
-        fused[function.name], apart = _pack(attended)
+        attended, refused = rewrite_ops(function, {"nn.attention": _fuse_op}, "fuse-attention")
+        fused[function.name], apart = _pack_linears(attended)
         notes += [*refused, *apart]
     return Rewritten(module.with_functions(fused), tuple(notes))
 
@@ -45,26 +45,26 @@ class _Heads:
     tokens_first: bool = False  # [B, S, H, D] instead of [B, H, S, D]
 
 
-def _attention(editor: Editor, op: Op) -> Op:
+def _fuse_op(editor: Editor, op: Op) -> Op:
     """Return the fused op in the place of nn.attention, with notes on what stays outside of it."""
     q, key, value, mask = op["q"], op["k"], op["v"], op.get("mask")
-    _check(q, key, value)
+    _check_caches(q, key, value)
     if op.attributes.get("chunk"):
         raise Refuse("nn.cached_attention has no chunks")
     if mask is not None and len(mask.type.shape) != 2:
         raise Refuse("the mask differs from token to token, as in sparse attention", mask)
-    appends = [_append(editor.function, state, op) for state in (key, value)]
+    appends = [_cache_append_of(editor.function, state, op) for state in (key, value)]
     if key == value:
         raise Refuse("keys and values are one cache, nn.cached_attention keeps two", key)
     new_key, new_value = (append["new"] for append in appends)
     if q.type.shape[2] != new_key.type.shape[2]:
         raise Refuse("the number of queries is not the number of tokens appended to the cache")
     heads = _outside_in(editor.function, _Heads(q), _Heads(new_key))
-    made = [_rows(editor, h) for h in (*heads, _Heads(new_value))]
+    made = [_concatenated_heads(editor, h) for h in (*heads, _Heads(new_value))]
     for (_, outside), h in zip(made[:2], heads, strict=False):
         if outside is not None:
             reason = f"{outside.name} at {h.value} stays outside, it is no norm of heads or rotary embedding behind one"
-            editor.notes.append(refusal("fuse-attention", editor.function, op, reason))
+            editor.notes.append(refusal_note("fuse-attention", editor.function, op, reason))
     pasts = [append["past"] for append in appends]
     norms, angles = (heads[0].norm, heads[1].norm), (heads[0].cos, heads[0].sin)
     attrs = {**op.attributes, "heads": int(q.type.shape[1])}
@@ -76,7 +76,7 @@ def _attention(editor: Editor, op: Op) -> Op:
     return op.become("core.reshape", flat, shape=y.type.shape)
 
 
-def _append(function: Function, state: Value, attention: Op) -> Op:
+def _cache_append_of(function: Function, state: Value, attention: Op) -> Op:
     """Return the op that appends to a cache which only this attention and the caller read."""
     append = function.producers.get(state.name)
     if append is None or append.name != "nn.cache_append" or append.attributes["axis"] != 2:
@@ -87,7 +87,7 @@ def _append(function: Function, state: Value, attention: Op) -> Op:
     return append
 
 
-def _check(q: Value, key: Value, value: Value) -> None:
+def _check_caches(q: Value, key: Value, value: Value) -> None:
     """Refuse what one op with two caches of equal width cannot say."""
     width = key.type.shape[3]
     if value.type.shape[3] != width:
@@ -103,7 +103,7 @@ def _outside_in(function: Function, q: _Heads, k: _Heads) -> tuple[_Heads, _Head
     turned = (_before_rotation(function, q), _before_rotation(function, k))
     if (turned[0].cos, turned[0].sin) == (turned[1].cos, turned[1].sin):
         q, k = turned
-    normed = (_normed(function, q), _normed(function, k))
+    normed = (_read_head_norm(function, q), _read_head_norm(function, k))
     if len({h.eps for h in normed} - {None}) == 1:
         q, k = normed
     return q, k
@@ -133,7 +133,7 @@ def _slice_of(op: Op | None, start: int) -> Value | None:
     return op["x"] if fits else None
 
 
-def _normed(function: Function, heads: _Heads) -> _Heads:
+def _read_head_norm(function: Function, heads: _Heads) -> _Heads:
     """Read an RMSNorm over each head, on either side of the transpose."""
     op = function.producers.get(heads.value.name)
     turned = False
@@ -145,7 +145,7 @@ def _normed(function: Function, heads: _Heads) -> _Heads:
     return replace(heads, value=x, norm=weight, eps=op.attributes.number("eps"), tokens_first=turned)
 
 
-def _rows(editor: Editor, heads: _Heads) -> tuple[Value, Op | None]:
+def _concatenated_heads(editor: Editor, heads: _Heads) -> tuple[Value, Op | None]:
     """Return the heads concatenated, [B, S, H*D], and the op on single heads that stays outside, if there is one."""
     producers = editor.function.producers
     value, op, outside = heads.value, producers.get(heads.value.name), None
@@ -166,23 +166,23 @@ def _rows(editor: Editor, heads: _Heads) -> tuple[Value, Op | None]:
 # --- one linear for q, k and v -----------------------------------------------------------------------------------
 
 
-def _pack(function: Function) -> tuple[Function, list[Note]]:
+def _pack_linears(function: Function) -> tuple[Function, list[Note]]:
     """Replace the linears of q, k and v by one, and their results by slices of its result."""
     notes = []
     packs: dict[int, _Pack] = {}
     for op in function.ops:
         if op.name == FUSED and op.get("k"):
             try:
-                pack = _linears(function, op)
+                pack = _qkv_linears(function, op)
             except Refuse as reason:
-                notes.append(refusal("fuse-attention", function, op, f"q, k and v stay apart: {reason.reason}"))
+                notes.append(refusal_note("fuse-attention", function, op, f"q, k and v stay apart: {reason.reason}"))
             else:
                 packs |= dict.fromkeys((id(op), *map(id, pack.linears)), pack)
     editor = Editor(function)
     for op in function.ops:
         found = packs.get(id(op))
         editor.loc = op.loc
-        editor.ops.append(_packed(editor, op, found) if found else op)
+        editor.ops.append(_read_packed_linear(editor, op, found) if found else op)
     return editor.finish(), notes
 
 
@@ -194,7 +194,7 @@ class _Pack:
     value: Value | None = None
 
 
-def _linears(function: Function, attention: Op) -> _Pack:
+def _qkv_linears(function: Function, attention: Op) -> _Pack:
     """Return the linears that q, k and v come from, in this order; Refuse where one cannot do the work of the three."""
     linears = []
     for value in (attention[name] for name in "qkv"):
@@ -220,14 +220,14 @@ def _linears(function: Function, attention: Op) -> _Pack:
     return _Pack(tuple(linears))
 
 
-def _packed(editor: Editor, op: Op, pack: _Pack) -> Op:
+def _read_packed_linear(editor: Editor, op: Op, pack: _Pack) -> Op:
     """Return the slice that a linear's result is of the packed one, or the attention that takes the packed one whole."""
     results = tuple(linear.results[0] for linear in pack.linears)
     if pack.value is None:
         pack.value = _one_linear(editor, pack.linears)
     if op.name == FUSED:
         whole = all(
-            _unshaped(editor.function, v) == result and v.type.shape[-1] == result.type.shape[-1]
+            _before_reshapes(editor.function, v) == result and v.type.shape[-1] == result.type.shape[-1]
             for v, result in zip((op[name] for name in "qkv"), results, strict=True)
         )
         return op.reading(q=_by_row(editor, pack.value, op), k=None, v=None) if whole else op
@@ -236,7 +236,7 @@ def _packed(editor: Editor, op: Op, pack: _Pack) -> Op:
     return op.become("core.slice", pack.value, **attrs)
 
 
-def _unshaped(function: Function, value: Value) -> Value:
+def _before_reshapes(function: Function, value: Value) -> Value:
     """Return what a value was before it was reshaped."""
     while (op := function.producers.get(value.name)) is not None and op.name == "core.reshape":
         value = op.inputs[0]
@@ -254,7 +254,7 @@ def _by_row(editor: Editor, value: Value, attention: Op) -> Value:
 def _one_linear(editor: Editor, linears: tuple[Op, ...]) -> Value:
     """Add the linear whose weight is those of q, k and v one below the other."""
     weights, biases = [op["w"] for op in linears], [op["b"] for op in linears if op.get("b")]
-    weight = editor.weight(join(*map(editor.recipe, weights), axis=0), "qkv_proj")
-    bias = editor.weight(join(*map(editor.recipe, biases), axis=0), "qkv_proj_bias") if biases else None
+    weight = editor.weight(join_recipes_along(*map(editor.recipe, weights), axis=0), "qkv_proj")
+    bias = editor.weight(join_recipes_along(*map(editor.recipe, biases), axis=0), "qkv_proj_bias") if biases else None
     with editor.at(tuple(dict.fromkeys(text for op in linears for text in op.loc))):
         return editor.add("core.linear", linears[0]["x"], weight, bias, hint="qkv")

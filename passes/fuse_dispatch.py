@@ -1,7 +1,7 @@
 """Fuses routed experts that are written as separate ops, so that no token is copied for every expert it goes to.
 
 A rule is put together of parts: how the tokens reach their experts (`_Spelling`), where the gate and the other half of
-an expert's first matrix come from (`_halves`), and the activation.
+an expert's first matrix come from (`_halves_patterns`), and the activation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from ..compiler.errors import Refuse
 from ..compiler.ir.activation import KINDS, Activation
 from ..compiler.ir.module import Function, Module, Value
-from ..compiler.ir.notes import Note, Rewritten, refusal
+from ..compiler.ir.notes import Note, Rewritten, refusal_note
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.editor import join
+from ..compiler.rewrite.editor import join_recipes_along
 from ..compiler.rewrite.patterns import Guard
-from ..compiler.rewrite.rules import Match, Rule, apply, rule
+from ..compiler.rewrite.rules import Match, Rule, apply_rules, rule
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ _BATCHED = _Spelling(  # a copy of the weights for every row
 _OPTIONAL = ("bg", "bu", "up_bias", "down_bias")
 
 
-def _halves(spelling: _Spelling) -> dict[str, str]:
+def _halves_patterns(spelling: _Spelling) -> dict[str, str]:
     """Return where %g and %u come from: two weights, or the halves of one."""
     cut = """
       %g = core.slice(%gu) {axis=1, start=0, stop=Stop, step=Step}
@@ -103,30 +103,30 @@ _GATED = {
 _PLAIN = {kind: KINDS[kind].replace("%a", "%h") for kind in (*_GATED_KINDS, "relu2")}
 
 
-def _end(spelling: _Spelling) -> str:
+def _end_pattern(spelling: _Spelling) -> str:
     column = "\n      %h_in = core.reshape(%h)" if spelling is _BATCHED else ""
     return column + spelling("o", "h", "down", "down_bias") + spelling.after
 
 
-def _gated(spelling: _Spelling, halves: str, name: str) -> Rule:
+def _gated_rule(spelling: _Spelling, halves: str, name: str) -> Rule:
     def guard(m: Match, target: Any) -> Mapping[str, Any]:
         """Read tokens where they are and add results where they belong, instead of copying a row for each expert."""
         if spelling is _BATCHED:
             _check_order(m)
-        layout = "concat" if halves == "apart" else _layout(m)
+        layout = "concat" if halves == "apart" else _gate_layout(m)
         act = Activation(name if name in KINDS else "silu", layout=layout)
         if "Limit" in m.attrs:
-            act = replace(act, limit=_limit(m), clamp_after=name == "silu_clamped_after")
+            act = replace(act, limit=_clamp_limit(m), clamp_after=name == "silu_clamped_after")
         if name == "gpt_oss":
-            act = replace(act, alpha=_number(m, "alpha"), beta=_number(m, "beta"))
+            act = replace(act, alpha=_constant_number(m, "alpha"), beta=_constant_number(m, "beta"))
         return {"Act": act, **(_one_weight(m) if halves == "apart" else {})}
 
     guard.__name__ = f"{spelling.name}_{halves}_{name}_into_experts"
-    before = f"{spelling.before}{_halves(spelling)[halves]}\n{_GATED[name]}{_end(spelling)}"
+    before = f"{spelling.before}{_halves_patterns(spelling)[halves]}\n{_GATED[name]}{_end_pattern(spelling)}"
     return _into_experts(spelling, before)(guard)
 
 
-def _plain(spelling: _Spelling, kind: str) -> Rule:
+def _ungated_rule(spelling: _Spelling, kind: str) -> Rule:
     def guard(m: Match, target: Any) -> Mapping[str, Any]:
         """Read experts without a gate as one op."""
         if spelling is _BATCHED:
@@ -135,7 +135,7 @@ def _plain(spelling: _Spelling, kind: str) -> Rule:
 
     guard.__name__ = f"{spelling.name}_plain_{kind}_into_experts"
     first = spelling("g", "rows", "up", "up_bias")
-    return _into_experts(spelling, f"{spelling.before}{first}\n{_PLAIN[kind]}{_end(spelling)}")(guard)
+    return _into_experts(spelling, f"{spelling.before}{first}\n{_PLAIN[kind]}{_end_pattern(spelling)}")(guard)
 
 
 def _into_experts(spelling: _Spelling, before: str) -> Callable[[Guard], Rule]:
@@ -149,11 +149,11 @@ def _one_weight(m: Match) -> dict[str, Any]:
     bg, bu = m.values.get("bg"), m.values.get("bu")
     if (bg is None) != (bu is None):
         raise Refuse(f"only {bg or bu} has a bias of the two", m.g, m.u)
-    bias = None if bg is None else join(_weight(m, "bg"), _weight(m, "bu"), axis=1)
-    return {"up": join(_weight(m, "wg"), _weight(m, "wu"), axis=1), "up_bias": bias}
+    bias = None if bg is None else join_recipes_along(_weight_recipe(m, "bg"), _weight_recipe(m, "bu"), axis=1)
+    return {"up": join_recipes_along(_weight_recipe(m, "wg"), _weight_recipe(m, "wu"), axis=1), "up_bias": bias}
 
 
-def _weight(m: Match, name: str) -> Recipe:
+def _weight_recipe(m: Match, name: str) -> Recipe:
     recipe = m.recipe(name)
     if recipe is None:
         raise Refuse(f"{m[name]} is not a weight, it cannot be put beside another beforehand", m[name])
@@ -173,7 +173,7 @@ def _check_order(m: Match) -> None:
             raise Refuse(f"{m[name]} is {m[name].type}, not [{', '.join(map(str, shape))}]", m[name])
 
 
-def _layout(m: Match) -> str:
+def _gate_layout(m: Match) -> str:
     """Return how the rows of gate and up lie in one weight; Refuse where they are not its halves."""
     width = m.gu.type.shape[1]
     found = {(1, width / 2, width / 2): "concat", (2, width, 1): "interleaved"}.get((m.Step, m.Stop, m.Start))
@@ -182,7 +182,7 @@ def _layout(m: Match) -> str:
     return found
 
 
-def _limit(m: Match) -> float:
+def _clamp_limit(m: Match) -> float:
     if m.Low != float("-inf") or (m.Lower, m.Upper) != (-m.Limit, m.Limit):
         limits = f"{m.Low}..{m.Limit} and {m.Lower}..{m.Upper}"
         raise Refuse(
@@ -193,7 +193,7 @@ def _limit(m: Match) -> float:
     return float(m.Limit)
 
 
-def _number(m: Match, name: str) -> float:
+def _constant_number(m: Match, name: str) -> float:
     number = m.number(name)
     if number is None:
         raise Refuse(f"{m[name]} is not a constant", m[name])
@@ -202,29 +202,31 @@ def _number(m: Match, name: str) -> float:
 
 _SPELLINGS = (_GROUPED, _BATCHED)
 RULES = (
-    *(_gated(s, halves, name) for s in _SPELLINGS for halves in _halves(s) for name in _GATED),
-    *(_plain(s, kind) for s in _SPELLINGS for kind in _PLAIN),
+    *(_gated_rule(s, halves, name) for s in _SPELLINGS for halves in _halves_patterns(s) for name in _GATED),
+    *(_ungated_rule(s, kind) for s in _SPELLINGS for kind in _PLAIN),
 )
 
 
 @pass_(reads="moe")
 def fuse_dispatch(module: Module, target: Any) -> Rewritten:
     """Fuse dispatch, the experts' linears, activation and weighted sum into moe.experts, without a copy of the tokens."""
-    fused, notes = apply(module, target, RULES)
-    return Rewritten(fused, (*notes, *_unexplained(fused, notes)))
+    fused, notes = apply_rules(module, target, RULES)
+    return Rewritten(fused, (*notes, *_notes_on_unexplained(fused, notes)))
 
 
-def _unexplained(module: Module, notes: Iterable[Note]) -> Iterator[Note]:
+def _notes_on_unexplained(module: Module, notes: Iterable[Note]) -> Iterator[Note]:
     """Yield a note for each block that stays and that no rule came near."""
     explained = {(note.function, note.loc) for note in notes}
     for function in module.functions:
         for op in function.ops:
             if op.name == "moe.combine" and (function.name, op.loc) not in explained:
-                between = ", ".join(dict.fromkeys(_between(function, op.inputs[0]))) or "nothing"
-                yield refusal("fuse-dispatch", function, op, f"between the experts' linears no rule knows {between}")
+                between = ", ".join(dict.fromkeys(_op_names_between(function, op.inputs[0]))) or "nothing"
+                yield refusal_note(
+                    "fuse-dispatch", function, op, f"between the experts' linears no rule knows {between}"
+                )
 
 
-def _between(function: Function, rows: Value) -> Iterator[str]:
+def _op_names_between(function: Function, rows: Value) -> Iterator[str]:
     """Yield the names of the ops from a block's last grouped linear back to the ones before it, the last op first."""
     last = function.producers.get(rows.name)
     waiting = list(last.inputs[:1]) if last and last.name == "moe.grouped_linear" else [rows]

@@ -8,7 +8,7 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, apply, rule
+from ..compiler.rewrite.rules import Match, apply_rules, rule
 
 
 @rule(
@@ -30,4 +30,4 @@ RULES = (add_into_rms_norm,)
 @pass_(reads="moe")
 def fuse_norm(module: Module, target: Any) -> Rewritten:
     """Fuse a residual add and the RMSNorm behind it."""
-    return apply(module, target, RULES)
+    return apply_rules(module, target, RULES)

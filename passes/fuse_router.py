@@ -15,14 +15,14 @@ from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.notes import Note, Rewritten
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.routing import Router
-from ..compiler.rewrite.rules import Match, apply, rule
+from ..compiler.rewrite.rules import Match, apply_rules, rule
 from .cleanup import cleanup
 
 
 @pass_(reads="moe")
 def fuse_router(module: Module, target: Any) -> Rewritten:
     """Fuse every routing scheme into moe.route: scores, bias, groups, choice, weights and their normalisation."""
-    spelled = apply(module, target, SPELLINGS).module
+    spelled = apply_rules(module, target, SPELLINGS).module
     if spelled is not module:
         spelled = cleanup(spelled, target)  # so that what is the same is one value again
     fused = {f.name: _fuse_all(f) for f in spelled.functions}
@@ -65,7 +65,7 @@ def score_before_scatter(m: Match, target: Any) -> None:
         raise Refuse(f"experts that were not chosen score sigmoid({m.Low}), not 0")
 
 
-def _far(best: str, step: str) -> str:
+def _far_pattern(best: str, step: str) -> str:
     """Return the part of SparseMixer's text that finds the logits too far below the best one."""
     return f"""
       %gap{step} = core.sub({best}, %logits)
@@ -79,13 +79,13 @@ def _far(best: str, step: str) -> str:
     before=f"""
       %size = core.abs(%logits)
       %best1, %id1 = core.topk(%logits) {{axis=1, k=1}}
-      {_far("%best1", "1")}
+      {_far_pattern("%best1", "1")}
       %near1 = core.where(%far1, %low1, %logits)
       %soft1 = core.softmax(%near1) {{axis=1}}
       %gate1 = core.gather(%soft1, %id1) {{axis=1}}
       %left = core.scatter(%logits, %id1, %gone) {{axis=1}}
       %best2, %id2 = core.topk(%left) {{axis=1, k=1}}
-      {_far("%best2", "2")}
+      {_far_pattern("%best2", "2")}
       %near2 = core.where(%far2, %low2, %left)
       %soft2 = core.softmax(%near2) {{axis=1}}
       %gate2 = core.gather(%soft2, %id2) {{axis=1}}
@@ -114,17 +114,17 @@ def _fuse_all(function: Function) -> tuple[Function, list[Note]]:
     """Fuse the routers of a function; one at a time, since each changes the ops."""
     notes: list[Note] = []
     done: set[tuple[Value, Value]] = set()
-    while root := next((r for r in _roots(function) if r[:2] not in done), None):
+    while root := next((r for r in _gates_and_ids(function) if r[:2] not in done), None):
         gates, ids, reader = root
         done.add((gates, ids))
-        function, refused, reason = _fuse(function, gates, ids, reader)
+        function, refused, reason = _fuse_router_before(function, gates, ids, reader)
         if reason and reader and reader.name in ("moe.experts", "moe.combine"):
             loc = reader.loc or (reader.name,)
             notes.append(Note(reason, function.name, loc, str(reader.results[0]), refused))
     return function, notes
 
 
-def _roots(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
+def _gates_and_ids(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
     """Yield weights and indices that are read together: by experts or their sum, by a spread over all, by the caller."""
     for op in function.ops:
         spread = op.name == "core.scatter" and op.attributes["axis"] == 1 and len(op.inputs[1].type.shape) == 2
@@ -141,18 +141,18 @@ def _roots(function: Function) -> Iterator[tuple[Value, Value, Op | None]]:
                 yield gates, ids, None
 
 
-def _fuse(function: Function, gates: Value, ids: Value, reader: Op | None) -> tuple[Function, str, str]:
+def _fuse_router_before(function: Function, gates: Value, ids: Value, reader: Op | None) -> tuple[Function, str, str]:
     """Return the function with one router fused, from as near to its reader as can be read; what was refused, and why."""
     first: Refuse | None = None
-    for inner_ids in _behind(function, ids):
-        for inner_gates in _behind(function, gates):
+    for inner_ids in _values_before(function, ids):
+        for inner_gates in _values_before(function, gates):
             op = function.producers.get(inner_gates.name)
             if op and op.name == "moe.route" and op.results[1] == inner_ids:
                 return function, "", ""  # fused already
             try:
                 router = Router(function, inner_gates, inner_ids)
                 router.read()
-                fused = router.replaced(reader)
+                fused = router.with_route(reader)
             except Refuse as refusal:
                 first = first or refusal
                 continue
@@ -161,7 +161,7 @@ def _fuse(function: Function, gates: Value, ids: Value, reader: Op | None) -> tu
     return function, "fuse-router not applied", first.reason
 
 
-def _behind(function: Function, value: Value) -> Iterator[Value]:
+def _values_before(function: Function, value: Value) -> Iterator[Value]:
     """Yield a value, then the values of its type that it is made of, nearest first."""
     queue = [value]
     for made in queue:

@@ -11,8 +11,8 @@ from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
 from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.editor import join
-from ..compiler.rewrite.rules import Match, Rule, apply, rule
+from ..compiler.rewrite.editor import join_recipes_along
+from ..compiler.rewrite.rules import Match, Rule, apply_rules, rule
 
 GATED_KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 _TWO = """
@@ -27,7 +27,7 @@ _HALVES = """
 _OPTIONAL = ("bg", "bu", "up_bias", "down_bias")
 
 
-def _rest(kind: str) -> str:
+def _rest_pattern(kind: str) -> str:
     return f"""
       {KINDS[kind]}
       %h = core.mul(%a, %u)
@@ -44,14 +44,14 @@ def _two_linears(kind: str) -> Rule:
             raise Refuse(f"the weights are {m.wg.type} and {m.wu.type}", m.wg, m.wu)
         if (m.bg is None) != (m.bu is None):
             raise Refuse(f"only {m.bg or m.bu} has a bias of the two", m.g, m.u)
-        bias = None if m.bg is None else join(_weight(m, "bg"), _weight(m, "bu"), axis=0)
-        return {"up": join(_weight(m, "wg"), _weight(m, "wu"), axis=0), "up_bias": bias}
+        bias = None if m.bg is None else join_recipes_along(_weight_recipe(m, "bg"), _weight_recipe(m, "bu"), axis=0)
+        return {"up": join_recipes_along(_weight_recipe(m, "wg"), _weight_recipe(m, "wu"), axis=0), "up_bias": bias}
 
     guard.__name__ = f"two_linears_into_{kind}_mlp"
-    return rule(before=_TWO + _rest(kind), after=after, optional=_OPTIONAL)(guard)
+    return rule(before=_TWO + _rest_pattern(kind), after=after, optional=_OPTIONAL)(guard)
 
 
-def _halves(kind: str) -> Rule:
+def _halves_rule(kind: str) -> Rule:
     after = f"%y = nn.gated_mlp(%x, %up, %down, %up_bias, %down_bias, _) {{act=gated({kind})}}"
 
     def guard(m: Match, target: Any) -> None:
@@ -61,10 +61,10 @@ def _halves(kind: str) -> Rule:
             raise Refuse(f"{m.Middle} and {m.Middle}:{m.End} of axis {m.Axis} are not the halves of {m.gu.type}", m.gu)
 
     guard.__name__ = f"halves_into_{kind}_mlp"
-    return rule(before=_HALVES + _rest(kind), after=after, optional=_OPTIONAL)(guard)
+    return rule(before=_HALVES + _rest_pattern(kind), after=after, optional=_OPTIONAL)(guard)
 
 
-def _weight(m: Match, name: str) -> Recipe:
+def _weight_recipe(m: Match, name: str) -> Recipe:
     recipe = m.recipe(name)
     if recipe is None:
         raise Refuse(f"{m[name]} is not a weight, it cannot be put beside another beforehand", m[name])
@@ -87,10 +87,10 @@ def sigmoid_gate_into_mlp(m: Match, target: Any) -> None:
         raise Refuse(f"the gate {m.gate.type} gives {m.gate.type.shape[0]} numbers a token, not one", m.gate)
 
 
-RULES = (*map(_two_linears, GATED_KINDS), *map(_halves, GATED_KINDS), sigmoid_gate_into_mlp)
+RULES = (*map(_two_linears, GATED_KINDS), *map(_halves_rule, GATED_KINDS), sigmoid_gate_into_mlp)
 
 
 @pass_(reads="moe")
 def fuse_shared_experts(module: Module, target: Any) -> Rewritten:
     """Fuse gated feed-forward layers spelled as linears, with gate and up in one weight."""
-    return apply(module, target, RULES)
+    return apply_rules(module, target, RULES)

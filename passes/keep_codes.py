@@ -8,7 +8,7 @@ from typing import Any
 
 from ..compiler.formats.format import Format
 from ..compiler.formats.table import GROUPS, format_of
-from ..compiler.ir.dce import dce
+from ..compiler.ir.dce import eliminate_dead_code
 from ..compiler.ir.module import Const, Function, Module, Op, Value
 from ..compiler.ir.notes import Note, Rewritten, note_on
 from ..compiler.ir.recipes import Recipe, steps_of
@@ -40,14 +40,14 @@ def keep_codes(module: Module, target: Any) -> Rewritten:
         chosen = {}
         for i, weights in places.items():
             if any(map(is_stored_quantized, weights.values())):
-                chosen[i], reason = _choose(function.ops[i], weights, target)
+                chosen[i], reason = _choose_storage(function.ops[i], weights, target)
                 names = ", ".join(str(function.ops[i].operands[k]) for k in weights)
                 notes.append(note_on(function, function.ops[i], f"{names}{reason}"))
-        functions[function.name] = _store(function, {i: stored for i, stored in chosen.items() if stored})
+        functions[function.name] = _store_weights(function, {i: stored for i, stored in chosen.items() if stored})
     return Rewritten(module.with_functions(functions), tuple(notes))
 
 
-def _choose(op: Op, weights: Mapping[int, Recipe], target: Any) -> tuple[Stored, str]:
+def _choose_storage(op: Op, weights: Mapping[int, Recipe], target: Any) -> tuple[Stored, str]:
     """Return how the weights of an op are stored (nothing where they stay as they are), and what to report of them."""
     found: dict[int, Codes] = {}
     reasons: list[str] = []
@@ -56,7 +56,7 @@ def _choose(op: Op, weights: Mapping[int, Recipe], target: Any) -> tuple[Stored,
             found[k] = _by_rows(recipe)
         except NotKept as error:
             reasons.append(f"{op.operands[k]}: {error}")
-    exact = {k: [f for f in exact_formats(codes) if not _obstacle(op, f, target)] for k, codes in found.items()}
+    exact = {k: [f for f in exact_formats(codes) if not _why_not_held(op, f, target)] for k, codes in found.items()}
     common = [f for f in next(iter(exact.values()), []) if all(f in formats for formats in exact.values())]
     if common and len(found) == len(weights):
         names = ", ".join(sorted({codes.name for codes in found.values()}))
@@ -64,7 +64,7 @@ def _choose(op: Op, weights: Mapping[int, Recipe], target: Any) -> tuple[Stored,
         return stored, f" keep the codes of the checkpoint, {names}, as {common[0].name}"
     if not all(map(is_stored_quantized, weights.values())):
         return {}, f": {'; '.join(reasons)}; they stay f32"
-    nearest = _nearest(op, weights, target)
+    nearest = _nearest_integers(op, weights, target)
     reason = (
         "; ".join(reasons) or f"no format of the target holds {', '.join(sorted({c.name for c in found.values()}))}"
     )
@@ -88,17 +88,17 @@ def _by_rows(recipe: Recipe) -> Codes:
     return found
 
 
-def _obstacle(op: Op, format: Format, target: Any) -> str:
+def _why_not_held(op: Op, format: Format, target: Any) -> str:
     return "" if target is None else target.formats.holds(op, format) or ""
 
 
-def _nearest(op: Op, weights: Mapping[int, Recipe], target: Any) -> Format | None:
+def _nearest_integers(op: Op, weights: Mapping[int, Recipe], target: Any) -> Format | None:
     """Return the integers of 8 bits whose groups are those of the checkpoint, or the largest below them that fit."""
     wanted = min(map(_source_group, weights.values()))
     for group in reversed(GROUPS):
         if group <= wanted and not any(recipe.type.sizes[-1] % group for recipe in weights.values()):
             format = format_of(f"int{NEAREST_BITS}_g{group}")
-            if not _obstacle(op, format, target):
+            if not _why_not_held(op, format, target):
                 return format
     return None
 
@@ -110,7 +110,7 @@ def _source_group(recipe: Recipe) -> int:
     return group if group > 1 else _UNGROUPED
 
 
-def _store(function: Function, chosen: Mapping[int, Stored]) -> Function:
+def _store_weights(function: Function, chosen: Mapping[int, Stored]) -> Function:
     """Return the function with other weights at operands; a weight that two ops hold in two formats becomes two."""
     if not chosen:
         return function
@@ -130,7 +130,7 @@ def _store(function: Function, chosen: Mapping[int, Stored]) -> Function:
             consts[value.name] = Const(value, recipe)
             operands[k] = value
         ops[i] = replace(ops[i], operands=tuple(operands))
-    return dce(replace(function, consts=tuple(consts.values()), ops=tuple(ops)))
+    return eliminate_dead_code(replace(function, consts=tuple(consts.values()), ops=tuple(ops)))
 
 
 def _names_left(function: Function, chosen: Mapping[int, Stored]) -> set[str]:

@@ -13,8 +13,8 @@ from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.names import Names
 from ..compiler.ir.notes import Note, Rewritten, note_on
 from ..compiler.ir.recipes import WEIGHT
-from ..compiler.quantize.awq_scales import fold
-from ..compiler.quantize.choices import KEEP, check_options, storing
+from ..compiler.quantize.awq_scales import fold_awq_scales
+from ..compiler.quantize.choices import KEEP, check_options, quantize_attributes
 from ..compiler.quantize.plan import Unit, parse_layers
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import Editor
@@ -48,8 +48,8 @@ def quantize(
         "experts": experts, "attention": attention, "shared": shared, "dense": dense, "router": router,
         "embedding": embedding, "head": head,
     }  # fmt: skip
-    how = storing(method, starved)
-    module, policies = _split(module, policy, parse_layers(layers))
+    how = quantize_attributes(method, starved)
+    module, policies = _split_by_policy(module, policy, parse_layers(layers))
     roles = weight_roles(module)
     # one format for everything is not meant for a table that the target only looks rows up in
     everything = len({spec for role, spec in policy.items() if role != "router"}) == 1
@@ -58,12 +58,12 @@ def quantize(
     for function in module.functions:
         own = roles[function.name]
         found = {
-            place: _choose(function, place, spec, group, symmetric, target, own, everything)
-            for place, spec in _specs(function, own, policies[function.name])
+            place: _choose_format(function, place, spec, group, symmetric, target, own, everything)
+            for place, spec in _format_specs(function, own, policies[function.name])
         }
         chosen = {place: format for place, format in found.items() if isinstance(format, Format)}
-        scaled, unscaled = fold(function) if method == "awq" and chosen else (function, [])
-        functions[function.name] = _store(scaled, chosen, how)
+        scaled, unscaled = fold_awq_scales(function) if method == "awq" and chosen else (function, [])
+        functions[function.name] = _quantize_operands(scaled, chosen, how)
         refused = [note for note in found.values() if isinstance(note, Note)]
         notes += [*refused, *unscaled, *(_rounded_blocks(function, chosen) if how else [])]
     return Rewritten(module.with_functions(functions), tuple(notes))
@@ -72,7 +72,7 @@ def quantize(
 Place = tuple[int, int]  # an op and one of its operands
 
 
-def _specs(function: Function, roles: Mapping[Place, str], policy: Policy) -> list[tuple[Place, str]]:
+def _format_specs(function: Function, roles: Mapping[Place, str], policy: Policy) -> list[tuple[Place, str]]:
     found = [(place, policy.of(function.ops[place[0]], role)) for place, role in roles.items()]
     return [(place, spec) for place, spec in found if spec not in KEEP]
 
@@ -93,7 +93,9 @@ class Policy:
         return self.ops.get(op.results[0].name, self.roles[role])
 
 
-def _split(module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]) -> tuple[Module, dict[str, Policy]]:
+def _split_by_policy(
+    module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]
+) -> tuple[Module, dict[str, Policy]]:
     """Return the module with a function for every set of layers of one policy, and the policy of every function."""
     roles = {name: set(uses.values()) for name, uses in weight_roles(module).items()}
     names = Names(module.by_name, mark="_")
@@ -122,7 +124,7 @@ def _split(module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]
     for caller in module.functions:
         if caller.name == "main":
             function_for("main", None)
-        calls = {i: function_for(op.callee, _layer(op)) for i, op in enumerate(caller.ops) if op.callee}
+        calls = {i: function_for(op.callee, _layer_number(op)) for i, op in enumerate(caller.ops) if op.callee}
         ops = tuple(
             replace(op, callee=calls[i]) if calls.get(i, "") != op.callee else op for i, op in enumerate(caller.ops)
         )
@@ -131,7 +133,13 @@ def _split(module: Module, policy: Mapping[str, str], single: Mapping[Unit, str]
         )
     if unknown := [str(unit) for unit in single if unit not in used]:
         known = sorted(
-            {str(Unit(_layer(op), r)) for f in module.functions for op in f.ops if op.callee for r in roles[op.callee]}
+            {
+                str(Unit(_layer_number(op), r))
+                for f in module.functions
+                for op in f.ops
+                if op.callee
+                for r in roles[op.callee]
+            }
         )
         raise MoecError(
             f"layers: there is no {unknown[0]}",
@@ -162,7 +170,7 @@ def _in_groups(function: Function, policy: Policy) -> tuple[Function, Policy]:
     return function, replace(policy, ops=found)
 
 
-def _layer(op: Op) -> int | None:
+def _layer_number(op: Op) -> int | None:
     layer = op.attributes.get("layer")
     return layer if isinstance(layer, int) else None
 
@@ -170,7 +178,7 @@ def _layer(op: Op) -> int | None:
 # --- which format ----------------------------------------------------------------------------------------------
 
 
-def _choose(
+def _choose_format(
     function: Function, place: Place, spec: str, group: int | None, symmetric: bool, target: Any,
     roles: Mapping[Place, str], everything: bool,
 ) -> Format | Note:  # fmt: skip
@@ -196,7 +204,7 @@ def _choose(
     reasons = []
     for format in candidates:
         # what the user asks for may be slow: lowering notes it
-        reason = _obstacle(op, weights, format, target, or_slow=not asked_for)
+        reason = _why_not_stored(op, weights, format, target, or_slow=not asked_for)
         if not reason:
             return format
         reasons.append(f"{format.name}: {reason}")
@@ -209,7 +217,7 @@ def _choose(
     return note_on(function, op, f"{what}; it stays f32")
 
 
-def _obstacle(op: Op, weights: list[Value], format: Format, target: Any, or_slow: bool = True) -> str:
+def _why_not_stored(op: Op, weights: list[Value], format: Format, target: Any, or_slow: bool = True) -> str:
     """Return why weights cannot have a format, or with `or_slow` should not; nothing if they can."""
     for weight in weights:
         if weight.type.dtype != "f32":
@@ -224,7 +232,7 @@ def _obstacle(op: Op, weights: list[Value], format: Format, target: Any, or_slow
 def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> str:
     """Return the formats like this one that the weights could have."""
     names = [f"{prefix}int{bits}_g{g}" for bits in (format.bits, 4, 8) for prefix in ("", "u") for g in GROUPS]
-    fitting = [n for n in dict.fromkeys(names) if (f := find_format(n)) and not _obstacle(op, weights, f, target)]
+    fitting = [n for n in dict.fromkeys(names) if (f := find_format(n)) and not _why_not_stored(op, weights, f, target)]
     return f"formats that work: {', '.join(fitting[:8])}" if fitting else "leave this role at f32"
 
 
@@ -238,7 +246,7 @@ def _rounded_blocks(function: Function, chosen: Mapping[Place, Format]) -> list[
     return [note_on(function, op, f"{op.operands[k]}: {reason}") for op, k in blocks]
 
 
-def _store(function: Function, chosen: Mapping[Place, Format], how: Mapping[str, str]) -> Function:
+def _quantize_operands(function: Function, chosen: Mapping[Place, Format], how: Mapping[str, str]) -> Function:
     """Return the function with the chosen operands quantized; the same weight in two formats becomes two."""
     if not chosen:
         return function

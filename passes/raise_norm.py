@@ -8,7 +8,7 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, apply, rule
+from ..compiler.rewrite.rules import Match, apply_rules, rule
 
 
 @rule(
@@ -26,7 +26,7 @@ def power_into_rms_norm(m: Match, target: Any) -> dict[str, float]:
     """Read x / sqrt(mean(x ** 2) + eps) * w as one RMSNorm."""
     if m.number("two") != 2:
         raise Refuse("the exponent is not 2", m.two)
-    return _norm(m)
+    return _norm_epsilon(m)
 
 
 @rule(
@@ -42,10 +42,10 @@ def power_into_rms_norm(m: Match, target: Any) -> dict[str, float]:
 )
 def square_into_rms_norm(m: Match, target: Any) -> dict[str, float]:
     """Read x / sqrt(mean(x x) + eps) * w as one RMSNorm."""
-    return _norm(m)
+    return _norm_epsilon(m)
 
 
-def _norm(m: Match) -> dict[str, float]:
+def _norm_epsilon(m: Match) -> dict[str, float]:
     """Return the epsilon; refuse what is no norm over the last axis with one weight for each of its elements."""
     last = len(m.x.type.shape) - 1
     if m.Axes != (last,):
@@ -64,4 +64,4 @@ RULES = (power_into_rms_norm, square_into_rms_norm)
 @pass_(reads="graph")
 def raise_norm(module: Module, target: Any) -> Rewritten:
     """Raise the arithmetic of RMSNorm to nn.rms_norm."""
-    return apply(module, target, RULES)
+    return apply_rules(module, target, RULES)

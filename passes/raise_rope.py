@@ -9,7 +9,7 @@ from ..compiler.ir.dims import Size
 from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.rules import Match, apply, rule
+from ..compiler.rewrite.rules import Match, apply_rules, rule
 
 
 @rule(
@@ -111,4 +111,4 @@ RULES = (halves_into_rope, split_halves_into_rope, pairs_into_rope)
 @pass_(reads="graph")
 def raise_rope(module: Module, target: Any) -> Rewritten:
     """Raise the arithmetic of rotary embedding to nn.rope."""
-    return apply(module, target, RULES)
+    return apply_rules(module, target, RULES)

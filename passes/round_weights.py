@@ -27,12 +27,12 @@ def round_weights(module: Module, target: object, *, to: str = "bf16") -> Rewrit
     if to not in DTYPES:
         raise MoecError(f"weights are not rounded to {to}", todo=f"there are {', '.join(DTYPES)}")
     roles = weight_roles(module)
-    rounded = {f.name: _round(f, roles[f.name], to) for f in module.functions}
+    rounded = {f.name: _round_function(f, roles[f.name], to) for f in module.functions}
     functions = {name: function for name, (function, _) in rounded.items()}
     return Rewritten(module.with_functions(functions), tuple(note for _, notes in rounded.values() for note in notes))
 
 
-def _round(function: Function, roles: Uses, to: str) -> tuple[Function, list[Note]]:
+def _round_function(function: Function, roles: Uses, to: str) -> tuple[Function, list[Note]]:
     stored = {place for place, role in roles.items() if role != "router"}
     stored |= {(i, k) for i, op in enumerate(function.ops) for k in _ALSO.get(op.name, ())}
     names = {function.ops[i][k].name for i, k in stored}

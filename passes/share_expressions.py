@@ -17,19 +17,19 @@ def share_expressions(module: Module, target: Any) -> Module:
 
     Names of parameters and of results stay.
     """
-    return module.with_functions({f.name: shared(f) for f in module.functions})
+    return module.with_functions({f.name: share_expressions_in(f) for f in module.functions})
 
 
-def shared(function: Function) -> Function:
+def share_expressions_in(function: Function) -> Function:
     """Return the function with equal ops and weights only once; itself if there are none."""
     rewriter = FunctionRewriter(function)
     consts = _shared_consts(rewriter)
     seen: dict[Any, int] = {}
     for original in function.ops:
         op = rewriter.read(original)
-        position = seen.get(_key(op))
+        position = seen.get(_expression_key(op))
         if position is None or any(map(rewriter.returned, op.results)):
-            seen.setdefault(_key(op), len(rewriter.ops))
+            seen.setdefault(_expression_key(op), len(rewriter.ops))
             rewriter.keep(op)
             continue
         first = rewriter.ops[position]
@@ -47,5 +47,5 @@ def _shared_consts(rewriter: FunctionRewriter) -> tuple[Const, ...]:
     return tuple(kept.values())
 
 
-def _key(op: Op) -> tuple:
+def _expression_key(op: Op) -> tuple:
     return op.name, op.callee, op.operands, attr_key(op.attrs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compiler.errors.plugins import TARGETS as BROUGHT
-from ..compiler.errors.plugins import broken, brought, load_brought, refuse_names
+from ..compiler.errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
 from .cpu import TARGET as CPU
 from .target import Target
 
@@ -32,7 +32,9 @@ class _Targets(Mapping[str, Target]):
         if (found := load_brought(BROUGHT, name, Target, "a Target")) is None:
             raise KeyError(name)
         if found.name != name:
-            raise broken(brought(BROUGHT)[name], f"brings {name} as a target that is named {found.name}")
+            raise broken_package(
+                entry_points_of(BROUGHT)[name], f"brings {name} as a target that is named {found.name}"
+            )
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -40,7 +42,7 @@ class _Targets(Mapping[str, Target]):
 
         own = (CPU.name, *known_profiles())
         refuse_names(BROUGHT, set(own))
-        return iter((*own, *brought(BROUGHT)))
+        return iter((*own, *entry_points_of(BROUGHT)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

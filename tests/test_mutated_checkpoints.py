@@ -28,7 +28,7 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers import model as importing
 from moec.compiler.ir.module import walk_calls
-from moec.compiler.ir.recipes import Literal, bind
+from moec.compiler.ir.recipes import Literal, bind_recipe
 from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.checkpoint import Checkpoint
 from quantized_checkpoints import AWQ, CT4, CT4_ZEROS, GPTQ, quantized
@@ -137,7 +137,7 @@ def numbers_of(folder: Path) -> Numbers:
             for const in function.consts:
                 if not isinstance(const.recipe, Literal):
                     own[const.value.name] = evaluate_recipe(
-                        bind(const.recipe, function.weights, bound), weights
+                        bind_recipe(const.recipe, function.weights, bound), weights
                     ).float()
             found.append(own)
     return found

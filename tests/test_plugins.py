@@ -24,7 +24,7 @@ def twice(x):
 PASSES = '''
 """Passes of the package outside."""
 from moec.compiler.rewrite.declare import pass_
-from moec.compiler.rewrite.rules import apply, rule
+from moec.compiler.rewrite.rules import apply_rules, rule
 
 @rule(before="%y = outside.twice(%x)", after="%y = core.add(%x, %x)")
 def twice_into_add(m, target):
@@ -33,7 +33,7 @@ def twice_into_add(m, target):
 @pass_(reads="any")
 def add_for_twice(module, target, *, often: int = 1):
     """Write outside.twice as an addition."""
-    return apply(module, target, (twice_into_add,))
+    return apply_rules(module, target, (twice_into_add,))
 '''
 TARGET = '''
 """The cpu target of moec, for programs with ops of this package too."""

@@ -9,7 +9,7 @@ import moec
 import numpy as np
 import pytest
 import torch
-from moec.compiler.cli.report import inspect, open_source
+from moec.compiler.cli.report import inspect_source, open_source
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from tiny_models import padded_batch, random_model, save
 
 def test_towers_are_left_out_and_said_to_be(tmp_path: Path) -> None:
     folder = save(random_model(FAMILIES["qwen3_vl_moe"]), tmp_path / "whole")
-    report = inspect(open_source(folder))
+    report = inspect_source(open_source(folder))
     assert report["left_out"]["names"] == ["model.visual.*"]
     stored = load_file(folder / "model.safetensors")
     tower = [t for name, t in stored.items() if name.startswith("model.visual.")]
@@ -34,13 +34,13 @@ def test_the_thinker_of_a_whole_omni_checkpoint(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     whole = {"model_type": "qwen3_omni_moe", "thinker_config": config}
     (folder / "config.json").write_text(json.dumps(whole))
-    alone = inspect(open_source(_without_weights(folder, tmp_path / "config")))
+    alone = inspect_source(open_source(_without_weights(folder, tmp_path / "config")))
     tensors = load_file(folder / "model.safetensors")
     stored = {f"thinker.{name}": t for name, t in tensors.items()} | {"talker.x": torch.ones(3)}
     save_file(stored, folder / "model.safetensors")
     loaded = load(folder)
     assert "talker.x" in loaded.left_out and loaded.weights is not None
-    assert inspect(open_source(folder))["parameters"] == alone["parameters"]
+    assert inspect_source(open_source(folder))["parameters"] == alone["parameters"]
     ids, mask, positions = padded_batch(128, 9, batch=2)
     session = moec.compile(folder, out=tmp_path / "artifact").session()
     found, _ = session.step(ids.numpy(), mask.numpy(), positions.numpy(), session.start(2))

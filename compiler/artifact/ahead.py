@@ -24,7 +24,7 @@ def check_output(final: Path) -> None:
     """Raise MoecError unless a folder can be made at `final`, or the artifact there be replaced."""
     final = Path(os.path.realpath(check_path(final, "the output")))
     check_replaceable(final)
-    parent = _existing(final.parent)
+    parent = _nearest_existing(final.parent)
     if not parent.is_dir():
         raise MoecError(f"{parent.name} is a file, not a folder", str(parent), todo="choose another output folder")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -33,7 +33,7 @@ def check_output(final: Path) -> None:
 
 def check_room(final: Path, wanted: int) -> None:
     """Raise MoecError unless the disk has room for an artifact of so many bytes."""
-    free = shutil.disk_usage(_existing(Path(os.path.realpath(final)).parent)).free
+    free = shutil.disk_usage(_nearest_existing(Path(os.path.realpath(final)).parent)).free
     if wanted > free:
         what = f"the artifact takes {wanted / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB left"
         raise MoecError(what, str(final), todo="free some space, choose another disk, or store weights in fewer bits")
@@ -41,7 +41,7 @@ def check_room(final: Path, wanted: int) -> None:
 
 def check_dump(folder: Path) -> Path:
     """Return the folder; MoecError unless dumps can be written into it."""
-    place = _existing(check_path(folder, "the dumps"))
+    place = _nearest_existing(check_path(folder, "the dumps"))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise MoecError("no dumps can be written there", str(folder), todo="choose another folder")
     return folder
@@ -71,7 +71,7 @@ def least_bytes(source: Path, quantized: bool) -> int:
     return int(stored * (LEAST_QUANTIZED if quantized else LEAST_PLAIN))
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     """Return a path, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -3,7 +3,7 @@
 A killed compile leaves the old artifact: at no moment does a reader find a part of the new one, or nothing, at the
 final name. On Linux the two folders are exchanged by one system call (renameat2 with RENAME_EXCHANGE). Where the
 system or the file system cannot do that, the old folder is first moved to `.<name>.old-<pid>-<random>`; a process
-killed between the two renames leaves no folder at the final name, and `recover`, which the next `atomic_folder` calls
+killed between the two renames leaves no folder at the final name, and `clean_up_after_killed`, which the next `atomic_folder` calls
 and a loader may call, moves the old one back.
 """
 
@@ -38,23 +38,23 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     final = Path(os.path.realpath(final))
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        recover(final)
+        clean_up_after_killed(final)
         check_replaceable(final)
-        partial = _beside(final, "partial")
+        partial = _temporary_name(final, "partial")
         partial.mkdir()
     except OSError as error:
         raise write_error(error, final) from error
     lock = None
     try:
         with suppress(OSError):  # a file system without locks: process ids alone say what is left over
-            lock = _lock(partial)
+            lock = _lock_folder(partial)
         try:
             yield partial
         except OSError as error:
             if error.errno in (*_FULL, errno.EFBIG):  # other errors may be about files that were read
                 raise write_error(error, final) from error
             raise
-        _finish(partial, final)
+        _put_in_place_whole(partial, final)
     finally:
         # The new folder after a failure, the old one after an exchange. What cannot be removed (a file in it was
         # made undeletable) must not fail a compile that is done; the next run tries again.
@@ -63,18 +63,18 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def recover(final: Path) -> None:
+def clean_up_after_killed(final: Path) -> None:
     """Clean up after killed runs: put an old folder back whose replacing was cut short, remove what is left over."""
     final = Path(os.path.realpath(final))
     for kind in ("old", "partial"):
-        for path in _leftovers(final, kind):
+        for path in _abandoned_folders(final, kind):
             if kind == "old" and not os.path.lexists(final):
                 path.rename(final)
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _beside(final: Path, kind: str) -> Path:
+def _temporary_name(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -89,18 +89,18 @@ def check_replaceable(final: Path) -> None:
         raise MoecError(what, str(final), todo="choose another output folder, or empty it yourself")
 
 
-def _leftovers(final: Path, kind: str) -> list[Path]:
+def _abandoned_folders(final: Path, kind: str) -> list[Path]:
     """Return the folders of this name that a process left which does not run any more."""
     pattern = re.compile(re.escape(f".{final.name}.{kind}-") + r"(\d{1,9})-[0-9a-f]{8}")
     found = []
     for path in final.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink() and _abandoned(path, int(match[1])):
+        if match and path.is_dir() and not path.is_symlink() and _is_abandoned(path, int(match[1])):
             found.append(path)
     return sorted(found)
 
 
-def _abandoned(path: Path, pid: int) -> bool:
+def _is_abandoned(path: Path, pid: int) -> bool:
     """Return whether a folder has no living owner: its process is gone and its lock is free.
 
     Process ids alone do not say it: in containers they start over, so that an owner may have our own id, or be alive
@@ -116,7 +116,7 @@ def _abandoned(path: Path, pid: int) -> bool:
         else:
             return False
     try:
-        lock = _lock(path)
+        lock = _lock_folder(path)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks; a folder of our own id may then be our own
@@ -125,7 +125,7 @@ def _abandoned(path: Path, pid: int) -> bool:
     return True
 
 
-def _lock(folder: Path) -> int:
+def _lock_folder(folder: Path) -> int:
     """Return a descriptor that holds the lock of a folder until it is closed; BlockingIOError if it is taken."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -136,7 +136,7 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _sync(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Have everything in a folder on the disk: a crash of the machine must not leave a name without its bytes."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in [*files, "."]:
@@ -156,9 +156,9 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _finish(partial: Path, final: Path) -> None:
+def _put_in_place_whole(partial: Path, final: Path) -> None:
     try:
-        _sync(partial)
+        _sync_folder(partial)
         check_replaceable(final)  # again: a long time has gone by
         _put_in_place(partial, final)
         _sync_one(final.parent)
@@ -169,8 +169,8 @@ def _finish(partial: Path, final: Path) -> None:
 def _put_in_place(partial: Path, final: Path) -> None:
     if not os.path.lexists(final):
         partial.rename(final)
-    elif not _exchange(partial, final):
-        old = _beside(final, "old")
+    elif not _exchange_folders(partial, final):
+        old = _temporary_name(final, "old")
         final.rename(old)
         try:
             partial.rename(final)
@@ -180,7 +180,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchange(first: Path, second: Path) -> bool:
+def _exchange_folders(first: Path, second: Path) -> bool:
     """Exchange two folders in one step; False where the system or the file system has no such call."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

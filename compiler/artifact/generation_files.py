@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
-from ..errors.json_files import misfit, read_json
+from ..errors.json_files import find_misfit, read_json
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
 TOKENIZER, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -53,33 +53,33 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
 def find_end_tokens(folder: Path) -> EndTokens:
     """Return the end tokens that the files of a checkpoint or an artifact name; MoecError for a value of a wrong type."""
     found: list[int] = []
-    for value in _values(folder, END_IDS, _IDS, "a token id or a list of them"):
+    for value in _values_at(folder, END_IDS, _IDS, "a token id or a list of them"):
         found += value if isinstance(value, list) else [value]
     if found and (folder / GENERATION).is_file() and read_object(folder, GENERATION).get("eos_token_id") is None:
-        return EndTokens(_ids(found))
+        return EndTokens(_distinct_ids(found))
     unknown = []
-    for value in _values(folder, END_TEXTS, _TEXTS, "a text"):
+    for value in _values_at(folder, END_TEXTS, _TEXTS, "a text"):
         text = value["content"] if isinstance(value, dict) else value
         number = token_id(folder, text) if text else -1
         if number is None:
             unknown.append(text)
         else:
             found.append(number)
-    return EndTokens(_ids(found), tuple(dict.fromkeys(unknown)))
+    return EndTokens(_distinct_ids(found), tuple(dict.fromkeys(unknown)))
 
 
-def _ids(found: list[int]) -> tuple[int, ...]:
+def _distinct_ids(found: list[int]) -> tuple[int, ...]:
     """Return ids in their order, each once; -1 stands for no id and is left out."""
     return tuple(dict.fromkeys(n for n in found if n >= 0))
 
 
-def _values(folder: Path, places: tuple[tuple[str, tuple[str, ...]], ...], shape: Any, wanted: str) -> Iterator[Any]:
+def _values_at(folder: Path, places: tuple[tuple[str, tuple[str, ...]], ...], shape: Any, wanted: str) -> Iterator[Any]:
     """Yield the values at the places, nulls left out."""
     for name, keys in places:
         value: Any = read_object(folder, name)
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if misfit(value, shape) is not None:
+        if find_misfit(value, shape) is not None:
             raise MoecError(f"{'.'.join(keys)} of {name} is not {wanted}: {value!r:.80}", where=str(folder / name))
         if value is not None:
             yield value
@@ -90,14 +90,14 @@ def token_id(folder: Path, text: str) -> int | None:
 
     tokenizer.json, which is large, is opened last.
     """
-    for table in _tables(folder):
+    for table in _token_tables(folder):
         number = table.get(text)
         if isinstance(number, int) and not isinstance(number, bool):
             return number
     return None
 
 
-def _tables(folder: Path) -> Iterator[Mapping[str, Any]]:
+def _token_tables(folder: Path) -> Iterator[Mapping[str, Any]]:
     """Yield tables from the texts of tokens to their ids."""
     added = read_object(folder, TOKENIZER).get("added_tokens_decoder")
     if isinstance(added, dict):
@@ -122,7 +122,7 @@ def _tables(folder: Path) -> Iterator[Mapping[str, Any]]:
 def find_sampling(folder: Path) -> dict[str, Any]:
     """Return temperature, top_k and top_p as generation_config.json wants them; MoecError for what cannot be drawn by."""
     config = read_object(folder, GENERATION)
-    place = misfit(config, _SAMPLING)
+    place = find_misfit(config, _SAMPLING)
     if place is None and config.get("do_sample"):
         place = _out_of_range(config)
     if place is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError, write_error
-from ..errors.json_files import Shape, misfit, no_constant, read_json
+from ..errors.json_files import Shape, find_misfit, no_constant, read_json
 
 if TYPE_CHECKING:
     from ..ir.module import Function, Module, Value
@@ -66,7 +66,7 @@ class State:
             return dims[size]
         what = f"the state {self.past} has the size {size}"
         try:
-            found = size if isinstance(size, int) else _evaluate(size, dims)
+            found = size if isinstance(size, int) else _evaluate_text(size, dims)
         except (MoecError, TypeError, ArithmeticError, ValueError) as error:  # a size such as floordiv(P, 0)
             raise MoecError(what, todo=f"known are {', '.join(dims)}") from error
         if not 0 <= found <= LARGEST:
@@ -74,7 +74,7 @@ class State:
         return found
 
 
-def _evaluate(text: str, dims: Mapping[str, int]) -> int:
+def _evaluate_text(text: str, dims: Mapping[str, int]) -> int:
     from ..ir.dims import evaluate
     from ..ir.fragments import parse_size
 
@@ -109,23 +109,23 @@ def write_manifest(
     vocabulary = vocabulary_of(module)
     manifest = {
         "schema": SCHEMA, "moec": moec, "source": dict(source), "target": target, "pipeline": pipeline,
-        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), "unfused": [dict(entry) for entry in unfused], **interface(module),
+        "precision": dict(precision or {}), "lossy": lossy, "figures": dict(figures or {}), "unfused": [dict(entry) for entry in unfused], **interface_entries(module),
         "packages": dict(packages or {}), "replaced": [dict(entry) for entry in replaced],
         "files": {name: known.get(name) or file_sha256(folder / name) for name in names},
         "sizes": {name: (folder / name).stat().st_size for name in names},
         **({} if vocabulary is None else {"vocabulary": vocabulary}),
     }  # fmt: skip
-    _write(folder / MANIFEST, manifest)
+    _write_manifest_file(folder / MANIFEST, manifest)
 
 
 def add_figures(folder: Path, figures: Mapping[str, Any]) -> None:
     """Add measured figures to the manifest of a finished artifact."""
     manifest = read_manifest(folder)
     manifest["figures"] = {**manifest["figures"], **figures}
-    _write(folder / MANIFEST, manifest)
+    _write_manifest_file(folder / MANIFEST, manifest)
 
 
-def interface(module: Module) -> dict[str, Any]:
+def interface_entries(module: Module) -> dict[str, Any]:
     """Return the manifest's dims, inputs, outputs and states of a module; states pair up in their order."""
     main = module.main
     pasts = [v for v in main.params if v.type.state]
@@ -135,26 +135,32 @@ def interface(module: Module) -> dict[str, Any]:
     return {
         "dims": {dim.name: [dim.low, dim.high] for dim in module.dims},
         "inputs": [
-            {"name": v.name, "dtype": v.type.dtype, "shape": _shape(v)} for v in main.params if not v.type.state
+            {"name": v.name, "dtype": v.type.dtype, "shape": _shape_entry(v)} for v in main.params if not v.type.state
         ],
         "outputs": [
-            {"name": v.name, "dtype": v.type.dtype, "shape": _shape(v)} for v in main.results if not v.type.state
+            {"name": v.name, "dtype": v.type.dtype, "shape": _shape_entry(v)} for v in main.results if not v.type.state
         ],
         "states": [
-            {**_state(past, present), "in_place": _in_place(module, main, past)}
+            {**_state_entry(past, present), "in_place": _in_place(module, main, past)}
             for past, present in zip(pasts, presents, strict=True)
         ],
     }
 
 
-def _state(past: Value, present: Value) -> dict[str, Any]:
+def _state_entry(past: Value, present: Value) -> dict[str, Any]:
     sizes = list(zip(past.type.shape, present.type.shape, strict=False))
     grown = [axis for axis, (old, new) in enumerate(sizes) if old != new]
     same_rank = len(past.type.shape) == len(present.type.shape)
     if past.type.dtype != present.type.dtype or not same_rank or len(grown) > 1:
         raise MoecError(f"the state {past}: {past.type} comes back as {present}: {present.type}", where="@main")
     axis = grown[0] if grown else None
-    return {"past": past.name, "present": present.name, "axis": axis, "dtype": past.type.dtype, "shape": _shape(past)}
+    return {
+        "past": past.name,
+        "present": present.name,
+        "axis": axis,
+        "dtype": past.type.dtype,
+        "shape": _shape_entry(past),
+    }
 
 
 def vocabulary_of(module: Module) -> int | None:
@@ -186,7 +192,7 @@ def _in_place(module: Module, function: Function, state: Value) -> bool:
     return definition.operand_name(place) in definition.in_place
 
 
-def _shape(value: Value) -> list[int | str]:
+def _shape_entry(value: Value) -> list[int | str]:
     from ..ir.dims import size_text
 
     return [int(s) if s.is_Integer else size_text(s) for s in value.type.shape]
@@ -203,7 +209,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         todo = "compile it again with this version, or use the version of moec that wrote it"
         raise MoecError(f"schema {schema!r} of {MANIFEST} is not known, only {SCHEMA} is", where=str(path), todo=todo)
-    if (place := misfit(manifest, SHAPE)) is not None:
+    if (place := find_misfit(manifest, SHAPE)) is not None:
         problem = "is missing" if place in set(SHAPE) - set(manifest) else "is not what it should be"
         raise MoecError(f"{place} {problem} in {MANIFEST}", where=str(path), todo="compile it again")
     for entry in manifest["states"]:
@@ -238,7 +244,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: Path, manifest: Mapping[str, Any]) -> None:
+def _write_manifest_file(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write beside the file and rename, so that a reader never sees half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import MoecError
 from ..ir.module import Function, Module, walk_calls
-from ..ir.recipes import Recipe, bind, steps_of, tensors
+from ..ir.recipes import Recipe, bind_recipe, steps_of, tensors_of
 from ..ir.types import expand_range
 from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.source import RandomSource
@@ -75,9 +75,9 @@ def compare_function(before: Module, after: Module, name: str, bound: Mapping[st
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:  # what torch and references raise
         raise MoecError(f"@{name} no longer runs: {error}", where=f"@{name}", exit_code=1) from error
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
-        problem = difference(a, b, tolerance)
+        problem = describe_difference(a, b, tolerance)
         if problem:
-            raise _report(before.by_name[name], i, problem)
+            raise _wrong_numbers(before.by_name[name], i, problem)
 
 
 def random_source(*modules: Module) -> RandomSource:
@@ -92,11 +92,11 @@ def _index_sizes(module: Module) -> Iterator[tuple[str, int]]:
             for found in steps_of(const.recipe):
                 if found.name == "gather":
                     size = found.items[0].type.sizes[found.attributes.integer("axis")]
-                    names = tensors(bind(found.items[1], function.weights, bound))
+                    names = tensors_of(bind_recipe(found.items[1], function.weights, bound))
                     yield from ((name, size) for tensor in names for name in expand_range(tensor.name))
 
 
-def _report(function: Function, index: int, problem: str) -> MoecError:
+def _wrong_numbers(function: Function, index: int, problem: str) -> MoecError:
     value = function.results[index]
     made = function.producers.get(value.name)
     model = ", ".join(made.loc) if made else ""
@@ -104,7 +104,7 @@ def _report(function: Function, index: int, problem: str) -> MoecError:
     return MoecError(f"wrong numbers: {value} {problem}", where=where, model=model, exit_code=1)
 
 
-def difference(expected: Tensor, found: Tensor, tolerance: float) -> str:
+def describe_difference(expected: Tensor, found: Tensor, tolerance: float) -> str:
     """Return how two tensors differ by more than `tolerance` of the largest number; nothing if they agree."""
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return f"is {found.dtype}{list(found.shape)}, before {expected.dtype}{list(expected.shape)}"

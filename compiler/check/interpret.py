@@ -14,8 +14,8 @@ import torch
 from ..errors import MoecError
 from ..ir.dims import evaluate
 from ..ir.dtypes import DTYPES
-from ..ir.module import Function, Module, Op, Value, bindings
-from ..ir.recipes import Recipe, bind
+from ..ir.module import Function, Module, Op, Value, call_bindings
+from ..ir.recipes import Recipe, bind_recipe
 from ..ops import OPS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def interpret(
     start = module.by_name[function]
     found = bind_dims(start.params, inputs, dims)
     with torch.no_grad():
-        return _run(module, start, inputs, weights, dict(bound or {}), found)
+        return _run_function(module, start, inputs, weights, dict(bound or {}), found)
 
 
 def bind_dims(
@@ -69,17 +69,19 @@ def bind_dims(
     return dims
 
 
-def _run(
+def _run_function(
     module: Module, function: Function, inputs: Sequence[Any], weights: Weights, bound: dict[str, str], dims: dict
 ) -> tuple[Tensor, ...]:
     values: dict[str, Tensor] = {p.name: t for p, t in zip(function.params, inputs, strict=True)}
-    values |= {c.value.name: weights(bind(c.recipe, function.weights, bound)) for c in function.consts}
+    values |= {c.value.name: weights(bind_recipe(c.recipe, function.weights, bound)) for c in function.consts}
     last_use = {v.name: i for i, op in enumerate(function.ops) for v in op.inputs}
     keep = {v.name for v in function.results}
     for i, op in enumerate(function.ops):
         operands = [None if v is None else values[v.name] for v in op.operands]
         if op.callee:
-            results: Any = _run(module, module.by_name[op.callee], operands, weights, {**bound, **bindings(op)}, dims)
+            results: Any = _run_function(
+                module, module.by_name[op.callee], operands, weights, {**bound, **call_bindings(op)}, dims
+            )
         else:
             results = run_op(op, operands, dims)
         for value, tensor in zip(op.results, results, strict=True):
@@ -92,16 +94,16 @@ def _run(
 
 def run_op(op: Op, operands: Sequence[Tensor | None], dims: Mapping[str, int]) -> tuple[Tensor, ...]:
     """Run one op's reference; size expressions in attributes are evaluated with `dims`."""
-    attributes = {name: _concrete(value, dims) for name, value in op.attrs}
+    attributes = {name: _concrete_sizes(value, dims) for name, value in op.attrs}
     result = OPS[op.name].reference(*operands, **attributes)
     return result if isinstance(result, tuple) else tuple(result) if isinstance(result, list) else (result,)
 
 
-def _concrete(value: Any, dims: Mapping[str, int]) -> Any:
+def _concrete_sizes(value: Any, dims: Mapping[str, int]) -> Any:
     if isinstance(value, sympy.Expr):
         return evaluate(value, dims)
     if isinstance(value, tuple):
-        return tuple(_concrete(v, dims) for v in value)
+        return tuple(_concrete_sizes(v, dims) for v in value)
     return value
 
 

@@ -36,7 +36,7 @@ def live_bytes(module: Module, dims: Mapping[str, int]) -> int:
             return max(0, peak(op.callee) - sum(map(size, (*callee.params, *callee.results))))
         results = sum(map(size, op.results))
         if op.name.endswith("attention"):
-            return results + _SCORES * 4 * dims["B"] * dims["S"] ** 2 * heads(op)
+            return results + _SCORES * 4 * dims["B"] * dims["S"] ** 2 * score_heads(op)
         if op.name == "moe.experts":
             # what all experts' second matrices are multiplied with, and what one expert works in
             return 2 * results + 2 * size(op["ids"]) * int(op["down"].type.shape[-1])
@@ -45,7 +45,7 @@ def live_bytes(module: Module, dims: Mapping[str, int]) -> int:
     return peak("main")
 
 
-def heads(op: Op) -> int:
+def score_heads(op: Op) -> int:
     """Return for how many heads an op computes scores, at least 1."""
     if "heads" in op.attributes:
         return op.attributes.integer("heads")

@@ -18,7 +18,7 @@ from ..errors import MoecError
 from ..formats.bounds import rounding_bounds
 from ..formats.table import find_format
 from ..ir.module import Function, Module, Op, walk_calls
-from ..ir.recipes import FITTED, Recipe, Step, bind, steps_of
+from ..ir.recipes import FITTED, Recipe, Step, bind_recipe, steps_of
 from ..ir.types import TensorType
 from ..weights.demote import is_demotion
 from ..weights.evaluate import evaluate_recipe
@@ -40,7 +40,7 @@ def compare_rounded(before: Module, after: Module, tolerance: float) -> None:
 
     `tolerance` is that of the outputs without the rounding, as in `check.compare_modules`.
     """
-    old = {s for f in before.functions for s in _roundings(f)}
+    old = {s for f in before.functions for s in _rounding_steps(f)}
     plain = after.with_functions({f.name: _without_rounding(f, old) for f in after.functions})
     source = random_source(before, after)
     _compare_weights(before, plain, source)
@@ -51,12 +51,12 @@ def compare_rounded(before: Module, after: Module, tolerance: float) -> None:
             seen.add(function.name)
             for const in function.consts:
                 for found in steps_of(const.recipe):
-                    if _rounds(found) and found not in old:
-                        _check_step(_bound(found, function, bound), f"{const.value} in @{function.name}", source)
+                    if _is_rounding(found) and found not in old:
+                        _check_step(_bind_step(found, function, bound), f"{const.value} in @{function.name}", source)
 
 
-def _bound(found: Step, function: Function, bound: Mapping[str, str]) -> Step:
-    made = bind(found, function.weights, bound)
+def _bind_step(found: Step, function: Function, bound: Mapping[str, str]) -> Step:
+    made = bind_recipe(found, function.weights, bound)
     assert isinstance(made, Step)
     return made
 
@@ -64,19 +64,20 @@ def _bound(found: Step, function: Function, bound: Mapping[str, str]) -> Step:
 # --- without the rounding --------------------------------------------------------------------------------------
 
 
-def _rounds(recipe: Step) -> bool:
+def _is_rounding(recipe: Step) -> bool:
     return recipe.name == "quantize" or is_demotion(recipe)
 
 
-def _roundings(function: Function) -> Iterator[Step]:
-    return (s for c in function.consts for s in steps_of(c.recipe) if _rounds(s))
+def _rounding_steps(function: Function) -> Iterator[Step]:
+    return (s for c in function.consts for s in steps_of(c.recipe) if _is_rounding(s))
 
 
 def _without_rounding(function: Function, kept: set[Step]) -> Function:
     """Return the function with its weights not rounded, but for the steps that are kept, and no activations either."""
     function = _without_rounded_values(function)
     consts = tuple(
-        replace(c, recipe=found) if (found := _exact(c.recipe, kept)) is not c.recipe else c for c in function.consts
+        replace(c, recipe=found) if (found := _recipe_without_rounding(c.recipe, kept)) is not c.recipe else c
+        for c in function.consts
     )
     return (
         function
@@ -99,11 +100,11 @@ def _rounds_values(op: Op) -> bool:
     return len(op.inputs) == 1 and find_format(op.results[0].type.dtype) is not None
 
 
-def _exact(recipe: Recipe, kept: set[Step]) -> Recipe:
-    if not isinstance(recipe, Step) or not any(_rounds(s) and s not in kept for s in steps_of(recipe)):
+def _recipe_without_rounding(recipe: Recipe, kept: set[Step]) -> Recipe:
+    if not isinstance(recipe, Step) or not any(_is_rounding(s) and s not in kept for s in steps_of(recipe)):
         return recipe
-    items = tuple(_exact(item, kept) for item in recipe.items)
-    if _rounds(recipe) and recipe not in kept:
+    items = tuple(_recipe_without_rounding(item, kept) for item in recipe.items)
+    if _is_rounding(recipe) and recipe not in kept:
         return items[0]
     if recipe.spreads and len({i.type.dtype for i in items}) > 1:  # some were rounded, some are short already
         items = tuple(i if i.type.dtype == "f32" else step("cast", i, to="f32") for i in items)
@@ -139,19 +140,19 @@ def _compare_weights(before: Module, after: Module, random: WeightSource) -> Non
         if (old.name, new.name) in seen or not alike:
             continue  # a function whose ops became others is judged by its outputs
         seen.add((old.name, new.name))
-        first, second = _recipes(old, bound), _recipes(new, bound)
+        first, second = _bound_recipes(old, bound), _bound_recipes(new, bound)
         for was, now in zip(old.ops, new.ops, strict=True):
-            for name, found in _operands(was, first, now, second):
+            for name, found in _changed_weights(was, first, now, second):
                 what = _other_numbers(*found, source)
                 if what:
                     raise MoecError(f"wrong weight: {name} {what}", f"{name} in @{new.name}", exit_code=1)
 
 
-def _recipes(function: Function, bound: Mapping[str, str]) -> dict[str, Recipe]:
-    return {c.value.name: bind(c.recipe, function.weights, bound) for c in function.consts}
+def _bound_recipes(function: Function, bound: Mapping[str, str]) -> dict[str, Recipe]:
+    return {c.value.name: bind_recipe(c.recipe, function.weights, bound) for c in function.consts}
 
 
-def _operands(
+def _changed_weights(
     was: Op, first: Mapping[str, Recipe], now: Op, second: Mapping[str, Recipe]
 ) -> Iterator[tuple[str, tuple[Recipe, Recipe]]]:
     """Yield the weights of an op whose recipe changed, with the recipes before and after."""
@@ -165,40 +166,38 @@ def _other_numbers(old: Recipe, new: Recipe, source: WeightSource) -> str:
     if old.type.sizes != new.type.sizes:
         return f"is {list(new.type.sizes)}, before {list(old.type.sizes)}"
     fitted = any(s.name == "scale" for s in steps_of(new))
-    for box in _matrices(old):
+    for box in _matrix_boxes(old):
         a, b = (evaluate_recipe(without_calibration(recipe), source, box).double() for recipe in (old, new))
         if torch.equal(a, b):
             continue
         error, size = float((a - b).norm()), float(a.norm())
         if not (fitted and error <= EXACT * size):
             place = f" (expert {box[0][0]})" if len(box) > 2 else ""
-            return (
-                f"without its rounding is another weight than before{place}: off by {_share(error, size)} of its norm"
-            )
+            return f"without its rounding is another weight than before{place}: off by {_relative_error_text(error, size)} of its norm"
     return ""
 
 
 def _check_step(rounding: Step, where: str, source: WeightSource) -> None:
     """Raise MoecError unless what a step makes of random numbers is as near to them as its format promises."""
     (item,) = rounding.items
-    for box in _matrices(item):
+    for box in _matrix_boxes(item):
         numbers, found = (
             evaluate_recipe(without_calibration(recipe), source, box).double() for recipe in (item, rounding)
         )
         errors = numbers - found
-        bound, rows = _bounds(numbers, rounding.type.dtype)
+        bound, rows = _error_bounds(numbers, rounding.type.dtype)
         far = ~(errors.norm(dim=-1) <= rows)  # not >: what is no number is caught too
         if not float(errors.norm()) <= bound or bool(far.any()):
             size = float(numbers.norm())
             place = f" of expert {box[0][0]}" if len(box) > 2 else ""
             row = f"; {int(far.sum())} rows by more than a row may be" if bool(far.any()) else ""
             raise MoecError(
-                f"wrong weight: {rounding.type.dtype}{place} is off by {_share(float(errors.norm()), size)} of its norm, "
-                f"rounding by {_share(bound, size)} at most{row}", where, exit_code=1,
+                f"wrong weight: {rounding.type.dtype}{place} is off by {_relative_error_text(float(errors.norm()), size)} of its norm, "
+                f"rounding by {_relative_error_text(bound, size)} at most{row}", where, exit_code=1,
             )  # fmt: skip
 
 
-def _bounds(numbers: Tensor, dtype: str) -> tuple[float, Tensor]:
+def _error_bounds(numbers: Tensor, dtype: str) -> tuple[float, Tensor]:
     """Return how large the error of all numbers may be, and that of each row."""
     format = find_format(dtype)
     if format is None:
@@ -208,7 +207,7 @@ def _bounds(numbers: Tensor, dtype: str) -> tuple[float, Tensor]:
     return float(whole.norm()), rows
 
 
-def _matrices(recipe: Recipe) -> Iterator[Box]:
+def _matrix_boxes(recipe: Recipe) -> Iterator[Box]:
     """Yield boxes of one matrix each; a weight without matrices is one box."""
     sizes = recipe.type.sizes
     if len(sizes) < 3:
@@ -218,5 +217,5 @@ def _matrices(recipe: Recipe) -> Iterator[Box]:
         yield ((i, i + 1), *full_box(sizes[1:]))
 
 
-def _share(error: float, size: float) -> str:
+def _relative_error_text(error: float, size: float) -> str:
     return f"{error / (size or 1.0):.2g}"

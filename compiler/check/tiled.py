@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from ..errors import MoecError
-from ..ir.module import Function, Module, Op, bindings
-from ..ir.recipes import Recipe, bind, tensors
-from ..ops.activation import activate
+from ..ir.module import Function, Module, Op, call_bindings
+from ..ir.recipes import Recipe, bind_recipe, tensors_of
+from ..ops.activation import apply_activation
 from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.source import Box, WeightSource, full_box
 from ..weights.tiles import tile_boxes
 from ..weights.uncalibrated import without_quantization
 from .interpret import run_op
-from .live import heads
+from .live import score_heads
 
 TILE = 16 << 20  # bytes of f32 weights that a linear works with at once
 SCORES = 128 << 20  # bytes of scores that attention works with at once
@@ -57,7 +57,7 @@ class TiledInterpreter:
 
     def steps(self, function: Function, values: dict[str, Any], bound: Mapping[str, str], first: int = 0) -> None:
         """Run the ops of a function from one on; values that nobody reads any more are let go."""
-        recipes = {c.value.name: bind(c.recipe, function.weights, bound) for c in function.consts}
+        recipes = {c.value.name: bind_recipe(c.recipe, function.weights, bound) for c in function.consts}
         last_use = {v.name: i for i, op in enumerate(function.ops) for v in op.inputs}
         keep = {v.name for v in function.results}
         for i, op in enumerate(function.ops[first:], first):
@@ -87,7 +87,7 @@ class TiledInterpreter:
     def op(self, op: Op, operands: Sequence[Any], bound: Mapping[str, str]) -> Sequence[torch.Tensor]:
         """Run one op; operands are tensors, and bound recipes for weights."""
         if op.callee:
-            return self.run(self.module.by_name[op.callee], operands, {**bound, **bindings(op)})
+            return self.run(self.module.by_name[op.callee], operands, {**bound, **call_bindings(op)})
         match op.name:
             case "core.linear" if isinstance(operands[1], Recipe):
                 return (self.linear(*operands),)
@@ -118,7 +118,7 @@ class TiledInterpreter:
         ):
             if box[1] != (0, rows.shape[1]):
                 raise MoecError(
-                    "a row of a weight is larger than a tile", model=", ".join(t.name for t in tensors(weight))[:80]
+                    "a row of a weight is larger than a tile", model=", ".join(t.name for t in tensors_of(weight))[:80]
                 )
             y[:, slice(*box[0])] = rows @ self.tensor(weight, box).T
         if bias is not None:
@@ -151,11 +151,13 @@ class TiledInterpreter:
             spans.append(torch.arange(start, end))
             if start == end:
                 continue
-            h = torch.nn.functional.linear(x[rows], self.tensor(up, _expert(up, e))[0], _at(up_bias, e))
-            h = activate(h, act)
+            h = torch.nn.functional.linear(x[rows], self.tensor(up, _expert_box(up, e))[0], _expert_bias(up_bias, e))
+            h = apply_activation(h, act)
             hidden[start:end] = h
             own = h if rows is token else h[torch.searchsorted(rows, token)]
-            own = torch.nn.functional.linear(own, self.tensor(down, _expert(down, e))[0], _at(down_bias, e))
+            own = torch.nn.functional.linear(
+                own, self.tensor(down, _expert_box(down, e))[0], _expert_bias(down_bias, e)
+            )
             y.index_add_(0, token, own * gates[token, choice, None])
         self.seen(down, hidden, tuple(spans))
         return y
@@ -167,8 +169,8 @@ class TiledInterpreter:
         y, bias = torch.empty(len(rows), weight.type.sizes[1]), self.tensor(bias)
         for e, (start, stop) in enumerate(spans):
             if start < stop:
-                w = self.tensor(weight, _expert(weight, e))[0]
-                y[start:stop] = torch.nn.functional.linear(rows[start:stop], w, _at(bias, e))
+                w = self.tensor(weight, _expert_box(weight, e))[0]
+                y[start:stop] = torch.nn.functional.linear(rows[start:stop], w, _expert_bias(bias, e))
         return y
 
     def gated_mlp(self, op: Op, operands: Sequence[Any]) -> torch.Tensor:
@@ -176,14 +178,14 @@ class TiledInterpreter:
         x, up, down, up_bias, down_bias, gate = operands
         act = op.settings.activation("act")
         h = self.linear(x, up, up_bias)
-        y = self.linear(activate(h, act), down, down_bias)
+        y = self.linear(apply_activation(h, act), down, down_bias)
         return y if gate is None else y * torch.sigmoid(torch.nn.functional.linear(x, self.tensor(gate)))
 
     def attention(self, op: Op, tensors: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Run an op that mixes the tokens of a window, a few windows at a time."""
         count = self.dims["B"]
         batched = [v is not None and str(v.type.shape[0]) == "B" for v in op.operands]
-        scores = 4 * self.dims["S"] ** 2 * heads(op)
+        scores = 4 * self.dims["S"] ** 2 * score_heads(op)
         step = max(1, min(count, self.scores // scores))
         parts = [
             run_op(
@@ -196,9 +198,9 @@ class TiledInterpreter:
         return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
 
-def _expert(weight: Recipe, e: int) -> Box:
+def _expert_box(weight: Recipe, e: int) -> Box:
     return ((e, e + 1), *full_box(weight.type.sizes[1:]))
 
 
-def _at(bias: torch.Tensor | None, e: int) -> torch.Tensor | None:
+def _expert_bias(bias: torch.Tensor | None, e: int) -> torch.Tensor | None:
     return None if bias is None else bias[e]

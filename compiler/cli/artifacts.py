@@ -13,7 +13,7 @@ from .base import (
     CHECK_FAILED,
     debug_option,
     device_option,
-    example,
+    examples_epilog,
     json_option,
     print_notes,
     progress_bar,
@@ -22,7 +22,7 @@ from .base import (
 
 
 @click.command(
-    epilog=example(
+    epilog=examples_epilog(
         'moec run tiny --prompt "import os" --greedy --max-new-tokens 64',
         "moec run tiny --tokens 12,7,99 --seed 3 --top-p 0.9",
     )
@@ -62,7 +62,7 @@ def run(
     from ..runtime.artifact import Artifact
 
     artifact = Artifact.open(Path(folder), check=check_files)
-    from .show import end_notes, generation_json, ran_on, speed
+    from .show import end_notes, generation_json, ran_on, speed_line
 
     draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
     if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
@@ -74,7 +74,7 @@ def run(
         click.echo(json.dumps(generation_json(result), indent=2))
         return
     click.echo()
-    click.echo(speed(result) + ran_on(session), err=True)
+    click.echo(speed_line(result) + ran_on(session), err=True)
     print_notes(end_notes(artifact.end_tokens))
 
 
@@ -102,7 +102,7 @@ def _stream_ids() -> Callable[[int, int], None]:
 
 
 @click.command(
-    epilog=example("moec verify tiny", "moec verify tiny --against checkpoint-folder --text notes.txt --json")
+    epilog=examples_epilog("moec verify tiny", "moec verify tiny --against checkpoint-folder --text notes.txt --json")
 )
 @click.argument("folder", metavar="DIR")
 @click.option("--against", metavar="SOURCE", help="The checkpoint folder.  [default: the one it was compiled from]")

@@ -21,7 +21,7 @@ import click
 
 from ..errors import MoecError, write_error
 from ..errors.json_files import problem_of
-from ..errors.paths import unwritable
+from ..errors.paths import why_unwritable
 
 if TYPE_CHECKING:
     from ..ir.notes import Note
@@ -36,7 +36,7 @@ class Commands(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse arguments that can be no text and no path, in one place for all commands."""
         for argument in args:
-            if (reason := unwritable(argument)) is not None:
+            if (reason := why_unwritable(argument)) is not None:
                 raise click.UsageError(f"an argument {reason}: {argument!a}")
         return super().parse_args(ctx, args)
 
@@ -56,7 +56,7 @@ class Commands(click.Group):
             _silence_stdout()
             ctx.exit(CLOSED_PIPE)
         except Exception as error:  # the outermost place: everything is reported here, with a traceback on demand
-            ctx.exit(report_error(error, debug=debugging(ctx)))
+            ctx.exit(report_error(error, debug=is_debugging(ctx)))
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def _silence_stdout() -> None:
         return
 
 
-def debugging(ctx: click.Context) -> bool:
+def is_debugging(ctx: click.Context) -> bool:
     """Return whether --debug was given, before or after the command's name."""
     return bool(ctx.meta.get("moec.debug"))
 
@@ -124,7 +124,7 @@ trust_option = click.option(
 )
 
 
-def example(*lines: str) -> str:
+def examples_epilog(*lines: str) -> str:
     """Return an epilog for --help with examples that click does not wrap."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 

@@ -20,7 +20,7 @@ from .base import (
     Commands,
     byte_size,
     debug_option,
-    example,
+    examples_epilog,
     json_option,
     print_notes,
     print_timings,
@@ -36,7 +36,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.group(
     cls=Commands,
     context_settings=SETTINGS,
-    epilog=example(
+    epilog=examples_epilog(
         "moec compile examples/tiny-moe -o tiny",
         "moec verify tiny",
         'moec run tiny --prompt "def main():" --greedy',
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 @main.command(
-    epilog=example(
+    epilog=examples_epilog(
         "moec compile examples/tiny-moe -o tiny --verify",
         "moec compile config-folder --stop-after moe | less",
         "moec compile examples/tiny-moe --quantize auto,method=gptq --budget 4.5bpw --calibration text.txt",
@@ -144,7 +144,7 @@ def _key_values(options: tuple[str, ...]) -> dict[str, str]:
 
 
 @main.command(
-    epilog=example(
+    epilog=examples_epilog(
         "moec opt program.moir -p 'cleanup,lift-moe' --check",
         "moec compile model --stop-after graph | moec opt - -p lift-moe --why > moe.moir",
     )
@@ -185,7 +185,7 @@ main.add_command(verify)
 
 
 @main.command(
-    epilog=example(
+    epilog=examples_epilog(
         "moec inspect examples/tiny-moe",
         "moec inspect folder-with-config-json --context 32768 --json | jq .parameters",
         "moec inspect folder-with-config-json --target nvidia-b200 --batch 64",
@@ -220,7 +220,7 @@ def inspect(
         from ...targets import open_target
 
         open_target(target, _key_values(options))
-    from .report import inspect as report
+    from .report import inspect_source as report
     from .report import open_source
 
     opened = open_source(source, trust_remote_code=trust_remote_code)
@@ -246,7 +246,7 @@ def inspect(
         show_predicted(found["predicted"])
 
 
-@main.command("list", epilog=example("moec list passes", "moec list ops --json"))
+@main.command("list", epilog=examples_epilog("moec list passes", "moec list ops --json"))
 @click.argument("what", type=click.Choice(["passes", "ops", "rules", "families"]))
 @json_option
 @debug_option
@@ -257,11 +257,11 @@ def list_(what: str, as_json: bool) -> None:
     """
     from . import listing
 
-    _show(getattr(listing, what)(), as_json)
+    _show_list(getattr(listing, f"list_{what}")(), as_json)
 
 
 @main.command(
-    epilog=example(
+    epilog=examples_epilog(
         "moec targets",
         "moec targets cpu --probe -o capabilities.json",
         "moec targets ascend-950dt -D variant=36",
@@ -291,27 +291,27 @@ def targets(
     if not probe:
         if quick or out:
             raise click.UsageError("--quick and -o belong to --probe")
-        shown = listing.profile(name, _key_values(options)) if name else None
+        shown = listing.accelerator_profile(name, _key_values(options)) if name else None
         if shown is None:
-            rows = listing.targets(name)
+            rows = listing.list_targets(name)
             if options:
                 raise click.UsageError(f"-D sets figures of an accelerator, and {name} is none")
             if name is None and not as_json:  # a pipeline is long: it stands beside its one target
                 rows = [{"name": row["name"], "doc": row["doc"]} for row in rows]
-            return _show(rows, as_json)
+            return _show_list(rows, as_json)
         if as_json:
-            return _show([shown], as_json)
+            return _show_list([shown], as_json)
         from .profile import show_profile
 
         return show_profile(shown)
     if name is None:
         raise click.UsageError("--probe needs the name of a target")
     with progress_bar(f"probing {name}", unit="variants") as progress:
-        found = listing.probe(name, quick, progress)
+        found = listing.probe_target(name, quick, progress)
     if out:
         write_text(found.text, out)
     if out != "-":
-        _show(found.rows, as_json)
+        _show_list(found.rows, as_json)
     click.echo(found.made_with, err=True)
     for line in found.differences:
         click.echo(line, err=True)
@@ -319,7 +319,7 @@ def targets(
         click.get_current_context().exit(CHECK_FAILED)
 
 
-def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _show_list(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 
 
-def _first(doc: str) -> str:
+def _first_paragraph(doc: str) -> str:
     return doc.strip().partition("\n\n")[0].replace("\n", " ")
 
 
-def _json(value: Any) -> Any:
+def _json_default(value: Any) -> Any:
     """Return a default as JSON has it: it knows no infinity and no activation."""
     plain = math.isfinite(value) if isinstance(value, float) else isinstance(value, (bool, int, str, tuple, type(None)))
     return value if plain else str(value)
 
 
-def ops() -> Rows:
+def list_ops() -> Rows:
     """Return every op with its signature and meaning, those of the targets included."""
     from ...targets import declare_kernel_ops
     from ..ops import OPS
@@ -39,14 +39,14 @@ def ops() -> Rows:
         {
             "name": name,
             "signature": op.text,
-            "attributes": {k: "required" if v is REQUIRED else _json(v) for k, (_, v) in op.attrs.items()},
-            "doc": _first(op.doc),
+            "attributes": {k: "required" if v is REQUIRED else _json_default(v) for k, (_, v) in op.attrs.items()},
+            "doc": _first_paragraph(op.doc),
         }
         for name, op in sorted(OPS.items())
     ]
 
 
-def passes() -> Rows:
+def list_passes() -> Rows:
     """Return every pass with its stages, options and meaning, the targets' lowering among them."""
     from ...targets import TARGETS
     from ..driver import passes_for
@@ -59,13 +59,13 @@ def passes() -> Rows:
             "leaves": p.leaves,
             "options": [str(option) for option in p.options.values()],
             "rounds": p.rounds,
-            "doc": _first(p.doc),
+            "doc": _first_paragraph(p.doc),
         }
         for name, p in sorted(table.items())
     ]
 
 
-def rules() -> Rows:
+def list_rules() -> Rows:
     """Return every rewrite rule with its two sides and the file that it stands in."""
     from ... import passes as folder
     from ..rewrite.patterns import Rule
@@ -76,12 +76,12 @@ def rules() -> Rows:
         for rule in vars(module).values():
             for each in rule if isinstance(rule, (list, tuple)) else (rule,):
                 if isinstance(each, Rule):
-                    found.setdefault(each.name, {"name": each.name, "in": place, "doc": _first(each.doc),
+                    found.setdefault(each.name, {"name": each.name, "in": place, "doc": _first_paragraph(each.doc),
                                                  "before": each.before_text, "after": each.after_text})  # fmt: skip
     return [found[name] for name in sorted(found)]
 
 
-def families() -> Rows:
+def list_families() -> Rows:
     """Return the model families that moec's tests check."""
     from ..frontends.families import FAMILIES
 
@@ -89,7 +89,7 @@ def families() -> Rows:
     return [{column: getattr(family, column) for column in columns} for family in FAMILIES.values()]
 
 
-def targets(name: str | None = None) -> Rows:
+def list_targets(name: str | None = None) -> Rows:
     """Return the targets, or one with all that is known of it; MoecError for an unknown name."""
     from ...targets import TARGETS, unknown_target
 
@@ -97,17 +97,21 @@ def targets(name: str | None = None) -> Rows:
         raise unknown_target(name)
     chosen = [TARGETS[name]] if name else list(TARGETS.values())
     rows: Rows = [
-        {"name": t.name, "pipeline": print_pipeline(t.pipeline), "doc": t.doc if name else _first(t.doc)}
+        {"name": t.name, "pipeline": print_pipeline(t.pipeline), "doc": t.doc if name else _first_paragraph(t.doc)}
         for t in chosen
     ]
     if name and chosen[0].recorded:
         record = chosen[0].recorded()
         broken = [row for row in record.rows if row["found"] != "right"]
-        rows[0]["runtime"] = {"recorded_with": record.made_with, "operators": summary(record.rows), "not_right": broken}
+        rows[0]["runtime"] = {
+            "recorded_with": record.made_with,
+            "operators": probe_summary(record.rows),
+            "not_right": broken,
+        }
     return rows
 
 
-def profile(name: str, options: Mapping[str, str]) -> dict[str, Any] | None:
+def accelerator_profile(name: str, options: Mapping[str, str]) -> dict[str, Any] | None:
     """Return an accelerator's profile with figures of `options`, None for a target that is no accelerator."""
     from ...targets.accelerator.chip.describe import describe, is_profile
     from ...targets.accelerator.chip.profile import find_profile
@@ -115,20 +119,20 @@ def profile(name: str, options: Mapping[str, str]) -> dict[str, Any] | None:
     return describe(find_profile(name, options)) if is_profile(name) else None
 
 
-def probe(name: str, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+def probe_target(name: str, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
     """Try what the runtime of a target does; MoecError for an unknown target and for one without a probe."""
     from ...targets import TARGETS
 
     run = None
-    if profile(name, {}) is None:
-        targets(name)
+    if accelerator_profile(name, {}) is None:
+        list_targets(name)
         run = TARGETS[name].probe
     if run is None:
         raise MoecError(f"target {name} has no probe")
     return run(quick=quick, progress=progress)
 
 
-def summary(rows: Rows) -> Rows:
+def probe_summary(rows: Rows) -> Rows:
     """Return for each operator how many of its variants were found to be what."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:

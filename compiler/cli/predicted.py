@@ -20,18 +20,18 @@ def show_predicted(found: dict[str, Any]) -> None:
     )
     many = f", one of {found['devices']} devices" if found["devices"] > 1 else ""
     parts: list[Table | str] = ["", f"on {chip}, predicted: {tokens} behind {found['past']:,} past tokens{many}", ""]
-    parts += [_rows(found["functions"]), ""]
+    parts += [_function_rows(found["functions"]), ""]
     parts += [
         f"predicted step time {time_text(found['time'])}, {found['tokens_per_second']:,.1f} tokens/s"
         f"{' a device' if many else ''}; {found['bandwidth_share']:.0%} of the device memory's bandwidth",
-        f"bytes {_named(found['bytes'], bytes_text)}; {_named(found['flops'], flops_text)}",
-        _memory(found["memory"]),
+        f"bytes {_amounts_text(found['bytes'], bytes_text)}; {_amounts_text(found['flops'], flops_text)}",
+        _memory_text(found["memory"]),
         "assumed: " + "; ".join(found["assumed"]),
     ]
     print_parts(stdout_console(), *parts)
 
 
-def _rows(functions: list[dict[str, Any]]) -> Table:
+def _function_rows(functions: list[dict[str, Any]]) -> Table:
     columns = (
         ("function, op", False), ("kernels", True), ("bytes", True), ("FLOPs", True), ("time", True), ("bound", False),
         ("share", True),
@@ -39,20 +39,20 @@ def _rows(functions: list[dict[str, Any]]) -> Table:
     rows = []
     for function in functions:
         calls = f", {function['calls']} calls" if function["calls"] > 1 else ""
-        rows.append(_row(f"@{function['function']}{calls}", function))
+        rows.append(_prediction_row(f"@{function['function']}{calls}", function))
         large = [op for op in function["ops"] if op["share"] >= SMALL]
-        rows += [_row(f"  {op['op']}", op) for op in large]
+        rows += [_prediction_row(f"  {op['op']}", op) for op in large]
         if small := [op for op in function["ops"] if op["share"] < SMALL]:
-            rows.append(_row(f"  {len(small)} {'more' if large else 'ops'}", _together(small)))
+            rows.append(_prediction_row(f"  {len(small)} {'more' if large else 'ops'}", _sum_rows(small)))
     return make_table(columns, rows)
 
 
-def _row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+def _prediction_row(name: str, row: dict[str, Any]) -> tuple[str, ...]:
     amounts = bytes_text(sum(row["bytes"].values())), flops_text(sum(row["flops"].values()))
     return (name, f"{row['kernels']:,}", *amounts, time_text(row["time"]), row["bound"], f"{row['share']:.1%}")
 
 
-def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _sum_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return small rows as one; what bounds it is what bounds most of its time."""
     bounds: dict[str, float] = {}
     for row in rows:
@@ -64,11 +64,11 @@ def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _named(amounts: dict[str, int], text: Any) -> str:
+def _amounts_text(amounts: dict[str, int], text: Any) -> str:
     return ", ".join(f"{text(amount)} {name}" for name, amount in amounts.items())
 
 
-def _memory(memory: dict[str, Any]) -> str:
+def _memory_text(memory: dict[str, Any]) -> str:
     held = f"a device holds {bytes_text(memory['weights'])} of weights and {bytes_text(memory['states'])} of states"
     if memory["capacity"] is None:
         return f"{held}; how much it can hold is unknown"

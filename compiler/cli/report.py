@@ -15,10 +15,10 @@ from ..cost.count import CallCost, Costs, FunctionCost, module_costs
 from ..cost.report import (
     CONTEXT,
     _bf16_per_token,
-    _figures,
-    _parameters,
+    _cost_figures,
+    _parameter_counts,
     _per_token,
-    _state,
+    _state_figures,
     bytes_text,
     left_out_of,
 )
@@ -26,7 +26,7 @@ from ..errors import MoecError
 from ..errors.json_files import read_json
 from ..ir.module import Module, Value
 from ..ir.types import TensorType
-from ..ops.define import free
+from ..ops.define import any_size_text
 from ..rewrite.pipeline import run_pipeline
 from ..runtime.artifact import Artifact
 
@@ -71,12 +71,12 @@ def open_source(source: Path | str, *, trust_remote_code: bool = False) -> Opene
     from ..frontends.load import load
 
     declare_kernel_ops()
-    manifest = _manifest(Path(source))
+    manifest = _artifact_manifest(Path(source))
     loaded = load(source, trust_remote_code=trust_remote_code)
     return Opened(loaded.module, loaded.left_out, manifest, imported=Path(source).suffix != ".moir")
 
 
-def inspect(opened: Opened, *, context: int | None = None) -> dict[str, Any]:
+def inspect_source(opened: Opened, *, context: int | None = None) -> dict[str, Any]:
     """Return the figures of a source.
 
     `context` is the number of past tokens at which one decoded token is costed. The keys: source, stage, target,
@@ -84,10 +84,10 @@ def inspect(opened: Opened, *, context: int | None = None) -> dict[str, Any]:
     files and (for an accelerator) kernels. Raises MoecError.
     """
     module, chosen = opened.counted, opened.context(context)
-    return _report(module, module_costs(module), chosen, opened.manifest, opened.left_out)
+    return _module_report(module, module_costs(module), chosen, opened.manifest, opened.left_out)
 
 
-def _manifest(path: Path) -> Mapping[str, Any]:
+def _artifact_manifest(path: Path) -> Mapping[str, Any]:
     """Return moec.json of an artifact folder, with the sizes of its files; nothing for another source."""
     if not (path / MANIFEST).is_file():
         return {}
@@ -96,7 +96,7 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     return {**artifact.manifest, "sizes": artifact.report["files"], **kernels}
 
 
-def _report(
+def _module_report(
     module: Module, costs: Costs, context: int, manifest: Mapping[str, Any], left_out: Mapping[str, TensorType]
 ) -> dict[str, Any]:
     total = costs.total
@@ -104,17 +104,17 @@ def _report(
         "source": module.source,
         "stage": module.stage,
         "target": manifest.get("target"),
-        "parameters": _parameters(total),
+        "parameters": _parameter_counts(total),
         "bytes": {"checkpoint": total.stored_bytes, "compiled": total.compiled_bytes},
         "left_out": left_out_of(left_out),
         "per_token": {"context": context, **_per_token(costs, total, context)},
-        "state": {**_state(costs, total, context), "bf16_bytes_per_token": _bf16_per_token(costs, context)},
-        "formulas": {"flops": free(total.flops), "state_bytes": free(total.state_bytes)},
+        "state": {**_state_figures(costs, total, context), "bf16_bytes_per_token": _bf16_per_token(costs, context)},
+        "formulas": {"flops": any_size_text(total.flops), "state_bytes": any_size_text(total.state_bytes)},
         "dims": [{"name": d.name, "low": d.low, "high": d.high} for d in module.dims],
-        "inputs": [_value(v) for v in module.main.params],
-        "outputs": [_value(v) for v in module.main.results],
-        "kinds": [_kind(costs, kind, context) for kind in costs.kinds],
-        "layers": [_layer(costs, layer, context) for layer in costs.layers],
+        "inputs": [_value_entry(v) for v in module.main.params],
+        "outputs": [_value_entry(v) for v in module.main.results],
+        "kinds": [_function_entry(costs, kind, context) for kind in costs.kinds],
+        "layers": [_layer_entry(costs, layer, context) for layer in costs.layers],
     }
     if manifest:
         report |= {"unfused": manifest["unfused"], "files": manifest["sizes"]}
@@ -129,25 +129,25 @@ def left_out_text(found: Mapping[str, Any]) -> str:
     return f"left out of the program: {found['tensors']} tensors {names}, {bytes_text(found['bytes'])}"
 
 
-def _value(value: Value) -> dict[str, Any]:
+def _value_entry(value: Value) -> dict[str, Any]:
     return {"name": value.name, "type": str(value.type.plain), "state": value.type.state}
 
 
-def _kind(costs: Costs, kind: FunctionCost, context: int) -> dict[str, Any]:
+def _function_entry(costs: Costs, kind: FunctionCost, context: int) -> dict[str, Any]:
     return {
         "function": kind.function.name,
         "calls": len(kind.layers),
         "layers": [int(n) for layer in kind.layers if (n := layer.bindings.get("layer", "")).isdigit()],
         "ops": len(kind.function.ops),
-        **_figures(costs, kind.cost, context),
+        **_cost_figures(costs, kind.cost, context),
     }
 
 
-def _layer(costs: Costs, layer: CallCost, context: int) -> dict[str, Any]:
-    return {"function": layer.function, "bindings": dict(layer.bindings), **_figures(costs, layer.cost, context)}
+def _layer_entry(costs: Costs, layer: CallCost, context: int) -> dict[str, Any]:
+    return {"function": layer.function, "bindings": dict(layer.bindings), **_cost_figures(costs, layer.cost, context)}
 
 
-def ranges(numbers: list[int]) -> str:
+def ranges_text(numbers: list[int]) -> str:
     """Return sorted numbers as text: `0..2, 5`."""
     runs: list[list[int]] = []
     for n in numbers:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from ..cost.report import bytes_text, count_text, flops_text
 from ..ir.notes import Note
-from ..rewrite.fusion_report import line
-from .report import left_out_text, ranges
+from ..rewrite.fusion_report import entry_line
+from .report import left_out_text, ranges_text
 from .table import make_table, print_parts, stdout_console
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ def show_report(report: dict[str, Any]) -> None:
     target = f", target {report['target']}" if report["target"] else ""
     console = stdout_console()
     print_parts(console, f"{report['source'] or 'a program without a source'} (stage {report['stage']}{target})", "")
-    print_parts(console, _summary(report), "", _kinds(report["kinds"], context), "")
+    print_parts(console, _summary_table(report), "", _function_table(report["kinds"], context), "")
     dims = ", ".join(f"{d['name']} in {d['low']}..{d['high']}" for d in report["dims"])
     print_parts(console, f"dims: {dims}")
     for label in ("inputs", "outputs"):
-        print_parts(console, *_values(label, report[label]))
-    print_parts(console, *map(line, report.get("unfused", [])))
+        print_parts(console, *_value_lines(label, report[label]))
+    print_parts(console, *map(entry_line, report.get("unfused", [])))
     if "files" in report:
         print_parts(
             console,
@@ -41,7 +41,7 @@ def show_report(report: dict[str, Any]) -> None:
         )
 
 
-def _summary(report: dict[str, Any]) -> Table:
+def _summary_table(report: dict[str, Any]) -> Table:
     parameters, per_token, state = report["parameters"], report["per_token"], report["state"]
     at = f"at {per_token['context']:,} past tokens"
     rows = [
@@ -79,7 +79,7 @@ def _summary(report: dict[str, Any]) -> Table:
     return make_table((("", False), ("", True), ("", False)), rows)
 
 
-def _kinds(kinds: list[dict[str, Any]], context: int) -> Table:
+def _function_table(kinds: list[dict[str, Any]], context: int) -> Table:
     columns = (
         ("function", False), ("layers", False), ("ops", True), ("parameters", True), ("active", True),
         ("checkpoint", True), ("in this IR", True), (f"FLOPs/token at {context}", True), ("KV/token", True),
@@ -87,7 +87,7 @@ def _kinds(kinds: list[dict[str, Any]], context: int) -> Table:
     rows = [
         (
             f"@{kind['function']}",
-            ranges(kind["layers"]) or ("" if kind["calls"] == 1 else f"{kind['calls']} calls"),
+            ranges_text(kind["layers"]) or ("" if kind["calls"] == 1 else f"{kind['calls']} calls"),
             str(kind["ops"]),
             count_text(kind["parameters"]["total"]),
             count_text(kind["parameters"]["active"]),
@@ -101,7 +101,7 @@ def _kinds(kinds: list[dict[str, Any]], context: int) -> Table:
     return make_table(columns, rows)
 
 
-def _values(label: str, values: list[dict[str, Any]]) -> list[str]:
+def _value_lines(label: str, values: list[dict[str, Any]]) -> list[str]:
     """Return a line for every input or output, and one for all states of a type."""
     lines = [f"{label}: " + ", ".join(f"{v['name']} {v['type']}" for v in values if not v["state"])]
     states: dict[str, int] = {}
@@ -119,11 +119,11 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     report = artifact.report
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
     if seen := report["figures"].get("calibration"):
-        click.echo(_coverage(seen), err=True)
+        click.echo(_calibration_line(seen), err=True)
     if "left_out" in report["source"]:
         click.echo(left_out_text(report["source"]["left_out"]), err=True)
     for entry in report["unfused"]:
-        click.echo(line(entry), err=True)
+        click.echo(entry_line(entry), err=True)
     for function, formats in report["figures"].get("kept", {}).items():
         near = f"; near them, not the same: {', '.join(formats['near'])}" if "near" in formats else ""
         exact = ", ".join(formats.get("exact", ["none"]))
@@ -140,7 +140,7 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
             click.echo(Note(f"moec itself decoded {own} weights of the source: {decoding['reason']}"), err=True)
 
 
-def _coverage(seen: dict[str, Any]) -> str:
+def _calibration_line(seen: dict[str, Any]) -> str:
     """Return what a calibration text reached, in one line."""
     text = f"calibration: {seen['tokens']} tokens"
     if not seen["experts"]:
@@ -178,7 +178,7 @@ def ran_on(session: Any) -> str:
     return f", on {runs}" if runs else ""
 
 
-def speed(found: Generation) -> str:
+def speed_line(found: Generation) -> str:
     """Return the speed of a generation as one line."""
     new = sum(map(len, found.tokens))
     return (

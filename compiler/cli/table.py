@@ -48,7 +48,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
         click.echo("none", err=True)
         return
     keys = [key for key in rows[0] if key not in ("before", "after", "runtime")]
-    cells = [[_cell(row[key]) for key in keys] for row in rows]
+    cells = [[_cell_text(row[key]) for key in keys] for row in rows]
     print_parts(stdout_console(), make_table([(key.replace("_", " "), False) for key in keys], cells))
     for runtime in (row["runtime"] for row in rows if "runtime" in row):
         click.echo(f"\nwhat lowering goes by, tried with {runtime['recorded_with']}:\n")
@@ -57,7 +57,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
         show_rows(runtime["not_right"])
 
 
-def _cell(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     match value:
         case None:
             return ""

@@ -19,10 +19,10 @@ import sympy
 from ..errors import MoecError
 from ..ir.dims import Size, evaluate
 from ..ir.module import Const, Function, Module, Op, Value, walk_calls
-from ..ir.recipes import Literal, Recipe, Tensor, bind
+from ..ir.recipes import Literal, Recipe, Tensor, bind_recipe
 from ..ir.types import TensorType, expand_range
 from ..ops import OPS, OpDef
-from .states import States, growth, passed_on
+from .states import States, growth_per_token, passed_on
 
 TABLE, EXPERTS, DENSE = 0, 1, 2  # how a weight is read; the strongest use of a tensor decides
 
@@ -91,7 +91,7 @@ class Costs:
 
     def dims(self, new: int = 1, past: int = 0) -> dict[str, int]:
         """Return values for every dim: B of 1, S and P as given, any other as small as it may be (but not 0)."""
-        return _dims(self.module, 1, new, past)
+        return _dim_values(self.module, 1, new, past)
 
     def bytes_read(self, context: int) -> int:
         """Return the bytes that decoding one token reads: weights as compiled and states."""
@@ -107,7 +107,7 @@ class Costs:
 
     def state_growth(self, formula: Size, context: int) -> tuple[int, int]:
         """Return (what one more token adds behind `context` others, what is there whatever the length) of a formula."""
-        each = growth(formula, self.at, context)
+        each = growth_per_token(formula, self.at, context)
         return round(each), round(self.at(formula, context) - each * context)
 
     @cached_property
@@ -118,12 +118,12 @@ class Costs:
 
 def module_costs(module: Module) -> Costs:
     """Return the costs of a module. MoecError for an op that is not declared (a target not imported)."""
-    at = _dims(module, 1, 1, 0)
-    uses = {f.name: [(c, *_usage(f, c.value, at)) for c in f.consts] for f in module.functions}
+    at = _dim_values(module, 1, 1, 0)
+    uses = {f.name: [(c, *_strongest_use(f, c.value, at)) for c in f.consts] for f in module.functions}
     kept, read = States(module, "reach"), States(module, "reads")
     formulas = {
         f.name: Cost(
-            flops=_flops(f), state_bytes=_own_states(f),
+            flops=_function_flops(f), state_bytes=_own_states(f),
             state_bytes_kept=kept.bytes(f, True, _bytes_each), state_bytes_read=read.bytes(f, True, _bytes_each),
         )
         for f in module.functions
@@ -135,14 +135,14 @@ def module_costs(module: Module) -> Costs:
     layers = []
     for (function, bound), cost in zip(calls, weights, strict=True):
         layers.append(CallCost(function.name, bound, cost + formulas[function.name]))
-    kinds = [_kind(f, tuple(layer for layer in layers if layer.function == f.name)) for f in module.functions]
+    kinds = [_sum_calls(f, tuple(layer for layer in layers if layer.function == f.name)) for f in module.functions]
     # the states are those of the program, since two layers may share one
     states = Cost(
         state_bytes=sympy.Add(*(p.type.bytes for p in module.main.params if p.type.state)),
         state_bytes_kept=kept.bytes(module.main, False, _bytes_each),
         state_bytes_read=read.bytes(module.main, False, _bytes_each),
     )
-    total = _sum([replace(kind.cost, **dict.fromkeys(_STATES, sympy.S.Zero)) for kind in kinds] + [states])
+    total = _sum_costs([replace(kind.cost, **dict.fromkeys(_STATES, sympy.S.Zero)) for kind in kinds] + [states])
     return Costs(module, tuple(k for k in kinds if k.layers), tuple(layers), total)
 
 
@@ -150,18 +150,18 @@ def _bytes_each(type: TensorType) -> Size:
     return sympy.Rational(type.bits) / 8
 
 
-def _dims(module: Module, batch: int, new: int, past: int) -> dict[str, int]:
+def _dim_values(module: Module, batch: int, new: int, past: int) -> dict[str, int]:
     return {**{d.name: max(1, d.low) for d in module.dims}, "B": batch, "S": new, "P": past}
 
 
-def _kind(function: Function, layers: tuple[CallCost, ...]) -> FunctionCost:
+def _sum_calls(function: Function, layers: tuple[CallCost, ...]) -> FunctionCost:
     """Add up the calls of one function; its formulas are equal in all of them."""
-    numbers = _sum([replace(layer.cost, **dict.fromkeys(_FORMULAS, sympy.S.Zero)) for layer in layers])
+    numbers = _sum_costs([replace(layer.cost, **dict.fromkeys(_FORMULAS, sympy.S.Zero)) for layer in layers])
     formulas = {name: getattr(layers[0].cost, name) * len(layers) if layers else sympy.S.Zero for name in _FORMULAS}
     return FunctionCost(function, layers, replace(numbers, **formulas))
 
 
-def _sum(costs: list[Cost]) -> Cost:
+def _sum_costs(costs: list[Cost]) -> Cost:
     """Add up costs, formulas in one step: that is quicker than 94 sums of expressions."""
     numbers = {f.name: sum(getattr(c, f.name) for c in costs) for f in fields(Cost) if f.name not in _FORMULAS}
     formulas = {name: sympy.expand(sympy.Add(*(getattr(c, name) for c in costs))) for name in _FORMULAS}
@@ -192,16 +192,16 @@ def _weight_costs(
     compiled: dict[Recipe, _Held] = {}
     for number, (function, bound) in enumerate(calls):
         for const, role, share in uses[function.name]:
-            size = _whole(const.value.type.bytes)
-            recipe = bind(const.recipe, function.weights, bound)
-            _hold(compiled, recipe, _Held(number, 0, size, role, share))
-            for tensor, held_each in leaves(recipe):
+            size = _ceil_size(const.value.type.bytes)
+            recipe = bind_recipe(const.recipe, function.weights, bound)
+            _add_use(compiled, recipe, _Held(number, 0, size, role, share))
+            for tensor, held_each in tensors_with_shares(recipe):
                 count = len(expand_range(tensor.name))
                 # a table of i64 says where to look (experts by token, say), it is nothing that was learned
                 learned = 0 if tensor.type.dtype == "i64" else held_each
-                parameters = _whole(count * tensor.type.elements * learned)
-                held = _Held(number, parameters, count * _whole(tensor.type.bytes), role, share)
-                _hold(stored, tensor.name, held)
+                parameters = _ceil_size(count * tensor.type.elements * learned)
+                held = _Held(number, parameters, count * _ceil_size(tensor.type.bytes), role, share)
+                _add_use(stored, tensor.name, held)
     for held in stored.values():
         n = held.parameters
         yield (
@@ -219,13 +219,13 @@ def _weight_costs(
         yield held.owner, Cost(compiled_bytes=held.size, compiled_bytes_read=round(held.size * held.share))
 
 
-def _hold(table: dict, key: object, new: _Held) -> None:
+def _add_use(table: dict, key: object, new: _Held) -> None:
     """Enter a use; of two uses of the same thing the stronger one counts."""
     held = table.setdefault(key, new)
     held.role, held.share = max(held.role, new.role), max(held.share, new.share)
 
 
-def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, Size]]:
+def tensors_with_shares(recipe: Recipe) -> Iterator[tuple[Tensor, Size]]:
     """Yield the checkpoint tensors of a recipe, ranges not spread out, and the parameters that an element holds."""
     match recipe:
         case Tensor():
@@ -237,15 +237,15 @@ def leaves(recipe: Recipe) -> Iterator[tuple[Tensor, Size]]:
             dense = recipe.name in DENSE_ITEMS
             for i, item in enumerate(recipe.items):
                 times = 0 if i in auxiliary else recipe.type.elements / item.type.elements if dense else 1
-                yield from ((tensor, share * times) for tensor, share in leaves(item))
+                yield from ((tensor, share * times) for tensor, share in tensors_with_shares(item))
 
 
 @lru_cache(maxsize=65536)
-def _whole(size: Size) -> int:
+def _ceil_size(size: Size) -> int:
     return int(sympy.ceiling(size))
 
 
-def _usage(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int, Fraction]:
+def _strongest_use(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int, Fraction]:
     """Return how a value is read, and the share of it that one token reads: the strongest of its uses."""
     role, share = DENSE, Fraction(0)
     found: list[tuple[int, Fraction]] = []
@@ -260,7 +260,7 @@ def _usage(function: Function, value: Value, at: Mapping[str, int]) -> tuple[int
 
 
 def _operand_use(function: Function, op: Op, index: int, value: Value, at: Mapping[str, int]) -> tuple[int, Fraction]:
-    definition = _definition(op)
+    definition = _op_definition(op)
     rows = definition.rows.get(definition.operand_name(index))
     first = value.type.shape[0] if value.type.shape else None
     if rows is not None:
@@ -270,13 +270,13 @@ def _operand_use(function: Function, op: Op, index: int, value: Value, at: Mappi
         role = TABLE if definition.custom_flops == 0 else EXPERTS
         return role, min(Fraction(1), Fraction(read, evaluate(value.type.shape[0], at)))
     if len(op.inputs) == 1 and len(op.results) == 1 and op.results[0].type.shape[:1] == (first,):
-        return _usage(
+        return _strongest_use(
             function, op.results[0], at
         )  # another form of the same slices (a cast, say): what is it read for?
     return DENSE, Fraction(1)
 
 
-def _definition(op: Op) -> OpDef:
+def _op_definition(op: Op) -> OpDef:
     if op.name not in OPS:
         raise MoecError(f"unknown op {op.name}", model=", ".join(op.loc), todo="moec list ops shows the known ones")
     return OPS[op.name]
@@ -290,10 +290,10 @@ def op_flops(op: Op) -> Size:
     if op.callee:
         return sympy.S.Zero
     operands = [None if v is None else v.type for v in op.operands]
-    return _definition(op).flops(operands, tuple(v.type for v in op.results), op.attributes)
+    return _op_definition(op).flops(operands, tuple(v.type for v in op.results), op.attributes)
 
 
-def _flops(function: Function) -> Size:
+def _function_flops(function: Function) -> Size:
     return sympy.expand(sympy.Add(*(op_flops(op) for op in function.ops)))
 
 

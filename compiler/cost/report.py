@@ -19,7 +19,7 @@ CONTEXT = 4096  # past tokens at which a decoded token is costed, unless the mod
 def per_token(costs: Costs) -> dict[str, Any]:
     """Return a program's token-efficiency figures, all counted from the IR: what moec.json holds of them."""
     past = next((d.high for d in costs.module.dims if d.name == "P"), CONTEXT)
-    return {"context": min(CONTEXT, past), **_figures(costs, costs.total, min(CONTEXT, past))}
+    return {"context": min(CONTEXT, past), **_cost_figures(costs, costs.total, min(CONTEXT, past))}
 
 
 def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def left_out_of(tensors: Mapping[str, TensorType]) -> dict[str, Any]:
     return {"names": names, "tensors": len(tensors), "bytes": sum(int(t.bytes) for t in tensors.values())}
 
 
-def _parameters(cost: Cost) -> dict[str, int]:
+def _parameter_counts(cost: Cost) -> dict[str, int]:
     return {
         "total": cost.parameters,
         "experts": cost.expert_parameters,
@@ -50,7 +50,7 @@ def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
     }
 
 
-def _state(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
+def _state_figures(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
     """Return what a sequence needs of states; `held_...` is what the program holds, tokens outside of all windows too."""
     each, fixed = costs.state_growth(cost.state_bytes_kept, context)
     held = costs.state_growth(cost.state_bytes, context)[0]
@@ -70,31 +70,31 @@ def _bf16_per_token(costs: Costs, context: int) -> int:
     return costs.state_growth(kept, context)[0]
 
 
-def _figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:
+def _cost_figures(costs: Costs, cost: Cost, context: int) -> dict[str, Any]:
     return {
-        "parameters": _parameters(cost),
+        "parameters": _parameter_counts(cost),
         "bytes": {"checkpoint": cost.stored_bytes, "compiled": cost.compiled_bytes},
         "per_token": _per_token(costs, cost, context),
-        "state": _state(costs, cost, context),
+        "state": _state_figures(costs, cost, context),
     }
 
 
 def count_text(number: int) -> str:
     """Return a count with four digits: `6.919 B`, `37.6 M`, `512`."""
-    return _scaled(number, "", " k", " M", " B", " T")
+    return _with_unit(number, "", " k", " M", " B", " T")
 
 
 def bytes_text(number: int) -> str:
     """Return bytes in decimal units: `13.84 GB`."""
-    return _scaled(number, " B", " kB", " MB", " GB", " TB")
+    return _with_unit(number, " B", " kB", " MB", " GB", " TB")
 
 
 def flops_text(number: int) -> str:
     """Return floating-point operations: `2.36 GFLOP`."""
-    return _scaled(number, " FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP")
+    return _with_unit(number, " FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP")
 
 
-def _scaled(number: int, *units: str) -> str:
+def _with_unit(number: int, *units: str) -> str:
     """Return a number in the largest of units a thousand apart that leaves a digit before the point."""
     power = 0
     while power < len(units) - 1 and abs(number) >= 1000 ** (power + 1):

@@ -49,7 +49,7 @@ class States:
     def _needed(self, function: Function, value: Value, added: Size) -> Iterator[Size]:
         """Yield the numbers that each reader needs of a state to which some have been added."""
         for op in function.uses.get(value.name, []):
-            grown = [] if op is None else list(_grown(op, value))
+            grown = [] if op is None else list(_grown_states(op, value))
             for result in grown:
                 more = _of_one(result.type.elements - value.type.elements)
                 yield from self._needed(function, result, added + more)
@@ -76,14 +76,14 @@ def _of_one(formula: Size) -> Size:
     return sympy.expand(formula.subs({s: 1 for s in formula.free_symbols if s.name == "S"}))
 
 
-def _grown(op: Op, state: Value) -> Iterator[Value]:
+def _grown_states(op: Op, state: Value) -> Iterator[Value]:
     """Yield the results of an op that are a state with more behind it."""
     appends = state.type.state and not op.callee and OPS[op.name].appends
     if appends and any(v == state and name in appends for name, v in op.named):
-        yield from (v for v in op.results if v.type.state and _longer(state.type, v.type))
+        yield from (v for v in op.results if v.type.state and _is_longer(state.type, v.type))
 
 
-def _longer(before: TensorType, after: TensorType) -> bool:
+def _is_longer(before: TensorType, after: TensorType) -> bool:
     pairs = list(zip(before.shape, after.shape, strict=False))
     return len(before.shape) == len(after.shape) and sum(a != b for a, b in pairs) == 1
 
@@ -93,16 +93,16 @@ def passed_on(function: Function, state: Value) -> bool:
     return any(op is not None and op.callee for op in function.uses.get(state.name, []))
 
 
-def growth(formula: Size, at: Callable[[Size, int], int], past: int) -> Fraction:
+def growth_per_token(formula: Size, at: Callable[[Size, int], int], past: int) -> Fraction:
     """Return what one more token adds to a formula behind `past` others, on average over what repeats in it.
 
     Entries that stand for several tokens are added once in so many, and tokens of an unfinished one come and go.
     """
-    period = math.lcm(1, *_periods(formula))
+    period = math.lcm(1, *_periods_of(formula))
     return Fraction(at(formula, past + period) - at(formula, past), period)
 
 
-def _periods(formula: Size) -> Iterator[int]:
+def _periods_of(formula: Size) -> Iterator[int]:
     for part in formula.atoms(sympy.floor, sympy.ceiling, sympy.Mod):
         length = part.args[1] if isinstance(part, sympy.Mod) else sympy.fraction(sympy.together(part.args[0]))[1]
         if length.is_Integer:

@@ -45,7 +45,7 @@ class Refuse(Exception):
         self.culprits = culprits
 
 
-def caret(line: str, column: int, width: int = 1) -> str:
+def caret_line(line: str, column: int, width: int = 1) -> str:
     """Return `line` with a caret line under `column` (1-based), both behind a bar."""
     return f"|   {line}\n|   {' ' * (column - 1)}{'^' * max(1, width)}"
 
@@ -56,7 +56,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 def write_error(error: OSError, path: Path) -> MoecError:
     """Return the one message for a failed write to `path`."""
     if error.errno in _FULL:
-        todo = f"free some space, or write to another disk (free there: {_free(path)})"
+        todo = f"free some space, or write to another disk (free there: {_free_space(path)})"
         return MoecError(f"no space left on the device while writing {path.name}", str(path), todo=todo)
     if error.errno == errno.EFBIG:
         todo = "raise the limit on file sizes (ulimit -f), or write to a file system that allows larger files"
@@ -64,7 +64,7 @@ def write_error(error: OSError, path: Path) -> MoecError:
     return MoecError(f"cannot write {path.name}: {error.strerror}", str(path), todo="choose another place to write to")
 
 
-def _free(path: Path) -> str:
+def _free_space(path: Path) -> str:
     with suppress(OSError):
         return f"{shutil.disk_usage(path.parent).free / 1e9:.1f} GB"
     return "unknown"

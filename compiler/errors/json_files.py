@@ -24,7 +24,7 @@ def parse_json(text: str | bytes, file: Path | str, what: str, todo: str = "", *
     """Return the value of the JSON text of `file`; MoecError names it as `what`. `options` are json.loads'."""
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        found = json.loads(decoded, **{"parse_int": _integer, **options})
+        found = json.loads(decoded, **{"parse_int": _bounded_integer, **options})
         if _HALF.search(decoded):
             json.dumps(found, ensure_ascii=False).encode()
         return found
@@ -47,7 +47,7 @@ def no_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(text: str) -> int:
+def _bounded_integer(text: str) -> int:
     if len(text) > DIGITS:
         raise ValueError(f"a number of {len(text)} digits is too long")
     return int(text)
@@ -86,19 +86,19 @@ def read_json(path: Path, **options: Any) -> dict[str, Any]:
     return found
 
 
-def misfit(value: Any, shape: Shape, place: str = "") -> str | None:
+def find_misfit(value: Any, shape: Shape, place: str = "") -> str | None:
     """Return the first place where a value has not the shape, as a text such as `states[0].axis`; None if all fits."""
     match shape:
         case tuple():
-            return None if any(misfit(value, s, place) is None for s in shape) else place
+            return None if any(find_misfit(value, s, place) is None for s in shape) else place
         case [item]:
             if not isinstance(value, list):
                 return place
-            return _first(misfit(v, item, f"{place}[{i}]") for i, v in enumerate(value))
+            return _first_place(find_misfit(v, item, f"{place}[{i}]") for i, v in enumerate(value))
         case dict():
             if not isinstance(value, dict):
                 return place
-            return _first(_misfit_at(value, key, item, place) for key, item in shape.items())
+            return _first_place(_misfit_at(value, key, item, place) for key, item in shape.items())
         case None:
             return None if value is None else place
     return None if isinstance(value, shape) and (shape is bool or not isinstance(value, bool)) else place
@@ -106,16 +106,16 @@ def misfit(value: Any, shape: Shape, place: str = "") -> str | None:
 
 def _misfit_at(value: dict[str, Any], key: str | None, shape: Shape, place: str) -> str | None:
     if key is None:
-        return _first(misfit(v, shape, _join(place, name)) for name, v in value.items())
+        return _first_place(find_misfit(v, shape, _join_place(place, name)) for name, v in value.items())
     name = key.removesuffix("?")
     if name not in value:
-        return None if key != name else _join(place, name)
-    return misfit(value[name], shape, _join(place, name))
+        return None if key != name else _join_place(place, name)
+    return find_misfit(value[name], shape, _join_place(place, name))
 
 
-def _join(place: str, name: str) -> str:
+def _join_place(place: str, name: str) -> str:
     return f"{place}.{name}" if place else name
 
 
-def _first(places: Any) -> str | None:
+def _first_place(places: Any) -> str | None:
     return next((place for place in places if place is not None), None)

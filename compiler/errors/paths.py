@@ -10,7 +10,7 @@ from . import MoecError
 def check_path(path: Path | str, what: str) -> Path:
     """Return a path; MoecError for one that no file system has (a NUL), or that is not UTF-8."""
     text = str(path)
-    if (reason := unwritable(text)) is not None:
+    if (reason := why_unwritable(text)) is not None:
         raise MoecError(f"the path of {what} {reason}", where=ascii(text), todo="rename it")
     return Path(path)
 
@@ -32,7 +32,7 @@ def check_source(source: Path | str) -> Path:
     return path
 
 
-def unwritable(text: str) -> str | None:
+def why_unwritable(text: str) -> str | None:
     """Return why a text cannot be a path that is written down; None if it can."""
     if "\0" in text:
         return "holds a NUL"

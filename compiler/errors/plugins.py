@@ -24,7 +24,7 @@ PASSES, OPS = "moec.passes", "moec.ops"
 
 
 @cache
-def brought(group: str) -> dict[str, EntryPoint]:
+def entry_points_of(group: str) -> dict[str, EntryPoint]:
     """Return what packages bring of a group, by name; MoecError where two bring the same name."""
     from importlib.metadata import entry_points  # it looks at every installed package
 
@@ -39,26 +39,26 @@ def brought(group: str) -> dict[str, EntryPoint]:
 
 def load_brought(group: str, name: str, kinds: type | tuple[type, ...], wanted: str) -> Any:
     """Return what a package brings under a name; None if none does, MoecError if it is broken or not what is `wanted`."""
-    entry = brought(group).get(name)
+    entry = entry_points_of(group).get(name)
     if entry is None:
         return None
     try:
         loaded = entry.load()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise broken(entry, f"cannot be imported: {reason}") from error
+        raise broken_package(entry, f"cannot be imported: {reason}") from error
     if not isinstance(loaded, kinds):
-        raise broken(entry, f"brings {name} as {type(loaded).__name__}, which is not {wanted}")
+        raise broken_package(entry, f"brings {name} as {type(loaded).__name__}, which is not {wanted}")
     return loaded
 
 
 def refuse_names(group: str, own: set[str]) -> None:
     """Raise MoecError for a package that brings a name which moec has itself."""
-    for name in sorted(own & brought(group).keys()):
-        raise broken(brought(group)[name], f"brings {name}, which moec has itself")
+    for name in sorted(own & entry_points_of(group).keys()):
+        raise broken_package(entry_points_of(group)[name], f"brings {name}, which moec has itself")
 
 
-def broken(entry: EntryPoint, what: str) -> MoecError:
+def broken_package(entry: EntryPoint, what: str) -> MoecError:
     """Return the error for a package whose entry point is wrong."""
     where = f"the entry point {entry.name} = {entry.value} of {entry.group}"
     return MoecError(f"the package {package_of(entry)} {what}", where, todo="mend the package, or uninstall it")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import MoecError
 from ..ir.module import Const, Function, Module, walk_calls
-from ..ir.recipes import FITTED, Recipe, Step, Tensor, bind
+from ..ir.recipes import FITTED, Recipe, Step, Tensor, bind_recipe
 from ..ir.syntax import Place, Source
 from ..ir.types import TensorType, expand_range
 from ..weights.sources.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ def check_text_weights(module: Module, checkpoint: Checkpoint, text: str, path: 
     for function, bound in walk_calls(module):
         for const in function.consts:
             for leaf in _tensors_of_recipe(const.recipe):
-                named = bind(leaf, function.weights, bound)
+                named = bind_recipe(leaf, function.weights, bound)
                 assert isinstance(named, Tensor)
                 for name in expand_range(named.name):
                     if (problem := _weight_problem(name, leaf.type, checkpoint)) is not None:

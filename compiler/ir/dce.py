@@ -7,7 +7,7 @@ from dataclasses import replace
 from .module import Function, Op
 
 
-def dce(function: Function, params: bool = False) -> Function:
+def eliminate_dead_code(function: Function, params: bool = False) -> Function:
     """Return the function without ops and weights (and `params`) whose results are unused; itself if there are none.
 
     Where two ops make the same value, the later one stays: a fused op takes over the results of those that it replaces.

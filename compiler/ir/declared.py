@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from ..errors.plugins import OPS as BROUGHT
-from ..errors.plugins import broken, brought, load_brought, refuse_names
+from ..errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
 from .types import Attr
 
 
@@ -52,18 +52,18 @@ class Ops(dict[str, D]):
 
     def bring(self, dialect: str) -> bool:
         """Import a dialect from the package that brings it, if one does and it is not here yet; return whether it was."""
-        if dialect in self.imported or dialect not in brought(BROUGHT):
+        if dialect in self.imported or dialect not in entry_points_of(BROUGHT):
             return False
         refuse_names(BROUGHT, {known.partition(".")[0] for known in self} - self.imported)
         load_brought(BROUGHT, dialect, ModuleType, "a module")
         self.imported.add(dialect)
         if not any(known.startswith(f"{dialect}.") for known in self):
-            raise broken(brought(BROUGHT)[dialect], f"declares no op {dialect}.*")
+            raise broken_package(entry_points_of(BROUGHT)[dialect], f"declares no op {dialect}.*")
         return True
 
     def bring_all(self) -> None:
         """Import every dialect that a package brings."""
-        for dialect in brought(BROUGHT):
+        for dialect in entry_points_of(BROUGHT):
             self.bring(dialect)
 
 

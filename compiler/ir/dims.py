@@ -57,10 +57,10 @@ def evaluate(expression: Size | int, values: Mapping[str, int]) -> int:
         return expression
     if expression.is_Integer:
         return int(expression)
-    return int(_value(expression, values))
+    return int(_value_of_size(expression, values))
 
 
-def _value(e: sympy.Basic, values: Mapping[str, int]) -> int | Fraction:
+def _value_of_size(e: sympy.Basic, values: Mapping[str, int]) -> int | Fraction:
     """Return the value of a size, exactly; sympy's own substitution takes a hundred times as long."""
     match e:
         case sympy.Integer():
@@ -70,54 +70,54 @@ def _value(e: sympy.Basic, values: Mapping[str, int]) -> int | Fraction:
         case sympy.Rational():
             return Fraction(int(e.p), int(e.q))
         case sympy.Add():
-            return sum(_value(a, values) for a in e.args)
+            return sum(_value_of_size(a, values) for a in e.args)
         case sympy.Mul():
-            return prod(_value(a, values) for a in e.args)
+            return prod(_value_of_size(a, values) for a in e.args)
         case sympy.Pow():
-            base, power = (_value(a, values) for a in e.args)
+            base, power = (_value_of_size(a, values) for a in e.args)
             return Fraction(base) ** int(power) if power < 0 else base ** int(power)
         case sympy.floor():
-            return floor(_value(e.args[0], values))
+            return floor(_value_of_size(e.args[0], values))
         case sympy.ceiling():
-            return ceil(_value(e.args[0], values))
+            return ceil(_value_of_size(e.args[0], values))
         case sympy.Mod():
-            a, b = (_value(a, values) for a in e.args)
+            a, b = (_value_of_size(a, values) for a in e.args)
             return a % b
         case sympy.Max():
-            return max(_value(a, values) for a in e.args)
+            return max(_value_of_size(a, values) for a in e.args)
         case sympy.Min():
-            return min(_value(a, values) for a in e.args)
+            return min(_value_of_size(a, values) for a in e.args)
     raise ValueError(f"a size cannot be {e}")
 
 
 @lru_cache(maxsize=65536)
 def size_text(expression: Size) -> str:
     """Return the canonical text of a size: `2048`, `B*S`, `P + S`, `floordiv(T, 8)`."""
-    return _text(expression, 0)
+    return _size_term_text(expression, 0)
 
 
-def _text(e: sympy.Basic, strength: int) -> str:
+def _size_term_text(e: sympy.Basic, strength: int) -> str:
     match e:
         case sympy.Integer() | sympy.Symbol():
             return str(e)
         case sympy.Add():
-            parts = [_text(term, 1) for term in e.as_ordered_terms()]
+            parts = [_size_term_text(term, 1) for term in e.as_ordered_terms()]
             joined = parts[0] + "".join(f" - {p[1:]}" if p.startswith("-") else f" + {p}" for p in parts[1:])
             return f"({joined})" if strength > 1 else joined
         case sympy.floor() | sympy.ceiling():
             numerator, denominator = sympy.fraction(sympy.together(e.args[0]))
             name = "floordiv" if isinstance(e, sympy.floor) else "ceildiv"
-            return f"{name}({_text(numerator, 0)}, {_text(denominator, 0)})"
+            return f"{name}({_size_term_text(numerator, 0)}, {_size_term_text(denominator, 0)})"
         case sympy.Mul():
             factors = e.as_ordered_factors()
             sign = "-" if factors[0] == -1 else ""
-            return sign + "*".join(_text(factor, 2) for factor in factors[1 if sign else 0 :])
+            return sign + "*".join(_size_term_text(factor, 2) for factor in factors[1 if sign else 0 :])
         case sympy.Pow() if e.exp.is_Integer and int(e.exp) > 0:
-            return "*".join([_text(e.base, 2)] * int(e.exp))
+            return "*".join([_size_term_text(e.base, 2)] * int(e.exp))
         case sympy.Mod() | sympy.Max() | sympy.Min():
             name = {"Mod": "mod", "Max": "max", "Min": "min"}[type(e).__name__]
             arguments = e.args if name == "mod" else sorted(e.args, key=sympy.default_sort_key)
-            return f"{name}({', '.join(_text(a, 0) for a in arguments)})"
+            return f"{name}({', '.join(_size_term_text(a, 0) for a in arguments)})"
     raise ValueError(
         f"a size cannot be {e}: sizes are made of integers, dims, +, -, *, floordiv, ceildiv, mod, max, min"
     )

@@ -12,8 +12,8 @@ from lark import Token
 from ..errors import MoecError
 from .activation import Activation
 from .dims import Size, dim, size_text
-from .literals import Names, attribute, attributes, expression
-from .syntax import Slot, Source, StatementNode, near, read, shallow
+from .literals import Names, read_attribute, read_attributes, read_size
+from .syntax import Slot, Source, StatementNode, parse_text, refuse_deep_nesting, suggest_names
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def _dim_text(pattern: str | tuple[str, ...] | Size) -> str:
 def parse_size(text: str, dims: Collection[str]) -> Size:
     """Return the size that a text such as `4*B + floordiv(T, 8)` says over the declared dims."""
     source = Source(text, "<size>")
-    with shallow(source):
-        return sympy.expand(expression(read("size", source), source, declared(source, dims)))
+    with refuse_deep_nesting(source):
+        return sympy.expand(read_size(parse_text("size", source), source, names_of_dims(source, dims)))
 
 
 def parse_statements(text: str) -> tuple[PatternOp, ...]:
@@ -98,16 +98,16 @@ def parse_statements(text: str) -> tuple[PatternOp, ...]:
                 raise source.error("a rule has no ranges of values", token)
         operands = tuple(None if t == "_" else str(t[1:]) for t in node.operands)
         results = tuple(str(t[1:]) for t in node.results)
-        return PatternOp(str(node.op), operands, results, attributes(node.attrs, source, names))
+        return PatternOp(str(node.op), operands, results, read_attributes(node.attrs, source, names))
 
-    with shallow(source):
-        return tuple(map(pattern, read("statements", source)))
+    with refuse_deep_nesting(source):
+        return tuple(map(pattern, parse_text("statements", source)))
 
 
 def parse_activation(text: str) -> Activation:
     """Return the activation that a text such as `gated(silu, limit=7.0)` says."""
     source = Source(text, "<activation>")
-    found = attribute(read("size", source), source, lambda token, alone: str(token))
+    found = read_attribute(parse_text("size", source), source, lambda token, alone: str(token))
     if not isinstance(found, Activation):
         raise MoecError(f"{text} is no activation", todo="write it as in gated(silu) or plain(relu)")
     return found
@@ -125,19 +125,19 @@ def parse_signature(text: str) -> Signature:
                 case ("call", "broadcast", arguments):
                     yield ("broadcast", *(f"*{name}" for _, name in arguments))
                 case _:
-                    yield sympy.expand(expression(node, source, lambda token, _: dim(token)))
+                    yield sympy.expand(read_size(node, source, lambda token, _: dim(token)))
 
     def operand(slot: Slot) -> Operand:
         return Operand(str(slot.name), str(slot.dtype), tuple(sizes(slot)), slot.state, slot.optional, slot.variadic)
 
-    operands, results = read("signature", source)
+    operands, results = parse_text("signature", source)
     for slot in operands[:-1]:
         if slot.variadic:
             raise source.error("only the last operand may be variadic", slot.name)
     return Signature(tuple(map(operand, operands)), tuple(map(operand, results)))
 
 
-def declared(source: Source, dims: Collection[str]) -> Names:
+def names_of_dims(source: Source, dims: Collection[str]) -> Names:
     """Return the meaning of names where dims are declared: a dim, or a word where one may stand."""
 
     def names(token: Token, alone: bool) -> Any:
@@ -146,6 +146,6 @@ def declared(source: Source, dims: Collection[str]) -> Names:
         if alone:
             return str(token)
         known = f"declared: {', '.join(dims)}" if dims else "there are none"
-        raise source.error(f"unknown dim {token}", token, todo=near(token, dims) or known)
+        raise source.error(f"unknown dim {token}", token, todo=suggest_names(token, dims) or known)
 
     return names

@@ -19,26 +19,26 @@ LONGEST_INT = 40  # digits
 Names = Callable[[Token, bool], Any]  # what a name means; the flag says that it stands alone, as in {act=silu}
 
 
-def attribute(node: Node, source: Source, names: Names) -> Attr:
+def read_attribute(node: Node, source: Source, names: Names) -> Attr:
     """Return the Python value of a literal; sizes as sympy expressions, lists as tuples."""
     match node:
         case ("value", value):
             return value
         case ("list", items):
-            return tuple(attribute(item, source, names) for item in items)
+            return tuple(read_attribute(item, source, names) for item in items)
         case ("range", first, _):
             raise source.error("a range of numbers is only for an attribute of a call", first)
         case ("int", token):
-            return integer(token, source)
+            return read_integer(token, source)
         case ("name", token):
             return names(token, True)
         case ("call", name, (("name", kind), *options)) if name in FORMS:
-            return _activation(name, kind, options, source)
-    result = expression(node, source, names)
+            return _read_activation(name, kind, options, source)
+    result = read_size(node, source, names)
     return int(result) if isinstance(result, int) or result.is_Integer else result
 
 
-def _activation(form: Token, kind: Token, options: list[Any], source: Source) -> Attr:
+def _read_activation(form: Token, kind: Token, options: list[Any], source: Source) -> Attr:
     if not all(isinstance(n, AttrNode) for n in options):
         raise source.error(f"{form} takes one name and then options, such as limit=7.0", form)
 
@@ -48,42 +48,42 @@ def _activation(form: Token, kind: Token, options: list[Any], source: Source) ->
         return str(token)
 
     try:
-        return Activation.of(form, str(kind), attributes(options, source, names))
+        return Activation.of(form, str(kind), read_attributes(options, source, names))
     except MoecError as error:
         raise error if error.where else source.error(error.what, form, todo=error.todo) from None
 
 
-def attributes(nodes: Iterable[AttrNode], source: Source, names: Names) -> dict[str, Attr]:
+def read_attributes(nodes: Iterable[AttrNode], source: Source, names: Names) -> dict[str, Attr]:
     """Return attributes by name; a name twice is an error."""
     result: dict[str, Attr] = {}
     for node in nodes:
         if node.name in result:
             raise source.error(f"attribute {node.name} is given twice", node.name)
-        result[str(node.name)] = attribute(node.value, source, names)
+        result[str(node.name)] = read_attribute(node.value, source, names)
     return result
 
 
-def expression(node: Node, source: Source, names: Names) -> Any:
+def read_size(node: Node, source: Source, names: Names) -> Any:
     """Return the sympy expression of a size."""
     from .dims import size  # sympy takes longer to import than a pipeline to read
 
     match node:
         case ("int", token):
-            return size(integer(token, source))
+            return size(read_integer(token, source))
         case ("name", token):
             return names(token, False)
         case ("neg", a):
-            return -expression(a, source, names)
+            return -read_size(a, source, names)
         case ("call", name, arguments):
             if option := next((a for a in arguments if isinstance(a, AttrNode)), None):
                 raise source.error(f"{name} takes no options", option.name)
-            return _apply(name, [expression(a, source, names) for a in arguments], source)
+            return _apply_function(name, [read_size(a, source, names) for a in arguments], source)
     kind, left, right = node
-    a, b = expression(left, source, names), expression(right, source, names)
+    a, b = read_size(left, source, names), read_size(right, source, names)
     return a + b if kind == "add" else a - b if kind == "sub" else a * b
 
 
-def _apply(name: Token, arguments: list[Any], source: Source) -> Any:
+def _apply_function(name: Token, arguments: list[Any], source: Source) -> Any:
     from .dims import FUNCTIONS
 
     function = FUNCTIONS.get(name)
@@ -96,7 +96,7 @@ def _apply(name: Token, arguments: list[Any], source: Source) -> Any:
     return function(*arguments)
 
 
-def integer(token: Token, source: Source) -> int:
+def read_integer(token: Token, source: Source) -> int:
     """Return the value of an integer token, within reason."""
     if len(token) > LONGEST_INT:
         raise source.error(f"an integer of {len(token)} digits", token)

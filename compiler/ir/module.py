@@ -195,7 +195,7 @@ class Module:
         return [(f, op) for f in self.functions for op in f.ops if op.callee == function]
 
 
-def bindings(op: Op) -> dict[str, str]:
+def call_bindings(op: Op) -> dict[str, str]:
     """Return what a call binds in the weight names of its callee, e.g. {"layer": "3"}."""
     return {name: str(value) for name, value in op.attrs}
 
@@ -207,6 +207,6 @@ def walk_calls(module: Module) -> Iterator[tuple[Function, dict[str, str]]]:
         yield function, bound
         for op in function.ops:
             if op.callee:
-                yield from visit(module.by_name[op.callee], {**bound, **bindings(op)})
+                yield from visit(module.by_name[op.callee], {**bound, **call_bindings(op)})
 
     yield from visit(module.main, {})

@@ -41,7 +41,7 @@ def note_on(function: Function, op: Op, reason: str) -> Note:
     return Note(reason, function.name, op.loc, str(op.results[0]))
 
 
-def refusal(owner: str, function: Function, op: Op, reason: str | Refuse, matched: float = 1.0) -> Note:
+def refusal_note(owner: str, function: Function, op: Op, reason: str | Refuse, matched: float = 1.0) -> Note:
     """Return the note on a rule or pass that was not applied at an op; culprits that its reason does not name are appended."""
     if isinstance(reason, Refuse):
         culprits = ", ".join(str(c) for c in reason.culprits if str(c) not in reason.reason)
@@ -49,7 +49,7 @@ def refusal(owner: str, function: Function, op: Op, reason: str | Refuse, matche
     return Note(reason, function.name, op.loc, str(op.results[0]), f"{owner} not applied", matched)
 
 
-def distinct(notes: Iterable[Note]) -> tuple[Note, ...]:
+def distinct_notes(notes: Iterable[Note]) -> tuple[Note, ...]:
     """Return the notes, each text once for a function."""
     return tuple({(str(note), note.function): note for note in notes}.values())
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lark import Token
 
-from .literals import attributes
-from .syntax import Source, read, shallow
+from .literals import read_attributes
+from .syntax import Source, parse_text, refuse_deep_nesting
 
 if TYPE_CHECKING:
     from .types import Attr
@@ -25,7 +25,7 @@ class PassCall:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        inside = ", ".join(f"{key}={spell(value)}" for key, value in sorted(self.options.items()))
+        inside = ", ".join(f"{key}={option_text(value)}" for key, value in sorted(self.options.items()))
         return f"{self.name}{{{inside}}}" if inside else self.name
 
 
@@ -43,9 +43,9 @@ def parse_pipeline(text: str) -> Pipeline:
             raise source.error("an option is a number, a name, a list, or a text in quotes", token)
         return str(token)
 
-    with shallow(source):
-        steps = read("pipeline", source)
-        return tuple(PassCall(str(name), attributes(options, source, names)) for name, options in steps)
+    with refuse_deep_nesting(source):
+        steps = parse_text("pipeline", source)
+        return tuple(PassCall(str(name), read_attributes(options, source, names)) for name, options in steps)
 
 
 def print_pipeline(pipeline: Pipeline) -> str:
@@ -53,7 +53,7 @@ def print_pipeline(pipeline: Pipeline) -> str:
     return ",".join(map(str, pipeline))
 
 
-def spell(value: Any) -> str:
+def option_text(value: Any) -> str:
     """Return an option's value as it is written on the command line."""
     match value:
         case None:

@@ -69,33 +69,33 @@ class _Hashed(tuple):
 Recipe = Tensor | Literal | Step
 
 
-def tensors(recipe: Recipe) -> Iterator[Tensor]:
+def tensors_of(recipe: Recipe) -> Iterator[Tensor]:
     """Yield every checkpoint tensor that a recipe reads, ranges spread out, in order."""
     if isinstance(recipe, Step):
         if recipe.spreads:
-            for item in spread(recipe):
-                yield from tensors(item)
+            for item in spread_items(recipe):
+                yield from tensors_of(item)
         else:
             for item in recipe.items:
-                yield from tensors(item)
+                yield from tensors_of(item)
     elif isinstance(recipe, Tensor):
         yield recipe
 
 
-def spread(recipe: Step, low: int = 0, high: int | None = None) -> list[Recipe]:
+def spread_items(recipe: Step, low: int = 0, high: int | None = None) -> list[Recipe]:
     """Return the items of a `stack` or `concat`, or those from `low` to `high`, with every range in their names spread."""
     found: list[Recipe] = []
     position = 0
     for item in recipe.items:
         length = range_length(item)
         stop = length if high is None else min(length, high - position)
-        found += [item if length == 1 else _at(item, i) for i in range(max(0, low - position), stop)]
+        found += [item if length == 1 else _item_of_range(item, i) for i in range(max(0, low - position), stop)]
         position += length
     return found
 
 
-def _at(template: Recipe, index: int) -> Recipe:
-    return rename(template, lambda name: range_at(name, index))
+def _item_of_range(template: Recipe, index: int) -> Recipe:
+    return rename_tensors(template, lambda name: range_at(name, index))
 
 
 def range_length(recipe: Recipe) -> int:
@@ -113,18 +113,18 @@ def range_length(recipe: Recipe) -> int:
     return lengths.pop() if lengths else 1
 
 
-def rename(recipe: Recipe, function: Callable[[str], str]) -> Recipe:
+def rename_tensors(recipe: Recipe, function: Callable[[str], str]) -> Recipe:
     """Return the recipe with every name of a tensor, and of a quantized weight, passed through `function`."""
     match recipe:
         case Tensor():
             return replace(recipe, name=function(recipe.name))
         case Step():
             named = tuple((k, function(str(v)) if k == WEIGHT else v) for k, v in recipe.attrs)
-            return replace(recipe, items=tuple(rename(item, function) for item in recipe.items), attrs=named)
+            return replace(recipe, items=tuple(rename_tensors(item, function) for item in recipe.items), attrs=named)
     return recipe
 
 
-def bind(recipe: Recipe, prefix: str, bindings: Mapping[str, str]) -> Recipe:
+def bind_recipe(recipe: Recipe, prefix: str, bindings: Mapping[str, str]) -> Recipe:
     """Return the recipe with absolute names: the prefix put before relative ones, `{layer}` and such filled in."""
 
     def absolute(name: str) -> str:
@@ -133,7 +133,7 @@ def bind(recipe: Recipe, prefix: str, bindings: Mapping[str, str]) -> Recipe:
             full = full.replace("{" + key + "}", value)
         return full
 
-    return rename(recipe, absolute)
+    return rename_tensors(recipe, absolute)
 
 
 WEIGHT = "weight"  # the option of quantize that names a weight, for methods that look at what it is multiplied with

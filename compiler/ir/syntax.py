@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from lark import Lark, Token, Transformer, v_args
 from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput, UnexpectedToken
 
-from ..errors import MoecError, caret
+from ..errors import MoecError, caret_line
 
 Node = tuple[Any, ...]  # a literal or a size: (kind, parts...), with tokens as leaves
 
@@ -34,7 +34,7 @@ class Place(NamedTuple):
     width: int
 
 
-def place(first: Token, last: Token | None = None) -> Place:
+def token_place(first: Token, last: Token | None = None) -> Place:
     """Return the place of a token, or from one token to another."""
     end = (last or first).end_pos or 0
     return Place(first.line or 1, first.column or 1, end - (first.start_pos or 0))
@@ -49,11 +49,11 @@ class Source:
 
     def error(self, what: str, at: Place | Token, *, todo: str = "", model: str = "") -> MoecError:
         """Return an error that points at a place of the text."""
-        spot = place(at) if isinstance(at, Token) else at
+        spot = token_place(at) if isinstance(at, Token) else at
         line = self.text.split("\n")[spot.line - 1].rstrip("\r").replace("\t", " ")
         width = min(spot.width, len(line) - spot.column + 1)
         where = f"{self.filename}:{spot.line}:{spot.column}"
-        return MoecError(what, where, caret(line, spot.column, width), model, todo)
+        return MoecError(what, where, caret_line(line, spot.column, width), model, todo)
 
 
 # --- the tree of a file ----------------------------------------------------------------------------------------
@@ -132,13 +132,13 @@ class Slot(NamedTuple):
     variadic: bool
 
 
-def _nan(token: str) -> float:
+def _read_nan(token: str) -> float:
     """Return the NaN with the bits that a text says; NaN itself where they are those of a number."""
     (value,) = struct.unpack(">d", bytes.fromhex(token.removeprefix("nan0x")))
     return value if math.isnan(value) else math.nan
 
 
-def _unquote(token: Token) -> str:
+def _unquote_text(token: Token) -> str:
     try:
         return json.loads(token, strict=False)
     except ValueError as error:
@@ -154,11 +154,11 @@ class _Misread(Exception):
         self.token = token
 
 
-def _all(_: Any, *children: Any) -> tuple:
+def _all_children(_: Any, *children: Any) -> tuple:
     return children
 
 
-def _kind(kind: str) -> Callable[..., Node]:
+def _node_of_kind(kind: str) -> Callable[..., Node]:
     return lambda _, *parts: (kind, *parts)
 
 
@@ -166,10 +166,12 @@ def _kind(kind: str) -> Callable[..., Node]:
 class _Builder(Transformer):
     """Turns each rule of the grammar into its node while lark parses."""
 
-    add, sub, mul, neg, int, name, range = map(_kind, ("add", "sub", "mul", "neg", "int", "name", "range"))
-    star = _kind("star")
-    params = counted = values = operands = types = sizes = attrs = slots = slot_sizes = statements = pipeline = _all
-    dim = param = count = signature = _all
+    add, sub, mul, neg, int, name, range = map(_node_of_kind, ("add", "sub", "mul", "neg", "int", "name", "range"))
+    star = _node_of_kind("star")
+    params = counted = values = operands = types = sizes = attrs = slots = slot_sizes = statements = pipeline = (
+        _all_children
+    )
+    dim = param = count = signature = _all_children
 
     def size(self, expression: Node) -> Node:
         return expression
@@ -181,10 +183,10 @@ class _Builder(Transformer):
         )
 
     def source(self, text: Token) -> str:
-        return _unquote(text)
+        return _unquote_text(text)
 
     def function(self, name: Token, params: tuple, counts: tuple, weights: Token | None, *body: Any) -> FunctionNode:
-        return FunctionNode(name, params, counts, _unquote(weights) if weights else "", body[:-1], body[-1])
+        return FunctionNode(name, params, counts, _unquote_text(weights) if weights else "", body[:-1], body[-1])
 
     def const(self, value: Token, type: TypeNode, recipe: RecipeNode) -> ConstNode:
         return ConstNode(value, type, recipe)
@@ -204,10 +206,10 @@ class _Builder(Transformer):
     pattern = statement
 
     def loc(self, *texts: Token) -> tuple[str, ...]:
-        return tuple(map(_unquote, texts))
+        return tuple(map(_unquote_text, texts))
 
     def type(self, state: Token | None, dtype: Token, sizes: tuple, close: Token) -> TypeNode:
-        return TypeNode((state is not None, dtype, sizes), place(state or dtype, close))
+        return TypeNode((state is not None, dtype, sizes), token_place(state or dtype, close))
 
     def attr(self, name: Token, value: Node) -> AttrNode:
         return AttrNode(name, value)
@@ -225,10 +227,10 @@ class _Builder(Transformer):
         return ("call", name, arguments)
 
     def string(self, token: Token) -> Node:
-        return ("value", _unquote(token))
+        return ("value", _unquote_text(token))
 
     def float(self, token: Token) -> Node:
-        return ("value", _nan(token) if token.startswith("nan0x") else float(token))
+        return ("value", _read_nan(token) if token.startswith("nan0x") else float(token))
 
     def negative_float(self, token: Token) -> Node:
         return ("value", math.nan if token.startswith("nan") else -float(token))
@@ -247,7 +249,7 @@ setattr(_Builder, "return", _Builder.return_)  # the rule has the name of the ke
 
 
 @lru_cache(maxsize=1)
-def _lark() -> Lark:
+def _lark_parser() -> Lark:
     grammar = Path(__file__).with_name("grammar.lark").read_text("utf-8")
     starts = ["module", "statements", "signature", "pipeline", "size"]
     return Lark(grammar, parser="lalr", start=starts, transformer=_Builder(), maybe_placeholders=True)
@@ -261,10 +263,10 @@ DESCRIPTIONS = {
 }  # fmt: skip
 
 
-def read(start: str, source: Source) -> Any:
+def parse_text(start: str, source: Source) -> Any:
     """Return the tree of a text for one of the grammar's start symbols; MoecError at what does not fit."""
     try:
-        return _lark().parse(source.text, start=start)
+        return _lark_parser().parse(source.text, start=start)
     except _Misread as error:
         raise source.error(error.what, error.token) from None
     except UnexpectedInput as error:
@@ -274,7 +276,7 @@ def read(start: str, source: Source) -> Any:
 def _syntax_error(source: Source, error: UnexpectedInput) -> MoecError:
     match error:
         case UnexpectedToken(token=token) if token.type != "$END":
-            found, at = f"{str(token)!r}", place(token)
+            found, at = f"{str(token)!r}", token_place(token)
         case UnexpectedCharacters():
             rest = source.text[error.pos_in_stream or 0 :]
             word = re.match(r"[%@]?[\w.]+|.", rest, re.DOTALL)
@@ -283,10 +285,10 @@ def _syntax_error(source: Source, error: UnexpectedInput) -> MoecError:
         case _:
             body = source.text.rstrip()
             found, at = "the end", Place(body.count("\n") + 1, len(body) - body.rfind("\n"), 1)
-    return source.error(f"syntax error: {found} does not fit here", at, todo=f"expected {_wanted(error)}")
+    return source.error(f"syntax error: {found} does not fit here", at, todo=f"expected {_expected_tokens(error)}")
 
 
-def _wanted(error: UnexpectedInput) -> str:
+def _expected_tokens(error: UnexpectedInput) -> str:
     match error:
         case UnexpectedToken():
             names = set(error.accepts or error.expected)
@@ -296,7 +298,7 @@ def _wanted(error: UnexpectedInput) -> str:
             names = set(error.expected)
         case _:
             names = set()
-    patterns = {t.name: t.pattern.value for t in _lark().terminals}
+    patterns = {t.name: t.pattern.value for t in _lark_parser().terminals}
     texts = sorted({DESCRIPTIONS.get(n, f"'{patterns.get(n, n)}'") for n in names})
     shown = texts[:6] + ["..."] * (len(texts) > 6)
     return " or ".join([", ".join(shown[:-1])] * (len(shown) > 1) + shown[-1:])
@@ -305,14 +307,14 @@ def _wanted(error: UnexpectedInput) -> str:
 # --- what reading needs ------------------------------------------------------------------------------------------
 
 
-def near(name: str, known: Iterable[str], sign: str = "") -> str:
+def suggest_names(name: str, known: Iterable[str], sign: str = "") -> str:
     """Return advice with the known names that look like `name`, each behind its sign (% or @), or nothing."""
     found = get_close_matches(name, list(known), n=3)
     return f"did you mean {' or '.join(sign + f for f in found)}?" if found else ""
 
 
 @contextmanager
-def shallow(source: Source) -> Iterator[None]:
+def refuse_deep_nesting(source: Source) -> Iterator[None]:
     """Turn a text nested too deeply for Python's stack into an error."""
     try:
         yield

@@ -154,12 +154,12 @@ class TensorType:
 
 def make_attrs(attributes: Mapping[str, Attr]) -> tuple[tuple[str, Attr], ...]:
     """Return attributes in canonical form: sorted, sequences as tuples, integer expressions as ints."""
-    return tuple(sorted((name, _canonical(value)) for name, value in attributes.items()))
+    return tuple(sorted((name, _canonical_attribute(value)) for name, value in attributes.items()))
 
 
-def _canonical(value: Attr | list) -> Attr:
+def _canonical_attribute(value: Attr | list) -> Attr:
     if isinstance(value, (list, tuple)):
-        return tuple(_canonical(v) for v in value)
+        return tuple(_canonical_attribute(v) for v in value)
     if isinstance(value, sympy.Expr):
         expanded = sympy.expand(value)
         return int(expanded) if expanded.is_Integer else expanded

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..ir.activation import Activation
 from ..ir.deferred import torch
 from ..ir.dims import Size
-from .define import fail
+from .define import inference_error
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": lambda x: torch.nn.functional.silu(x),
@@ -19,7 +19,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def activate(h: torch.Tensor, act: Activation) -> torch.Tensor:
+def apply_activation(h: torch.Tensor, act: Activation) -> torch.Tensor:
     """Return the activation of the first matrix's result; the formula is at `Activation`."""
     function = FUNCTIONS[act.kind]
     if not act.gated:
@@ -36,9 +36,9 @@ def inner_size(name: str, rows: Size, act: Activation, gated: bool = False) -> S
     MoecError for what is no activation, for one without a gate where the op needs it (`gated`), and for an odd number.
     """
     if not isinstance(act, Activation):
-        raise fail(f"{name}: act={act} is no activation; write it as in act=gated(silu) or act=plain(relu)")
+        raise inference_error(f"{name}: act={act} is no activation; write it as in act=gated(silu) or act=plain(relu)")
     if not act.gated and gated:
-        raise fail(f"{name} has a gate, {act} is without one")
+        raise inference_error(f"{name} has a gate, {act} is without one")
     if act.gated and rows % 2 != 0:
-        raise fail(f"{name}: {rows} rows are no halves for gate and up")
+        raise inference_error(f"{name}: {rows} rows are no halves for gate and up")
     return rows / 2 if act.gated else rows

@@ -7,28 +7,30 @@ import sympy
 from ..ir.deferred import torch
 from ..ir.dims import Size, size
 from ..ir.types import TensorType
-from .define import OPS, Attributes, Domain, Types, fail, op
+from .define import OPS, Attributes, Domain, Types, inference_error, op
 from .nn import attention, rms_norm, rope
 
 
-def _cached(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_cached_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     q, k, v, past_key, past_value, cos, sin, *_, mask, _ = types
     batch, groups, past, width = past_key.shape
     new, heads = q.shape[1], size(attributes["heads"])
     if (k is None) != (v is None):
-        raise fail("nn.cached_attention takes q, k and v, or q alone that holds all three")
+        raise inference_error("nn.cached_attention takes q, k and v, or q alone that holds all three")
     wanted = (heads + 2 * groups if k is None else heads) * width
     if q.shape[2] != wanted or (k is not None and k.shape[2] != groups * width):
-        raise fail(f"nn.cached_attention: q is {q}, but {heads} heads of the cache {past_key} want {wanted} numbers")
+        raise inference_error(
+            f"nn.cached_attention: q is {q}, but {heads} heads of the cache {past_key} want {wanted} numbers"
+        )
     if heads % groups:
-        raise fail(f"nn.cached_attention: {heads} heads do not divide into {groups} groups")
+        raise inference_error(f"nn.cached_attention: {heads} heads do not divide into {groups} groups")
     if (cos is None) != (sin is None):
-        raise fail("nn.cached_attention takes cos and sin, or neither")
+        raise inference_error("nn.cached_attention takes cos and sin, or neither")
     if cos is not None and (cos.shape[0] not in (1, batch) or not cos.shape[2] <= width):
-        raise fail(f"nn.cached_attention: the angles {cos} do not fit {batch} rows and heads of {width}")
+        raise inference_error(f"nn.cached_attention: the angles {cos} do not fit {batch} rows and heads of {width}")
     total = size(past + new)
     if mask is not None and mask.shape != (batch, total):
-        raise fail(f"nn.cached_attention: the mask {mask} is not [{batch}, {total}]")
+        raise inference_error(f"nn.cached_attention: the mask {mask} is not [{batch}, {total}]")
     states = [TensorType(p.dtype, (batch, groups, total, width), state=True) for p in (past_key, past_value)]
     return (TensorType(q.dtype, (batch, new, heads * width)), *states)
 
@@ -60,7 +62,7 @@ def past_slots(index: int) -> Domain:
     "q: A[B, S, N], k: A[B, S, M]?, v: A[B, S, M]?, past_key: state A[B, G, P, D], past_value: state A[B, G, P, D],"
     " cos: A[C, S, R]?, sin: A[C, S, R]?, q_norm: A[D]?, k_norm: A[D]?, mask: I[B, T]?, sinks: A[heads]?"
     " -> y: A[B, S, O], key: state A[B, G, T, D], value: state A[B, G, T, D]",
-    infer=_cached,
+    infer=_infer_cached_attention,
     flops=_cached_flops,
     reads={"past_key": past_slots(3), "past_value": past_slots(4)},
     reach={"past_key": past_slots(3), "past_value": past_slots(4)},
@@ -79,14 +81,14 @@ def cached_attention(
     if k is None:
         q, k, v = q.split([heads * width, groups * width, groups * width], dim=-1)
     q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
-    q = turn(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
-    k = turn(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
+    q = rotate_heads(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
+    k = rotate_heads(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
     key, value = torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
     y = attention(q, key, value, mask, sinks, scale=scale, window=window, softcap=softcap)
     return y.flatten(2), key, value
 
 
-def turn(x, cos, sin):
+def rotate_heads(x, cos, sin):
     """Return heads [B, H, S, D] with their first R numbers turned by nn.rope; angles [C, S, R], or None."""
     if cos is None:
         return x

@@ -11,7 +11,7 @@ import sympy
 from ..ir.deferred import torch
 from ..ir.dims import Size, floordiv, size
 from ..ir.types import TensorType
-from .define import Attributes, Types, fail, op
+from .define import Attributes, Types, inference_error, op
 
 
 @op(
@@ -31,17 +31,19 @@ def rope_pairs(x, cos, sin, *, inverse: bool = False):
     return torch.cat((x[..., :-width], turned), dim=-1)
 
 
-def _block_linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_block_linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, w = types
     if w.shape[0] % x.shape[2] != 0:
-        raise fail(f"nn.block_linear: the {w.shape[0]} rows of {w} do not divide into the {x.shape[2]} blocks of {x}")
+        raise inference_error(
+            f"nn.block_linear: the {w.shape[0]} rows of {w} do not divide into the {x.shape[2]} blocks of {x}"
+        )
     return (TensorType(x.dtype, (*x.shape[:2], w.shape[0])),)
 
 
 @op(
     "nn.block_linear",
     "x: A[B, S, G, K], w: Q[N, K] -> y: A[B, S, N]",
-    infer=_block_linear,
+    infer=_infer_block_linear,
     flops=lambda o, r, a: 2 * r[0].elements * o[1].shape[1],
 )
 def block_linear(x, w):
@@ -58,15 +60,17 @@ def pending_tokens(tokens: Size, ratio: int, overlap: bool) -> Size:
     return size(sympy.Mod(tokens, ratio) + (ratio if overlap else 0))
 
 
-def _compress(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_compress_tokens(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, pending, entries, bias, norm, cos, _ = types
     ratio, past, overlap = attributes["ratio"], size(attributes["past"]), attributes["overlap"]
     if ratio < 1:
-        raise fail(f"nn.compress_tokens: ratio={ratio}")
+        raise inference_error(f"nn.compress_tokens: ratio={ratio}")
     total = size(past + x.shape[1])
     width = norm.shape[0] * (2 if overlap else 1)
     if x.shape[2] != 2 * width or bias.shape != (ratio, width):
-        raise fail(f"nn.compress_tokens: entries {entries} want x of {2 * width} numbers and a bias [{ratio}, {width}]")
+        raise inference_error(
+            f"nn.compress_tokens: entries {entries} want x of {2 * width} numbers and a bias [{ratio}, {width}]"
+        )
     before, after = floordiv(past, ratio), floordiv(total, ratio)
     for what, given, wanted in (
         ("pending", pending.shape[1], pending_tokens(past, ratio, overlap)),
@@ -74,9 +78,11 @@ def _compress(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
         ("cos", cos.shape[0], size(after - before)),
     ):
         if given != wanted:
-            raise fail(f"nn.compress_tokens: {what} holds {given}, {wanted} is wanted")
+            raise inference_error(f"nn.compress_tokens: {what} holds {given}, {wanted} is wanted")
     if 2 * cos.shape[1] > norm.shape[0]:
-        raise fail(f"nn.compress_tokens: the angles {cos} turn more than the {norm.shape[0]} numbers of an entry")
+        raise inference_error(
+            f"nn.compress_tokens: the angles {cos} turn more than the {norm.shape[0]} numbers of an entry"
+        )
     batch = x.shape[0]
     kept = TensorType(x.dtype, (batch, pending_tokens(total, ratio, overlap), x.shape[2]), state=True)
     return kept, TensorType(x.dtype, (batch, after, norm.shape[0]), state=True)
@@ -86,7 +92,7 @@ def _compress(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     "nn.compress_tokens",
     "x: A[B, S, N], pending: state A[B, M, N], entries: state A[B, E, D], bias: A[ratio, W], norm: A[D],"
     " cos: A[F, R], sin: A[F, R] -> kept: state A[B, Y, N], all: state A[B, Z, D]",
-    infer=_compress,
+    infer=_infer_compress_tokens,
     flops=lambda o, r, a: 8 * o[0].elements,
     reads={"entries": lambda types, attributes: size(0)},
     appends=("entries",),
@@ -117,7 +123,7 @@ def compress_tokens(x, pending, entries, bias, norm, cos, sin, *, ratio: int, pa
     return stream[:, count * ratio :], torch.cat((entries, new), dim=1)
 
 
-def _select(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_select_entries(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     q, keys, _ = types
     chosen = sympy.Min(attributes["k"], keys.shape[1])
     return (TensorType.of("i64", *q.shape[:2], chosen),)
@@ -126,7 +132,7 @@ def _select(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 @op(
     "nn.select_entries",
     "q: A[B, S, H, D], keys: A[B, E, D], weights: A[B, S, H] -> ids: i64[B, S, J]",
-    infer=_select,
+    infer=_infer_select_entries,
     flops=lambda o, r, a: 2 * o[0].elements * o[1].shape[1] + 4 * o[2].elements * o[1].shape[1],
 )
 def select_entries(q, keys, weights, *, k: int, ratio: int, past: Size):
@@ -148,18 +154,18 @@ def visible_entries(new: int, entries: int, ratio: int, past: int) -> torch.Tens
     return torch.arange(entries)[None, :] < ended[:, None]
 
 
-def _windowed(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_compressed_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     q, kv, window, entries, selected, _ = types
     past, length, ratio = size(attributes["past"]), attributes["window"], attributes["ratio"]
     if length < 1 or window.shape[1] != sympy.Min(past, length - 1):
-        raise fail(
+        raise inference_error(
             f"nn.compressed_attention: a window of {length} tokens keeps min({length - 1}, {past}), not {window}"
         )
     if (entries is None) != (ratio == 0) or (selected and not entries):
-        raise fail("nn.compressed_attention: entries want their ratio, and selected ones want entries")
+        raise inference_error("nn.compressed_attention: entries want their ratio, and selected ones want entries")
     total = size(past + q.shape[1])
     if entries and entries.shape[1] != floordiv(total, ratio):
-        raise fail(f"nn.compressed_attention: {entries} has not floordiv({total}, {ratio}) entries")
+        raise inference_error(f"nn.compressed_attention: {entries} has not floordiv({total}, {ratio}) entries")
     kept = TensorType(kv.dtype, (kv.shape[0], sympy.Min(total, length - 1), kv.shape[2]), state=True)
     return q.plain, kept
 
@@ -185,7 +191,7 @@ def _read_entries(types: Types, attributes: Attributes) -> Size:
     "nn.compressed_attention",
     "q: A[B, S, H, D], kv: A[B, S, D], window: state A[B, M, D], entries: A[B, E, D]?, selected: i64[B, S, J]?,"
     " sinks: A[H] -> y: A[B, S, H, D], kept: state A[B, Y, D]",
-    infer=_windowed,
+    infer=_infer_compressed_attention,
     flops=_windowed_flops,
     reads={"entries": _read_entries},
     domains={"selected": lambda types, attributes: types[3].shape[1]},

@@ -8,14 +8,14 @@ from ..ir.deferred import torch
 from ..ir.dims import Size, size
 from ..ir.dtypes import DTYPES
 from ..ir.types import TensorType
-from .define import Attributes, Types, broadcast_shapes, fail, free, op
+from .define import Attributes, Types, any_size_text, broadcast_shapes, inference_error, op
 
 
 def axis_of(attributes: Attributes, rank: int) -> int:
     """Return the axis attribute as a non-negative number; axes count from 0."""
     axis = attributes["axis"]
     if not isinstance(axis, int) or not 0 <= axis < rank:
-        raise fail(f"axis={axis} is not an axis of a tensor with {rank} axes; axes are 0..{rank - 1}")
+        raise inference_error(f"axis={axis} is not an axis of a tensor with {rank} axes; axes are 0..{rank - 1}")
     return axis
 
 
@@ -108,11 +108,11 @@ def iota(*, size: Size):
     return torch.arange(size)
 
 
-def _full(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_full(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     return (TensorType.of(attributes["dtype"], *attributes["shape"]),)
 
 
-@op("core.full", "-> y: dtype[*Y]", infer=_full)
+@op("core.full", "-> y: dtype[*Y]", infer=_infer_full)
 def full(*, shape: tuple[Size, ...], value: float | int | bool, dtype: str):
     """Fill a shape with one value."""
     return torch.full(shape, value, dtype=DTYPES[dtype].torch)
@@ -131,14 +131,16 @@ def linear(x, w, b):
     return torch.nn.functional.linear(x, w, b)
 
 
-def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, y = types
     if len(x.shape) < 2 or len(y.shape) < 2 or x.shape[-1] != y.shape[-2]:
-        raise fail(f"matmul of {x} and {y}: the last size of x must be the last but one of y, both with 2 axes or more")
+        raise inference_error(
+            f"matmul of {x} and {y}: the last size of x must be the last but one of y, both with 2 axes or more"
+        )
     return (TensorType(x.dtype, (*broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])),)
 
 
-@op("core.matmul", "x: A[*X], y: A[*Y] -> z: A[*Z]", infer=_matmul, flops=_linear_flops)
+@op("core.matmul", "x: A[*X], y: A[*Y] -> z: A[*Z]", infer=_infer_matmul, flops=_linear_flops)
 def matmul(x, y):
     """Multiply matrices in the last two axes; the leading axes broadcast."""
     return torch.matmul(x, y)
@@ -147,50 +149,52 @@ def matmul(x, y):
 # --- shapes ----------------------------------------------------------------------------------------------------
 
 
-def _reshape(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_reshape(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
     result = TensorType.of(x.dtype, *attributes["shape"])
     if sympy.expand(result.elements - x.elements) != 0:
-        raise fail(f"{x} has {free(x.elements)} elements, the shape {result} has {free(result.elements)}")
+        raise inference_error(
+            f"{x} has {any_size_text(x.elements)} elements, the shape {result} has {any_size_text(result.elements)}"
+        )
     return (result,)
 
 
-@op("core.reshape", "x: A[*X] -> y: A[*Y]", infer=_reshape, flops=0, view=True)
+@op("core.reshape", "x: A[*X] -> y: A[*Y]", infer=_infer_reshape, flops=0, view=True)
 def reshape(x, *, shape: tuple[Size, ...]):
     """Give the same elements, in row-major order, another shape."""
     return x.reshape(shape)
 
 
-def _transpose(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_transpose(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
     perm = attributes["perm"]
     if sorted(perm) != list(range(len(x.shape))):
-        raise fail(f"perm={list(perm)} does not order the {len(x.shape)} axes of {x}")
+        raise inference_error(f"perm={list(perm)} does not order the {len(x.shape)} axes of {x}")
     return (TensorType(x.dtype, tuple(x.shape[p] for p in perm)),)
 
 
-@op("core.transpose", "x: A[*X] -> y: A[*Y]", infer=_transpose, flops=0, view=True)
+@op("core.transpose", "x: A[*X] -> y: A[*Y]", infer=_infer_transpose, flops=0, view=True)
 def transpose(x, *, perm: tuple[int, ...]):
     """Reorder the axes."""
     return x.permute(perm)
 
 
-def _expand(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_expand(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
     result = TensorType.of(x.dtype, *attributes["shape"])
     tail = result.shape[len(result.shape) - len(x.shape) :]
     if len(x.shape) > len(result.shape) or any(a not in (b, 1) for a, b in zip(x.shape, tail, strict=True)):
-        raise fail(f"{x} does not broadcast to {result}")
+        raise inference_error(f"{x} does not broadcast to {result}")
     return (result,)
 
 
-@op("core.expand", "x: A[*X] -> y: A[*Y]", infer=_expand, flops=0, view=True)
+@op("core.expand", "x: A[*X] -> y: A[*Y]", infer=_infer_expand, flops=0, view=True)
 def expand(x, *, shape: tuple[Size, ...]):
     """Repeat axes of size 1 up to a shape."""
     return x.expand(shape)
 
 
-def _slice(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_slice(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
     axis = axis_of(attributes, len(x.shape))
     step = attributes.get("step", 1)
@@ -198,26 +202,26 @@ def _slice(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     if step != 1:
         length = sympy.ceiling(length / step)
     if length.is_Integer and length < 0:
-        raise fail(f"slice {attributes['start']}:{attributes['stop']} is empty")
+        raise inference_error(f"slice {attributes['start']}:{attributes['stop']} is empty")
     return (with_axis(x, axis, length),)
 
 
-@op("core.slice", "x: A[*X] -> y: A[*Y]", infer=_slice, flops=0, view=True)
+@op("core.slice", "x: A[*X] -> y: A[*Y]", infer=_infer_slice, flops=0, view=True)
 def slice_(x, *, axis: int, start: Size, stop: Size, step: int = 1):
     """Take start:stop:step along an axis; start and stop count from the front and lie inside."""
     return x[(slice(None),) * axis + (slice(start, stop, step),)]
 
 
-def _concat(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_concat(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     first = types[0]
     axis = axis_of(attributes, len(first.shape))
     for other in types:
         if with_axis(other, axis, 0).shape != with_axis(first, axis, 0).shape:
-            raise fail(f"{other} does not fit beside {first} along axis {axis}")
+            raise inference_error(f"{other} does not fit beside {first} along axis {axis}")
     return (with_axis(first, axis, sum((t.shape[axis] for t in types if t), size(0))),)
 
 
-@op("core.concat", "xs: A[*X]... -> y: A[*Y]", infer=_concat, flops=0)
+@op("core.concat", "xs: A[*X]... -> y: A[*Y]", infer=_infer_concat, flops=0)
 def concat(*xs, axis: int):
     """Join along an axis."""
     return torch.cat(xs, dim=axis)
@@ -226,11 +230,11 @@ def concat(*xs, axis: int):
 # --- reductions ------------------------------------------------------------------------------------------------
 
 
-def _reduce(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_reduction(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
     axes = attributes["axes"]
     if not axes or any(not 0 <= a < len(x.shape) for a in axes):
-        raise fail(f"axes={list(axes)} are not axes of {x}; they count from 0")
+        raise inference_error(f"axes={list(axes)} are not axes of {x}; they count from 0")
     keep = attributes.get("keepdim", False)
     shape = [size(1) if i in axes else s for i, s in enumerate(x.shape) if keep or i not in axes]
     return (TensorType(x.dtype, tuple(shape)),)
@@ -245,9 +249,13 @@ for _name in ("sum", "mean", "amax"):
     def _reference(x, *, axes: tuple[int, ...], keepdim: bool = False, _name=_name):
         return getattr(torch, _name)(x, dim=axes, keepdim=keepdim)
 
-    op(f"core.{_name}", "x: A[*X] -> y: A[*Y]", infer=_reduce, flops=_input_flops, doc=f"Reduce axes: {_name}.")(
-        _reference
-    )
+    op(
+        f"core.{_name}",
+        "x: A[*X] -> y: A[*Y]",
+        infer=_infer_reduction,
+        flops=_input_flops,
+        doc=f"Reduce axes: {_name}.",
+    )(_reference)
 
 
 @op("core.softmax", "x: A[*X] -> y: A[*X]", flops=lambda o, r, a: 5 * r[0].elements)
@@ -262,13 +270,13 @@ def cumsum(x, *, axis: int):
     return torch.cumsum(x, dim=axis, dtype=x.dtype)
 
 
-def _topk(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_topk(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x = types[0]
     values = with_axis(x, axis_of(attributes, len(x.shape)), attributes["k"])
     return values, TensorType("i64", values.shape)
 
 
-@op("core.topk", "x: A[*X] -> values: A[*Y], indices: i64[*Y]", infer=_topk, flops=_input_flops)
+@op("core.topk", "x: A[*X] -> values: A[*Y], indices: i64[*Y]", infer=_infer_topk, flops=_input_flops)
 def topk(x, *, k: int, axis: int):
     """Take the k largest along an axis, largest first, with their indices."""
     return torch.topk(x, k, dim=axis)
@@ -317,7 +325,7 @@ def scatter_add(x, index, src, *, axis: int):
     return torch.scatter_add(x, axis, index, src)
 
 
-def _take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, index = types
     axis = axis_of(attributes, len(x.shape))
     return (TensorType(x.dtype, (*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])),)
@@ -326,7 +334,7 @@ def _take(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 @op(
     "core.take",
     "x: A[*X], index: i64[*I] -> y: A[*Y]",
-    infer=_take,
+    infer=_infer_take,
     flops=0,
     domains={"index": lambda t, a: t[0].shape[a["axis"]]},
     rows={"x": lambda t, a: t[0].shape[0] if a["axis"] else t[1].elements},

@@ -36,12 +36,12 @@ REQUIRED = object()  # the default of an attribute that has none
 OPS: Ops[OpDef] = DECLARED
 
 
-def fail(what: str) -> MoecError:
+def inference_error(what: str) -> MoecError:
     """Return the error of an inference rule; the caller adds the place."""
     return MoecError(what)
 
 
-def free(expression: Size) -> str:
+def any_size_text(expression: Size) -> str:
     """Return a size as text, also one that the grammar could not say."""
     try:
         return size_text(sympy.expand(expression))
@@ -98,16 +98,16 @@ class OpDef:
         unknown = set(attributes) - set(self.attrs)
         if unknown:
             known = ", ".join(sorted(self.attrs)) or "none"
-            raise fail(f"{self.name} has no attribute {', '.join(sorted(unknown))}; it has: {known}")
+            raise inference_error(f"{self.name} has no attribute {', '.join(sorted(unknown))}; it has: {known}")
         full = {name: attributes.get(name, default) for name, (_, default) in self.attrs.items()}
         missing = [name for name, value in full.items() if value is REQUIRED]
         if missing:
-            raise fail(f"{self.name} needs the attribute {', '.join(missing)}")
+            raise inference_error(f"{self.name} needs the attribute {', '.join(missing)}")
         return full
 
     def infer(self, operands: Types, attributes: Attributes) -> tuple[TensorType, ...]:
         """Return the result types; MoecError says which operand or attribute does not fit."""
-        return _infer(self.name, tuple(operands), make_attrs(attributes))
+        return _infer_types(self.name, tuple(operands), make_attrs(attributes))
 
     def flops(self, operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
         """Return the floating-point operations as a formula; by default one for every element of the first result."""
@@ -156,55 +156,55 @@ Bound = dict[str, Any]  # dtype variables as "A:", star names as "*X" -> tuple o
 
 
 @lru_cache(maxsize=65536)
-def _infer(name: str, operands: tuple[TensorType | None, ...], attrs: tuple) -> tuple[TensorType, ...]:
+def _infer_types(name: str, operands: tuple[TensorType | None, ...], attrs: tuple) -> tuple[TensorType, ...]:
     definition = OPS[name]
     attributes = definition.complete(dict(attrs))
     bound: Bound = {key: size(value) for key, value in attributes.items() if _is_size(value)}
-    for operand, given in _pairs(definition, operands):
+    for operand, given in _pair_operands(definition, operands):
         if given is None:
             if not operand.optional:
-                raise fail(f"{name} needs the operand {operand.name}")
+                raise inference_error(f"{name} needs the operand {operand.name}")
             continue
-        _bind(name, operand, given, bound)
+        _bind_variables(name, operand, given, bound)
     if definition.custom_infer:
         return definition.custom_infer(operands, attributes)
-    return tuple(_result(definition, operand, bound, attributes) for operand in definition.signature.results)
+    return tuple(_result_type(definition, operand, bound, attributes) for operand in definition.signature.results)
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, (int, sympy.Expr)) and not isinstance(value, bool)
 
 
-def _pairs(definition: OpDef, operands: Types) -> list[tuple[Operand, TensorType | None]]:
+def _pair_operands(definition: OpDef, operands: Types) -> list[tuple[Operand, TensorType | None]]:
     params = definition.signature.operands
     if params and params[-1].variadic:
         fixed = params[:-1]
         if len(operands) <= len(fixed):
-            raise fail(f"{definition.name} takes at least {len(fixed) + 1} operands, {len(operands)} given")
+            raise inference_error(f"{definition.name} takes at least {len(fixed) + 1} operands, {len(operands)} given")
         repeated = [params[-1]] * (len(operands) - len(fixed))
         return list(zip([*fixed, *repeated], operands, strict=True))
     if len(operands) != len(params):
         names = ", ".join(p.name for p in params) or "none"
-        raise fail(f"{definition.name} takes {len(params)} operands ({names}), {len(operands)} given")
+        raise inference_error(f"{definition.name} takes {len(params)} operands ({names}), {len(operands)} given")
     return list(zip(params, operands, strict=True))
 
 
-def _bind(name: str, operand: Operand, given: TensorType, bound: Bound) -> None:
+def _bind_variables(name: str, operand: Operand, given: TensorType, bound: Bound) -> None:
     """Bind the variables of one operand's type pattern to a given type."""
     if operand.dtype == "Q":
         if given.dtype != bound["A:"] and not (find_format(given.dtype) and bound["A:"] == "f32"):
-            raise fail(
+            raise inference_error(
                 f"operand {operand.name} of {name} is {given.dtype}; {bound['A:']} or (for f32) a quantized format fits"
             )
     elif len(operand.dtype) == 1 and operand.dtype.isupper():
         known = bound.setdefault(operand.dtype + ":", given.dtype)
         if known != given.dtype:
-            raise fail(f"operand {operand.name} of {name} has dtype {given.dtype}, the others have {known}")
+            raise inference_error(f"operand {operand.name} of {name} has dtype {given.dtype}, the others have {known}")
     elif operand.dtype != given.dtype:
-        raise fail(f"operand {operand.name} of {name} must be {operand.dtype}, not {given.dtype}")
+        raise inference_error(f"operand {operand.name} of {name} must be {operand.dtype}, not {given.dtype}")
     if operand.state and not given.state:
-        raise fail(f"operand {operand.name} of {name} must be a state, {given} is not")
-    for pattern, sizes in _align(name, operand, given):
+        raise inference_error(f"operand {operand.name} of {name} must be a state, {given} is not")
+    for pattern, sizes in _align_dims(name, operand, given):
         if isinstance(pattern, str):  # *X
             if operand.variadic:  # every repeated operand may have its own sizes
                 continue
@@ -213,21 +213,25 @@ def _bind(name: str, operand: Operand, given: TensorType, bound: Bound) -> None:
             sizes = sizes[0]
             known = bound.setdefault(pattern.name, sizes)
         else:
-            sizes, known = sizes[0], _evaluate(pattern, bound)
+            sizes, known = sizes[0], _evaluate_pattern(pattern, bound)
         if known != sizes:
             wanted = size_text(known) if isinstance(known, sympy.Expr) else [size_text(k) for k in known]
             found = size_text(sizes) if isinstance(sizes, sympy.Expr) else [size_text(k) for k in sizes]
-            raise fail(f"operand {operand.name} of {name} is {given}: {pattern} is {wanted} elsewhere, here {found}")
+            raise inference_error(
+                f"operand {operand.name} of {name} is {given}: {pattern} is {wanted} elsewhere, here {found}"
+            )
 
 
-def _align(name: str, operand: Operand, given: TensorType) -> list[tuple[Any, tuple[Size, ...]]]:
+def _align_dims(name: str, operand: Operand, given: TensorType) -> list[tuple[Any, tuple[Size, ...]]]:
     """Return (pattern, sizes) pairs; `*X` (a str) takes what the other patterns leave."""
     patterns = operand.dims
     stars = [i for i, p in enumerate(patterns) if isinstance(p, str)]
     single = len(patterns) - len(stars)
     rest = len(given.shape) - single
     if rest < 0 or (not stars and rest):
-        raise fail(f"operand {operand.name} of {name} has {len(given.shape)} axes in {given}; the op wants {operand}")
+        raise inference_error(
+            f"operand {operand.name} of {name} has {len(given.shape)} axes in {given}; the op wants {operand}"
+        )
     pairs: list[tuple[Any, tuple[Size, ...]]] = []
     position = 0
     for pattern in patterns:
@@ -237,18 +241,18 @@ def _align(name: str, operand: Operand, given: TensorType) -> list[tuple[Any, tu
     return pairs
 
 
-def _evaluate(pattern: sympy.Expr, bound: Bound) -> Size:
+def _evaluate_pattern(pattern: sympy.Expr, bound: Bound) -> Size:
     return sympy.expand(pattern.subs({s: bound[s.name] for s in pattern.free_symbols}, simultaneous=True))
 
 
-def _result(definition: OpDef, result: Operand, bound: Bound, attributes: Attributes) -> TensorType:
+def _result_type(definition: OpDef, result: Operand, bound: Bound, attributes: Attributes) -> TensorType:
     dtype = result.dtype
     if len(dtype) == 1 and dtype.isupper():
         dtype = bound[dtype + ":"]
     elif dtype in definition.attrs:
         dtype = attributes[dtype]
         if dtype not in DTYPES:
-            raise fail(f"{definition.name}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+            raise inference_error(f"{definition.name}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     shape: list[Size] = []
     for pattern in result.dims:
         match pattern:
@@ -259,7 +263,7 @@ def _result(definition: OpDef, result: Operand, bound: Bound, attributes: Attrib
             case sympy.Symbol():
                 shape.append(bound[pattern.name])
             case _:
-                shape.append(_evaluate(pattern, bound))
+                shape.append(_evaluate_pattern(pattern, bound))
     return TensorType(dtype, tuple(shape), result.state)
 
 
@@ -271,6 +275,6 @@ def broadcast_shapes(*shapes: tuple[Size, ...]) -> tuple[Size, ...]:
         sizes = {s[axis] for s in shapes if len(s) >= -axis} - {sympy.Integer(1)}
         if len(sizes) > 1:
             texts = " and ".join("[" + ", ".join(map(size_text, s)) + "]" for s in shapes)
-            raise fail(f"{texts} do not broadcast: {' and '.join(sorted(map(size_text, sizes)))} meet")
+            raise inference_error(f"{texts} do not broadcast: {' and '.join(sorted(map(size_text, sizes)))} meet")
         result.append(sizes.pop() if sizes else sympy.Integer(1))
     return tuple(result)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
-from .define import Attributes, Types, fail, op
+from .define import Attributes, Types, inference_error, op
 
 
 @op(
@@ -48,17 +48,17 @@ def grouped_linear(rows, w, offsets, bias):
     return torch.cat(parts)
 
 
-def _combine(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_combine(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     rows, gates, _ = types
     if rows.shape[0] != gates.elements:
-        raise fail(f"moe.combine: {rows} has not one row for each of the {gates.elements} gates")
+        raise inference_error(f"moe.combine: {rows} has not one row for each of the {gates.elements} gates")
     return (TensorType(rows.dtype, (gates.shape[0], rows.shape[1])),)
 
 
 @op(
     "moe.combine",
     "rows: A[R, D], gates: A[T, K], perm: i64[R] -> y: A[T, D]",
-    infer=_combine,
+    infer=_infer_combine,
     flops=lambda o, r, a: 2 * o[0].elements,
     domains={"perm": lambda types, attributes: types[0].shape[0]},
     distinct=("perm",),

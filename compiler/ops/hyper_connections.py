@@ -8,16 +8,18 @@ from __future__ import annotations
 from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
-from .define import Attributes, Types, fail, op
+from .define import Attributes, Types, inference_error, op
 
 
-def _pre(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_hyper_connection_pre(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, w = types[:2]
     batch, new, streams, width = x.shape
     if w.shape != ((streams + 2) * streams, streams * width):
-        raise fail(f"nn.hyper_connection_pre: {w} is not [{(streams + 2) * streams}, {streams * width}] for {x}")
+        raise inference_error(
+            f"nn.hyper_connection_pre: {w} is not [{(streams + 2) * streams}, {streams * width}] for {x}"
+        )
     if attributes["iterations"] < 1:
-        raise fail(f"nn.hyper_connection_pre: iterations={attributes['iterations']}, one is the least")
+        raise inference_error(f"nn.hyper_connection_pre: iterations={attributes['iterations']}, one is the least")
     shapes = ((batch, new, width), (batch, new, streams), (batch, new, streams, streams))
     return tuple(TensorType(x.dtype, shape) for shape in shapes)
 
@@ -32,7 +34,7 @@ def _pre_flops(operands: Types, results: tuple[TensorType, ...], attributes: Att
 @op(
     "nn.hyper_connection_pre",
     "x: A[B, S, N, D], w: A[M, F], base: A[M], scale: A[3] -> y: A[B, S, D], post: A[B, S, N], mix: A[B, S, N, N]",
-    infer=_pre,
+    infer=_infer_hyper_connection_pre,
     flops=_pre_flops,
 )
 def hyper_connection_pre(x, w, base, scale, *, eps: float, floor: float, iterations: int):
@@ -44,7 +46,7 @@ def hyper_connection_pre(x, w, base, scale, *, eps: float, floor: float, iterati
     columns, each sum + floor. y = sum_n pre[n] x[n]. nn.hyper_connection_post takes post and mix.
     """
     streams = x.shape[2]
-    z = torch.nn.functional.linear(_normed(x.flatten(2), eps), w)
+    z = torch.nn.functional.linear(_rms_normalize(x.flatten(2), eps), w)
     pre, post, mix = z.split([streams, streams, streams * streams], dim=-1)
     pre_base, post_base, mix_base = base.split([streams, streams, streams * streams])
     pre = torch.sigmoid(pre * scale[0] + pre_base) + floor
@@ -57,7 +59,7 @@ def hyper_connection_pre(x, w, base, scale, *, eps: float, floor: float, iterati
     return (pre.unsqueeze(-1) * x).sum(2), post, mix
 
 
-def _normed(x: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
@@ -81,5 +83,5 @@ def hyper_connection_head(x, w, base, scale, *, eps: float, floor: float):
 
     z = w rms(x) as in nn.hyper_connection_pre.
     """
-    z = torch.nn.functional.linear(_normed(x.flatten(2), eps), w)
+    z = torch.nn.functional.linear(_rms_normalize(x.flatten(2), eps), w)
     return ((torch.sigmoid(z * scale + base) + floor).unsqueeze(-1) * x).sum(2)

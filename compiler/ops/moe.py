@@ -6,14 +6,14 @@ from ..ir.activation import SILU, Activation
 from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
-from .activation import activate, inner_size
-from .define import Attributes, Types, fail, op
+from .activation import apply_activation, inner_size
+from .define import Attributes, Types, inference_error, op
 
 
-def _experts(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_experts(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, up, down = types[0], types[3], types[4]
     if inner_size("moe.experts", up.shape[1], attributes["act"]) != down.shape[2]:
-        raise fail(f"moe.experts: {attributes['act']} of up {up} does not fit down {down}")
+        raise inference_error(f"moe.experts: {attributes['act']} of up {up} does not fit down {down}")
     return (x.plain,)
 
 
@@ -27,7 +27,7 @@ def _experts_flops(operands: Types, results: tuple[TensorType, ...], attributes:
     "moe.experts",
     "x: A[T, D], ids: i64[T, K], gates: A[T, K], up: Q[E, N, D], down: Q[E, D, I],"
     " up_bias: A[E, N]?, down_bias: A[E, D]? -> y: A[T, D]",
-    infer=_experts,
+    infer=_infer_experts,
     flops=_experts_flops,
     domains={"ids": lambda types, attributes: types[3].shape[0]},
     distinct=("ids",),
@@ -43,7 +43,7 @@ def experts(x, ids, gates, up, down, up_bias, down_bias, *, act: Activation = SI
     for expert in ids.unique().tolist():
         token, choice = torch.where(ids == expert)
         h = torch.nn.functional.linear(x[token], up[expert], None if up_bias is None else up_bias[expert])
-        h = activate(h, act)
+        h = apply_activation(h, act)
         h = torch.nn.functional.linear(h, down[expert], None if down_bias is None else down_bias[expert])
         y.index_add_(0, token, h * gates[token, choice, None])
     return y

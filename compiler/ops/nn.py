@@ -9,10 +9,10 @@ from ..ir.deferred import torch
 from ..ir.dims import Size, size
 from ..ir.types import TensorType
 from .core import axis_of, with_axis
-from .define import Attributes, Domain, Types, fail, op
+from .define import Attributes, Domain, Types, inference_error, op
 
 
-def _embedding(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_embedding(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     ids, table = types
     dtype = "f32" if find_format(table.dtype) else table.dtype
     return (TensorType(dtype, (*ids.shape, table.shape[1])),)
@@ -21,7 +21,7 @@ def _embedding(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 @op(
     "nn.embedding",
     "ids: i64[*X], table: T[V, D] -> y: A[*X, D]",
-    infer=_embedding,
+    infer=_infer_embedding,
     flops=0,
     domains={"ids": lambda types, attributes: types[1].shape[0]},
     rows={"table": lambda types, attributes: types[0].elements},
@@ -69,17 +69,17 @@ def rope(x, cos, sin):
     return x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
 
 
-def _cache_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_cache_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     past, new = types
     axis = axis_of(attributes, len(past.shape))
     if with_axis(past, axis, 0).shape != with_axis(new, axis, 0).shape:
-        raise fail(f"{new} does not fit after the state {past} along axis {axis}")
+        raise inference_error(f"{new} does not fit after the state {past} along axis {axis}")
     grown = with_axis(past, axis, sympy.expand(past.shape[axis] + new.shape[axis]))
     return (TensorType(grown.dtype, grown.shape, state=True),)
 
 
 @op(
-    "nn.cache_append", "past: state A[*X], new: A[*Y] -> present: state A[*Z]", infer=_cache_append, flops=0,
+    "nn.cache_append", "past: state A[*X], new: A[*Y] -> present: state A[*Z]", infer=_infer_cache_append, flops=0,
     reads={"past": lambda types, attributes: size(0)}, reach={"past": lambda types, attributes: size(0)},
     appends=("past",),
 )  # fmt: skip

@@ -5,13 +5,13 @@ from __future__ import annotations
 from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
-from .define import Attributes, Types, fail, op
+from .define import Attributes, Types, inference_error, op
 
 
-def _window(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_conv_window(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     past, new = types
     if past.shape[:2] != new.shape[:2]:
-        raise fail(f"nn.conv_window: {new} does not fit after the state {past}")
+        raise inference_error(f"nn.conv_window: {new} does not fit after the state {past}")
     whole = TensorType(new.dtype, (*new.shape[:2], past.shape[2] + new.shape[2]))
     return whole, TensorType(past.dtype, past.shape, state=True)
 
@@ -19,7 +19,7 @@ def _window(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 @op(
     "nn.conv_window",
     "past: state A[B, C, K], new: A[B, C, S] -> whole: A[B, C, T], present: state A[B, C, K]",
-    infer=_window,
+    infer=_infer_conv_window,
     flops=0,
 )
 def conv_window(past, new):
@@ -45,13 +45,15 @@ def causal_conv(x, w, b):
     return torch.nn.functional.conv1d(padded, w[:, None], b, groups=w.shape[0])
 
 
-def _linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_linear_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     q, k, v, decay, _, past = types
     batch, new, heads, width = k.shape
     if past.shape != (batch, heads, width, v.shape[3]):
-        raise fail(f"nn.linear_attention: the state {past} does not fit the keys {k} and the values {v}")
+        raise inference_error(f"nn.linear_attention: the state {past} does not fit the keys {k} and the values {v}")
     if decay is not None and decay.shape[3] not in (1, width):
-        raise fail(f"nn.linear_attention: the decay {decay} is neither one number a head nor one a channel of {k}")
+        raise inference_error(
+            f"nn.linear_attention: the decay {decay} is neither one number a head nor one a channel of {k}"
+        )
     return TensorType(q.dtype, (batch, new, heads, v.shape[3])), TensorType(past.dtype, past.shape, state=True)
 
 
@@ -64,7 +66,7 @@ def _linear_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
     "nn.linear_attention",
     "q: A[B, S, H, K], k: A[B, S, H, K], v: A[B, S, H, V], decay: A[B, S, H, G]?, beta: A[B, S, H]?,"
     " past: state A[B, H, K, V] -> y: A[B, S, H, V], present: state A[B, H, K, V]",
-    infer=_linear,
+    infer=_infer_linear_attention,
     flops=_linear_flops,
 )
 def linear_attention(q, k, v, decay, beta, past, *, scale: float = 1.0):

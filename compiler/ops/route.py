@@ -7,7 +7,7 @@ from math import inf, isfinite
 from ..ir.deferred import torch
 from ..ir.dims import Size
 from ..ir.types import TensorType
-from .define import Attributes, Types, fail, op
+from .define import Attributes, Types, inference_error, op
 
 # floating-point operations of a score for one logit
 SCORES = {"softmax": 5, "sigmoid": 4, "sqrtsoftplus": 4, "identity": 0, "sparsemixer": 8}
@@ -23,56 +23,64 @@ _CHOICES = {
 _PLAIN = {"order": "score_select", "weigh": "scores", "groups": 1}  # what sparsemixer has
 
 
-def _route(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_route(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     logits, bias, given, _ = types
     a = attributes
     for name, known in _CHOICES.items():
         if a[name] not in known:
-            raise fail(f"moe.route does not know {name}={a[name]}; it knows {', '.join(map(str, known))}")
+            raise inference_error(f"moe.route does not know {name}={a[name]}; it knows {', '.join(map(str, known))}")
     _check_numbers(a)
     _check_groups(logits.shape[1], a)
     if given and (bias or a["groups"] != 1 or a["weigh"] == "choice"):
-        raise fail("moe.route: where the experts are given nothing is chosen, so no bias, no groups, no weigh=choice")
+        raise inference_error(
+            "moe.route: where the experts are given nothing is chosen, so no bias, no groups, no weigh=choice"
+        )
     if a["score"] == "sparsemixer" and (bias or given or any(a[n] != v for n, v in _PLAIN.items())):
-        raise fail(
+        raise inference_error(
             "moe.route: score=sparsemixer chooses by itself, without bias, given experts, order, weigh or groups"
         )
     if a["weigh"] == "logits" and a["order"] == "select_score":
-        raise fail("moe.route: order=select_score scores the chosen logits, weigh=logits takes them as they are")
+        raise inference_error(
+            "moe.route: order=select_score scores the chosen logits, weigh=logits takes them as they are"
+        )
     tokens = logits.shape[0]
     return TensorType.of(logits.dtype, tokens, a["k"]), TensorType.of("i64", tokens, a["k"])
 
 
 def _check_numbers(a: Attributes) -> None:
     if not (0 <= a["eps"] < inf and 0 <= a["min_sum"] < inf and 0 < a["p"] < inf and isfinite(a["scale"])):
-        raise fail("moe.route: eps and min_sum are 0 or more, p is above 0, and with scale all of them finite")
+        raise inference_error(
+            "moe.route: eps and min_sum are 0 or more, p is above 0, and with scale all of them finite"
+        )
     if a["renorm"] == "none" and (a["eps"] or a["min_sum"]):
-        raise fail("moe.route: eps and min_sum belong to a sum, renorm=none has none")
+        raise inference_error("moe.route: eps and min_sum belong to a sum, renorm=none has none")
     if a["renorm"] != "norm" and a["p"] != 1:
-        raise fail(f"moe.route: p={a['p']} belongs to renorm=norm")
+        raise inference_error(f"moe.route: p={a['p']} belongs to renorm=norm")
     if not 0 <= a["jitter"] < inf or (a["jitter"] and a["score"] != "sparsemixer"):
-        raise fail("moe.route: jitter is 0 or more and belongs to score=sparsemixer")
+        raise inference_error("moe.route: jitter is 0 or more and belongs to score=sparsemixer")
 
 
 def _check_groups(experts: Size, a: Attributes) -> None:
     k, groups, kept = a["k"], a["groups"], a["topk_groups"]
     if k < 1 or (experts.is_Integer and k > experts):
-        raise fail(f"moe.route: k={k} of {experts} experts")
+        raise inference_error(f"moe.route: k={k} of {experts} experts")
     if not 1 <= kept <= groups or (groups > 1 and (not experts.is_Integer or experts % groups != 0)):
-        raise fail(f"moe.route: topk_groups={kept} of groups={groups} with {experts} experts")
+        raise inference_error(f"moe.route: topk_groups={kept} of groups={groups} with {experts} experts")
     if groups == 1:
         return
     width = int(experts) // groups
     if a["group_score"] == "top2" and width < 2:
-        raise fail("moe.route: group_score=top2 wants groups of two experts or more")
+        raise inference_error("moe.route: group_score=top2 wants groups of two experts or more")
     if a["mask"] != 0 and k > kept * width:
-        raise fail(f"moe.route: k={k}, but {kept} groups of {width} leave {kept * width} experts to choose from")
+        raise inference_error(
+            f"moe.route: k={k}, but {kept} groups of {width} leave {kept * width} experts to choose from"
+        )
 
 
 @op(
     "moe.route",
     "logits: A[T, E], bias: A[E]?, given: i64[T, k]?, expert_scale: A[E]? -> gates: A[T, k], ids: i64[T, k]",
-    infer=_route,
+    infer=_infer_route,
     flops=lambda o, r, a: o[0].elements * (SCORES[a["score"]] + bool(o[1]) + (not o[2])) + 3 * r[0].elements,
     domains={"given": lambda types, attributes: types[0].shape[1]},
     distinct=("given",),
@@ -102,7 +110,7 @@ def route(
         scores = logits if order == "select_score" else apply_score(logits, score)
         choice = scores if bias is None else scores + bias
         if groups > 1:
-            choice = _limited(choice, groups, topk_groups, group_score, mask)
+            choice = _mask_expert_groups(choice, groups, topk_groups, group_score, mask)
         ids = torch.topk(choice, k, dim=1).indices if given is None else given
         w = {"scores": scores, "choice": choice, "logits": logits}[weigh].gather(1, ids)
         w = apply_score(w, score) if order == "select_score" else w
@@ -125,7 +133,7 @@ def apply_score(x: torch.Tensor, score: str) -> torch.Tensor:
     return x
 
 
-def _limited(choice: torch.Tensor, groups: int, kept: int, group_score: str, mask: float) -> torch.Tensor:
+def _mask_expert_groups(choice: torch.Tensor, groups: int, kept: int, group_score: str, mask: float) -> torch.Tensor:
     grouped = choice.unflatten(1, (groups, -1))
     best = grouped.amax(2) if group_score == "max" else grouped.topk(2, dim=2).values.sum(2)
     outside = torch.ones_like(best, dtype=torch.bool).scatter(1, best.topk(kept, dim=1).indices, False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..errors import MoecError
 from ..errors.plugins import OPS as BROUGHT
-from ..errors.plugins import brought
+from ..errors.plugins import entry_points_of
 from ..ir.dtypes import is_dtype
 from ..ir.module import Function, Module, Op, Value
 from ..ir.stages import STAGES
@@ -22,10 +22,10 @@ STAGE_DIALECTS = {
 def at_home(op: Op, stage: str) -> bool:
     """Return whether an op is one of a stage; the ops of packages outside of moec are at home in each."""
     dialect = op.name.partition(".")[0]
-    return dialect in STAGE_DIALECTS.get(stage, (dialect,)) or dialect in brought(BROUGHT)
+    return dialect in STAGE_DIALECTS.get(stage, (dialect,)) or dialect in entry_points_of(BROUGHT)
 
 
-def verify(module: Module) -> None:
+def verify_module(module: Module) -> None:
     """Raise MoecError at the first rule that a module breaks."""
     if module.stage not in STAGES:
         raise MoecError(f"unknown stage {module.stage!r}", todo=f"stages are {', '.join(STAGES)}")

@@ -53,14 +53,14 @@ class Option:
     kl: float
 
 
-def choose(
+def choose_formats(
     units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]], budget: int, fixed: int = 0
 ) -> dict[Unit, tuple[str, float]]:
     """Return a format and its KL for every unit, so that all fit in a number of bytes; MoecError says the least possible.
 
     `fixed` are bytes of other weights, which are in no format: messages count them in.
     """
-    choices = [_hull(options) for options in _options(units, costs)]
+    choices = [_lower_convex_hull(options) for options in _unit_options(units, costs)]
     now = [0] * len(choices)
     spent = sum(c[0].bytes for c in choices)
     if spent > budget:
@@ -85,7 +85,7 @@ def choose(
     return {unit: (format, costs[unit][format]) for unit, format in formats}
 
 
-def _options(units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]]) -> list[list[Option]]:
+def _unit_options(units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[str, float]]) -> list[list[Option]]:
     """Return the options of each unit; units that store the same weight (a tied head) choose together, and share bytes."""
     owners: dict[tuple[Recipe, tuple[int, ...]], Unit] = {}
     groups: dict[Unit, list[Unit]] = {}
@@ -104,17 +104,17 @@ def _options(units: Mapping[Unit, list[Weight]], costs: Mapping[Unit, Mapping[st
     return found
 
 
-def _hull(options: Sequence[Option]) -> list[Option]:
+def _lower_convex_hull(options: Sequence[Option]) -> list[Option]:
     """Return the options on the lower convex hull of KL over bytes, the smallest first."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
         if kept and option.kl >= kept[-1].kl:
             continue
-        while len(kept) > 1 and _slope(kept[-2], option) <= _slope(kept[-2], kept[-1]):
+        while len(kept) > 1 and _kl_per_byte(kept[-2], option) <= _kl_per_byte(kept[-2], kept[-1]):
             kept.pop()
         kept.append(option)
     return kept
 
 
-def _slope(a: Option, b: Option) -> float:
+def _kl_per_byte(a: Option, b: Option) -> float:
     return (b.kl - a.kl) / float(b.bytes - a.bytes)

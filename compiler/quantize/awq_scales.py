@@ -18,7 +18,7 @@ from ..weights.steps.table import step
 _LINEAR = ("core.linear", "moe.experts")
 
 
-def fold(function: Function) -> tuple[Function, list[Note]]:
+def fold_awq_scales(function: Function) -> tuple[Function, list[Note]]:
     """Return the function with its weights scaled where that can be undone exactly, and notes where it cannot."""
     recipes = {c.value.name: c.recipe for c in function.consts}
     folds = {"nn.rms_norm": _fold_norm, "moe.experts": _fold_experts}
@@ -30,7 +30,7 @@ def fold(function: Function) -> tuple[Function, list[Note]]:
 def _fold_norm(function: Function, norm: Op, recipes: dict[str, Recipe]) -> str:
     """Scale the weights that read a norm, and the norm's own; return why they cannot be."""
     weight = norm["w"]
-    readers = _readers(function, norm.results[0])
+    readers = _reading_ops(function, norm.results[0])
     if not any(op is not None and op.name in _LINEAR for op in readers):
         return ""
     reason = ""
@@ -55,12 +55,12 @@ def _fold_norm(function: Function, norm: Op, recipes: dict[str, Recipe]) -> str:
     return ""
 
 
-def _readers(function: Function, value: Value) -> list[Op | None]:
+def _reading_ops(function: Function, value: Value) -> list[Op | None]:
     """Return what reads a value, through reshapes that keep its last axis."""
     found: list[Op | None] = []
     for op in function.uses.get(value.name, []):
         keeps = op is not None and op.name == "core.reshape" and op.results[0].type.shape[-1] == value.type.shape[-1]
-        found += _readers(function, op.results[0]) if op is not None and keeps else [op]
+        found += _reading_ops(function, op.results[0]) if op is not None and keeps else [op]
     return found
 
 

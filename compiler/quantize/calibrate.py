@@ -115,7 +115,7 @@ def windows_of(text: CalibrationText, module: Module) -> torch.Tensor:
     return torch.tensor(tokens[: count * window], dtype=torch.int64).reshape(count, window)
 
 
-def fitting(
+def windows_in_memory(
     module: Module, windows: torch.Tensor, limit: int, taken: Callable[[int], int] | None = None
 ) -> tuple[torch.Tensor, int]:
     """Return windows i64[N, W], cut shorter where one alone takes too much memory, and how many are run at once.
@@ -130,7 +130,7 @@ def fitting(
         windows = windows.reshape(2 * count, window // 2)
 
 
-def calibrate(
+def collect_inputs(
     module: Module,
     source: WeightSource,
     windows: torch.Tensor,
@@ -141,7 +141,7 @@ def calibrate(
 
     As many windows are run at once as `limit` bytes have room for; every batch reads the weights again.
     """
-    windows, size = fitting(module, windows, limit // 4)
+    windows, size = windows_in_memory(module, windows, limit // 4)
     batches = windows.split(size)
     store = _Store(folder)
 

@@ -18,13 +18,13 @@ def check_options(*, group: int | None, symmetric: bool, method: str, starved: s
     """Raise MoecError for options that mean nothing, whatever the module is."""
     for spec in policy.values():
         check_spec(spec)
-    storing(method, starved)
+    quantize_attributes(method, starved)
     if group is not None and group not in GROUPS:
         raise MoecError(f"{group} is no group size", todo=f"there are {', '.join(map(str, GROUPS))}")
     parse_layers(layers)
 
 
-def storing(method: str, starved: str) -> dict[str, str]:
+def quantize_attributes(method: str, starved: str) -> dict[str, str]:
     """Return the attributes of the step that quantizes; none for the plain way."""
     if method not in METHODS:
         raise MoecError(f"there is no method {method}", todo=f"there are {', '.join(METHODS)}")

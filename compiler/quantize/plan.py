@@ -76,7 +76,7 @@ class Plan:
     def write(self, file: Path) -> None:
         """Write quantization.json; neighbouring layers with the same format are one entry."""
         weights = []
-        for span, run in _runs(self.entries):
+        for span, run in _layer_runs(self.entries):
             known = [e.kl for e in run if e.kl is not None]
             weights.append({
                 "layers": span, "role": run[0].unit.role,
@@ -94,14 +94,14 @@ class Plan:
 def read_plan(file: Path) -> Plan:
     """Read a plan; MoecError for a file that is none, for missing and unknown keys, and for unknown formats."""
     content = read_value(file, "the plan", parse_constant=no_constant)
-    _check(content, _TOP, "the plan", file)
+    _check_object(content, _TOP, "the plan", file)
     if content["quantization"] != VERSION:
         raise MoecError(f"the plan has version {content['quantization']}, {VERSION} is read", where=str(file))
     entries: list[Entry] = []
     for number, weight in enumerate(content["weights"], 1):
-        _check(weight, _FIELDS, f"entry {number} of the plan", file)
+        _check_object(weight, _FIELDS, f"entry {number} of the plan", file)
         try:
-            units = _units(weight["layers"], weight["role"], weight["experts"], weight["format"])
+            units = _parse_units(weight["layers"], weight["role"], weight["experts"], weight["format"])
         except ValueError as error:
             raise MoecError(f"entry {number} of the plan: {error}", where=str(file)) from None
         share = None if weight["kl"] is None else weight["kl"] / len(units)
@@ -112,7 +112,7 @@ def read_plan(file: Path) -> Plan:
     )  # fmt: skip
 
 
-def _check(content: Any, fields: Mapping[str, tuple[type, ...]], what: str, file: Path) -> None:
+def _check_object(content: Any, fields: Mapping[str, tuple[type, ...]], what: str, file: Path) -> None:
     if not isinstance(content, dict):
         raise MoecError(f"{what} is not an object", where=str(file), todo=f"its keys: {', '.join(fields)}")
     missing, unknown = sorted(set(fields) - set(content)), sorted(set(content) - set(fields))
@@ -132,7 +132,7 @@ def spell_layers(formats: Mapping[Unit, str]) -> str:
     """Return formats as the option `layers` of the pass quantize."""
     entries = [Entry(unit, format, 0) for unit, format in formats.items()]
     words = []
-    for span, run in _runs(entries):
+    for span, run in _layer_runs(entries):
         unit = str(run[0].unit._replace(layer=None))
         words.append(f"{'' if span is None else span + '.'}{unit}={run[0].format}")
     return " ".join(words)
@@ -146,7 +146,7 @@ def parse_layers(text: str) -> dict[Unit, str]:
         try:
             if match is None:
                 raise ValueError(f"{word!r} does not read")
-            units = _units(*match.groups())
+            units = _parse_units(*match.groups())
         except ValueError as error:
             raise MoecError(f"layers: {error}", todo="as in '0..2.attention=int8_g128 head=int8_g64'") from None
         for unit in units:
@@ -158,7 +158,7 @@ def parse_layers(text: str) -> dict[Unit, str]:
     return found
 
 
-def _units(layers: str | None, role: str, experts: str | None, format: str) -> list[Unit]:
+def _parse_units(layers: str | None, role: str, experts: str | None, format: str) -> list[Unit]:
     if role not in ROLES:
         raise ValueError(f"there is no role {role}; there are {', '.join(ROLES)}")
     if format != KEEP and find_format(format) is None:
@@ -169,12 +169,12 @@ def _units(layers: str | None, role: str, experts: str | None, format: str) -> l
     if layers is None:
         return [Unit(None, role, numbers)]
     match = _LAYERS.fullmatch(layers)
-    if match is None or not _range(match):
+    if match is None or not _number_range(match):
         raise ValueError(f"{layers!r:.60} names no layers; 3 and 0..5 do")
-    return [Unit(n, role, numbers) for n in _range(match)]
+    return [Unit(n, role, numbers) for n in _number_range(match)]
 
 
-def _range(match: re.Match[str]) -> range:
+def _number_range(match: re.Match[str]) -> range:
     """Return the numbers of `3` or `0..5`; ValueError for more of them than a model has layers or experts."""
     first, last = match[1], match[2] or match[1]
     if len(last) > LONGEST_NUMBER or int(last) - int(first) >= MOST_NUMBERS:
@@ -186,9 +186,9 @@ def _read_numbers(text: str) -> tuple[int, ...]:
     found: list[int] = []
     for word in text.split(","):
         match = _LAYERS.fullmatch(word)
-        if match is None or not _range(match):
+        if match is None or not _number_range(match):
             raise ValueError(f"{text!r:.60} names no experts; 0..3,7 does")
-        found += _range(match)
+        found += _number_range(match)
         if len(found) > MOST_NUMBERS:
             raise ValueError(f"{text!r:.60} is more than {MOST_NUMBERS} experts")
     if len(set(found)) != len(found):
@@ -206,7 +206,7 @@ def _spell_numbers(numbers: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in words)
 
 
-def _runs(entries: Iterable[Entry]) -> list[tuple[str | None, list[Entry]]]:
+def _layer_runs(entries: Iterable[Entry]) -> list[tuple[str | None, list[Entry]]]:
     """Return entries put together where neighbouring layers have the same role and format, with the layers as text."""
     ordered = sorted(entries, key=lambda e: (e.unit.layer is None, e.unit.role, e.unit.layer or 0, e.unit.experts))
     runs: list[list[Entry]] = []

@@ -31,7 +31,7 @@ def plan_under_budget(
 
     `module` is what is to be quantized, `quantize` the pass that does it, and `limit` are the bytes to work in.
     """
-    text = _text(loaded, file, "--quantize auto measures what formats cost on a text")
+    text = _calibration_text(loaded, file, "--quantize auto measures what formats cost on a text")
     if module.stage != "moe":
         raise MoecError(f"{_LOWERED}: its formats are fixed", todo="enter at stage moe or earlier")
     from .calibrate import windows_of
@@ -48,7 +48,7 @@ def plan_under_budget(
         return make_plan(module, loaded.need_weights(), windows, budget, method, store, obstacle, limit)
 
 
-def calibrated(
+def calibrate_weights(
     loaded: Loaded, module: Module | None, file: Path | str | None, out: Path, limit: int
 ) -> tuple[Loaded, dict[str, Any]]:
     """Return the source with weights that know their inputs on a text, and what there is to report of it.
@@ -57,20 +57,20 @@ def calibrated(
     """
     from ..weights.awq import fit_awq_factors
     from ..weights.calibrated import Calibrated
-    from .calibrate import calibrate, windows_of
+    from .calibrate import collect_inputs, windows_of
 
     if module is None:
         raise MoecError(f"{_LOWERED}, and its weights want a calibration", todo="enter at stage moe or earlier")
-    text = _text(loaded, file, "the method looks at what weights are multiplied with")
+    text = _calibration_text(loaded, file, "the method looks at what weights are multiplied with")
     weights = loaded.need_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
-    found = calibrate(module, weights, windows_of(text, module), out.parent, limit)
+    found = collect_inputs(module, weights, windows_of(text, module), out.parent, limit)
     fitted = fit_awq_factors(module, weights, found.inputs)
     source = Calibrated(weights, found.inputs, fitted, limit // 4)
     return replace(loaded, weights=source), {"text": text.sha256, **found.to_dict()}
 
 
-def _text(loaded: Loaded, file: Path | str | None, why: str) -> Any:
+def _calibration_text(loaded: Loaded, file: Path | str | None, why: str) -> Any:
     """Return the calibration text as tokens."""
     from .calibrate import CalibrationText
 

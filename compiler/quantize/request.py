@@ -67,7 +67,7 @@ def read_request(
             raise MoecError("a budget is for --quantize auto", todo="leave it out, or write --quantize auto")
         todo = "add --budget 4.5bpw (bits per weight) or --budget 6GB"
         raise MoecError("--quantize auto needs a budget", todo=todo)
-    request = unasked if words is None else _read(words, budget)
+    request = unasked if words is None else _read_words(words, budget)
     if calibration is not None:
         check_text(Path(calibration))
     elif automatic or request.method in CALIBRATED:
@@ -76,7 +76,7 @@ def read_request(
     return request
 
 
-def _read(words: Sequence[str], budget: str | None) -> Request:
+def _read_words(words: Sequence[str], budget: str | None) -> Request:
     match words:
         case []:
             todo = "give a format such as int4, or options such as experts=int4,head=int8"
@@ -84,18 +84,18 @@ def _read(words: Sequence[str], budget: str | None) -> Request:
         case [word] if word == KEEP:
             return Request(keep=True)
         case [word, *rest] if word == KEEP:
-            return Request(True, {**dict.fromkeys(ROLES, PLAIN), **_options(rest)})
+            return Request(True, {**dict.fromkeys(ROLES, PLAIN), **_parse_options(rest)})
         case [word, *rest] if word == AUTO and budget is not None:
-            return Request(False, _options(rest), budget=Budget.parse(budget))
+            return Request(False, _parse_options(rest), budget=Budget.parse(budget))
         case [word, *rest] if word.endswith(".json") and "=" not in word:
-            return Request(False, _options(rest), plan=read_plan(Path(word)))
-    return Request(False, _options(words))
+            return Request(False, _parse_options(rest), plan=read_plan(Path(word)))
+    return Request(False, _parse_options(words))
 
 
-def _options(words: Sequence[str]) -> dict[str, str]:
+def _parse_options(words: Sequence[str]) -> dict[str, str]:
     """Return options of the pass quantize; the first word may be a format."""
     named = bool(words) and "=" not in words[0]
-    options = _everything(words[0]) if named else {}
+    options = _options_of_format(words[0]) if named else {}
     for word in words[named:]:
         name, equals, value = word.partition("=")
         if not equals or not re.fullmatch(r"[a-z_]+", name):
@@ -104,7 +104,7 @@ def _options(words: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _everything(format: str) -> dict[str, str]:
+def _options_of_format(format: str) -> dict[str, str]:
     """Return the options that put every role but the router in one format; int4 is what the pass does by itself."""
     if format == "int4":
         return {}

@@ -27,14 +27,14 @@ from ..errors import MoecError
 from ..formats.format import Format
 from ..formats.table import find_format
 from ..ir.dims import evaluate
-from ..ir.module import Function, Module, Op, Value, bindings
-from ..ir.recipes import Recipe, bind
+from ..ir.module import Function, Module, Op, Value, call_bindings
+from ..ir.recipes import Recipe, bind_recipe
 from ..rewrite.roles import weight_roles
 from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.source import WeightSource
 from ..weights.tiles import tile_boxes
-from .allocate import Weight, choose
-from .calibrate import LIMIT, fitting, main_inputs
+from .allocate import Weight, choose_formats
+from .calibrate import LIMIT, main_inputs, windows_in_memory
 from .plan import Budget, Entry, Plan, Unit, spell_layers
 
 BATCHES = 8  # each reads all weights again for every format that is measured: no more tokens than these hold
@@ -57,22 +57,26 @@ def find_units(module: Module, holds: Obstacle) -> dict[Unit, list[Weight]]:
     found: dict[Unit, list[Weight]] = {}
 
     def visit(function: Function, bound: dict[str, str], layer: int | None) -> None:
-        recipes = {c.value.name: bind(c.recipe, function.weights, bound) for c in function.consts}
+        recipes = {c.value.name: bind_recipe(c.recipe, function.weights, bound) for c in function.consts}
         for i, op in enumerate(function.ops):
             if op.callee:
                 inner = op.attributes.get("layer")
-                visit(module.by_name[op.callee], {**bound, **bindings(op)}, inner if isinstance(inner, int) else layer)
+                visit(
+                    module.by_name[op.callee],
+                    {**bound, **call_bindings(op)},
+                    inner if isinstance(inner, int) else layer,
+                )
             for (j, k), role in roles[function.name].items():
                 value = op.operands[k] if i == j else None
                 if value is not None and role not in LEFT_OUT and value.type.dtype == "f32":
-                    names = frozenset(n for n in NAMES if _fits(op, value, n, holds))
+                    names = frozenset(n for n in NAMES if _fits_groups(op, value, n, holds))
                     found.setdefault(Unit(layer, role), []).append(Weight(recipes[value.name], names))
 
     visit(module.main, {}, None)
     return {unit: weights for unit, weights in found.items() if frozenset.intersection(*(w.formats for w in weights))}
 
 
-def _fits(op: Op, value: Value, name: str, holds: Obstacle) -> bool:
+def _fits_groups(op: Op, value: Value, name: str, holds: Obstacle) -> bool:
     format = find_format(name)
     assert format
     return value.type.sizes[-1] % format.group == 0 and not holds(op, format)
@@ -103,7 +107,7 @@ class _Reference(TiledInterpreter):
             self.squares[weight] = torch.stack([rows[c].square().sum(0) for c in chosen]) / tokens
 
 
-def measure(
+def measure_sensitivity(
     module: Module,
     source: WeightSource,
     windows: torch.Tensor,
@@ -116,7 +120,9 @@ def measure(
     The units come back with the experts of a layer in groups, largest share of the error first. `batch` windows are run
     at once, by default all.
     """
-    probes = {unit: _probes([n for n in NAMES if all(n in w.formats for w in ws)]) for unit, ws in units.items()}
+    probes = {
+        unit: _measured_formats([n for n in NAMES if all(n in w.formats for w in ws)]) for unit, ws in units.items()
+    }
     kls: dict[tuple[Unit, str], float] = dict.fromkeys(((u, p) for u, found in probes.items() for p in found), 0.0)
     squares: dict[Recipe, torch.Tensor] = {}
     for part in windows.split(batch or len(windows)):
@@ -130,22 +136,24 @@ def measure(
     divided: dict[Unit, list[Weight]] = {}
     for unit, weights in units.items():
         alike = {n: probe for probe, names in probes[unit].items() for n in names}
-        errors = {n: torch.stack([_errors(w.recipe, n, source, squares) for w in weights]).sum(0) for n in alike}
+        errors = {
+            n: torch.stack([_weighted_errors(w.recipe, n, source, squares) for w in weights]).sum(0) for n in alike
+        }
         kl_of = {}
         for n, probe in alike.items():
             whole = float(errors[probe].sum())
             kl_of[n] = kls[unit, probe] * float(errors[n].sum()) / whole if whole else 0.0
-        for group, share_of in _groups(unit, errors[next(iter(alike))]):
+        for group, share_of in _expert_groups(unit, errors[next(iter(alike))]):
             divided[group] = [replace(w, experts=group.experts) for w in weights]
             costs[group] = {n: kl * float(share_of(errors[n])) for n, kl in kl_of.items()}
     return divided, costs
 
 
-def _probes(names: Sequence[str]) -> dict[str, list[str]]:
+def _measured_formats(names: Sequence[str]) -> dict[str, list[str]]:
     """Return the formats that are measured, each with those that are judged by it."""
     found: dict[str, list[str]] = {}
     probe = ""
-    for bits, group in itertools.groupby(names, _bits):
+    for bits, group in itertools.groupby(names, _format_bits):
         alike = list(group)
         probe = alike[0] if bits <= MEASURED or not probe else probe
         found.setdefault(probe, []).extend(alike)
@@ -177,11 +185,11 @@ def _measure_part(
             state = dict(reference.snapshots[first])
             runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
             runner.steps(changed.main, state, {}, first)
-            kls[unit, probe] = _kl(expected, state[logits])
+            kls[unit, probe] = _mean_kl(expected, state[logits])
     return _Measured(kls, reference.squares)
 
 
-def _groups(unit: Unit, errors: torch.Tensor) -> list[tuple[Unit, Callable[[torch.Tensor], float]]]:
+def _expert_groups(unit: Unit, errors: torch.Tensor) -> list[tuple[Unit, Callable[[torch.Tensor], float]]]:
     """Return the parts of a unit, each with what gives its share of a format's errors f32[E]."""
     count = len(errors)
     if count < 2 * GROUPS:
@@ -189,15 +197,15 @@ def _groups(unit: Unit, errors: torch.Tensor) -> list[tuple[Unit, Callable[[torc
     order = errors.argsort(descending=True, stable=True).tolist()
     bounds = [count * i // GROUPS for i in range(GROUPS + 1)]
     parts = [tuple(sorted(order[a:b])) for a, b in itertools.pairwise(bounds)]
-    return [(unit._replace(experts=part), partial(_share, part)) for part in parts]
+    return [(unit._replace(experts=part), partial(_error_share, part)) for part in parts]
 
 
-def _share(experts: tuple[int, ...], errors: torch.Tensor) -> float:
+def _error_share(experts: tuple[int, ...], errors: torch.Tensor) -> float:
     whole = float(errors.sum())
     return float(errors[list(experts)].sum()) / whole if whole else 0.0
 
 
-def _bits(name: str) -> int:
+def _format_bits(name: str) -> int:
     format = find_format(name)
     assert format
     return format.bits
@@ -214,7 +222,7 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.reshape(-1, logits.shape[-1]), dim=-1)
 
 
-def _kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
+def _mean_kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
     """Return the mean KL of predictions f32[..., V] to log-probabilities f32[T, V], a few rows at a time."""
     total = 0.0
     rows = logits.reshape(-1, logits.shape[-1])
@@ -225,7 +233,9 @@ def _kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
     return max(total / len(wanted), 0.0)
 
 
-def _errors(recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Recipe, torch.Tensor]) -> torch.Tensor:
+def _weighted_errors(
+    recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Recipe, torch.Tensor]
+) -> torch.Tensor:
     """Return the squared error of a format, each column counted by the mean square of its inputs: f32[E], or f32[1]."""
     format = find_format(name)
     assert format
@@ -267,21 +277,21 @@ def make_plan(
         room = budget.bytes - fixed
     vocabulary = int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
     tokens = min(TOKENS, LOGITS // vocabulary)
-    windows, batch = fitting(module, windows, limit // 3, partial(_taken, module, vocabulary))
+    windows, batch = windows_in_memory(module, windows, limit // 3, partial(_bytes_per_window, module, vocabulary))
     count = min(max(1, tokens // windows.shape[1]), batch * BATCHES)
     free = {u: dict.fromkeys(frozenset.intersection(*(w.formats for w in ws)), 0.0) for u, ws in units.items()}
-    choose(units, free, room, fixed)  # measuring takes minutes: a budget that cannot be met is told before
-    units, costs = measure(module, source, windows[:count], units, store, batch)
-    chosen = choose(units, costs, room, fixed)
+    choose_formats(units, free, room, fixed)  # measuring takes minutes: a budget that cannot be met is told before
+    units, costs = measure_sensitivity(module, source, windows[:count], units, store, batch)
+    chosen = choose_formats(units, costs, room, fixed)
     spent = {(w.key, f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
     total = sum(spent.values())
     return Plan(
         budget.text, method, round(float(total * 8 / sum(stored.values())), 4), int(total),
-        sum(kl for _, kl in chosen.values()), windows[:count].numel(), tuple(_entries(units, chosen)),
+        sum(kl for _, kl in chosen.values()), windows[:count].numel(), tuple(_plan_entries(units, chosen)),
     )  # fmt: skip
 
 
-def _taken(module: Module, vocabulary: int, window: int) -> int:
+def _bytes_per_window(module: Module, vocabulary: int, window: int) -> int:
     """Return the bytes that measuring one window takes: values, those that are kept at each op of @main, and logits."""
     dims = {"B": 1, "S": window, "P": 0}
     logits = 4 * vocabulary * window
@@ -289,7 +299,7 @@ def _taken(module: Module, vocabulary: int, window: int) -> int:
     return live_bytes(module, dims) - logits + max(0, kept) + 4 * logits
 
 
-def _entries(units: Mapping[Unit, list[Weight]], chosen: Mapping[Unit, tuple[str, float]]) -> list[Entry]:
+def _plan_entries(units: Mapping[Unit, list[Weight]], chosen: Mapping[Unit, tuple[str, float]]) -> list[Entry]:
     """Return the entries of a plan; groups of a layer's experts that came to the same format are one."""
     alike: dict[tuple[int | None, str, str], list[Unit]] = {}
     for unit, (format, _) in chosen.items():

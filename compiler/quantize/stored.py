@@ -15,7 +15,7 @@ def is_lossy(module: Module) -> bool:
     return any(step.name == "quantize" or is_demotion(step) for step in steps)
 
 
-def precision(module: Module) -> dict[str, list[str]]:
+def stored_formats(module: Module) -> dict[str, list[str]]:
     """Return the formats that the weights of each function are stored in, at any stage."""
     found = {}
     for function in module.functions:

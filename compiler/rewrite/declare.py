@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
 from ..errors.plugins import PASSES as BROUGHT
-from ..errors.plugins import broken, brought, load_brought, refuse_names
+from ..errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
 from ..ir.deferred import DeferredFunction
-from ..ir.notes import Rewritten, distinct
-from ..ir.pipelines import Pipeline, spell
+from ..ir.notes import Rewritten, distinct_notes
+from ..ir.pipelines import Pipeline, option_text
 from ..ir.stages import STAGES
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Option:
     choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.type.__name__} = {spell(self.default)}"
+        return f"{self.name}: {self.type.__name__} = {option_text(self.default)}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ class PassDef:
     def run(self, module: Module, target: Any = None, **options: Any) -> Rewritten:
         """Return the module after the pass, and its notes."""
         result = self.function(module, target, **self.convert(options))
-        return Rewritten(result.module, distinct(result.notes)) if isinstance(result, Rewritten) else Rewritten(result)
+        return (
+            Rewritten(result.module, distinct_notes(result.notes))
+            if isinstance(result, Rewritten)
+            else Rewritten(result)
+        )
 
     def convert(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options as the types that the pass declares; MoecError for one that it does not have."""
@@ -92,19 +96,19 @@ class PassDef:
                 if not option.choices or value in option.choices:
                     return str(value)
             case str() | int() | float() if option.type in (int, float) and not isinstance(value, bool):
-                number = _number(value, option.type)
+                number = _parse_number(value, option.type)
                 if number is not None:
                     return number
-        wanted = " or ".join(option.choices) or _article(option.type.__name__)
-        what = f"option {name} of pass {self.name} is {spell(value)}, not {wanted}"
+        wanted = " or ".join(option.choices) or _with_article(option.type.__name__)
+        what = f"option {name} of pass {self.name} is {option_text(value)}, not {wanted}"
         raise MoecError(what, todo=f"its options: {known}")
 
 
-def _article(word: str) -> str:
+def _with_article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def _number(value: str | int | float, type: type) -> int | float | None:
+def _parse_number(value: str | int | float, type: type) -> int | float | None:
     try:
         return type(value) if isinstance(value, str) or type(value) == value else None
     except (ValueError, OverflowError):
@@ -121,7 +125,7 @@ def pass_(
         signature = inspect.signature(function)
         name = function.__name__.rstrip("_").replace("_", "-")
         options = {
-            p.name: _option(name, p, function)
+            p.name: _read_option(name, p, function)
             for p in signature.parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
@@ -131,7 +135,7 @@ def pass_(
     return declare
 
 
-def _option(owner: str, parameter: inspect.Parameter, function: Callable[..., Any]) -> Option:
+def _read_option(owner: str, parameter: inspect.Parameter, function: Callable[..., Any]) -> Option:
     kind, optional = parameter.annotation, False
     if isinstance(kind, str):
         kind = eval(kind, function.__globals__)
@@ -147,7 +151,7 @@ def _option(owner: str, parameter: inspect.Parameter, function: Callable[..., An
     return Option(parameter.name, kind, optional, parameter.default, choices)
 
 
-def resolve(pipeline: Pipeline, table: Mapping[str, PassDef]) -> list[tuple[PassDef, dict[str, Any]]]:
+def resolve_passes(pipeline: Pipeline, table: Mapping[str, PassDef]) -> list[tuple[PassDef, dict[str, Any]]]:
     """Return passes with their options as they take them; MoecError for what is wrong with either."""
     definitions = [(_look_up(call.name, table), call.options) for call in pipeline]
     return [(definition, definition.convert(options)) for definition, options in definitions]
@@ -188,13 +192,13 @@ class PassTable(Mapping[str, PassDef]):
         if (found := load_brought(BROUGHT, name, PassDef, "a function under @pass_")) is None:
             raise KeyError(name)
         if found.name != name:
-            raise broken(brought(BROUGHT)[name], f"brings {name} as a pass that is named {found.name}")
+            raise broken_package(entry_points_of(BROUGHT)[name], f"brings {name} as a pass that is named {found.name}")
         return found
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names."""
         refuse_names(BROUGHT, set(self.own))
-        return iter((*self.own, *brought(BROUGHT)))
+        return iter((*self.own, *entry_points_of(BROUGHT)))
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -210,7 +214,7 @@ def read_pass(module: str, file: Path) -> PassDef:
     The definition is run as it stands, without its body, so that name, help and options are made as ever.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    definition, decorator = _definition(tree, file)
+    definition, decorator = _pass_definition(tree, file)
     given = {k.arg: k.value for k in decorator.keywords if k.arg is not None}
     judge = given.pop("judge", None)
     contract = {name: ast.literal_eval(value) for name, value in given.items()}
@@ -218,11 +222,11 @@ def read_pass(module: str, file: Path) -> PassDef:
     exec(compile(ast.Module([_without_body(definition)], []), str(file), "exec", dont_inherit=True), scope)
     name = definition.name
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    judged = None if judge is None else _home(ast.unparse(judge), tree, module, package)
+    judged = None if judge is None else _defining_function(ast.unparse(judge), tree, module, package)
     return replace(pass_(**contract)(scope[name]), function=DeferredFunction(module, f"{name}.function"), judge=judged)
 
 
-def _home(name: str, tree: ast.Module, module: str, package: str) -> DeferredFunction:
+def _defining_function(name: str, tree: ast.Module, module: str, package: str) -> DeferredFunction:
     """Return a function by its name in a file: from where the file has it, if it imports it, else from the file."""
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
@@ -230,7 +234,7 @@ def _home(name: str, tree: ast.Module, module: str, package: str) -> DeferredFun
     return DeferredFunction(module, name)
 
 
-def _definition(tree: ast.Module, file: Path) -> tuple[ast.FunctionDef, ast.Call]:
+def _pass_definition(tree: ast.Module, file: Path) -> tuple[ast.FunctionDef, ast.Call]:
     for node in tree.body:
         for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
             match decorator:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import Refuse
-from ..ir.dce import dce
+from ..ir.dce import eliminate_dead_code
 from ..ir.module import Function, Op, Value
 from ..ir.names import Names
-from ..ir.notes import Note, note_on, refusal
+from ..ir.notes import Note, note_on, refusal_note
 from ..ir.recipes import Recipe, Step
 from ..ops.builder import IRBuilder
 from ..weights.steps.table import step
@@ -49,7 +49,7 @@ class Editor(IRBuilder):
         """Return the function without ops and weights that nothing reads; the one before if nothing changed."""
         if tuple(self.ops) == self.function.ops:
             return self.function
-        return dce(replace(self.function, ops=tuple(self.ops), consts=tuple(self.consts.values())))
+        return eliminate_dead_code(replace(self.function, ops=tuple(self.ops), consts=tuple(self.consts.values())))
 
 
 Rewrite = Callable[[Any, Op], Op]  # takes the editor and the op, returns the op that takes its place
@@ -71,14 +71,14 @@ def rewrite_ops(
             new = rewrite(editor, op) if rewrite else op
         except Refuse as reason:
             del editor.ops[kept:]
-            refused.append(refusal(f"{owner} of {op.name}", function, op, reason))
+            refused.append(refusal_note(f"{owner} of {op.name}", function, op, reason))
             other = (instead or {}).get(op.name)
             new = other(editor, op) if other else op
         editor.ops.append(new)
     return editor.finish(), [*refused, *editor.notes]
 
 
-def join(*recipes: Recipe, axis: int) -> Recipe:
+def join_recipes_along(*recipes: Recipe, axis: int) -> Recipe:
     """Return recipes put together along an axis; a cast that all of them end in is done once, at the end."""
     casts = {r.attributes["to"] if isinstance(r, Step) and r.name == "cast" else None for r in recipes}
     inner = [r.items[0] for r in recipes if isinstance(r, Step) and r.name == "cast"]

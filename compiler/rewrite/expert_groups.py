@@ -40,7 +40,7 @@ def split_experts(function: Function, op: Op, groups: Sequence[Experts]) -> tupl
         hints = (f"{base}.ids{number}", f"{base}.ids{number}.1")
         _, chosen = editor.add_all("core.topk", size, hints=hints, axis=1, k=most)
         mixing = editor.add("core.gather", own, chosen, hint=f"{base}.mixing{number}", axis=1)
-        held = [v and editor.const(f"{v.name}.{number}", _rows(editor.recipe(v), group)) for v in weights]
+        held = [v and editor.const(f"{v.name}.{number}", _slices_of_experts(editor.recipe(v), group)) for v in weights]
         y = editor.add(op.name, x, chosen, mixing, *held, hint=f"{base}.y{number}", **op.attributes)
         made.append(editor.ops[-1])
         total = y if total is None else editor.add("core.add", total, y, hint=f"{base}.sum{number}")
@@ -50,7 +50,7 @@ def split_experts(function: Function, op: Op, groups: Sequence[Experts]) -> tupl
     return editor.finish(), made
 
 
-def _rows(recipe: Recipe, group: Experts) -> Recipe:
+def _slices_of_experts(recipe: Recipe, group: Experts) -> Recipe:
     """Return the recipe of some experts of a weight: its slices, put together where they are not neighbours."""
     spans: list[list[int]] = []
     for expert in group:

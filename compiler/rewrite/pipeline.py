@@ -18,10 +18,10 @@ from ..ir.module import Module
 from ..ir.notes import Note, Rewritten
 from ..ir.pipelines import PassCall, Pipeline
 from ..ir.stages import STAGES
-from ..ops.verify import verify
+from ..ops.verify import verify_module
 from ..text.parser import parse_module
 from ..text.printer import print_module
-from .declare import PassDef, resolve, stop_hint
+from .declare import PassDef, resolve_passes, stop_hint
 
 TOLERANCE = 1e-4  # largest difference relative to the largest number before, apart from rounded weights
 
@@ -74,7 +74,7 @@ def run_pipeline(
     stage); `table` maps names to passes.
     MoecError (exit code 1) where a pass breaks its contract, (exit code 2) where the pipeline itself is wrong.
     """
-    steps = _until(resolve(pipeline, table), stop_after)
+    steps = _stop_after_stage(resolve_passes(pipeline, table), stop_after)
     settings = Settings(target, check, dump)
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def run_pipeline(
     return Run(module, tuple(notes), tuple(timings), given)
 
 
-def remaining(module: Module, pipeline: Pipeline, table: Mapping[str, PassDef]) -> Pipeline:
+def remaining_passes(module: Module, pipeline: Pipeline, table: Mapping[str, PassDef]) -> Pipeline:
     """Return the passes still to run; an IR file enters the pipeline at its stage."""
     if module.stage == STAGES[0]:
         return pipeline
@@ -98,7 +98,7 @@ def remaining(module: Module, pipeline: Pipeline, table: Mapping[str, PassDef]) 
     return pipeline[done:]
 
 
-def _until(steps: list[tuple[PassDef, dict]], stop_after: str | None) -> list[tuple[PassDef, dict]]:
+def _stop_after_stage(steps: list[tuple[PassDef, dict]], stop_after: str | None) -> list[tuple[PassDef, dict]]:
     if stop_after is None:
         return steps
     if stop_after in STAGES:
@@ -122,18 +122,18 @@ def _run_pass(
         _check_reads(module, definition)
         result, notes = definition.run(module, settings.target, **options)
     except MoecError as error:
-        raise _failure(error, "in", module, number, definition, options, settings) from error
+        raise _failed_pass(error, "in", module, number, definition, options, settings) from error
     except Exception as error:  # a bug in a pass; the traceback stays as the cause
         problem = MoecError("a mistake of moec's own stopped it", todo="--debug shows where", exit_code=1)
-        raise _failure(problem, "in", module, number, definition, options, settings) from error
+        raise _failed_pass(problem, "in", module, number, definition, options, settings) from error
     seconds = time.perf_counter() - start
     changed = result is not module
     try:
         if changed:
             _check_result(module, result, definition, settings)
     except MoecError as error:
-        pointed = _point(error, result, number, definition, settings)
-        raise _failure(pointed, "found after", module, number, definition, options, settings) from error
+        pointed = _error_in_dump(error, result, number, definition, settings)
+        raise _failed_pass(pointed, "found after", module, number, definition, options, settings) from error
     if changed and settings.dump is not None:
         (settings.dump / f"{number:02}.{definition.name}.moir").write_text(print_module(result), "utf-8")
     return Rewritten(result, notes), PassTiming(definition.name, seconds, time.perf_counter() - start, changed)
@@ -153,7 +153,7 @@ def _check_reads(module: Module, definition: PassDef) -> None:
 def _check_result(before: Module, after: Module, definition: PassDef, settings: Settings) -> None:
     if not isinstance(after, Module):
         raise MoecError(f"the pass returned {type(after).__name__}, not a module", exit_code=1)
-    verify(after)
+    verify_module(after)
     leaves = before.stage if definition.leaves == "any" else definition.leaves
     if after.stage != leaves:
         raise MoecError(f"the module is at stage {after.stage}, the pass leaves {leaves}", exit_code=1)
@@ -175,13 +175,15 @@ def _check_signature(before: Module, after: Module) -> None:
     old, new = before.main, after.main
     if old.params != new.params:
         raise MoecError(
-            f"the inputs of @main changed: {_differing(old.params, new.params)}", where="@main", exit_code=1
+            f"the inputs of @main changed: {_first_difference(old.params, new.params)}", where="@main", exit_code=1
         )
     if old.types != new.types:
-        raise MoecError(f"the outputs of @main changed: {_differing(old.types, new.types)}", where="@main", exit_code=1)
+        raise MoecError(
+            f"the outputs of @main changed: {_first_difference(old.types, new.types)}", where="@main", exit_code=1
+        )
 
 
-def _differing(old: Sequence[Any], new: Sequence[Any]) -> str:
+def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> str:
     for a, b in zip(old, new, strict=False):
         if a != b:
             return f"{a}: {getattr(a, 'type', '')} became {b}: {getattr(b, 'type', '')}".replace(": ", " ").strip()
@@ -191,7 +193,7 @@ def _differing(old: Sequence[Any], new: Sequence[Any]) -> str:
 # --- failures --------------------------------------------------------------------------------------------------
 
 
-def _point(error: MoecError, result: Module, number: int, definition: PassDef, settings: Settings) -> MoecError:
+def _error_in_dump(error: MoecError, result: Module, number: int, definition: PassDef, settings: Settings) -> MoecError:
     """Return the error with line and caret in the dump of the wrong module, where its text shows the same problem."""
     if settings.dump is None or not isinstance(result, Module):
         return error
@@ -207,7 +209,7 @@ def _point(error: MoecError, result: Module, number: int, definition: PassDef, s
     return error
 
 
-def _failure(
+def _failed_pass(
     error: MoecError,
     found: str,
     module: Module,

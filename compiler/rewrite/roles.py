@@ -62,21 +62,24 @@ def _linear_roles(function: Function) -> dict[int, str]:
     for op in function.ops:
         if op.name in ("moe.experts", "moe.route"):
             routing = [op["ids"], op["gates"]] if op.name == "moe.experts" else [op["logits"]]
-            mark(_back(function, routing, through=lambda o: o.name not in LINEARS), "router")
+            mark(_linears_before(function, routing, through=lambda o: o.name not in LINEARS), "router")
     for op in function.ops:
         if _is_attention(op):
             states = {v.name for v in op.inputs if v.type.state}
-            mark(_back(function, [v for v in op.inputs if v.name not in states], through=lambda o: True), "attention")
+            mark(
+                _linears_before(function, [v for v in op.inputs if v.name not in states], through=lambda o: True),
+                "attention",
+            )
             mark(_back_states(function, states), "attention")
-            outputs = _forward(function, [v for v in op.results if not v.type.state])
+            outputs = _linears_after(function, [v for v in op.results if not v.type.state])
             mark(outputs, "attention")
             mark(
-                _back(function, [o.inputs[0] for o in outputs], through=lambda o: o.name not in LINEARS),
+                _linears_before(function, [o.inputs[0] for o in outputs], through=lambda o: o.name not in LINEARS),
                 "attention",
             )
     if function.name == "main":
         logits = [v for v in function.results if not v.type.state]
-        mark(_back(function, logits, through=lambda o: o.name not in LINEARS and not o.callee), "head")
+        mark(_linears_before(function, logits, through=lambda o: o.name not in LINEARS and not o.callee), "head")
     return roles
 
 
@@ -87,10 +90,12 @@ def _is_attention(op: Op) -> bool:
 def _back_states(function: Function, states: set[str]) -> list[Op]:
     """Return the linears that make what is appended to the caches."""
     appends = [function.producers[name] for name in sorted(states) if name in function.producers]
-    return _back(function, [v for op in appends for v in op.inputs if not v.type.state], through=lambda o: True)
+    return _linears_before(
+        function, [v for op in appends for v in op.inputs if not v.type.state], through=lambda o: True
+    )
 
 
-def _back(function: Function, values: Iterable[Value | None], through: Callable[[Op], bool]) -> list[Op]:
+def _linears_before(function: Function, values: Iterable[Value | None], through: Callable[[Op], bool]) -> list[Op]:
     """Return the linears that values are made with; the walk continues past an op where `through` says so."""
     found: list[Op] = []
     seen: set[str] = set()
@@ -107,7 +112,7 @@ def _back(function: Function, values: Iterable[Value | None], through: Callable[
     return found
 
 
-def _forward(function: Function, values: Iterable[Value]) -> list[Op]:
+def _linears_after(function: Function, values: Iterable[Value]) -> list[Op]:
     """Return the first linears that read what values become, with those of single heads on the way."""
     found: list[Op] = []
     seen: set[str] = set()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from ..errors import MoecError, Refuse
-from ..ir.dce import dce
+from ..ir.dce import eliminate_dead_code
 from ..ir.module import Function, Op, Value
 from ..ir.names import Names
 from ..ir.types import Attr
@@ -34,7 +34,7 @@ class Router:
     operands: dict[str, Value | None] = field(default_factory=dict)
     attrs: dict[str, Attr] = field(default_factory=dict)
 
-    def made(self, value: Value | None, *names: str) -> Op | None:
+    def producer(self, value: Value | None, *names: str) -> Op | None:
         """Return the op that makes a value, if it has one of the names, and note that it is read."""
         op = self.function.producers.get(value.name) if value else None
         if op is None or op.name not in names:
@@ -56,12 +56,12 @@ class Router:
                 return value, float(number)
         return None
 
-    def refuse(self, value: Value, instead: str) -> Refuse:
+    def refusal_of(self, value: Value, instead: str) -> Refuse:
         """Return the refusal of a value that is not made as it should be."""
         op = self.function.producers.get(value.name)
         return Refuse(f"{value} is made by {op.name}, {instead}" if op else f"{value} is an input, {instead}", value)
 
-    def replaced(self, reader: Op | None) -> Function:
+    def with_route(self, reader: Op | None) -> Function:
         """Return the function with one moe.route for the ops that were read; Refuse where they are also used elsewhere."""
         function, read = self.function, self.ops.values()
         for value in (v for op in read for v in op.results if v not in (self.gates, self.ids)):
@@ -81,31 +81,31 @@ class Router:
             raise Refuse(error.what) from None
         last = max(i for i, op in enumerate(function.ops) if id(op) in self.ops)
         ops = [*function.ops[: last + 1], *builder.ops, *function.ops[last + 1 :]]
-        kept = [_reading(op, self.ids, ids) if op is reader else op for op in ops if id(op) not in self.ops]
-        return dce(replace(function, ops=in_order(tuple(kept))))
+        kept = [_replace_operand(op, self.ids, ids) if op is reader else op for op in ops if id(op) not in self.ops]
+        return eliminate_dead_code(replace(function, ops=in_order(tuple(kept))))
 
     # --- the weights, from the last step to the first ------------------------------------------------------
 
     def read(self) -> None:
         """Fill in operands and attributes; Refuse names the op in the way."""
-        weights = self._normalised(self._scaled(self.gates))
-        late, chosen = self._scored(weights)
-        top = self.made(self.ids, "core.topk")
+        weights = self._read_normalization(self._read_factors(self.gates))
+        late, chosen = self._read_score(weights)
+        top = self.producer(self.ids, "core.topk")
         if top and (top.results[1] != self.ids or top.attributes["axis"] != 1):
             raise Refuse(f"{self.ids} is not a choice along the experts", self.ids)
-        taken = self.made(chosen, "core.topk", "core.gather")
+        taken = self.producer(chosen, "core.topk", "core.gather")
         if taken is None or taken.attributes["axis"] != 1 or (taken.name == "core.topk" and taken is not top):
-            raise self.refuse(chosen, "which does not take scores of the chosen experts")
+            raise self.refusal_of(chosen, "which does not take scores of the chosen experts")
         if taken.name == "core.gather" and taken["index"] != self.ids:
             raise Refuse(f"{chosen} takes the scores of other experts than {self.ids}", chosen)
         source = taken.inputs[0]
         self.attrs["k"] = int(self.ids.type.shape[1])
         if top is None:
-            self._given(source, late)
+            self._read_given_experts(source, late)
         else:
-            self._chosen(top.inputs[0], source, late)
+            self._read_choice(top.inputs[0], source, late)
 
-    def _scaled(self, x: Value) -> Value:
+    def _read_factors(self, x: Value) -> Value:
         """Return what factors are applied to: one number, or one number an expert."""
         scale = 1.0
         while (op := self.function.producers.get(x.name)) and op.name in ("core.mul", "core.div"):
@@ -131,52 +131,52 @@ class Router:
                 return value, take.inputs[0]
         return None
 
-    def _normalised(self, x: Value) -> Value:
+    def _read_normalization(self, x: Value) -> Value:
         """Return the weights before they are divided by their sum or norm."""
-        op = self.made(x, "core.div")
+        op = self.producer(x, "core.div")
         if op is None:
             return x
         weights, total = op.inputs[0], op.inputs[-1]
-        if expand := self.made(total, "core.expand"):
+        if expand := self.producer(total, "core.expand"):
             total = expand.inputs[0]
         if weights.type != x.type or total.type.shape != (x.type.shape[0], 1):
             raise Refuse(f"{weights} is divided by {total}, not by one number a token", x)
-        if (clamp := self.made(total, "core.clamp")) and clamp.settings["max"] == inf:
+        if (clamp := self.producer(total, "core.clamp")) and clamp.settings["max"] == inf:
             total, self.attrs["min_sum"] = clamp.inputs[0], clamp.attributes["min"]
-        elif larger := self.split(self.made(total, "core.maximum")):
+        elif larger := self.split(self.producer(total, "core.maximum")):
             total, self.attrs["min_sum"] = larger
-        if more := self.split(self.made(total, "core.add")):
+        if more := self.split(self.producer(total, "core.add")):
             total, self.attrs["eps"] = more
-        self.attrs |= self._norm(weights, total)
+        self.attrs |= self._norm_attributes(weights, total)
         return weights
 
-    def _norm(self, weights: Value, total: Value) -> dict[str, Attr]:
+    def _norm_attributes(self, weights: Value, total: Value) -> dict[str, Attr]:
         """Return which norm of the weights a total is: their sum, or (sum |w|^p)^(1/p)."""
-        wrong = self.refuse(total, f"which is not the sum of {weights} or their norm")
-        root = self.made(total, "core.sqrt", "core.pow")
+        wrong = self.refusal_of(total, f"which is not the sum of {weights} or their norm")
+        root = self.producer(total, "core.sqrt", "core.pow")
         p = 1.0
         if root:
             given = self.number(root["y"]) if root.name == "core.pow" else 0.5
             if not given:
                 raise wrong
             total, p = root.inputs[0], 1 / float(given)
-        if reshape := self.made(total, "core.reshape"):
+        if reshape := self.producer(total, "core.reshape"):
             total = reshape.inputs[0]
-        added = self.made(total, "core.sum")
+        added = self.producer(total, "core.sum")
         if added is None or added.attributes["axes"] != (1,):
             raise wrong
         inner, exponent = added.inputs[0], 1.0
-        if power := self.made(inner, "core.mul", "core.pow"):
+        if power := self.producer(inner, "core.mul", "core.pow"):
             square = power.name == "core.mul" and power.inputs[0] == power.inputs[-1]
             found = 2.0 if square else self.number(power["y"]) if power.name == "core.pow" else None
             inner, exponent = power.inputs[0], float(found or 0)
-        absolute = self.made(inner, "core.abs")
+        absolute = self.producer(inner, "core.abs")
         inner = absolute.inputs[0] if absolute else inner
         if inner != weights or abs(exponent - p) > 1e-6 * p or not (absolute or exponent in (1, 2)):
             raise wrong
         return {"renorm": "norm", "p": exponent} if absolute or exponent == 2 else {"renorm": "sum"}
 
-    def _scored(self, x: Value) -> tuple[str, Value]:
+    def _read_score(self, x: Value) -> tuple[str, Value]:
         """Return the score that makes a value, and what it scores."""
         if (op := self.function.producers.get(x.name)) is None:
             return "identity", x
@@ -193,33 +193,33 @@ class Router:
 
     # --- the choice ------------------------------------------------------------------------------------------
 
-    def _given(self, source: Value, late: str) -> None:
+    def _read_given_experts(self, source: Value, late: str) -> None:
         """Read weights of experts that are known beforehand."""
-        early, logits = self._scored(source)
+        early, logits = self._read_score(source)
         if late != "identity" and early != "identity":
             raise Refuse(f"{source} is scored before and after its experts are taken", source)
-        if _depends(self.function, self.ids, logits):
-            raise self.refuse(self.ids, f"which is not a choice of the largest, but depends on {logits}")
-        self.operands |= {"logits": self._leaf(logits), "given": self.ids}
-        self._say(early, late, "scores")
+        if _depends_on(self.function, self.ids, logits):
+            raise self.refusal_of(self.ids, f"which is not a choice of the largest, but depends on {logits}")
+        self.operands |= {"logits": self._read_logits(logits), "given": self.ids}
+        self._set_order(early, late, "scores")
 
-    def _chosen(self, choice: Value, source: Value, late: str) -> None:
+    def _read_choice(self, choice: Value, source: Value, late: str) -> None:
         """Read the choice of the largest, and whether the weights are taken from it, from scores, or from logits."""
         scores = self._without_bias(self._without_groups(choice), source)
-        early, logits = self._scored(scores)
-        self.operands["logits"] = self._leaf(logits)
+        early, logits = self._read_score(scores)
+        self.operands["logits"] = self._read_logits(logits)
         if source == scores:
-            self._say(early, late, "scores")
+            self._set_order(early, late, "scores")
         elif source == choice:
-            self._say(early, late, "choice")
+            self._set_order(early, late, "choice")
         elif source == logits and late == "identity":
-            self._say(early, late, "logits")
-        elif early == late == "identity" and (found := self._scored(source))[1] == logits and found[0] != "softmax":
-            self._say(early, found[0], "scores")  # a score of each logit may as well be taken after the choice
+            self._set_order(early, late, "logits")
+        elif early == late == "identity" and (found := self._read_score(source))[1] == logits and found[0] != "softmax":
+            self._set_order(early, found[0], "scores")  # a score of each logit may as well be taken after the choice
         else:
             raise Refuse(f"the experts are chosen by {choice} and weighted by {source}, which scores otherwise", source)
 
-    def _say(self, early: str, late: str, weigh: str) -> None:
+    def _set_order(self, early: str, late: str, weigh: str) -> None:
         if early != "identity" and late != "identity":
             raise Refuse(f"the weights are a {late} of the chosen {early} scores")
         self.attrs["score"] = late if early == "identity" else early
@@ -228,12 +228,12 @@ class Router:
         if weigh != "scores":
             self.attrs["weigh"] = weigh
 
-    def _leaf(self, logits: Value) -> Value:
+    def _read_logits(self, logits: Value) -> Value:
         if len(logits.type.shape) != 2:
             raise Refuse(f"the logits {logits} have {len(logits.type.shape)} axes, not tokens and experts", logits)
         op = self.function.producers.get(logits.name)
         if op and op.name in ("core.where", "core.scatter", "core.softmax"):
-            raise self.refuse(logits, "which is no limit to groups of experts that moe.route has")
+            raise self.refusal_of(logits, "which is no limit to groups of experts that moe.route has")
         return logits
 
     def _without_bias(self, x: Value, source: Value) -> Value:
@@ -261,10 +261,10 @@ class Router:
         if op is None or op.name != "core.where":
             return x
         condition, yes, no = op.inputs
-        kept, flipped = self._condition(condition)
+        kept, flipped = self._read_condition(condition)
         choice, other = (no, yes) if flipped else (yes, no)
-        mask, spread = self.number(other), self.made(kept, "core.reshape")
-        groups = spread and self._groups(spread, choice)
+        mask, spread = self.number(other), self.producer(kept, "core.reshape")
+        groups = spread and self._group_attributes(spread, choice)
         if mask is None or not groups:
             raise Refuse(f"{x} is masked otherwise than by the best groups of experts", x)
         self.ops[id(op)] = op
@@ -272,26 +272,26 @@ class Router:
             self.attrs |= {**groups, "mask": float(mask)}
         return choice
 
-    def _condition(self, value: Value) -> tuple[Value, bool]:
+    def _read_condition(self, value: Value) -> tuple[Value, bool]:
         """Return what a truth value is made of, and whether it holds where that is 0."""
         flipped = False
-        while op := self.made(value, "core.logical_not", "core.cast", "core.ne", "core.eq", "core.gt"):
+        while op := self.producer(value, "core.logical_not", "core.cast", "core.ne", "core.eq", "core.gt"):
             if len(op.inputs) == 2 and self.number(op["y"]) != 0:
                 break
             flipped ^= op.name in ("core.logical_not", "core.eq")
             value = op.inputs[0]
         return value, flipped
 
-    def _groups(self, spread: Op, choice: Value) -> dict[str, Attr] | None:
+    def _group_attributes(self, spread: Op, choice: Value) -> dict[str, Attr] | None:
         """Return the groups' attributes if `spread` says for each expert whether its group is one of the best."""
-        wide = self.made(spread.inputs[0], "core.expand")
-        column = wide and self.made(wide.inputs[0], "core.reshape")
-        marks = column and self.made(column.inputs[0], "core.scatter")
-        best = marks and self.made(marks.inputs[1], "core.topk")
+        wide = self.producer(spread.inputs[0], "core.expand")
+        column = wide and self.producer(wide.inputs[0], "core.reshape")
+        marks = column and self.producer(column.inputs[0], "core.scatter")
+        best = marks and self.producer(marks.inputs[1], "core.topk")
         if not (wide and column and marks and best) or len(marks.results[0].type.shape) != 2:
             return None
         kind, grouped = self._group_score(best.inputs[0])
-        cut = self.made(grouped, "core.reshape")
+        cut = self.producer(grouped, "core.reshape")
         (tokens, groups), (_, experts) = marks.results[0].type.shape, choice.type.shape
         shape = (tokens, groups, experts / groups)
         fits = (
@@ -306,22 +306,22 @@ class Router:
 
     def _group_score(self, x: Value) -> tuple[str, Value | None]:
         """Return how a group is judged by its experts, and the experts by groups."""
-        if flat := self.made(x, "core.reshape"):
+        if flat := self.producer(x, "core.reshape"):
             x = flat.inputs[0]
         kind, count = "max", 1
-        if added := self.made(x, "core.sum", "core.amax"):
+        if added := self.producer(x, "core.sum", "core.amax"):
             if added.attributes["axes"] != (2,):
                 return kind, None
             x, kind, count = added.inputs[0], "top2", 2
             if added.name == "core.amax":
                 return "max", x
-        top = self.made(x, "core.topk")
+        top = self.producer(x, "core.topk")
         if not top or top.results[0] != x or (top.attributes["axis"], top.attributes["k"]) != (2, count):
             return kind, None
         return kind, top.inputs[0]
 
 
-def _depends(function: Function, value: Value, on: Value) -> bool:
+def _depends_on(function: Function, value: Value, on: Value) -> bool:
     """Return whether a value is made of another."""
     queue = [value]
     for value in queue:
@@ -330,5 +330,5 @@ def _depends(function: Function, value: Value, on: Value) -> bool:
     return on in queue
 
 
-def _reading(op: Op, old: Value, new: Value) -> Op:
+def _replace_operand(op: Op, old: Value, new: Value) -> Op:
     return replace(op, operands=tuple(new if v == old else v for v in op.operands))

@@ -27,19 +27,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MoecError, Refuse
-from ..ir.dce import dce
+from ..ir.dce import eliminate_dead_code
 from ..ir.fragments import Var
 from ..ir.module import Function, Module, Op, Value
 from ..ir.names import Names
-from ..ir.notes import Note, Rewritten, distinct, refusal
+from ..ir.notes import Note, Rewritten, distinct_notes, refusal_note
 from ..ir.recipes import Literal, Step, Tensor
 from ..ops.builder import IRBuilder
 from .patterns import Match, Rule, Search, rule
 
-__all__ = ["Match", "Refuse", "Rule", "apply", "in_order", "rule"]
+__all__ = ["Match", "Refuse", "Rule", "apply_rules", "in_order", "rule"]
 
 
-def _removed(owner: Rule, match: Match) -> list[Op]:
+def _removed_ops(owner: Rule, match: Match) -> list[Op]:
     """Return the matched ops that the rule takes away; Refuse where a value that disappears is read elsewhere."""
     defined = {n for p in owner.after for n in p.results}
     read = {n for p in owner.after for n in p.operands if n} - defined
@@ -73,14 +73,14 @@ class _RightSide:
             self.attrs[name] = given
 
 
-def _build(owner: Rule, side: _RightSide) -> list[Op]:
+def _build_after(owner: Rule, side: _RightSide) -> list[Op]:
     for statement in owner.after:
         unbound = [n for n in statement.operands if n and n not in side.values]
         if unbound:
             raise MoecError(f"rule {owner.name}: nothing binds %{unbound[0]} of `after`", exit_code=1)
         operands = (side.values[n] if n else None for n in statement.operands)
         given = {n: v for n, v in statement.attrs.items() if not (isinstance(v, Var) and v.name in side.unsaid)}
-        attrs = {name: _fill(owner, value, side.attrs) for name, value in given.items()}
+        attrs = {name: _fill_variables(owner, value, side.attrs) for name, value in given.items()}
         hints = [side.values.get(name) or name for name in statement.results]
         try:
             results = side.builder.add_all(statement.name, *operands, hints=hints, **attrs)
@@ -91,7 +91,7 @@ def _build(owner: Rule, side: _RightSide) -> list[Op]:
     return side.builder.ops
 
 
-def _unsaid(owner: Rule, match: Match) -> set[str]:
+def _omitted_attributes(owner: Rule, match: Match) -> set[str]:
     """Return the pattern variables of attributes that the matched op leaves out, and of the same name on both sides."""
     left_out = {
         v.name: n
@@ -105,32 +105,32 @@ def _unsaid(owner: Rule, match: Match) -> set[str]:
     return set(left_out) - others
 
 
-def _fill(owner: Rule, value: Any, attrs: Mapping[str, Any]) -> Any:
+def _fill_variables(owner: Rule, value: Any, attrs: Mapping[str, Any]) -> Any:
     if isinstance(value, Var):
         if value.name not in attrs:
             raise MoecError(f"rule {owner.name}: nothing binds {value.name} of `after`", exit_code=1)
         return attrs[value.name]
-    return tuple(_fill(owner, v, attrs) for v in value) if isinstance(value, (tuple, list)) else value
+    return tuple(_fill_variables(owner, v, attrs) for v in value) if isinstance(value, (tuple, list)) else value
 
 
-def _replace(owner: Rule, match: Match, removed: list[Op], extra: Mapping[str, Any]) -> Function:
+def _replace_match(owner: Rule, match: Match, removed: list[Op], extra: Mapping[str, Any]) -> Function:
     function = match.function
     gone = {id(op) for op in removed}
     matched = [op for op in function.ops if any(op is m for m in match.ops.values())]
     loc = tuple(dict.fromkeys(text for op in matched if op.inputs or len(matched) == 1 for text in op.loc))
     builder = IRBuilder(function.name, consts=function.consts, names=Names(function.names))
     builder.loc = loc
-    side = _RightSide(builder, dict(match.values), dict(match.attrs), _unsaid(owner, match) - set(extra))
+    side = _RightSide(builder, dict(match.values), dict(match.attrs), _omitted_attributes(owner, match) - set(extra))
     for name, given in extra.items():
         side.bind(name, given)
-    new = _build(owner, side)
+    new = _build_after(owner, side)
     ops: list[Op] = []
     for op in function.ops:
         if id(op) not in gone:
             ops.append(op)
         if op is matched[-1]:
             ops += new
-    return dce(replace(function, consts=tuple(builder.consts.values()), ops=in_order(tuple(ops))))
+    return eliminate_dead_code(replace(function, consts=tuple(builder.consts.values()), ops=in_order(tuple(ops))))
 
 
 def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
@@ -153,21 +153,21 @@ def in_order(ops: tuple[Op, ...]) -> tuple[Op, ...]:
 # --- applying --------------------------------------------------------------------------------------------------
 
 
-def apply(module: Module, target: Any, rules: Sequence[Rule]) -> Rewritten:
+def apply_rules(module: Module, target: Any, rules: Sequence[Rule]) -> Rewritten:
     """Apply rules to every function until none fires; return the module (the same one if none did) and notes.
 
     There is a note for each rule that nearly applied: its guard refused, or at least half of `before` matched.
     MoecError where the rules do not come to an end.
     """
-    found = {f.name: _fixpoint(f, target, rules) for f in module.functions}
-    notes = distinct(note for _, notes in found.values() for note in notes)
+    found = {f.name: _rewrite_to_fixpoint(f, target, rules) for f in module.functions}
+    notes = distinct_notes(note for _, notes in found.values() for note in notes)
     return Rewritten(module.with_functions({name: function for name, (function, _) in found.items()}), notes)
 
 
-def _fixpoint(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[Function, list[Note]]:
+def _rewrite_to_fixpoint(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[Function, list[Note]]:
     bound = 10 * max(10, len(function.ops))
     for _ in range(bound):
-        rewritten, fired, notes = _first(function, target, rules)
+        rewritten, fired, notes = _rewrite_once(function, target, rules)
         if rewritten is None:
             return function, notes
         function = rewritten
@@ -176,7 +176,7 @@ def _fixpoint(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[F
     )
 
 
-def _first(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[Function | None, str, list[Note]]:
+def _rewrite_once(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[Function | None, str, list[Note]]:
     """Return the function after the first rewrite that applies, and the rule's name; None and notes if none applies."""
     notes: list[Note] = []
     for owner in rules:
@@ -184,24 +184,24 @@ def _first(function: Function, target: Any, rules: Sequence[Rule]) -> tuple[Func
             if root.name != owner.before[-1].name:
                 continue
             search = Search(owner, function)
-            rewritten, refused = _try(search, root, target)
+            rewritten, refused = _try_root(search, root, target)
             if rewritten is not None:
                 return rewritten, owner.name, []
             near = search.depth >= 2 and 2 * search.depth >= len(owner.before)
             reason = refused or (search.reason if near else "")
             if reason:
                 matched = 1.0 if refused else search.depth / len(owner.before)
-                notes.append(refusal(owner.name, function, root, reason, matched))
+                notes.append(refusal_note(owner.name, function, root, reason, matched))
     return None, "", notes
 
 
-def _try(search: Search, root: Op, target: Any) -> tuple[Function | None, str | Refuse]:
+def _try_root(search: Search, root: Op, target: Any) -> tuple[Function | None, str | Refuse]:
     refusal: str | Refuse = ""
     for match in search.matches(root):
         try:
-            removed = _removed(search.rule, match)
+            removed = _removed_ops(search.rule, match)
             extra = search.rule.guard(match, target) or {}
-            return _replace(search.rule, match, removed, extra), ""
+            return _replace_match(search.rule, match, removed, extra), ""
         except Refuse as refused:
             refusal = refusal or refused
     return None, refusal

@@ -114,9 +114,9 @@ class Artifact:
 
     def verify(self, against: Any = None, **options: Any) -> Comparison:
         """Compare with the source model in transformers; see parity.verify for the options."""
-        from .compare import verify
+        from .compare import compare_with_source
 
-        return verify(self, against, **options)
+        return compare_with_source(self, against, **options)
 
     def sampling(self) -> dict[str, Any]:
         """Return temperature, top_k and top_p as generation_config.json wants them."""

@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `verify`. `lossless` artifacts have to be within `tolerance`; lossy ones only report.
+    """The result of `compare_with_source`. `lossless` artifacts have to be within `tolerance`; lossy ones only report.
 
     An artifact that computes in bf16 has `rounded`: the same of the source itself in bf16, which it has to be near to.
     A few tokens may be far off there, since rounding chooses another expert for them.
@@ -96,7 +96,7 @@ class Comparison:
         found = {**asdict(self), "relative": self.relative, "passed": self.passed}
         if self.decoding is not None:
             found["decoding"] = self.decoding.to_dict()
-        return _finite(found)
+        return _without_infinities(found)
 
     def lines(self) -> list[str]:
         """Return the findings as text, a line each."""
@@ -129,7 +129,7 @@ class Comparison:
         return [*found, text]
 
 
-def verify(
+def compare_with_source(
     artifact: Compiled,
     against: Any = None,
     *,
@@ -149,7 +149,7 @@ def verify(
     tokenizer, random tokens are. `accuracy` and `device` are those of the session (None: as compiled, and as the target
     chooses), `progress` is told the parts done and in all. MoecError if a file of the artifact is not as it was written.
     """
-    from .reference import open_reference, rounded
+    from .reference import open_reference, reference_in_bf16
 
     if (tokens is not None and tokens < 2) or (steps is not None and steps < 0) or not lengths or min(lengths) < 1:
         raise MoecError("there is nothing to compare", todo="give at least 2 tokens of text and lengths of 1 or more")
@@ -167,9 +167,9 @@ def verify(
     rounds = getattr(runner, "computes", "f32") == "bf16"
     with open_reference(source) as reference:
         limit = min(reference.context, int(artifact.manifest["dims"].get("S", (1, 1 << 31))[1]))
-        pool, name = _tokens(artifact, reference, text, tokens)
+        pool, name = _text_tokens(artifact, reference, text, tokens)
         padding = "position_ids" in {i["name"] for i in artifact.manifest["inputs"]}
-        batches = list(_batches(pool, lengths, steps, limit, padding))
+        batches = list(_test_cases(pool, lengths, steps, limit, padding))
         windows = [pool[i : i + min(WINDOW, limit)] for i in range(0, len(pool), min(WINDOW, limit))]
         windows = [w for w in windows if len(w) > 1]
         parts = (len(batches) + len(windows)) * (2 if rounds else 1)
@@ -191,11 +191,11 @@ def verify(
 
         if not rounds:
             return compared(runner)
-        bf16 = rounded(reference)
+        bf16 = reference_in_bf16(reference)
         return replace(compared(runner, bf16), rounded=replace(compared(bf16), decoding=None))
 
 
-def _tokens(artifact: Compiled, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:
+def _text_tokens(artifact: Compiled, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:
     """Return the tokens to work with and what they are."""
     from .tokenizer import FILES
 
@@ -211,7 +211,7 @@ def _tokens(artifact: Compiled, reference: Reference, text: str | None, count: i
     return np.random.default_rng(0).integers(0, reference.vocabulary, count), "random tokens"
 
 
-def _batches(
+def _test_cases(
     pool: np.ndarray, lengths: Sequence[int], steps: int, limit: int, padding: bool = True
 ) -> Iterator[tuple[str, list[list[int]], int, bool]]:
     """Yield (name, prompts, steps, in two parts) for every case, inside the model's context.
@@ -242,11 +242,11 @@ def compare_prompts(
     two parts, the second with a past.
     """
     ids, mask, positions = left_pad(prompts)
-    found, states = _prefill(runner, ids, mask, positions, split)
+    found, states = _run_prompts(runner, ids, mask, positions, split)
     wanted, cache = reference.step(ids, mask, positions, None)
     real = mask.astype(bool)
     each = [token_differences(found[real], wanted[real])]
-    prefill, decode = _largest(each[0]), 0.0
+    prefill, decode = _largest_difference(each[0]), 0.0
     greedy, tie, agreeing = 0, False, True
     for count in range(steps + 1):
         chosen = wanted[:, -1].argmax(axis=-1)
@@ -262,12 +262,12 @@ def compare_prompts(
         found, states = runner.step(chosen[:, None], mask, following, states)
         wanted, cache = reference.step(chosen[:, None], mask, following, cache)
         each.append(token_differences(found, wanted))
-        decode = _worst(decode, _largest(each[-1]))
+        decode = _larger_or_nan(decode, _largest_difference(each[-1]))
     most = float(np.quantile(np.concatenate(each), TYPICAL))
     return Case(name, tuple(map(len, prompts)), steps, prefill, decode, greedy, tie, most)
 
 
-def _prefill(
+def _run_prompts(
     runner: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, split: bool
 ) -> tuple[np.ndarray, Any]:
     if not split:
@@ -278,16 +278,16 @@ def _prefill(
     return np.concatenate([first, second], axis=1), states
 
 
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+def relative_difference(found: np.ndarray, wanted: np.ndarray) -> float:
     """Return the largest difference relative to the largest wanted number; NaN where either side is not finite.
 
     Places where both are the same infinity (tokens that a model never gives) count as equal.
     """
-    return _largest(token_differences(found, wanted))
+    return _largest_difference(token_differences(found, wanted))
 
 
 def token_differences(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the largest difference of each token's logits, as `relative` has it for all."""
+    """Return the largest difference of each token's logits, as `relative_difference` has it for all."""
     found, wanted = found.reshape(-1, found.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
     differences = np.zeros(len(wanted))
     largest = 0.0
@@ -299,11 +299,11 @@ def token_differences(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return differences / largest if largest else np.where(differences == 0, 0.0, math.nan)
 
 
-def _largest(differences: np.ndarray) -> float:
+def _largest_difference(differences: np.ndarray) -> float:
     return float(differences.max(initial=0.0))  # NaN where one is
 
 
-def _worst(a: float, b: float) -> float:
+def _larger_or_nan(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
@@ -315,12 +315,12 @@ def _is_tie(found: np.ndarray, wanted: np.ndarray) -> bool:
     return bool((gap <= 2 * TOLERANCE * scale).all())
 
 
-def _finite(value: Any) -> Any:
+def _without_infinities(value: Any) -> Any:
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {key: _finite(v) for key, v in value.items()}
+            return {key: _without_infinities(v) for key, v in value.items()}
         case list() | tuple():
-            return [_finite(v) for v in value]
+            return [_without_infinities(v) for v in value]
     return value

@@ -101,11 +101,13 @@ def generate(
     running = [True] * len(tokens)
     start = time.perf_counter()
     ids, mask, positions = left_pad(tokens)
-    logits, states = prefill(session, ids, mask, positions)
+    logits, states = run_prefill(session, ids, mask, positions)
     begun = time.perf_counter()
     following, one = positions[:, -1:] + 1, np.ones((len(tokens), 1), np.int64)
     while True:
-        chosen = [pick(row, rng, temperature, top_k, top_p) for row, rng in zip(logits, generators, strict=True)]
+        chosen = [
+            sample_token(row, rng, temperature, top_k, top_p) for row, rng in zip(logits, generators, strict=True)
+        ]
         for row, token in enumerate(chosen):
             if running[row]:
                 found[row].append(token)
@@ -120,7 +122,7 @@ def generate(
     return Generation(found, sum(map(len, tokens)), begun - start, time.perf_counter() - begun)
 
 
-def prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, Any]:
+def run_prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, Any]:
     """Run a padded batch of prompts in parts; return the logits f32[B, V] of the last tokens and the states."""
     states, logits = None, None
     part = max(1, PREFILL_TOKENS // len(ids))
@@ -131,7 +133,7 @@ def prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.nd
     return logits[:, -1], states
 
 
-def pick(
+def sample_token(
     logits: np.ndarray, rng: np.random.Generator, temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> int:
     """Return the token that is drawn from logits [V]; the first of the largest at temperature 0."""
@@ -141,17 +143,17 @@ def pick(
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
-    order = np.arange(len(weights)) if top_k is None else _largest(weights, top_k)
+    order = np.arange(len(weights)) if top_k is None else _largest_indices(weights, top_k)
     kept = weights[order]
     if top_p < 1:
-        order = _nucleus(weights, order, top_p * kept.sum())
+        order = _nucleus_indices(weights, order, top_p * kept.sum())
         kept = weights[order]
     sums = kept.cumsum()
     drawn = int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))
     return int(order[min(drawn, len(order) - 1)])
 
 
-def _largest(weights: np.ndarray, count: int) -> np.ndarray:
+def _largest_indices(weights: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of the `count` largest weights, largest first."""
     if count < len(weights):
         found = np.argpartition(-weights, count - 1)[:count]
@@ -160,10 +162,10 @@ def _largest(weights: np.ndarray, count: int) -> np.ndarray:
     return found[np.argsort(-weights[found], kind="stable")]
 
 
-def _nucleus(weights: np.ndarray, order: np.ndarray, mass: float) -> np.ndarray:
+def _nucleus_indices(weights: np.ndarray, order: np.ndarray, mass: float) -> np.ndarray:
     """Return the fewest of the largest weights among `order` that reach `mass` together."""
     for count in (CANDIDATES, len(order)):
-        found = order[_largest(weights[order], count)]
+        found = order[_largest_indices(weights[order], count)]
         sums = weights[found].cumsum()
         if sums[-1] >= mass:
             return found[: int(np.searchsorted(sums, mass)) + 1]

@@ -74,7 +74,7 @@ def open_reference(source: Any) -> Iterator[Reference]:
     Raises MoecError if the folder is not there, or transformers cannot load all of it.
     """
     if isinstance(source, (str, Path)):
-        model, decoding = _load(Path(source))
+        model, decoding = _load_source_model(Path(source))
         yield Reference.of(model, str(source), decoding)
         return
     if not hasattr(source, "forward") or not hasattr(source, "config"):
@@ -92,7 +92,7 @@ def open_reference(source: Any) -> Iterator[Reference]:
         model.set_attn_implementation(attention)
 
 
-def rounded(reference: Reference) -> Reference:
+def reference_in_bf16(reference: Reference) -> Reference:
     """Return the same model with its parameters and what it computes in bfloat16, as its weights mostly are stored.
 
     Its buffers stay f32, as transformers keeps angles and routing biases, unless it does not run so.
@@ -116,7 +116,7 @@ def _is_float32(model: Any) -> bool:
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
 
 
-def _load(folder: Path) -> tuple[Any, Decoding | None]:
+def _load_source_model(folder: Path) -> tuple[Any, Decoding | None]:
     """Load a checkpoint folder or a GGUF file in float32; MoecError also for weights that would be made up."""
     from ..frontends.skeleton import model_class, read_config
     from ..frontends.transformers.dequantized import dequantized_model, placed_model

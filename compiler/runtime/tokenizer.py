@@ -50,24 +50,24 @@ def _is_plain(folder: Path) -> bool:
 def _from_json(path: Path) -> Tokenizer:
     import tokenizers
 
-    with _errors("the tokenizer cannot be read", path), _quiet():
+    with _reword_errors("the tokenizer cannot be read", path), _silence_stderr():
         found = tokenizers.Tokenizer.from_file(str(path))
         found.no_padding()
         found.no_truncation()
 
     def encode(text: str) -> list[int]:
-        with _errors("the tokenizer cannot read the text", path):
+        with _reword_errors("the tokenizer cannot read the text", path):
             return found.encode(text).ids
 
     def decode(ids: Sequence[int]) -> str:
-        with _errors("the tokenizer cannot write the tokens", path):
+        with _reword_errors("the tokenizer cannot write the tokens", path):
             return found.decode(list(ids), skip_special_tokens=True)
 
     return Tokenizer(encode, decode)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_stderr() -> Iterator[None]:
     """Keep a panic of Rust from writing its own report on standard error; it is raised here all the same."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -82,7 +82,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _errors(what: str, path: Path) -> Iterator[None]:
+def _reword_errors(what: str, path: Path) -> Iterator[None]:
     """Reword what the libraries raise: any Exception, and panics of Rust, which are no Exception at all."""
     try:
         yield
@@ -102,15 +102,15 @@ def _errors(what: str, path: Path) -> Iterator[None]:
 def _from_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    with _errors("transformers cannot load the tokenizer", folder):
+    with _reword_errors("transformers cannot load the tokenizer", folder):
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def encode(text: str) -> list[int]:
-        with _errors("the tokenizer cannot read the text", folder):
+        with _reword_errors("the tokenizer cannot read the text", folder):
             return list(found(text, truncation=False, verbose=False)["input_ids"])
 
     def decode(ids: Sequence[int]) -> str:
-        with _errors("the tokenizer cannot write the tokens", folder):
+        with _reword_errors("the tokenizer cannot write the tokens", folder):
             return str(found.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     return Tokenizer(encode, decode)

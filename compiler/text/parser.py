@@ -21,12 +21,12 @@ from ..ir.fragments import (
     PatternOp,
     Signature,
     Var,
-    declared,
+    names_of_dims,
     parse_signature,
     parse_size,
     parse_statements,
 )
-from ..ir.literals import LONGEST_INT, Names, attribute, attributes, expression, integer
+from ..ir.literals import LONGEST_INT, Names, read_attribute, read_attributes, read_integer, read_size
 from ..ir.module import Const, Dim, Function, Module, Op, Value
 from ..ir.recipes import Literal, Recipe, Tensor
 from ..ir.stages import STAGES
@@ -39,10 +39,10 @@ from ..ir.syntax import (
     Source,
     StatementNode,
     TypeNode,
-    near,
-    place,
-    read,
-    shallow,
+    parse_text,
+    refuse_deep_nesting,
+    suggest_names,
+    token_place,
 )
 from ..ir.types import LONGEST_RANGE, TensorType, expand_range, make_attrs
 from ..weights.steps.table import STEPS, step
@@ -75,25 +75,25 @@ class _File:
 
     @property
     def names(self) -> Names:
-        return declared(self.source, self.dims)
+        return names_of_dims(self.source, self.dims)
 
 
 def parse_module(text: str, filename: str = "<text>") -> Module:
     """Return the module that a `.moir` text says; MoecError points at the first thing that does not fit."""
     source = Source(text, filename)
-    with shallow(source):
-        node: ModuleNode = read("module", source)
+    with refuse_deep_nesting(source):
+        node: ModuleNode = parse_text("module", source)
         if node.version != str(VERSION):
             raise source.error(f"version {node.version} of the format; this moec reads {VERSION}", node.version)
         if node.stage not in STAGES:
             raise source.error(f"unknown stage {node.stage}", node.stage, todo=f"stages are {', '.join(STAGES)}")
         file = _File(source)
         for name, low, high in node.dims:
-            _declare(file, name, low, high)
+            _declare_dim(file, name, low, high)
         for function in node.functions:
             if function.name[1:] in file.functions:
                 raise source.error(f"{function.name} is defined twice", function.name)
-            file.functions[str(function.name[1:])] = _function(file, function)
+            file.functions[str(function.name[1:])] = _read_function(file, function)
         if not node.functions:
             raise source.error("there is no function @main", node.stage)
         if node.functions[-1].name != "@main":
@@ -103,23 +103,23 @@ def parse_module(text: str, filename: str = "<text>") -> Module:
         return Module(str(node.stage), tuple(file.dims.values()), tuple(file.functions.values()), node.source)
 
 
-def _declare(file: _File, name: Token, low: Token, high: Token) -> None:
+def _declare_dim(file: _File, name: Token, low: Token, high: Token) -> None:
     if name in file.dims or name in RESERVED:
         raise file.source.error(f"dim {name} is declared twice" if name in file.dims else f"{name} is no name", name)
-    bounds = integer(low, file.source), integer(high, file.source)
+    bounds = read_integer(low, file.source), read_integer(high, file.source)
     if bounds[0] > bounds[1]:
-        raise file.source.error(f"the range {low}..{high} is empty", place(low, high))
+        raise file.source.error(f"the range {low}..{high} is empty", token_place(low, high))
     file.dims[str(name)] = Dim(str(name), *bounds)
 
 
-def _type(file: _File, node: TypeNode) -> TensorType:
+def _read_type(file: _File, node: TypeNode) -> TensorType:
     known = file.types.get(node.key)
     if known is None:
         state, dtype, sizes = node.key
         if not is_dtype(dtype):
-            todo = near(dtype, DTYPES) or f"known: {', '.join(DTYPES)}"
+            todo = suggest_names(dtype, DTYPES) or f"known: {', '.join(DTYPES)}"
             raise file.source.error(f"unknown dtype {dtype}", dtype, todo=todo)
-        shape = tuple(size(expression(s, file.source, file.names)) for s in sizes)
+        shape = tuple(size(read_size(s, file.source, file.names)) for s in sizes)
         known = file.types[node.key] = TensorType(str(dtype), shape, state)
     return known
 
@@ -139,7 +139,7 @@ class _Scope:
 
     def use(self, token: Token, name: str) -> Value:
         if name not in self.values:
-            raise self.file.source.error(f"unknown value %{name}", token, todo=near(name, self.values, "%"))
+            raise self.file.source.error(f"unknown value %{name}", token, todo=suggest_names(name, self.values, "%"))
         return self.values[name]
 
     def spread(self, token: Token) -> list[str]:
@@ -161,39 +161,41 @@ def _check_range(source: Source, token: Token, low: int, high: int) -> None:
         raise source.error(f"the range {low}..{high} is longer than {LONGEST_RANGE}", token)
 
 
-def _function(file: _File, node: FunctionNode) -> Function:
+def _read_function(file: _File, node: FunctionNode) -> Function:
     scope = _Scope(file)
     params = [
-        scope.define(token, name, _type(file, type)) for token, type in node.params for name in scope.spread(token)
+        scope.define(token, name, _read_type(file, type)) for token, type in node.params for name in scope.spread(token)
     ]
     consts: list[Const] = []
     ops: list[Op] = []
     for line in node.body:
         if isinstance(line, ConstNode):
-            consts.append(_const(scope, line))
+            consts.append(_read_const(scope, line))
         else:
-            ops += _statement(scope, line)
+            ops += _read_statement(scope, line)
     word, *tokens = node.return_
     results = [(token, scope.use(token, name)) for token in tokens for name in scope.spread(token)]
-    written = [type for count, type in node.counts for _ in range(_times(file.source, count))]
+    written = [type for count, type in node.counts for _ in range(_read_count(file.source, count))]
     if len(written) != len(results):
         what = f"{node.name} returns {len(results)} values, its head has {len(written)} result types"
         raise file.source.error(what, word)
     for type, (_, value) in zip(written, results, strict=True):
-        if _type(file, type) != value.type:
-            raise file.source.error(f"{node.name} returns {value}: {value.type}, not {_type(file, type)}", type.place)
+        if _read_type(file, type) != value.type:
+            raise file.source.error(
+                f"{node.name} returns {value}: {value.type}, not {_read_type(file, type)}", type.place
+            )
     values = tuple(value for _, value in results)
     return Function(str(node.name[1:]), tuple(params), tuple(consts), tuple(ops), values, node.weights)
 
 
-def _times(source: Source, count: Token | None) -> int:
+def _read_count(source: Source, count: Token | None) -> int:
     if count is None:
         return 1
-    _check_range(source, count, 1, integer(count, source))
+    _check_range(source, count, 1, read_integer(count, source))
     return int(count)
 
 
-def _statement(scope: _Scope, node: StatementNode) -> list[Op]:
+def _read_statement(scope: _Scope, node: StatementNode) -> list[Op]:
     """Return the op of a statement, or all the calls that a call with a range stands for."""
     source = scope.file.source
     ranges = [a for a in node.attrs if a.value[0] == "range"]
@@ -201,24 +203,24 @@ def _statement(scope: _Scope, node: StatementNode) -> list[Op]:
         operands = [n for t in node.operands for n in ([t] if t == "_" else scope.spread(t))]
         tokens = [t for t in node.operands for _ in ([t] if t == "_" else scope.spread(t))]
         results = [(t, n) for t in node.results for n in scope.spread(t)]
-        return [_op(scope, node, list(zip(tokens, operands, strict=True)), results, node.attrs)]
+        return [_read_op(scope, node, list(zip(tokens, operands, strict=True)), results, node.attrs)]
     if len(ranges) > 1:
         raise source.error("only one attribute of a call may be a range", ranges[1].name)
     _, first, last = ranges[0].value
-    low, high = integer(first, source), integer(last, source)
+    low, high = read_integer(first, source), read_integer(last, source)
     _check_range(source, first, low, high)
     length = high - low + 1
-    operands_of = [(t, [str(t)] * length if t == "_" else _column(scope, t, length)) for t in node.operands]
-    results_of = [(t, _column(scope, t, length)) for t in node.results]
+    operands_of = [(t, [str(t)] * length if t == "_" else _names_in_range(scope, t, length)) for t in node.operands]
+    results_of = [(t, _names_in_range(scope, t, length)) for t in node.results]
     ops = []
     for i in range(length):
         attrs = [a._replace(value=("value", low + i)) if a is ranges[0] else a for a in node.attrs]
         picked = [(t, names[i]) for t, names in operands_of]
-        ops.append(_op(scope, node, picked, [(t, names[i]) for t, names in results_of], attrs))
+        ops.append(_read_op(scope, node, picked, [(t, names[i]) for t, names in results_of], attrs))
     return ops
 
 
-def _column(scope: _Scope, token: Token, length: int) -> list[str]:
+def _names_in_range(scope: _Scope, token: Token, length: int) -> list[str]:
     """Return the name that stands for a token in each of the calls of a range."""
     names = scope.spread(token)
     if len(names) == length:
@@ -231,30 +233,30 @@ def _column(scope: _Scope, token: Token, length: int) -> list[str]:
 Named = list[tuple[Token, str]]  # names with the token that they come from
 
 
-def _op(scope: _Scope, node: StatementNode, operands: Named, results: Named, attrs: Sequence[AttrNode]) -> Op:
+def _read_op(scope: _Scope, node: StatementNode, operands: Named, results: Named, attrs: Sequence[AttrNode]) -> Op:
     source = scope.file.source
     values = tuple(None if name == "_" else scope.use(token, name) for token, name in operands)
     callee = str(node.callee[1:]) if node.callee else ""
-    made = make_attrs(attributes(attrs, source, scope.file.names))
+    made = make_attrs(read_attributes(attrs, source, scope.file.names))
     op = Op(str(node.op), values, (), made, callee, node.loc)
-    inferred = _infer(scope.file, node, op)
+    inferred = _infer_results(scope.file, node, op)
     label = f"@{callee}" if callee else op.name
     model = ", ".join(node.loc)
     if len(inferred) != len(results):
-        what = f"{label} gives {_number(inferred, 'result')}, not {len(results)}"
-        raise source.error(what, place(node.results[0], node.results[-1]), model=model)
+        what = f"{label} gives {_count_text(inferred, 'result')}, not {len(results)}"
+        raise source.error(what, token_place(node.results[0], node.results[-1]), model=model)
     if len(inferred) != len(node.types):
-        what = f"{label} gives {_number(inferred, 'result')}; written: {_number(node.types, 'type')}"
+        what = f"{label} gives {_count_text(inferred, 'result')}; written: {_count_text(node.types, 'type')}"
         raise source.error(what, node.types[-1].place, model=model)
     for i, (type, written) in enumerate(zip(inferred, node.types, strict=True)):
-        if type != _type(scope.file, written):
-            what = f"{label} gives {type} for {_result_name(op, i, results)}, not {_type(scope.file, written)}"
+        if type != _read_type(scope.file, written):
+            what = f"{label} gives {type} for {_result_name(op, i, results)}, not {_read_type(scope.file, written)}"
             raise source.error(what, written.place, model=model)
     defined = tuple(scope.define(token, name, type) for (token, name), type in zip(results, inferred, strict=True))
     return replace(op, results=defined)
 
 
-def _number(things: Sequence, noun: str) -> str:
+def _count_text(things: Sequence, noun: str) -> str:
     return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
@@ -265,17 +267,17 @@ def _result_name(op: Op, index: int, results: Named) -> str:
     return f"%{results[index][1]}" if op.callee else OPS[op.name].signature.results[index].name
 
 
-def _infer(file: _File, node: StatementNode, op: Op) -> tuple[TensorType, ...]:
+def _infer_results(file: _File, node: StatementNode, op: Op) -> tuple[TensorType, ...]:
     """Return the result types of an op or call, with every error at its name."""
     from ..ops import OPS  # torch comes with it
     from ..ops.verify import infer_op
 
     model = ", ".join(node.loc)
     if node.callee and op.callee not in file.functions:
-        todo = near(op.callee, file.functions, "@") or "a function is written before its callers"
+        todo = suggest_names(op.callee, file.functions, "@") or "a function is written before its callers"
         raise file.source.error(f"unknown function @{op.callee}", node.callee, todo=todo, model=model)
     if not node.callee and op.name not in OPS:
-        raise file.source.error(f"unknown op {op.name}", node.op, todo=near(op.name, OPS), model=model)
+        raise file.source.error(f"unknown op {op.name}", node.op, todo=suggest_names(op.name, OPS), model=model)
     try:
         return infer_op(op, file.functions)
     except MoecError as error:
@@ -291,9 +293,9 @@ def _infer(file: _File, node: StatementNode, op: Op) -> tuple[TensorType, ...]:
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def _const(scope: _Scope, node: ConstNode) -> Const:
-    recipe = _recipe(scope.file, node.recipe)
-    written = _type(scope.file, node.type)
+def _read_const(scope: _Scope, node: ConstNode) -> Const:
+    recipe = _read_recipe(scope.file, node.recipe)
+    written = _read_type(scope.file, node.type)
     if recipe.type != written:
         what = f"the recipe of {node.value} makes {recipe.type}, not {written}"
         raise scope.file.source.error(what, node.type.place)
@@ -302,26 +304,26 @@ def _const(scope: _Scope, node: ConstNode) -> Const:
     return Const(scope.define(node.value, str(node.value[1:]), written), recipe)
 
 
-def _recipe(file: _File, node: RecipeNode) -> Recipe:
+def _read_recipe(file: _File, node: RecipeNode) -> Recipe:
     options = [a for a in node.arguments if isinstance(a, AttrNode)]
     parts = [a for a in node.arguments if not isinstance(a, AttrNode)]
     match str(node.name), parts:
         case "tensor", [("value", str(name)), TypeNode() as type] if not options:
-            return Tensor(name, _type(file, type))
+            return Tensor(name, _read_type(file, type))
         case "literal", [TypeNode() as type, ("list", numbers)] if not options:
-            values = tuple(attribute(number, file.source, file.names) for number in numbers)
-            return _literal(file, node, _type(file, type), values)
+            values = tuple(read_attribute(number, file.source, file.names) for number in numbers)
+            return _read_literal(file, node, _read_type(file, type), values)
         case "tensor" | "literal", _:
             forms = 'tensor("name", f32[2]) and literal(f32[2], [0.5, 1.0])'
             raise file.source.error(f"wrong arguments of {node.name}", node.name, todo=f"the forms are {forms}")
     if node.name not in STEPS:
         known = ["tensor", "literal", *STEPS]
-        todo = near(node.name, known) or f"there are {', '.join(known)}"
+        todo = suggest_names(node.name, known) or f"there are {', '.join(known)}"
         raise file.source.error(f"unknown weight step {node.name}", node.name, todo=todo)
-    items = [_recipe(file, part) for part in parts if isinstance(part, RecipeNode)]
+    items = [_read_recipe(file, part) for part in parts if isinstance(part, RecipeNode)]
     if len(items) != len(parts):
         raise file.source.error(f"{node.name} takes recipes and named options", node.name)
-    attrs = attributes(options, file.source, file.names)
+    attrs = read_attributes(options, file.source, file.names)
     try:
         return step(str(node.name), *items, **attrs)
     except MoecError as error:
@@ -332,7 +334,7 @@ def _recipe(file: _File, node: RecipeNode) -> Recipe:
         raise file.source.error(f"{node.name}: {error}", node.name) from None
 
 
-def _literal(file: _File, node: RecipeNode, type: TensorType, values: tuple[Any, ...]) -> Literal:
+def _read_literal(file: _File, node: RecipeNode, type: TensorType, values: tuple[Any, ...]) -> Literal:
     if not all(isinstance(v, (int, float)) for v in values):
         raise file.source.error("a literal holds numbers", node.name)
     if type.elements != len(values):

@@ -31,7 +31,7 @@ def print_module(module: Module) -> str:
     dims = frozenset(d.name for d in module.dims)
     lines = [f"moec 1 stage {module.stage}"]
     if module.source:
-        lines.append(f"source {_quoted(module.source)}")
+        lines.append(f"source {_quote_text(module.source)}")
     lines += [f"dim {d.name} in {d.low}..{d.high}" for d in module.dims]
     parts = ["\n".join(lines) + "\n", *(print_function(f, dims) for f in module.functions)]
     return "\n".join(parts)
@@ -42,24 +42,24 @@ def print_function(function: Function, dims: Dims = ()) -> str:
     params = function.params
     runs = _name_runs([v.name for v in params], lambda i: params[i].type == params[i - 1].type)
     typed = ", ".join(f"%{name}: {print_type(params[i].type)}" for i, name in runs)
-    weights = f" weights {_quoted(function.weights)}" if function.weights else ""
-    lines = [f"func @{function.name}({typed})", f"    -> ({_counted(function.types)}){weights} {{"]
-    lines += [f"  {_const(c, dims)}" for c in function.consts]
+    weights = f" weights {_quote_text(function.weights)}" if function.weights else ""
+    lines = [f"func @{function.name}({typed})", f"    -> ({_print_types(function.types)}){weights} {{"]
+    lines += [f"  {_print_const(c, dims)}" for c in function.consts]
     start = 0
     while start < len(function.ops):
         run = _call_run(function.ops, start)
         op = function.ops[start]
         lines.append(f"  {_print_calls(op, run, dims) if run else print_op(op, dims)}")
         start += run.length if run else 1
-    results = _values(function.results)
+    results = _print_values(function.results)
     lines.append(f"  return {results}" if results else "  return")
     return "\n".join([*lines, "}", ""])
 
 
 def print_op(op: Op, dims: Dims = ()) -> str:
     """Return the statement of one op, without indentation and newline."""
-    attrs = [f"{name}={_attribute(value, dims)}" for name, value in op.attrs]
-    return _statement(op, _values(op.results), _values(op.operands), attrs)
+    attrs = [f"{name}={_print_attribute(value, dims)}" for name, value in op.attrs]
+    return _print_statement(op, _print_values(op.results), _print_values(op.operands), attrs)
 
 
 def print_type(type: TensorType) -> str:
@@ -71,27 +71,27 @@ def print_recipe(recipe: Recipe, dims: Dims = ()) -> str:
     """Return the text of a recipe: `cast(tensor("a", bf16[2]), to=f32)`."""
     match recipe:
         case Tensor(name, type):
-            return f"tensor({_quoted(name)}, {type})"
+            return f"tensor({_quote_text(name)}, {type})"
         case Literal(type, values):
-            return f"literal({type}, {_attribute(values, dims)})"
+            return f"literal({type}, {_print_attribute(values, dims)})"
     arguments = [print_recipe(item, dims) for item in recipe.items]
-    arguments += [f"{name}={_attribute(value, dims)}" for name, value in recipe.attrs]
+    arguments += [f"{name}={_print_attribute(value, dims)}" for name, value in recipe.attrs]
     return f"{recipe.name}({', '.join(arguments)})"
 
 
-def _const(const: Const, dims: Dims) -> str:
+def _print_const(const: Const, dims: Dims) -> str:
     return f"const {const.value} : {const.value.type} = {print_recipe(const.recipe, dims)}"
 
 
-def _statement(op: Op, results: str, operands: str, attrs: Sequence[str]) -> str:
+def _print_statement(op: Op, results: str, operands: str, attrs: Sequence[str]) -> str:
     name = f"call @{op.callee}" if op.callee else op.name
     braces = f" {{{', '.join(attrs)}}}" if attrs else ""
     types = ", ".join(print_type(v.type) for v in op.results)
-    loc = f" loc({', '.join(map(_quoted, op.loc))})" if op.loc else ""
+    loc = f" loc({', '.join(map(_quote_text, op.loc))})" if op.loc else ""
     return f"{results} = {name}({operands}){braces} : {types}{loc}"
 
 
-def _attribute(value: Attr, dims: Dims) -> str:
+def _print_attribute(value: Attr, dims: Dims) -> str:
     match value:
         case bool():
             return "true" if value else "false"
@@ -107,9 +107,9 @@ def _attribute(value: Attr, dims: Dims) -> str:
                 and not value.startswith("nan0x")
                 and value not in dims
             )
-            return value if bare else _quoted(value)
+            return value if bare else _quote_text(value)
         case tuple():
-            return f"[{', '.join(_attribute(v, dims) for v in value)}]"
+            return f"[{', '.join(_print_attribute(v, dims) for v in value)}]"
         case sympy.Expr():
             return size_text(value)
         case Activation():
@@ -117,7 +117,7 @@ def _attribute(value: Attr, dims: Dims) -> str:
     raise TypeError(f"an attribute cannot be a {type(value).__name__}: {value!r}")
 
 
-def _quoted(text: str) -> str:
+def _quote_text(text: str) -> str:
     # what a screen cannot show is escaped, letters of any script are not
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
@@ -125,7 +125,7 @@ def _quoted(text: str) -> str:
 # --- runs: neighbours that count up ----------------------------------------------------------------------------
 
 
-def _counting(a: str, b: str) -> int | None:
+def _counting_component(a: str, b: str) -> int | None:
     """Return the one dot-separated component in which b is a plus one, None if there is no such."""
     left, right = a.split("."), b.split(".")
     if len(left) != len(right):
@@ -139,7 +139,7 @@ def _counting(a: str, b: str) -> int | None:
     return differing[0]
 
 
-def _ranged(name: str, component: int, length: int) -> str:
+def _range_text(name: str, component: int, length: int) -> str:
     """Return the text of `length` names counting up in a component from `name` on."""
     parts = name.split(".")
     parts[component] = f"{{{parts[component]}..{int(parts[component]) + length - 1}}}"
@@ -153,21 +153,21 @@ def _name_runs(names: Sequence[str], joins: Callable[[int], bool] = lambda i: Tr
     while start < len(names):
         end, component = start + 1, None
         while end < len(names) and joins(end):
-            found = _counting(names[end - 1], names[end])
+            found = _counting_component(names[end - 1], names[end])
             if found is None or component not in (None, found):
                 break
             end, component = end + 1, found
-        runs.append((start, names[start] if component is None else _ranged(names[start], component, end - start)))
+        runs.append((start, names[start] if component is None else _range_text(names[start], component, end - start)))
         start = end
     return runs
 
 
-def _values(values: Sequence[Value | None]) -> str:
+def _print_values(values: Sequence[Value | None]) -> str:
     texts = [f"%{v.name}" if v else "_" for v in values]
     return ", ".join(text for _, text in _name_runs(texts))
 
 
-def _counted(types: Sequence[TensorType]) -> str:
+def _print_types(types: Sequence[TensorType]) -> str:
     texts: list[str] = []
     start = 0
     while start < len(types):
@@ -195,14 +195,14 @@ def _call_run(ops: Sequence[Op], start: int) -> _Run | None:
     end = start + 1
     first: _Run | None = None
     while end < len(ops):
-        pair = _pair(ops[end - 1], ops[end])
+        pair = _run_of_calls(ops[end - 1], ops[end])
         if pair is None or first not in (None, pair):
             break
         first, end = pair, end + 1
     return first and _Run(first.attr, first.operands, first.results, end - start)
 
 
-def _pair(a: Op, b: Op) -> _Run | None:
+def _run_of_calls(a: Op, b: Op) -> _Run | None:
     """Return how call b follows call a, None if they cannot share a statement."""
     if not a.callee or a.callee != b.callee or a.loc != b.loc or len(a.attrs) != len(b.attrs):
         return None
@@ -219,11 +219,11 @@ def _pair(a: Op, b: Op) -> _Run | None:
         if x == y:
             operands.append(None)
             continue
-        found = _counting(x.name, y.name) if x and y else None
+        found = _counting_component(x.name, y.name) if x and y else None
         if found is None:
             return None
         operands.append(found)
-    results = [_counting(x.name, y.name) for x, y in zip(a.results, b.results, strict=True)]
+    results = [_counting_component(x.name, y.name) for x, y in zip(a.results, b.results, strict=True)]
     counted = tuple(r for r in results if r is not None)
     return _Run(name, tuple(operands), counted) if len(counted) == len(results) else None
 
@@ -234,12 +234,12 @@ def _print_calls(op: Op, run: _Run, dims: Dims) -> str:
     def text(value: Value | None, component: int | None) -> str:
         if value is None or component is None:
             return str(value or "_")
-        return "%" + _ranged(value.name, component, run.length)
+        return "%" + _range_text(value.name, component, run.length)
 
     results = ", ".join(map(text, op.results, run.results))
     operands = ", ".join(map(text, op.operands, run.operands))
     attrs = []
     for name, value in op.attrs:
         last = f"..{op.attributes.integer(name) + run.length - 1}" if name == run.attr else ""
-        attrs.append(f"{name}={_attribute(value, dims)}{last}")
-    return _statement(op, results, operands, attrs)
+        attrs.append(f"{name}={_print_attribute(value, dims)}{last}")
+    return _print_statement(op, results, operands, attrs)

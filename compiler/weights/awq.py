@@ -14,7 +14,7 @@ import torch
 
 from ..formats.table import format_of
 from ..ir.module import Module, walk_calls
-from ..ir.recipes import Recipe, Step, Tensor, bind
+from ..ir.recipes import Recipe, Step, Tensor, bind_recipe
 from ..ir.types import TensorType
 from .calibrated import Inputs, inputs_of
 from .evaluate import evaluate_recipe
@@ -47,7 +47,7 @@ def _scaled_weights(module: Module) -> dict[str, list[tuple[TensorType, Step]]]:
     found: dict[str, list[tuple[TensorType, Step]]] = {}
     for function, bound in walk_calls(module):
         for const in function.consts:
-            weight = bind(const.recipe, function.weights, bound)
+            weight = bind_recipe(const.recipe, function.weights, bound)
             inner = weight
             while isinstance(inner, Step) and inner.name in ("quantize", "scale"):
                 axes: Any = inner.attributes.get("axes")

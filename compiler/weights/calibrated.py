@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..errors import MoecError
 from ..ir.deferred import torch
-from ..ir.recipes import WEIGHT, Step, tensors
+from ..ir.recipes import WEIGHT, Step, tensors_of
 from ..ir.types import TensorType
 from .row_file import RowFile
 from .sources.safetensors_header import TensorInfo
@@ -135,7 +135,7 @@ def inputs_of(quantized: Step, inputs: Mapping[str, Inputs]) -> Inputs:
     if name not in inputs:
         raise MoecError(
             f"the calibration saw nothing that the weight {name or 'without a name'} is multiplied with",
-            model=", ".join(t.name for t in itertools.islice(tensors(quantized), 3)),
+            model=", ".join(t.name for t in itertools.islice(tensors_of(quantized), 3)),
             todo=f"method={quantized.attributes['method']} needs it: run the pass quantize again, or with method=rtn",
         )
     return inputs[str(name)]

@@ -18,10 +18,10 @@ from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
-from ...compiler.ops.activation import activate, inner_size
-from ...compiler.ops.attention import turn
+from ...compiler.ops.activation import apply_activation, inner_size
+from ...compiler.ops.attention import rotate_heads
 from ...compiler.ops.compressed import block_linear as plain_block_linear
-from ...compiler.ops.define import Attributes, Types, fail
+from ...compiler.ops.define import Attributes, Types, inference_error
 from ...compiler.ops.nn import attention, rms_norm
 from ...compiler.ops.recurrent import causal_conv, conv_window
 from ...compiler.ops.recurrent import linear_attention as plain_linear_attention
@@ -31,7 +31,7 @@ PLAIN = ("bf16", "f32")
 
 def _check_weight(name: str, weight: TensorType) -> None:
     if weight.dtype not in PLAIN and find_format(weight.dtype) is None:
-        raise fail(f"{name}: weights are {', '.join(PLAIN)} or in a quantized format, not {weight}")
+        raise inference_error(f"{name}: weights are {', '.join(PLAIN)} or in a quantized format, not {weight}")
 
 
 def _numbers(x: TensorType) -> str:
@@ -45,7 +45,7 @@ def _numbers(x: TensorType) -> str:
 def _quantize(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     (x,) = types
     if find_format(attributes["to"]) is None:
-        raise fail(f"acc.quantize: {attributes['to']} is no quantized format")
+        raise inference_error(f"acc.quantize: {attributes['to']} is no quantized format")
     return (TensorType(attributes["to"], x.shape),)
 
 
@@ -111,7 +111,7 @@ def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
 )
 def gated_up(x, up, bias, *, act: Activation = SILU):
     """Compute the gated activation of up(x): the first part of nn.gated_mlp, I = N / 2."""
-    return activate(torch.nn.functional.linear(x, up.float(), bias), act)
+    return apply_activation(torch.nn.functional.linear(x, up.float(), bias), act)
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
@@ -136,9 +136,9 @@ def sort(ids, *, experts: int):
 def _check_order(name: str, ids: TensorType, order: TensorType, offsets: TensorType, weight: TensorType) -> None:
     _check_weight(name, weight)
     if order.shape[0] != size(ids.elements):
-        raise fail(f"{name}: {order} does not order the {ids.elements} choices of {ids}")
+        raise inference_error(f"{name}: {order} does not order the {ids.elements} choices of {ids}")
     if offsets.shape[0] != weight.shape[0] + 1:
-        raise fail(f"{name}: {offsets} are not the bounds of {weight.shape[0]} experts")
+        raise inference_error(f"{name}: {offsets} are not the bounds of {weight.shape[0]} experts")
 
 
 def _grouped_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
@@ -182,7 +182,7 @@ def grouped_up(x, ids, order, offsets, up, up_bias, *, act: Activation = SILU):
     h = x.new_zeros(len(order), up.shape[1] // 2 if act.gated else up.shape[1])
     for expert, pairs in _by_expert(order, offsets):
         y = torch.nn.functional.linear(x[pairs // ids.shape[1]], up[expert].float(), _at(up_bias, expert))
-        h[pairs] = activate(y, act)
+        h[pairs] = apply_activation(y, act)
     return h
 
 
@@ -257,8 +257,8 @@ def rope_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, head
     if k is None:
         q, k, v = q.split([heads * width, groups * width, groups * width], dim=-1)
     q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
-    q = turn(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
-    k = turn(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
+    q = rotate_heads(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
+    k = rotate_heads(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
     return q, torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
 
 
@@ -268,7 +268,7 @@ def rope_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, head
 def _window_conv(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, past, taps = types[:3]
     if past.shape[1] != x.shape[2] or taps.shape[1] > past.shape[2] + 1:
-        raise fail(f"acc.window_conv: the state {past} and {taps} do not fit {x}")
+        raise inference_error(f"acc.window_conv: the state {past} and {taps} do not fit {x}")
     return x.plain, TensorType(past.dtype, past.shape, state=True)
 
 
@@ -285,7 +285,7 @@ def window_conv(x, past, taps, b, *, act: Activation = IDENTITY):
     """
     whole, present = conv_window(past, x.transpose(1, 2))
     y = causal_conv(whole, taps, b)[:, :, past.shape[2] :].transpose(1, 2)
-    return activate(y, act), present
+    return apply_activation(y, act), present
 
 
 def _linear_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
@@ -293,9 +293,9 @@ def _linear_attention(types: Types, attributes: Attributes) -> tuple[TensorType,
     batch, _, groups, width = k.shape
     heads = v.shape[2]
     if heads % groups or q.shape != k.shape or past.shape != (batch, heads, width, v.shape[3]):
-        raise fail(f"acc.linear_attention: {q}, {k} and {v} do not fit the state {past}")
+        raise inference_error(f"acc.linear_attention: {q}, {k} and {v} do not fit the state {past}")
     if rate is not None and (decay is None or rate.shape != (heads, width)):
-        raise fail(f"acc.linear_attention: there is no decay that {rate} multiplies")
+        raise inference_error(f"acc.linear_attention: there is no decay that {rate} multiplies")
     return v.plain, TensorType(past.dtype, past.shape, state=True)
 
 
@@ -324,13 +324,19 @@ def _latent_attention(types: Types, attributes: Attributes) -> tuple[TensorType,
     for weight in (w_uk, w_uv):
         _check_weight("acc.latent_attention", weight)
     if w_uk.shape[0] != heads * width or w_uv.shape[0] % heads:
-        raise fail(f"acc.latent_attention: {w_uk} and {w_uv} are not those of {heads} heads on a latent of {width}")
+        raise inference_error(
+            f"acc.latent_attention: {w_uk} and {w_uv} are not those of {heads} heads on a latent of {width}"
+        )
     if q.shape[2] % heads or q.shape[2] < heads * w_uk.shape[1]:
-        raise fail(f"acc.latent_attention: q is {q}, {heads} heads of {w_uk} want {w_uk.shape[1]} numbers each")
+        raise inference_error(
+            f"acc.latent_attention: q is {q}, {heads} heads of {w_uk} want {w_uk.shape[1]} numbers each"
+        )
     if (q_rope is None) != (rope is None):
-        raise fail("acc.latent_attention takes q_rope and rope, or neither")
+        raise inference_error("acc.latent_attention takes q_rope and rope, or neither")
     if mask is not None and mask.shape not in ((batch, slots), (batch, q.shape[1], slots)):
-        raise fail(f"acc.latent_attention: the mask {mask} is not [{batch}, {slots}], nor one for each token")
+        raise inference_error(
+            f"acc.latent_attention: the mask {mask} is not [{batch}, {slots}], nor one for each token"
+        )
     return (TensorType(q.dtype, (*q.shape[:2], w_uv.shape[0])),)
 
 

@@ -27,43 +27,47 @@ def _declare_ops() -> None:
     from . import ops, ops_quantized  # noqa: F401
 
 
-def _lowering(record: Record | None = None) -> Callable[..., Rewritten]:
+def _lowering_by_record(record: Record | None = None) -> Callable[..., Rewritten]:
     """Return the target's lowering by a record of what ONNX Runtime does right (None: the one that moec comes with)."""
 
     def lower(module: Module, target: Target, *, accuracy: Literal["fast", "exact"] = "fast") -> Rewritten:
         """Rewrite the module in the ops that target cpu runs."""
-        from .lower.module import lower
-        from .onnx.emit import check
+        from .lower.module import lower_module
+        from .onnx.emit import check_supported
 
-        lowered = lower(module, accuracy, record)
-        check(lowered.module)
+        lowered = lower_module(module, accuracy, record)
+        check_supported(lowered.module)
         return lowered
 
     return lower
 
 
-def _emit(
+def _emit_artifact(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
     progress: Callable[[int], None] | None = None, *, kernels: OwnKernels | None = None,
 ) -> Emitted:  # fmt: skip
-    from .onnx.emit import emit
+    from .onnx.emit import emit_model
 
-    return Emitted(emit(module, source, folder, tile_bytes, progress, kernels))
-
-
-def _recorded() -> Probed:
-    from .capabilities import made_with, record_rows, record_text, shipped
-
-    return Probed(made_with(shipped()), record_rows(shipped()), record_text(shipped()))
+    return Emitted(emit_model(module, source, folder, tile_bytes, progress, kernels))
 
 
-def _probe(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
-    from .capabilities import made_with, record_rows, record_text, shipped
-    from .probe.probe import differences, lost, probe
+def _record_as_probed() -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped_record
 
-    found = probe(quick=quick, progress=progress)
-    differ = tuple(f"{variant}: recorded {was}, found {now}" for variant, was, now in differences(found, shipped()))
-    return Probed(made_with(found), record_rows(found), record_text(found), differ, bool(lost(found, shipped())))
+    return Probed(made_with(shipped_record()), record_rows(shipped_record()), record_text(shipped_record()))
+
+
+def _run_probe(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+    from .capabilities import made_with, record_rows, record_text, shipped_record
+    from .probe.probe import changed_findings, lost_variants, probe_variants
+
+    found = probe_variants(quick=quick, progress=progress)
+    differ = tuple(
+        f"{variant}: recorded {was}, found {now}" for variant, was, now in changed_findings(found, shipped_record())
+    )
+    return Probed(
+        made_with(found), record_rows(found), record_text(found), differ, bool(lost_variants(found, shipped_record()))
+    )
 
 
 def _with_options(given: Mapping[str, str]) -> Target:
@@ -71,13 +75,13 @@ def _with_options(given: Mapping[str, str]) -> Target:
     from .options import read_options
 
     options = read_options(given)
-    target = replace(TARGET, emit=partial(_emit, kernels=options.kernels))
+    target = replace(TARGET, emit=partial(_emit_artifact, kernels=options.kernels))
     if options.record is None:
         return target
-    from .capabilities import holds, slow
+    from .capabilities import why_not_held, why_slow
 
-    formats = Formats(partial(holds, record=options.record), partial(slow, record=options.record))
-    return replace(target, formats=formats, lower=_lowering(options.record))
+    formats = Formats(partial(why_not_held, record=options.record), partial(why_slow, record=options.record))
+    return replace(target, formats=formats, lower=_lowering_by_record(options.record))
 
 
 TARGET = Target(
@@ -86,18 +90,18 @@ TARGET = Target(
     pipeline=(*FUSED, PassCall(LOWER)),
     ops=Ops(
         declare=_declare_ops,
-        supported=DeferredFunction(f"{__name__}.onnx.emit", "supported"),
+        supported=DeferredFunction(f"{__name__}.onnx.emit", "why_unsupported"),
     ),
     formats=Formats(
-        holds=DeferredFunction(f"{__name__}.capabilities", "holds"),
-        slow=DeferredFunction(f"{__name__}.capabilities", "slow"),
+        holds=DeferredFunction(f"{__name__}.capabilities", "why_not_held"),
+        slow=DeferredFunction(f"{__name__}.capabilities", "why_slow"),
     ),
-    lower=_lowering(),
-    emit=_emit,
-    load=DeferredFunction(f"{__name__}.run.session", "load"),
+    lower=_lowering_by_record(),
+    emit=_emit_artifact,
+    load=DeferredFunction(f"{__name__}.run.session", "load_session"),
     options=_with_options,
-    recorded=_recorded,
-    probe=_probe,
+    recorded=_record_as_probed,
+    probe=_run_probe,
     packages=("onnx", "onnxruntime"),
 )
 

@@ -110,13 +110,15 @@ class Record:
         """Return that a variant reads weights many times slower than the operator can, or nothing."""
         finding = self.findings.get(variant)
         speed = finding.speed if finding else None
-        best = max((_rate(v, f) for v, f in self.findings.items() if v.operator == variant.operator), default=0.0)
+        best = max(
+            (_weights_per_second(v, f) for v, f in self.findings.items() if v.operator == variant.operator), default=0.0
+        )
         if speed is None or speed / bits > SLOW * best:
             return ""
         return f"{variant} is slow: {speed:.2g} GB/s"
 
 
-def _rate(variant: Variant, finding: Finding) -> float:
+def _weights_per_second(variant: Variant, finding: Finding) -> float:
     """Return weights a second, in some unit, as far as it was measured."""
     format = find_format(variant.format)
     return 0.0 if finding.speed is None or format is None else finding.speed / format.bits
@@ -126,7 +128,7 @@ def _rate(variant: Variant, finding: Finding) -> float:
 
 
 @lru_cache(maxsize=1)
-def shipped() -> Record:
+def shipped_record() -> Record:
     """Return the record that moec comes with."""
     return read_record(Path(__file__).with_name(FILE))
 
@@ -151,7 +153,7 @@ def record_of(data: Mapping[str, Any]) -> Record:
 
 def record_data(record: Record) -> dict[str, Any]:
     """Return a record as plain data; fields that have their default are left out."""
-    rows = [_plain(variant) | _plain(finding) for variant, finding in record.findings.items()]
+    rows = [_changed_fields(variant) | _changed_fields(finding) for variant, finding in record.findings.items()]
     head = {name: getattr(record, name) for name in ("runtime", "cpu", "instructions", "threads")}
     return {**head, "instructions": list(record.instructions), "variants": rows}
 
@@ -178,7 +180,7 @@ def record_text(record: Record) -> str:
     return f'{{{head}, "variants": [\n{rows}\n]}}\n'
 
 
-def _plain(item: Variant | Finding) -> dict[str, Any]:
+def _changed_fields(item: Variant | Finding) -> dict[str, Any]:
     values = {f.name: (getattr(item, f.name), f.default) for f in fields(item)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
@@ -186,34 +188,34 @@ def _plain(item: Variant | Finding) -> dict[str, Any]:
 # --- from ops to variants --------------------------------------------------------------------------------------
 
 
-def holds(op: Op, format: Format, record: Record | None = None) -> str | None:
+def why_not_held(op: Op, format: Format, record: Record | None = None) -> str | None:
     """Return None if the target runs an op of stage moe with its weights in a format; else why not."""
-    record = record or shipped()
+    record = record or shipped_record()
     variants = _weights_of(op, format, record)
     if not variants:
         return f"no op of the target reads quantized weights of {op.name}"
-    if decodes(format) and all(v.format != format.name for v in record.findings):
+    if is_decoded_by_table(format) and all(v.format != format.name for v in record.findings):
         return None  # no operator has this format
     if format.element != "int":
         return f"target cpu does not run {format.name}: {record.refusal(variants)}"
-    return _level(record, variants)[1] or None
+    return _best_level_of(record, variants)[1] or None
 
 
-def decodes(format: Format) -> bool:
+def is_decoded_by_table(format: Format) -> bool:
     """Return whether plain ops make numbers of a format's codes, where no operator reads them: a table has the numbers."""
     return bool(format.values) and not format.tensor_scale
 
 
-def slow(op: Op, format: Format, record: Record | None = None) -> str | None:
+def why_slow(op: Op, format: Format, record: Record | None = None) -> str | None:
     """Return why an op with its weights in a format that the target holds is slow; None if it is not."""
-    record = record or shipped()
+    record = record or shipped_record()
     variants = _weights_of(op, format, record)
-    level, _ = _level(record, variants)
+    level, _ = _best_level_of(record, variants)
     reasons = (record.slow(v, format.bits) for v in at_level(variants, level))
     return next(filter(None, reasons), None)
 
 
-def _level(record: Record, variants: Sequence[Variant]) -> tuple[int, str]:
+def _best_level_of(record: Record, variants: Sequence[Variant]) -> tuple[int, str]:
     """Return best_level of the variants; lookups know no other level than 0."""
     if any(v.operator == "GatherBlockQuantized" for v in variants):
         return 0, record.refusal(variants)

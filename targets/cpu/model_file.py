@@ -37,24 +37,24 @@ def open_model(path: Path, data: str, accuracy: str | None = None) -> tuple[str 
     model = onnx.load(path, load_external_data=False)
     if accuracy is not None:
         _set_accuracy(model, path, accuracy)
-    for tensor in _initializers(model.graph):
+    for tensor in _all_initializers(model.graph):
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value == data:
                 entry.value = weights.name
     return model.SerializeToString(deterministic=True), weights.parent
 
 
-def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def _all_initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Yield the initializers of a graph and of those in its nodes."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from _initializers(attribute.g)
+                yield from _all_initializers(attribute.g)
 
 
 def _set_accuracy(model: onnx.ModelProto, path: Path, accuracy: str) -> None:
-    from .capabilities import ACCURACIES, best_level, shipped
+    from .capabilities import ACCURACIES, best_level, shipped_record
     from .onnx.graph import CONTRIB
 
     if accuracy not in ACCURACIES:
@@ -62,7 +62,7 @@ def _set_accuracy(model: onnx.ModelProto, path: Path, accuracy: str) -> None:
     for node in model.graph.node:
         if node.op_type not in OPERATORS:
             continue
-        level, reason = best_level(shipped(), [_variant(node)], accuracy)
+        level, reason = best_level(shipped_record(), [_variant_of_node(node)], accuracy)
         if reason:
             todo = f"compile with --accuracy {accuracy}"
             raise MoecError(f"a node cannot be {accuracy}: {reason}", where=str(path), model=node.doc_string, todo=todo)
@@ -72,7 +72,7 @@ def _set_accuracy(model: onnx.ModelProto, path: Path, accuracy: str) -> None:
         node.domain = CONTRIB  # moec's kernels have one accuracy
 
 
-def _variant(node: onnx.NodeProto) -> Variant:
+def _variant_of_node(node: onnx.NodeProto) -> Variant:
     from .capabilities import PLAIN, Variant
 
     bits, zeros = OPERATORS[node.op_type]

@@ -9,20 +9,20 @@ from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
-from ...compiler.ops.attention import cached_attention, past_slots, turn
+from ...compiler.ops.attention import cached_attention, past_slots, rotate_heads
 from ...compiler.ops.core import axis_of, with_axis
-from ...compiler.ops.define import Attributes, Types, fail
+from ...compiler.ops.define import Attributes, Types, inference_error
 from ...compiler.ops.moe import experts
 
 
-def _split(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_split(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, axis, sizes = types[0], axis_of(attributes, len(types[0].shape)), attributes["sizes"]
     if x.shape[axis] != sum(sizes):
-        raise fail(f"ort.split: {list(sizes)} are not the parts of axis {axis} of {x}")
+        raise inference_error(f"ort.split: {list(sizes)} are not the parts of axis {axis} of {x}")
     return tuple(with_axis(x, axis, n) for n in sizes)
 
 
-@op("ort.split", "x: A[*X] -> parts: A[*Y]...", infer=_split, flops=0)
+@op("ort.split", "x: A[*X] -> parts: A[*Y]...", infer=_infer_split, flops=0)
 def split(x, *, axis: int, sizes: tuple[int, ...]):
     """Cut an axis into parts of these sizes."""
     return x.split(list(sizes), dim=axis)
@@ -41,7 +41,7 @@ def quick_gelu(x, *, alpha: float = 1.0):
 )
 def rotary_embedding(x, cos, sin):
     """Rotate the halves of the first R numbers of each head as nn.rope does, with the tokens before the heads."""
-    return turn(x.transpose(1, 2), cos, sin).transpose(1, 2)
+    return rotate_heads(x.transpose(1, 2), cos, sin).transpose(1, 2)
 
 
 @op("ort.last_tokens", "x: A[B, S, D] -> y: A[B, S, D]", flops=0)
@@ -50,12 +50,17 @@ def last_tokens(x):
     return x
 
 
-def _bias(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_attention_bias(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     (mask,) = types
     return (TensorType.of("f32", mask.shape[0], 1, attributes["tokens"], mask.shape[1]),)
 
 
-@op("ort.attention_bias", "mask: M[B, T] -> bias: f32[B, 1, N, T]", infer=_bias, domains={"mask": lambda t, a: size(2)})
+@op(
+    "ort.attention_bias",
+    "mask: M[B, T] -> bias: f32[B, 1, N, T]",
+    infer=_infer_attention_bias,
+    domains={"mask": lambda t, a: size(2)},
+)
 def attention_bias(mask, *, tokens: Size):
     """Make the scores' bias from a padding mask: 0 for real slots, -inf for padding, the same for every new token."""
     bias = torch.zeros(mask.shape).masked_fill(mask == 0, float("-inf"))
@@ -66,7 +71,7 @@ def _group_query(types: Types, attributes: Attributes) -> tuple[TensorType, ...]
     *given, bias, sinks = types
     y, key, value = OPS["nn.cached_attention"].infer([*given, None, None, None, sinks], attributes)
     if bias and (bias.shape[2] != y.shape[1] or bias.shape[3] != key.shape[2]):
-        raise fail(
+        raise inference_error(
             f"ort.group_query_attention: the bias {bias} has not {y.shape[1]} new tokens and {key.shape[2]} slots"
         )
     return y, key, value
@@ -106,12 +111,12 @@ INTERLEAVED = Activation(layout="interleaved")
 UNGATED = ("silu", "relu", "identity", "gelu_tanh")
 
 
-def _moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_moe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     act = attributes["act"]
     if act.gated and (act.kind != "silu" or act.clamp_after or not act.interleaved):
-        raise fail(f"ort.moe has only silu with a gate, rows interleaved and clamped before it, not {act}")
+        raise inference_error(f"ort.moe has only silu with a gate, rows interleaved and clamped before it, not {act}")
     if not act.gated and act.kind not in UNGATED:
-        raise fail(f"ort.moe has {', '.join(UNGATED)} without a gate, not {act.kind}")
+        raise inference_error(f"ort.moe has {', '.join(UNGATED)} without a gate, not {act.kind}")
     return OPS["moe.experts"].infer(types, _as_experts(attributes))
 
 
@@ -124,7 +129,7 @@ def _as_experts(attributes: Attributes) -> dict[str, Any]:
     "ort.moe",
     "x: A[T, D], ids: i64[T, K], gates: A[T, K], up: A[E, N, D], down: A[E, D, I],"
     " up_bias: A[E, N]?, down_bias: A[E, D]? -> y: A[T, D]",
-    infer=_moe,
+    infer=_infer_moe,
     flops=lambda o, r, a: OPS["moe.experts"].flops(o, r, _as_experts(a)),
     domains={"ids": lambda types, attributes: types[3].shape[0]},
     rows=OPS["moe.experts"].rows,

@@ -15,78 +15,80 @@ from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.compressed import block_linear
-from ...compiler.ops.define import Attributes, Types, fail
+from ...compiler.ops.define import Attributes, Types, inference_error
 from ...compiler.ops.moe import experts
 from .ops import INTERLEAVED
 
 
-def dequantize(codes: Any, scales: Any, zeros: Any, bits: int, group: int, format: str = "") -> torch.Tensor:
+def dequantize_parts(codes: Any, scales: Any, zeros: Any, bits: int, group: int, format: str = "") -> torch.Tensor:
     """Return the numbers f32[..., K] of the parts of integers, or of a format by its name."""
     found = format_of(format) if format else integers_of(bits, group, zeros is not None)
     parts = {"codes": codes, "scales": scales, **({"zeros": zeros} if zeros is not None else {})}
     return found.decode(parts, codes.shape[-1] * 8 // bits)
 
 
-def _width(name: str, codes: TensorType, scales: TensorType, zeros: TensorType | None, attributes: Attributes) -> Size:
+def _checked_width(
+    name: str, codes: TensorType, scales: TensorType, zeros: TensorType | None, attributes: Attributes
+) -> Size:
     """Return K of a weight in parts; the parts must fit each other."""
     bits, group = attributes["bits"], attributes["group"]
     width = codes.shape[-1] * 8 / bits
     groups = width / group
     wanted = (*codes.shape[:-1], groups)
     if scales.shape != wanted:
-        raise fail(
+        raise inference_error(
             f"{name}: the scales of {codes} with {bits} bits in groups of {group} are f32{list(wanted)}, not {scales}"
         )
     packed = (*codes.shape[:-1], -((-groups * bits) // 8))
     if zeros is not None and zeros.shape != packed:
-        raise fail(f"{name}: the zero points of {codes} are u8{list(packed)}, not {zeros}")
+        raise inference_error(f"{name}: the zero points of {codes} are u8{list(packed)}, not {zeros}")
     return width
 
 
-def _decode(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_decode(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     codes, scales = types
     format = format_of(attributes["format"])
     if scales.dtype != format.part("scales", 1, format.group)[0]:
-        raise fail(f"ort.decode: scales of {format.name} are not {scales}")
-    width = _width("ort.decode", codes, scales, None, {"bits": format.bits, "group": format.group})
+        raise inference_error(f"ort.decode: scales of {format.name} are not {scales}")
+    width = _checked_width("ort.decode", codes, scales, None, {"bits": format.bits, "group": format.group})
     return (TensorType("f32", (*codes.shape[:-1], width)),)
 
 
 @op(
     "ort.decode",
     "codes: u8[*X, C], scales: A[*X, G] -> y: f32[*X, K]",
-    infer=_decode,
+    infer=_infer_decode,
     flops=lambda o, r, a: r[0].elements,
 )
 def decode(codes, scales, *, format: str):
     """Return the numbers that codes stand for, in a format that no operator reads."""
-    return dequantize(codes, scales, None, format_of(format).bits, format_of(format).group, format)
+    return dequantize_parts(codes, scales, None, format_of(format).bits, format_of(format).group, format)
 
 
 # --- linear, embedding -----------------------------------------------------------------------------------------
 
 
-def _matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_matmul_nbits(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, codes, scales, zeros, _ = types
-    if _width("ort.matmul_nbits", codes, scales, zeros, attributes) != x.shape[-1]:
-        raise fail(f"ort.matmul_nbits: {codes} does not fit {x}")
+    if _checked_width("ort.matmul_nbits", codes, scales, zeros, attributes) != x.shape[-1]:
+        raise inference_error(f"ort.matmul_nbits: {codes} does not fit {x}")
     return (TensorType("f32", (*x.shape[:-1], codes.shape[0])),)
 
 
 @op(
     "ort.matmul_nbits",
     "x: f32[*X, K], codes: u8[N, C], scales: f32[N, G], zeros: u8[N, Z]?, b: f32[N]? -> y: f32[*X, N]",
-    infer=_matmul,
+    infer=_infer_matmul_nbits,
     flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
 )
 def matmul_nbits(x, codes, scales, zeros, b, *, bits: int, group: int, accuracy: int = 0):
     """Multiply by a quantized weight stored [out, in]: x wᵀ + b."""
-    return torch.nn.functional.linear(x, dequantize(codes, scales, zeros, bits, group), b)
+    return torch.nn.functional.linear(x, dequantize_parts(codes, scales, zeros, bits, group), b)
 
 
 def _block_matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, codes, scales, zeros = types
-    width = _width("ort.block_matmul_nbits", codes, scales, zeros, attributes)
+    width = _checked_width("ort.block_matmul_nbits", codes, scales, zeros, attributes)
     return OPS["nn.block_linear"].infer([x, TensorType("f32", (codes.shape[0], width))], {})
 
 
@@ -98,25 +100,25 @@ def _block_matmul(types: Types, attributes: Attributes) -> tuple[TensorType, ...
 )
 def block_matmul_nbits(x, codes, scales, zeros, *, bits: int, group: int, accuracy: int = 0):
     """Multiply each part of the input by its own rows of a quantized weight, as nn.block_linear does."""
-    return block_linear(x, dequantize(codes, scales, zeros, bits, group))
+    return block_linear(x, dequantize_parts(codes, scales, zeros, bits, group))
 
 
-def _gather(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_gather_nbits(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     ids, codes, scales, zeros = types
-    return (TensorType("f32", (*ids.shape, _width("ort.gather_nbits", codes, scales, zeros, attributes))),)
+    return (TensorType("f32", (*ids.shape, _checked_width("ort.gather_nbits", codes, scales, zeros, attributes))),)
 
 
 @op(
     "ort.gather_nbits",
     "ids: i64[*X], codes: u8[V, C], scales: f32[V, G], zeros: u8[V, Z]? -> y: f32[*X, D]",
-    infer=_gather,
+    infer=_infer_gather_nbits,
     flops=0,
     domains={"ids": lambda types, attributes: types[1].shape[0]},
     rows=dict.fromkeys(("codes", "scales", "zeros"), lambda types, attributes: types[0].elements),
 )
 def gather_nbits(ids, codes, scales, zeros, *, bits: int, group: int):
     """Look up rows of a quantized table."""
-    return dequantize(codes[ids], scales[ids], None if zeros is None else zeros[ids], bits, group)
+    return dequantize_parts(codes[ids], scales[ids], None if zeros is None else zeros[ids], bits, group)
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
@@ -132,11 +134,11 @@ def _weight_types(parts: Types, attributes: Attributes) -> tuple[TensorType, Ten
     """Return the types of the two matrices that the parts encode."""
     up, up_scales, up_zeros, _, down, down_scales, down_zeros, _ = parts
     both = [(up, up_scales, up_zeros), (down, down_scales, down_zeros)]
-    found = [TensorType("f32", (*c.shape[:-1], _width("ort.qmoe", c, s, z, attributes))) for c, s, z in both]
+    found = [TensorType("f32", (*c.shape[:-1], _checked_width("ort.qmoe", c, s, z, attributes))) for c, s, z in both]
     return found[0], found[1]
 
 
-def _qmoe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_qmoe(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, choice, _mixing, *parts = types
     up, down = _weight_types(parts, attributes)
     chosen = TensorType("i64", (choice.shape[0], size(attributes["k"])))
@@ -156,7 +158,7 @@ def _qmoe_flops(operands: Types, results: tuple[TensorType, ...], attributes: At
 @op(
     "ort.qmoe",
     f"x: f32[T, D], choice: f32[T, E], mixing: f32[T, E]?, {_EXPERT_PARTS} -> y: f32[T, D]",
-    infer=_qmoe,
+    infer=_infer_qmoe,
     flops=_qmoe_flops,
     rows=dict.fromkeys(_PART_NAMES, lambda types, attributes: types[0].shape[0] * attributes["k"]),
 )
@@ -172,8 +174,8 @@ def qmoe(
     """
     top, ids = torch.topk(choice, k, dim=-1)
     gates = torch.softmax(top, -1) if mixing is None else torch.gather(mixing, 1, ids)
-    up = dequantize(up_codes, up_scales, up_zeros, bits, group)
-    down = dequantize(down_codes, down_scales, down_zeros, bits, group)
+    up = dequantize_parts(up_codes, up_scales, up_zeros, bits, group)
+    down = dequantize_parts(down_codes, down_scales, down_zeros, bits, group)
     return experts(x, ids, gates, up, down, up_bias, down_bias, act=act)
 
 
@@ -206,6 +208,6 @@ def experts_nbits(
 
     `format` names one whose weights are no integers.
     """
-    up = dequantize(up_codes, up_scales, up_zeros, bits, group, format)
-    down = dequantize(down_codes, down_scales, down_zeros, bits, group, format)
+    up = dequantize_parts(up_codes, up_scales, up_zeros, bits, group, format)
+    down = dequantize_parts(down_codes, down_scales, down_zeros, bits, group, format)
     return experts(x, ids, gates, up, down, up_bias, down_bias, act=act)

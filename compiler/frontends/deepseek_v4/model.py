@@ -15,7 +15,7 @@ import sympy
 
 from ...ir.dims import Size, dim, floordiv, size
 from ...ir.module import Dim, Function, Module, Value
-from ...ir.recipes import Literal, Recipe, tensors
+from ...ir.recipes import Literal, Recipe, tensors_of
 from ...ir.types import TensorType
 from ...ops.builder import IRBuilder
 from ...ops.compressed import pending_tokens
@@ -59,7 +59,7 @@ def left_out(config: Any, weights: Weights) -> dict[str, TensorType]:
     recipes += [weights.layer_weight(0, f"{name}.weight", s.hidden) for name in ("enorm", "hnorm", "norm")]
     for leaf, shape in {"fn": (n, n * s.hidden), "base": (n,), "scale": (1,)}.items():
         recipes.append(weights.layer_weight(0, f"hc_head_{leaf}", *shape))
-    each = {tensor.name: tensor.type for recipe in recipes for tensor in tensors(recipe)}
+    each = {tensor.name: tensor.type for recipe in recipes for tensor in tensors_of(recipe)}
     blocks = range(config.num_nextn_predict_layers or 0)
     return {f"{EXTRA}{i}.{name}": type_ for i in blocks for name, type_ in each.items()}
 

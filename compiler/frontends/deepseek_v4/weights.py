@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ...errors import MoecError
-from ...ir.recipes import Recipe, Tensor, bind
+from ...ir.recipes import Recipe, Tensor, bind_recipe
 from ...ir.types import TensorType, expand_range
 from ...weights.sources.checkpoint import names_like
 from ...weights.steps.table import step
@@ -176,7 +176,7 @@ class Weights:
                 made = self.expert_weights(int(number), count, width, inner)["gate_up" not in leaf]
             else:
                 made = self.layer_weight(int(number), leaves[leaf], *shape)
-            found[name] = bind(made, self.prefix, {"layer": number})
+            found[name] = bind_recipe(made, self.prefix, {"layer": number})
         return found
 
     def _stored_recipe(self, prefix: str, own: str, name: str, sizes: tuple[int, ...]) -> Recipe:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import MoecError
 from ...ir.module import Module
-from ...ir.recipes import Recipe, Tensor, tensors
+from ...ir.recipes import Recipe, Tensor, tensors_of
 from ...weights.ggml import BLOCKS
 from ...weights.sources.gguf import Gguf, open_gguf
 from ...weights.steps.table import step
@@ -182,5 +182,5 @@ def dequantize_blocks(tensor: Tensor, kind: str) -> Recipe:
 def _unused_tensors(opened: Gguf, wanted: list[str], found: Mapping[str, Recipe]) -> list[str]:
     """Return the tensors of the wanted layers, and those outside of layers, that no parameter is made of."""
     numbers = {first_number(name) for name in wanted} | {None}
-    used = {t.name for recipe in found.values() for t in tensors(recipe)}
+    used = {t.name for recipe in found.values() for t in tensors_of(recipe)}
     return [n for n in opened.checkpoint.tensors if first_number(n) in numbers and n not in used and n != FREQUENCIES]

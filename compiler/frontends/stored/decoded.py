@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
-from ...ir.recipes import Recipe, Step, Tensor, rename
+from ...ir.recipes import Recipe, Step, Tensor, rename_tensors
 from ...ir.types import TensorType, expand_range, range_at, range_size
 from ...weights.evaluate import evaluate_recipe
 from ...weights.sources.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ class DecodedSource:
         if anchor is None:
             return recipe
         for i, name in enumerate(expand_range(anchor)):
-            self._own[name] = rename(recipe, partial(_name_at_index, i))
+            self._own[name] = rename_tensors(recipe, partial(_name_at_index, i))
         return Tensor(anchor, recipe.type)
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:

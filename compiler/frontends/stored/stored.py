@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import MoecError
-from ...ir.recipes import Recipe, Tensor, rename
+from ...ir.recipes import Recipe, Tensor, rename_tensors
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, first_number
 from .layouts import FLOATS, Layout, Stored, gpt_oss, packed_integers, scaled_codes
@@ -164,10 +164,10 @@ class _Decoding:
                 raise self._error(f"{parts[codes]} is not understood: {error}", parts[codes], _APART) from None
             roles = {name: role for role, name in parts.items()}
             values = tuple(self._digest(parts[role]) for role in sorted(looked))
-            template = rename(recipe, roles.__getitem__)
+            template = rename_tensors(recipe, roles.__getitem__)
             self.made[key, values] = template, self.numbers.setdefault(template, len(self.numbers))
         template, number = self.made[key, values]
-        return rename(template, parts.__getitem__), number
+        return rename_tensors(template, parts.__getitem__), number
 
     def _schemes(self, owner: str, codes: str) -> tuple[Scheme, ...]:
         """Return how config.json says that a weight may be stored; MoecError if it says that it is not quantized."""

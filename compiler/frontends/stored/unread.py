@@ -14,7 +14,7 @@ from typing import Any
 
 from ...errors import MoecError
 from ...ir.module import Module, walk_calls
-from ...ir.recipes import FITTED, bind, tensors
+from ...ir.recipes import FITTED, bind_recipe, tensors_of
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint
 from ..transformers.names import Rules
@@ -32,7 +32,7 @@ def read_tensors(module: Module) -> dict[str, TensorType]:
         tensor.name: tensor.type
         for function, bound in walk_calls(module)
         for const in function.consts
-        for tensor in tensors(bind(const.recipe, function.weights, bound))
+        for tensor in tensors_of(bind_recipe(const.recipe, function.weights, bound))
         if not tensor.name.endswith(FITTED)
     }
 

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import MoecError
 from ...ir.activation import KINDS, Activation
-from ...ops.activation import FUNCTIONS, activate
+from ...ops.activation import FUNCTIONS, apply_activation
 from .tracing import current_trace
 
 
@@ -35,7 +35,7 @@ def _find_activation(module: Any, gated: bool, layout: str) -> Activation | None
         for act in (
             _candidate_activations(module, layout) if gated else (Activation(kind, gated=False) for kind in KINDS)
         ):
-            expected = activate(h, act)
+            expected = apply_activation(h, act)
             if expected.shape == actual.shape and torch.allclose(expected, actual, rtol=1e-5, atol=1e-6):
                 return act
     return None

@@ -14,7 +14,7 @@ from ...errors import MoecError
 from ...errors.json_files import read_json
 from ...ir.dtypes import dtype_name, find_dtype
 from ...ir.module import Module
-from ...ir.recipes import Recipe, Tensor, rename
+from ...ir.recipes import Recipe, Tensor, rename_tensors
 from ...ir.types import TensorType
 from ...weights.sources.checkpoint import Checkpoint, open_checkpoint
 from ..deepseek_v4 import model as deepseek_v4
@@ -74,7 +74,7 @@ def import_folder(
         if checkpoint is not None:
             return map_parameters(skeleton.model, wanted, available, checkpoint.lacks)
         if part := PARTS.get(config.model_type):
-            available = {name: rename(r, lambda own: f"{part}.{own}") for name, r in available.items()}
+            available = {name: rename_tensors(r, lambda own: f"{part}.{own}") for name, r in available.items()}
         return map_parameters(skeleton.model, wanted, available)
 
     if checkpoint is None:

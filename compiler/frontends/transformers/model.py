@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MoecError
-from ...ir.dce import dce
+from ...ir.dce import eliminate_dead_code
 from ...ir.dtypes import dtype_name, find_dtype
 from ...ir.module import Dim, Function, Module, Value
 from ...ir.recipes import Literal, Recipe
@@ -123,7 +123,7 @@ def _layer_function(job: Import, kind: LayerCall) -> Function:
         results = lower_graph(Graph(traced, builder), values)
     except MoecError as error:
         raise replace(error, model=".".join(filter(None, (place, error.model)))) from None
-    return dce(builder.build(results, prefix), params=True)
+    return eliminate_dead_code(builder.build(results, prefix), params=True)
 
 
 def _type_of(tensor: Tensor, state: bool = False) -> TensorType:
@@ -242,7 +242,7 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
     (logits,) = lower_graph(Graph(traced, builder, calls=call), values)
     logits, builder.ops[-1] = _rename_result(builder, logits, "logits")
     ordered = [presents[key] for key in states]
-    return dce(builder.build([logits, *ordered]))
+    return eliminate_dead_code(builder.build([logits, *ordered]))
 
 
 def _call_operands(callee: Function, layer: LayerCall, given: list[Value]) -> list[Value]:

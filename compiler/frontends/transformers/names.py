@@ -18,7 +18,7 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import dtype_name
-from ...ir.recipes import Recipe, Step, Tensor, rename, tensors
+from ...ir.recipes import Recipe, Step, Tensor, rename_tensors, tensors_of
 from ...ir.types import TensorType, expand_range
 from ...weights.steps.table import STEPS, step
 from ..stored.layouts import FLOATS
@@ -213,7 +213,7 @@ class _Mapping:
         recipes = [self.available[claim.name] for claim in claims]
         types = [str(recipe.type) for recipe in recipes]
         odd = min(recipes, key=lambda recipe: types.count(str(recipe.type)))
-        return ", ".join(dict.fromkeys(tensor.name for tensor in tensors(odd)))
+        return ", ".join(dict.fromkeys(tensor.name for tensor in tensors_of(odd)))
 
     def _blocks(self, left: list[str], by_name: Mapping[str, str]) -> dict[str, Experts]:
         """Return the blocks of experts of which tensors are left, with all their tensors; their claims fall away."""
@@ -285,7 +285,7 @@ class _Mapping:
     def _check_shape(self, name: str, recipe: Recipe) -> None:
         parameter = self.state[name]
         if tuple(recipe.type.sizes) != tuple(parameter.shape):
-            if hole := _missing_number([tensor.name for tensor in tensors(recipe)]):
+            if hole := _missing_number([tensor.name for tensor in tensors_of(recipe)]):
                 raise MoecError(
                     f"the checkpoint has no tensor {hole}, which {name} is made of",
                     todo="a shard is missing, or config.json and the weights do not belong together",
@@ -359,7 +359,7 @@ def relative_to_layer(recipe: Recipe, layer: int) -> tuple[str, Recipe] | None:
     if len(prefixes) != 1:
         return None
     prefix = prefixes.pop()
-    return prefix[: -len(f"{layer}.")] + "{layer}.", rename(recipe, lambda n: n[len(prefix) :])
+    return prefix[: -len(f"{layer}.")] + "{layer}.", rename_tensors(recipe, lambda n: n[len(prefix) :])
 
 
 def apart_from_layer(recipe: Recipe, layer: int) -> Recipe | None:
@@ -376,7 +376,7 @@ def apart_from_layer(recipe: Recipe, layer: int) -> Recipe | None:
                 made[tensor.name] = "/" + ".".join(parts)
         if tensor.name not in made:
             return None
-    return rename(recipe, made.__getitem__)
+    return rename_tensors(recipe, made.__getitem__)
 
 
 def names_before(recipe: Recipe) -> bool:

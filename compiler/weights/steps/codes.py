@@ -16,7 +16,7 @@ from ...errors import MoecError
 from ...formats.table import ELEMENTS
 from ...ir.deferred import torch
 from ...ir.dtypes import DTYPES, find_dtype
-from ...ir.recipes import Recipe, Step, tensors
+from ...ir.recipes import Recipe, Step, tensors_of
 from ...ir.types import Attr, Attrs, TensorType
 from ..ggml import BLOCKS
 from ..sources.source import Box
@@ -192,7 +192,7 @@ def _gather(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     places = inner(index, (box[axis],)).long()
     low, high = int(places.min()), int(places.max())
     if low < 0 or high >= item.type.sizes[axis]:
-        names = ", ".join(t.name for t in tensors(index))
+        names = ", ".join(t.name for t in tensors_of(index))
         raise MoecError(f"{names} points outside the {item.type.sizes[axis]} groups of scales", model=names)
     return inner(item, with_span(box, axis, low, high + 1)).index_select(axis, places - low)
 

@@ -14,7 +14,7 @@ from ...errors import MoecError
 from ...formats.format import PART_NAMES, Format, Parts
 from ...formats.table import find_format, format_of
 from ...ir.deferred import torch
-from ...ir.recipes import WEIGHT, Recipe, Step, steps_of, tensors
+from ...ir.recipes import WEIGHT, Recipe, Step, steps_of, tensors_of
 from ...ir.types import Attrs, TensorType
 from ..calibrated import Calibrated
 from ..sources.source import Box, WeightSource
@@ -88,7 +88,7 @@ def encode_parts(quantized: Step, box: Box, inner: Evaluator, whole: torch.Tenso
             return _with_inputs(quantized, numbers, box, inner.source)
         return _format_of_step(quantized).encode(numbers)
     except ValueError as error:
-        names = ", ".join(dict.fromkeys(t.name for t in tensors(quantized)))
+        names = ", ".join(dict.fromkeys(t.name for t in tensors_of(quantized)))
         raise MoecError(f"a weight cannot be quantized: {error}", model=names) from None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ...ir.deferred import torch
 from ...ir.dtypes import DTYPES
-from ...ir.recipes import Recipe, Step, spread
+from ...ir.recipes import Recipe, Step, spread_items
 from ...ir.types import Attrs, TensorType
 from ..sources.source import Box, full_box
 from .declare import Evaluator, Types, box_sizes, only_type, weight_step, with_span
@@ -40,7 +40,7 @@ def _stack_type(types: Types, attributes: Attrs) -> TensorType:
 def _stack(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     """Stack items along a new axis 0."""
     (low, high), rest = box[0], box[1:]
-    items = spread(step, low, high)
+    items = spread_items(step, low, high)
     if len(items) == 1:
         return inner(items[0], rest).unsqueeze(0)
     result = _empty_box(step, box)
@@ -66,7 +66,7 @@ def _concat(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     low, high = box[axis]
     result: torch.Tensor | None = None
     position = 0
-    for item in spread(step):
+    for item in spread_items(step):
         size = item.type.sizes[axis]
         start, stop = max(low, position), min(high, position + size)
         if start < stop:
@@ -91,7 +91,7 @@ def _interleave(step: Step, box: Box, inner: Evaluator) -> torch.Tensor:
     """Interleave along `axis`: rows 0 of every item, rows 1 of every item, ..."""
     axis = step.attributes.integer("axis")
     low, high = box[axis]
-    items = spread(step)
+    items = spread_items(step)
     result = _empty_box(step, box)
     for i, item in enumerate(items):
         # row r of item i is row r * len(items) + i of the result

@@ -9,7 +9,7 @@ import sympy
 from ....compiler.cost.count import module_costs
 from ....compiler.ir.dims import Size, evaluate
 from ....compiler.ir.module import Module, Op
-from ....compiler.ops.define import free
+from ....compiler.ops.define import any_size_text
 from ..chip.chip import Profile
 from .shards import Shards
 
@@ -42,7 +42,7 @@ def place_on_devices(module: Module, profile: Profile, found: Shards) -> dict[st
                 "weights": weights,
             }
         ],
-        "state": {"formula": free(state), "bytes_per_token": each, "dtype": "bf16"},
+        "state": {"formula": any_size_text(state), "bytes_per_token": each, "dtype": "bf16"},
         "workspace": {"tokens": tokens, "bytes": space},
         "fits": None if room is None else room >= 0,
         "free": room,

@@ -19,7 +19,7 @@ from typing import Any
 
 from ....compiler.ir.activation import IDENTITY
 from ....compiler.ir.module import Module
-from ....compiler.ir.notes import Note, distinct
+from ....compiler.ir.notes import Note, distinct_notes
 from ....compiler.ir.recipes import Recipe, steps_of
 from ....compiler.version import __version__
 from ..chip.chip import Profile
@@ -203,7 +203,7 @@ def engine_files(
         notes.append(
             Note("the tuning files in engines/ are predicted, not measured, and replace the engine's own choices")
         )
-    return files, distinct(notes)
+    return files, distinct_notes(notes)
 
 
 def introduction(target: str) -> str:

@@ -22,9 +22,9 @@ from ....compiler.formats.format import Format, Parts
 from ....compiler.formats.packing import unpack_bits
 from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES, dtype_name
-from ....compiler.ir.module import Function, Module, bindings
+from ....compiler.ir.module import Function, Module, call_bindings
 from ....compiler.ir.names import Names
-from ....compiler.ir.recipes import Recipe, Step, bind
+from ....compiler.ir.recipes import Recipe, Step, bind_recipe
 from ....compiler.weights.evaluate import evaluate_recipe, row_major
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.rows import encode_rows, tensor_scales
@@ -107,7 +107,7 @@ def find_shards(module: Module, layouts: WeightLayouts) -> Shards:
             value = const.value
             if value.name not in function.uses:
                 continue
-            recipe = bind(const.recipe, function.weights, bound)
+            recipe = bind_recipe(const.recipe, function.weights, bound)
             packing = _packing(layouts.get((function.name, value.name)), recipe, f"{value} in @{function.name}")
             name, key = f"{label}/{value.name}", (recipe, packing)
             if key in written:
@@ -117,9 +117,9 @@ def find_shards(module: Module, layouts: WeightLayouts) -> Shards:
                 weights.setdefault(label.split("/")[0], []).append(Stored(name, recipe, packing))
         for op in function.ops:
             if op.callee:
-                own = ".".join(f"{name}.{value}" for name, value in bindings(op).items()) or op.callee
+                own = ".".join(f"{name}.{value}" for name, value in call_bindings(op).items()) or op.callee
                 inner = labels.fresh(own if function is module.main else f"{label}/{own}")
-                visit(module.by_name[op.callee], inner, {**bound, **bindings(op)})
+                visit(module.by_name[op.callee], inner, {**bound, **call_bindings(op)})
 
     visit(module.main, MAIN, {})
     found.shards = [Shard(f"{FOLDER}/{label}.safetensors", tuple(own)) for label, own in weights.items()]

@@ -14,9 +14,9 @@ from typing import Any
 
 import sympy
 
-from ....compiler.ir.module import Module, Op, bindings
+from ....compiler.ir.module import Module, Op, call_bindings
 from ....compiler.ops import OPS
-from ....compiler.ops.define import free
+from ....compiler.ops.define import any_size_text
 from ....compiler.version import __version__
 from ..chip.chip import Profile
 from ..predict.assumed import assumed_of
@@ -213,7 +213,7 @@ def kernel_specs(module: Module, profile: Profile, tokens: Sequence[int] = BUCKE
         steps = []
         for op in function.ops:
             if op.callee:
-                steps.append({"op": "call", "callee": op.callee, **_values(op), "bindings": bindings(op)})
+                steps.append({"op": "call", "callee": op.callee, **_values(op), "bindings": call_bindings(op)})
                 continue
             place = place_of(function, op)
             computation = computation_of(op, function, stored, profile)
@@ -286,7 +286,7 @@ def _plain(value: Any) -> Any:
         case tuple():
             return [_plain(v) for v in value]
         case sympy.Expr():
-            return free(value)
+            return any_size_text(value)
         case float() if not isfinite(value):
             return str(value)
     return value

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ....compiler.errors import MoecError
 from ....compiler.errors.plugins import FAMILIES as BROUGHT
-from ....compiler.errors.plugins import brought, load_brought, refuse_names
+from ....compiler.errors.plugins import entry_points_of, load_brought, refuse_names
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ FAMILIES = {
 def family_names() -> list[str]:
     """Return the names of the families that moec has, and of those that packages outside of it bring."""
     refuse_names(BROUGHT, set(FAMILIES))
-    return [*FAMILIES, *brought(BROUGHT)]
+    return [*FAMILIES, *entry_points_of(BROUGHT)]
 
 
 def find_family(name: str) -> Family:

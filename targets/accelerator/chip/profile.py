@@ -17,7 +17,7 @@ from ....compiler.errors import MoecError
 from ....compiler.errors.json_files import DIGITS
 from ....compiler.errors.json_files import problem_of as why_unreadable
 from ....compiler.errors.plugins import CHIPS as BROUGHT
-from ....compiler.errors.plugins import brought, load_brought, refuse_names
+from ....compiler.errors.plugins import entry_points_of, load_brought, refuse_names
 from .chip import FIGURES, RULES, TOP, Figure, Link, Memory, Operands, Order, Origin, Profile, Rate, Unit, kind_of
 from .families import find_family
 from .quantities import quantity
@@ -52,7 +52,7 @@ def known_profiles() -> list[str]:
     """Return the names of those profiles, and of those that packages outside of moec bring."""
     own = profile_names()
     refuse_names(BROUGHT, set(own))
-    return [*own, *brought(BROUGHT)]
+    return [*own, *entry_points_of(BROUGHT)]
 
 
 def profile_file(name: str) -> Path | None:

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 
 import sympy
 
-from ....compiler.cost.count import leaves, op_flops
+from ....compiler.cost.count import op_flops, tensors_with_shares
 from ....compiler.formats.table import find_format
 from ....compiler.ir.dims import Size, dim, evaluate, size
 from ....compiler.ir.module import Const, Function, Module, Op, Value
@@ -155,7 +155,9 @@ def stored_bits(const: Const) -> sympy.Rational:
     typed = sympy.Rational(type.bits)
     if find_format(type.dtype):
         return typed
-    held = sum((len(expand_range(t.name)) * t.type.bytes * 8 for t, _ in leaves(const.recipe)), sympy.S.Zero)
+    held = sum(
+        (len(expand_range(t.name)) * t.type.bytes * 8 for t, _ in tensors_with_shares(const.recipe)), sympy.S.Zero
+    )
     return min(typed, held / type.elements) if held else typed
 
 

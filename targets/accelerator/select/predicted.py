@@ -6,7 +6,7 @@ from typing import Any
 
 from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Module
-from ....compiler.ops.define import free
+from ....compiler.ops.define import any_size_text
 from ..chip.chip import Profile
 from ..predict.assumed import MEANING, assumed_of
 from ..predict.roofline import Row, StepPrediction
@@ -33,8 +33,8 @@ def predicted(
         "bandwidth_share": step.bandwidth_share,
         **_amounts(step.total),
         "formulas": {
-            "bytes": {name: free(formula) for name, formula in step.table.bytes.items()},
-            "flops": {name: free(formula) for name, formula in step.table.flops.items()},
+            "bytes": {name: any_size_text(formula) for name, formula in step.table.bytes.items()},
+            "flops": {name: any_size_text(formula) for name, formula in step.table.flops.items()},
         },
         "memory": _memory(module, profile, batch, past + new, devices),
         "functions": _functions(module, step),

@@ -21,17 +21,17 @@ def group_query_attention(editor: Editor, op: Op, record: Record) -> Op:
 
     Norms of heads go in front, and so does a rotary embedding that the op does not do right itself.
     """
-    _check(op, record)
+    _check_attention(op, record)
     eps = op.settings.number("eps")
     cos, sin, q_norm, k_norm, mask = (op.get(name) for name in ("cos", "sin", "q_norm", "k_norm", "mask"))
     width = op.results[1].type.shape[3]
     outside = cos is not None and bool(record.refusal(rotary_variants(width, cos.type.shape[2])))
-    q, k, v = _moved(editor, op)
+    q, k, v = _move_ops_after_transpose(editor, op)
     unpacked = outside or q_norm or k_norm or record.refusal([packed_variant(turned=cos is not None)])
     if k is None and unpacked:
-        q, k, v = _apart(editor, op)
+        q, k, v = _split_qkv(editor, op)
     if k is not None:
-        q, k = (_normed(editor, x, w, width, eps) for x, w in ((q, q_norm), (k, k_norm)))
+        q, k = (_normalize_heads(editor, x, w, width, eps) for x, w in ((q, q_norm), (k, k_norm)))
     if outside:
         q, k = (_rotate_heads(editor, x, cos, sin, width) for x in (q, k) if x)
         cos = sin = None
@@ -41,7 +41,7 @@ def group_query_attention(editor: Editor, op: Op, record: Record) -> Op:
     return op.become("ort.group_query_attention", *operands, **kept)
 
 
-def _check(op: Op, record: Record) -> None:
+def _check_attention(op: Op, record: Record) -> None:
     """Refuse what ONNX Runtime's op does not take."""
     key = op.results[1].type
     width = key.shape[3]
@@ -57,7 +57,7 @@ def _check(op: Op, record: Record) -> None:
         raise Refuse("a scale of 0 means the default to GroupQueryAttention")
 
 
-def _apart(editor: Editor, op: Op) -> tuple[Value, Value, Value]:
+def _split_qkv(editor: Editor, op: Op) -> tuple[Value, Value, Value]:
     """Return q, k and v of the one value that holds them."""
     _, groups, _, width = op.results[1].type.shape
     sizes = tuple(int(n) for n in (size(op.attributes["heads"]) * width, groups * width, groups * width))
@@ -65,38 +65,38 @@ def _apart(editor: Editor, op: Op) -> tuple[Value, Value, Value]:
     return q, k, v
 
 
-def _heads(editor: Editor, x: Value, width: Any) -> Value:
+def _split_heads(editor: Editor, x: Value, width: Any) -> Value:
     batch, new, total = x.type.shape
     return editor.add("core.reshape", x, hint=f"{x.name}.heads", shape=(batch, new, total / width, width))
 
 
-def _flat(editor: Editor, x: Value) -> Value:
+def _merge_heads(editor: Editor, x: Value) -> Value:
     batch, new, count, width = x.type.shape
     return editor.add("core.reshape", x, hint=f"{x.name}.flat", shape=(batch, new, count * width))
 
 
-def _normed(editor: Editor, x: Value, weight: Value | None, width: Any, eps: float) -> Value:
+def _normalize_heads(editor: Editor, x: Value, weight: Value | None, width: Any, eps: float) -> Value:
     if weight is None:
         return x
-    heads = _heads(editor, x, width)
-    return _flat(editor, editor.add("nn.rms_norm", heads, weight, hint=f"{x.name}.normed", eps=eps))
+    heads = _split_heads(editor, x, width)
+    return _merge_heads(editor, editor.add("nn.rms_norm", heads, weight, hint=f"{x.name}.normed", eps=eps))
 
 
 def _rotate_heads(editor: Editor, x: Value, cos: Value | None, sin: Value | None, width: Any) -> Value:
-    heads = _heads(editor, x, width)
-    return _flat(editor, editor.add("ort.rotary_embedding", heads, cos, sin, hint=f"{x.name}.turned"))
+    heads = _split_heads(editor, x, width)
+    return _merge_heads(editor, editor.add("ort.rotary_embedding", heads, cos, sin, hint=f"{x.name}.turned"))
 
 
 # --- ops on single heads before the attention ------------------------------------------------------
 
 
-def _moved(editor: Editor, op: Op) -> Three:
+def _move_ops_after_transpose(editor: Editor, op: Op) -> Three:
     """Return q, k and v; ops on single heads before the transpose are moved after it, and it is dropped."""
 
     def moved(value: Value) -> Value:
         heads = _before_transpose(editor, value)
-        made = None if heads is None else _move(editor, heads)
-        return value if made is None else _flat(editor, made)
+        made = None if heads is None else _move_after_transpose(editor, heads)
+        return value if made is None else _merge_heads(editor, made)
 
     q, k, v = op["q"], op.get("k"), op.get("v")
     return moved(q), k and moved(k), v and moved(v)
@@ -112,7 +112,7 @@ def _before_transpose(editor: Editor, value: Value) -> Value | None:
     return value
 
 
-def _move(editor: Editor, value: Value) -> Value | None:
+def _move_after_transpose(editor: Editor, value: Value) -> Value | None:
     """Return the value made with the axes in the other order, or None where there is no transpose to save."""
     op = editor.function.producers.get(value.name)
     if op is None:
@@ -128,7 +128,7 @@ def _move(editor: Editor, value: Value) -> Value | None:
             pass
         case _:
             return None
-    moved = [_move(editor, x) for x in inner if x is not None]
+    moved = [_move_after_transpose(editor, x) for x in inner if x is not None]
     if any(x is None for x in moved):
         return None
     name = "ort.rotary_embedding" if op.name == "nn.rope" else op.name
@@ -147,12 +147,12 @@ def plain_attention(editor: Editor, op: Op) -> Op:
     y, key, value = op.results
     width = key.type.shape[3]
     if k is None or v is None:
-        q, k, v = _apart(editor, op)
+        q, k, v = _split_qkv(editor, op)
     rows = [
-        _normed(editor, x, w, width, attributes.number("eps"))
+        _normalize_heads(editor, x, w, width, attributes.number("eps"))
         for x, w in ((q, op.get("q_norm")), (k, op.get("k_norm")), (v, None))
     ]
-    heads = [_heads(editor, x, width) for x in rows]
+    heads = [_split_heads(editor, x, width) for x in rows]
     if cos is not None:
         heads[:2] = (editor.add("ort.rotary_embedding", x, cos, op["sin"], hint=f"{x.name}.turned") for x in heads[:2])
     q, k, v = (editor.add("core.transpose", x, hint=f"{x.name}.bhsd", perm=BEFORE_HEADS) for x in heads)

@@ -14,7 +14,7 @@ _SINGLE = ("core.mul", "core.div", "core.tanh", "core.cast", "core.add")
 def keep_last_tokens(function: Function) -> Function:
     """Return @main with ort.last_tokens in front of the head; the function itself where the head cannot be seen."""
     result = next((v for v in function.results if v.name == LOGITS), None)
-    head = None if result is None else _head(function, result)
+    head = None if result is None else _head_linear(function, result)
     if head is None or len(head["x"].type.shape) != 3:
         return function
     editor = Editor(function)
@@ -27,7 +27,7 @@ def keep_last_tokens(function: Function) -> Function:
     return editor.finish()
 
 
-def _head(function: Function, value: Value) -> Op | None:
+def _head_linear(function: Function, value: Value) -> Op | None:
     """Return the linear that makes the logits, looking through ops on single numbers."""
     op = function.producers.get(value.name)
     while op is not None and op.name in _SINGLE:

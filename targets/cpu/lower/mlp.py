@@ -15,7 +15,7 @@ def gated_mlp(editor: Editor, op: Op) -> Op:
     x, up, down, up_bias, down_bias, gate = op.operands
     (y,) = op.results
     h = editor.add("core.linear", x, up, up_bias, hint=f"{y.name}.up")
-    h = _activated(editor, h, op.settings.activation("act"), y.name)
+    h = _gated_activation(editor, h, op.settings.activation("act"), y.name)
     if gate is None:
         return op.become("core.linear", h, down, down_bias)
     out = editor.add("core.linear", h, down, down_bias, hint=f"{y.name}.down")
@@ -23,7 +23,7 @@ def gated_mlp(editor: Editor, op: Op) -> Op:
     return op.become("core.mul", editor.add("core.sigmoid", score, hint=f"{y.name}.gate"), out)
 
 
-def _activated(editor: Editor, h: Value, act: Activation, name: str) -> Value:
+def _gated_activation(editor: Editor, h: Value, act: Activation, name: str) -> Value:
     """Return a gated activation of h as ops of its halves g and u."""
 
     def add(kind: str, *operands: Value, hint: str, **attrs: Any) -> Value:
@@ -41,11 +41,11 @@ def _activated(editor: Editor, h: Value, act: Activation, name: str) -> Value:
         u = add("core.clamp", u, hint="u", min=-act.limit, max=act.limit)
     if act.beta:
         u = add("core.add", u, add("core.constant", hint="beta", value=act.beta, dtype=u.type.dtype), hint="u")
-    a = _function(add, g, act)
+    a = _activation_function(add, g, act)
     return add("core.mul", add("core.clamp", a, hint="a", max=act.limit) if act.clamp_after else a, u, hint="h")
 
 
-def _function(add: Any, g: Value, act: Activation) -> Value:
+def _activation_function(add: Any, g: Value, act: Activation) -> Value:
     """Return the activation's function of the gate, in the ops that KINDS has for it; silu is one op of the runtime."""
     if act.kind == "silu":
         return add("ort.quick_gelu", g, hint="a", alpha=act.alpha)

@@ -16,18 +16,18 @@ from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.notes import Note, Rewritten
 from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from .. import ops, ops_quantized
-from ..capabilities import ACCURACIES, FAST, Record, activation_variant, routing_variant, shipped, version_note
+from ..capabilities import ACCURACIES, FAST, Record, activation_variant, routing_variant, shipped_record, version_note
 from .attention import group_query_attention, plain_attention
 from .logits import keep_last_tokens
 from .mlp import gated_mlp
 from .quantized import interleave_gate, lower_embedding, lower_experts, lower_experts_to_loop, lower_linear
-from .ranges import distinct, gate_sum, not_negative
+from .ranges import gate_sum, is_distinct, not_negative
 from .slices import join_slices
 
 assert ops and ops_quantized  # what ops are lowered to is declared there
 
 
-def lower(module: Module, accuracy: str = FAST, record: Record | None = None) -> Rewritten:
+def lower_module(module: Module, accuracy: str = FAST, record: Record | None = None) -> Rewritten:
     """Return the module at stage kernel, with a note for each attention and MoE block left in plain ops.
 
     `accuracy` is `fast` (activations beside quantized weights are rounded to int8) or `exact` (they stay f32). Only
@@ -37,7 +37,7 @@ def lower(module: Module, accuracy: str = FAST, record: Record | None = None) ->
         raise MoecError(f"there is no accuracy {accuracy}", todo=f"there are {', '.join(ACCURACIES)}")
     if module.stage == "kernel":
         return Rewritten(module)
-    record = record or shipped()
+    record = record or shipped_record()
     about_record = version_note(record)
     notes = [Note(about_record)] if about_record else []
     functions = []
@@ -52,7 +52,7 @@ def _lower_function(function: Function, accuracy: str, record: Record) -> tuple[
     blocks: dict[str, Rewrite] = {
         "nn.cached_attention": partial(group_query_attention, record=record),
         "nn.gated_mlp": gated_mlp,
-        "moe.experts": partial(_experts, accuracy=accuracy, record=record),
+        "moe.experts": partial(_lower_routed_experts, accuracy=accuracy, record=record),
     }
     instead: dict[str, Rewrite] = {
         "nn.cached_attention": plain_attention,
@@ -80,7 +80,7 @@ def _merge_choices(editor: Editor, op: Op) -> Op:
     QMoE choose by scores, one for each expert, and could not tell two equal ids apart.
     """
     ids, gates = op["ids"], op["gates"]
-    if distinct(editor.function, ids) or not not_negative(editor.function, gates):
+    if is_distinct(editor.function, ids) or not not_negative(editor.function, gates):
         return op
     tokens, chosen = ids.type.shape
     none = editor.add(
@@ -92,12 +92,16 @@ def _merge_choices(editor: Editor, op: Op) -> Op:
     return op.reading(ids=ids, gates=gates)
 
 
-def _experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
+def _lower_routed_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     """Return routed experts as the op for their weights; Refuse says what it cannot do."""
-    return lower_experts(editor, op, accuracy, record) if find_format(op["up"].type.dtype) else _moe(editor, op, record)
+    return (
+        lower_experts(editor, op, accuracy, record)
+        if find_format(op["up"].type.dtype)
+        else _lower_to_moe(editor, op, record)
+    )
 
 
-def _moe(editor: Editor, op: Op, record: Record) -> Op:
+def _lower_to_moe(editor: Editor, op: Op, record: Record) -> Op:
     """Return routed experts as com.microsoft.MoE; Refuse says what it cannot do."""
     x, ids, gates, up, down = (op[name] for name in ("x", "ids", "gates", "up", "down"))
     up_bias, down_bias = op.get("up_bias"), op.get("down_bias")
@@ -109,7 +113,7 @@ def _moe(editor: Editor, op: Op, record: Record) -> Op:
     positive = not_negative(editor.function, gates)
     if reason := record.refusal([routing_variant("MoE", "zero weights" if positive else "negative weights")]):
         raise Refuse(reason if positive else f"the weights {gates} may be negative, and {reason}", gates)
-    if not distinct(editor.function, ids):
+    if not is_distinct(editor.function, ids):
         raise Refuse(f"the experts {ids} of a token cannot be shown to differ", ids)
     act, up, up_bias = interleave_gate(editor, act, up, up_bias)
     kept: dict[str, Any] = {"act": act}

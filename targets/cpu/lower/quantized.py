@@ -18,12 +18,12 @@ from ..capabilities import (
     activation_variant,
     at_level,
     best_level,
-    decodes,
+    is_decoded_by_table,
     loop_variant,
     routing_variant,
     weight_variants,
 )
-from .ranges import distinct, gate_sum, not_negative
+from .ranges import gate_sum, is_distinct, not_negative
 
 
 def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
@@ -35,11 +35,15 @@ def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
     level, reason = best_level(record, variants, accuracy)
     if reason:
-        return _with_decoded(editor, op, format, reason) if decodes(format) else _widened(editor, op, reason)
+        return (
+            _with_decoded(editor, op, format, reason)
+            if is_decoded_by_table(format)
+            else _with_f32_weights(editor, op, reason)
+        )
     _note_slow(editor, op, record, at_level(variants, level), format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     name = "ort.matmul_nbits" if op.name == "core.linear" else "ort.block_matmul_nbits"
-    return op.become(name, op["x"], *_parts(editor, weight), *bias, **attrs)
+    return op.become(name, op["x"], *_stored_parts(editor, weight), *bias, **attrs)
 
 
 def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
@@ -49,8 +53,12 @@ def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
     if format is None:
         return op
     if reason := record.refusal([Variant("GatherBlockQuantized", format.name)]):
-        return _lookup_and_decode(editor, op, format, reason) if decodes(format) else _widened(editor, op, reason)
-    return op.become("ort.gather_nbits", ids, *_parts(editor, table), bits=format.bits, group=format.group)
+        return (
+            _lookup_and_decode(editor, op, format, reason)
+            if is_decoded_by_table(format)
+            else _with_f32_weights(editor, op, reason)
+        )
+    return op.become("ort.gather_nbits", ids, *_stored_parts(editor, table), bits=format.bits, group=format.group)
 
 
 def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
@@ -63,7 +71,7 @@ def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     if reason := reason or _not_qmoe(editor, op, act, record):
         raise Refuse(reason)
     _note_slow(editor, op, record, at_level(variants, level), format)
-    return _qmoe(editor, op, act, format, level, record)
+    return _lower_to_qmoe(editor, op, act, format, level, record)
 
 
 def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
@@ -73,12 +81,12 @@ def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
     if format is None:
         return op
     reason = record.refusal([loop_variant(format)])
-    if reason and not decodes(format):
-        return _widened(editor, op, reason)
+    if reason and not is_decoded_by_table(format):
+        return _with_f32_weights(editor, op, reason)
     if reason:
         _note_decoded(editor, op, reason)
     kept = {**op.attributes, "bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
-    parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
+    parts = (*_stored_parts(editor, up), up_bias, *_stored_parts(editor, down), down_bias)
     return op.become("ort.experts_nbits", op["x"], op["ids"], op["gates"], *parts, **kept)
 
 
@@ -90,12 +98,12 @@ def _not_qmoe(editor: Editor, op: Op, act: Activation, record: Record) -> str:
     positive = not_negative(editor.function, gates)
     if reason := record.refusal([routing_variant("QMoE", "weights" if positive else "negative weights")]):
         return reason if positive else f"the weights {gates} may be negative, and {reason}"
-    if not distinct(editor.function, ids):
+    if not is_distinct(editor.function, ids):
         return f"the experts {ids} of a token cannot be shown to differ"
     return ""
 
 
-def _widened(editor: Editor, op: Op, reason: str) -> Op:
+def _with_f32_weights(editor: Editor, op: Op, reason: str) -> Op:
     """Return the op with its quantized weights as the numbers that they stand for, in f32."""
     editor.note(op, f"{op.name} with weights in f32, of 4 bytes: {reason}")
     stored = [
@@ -111,7 +119,7 @@ def _with_decoded(editor: Editor, op: Op, format: Format, reason: str) -> Op:
     """Return a linear with its quantized weight decoded before it."""
     _note_decoded(editor, op, reason)
     weight = op["w"]
-    parts = _parts(editor, weight)[:2]
+    parts = _stored_parts(editor, weight)[:2]
     numbers = editor.add("ort.decode", *parts, hint=f"{weight.name}.numbers", format=format.name)
     return op.reading(w=numbers)
 
@@ -120,7 +128,9 @@ def _lookup_and_decode(editor: Editor, op: Op, format: Format, reason: str) -> O
     """Return a lookup in a quantized table as those of codes and scales, which are decoded behind it."""
     _note_decoded(editor, op, reason)
     ids, table = op["ids"], op["table"]
-    rows = [editor.add("nn.embedding", ids, part, hint=f"{part.name}.rows") for part in _parts(editor, table)[:2]]
+    rows = [
+        editor.add("nn.embedding", ids, part, hint=f"{part.name}.rows") for part in _stored_parts(editor, table)[:2]
+    ]
     return op.become("ort.decode", *rows, format=format.name)
 
 
@@ -134,16 +144,16 @@ def _note_slow(editor: Editor, op: Op, record: Record, variants: list[Variant], 
         editor.note(op, slow[0])
 
 
-def _qmoe(editor: Editor, op: Op, act: Activation, format: Format, level: int, record: Record) -> Op:
+def _lower_to_qmoe(editor: Editor, op: Op, act: Activation, format: Format, level: int, record: Record) -> Op:
     down, down_bias = op["down"], op.get("down_bias")
     act, up, up_bias = interleave_gate(editor, act, op["up"], op.get("up_bias"))
-    choice, mixing = _routing(editor, op, record)
+    choice, mixing = _choice_and_mixing(editor, op, record)
     kept = {"act": act, "k": op["ids"].type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
-    parts = (*_parts(editor, up), up_bias, *_parts(editor, down), down_bias)
+    parts = (*_stored_parts(editor, up), up_bias, *_stored_parts(editor, down), down_bias)
     return op.become("ort.qmoe", op["x"], choice, mixing, *parts, **kept)
 
 
-def _routing(editor: Editor, op: Op, record: Record) -> tuple[Value, Value | None]:
+def _choice_and_mixing(editor: Editor, op: Op, record: Record) -> tuple[Value, Value | None]:
     """Return the scores that choose and the weights that mix, one for each expert.
 
     A softmax router hands over its logits; any other routing becomes the weights of all experts, 0 for those that
@@ -178,7 +188,7 @@ def softmax_routing(editor: Editor, route: Op) -> tuple[Value, Value | None] | N
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def _parts(editor: Editor, weight: Value) -> tuple[Value, Value, Value | None]:
+def _stored_parts(editor: Editor, weight: Value) -> tuple[Value, Value, Value | None]:
     """Return codes, scales and zero points (None without them) of a quantized weight."""
     quantized = editor.recipe(weight)
     format = format_of(weight.type.dtype)
@@ -193,18 +203,20 @@ def interleave_gate(
     """Return an activation with the weight and bias before it, gate rows and up rows interleaved where there is a gate."""
     if not act.gated or act.interleaved:
         return act, up, up_bias
-    weight, bias = (v and editor.weight(interleaved(editor.recipe(v)), f"{v.name}.interleaved") for v in (up, up_bias))
+    weight, bias = (
+        v and editor.weight(interleaved_recipe(editor.recipe(v)), f"{v.name}.interleaved") for v in (up, up_bias)
+    )
     assert weight
     return replace(act, layout="interleaved"), weight, bias
 
 
-def interleaved(recipe: Recipe) -> Recipe:
+def interleaved_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with the two halves of axis 1 interleaved: row 0 of both, row 1 of both, ..."""
     match recipe:
         case Step("cast" | "quantize", (item,)):
-            return step(recipe.name, interleaved(item), **recipe.attributes)
+            return step(recipe.name, interleaved_recipe(item), **recipe.attributes)
         case Step("packed", items):
-            return step("packed", *map(interleaved, items), **recipe.attributes)
+            return step("packed", *map(interleaved_recipe, items), **recipe.attributes)
         case Step("concat", (gate, up)) if (
             recipe.attributes["axis"] == 1 and range_length(gate) == range_length(up) == 1 and gate.type == up.type
         ):

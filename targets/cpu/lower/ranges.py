@@ -94,7 +94,7 @@ def gate_sum(function: Function, gates: Value) -> float | None:
     return a.number("scale") if normal and divided else None
 
 
-def distinct(function: Function, value: Value) -> bool:
+def is_distinct(function: Function, value: Value) -> bool:
     """Return whether the numbers along the last axis can be shown to differ: indices of a topk or an argsort."""
     while (op := function.producers.get(value.name)) is not None:
         last = len(value.type.shape) - 1

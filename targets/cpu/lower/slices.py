@@ -14,12 +14,12 @@ def join_slices(function: Function) -> Function:
     """Return the function with one ort.split for slices that together are a whole axis; itself if there are none."""
     groups: dict[tuple[str, int], list[tuple[Cut, Op]]] = {}
     for op in function.ops:
-        if op.name == "core.slice" and (cut := _cut(op)):
+        if op.name == "core.slice" and (cut := _slice_bounds(op)):
             groups.setdefault((op.inputs[0].name, op.attributes.integer("axis")), []).append((cut, op))
     first: dict[int, Op] = {}
     gone: set[int] = set()
     for (_, axis), cuts in groups.items():
-        split = _split(axis, cuts)
+        split = _split_of_slices(axis, cuts)
         if split is not None:
             first[id(cuts[0][1])] = split
             gone |= {id(op) for _, op in cuts[1:]}
@@ -28,7 +28,7 @@ def join_slices(function: Function) -> Function:
     return replace(function, ops=tuple(first.get(id(op), op) for op in function.ops if id(op) not in gone))
 
 
-def _cut(op: Op) -> Cut | None:
+def _slice_bounds(op: Op) -> Cut | None:
     """Return the bounds of a slice without steps whose bounds are numbers."""
     start, stop = op.attributes["start"], op.attributes["stop"]
     if isinstance(start, int) and isinstance(stop, int) and op.settings["step"] == 1:
@@ -36,7 +36,7 @@ def _cut(op: Op) -> Cut | None:
     return None
 
 
-def _split(axis: int, cuts: list[tuple[Cut, Op]]) -> Op | None:
+def _split_of_slices(axis: int, cuts: list[tuple[Cut, Op]]) -> Op | None:
     """Return the op that makes all the slices, if each starts where another ends and nothing is left over."""
     ordered = sorted(cuts, key=lambda item: item[0])
     sizes = [stop - start for (start, stop), _ in ordered]

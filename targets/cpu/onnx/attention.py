@@ -16,7 +16,7 @@ LOWEST = float(np.finfo(np.float32).min)
 # --- attention in plain ops ------------------------------------------------------------------------------------
 
 
-def visible(ctx: Context, mask: Value | None, new: Size, total: Size, window: int, chunk: int = 0) -> str:
+def visible_slots(ctx: Context, mask: Value | None, new: Size, total: Size, window: int, chunk: int = 0) -> str:
     """Return bool[B or 1, 1, S, T]: which slots each new token reads; once for all layers with the same mask."""
     name = ctx.value(mask)
     graph = ctx.graph
@@ -59,7 +59,7 @@ def _same_chunk(ctx: Context, mask: str, new: Size, total: Size, chunk: int) -> 
     return ctx.node("Equal", own, ctx.node("Unsqueeze", numbers, graph.constant([1, 2])))
 
 
-def attention(ctx: Context, op: Op) -> None:
+def emit_attention(ctx: Context, op: Op) -> None:
     """Emit attention in plain ops; a token that sees no slot gets zeros, as a softmax of -inf would give NaN."""
     q, k, v, mask, sinks = op["q"], op["k"], op["v"], op.get("mask"), op.get("sinks")
     batch, heads, new, width = q.type.shape
@@ -75,7 +75,7 @@ def attention(ctx: Context, op: Op) -> None:
     if softcap := attributes.number("softcap"):
         cap = graph.constant(softcap, "f32")
         scores = ctx.node("Mul", ctx.node("Tanh", ctx.node("Div", scores, cap)), cap)
-    seen = visible(ctx, mask, new, total, attributes.integer("window"), attributes.integer("chunk"))
+    seen = visible_slots(ctx, mask, new, total, attributes.integer("window"), attributes.integer("chunk"))
     scores = ctx.node("Where", seen, scores, graph.constant(LOWEST, "f32"))
     if sinks is not None:  # one more slot that takes its share of the softmax and has no value
         column = ctx.node("Reshape", ctx.value(sinks), graph.constant([1, int(heads), 1, 1]))
@@ -169,7 +169,7 @@ def _per_row(ctx: Context, scalar: str, batch: Size) -> str:
 
 
 KERNELS: dict[str, Kernel] = {
-    "nn.attention": attention,
+    "nn.attention": emit_attention,
     "ort.attention_bias": attention_bias,
     "ort.group_query_attention": group_query_attention,
 }

@@ -11,7 +11,7 @@ from .graph import CONTRIB, END, Context, Kernel
 # --- hyper-connections ---------------------------------------------------------------------------------------------
 
 
-def _slice(ctx: Context, x: str, axis: int, start: int, stop: int) -> str:
+def _emit_slice(ctx: Context, x: str, axis: int, start: int, stop: int) -> str:
     return ctx.node("Slice", x, *(ctx.graph.constant([n]) for n in (start, stop, axis)))
 
 
@@ -35,8 +35,8 @@ def hyper_connection_pre(ctx: Context, op: Op) -> None:
     z = _normed_product(ctx, x, w, attributes.number("eps"))
     parts = []
     for i, (start, stop) in enumerate(((0, n), (n, 2 * n), (2 * n, (2 + n) * n))):
-        part = ctx.node("Mul", _slice(ctx, z, 2, start, stop), _slice(ctx, scale, 0, i, i + 1))
-        parts.append(ctx.node("Add", part, _slice(ctx, base, 0, start, stop)))
+        part = ctx.node("Mul", _emit_slice(ctx, z, 2, start, stop), _emit_slice(ctx, scale, 0, i, i + 1))
+        parts.append(ctx.node("Add", part, _emit_slice(ctx, base, 0, start, stop)))
     y, post, _ = (ctx.value(v) for v in op.results)
     pre = ctx.node("Add", ctx.node("Sigmoid", parts[0]), floor)
     graph.node(
@@ -85,21 +85,21 @@ def rope_pairs(ctx: Context, op: Op) -> None:
         sine = ctx.once(("neg", ctx.value(sin)), f"{ctx.value(sin)}/back", back)
     else:
         sine = ctx.value(sin)
-    result = _turn(ctx, ctx.value(x), x.type.shape, width, turned, ctx.value(cos), sine, cos.type.shape[0])
+    result = _rotate_pairs(ctx, ctx.value(x), x.type.shape, width, turned, ctx.value(cos), sine, cos.type.shape[0])
     ctx.alias(op.results[0], result)
 
 
-def _turn(
+def _rotate_pairs(
     ctx: Context, x: str, shape: tuple[Size, ...], width: int, turned: int, cos: str, sin: str, rows: Size
 ) -> str:
     """Return x [B, S, H, D] with its last numbers turned as pairs by angles [C, S, R]."""
     batch, new, heads, _ = shape
-    end = _slice(ctx, x, 3, width - turned, width) if turned < width else x
+    end = _emit_slice(ctx, x, 3, width - turned, width) if turned < width else x
     flat = ctx.reshape(end, (batch, new, heads, size(turned)), (batch, new, heads * turned))
     tables = [_for_rows(ctx, table, rows, batch) for table in (cos, sin)]
     flat = ctx.node("RotaryEmbedding", flat, *tables, interleaved=1, num_heads=int(heads))
     end = ctx.reshape(flat, (batch, new, heads * turned), (batch, new, heads, size(turned)))
-    return ctx.node("Concat", _slice(ctx, x, 3, 0, width - turned), end, axis=3) if turned < width else end
+    return ctx.node("Concat", _emit_slice(ctx, x, 3, 0, width - turned), end, axis=3) if turned < width else end
 
 
 def _for_rows(ctx: Context, table: str, rows: Size, batch: Size) -> str:
@@ -142,15 +142,15 @@ def compress_tokens(ctx: Context, op: Op) -> None:
     # the number of windows may be 0, which Reshape takes as a size only with allowzero
     shape = graph.shape((batch, count + int(overlap), size(ratio), size(2 * wide)))
     windows = ctx.node("Reshape", used, shape, allowzero=1)
-    values, logits = _slice(ctx, windows, 3, 0, wide), _slice(ctx, windows, 3, wide, 2 * wide)
+    values, logits = _emit_slice(ctx, windows, 3, 0, wide), _emit_slice(ctx, windows, 3, wide, 2 * wide)
     logits = ctx.node("Add", logits, bias)
     if overlap:
         first = _first_window(ctx, attributes.size("past"), ratio, count)
-        before = _half(ctx, logits, 0, width, 0, -1)
+        before = _window_half(ctx, logits, 0, width, 0, -1)
         before = ctx.node("Where", first, graph.constant(-np.inf, "f32"), before)
-        logits = ctx.node("Concat", before, _half(ctx, logits, width, wide, 1, END), axis=2)
-        own = _half(ctx, values, width, wide, 1, END)
-        values = ctx.node("Concat", _half(ctx, values, 0, width, 0, -1), own, axis=2)
+        logits = ctx.node("Concat", before, _window_half(ctx, logits, width, wide, 1, END), axis=2)
+        own = _window_half(ctx, values, width, wide, 1, END)
+        values = ctx.node("Concat", _window_half(ctx, values, 0, width, 0, -1), own, axis=2)
     shares = ctx.node("Softmax", logits, axis=2)
     mixed = ctx.node("ReduceSum", ctx.node("Mul", values, shares), graph.constant([2]), keepdims=0)
     normed = ctx.node("RMSNormalization", mixed, weight, axis=-1, epsilon=attributes.number("eps"))
@@ -159,9 +159,9 @@ def compress_tokens(ctx: Context, op: Op) -> None:
     graph.node(ctx.label, "Concat", [past_entries, made], [everything], ctx.doc, axis=1)
 
 
-def _half(ctx: Context, windows: str, low: int, high: int, start: int, stop: int) -> str:
+def _window_half(ctx: Context, windows: str, low: int, high: int, start: int, stop: int) -> str:
     """Return part of the numbers of the windows start..stop."""
-    return _slice(ctx, _slice(ctx, windows, 3, low, high), 1, start, stop)
+    return _emit_slice(ctx, _emit_slice(ctx, windows, 3, low, high), 1, start, stop)
 
 
 def _first_window(ctx: Context, past: Size, ratio: int, count: Size) -> str:
@@ -180,7 +180,7 @@ def _first_window(ctx: Context, past: Size, ratio: int, count: Size) -> str:
 def _turned_entries(ctx: Context, x: str, width: int, turned: int, cos: str, sin: str) -> str:
     """Return entries [B, F, D] with their last numbers turned as pairs; F may be 0, which RotaryEmbedding refuses."""
     graph = ctx.graph
-    end = _slice(ctx, x, 2, width - turned, width)
+    end = _emit_slice(ctx, x, 2, width - turned, width)
     a, b = (ctx.node("Slice", end, *(graph.constant([n]) for n in (i, turned, 2, 2))) for i in (0, 1))
     left = ctx.node("Sub", ctx.node("Mul", a, cos), ctx.node("Mul", b, sin))
     right = ctx.node("Add", ctx.node("Mul", b, cos), ctx.node("Mul", a, sin))
@@ -188,13 +188,13 @@ def _turned_entries(ctx: Context, x: str, width: int, turned: int, cos: str, sin
     both = ctx.node("Concat", *pairs, axis=3)
     sizes = ctx.node("Shape", end)
     end = ctx.node("Reshape", both, sizes, allowzero=1)
-    return ctx.node("Concat", _slice(ctx, x, 2, 0, width - turned), end, axis=2) if turned < width else end
+    return ctx.node("Concat", _emit_slice(ctx, x, 2, 0, width - turned), end, axis=2) if turned < width else end
 
 
 # --- which entries a token reads -------------------------------------------------------------------------------------
 
 
-def _positions(ctx: Context, past: Size, new: Size) -> str:
+def _token_positions(ctx: Context, past: Size, new: Size) -> str:
     """Return i64[S, 1], the positions of the new tokens; once for all layers."""
     graph = ctx.graph
 
@@ -210,7 +210,7 @@ def _visible_entries(ctx: Context, past: Size, new: Size, entries: Size, ratio: 
     graph = ctx.graph
 
     def make(shared: Context) -> str:
-        following = shared.node("Add", _positions(shared, past, new), graph.constant(1))
+        following = shared.node("Add", _token_positions(shared, past, new), graph.constant(1))
         ended = shared.node("Div", following, graph.constant(ratio))
         numbers = shared.node("Range", graph.constant(0), graph.scalar(entries), graph.constant(1))
         return shared.node("Less", numbers, ended)
@@ -223,7 +223,7 @@ def _visible_tokens(ctx: Context, past: Size, new: Size, kept: Size, window: int
     graph = ctx.graph
 
     def make(shared: Context) -> str:
-        t = _positions(shared, past, new)
+        t = _token_positions(shared, past, new)
         s = shared.node("Range", graph.scalar(past - kept), graph.scalar(past + new), graph.constant(1))
         near = shared.node("Less", shared.node("Sub", t, s), graph.constant(window))
         return shared.node("And", shared.node("LessOrEqual", s, t), near)

@@ -13,7 +13,7 @@ from .graph import CONTRIB, END, ONNX_TYPES, Context, Kernel
 KERNELS: dict[str, Kernel] = {}
 
 
-def kernel(*names: str) -> Callable[[Kernel], Kernel]:
+def emits(*names: str) -> Callable[[Kernel], Kernel]:
     """Enter a function into KERNELS under the names of the ops that it emits."""
 
     def enter(function: Kernel) -> Kernel:
@@ -36,8 +36,8 @@ _SAME: dict[str, str] = {
 }  # fmt: skip
 
 
-@kernel(*_SAME)
-def same(ctx: Context, op: Op) -> None:
+@emits(*_SAME)
+def emit_same_op(ctx: Context, op: Op) -> None:
     """Emit the one ONNX op of the same meaning."""
     if op.name == "core.add" and op.inputs[0].type == op.inputs[1].type:
         first, second = ctx.inputs(op)
@@ -45,20 +45,20 @@ def same(ctx: Context, op: Op) -> None:
     ctx.finish(op, _SAME[op.name], *ctx.inputs(op))
 
 
-@kernel("core.ne")
+@emits("core.ne")
 def not_equal(ctx: Context, op: Op) -> None:
     """Emit not (x == y)."""
     ctx.finish(op, "Not", ctx.node("Equal", *ctx.inputs(op)))
 
 
-@kernel("core.rsqrt")
-def rsqrt(ctx: Context, op: Op) -> None:
+@emits("core.rsqrt")
+def emit_rsqrt(ctx: Context, op: Op) -> None:
     """Emit 1 / sqrt(x)."""
     ctx.finish(op, "Reciprocal", ctx.node("Sqrt", *ctx.inputs(op)))
 
 
-@kernel("core.sigmoid")
-def sigmoid(ctx: Context, op: Op) -> None:
+@emits("core.sigmoid")
+def emit_sigmoid(ctx: Context, op: Op) -> None:
     """Emit the sigmoid in the way that is right for small numbers too."""
     (x,) = ctx.inputs(op)
     ctx.alias(op.results[0], sigmoid_of(ctx, x, op.results[0].type.dtype))
@@ -70,8 +70,8 @@ def sigmoid_of(ctx: Context, x: str, dtype: str) -> str:
     return ctx.node("Reciprocal", ctx.node("Add", ctx.node("Exp", ctx.node("Neg", x)), one))
 
 
-@kernel("core.silu")
-def silu(ctx: Context, op: Op) -> None:
+@emits("core.silu")
+def emit_silu(ctx: Context, op: Op) -> None:
     """Emit x sigmoid(x), for float32 as the one op that ONNX Runtime has."""
     (x,) = ctx.inputs(op)
     if op.results[0].type.dtype == "f32":
@@ -80,13 +80,13 @@ def silu(ctx: Context, op: Op) -> None:
         ctx.finish(op, "Mul", x, ctx.node("Sigmoid", x))
 
 
-@kernel("ort.quick_gelu")
+@emits("ort.quick_gelu")
 def quick_gelu(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.QuickGelu."""
     ctx.finish(op, "QuickGelu", *ctx.inputs(op), domain=CONTRIB, alpha=op.settings["alpha"])
 
 
-@kernel("core.relu", "core.floor")
+@emits("core.relu", "core.floor")
 def float_only(ctx: Context, op: Op) -> None:
     """Emit Relu or Floor; ONNX Runtime has them for floats only."""
     (x,) = ctx.inputs(op)
@@ -98,14 +98,14 @@ def float_only(ctx: Context, op: Op) -> None:
         ctx.finish(op, "Identity", x)
 
 
-@kernel("core.gelu")
-def gelu(ctx: Context, op: Op) -> None:
+@emits("core.gelu")
+def emit_gelu(ctx: Context, op: Op) -> None:
     """Emit Gelu with erf or tanh."""
     ctx.finish(op, "Gelu", *ctx.inputs(op), approximate=op.settings.text("approximate"))
 
 
-@kernel("core.clamp")
-def clamp(ctx: Context, op: Op) -> None:
+@emits("core.clamp")
+def emit_clamp(ctx: Context, op: Op) -> None:
     """Emit Clip; a bound of inf is left out."""
     dtype = op.results[0].type.dtype
     attributes = op.settings
@@ -114,8 +114,8 @@ def clamp(ctx: Context, op: Op) -> None:
     ctx.finish(op, "Clip", *ctx.inputs(op), *names)
 
 
-@kernel("core.where")
-def where(ctx: Context, op: Op) -> None:
+@emits("core.where")
+def emit_where(ctx: Context, op: Op) -> None:
     """Emit Where; ONNX Runtime lacks it for truth values."""
     condition, x, y = ctx.inputs(op)
     if op.results[0].type.dtype == "bool":
@@ -124,8 +124,8 @@ def where(ctx: Context, op: Op) -> None:
         ctx.finish(op, "Where", condition, x, y)
 
 
-@kernel("core.cast")
-def cast(ctx: Context, op: Op) -> None:
+@emits("core.cast")
+def emit_cast(ctx: Context, op: Op) -> None:
     """Emit Cast."""
     ctx.finish(op, "Cast", *ctx.inputs(op), to=ONNX_TYPES[str(op.attributes["to"])])
 
@@ -133,21 +133,21 @@ def cast(ctx: Context, op: Op) -> None:
 # --- constants -------------------------------------------------------------------------------------------------
 
 
-@kernel("core.constant")
-def constant(ctx: Context, op: Op) -> None:
+@emits("core.constant")
+def emit_constant(ctx: Context, op: Op) -> None:
     """Emit a scalar."""
     ctx.finish(op, "Identity", ctx.graph.constant(op.attributes["value"], op.results[0].type.dtype))
 
 
-@kernel("core.iota")
-def iota(ctx: Context, op: Op) -> None:
+@emits("core.iota")
+def emit_iota(ctx: Context, op: Op) -> None:
     """Emit Range."""
     graph = ctx.graph
     ctx.finish(op, "Range", graph.constant(0), graph.scalar(op.attributes["size"]), graph.constant(1))
 
 
-@kernel("core.full")
-def full(ctx: Context, op: Op) -> None:
+@emits("core.full")
+def emit_full(ctx: Context, op: Op) -> None:
     """Emit a scalar expanded to the shape."""
     type_ = op.results[0].type
     ctx.finish(op, "Expand", ctx.graph.constant(op.attributes["value"], type_.dtype), ctx.graph.shape(type_.shape))
@@ -156,7 +156,7 @@ def full(ctx: Context, op: Op) -> None:
 # --- matrices --------------------------------------------------------------------------------------------------
 
 
-def linear(ctx: Context, x: str, w: str, b: str, outputs: list[str]) -> None:
+def emit_linear(ctx: Context, x: str, w: str, b: str, outputs: list[str]) -> None:
     """Add x wᵀ + b for a weight [out, in], read as it lies: a table tied to the embedding is stored once."""
     if not b:
         ctx.graph.node(ctx.label, "FusedMatMul", [x, w], outputs, ctx.doc, domain=CONTRIB, transB=1)
@@ -165,34 +165,34 @@ def linear(ctx: Context, x: str, w: str, b: str, outputs: list[str]) -> None:
         ctx.graph.node(ctx.label, "Add", [product, b], outputs, ctx.doc)
 
 
-@kernel("core.linear")
+@emits("core.linear")
 def core_linear(ctx: Context, op: Op) -> None:
     """Emit Gemm for rank 2, else FusedMatMul and Add."""
     x, w, b = ctx.inputs(op)
     if len(op.results[0].type.shape) == 2:
         ctx.finish(op, "Gemm", x, w, *([b] if b else []), transB=1)
     else:
-        linear(ctx, x, w, b, [ctx.value(op.results[0])])
+        emit_linear(ctx, x, w, b, [ctx.value(op.results[0])])
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------
 
 
-@kernel("core.reshape")
-def reshape(ctx: Context, op: Op) -> None:
+@emits("core.reshape")
+def emit_reshape(ctx: Context, op: Op) -> None:
     """Emit Reshape."""
     (source,) = op.inputs
     ctx.alias(op.results[0], ctx.reshape(ctx.value(source), source.type.shape, op.results[0].type.shape))
 
 
-@kernel("core.transpose")
-def transpose(ctx: Context, op: Op) -> None:
+@emits("core.transpose")
+def emit_transpose(ctx: Context, op: Op) -> None:
     """Emit Transpose."""
     ctx.finish(op, "Transpose", *ctx.inputs(op), perm=op.attributes.integers("perm"))
 
 
-@kernel("core.expand")
-def expand(ctx: Context, op: Op) -> None:
+@emits("core.expand")
+def emit_expand(ctx: Context, op: Op) -> None:
     """Emit Expand; axes that keep their size need not be computed."""
     (source,) = op.inputs
     target = op.results[0].type.shape
@@ -201,8 +201,8 @@ def expand(ctx: Context, op: Op) -> None:
     ctx.finish(op, "Expand", ctx.value(source), ctx.graph.shape(wanted))
 
 
-@kernel("core.slice")
-def slice_(ctx: Context, op: Op) -> None:
+@emits("core.slice")
+def emit_slice(ctx: Context, op: Op) -> None:
     """Emit Slice."""
     attributes = op.settings
     axis, step = attributes.integer("axis"), attributes["step"]
@@ -212,15 +212,15 @@ def slice_(ctx: Context, op: Op) -> None:
     ctx.finish(op, "Slice", ctx.value(source), *bounds, ctx.graph.constant([axis]), ctx.graph.constant([step]))
 
 
-@kernel("ort.split")
-def split(ctx: Context, op: Op) -> None:
+@emits("ort.split")
+def emit_split(ctx: Context, op: Op) -> None:
     """Emit Split."""
     sizes = ctx.graph.constant(op.attributes.integers("sizes"))
     ctx.finish(op, "Split", *ctx.inputs(op), sizes, axis=op.attributes["axis"])
 
 
-@kernel("core.concat", "nn.cache_append")
-def concat(ctx: Context, op: Op) -> None:
+@emits("core.concat", "nn.cache_append")
+def emit_concat(ctx: Context, op: Op) -> None:
     """Emit Concat."""
     ctx.finish(op, "Concat", *ctx.inputs(op), axis=op.attributes["axis"])
 
@@ -228,35 +228,35 @@ def concat(ctx: Context, op: Op) -> None:
 # --- reductions ------------------------------------------------------------------------------------------------
 
 
-@kernel("core.sum", "core.mean", "core.amax")
-def reduce(ctx: Context, op: Op) -> None:
+@emits("core.sum", "core.mean", "core.amax")
+def emit_reduction(ctx: Context, op: Op) -> None:
     """Emit a reduction."""
     kind = {"core.sum": "ReduceSum", "core.mean": "ReduceMean", "core.amax": "ReduceMax"}[op.name]
     axes = ctx.graph.constant(op.attributes.integers("axes"))
     ctx.finish(op, kind, *ctx.inputs(op), axes, keepdims=int(op.settings.flag("keepdim")))
 
 
-@kernel("core.softmax")
-def softmax(ctx: Context, op: Op) -> None:
+@emits("core.softmax")
+def emit_softmax(ctx: Context, op: Op) -> None:
     """Emit Softmax."""
     ctx.finish(op, "Softmax", *ctx.inputs(op), axis=op.attributes["axis"])
 
 
-@kernel("core.cumsum")
-def cumsum(ctx: Context, op: Op) -> None:
+@emits("core.cumsum")
+def emit_cumsum(ctx: Context, op: Op) -> None:
     """Emit CumSum."""
     ctx.finish(op, "CumSum", *ctx.inputs(op), ctx.graph.constant(op.attributes["axis"]))
 
 
-@kernel("core.topk")
-def topk(ctx: Context, op: Op) -> None:
+@emits("core.topk")
+def emit_topk(ctx: Context, op: Op) -> None:
     """Emit TopK; of equal elements ONNX Runtime takes those with the lowest indices."""
     k = ctx.graph.constant([op.attributes["k"]])
     ctx.finish(op, "TopK", *ctx.inputs(op), k, axis=op.attributes["axis"], largest=1, sorted=1)
 
 
-@kernel("core.argsort")
-def argsort(ctx: Context, op: Op) -> None:
+@emits("core.argsort")
+def emit_argsort(ctx: Context, op: Op) -> None:
     """Emit TopK over the whole axis; it is stable in ONNX Runtime."""
     axis = op.attributes.integer("axis")
     largest = int(op.settings.flag("descending"))
@@ -268,25 +268,25 @@ def argsort(ctx: Context, op: Op) -> None:
 # --- indexing --------------------------------------------------------------------------------------------------
 
 
-@kernel("core.gather")
-def gather(ctx: Context, op: Op) -> None:
+@emits("core.gather")
+def emit_gather(ctx: Context, op: Op) -> None:
     """Emit GatherElements."""
     ctx.finish(op, "GatherElements", *ctx.inputs(op), axis=op.attributes["axis"])
 
 
-@kernel("core.scatter")
-def scatter(ctx: Context, op: Op) -> None:
+@emits("core.scatter")
+def emit_scatter(ctx: Context, op: Op) -> None:
     """Emit ScatterElements."""
     ctx.finish(op, "ScatterElements", *ctx.inputs(op), axis=op.attributes["axis"])
 
 
-@kernel("core.scatter_add")
+@emits("core.scatter_add")
 def scatter_add(ctx: Context, op: Op) -> None:
     """Emit ScatterElements that adds."""
     ctx.finish(op, "ScatterElements", *ctx.inputs(op), axis=op.attributes["axis"], reduction="add")
 
 
-@kernel("core.take")
-def take(ctx: Context, op: Op) -> None:
+@emits("core.take")
+def emit_take(ctx: Context, op: Op) -> None:
     """Emit Gather."""
     ctx.finish(op, "Gather", *ctx.inputs(op), axis=op.attributes["axis"])

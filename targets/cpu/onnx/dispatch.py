@@ -8,7 +8,7 @@ from ....compiler.ir.module import Op, Value
 from .graph import ONNX_TYPES, Context, Kernel
 
 
-def dispatch(ctx: Context, op: Op) -> None:
+def emit_dispatch(ctx: Context, op: Op) -> None:
     """Emit a stable sort of the choices, a Gather of the tokens, and a count of the choices below each expert."""
     x, ids = ctx.inputs(op)
     graph = ctx.graph
@@ -41,7 +41,7 @@ def grouped_linear(ctx: Context, op: Op) -> None:
             ctx.node("Unsqueeze", ctx.node("Gather", offsets, n, axis=0), graph.constant([0])) for n in (expert, after)
         )
         own = ctx.node("Slice", rows, first, last, graph.constant([0]))
-        inputs = [own, *(ctx.node("Gather", ctx.value(w), expert, axis=0) for w in _weights(op))]
+        inputs = [own, *(ctx.node("Gather", ctx.value(w), expert, axis=0) for w in _linear_weights(op))]
         graph.node(ctx.label, "Concat", [done, ctx.node("Gemm", *inputs, transB=1)], [longer], ctx.doc, axis=0)
         graph.node(ctx.label, "Identity", [go], [go_on])
     dtype = ONNX_TYPES[type_.dtype]
@@ -51,15 +51,15 @@ def grouped_linear(ctx: Context, op: Op) -> None:
         nodes, f"{ctx.label}/experts",
         [helper.make_tensor_value_info(*i) for i in taken], [helper.make_tensor_value_info(*o) for o in given],
     )  # fmt: skip
-    count = _weights(op)[0].type.shape[0]
+    count = _linear_weights(op)[0].type.shape[0]
     ctx.finish(op, "Loop", graph.constant(int(count)), "", start, body=body)
 
 
-def _weights(op: Op) -> list[Value]:
+def _linear_weights(op: Op) -> list[Value]:
     return [v for v in (op["w"], op.get("bias")) if v is not None]
 
 
-def combine(ctx: Context, op: Op) -> None:
+def emit_combine(ctx: Context, op: Op) -> None:
     """Emit the rows put back in the order of the choices, multiplied by the gates and added up for each token."""
     rows, gates, perm = ctx.inputs(op)
     graph = ctx.graph
@@ -73,7 +73,7 @@ def combine(ctx: Context, op: Op) -> None:
 
 
 KERNELS: dict[str, Kernel] = {
-    "moe.dispatch": dispatch,
+    "moe.dispatch": emit_dispatch,
     "moe.grouped_linear": grouped_linear,
-    "moe.combine": combine,
+    "moe.combine": emit_combine,
 }

@@ -18,8 +18,8 @@ from onnx import FunctionProto, ModelProto, ValueInfoProto, helper
 
 from ....compiler.errors import MoecError, write_error
 from ....compiler.ir.dims import size_text
-from ....compiler.ir.module import Function, Module, Op, Value, bindings
-from ....compiler.ir.recipes import Recipe, bind
+from ....compiler.ir.module import Function, Module, Op, Value, call_bindings
+from ....compiler.ir.recipes import Recipe, bind_recipe
 from ....compiler.version import __version__
 from ....compiler.weights.evaluate import evaluate_recipe
 from ....compiler.weights.memory import TILE_BYTES
@@ -57,7 +57,7 @@ _DTYPES = {"bool", "u8", "i8", "i32", "i64", "f32", "f64"}  # what the CPU's ker
 _CONVERT = {"core.cast", "nn.embedding", "ort.decode", "ort.experts_nbits"}  # Cast and Gather take every dtype
 
 
-def supported(op: Op) -> str | None:
+def why_unsupported(op: Op) -> str | None:
     """Return None if the target runs the op, else why not, with the ops that come near."""
     if op.name == "call":
         return None
@@ -73,16 +73,16 @@ def supported(op: Op) -> str | None:
     return None
 
 
-def check(module: Module) -> None:
+def check_supported(module: Module) -> None:
     """Raise MoecError at the first op that the target does not run."""
     for function in module.functions:
         for op in function.ops:
-            if reason := supported(op):
+            if reason := why_unsupported(op):
                 place = f"%{op.results[0].name} in @{function.name}" if op.results else f"@{function.name}"
                 raise MoecError(reason, where=place, model=", ".join(op.loc))
 
 
-def emit(
+def emit_model(
     module: Module,
     source: WeightSource,
     folder: Path,
@@ -98,7 +98,7 @@ def emit(
     `progress` is told the bytes of weights written so far. Raises MoecError for an op without a kernel, for weights
     that cannot be read and for a full disk. There is no data file when no weight is large.
     """
-    check(module)
+    check_supported(module)
     main = module.main
     graph = Graph(main.params, module.dims)
     for value in (*main.params, *main.results):
@@ -108,8 +108,8 @@ def emit(
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])
     functions = use_kernels(graph.nodes, graph.initializers) if kernels else []
-    model = _model(module, graph, functions)
-    files = {MODEL: _write(folder / MODEL, model)}
+    model = _make_model(module, graph, functions)
+    files = {MODEL: _write_model(folder / MODEL, model)}
     if data.size:
         files[DATA] = data.sha256
     else:
@@ -137,7 +137,7 @@ class _Writer:
         names = {p.name: name for p, name in zip(function.params, inputs, strict=True)}
         for const in function.consts:
             if const.value.name in function.uses:
-                recipe = bind(const.recipe, function.weights, bound)
+                recipe = bind_recipe(const.recipe, function.weights, bound)
                 names[const.value.name] = self.weight(recipe, prefix + const.value.name)
         wanted: dict[str, str] = {}
         for value, name in zip(function.results, outputs, strict=True):
@@ -149,7 +149,7 @@ class _Writer:
                 self.call(op, names, prefix, bound)
             else:
                 label = prefix + (op.results[0].name if op.results else op.name)
-                KERNELS[op.name](Context(self.graph, names, label, _place(op, bound)), op)
+                KERNELS[op.name](Context(self.graph, names, label, _bound_place(op, bound)), op)
         for value, name in zip(function.results, outputs, strict=True):
             if names[value.name] != name:  # a parameter, a weight, or a value that is returned twice
                 self.graph.node(name, "Identity", [names[value.name]], [name])
@@ -158,9 +158,9 @@ class _Writer:
         """Emit the called function under a prefix made of what the call binds."""
         inputs = [names[v.name] for v in op.inputs]
         outputs = [names[v.name] for v in op.results]
-        label = ".".join(f"{name}.{value}" for name, value in bindings(op).items()) or op.callee
+        label = ".".join(f"{name}.{value}" for name, value in call_bindings(op).items()) or op.callee
         inner = self.graph.fresh(prefix + label) + "/"
-        self.inline(self.module.by_name[op.callee], inputs, outputs, inner, {**bound, **bindings(op)})
+        self.inline(self.module.by_name[op.callee], inputs, outputs, inner, {**bound, **call_bindings(op)})
 
     def weight(self, recipe: Recipe, name: str) -> str:
         """Return the initializer of a bound recipe, written at its first use."""
@@ -178,18 +178,18 @@ class _Writer:
         return self.graph.initializer(name, type_.dtype, type_.sizes, raw)
 
 
-def _place(op: Op, bound: Mapping[str, str]) -> str:
+def _bound_place(op: Op, bound: Mapping[str, str]) -> str:
     place = ", ".join(op.loc)
     for name, value in bound.items():
         place = place.replace("{" + name + "}", value)
     return place
 
 
-def _model(module: Module, graph: Graph, functions: Sequence[FunctionProto]) -> ModelProto:
-    inputs, outputs = ([_info(v) for v in values] for values in (module.main.params, module.main.results))
+def _make_model(module: Module, graph: Graph, functions: Sequence[FunctionProto]) -> ModelProto:
+    inputs, outputs = ([_value_info(v) for v in values] for values in (module.main.params, module.main.results))
     if graph.optional_inputs:  # then the logits may have fewer tokens than the input
         inputs += graph.optional_inputs
-        outputs = [_info(v, kept=v.name == LOGITS) for v in module.main.results]
+        outputs = [_value_info(v, kept=v.name == LOGITS) for v in module.main.results]
     whole = helper.make_graph(graph.nodes, "main", inputs, outputs, list(graph.initializers.values()))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     if functions:
@@ -200,14 +200,14 @@ def _model(module: Module, graph: Graph, functions: Sequence[FunctionProto]) -> 
     )  # fmt: skip
 
 
-def _info(value: Value, kept: bool = False) -> ValueInfoProto:
+def _value_info(value: Value, kept: bool = False) -> ValueInfoProto:
     shape = [int(s) if s.is_Integer else size_text(s) for s in value.type.shape]
     if kept:
         shape[1] = "kept"
     return helper.make_tensor_value_info(value.name, ONNX_TYPES[value.type.dtype], shape)
 
 
-def _write(path: Path, model: ModelProto) -> str:
+def _write_model(path: Path, model: ModelProto) -> str:
     size = model.ByteSize()
     if size > _LARGEST_PROTO:
         raise MoecError(f"{path.name} would have {size} bytes; a protobuf message ends at 2 GB", str(path))
@@ -219,4 +219,4 @@ def _write(path: Path, model: ModelProto) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-__all__ = ["KERNELS", "check", "emit", "supported"]
+__all__ = ["KERNELS", "check_supported", "emit_model", "why_unsupported"]

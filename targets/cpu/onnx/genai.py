@@ -43,11 +43,11 @@ def genai_config(
     inner = config.get("text_config")
     config = inner if isinstance(inner, dict) else config
     tokens = {**config, **{k: v for k, v in generation_config.items() if v is not None}}
-    cache = _caches(module)
-    vocabulary = _logits(module)
+    cache = _cache_type(module)
+    vocabulary = _logits_width(module)
     if not ends:
         raise Refuse("the checkpoint names no end-of-text token")
-    heads, hidden = (_number(config, name) for name in ("num_attention_heads", "hidden_size"))
+    heads, hidden = (_config_integer(config, name) for name in ("num_attention_heads", "hidden_size"))
     first = ends[0]
     context = config.get("max_position_embeddings") or next(d.high for d in module.dims if d.name == "P")
     given = [p.name for p in module.main.params if p.name in _INPUTS]
@@ -74,9 +74,9 @@ def genai_config(
         "type": TYPE,
         "vocab_size": vocabulary,
         "context_length": context,
-        "bos_token_id": _first(tokens.get("bos_token_id"), first),
+        "bos_token_id": _first_or_default(tokens.get("bos_token_id"), first),
         "eos_token_id": list(ends) if len(ends) > 1 else first,
-        "pad_token_id": _first(tokens.get("pad_token_id"), first),
+        "pad_token_id": _first_or_default(tokens.get("pad_token_id"), first),
         "decoder": decoder,
     }
     # a shared buffer would be allocated for max_length tokens, which is the model's whole context by default
@@ -85,7 +85,7 @@ def genai_config(
     return {"model": model, "search": search}
 
 
-def _caches(module: Module) -> TensorType:
+def _cache_type(module: Module) -> TensorType:
     """Return the one type of all key and value caches; Refuse for other inputs, outputs, or differing caches."""
     states: dict[tuple[int, str], Value] = {}
     for param in module.main.params:
@@ -111,7 +111,7 @@ def _caches(module: Module) -> TensorType:
     return cache
 
 
-def _logits(module: Module) -> int:
+def _logits_width(module: Module) -> int:
     """Return the width of the logits."""
     logits = next((r for r in module.main.results if r.name == "logits"), None)
     if logits is None or len(logits.type.shape) != 3 or not logits.type.shape[2].is_Integer:
@@ -119,13 +119,13 @@ def _logits(module: Module) -> int:
     return int(logits.type.shape[2])
 
 
-def _number(config: Mapping[str, Any], name: str) -> int:
+def _config_integer(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise Refuse(f"the checkpoint's config has no {name}")
     return value
 
 
-def _first(value: Any, default: Any) -> Any:
+def _first_or_default(value: Any, default: Any) -> Any:
     value = value[0] if isinstance(value, list) and value else value
     return default if value is None or value == [] else value

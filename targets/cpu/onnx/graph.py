@@ -176,7 +176,7 @@ class Graph:
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
                 kept.append(node)
-                needed.update(_reads(node))
+                needed.update(_names_read(node))
         self.nodes = kept[::-1]
         self.initializers = {name: tensor for name, tensor in self.initializers.items() if name in needed}
 
@@ -218,7 +218,7 @@ class Graph:
             return self.node("sizes", "Shape", [param.name], start=axis, end=axis + 1)[0]
         match e:
             case sympy.Symbol():
-                total, rest = _solve(self.params, e)
+                total, rest = _solve_for_dim(self.params, e)
                 return self.node("sizes", "Sub", [self.size(total), self.size(rest)])[0]
             case sympy.Add() if near := _near_axis(self.params, e):
                 return self.node("sizes", "Add", [self.size(near), self.constant([int(e - near)])])[0]
@@ -248,18 +248,18 @@ class Graph:
 
     def positive(self, expression: Size) -> bool:
         """Return whether a size is at least 1 at run time, as far as the dims' ranges say so."""
-        return _positive(expression, tuple(sorted(self.lows.items())))
+        return _is_positive(expression, tuple(sorted(self.lows.items())))
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def _names_read(node: onnx.NodeProto) -> Iterator[str]:
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:
-            yield from _reads(inner)
+            yield from _names_read(inner)
 
 
 @lru_cache(maxsize=65536)
-def _positive(expression: Size, lows: tuple[tuple[str, int], ...]) -> bool:
+def _is_positive(expression: Size, lows: tuple[tuple[str, int], ...]) -> bool:
     if any(c < 0 for c in expression.as_coefficients_dict().values()):
         return False
     known = dict(lows)
@@ -272,7 +272,7 @@ def _input_axis(params: Sequence[Value], size: Size) -> tuple[Value, int] | None
     A runtime may pass a cache buffer that is longer than the past, so P follows from the inputs of size P + S and S.
     """
     for param in sorted(params, key=lambda p: p.type.state):
-        if size in param.type.shape and (not param.type.state or not _difference(params, size)):
+        if size in param.type.shape and (not param.type.state or not _difference_of_sizes(params, size)):
             return param, param.type.shape.index(size)
     return None
 
@@ -282,7 +282,7 @@ def _near_axis(params: Sequence[Value], size: Size) -> Size | None:
     return next((s for p in params for s in p.type.shape if (size - s).is_Integer), None)
 
 
-def _difference(params: Sequence[Value], symbol: Size) -> tuple[Size, Size] | None:
+def _difference_of_sizes(params: Sequence[Value], symbol: Size) -> tuple[Size, Size] | None:
     """Return (P + S, S) for P where both are sizes of inputs that are no states."""
     plain = [size for p in params if not p.type.state for size in p.type.shape]
     alone = {size for size in plain if isinstance(size, sympy.Symbol)}
@@ -293,8 +293,8 @@ def _difference(params: Sequence[Value], symbol: Size) -> tuple[Size, Size] | No
     return None
 
 
-def _solve(params: Sequence[Value], symbol: sympy.Symbol) -> tuple[Size, Size]:
-    found = _difference(params, symbol)
+def _solve_for_dim(params: Sequence[Value], symbol: sympy.Symbol) -> tuple[Size, Size]:
+    found = _difference_of_sizes(params, symbol)
     if found is None:
         raise MoecError(f"the dim {symbol} cannot be read off the inputs of @main", todo="give an input that size")
     return found

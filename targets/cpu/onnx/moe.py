@@ -15,7 +15,7 @@ _UNGATED = {"gelu_tanh": "gelu"}  # what MoE and QMoE call gelu is the one with 
 _UNUSED = -1e30  # router score of an expert that was not chosen
 
 
-def moe(ctx: Context, op: Op) -> None:
+def emit_moe(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.MoE with a routing that is already done.
 
     The op takes scores, picks the K largest and mixes by their softmax. The scores log(gate) of the chosen experts,
@@ -24,7 +24,7 @@ def moe(ctx: Context, op: Op) -> None:
     """
     x, ids, gates, up, down, up_bias, down_bias = ctx.inputs(op)
     attributes = op.settings
-    tokens, experts, chosen = _sizes(op)
+    tokens, experts, chosen = _expert_counts(op)
     graph = ctx.graph
     low = helper.make_tensor("value", TensorProto.FLOAT, [1], [_UNUSED])
     scores = ctx.node("ConstantOfShape", graph.shape([tokens, experts]), value=low)
@@ -52,7 +52,7 @@ def activation_options(act: Activation) -> dict[str, Any]:
     return options | ({"swiglu_limit": act.limit} if act.clamped else {})
 
 
-def experts(ctx: Context, op: Op) -> None:
+def emit_expert_loop(ctx: Context, op: Op) -> None:
     """Emit the Loop over the experts that were chosen, each with its part of the stacked weights."""
     up, down, up_bias, down_bias = ctx.inputs(op)[3:]
     gather = lambda name: lambda expert: ctx.node("Gather", name, expert, axis=0)  # noqa: E731
@@ -82,9 +82,9 @@ def expert_loop(
         hits = ctx.node("NonZero", ctx.node("Equal", flat_ids, expert))
         hits = ctx.node("Squeeze", hits, graph.constant([0]))
         rows = ctx.node("Div", hits, graph.constant(int(chosen)))
-        h = _linear(ctx, ctx.node("Gather", x, rows, axis=0), expert, up(expert), biases[0])
-        h = _activate(ctx, h, op.settings.activation("act"))
-        h = _linear(ctx, h, expert, down(expert), biases[1])
+        h = _expert_linear(ctx, ctx.node("Gather", x, rows, axis=0), expert, up(expert), biases[0])
+        h = _emit_activation(ctx, h, op.settings.activation("act"))
+        h = _expert_linear(ctx, h, expert, down(expert), biases[1])
         h = ctx.node("Mul", h, ctx.node("Gather", flat_gates, hits, axis=0))
         where = ctx.node("Unsqueeze", rows, graph.constant([1]))
         graph.node(ctx.label, "ScatterND", [total, where, h], [added], ctx.doc, reduction="add")
@@ -99,22 +99,22 @@ def expert_loop(
     ctx.finish(op, "Loop", ctx.node("Size", used), "", start, body=body)
 
 
-def _sizes(op: Op) -> tuple[Any, int, int]:
+def _expert_counts(op: Op) -> tuple[Any, int, int]:
     """Return the number of tokens, of experts, and of experts for each token."""
     tokens, chosen = op["ids"].type.shape
     return tokens, int(op["up"].type.shape[0]), int(chosen)
 
 
-def _linear(ctx: Context, x: str, expert: str, weight: str, bias: str) -> str:
+def _expert_linear(ctx: Context, x: str, expert: str, weight: str, bias: str) -> str:
     inputs = [x, weight, *([ctx.node("Gather", bias, expert, axis=0)] if bias else [])]
     return ctx.node("Gemm", *inputs, transB=1)
 
 
-def _activate(ctx: Context, h: str, act: Activation) -> str:
+def _emit_activation(ctx: Context, h: str, act: Activation) -> str:
     """Add the activation between the two matrices."""
     if not act.gated:
-        return _function(ctx, act, h)
-    g, u = _halves(ctx, h, act.layout)
+        return _emit_activation_function(ctx, act, h)
+    g, u = _split_halves(ctx, h, act.layout)
     below = ("", ctx.graph.constant(act.limit, "f32")) if act.clamped else ()
     if below and not act.clamp_after:
         g = ctx.node("Clip", g, *below)
@@ -122,11 +122,11 @@ def _activate(ctx: Context, h: str, act: Activation) -> str:
         u = ctx.node("Clip", u, ctx.graph.constant(-act.limit, "f32"), below[1])
     if act.beta:
         u = ctx.node("Add", u, ctx.graph.constant(act.beta, "f32"))
-    g = _function(ctx, act, g)
+    g = _emit_activation_function(ctx, act, g)
     return ctx.node("Mul", ctx.node("Clip", g, *below) if act.clamp_after else g, u)
 
 
-def _halves(ctx: Context, h: str, layout: str) -> tuple[str, str]:
+def _split_halves(ctx: Context, h: str, layout: str) -> tuple[str, str]:
     graph = ctx.graph
     if layout == "concat":
         g, u = ctx.nodes("Split", h, outputs=2, axis=1, num_outputs=2)
@@ -135,7 +135,7 @@ def _halves(ctx: Context, h: str, layout: str) -> tuple[str, str]:
     return ctx.node("Slice", h, graph.constant([0]), *ends), ctx.node("Slice", h, graph.constant([1]), *ends)
 
 
-def _function(ctx: Context, act: Activation, x: str) -> str:
+def _emit_activation_function(ctx: Context, act: Activation, x: str) -> str:
     match act.kind:
         case "identity":
             return x
@@ -149,4 +149,4 @@ def _function(ctx: Context, act: Activation, x: str) -> str:
             return ctx.node("Mul", y, y) if act.kind == "relu2" else y
 
 
-KERNELS: dict[str, Kernel] = {"moe.experts": experts, "ort.moe": moe}
+KERNELS: dict[str, Kernel] = {"moe.experts": emit_expert_loop, "ort.moe": emit_moe}

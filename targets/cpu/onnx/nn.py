@@ -11,7 +11,7 @@ from ....compiler.ir.module import Op, Value
 from .graph import CONTRIB, END, Context, Kernel
 
 
-def embedding(ctx: Context, op: Op) -> None:
+def emit_embedding(ctx: Context, op: Op) -> None:
     """Emit Gather of rows."""
     ids, table = ctx.inputs(op)
     ctx.finish(op, "Gather", table, ids, axis=0)
@@ -53,7 +53,7 @@ def last_tokens(ctx: Context, op: Op) -> None:
     ctx.finish(op, "Slice", *ctx.inputs(op), start, ctx.graph.constant([END]), ctx.graph.constant([1]))
 
 
-def rope(ctx: Context, op: Op) -> None:
+def emit_rope(ctx: Context, op: Op) -> None:
     """Emit RotaryEmbedding of ONNX 23 on [B, H, S, D]; it takes each angle once, for the first half."""
     x, cos, sin = op.inputs
     tables = [half_angles(ctx, table, x.type.shape[0]) for table in (cos, sin)]
@@ -88,11 +88,11 @@ def half_angles(ctx: Context, table: Value, batch: Size) -> str:
 
 
 KERNELS: dict[str, Kernel] = {
-    "nn.embedding": embedding,
+    "nn.embedding": emit_embedding,
     "nn.rms_norm": rms_norm,
     "nn.add_rms_norm": add_rms_norm,
     "nn.layer_norm": layer_norm,
-    "nn.rope": rope,
+    "nn.rope": emit_rope,
     "ort.last_tokens": last_tokens,
     "ort.rotary_embedding": rotary_embedding,
 }

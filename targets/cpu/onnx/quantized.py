@@ -16,14 +16,14 @@ from .graph import CONTRIB, Context, Kernel
 from .moe import activation_options, expert_loop
 
 
-def decode(ctx: Context, op: Op) -> None:
+def emit_decode(ctx: Context, op: Op) -> None:
     """Emit what gives the numbers that codes stand for."""
     codes, scales = ctx.inputs(op)
     format = format_of(op.settings.text("format"))
-    ctx.alias(op.results[0], _numbers(ctx, format, codes, scales, len(op.inputs[0].type.shape)))
+    ctx.alias(op.results[0], _decode_by_lookup(ctx, format, codes, scales, len(op.inputs[0].type.shape)))
 
 
-def _numbers(ctx: Context, format: Format, codes: str, scales: str, rank: int) -> str:
+def _decode_by_lookup(ctx: Context, format: Format, codes: str, scales: str, rank: int) -> str:
     """Add lookups of the numbers of whole bytes of codes, and their products with the scales."""
     graph, each = ctx.graph, range(0, 8, format.bits)
     table = [[format.values[(byte >> shift) % (1 << format.bits)] for shift in each] for byte in range(256)]
@@ -79,10 +79,12 @@ def _product_options(a: Attrs, rows: int, groups: int) -> dict[str, Any]:
 def gather_nbits(ctx: Context, op: Op) -> None:
     """Emit GatherBlockQuantized of rows."""
     ids, codes, scales, zeros = ctx.inputs(op)
-    ctx.finish(op, "GatherBlockQuantized", *_lookup(codes, ids, scales, zeros), **_lookup_options(ctx, op, axis=1))
+    ctx.finish(
+        op, "GatherBlockQuantized", *_lookup_inputs(codes, ids, scales, zeros), **_lookup_options(ctx, op, axis=1)
+    )
 
 
-def _lookup(codes: str, ids: str, scales: str, zeros: str) -> list[str]:
+def _lookup_inputs(codes: str, ids: str, scales: str, zeros: str) -> list[str]:
     return [codes, ids, scales, *([zeros] if zeros else [])]
 
 
@@ -94,7 +96,7 @@ def _lookup_options(ctx: Context, op: Op, axis: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def qmoe(ctx: Context, op: Op) -> None:
+def emit_qmoe(ctx: Context, op: Op) -> None:
     """Emit QMoE; scores that choose are its input 1, weights of the chosen its input 14."""
     x, choice, mixing, up, up_scales, up_zeros, up_bias, down, down_scales, down_zeros, down_bias = ctx.inputs(op)
     a = op.settings
@@ -135,19 +137,19 @@ def experts_nbits(ctx: Context, op: Op) -> None:
         codes, scales, zeros = names[part : part + 3]
         if format:
             one_codes, one_scales = (ctx.node("Gather", n, expert, axis=0) for n in (codes, scales))
-            return _numbers(ctx, format, one_codes, one_scales, rank=2)
+            return _decode_by_lookup(ctx, format, one_codes, one_scales, rank=2)
         one = ctx.node("Unsqueeze", expert, ctx.graph.constant([0]))
-        numbers = ctx.node("GatherBlockQuantized", *_lookup(codes, one, scales, zeros), **options)
+        numbers = ctx.node("GatherBlockQuantized", *_lookup_inputs(codes, one, scales, zeros), **options)
         return ctx.node("Squeeze", numbers, ctx.graph.constant([0]))
 
     expert_loop(ctx, op, up=lambda e: weight(3, e), down=lambda e: weight(7, e), biases=(names[6], names[10]))
 
 
 KERNELS: dict[str, Kernel] = {
-    "ort.decode": decode,
+    "ort.decode": emit_decode,
     "ort.matmul_nbits": matmul_nbits,
     "ort.block_matmul_nbits": block_matmul_nbits,
     "ort.gather_nbits": gather_nbits,
-    "ort.qmoe": qmoe,
+    "ort.qmoe": emit_qmoe,
     "ort.experts_nbits": experts_nbits,
 }

@@ -34,9 +34,9 @@ def linear_attention(ctx: Context, op: Op) -> None:
     decay, beta = op.get("decay"), op.get("beta")
     y, present = op.results
     batch, new, heads, width = op["v"].type.shape
-    flat = [_flat(ctx, op[name]) for name in "qkv"]
+    flat = [_merge_heads(ctx, op[name]) for name in "qkv"]
     rule = "_".join(name for name, given in (("gated", decay), ("delta", beta)) if given) or "linear"
-    inputs = [*flat, ctx.value(op["past"]), _flat(ctx, decay) if decay is not None else "", ctx.value(beta)]
+    inputs = [*flat, ctx.value(op["past"]), _merge_heads(ctx, decay) if decay is not None else "", ctx.value(beta)]
     while not inputs[-1]:
         inputs.pop()
     made = ctx.graph.fresh(f"{ctx.value(y)}/flat")
@@ -47,7 +47,7 @@ def linear_attention(ctx: Context, op: Op) -> None:
     ctx.alias(y, ctx.reshape(made, (batch, new, heads * width), y.type.shape))
 
 
-def _flat(ctx: Context, x: Value) -> str:
+def _merge_heads(ctx: Context, x: Value) -> str:
     batch, new, heads, width = x.type.shape
     return ctx.reshape(ctx.value(x), x.type.shape, (batch, new, heads * width))
 

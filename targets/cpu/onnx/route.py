@@ -13,17 +13,17 @@ from .graph import Context, Kernel
 _IDLE_SHARE = 1e-8  # an eps of less than this share of a sum is lost in float32
 
 
-def route(ctx: Context, op: Op) -> None:
+def emit_route(ctx: Context, op: Op) -> None:
     """Emit the choice and the weights of moe.route, without the steps that its attributes make idle."""
     logits, bias, given, expert_scale = ctx.inputs(op)
     a = op.settings
     if a["score"] == "sparsemixer":
-        weights, ids = _sparsemixer(ctx, op, logits)
+        weights, ids = _emit_sparsemixer(ctx, op, logits)
     else:
         if _is_softmax_of_chosen(op, a):
             a = Attrs({**a, "order": "select_score", "renorm": "none"})
-        weights, ids = _choose(ctx, op, a, logits, bias, given)
-    weights = _renorm(ctx, op, weights, a)
+        weights, ids = _choose_experts(ctx, op, a, logits, bias, given)
+    weights = _renormalize_weights(ctx, op, weights, a)
     if a.number("scale") != 1.0:
         weights = ctx.node("Mul", weights, ctx.graph.constant(a.number("scale"), op.results[0].type.dtype))
     if expert_scale:
@@ -47,13 +47,13 @@ def _is_softmax_of_chosen(op: Op, a: Attrs) -> bool:
     return bool(a.number("eps") <= _IDLE_SHARE * share and a.number("min_sum") <= share / 2)
 
 
-def _choose(ctx: Context, op: Op, a: Attrs, logits: str, bias: str, given: str) -> tuple[str, str]:
+def _choose_experts(ctx: Context, op: Op, a: Attrs, logits: str, bias: str, given: str) -> tuple[str, str]:
     """Return the weights before they are normalised, and the indices."""
     late = a["order"] == "select_score"
-    scores = logits if late else _score(ctx, op, logits, a.text("score"))
+    scores = logits if late else _emit_score(ctx, op, logits, a.text("score"))
     choice = ctx.node("Add", scores, bias) if bias else scores
     if a.integer("groups") > 1:
-        choice = _limit(ctx, op, choice)
+        choice = _mask_expert_groups(ctx, op, choice)
     read = {"scores": scores, "choice": choice, "logits": logits}[a.text("weigh")]
     if given:
         weights, ids = "", given
@@ -64,10 +64,10 @@ def _choose(ctx: Context, op: Op, a: Attrs, logits: str, bias: str, given: str) 
     limited = read == scores and not bias and a.integer("groups") > 1 and a["mask"] == -np.inf
     if given or (read != choice and not limited):
         weights = ctx.node("GatherElements", read, ids, axis=1)
-    return (_score(ctx, op, weights, a.text("score")) if late else weights), ids
+    return (_emit_score(ctx, op, weights, a.text("score")) if late else weights), ids
 
 
-def _score(ctx: Context, op: Op, x: str, score: str) -> str:
+def _emit_score(ctx: Context, op: Op, x: str, score: str) -> str:
     match score:
         case "softmax":
             return ctx.node("Softmax", x, axis=1)
@@ -78,7 +78,7 @@ def _score(ctx: Context, op: Op, x: str, score: str) -> str:
     return x
 
 
-def _limit(ctx: Context, op: Op, choice: str) -> str:
+def _mask_expert_groups(ctx: Context, op: Op, choice: str) -> str:
     """Return the choice with `mask` outside the best groups."""
     a, graph = op.settings, ctx.graph
     tokens, experts = op.inputs[0].type.shape
@@ -103,7 +103,7 @@ def _limit(ctx: Context, op: Op, choice: str) -> str:
     )
 
 
-def _sparsemixer(ctx: Context, op: Op, logits: str) -> tuple[str, str]:
+def _emit_sparsemixer(ctx: Context, op: Op, logits: str) -> tuple[str, str]:
     """Return weights and indices, one choice after the other.
 
     The softmax of the largest logit m is 1 / sum(exp(logit - m)), over the logits that are near enough.
@@ -125,7 +125,7 @@ def _sparsemixer(ctx: Context, op: Op, logits: str) -> tuple[str, str]:
     return ctx.node("Concat", *gates, axis=1), ctx.node("Concat", *ids, axis=1)
 
 
-def _renorm(ctx: Context, op: Op, weights: str, a: Attrs) -> str:
+def _renormalize_weights(ctx: Context, op: Op, weights: str, a: Attrs) -> str:
     if a["renorm"] == "none":
         return weights
     graph, dtype, axis = ctx.graph, op.results[0].type.dtype, ctx.graph.constant([1])
@@ -145,4 +145,4 @@ def _renorm(ctx: Context, op: Op, weights: str, a: Attrs) -> str:
     return ctx.node("Div", weights, total)
 
 
-KERNELS: dict[str, Kernel] = {"moe.route": route}
+KERNELS: dict[str, Kernel] = {"moe.route": emit_route}

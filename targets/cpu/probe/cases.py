@@ -24,7 +24,7 @@ from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ....compiler.ops.builder import IRBuilder
 from ....compiler.weights.sources.source import ModuleSource
-from ..onnx.emit import IR_VERSION, MODEL, OPSET, emit
+from ..onnx.emit import IR_VERSION, MODEL, OPSET, emit_model
 from ..onnx.graph import CONTRIB
 
 Edit = Callable[[onnx.ModelProto], None]
@@ -51,7 +51,7 @@ class Case:
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def quantized(format: Format, *sizes: int, seed: int) -> dict[str, torch.Tensor | None]:
+def random_quantized_parts(format: Format, *sizes: int, seed: int) -> dict[str, torch.Tensor | None]:
     """Return codes, scales and zero points of random integer weights with a standard deviation near 1 / sqrt(K)."""
     generator = torch.Generator().manual_seed(seed)
     *rows, width = sizes
@@ -68,7 +68,7 @@ def quantized(format: Format, *sizes: int, seed: int) -> dict[str, torch.Tensor 
     }
 
 
-def large(format: Format, *sizes: int) -> dict[str, torch.Tensor | None]:
+def large_parts(format: Format, *sizes: int) -> dict[str, torch.Tensor | None]:
     """Return parts with meaningless codes, made quickly."""
     *rows, width = sizes
     groups = width // format.group
@@ -82,7 +82,7 @@ def large(format: Format, *sizes: int) -> dict[str, torch.Tensor | None]:
 # --- programs --------------------------------------------------------------------------------------------------
 
 
-def write(
+def write_program(
     name: str, inputs: Mapping[str, TensorType], weights: Mapping[str, torch.Tensor | None], folder: Path, **attrs: Any
 ) -> None:
     """Write a program of one op into a folder.
@@ -97,10 +97,10 @@ def write(
     builder = IRBuilder("main", (values[n] for n in inputs), consts)
     hints = [f"y{i}" for i, _ in enumerate(OPS[name].signature.results)]
     function = builder.build(builder.add_all(name, *operands, hints=hints, **attrs))
-    emit(Module("kernel", DIMS, (function,)), source, folder)
+    emit_model(Module("kernel", DIMS, (function,)), source, folder)
 
 
-def refer(name: str, given: Mapping[str, torch.Tensor | None], **attrs: Any) -> Sequence[torch.Tensor]:
+def run_reference(name: str, given: Mapping[str, torch.Tensor | None], **attrs: Any) -> Sequence[torch.Tensor]:
     """Return what an op's reference makes of operands by name."""
     result = OPS[name].reference(*(given.get(o.name) for o in OPS[name].signature.operands), **attrs)
     return result if isinstance(result, tuple) else (result,)
@@ -121,7 +121,7 @@ def write_node(
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), folder / MODEL)
 
 
-def stored(name: str, parts: Parts, format: Format) -> list[TensorProto]:
+def stored_tensors(name: str, parts: Parts, format: Format) -> list[TensorProto]:
     """Return codes and scales of floating-point weights in ONNX's element types for them."""
     codes = numpy_helper.from_array(parts["codes"].numpy(), f"{name}.codes")
     if format.element == "e4m3":
@@ -136,7 +136,7 @@ def stored(name: str, parts: Parts, format: Format) -> list[TensorProto]:
 # --- bending what was written ----------------------------------------------------------------------------------
 
 
-def bend(folder: Path, *edits: Edit) -> None:
+def edit_model(folder: Path, *edits: Edit) -> None:
     """Change the model in a folder."""
     if edits:
         model = onnx.load(folder / MODEL, load_external_data=False)
@@ -151,7 +151,7 @@ def main_node(model: onnx.ModelProto) -> NodeProto:
     return node
 
 
-def attributes(**values: Any) -> Edit:
+def set_attributes(**values: Any) -> Edit:
     """Return an edit that sets attributes; None takes one away."""
 
     def edit(model: onnx.ModelProto) -> None:
@@ -189,7 +189,7 @@ def without_last_axis(*inputs: int) -> Edit:
     return edit
 
 
-def narrow(dtype: str) -> Edit:
+def cast_inputs(dtype: str) -> Edit:
     """Return an edit that gives the node its f32 inputs in another float dtype."""
     kind = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[dtype]
 

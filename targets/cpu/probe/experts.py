@@ -22,16 +22,16 @@ from .cases import (
     Case,
     Edit,
     T,
-    attributes,
-    bend,
-    large,
-    narrow,
-    quantized,
-    refer,
-    stored,
+    cast_inputs,
+    edit_model,
+    large_parts,
+    random_quantized_parts,
+    run_reference,
+    set_attributes,
+    stored_tensors,
     without_last_axis,
-    write,
     write_node,
+    write_program,
 )
 from .variants import QUANT_TYPES
 
@@ -55,10 +55,10 @@ UNKNOWN: dict[str, tuple[Activation, str]] = {
     "relu2": (ACTS["identity"], "relu2"),
 }
 BENT: dict[str, list[Edit]] = {
-    "weights_prepacked=0": [attributes(weights_prepacked=0)],
-    "weights_prepacked=1": [attributes(weights_prepacked=1)],
-    "swiglu_fusion=2": [attributes(swiglu_fusion=2)],
-    "one scale a row without block_size": [attributes(block_size=None), without_last_axis(*SCALES)],
+    "weights_prepacked=0": [set_attributes(weights_prepacked=0)],
+    "weights_prepacked=1": [set_attributes(weights_prepacked=1)],
+    "swiglu_fusion=2": [set_attributes(swiglu_fusion=2)],
+    "one scale a row without block_size": [set_attributes(block_size=None), without_last_axis(*SCALES)],
 }
 
 
@@ -69,22 +69,26 @@ def write_qmoe(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     else:
         format = format_of(variant.format)
     if format.element != "int":
-        return _floats(variant, format, folder)
+        return _write_float_qmoe(variant, format, folder)
     options = {"bits": format.bits, "group": format.group, "accuracy": variant.accuracy}
     if weight_bytes:
         return _write_large(format, options, folder, weight_bytes)
     one = variant.one_group or "one scale" in variant.option
     width, inner = (1, 1) if one else (3, 2)
-    parts = _parts(format, width * format.group, inner * format.group, gated=_gated(variant))
-    x, choice, mixing = _inputs(width * format.group, negative=variant.routing == "negative weights")
+    parts = _expert_parts(format, width * format.group, inner * format.group, gated=_is_gated(variant))
+    x, choice, mixing = _random_inputs(width * format.group, negative=variant.routing == "negative weights")
     mixed = "weights" in variant.routing
-    act, edits = _bent(variant)
-    inputs = {"x": _f32(T, x.shape[1]), "choice": _f32(T, EXPERTS)} | ({"mixing": _f32(T, EXPERTS)} if mixed else {})
-    write("ort.qmoe", inputs, parts, folder, k=CHOSEN, **options, act=act)
-    bend(folder, *edits)
-    ids, gates = _routing(variant.routing, choice, mixing)
+    act, edits = _emitted_activation(variant)
+    inputs = {"x": _f32_type(T, x.shape[1]), "choice": _f32_type(T, EXPERTS)} | (
+        {"mixing": _f32_type(T, EXPERTS)} if mixed else {}
+    )
+    write_program("ort.qmoe", inputs, parts, folder, k=CHOSEN, **options, act=act)
+    edit_model(folder, *edits)
+    ids, gates = _expected_routing(variant.routing, choice, mixing)
     given = {"x": x, "ids": ids, "gates": gates, **parts}
-    wants = refer("ort.experts_nbits", given, bits=format.bits, group=format.group, act=_wanted(variant))
+    wants = run_reference(
+        "ort.experts_nbits", given, bits=format.bits, group=format.group, act=_expected_activation(variant)
+    )
     feeds = {"x": x, "choice": choice} | ({"mixing": mixing} if mixed else {})
     return Case(feeds, wants, rows=True)
 
@@ -93,66 +97,66 @@ def write_moe(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     """Write a program of one MoE, with its routing turned into scores; with `weight_bytes`, to take its speed."""
     width, inner = (LARGE_WIDTH, LARGE_INNER) if weight_bytes else (96, 64)
     experts = max(CHOSEN, weight_bytes // (12 * width * inner)) if weight_bytes else EXPERTS
-    rows = inner * (2 if _gated(variant) else 1)
+    rows = inner * (2 if _is_gated(variant) else 1)
     generator = torch.Generator().manual_seed(1)
     up = torch.randn(experts, rows, width, generator=generator) / width**0.5
     down = torch.randn(experts, width, inner, generator=generator) / inner**0.5
     weights = {"up": up, "down": down}
     chosen = min(LARGE_CHOSEN, experts // 2) if weight_bytes else CHOSEN
-    act, edits = _bent(variant)
-    inputs = {"x": _f32(T, width), "ids": TensorType.of("i64", T, chosen), "gates": _f32(T, chosen)}
-    write("ort.moe", inputs, weights, folder, act=act)
-    bend(folder, *edits)
+    act, edits = _emitted_activation(variant)
+    inputs = {"x": _f32_type(T, width), "ids": TensorType.of("i64", T, chosen), "gates": _f32_type(T, chosen)}
+    write_program("ort.moe", inputs, weights, folder, act=act)
+    edit_model(folder, *edits)
     if weight_bytes:
         steps = [{"x": torch.randn(1, width), "ids": ids, "gates": torch.full((1, chosen), 1 / chosen)}
                  for ids in _rounds_over_experts(experts, chosen)]  # fmt: skip
         return Case(steps=steps, bytes_read=4 * (up.numel() + down.numel()) * chosen // experts)
-    x, choice, _ = _inputs(width, negative=False)
-    ids, gates = _routing("softmax", choice, None)
+    x, choice, _ = _random_inputs(width, negative=False)
+    ids, gates = _expected_routing("softmax", choice, None)
     gates = gates * 1.5  # any sum
     if variant.routing == "zero weights":
         gates[::2, 0] = 0
     if variant.routing == "negative weights":
         gates[::2, 0] *= -1
     given = {"x": x, "ids": ids, "gates": gates}
-    wants = refer("moe.experts", given | weights, act=_wanted(variant))
+    wants = run_reference("moe.experts", given | weights, act=_expected_activation(variant))
     return Case(given, wants, rows=True)
 
 
-def _f32(*sizes: Any) -> TensorType:
+def _f32_type(*sizes: Any) -> TensorType:
     return TensorType.of("f32", *sizes)
 
 
-def _gated(variant: Variant) -> bool:
+def _is_gated(variant: Variant) -> bool:
     return ACTS[variant.activation].gated
 
 
-def _wanted(variant: Variant) -> Activation:
+def _expected_activation(variant: Variant) -> Activation:
     """Return the activation whose numbers a node should give."""
     act = ACTS[variant.activation]
     return replace(act, layout="concat") if variant.option == "swiglu_fusion=2" else act
 
 
-def _bent(variant: Variant) -> tuple[Activation, list[Edit]]:
+def _emitted_activation(variant: Variant) -> tuple[Activation, list[Edit]]:
     """Return the activation to emit, and what to change in the node afterwards."""
     act, name = UNKNOWN.get(variant.activation, (ACTS[variant.activation], ""))
-    edits = [attributes(activation_type=name)] if name else []
+    edits = [set_attributes(activation_type=name)] if name else []
     if variant.routing == "normalized weights":
-        edits.append(attributes(normalize_routing_weights=1))
+        edits.append(set_attributes(normalize_routing_weights=1))
     if variant.routing == "softmax over all experts":
-        edits.append(attributes(normalize_routing_weights=0))
+        edits.append(set_attributes(normalize_routing_weights=0))
     if variant.dtype != "f32":
-        edits.append(narrow(variant.dtype))
+        edits.append(cast_inputs(variant.dtype))
     return act, [*edits, *BENT.get(variant.option, [])]
 
 
-def _parts(format: Format, width: int, inner: int, gated: bool) -> dict[str, torch.Tensor | None]:
-    up = quantized(format, EXPERTS, inner * (2 if gated else 1), width, seed=1)
-    down = quantized(format, EXPERTS, width, inner, seed=2)
+def _expert_parts(format: Format, width: int, inner: int, gated: bool) -> dict[str, torch.Tensor | None]:
+    up = random_quantized_parts(format, EXPERTS, inner * (2 if gated else 1), width, seed=1)
+    down = random_quantized_parts(format, EXPERTS, width, inner, seed=2)
     return {f"up_{n}": t for n, t in up.items()} | {f"down_{n}": t for n, t in down.items()}
 
 
-def _inputs(width: int, negative: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _random_inputs(width: int, negative: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return activations, scores that choose, and weights that mix; one expert has no token."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(TOKENS[-1], width, generator=generator)
@@ -164,7 +168,9 @@ def _inputs(width: int, negative: bool) -> tuple[torch.Tensor, torch.Tensor, tor
     return x, choice, mixing
 
 
-def _routing(routing: str, choice: torch.Tensor, mixing: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _expected_routing(
+    routing: str, choice: torch.Tensor, mixing: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the experts of each token and their weights."""
     top, ids = torch.topk(choice, CHOSEN, dim=-1)
     if routing == "softmax":
@@ -182,11 +188,11 @@ def _routing(routing: str, choice: torch.Tensor, mixing: torch.Tensor | None) ->
 def _write_large(format: Format, options: dict[str, Any], folder: Path, weight_bytes: int) -> Case:
     expert = int(3 * LARGE_WIDTH * LARGE_INNER * format.bits_per_weight / 8)
     experts = max(LARGE_CHOSEN, weight_bytes // expert)
-    up = large(format, experts, 2 * LARGE_INNER, LARGE_WIDTH)
-    down = large(format, experts, LARGE_WIDTH, LARGE_INNER)
+    up = large_parts(format, experts, 2 * LARGE_INNER, LARGE_WIDTH)
+    down = large_parts(format, experts, LARGE_WIDTH, LARGE_INNER)
     parts = {f"up_{n}": t for n, t in up.items()} | {f"down_{n}": t for n, t in down.items()}
-    inputs = {"x": _f32(T, LARGE_WIDTH), "choice": _f32(T, experts), "mixing": _f32(T, experts)}
-    write("ort.qmoe", inputs, parts, folder, k=LARGE_CHOSEN, **options)
+    inputs = {"x": _f32_type(T, LARGE_WIDTH), "choice": _f32_type(T, experts), "mixing": _f32_type(T, experts)}
+    write_program("ort.qmoe", inputs, parts, folder, k=LARGE_CHOSEN, **options)
     steps = []
     for ids in _rounds_over_experts(experts, LARGE_CHOSEN):
         dense = torch.zeros(1, experts).scatter(1, ids, 1 / LARGE_CHOSEN)
@@ -202,13 +208,13 @@ def _rounds_over_experts(experts: int, chosen: int) -> Sequence[torch.Tensor]:
 # --- floating-point weights ------------------------------------------------------------------------------------
 
 
-def _floats(variant: Variant, format: Format, folder: Path) -> Case:
+def _write_float_qmoe(variant: Variant, format: Format, folder: Path) -> Case:
     """Write a QMoE on E2M1 or E4M3 weights by hand: moec has no op for it on this target."""
     width = inner = 256
     generator = torch.Generator().manual_seed(1)
     up = format.encode(torch.randn(EXPERTS, 2 * inner, width, generator=generator) / width**0.5)
     down = format.encode(torch.randn(EXPERTS, width, inner, generator=generator) / inner**0.5)
-    tensors = [*stored("up", up, format), *stored("down", down, format)]
+    tensors = [*stored_tensors("up", up, format), *stored_tensors("down", down, format)]
     names = ["x", "choice", "up.codes", "up.scales", "", "down.codes", "down.scales", *[""] * 7, "mixing"]
     if format.rows == 1:
         whole = [float(p.get("tensor_scale", torch.tensor(1.0))) for p in (up, down)]
@@ -222,7 +228,9 @@ def _floats(variant: Variant, format: Format, folder: Path) -> Case:
     sizes = {"x": width, "choice": EXPERTS, "mixing": EXPERTS}
     inputs = {name: (TensorProto.FLOAT, "T", size) for name, size in sizes.items()}
     write_node(node, inputs, ("T", width), tensors, folder)
-    x, choice, mixing = _inputs(width, negative=False)
-    ids, gates = _routing(variant.routing, choice, mixing)
+    x, choice, mixing = _random_inputs(width, negative=False)
+    ids, gates = _expected_routing(variant.routing, choice, mixing)
     given = {"x": x, "ids": ids, "gates": gates, "up": format.decode(up, width), "down": format.decode(down, inner)}
-    return Case({"x": x, "choice": choice, "mixing": mixing}, refer("moe.experts", given, act=INTERLEAVED), rows=True)
+    return Case(
+        {"x": x, "choice": choice, "mixing": mixing}, run_reference("moe.experts", given, act=INTERLEAVED), rows=True
+    )

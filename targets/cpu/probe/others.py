@@ -19,15 +19,15 @@ from .cases import (
     P,
     S,
     T,
-    attributes,
-    bend,
-    large,
-    quantized,
-    refer,
-    stored,
+    edit_model,
+    large_parts,
+    random_quantized_parts,
+    run_reference,
+    set_attributes,
+    stored_tensors,
     weight_inputs,
-    write,
     write_node,
+    write_program,
 )
 
 ROWS = 72  # of a weight or table: no multiple of what a kernel does at once
@@ -45,13 +45,13 @@ def write_linear(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     if weight_bytes:
         rows = int(weight_bytes * 8 / format.bits_per_weight / LARGE_WIDTH)
         inputs = {"x": TensorType.of("f32", T, LARGE_WIDTH)}
-        write("ort.matmul_nbits", inputs, large(format, rows, LARGE_WIDTH), folder, **options)
+        write_program("ort.matmul_nbits", inputs, large_parts(format, rows, LARGE_WIDTH), folder, **options)
         return Case(steps=[{"x": torch.randn(1, LARGE_WIDTH)}], bytes_read=weight_bytes)
     width = format.group * (1 if variant.one_group else 3)
-    parts = quantized(format, ROWS, width, seed=1)
+    parts = random_quantized_parts(format, ROWS, width, seed=1)
     x = torch.randn(TOKENS[-1], width, generator=torch.Generator().manual_seed(2))
-    write("ort.matmul_nbits", {"x": TensorType.of("f32", T, width)}, parts, folder, **options)
-    return Case({"x": x}, refer("ort.matmul_nbits", {"x": x, **parts}, **options), rows=True)
+    write_program("ort.matmul_nbits", {"x": TensorType.of("f32", T, width)}, parts, folder, **options)
+    return Case({"x": x}, run_reference("ort.matmul_nbits", {"x": x, **parts}, **options), rows=True)
 
 
 def write_lookup(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
@@ -63,13 +63,13 @@ def write_lookup(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     generator = torch.Generator().manual_seed(2)
     width = 3 * format.group
     if variant.option != "experts":
-        parts = quantized(format, ROWS, width, seed=1)
+        parts = random_quantized_parts(format, ROWS, width, seed=1)
         ids = torch.randint(0, ROWS, (TOKENS[-1],), generator=generator)
-        write("ort.gather_nbits", {"ids": TensorType.of("i64", T)}, parts, folder, **options)
-        return Case({"ids": ids}, refer("ort.gather_nbits", {"ids": ids, **parts}, **options), rows=True)
+        write_program("ort.gather_nbits", {"ids": TensorType.of("i64", T)}, parts, folder, **options)
+        return Case({"ids": ids}, run_reference("ort.gather_nbits", {"ids": ids, **parts}, **options), rows=True)
     inner = 2 * format.group
-    up = quantized(format, EXPERTS, 2 * inner, width, seed=1)
-    down = quantized(format, EXPERTS, width, inner, seed=2)
+    up = random_quantized_parts(format, EXPERTS, 2 * inner, width, seed=1)
+    down = random_quantized_parts(format, EXPERTS, width, inner, seed=2)
     parts = {f"up_{n}": t for n, t in up.items()} | {f"down_{n}": t for n, t in down.items()}
     feeds = {
         "x": torch.randn(TOKENS[-1], width, generator=generator),
@@ -78,8 +78,8 @@ def write_lookup(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     }
     inputs = {"x": TensorType.of("f32", T, width), "ids": TensorType.of("i64", T, CHOSEN)}
     inputs["gates"] = TensorType.of("f32", T, CHOSEN)
-    write("ort.experts_nbits", inputs, parts, folder, **options)
-    return Case(feeds, refer("ort.experts_nbits", feeds | parts, **options), rows=True)
+    write_program("ort.experts_nbits", inputs, parts, folder, **options)
+    return Case(feeds, run_reference("ort.experts_nbits", feeds | parts, **options), rows=True)
 
 
 # --- floating-point weights ------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def write_lookup(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
 def _float_linear(format: Format, folder: Path) -> Case:
     """Write a MatMulNBits on E2M1 or E4M3 weights: moec has no op for it on this target."""
     width = 3 * format.group
-    weight, parts = _encoded(format, width)
+    weight, parts = _encoded_weight(format, width)
     kept: dict[str, Any] = {"K": width, "N": len(weight), "bits": format.bits, "block_size": format.group}
     node = helper.make_node("MatMulNBits", ["x", "w.codes", "w.scales"], ["y0"], domain=CONTRIB, **kept)
     write_node(node, {"x": (TensorProto.FLOAT, "T", width)}, ("T", len(weight)), parts, folder)
@@ -99,7 +99,7 @@ def _float_linear(format: Format, folder: Path) -> Case:
 def _float_lookup(format: Format, folder: Path) -> Case:
     """Write a GatherBlockQuantized on E2M1 or E4M3 weights."""
     width = 3 * format.group
-    weight, parts = _encoded(format, width)
+    weight, parts = _encoded_weight(format, width)
     kept: dict[str, Any] = {"bits": format.bits, "block_size": format.group, "gather_axis": 0, "quantize_axis": 1}
     node = helper.make_node("GatherBlockQuantized", ["w.codes", "ids", "w.scales"], ["y0"], domain=CONTRIB, **kept)
     write_node(node, {"ids": (TensorProto.INT64, "T")}, ("T", width), parts, folder)
@@ -107,12 +107,12 @@ def _float_lookup(format: Format, folder: Path) -> Case:
     return Case({"ids": ids}, [weight[ids]], rows=True)
 
 
-def _encoded(format: Format, width: int) -> tuple[torch.Tensor, list[TensorProto]]:
+def _encoded_weight(format: Format, width: int) -> tuple[torch.Tensor, list[TensorProto]]:
     """Return a weight as its codes decode to it, and its parts; rows that share a scale are of several sizes."""
     rows = ROWS if format.rows == 1 else 2 * format.rows
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) / width**0.5
     parts = format.encode(weight * torch.linspace(0.5, 2, rows)[:, None])
-    return format.decode(parts, width), stored("w", parts, format)
+    return format.decode(parts, width), stored_tensors("w", parts, format)
 
 
 # --- attention -------------------------------------------------------------------------------------------------
@@ -144,17 +144,17 @@ def write_attention(variant: Variant, folder: Path, weight_bytes: int = 0) -> Ca
     weights = {"sinks": torch.randn(heads, generator=generator) if option == "sinks" else None}
     extra: dict[str, dict[str, Any]] = {"window": {"window": 3}, "softcap": {"softcap": 2.0}}
     attrs = {"heads": heads, "scale": 0.2, **extra.get(option, {})}
-    write("ort.group_query_attention", inputs, weights, folder, **attrs)
+    write_program("ort.group_query_attention", inputs, weights, folder, **attrs)
     if option == "norms of heads":
         norms = {f"{n}_norm": torch.rand(width, generator=generator) + 0.5 for n in "qk"}
-        bend(
+        edit_model(
             folder,
-            attributes(q_norm_epsilon=EPS, k_norm_epsilon=EPS),
+            set_attributes(q_norm_epsilon=EPS, k_norm_epsilon=EPS),
             weight_inputs({14: "q_norm", 15: "k_norm"}, norms),
         )
         given = feeds | norms | {"mask": torch.ones(batch, past + new, dtype=torch.long)}
-        return Case(feeds, refer("nn.cached_attention", given, eps=EPS, **attrs))
-    return Case(feeds, refer("ort.group_query_attention", feeds | weights, **attrs))
+        return Case(feeds, run_reference("nn.cached_attention", given, eps=EPS, **attrs))
+    return Case(feeds, run_reference("ort.group_query_attention", feeds | weights, **attrs))
 
 
 def write_rotary(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
@@ -166,8 +166,8 @@ def write_rotary(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     feeds = {"x": torch.randn(batch, new, heads, width, generator=generator), "cos": angles.cos(), "sin": angles.sin()}
     inputs = {"x": TensorType.of("f32", batch, S, heads, width)}
     inputs |= {n: TensorType.of("f32", rows, S, width) for n in ("cos", "sin")}
-    write("ort.rotary_embedding", inputs, {}, folder)
-    return Case(feeds, refer("ort.rotary_embedding", feeds))
+    write_program("ort.rotary_embedding", inputs, {}, folder)
+    return Case(feeds, run_reference("ort.rotary_embedding", feeds))
 
 
 # --- norms and activations -------------------------------------------------------------------------------------
@@ -179,13 +179,13 @@ def write_skip_norm(variant: Variant, folder: Path, weight_bytes: int = 0) -> Ca
     width = 24
     feeds = {n: torch.randn(TOKENS[-1], width, generator=generator) for n in ("x", "residual")}
     weights = {"w": torch.randn(width, generator=generator)}
-    write("nn.add_rms_norm", dict.fromkeys(feeds, TensorType.of("f32", T, width)), weights, folder, eps=EPS)
-    return Case(feeds, refer("nn.add_rms_norm", feeds | weights, eps=EPS), rows=True)
+    write_program("nn.add_rms_norm", dict.fromkeys(feeds, TensorType.of("f32", T, width)), weights, folder, eps=EPS)
+    return Case(feeds, run_reference("nn.add_rms_norm", feeds | weights, eps=EPS), rows=True)
 
 
 def write_quick_gelu(variant: Variant, folder: Path, weight_bytes: int = 0) -> Case:
     """Write a program of one QuickGelu."""
     alpha = float(variant.option.removeprefix("alpha=") or 1)
     x = torch.randn(TOKENS[-1], 24, generator=torch.Generator().manual_seed(1)) * 4
-    write("ort.quick_gelu", {"x": TensorType.of("f32", T, 24)}, {}, folder, alpha=alpha)
-    return Case({"x": x}, refer("ort.quick_gelu", {"x": x}, alpha=alpha), rows=True)
+    write_program("ort.quick_gelu", {"x": TensorType.of("f32", T, 24)}, {}, folder, alpha=alpha)
+    return Case({"x": x}, run_reference("ort.quick_gelu", {"x": x}, alpha=alpha), rows=True)

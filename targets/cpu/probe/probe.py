@@ -41,7 +41,7 @@ INSTRUCTIONS = (
 )  # fmt: skip
 
 
-def probe(
+def probe_variants(
     variants: Sequence[Variant] | None = None, quick: bool = False, progress: Progress | None = None,
     work: Callable[..., None] | None = None,
 ) -> Record:  # fmt: skip
@@ -53,15 +53,15 @@ def probe(
     found: dict[Variant, Finding] = {}
     while len(found) < len(variants):
         rest = [v for v in variants if v not in found]
-        for variant, finding in zip(rest, _in_a_process(rest, quick, work or _work), strict=False):
+        for variant, finding in zip(rest, _in_a_process(rest, quick, work or _probe_in_process), strict=False):
             found[variant] = finding
             if progress:
                 progress(len(found), len(variants))
-    cpu, instructions = _cpu()
+    cpu, instructions = _cpu_features()
     return Record(metadata.version("onnxruntime"), cpu, instructions, usable_cores(), found)
 
 
-def differences(new: Record, old: Record) -> list[tuple[Variant, str, str]]:
+def changed_findings(new: Record, old: Record) -> list[tuple[Variant, str, str]]:
     """Return the variants that are not found as they were: what they were, and what they are."""
 
     def text(finding: Finding | None) -> str:
@@ -73,7 +73,7 @@ def differences(new: Record, old: Record) -> list[tuple[Variant, str, str]]:
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def lost(new: Record, old: Record) -> list[Variant]:
+def lost_variants(new: Record, old: Record) -> list[Variant]:
     """Return the variants that were right and are not, or that round activations and did not."""
     right = [(v, f, old.findings[v]) for v, f in new.findings.items() if v in old.findings]
     return [v for v, f, was in right if was.found == RIGHT and (f.found != RIGHT or f.activations != was.activations)]
@@ -104,7 +104,7 @@ def _in_a_process(variants: Sequence[Variant], quick: bool, work: Callable[..., 
         ours.close()
 
 
-def _work(pipe: Connection, variants: Sequence[Variant], quick: bool) -> None:
+def _probe_in_process(pipe: Connection, variants: Sequence[Variant], quick: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -118,25 +118,25 @@ def _work(pipe: Connection, variants: Sequence[Variant], quick: bool) -> None:
 
 def try_variant(variant: Variant, quick: bool = False) -> Finding:
     """Return what the runtime of this process makes of a variant."""
-    with _written(variant) as (folder, case):
+    with _write_variant(variant) as (folder, case):
         try:
-            error = _error(folder, case)
+            error = _relative_error(folder, case)
         except native_errors() as raised:
-            return Finding(REJECTED, message=_reason(raised))
-    finding = _judge(variant, error)
+            return Finding(REJECTED, message=_reason_of_error(raised))
+    finding = _judge_error(variant, error)
     if quick or finding.found != RIGHT or not has_speed(variant):
         return finding
     speed = 0.0
     for weight_bytes in (SMALL_BYTES, LARGE_BYTES):
-        with _written(variant, weight_bytes) as (folder, case):
-            speed = _speed(folder, case)
+        with _write_variant(variant, weight_bytes) as (folder, case):
+            speed = _measure_speed(folder, case)
         if speed < SLOW_SPEED:
             break
     return replace(finding, speed=speed)
 
 
 @contextmanager
-def _written(variant: Variant, weight_bytes: int = 0) -> Iterator[tuple[Path, Any]]:
+def _write_variant(variant: Variant, weight_bytes: int = 0) -> Iterator[tuple[Path, Any]]:
     from .experts import write_moe, write_qmoe
     from .others import write_attention, write_linear, write_lookup, write_quick_gelu, write_rotary, write_skip_norm
 
@@ -149,7 +149,7 @@ def _written(variant: Variant, weight_bytes: int = 0) -> Iterator[tuple[Path, An
         yield Path(folder), writers[variant.operator](variant, Path(folder), weight_bytes)
 
 
-def _judge(variant: Variant, error: float) -> Finding:
+def _judge_error(variant: Variant, error: float) -> Finding:
     rounded = float(f"{error:.2g}") if np.isfinite(error) else None
     if error <= TOLERANCES[variant.dtype]:
         return Finding(RIGHT, error=rounded)
@@ -161,11 +161,11 @@ def _judge(variant: Variant, error: float) -> Finding:
 # --- running ---------------------------------------------------------------------------------------------------
 
 
-def _error(folder: Path, case: Any) -> float:
+def _relative_error(folder: Path, case: Any) -> float:
     """Return the largest error relative to the largest number wanted; infinite where not finite or of another shape."""
     from .cases import TOKENS
 
-    session = _session(folder)
+    session = _open_session(folder)
     counts = TOKENS if case.rows else (None,)
     worst = 0.0
     for count in counts:
@@ -178,9 +178,9 @@ def _error(folder: Path, case: Any) -> float:
     return worst
 
 
-def _speed(folder: Path, case: Any) -> float:
+def _measure_speed(folder: Path, case: Any) -> float:
     """Return the GB/s of weights that the fastest step reads."""
-    session = _session(folder)
+    session = _open_session(folder)
     feeds = [{name: x.numpy() for name, x in step.items()} for step in case.steps]
     session.run(None, feeds[0])
     taken: list[float] = []
@@ -191,7 +191,7 @@ def _speed(folder: Path, case: Any) -> float:
     return float(f"{case.bytes_read / min(taken) / 1e9:.3g}")
 
 
-def _session(folder: Path) -> Any:
+def _open_session(folder: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -200,7 +200,7 @@ def _session(folder: Path) -> Any:
     return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
 
 
-def _reason(error: Exception) -> str:
+def _reason_of_error(error: Exception) -> str:
     """Return the last part of a runtime's message, without the places in its source."""
     text = without_code(" ".join(str(error).split()))
     text = re.sub(r"^Load model from \S+ failed:\s*", "", text)
@@ -209,7 +209,7 @@ def _reason(error: Exception) -> str:
     return text[:160]
 
 
-def _cpu() -> tuple[str, tuple[str, ...]]:
+def _cpu_features() -> tuple[str, tuple[str, ...]]:
     """Return the name of the processor and which of INSTRUCTIONS it has."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ ATTENTION = (
 
 def all_variants() -> list[Variant]:
     """Return the variants in the order in which they are listed and tried."""
-    return [*_qmoe(), *_moe(), *_linear(), *_lookups(), *_others()]
+    return [*_qmoe_variants(), *_moe_variants(), *_linear_variants(), *_lookup_variants(), *_other_variants()]
 
 
 def has_speed(variant: Variant) -> bool:
@@ -58,7 +58,7 @@ def has_speed(variant: Variant) -> bool:
     return variant == plain and variant.operator in ("QMoE", "MoE", "MatMulNBits")
 
 
-def _qmoe() -> Iterator[Variant]:
+def _qmoe_variants() -> Iterator[Variant]:
     plain = plain_variant("QMoE")
     for accuracy in LEVELS:
         for name in INTEGERS:
@@ -79,7 +79,7 @@ def _qmoe() -> Iterator[Variant]:
         yield replace(plain, option=option)
 
 
-def _moe() -> Iterator[Variant]:
+def _moe_variants() -> Iterator[Variant]:
     plain = plain_variant("MoE")
     yield plain
     for activation in ACTIVATIONS:
@@ -90,7 +90,7 @@ def _moe() -> Iterator[Variant]:
     yield replace(plain, option="swiglu_fusion=2")
 
 
-def _linear() -> Iterator[Variant]:
+def _linear_variants() -> Iterator[Variant]:
     yield from (Variant("MatMulNBits", name) for name in QUANT_TYPES)
     for accuracy in LEVELS:
         for name in INTEGERS:
@@ -99,7 +99,7 @@ def _linear() -> Iterator[Variant]:
             yield Variant("MatMulNBits", name, one_group=True, accuracy=accuracy)
 
 
-def _lookups() -> Iterator[Variant]:
+def _lookup_variants() -> Iterator[Variant]:
     yield from (Variant("GatherBlockQuantized", name) for name in QUANT_TYPES)
     for name in INTEGERS:
         yield Variant("GatherBlockQuantized", name)
@@ -107,7 +107,7 @@ def _lookups() -> Iterator[Variant]:
         yield Variant("GatherBlockQuantized", name, option="experts")
 
 
-def _others() -> Iterator[Variant]:
+def _other_variants() -> Iterator[Variant]:
     for option in ATTENTION:
         yield Variant("GroupQueryAttention", option=option)
     yield Variant("RotaryEmbedding")

@@ -70,7 +70,7 @@ class States:
         return replace(self, buffers=self.buffers.grown(states, self.length, -(-room // STEP) * STEP))
 
 
-def start(states: Sequence[State], batch: int) -> States:
+def initial_states(states: Sequence[State], batch: int) -> States:
     """Return the states before the first token: caches without room, and zeros where a state does not grow."""
     import onnxruntime
 

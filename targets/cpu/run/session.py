@@ -18,7 +18,7 @@ from ....compiler.errors import MoecError
 from ...session import INPUTS, check_step
 from ..kernels.register import register_kernels
 from ..model_file import open_model
-from .caches import ELEMENTS, States, start
+from .caches import ELEMENTS, States, initial_states
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 LOGITS = "logits"
@@ -58,7 +58,7 @@ class Session:
         not fit, for tokens beyond the vocabulary and for what the runtime refuses.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        arrays = {name: _integers(name, array) for name, array in given.items()}
+        arrays = {name: _int64_array(name, array) for name, array in given.items()}
         if states is None:
             states = self.start(len(arrays["input_ids"]))
         past = self._check(arrays, states)
@@ -66,12 +66,14 @@ class Session:
         kept = min(last, new) if last and self.keeps else new
         logits = np.empty((batch, kept, self.width), np.float32)
         states = states.with_room(self._in_place, new)
-        with _errors("ONNX Runtime cannot run the model", self.folder / MODEL, todo=f"{new} new tokens after {past}"):
+        with _reword_errors(
+            "ONNX Runtime cannot run the model", self.folder / MODEL, todo=f"{new} new tokens after {past}"
+        ):
             binding = self._binding(states)
             for name in self.inputs:
                 binding.bind_cpu_input(name, arrays[name])
             if self.keeps:
-                binding.bind_ortvalue_input(KEEP, _value(np.array([kept], np.int64)))
+                binding.bind_ortvalue_input(KEEP, _ort_value(np.array([kept], np.int64)))
             binding.bind_output(LOGITS, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
             self.runtime.run_with_iobinding(binding)
             others = tuple(binding.get_outputs()[len(self._in_place) :][: len(states.others)]) if states.others else ()
@@ -81,7 +83,7 @@ class Session:
 
     def start(self, batch: int) -> States:
         """Return the states before the first token: empty caches, and zeros where a state does not grow."""
-        return start(self.states, batch)
+        return initial_states(self.states, batch)
 
     @property
     def _in_place(self) -> list[State]:
@@ -110,7 +112,7 @@ class Session:
         return check_step(arrays, own, self.states, self.context, self.vocabulary, padded)
 
 
-def _integers(name: str, given: Any) -> np.ndarray:
+def _int64_array(name: str, given: Any) -> np.ndarray:
     """Return an input as an array of the runtime's integers; MoecError for numbers that are none."""
     try:
         array = np.asarray(given)
@@ -123,7 +125,7 @@ def _integers(name: str, given: Any) -> np.ndarray:
     return found
 
 
-def load(
+def load_session(
     folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None,
     device: str | None = None,
 ) -> Session:  # fmt: skip
@@ -154,8 +156,10 @@ def load(
             )
     import onnxruntime
 
-    options = _options(threads, spinning)
-    with _errors("ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"):
+    options = _session_options(threads, spinning)
+    with _reword_errors(
+        "ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"
+    ):
         model, beside = open_model(path, DATA, accuracy)
         if isinstance(model, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
@@ -176,7 +180,7 @@ def load(
     return Session(folder, runtime, taken, states, width, vocabulary, limit, keeps)
 
 
-def _options(threads: int | None, spinning: bool) -> Any:
+def _session_options(threads: int | None, spinning: bool) -> Any:
     import onnxruntime
 
     if threads is not None and threads < 1:
@@ -210,7 +214,7 @@ def _check_names(path: Path, runtime: Any, states: tuple[State, ...]) -> None:
             raise MoecError(what, where=str(path), todo=_APART)
 
 
-def _value(array: np.ndarray) -> Any:
+def _ort_value(array: np.ndarray) -> Any:
     """Return a value of the runtime; an input that has a default can be bound only as one."""
     import onnxruntime
 
@@ -235,7 +239,7 @@ def without_code(message: str) -> str:
 
 
 @contextmanager
-def _errors(what: str, path: Path, todo: str) -> Iterator[None]:
+def _reword_errors(what: str, path: Path, todo: str) -> Iterator[None]:
     """Reword what the runtime raises."""
     try:
         yield
@@ -253,11 +257,11 @@ def usable_cores() -> int:
     Two threads on one core, or more threads than a container is given time for, wait for each other while they spin.
     """
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = {_siblings(cpu) for cpu in cpus}
-    return max(1, min(len(cores), _quota()))
+    cores = {_core_siblings(cpu) for cpu in cpus}
+    return max(1, min(len(cores), _cpu_quota()))
 
 
-def _siblings(cpu: int) -> str:
+def _core_siblings(cpu: int) -> str:
     """Return a text that is the same for the logical CPUs of one core."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
@@ -265,7 +269,7 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _quota() -> int:
+def _cpu_quota() -> int:
     """Return the number of CPUs that a container's time limit amounts to (a large number without a limit)."""
     try:
         limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from moec.compiler.artifact import atomic
-from moec.compiler.artifact.atomic import atomic_folder, recover
+from moec.compiler.artifact.atomic import atomic_folder, clean_up_after_killed
 from moec.compiler.errors import MoecError
 
 
@@ -36,7 +36,7 @@ def hidden(parent: Path) -> list[str]:
 @pytest.fixture(params=["exchange", "two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "two renames":
-        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(atomic, "_exchange_folders", lambda first, second: False)
     return request.param
 
 
@@ -132,13 +132,13 @@ def test_two_runs_at_once_in_one_process(tmp_path: Path) -> None:
 def test_cut_short_between_two_renames(tmp_path: Path) -> None:
     write(tmp_path / "a", "old")
     (tmp_path / "a").rename(tmp_path / f".a.old-{dead_pid()}-0123abcd")
-    recover(tmp_path / "a")
+    clean_up_after_killed(tmp_path / "a")
     assert contents(tmp_path / "a") == {"old"} and hidden(tmp_path) == []
 
 
 def test_second_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a", "old")
-    monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(atomic, "_exchange_folders", lambda first, second: False)
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -218,7 +218,7 @@ def test_killed_at_random_points(tmp_path: Path, swap: str) -> None:
         process.stdout.close()
         left += bool(hidden(tmp_path))
         if swap == "two renames":
-            recover(final)
+            clean_up_after_killed(final)
         (text,) = contents(final)
         assert len(list(final.iterdir())) == 4 and int(text) >= version
         version = int(text)
@@ -232,10 +232,10 @@ def test_the_system_call_is_there(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "x").touch()
-    done = atomic._exchange(tmp_path / "a", tmp_path / "b")
+    done = atomic._exchange_folders(tmp_path / "a", tmp_path / "b")
     assert done == (tmp_path / "b" / "x").exists()
     if sys.platform == "linux":
         assert done
     with pytest.raises(OSError):
-        atomic._exchange(tmp_path / "a", tmp_path / "missing")
+        atomic._exchange_folders(tmp_path / "a", tmp_path / "missing")
     shutil.rmtree(tmp_path / "a")

@@ -130,7 +130,7 @@ def failing(monkeypatch, error: BaseException) -> Result:
     def fail(name):
         raise error
 
-    monkeypatch.setattr(listing, "targets", fail)
+    monkeypatch.setattr(listing, "list_targets", fail)
     return invoke("targets")
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import transformers
 from moec.compiler.cli import report as reports
-from moec.compiler.cli.report import Opened, open_source, ranges
+from moec.compiler.cli.report import Opened, open_source, ranges_text
 from moec.compiler.cost.count import Costs, module_costs
 from moec.compiler.cost.report import bytes_text, count_text, flops_text
 from moec.compiler.driver import opt
@@ -55,7 +55,9 @@ func @main(%ids: i64[B, S], %k.{0..2}: state f32[B, 1, P, 8]) -> (f32[B, S, 16],
 
 def inspect(source, **options):
     """Return the figures of a module, or of a source by its path."""
-    return reports.inspect(Opened(source, {}, {}) if isinstance(source, Module) else open_source(source), **options)
+    return reports.inspect_source(
+        Opened(source, {}, {}) if isinstance(source, Module) else open_source(source), **options
+    )
 
 
 def tiny(head: str = "head") -> Costs:
@@ -277,7 +279,7 @@ def check(parameters: dict[str, int], experts: int, other: int, table: int, shar
     [
         (count_text(512), "512"), (count_text(6_919_161_856), "6.919 B"), (bytes_text(27_676_647_680), "27.68 GB"),
         (bytes_text(999), "999 B"), (bytes_text(1000), "1 kB"), (flops_text(2_359_214_055), "2.359 GFLOP"),
-        (count_text(1_572_997_000_000), "1.573 T"), (ranges([0, 1, 2, 5]), "0..2, 5"), (ranges([]), ""),
+        (count_text(1_572_997_000_000), "1.573 T"), (ranges_text([0, 1, 2, 5]), "0..2, 5"), (ranges_text([]), ""),
     ],
 )  # fmt: skip
 def test_text(text, expected):

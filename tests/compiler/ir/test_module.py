@@ -2,7 +2,7 @@
 
 import pytest
 from moec.compiler.errors import MoecError
-from moec.compiler.ir.dce import dce
+from moec.compiler.ir.dce import eliminate_dead_code
 from moec.compiler.ir.dims import size
 from moec.compiler.ir.module import Function, Value
 from moec.compiler.ir.names import Names
@@ -98,10 +98,10 @@ def test_dead_code_goes_with_what_only_it_reads():
         return [b.add("core.abs", x, hint="y")]
 
     before = function(build)
-    after = dce(before)
+    after = eliminate_dead_code(before)
     assert [op.name for op in after.ops] == ["core.abs"] and not after.consts
-    assert after.params == before.params and [p.name for p in dce(before, params=True).params] == ["x"]
-    assert dce(after) is after
+    assert after.params == before.params and [p.name for p in eliminate_dead_code(before, params=True).params] == ["x"]
+    assert eliminate_dead_code(after) is after
 
 
 def test_of_two_ops_that_make_a_value_the_later_one_stays():
@@ -110,7 +110,7 @@ def test_of_two_ops_that_make_a_value_the_later_one_stays():
         b.add("core.exp", z, hint=y)
         return [y]
 
-    assert [op.name for op in dce(function(build)).ops] == ["core.exp"]
+    assert [op.name for op in eliminate_dead_code(function(build)).ops] == ["core.exp"]
 
 
 def test_renaming_leaves_parameters_and_changes_what_reads():

@@ -7,10 +7,10 @@ from moec.compiler.driver import opt
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.pipelines import print_pipeline
-from moec.compiler.ir.recipes import FITTED, Tensor, tensors
+from moec.compiler.ir.recipes import FITTED, Tensor, tensors_of
 from moec.compiler.ir.types import TensorType
-from moec.compiler.quantize.awq_scales import fold
-from moec.compiler.quantize.calibrate import calibrate, main_inputs
+from moec.compiler.quantize.awq_scales import fold_awq_scales
+from moec.compiler.quantize.calibrate import collect_inputs, main_inputs
 from moec.compiler.weights.awq import _search_factors, fit_awq_factors
 from moec.compiler.weights.calibrated import Calibrated, Inputs
 from moec.compiler.weights.evaluate import evaluate_recipe
@@ -39,9 +39,9 @@ def logits(module, source):
 def test_scales_change_no_number(family):
     """With any factors at all the program gives the same logits."""
     loaded, module = family
-    scaled = module.with_functions({f.name: fold(f)[0] for f in module.functions})
+    scaled = module.with_functions({f.name: fold_awq_scales(f)[0] for f in module.functions})
     names = {
-        t: t.name for f in scaled.functions for c in f.consts for t in tensors(c.recipe) if t.name.endswith(FITTED)
+        t: t.name for f in scaled.functions for c in f.consts for t in tensors_of(c.recipe) if t.name.endswith(FITTED)
     }
     assert {name.removesuffix(FITTED) for name in names.values()} >= {"input_layernorm", "experts_down_proj"}
 
@@ -62,10 +62,10 @@ def test_scales_change_no_number(family):
 def test_factors_are_fitted_for_every_scaled_weight(family):
     loaded, module = family
     quantized = opt(module, f"quantize{{{POLICY}}}")
-    calibration = calibrate(quantized, loaded.weights, IDS)
+    calibration = collect_inputs(quantized, loaded.weights, IDS)
     fitted = fit_awq_factors(quantized, loaded.weights, calibration.inputs)
     wanted = {
-        name for f in TARGETS["cpu"].lower(quantized, None).module.functions for c in f.consts for name in [t.name for t in tensors(c.recipe)]
+        name for f in TARGETS["cpu"].lower(quantized, None).module.functions for c in f.consts for name in [t.name for t in tensors_of(c.recipe)]
         if name.endswith(FITTED)
     }  # fmt: skip
     assert {name.split(".")[-2] for name in fitted} == {name.split(".")[-2] for name in wanted}

@@ -10,8 +10,8 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.pipelines import print_pipeline
-from moec.compiler.ir.recipes import bind
-from moec.compiler.quantize.calibrate import CalibrationText, _Recorder, calibrate, main_inputs, windows_of
+from moec.compiler.ir.recipes import bind_recipe
+from moec.compiler.quantize.calibrate import CalibrationText, _Recorder, collect_inputs, main_inputs, windows_of
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.calibrated import Calibrated
 from moec.compiler.weights.sources.source import ModuleSource
@@ -77,7 +77,7 @@ def test_inputs_are_those_of_hooks(qwen):
         model(input_ids=IDS)
     for h in hooks:
         h.remove()
-    calibration = calibrate(module, loaded.weights, IDS)
+    calibration = collect_inputs(module, loaded.weights, IDS)
     assert calibration.tokens == IDS.numel()
     weights = {
         "q": "1.layer:qkv_proj",
@@ -101,7 +101,7 @@ def test_coverage_counts_the_routers_choices(qwen):
     model, loaded, module = qwen
     with torch.no_grad():
         logits = model(input_ids=IDS, output_router_logits=True).router_logits
-    calibration = calibrate(module, loaded.weights, IDS)
+    calibration = collect_inputs(module, loaded.weights, IDS)
     wanted = [torch.bincount(layer.topk(2, dim=-1).indices.flatten(), minlength=8).tolist() for layer in logits]
     assert [list(layer.tokens) for layer in calibration.coverage] == wanted
     figures = calibration.to_dict()
@@ -115,7 +115,7 @@ def test_experts_that_saw_too_few_are_quantized_all_the_same(qwen, starved):
     _, loaded, _ = qwen
     module = quantized(opt(loaded.module, TO_MOE), starved=starved)
     few = IDS[:1]
-    calibration = calibrate(module, loaded.weights, few)
+    calibration = collect_inputs(module, loaded.weights, few)
     up = find(calibration, "layers.0.", "gate_up_proj")
     counts = calibration.coverage[0].tokens
     assert min(counts) < 32
@@ -134,10 +134,10 @@ def test_experts_that_saw_too_few_are_quantized_all_the_same(qwen, starved):
 def test_a_weight_keeps_its_name_through_the_lowering(qwen, target):
     """Whatever a target makes of a weight, in the order of its rows and in its parts."""
     _, loaded, module = qwen
-    calibration = calibrate(module, loaded.weights, IDS)
+    calibration = collect_inputs(module, loaded.weights, IDS)
     lowered = open_target(target, {}).lower(module, None).module
     names = {
-        weight_of(bind(c.recipe, f.weights, bound)) for f, bound in walk_calls(lowered) for c in f.consts
+        weight_of(bind_recipe(c.recipe, f.weights, bound)) for f, bound in walk_calls(lowered) for c in f.consts
     } - {""}  # fmt: skip
     assert names == set(calibration.inputs)
     assert len(names) == 3 * 4 + 1  # q, k and v in one, o, up, down; the head
@@ -190,7 +190,7 @@ def test_experts_that_were_not_fused_are_calibrated_too():
         for n, s in (("table", (128, 32)), ("router", (4, 32)), ("w", (4, 8, 32)))
     }
     source = ModuleSource(state)
-    calibration = calibrate(module, source, IDS)
+    calibration = collect_inputs(module, source, IDS)
     (found,) = calibration.inputs.values()
     x = state["table"][IDS.flatten()]
     chosen = (x @ state["router"].T).topk(2).indices

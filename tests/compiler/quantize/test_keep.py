@@ -49,9 +49,9 @@ def test_the_codes_are_those_of_the_checkpoint(name, tmp_path):
 
 
 def _in_layer(module, recipe):
-    from moec.compiler.ir.recipes import bind
+    from moec.compiler.ir.recipes import bind_recipe
 
-    return bind(recipe, module.by_name["layer"].weights, {"layer": "1"})
+    return bind_recipe(recipe, module.by_name["layer"].weights, {"layer": "1"})
 
 
 def test_without_keep_the_numbers_are_f32(tmp_path):
@@ -161,7 +161,7 @@ def test_experts_interleave_as_codes():
     from moec.compiler.ir.recipes import Tensor
     from moec.compiler.ir.types import TensorType
     from moec.compiler.weights.sources.source import ModuleSource
-    from moec.targets.cpu.lower.quantized import interleaved
+    from moec.targets.cpu.lower.quantized import interleaved_recipe
 
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -172,6 +172,6 @@ def test_experts_interleave_as_codes():
     types = {"q": "u8", "s": "f32", "z": "u8"}
     leaves = [Tensor(n, TensorType.of(types[n], *t.shape)) for n, t in tensors.items()]
     packed = step("packed", *leaves, to="uint4_g16")
-    whole, turned = (evaluate_recipe(r, ModuleSource(tensors)) for r in (packed, interleaved(packed)))
+    whole, turned = (evaluate_recipe(r, ModuleSource(tensors)) for r in (packed, interleaved_recipe(packed)))
     assert torch.equal(turned, torch.stack([whole[:, :3], whole[:, 3:]], 2).flatten(1, 2))
     assert np.abs(whole.numpy()).max() > 0

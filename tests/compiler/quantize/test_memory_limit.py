@@ -15,8 +15,8 @@ from moec.compiler.driver import opt
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.pipelines import print_pipeline
-from moec.compiler.quantize.calibrate import calibrate, fitting
-from moec.compiler.quantize.sensitivity import find_units, measure
+from moec.compiler.quantize.calibrate import collect_inputs, windows_in_memory
+from moec.compiler.quantize.sensitivity import find_units, measure_sensitivity
 from moec.compiler.weights.calibrated import PIECE, Inputs
 from moec.compiler.weights.row_file import RowFile
 from moec.passes import PASSES
@@ -47,8 +47,8 @@ def test_batches_keep_what_one_run_keeps(qwen, starved):
     loaded, module = qwen
     module = quantized(module, starved=starved)
     each = live_bytes(module, {"B": 1, "S": 40, "P": 0})
-    whole, parts = (calibrate(module, loaded.weights, IDS, limit=4 * n * each) for n in (6, 2))
-    assert fitting(module, IDS, 2 * each)[1] == 2
+    whole, parts = (collect_inputs(module, loaded.weights, IDS, limit=4 * n * each) for n in (6, 2))
+    assert windows_in_memory(module, IDS, 2 * each)[1] == 2
     assert parts.coverage == whole.coverage and parts.tokens == whole.tokens == 240
     assert min(min(layer.tokens) for layer in whole.coverage) < 32 < max(max(layer.tokens) for layer in whole.coverage)
     assert list(parts.inputs) == list(whole.inputs)
@@ -66,10 +66,10 @@ def test_a_window_that_is_too_large_is_cut_shorter(qwen):
     _, module = qwen
     long = torch.zeros(4, 512, dtype=torch.int64)
     each = live_bytes(module, {"B": 1, "S": 128, "P": 0})
-    windows, count = fitting(module, long, each)
+    windows, count = windows_in_memory(module, long, each)
     assert (windows.shape, count) == ((16, 128), 1)
-    assert fitting(module, long, 1)[0].shape == (32, 64)  # never shorter than that
-    assert fitting(module, long, 1 << 40)[1] == 4
+    assert windows_in_memory(module, long, 1)[0].shape == (32, 64)  # never shorter than that
+    assert windows_in_memory(module, long, 1 << 40)[1] == 4
 
 
 def test_sensitivities_in_batches(qwen):
@@ -82,7 +82,7 @@ def test_sensitivities_in_batches(qwen):
             **dict.fromkeys(("experts", "attention", "shared", "dense", "embedding", "head"), "f32"),
         )  # fmt: skip
 
-    whole, parts = (measure(module, loaded.weights, IDS, units, store, batch)[1] for batch in (None, 4))
+    whole, parts = (measure_sensitivity(module, loaded.weights, IDS, units, store, batch)[1] for batch in (None, 4))
     assert whole.keys() == parts.keys()
     for unit, kls in whole.items():
         assert all(abs(parts[unit][name] - kl) <= 1e-3 * kl + 1e-9 for name, kl in kls.items())

@@ -10,7 +10,7 @@ from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.quantize.allocate import Weight, choose
+from moec.compiler.quantize.allocate import Weight, choose_formats
 from moec.compiler.quantize.plan import Budget, Entry, Plan, Unit, parse_layers, read_plan, spell_layers
 from moec.compiler.text.parser import parse_module
 from moec_command import invoke
@@ -87,7 +87,7 @@ def spent(chosen):
 
 
 def test_bits_go_where_they_save_most():
-    chosen = choose(UNITS, COSTS, 1_100_000)
+    chosen = choose_formats(UNITS, COSTS, 1_100_000)
     assert {unit: format for unit, (format, _) in chosen.items()} == {
         Unit(0, "experts"): "uint4_g64", Unit(1, "experts"): "uint2_g64", Unit(None, "head"): "uint4_g64",
     }  # fmt: skip
@@ -107,7 +107,7 @@ def test_the_choice_is_near_the_best(budget):
                 found.append(sum(kl for _, kl in chosen.values()))
         return min(found)
 
-    chosen = choose(UNITS, COSTS, budget)
+    chosen = choose_formats(UNITS, COSTS, budget)
     kl = sum(kl for _, kl in chosen.values())
     assert spent(chosen) <= budget
     assert best(budget) <= kl <= best(int(0.9 * budget) if budget > 900_000 else budget)
@@ -117,13 +117,13 @@ def test_a_tied_weight_in_one_format_is_paid_once():
     shared = [weight("table", 1 << 20)]
     units = {Unit(None, "embedding"): shared, Unit(None, "head"): shared}
     costs = {unit: {"uint4_g64": 0.01, "int8_g64": 0.001} for unit in units}
-    chosen = choose(units, costs, int(shared[0].bytes("int8_g64")))
+    chosen = choose_formats(units, costs, int(shared[0].bytes("int8_g64")))
     assert {format for format, _ in chosen.values()} == {"int8_g64"}
 
 
 def test_a_budget_that_cannot_be_met():
     with pytest.raises(MoecError, match="cannot be met") as error:
-        choose(UNITS, COSTS, 500_000)
+        choose_formats(UNITS, COSTS, 500_000)
     least = sum(UNITS[u][0].bytes(next(iter(c))) for u, c in COSTS.items())
     assert f"{float(least) / 1e6:.6g} MB" in str(error.value) and "bits per weight" in str(error.value)
 

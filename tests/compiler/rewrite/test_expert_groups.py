@@ -12,8 +12,8 @@ from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.module import Module
 from moec.compiler.ir.pipelines import print_pipeline
-from moec.compiler.ops.verify import verify
-from moec.compiler.quantize.calibrate import calibrate, main_inputs
+from moec.compiler.ops.verify import verify_module
+from moec.compiler.quantize.calibrate import collect_inputs, main_inputs
 from moec.compiler.rewrite.expert_groups import split_experts
 from moec.compiler.text.parser import parse_module
 from moec.targets import TARGETS
@@ -42,7 +42,7 @@ def test_the_sum_of_groups_is_the_whole(groups):
     function, ops = split_experts(module.main, module.main.ops[0], groups)
     assert [op.operands[3].type.sizes[0] for op in ops] == [len(g) for g in groups]
     split = Module(module.stage, module.dims, (function,), module.source)
-    verify(split)
+    verify_module(split)
     compare_function(module, split, "main", {}, 1e-5)
 
 
@@ -80,8 +80,8 @@ def test_calibration_sees_through_groups(qwen):
     policy = "method=gptq, attention=f32, head=f32, embedding=f32, experts=uint4_g16"
     whole = opt(module, f"quantize{{{policy}}}")
     split = opt(module, f'quantize{{{policy}, layers="1.experts[0,2,5]=int8_g16"}}')
-    counts = [list(layer.tokens) for layer in calibrate(whole, loaded.weights, IDS).coverage]
-    found = calibrate(split, loaded.weights, IDS).coverage
+    counts = [list(layer.tokens) for layer in collect_inputs(whole, loaded.weights, IDS).coverage]
+    found = collect_inputs(split, loaded.weights, IDS).coverage
     assert list(found[0].tokens) == counts[0] and list(found[3].tokens) == counts[2]
     assert list(found[1].tokens) == [counts[1][e] for e in (0, 2, 5)]
     assert list(found[2].tokens) == [counts[1][e] for e in (1, 3, 4, 6, 7)]

@@ -8,13 +8,13 @@ import onnxruntime
 import pytest
 from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.rewrite.fusion_report import fusion_report, line
+from moec.compiler.rewrite.fusion_report import entry_line, fusion_report
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import RandomSource
 from moec.passes import PASSES
-from moec.targets.cpu.lower.module import lower
-from moec.targets.cpu.onnx.emit import MODEL, emit
+from moec.targets.cpu.lower.module import lower_module
+from moec.targets.cpu.onnx.emit import MODEL, emit_model
 from moec_command import invoke
 from places import FILES
 from tiny_models import random_model, save
@@ -39,11 +39,11 @@ def checkpoint(tmp_path_factory):
 def test_the_artifact_and_both_commands_name_the_block(checkpoint, tmp_path):
     made = invoke("compile", checkpoint, "-o", tmp_path / "made")
     assert made.exit_code == 0, made.stderr
-    assert f"{line(RELU)}\n" in made.stderr
+    assert f"{entry_line(RELU)}\n" in made.stderr
     assert json.loads((tmp_path / "made" / "moec.json").read_text())["unfused"] == [RELU]
     assert moec.Artifact.open(tmp_path / "made").report["unfused"] == [RELU]
     shown = invoke("inspect", tmp_path / "made")
-    assert line(RELU) in shown.stdout
+    assert entry_line(RELU) in shown.stdout
     told = invoke("inspect", tmp_path / "made", "--json")
     assert json.loads(told.stdout)["unfused"] == [RELU]
 
@@ -57,7 +57,7 @@ def test_spelled_out_blocks_are_named_and_right(tmp_path):
     """The reason is that of the rule that came nearest; the cost counts copies of tokens and weights."""
     module = parse_module(REFUSED.read_text("utf-8"), str(REFUSED))
     fused, notes = PASSES["fuse-dispatch"].run(module)
-    lowered, more = lower(fused)
+    lowered, more = lower_module(fused)
     found = fusion_report(lowered, (*notes, *more))
     assert [entry["place"] for entry in found] == [f"mlp{i}" for i in range(5)]
     assert found[0]["reason"] == "only %bg has a bias of the two (%g0, %u0)"
@@ -67,7 +67,7 @@ def test_spelled_out_blocks_are_named_and_right(tmp_path):
     cost = "64 bytes of token copies a token, 3 Loops over 4 experts, 576 bytes of weights copied for each expert"
     assert {entry["cost"] for entry in found} == {cost}
     source = RandomSource(1)
-    emit(lowered, source, tmp_path)
+    emit_model(lowered, source, tmp_path)
     inputs = random_inputs(module, "main", {"T": 7})
     feeds = {p.name: x.numpy() for p, x in zip(module.main.params, inputs, strict=True)}
     want = interpret(module, inputs, lambda recipe: evaluate_recipe(recipe, source))

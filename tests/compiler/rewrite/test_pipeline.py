@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from moec.compiler.check.compare import difference, small_dims
+from moec.compiler.check.compare import describe_difference, small_dims
 from moec.compiler.errors import MoecError
 from moec.compiler.ir.module import Module, Value
 from moec.compiler.ir.pipelines import PassCall, parse_pipeline
@@ -255,7 +255,7 @@ def test_difference_of_numbers():
     import torch
 
     a = torch.tensor([1.0, -4.0, float("inf")])
-    assert not difference(a, a.clone(), 1e-6)
-    assert "differs by 0.25" in difference(a, a + torch.tensor([1.0, 0, 0]), 1e-4)
-    assert "infinite" in difference(a, torch.tensor([1.0, float("nan"), float("inf")]), 1e-4)
-    assert "1 of 2 integers" in difference(torch.tensor([1, 2]), torch.tensor([1, 3]), 1e-4)
+    assert not describe_difference(a, a.clone(), 1e-6)
+    assert "differs by 0.25" in describe_difference(a, a + torch.tensor([1.0, 0, 0]), 1e-4)
+    assert "infinite" in describe_difference(a, torch.tensor([1.0, float("nan"), float("inf")]), 1e-4)
+    assert "1 of 2 integers" in describe_difference(torch.tensor([1, 2]), torch.tensor([1, 3]), 1e-4)

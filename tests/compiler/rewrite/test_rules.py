@@ -8,9 +8,9 @@ from moec.compiler.errors import MoecError, Refuse
 from moec.compiler.ir.module import Module
 from moec.compiler.ir.recipes import Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.ops.verify import verify
-from moec.compiler.rewrite.editor import join
-from moec.compiler.rewrite.rules import apply, rule
+from moec.compiler.ops.verify import verify_module
+from moec.compiler.rewrite.editor import join_recipes_along
+from moec.compiler.rewrite.rules import apply_rules, rule
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.steps.table import step
@@ -30,8 +30,8 @@ def texts(notes) -> list[str]:
 
 def rewritten(module: Module, *rules) -> list[str]:
     """Return the statements after the rules, checked and with the same numbers."""
-    result = apply(module, None, rules).module
-    verify(result)
+    result = apply_rules(module, None, rules).module
+    verify_module(result)
     compare_modules(module, result, 1e-5)
     lines = print_module(result).splitlines()
     return [line.strip() for line in lines if line.startswith("  ") and "->" not in line and "return" not in line]
@@ -44,7 +44,7 @@ def sigmoid_into_silu(m, target):
 
 def test_unchanged_is_the_same_module():
     module = program("  %y = core.exp(%x) : f32[B, 8]")
-    assert apply(module, None, [sigmoid_into_silu]).module is module
+    assert apply_rules(module, None, [sigmoid_into_silu]).module is module
 
 
 @pytest.mark.parametrize("operands", ["%x, %s", "%s, %x"])
@@ -58,7 +58,7 @@ def test_a_value_used_elsewhere_is_refused_by_the_matcher():
         '  %s = core.sigmoid(%x) : f32[B, 8]\n  %m = core.mul(%x, %s) : f32[B, 8] loc("mlp")\n'
         "  %y = core.add(%m, %s) : f32[B, 8]"
     )
-    result, notes = apply(module, None, [sigmoid_into_silu])
+    result, notes = apply_rules(module, None, [sigmoid_into_silu])
     assert result is module
     assert texts(notes) == ["note: sigmoid_into_silu not applied at %m (mlp): %s is also used outside the pattern"]
 
@@ -67,7 +67,7 @@ def test_a_returned_value_is_used_elsewhere():
     module = program(
         "  %s = core.sigmoid(%x) : f32[B, 8]\n  %y = core.mul(%x, %s) : f32[B, 8]", "f32[B, 8], f32[B, 8]", "%y, %s"
     )
-    assert apply(module, None, [sigmoid_into_silu]).module is module
+    assert apply_rules(module, None, [sigmoid_into_silu]).module is module
 
 
 @rule(
@@ -101,7 +101,7 @@ def test_guard_refusal_names_the_culprit():
     module = program(
         "  %t = core.mul(%x, %x) : f32[B, 8]\n  %s = core.sigmoid(%t) : f32[B, 8]\n  %y = core.mul(%t, %s) : f32[B, 8]"
     )
-    _, notes = apply(module, None, [silu_after_scale])
+    _, notes = apply_rules(module, None, [silu_after_scale])
     assert texts(notes) == ["note: silu_after_scale not applied at %y (@main): the scale is not a constant (%x)"]
 
 
@@ -153,7 +153,7 @@ def siblings(m, target):
 
 def test_siblings_are_found_through_the_shared_operand():
     body = "  %s = core.sin(%x) : f32[B, 8]\n  %c = core.cos(%x) : f32[B, 8]\n  %y = core.add(%s, %c) : f32[B, 8]"
-    _, notes = apply(program(body), None, [siblings])
+    _, notes = apply_rules(program(body), None, [siblings])
     assert texts(notes) == ["note: siblings not applied at %c (@main): found"]
 
 
@@ -173,8 +173,8 @@ def test_several_results_and_order_of_definitions():
         "  %y = core.add(%n, %far) : f32[B, 2]",
         "f32[B, 2]",
     )
-    result = apply(module, None, [wrong_order]).module
-    verify(result)
+    result = apply_rules(module, None, [wrong_order]).module
+    verify_module(result)
     assert [op.name for op in result.main.ops] == ["core.topk", "core.gather", "core.softmax", "core.add"]
 
 
@@ -192,7 +192,7 @@ def test_a_cycle_through_the_outside_is_refused():
     def through_outside(m, target):
         """Make %i depend on what may depend on %i."""
 
-    result, notes = apply(module, None, [through_outside])
+    result, notes = apply_rules(module, None, [through_outside])
     assert result is module
     assert "depends on one and feeds the other" in notes[0].reason
 
@@ -201,7 +201,7 @@ def test_near_misses_say_what_did_not_fit():
     module = program(
         "  %t = core.abs(%x) : f32[B, 8]\n  %s = core.sigmoid(%t) : f32[B, 8]\n  %y = core.mul(%t, %s) : f32[B, 8]"
     )
-    _, notes = apply(module, None, [silu_after_scale])
+    _, notes = apply_rules(module, None, [silu_after_scale])
     assert texts(notes) == ["note: silu_after_scale not applied at %y (@main): %t is made by core.abs, not core.mul"]
 
 
@@ -211,7 +211,7 @@ def test_rules_without_end_are_an_error():
         """Never stop."""
 
     with pytest.raises(MoecError, match="do not come to an end: 100 rewrites of @main, the last one by forever"):
-        apply(program("  %y = core.abs(%x) : f32[B, 8]"), None, [forever])
+        apply_rules(program("  %y = core.abs(%x) : f32[B, 8]"), None, [forever])
 
 
 def test_a_rule_that_changes_a_type_is_an_error_with_its_name():
@@ -220,7 +220,7 @@ def test_a_rule_that_changes_a_type_is_an_error_with_its_name():
         """Give another dtype."""
 
     with pytest.raises(MoecError, match=r"rule other_type: core.cast gives f64\[B, 8\] for %y, which is f32\[B, 8\]"):
-        apply(program("  %y = core.abs(%x) : f32[B, 8]"), None, [other_type])
+        apply_rules(program("  %y = core.abs(%x) : f32[B, 8]"), None, [other_type])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_wrong_rules_are_errors(before, after, what):
         """Be wrong."""
 
     with pytest.raises(MoecError) as caught:
-        apply(program("  %y = core.abs(%x) : f32[B, 8]"), None, [wrong])
+        apply_rules(program("  %y = core.abs(%x) : f32[B, 8]"), None, [wrong])
     assert what in caught.value.what
 
 
@@ -258,7 +258,7 @@ def test_an_optional_operand_is_kept_or_stays_absent(bias):
         f"  %l = core.linear(%x, %w, {bias}) : f32[B, 8]\n  %y = core.silu(%l) : f32[B, 8]",
         params="%x: f32[B, 8], %w: f32[8, 8], %b: f32[8]",
     )
-    lines = print_module(apply(module, None, [silu_away]).module).splitlines()
+    lines = print_module(apply_rules(module, None, [silu_away]).module).splitlines()
     assert f"  %y = core.linear(%x, %w, {bias}) : f32[B, 8]" in lines
 
 
@@ -268,7 +268,7 @@ def test_an_operand_that_is_not_optional_must_be_there():
         "  %l = core.linear(%x, %w, _) : f32[B, 8]\n  %y = core.silu(%l) : f32[B, 8]",
         params="%x: f32[B, 8], %w: f32[8, 8]",
     )
-    assert apply(module, None, [strict]).module is module
+    assert apply_rules(module, None, [strict]).module is module
 
 
 def _refuse(m, target):
@@ -278,14 +278,14 @@ def _refuse(m, target):
 def test_a_note_knows_its_parts():
     module = program('  %s = core.tanh(%x) : f32[B, 8]\n  %y = core.mul(%x, %s) : f32[B, 8] loc("mlp")')
     refuse = rule(before="%s = core.tanh(%x)\n%y = core.mul(%x, %s)", after="%y = core.silu(%x)")(_refuse)
-    (note,) = apply(module, None, [refuse]).notes
+    (note,) = apply_rules(module, None, [refuse]).notes
     assert (note.function, note.loc, note.op, note.matched) == ("main", ("mlp",), "%y", 1.0)
     assert note.reason == "never (%s)" and str(note) == f"note: _refuse not applied at %y (mlp): {note.reason}"
 
 
 def test_joined_weights_are_cast_once_at_the_end():
     low, high = Tensor("a", TensorType.of("bf16", 2, 4)), Tensor("b", TensorType.of("bf16", 3, 4))
-    joined = join(step("cast", low, to="f32"), step("cast", high, to="f32"), axis=0)
+    joined = join_recipes_along(step("cast", low, to="f32"), step("cast", high, to="f32"), axis=0)
     assert joined == step("cast", step("concat", low, high, axis=0), to="f32")
-    apart = join(step("cast", low, to="f32"), Tensor("c", TensorType.of("f32", 3, 4)), axis=0)
+    apart = join_recipes_along(step("cast", low, to="f32"), Tensor("c", TensorType.of("f32", 3, 4)), axis=0)
     assert apart.name == "concat" and apart.type == TensorType.of("f32", 5, 4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact, record_figures
-from moec.compiler.runtime.compare import SAMPLE, compare_prompts, relative, verify
+from moec.compiler.runtime.compare import SAMPLE, compare_prompts, compare_with_source, relative_difference
 from moec.compiler.runtime.reference import Reference, open_reference
 from moec.compiler.runtime.text_score import score_text
 
@@ -38,7 +38,7 @@ def add_noise(size):
 def test_an_equal_model_passes(tiny_lm):
     model, folder = tiny_lm
     ticks = []
-    found = verify(Artifact.open(folder), model, progress=lambda *a: ticks.append(a), **SMALL)
+    found = compare_with_source(Artifact.open(folder), model, progress=lambda *a: ticks.append(a), **SMALL)
     assert found.passed and found.relative < 1e-5
     assert [case.lengths for case in found.cases] == [(33, 19, 6), (33, 19, 6), (1,), (7,), (33,)]
     assert [case.greedy for case in found.cases] == [13, 2, 9, 9, 9]
@@ -51,7 +51,7 @@ def test_an_equal_model_passes(tiny_lm):
 def test_a_wrong_prefill_fails(tiny_lm):
     model, folder = tiny_lm
     artifact = Artifact.open(folder)
-    found = verify(artifact, model, session=changed(artifact, add_noise(0.05)), **SMALL)
+    found = compare_with_source(artifact, model, session=changed(artifact, add_noise(0.05)), **SMALL)
     assert not found.passed and found.relative > 1e-3
     assert found.text.kl_mean > 1e-5 and found.text.perplexity != found.text.reference_perplexity
     assert "differs" in found.lines()[-1]
@@ -61,7 +61,7 @@ def test_a_wrong_cache_is_seen_in_decode_only(tiny_lm):
     model, folder = tiny_lm
     artifact = Artifact.open(folder)
     wrong = changed(artifact, lambda logits, past: logits * (1.01 if past > 36 else 1))
-    found = verify(artifact, model, session=wrong, **SMALL)
+    found = compare_with_source(artifact, model, session=wrong, **SMALL)
     assert found.cases[0].prefill < 1e-5 < 1e-3 < found.cases[0].decode
     assert not found.passed
 
@@ -83,10 +83,10 @@ def test_a_lossy_artifact_reports(tiny_lm_copy, tiny_lm):
     path = tiny_lm_copy / "moec.json"
     path.write_text(path.read_text().replace('"lossy": false', '"lossy": true'))
     artifact = Artifact.open(tiny_lm_copy)
-    found = verify(artifact, tiny_lm[0], session=changed(artifact, add_noise(0.05)), **SMALL)
+    found = compare_with_source(artifact, tiny_lm[0], session=changed(artifact, add_noise(0.05)), **SMALL)
     assert found.passed and not found.lossless and found.relative > 1e-3
     broken = changed(artifact, lambda logits, past: logits * np.nan)
-    found = verify(artifact, tiny_lm[0], session=broken, **SMALL)
+    found = compare_with_source(artifact, tiny_lm[0], session=broken, **SMALL)
     assert not found.passed and found.to_dict()["relative"] is None
     figures = record_figures(tiny_lm_copy, found.to_dict()).manifest["figures"]
     assert figures["passed"] is False
@@ -108,12 +108,12 @@ def test_greedy_tokens_may_differ_in_a_tie():
 
 def test_relative():
     wanted = np.array([[1.0, -4.0, 2.0]], np.float32)
-    assert relative(wanted, wanted) == 0
-    assert relative(wanted + 0.4, wanted) == pytest.approx(0.1)
+    assert relative_difference(wanted, wanted) == 0
+    assert relative_difference(wanted + 0.4, wanted) == pytest.approx(0.1)
     masked = np.array([[1.0, -np.inf, 2.0]], np.float32)
-    assert relative(masked, masked) == 0
-    assert math.isnan(relative(wanted, masked)) and math.isnan(relative(masked, wanted))
-    assert math.isnan(relative(wanted * np.nan, wanted))
+    assert relative_difference(masked, masked) == 0
+    assert math.isnan(relative_difference(wanted, masked)) and math.isnan(relative_difference(masked, wanted))
+    assert math.isnan(relative_difference(wanted * np.nan, wanted))
 
 
 def test_scores_are_what_the_formulas_say():
@@ -137,7 +137,7 @@ def test_scores_are_what_the_formulas_say():
 
 
 def test_the_context_limits_what_is_compared(tiny_lm):
-    found = verify(Artifact.open(tiny_lm[1]), tiny_lm[0], lengths=(60, 200), tokens=100)
+    found = compare_with_source(Artifact.open(tiny_lm[1]), tiny_lm[0], lengths=(60, 200), tokens=100)
     shapes = [(case.lengths, case.steps) for case in found.cases]
     assert shapes == [((64, 38, 12), 0), ((64, 38, 12), 0), ((60,), 4), ((64,), 0)]
     assert found.passed

@@ -7,9 +7,9 @@ import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime import generate as generation
 from moec.compiler.runtime.artifact import Artifact
-from moec.compiler.runtime.generate import generate, left_pad, pick
+from moec.compiler.runtime.generate import generate, left_pad, sample_token
 from moec.compiler.runtime.tokenizer import TextStream, Tokenizer, load_tokenizer
-from moec.targets.cpu.run.session import load
+from moec.targets.cpu.run.session import load_session
 
 PROMPTS = [[5, 9, 2, 11, 30], [7], [3, 3, 8]]
 
@@ -25,7 +25,7 @@ def test_greedy_equals_transformers(tiny_lm):
     import torch
 
     model, folder = tiny_lm
-    found = generate(load(folder), [PROMPTS[0]], max_new_tokens=20, greedy=True)
+    found = generate(load_session(folder), [PROMPTS[0]], max_new_tokens=20, greedy=True)
     wanted = model.generate(
         torch.tensor([PROMPTS[0]]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -35,7 +35,7 @@ def test_greedy_equals_transformers(tiny_lm):
 
 @pytest.mark.parametrize("sampling", [{"greedy": True}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
 def test_rows_of_a_batch_do_not_disturb_each_other(tiny_lm, sampling):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     batch = generate(session, PROMPTS, max_new_tokens=12, **sampling)
     first = generate(session, PROMPTS[:1], max_new_tokens=12, **sampling)
     assert batch.tokens[0] == first.tokens[0]
@@ -44,14 +44,14 @@ def test_rows_of_a_batch_do_not_disturb_each_other(tiny_lm, sampling):
 
 
 def test_prefill_in_parts_gives_the_same(tiny_lm, monkeypatch):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     whole = generate(session, PROMPTS, max_new_tokens=8, greedy=True)
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 6)  # two columns of three rows a step
     assert generate(session, PROMPTS, max_new_tokens=8, greedy=True).tokens == whole.tokens
 
 
 def test_stops_at_eos_row_by_row(tiny_lm):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     free = generate(session, PROMPTS, max_new_tokens=12, greedy=True).tokens
     eos = {free[1][2]}
     seen = []
@@ -63,19 +63,19 @@ def test_stops_at_eos_row_by_row(tiny_lm):
 
 
 def test_seed_decides(tiny_lm):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     runs = [generate(session, [[1]], max_new_tokens=24, temperature=2.0, seed=s).tokens for s in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     assert len(runs[0][0]) == 24
 
 
 def test_nothing_asked_for(tiny_lm):
-    assert generate(load(tiny_lm[1]), [[1], [2]], max_new_tokens=0).tokens == [[], []]
+    assert generate(load_session(tiny_lm[1]), [[1], [2]], max_new_tokens=0).tokens == [[], []]
 
 
 def draw(logits, count=4000, **settings):
     rng = np.random.default_rng(0)
-    drawn = [pick(np.asarray(logits, np.float32), rng, **settings) for _ in range(count)]
+    drawn = [sample_token(np.asarray(logits, np.float32), rng, **settings) for _ in range(count)]
     return np.bincount(drawn, minlength=len(logits)) / count
 
 
@@ -98,13 +98,13 @@ def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates():
 
 
 def test_pick_takes_the_first_of_equals():
-    assert pick(np.array([1.0, 3.0, 3.0], np.float32), np.random.default_rng(), 0.0) == 1
+    assert sample_token(np.array([1.0, 3.0, 3.0], np.float32), np.random.default_rng(), 0.0) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_must_be_numbers(bad):
     with pytest.raises(MoecError, match="not finite") as caught:
-        pick(np.array([1.0, bad, 2.0], np.float32), np.random.default_rng(), 1.0)
+        sample_token(np.array([1.0, bad, 2.0], np.float32), np.random.default_rng(), 1.0)
     assert caught.value.exit_code == 1
 
 
@@ -124,7 +124,7 @@ def test_logits_must_be_numbers(bad):
 )
 def test_settings_that_mean_nothing(tiny_lm, prompts, settings, message):
     with pytest.raises(MoecError, match=message):
-        generate(load(tiny_lm[1]), prompts, **settings)
+        generate(load_session(tiny_lm[1]), prompts, **settings)
 
 
 # --- text --------------------------------------------------------------------------------------------------------

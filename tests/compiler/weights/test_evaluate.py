@@ -9,7 +9,7 @@ from boxes import boxes_of, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
-from moec.compiler.ir.recipes import Literal, Recipe, Tensor, bind, spread
+from moec.compiler.ir.recipes import Literal, Recipe, Tensor, bind_recipe, spread_items
 from moec.compiler.ir.types import TensorType
 from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.checkpoint import open_checkpoint
@@ -27,7 +27,7 @@ def reference(recipe: Recipe, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         case Literal():
             return torch.tensor(recipe.values, dtype=torch.float32).reshape(recipe.type.sizes)
     a: dict[str, Any] = recipe.attributes
-    items = [reference(item, tensors) for item in (spread(recipe) if recipe.spreads else recipe.items)]
+    items = [reference(item, tensors) for item in (spread_items(recipe) if recipe.spreads else recipe.items)]
     match recipe.name:
         case "stack":
             return torch.stack(items)
@@ -161,7 +161,7 @@ def test_templates_are_spread(tmp_path: Path) -> None:
     """The recipe of fused experts, bound to a layer as the emitter does."""
     kind = TensorType.of("bf16", 6, 4)
     leaves = [step("stack", Tensor(f"experts.{{0..4}}.{part}.weight", kind)) for part in ("gate", "up")]
-    recipe = bind(step("cast", step("interleave", *leaves, axis=1), to="f32"), "layers.{layer}.", {"layer": "3"})
+    recipe = bind_recipe(step("cast", step("interleave", *leaves, axis=1), to="f32"), "layers.{layer}.", {"layer": "3"})
     names = [f"layers.3.experts.{e}.{part}.weight" for part in ("gate", "up") for e in range(5)]
     tensors = {name: torch.randn(6, 4).to(torch.bfloat16) for name in names}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -214,12 +214,12 @@ def test_a_part_of_the_spread_items_makes_no_other_names(monkeypatch):
 
     numbered = Tensor("a.{3..258}.w", TensorType.of("f32", 2))
     stacked = step("stack", Tensor("b", TensorType.of("f32", 2)), numbered, Tensor("c", TensorType.of("f32", 2)))
-    assert [t.name for t in spread(stacked)] == ["b", *(f"a.{i}.w" for i in range(3, 259)), "c"]
+    assert [t.name for t in spread_items(stacked)] == ["b", *(f"a.{i}.w" for i in range(3, 259)), "c"]
     made: list[int] = []
     counted = recipes.range_at
     monkeypatch.setattr(recipes, "range_at", lambda name, index: made.append(index) or counted(name, index))
-    whole = spread(stacked)
+    whole = spread_items(stacked)
     for low, high in ((0, 1), (0, 2), (100, 101), (255, 258), (257, 258), (4, 4)):
         made.clear()
-        assert spread(stacked, low, high) == whole[low:high]
+        assert spread_items(stacked, low, high) == whole[low:high]
         assert len(made) <= high - low

@@ -12,7 +12,7 @@ from chips_for_tests import needs_triton
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.compare import ROUNDING, token_differences
 from moec.compiler.runtime.generate import left_pad
-from moec.compiler.runtime.reference import Reference, rounded
+from moec.compiler.runtime.reference import Reference, reference_in_bf16
 from places import SUPPORT, TINY
 from tiny_models import meaning, random_model
 
@@ -43,7 +43,7 @@ def test_two_sequences_and_cached_steps(family, chip, tmp_path):
     session = artifact.session(threads=1)
     model.set_attn_implementation("eager")
     exact = Reference.of(model, family)
-    runners = (session, exact, rounded(exact))
+    runners = (session, exact, reference_in_bf16(exact))
     generator = np.random.default_rng(0)
     padding = "position_ids" in {i["name"] for i in artifact.manifest["inputs"]}  # else all rows have one length
     lengths = (12, 7) if padding else (12, 12)

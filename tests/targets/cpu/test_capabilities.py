@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from moec.compiler.errors import MoecError
 from moec.targets.cpu import capabilities
-from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, shipped
+from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, shipped_record
 from moec.targets.cpu.probe import probe
 from moec.targets.cpu.probe.variants import all_variants, has_speed
 from moec_command import invoke
@@ -21,18 +21,18 @@ from moec_command import invoke
 
 @pytest.fixture(scope="module")
 def probed() -> Record:
-    return probe.probe(quick=True)
+    return probe.probe_variants(quick=True)
 
 
 def test_the_record_is_what_the_runtime_does(probed: Record) -> None:
-    assert list(probed.findings) == all_variants() == list(shipped().findings)
-    assert probe.lost(probed, shipped()) == []
-    if (probed.runtime, probed.instructions) == (shipped().runtime, shipped().instructions):
-        assert probe.differences(probed, shipped()) == []
+    assert list(probed.findings) == all_variants() == list(shipped_record().findings)
+    assert probe.lost_variants(probed, shipped_record()) == []
+    if (probed.runtime, probed.instructions) == (shipped_record().runtime, shipped_record().instructions):
+        assert probe.changed_findings(probed, shipped_record()) == []
 
 
 def test_the_record_has_speeds_and_traps() -> None:
-    findings = shipped().findings
+    findings = shipped_record().findings
     assert all(f.speed for v, f in findings.items() if f.found == RIGHT and has_speed(v))
     assert all(f.message for f in findings.values() if f.found == "rejected")
     traps = ["int4_g64 swiglu weights weights_prepacked=1", "int4_g32 swiglu softmax over all experts"]
@@ -41,8 +41,8 @@ def test_the_record_has_speeds_and_traps() -> None:
 
 @pytest.mark.long
 def test_the_whole_probe() -> None:
-    found = probe.probe()
-    assert probe.lost(found, shipped()) == []
+    found = probe.probe_variants()
+    assert probe.lost_variants(found, shipped_record()) == []
     assert all(f.speed for v, f in found.findings.items() if f.found == RIGHT and has_speed(v))
 
 
@@ -60,7 +60,9 @@ def raise_at_once(pipe: Any, variants: list[Variant], quick: bool) -> None:
 def test_a_runtime_that_ends_its_process_is_one_finding() -> None:
     told: list[tuple[int, int]] = []
     variants = all_variants()[:5]
-    found = probe.probe(variants, progress=lambda done, total: told.append((done, total)), work=end_at_the_third)
+    found = probe.probe_variants(
+        variants, progress=lambda done, total: told.append((done, total)), work=end_at_the_third
+    )
     assert [f.found for f in found.findings.values()] == [RIGHT, RIGHT, "crashed", RIGHT, RIGHT]
     assert "7" in found.findings[variants[2]].message
     assert told == [(i, 5) for i in range(1, 6)]
@@ -68,7 +70,7 @@ def test_a_runtime_that_ends_its_process_is_one_finding() -> None:
 
 def test_a_fault_of_the_probe_is_no_finding() -> None:
     with pytest.raises(ZeroDivisionError):
-        probe.probe(all_variants()[:2], work=raise_at_once)
+        probe.probe_variants(all_variants()[:2], work=raise_at_once)
 
 
 def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +80,8 @@ def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def off(name: str, given: dict[str, Any], **attrs: Any) -> Any:
         return refer(name, {**given, "zeros": given["zeros"] ^ 0x11}, **attrs)
 
-    refer = probe_others.refer
-    monkeypatch.setattr(probe_others, "refer", off)
+    refer = probe_others.run_reference
+    monkeypatch.setattr(probe_others, "run_reference", off)
     for accuracy in (0, 4):
         assert probe.try_variant(Variant("MatMulNBits", "uint4_g32", accuracy=accuracy), quick=True).found == WRONG
 
@@ -88,10 +90,10 @@ def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    text = capabilities.record_text(shipped())
+    text = capabilities.record_text(shipped_record())
     assert text == (Path(capabilities.__file__).parent / capabilities.FILE).read_text(encoding="utf-8")
     (tmp_path / "record.json").write_text(text)
-    assert capabilities.read_record(tmp_path / "record.json") == shipped()
+    assert capabilities.read_record(tmp_path / "record.json") == shipped_record()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"runtime": "1", "variants": [{"found": "right"}]}'])
@@ -110,7 +112,7 @@ def test_a_file_that_is_no_record(text: str, tmp_path: Path) -> None:
 def stub(monkeypatch: pytest.MonkeyPatch, probed: Record) -> list[Record]:
     """Let the command find what the list holds, without running it again."""
     found = [probed]
-    monkeypatch.setattr(probe, "probe", lambda quick, progress: found[0])
+    monkeypatch.setattr(probe, "probe_variants", lambda quick, progress: found[0])
     return found
 
 

@@ -19,7 +19,7 @@ from moec.compiler.errors import MoecError, Refuse
 from moec.compiler.ir.module import Function, Module, Op, Value
 from moec.compiler.ir.recipes import Recipe, Tensor
 from moec.compiler.ir.types import TensorType
-from moec.compiler.ops.verify import verify
+from moec.compiler.ops.verify import verify_module
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.evaluate import evaluate_recipe
@@ -27,9 +27,9 @@ from moec.compiler.weights.sources.source import RandomSource
 from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from moec.targets import TARGETS
-from moec.targets.cpu.lower.module import lower
-from moec.targets.cpu.lower.quantized import interleaved
-from moec.targets.cpu.onnx.emit import DATA, MODEL, emit, supported
+from moec.targets.cpu.lower.module import lower_module
+from moec.targets.cpu.lower.quantized import interleaved_recipe
+from moec.targets.cpu.onnx.emit import DATA, MODEL, emit_model, why_unsupported
 from moec.targets.cpu.onnx.genai import genai_config
 from onnx_session import open_session
 
@@ -107,7 +107,7 @@ def program(width: int = 8, act: str = "silu", score: str = "softmax(%r) {axis=1
     text = text.replace("[Q, ", f"[{4 * width}, ").replace(", Q]", f", {4 * width}]")
     module = parse_module(text.replace("[K, ", f"[{2 * width}, ").replace(", K]", f", {2 * width}]"))
     module = PASSES["fuse-attention"](module) if fuse else module
-    verify(module)
+    verify_module(module)
     return module
 
 
@@ -121,7 +121,7 @@ def names(module: Module) -> set[str]:
 
 def compare(module: Module, folder: Path) -> None:
     """Run three steps (a padded prompt, a chunk, a token) in ONNX Runtime and compare with the interpreter."""
-    emit(lower(module).module, SOURCE, folder)
+    emit_model(lower_module(module).module, SOURCE, folder)
     runner = open_session(folder)
     width = int(module.main.params[3].type.shape[3])
     states = [torch.zeros(3, 2, 0, width)] * 4
@@ -143,13 +143,13 @@ def compare(module: Module, folder: Path) -> None:
 
 def test_program_uses_the_fused_ops_and_is_right(tmp_path: Path) -> None:
     module = program()
-    lowered, notes = lower(module)
-    verify(lowered)
+    lowered, notes = lower_module(module)
+    verify_module(lowered)
     assert lowered.stage == "kernel" and notes == ()
     assert {"ort.group_query_attention", "ort.moe", "ort.rotary_embedding", "ort.attention_bias"} <= names(lowered)
     assert not {"nn.attention", "nn.cache_append", "moe.experts", "core.transpose", "nn.rope"} & names(lowered)
     assert parse_module(print_module(lowered)) == lowered
-    assert lower(lowered).module is lowered
+    assert lower_module(lowered).module is lowered
     compare(module, tmp_path)
 
 
@@ -157,9 +157,9 @@ def test_program_uses_the_fused_ops_and_is_right(tmp_path: Path) -> None:
 def test_caches_may_be_longer_than_the_past(width: int, tmp_path: Path) -> None:
     """A cache with room for later tokens, bound as past and present, is written in place and gives the same numbers."""
     module = program(width)
-    lowered = lower(module).module
+    lowered = lower_module(module).module
     assert ("ort.rotary_embedding" in names(lowered)) == (width == 8)
-    emit(lowered, SOURCE, tmp_path)
+    emit_model(lowered, SOURCE, tmp_path)
     runner = open_session(tmp_path)
     caches = [v for v in module.main.params if v.type.state]
     room = [ort.OrtValue.ortvalue_from_numpy(np.zeros((2, 2, 32, width), np.float32)) for _ in caches]
@@ -204,7 +204,7 @@ def test_refusals_have_a_reason_and_the_fallback_is_right(
     options: dict[str, Any], reason: str, kept: str, tmp_path: Path
 ) -> None:
     module = program(**options)
-    lowered, notes = lower(module)
+    lowered, notes = lower_module(module)
     assert kept in names(lowered)
     assert len(notes) == 1 and re.search(reason, str(notes[0]))
     compare(module, tmp_path)
@@ -219,16 +219,16 @@ def test_a_cache_that_is_read_elsewhere_is_not_fused() -> None:
     ops = (*layer.ops[:position], extra, *layer.ops[position:])
     module, notes = PASSES["fuse-attention"].run(module.with_functions({"layer": replace(layer, ops=ops)}))
     assert len(notes) == 1 and "is also read by core.neg" in notes[0].reason
-    assert {"nn.attention", "nn.cache_append"} <= names(lower(module).module)
+    assert {"nn.attention", "nn.cache_append"} <= names(lower_module(module).module)
 
 
 def test_same_bytes_and_hashes(tmp_path: Path) -> None:
-    module = lower(program()).module
+    module = lower_module(program()).module
     folders = [tmp_path / "a", tmp_path / "b"]
     hashes = []
     for folder in folders:
         folder.mkdir()
-        hashes.append(emit(module, SOURCE, folder))
+        hashes.append(emit_model(module, SOURCE, folder))
     assert hashes[0] == hashes[1] and set(hashes[0]) == {MODEL, DATA}
     for name, digest in hashes[0].items():
         assert hashlib.sha256((folders[0] / name).read_bytes()).hexdigest() == digest
@@ -238,7 +238,7 @@ def test_same_bytes_and_hashes(tmp_path: Path) -> None:
 def test_files(tmp_path: Path) -> None:
     """Large weights lie aligned in the data file, once each; small ones in the model; names say where from."""
     seen: list[int] = []
-    emit(lower(program()).module, SOURCE, tmp_path, progress=seen.append)
+    emit_model(lower_module(program()).module, SOURCE, tmp_path, progress=seen.append)
     onnx.checker.check_model(str(tmp_path / MODEL))
     model = onnx.load(tmp_path / MODEL, load_external_data=False)
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
@@ -272,7 +272,7 @@ func @main(%x: f32[B, S, 4]) -> (f32[B, S, 4], f32[B, S, 4], f32[4, B*S]) {
 }
 """
     module = parse_module(text)
-    assert emit(module, SOURCE, tmp_path).keys() == {MODEL}  # no weights: no data file
+    assert emit_model(module, SOURCE, tmp_path).keys() == {MODEL}  # no weights: no data file
     assert not (tmp_path / DATA).exists()
     onnx.checker.check_model(str(tmp_path / MODEL), full_check=True)
     x = torch.randn(2, 3, 4)
@@ -285,8 +285,8 @@ func @main(%x: f32[B, S, 4]) -> (f32[B, S, 4], f32[B, S, 4], f32[4, B*S]) {
 def test_op_without_a_kernel() -> None:
     value = Value("x", TensorType.of("f32", 2))
     op = Op("core.siluu", (value,), (Value("y", value.type),), loc=("model.mlp",))
-    assert "core.silu" in (supported(op) or "")
-    assert "does not take bf16" in (supported(Op("core.silu", (Value("x", TensorType.of("bf16", 2)),), ())) or "")
+    assert "core.silu" in (why_unsupported(op) or "")
+    assert "does not take bf16" in (why_unsupported(Op("core.silu", (Value("x", TensorType.of("bf16", 2)),), ())) or "")
     main = Function("main", (value,), (), (op,), op.results)
     with pytest.raises(MoecError, match=r"no kernel for core.siluu.*core.silu") as caught:
         TARGETS["cpu"].lower(Module("moe", (), (main,)), None)
@@ -297,17 +297,17 @@ def test_interleaved_recipes() -> None:
     gate, up = (Tensor(n, TensorType.of("bf16", 3, 4, 5)) for n in ("gate", "up"))
     both = step("concat", gate, up, axis=1)
     want = torch.stack([weights(gate), weights(up)], 2).reshape(3, 8, 5)
-    assert torch.equal(weights(interleaved(both)), want)
-    assert interleaved(both) == step("interleave", gate, up, axis=1)
-    assert torch.equal(weights(interleaved(step("cast", both, to="f32"))), want.float())
+    assert torch.equal(weights(interleaved_recipe(both)), want)
+    assert interleaved_recipe(both) == step("interleave", gate, up, axis=1)
+    assert torch.equal(weights(interleaved_recipe(step("cast", both, to="f32"))), want.float())
     single = Tensor("gate_up", TensorType.of("f32", 3, 8, 5))
     halves = weights(single).chunk(2, 1)
-    assert torch.equal(weights(interleaved(single)), torch.stack(halves, 2).reshape(3, 8, 5))
+    assert torch.equal(weights(interleaved_recipe(single)), torch.stack(halves, 2).reshape(3, 8, 5))
 
 
 def test_genai_config() -> None:
     config = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1}
-    made = genai_config(lower(program()).module, config, {"top_p": 0.9}, (2, 3))
+    made = genai_config(lower_module(program()).module, config, {"top_p": 0.9}, (2, 3))
     assert made is not None
     decoder = made["model"]["decoder"]
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 8)
@@ -318,11 +318,11 @@ def test_genai_config() -> None:
     )
     assert made["search"]["top_p"] == 0.9 and made["search"]["max_length"] == 64
     with pytest.raises(Refuse, match="end-of-text"):
-        genai_config(lower(program()).module, config, {}, ())
+        genai_config(lower_module(program()).module, config, {}, ())
 
 
 def test_many_layers_are_emitted_quickly(tmp_path: Path) -> None:
-    module = lower(program()).module
+    module = lower_module(program()).module
     main = module.main
     calls = [op for op in main.ops if op.callee]
     many, h = [], calls[0].operands[0]
@@ -337,7 +337,7 @@ def test_many_layers_are_emitted_quickly(tmp_path: Path) -> None:
     ops = [*ops[:first], *many, replace(ops[first], operands=(h,)), *ops[first + 1 :]]
     module = module.with_functions({"main": replace(main, ops=tuple(ops), results=main.results[:1])})
     start = time.process_time()
-    emit(module, SOURCE, tmp_path)
+    emit_model(module, SOURCE, tmp_path)
     assert time.process_time() - start < 5
     nodes = onnx.load(tmp_path / MODEL, load_external_data=False).graph.node
     assert [n.op_type for n in nodes].count("GroupQueryAttention") == 94

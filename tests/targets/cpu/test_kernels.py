@@ -19,8 +19,8 @@ from moec.compiler.ir.types import TensorType, make_attrs
 from moec.compiler.ops import OPS
 from moec.compiler.ops.compressed import pending_tokens
 from moec.compiler.weights.sources.source import RandomSource
-from moec.targets.cpu.lower.module import lower
-from moec.targets.cpu.onnx.emit import KERNELS, emit
+from moec.targets.cpu.lower.module import lower_module
+from moec.targets.cpu.onnx.emit import KERNELS, emit_model
 from onnx_session import open_session
 
 B, S, P = dim("B"), dim("S"), dim("P")
@@ -435,7 +435,7 @@ def no_weights(recipe: object) -> torch.Tensor:
 
 
 def run_case(module: Module, given: Case, folder: Path, all_sizes: Sequence[dict[str, int]] = SIZES) -> None:
-    emit(lower(module).module, RandomSource(), folder)
+    emit_model(lower_module(module).module, RandomSource(), folder)
     runner = open_session(folder)
     for seed, sizes in enumerate(all_sizes):
         inputs = random_inputs(module, "main", sizes, seed)
@@ -469,7 +469,7 @@ def test_small_scores_are_right_to_the_last_bits(name: str, tmp_path: Path) -> N
     """A router mixes by scores that may all be small: what counts is the error of each, not of the largest."""
     given = case(f32(B, S, 256), axis=2) if name == "softmax" else case(f32(B, S, 256))
     module = one_op(f"core.{name}", given)
-    emit(module, RandomSource(), tmp_path)
+    emit_model(module, RandomSource(), tmp_path)
     x = torch.linspace(-30, 5, 256).expand(1, 1, 256)
     sizes = {v.name: np.ones((1, 1), np.int64) for v in SIZE_INPUTS}
     (got,) = open_session(tmp_path).run(None, {"x0": x.numpy(), **sizes})

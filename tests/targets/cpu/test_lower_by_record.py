@@ -13,7 +13,7 @@ from moec.compiler.check.interpret import interpret, random_inputs
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.ir.module import Module
-from moec.compiler.ops.verify import verify
+from moec.compiler.ops.verify import verify_module
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.evaluate import evaluate_recipe
@@ -21,8 +21,8 @@ from moec.compiler.weights.sources.source import RandomSource
 from moec.passes.quantize import quantize
 from moec.targets import open_target
 from moec.targets.cpu import capabilities
-from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, holds, shipped, slow
-from moec.targets.cpu.lower.module import lower
+from moec.targets.cpu.capabilities import RIGHT, WRONG, Finding, Record, Variant, shipped_record, why_not_held, why_slow
+from moec.targets.cpu.lower.module import lower_module
 from moec_command import invoke
 
 SOURCE = RandomSource(5)
@@ -55,14 +55,14 @@ def program(
 ) -> Module:  # fmt: skip
     text = PROGRAM.replace("EMBED", embed).replace("EXPERTS", experts).replace("HEAD", head)
     module = parse_module(text.replace("ACT", act).replace("SCORE", score))
-    verify(module)
+    verify_module(module)
     return module
 
 
 def lowered(module: Module, record: Record | None = None, **options: Any) -> tuple[set[str], list[str]]:
     """Return the names of the ops and the notes; the numbers are compared on the way."""
-    result, notes = lower(module, record=record, **options)
-    verify(result)
+    result, notes = lower_module(module, record=record, **options)
+    verify_module(result)
     inputs = random_inputs(module, "main", {"T": 7})
     (want,), (got,) = (interpret(m, inputs, lambda r: evaluate_recipe(r, SOURCE)) for m in (module, result))
     assert torch.allclose(got, want, atol=1e-5)
@@ -71,9 +71,9 @@ def lowered(module: Module, record: Record | None = None, **options: Any) -> tup
 
 def without(*variants: Variant, finding: Finding | None = None) -> Record:
     """Return the shipped record with some variants marked as wrong."""
-    assert all(shipped().findings[v].found == RIGHT for v in variants)
+    assert all(shipped_record().findings[v].found == RIGHT for v in variants)
     marks = dict.fromkeys(variants, finding or Finding(WRONG, error=1.0))
-    return replace(shipped(), findings={**shipped().findings, **marks})
+    return replace(shipped_record(), findings={**shipped_record().findings, **marks})
 
 
 # --- lowering ----------------------------------------------------------------------------------------------------
@@ -98,9 +98,9 @@ def test_wrong_linears_become_f32() -> None:
 def test_int8_activations_that_are_wrong_become_f32_ones() -> None:
     module = program()
     record = without(Variant("MatMulNBits", "uint4_g32", accuracy=4))
-    (op,) = (op for op in lower(module, record=record).module.main.ops if op.name == "ort.matmul_nbits")
+    (op,) = (op for op in lower_module(module, record=record).module.main.ops if op.name == "ort.matmul_nbits")
     assert op.attributes["accuracy"] == 0
-    (op,) = (op for op in lower(module).module.main.ops if op.name == "ort.matmul_nbits")
+    (op,) = (op for op in lower_module(module).module.main.ops if op.name == "ort.matmul_nbits")
     assert op.attributes["accuracy"] == 4
 
 
@@ -176,20 +176,22 @@ def test_slow_variants_are_noted() -> None:
 
 
 def test_another_version_of_the_runtime_is_noted() -> None:
-    names, why = lowered(program(), replace(shipped(), runtime="0.1.2"))
+    names, why = lowered(program(), replace(shipped_record(), runtime="0.1.2"))
     assert "ort.qmoe" in names
     assert len(why) == 1 and "recorded with 0.1.2, installed is" in why[0] and "moec targets cpu --probe" in why[0]
 
 
 def test_attention_and_moe_ask_the_record() -> None:
-    wrong = replace(shipped(), findings={v: replace(f, found=WRONG) for v, f in shipped().findings.items()})
+    wrong = replace(
+        shipped_record(), findings={v: replace(f, found=WRONG) for v, f in shipped_record().findings.items()}
+    )
     assert (
         wrong.refusal(capabilities.attention_variants(64))
         == f"GroupQueryAttention is wrong in ONNX Runtime {wrong.runtime}"
     )
     used = capabilities.attention_variants(12, window=4, softcap=1.0, masked=True, sinks=True)
     assert [v.option for v in used] == ["window", "softcap", "bias", "sinks", capabilities.ODD_HEADS]
-    assert shipped().refusal(used[:4]) == "" and "rejected" in shipped().refusal(used)
+    assert shipped_record().refusal(used[:4]) == "" and "rejected" in shipped_record().refusal(used)
 
 
 ATTENTION = """moec 1 stage moe
@@ -222,9 +224,11 @@ def test_what_attention_does_inside(width: int, turned: int, wrong: list[str], i
     heads = 128 // width - 2
     text = ATTENTION.replace("R]", f"{turned}]").replace("D]", f"{width}]").replace("N]", f"{heads * width}]")
     module = parse_module(text.replace("heads=H", f"heads={heads}"))
-    verify(module)
-    result = lower(module, record=without(*(Variant("GroupQueryAttention", option=name) for name in wrong))).module
-    verify(result)
+    verify_module(module)
+    result = lower_module(
+        module, record=without(*(Variant("GroupQueryAttention", option=name) for name in wrong))
+    ).module
+    verify_module(result)
     inputs = random_inputs(module, "main", {"S": 3, "P": 2})
     for want, got in zip(
         *(interpret(m, inputs, lambda r: evaluate_recipe(r, SOURCE)) for m in (module, result)), strict=True
@@ -252,7 +256,7 @@ def test_what_attention_does_inside(width: int, turned: int, wrong: list[str], i
 )  # fmt: skip
 def test_holds(op: str, format: str, reason: str | None) -> None:
     (use, *_) = (o for o in program().main.ops if o.name == op)
-    found = holds(use, format_of(format))
+    found = why_not_held(use, format_of(format))
     assert found is None if reason is None else reason in (found or "")
 
 
@@ -266,7 +270,7 @@ def test_holds(op: str, format: str, reason: str | None) -> None:
 )  # fmt: skip
 def test_slow(op: str, format: str, reason: str | None) -> None:
     (use, *_) = (o for o in program().main.ops if o.name == op)
-    found = slow(use, format_of(format))
+    found = why_slow(use, format_of(format))
     assert found is None if reason is None else reason in (found or "")
 
 
@@ -302,10 +306,10 @@ def test_slow_formats_are_for_those_who_ask_for_them(wish: dict[str, Any], store
 
 def test_weights_in_no_integers_are_not_read_as_such() -> None:
     """A runtime that ran them right would not make ort.qmoe, which reads integers, the op for them."""
-    right = {v: replace(f, found=RIGHT) for v, f in shipped().findings.items()}
-    record = replace(shipped(), findings=right)
+    right = {v: replace(f, found=RIGHT) for v, f in shipped_record().findings.items()}
+    record = replace(shipped_record(), findings=right)
     (use,) = (o for o in program().main.ops if o.name == "moe.experts")
-    assert "the target's ops read integers" in (holds(use, format_of("mxfp4"), record) or "")
+    assert "the target's ops read integers" in (why_not_held(use, format_of("mxfp4"), record) or "")
     names, why = lowered(program(embed="nvfp4", experts="nvfp4", head="nvfp4"), record)
     assert not {"ort.qmoe", "ort.experts_nbits", "ort.matmul_nbits", "ort.gather_nbits", "ort.decode"} & names
     assert len(why) == 4
@@ -322,15 +326,15 @@ def test_codes_that_a_table_gives_numbers_to_are_decoded_by_plain_ops() -> None:
 def test_holds_asks_for_groups_of_a_row() -> None:
     (use,) = (o for o in program().main.ops if o.name == "moe.experts")
     whole = [Variant("QMoE", "uint4_g32", one_group=True, accuracy=level, **QMOE) for level in (0, 4)]
-    assert holds(use, format_of("uint4_g64")) is None
-    assert "one group a row" in (holds(use, format_of("uint4_g64"), without(*whole)) or "")
-    assert holds(use, format_of("uint4_g32"), without(*whole)) is None
+    assert why_not_held(use, format_of("uint4_g64")) is None
+    assert "one group a row" in (why_not_held(use, format_of("uint4_g64"), without(*whole)) or "")
+    assert why_not_held(use, format_of("uint4_g32"), without(*whole)) is None
 
 
 def test_experts_that_only_a_loop_runs_are_held() -> None:
     (use,) = (o for o in program(act="act=gated(gelu)").main.ops if o.name == "moe.experts")
-    assert holds(use, format_of("uint8_g64")) is None
-    assert "does not run mxfp4" in (holds(use, format_of("mxfp4")) or "")
+    assert why_not_held(use, format_of("uint8_g64")) is None
+    assert "does not run mxfp4" in (why_not_held(use, format_of("mxfp4")) or "")
 
 
 # --- another record ------------------------------------------------------------------------------------------------

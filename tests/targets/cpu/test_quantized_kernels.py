@@ -13,7 +13,7 @@ from moec.compiler.formats.table import format_of
 from moec.compiler.ir.activation import Activation
 from moec.compiler.ir.dims import dim
 from moec.compiler.ir.types import TensorType
-from moec.targets.cpu.probe.cases import quantized, refer, write
+from moec.targets.cpu.probe.cases import random_quantized_parts, run_reference, write_program
 from moec.targets.cpu.probe.probe import INT8_MOST
 from onnx_session import open_session
 
@@ -34,9 +34,9 @@ def runs_right(
     """Check a program of one op against the reference, on all tokens, on the first one, and on a middle one."""
     types = {"float32": "f32", "int64": "i64", "uint8": "u8"}
     inputs = {n: TensorType.of(types[str(x.numpy().dtype)], T, *x.shape[1:]) for n, x in feeds.items()}
-    write(name, inputs, weights, folder, **attrs)
+    write_program(name, inputs, weights, folder, **attrs)
     session = open_session(folder)
-    (want,) = refer(name, feeds | weights, **attrs)
+    (want,) = run_reference(name, feeds | weights, **attrs)
     scale = want.abs().max().item()
     tokens = want.shape[0]
     for part in (slice(0, tokens), slice(0, 1), slice(tokens // 2, tokens // 2 + 1)):
@@ -50,7 +50,7 @@ def runs_right(
 
 def linear(format: str, rows: int, width: int, biased: bool = False, tokens: int = 9) -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(4)
-    weights = quantized(format_of(format), rows, width, seed=5)
+    weights = random_quantized_parts(format_of(format), rows, width, seed=5)
     if biased:
         weights["b"] = torch.randn(rows, generator=generator)
     return {"x": torch.randn(tokens, width, generator=generator)}, weights
@@ -86,7 +86,7 @@ def test_rows_that_are_no_power_of_two(format: str, width: int, tmp_path: Path) 
 def test_linear_of_blocks(format: str, accuracy: int, blocks: int, rows: int, tmp_path: Path) -> None:
     found = format_of(format)
     width = 3 * found.group
-    weights = quantized(found, blocks * rows, width, seed=8)
+    weights = random_quantized_parts(found, blocks * rows, width, seed=8)
     feeds = {"x": torch.randn(6, 2, blocks, width, generator=torch.Generator().manual_seed(9))}
     limit = INT8_MOST if accuracy else EXACT
     attrs = {"bits": found.bits, "group": found.group, "accuracy": accuracy}
@@ -97,7 +97,7 @@ def test_linear_of_blocks(format: str, accuracy: int, blocks: int, rows: int, tm
 def test_embedding(format: str, tmp_path: Path) -> None:
     found = format_of(format)
     ids = torch.tensor([0, 28, 3, 3, 17])
-    weights = quantized(found, 29, 3 * found.group, seed=6)
+    weights = random_quantized_parts(found, 29, 3 * found.group, seed=6)
     runs_right("ort.gather_nbits", {"ids": ids}, weights, tmp_path, 0.0, bits=found.bits, group=found.group)
 
 
@@ -115,7 +115,10 @@ def parts(
 ) -> dict[str, torch.Tensor | None]:
     found, generator = format_of(format), torch.Generator().manual_seed(7)
     rows = inner * (2 if gated else 1)
-    up, down = quantized(found, experts, rows, width, seed=8), quantized(found, experts, width, inner, seed=9)
+    up, down = (
+        random_quantized_parts(found, experts, rows, width, seed=8),
+        random_quantized_parts(found, experts, width, inner, seed=9),
+    )
     weights = {f"up_{n}": t for n, t in up.items()} | {f"down_{n}": t for n, t in down.items()}
     if biased:
         weights["up_bias"] = torch.randn(experts, rows, generator=generator) * 0.3

@@ -25,7 +25,7 @@ from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.sources.source import RandomSource
 from moec.targets import open_target
 from moec.targets.cpu.lower.ranges import gate_sum, not_negative
-from moec.targets.cpu.onnx.emit import emit
+from moec.targets.cpu.onnx.emit import emit_model
 from onnx_session import open_session
 from places import FILES
 
@@ -45,7 +45,7 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-30}  # of every single weight, however small
 def session(module: Module) -> ort.InferenceSession:
     """Return a session of a module of stage kernel without weights."""
     with tempfile.TemporaryDirectory() as folder:
-        emit(module, RandomSource(), Path(folder))
+        emit_model(module, RandomSource(), Path(folder))
         return open_session(Path(folder))
 
 

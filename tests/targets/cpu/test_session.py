@@ -7,7 +7,7 @@ import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.generate import left_pad
-from moec.targets.cpu.run.session import load, usable_cores
+from moec.targets.cpu.run.session import load_session, usable_cores
 
 PROMPTS = [[5, 9, 2, 11, 30], [7], [3, 3, 8]]
 
@@ -25,7 +25,7 @@ def test_logits_equal_transformers(tiny_lm):
     import torch
 
     model, folder = tiny_lm
-    session = load(folder)
+    session = load_session(folder)
     assert (session.vocabulary, session.context, len(session.states)) == (40, 64, 4)
     logits, states = feed(session, PROMPTS[0])
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_logits_equal_transformers(tiny_lm):
 
 
 def test_steps_equal_the_whole(tiny_lm):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     tokens = [4, 8, 15, 16, 23, 4, 2]
     whole, _ = feed(session, tokens)
     first, states = feed(session, tokens[:3])
@@ -49,7 +49,7 @@ def test_steps_equal_the_whole(tiny_lm):
 
 
 def test_padded_rows_equal_single_ones(tiny_lm):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     ids, mask, where = left_pad(PROMPTS)
     batch, states = session.step(ids, mask, where)
     mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
@@ -64,7 +64,7 @@ def test_padded_rows_equal_single_ones(tiny_lm):
 def test_states_are_bound_not_copied(tiny_lm, monkeypatch):
     import onnxruntime
 
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     _, states = feed(session, [1, 2, 3])
     places = [s.data_ptr() for s in states]
     monkeypatch.setattr(onnxruntime.OrtValue, "numpy", None)  # nothing may ask for the caches' content
@@ -80,7 +80,7 @@ def test_states_are_bound_not_copied(tiny_lm, monkeypatch):
 
 
 def test_old_states_stay_valid(tiny_lm):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     _, states = feed(session, [1, 2, 3])
     first, _ = feed(session, [4], states, 3)
     feed(session, [9], states, 3)
@@ -99,13 +99,13 @@ def test_old_states_stay_valid(tiny_lm):
     ],
 )
 def test_wrong_sizes(tiny_lm, ids, mask, where, message):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     with pytest.raises(MoecError, match=message):
         session.step(np.ones(ids, np.int64), np.ones(mask, np.int64), np.zeros(where, np.int64))
 
 
 def test_wrong_tokens_and_states(tiny_lm):
-    session = load(tiny_lm[1])
+    session = load_session(tiny_lm[1])
     with pytest.raises(MoecError, match="negative"):
         feed(session, [-1])
     for beyond in (40, 10**8, 2**63, 10**30):
@@ -141,7 +141,7 @@ def damage(folder, name, change):
 def test_damaged_files(tiny_lm_copy, name, change, message):
     damage(tiny_lm_copy, name, change)
     with pytest.raises(MoecError, match=message) as caught:
-        load(tiny_lm_copy)
+        load_session(tiny_lm_copy)
     assert caught.value.where.startswith(str(tiny_lm_copy)) and caught.value.exit_code == 2
 
 
@@ -149,20 +149,20 @@ def test_damaged_files(tiny_lm_copy, name, change, message):
 def test_missing_file(tiny_lm_copy, name):
     (tiny_lm_copy / name).unlink()
     with pytest.raises(MoecError, match=f"lacks {name}"):
-        load(tiny_lm_copy)
+        load_session(tiny_lm_copy)
     manifest = json.loads((tiny_lm_copy / "moec.json").read_text())
     del manifest["files"][name]
     (tiny_lm_copy / "moec.json").write_text(json.dumps(manifest))
     with pytest.raises(MoecError, match=r"has no model\.onnx|cannot open the model"):
-        load(tiny_lm_copy)
+        load_session(tiny_lm_copy)
 
 
 def test_threads(tiny_lm):
     assert usable_cores() >= 1
-    one = load(tiny_lm[1], threads=1)
+    one = load_session(tiny_lm[1], threads=1)
     assert one.runtime.get_session_options().intra_op_num_threads == 1
     with pytest.raises(MoecError, match="threads"):
-        load(tiny_lm[1], threads=0)
+        load_session(tiny_lm[1], threads=0)
 
 
 # --- the artifact around it --------------------------------------------------------------------------------------

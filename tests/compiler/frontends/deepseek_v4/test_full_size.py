@@ -3,13 +3,13 @@
 import time
 
 import pytest
-from moec.compiler.cli.report import inspect, open_source
+from moec.compiler.cli.report import inspect_source, open_source
 from moec.compiler.cost.count import module_costs, op_flops
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.dims import evaluate
 from moec.compiler.ir.module import walk_calls
 from moec.compiler.ir.recipes import Step
-from moec.compiler.ops.verify import verify
+from moec.compiler.ops.verify import verify_module
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from places import CONFIGS
@@ -23,7 +23,7 @@ LAYERS = {"Flash": (21, 20), "Pro": (30, 31)}
 def full(request):
     """Return (Flash or Pro, its module, its report at a million past tokens)."""
     folder = CONFIGS / f"DeepSeek-V4-{request.param}"
-    return request.param, load(folder).module, inspect(open_source(folder), context=MILLION - 128)
+    return request.param, load(folder).module, inspect_source(open_source(folder), context=MILLION - 128)
 
 
 def test_import_is_quick_and_the_text_short(full):
@@ -32,7 +32,7 @@ def test_import_is_quick_and_the_text_short(full):
     again = load(CONFIGS / f"DeepSeek-V4-{name}").module
     assert time.process_time() - start < 5
     assert again == module
-    verify(module)
+    verify_module(module)
     text = print_module(module)
     assert len(text.splitlines()) <= 600
     assert parse_module(text) == module

@@ -9,7 +9,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.dims import evaluate
-from moec.compiler.ops.verify import verify
+from moec.compiler.ops.verify import verify_module
 from moec.compiler.runtime.generate import generate
 from tiny_models import random_model, save, stepped
 
@@ -95,7 +95,7 @@ def test_states_are_as_long_as_their_types_say(small):
 
 def test_layers_of_a_kind_are_one_function(small):
     module = small[1].module
-    verify(module)
+    verify_module(module)
     assert module.stage == "moe"
     assert [op.callee for op in module.main.ops if op.callee] == ["layer_0", "layer_1", "layer_2", "layer_3"]
 

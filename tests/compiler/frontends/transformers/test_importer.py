@@ -11,7 +11,7 @@ from moec.compiler.check.interpret import interpret
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES, Family
 from moec.compiler.frontends.load import load
-from moec.compiler.ops.verify import verify
+from moec.compiler.ops.verify import verify_module
 from moec.compiler.text.printer import print_module
 from moec.compiler.weights.evaluate import evaluate_recipe
 from places import CONFIGS
@@ -76,7 +76,7 @@ def test_numbers_equal_transformers(case):
 
 def test_layers_of_a_kind_are_one_function(case):
     _, loaded, kinds = case
-    verify(loaded.module)
+    verify_module(loaded.module)
     assert loaded.module.stage == "graph"
     assert len(loaded.module.functions) == kinds + 1
     assert len([op for op in loaded.module.main.ops if op.callee]) == 3

@@ -7,7 +7,7 @@ from moec.compiler.check.interpret import interpret
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.frontends.transformers.merge import merge_functions
-from moec.compiler.ops.verify import verify
+from moec.compiler.ops.verify import verify_module
 from moec.compiler.text.parser import parse_module
 from moec.compiler.weights.evaluate import evaluate_recipe
 from tiny_models import padded_batch, random_model
@@ -141,7 +141,7 @@ def test_a_shared_indexer_of_any_size(family, topk):
     shared = {"num_hidden_layers": 4, "indexer_types": ["full", "full", "shared", "full"]} if "glm" in family else {}
     model = random_model(FAMILIES[family], index_topk=topk, **shared)
     loaded = load(model)
-    verify(loaded.module)
+    verify_module(loaded.module)
     assert numbers_equal(model, loaded)
 
 
@@ -192,7 +192,7 @@ def test_equal_bodies_are_one_function(weights, expected):
     if expected is None:  # a cast makes the types fit
         weights, expected = (weights[0], f"cast({weights[1]}, to=f32)"), ["layer_0", "layer_1"]
     merged = merge_functions(program(*weights))
-    verify(merged)
+    verify_module(merged)
     assert [op.callee for op in merged.main.ops] == expected
     assert [op.attributes["layer"] for op in merged.main.ops] == list(range(len(weights)))
     assert len(merged.functions) == len(set(expected)) + 1

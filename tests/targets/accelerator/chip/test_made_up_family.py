@@ -7,7 +7,7 @@ import moec
 import numpy as np
 import pytest
 from moec.compiler.errors import MoecError
-from moec.compiler.errors.plugins import brought
+from moec.compiler.errors.plugins import entry_points_of
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import read_kernels
 from moec.targets.accelerator.tile.machine import layout_of
@@ -33,11 +33,11 @@ def package(tmp_path_factory):
     (site / "loom_package-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: loom-package\nVersion: 1\n")
     (site / "loom_package-1.dist-info/entry_points.txt").write_text(ENTRIES, "utf-8")
     sys.path.insert(0, str(site))
-    brought.cache_clear()
+    entry_points_of.cache_clear()
     yield site
     sys.path.remove(str(site))
     sys.modules.pop("loom_package", None)
-    brought.cache_clear()
+    entry_points_of.cache_clear()
 
 
 # first: the package stays installed until the last test of this file
