@@ -17,6 +17,7 @@ from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ....compiler.rewrite.roles import Uses, weight_roles
 from ....compiler.weights.demote import demoted_recipe
 from .. import ops
+from .dispatch import combine, dispatch, grouped_linear
 from .hoist import hoist
 from .latent import latent_attention
 from .recurrent import cut_window, linear_attention, window_conv
@@ -48,6 +49,9 @@ def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Not
         "nn.block_linear": _block_linear,
         "nn.embedding": _embedding,
         "moe.experts": _experts,
+        "moe.dispatch": dispatch,
+        "moe.grouped_linear": partial(grouped_linear, stored=_stored, sort=_sorted),
+        "moe.combine": combine,
         "nn.cached_attention": _attention,
         "nn.conv_window": window_conv,
         "core.slice": cut_window,

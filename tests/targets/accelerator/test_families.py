@@ -19,19 +19,19 @@ from tiny_models import meaning, random_model
 STEPS = 3
 LEAST = 1e-3  # a difference that counts as none, where the model in bf16 happens to be nearer
 ATTENTION = ("deepseek_v3", "gpt_oss", "deepseek_v4", "mimo_v2_flash", "llama4_text", "olmoe", "step3p7")  # a kind each
-RECURRENT = (
-    "lfm2_moe",
-    "qwen3_next",
-    "jamba",
-    "granitemoehybrid",
-    "minimax",
-    "kimi_linear",
-)  # with states that do not grow
+# with states that do not grow
+RECURRENT = ("lfm2_moe", "qwen3_next", "jamba", "granitemoehybrid", "minimax", "kimi_linear")
+SPELLED = (
+    "jetmoe",
+    "muse_spark",
+    "dbrx",
+    "longcat_flash",
+)  # experts that the model's code spells out, or makes of weights
 CHIPS = ("nvidia-h200", "amd-mi355x", "ascend-950dt", "cambricon-mlu370")
 QUICK = (("deepseek_v3", "nvidia-h200"), ("gpt_oss", "amd-mi355x"))
 LONG = [
     pytest.param(f, c, marks=pytest.mark.long) for f in (*ATTENTION, *RECURRENT) for c in CHIPS if (f, c) not in QUICK
-]
+] + [pytest.param(f, c, marks=pytest.mark.long) for f, c in zip(SPELLED, CHIPS, strict=True)]
 
 
 @pytest.mark.parametrize(("family", "chip"), [*QUICK, *LONG])
