@@ -48,6 +48,7 @@ DEVICES: Mapping[str, str] = {  # profile -> torch.cuda.get_device_name() as the
     "nvidia-gb300": "NVIDIA_GB300",
     "nvidia-gb10": "NVIDIA_GB10",
     "nvidia-rtx4090": "NVIDIA_GeForce_RTX_4090",
+    "nvidia-rtx6000ada": "NVIDIA_RTX_6000_Ada_Generation",
     "nvidia-rtx5090": "NVIDIA_GeForce_RTX_5090",
     "nvidia-rtxpro6000": "NVIDIA_RTX_PRO_6000_Blackwell_Workstation_Edition",
     "amd-mi300x": "AMD_Instinct_MI300X",

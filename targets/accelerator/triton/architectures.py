@@ -43,6 +43,7 @@ def _amd(name: str, past_registers: bool = False) -> Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
     for row in (
+        _nvidia("sm_80"),
         _nvidia("sm_89"),
         _nvidia("sm_90", "wgmma"),
         _nvidia("sm_100", "tcgen05", 16),
@@ -51,6 +52,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _nvidia("sm_121"),
         _amd("gfx942"),
         _amd("gfx950", past_registers=True),
+        Architecture("gfx1151", "hip", 32, ".hsaco", "wmma", least=16),
     )
 }
 

@@ -34,6 +34,7 @@ UNITS: Mapping[str, str] = {
     "tcgen05": r"tcgen05\.mma",
     "mma": r"mma\.sync",
     "mfma": "v_mfma",
+    "wmma": "v_wmma",
 }
 TENSOR_COLUMNS = 512  # of 128 lanes of 32 bits, that a core of sm_100 and sm_103 has
 ALIGN = 16  # bytes that every tensor's address is a multiple of

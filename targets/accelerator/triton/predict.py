@@ -24,7 +24,7 @@ ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared m
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
 PIECE = 4  # rows of a second operand that mma.sync passes for each warp where no loop holds the matmul
 ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignment is known to be enough
-SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "fma": 64}  # 32-bit sums a thread
+SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "wmma": 56, "fma": 64}  # 32-bit sums a thread
 SIDES = (16, 32)  # of AMD's matmuls: the smaller one where there are no more rows
 SCALES = 8  # bytes of a column's scales that AMD's waves pass on
 SMALL = 8192  # bytes that Triton takes for converting layouts and adding across warps, which is not predicted
@@ -33,7 +33,7 @@ GROUPED = 16  # sums a thread at most where mma's operands are computed in group
 
 
 def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
-    """Return what a matmul with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, or fma (no matrix unit)."""
+    """Return what a matmul with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, wmma, or fma (no matrix unit)."""
     row = nearest(arch)
     if (dtype == "f32" and not row.exact) or min(m, n) < row.least:
         return "fma"
@@ -77,7 +77,7 @@ def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, war
     mma.sync passes the second operand piece by piece, about four rows for each warp.
     """
     a, b = (_size(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
-    if nearest(arch).unit == "mfma":
+    if nearest(arch).backend == "hip":
         return max(a, b)
     m, n = program.buffers[dot.acc].shape
     first = program.buffers[dot.a]
@@ -172,7 +172,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         row = nearest(self.arch)
-        self.waves, self.past_registers = row.unit == "mfma", row.past_registers
+        self.waves, self.past_registers = row.backend == "hip", row.past_registers
 
     def bytes(self) -> int:
         statements = list(_flat(self.loop.body))

@@ -36,7 +36,7 @@ def kernel_of(hidden, inner, experts, chosen, format, tokens):
 
 
 @pytest.mark.parametrize("name", profile_names())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     hidden=st.integers(16, 5000), inner=st.integers(8, 3000), experts=st.sampled_from([4, 60, 64, 256]),
     format=st.sampled_from(FORMATS), tokens=st.sampled_from([1, 5, 64, 700, 8192]),

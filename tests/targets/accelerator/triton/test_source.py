@@ -185,8 +185,8 @@ def test_every_kernel_that_is_simulated_is_the_same_in_triton():
 # --- compiled ------------------------------------------------------------------------------------------------------
 
 UNIT = {
-    "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_103": "tcgen05", "sm_120": "mma", "sm_121": "mma",
-    "gfx942": "mfma", "gfx950": "mfma",
+    "sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_103": "tcgen05", "sm_120": "mma", "sm_121": "mma",
+    "gfx942": "mfma", "gfx950": "mfma", "gfx1151": "wmma",
 }  # fmt: skip
 
 
@@ -194,6 +194,8 @@ def large(fmt: str, arch: str):
     """Return a program with a prefill-sized tile for an architecture."""
     depth = 64 if fmt == "bf16" else 128
     rows = 128 if UNIT[arch] == "tcgen05" or (arch == "sm_90" and fmt == "bf16") else 64
+    if UNIT[arch] == "wmma":  # wavefronts of 32 threads: half of the registers for as many warps
+        return grouped_up(experts(fmt), Tile(64, 32, 32, 2), LAYOUT)
     return grouped_up(experts(fmt), Tile(rows, 64, depth, 2), TENSOR if UNIT[arch] == "tcgen05" else LAYOUT)
 
 
