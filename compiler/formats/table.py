@@ -5,6 +5,7 @@ uint4_g128  the same with a zero point for each scale: w = scale (q - zero)
 mxfp4       E2M1, one power of two (E8M0) for 32 codes (OCP Microscaling Formats 1.0)
 nvfp4       E2M1, one E4M3 scale for 16 codes, times one f32 scale for the matrix
 fp8_b128    E4M3, one f32 scale for a block of 128 x 128
+mxfp8       E4M3, one power of two for 32 codes (OCP Microscaling Formats 1.0)
 fp8_g128    E4M3, one f32 scale for 128 codes: what activations are rounded to before such a weight
 nf4         quantiles of the normal distribution, one bf16 scale for 64 codes (QLoRA, Dettmers et al. 2023)
 """
@@ -64,6 +65,7 @@ _NAMED = {
         Format("nvfp4", 4, 16, _e2m1_codec, "e2m1", ELEMENTS["e2m1"], scale="f8e4m3", tensor_scale=6 * 448),
         Format("fp8_b128", 8, 128, _e4m3_codec, "e4m3", rows=128),
         Format("fp8_g128", 8, 128, _e4m3_codec, "e4m3"),
+        Format("mxfp8", 8, 32, _e4m3_codec, "e4m3", scale="f8e8m0"),
         Format("nf4", 4, 64, _grid_codec, "nf4", ELEMENTS["nf4"], scale="bf16"),
     )
 }

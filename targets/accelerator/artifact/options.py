@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ....compiler.errors import MoecError
+from ..select.activations import CHOICES as ACTIVATIONS
 
 CHOICES = {  # the first by default
-    "kernels": ("objects", "source"), "toolchain": ("found", "make"), "activations": ("auto", "bf16", "fp8"),
+    "kernels": ("objects", "source"), "toolchain": ("found", "make"), "activations": ACTIVATIONS,
 }  # fmt: skip
 ENGINES = ("vllm", "sglang")
 

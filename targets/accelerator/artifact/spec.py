@@ -122,7 +122,8 @@ def prediction_json(choice: Choice) -> dict[str, Any]:
 
 def packing_json(p: Packing) -> dict[str, Any]:
     """Return how a weight lies in memory as JSON values."""
-    order = "fractal" if p.fractal else "halves" if p.quantized and p.quantized.bits == 4 else "rows"
+    halves = p.quantized is not None and p.quantized.bits == 4
+    order = "fractal" if p.fractal else "pairs" if p.pairs else "halves" if halves else "rows"
     return {
         "format": p.format,
         "order": order,

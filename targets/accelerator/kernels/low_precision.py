@@ -1,7 +1,8 @@
-"""Products of activations in a quantized format with weights in one: the matrix unit gets codes, scales come after.
+"""Products of activations in a quantized format with weights in one: the matrix unit gets codes.
 
-Each step of the depth is one group of the activations. Its sum of products is the matrix unit's; it is multiplied by
-the scales of its row and of the weight and added, in f32, to what the steps before gave.
+Where scales are f32, each step of the depth is one group of the activations. Its sum of products is the matrix unit's;
+it is multiplied by the scales of its row and of the weight and added, in f32, to what the steps before gave. Scales
+that are powers of two for 32 codes (MX formats) the matrix unit takes itself.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from ....compiler.errors import MoecError
 from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format, format_of
 from ..tile.builder import Builder, Layout
-from ..tile.packing import Packing, codes_of, scales_of
+from ..tile.packing import Packing, codes_of, pad, scales_of
 from ..tile.tiles import Program
 from .choices import RowTile, Tile
 
 LARGEST = 448.0  # of E4M3
+ROUNDS = 1.5 * 2.0**23  # added to an f32 it leaves a whole number, ties to even
 
 
 def declare_rows(b: Builder, name: str, dtype: str, *shape: int | str, role: str = "input") -> None:
@@ -27,18 +29,19 @@ def declare_rows(b: Builder, name: str, dtype: str, *shape: int | str, role: str
         b.tensor(name, dtype, *shape, role=role)
         return
     *lead, width = shape
-    b.tensor(f"{name}_codes", codes_of(form), *lead, width, role=role)
+    b.tensor(f"{name}_codes", codes_of(form), *lead, int(width) * form.bits // 8, role=role)
     b.tensor(f"{name}_scales", scales_of(form), *lead, -(-int(width) // form.group), role=role)
 
 
 def begin_sums(b: Builder, weight: Packing, dtype: str, t: Tile, rows: Mapping[str, str], apart: int | None) -> None:
-    """Begin a sum for each index vector of weight rows: in the matrix unit, for activations in a format as vectors.
+    """Begin a sum for each index vector of weight rows: in the matrix unit, for codes under f32 scales as vectors.
 
     The rows of a tile are neighbours that begin at a multiple of t.n, or of `apart` more than one (None: they are no
     neighbours). Where they have one scale together, the number of its rows is found here, once.
     """
     for acc, row in rows.items():
-        if find_format(dtype) is None:
+        form = find_format(dtype)
+        if form is None or form.scale != "f32":
             b.accumulator(acc, (t.m, t.n))
             continue
         b.let(acc, f'full({t.m}, {t.n}, 0.0, "f32")', (t.m, t.n), "f32")
@@ -64,6 +67,9 @@ def multiply_codes(
     MoecError for a step that is no group of both, which the search does not try.
     """
     held = weight.quantized
+    if held is not None and form.scale == held.scale == "f8e8m0":
+        _multiply_scaled(b, weight, tensor, x, form, row, depth, t, sums, expert, middle)
+        return
     if held is None or held.element != form.element or t.k != form.group or held.group % t.k:
         raise MoecError(f"codes of {form.name} are not multiplied with {weight.format}, {t.k} columns at once")
     k = f"(k + arange({t.k}))[None, :]"
@@ -80,6 +86,50 @@ def multiply_codes(
         each = b.load(scale, f"{tensor}_scales", [*lead, block, f"k // {held.group}"], _live(b, block))
         by = f"({each} * a_scale)[:, None]" if b.is_scalar(block) else f"(a_scale[:, None] * {each}[None, :])"
         b.let(acc, f"{acc} + {b.result(part)} * {by}", (t.m, t.n), "f32")
+
+
+def _multiply_scaled(
+    b: Builder, weight: Packing, tensor: str, x: str, form: Format, row: str, depth: int, t: Tile, sums: Mapping[str, str],
+    expert: str, middle: Sequence[str],
+) -> None:  # fmt: skip
+    """Add one step of K whose codes the matrix unit scales itself."""
+    lead = [expert] if expert else []
+    a_at, w_at = [f"{row}[:, None]", *middle], {acc: [*lead, f"{rows}[:, None]"] for acc, rows in sums.items()}
+    a, a_scale = _codes(b, "a", x, form, a_at, "live[:, None]", depth, (t.m, t.k), second=False)
+    held = format_of(weight.format)
+    for acc, at in w_at.items():
+        w, scale = _codes(
+            b,
+            f"w_{acc}",
+            tensor,
+            held,
+            at,
+            "n_live[:, None]",
+            pad(weight.columns, weight.step),
+            (t.n, t.k),
+            second=True,
+        )
+        b.scaled_dot(acc, a, w, (a_scale, scale))
+
+
+def _codes(
+    b: Builder, name: str, tensor: str, form: Format, at: Sequence[str], live: str, depth: int, sizes: tuple[int, int], *,
+    second: bool,
+) -> tuple[str, str]:  # fmt: skip
+    """Add the loads of codes and scales of (rows, columns) from column k on, of a tensor with `depth` columns."""
+    rows, columns = sizes
+    each, bound = 8 // form.bits, depth if depth % columns else 0
+    loaded = []
+    for part, step in (("codes", each), ("scales", form.group)):
+        place = f"(k // {step} + arange({columns // step}))[None, :]"
+        mask = live + (f" & ({place} < {-(-bound // step)})" if bound else "")
+        where = [*at, place]
+        if part == "codes":
+            loaded.append(b.operand(name, f"{tensor}_codes", where, mask, (rows, columns // step), second=second))
+        else:
+            loaded.append(b.load(f"{name}_scale", f"{tensor}_scales", where, mask, shape=(rows, columns // step)))
+    codes, scales = loaded
+    return codes, scales
 
 
 def _live(b: Builder, block: str) -> str:
@@ -122,10 +172,53 @@ def store_rows(b: Builder, name: str, form: Format, value: str, shape: tuple[int
     groups = columns // form.group
     apart = (rows, groups, form.group)
     b.let("parted", f"reshape({value}, {rows}, {groups}, {form.group})", apart, "f32")
-    b.let("scale", f"max(abs(parted), 2) / {LARGEST}", (rows, groups), "f32")
-    b.let("coded", 'cast(parted / where(scale == 0.0, 1.0, scale)[:, :, None], "f8e4m3")', apart, "f8e4m3")
-    b.let("codes", f"reshape(coded, {rows}, {columns})", shape, "f8e4m3")
-    b.store(f"{name}_codes", ["row[:, None]", "c[None, :]"], "codes", "there")
+    scale = _scale(b, form, (rows, groups))
+    if form.element == "e2m1":
+        _store_pairs(b, name, rows, columns, form.group, width)
+    else:
+        b.let("coded", 'cast(parted / where(by == 0.0, 1.0, by)[:, :, None], "f8e4m3")', apart, "f8e4m3")
+        b.let("codes", f"reshape(coded, {rows}, {columns})", shape, "f8e4m3")
+        b.store(f"{name}_codes", ["row[:, None]", "c[None, :]"], "codes", "there")
     b.let("group", f"min(c, 0) // {form.group} + arange({groups})")
     within = f"live[:, None] & (group < {-(-width // form.group)})[None, :]"
-    b.store(f"{name}_scales", ["row[:, None]", "group[None, :]"], "scale", within)
+    b.store(f"{name}_scales", ["row[:, None]", "group[None, :]"], scale, within)
+
+
+def _scale(b: Builder, form: Format, shape: tuple[int, int]) -> str:
+    """Add `by`, what the groups of `parted` are divided by, and return what is stored of it."""
+    largest = 6.0 if form.element == "e2m1" else LARGEST
+    b.let("by", f"max(abs(parted), 2) / {largest}", shape, "f32")
+    if form.scale == "f32":
+        return "by"
+    b.let("exponent", f'(bitcast(by, "i32") + {(1 << 23) - 1}) >> 23', shape, "i32")  # rounded up
+    if form.element == "e2m1":  # one below is taken where it errs less, though it cuts the largest numbers
+        wide = (*shape, form.group)
+        b.let("lower", "maximum(exponent - 1, 0)", shape, "i32")
+        for exponent in ("exponent", "lower"):
+            b.let("by", f'bitcast({exponent} << 23, "f32")', shape, "f32")
+            _nearest_e2m1(b, wide)
+            b.let("off", "parted - where(parted < 0.0, 0.0 - near, near) * by[:, :, None]", wide, "f32")
+            b.let(f"{exponent}_off", "sum(off * off, 2)", shape, "f32")
+        b.let("exponent", "where(lower_off < exponent_off, lower, exponent)", shape, "i32")
+    b.let("by", 'bitcast(exponent << 23, "f32")', shape, "f32")
+    return 'cast(exponent, "u8")'
+
+
+def _nearest_e2m1(b: Builder, shape: tuple[int, int, int]) -> None:
+    """Add `near`, the E2M1 numbers nearest to those of `parted` over `by`, without signs; ties go to the even code."""
+    b.let("size", "abs(parted) / where(by == 0.0, 1.0, by)[:, :, None]", shape, "f32")
+    b.let("step", 'where(size < 2.0, 0.5, where(size < 4.0, cast(1.0, "f32"), 2.0))', shape, "f32")
+    b.let("near", f"minimum((size / step + {ROUNDS} - {ROUNDS}) * step, 6.0)", shape, "f32")
+
+
+def _store_pairs(b: Builder, name: str, rows: int, columns: int, group: int, width: int) -> None:
+    """Store `parted` over `by` as E2M1, two neighbours in a byte."""
+    apart, paired = (rows, columns // group, group), (rows, columns // 2, 2)
+    _nearest_e2m1(b, apart)
+    code = 'cast(where(near < 2.0, near * 2.0, where(near < 4.0, near + 2.0, near * 0.5 + 4.0)), "i32")'
+    b.let("code", f'{code} + where(parted < 0.0, cast(8, "i32"), 0)', apart, "i32")
+    b.let("pairs", f"reshape(code, {rows}, {columns // 2}, 2)", paired, "i32")
+    b.let("both", "sum(pairs * (1 + 15 * arange(2))[None, None, :], 2)", paired[:2], "i32")
+    b.let("j", f"min(c, 0) // 2 + arange({columns // 2})")
+    there = f"live[:, None] & (j < {width // 2})[None, :]"
+    b.store(f"{name}_codes", ["row[:, None]", "j[None, :]"], 'cast(both, "u8")', there)

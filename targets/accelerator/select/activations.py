@@ -2,29 +2,41 @@
 
 The choice changes numbers, so that no prediction makes it: `-D activations=` does, and what is rounded is in the program.
 By default (`auto`) those that meet weights in FP8 are, on a chip that multiplies it: such checkpoints are made for it
-(DeepSeek-V3's own inference rounds activations to E4M3 for each token and 128 values). Others keep bf16.
+(DeepSeek-V3's own inference rounds activations to E4M3 for each token and 128 values), as are MXFP8's. MXFP4 meets
+bf16, which gpt-oss is made for, unless `fp8` (activations in MXFP8) or `fp4` (in MXFP4) is asked for.
 """
 
 from __future__ import annotations
 
 from ....compiler.errors import MoecError
 from ..chip.chip import Profile
+from ..triton.architectures import nearest
 
-FP8 = {"fp8_b128": "fp8_g128", "fp8_g128": "fp8_g128"}  # format of weights -> of the activations that they meet
+CHOICES = ("auto", "bf16", "fp8", "fp4")
+# format of weights -> of the activations that they meet, and what a profile calls the product
+BLOCKS = {"fp8_b128": "fp8_g128", "fp8_g128": "fp8_g128"}
+UNITS = {"fp8_g128": "f8e4m3", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}
 
 
 def rounded_pairs(profile: Profile, activations: str) -> str:
     """Return the option of the pass quantize-activations for a chip; "" where nothing is rounded.
 
-    MoecError where fp8 is asked for and the chip does not multiply it.
+    MoecError where fp8 or fp4 is asked for and the chip does not multiply it.
     """
     if activations == "bf16":
         return ""
-    if profile.toolchain != "triton" or profile.unit("f8e4m3") is None:
-        if activations == "fp8":
-            raise MoecError(
-                f"{profile.name} does not multiply activations in fp8", where="-D activations=fp8",
-                todo="leave it out: quantized weights are widened to bf16",
-            )  # fmt: skip
-        return ""
-    return ", ".join(f"{weights}:{rows}" for weights, rows in FP8.items())
+    wanted = {**BLOCKS, "mxfp8": "mxfp8"}
+    if activations == "fp4" or (activations == "fp8" and nearest(profile.arch or "").mixed):
+        wanted["mxfp4"] = "mxfp8" if activations == "fp8" else "mxfp4"
+    there = {weights: rows for weights, rows in wanted.items() if _multiplies(profile, rows)}
+    possible = {"auto": True, "fp8": bool(there), "fp4": "mxfp4" in there}
+    if not possible[activations]:
+        raise MoecError(
+            f"{profile.name} does not multiply activations in {activations}", where=f"-D activations={activations}",
+            todo="leave it out: quantized weights are widened to bf16",
+        )  # fmt: skip
+    return ", ".join(f"{weights}:{rows}" for weights, rows in there.items())
+
+
+def _multiplies(profile: Profile, rows: str) -> bool:
+    return profile.toolchain == "triton" and profile.unit(UNITS[rows]) is not None

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ....compiler.errors import MoecError
-from ....compiler.ir.module import Function, Module, Op
+from ....compiler.formats.table import find_format
+from ....compiler.ir.module import Function, Module, Op, Value
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
 from ..predict.assumed import multiplies
@@ -53,6 +54,13 @@ def fastest_kernels(
     return min(found, key=lambda kernels: sum(f.best.prediction.time for _, f in kernels))
 
 
+def _in_pairs(op: Op, weight: Value) -> bool:
+    """Return whether an op multiplies the codes of a weight of 4 bits as they are: with activations in a format."""
+    form = find_format(weight.type.dtype)
+    coded = any(find_format(v.type.dtype) for v in op.inputs if v != weight)
+    return form is not None and form.bits == 4 and coded
+
+
 def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
     """Return how the weights of the kernels are stored, by function and name; others lie as they are typed.
 
@@ -74,5 +82,6 @@ def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Pa
                         columns,
                         lead[0] if lead else 0,
                         fractal and plain and value.name not in looked_up,
+                        _in_pairs(op, value),
                     )
     return found

@@ -57,7 +57,7 @@ def _linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
 def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, ...]:
     """Return a linear in one kernel, and for few tokens cut along its depth and followed by a sum."""
     count = {"T": tokens.count}
-    tiles = shapes(row_choices(tokens.count), p.weight.step)
+    tiles = shapes(row_choices(tokens.count), p.weight.step, given=p.dtype)
     whole = KernelTemplate(
         "linear",
         lambda t, layout: linear(p, t, layout),

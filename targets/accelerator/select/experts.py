@@ -71,7 +71,7 @@ def _grouped(kernel: Callable, name: str, e: Experts, packing: Packing, which: s
         direct = _is_direct(e, count)
         matrix = KernelTemplate(
             name, lambda t, layout: kernel(e, t, layout, direct), {"T": count},
-            shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step),
+            shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
             (lambda t: {}) if direct
             else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
             touched(e, which, count), GROUPS[:1] if direct else GROUPS,

@@ -12,16 +12,18 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from ....compiler.errors import MoecError
+from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
 from ..predict.assumed import multiplies
 from ..predict.predict import Prediction, matrix_share, predict
 from ..tile.builder import Layout
-from ..tile.count import Counts, count
+from ..tile.count import SCALED, Counts, count, multiplied
 from ..tile.machine import chip_of, layout_of
 from ..tile.simulate import Chip
 from ..tile.tiles import Dot, Program, footprint, walk
+from ..triton.architectures import nearest
 from ..triton.predict import spills
 
 ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
@@ -163,7 +165,7 @@ def _choices(
         return [], reasons
     shape = (tile.m, tile.n, tile.k)
     if shape not in counted:
-        counted[shape] = count(fit.program, kernel.scalars, kernel.expect(tile))
+        counted[shape] = _as_computed(count(fit.program, kernel.scalars, kernel.expect(tile)), tile, profile)
     found = []
     for warps, reason in zip(profile.family.warps, fit.why, strict=True):
         if reason is None:
@@ -203,8 +205,19 @@ def _in_order(kernel: KernelTemplate, choice: Choice, profile: Profile) -> Choic
     if tile.group == 1:
         return choice
     program = kernel.make(tile, layout_of(profile, tile.m))
-    counts = count(program, kernel.scalars, kernel.expect(tile))
+    counts = _as_computed(count(program, kernel.scalars, kernel.expect(tile)), tile, profile)
     return _predicted(kernel, tile, program, choice.use, profile, counts)
+
+
+def _as_computed(counts: Counts, tile: Tile, profile: Profile) -> Counts:
+    """Return counts with codes under scales as bf16, where there are too few rows for the unit that scales them."""
+    if profile.toolchain != "triton" or tile.m >= nearest(profile.arch or "").scaled_rows:
+        return counts
+    dots: dict[str, float] = {}
+    for dtype, flops in counts.dots.items():
+        name = "bf16" if dtype in SCALED else dtype
+        dots[name] = dots.get(name, 0) + flops
+    return replace(counts, dots=dots)
 
 
 def _rank(p: Prediction) -> float:
@@ -235,12 +248,13 @@ def _registers(profile: Profile, warps: int) -> int:
 def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return why the matrix unit cannot multiply these tiles."""
     a, acc = program.buffers[dot.a], program.buffers[dot.acc]
-    unit = profile.unit(a.dtype)
+    dtype, depth = multiplied(program, dot)
+    unit = profile.unit(dtype)
     m, n = acc.shape
     if unit is None:
-        return None if multiplies(profile, a.dtype) else f"{profile.name} does not multiply {a.dtype}"
-    if a.shape[1] % (min(unit.k, LEAST_DEPTH) if profile.toolchain == "triton" else unit.k):
-        return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
+        return None if multiplies(profile, dtype) else f"{profile.name} does not multiply {dtype}"
+    if depth % (min(unit.k, LEAST_DEPTH) if profile.toolchain == "triton" else unit.k):
+        return f"{depth} columns are no multiple of the {unit.k} of an instruction"
     if rows := profile.rule("fractal_rows"):
         width = (profile.rule("fractal_bytes") or 32) * 8 // DTYPES[a.dtype].bits
         if m % rows or n % rows or a.shape[1] % width:
@@ -251,20 +265,27 @@ def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
 def _narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return what the chip does not read or multiply well of a matmul that is narrow; a compiler takes it all the same."""
     a = program.buffers[dot.a]
-    unit, span = profile.unit(a.dtype), profile.rule("tile_k_bytes") or 0
+    dtype, depth = multiplied(program, dot)
+    unit, span = profile.unit(dtype), profile.rule("tile_k_bytes") or 0
     if unit is None:
         return None
     if a.shape[1] * DTYPES[a.dtype].bits // 8 < span:
         return f"{a.shape[1]} columns are less than one span of {span} bytes in shared memory"
-    if a.shape[1] % unit.k:
-        return f"{a.shape[1]} columns are no multiple of the {unit.k} of an instruction"
+    if depth % unit.k:
+        return f"{depth} columns are no multiple of the {unit.k} of an instruction"
     return None
 
 
-def shapes(rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[int, ...] = COLUMNS) -> tuple:
-    """Return tile shapes of a matmul whose weight is read in multiples of `step` columns, codes 128 at once."""
+def shapes(
+    rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[int, ...] = COLUMNS, given: str = "bf16"
+) -> tuple[tuple[int, int, int], ...]:
+    """Return tile shapes of a matmul whose weight is read in multiples of `step` columns, codes 128 at once.
+
+    Rows `given` in 4 bits are read twice as deep too: these are as many bytes.
+    """
+    form = find_format(given)
     depths = [k for k in DEPTHS if k % step == 0] or [128]
-    return tuple(product(rows, columns, depths))
+    return tuple(product(rows, columns, (*depths, 2 * depths[-1]) if form and form.bits == 4 else depths))
 
 
 def row_choices(rows: float) -> tuple[int, ...]:

@@ -138,6 +138,10 @@ class Builder:
         """Add a bᵀ (or a b) to a sum."""
         self._add(Dot(acc, a, b, transpose))
 
+    def scaled_dot(self, acc: str, a: str, b: str, scales: tuple[str, str]) -> None:
+        """Add a bᵀ of codes under scales to a sum; see tiles.Dot."""
+        self._add(Dot(acc, a, b, True, scales))
+
     def result(self, acc: str) -> str:
         """Return the name of a finished sum where vectors are computed."""
         return self._move(acc, self.layout.leave)

@@ -17,6 +17,8 @@ from ....compiler.ir.dtypes import DTYPES
 from .expr import Expr, evaluate, shape_of
 from .tiles import Dot, For, If, Let, Load, Move, Program, Statement, Store
 
+SCALED = ("mxfp8", "mxfp4", "nvfp4")  # what profiles call products of codes under scales
+
 
 class Axis(NamedTuple):
     """An axis of a grid, with how many of its points do something."""
@@ -77,6 +79,18 @@ def count(program: Program, scalars: Mapping[str, int], expect: Mapping[str, flo
     return counts
 
 
+def multiplied(program: Program, dot: Dot) -> tuple[str, int]:
+    """Return what a chip's profile calls the operands of a matmul, and how deep it is."""
+    a, b = program.buffers[dot.a], program.buffers[dot.b]
+    depth = a.shape[1]
+    if not dot.scales:
+        return a.dtype, depth
+    powers = program.buffers[dot.scales[0]].dtype == "u8"
+    mxfp8, mxfp4, nvfp4 = SCALED
+    name = mxfp8 if "f8e4m3" in (a.dtype, b.dtype) else mxfp4 if powers else nvfp4
+    return name, depth * (2 if a.dtype == "u8" else 1)
+
+
 @dataclass
 class _Counter:
     program: Program
@@ -100,11 +114,10 @@ class _Counter:
                     self.place(tensor, at)
                     size = prod(shape_of(*at)) * DTYPES[self.program.argument(tensor).dtype].bits / 8
                     self.counts.stored[tensor] = self.counts.stored.get(tensor, 0) + times * size
-                case Dot(acc, a, _):
+                case Dot(acc):
                     m, n = self.program.buffers[acc].shape
-                    buffer = self.program.buffers[a]
-                    flops = 2.0 * m * n * buffer.shape[1] * times
-                    self.counts.dots[buffer.dtype] = self.counts.dots.get(buffer.dtype, 0) + flops
+                    dtype, depth = multiplied(self.program, statement)
+                    self.counts.dots[dtype] = self.counts.dots.get(dtype, 0) + 2.0 * m * n * depth * times
                 case Move(name, source):
                     key = (self.program.buffers[source].memory, self.program.buffers[name].memory)
                     size = self.program.buffers[name].bytes / self.program.buffers[name].copies

@@ -2,7 +2,8 @@
 
 A packing is what kernels.json states of a weight, what the packer writes and what the kernels read. Codes of 4 bits lie
 two in a byte by halves: in each block of 128 columns, byte j holds column j in its low bits and column 64 + j in its
-high ones, so that a tile splits into two operands without moving a number. On an Ascend plain numbers lie in fractals
+high ones, so that a tile splits into two operands without moving a number. Codes that the matrix unit reads as such lie
+in pairs of neighbours, the first in the low bits. On an Ascend plain numbers lie in fractals
 of 16 rows by 32 bytes (FRACTAL_NZ), which its loads want.
 """
 
@@ -43,6 +44,7 @@ class Packing:
     columns: int
     experts: int = 0
     fractal: bool = False
+    pairs: bool = False
 
     @cached_property
     def quantized(self) -> Format | None:
@@ -113,7 +115,8 @@ class Packing:
         wide = pad(self.columns, self.step) - self.columns
         given = np.pad(given.view(np.uint8), [(0, 0)] * (given.ndim - 1) + [(0, wide)]).view(given.dtype)
         if f.bits == 4:
-            halves = given.astype(np.uint8).reshape(*given.shape[:-1], -1, 2, HALF)
+            halves = given.astype(np.uint8).reshape(*given.shape[:-1], -1, *((HALF, 2) if self.pairs else (2, HALF)))
+            halves = np.moveaxis(halves, -1, -2) if self.pairs else halves
             given = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*given.shape[:-1], -1)
         found = {"codes": given.view(DTYPES[self.element].numpy) if given.dtype.itemsize == 1 else given}
         for name in ("scales", "zeros", "tensor_scale"):
@@ -158,6 +161,7 @@ class Packing:
         if f is None:
             return [self._plain_operand(b, name, tensor, lead, row, live, k, sizes)]
         if f.bits == 4:
+            assert not self.pairs
             return self._halves(b, name, tensor, lead, row, live, k, sizes)
         return [self._whole(b, name, tensor, lead, row, live, k, sizes)]
 

@@ -20,6 +20,8 @@ from .types import EIGHT, FLOATS, INDICES, INT, TILE_DTYPES, ExprType, broadcast
 
 MULTIPLIED = (*FLOATS, *EIGHT)  # dtypes that are multiplied as matrices
 
+SCALED_GROUPS = {"u8": 32, "f8e4m3": 16}  # dtype of scales -> codes under one of them
+
 S = TypeVar("S", bound="Let | Load | Store | Move | Dot")
 
 
@@ -154,12 +156,30 @@ class Scope:
 
     def _check_dot(self, dot: Dot) -> None:
         a, b, acc = (self._known(name) for name in (dot.a, dot.b, dot.acc))
+        if dot.scales:
+            self._check_scaled(dot, a, b, acc)
+            return
         b_shape = b.shape[::-1] if dot.transpose else b.shape
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b_shape[0] or acc.shape != (a.shape[0], b_shape[1]):
             raise MoecError(f"{dot.acc}{list(acc.shape)} += {list(a.shape)} times {list(b_shape)}")
         if a.dtype != b.dtype or acc.dtype != "f32" or a.dtype not in MULTIPLIED:
             what = f"{dot.acc} ({acc.dtype}) += {a.dtype} times {b.dtype}"
             raise MoecError(what, todo="a matmul adds floats of one dtype in f32")
+
+    def _check_scaled(self, dot: Dot, a: ExprType, b: ExprType, acc: ExprType) -> None:
+        assert dot.scales
+        scales = [self._known(name) for name in dot.scales]
+        codes = [t.shape[-1] * (2 if t.dtype == "u8" else 1) for t in (a, b)]
+        group = SCALED_GROUPS.get(scales[0].dtype, 1)
+        fits = acc == ExprType("f32", (a.shape[0], b.shape[0])) and dot.transpose and codes[0] == codes[1]
+        if not fits or any(
+            len(t.shape) != 2
+            or t.dtype not in ("f8e4m3", "u8")
+            or s != ExprType(scales[0].dtype, (t.shape[0], n // group))
+            for t, s, n in zip((a, b), scales, codes, strict=True)
+        ):
+            what = f"{dot.acc} ({acc}) += {a} under {scales[0]} times {b} under {scales[1]}"
+            raise MoecError(what, todo="codes are f8e4m3, or two in a u8, under u8 for 32 of them or f8e4m3 for 16")
 
     # --- names ---
 

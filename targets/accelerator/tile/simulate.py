@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ....compiler.errors import MoecError
+from ....compiler.formats.table import ELEMENTS
 from ....compiler.ir.dtypes import DTYPES, dtype_name
 from .expr import Expr, evaluate
 from .tiles import DEVICE, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, Usage
@@ -174,5 +175,16 @@ class _Run:
         if where != self.chip.operands:
             raise self.fail(f"the matrix unit works in {self.chip.operands}, the tiles lie in {where}")
         a, b, acc = (np.asarray(self.values[n]) for n in (statement.a, statement.b, statement.acc))
+        if statement.scales:
+            a, b = (_scaled(x, self.values[s]) for x, s in zip((a, b), statement.scales, strict=True))
         b = b.T if statement.transpose else b
         self.values[statement.acc] = acc + a.astype(np.float32) @ b.astype(np.float32)
+
+
+def _scaled(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the numbers of codes [M, K], or of two E2M1 in each byte, under scales for groups along K."""
+    if codes.dtype == np.uint8:
+        codes = np.array(ELEMENTS["e2m1"], np.float32)[np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1)]
+    powers = scales.dtype == np.uint8
+    numbers = np.exp2(scales.astype(np.float32) - 127) if powers else scales.astype(np.float32)
+    return codes.astype(np.float32) * np.repeat(numbers, codes.shape[1] // scales.shape[1], 1)

@@ -59,12 +59,18 @@ class Store:
 
 @dataclass(frozen=True)
 class Dot:
-    """acc += a b in f32: a [M, K], b [K, N] or with `transpose` [N, K], on the matrix unit."""
+    """acc += a b in f32: a [M, K], b [K, N] or with `transpose` [N, K], on the matrix unit.
+
+    With `scales`, of a [M, K / group] and of b [N, K / group], the operands are codes, each group along K under its scale:
+    E4M3, or bytes (u8) of two E2M1 each, the first in the low bits; b is [N, K]. Scales in u8 are powers of two (E8M0)
+    for 32 codes, those in E4M3 are for 16.
+    """
 
     acc: str
     a: str
     b: str
     transpose: bool = False
+    scales: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ class Architecture:
     matrices, `least` the rows and columns of sums from which. `tall`: a unit for tall tiles of at least `tall_columns`
     columns and four warps. `exact`: whether a unit multiplies f32. `past_registers`: whether loads reach shared memory
     without passing registers, also those of operands. `registers`: 32-bit registers of a core, of which a kernel can be
-    given more than the compiler takes by itself (0 where it cannot).
+    given more than the compiler takes by itself (0 where it cannot). `mixed`: whether a unit multiplies E4M3 with E2M1
+    under scales; elsewhere Triton widens both. `scaled_rows`: the rows from which codes under scales are multiplied as
+    such; fewer are widened to bf16.
     """
 
     name: str
@@ -30,14 +32,28 @@ class Architecture:
     exact: bool = False
     past_registers: bool = False
     registers: int = 0
+    mixed: bool = False
+    scaled_rows: int = 1
 
 
 def _nvidia(name: str, tall: str = "", tall_columns: int = 1) -> Architecture:
-    return Architecture(name, "cuda", 32, ".cubin", "mma", tall=tall, tall_columns=tall_columns, registers=65536)
+    mixed = tall == "tcgen05"
+    return Architecture(
+        name,
+        "cuda",
+        32,
+        ".cubin",
+        "mma",
+        tall=tall,
+        tall_columns=tall_columns,
+        registers=65536,
+        mixed=mixed,
+        scaled_rows=128 if mixed else 1,
+    )
 
 
-def _amd(name: str, past_registers: bool = False) -> Architecture:
-    return Architecture(name, "hip", 64, ".hsaco", "mfma", least=16, exact=True, past_registers=past_registers)
+def _amd(name: str, newer: bool = False) -> Architecture:
+    return Architecture(name, "hip", 64, ".hsaco", "mfma", least=16, exact=True, past_registers=newer, mixed=newer)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -51,7 +67,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _nvidia("sm_120"),
         _nvidia("sm_121"),
         _amd("gfx942"),
-        _amd("gfx950", past_registers=True),
+        _amd("gfx950", newer=True),
         Architecture("gfx1151", "hip", 32, ".hsaco", "wmma", least=16),
     )
 }

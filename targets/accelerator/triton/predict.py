@@ -111,7 +111,7 @@ def _sums(program: Program) -> int:
     A sum of codes is added to a total in each step: the totals are held together, of the sums one after the other.
     """
     sizes = {dot.acc: prod(program.buffers[dot.acc].shape) for dot in _dots(program.body)}
-    coded = {dot.acc for dot in _dots(program.body) if program.buffers[dot.a].dtype in EIGHT}
+    coded = {dot.acc for dot in _dots(program.body) if program.buffers[dot.a].dtype in EIGHT and not dot.scales}
     if not coded:
         return sum(sizes.values())
     lets = [s for s in walk(program.body) if isinstance(s, Let) and s.name in s.value.names]

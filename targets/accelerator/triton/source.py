@@ -254,11 +254,24 @@ class _Printer:
 
     def _dot(self, statement: Dot) -> None:
         buffer = self.program.buffers[statement.acc]
+        if statement.scales:
+            self._scaled_dot(statement, statement.scales)
+            return
         second = call("tl.trans", ast.Name(statement.b)) if statement.transpose else ast.Name(statement.b)
         exact = self.program.buffers[statement.a].dtype == "f32"
         precise = {"input_precision": ast.Constant("ieee")} if exact else {}
         node = call("tl.dot", ast.Name(statement.a), second, ast.Name(statement.acc), **precise)
         self._assign(statement.acc, node, buffer.shape, self.expressions.nonnegative[statement.acc])
+
+    def _scaled_dot(self, dot: Dot, scales: tuple[str, str]) -> None:
+        buffers = self.program.buffers
+        forms = [ast.Constant("e4m3" if buffers[name].dtype == "f8e4m3" else "e2m1") for name in (dot.a, dot.b)]
+        second = call("tl.trans", ast.Name(dot.b))
+        node = call(
+            "tl.dot_scaled", ast.Name(dot.a), ast.Name(scales[0]), forms[0], second, ast.Name(scales[1]), forms[1],
+            ast.Name(dot.acc),
+        )  # fmt: skip
+        self._assign(dot.acc, node, buffers[dot.acc].shape, self.expressions.nonnegative[dot.acc])
 
     def _loop(self, loop: For) -> None:
         bounds = [self.expressions.print(n) for n in (loop.start, loop.stop, loop.step)]

@@ -1,26 +1,25 @@
 """Products of codes: activations rounded in a kernel and multiplied with weights in a format equal the reference ops."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from chips_for_tests import CHIPS, bf16, close, named, needs_triton, run, weight
+from chips_for_tests import CHIPS, bf16, close, named, run, weight
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
 from moec.compiler.ir.fragments import parse_activation
 from moec.compiler.ops import OPS
 from moec.targets.accelerator import ops
-from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.kernels.choices import RowTile, Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
 from moec.targets.accelerator.kernels.experts import Experts, grouped_down, grouped_up, sort
 from moec.targets.accelerator.kernels.low_precision import Quantize, quantize
 from moec.targets.accelerator.target import find_accelerator
-from moec.targets.accelerator.tile.machine import layout_of
 from moec.targets.accelerator.tile.packing import Packing
-from moec.targets.accelerator.triton.compile import compile_kernel
 
 assert ops
 GPUS = ("hopper", "blackwell", "amd")
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def random(rng, *shape):
@@ -32,8 +31,41 @@ def rounded(name, x, to="fp8_g128"):
     layout, chip = CHIPS[name]
     form, width = format_of(to), x.shape[-1]
     found = run(quantize(Quantize(width, to), RowTile(4, 256), layout), chip, {"T": len(x)}, x=x)
-    scales = np.repeat(found["y_scales"], form.group, 1)[:, :width]
-    return found, torch.tensor(found["y_codes"].astype(np.float32) * scales)
+    codes, scales = found["y_codes"], np.repeat(found["y_scales"], form.group, 1)[:, :width].astype(np.float32)
+    if form.element == "e2m1":
+        codes = E2M1[np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1)]
+    scales = np.exp2(scales - 127) if form.scale == "f8e8m0" else scales
+    return found, torch.tensor(codes.astype(np.float32)[:, :width] * scales)
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize(("to", "error"), [("mxfp8", 0.03), ("mxfp4", 0.12)])
+def test_activations_are_rounded_under_powers_of_two(name, to, error):
+    x = bf16(random(np.random.default_rng(0), 7, 320) * torch.logspace(-6, 4, 7)[:, None])
+    x[3], x[4, 128:256] = 0, 0
+    numbers = rounded(name, x, to)[1]
+    assert torch.equal(numbers, OPS["acc.quantize"].reference(x, to=to))
+    groups = (numbers - x).unflatten(1, (-1, 32)).norm(dim=2), x.unflatten(1, (-1, 32)).norm(dim=2)
+    assert (groups[0] <= 2 * error * groups[1]).all() and groups[0].sum() <= error * groups[1].sum()
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize(("given", "form"), [("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("mxfp4", "mxfp4")])
+def test_linear_of_codes_under_powers_of_two(name, given, form):
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(1)
+    for rows, depth, k in ((40, 320, 128), (70, 256, 256)):
+        packing = Packing(form, rows, depth, pairs=form == "mxfp4")
+        scales = rng.integers(118, 126, (rows, depth // 32)).astype(np.uint8)
+        codes = rng.integers(0, 16, (rows, depth)).astype(np.uint8)
+        numbers = E2M1[codes] if packing.pairs else np.array(random(rng, rows, depth), ml_dtypes.float8_e4m3fn)
+        w = torch.tensor(numbers.astype(np.float32) * np.repeat(np.exp2(scales.astype(np.float32) - 127), 32, 1))
+        parts = packing.pack(codes=codes if packing.pairs else numbers, scales=scales)
+        rows_in, x = rounded(name, random(rng, 19, depth), given)
+        p = Linear(rows, depth, packing, dtype=given, out="f32")
+        codes_in = {f"x{part.removeprefix('y')}": value for part, value in rows_in.items()}
+        y = run(linear(p, Tile(16, 32, k, 1), layout), chip, {"T": 19}, **codes_in, **named(parts, "w"))["y"]
+        close(y, x @ w.T, 1e-6)
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -104,24 +136,13 @@ def test_what_is_rounded_is_chosen_by_an_option_and_the_chip():
     def rounding(chip, **options):
         return [c.options["pairs"] for c in find_accelerator(chip, options).pipeline if "activations" in c.name]
 
-    assert rounding("nvidia-h200") == ["fp8_b128:fp8_g128, fp8_g128:fp8_g128"]
+    fp8, mxfp8 = "fp8_b128:fp8_g128, fp8_g128:fp8_g128", "mxfp8:mxfp8"
+    assert rounding("nvidia-h200") == rounding("nvidia-h200", activations="fp8") == [fp8]
     assert rounding("nvidia-h200", activations="bf16") == rounding("ascend-910b") == []
+    assert rounding("nvidia-b200") == rounding("nvidia-rtx5090", activations="fp8") == [f"{fp8}, {mxfp8}"]
+    assert rounding("amd-mi355x", activations="fp8") == [f"{fp8}, {mxfp8}, mxfp4:mxfp8"]
+    assert rounding("nvidia-rtx5090", activations="fp4") == [f"{fp8}, {mxfp8}, mxfp4:mxfp4"]
+    with pytest.raises(MoecError, match="nvidia-h200 does not multiply activations in fp4"):
+        rounding("nvidia-h200", activations="fp4")
     with pytest.raises(MoecError, match="ascend-910b does not multiply activations in fp8"):
         rounding("ascend-910b", activations="fp8")
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("chip", "instruction"),
-    [
-        ("nvidia-h200", "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"),
-        pytest.param("nvidia-b200", "tcgen05.mma.cta_group::1.kind::f8f6f4", marks=pytest.mark.long),
-        pytest.param("nvidia-rtx5090", "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", marks=pytest.mark.long),
-        pytest.param("amd-mi355x", "v_mfma_f32_32x32x64_f8f6f4", marks=pytest.mark.long),
-    ],
-)
-def test_the_matrix_unit_multiplies_codes(chip, instruction):
-    profile = find_profile(chip, {})
-    p = Linear(256, 1024, Packing("fp8_b128", 256, 1024), dtype="fp8_g128")
-    made = compile_kernel(linear(p, Tile(128, 128, 128), layout_of(profile)), profile.arch, 8)
-    assert instruction in made.assembly and made.spills == 0
