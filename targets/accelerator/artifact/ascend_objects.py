@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ....compiler.errors import MoecError
+from ..ascend.blocks import blocks_of, one_block_a_core
 from ..ascend.lower import Environment, Lowered, environment, kernel_of, lower
+from ..chip.chip import Profile
 from ..tile.tiles import Program
 from ..triton.source import triton_source
 from .spec import Kernels
@@ -16,10 +18,11 @@ MISSING = "there is no environment with triton-ascend; -D toolchain=make makes o
 ALLOCATED = re.compile(r"memref\.alloc\(\) : (memref<[^>]*>)")
 
 
-def source_of(program: Program, arch: str) -> str:
+def source_of(program: Program, profile: Profile) -> str:
     """Return the Triton source of a program for a chip, plain where it computes with types that the chip has not."""
+    program = one_block_a_core(program, blocks_of(profile, program))
     try:
-        return kernel_of(program, arch).source
+        return kernel_of(program, profile.arch or "").source
     except MoecError:
         return triton_source(program)
 
@@ -48,7 +51,10 @@ def lower_kernels(
     if where is None:
         reason = {"arch": arch, "error": why}
         return replace(kernels, kernels=tuple(replace(k, objects={arch: reason}) for k in kernels.kernels)), {}
-    programs = {repr(k.best.program): k.best.program for k in kernels.kernels}
+    programs = {
+        repr(k.best.program): one_block_a_core(k.best.program, blocks_of(kernels.profile, k.best.program))
+        for k in kernels.kernels
+    }
     wanted: dict[str, Any] = {}
     found: dict[str, Lowered] = {}
     for key, program in programs.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ....compiler.ir.module import Module
+from ....compiler.ir.notes import Note
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.sources.source import WeightSource
 from ...target import Emitted
@@ -50,6 +51,8 @@ def emit(
     sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
     tuned, notes = engine_files(find_problems(module, packed), profile, options.tuning)
     engines = {f"{ENGINES}/{name}": _json(content) for name, content in tuned.items()}
+    if profile.toolchain is None:
+        notes = (*notes, Note(f"kernels for {profile.name} are source and simulation: no compiler has checked them"))
     if engines:
         engines[f"{ENGINES}/README.md"] = introduction(profile.name)
     texts = {
@@ -65,7 +68,7 @@ def emit(
 def _source(kernel: KernelSpec, profile: Profile) -> str:
     program, arch = kernel.best.program, profile.arch or ""
     if profile.toolchain == "triton-ascend":
-        return source_of(program, arch)
+        return source_of(program, profile)
     # a kernel that was compiled with fewer registers is launched so too
     limit = kernel.objects.get(arch, {}).get("register_limit")
     return triton_source(program, kernel.best.tile.warps, limit)

@@ -31,6 +31,7 @@ from ..tile.packing import Packing
 from ..tile.serialize import program_to_json
 from ..tile.tiles import DEVICE, For, walk
 from .bindings import Binding, bind, check_op
+from .library import call_json, exchange_json, library_of
 
 # 2: bindings, every step, and what a simulation needs of the chip; 3: kernels by the new tokens of a sequence
 SCHEMA = 3
@@ -90,6 +91,7 @@ class KernelSpec:
             ],
             "considered": {"tried": self.found.tried, "fitting": self.found.fitting},
             "operands": list(layout_of(profile, choice.tile.m).operands),
+            **call_json(library_of(profile.family.library), self.op, self.weights),
             "program": program_to_json(program),
             **({"objects": dict(self.objects)} if self.objects else {}),
         }
@@ -166,8 +168,9 @@ class Kernels:
     def exchange(self) -> list[dict[str, Any]]:
         """Return what dispatch and combine cost where the routed experts lie on several devices."""
         experts = [problem for kind, problem in self.problems if kind == "experts_up"]
+        library = exchange_json(library_of(self.profile.family.library))
         return [
-            {"experts": [e.experts, e.chosen, e.hidden], "groups": exchanges(e, self.profile, self.buckets)}
+            {"experts": [e.experts, e.chosen, e.hidden], "groups": exchanges(e, self.profile, self.buckets), **library}
             for e in experts
         ]
 

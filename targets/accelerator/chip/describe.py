@@ -32,7 +32,7 @@ def _kernels(profile: Profile) -> str:
             return f"kernels compiled for {profile.arch}"
         case "triton-ascend":
             return f"kernels lowered to Linalg for {profile.arch}"
-    return "kernels as source"
+    return "kernels as source and simulation, checked by no compiler"
 
 
 def describe(profile: Profile) -> dict[str, Any]:

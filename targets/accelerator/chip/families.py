@@ -22,6 +22,7 @@ class Family:
     and of warps that the search tries; one stage is tried where these do not fit. `resident`: most points of a grid that
     share a core, `resident_threads`: most threads of these. `vector_matmuls`: operand types that the vector units multiply
     as matrices where the matrix unit does not. `device`: the device of torch that runs kernels; the simulator runs all.
+    `library`: of which library kernels.json names calls (artifact/library.py).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
     vector_matmuls: tuple[str, ...] = ()
     has_vector_cores: bool = False  # apart from the matrix unit's cores: a profile counts them by themselves
     device: str | None = None
+    library: str = ""
 
 
 def _gpu(name: str, shared: str, stages: tuple[int, ...], tall_sums: str = "") -> Family:
@@ -51,7 +53,7 @@ FAMILIES = {
     for family in (
         _gpu("nvidia", "shared", (2, 3, 4), "tensor"),
         _gpu("amd", "lds", (2, 3)),  # with 4 Triton takes another schedule, of two buffers
-        Family("ascend", ("l1", "l0a"), ("l1", "l0b"), "l0c", "ub", has_vector_cores=True),
+        Family("ascend", ("l1", "l0a"), ("l1", "l0b"), "l0c", "ub", has_vector_cores=True, library="torch_npu"),
         Family("cambricon", ("nram",), ("wram",), "nram", "nram"),
     )
 }

@@ -21,9 +21,10 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.artifact.ascend_objects import MISSING, find_environment
 from moec.targets.accelerator.ascend import lower as ascend
+from moec.targets.accelerator.ascend.blocks import blocks_of, one_block_a_core
 from moec.targets.accelerator.ascend.lower import AscendKernel, Environment, environment, is_newer, kernel_of, lower
 from moec.targets.accelerator.ascend.program import for_ascend
-from moec.targets.accelerator.chip.profile import shipped_profiles
+from moec.targets.accelerator.chip.profile import find_profile, shipped_profiles
 from moec.targets.accelerator.kernels.choices import RowTile
 from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.builder import Builder
@@ -51,6 +52,31 @@ def test_a_rewritten_program_computes_the_same(label, program, given, newer):
     found = run(rewritten, roomy, {"T": TOKENS}, **as_rewritten(program, rewritten, given))
     for name, value in wanted.items():
         close(found[name], torch.tensor(value.astype(np.float32)), 1e-2 if value.dtype.itemsize == 2 else 1e-5)
+
+
+@pytest.mark.parametrize("label, program, given", REWRITTEN, ids=[case[0] for case in REWRITTEN])
+def test_one_block_a_core_computes_the_same(label, program, given):
+    """Three blocks, which take the points of the grid in turn: what the simulator counts as written stays written once."""
+    _, chip = CHIPS["ascend-950"]
+    roomy = replace(chip, capacity=dict.fromkeys(chip.capacity, 1 << 30))
+    looped = one_block_a_core(program, 3)
+    assert [str(extent).startswith("minimum") for _, extent in looped.grid] == [True]
+    wanted, found = (run(p, roomy, {"T": TOKENS}, **given) for p in (program, looped))
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+    source = kernel_of(looped, NEWER).source
+    assert "in tl.range(tl.program_id(0)," in source or "in tl.range(core," in source
+    compile(source, label, "exec")
+
+
+def test_products_run_on_cube_cores_and_the_rest_on_vector_cores():
+    profile = find_profile("ascend-950dt", {})
+    assert blocks_of(profile, REWRITTEN[0][1]) == 32  # white paper: 32 cube cores, two vector cores beside each
+    b = Builder("narrow", CHIPS["ascend-950"][0])
+    b.tensor("y", "f32", 32, role="output")
+    b.grid("i", 1)
+    b.store("y", ["arange(32)"], 'cast(arange(32), "f32")')
+    assert blocks_of(profile, b.program()) == 64
 
 
 def test_only_gathers_are_kept_inside_their_tensors():
@@ -265,7 +291,7 @@ KINDS = (*FORMATS, "norm", "attention", "compressed")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, arch", [("ascend-910b", OLDER), ("ascend-950", NEWER)])
 def test_what_is_lowered_computes_the_same(name, arch, kind, triton_ascend, monkeypatch):
-    cases = simulated(kind, name, monkeypatch)
+    cases = [replace(c, program=one_block_a_core(c.program, 3)) for c in simulated(kind, name, monkeypatch)]
     assert cases
     for case, done in zip(cases, lower([kernel_of(c.program, arch) for c in cases], arch, triton_ascend), strict=True):
         label = case.program.name

@@ -6,6 +6,7 @@ import jsonschema
 import moec
 import numpy as np
 import pytest
+import torch
 from chips_for_tests import check_fits, profile_of
 from moec.compiler.ir.dtypes import DTYPES
 from moec.compiler.ir.module import Op
@@ -14,6 +15,7 @@ from moec.targets.accelerator.chip.profile import profile_names
 from moec.targets.accelerator.select.supported import supported
 from moec.targets.accelerator.tile.expr import evaluate
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
+from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.tile.simulate import simulate
 from moec.targets.accelerator.tile.tiles import footprint
@@ -40,6 +42,23 @@ def test_tiny_moe_for_every_target(name, lowered):
         assert footprint(read, chip.align) == kernel.best.use
     kinds = {k.name.rstrip("0123456789").removesuffix("_t") for k in kernels.kernels}
     assert {"experts_up_0_grouped_up", "sort_0", "route_0", "attention_0", "linear_0", "norm_0_rms_norm"} <= kinds
+
+
+def test_an_ascend_names_the_librarys_calls_and_stores_weights_as_they_take_them(lowered):
+    """The layout by the formula of CANN's documentation: [K, N] -> [K1, K0, N1, N0] -> [K1, N1, N0, K0], blocks of 16."""
+    data = kernel_specs(lowered, profile_of("ascend-950dt"), tokens=(64,)).to_json()
+    calls = {k["computes"]["op"]: k["library"] for k in data["kernels"] if "library" in k}
+    assert calls["acc.sort"]["call"] == "torch_npu.npu_moe_init_routing_v2"
+    assert calls["acc.grouped_up"]["call"].startswith("torch_npu.npu_grouped_matmul")
+    assert calls["acc.grouped_up"]["weights"] == {"up": "as stored: FRACTAL_NZ, transposed"}
+    assert data["exchange"][0]["library"]["dispatch"] == "torch_npu.npu_moe_distribute_dispatch_v2"
+    numbers = np.random.default_rng(0).standard_normal((3, 40, 72)).astype(np.float32)  # [E, N, K], neither of 16
+    (packed,) = Packing("bf16", 40, 72, 3, fractal=True).pack(numbers).values()
+    padded = torch.nn.functional.pad(torch.from_numpy(numbers).mT, (0, 8, 0, 8)).reshape(3, 5, 16, 3, 16)
+    assert np.array_equal(packed.astype(np.float32), padded.permute(0, 1, 3, 4, 2).bfloat16().float().numpy())
+    assert not any(
+        "library" in k for k in kernel_specs(lowered, profile_of("nvidia-h200"), tokens=(64,)).to_json()["kernels"]
+    )
 
 
 def test_a_router_hands_its_scores_on_as_the_choice_reads_them(lowered):

@@ -487,7 +487,9 @@ def test_targets_with_options_and_a_file(tmp_path):
     assert found["variant"] == "36" and figures["cores"]["value"] == 36 and figures["launch"]["value"] == 3e-6
     assert figures["launch"]["grade"] == "U" and "launch" not in found["unknown"]
     text = invoke("targets", own(tmp_path)).stdout
-    assert text.startswith("my chip: 64 GB at 1,200 GB/s, 200 TFLOPS bf16; kernels as source\n")
+    assert text.startswith(
+        "my chip: 64 GB at 1,200 GB/s, 200 TFLOPS bf16; kernels as source and simulation, checked by no compiler\n"
+    )
     assert "\n  1 my-chip.toml\n" in text
 
 
