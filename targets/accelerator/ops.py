@@ -194,19 +194,26 @@ def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...
 
 @op(
     "acc.grouped_down",
-    f"h: X[R, I], {_PAIRS}, gates: A[T, K], down: W[E, D, I], down_bias: A[E, D]? -> y: A[T, D]",
+    f"h: X[R, I], {_PAIRS}, gates: A[T, K], down: W[E, D, I], down_bias: A[E, D]?, residual: A[T, D]?, shared: A[T, D]?"
+    " -> y: A[T, D]",
     infer=_grouped_down,
-    flops=lambda o, r, a: 2 * o[1].elements * o[5].shape[1] * o[5].shape[2],
+    flops=lambda o, r, a: (
+        2 * o[1].elements * o[5].shape[1] * o[5].shape[2] + r[0].elements * sum(x is not None for x in o[7:])
+    ),
     domains={"ids": lambda types, attributes: types[5].shape[0], **_ORDER},
     distinct=("ids", "order"),
     rows=dict.fromkeys(("down", "down_bias"), _chosen),
 )
-def grouped_down(h, ids, order, offsets, gates, down, down_bias):
-    """Multiply each pair's row by its expert's `down`, weight it, and add up each token: the second half of moe.experts."""
+def grouped_down(h, ids, order, offsets, gates, down, down_bias, residual, shared):
+    """Multiply each pair's row by its expert's `down`, weight it, and add up each token: the second half of moe.experts.
+
+    `residual` and `shared` are added to the sums, as the block's input is and what its shared experts give.
+    """
     rows = h.new_zeros(len(order), down.shape[1])
     for expert, pairs in _by_expert(order, offsets):
         rows[pairs] = torch.nn.functional.linear(h[pairs], down[expert].float(), _at(down_bias, expert))
-    return (rows.unflatten(0, tuple(ids.shape)) * gates[:, :, None]).sum(1)
+    y = (rows.unflatten(0, tuple(ids.shape)) * gates[:, :, None]).sum(1)
+    return sum((x for x in (shared, residual) if x is not None), y)
 
 
 def _by_expert(order: torch.Tensor, offsets: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

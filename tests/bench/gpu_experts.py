@@ -30,7 +30,7 @@ func @main(%x: f32[T, {hidden}], %ids: i64[T, {chosen}], %gates: f32[T, {chosen}
   const %down : bf16[{experts}, {hidden}, {inner}] = tensor("down", bf16[{experts}, {hidden}, {inner}])
   %order, %offsets = acc.sort(%ids) {{experts={experts}}} : i64[{chosen}*T], i64[{bounds}]
   %h = acc.grouped_up(%x, %ids, %order, %offsets, %up, _) {{act=gated(silu)}} : f32[{chosen}*T, {inner}]
-  %y = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _) : f32[T, {hidden}]
+  %y = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _, _, _) : f32[T, {hidden}]
   return %y
 }}
 """

@@ -23,7 +23,10 @@ LOOK = 1024  # pairs that sort looks at in one step
 
 @dataclass(frozen=True)
 class Experts:
-    """Routed experts, as moe.experts has them: sizes, activation, the packings of `up` [E, N, D] and `down` [E, D, I]."""
+    """Routed experts, as moe.experts has them: sizes, activation, the packings of `up` [E, N, D] and `down` [E, D, I].
+
+    `added` are tensors [T, D] that are added to the sums of a token.
+    """
 
     experts: int
     chosen: int
@@ -36,6 +39,7 @@ class Experts:
     act: Activation = SILU
     dtype: str = "bf16"  # of what a kernel hands on
     given: str = "bf16"  # of the rows that are multiplied, or the format that they are in
+    added: tuple[str, ...] = ()
 
 
 def sort(e: Experts, layout: Layout) -> Program:
@@ -169,12 +173,14 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
 
 
 def combine(e: Experts, columns: int, layout: Layout, rows: int = 1) -> Program:
-    """y[token] = sum of its pairs' rows, in the order of the choices: the same sum in every run."""
+    """y[token] = sum of its pairs' rows, in the order of the choices, and of what is added: the same sum in every run."""
     b = Builder("combine", layout, "y[token] = rows[token K] + rows[token K + 1] + ...")
     b.scalar("T")
     b.grid("part", f"cdiv({e.hidden}, {columns})")
     b.grid("block", f"cdiv(T, {rows})")
     b.tensor("rows", e.dtype, f"T * {e.chosen}", e.hidden)
+    for name in e.added:
+        b.tensor(name, e.dtype, "T", e.hidden)
     b.tensor("y", e.dtype, "T", e.hidden, role="output")
     b.let("t", f"block * {rows} + arange({rows})")
     b.let("n", f"part * {columns} + arange({columns})")
@@ -183,6 +189,9 @@ def combine(e: Experts, columns: int, layout: Layout, rows: int = 1) -> Program:
     with b.loop("j", 0, e.chosen, 1):
         b.load("row", "rows", [f"(t * {e.chosen} + j)[:, None]", "n[None, :]"], "live", shape=(rows, columns))
         b.let("total", 'total + cast(row, "f32")', (rows, columns), "f32")
+    for name in e.added:
+        b.load(f"{name}_tile", name, ["t[:, None]", "n[None, :]"], "live", shape=(rows, columns))
+        b.let("total", f'total + cast({name}_tile, "f32")', (rows, columns), "f32")
     b.let("sum_", f'cast(total, "{e.dtype}")', (rows, columns), e.dtype)
     b.store("y", ["t[:, None]", "n[None, :]"], "sum_", "live")
     return b.program()

@@ -6,6 +6,7 @@ Norms, biases, sinks, angles and small tables stay f32: they are few, and what i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Not
         "moe.dispatch": dispatch,
         "moe.grouped_linear": partial(grouped_linear, stored=_stored, sort=_sorted),
         "moe.combine": combine,
+        "core.add": _added,
         "nn.cached_attention": _attention,
         "nn.conv_window": window_conv,
         "core.slice": cut_window,
@@ -150,7 +152,42 @@ def _experts(editor: Editor, op: Op) -> Op:
     order, offsets = _sorted(editor, ids, int(up.type.shape[0]), hints)
     pairs = (ids, order, offsets)
     h = editor.add("acc.grouped_up", op["x"], *pairs, up, op.get("up_bias"), hint=f"{y.name}.h", **op.attributes)
-    return op.become("acc.grouped_down", h, *pairs, op["gates"], down, op.get("down_bias"))
+    return op.become("acc.grouped_down", h, *pairs, op["gates"], down, op.get("down_bias"), None, None)
+
+
+def _added(editor: Editor, op: Op) -> Op:
+    """Return a sum of what routed experts give and something else as their sum, where nothing else reads the former."""
+    if len({v.type for v in op.inputs}) > 1:
+        return op  # one is added to many
+    made = {v.name: other for other in editor.ops for v in other.results}
+    for own, other in (op.operands, op.operands[::-1]):
+        experts = _routed(editor, own, made)
+        free = [name for name in ("shared", "residual") if experts and experts.get(name) is None]
+        if own and other and experts and free:
+            rows = experts.results[0].type.shape
+            flat = (
+                other
+                if other.type.shape == rows
+                else editor.add("core.reshape", other, shape=rows, hint=f"{other.name}.rows")
+            )
+            summed = experts.reading(**{free[0]: flat})
+            if own.type.shape == rows:
+                return replace(summed, results=op.results, loc=(*experts.loc, *op.loc))
+            hint = f"{op.results[0].name}.rows"
+            value = editor.add(summed.name, *summed.operands, hint=hint, **summed.attributes)
+            return op.become("core.reshape", value, shape=own.type.shape)
+    return op
+
+
+def _routed(editor: Editor, value: Value | None, made: Mapping[str, Op]) -> Op | None:
+    """Return the routed experts whose sums a value is, if it is read once; None for another value."""
+    if value is None or len(editor.function.uses.get(value.name, [])) != 1:
+        return None
+    op = made.get(value.name)
+    if op is not None and op.name == "core.reshape":
+        source = op.inputs[0]
+        op = made.get(source.name) if len(editor.function.uses.get(source.name, [op])) == 1 else None
+    return op if op is not None and op.name == "acc.grouped_down" else None
 
 
 def _sorted(editor: Editor, ids: Value, experts: int, hints: tuple[str, str]) -> tuple[Value, ...]:

@@ -51,6 +51,7 @@ def experts_of(op: Op, weight: Packing) -> Experts:
         weight,
         down_bias="down_bias" in operands,
         given=given_in(operands["h"]),
+        added=tuple(name for name in ("shared", "residual") if name in operands),
     )
 
 

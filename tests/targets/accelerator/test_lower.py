@@ -49,6 +49,36 @@ ACTS = [
 ]  # fmt: skip
 
 
+RESIDUAL = """moec 1 stage moe
+dim B in 1..4
+dim S in 1..8
+func @main(%hidden: f32[B, S, 8], %x: f32[B*S, 8], %other: f32[B, S, 8], %ids: i64[B*S, 2], %gates: f32[B*S, 2]) -> ({result}) {{
+  const %up : f32[3, 8, 8] = cast(tensor("up", bf16[3, 8, 8]), to=f32)
+  const %down : f32[3, 8, 4] = cast(tensor("down", bf16[3, 8, 4]), to=f32)
+  %e = moe.experts(%x, %ids, %gates, %up, %down, _, _) : f32[B*S, 8]
+  %rows = core.reshape(%e) {{shape=[B, S, 8]}} : f32[B, S, 8]
+  %shared = core.neg(%other) : f32[B, S, 8]
+  %both = core.add(%rows, %shared) : f32[B, S, 8]
+  %y = core.add(%hidden, %both) : f32[B, S, 8]
+  return {returned}
+}}
+"""
+
+
+@pytest.mark.parametrize(("returned", "adds", "given"), [("%y", 0, 2), ("%y, %both", 1, 1), ("%y, %e", 2, 0)])
+def test_residual_adds_are_a_part_of_the_sum_of_experts(returned, adds, given):
+    """All of them, but for what something else reads too."""
+    types = {"%y": "f32[B, S, 8]", "%both": "f32[B, S, 8]", "%e": "f32[B*S, 8]"}
+    result = ", ".join(types[name] for name in returned.split(", "))
+    module = parse_module(RESIDUAL.format(returned=returned, result=result))
+    lowered = lower(module).module
+    names = [op.name for op in lowered.main.ops]
+    assert names.count("core.add") == adds and names.count("acc.grouped_down") == 1
+    (experts,) = (op for op in lowered.main.ops if op.name == "acc.grouped_down")
+    assert sum(experts.get(name) is not None for name in ("residual", "shared")) == given
+    compare_function(module, lowered, "main", {}, 1e-6)
+
+
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
@@ -71,10 +101,10 @@ def test_sort_and_grouped_linears_are_the_experts(act, dtype, bias, tokens):
         own = order[offsets[e] : offsets[e + 1]]
         assert own.tolist() == (ids.flatten() == e).nonzero().flatten().tolist()
     h = reference("acc.grouped_up", x, *pairs, up, up_bias, act=act)
-    y = reference("acc.grouped_down", h, *pairs, gates, down, down_bias)
+    y = reference("acc.grouped_down", h, *pairs, gates, down, down_bias, None, None)
     wanted = reference("moe.experts", x, ids, gates, up.float(), down.float(), up_bias, down_bias, act=act)
     assert torch.allclose(y, wanted, atol=1e-5 * float(wanted.abs().max()))
-    first, second = types(x, *pairs, up, up_bias), types(h, *pairs, gates, down, down_bias)
+    first, second = types(x, *pairs, up, up_bias), types(h, *pairs, gates, down, down_bias, None, None)
     assert OPS["acc.grouped_up"].infer(first, attributes)[0].sizes == h.shape
     assert OPS["acc.grouped_down"].infer(second, {})[0].sizes == y.shape
     whole = types(x, ids, gates, up.float(), down.float(), up_bias, down_bias)

@@ -111,6 +111,9 @@ def layer(rng, experts=4, chosen=2, hidden=72, inner=40, tokens=5, format="bf16"
         as_torch(x), torch.tensor(ids), as_torch(gates), as_torch(up_numbers), as_torch(down_numbers), *map(as_torch, biases),
         act=e.act,
     )  # fmt: skip
+    for name in e.added:
+        tensors[name] = rng.standard_normal((tokens, hidden)).astype(BF16)
+        y = y + as_torch(tensors[name])
     return e, tensors, y.numpy()
 
 
@@ -125,6 +128,15 @@ def test_every_format_on_every_family(name, format):
     fractal = profile.family.name == "ascend" and format == "bf16"
     e, tensors, expected = layer(np.random.default_rng(0), format=format, fractal=fractal)
     close(run(e, tensors, 5, profile, Tile(16, 32, 64 if format == "bf16" else 128)), expected)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("added", [("residual",), ("shared", "residual")])
+def test_what_is_added_to_a_token_is_rounded_once(name, added):
+    e, tensors, expected = layer(np.random.default_rng(5), added=added)
+    found = run(e, tensors, 5, find_profile(name, {}), Tile(16, 32, 64))
+    close(found, expected)
+    assert np.abs(found - expected).max() < 4e-3 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", CHIPS)

@@ -122,7 +122,7 @@ def test_experts_of_codes(act):
     h_codes, h = rounded(name, bf16(wanted))
     given = {"h_codes": h_codes["y_codes"], "h_scales": h_codes["y_scales"], "gates": gates}
     rows = run(grouped_down(e, tile, layout), chip, scalars, **given, **lists, **named(down_parts, "down"))["rows"]
-    y = OPS["acc.grouped_down"].reference(h, ids, order, offsets, gates, down_w, None)
+    y = OPS["acc.grouped_down"].reference(h, ids, order, offsets, gates, down_w, None, None, None)
     close(rows.reshape(count, chosen, hidden).sum(1), y, 1e-6)
 
 

@@ -53,7 +53,7 @@ func @layer(%x: f32[B, S, 1024], %k: state f32[B, 1, P, 64]) -> (f32[B, S, 1024]
   %gates, %ids = moe.route(%logits, _, _, _) {k=2} : f32[B*S, 2], i64[B*S, 2]
   %order, %offsets = acc.sort(%ids) {experts=16} : i64[2*B*S], i64[17]
   %h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=gated(silu)} : f32[2*B*S, 512]
-  %e = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _) : f32[B*S, 1024]
+  %e = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _, _, _) : f32[B*S, 1024]
   %out = core.reshape(%e) {shape=[B, S, 1024]} : f32[B, S, 1024]
   return %out, %k2
 }
@@ -149,7 +149,7 @@ def whole_experts(text: str) -> str:
     text = text.replace(
         "%h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=gated(silu)} : f32[2*B*S, 512]\n", ""
     )
-    text = text.replace("acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _)",
+    text = text.replace("acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _, _, _)",
                         "moe.experts(%t, %ids, %gates, %up, %down, _, _)")  # fmt: skip
     return text.replace('bf16[16, 1024, 1024] = tensor("up", bf16[16, 1024, 1024])',
                         'f32[16, 1024, 1024] = cast(tensor("up", bf16[16, 1024, 1024]), to=f32)')  # fmt: skip
