@@ -5,19 +5,23 @@ Not collected by itself: tests/targets/accelerator/test_families.py runs it with
 
 import moec
 import numpy as np
+import pytest
 from moec.compiler.frontends.families import FAMILIES
 from tiny_models import random_model
 
 
-def test_a_prefill_and_a_cached_step(tmp_path):
-    options = {"kernels": "source", "buckets": "4"}
-    artifact = moec.compile(
-        random_model(FAMILIES["gpt_oss"]), target="nvidia-h200", out=tmp_path / "a", options=options
-    )
+@pytest.mark.parametrize(
+    ("family", "count", "changes"), [("gpt_oss", 3, {}), ("deepseek_v3", 33, {"kv_lora_rank": 32})]
+)
+def test_a_prefill_and_a_cached_step(family, count, changes, tmp_path):
+    """Latent attention is expanded for a prompt of so many tokens, and absorbed in the step behind it."""
+    options = {"kernels": "source", "buckets": "4,64" if count > 4 else "4"}
+    model = random_model(FAMILIES[family], **changes)
+    artifact = moec.compile(model, target="nvidia-h200", out=tmp_path / "a", options=options)
     interpreted, simulated = (artifact.session(device=name, threads=1) for name in ("interpreter", "simulator"))
     assert interpreted.runs == "Triton's interpreter" and simulated.runs == "the simulator of nvidia-h200"
-    ids, states = np.array([[5, 9, 17]]), (None, None)
-    for past in (0, 3):
+    ids, states = np.array([[5, 9, 17] * (count // 3)]), (None, None)
+    for past in (0, count):
         mask, positions = np.ones((1, past + ids.shape[1]), np.int64), past + np.arange(ids.shape[1])[None]
         pairs = [s.step(ids, mask, positions, held) for s, held in zip((interpreted, simulated), states, strict=True)]
         (found, wanted), states = zip(*pairs, strict=True)
