@@ -70,9 +70,9 @@ def load_artifact(name: str, folder: Path, **options: Any) -> Any:
         return TARGETS[name].load(folder, **options)
     if not (folder / "kernels.json").is_file():
         raise unknown_target(name)
-    from .accelerator.run.session import load
+    from .accelerator.run.session import load_session
 
-    return load(folder, **options)
+    return load_session(folder, **options)
 
 
 def unknown_target(name: str) -> MoecError:

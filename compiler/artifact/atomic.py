@@ -137,7 +137,7 @@ def _lock_folder(folder: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have everything in a folder on the disk: a crash of the machine must not leave a name without its bytes."""
+    """Flush everything in a folder to the disk: a crash of the machine must not leave a name without its bytes."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in [*files, "."]:
             path = Path(root, name)

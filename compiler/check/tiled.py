@@ -56,7 +56,7 @@ class TiledInterpreter:
         return tuple(values[v.name] for v in function.results)
 
     def steps(self, function: Function, values: dict[str, Any], bound: Mapping[str, str], first: int = 0) -> None:
-        """Run the ops of a function from one on; values that nobody reads any more are let go."""
+        """Run the ops of a function from one on; values are freed after their last use."""
         recipes = {c.value.name: bind_recipe(c.recipe, function.weights, bound) for c in function.consts}
         last_use = {v.name: i for i, op in enumerate(function.ops) for v in op.inputs}
         keep = {v.name for v in function.results}
@@ -71,18 +71,18 @@ class TiledInterpreter:
                     values.pop(value.name, None)
 
     def before(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
-        """Hear which op is next; return whether it has to run."""
+        """Return whether the next op has to run; called before each op."""
         return True
 
     def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
-        """Hear that rows f32[T, K] are multiplied with a weight, by each expert those that are chosen for it."""
+        """Observe rows f32[T, K] that are multiplied by a weight, by each expert those that are routed to it."""
 
     def forced(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
         """Return the rows that an expert works on: those of its tokens, and maybe others among all, in order."""
         return token
 
     def routed(self, op: Op, bound: Mapping[str, str], counts: Sequence[int]) -> None:
-        """Hear how many rows each expert is given."""
+        """Observe how many rows are routed to each expert."""
 
     def op(self, op: Op, operands: Sequence[Any], bound: Mapping[str, str]) -> Sequence[torch.Tensor]:
         """Run one op; operands are tensors, and bound recipes for weights."""

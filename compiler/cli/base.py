@@ -61,7 +61,7 @@ class Commands(click.Group):
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep what torch, transformers and others log and warn of from the terminal; what goes wrong is raised."""
+    """Silence log messages and warnings of torch, transformers and others; errors are raised."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

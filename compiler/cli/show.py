@@ -115,7 +115,7 @@ def _value_lines(label: str, values: list[dict[str, Any]]) -> list[str]:
 
 
 def show_artifact(artifact: Artifact, seconds: float) -> None:
-    """Say on standard error what was written, and what the comparison found if there was one."""
+    """Print to standard error what was written, and the result of the comparison if there was one."""
     report = artifact.report
     click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
     if seen := report["figures"].get("calibration"):

@@ -122,7 +122,7 @@ def _round_groups(
 
 
 def _row_dot_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """Put the inner products of the rows of [N, G] in `out`; in torch a product and a sum pass over memory thrice."""
+    """Write the dot products of the rows of two [N, G] to `out`; in torch, a product and a sum pass over memory thrice."""
     np.einsum("ng,ng->n", a.numpy(), b.numpy(), out=out.numpy())
 
 

@@ -80,7 +80,7 @@ def load(
 
 @contextmanager
 def _silence_output() -> Iterator[None]:
-    """Drop what the code of a model prints while it is built and traced: results alone belong on standard output."""
+    """Discard what a model's code prints while it is built and traced: standard output is for results."""
     from transformers.utils import logging
 
     logging.get_logger()  # makes its handler, which keeps the stream that it begins with

@@ -177,7 +177,7 @@ def make_empty(config: Any, trust_remote_code: bool = False, **options: Any) -> 
 
 
 def adopt_model(model: Any) -> Skeleton:
-    """Put a model on the meta device, keeping the values of its non-persistent buffers."""
+    """Move a model to the meta device, keeping the values of its non-persistent buffers."""
     use_moec_ops(model)
     persistent = set(model.state_dict(keep_vars=True))
     buffers = {name: b.detach().clone() for name, b in model.named_buffers() if name not in persistent}

@@ -315,7 +315,7 @@ def suggest_names(name: str, known: Iterable[str], sign: str = "") -> str:
 
 @contextmanager
 def refuse_deep_nesting(source: Source) -> Iterator[None]:
-    """Turn a text nested too deeply for Python's stack into an error."""
+    """Raise MoecError for a text that is nested too deeply for Python's stack."""
     try:
         yield
     except RecursionError:

@@ -42,7 +42,7 @@ class IRBuilder:
 
     @contextmanager
     def at(self, loc: tuple[str, ...]) -> Iterator[None]:
-        """Give what is added meanwhile another place in the source model."""
+        """Set the place in the source model of ops that are added inside the block."""
         before, self.loc = self.loc, loc
         try:
             yield

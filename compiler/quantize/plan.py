@@ -92,7 +92,7 @@ class Plan:
 
 
 def read_plan(file: Path) -> Plan:
-    """Read a plan; MoecError for a file that is none, for missing and unknown keys, and for unknown formats."""
+    """Read a plan; MoecError if the file is not a plan, for missing and unknown keys, and for unknown formats."""
     content = read_value(file, "the plan", parse_constant=no_constant)
     _check_object(content, _TOP, "the plan", file)
     if content["quantization"] != VERSION:

@@ -30,7 +30,7 @@ class Editor(IRBuilder):
         self.notes: list[Note] = []
 
     def note(self, op: Op, text: str) -> None:
-        """Keep a note on an op."""
+        """Record a note on an op."""
         self.notes.append(note_on(self.function, op, text))
 
     def weight(self, recipe: Recipe, hint: str) -> Value:

@@ -58,7 +58,7 @@ def score_text(
             rows = slice(start, min(start + ROWS, len(window) - 1))
             following = np.asarray(window[rows.start + 1 : rows.stop + 1])
             q, p = _log_softmax(ours[rows]), _log_softmax(theirs[rows])
-            kl.append(_kl(p, q))
+            kl.append(_kl_divergence(p, q))
             losses.append(-q[np.arange(len(following)), following])
             reference_losses.append(-p[np.arange(len(following)), following])
             equal += int((q.argmax(axis=-1) == p.argmax(axis=-1)).sum())
@@ -67,7 +67,7 @@ def score_text(
     divergence = np.concatenate(kl)
     return TextScore(
         name, len(divergence), float(divergence.mean()), float(divergence.max()), equal / len(divergence),
-        _perplexity(losses), _perplexity(reference_losses), float(np.quantile(divergence, TYPICAL)),
+        _perplexity_of_losses(losses), _perplexity_of_losses(reference_losses), float(np.quantile(divergence, TYPICAL)),
         None if bf16 is None else equal_bf16 / len(divergence),
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def _kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Return KL(p || q) in nats of log-probabilities, row by row; tokens without probability add nothing."""
     shares = np.exp(p)
     terms = np.zeros_like(p)
@@ -87,6 +87,6 @@ def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.maximum((shares * terms).sum(axis=-1), 0)
 
 
-def _perplexity(losses: Sequence[np.ndarray]) -> float:
+def _perplexity_of_losses(losses: Sequence[np.ndarray]) -> float:
     with np.errstate(over="ignore"):
         return float(np.exp(np.concatenate(losses).mean()))

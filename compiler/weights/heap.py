@@ -21,7 +21,7 @@ _HEADER = 1 << 20  # bytes, more than glibc puts around a block
 
 
 def keep_freed_memory() -> None:
-    """Have tiles use memory again that earlier ones freed, unless memory goes back just now.
+    """Make tiles reuse memory that earlier ones freed, unless memory goes back just now.
 
     glibc maps large blocks one by one until it sees one freed; from then on it keeps blocks of up to that size, and
     twice as many bytes in all, to hand them out again (mallopt(3), M_MMAP_THRESHOLD). Elsewhere this does nothing.
@@ -31,7 +31,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def returning_freed_memory(wanted: bool = True) -> Iterator[None]:
-    """Have large blocks go back to the system when they are freed; afterwards they are kept. Elsewhere than on glibc, nothing."""
+    """Return large blocks to the system when they are freed, until the block ends; does nothing without glibc."""
     library = ctypes.CDLL(None) if wanted else None
     if library is None or not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         yield

@@ -183,7 +183,7 @@ class DataFile(TiledFile):
         self.run(jobs)
 
     def _reserve(self, recipes: list[Recipe], source: WeightSource) -> list[int]:
-        """Give each recipe its place behind what there is, and have the file hashed up to there once it is written."""
+        """Reserve a range at the end of the file for each recipe; the hash follows as soon as it is written."""
         offsets = []
         for recipe in recipes:
             length = int(recipe.type.bytes)

@@ -12,7 +12,7 @@ from ...compiler.ir.pipelines import LOWER, PassCall
 from ..target import FUSED, Emitted, Formats, Ops, Target
 from .artifact.options import NAMES, Options, read_options
 from .chip.chip import Profile
-from .chip.describe import line
+from .chip.describe import profile_line
 from .chip.profile import find_profile
 from .select.activations import rounded_pairs
 
@@ -33,7 +33,8 @@ def declare_ops() -> None:
 _ROOM = __name__.rpartition(".")[0]
 OPS = Ops(declare_ops, DeferredFunction(f"{_ROOM}.select.supported", "supported"))
 FORMATS = Formats(
-    DeferredFunction(f"{_ROOM}.kernels.formats", "holds"), DeferredFunction(f"{_ROOM}.kernels.formats", "slow")
+    DeferredFunction(f"{_ROOM}.kernels.formats", "why_not_held"),
+    DeferredFunction(f"{_ROOM}.kernels.formats", "why_slow"),
 )
 
 
@@ -43,15 +44,15 @@ def accelerator_target(profile: Profile, source: str, options: Options) -> Targe
     rounding = (PassCall("quantize-activations", {"pairs": pairs}),) if pairs else ()
     return Target(
         name=profile.name,
-        doc=line(profile),
+        doc=profile_line(profile),
         pipeline=(*FUSED, PassCall("fold-weights"), PassCall("round-weights"), PassCall(LOWER), *rounding),
         ops=OPS,
         formats=FORMATS,
         lower=lower,
-        emit=partial(_emit, profile=profile, options=options),
-        load=DeferredFunction(f"{_ROOM}.run.session", "load"),
+        emit=partial(_emit_artifact, profile=profile, options=options),
+        load=DeferredFunction(f"{_ROOM}.run.session", "load_session"),
         options=partial(find_accelerator, source),
-        predict=partial(_predict, profile=profile),
+        predict=partial(_predict_step, profile=profile),
     )
 
 
@@ -72,16 +73,16 @@ def lower(module: Module, target: Target) -> Rewritten:
     return lower(module)
 
 
-def _emit(
+def _emit_artifact(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
     progress: Callable[[int], None] | None = None, *, profile: Profile, options: Options,
 ) -> Emitted:  # fmt: skip
-    from .artifact.emit import emit
+    from .artifact.emit import emit_artifact
 
-    return emit(module, source, folder, tile_bytes, progress, profile=profile, options=options)
+    return emit_artifact(module, source, folder, tile_bytes, progress, profile=profile, options=options)
 
 
-def _predict(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:
-    from .select.predicted import predicted
+def _predict_step(module: Module, *, profile: Profile, **step: int) -> dict[str, Any]:
+    from .select.predicted import predicted_step
 
-    return predicted(module, profile, **step)
+    return predicted_step(module, profile, **step)

@@ -18,7 +18,7 @@ from moec.targets.accelerator.artifact.objects import compile_kernels, write_fil
 from moec.targets.accelerator.artifact.spec import BUCKETS, kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import Launch, read_kernels
-from moec.targets.accelerator.run.launch import seconds
+from moec.targets.accelerator.run.launch import median_seconds
 from moec.targets.accelerator.run.launchers import Launcher, open_launcher
 from moec.targets.accelerator.tile.expr import evaluate
 
@@ -168,13 +168,13 @@ class _Layer:
             found["torch's difference"] = None
             return found
         for launch in launches:
-            found["kernels"][launch.name]["measured"] = seconds(graph(partial(one, launch)))
-        found["measured"] = seconds(graph(layer))
-        found["launched one by one"] = seconds(layer)
+            found["kernels"][launch.name]["measured"] = median_seconds(graph(partial(one, launch)))
+        found["measured"] = median_seconds(graph(layer))
+        found["launched one by one"] = median_seconds(layer)
         try:
             found["torch's difference"] = float((torch_layer().float() - wanted).abs().max() / wanted.abs().max())
-            found["torch, one by one"] = seconds(torch_layer)
-            found["torch grouped_mm"] = seconds(graph(torch_layer))
+            found["torch, one by one"] = median_seconds(torch_layer)
+            found["torch grouped_mm"] = median_seconds(graph(torch_layer))
         except (RuntimeError, AttributeError) as error:  # another torch may not have it, or not for this GPU
             found["torch's error"] = f"{type(error).__name__}: {error}".splitlines()[0]
         return found

@@ -10,11 +10,11 @@ from moec.compiler.ops import nn
 from moec.compiler.ops.attention import cached_attention
 from moec.compiler.ops.compressed import compressed_attention as compressed_reference
 from moec.compiler.ops.compressed import rope_pairs
-from moec.targets.accelerator.kernels.attention import Attention, attention, attention_merge
+from moec.targets.accelerator.kernels.attention import Attention, attention_kernel, attention_merge
 from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile
-from moec.targets.accelerator.kernels.compressed import Compressed, compressed_attention, compressed_merge, slide
+from moec.targets.accelerator.kernels.compressed import Compressed, compressed_attention, compressed_merge, slide_kernel
 from moec.targets.accelerator.kernels.norm import Norm, add_rms_norm, layer_norm, rms_norm
-from moec.targets.accelerator.kernels.rope import Append, Rope, qk_rope_append, rope
+from moec.targets.accelerator.kernels.rope import Append, Rope, qk_rope_append, rope_kernel
 
 
 def numbers(*shape):
@@ -46,7 +46,7 @@ def check_rope_of_halves(name, own):
         x, angle = numbers(batch, heads, tokens, width), numbers(batch if own else 1, tokens, width // 2)
         cos, sin = (f(torch.cat((angle, angle), -1)) for f in (torch.cos, torch.sin))
         p = Rope(heads, width, width, own_angles=own, heads_first=True, dtype="f32")
-        y = run(rope(p, RowTile(4, 0), layout), chip, {"B": batch, "S": tokens}, x=x, cos=cos, sin=sin)["y"]
+        y = run(rope_kernel(p, RowTile(4, 0), layout), chip, {"B": batch, "S": tokens}, x=x, cos=cos, sin=sin)["y"]
         close(y, nn.rope(x, cos, sin))
 
 
@@ -57,7 +57,7 @@ def check_rope_of_pairs(name, inverse, norm):
         x, angle = numbers(batch, tokens, heads, width), numbers(1, tokens, turned // 2)
         p = Rope(heads, width, turned, True, inverse, norm, eps=1e-6, dtype="f32")
         given = {"x": x, "cos": torch.cos(angle), "sin": torch.sin(angle)}
-        y = run(rope(p, RowTile(2, 0), layout), chip, {"B": batch, "S": tokens}, **given)["y"]
+        y = run(rope_kernel(p, RowTile(2, 0), layout), chip, {"B": batch, "S": tokens}, **given)["y"]
         source = nn.rms_norm(x, torch.ones(width), eps=1e-6) if norm else x
         close(y, rope_pairs(source, torch.cos(angle), torch.sin(angle), inverse=inverse))
 
@@ -109,7 +109,7 @@ def check_attention(name, p, t, batch, past, new, mask=None, seed=0, tolerance=3
     given |= {} if mask is None else {"mask": mask}
     given |= {} if sinks is None else {"sinks": sinks}
     scalars = {"B": batch, "S": new, "P": past, "C": total + 3}
-    found = run(attention(p, t, layout), chip, scalars, **given)
+    found = run(attention_kernel(p, t, layout), chip, scalars, **given)
     if t.split > 1:
         merged = attention_merge(p, RowTile(4, 32), layout, t.split)
         found = run(merged, chip, {"B": batch, "S": new}, **found)
@@ -184,7 +184,7 @@ def check_compressed(name, p, t, batch, past, new, tolerance=3e-6):
         found = run(compressed_merge(p, RowTile(4, 16), layout, t.split), chip, {"B": batch, "S": new}, **found)
     close(found["y"], wanted, tolerance)
     sizes = {"B": batch, "O": old, "S": new, "Y": kept.shape[1]}
-    moved = run(slide(p.width, RowTile(4, 16), layout, p.dtype), chip, sizes, old=window, new=kv)["kept"]
+    moved = run(slide_kernel(p.width, RowTile(4, 16), layout, p.dtype), chip, sizes, old=window, new=kv)["kept"]
     close(moved, kept, 0)
 
 

@@ -8,11 +8,11 @@ from collections import Counter
 import numpy as np
 import torch
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
-from moec.targets.accelerator.run.interpreter import mend
+from moec.targets.accelerator.run.interpreter import mend_interpreter
 from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile import simulate as simulator
 
-mend()
+mend_interpreter()
 TRIES = 3
 UNITS = (("shared", "shared", "registers"),)
 simulate = simulator.simulate

@@ -16,7 +16,7 @@ from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
-from moec.targets.accelerator.run.interpreter import mend
+from moec.targets.accelerator.run.interpreter import mend_interpreter
 from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.expr import evaluate
@@ -24,7 +24,7 @@ from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.simulate import Chip, simulate
 from tile_weights import random_weight
 
-mend()
+mend_interpreter()
 LAYOUT = Layout(("shared",), ("shared",), "registers", "registers")
 PATHS = {("device", "shared"), ("device", "registers"), ("registers", "device"), ("registers", "shared")}
 CHIP = Chip({"shared": 232448, "registers": 1 << 20}, {}, frozenset(PATHS), LAYOUT.operands)

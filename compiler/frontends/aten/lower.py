@@ -118,7 +118,7 @@ def _lower_node(graph: Graph, node: Any) -> Any:
 
 
 def _rebind_operand(graph: Graph, node: Any, result: Any, place: str) -> None:
-    """Let the operand of an in-place operator mean its new value from here on."""
+    """Bind the operand of an in-place operator to its new value for the nodes after it."""
     target = node.args[0]
     views = ("view", "slice", "select", "transpose", "unsqueeze", "expand", "permute", "reshape", "split", "chunk")
     if target.op == "call_function" and any(v in _operator_name(target.target) for v in views):

@@ -45,7 +45,7 @@ def _unsqueeze(g: Graph, x: Value, dim: int) -> Value:
 
 @aten("aten.squeeze")
 def squeeze(g: Graph, x: Value, dim: Any = None) -> Value:
-    """Drop axes of size 1."""
+    """Remove axes of size 1."""
     dims = range(len(x.type.shape)) if dim is None else [dim] if isinstance(dim, int) else dim
     drop = {normalize_axis(x, d) for d in dims if x.type.shape[normalize_axis(x, d)] == 1}
     return reshape(g, x, tuple(s for i, s in enumerate(x.type.shape) if i not in drop), hint="squeeze")

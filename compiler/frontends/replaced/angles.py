@@ -31,7 +31,7 @@ def _complex_angles(self: Any, x: Tensor, position_ids: Tensor) -> Tensor:
 
 
 def _turn_pairs(q: Tensor, k: Tensor, angles: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Turn neighbouring numbers; `heads` is the axis of the heads.
+    """Rotate neighbouring numbers as pairs; `heads` is the axis of the heads.
 
     The result has the first numbers of all pairs before the second ones. Only products of q and k are taken, which do
     not depend on the order.

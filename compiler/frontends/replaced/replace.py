@@ -35,7 +35,7 @@ class _Replacement:
     key: str = ""
 
     def stand_in(self) -> StandIn:
-        """Say what stands for what; to be called while the original is in its place."""
+        """Describe what replaces what; to be called while the original is still in its place."""
         place = f"{self.owner.__name__.rpartition('.')[2]}.{self.name}"
         return stand_in(self.own, place, self.key, getattr(self.owner, self.name), self.owner)
 

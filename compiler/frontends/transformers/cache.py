@@ -176,7 +176,7 @@ def returned_cache(output: Any) -> Any:
 
 
 def takes_cache(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function whose parameter is `cache` be called by the old names too."""
+    """Accept the older names of the parameter `cache` of a function."""
 
     @wraps(function)
     def renamed(*args: Any, **kwargs: Any) -> Any:

@@ -65,7 +65,7 @@ def check_names(raw: Mapping[str, Any], config: Any, where: str) -> None:
 
 
 def keys_of(config: Any, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """Say which keys of a config have the sizes that a tensor's shape should have and has not, as `vocab_size is 128`."""
+    """Return a text that names the keys of a config with the sizes that a tensor's shape should have and has not, as `vocab_size is 128`."""
     other = {n for n, own in zip(wanted, found, strict=True) if n != own} if len(wanted) == len(found) else set()
     values = config.get_text_config(decoder=True).to_dict().items()
     same = [f"{key} is {n}" for key, n in values if type(n) is int and n in other and not key.endswith("_id")]

@@ -92,7 +92,7 @@ def _empty_model(config: Any) -> Any:
 
 
 def _fill_model(model: Any, recipes: Mapping[str, Recipe], source: WeightSource, path: Path) -> Any:
-    """Put what the recipes make into a model; MoecError names a parameter that has none."""
+    """Assign the evaluated recipes to the parameters of a model; MoecError names a parameter that has none."""
     state = model.state_dict(keep_vars=True)
     same: dict[int, list[str]] = {}
     for name, tensor in state.items():

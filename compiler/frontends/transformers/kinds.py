@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):
             self.add(tensor, i)
 
     def add(self, tensor: Tensor, name: Hashable) -> None:
-        """Give a tensor its name."""
+        """Record the name of a tensor."""
         self.kept.append(tensor)
         self.names[id(tensor)] = name
 

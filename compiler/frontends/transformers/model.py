@@ -264,7 +264,7 @@ def _state_params(job: Import, builder: IRBuilder) -> dict[str, Value]:
 
 
 def _rename_result(builder: IRBuilder, value: Value, name: str) -> tuple[Value, Any]:
-    """Give the program's result its public name; it must be the last op's only result."""
+    """Rename the program's result to its public name; it must be the last op's only result."""
     last = builder.ops[-1]
     if last.results != (value,):
         raise MoecError("the model does not end with its logits")

@@ -145,7 +145,7 @@ class _Mapping:
         return {name: recipe for name, recipe in found.items() if name in self.wanted}
 
     def _claim(self) -> list[str]:
-        """Say of every tensor which parameter it goes into; return the names of those that no rule knows."""
+        """Assign every tensor to the parameter that it goes into; return the names of those that no rule knows."""
         resolved: dict[str, str] = {}
         left = []
         for name in sorted(self.available, key=_natural_order):

@@ -72,7 +72,7 @@ class Checkpoint:
         return _read_box(info, self._descriptors[info.file], full_box(sizes) if box is None else check_box(box, sizes))
 
     def __post_init__(self) -> None:
-        """Have the files closed when nobody holds the checkpoint any more, as after an import that failed."""
+        """Register a finalizer that closes the files, as after an import that failed."""
         weakref.finalize(self, _close_files, self._descriptors)
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Checkpoint:
         return MoecError(f"the checkpoint has no tensor {name}", str(self.folder), todo=self.like(name))
 
     def like(self, name: str) -> str:
-        """Say which names of the checkpoint are like a name, for an error about what is missing."""
+        """Return a text that names similar tensors, for an error about a missing one."""
         gone = _missing_part([file.name for file in self.opened.stamps])
         return f"{gone} is missing: finish the download" if gone else names_like(name, self.tensors)
 
@@ -112,7 +112,7 @@ def _missing_part(names: Iterable[str]) -> str | None:
 
 
 def names_like(name: str, names: Iterable[str]) -> str:
-    """Say which of the names that are there are like one that is missing, or what they look like."""
+    """Return a text with names similar to a missing one, or with examples of the names that exist."""
     names = list(names)
     near = closest_names(name, names)
     if near:

@@ -106,11 +106,11 @@ def bind(
         elif name in before:
             found[a.name] = Bound(scratch=name)
         else:
-            found[a.name] = _input(kernel, a, operands, weights)
-    return Binding(found, _scalars(kernel.name, program, found))
+            found[a.name] = _input_binding(kernel, a, operands, weights)
+    return Binding(found, _scalar_sources(kernel.name, program, found))
 
 
-def _input(kernel: KernelTemplate, a: Argument, operands: set[str], weights: Mapping[str, Packing]) -> Bound:
+def _input_binding(kernel: KernelTemplate, a: Argument, operands: set[str], weights: Mapping[str, Packing]) -> Bound:
     """Return the operand that an argument is, or the part of a packed weight."""
     for weight, packing in weights.items():
         for base in (weight, *(mine for mine, name in kernel.renamed.items() if name == weight)):
@@ -134,14 +134,14 @@ def _split_part(name: str) -> tuple[str, str]:
     return (base, part) if part in PART_NAMES else (name, "")
 
 
-def _scalars(kernel: str, program: Program, bound: Mapping[str, Bound]) -> dict[str, tuple[str, str]]:
+def _scalar_sources(kernel: str, program: Program, bound: Mapping[str, Bound]) -> dict[str, tuple[str, str]]:
     """Return how the scalars that are no dims are found: each from an argument whose other sizes are known by then."""
     known = {name for name in program.scalars if name in DIMS}
     found: dict[str, tuple[str, str]] = {}
     # an operand's size is given from outside, a result's is only as good as what it was made from
     order = sorted(program.arguments, key=lambda a: (bool(bound[a.name].result), bool(bound[a.name].scratch)))
     while lacking := [name for name in program.scalars if name not in known]:
-        pair = next(((n, a, over) for n in lacking for a in order if (over := _over(a, n, known))), None)
+        pair = next(((n, a, over) for n in lacking for a in order if (over := _scalar_divisor(a, n, known))), None)
         if pair is None:
             raise MoecError(f"{kernel}: no argument says how large {', '.join(lacking)} is", exit_code=1)
         name, argument, over = pair
@@ -150,9 +150,9 @@ def _scalars(kernel: str, program: Program, bound: Mapping[str, Bound]) -> dict[
     return found
 
 
-def _over(a: Argument, scalar: str, known: set[str]) -> str | None:
+def _scalar_divisor(a: Argument, scalar: str, known: set[str]) -> str | None:
     """Return what an argument's elements are divided by to have a scalar; None if it does not say it."""
-    total = elements(a.shape)
+    total = element_count(a.shape)
     if total is None:
         return None
     over = sympy.cancel(total / dim(scalar))
@@ -162,14 +162,14 @@ def _over(a: Argument, scalar: str, known: set[str]) -> str | None:
     return str(over)
 
 
-def elements(shape: Sequence[int | Expr]) -> Size | None:
+def element_count(shape: Sequence[int | Expr]) -> Size | None:
     """Return the product of an argument's sizes as a formula; None where one is not of sums and products."""
-    sizes = symbolic(tuple(shape))
+    sizes = symbolic_sizes(tuple(shape))
     return None if sizes is None else sympy.Mul(*sizes)
 
 
 @lru_cache(maxsize=4096)
-def symbolic(shape: tuple[int | Expr, ...]) -> tuple[Size, ...] | None:
+def symbolic_sizes(shape: tuple[int | Expr, ...]) -> tuple[Size, ...] | None:
     """Return sizes in the language of tiles as formulas; None where one takes a minimum or the like."""
     try:
         return tuple(
@@ -195,19 +195,19 @@ def check_op(op: Op, program: Program, binding: Binding, what: str) -> None:
         bound = binding.arguments[a.name]
         value = types.get(("operand", bound.operand)) or types.get(("result", bound.result))
         packed = bound.part or (a.role == "weight" and len(a.shape) > 1)  # lies as the packing says
-        if value is not None and not packed and not agrees(value.type, tuple(a.shape)):
+        if value is not None and not packed and not agrees_with_shape(value.type, tuple(a.shape)):
             sizes = ", ".join(map(str, a.shape))
             raise MoecError(f"{what}: {program.name} has {a.name} as [{sizes}], it is {value.type}", exit_code=1)
 
 
 @lru_cache(maxsize=4096)
-def agrees(type: TensorType, shape: tuple[int | Expr, ...]) -> bool:
+def agrees_with_shape(type: TensorType, shape: tuple[int | Expr, ...]) -> bool:
     """Return whether row by row a tensor of a type is one of a kernel's shape, without exchanging axes.
 
     Scalars that are no dims stand for any size; where a size is no formula of sums and products, only what is between
     the other axes can be compared, so that it counts as right.
     """
-    sizes = symbolic(shape)
+    sizes = symbolic_sizes(shape)
     if sizes is None:
         return True
     given = [n for n in type.shape if n != 1]
@@ -216,14 +216,16 @@ def agrees(type: TensorType, shape: tuple[int | Expr, ...]) -> bool:
     renamed = dict(zip(map(dim, names), free, strict=True))
     wanted = [n.subs(renamed) for n in sizes if n != 1]
     if free:
-        found = _solve(given, wanted, free)
+        found = _solve_scalars(given, wanted, free)
         if found is None:
             return False
         wanted = [n.subs(found) for n in wanted]
-    return _regrouped(given, [n for n in wanted if n != 1])
+    return _is_regrouped(given, [n for n in wanted if n != 1])
 
 
-def _solve(given: Sequence[Size], wanted: Sequence[Size], free: Sequence[sympy.Symbol]) -> dict[Any, Size] | None:
+def _solve_scalars(
+    given: Sequence[Size], wanted: Sequence[Size], free: Sequence[sympy.Symbol]
+) -> dict[Any, Size] | None:
     """Return the sizes that scalars represent. Several of them are axes of their own, compared one by one."""
     if len(free) == 1 and not any(n == free[0] for n in wanted):
         left = sympy.cancel(sympy.Mul(*given) / (sympy.Mul(*wanted) / free[0]))
@@ -235,9 +237,9 @@ def _solve(given: Sequence[Size], wanted: Sequence[Size], free: Sequence[sympy.S
     return None
 
 
-def _regrouped(one: Sequence[Size], two: Sequence[Size]) -> bool:
+def _is_regrouped(one: Sequence[Size], two: Sequence[Size]) -> bool:
     """Return whether two lists of sizes are the same axes, merged or split."""
-    first, second = list(_products(one)), list(_products(two))
+    first, second = list(_running_products(one)), list(_running_products(two))
     if not first or not second:
         return first == second
     common = [(i, j) for i, n in enumerate(first, 1) for j, m in enumerate(second, 1) if sympy.expand(n - m) == 0]
@@ -246,7 +248,7 @@ def _regrouped(one: Sequence[Size], two: Sequence[Size]) -> bool:
     return all(min(i - k, j - m) == 1 for (k, m), (i, j) in zip([(0, 0), *common], common, strict=False))
 
 
-def _products(sizes: Iterable[Size]) -> Iterable[Size]:
+def _running_products(sizes: Iterable[Size]) -> Iterable[Size]:
     total: Size = sympy.Integer(1)
     for n in sizes:
         total = total * n

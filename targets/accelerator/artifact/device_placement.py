@@ -29,7 +29,9 @@ def place_on_devices(module: Module, profile: Profile, found: Shards) -> dict[st
     tokens = min(TOKENS, most)
     state = sum((_state_bytes(v.type.elements, v.type.dtype) for v in module.main.params if v.type.state), sympy.S.Zero)
     each = _per_token(state, costs.dims(past=past), past)
-    space = max((evaluate(_workspace(op), costs.dims(new=tokens)) for f in module.functions for op in f.ops), default=0)
+    space = max(
+        (evaluate(_workspace_bytes(op), costs.dims(new=tokens)) for f in module.functions for op in f.ops), default=0
+    )
     room = None if capacity is None else capacity - weights - space
     return {
         "schema": SCHEMA,
@@ -64,7 +66,7 @@ def _per_token(state: Size, dims: dict[str, int], past: int) -> int:
     return round((high - low) / past)
 
 
-def _workspace(op: Op) -> Size:
+def _workspace_bytes(op: Op) -> Size:
     """Return the bytes of an op's operands and results that are neither weights nor states, all alive at once."""
     values = {v.name: v for v in (*op.inputs, *op.results) if v.type.elements.free_symbols and not v.type.state}
     return sympy.Add(*(_state_bytes(v.type.elements, v.type.dtype) for v in values.values()))

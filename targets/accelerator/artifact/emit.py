@@ -26,7 +26,7 @@ from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs
 KERNELS, PLAN, SOURCES, ENGINES = "kernels.json", "plan.json", "kernels", "engines"
 
 
-def emit(
+def emit_artifact(
     module: Module,
     source: WeightSource,
     folder: Path,

@@ -28,7 +28,7 @@ from ..kernels.experts import Experts, grouped_up
 from ..kernels.order import axis_of_tiles
 from ..predict.experts_touched import expected_tiles
 from ..select.experts import experts_of, touched
-from ..select.search import GROUPS, Fit, KernelTemplate, row_choices, search, shapes
+from ..select.search import GROUPS, Fit, KernelTemplate, row_choices, search_tile, shapes
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from .options import Tuning
@@ -139,7 +139,7 @@ def file_name(engine: str, p: Problem, device: str, shard: Shard = Shard()) -> s
     return f"E={e.experts // shard.experts},N={e.inner // shard.inner},device_name={device}{suffix}.json"
 
 
-def entries(
+def tuning_entries(
     p: Problem, profile: Profile, shard: Shard = Shard(), tokens: tuple[int, ...] = TOKENS
 ) -> dict[str, dict[str, int]]:
     """Return what a file says for each number of tokens."""
@@ -147,10 +147,10 @@ def entries(
     if p.scale and e.up.columns % 128 == 0:  # as FP8 tiles are read, with any number of scales
         e = replace(e, up=replace(e.up, format="fp8_b128"))
     fits: dict[Tile, Fit] = {}
-    return {str(count): _entry(_tile(e, shard, profile, count, fits), e, profile) for count in tokens}
+    return {str(count): _tuning_entry(_tile_for_device(e, shard, profile, count, fits), e, profile) for count in tokens}
 
 
-def _tile(e: Experts, shard: Shard, profile: Profile, tokens: int, fits: dict[Tile, Fit]) -> Tile:
+def _tile_for_device(e: Experts, shard: Shard, profile: Profile, tokens: int, fits: dict[Tile, Fit]) -> Tile:
     """Return the tile for the experts of one device, which get their share of the pairs of all tokens."""
     own, rows = e.experts // shard.experts, e.up.rows // shard.inner
     alone = replace(e, experts=own, inner=rows, act=IDENTITY, up=replace(e.up, experts=own, rows=rows))
@@ -160,10 +160,10 @@ def _tile(e: Experts, shard: Shard, profile: Profile, tokens: int, fits: dict[Ti
         lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, tokens, t.m) / shard.experts),
         touched(e, "up", tokens), GROUPS,
     )  # fmt: skip
-    return search(kernel, profile, fits).best.tile
+    return search_tile(kernel, profile, fits).best.tile
 
 
-def _entry(tile: Tile, e: Experts, profile: Profile) -> dict[str, int]:
+def _tuning_entry(tile: Tile, e: Experts, profile: Profile) -> dict[str, int]:
     """Return a tile as the engines' kernel takes it, which keeps operands in shared memory as they are multiplied."""
     layout = layout_of(profile, tile.m)
     room = chip_of(profile, layout).capacity[layout.first[0]]
@@ -196,7 +196,7 @@ def engine_files(
             reason = f"its fused-MoE kernel has no weights in {p.experts.up.format}"
         else:
             if (p, shard) not in made:
-                made[p, shard] = entries(p, profile, shard)
+                made[p, shard] = tuning_entries(p, profile, shard)
             files.setdefault(f"{FOLDERS[engine]}/{name}", made[p, shard])
             continue
         notes.append(Note(f"no tuning file of {engine} for experts of {p.experts.up.format}: {reason}"))

@@ -17,7 +17,7 @@ from ....compiler.weights.memory import usable_threads
 from ..chip.chip import Profile
 from ..select.search import Choice
 from ..triton.architectures import architecture_of
-from ..triton.compile import Compiled, Request, request
+from ..triton.compile import Compiled, Request, compile_request_of
 from ..triton.predict import predict_shared
 from ..triton.workers import compile_all
 from .ascend_objects import find_environment, lower_kernels
@@ -50,27 +50,27 @@ def compile_kernels(
         return Objects(kernels, {})
     try:
         architecture_of(arch)
-        chosen = _choose(kernels.kernels, arch, make)
+        chosen = _choose_compiled(kernels.kernels, arch, make)
     except MoecError as error:  # there is no compiler, or none for this chip
         reason = {"arch": arch, "error": "; ".join(filter(None, (error.what, error.todo)))}
-        return Objects(_with(kernels, (replace(k, objects={arch: reason}) for k in kernels.kernels)), {})
+        return Objects(_with_specs(kernels, (replace(k, objects={arch: reason}) for k in kernels.kernels)), {})
     files: dict[str, bytes] = {}
     specs = []
     for kernel, made in chosen:
-        entry = _entry(kernel, made, arch)
+        entry = _object_entry(kernel, made, arch)
         if isinstance(made, Compiled):
             name = f"{folder}/{kernel.name}{made.suffix}"
             files[name] = made.object
             entry["file"] = name
         specs.append(replace(kernel, objects={arch: entry}))
-    return Objects(_with(kernels, specs), files)
+    return Objects(_with_specs(kernels, specs), files)
 
 
-def _with(kernels: Kernels, specs: Iterable[KernelSpec]) -> Kernels:
+def _with_specs(kernels: Kernels, specs: Iterable[KernelSpec]) -> Kernels:
     return replace(kernels, kernels=tuple(specs))
 
 
-def _choose(specs: Sequence[KernelSpec], arch: str, make: Compile) -> list[tuple[KernelSpec, Made]]:
+def _choose_compiled(specs: Sequence[KernelSpec], arch: str, make: Compile) -> list[tuple[KernelSpec, Made]]:
     """Compile each kernel's tile, then the next ones of those that fail or spill; equal kernels are compiled once."""
     made: dict[tuple[Any, int], Made] = {}
     orders = [(k.found.best, *k.found.others) for k in specs]
@@ -81,19 +81,21 @@ def _choose(specs: Sequence[KernelSpec], arch: str, make: Compile) -> list[tuple
 
     pending = list(range(len(specs)))
     while pending:
-        wanted = {key: c for i in pending if (key := _key(c := current(i))) not in made}
-        jobs = [request(c.program, arch, c.tile.warps) for c in wanted.values()]
+        wanted = {key: c for i in pending if (key := _compile_key(c := current(i))) not in made}
+        jobs = [compile_request_of(c.program, arch, c.tile.warps) for c in wanted.values()]
         made |= dict(zip(wanted, make(jobs, usable_threads()) if jobs else (), strict=True))
-        pending = [i for i in pending if not _is_good(made[_key(current(i))]) and places[i] + 1 < len(orders[i])]
+        pending = [
+            i for i in pending if not _is_good(made[_compile_key(current(i))]) and places[i] + 1 < len(orders[i])
+        ]
         for i in pending:
             places[i] += 1
     for i, order in enumerate(orders):  # none is good: the one that the search chose, if it can be compiled
-        if not _is_good(made[_key(current(i))]):
-            places[i] = next((n for n, c in enumerate(order) if isinstance(made[_key(c)], Compiled)), 0)
-    return [(_moved(k, places[i]), made[_key(current(i))]) for i, k in enumerate(specs)]
+        if not _is_good(made[_compile_key(current(i))]):
+            places[i] = next((n for n, c in enumerate(order) if isinstance(made[_compile_key(c)], Compiled)), 0)
+    return [(_with_tile_first(k, places[i]), made[_compile_key(current(i))]) for i, k in enumerate(specs)]
 
 
-def _key(choice: Choice) -> tuple[str, int]:
+def _compile_key(choice: Choice) -> tuple[str, int]:
     return repr(choice.program), choice.tile.warps
 
 
@@ -101,14 +103,14 @@ def _is_good(made: Made) -> bool:
     return isinstance(made, Compiled) and not made.spills
 
 
-def _moved(kernel: KernelSpec, place: int) -> KernelSpec:
+def _with_tile_first(kernel: KernelSpec, place: int) -> KernelSpec:
     """Return the kernel with the tile at a place of the search's order, the others after it in their order."""
     order = [kernel.found.best, *kernel.found.others]
     best = order.pop(place)
     return replace(kernel, found=replace(kernel.found, best=best, others=tuple(order)))
 
 
-def _entry(kernel: KernelSpec, made: Made, arch: str) -> dict[str, Any]:
+def _object_entry(kernel: KernelSpec, made: Made, arch: str) -> dict[str, Any]:
     """Return the entry of an object in kernels.json."""
     if isinstance(made, MoecError):
         return {"arch": arch, "error": made.what}

@@ -51,10 +51,10 @@ def read_options(given: Mapping[str, str]) -> Options:
     chosen = {key: given.get(key, choices[0]) for key, choices in CHOICES.items()}
     for key, value in chosen.items():
         if value not in CHOICES[key]:
-            raise _refuse(key, value, f"give {' or '.join(CHOICES[key])}")
+            raise _refused_option(key, value, f"give {' or '.join(CHOICES[key])}")
     engines = tuple(part.strip() for part in given["engines"].split(",")) if "engines" in given else ()
     if not set(engines) <= set(ENGINES):
-        raise _refuse("engines", given["engines"], f"give {' or '.join(ENGINES)}, or both with a comma between")
+        raise _refused_option("engines", given["engines"], f"give {' or '.join(ENGINES)}, or both with a comma between")
     for key in ("tp", "ep", "device"):
         if key in given and not engines:
             todo = f"give the engines too: -D engines={','.join(ENGINES)}"
@@ -62,28 +62,32 @@ def read_options(given: Mapping[str, str]) -> Options:
                 f"{key} says for whom tuning files of engines are", where=f"-D {key}={given[key]}", todo=todo
             )
     tuning = Tuning(
-        engines, _ranks("tp", given), _ranks("ep", given), given.get("device", "").strip().replace(" ", "_")
+        engines, _read_ranks("tp", given), _read_ranks("ep", given), given.get("device", "").strip().replace(" ", "_")
     )
     return Options(
-        chosen["kernels"] == "objects", chosen["toolchain"] == "make", chosen["activations"], _buckets(given), tuning
+        chosen["kernels"] == "objects",
+        chosen["toolchain"] == "make",
+        chosen["activations"],
+        _read_buckets(given),
+        tuning,
     )
 
 
-def _ranks(key: str, given: Mapping[str, str]) -> int:
+def _read_ranks(key: str, given: Mapping[str, str]) -> int:
     text = given.get(key, "1")
     if not text.isdecimal() or int(text) < 1:
-        raise _refuse(key, text, "give a number of devices, as in 8")
+        raise _refused_option(key, text, "give a number of devices, as in 8")
     return int(text)
 
 
-def _buckets(given: Mapping[str, str]) -> tuple[int, ...] | None:
+def _read_buckets(given: Mapping[str, str]) -> tuple[int, ...] | None:
     if "buckets" not in given:
         return None
     parts = given["buckets"].split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise _refuse("buckets", given["buckets"], "give numbers, as in 1,16,256")
+        raise _refused_option("buckets", given["buckets"], "give numbers, as in 1,16,256")
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _refuse(key: str, value: str, todo: str) -> MoecError:
+def _refused_option(key: str, value: str, todo: str) -> MoecError:
     return MoecError(f"{key} cannot be {value}", where=f"-D {key}={value}", todo=todo)

@@ -73,7 +73,7 @@ class Shard:
     @property
     def bytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(_bytes(*of) for of in self.tensors.values())
+        return sum(_tensor_bytes(*of) for of in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def find_shards(module: Module, layouts: WeightLayouts) -> Shards:
             if value.name not in function.uses:
                 continue
             recipe = bind_recipe(const.recipe, function.weights, bound)
-            packing = _packing(layouts.get((function.name, value.name)), recipe, f"{value} in @{function.name}")
+            packing = _checked_packing(layouts.get((function.name, value.name)), recipe, f"{value} in @{function.name}")
             name, key = f"{label}/{value.name}", (recipe, packing)
             if key in written:
                 found.same[name] = written[key]
@@ -126,7 +126,7 @@ def find_shards(module: Module, layouts: WeightLayouts) -> Shards:
     return found
 
 
-def _packing(packing: Packing | None, recipe: Recipe, what: str) -> Packing | None:
+def _checked_packing(packing: Packing | None, recipe: Recipe, what: str) -> Packing | None:
     """Return the packing of a weight, checked against it; None where that is row by row as it is typed."""
     type_ = recipe.type
     if packing is None:
@@ -159,32 +159,32 @@ def write_shards(
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(error, path) from error
-        told = None if progress is None else partial(_add, progress, before)
+        told = None if progress is None else partial(_report_bytes, progress, before)
         with TiledFile(path, told, threads) as file:
-            _write(file, shard, source, tile_bytes)
+            _write_shard(file, shard, source, tile_bytes)
             hashes[shard.name] = file.sha256
             before += file.size
     return hashes
 
 
-def _add(progress: Callable[[int], None], before: int, done: int) -> None:
+def _report_bytes(progress: Callable[[int], None], before: int, done: int) -> None:
     progress(before + done)
 
 
-def _write(file: TiledFile, shard: Shard, source: WeightSource, tile_bytes: int) -> None:
-    head, places = _header(shard)
+def _write_shard(file: TiledFile, shard: Shard, source: WeightSource, tile_bytes: int) -> None:
+    head, places = _shard_header(shard)
     file.write(0, memoryview(head))
     file.size = len(head) + shard.bytes
-    file.run(job for weight in shard.weights for job in _jobs(file, weight, places, source, tile_bytes))
+    file.run(job for weight in shard.weights for job in _write_jobs(file, weight, places, source, tile_bytes))
 
 
-def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
+def _shard_header(shard: Shard) -> tuple[bytes, dict[str, int]]:
     """Return the header with its length in front, and where each tensor begins in the file."""
     entries: dict[str, dict[str, Any]] = {}
     begins: dict[str, int] = {}
     end = 0
     for name, (dtype, shape) in shard.tensors.items():
-        begins[name], end = end, end + _bytes(dtype, shape)
+        begins[name], end = end, end + _tensor_bytes(dtype, shape)
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _START)
@@ -192,14 +192,14 @@ def _header(shard: Shard) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
 
 
-def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].bits // 8
 
 
 Job = Callable[[], None]
 
 
-def _jobs(
+def _write_jobs(
     file: TiledFile, weight: Stored, places: Mapping[str, int], source: WeightSource, tile_bytes: int
 ) -> Iterator[Job]:
     """Yield what writes the tensors of a weight."""
@@ -207,16 +207,16 @@ def _jobs(
     if packing is None:
         offset = places[weight.name]
         for box in tile_boxes(recipe.type, tile_bytes):
-            yield partial(_plain, file, recipe, source, box, offset)
+            yield partial(_write_plain, file, recipe, source, box, offset)
             offset += int(np.prod([b - a for a, b in box], dtype=np.int64)) * int(recipe.type.bits) // 8
     elif packing.fractal:
         for box in _matrix_tiles(recipe, tile_bytes, FRACTAL_ROWS):
-            yield partial(_fractal, file, recipe, packing, source, box, places[weight.name])
+            yield partial(_write_fractal, file, recipe, packing, source, box, places[weight.name])
     else:
         yield from _quantized_jobs(file, weight, packing, places, source, tile_bytes)
 
 
-def _plain(file: TiledFile, recipe: Recipe, source: WeightSource, box: Box, offset: int) -> None:
+def _write_plain(file: TiledFile, recipe: Recipe, source: WeightSource, box: Box, offset: int) -> None:
     file.write(offset, evaluate_recipe(recipe, source, box).reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -232,7 +232,7 @@ def _matrix_tiles(recipe: Recipe, tile_bytes: int, block: int) -> Iterator[Box]:
             yield (*((i, i + 1) for i in outer), (low, min(low + step, rows)), (0, width))
 
 
-def _fractal(
+def _write_fractal(
     file: TiledFile, recipe: Recipe, packing: Packing, source: WeightSource, box: Box, offset: int
 ) -> None:  # fmt: skip
     """Write the fractals of a tile of rows: those of one column of fractals are adjacent, column after column."""
@@ -240,12 +240,12 @@ def _fractal(
     columns, rows, *one = shape[-4:]
     low, high = box[-2]
     matrix = box[0][0] if packing.experts else 0
-    numbers = _numpy(evaluate_recipe(recipe, source, box)).reshape(high - low, -1)
+    numbers = _numpy_array(evaluate_recipe(recipe, source, box)).reshape(high - low, -1)
     packed = replace(packing, rows=high - low, experts=0).pack(numbers)[""]
     size = int(np.prod(one)) * packed.dtype.itemsize
     for column, part in enumerate(packed):
         place = (matrix * columns + column) * rows + low // FRACTAL_ROWS
-        file.write(offset + place * size, _raw(part))
+        file.write(offset + place * size, _raw_bytes(part))
 
 
 # --- quantized -----------------------------------------------------------------------------------------------------
@@ -260,12 +260,12 @@ def _quantized_jobs(
     whole = None
     if "tensor_scale" in packing.parts:
         whole = tensor_scales(quantized, source, tile_bytes)
-        yield partial(file.write, places[f"{weight.name}.tensor_scale"], _raw(whole.reshape(-1).numpy()))
+        yield partial(file.write, places[f"{weight.name}.tensor_scale"], _raw_bytes(whole.reshape(-1).numpy()))
     for box in block_tiles(quantized, tile_bytes):
-        yield partial(_rows, file, weight, packing, quantized, source, box, whole, places)
+        yield partial(_write_rows, file, weight, packing, quantized, source, box, whole, places)
 
 
-def _rows(
+def _write_rows(
     file: TiledFile, weight: Stored, packing: Packing, quantized: Step, source: WeightSource, box: Box,
     whole: torch.Tensor | None, places: Mapping[str, int],
 ) -> None:  # fmt: skip
@@ -273,36 +273,36 @@ def _rows(
     low, high = box[-1]
     matrix = box[0][0] if packing.experts else 0
     encoded = encode_rows(quantized, source, box, whole)
-    given = _given(encoded, _format(packing), packing.columns, high - low)
+    given = _parts_to_pack(encoded, _format_of_packing(packing), packing.columns, high - low)
     packed = replace(packing, rows=high - low, experts=0).pack(**given)
     for part, array in packed.items():
         if part == "tensor_scale":
             continue
-        shared = _format(packing).rows if part == "scales" else 1  # rows of the weight for one of this part
+        shared = _format_of_packing(packing).rows if part == "scales" else 1  # rows of the weight for one of this part
         first = matrix * packing.parts[part][1][-2] + low // shared
-        file.write(places[f"{weight.name}.{part}"] + first * array.shape[1] * array.dtype.itemsize, _raw(array))
+        file.write(places[f"{weight.name}.{part}"] + first * array.shape[1] * array.dtype.itemsize, _raw_bytes(array))
 
 
-def _format(packing: Packing) -> Format:
+def _format_of_packing(packing: Packing) -> Format:
     assert packing.quantized
     return packing.quantized
 
 
-def _given(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.ndarray]:
+def _parts_to_pack(parts: Parts, format: Format, width: int, rows: int) -> dict[str, np.ndarray]:
     """Return what Packing.pack takes of the parts that formats/format.py names: one code in an element."""
     codes = unpack_bits(parts["codes"], format.bits, width).reshape(rows, width).numpy()
     if format.element == "int" and not format.zeros:
         codes = (codes.astype(np.int16) - (1 << (format.bits - 1))).astype(np.int8)
-    found = {"codes": codes, "scales": _numpy(parts["scales"])}
+    found = {"codes": codes, "scales": _numpy_array(parts["scales"])}
     found["scales"] = found["scales"].reshape(-1, found["scales"].shape[-1])
     if format.zeros:
         found["zeros"] = unpack_bits(parts["zeros"], format.bits, width // format.group).reshape(rows, -1).numpy()
     if format.tensor_scale:
-        found["tensor_scale"] = _numpy(parts["tensor_scale"]).reshape(-1)
+        found["tensor_scale"] = _numpy_array(parts["tensor_scale"]).reshape(-1)
     return found
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def _numpy_array(tensor: torch.Tensor) -> np.ndarray:
     """Return a tensor's values in numpy, also those of dtypes that numpy has not by itself."""
     if tensor.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return tensor.numpy()
@@ -310,5 +310,5 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return row_major(tensor).view(torch.uint8).numpy().view(kind).reshape(tuple(tensor.shape))
 
 
-def _raw(array: np.ndarray) -> memoryview:
+def _raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

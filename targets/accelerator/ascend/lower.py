@@ -25,7 +25,7 @@ from typing import IO, Any
 from ....compiler.artifact.atomic import MARK, atomic_folder
 from ....compiler.errors import MoecError
 from ..tile.tiles import Program
-from ..triton.source import pointer, triton_source
+from ..triton.source import pointer_name, triton_source
 from .program import for_ascend
 
 REQUIREMENTS = ("triton-ascend==3.2.0", "pybind11==3.1.0")  # all that lowering imports: 164 MB, and no torch
@@ -104,20 +104,20 @@ def environment(folder: Path | None = None, create: bool = False, python: str | 
     cannot be made: no such build of triton-ascend, no Python that it is built for, no network, no space.
     """
     folder = folder or default_folder()
-    problem = _problem(folder)
+    problem = _environment_problem(folder)
     if not problem:
         return Environment(folder)
     if not create:
         if not folder.exists():
             return None
         raise MoecError(f"the environment of triton-ascend {problem}", str(folder), todo="remove it, or make it anew")
-    _make(folder, _find_python(python))
-    if problem := _problem(folder):
+    _make_environment(folder, _find_python(python))
+    if problem := _environment_problem(folder):
         raise MoecError(f"the environment of triton-ascend, just made, {problem}", str(folder))
     return Environment(folder)
 
 
-def _problem(folder: Path) -> str:
+def _environment_problem(folder: Path) -> str:
     """Return what is wrong with an environment; empty if it can be used."""
     try:
         made_with = json.loads((folder / MARK).read_text(encoding="utf-8"))["requirements"]
@@ -140,7 +140,7 @@ def _find_python(given: str | None) -> str:
     tried = []
     for name in [given] if given else [sys.executable, *(f"python{version}" for version in PYTHONS)]:
         path = shutil.which(name)
-        version = _version(path) if path else ""
+        version = _python_version(path) if path else ""
         if path and version in PYTHONS:
             return path
         tried.append(f"{name} is {f'Python {version}' if version else 'a program that does not run'}")
@@ -150,7 +150,7 @@ def _find_python(given: str | None) -> str:
     )
 
 
-def _version(python: str) -> str:
+def _python_version(python: str) -> str:
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     try:
         done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60)
@@ -159,34 +159,34 @@ def _version(python: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _make(folder: Path, python: str) -> None:
+def _make_environment(folder: Path, python: str) -> None:
     with atomic_folder(folder) as partial:
-        _run(
+        _run_command(
             [python, "-I", "-m", "venv", str(partial)],
             "cannot make a virtual environment",
             "install Python's venv module",
         )
         own = [str(Environment(partial).python), "-I", "-m", "pip", "--disable-pip-version-check"]
         install = [*own, "install", "--no-deps", "--only-binary=:all:", "--retries=1", *REQUIREMENTS]
-        _run(
+        _run_command(
             install, f"cannot install {' and '.join(REQUIREMENTS)}", "it takes a network; without it there are sources"
         )
         # its scripts name the folder that this one is before it is put in place, and nothing needs them
-        _run([*own, "uninstall", "--yes", "pip", "setuptools"], "cannot finish the environment", "")
-        about = {"requirements": list(REQUIREMENTS), "python": _version(python)}
+        _run_command([*own, "uninstall", "--yes", "pip", "setuptools"], "cannot finish the environment", "")
+        about = {"requirements": list(REQUIREMENTS), "python": _python_version(python)}
         (partial / MARK).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _run(command: Sequence[str], what: str, todo: str) -> None:
+def _run_command(command: Sequence[str], what: str, todo: str) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MoecError(what, command[0], excerpt=str(error), todo=todo) from error
     if done.returncode:
-        raise MoecError(what, command[0], excerpt=_end(done.stdout + done.stderr), todo=todo)
+        raise MoecError(what, command[0], excerpt=_last_lines(done.stdout + done.stderr), todo=todo)
 
 
-def _end(text: str) -> str:
+def _last_lines(text: str) -> str:
     return "\n".join(text.strip().splitlines()[-SHOWN:])
 
 
@@ -196,7 +196,7 @@ def _end(text: str) -> str:
 def kernel_of(program: Program, arch: str) -> AscendKernel:
     """Return the Triton source of a tile program as triton-ascend takes it for a chip; MoecError as in for_ascend."""
     program = for_ascend(program, is_newer(arch))
-    tensors = {pointer(a.name): f"*{TYPES[a.dtype]}" for a in program.arguments}
+    tensors = {pointer_name(a.name): f"*{TYPES[a.dtype]}" for a in program.arguments}
     return AscendKernel(triton_source(program), program.name, tensors | dict.fromkeys(program.scalars, "i32"))
 
 
@@ -218,28 +218,28 @@ def lower(
             jobs.append(about | {"signature": dict(kernel.signature), "constants": dict(kernel.constants)})
         answers: list[dict[str, Any]] = []
         while len(answers) < len(jobs):
-            answers += _answers(jobs[len(answers) :], where, seconds)
-    return [_finished(kernel.name, answer) for kernel, answer in zip(kernels, answers, strict=True)]
+            answers += _worker_answers(jobs[len(answers) :], where, seconds)
+    return [_finished_kernel(kernel.name, answer) for kernel, answer in zip(kernels, answers, strict=True)]
 
 
-def _finished(kernel: str, answer: Mapping[str, str]) -> Lowered:
+def _finished_kernel(kernel: str, answer: Mapping[str, str]) -> Lowered:
     """Return what a worker's answer says; an operation of Triton's that the adapter left as it was is an error."""
     if left := re.search(r"^ *(?:%\w+ = )?(tt\.\w+).*$", answer.get("linalg", ""), re.MULTILINE):
         return Lowered(kernel, stage="linalg", error=f"the adapter left {left[1]} in it: {left[0].strip()}")
     return Lowered(kernel, **answer)
 
 
-def _answers(jobs: Sequence[Mapping[str, Any]], where: Environment, seconds: float) -> list[dict[str, Any]]:
+def _worker_answers(jobs: Sequence[Mapping[str, Any]], where: Environment, seconds: float) -> list[dict[str, Any]]:
     """Return the answers of one worker, at least one: the last reports its end if it did not answer all jobs."""
     answers: list[dict[str, Any]] = []
     late = threading.Event()
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as log:
         given.write("".join(json.dumps(job) + "\n" for job in jobs).encode())
         given.seek(0)
-        for line in _lines(where, given, log, seconds, late):
+        for line in _worker_lines(where, given, log, seconds, late):
             answers.append(json.loads(line))
         log.seek(0)
-        said = _end(log.read().decode("utf-8", "replace"))
+        said = _last_lines(log.read().decode("utf-8", "replace"))
     if not answers:
         raise MoecError(
             "triton-ascend does not start", str(where.folder), excerpt=said, todo="make the environment anew"
@@ -251,7 +251,7 @@ def _answers(jobs: Sequence[Mapping[str, Any]], where: Environment, seconds: flo
     return answers
 
 
-def _lines(
+def _worker_lines(
     where: Environment, given: IO[bytes], log: IO[bytes], seconds: float, late: threading.Event
 ) -> Iterator[bytes]:
     """Yield what a worker writes, line by line; it is ended when one takes longer than `seconds`, and `late` set."""

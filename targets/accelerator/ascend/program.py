@@ -16,11 +16,11 @@ from functools import reduce
 from operator import and_
 
 from ....compiler.errors import MoecError
-from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, axes, binary, call
+from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, add_axes, call, make_binary
 from ..tile.scope import Scope
 from ..tile.tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
 
-EIGHT = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
+FP8_MANTISSA_AND_BIAS = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
 
 
 def for_ascend(program: Program, newer: bool) -> Program:
@@ -66,9 +66,9 @@ class _Rewriter:
 
     def __post_init__(self) -> None:
         self.scope = Scope(self.program.name, buffers=dict(self.program.buffers))
-        self.kept = _multiplied(self.program) if self.newer else frozenset()
+        self.kept = _multiplied_tiles(self.program) if self.newer else frozenset()
         for name, buffer in self.program.buffers.items():
-            if buffer.dtype in EIGHT and name not in self.kept:
+            if buffer.dtype in FP8_MANTISSA_AND_BIAS and name not in self.kept:
                 self.scope.buffers[name] = replace(buffer, dtype="f32")
         loads: dict[str, list[bool]] = {}
         for statement in walk(self.program.body):
@@ -82,7 +82,7 @@ class _Rewriter:
             *lead, columns, rows, high, across = a.shape
             assert isinstance(rows, int) and isinstance(high, int)
             a = replace(a, shape=(*lead, columns, rows * high, across))
-        return replace(a, dtype="u8") if a.dtype in EIGHT else a
+        return replace(a, dtype="u8") if a.dtype in FP8_MANTISSA_AND_BIAS else a
 
     def body(self, body: Sequence[Statement]) -> tuple[Statement, ...]:
         outer, self.made = self.made, []
@@ -109,7 +109,7 @@ class _Rewriter:
                 self.load(replace(statement, at=tuple(map(value, at)), mask=self.scope.mask(mask)))
             case Store(tensor, at, stored, mask):
                 stored, dtype = value(stored), self.program.argument(tensor).dtype
-                if dtype in EIGHT:
+                if dtype in FP8_MANTISSA_AND_BIAS:
                     self.check(call("cast", 0.0, parameters=(dtype,)))
                     stored = call("bitcast", stored, parameters=("u8",))
                 self.add(replace(statement, at=tuple(map(value, at)), value=stored, mask=self.scope.mask(mask)))
@@ -135,7 +135,7 @@ class _Rewriter:
             statement = replace(statement, at=self.inside(statement, reached, loose))
         self.known[statement.name] = "none" if set(reached) <= {"none"} else "any"
         name, dtype = statement.name, self.program.argument(statement.tensor).dtype
-        if dtype not in EIGHT:
+        if dtype not in FP8_MANTISSA_AND_BIAS:
             self.in_blocks(statement)
             return
         assert statement.other == 0
@@ -143,7 +143,14 @@ class _Rewriter:
         self.in_blocks(replace(statement, name=bits))
         codes = self.scope.value(bits)
         kept = name in self.kept
-        self.add(Let(name, call("bitcast", codes, parameters=(dtype,)) if kept else _decoded(codes, *EIGHT[dtype])))
+        self.add(
+            Let(
+                name,
+                call("bitcast", codes, parameters=(dtype,))
+                if kept
+                else _decode_fp8(codes, *FP8_MANTISSA_AND_BIAS[dtype]),
+            )
+        )
 
     def steps(self, expr: Expr) -> str:
         """Return how values follow each other: `none` for a scalar, `even` by the same step, or `any`."""
@@ -185,7 +192,7 @@ class _Rewriter:
         shape = self.program.argument(statement.tensor).shape
         for axis, (index, size, how) in enumerate(zip(statement.at, shape, reached, strict=True)):
             kept = how == "any" or (loose and how == "even" and axis < len(shape) - 1)
-            found.append(_within(index, size) if kept else index)
+            found.append(_clamped_index(index, size) if kept else index)
         return tuple(found)
 
     def in_blocks(self, statement: Load) -> None:
@@ -231,20 +238,20 @@ class _Rewriter:
                 Axes(rows),
             ) if width % across == 0 and statement.name in self.scope.buffers:
                 every = call("arange", parameters=(width // across,))
-                block = axes(start // across + every, (True, False, False))
-                masks = _masks(statement.mask, column, binary("<", block, shape[-4]))
+                block = add_axes(start // across + every, (True, False, False))
+                masks = _mask_terms(statement.mask, column, make_binary("<", block, shape[-4]))
             case _:
                 return None
         if masks is None:
             return None
-        within = axes(call("arange", parameters=(across,)), (False, False, True))
-        at = (block, axes(rows, (False, True, False)), within)
+        within = add_axes(call("arange", parameters=(across,)), (False, False, True))
+        at = (block, add_axes(rows, (False, True, False)), within)
         return _Blocks(
             at, reduce(and_, masks) if masks else None, width, self.scope.buffers[statement.name].shape[0], across
         )
 
 
-def _multiplied(program: Program) -> frozenset[str]:
+def _multiplied_tiles(program: Program) -> frozenset[str]:
     """Return the tiles that the matrix unit takes as they are loaded."""
     found = {name for s in walk(program.body) if isinstance(s, Dot) for name in (s.a, s.b)}
     for statement in reversed(list(walk(program.body))):
@@ -255,18 +262,18 @@ def _multiplied(program: Program) -> frozenset[str]:
 
 def _makes_eight(value: Expr) -> bool:
     """Return whether an expression makes FP8 values anywhere in it."""
-    own = isinstance(value, Call) and any(p in EIGHT for p in value.parameters)
+    own = isinstance(value, Call) and any(p in FP8_MANTISSA_AND_BIAS for p in value.parameters)
     return own or any(map(_makes_eight, value.operands))
 
 
-def _within(index: Expr, size: Expr | int) -> Expr:
+def _clamped_index(index: Expr, size: Expr | int) -> Expr:
     """Return an index, kept inside an axis; axes that it adds are added last."""
     if isinstance(index, Axes):
-        return axes(_within(index.value, size), index.kept)
-    return call("maximum", call("minimum", index, binary("-", size, 1)), 0)
+        return add_axes(_clamped_index(index.value, size), index.kept)
+    return call("maximum", call("minimum", index, make_binary("-", size, 1)), 0)
 
 
-def _masks(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
+def _mask_terms(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
     """Return the terms of a mask [rows, columns] for a load in blocks; None if one is neither of rows nor of columns.
 
     `whole` says which blocks there are: what follows the last column in its fractal is packed as zeros.
@@ -278,7 +285,7 @@ def _masks(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
             case Binary("&", left, right):
                 rest += [right, left]
             case Axes(value, (True, False)):
-                terms.append(axes(value, (False, True, False)))
+                terms.append(add_axes(value, (False, True, False)))
             case Binary("<", value, Number(int())) if value == column:
                 terms.append(whole)
             case _:
@@ -286,12 +293,12 @@ def _masks(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
     return terms
 
 
-def _decoded(bits: Expr, mantissa: int, bias: int) -> Expr:
+def _decode_fp8(bits: Expr, mantissa: int, bias: int) -> Expr:
     """Return FP8 values as f32 from their bytes, by the definition of the format: sign, exponent, mantissa."""
     code = call("cast", bits, parameters=("i32",))
     low, scale = code & (1 << mantissa) - 1, 2.0 ** (1 - bias - mantissa)
     exponent = code >> mantissa & (1 << 7 - mantissa) - 1
     normal = call("bitcast", (exponent + (127 - bias)) << 23 | low << 23 - mantissa, parameters=("f32",))
     small = call("cast", low, parameters=("f32",)) * scale
-    sign = call("cast", binary("-", 1, (code >> 7) * 2), parameters=("f32",))
-    return call("where", binary("==", exponent, 0), small, normal) * sign
+    sign = call("cast", make_binary("-", 1, (code >> 7) * 2), parameters=("f32",))
+    return call("where", make_binary("==", exponent, 0), small, normal) * sign

@@ -16,17 +16,17 @@ def is_profile(name: str) -> bool:
     return name.endswith(".toml") or profile_file(name) is not None
 
 
-def line(profile: Profile) -> str:
+def profile_line(profile: Profile) -> str:
     """Return chip, memory, bandwidth, bf16 peak and what becomes of kernels in one line."""
     memory, unit = profile.memories[0], profile.unit("bf16")
     size = f"{memory.capacity.value / 1e9:,.0f} GB" if memory.capacity else "unknown memory"
     speed = quantity_text(memory.bandwidth.value, "bytes/s") if memory.bandwidth else "unknown bandwidth"
     peak = f"{quantity_text(unit.peak.value, 'FLOP/s')} bf16" if unit and unit.peak else "bf16 peak unknown"
     bins = f" (variants {', '.join(profile.variants)})" if len(profile.variants) > 1 else ""
-    return f"{profile.doc or profile.name}: {size} at {speed}, {peak}; {_kernels(profile)}{bins}"
+    return f"{profile.doc or profile.name}: {size} at {speed}, {peak}; {_kernels_text(profile)}{bins}"
 
 
-def _kernels(profile: Profile) -> str:
+def _kernels_text(profile: Profile) -> str:
     match profile.toolchain:
         case "triton":
             return f"kernels compiled for {profile.arch}"
@@ -39,33 +39,33 @@ def describe(profile: Profile) -> dict[str, Any]:
     """Return all that a profile says: figures with value, unit, text, grade, source and note, and what is unknown."""
     figures = profile.figures()
     return {
-        "name": profile.name, "doc": line(profile), "vendor": profile.vendor, "family": profile.family.name,
+        "name": profile.name, "doc": profile_line(profile), "vendor": profile.vendor, "family": profile.family.name,
         "toolchain": profile.toolchain, "arch": profile.arch, "variant": profile.variant or None,
         "variants": list(profile.variants), "formats": list(profile.formats),
         "memories": [{"name": m.name, "per": m.per} for m in profile.memories],
-        "figures": [_figure(profile, key, figure) for key, figure in figures.items() if figure],
-        "units": [_shape(unit.dtype, list(unit.m), list(unit.n), unit.k, unit.cores, unit.origin)
+        "figures": [_figure_entry(profile, key, figure) for key, figure in figures.items() if figure],
+        "units": [_shape_entry(unit.dtype, list(unit.m), list(unit.n), unit.k, unit.cores, unit.origin)
                   for unit in profile.units if unit.m],
         "operands": profile.operands and {
             "left": list(profile.operands.left), "right": list(profile.operands.right),
-            "result": profile.operands.result, **_origin(profile.operands.origin),
+            "result": profile.operands.result, **_origin_entry(profile.operands.origin),
         },
-        "moves": {"paths": [list(pair) for pair in profile.moves], **_origin(profile.moves_origin)},
-        "layouts": [{"memory": x.memory, "order": x.order, **_origin(x.origin)} for x in profile.layouts],
+        "moves": {"paths": [list(pair) for pair in profile.moves], **_origin_entry(profile.moves_origin)},
+        "layouts": [{"memory": x.memory, "order": x.order, **_origin_entry(x.origin)} for x in profile.layouts],
         "unknown": [key for key, figure in figures.items() if figure is None and not key.endswith(_OPTIONAL)],
         "grades": GRADES,
     }  # fmt: skip
 
 
-def _shape(dtype: str, m: list[int], n: list[int], k: int, cores: int, origin: Origin | None) -> dict[str, Any]:
-    return {"dtype": dtype, "m": m, "n": n, "k": k, "cores": cores, **_origin(origin)}
+def _shape_entry(dtype: str, m: list[int], n: list[int], k: int, cores: int, origin: Origin | None) -> dict[str, Any]:
+    return {"dtype": dtype, "m": m, "n": n, "k": k, "cores": cores, **_origin_entry(origin)}
 
 
-def _origin(origin: Origin | None) -> dict[str, Any]:
+def _origin_entry(origin: Origin | None) -> dict[str, Any]:
     return {} if origin is None else {"grade": origin.grade, "source": origin.source, "note": origin.note}
 
 
-def _figure(profile: Profile, key: str, figure: Figure) -> dict[str, Any]:
+def _figure_entry(profile: Profile, key: str, figure: Figure) -> dict[str, Any]:
     kind = kind_of(key) or "count"
     whole = key.startswith(("unit.i8", "unit.int4"))
     text = quantity_text(figure.value, kind, "OPS" if whole else "FLOPS")

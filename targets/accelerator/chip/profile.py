@@ -20,7 +20,7 @@ from ....compiler.errors.plugins import CHIPS as BROUGHT
 from ....compiler.errors.plugins import entry_points_of, load_brought, refuse_names
 from .chip import FIGURES, RULES, TOP, Figure, Link, Memory, Operands, Order, Origin, Profile, Rate, Unit, kind_of
 from .families import find_family
-from .quantities import quantity
+from .quantities import parse_quantity
 from .schema import problem_of
 
 __all__ = [
@@ -67,17 +67,17 @@ def profile_file(name: str) -> Path | None:
 @cache
 def shipped_profiles() -> dict[str, Profile]:
     """Return every profile that moec brings along, by name, in the bin that the file describes first."""
-    return {name: _shipped(name) for name in profile_names()}
+    return {name: _shipped_profile(name) for name in profile_names()}
 
 
 @cache
-def _shipped(name: str) -> Profile:
+def _shipped_profile(name: str) -> Profile:
     return read_profile(FOLDER / f"{name}.toml")
 
 
 def read_profile(path: Path) -> Profile:
     """Return the profile in a TOML file; MoecError names the key that is missing or impossible."""
-    return _build(_load(path), path)
+    return _build_profile(_load_tables(path), path)
 
 
 def find_profile(name: str, options: Mapping[str, str]) -> Profile:
@@ -89,25 +89,25 @@ def find_profile(name: str, options: Mapping[str, str]) -> Profile:
     own = name.endswith(".toml")
     path = Path(name) if own else profile_file(name)
     if path is None:
-        raise MoecError(f"there is no accelerator {name!r}", todo=_near(name, known_profiles()))
+        raise MoecError(f"there is no accelerator {name!r}", todo=_similar_names(name, known_profiles()))
     if name in profile_names() and not options:
-        return _shipped(name)
-    raw = _load(path)
+        return _shipped_profile(name)
+    raw = _load_tables(path)
     if "variant" in options:
         _take_variant(raw, options["variant"], path)
         _check_schema(raw, path)
     for key, value in options.items():
         if key != "variant":
             where = f"-D {key}={value}"
-            kind = _override(raw, key, {"value": value, "grade": "U", "source": where}, where)
+            kind = _override_figure(raw, key, {"value": value, "grade": "U", "source": where}, where)
             try:
-                quantity(value, kind)
+                parse_quantity(value, kind)
             except ValueError as error:
                 raise MoecError(f"{key} {error}", where=where) from None
-    return _build(raw, path)
+    return _build_profile(raw, path)
 
 
-def _load(path: Path) -> Raw:
+def _load_tables(path: Path) -> Raw:
     """Return the tables of a TOML file that the schema allows."""
     import tomllib  # here: only who reads a profile pays for it
 
@@ -141,29 +141,29 @@ def _take_variant(raw: Raw, name: str, path: Path) -> None:
         known = ", ".join([raw["variant"], *variants] if "variant" in raw else [])
         todo = f"variants: {known}" if known else "it has no variants"
         raise MoecError(f"{raw.get('name', path.stem)} has no variant {name!r}", where=f"-D variant={name}", todo=todo)
-    for key, figure in _leaves(variants[name]):
+    for key, figure in _figures_of_tables(variants[name]):
         if key in ("doc", "arch"):
             raw[key] = figure
         else:
-            _override(raw, key, figure, str(path), f"variants.{name}.")
+            _override_figure(raw, key, figure, str(path), f"variants.{name}.")
     raw["variants"] = {raw["variant"]: {}, **{other: {} for other in variants if other != name}}
     raw["variant"] = name
 
 
-def _leaves(table: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _figures_of_tables(table: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the figures of nested tables by their dotted keys."""
     for key, value in table.items():
         if isinstance(value, dict) and "value" not in value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _figures_of_tables(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _override(raw: Raw, key: str, figure: Any, where: str, prefix: str = "") -> str:
+def _override_figure(raw: Raw, key: str, figure: Any, where: str, prefix: str = "") -> str:
     """Put a figure into the tables and return its kind; MoecError if the chip has none of that key."""
-    kind, known = kind_of(key), _keys(raw)
+    kind, known = kind_of(key), _figure_keys(raw)
     if kind is None or key not in known:
-        raise MoecError(f"{prefix}{key} is no figure of this profile", where=where, todo=_near(key, known))
+        raise MoecError(f"{prefix}{key} is no figure of this profile", where=where, todo=_similar_names(key, known))
     *tables, last = key.split(".")
     inner = raw
     for table in tables:
@@ -174,7 +174,7 @@ def _override(raw: Raw, key: str, figure: Any, where: str, prefix: str = "") -> 
     return kind
 
 
-def _keys(raw: Raw) -> list[str]:
+def _figure_keys(raw: Raw) -> list[str]:
     """Return the keys of all figures that a profile may have."""
     found = [*TOP, *(f"rule.{name}" for name in RULES)]
     for table, figures in FIGURES.items():
@@ -182,7 +182,7 @@ def _keys(raw: Raw) -> list[str]:
     return found + [f"rate.{a}.{b}" for a, targets in raw.get("rate", {}).items() for b in targets]
 
 
-def _near(name: str, known: list[str]) -> str:
+def _similar_names(name: str, known: list[str]) -> str:
     from difflib import get_close_matches
 
     found = get_close_matches(name, known, n=3, cutoff=0.5)
@@ -221,7 +221,7 @@ class _Reader:
         assert kind is not None
         origin = self.origin(given) if isinstance(given, dict) else Origin("U", self.path.name)
         try:
-            value = quantity(given["value"] if isinstance(given, dict) else given, kind)
+            value = parse_quantity(given["value"] if isinstance(given, dict) else given, kind)
         except ValueError as error:
             raise self.error(f"{key} {error}") from None
         return Figure(value, origin.grade, origin.source, origin.note)
@@ -238,10 +238,12 @@ class _Reader:
     def memories_known(self, key: str, names: list[str]) -> None:
         for name in names:
             if name not in self.raw["memory"]:
-                raise self.error(f"{key} names a memory {name!r} that is not there", _near(name, [*self.raw["memory"]]))
+                raise self.error(
+                    f"{key} names a memory {name!r} that is not there", _similar_names(name, [*self.raw["memory"]])
+                )
 
 
-def _build(raw: Raw, path: Path) -> Profile:
+def _build_profile(raw: Raw, path: Path) -> Profile:
     """Return the profile that tables say; MoecError for what a schema cannot see."""
     read = _Reader(raw, path)
     warp = read.figure("threads")
@@ -268,11 +270,11 @@ def _build(raw: Raw, path: Path) -> Profile:
         vector_cores=read.figure("vector_cores"),
         clock=read.figure("clock"),
         vector_peak=read.figure("vector_peak"),
-        memories=tuple(_memory(read, name) for name in raw["memory"]),
+        memories=tuple(_read_memory(read, name) for name in raw["memory"]),
         moves=tuple((source, target) for source, targets in moves["paths"].items() for target in targets),
-        units=tuple(unit for dtype in raw.get("unit", {}) for unit in _units(read, dtype)),
+        units=tuple(unit for dtype in raw.get("unit", {}) for unit in _read_units(read, dtype)),
         formats=tuple(raw.get("formats", ())),
-        links=tuple(_link(read, name) for name in raw.get("link", {})),
+        links=tuple(_read_link(read, name) for name in raw.get("link", {})),
         launch=read.figure("launch"),
         threads=int(warp.value),
         variants=(raw["variant"], *raw.get("variants", {})) if "variant" in raw else (),
@@ -280,19 +282,19 @@ def _build(raw: Raw, path: Path) -> Profile:
         operands=operands
         and Operands(tuple(operands["left"]), tuple(operands["right"]), operands["result"], read.origin(operands)),
         layouts=tuple(Order(memory, table["order"], read.origin(table)) for memory, table in layouts.items()),
-        rates=tuple(Rate(a, b, _known(read.figure(f"rate.{a}.{b}"))) for a, b in rates),
-        rules=tuple((name, _known(read.figure(f"rule.{name}"))) for name in raw.get("rule", {})),
+        rates=tuple(Rate(a, b, _known_figure(read.figure(f"rate.{a}.{b}"))) for a, b in rates),
+        rules=tuple((name, _known_figure(read.figure(f"rule.{name}"))) for name in raw.get("rule", {})),
         warp=warp,
         moves_origin=read.origin(moves) if "moves" in raw else None,
     )
 
 
-def _known(figure: Figure | None) -> Figure:
+def _known_figure(figure: Figure | None) -> Figure:
     assert figure is not None
     return figure
 
 
-def _memory(read: _Reader, name: str) -> Memory:
+def _read_memory(read: _Reader, name: str) -> Memory:
     key, figures = f"memory.{name}", read.figures("memory", name)
     read.at_most(f"{key}.usable", f"{key}.capacity")
     read.at_most(f"{key}.measured", f"{key}.bandwidth")
@@ -303,7 +305,7 @@ def _memory(read: _Reader, name: str) -> Memory:
     )  # fmt: skip
 
 
-def _units(read: _Reader, dtype: str) -> Iterator[Unit]:
+def _read_units(read: _Reader, dtype: str) -> Iterator[Unit]:
     """Yield a matrix unit for each of its shapes, one without shapes if the file says none."""
     table, figures = read.raw["unit"][dtype], read.figures("unit", dtype)
     read.at_most(f"unit.{dtype}.measured", f"unit.{dtype}.peak")
@@ -312,12 +314,12 @@ def _units(read: _Reader, dtype: str) -> Iterator[Unit]:
         yield Unit(dtype, (), (), 1, figures["peak"], measured=figures["measured"])
         return
     for shape in shapes["of"]:
-        m, n = (_choices(read, f"unit.{dtype}.shapes {side}", shape[side]) for side in "mn")
+        m, n = (_read_choices(read, f"unit.{dtype}.shapes {side}", shape[side]) for side in "mn")
         cores = shape.get("cores", 1)
         yield Unit(dtype, m, n, shape["k"], figures["peak"], cores, figures["measured"], read.origin(shapes))
 
 
-def _choices(read: _Reader, key: str, given: list[int] | dict[str, int]) -> tuple[int, ...]:
+def _read_choices(read: _Reader, key: str, given: list[int] | dict[str, int]) -> tuple[int, ...]:
     if isinstance(given, list):
         return tuple(given)
     found = tuple(range(given["first"], given["last"] + 1, given["step"]))
@@ -326,7 +328,7 @@ def _choices(read: _Reader, key: str, given: list[int] | dict[str, int]) -> tupl
     return found
 
 
-def _link(read: _Reader, name: str) -> Link:
+def _read_link(read: _Reader, name: str) -> Link:
     figures = read.figures("link", name)
     read.at_most(f"link.{name}.measured", f"link.{name}.bandwidth")
     return Link(name, figures["bandwidth"], figures["latency"], figures["domain"], figures["measured"])

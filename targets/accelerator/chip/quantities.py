@@ -32,13 +32,13 @@ _SENSIBLE = {
 }  # fmt: skip
 
 
-def quantity(given: float | str, kind: str) -> float:
+def parse_quantity(given: float | str, kind: str) -> float:
     """Return a number or a text with a unit in SI units; `kind` is a key of UNITS.
 
     Raises ValueError, with a text that goes on after the name of the figure, for a text that is not a quantity, a unit of
     another kind, and a number that no device has.
     """
-    value = float(given) if not isinstance(given, str) else _read(given, kind)
+    value = float(given) if not isinstance(given, str) else _read_text(given, kind)
     if not math.isfinite(value):
         raise ValueError("must be a finite number")
     if value <= 0:
@@ -51,7 +51,7 @@ def quantity(given: float | str, kind: str) -> float:
     return value
 
 
-def _read(text: str, kind: str) -> float:
+def _read_text(text: str, kind: str) -> float:
     found = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-z/]*)\s*", text)
     if found is None:
         raise ValueError(f"must be a number or a text such as {EXAMPLES[kind]}, not {text!r}")

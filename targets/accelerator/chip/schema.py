@@ -17,7 +17,7 @@ _TYPES = {
 
 
 @cache
-def _validator(families: tuple[str, ...]) -> Any:
+def _schema_validator(families: tuple[str, ...]) -> Any:
     from jsonschema import Draft202012Validator
 
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
@@ -32,15 +32,17 @@ def problem_of(tables: dict[str, Any]) -> tuple[str, str] | None:
     """
     own = tables.get("family") in FAMILIES  # looking for those of packages takes time
     families = tuple(FAMILIES if own else family_names())
-    errors = sorted(_validator(families).iter_errors(tables), key=lambda e: (not _misspelt(e), len(e.absolute_path)))
-    return _message(errors[0]) if errors else None
+    errors = sorted(
+        _schema_validator(families).iter_errors(tables), key=lambda e: (not _is_misspelt(e), len(e.absolute_path))
+    )
+    return _error_message(errors[0]) if errors else None
 
 
-def _misspelt(error: Any) -> bool:
+def _is_misspelt(error: Any) -> bool:
     return error.validator == "additionalProperties" or "propertyNames" in error.absolute_schema_path
 
 
-def _message(error: Any) -> tuple[str, str]:
+def _error_message(error: Any) -> tuple[str, str]:
     key = ".".join(map(str, error.absolute_path)).removesuffix(".value")
     inside = f"{key}." if key else ""
     given, wanted = error.instance, error.validator_value
@@ -48,7 +50,7 @@ def _message(error: Any) -> tuple[str, str]:
         case "additionalProperties":
             known = list(error.schema["properties"])
             name = next(name for name in given if name not in known)
-            return f"{inside}{name} is no key of a profile", _near(name, known)
+            return f"{inside}{name} is no key of a profile", _similar_names(name, known)
         case "required":
             return f"{inside}{next(name for name in wanted if name not in given)} is missing", ""
         case "dependentRequired":
@@ -56,21 +58,21 @@ def _message(error: Any) -> tuple[str, str]:
             return f"{inside}{missing} is missing", ""
         case "enum":
             if "propertyNames" in error.absolute_schema_path:
-                return f"{inside}{given} is no key of a profile", _near(str(given), wanted)
-            return f"{key} cannot be {_text(given)}", _near(str(given), wanted)
+                return f"{inside}{given} is no key of a profile", _similar_names(str(given), wanted)
+            return f"{key} cannot be {_json_text(given)}", _similar_names(str(given), wanted)
         case "type":
             types = [wanted] if isinstance(wanted, str) else wanted
-            return f"{key} must be {' or '.join(_TYPES[name] for name in types)}, not {_text(given)}", ""
+            return f"{key} must be {' or '.join(_TYPES[name] for name in types)}, not {_json_text(given)}", ""
         case "minimum" | "exclusiveMinimum":
             least = "at least" if error.validator == "minimum" else "greater than"
-            return f"{key} must be {least} {wanted}, not {_text(given)}", ""
+            return f"{key} must be {least} {wanted}, not {_json_text(given)}", ""
     return f"{key}: {error.message}", ""
 
 
-def _text(value: Any) -> str:
+def _json_text(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _near(name: str, known: list[str]) -> str:
+def _similar_names(name: str, known: list[str]) -> str:
     found = get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(known)}"

@@ -14,7 +14,7 @@ from math import e, log2
 
 from ..tile.builder import Builder
 from .choices import AttentionTile
-from .norm import power
+from .norm import power_of_two
 
 LEAST = 16  # columns of the narrowest tile of a matmul
 LOG2_E = log2(e)  # times a score: exp(x) = exp2(x log2(e))
@@ -46,7 +46,7 @@ class Part:
         return " & ".join(masks)
 
 
-def parts(most: int, *widths: int) -> tuple[Part, ...]:
+def column_parts(most: int, *widths: int) -> tuple[Part, ...]:
     """Cut columns into parts of at most `most`, powers of two; none reaches over the border between two of the widths."""
     found: list[Part] = []
     first = 0
@@ -54,9 +54,9 @@ def parts(most: int, *widths: int) -> tuple[Part, ...]:
         end = first + width
         while first < end:
             left = end - first
-            wide = max(min(most, power(left + 1) // 2), LEAST)
-            if power(left, LEAST) <= most and power(left, LEAST) - left < LEAST:
-                wide = power(left, LEAST)
+            wide = max(min(most, power_of_two(left + 1) // 2), LEAST)
+            if power_of_two(left, LEAST) <= most and power_of_two(left, LEAST) - left < LEAST:
+                wide = power_of_two(left, LEAST)
             found.append(Part(len(found), first, wide, min(wide, left)))
             first += min(wide, left)
     return tuple(found)
@@ -212,7 +212,7 @@ def declare_portions(b: Builder, split: int, rows: str, width: int, role: str = 
     b.tensor("totals", "f32", split, rows, role=role)
 
 
-def merge(b: Builder, split: int, rows: str, width: int, dtype: str, shape: Sequence[int]) -> None:
+def merge_portions(b: Builder, split: int, rows: str, width: int, dtype: str, shape: Sequence[int]) -> None:
     """Add the body of a merge: y [rows, width] from the portions of a split, tiles of `shape`."""
     b.grid("tile", f"cdiv({rows}, {shape[0]})")
     b.grid("column", f"cdiv({width}, {shape[1]})")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ....compiler.errors import MoecError
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
-from .attend import Attend, Blocks, Part, declare_portions, merge, parts
+from .attend import Attend, Blocks, Part, column_parts, declare_portions, merge_portions
 from .choices import AttentionTile, RowTile
 
 LOOK = 1024  # slots of the mask that are looked at in one step
@@ -57,13 +57,13 @@ class Attention:
         return f"S * {self.heads // self.groups}"
 
 
-def attention(p: Attention, t: AttentionTile, layout: Layout) -> Program:
+def attention_kernel(p: Attention, t: AttentionTile, layout: Layout) -> Program:
     """Attend: t.m rows of one group for each point of the grid, or with t.split their portions for `attention_merge`.
 
     MoecError where the heads do not divide into groups, values are to be shared that are wider than the keys,
     or chunks come with a mask for each token.
     """
-    _check(p)
+    _check_attention(p)
     b = Builder("attention", layout, "y = softmax(scale q keyᵀ) value over the slots that a token may read")
     b.scalar(*p.scalars)
     b.grid("tile", f"cdiv({p.rows}, {t.m})")
@@ -87,11 +87,11 @@ def attention(p: Attention, t: AttentionTile, layout: Layout) -> Program:
         declare_portions(b, t.split, f"B * S * {p.heads}", p.value_width)
     else:
         b.tensor("y", p.dtype, "B", "S", p.heads, p.value_width, role="output")
-    _rows(b, p, t)
-    run = _attend(p, t)
+    _add_rows(b, p, t)
+    run = _attend_of_tile(p, t)
     run.queries(b, lambda part: _query(p, part))
     run.begin(b, "sinks" if p.sinks else "", "part == 0" if t.split > 1 else "")
-    run.run(b, _keys(b, p, t))
+    run.run(b, _add_key_blocks(b, p, t))
     if t.split > 1:
         run.store_portion(b, f"(batch * S + token) * {p.heads} + head")
     else:
@@ -115,11 +115,11 @@ def attention_merge(p: Attention, t: RowTile, layout: Layout, split: int) -> Pro
     """Put the portions of a split together: y [B S H, E], the sum of the portions at one common maximum."""
     b = Builder("attention_merge", layout, "y = sum of portions exp2(tops - top) / sum of totals exp2(tops - top)")
     b.scalar("B", "S")
-    merge(b, split, f"B * S * {p.heads}", p.value_width, p.dtype, (t.m, t.n))
+    merge_portions(b, split, f"B * S * {p.heads}", p.value_width, p.dtype, (t.m, t.n))
     return b.program()
 
 
-def _check(p: Attention) -> None:
+def _check_attention(p: Attention) -> None:
     if p.heads % p.groups:
         raise MoecError(f"{p.heads} heads do not divide into {p.groups} groups")
     if p.shared and p.value_width > p.width:
@@ -132,18 +132,18 @@ def _check(p: Attention) -> None:
         )
 
 
-def _attend(p: Attention, t: AttentionTile) -> Attend:
+def _attend_of_tile(p: Attention, t: AttentionTile) -> Attend:
     if p.shared:
-        keys = parts(t.part, p.value_width, p.width - p.value_width)
-        values = parts(t.part, p.value_width)
+        keys = column_parts(t.part, p.value_width, p.width - p.value_width)
+        values = column_parts(t.part, p.value_width)
     else:
-        keys, values = parts(t.part, p.width), parts(t.part, p.value_width)
-    apart = (replace(x, number=len(keys) + x.number, apart=True) for x in parts(t.part, p.rope))
+        keys, values = column_parts(t.part, p.width), column_parts(t.part, p.value_width)
+    apart = (replace(x, number=len(keys) + x.number, apart=True) for x in column_parts(t.part, p.rope))
     keys = (*keys, *apart)
     return Attend(t, keys, values, p.scale, p.softcap, p.dtype)
 
 
-def _rows(b: Builder, p: Attention, t: AttentionTile) -> None:
+def _add_rows(b: Builder, p: Attention, t: AttentionTile) -> None:
     """Add the rows of a tile: `token`, `head` and `live`, `slot` of the token, `first` and `last` of the slots."""
     each = p.heads // p.groups
     b.let("batch", f"pair // {p.groups}")
@@ -157,7 +157,7 @@ def _rows(b: Builder, p: Attention, t: AttentionTile) -> None:
     b.let("last", f"P + minimum((tile * {t.m} + {t.m - 1}) // {each}, S - 1)")
 
 
-def _keys(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
+def _add_key_blocks(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
     """Add the slots that any row of the tile may read, and return the loop over them."""
     start, visible = "0", ["j[None, :] <= slot[:, None]"]
     if p.window:

@@ -55,7 +55,7 @@ def row_bytes(dtype: str, hidden: int, header: int = 0) -> int:
     return 2 * hidden + header
 
 
-def hit(experts: int, chosen: int, devices: int) -> float:
+def probability_of_device(experts: int, chosen: int, devices: int) -> float:
     """Return the probability that one device has an expert of a token: 1 - C(E - E / N, k) / C(E, k).
 
     All sets of k experts are equally likely; missing the E / N experts of a device is the hypergeometric distribution
@@ -66,27 +66,27 @@ def hit(experts: int, chosen: int, devices: int) -> float:
 
 def distinct_devices(experts: int, chosen: int, devices: int) -> float:
     """Return on how many devices a token's experts lie, in the mean: N times the probability for one of them."""
-    return devices * hit(experts, chosen, devices)
+    return devices * probability_of_device(experts, chosen, devices)
 
 
 def rows_to_each(e: Exchange) -> float:
     """Return how many rows one device sends to each device in the mean, itself among them."""
     if e.each_choice:
         return e.tokens * e.chosen / e.devices
-    return e.tokens * hit(e.experts, e.chosen, e.devices)
+    return e.tokens * probability_of_device(e.experts, e.chosen, e.devices)
 
 
-def volume(e: Exchange, row: float) -> float:
+def exchanged_bytes(e: Exchange, row: float) -> float:
     """Return all bytes of a dispatch or a combine that one device sends, with what stays on it: a logical volume."""
     return rows_to_each(e) * e.devices * row
 
 
-def sent(e: Exchange, row: float, first: int = 1) -> float:
+def sent_bytes(e: Exchange, row: float, first: int = 1) -> float:
     """Return the bytes that go from a device to those behind the nearest `first`, by default to all but itself."""
     return rows_to_each(e) * (e.devices - min(first, e.devices)) * row
 
 
-def seconds(e: Exchange, row: float, near: Link, far: Link | None = None, forwarded: bool = False) -> float:
+def exchange_seconds(e: Exchange, row: float, near: Link, far: Link | None = None, forwarded: bool = False) -> float:
     """Return the time of a dispatch or combine: the slower of the links, at bytes / bandwidth, and the longest latency.
 
     Devices of one domain are linked by `near`, others by `far`. `forwarded`: a row goes once to each other domain that
@@ -94,14 +94,14 @@ def seconds(e: Exchange, row: float, near: Link, far: Link | None = None, forwar
     MoecError where there are devices that no link reaches.
     """
     if e.devices <= near.domain:
-        return sent(e, row) / near.bandwidth + (near.latency if e.devices > 1 else 0)
+        return sent_bytes(e, row) / near.bandwidth + (near.latency if e.devices > 1 else 0)
     if far is None or e.devices > far.domain:
         raise MoecError(f"{e.devices} devices, but the links reach {(far or near).domain}")
     if e.devices % near.domain:
         raise MoecError(f"{e.devices} devices do not divide into domains of {near.domain}")
-    near_bytes, far_bytes = sent(e, row) - sent(e, row, near.domain), sent(e, row, near.domain)
+    near_bytes, far_bytes = sent_bytes(e, row) - sent_bytes(e, row, near.domain), sent_bytes(e, row, near.domain)
     if forwarded:
         domains = e.devices // near.domain
-        far_bytes = e.tokens * hit(e.experts, e.chosen, domains) * (domains - 1) * row
-        near_bytes = sent(e, row)  # each row also takes the way inside of its domain
+        far_bytes = e.tokens * probability_of_device(e.experts, e.chosen, domains) * (domains - 1) * row
+        near_bytes = sent_bytes(e, row)  # each row also takes the way inside of its domain
     return max(near_bytes / near.bandwidth, far_bytes / far.bandwidth) + max(near.latency, far.latency)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
-from .attend import Attend, Blocks, declare_portions, merge, parts
+from .attend import Attend, Blocks, column_parts, declare_portions, merge_portions
 from .choices import AttentionTile, RowTile
 
 
@@ -76,10 +76,10 @@ def compressed_attention(p: Compressed, t: AttentionTile, layout: Layout) -> Pro
         b.let("head", f"row % {p.heads}")
         b.let("first", f"tile * {t.m} // {p.heads}")
         b.let("last", f"minimum((tile * {t.m} + {t.m - 1}) // {p.heads}, S - 1)")
-    run = Attend(t, parts(t.part, p.width), parts(t.part, p.width), p.scale, 0.0, p.dtype)
+    run = Attend(t, column_parts(t.part, p.width), column_parts(t.part, p.width), p.scale, 0.0, p.dtype)
     run.queries(b, lambda part: ("q", ["batch", "token[:, None]", "head[:, None]", part.column]))
     run.begin(b, "sinks", "part == 0" if t.split > 1 else "")
-    for blocks in _blocks(b, p):
+    for blocks in _add_blocks(b, p):
         run.run(b, blocks)
     if t.split > 1:
         run.store_portion(b, f"(batch * S + token) * {p.heads} + head")
@@ -88,7 +88,7 @@ def compressed_attention(p: Compressed, t: AttentionTile, layout: Layout) -> Pro
     return b.program()
 
 
-def _blocks(b: Builder, p: Compressed) -> list[Blocks]:
+def _add_blocks(b: Builder, p: Compressed) -> list[Blocks]:
     """Add what the loops need and return them: the window before this step, its own tokens, the entries."""
     b.let("kept", p.kept)
     found = [
@@ -123,11 +123,11 @@ def compressed_merge(p: Compressed, t: RowTile, layout: Layout, split: int) -> P
     """Put the portions of a split together: y [B S H, D]."""
     b = Builder("compressed_merge", layout, "y = sum of portions exp2(tops - top) / sum of totals exp2(tops - top)")
     b.scalar("B", "S")
-    merge(b, split, f"B * S * {p.heads}", p.width, p.dtype, (t.m, t.n))
+    merge_portions(b, split, f"B * S * {p.heads}", p.width, p.dtype, (t.m, t.n))
     return b.program()
 
 
-def slide(width: int, t: RowTile, layout: Layout, dtype: str = "bf16") -> Program:
+def slide_kernel(width: int, t: RowTile, layout: Layout, dtype: str = "bf16") -> Program:
     """kept[i] = [old, new][O + S - Y + i]: the last Y of O tokens and S new ones, as the state for the next step."""
     b = Builder("slide", layout, "kept [B, Y, N] = the last Y tokens of old [B, O, N] and new [B, S, N]")
     b.scalar("B", "O", "S", "Y")

@@ -79,7 +79,7 @@ def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
     sums = _weight_rows(b, p)
     apart = None if p.act.gated and p.act.interleaved else p.rows if p.act.gated or p.blocks > 1 else 0
     begin_sums(b, p.weight, p.dtype, t, {acc: f"{acc}_row" for acc in sums}, apart)
-    start, stop = depth(b, p.depth, t.k, split)
+    start, stop = part_of_depth(b, p.depth, t.k, split)
     block = "block" if p.blocks > 1 else ""
     with b.loop("k", start, stop, t.k, t.stages):
         multiply(
@@ -92,7 +92,7 @@ def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
     if split > 1:
         b.store("parts", ["part", "row[:, None]", "place[None, :]"], value["gate"], live)
     else:
-        _finish(b, p, value, (t.m, t.n))
+        _add_epilogue(b, p, value, (t.m, t.n))
         b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", live)
 
 
@@ -115,7 +115,7 @@ def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:
     with b.loop("i", 0, split, 1):
         b.load("part", "parts", ["i", "row[:, None]", "place[None, :]"], mask, shape=(t.m, t.n))
         b.let("gate", "gate + part", (t.m, t.n), "f32")
-    _finish(b, p, {"gate": "gate"}, (t.m, t.n))
+    _add_epilogue(b, p, {"gate": "gate"}, (t.m, t.n))
     b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", mask)
     return b.program()
 
@@ -138,7 +138,7 @@ def _weight_rows(b: Builder, p: Linear) -> tuple[str, ...]:
     return "gate", "value"
 
 
-def depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, str]:
+def part_of_depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, str]:
     """Add the bounds of one part of a depth that is cut in `split` parts, multiples of `step`, and return them."""
     if split == 1:
         return "0", str(whole)
@@ -148,7 +148,7 @@ def depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, str]:
     return "start", "stop"
 
 
-def _finish(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int, int]) -> None:
+def _add_epilogue(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int, int]) -> None:
     """Add bias, activation and scale: `y_tile` in the dtype of y."""
     if p.bias:
         first = f"block * {2 * p.rows} + " if p.act.gated and p.blocks > 1 and p.weight.experts else ""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from ....compiler.errors import MoecError
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
-from .attend import parts
+from .attend import column_parts
 from .choices import AttentionTile, RowTile
-from .norm import power
+from .norm import power_of_two
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def entry_scores(p: Select, t: AttentionTile, layout: Layout) -> Program:
     E = (P + S) // ratio of the C entries. A tile's rows are the heads of one token or of several, padded to a power of
     two; MoecError where t.m is less than the heads of one.
     """
-    each = power(p.heads)
+    each = power_of_two(p.heads)
     if t.m < each:
         raise MoecError(f"a tile of {t.m} rows does not hold the {p.heads} heads of a token", todo=f"take {each} rows")
     tokens = t.m // each
@@ -50,7 +50,7 @@ def entry_scores(p: Select, t: AttentionTile, layout: Layout) -> Program:
     b.let("j", f"column * {t.n} + arange({t.n})")
     b.let("key_live", f"j < {entries}")
     b.accumulator("s", (t.m, t.n))
-    for part in parts(t.part, p.width):
+    for part in column_parts(t.part, p.width):
         at = ["batch", "token[:, None]", "head[:, None]", part.column]
         b.far(f"q{part.number}", "q", at, part.mask("live"), (t.m, part.wide), second=False)
         at = ["batch", "j[:, None]", part.column]
@@ -81,19 +81,19 @@ def choose_entries(p: Select, columns: int, layout: Layout) -> Program:
     b.tensor("ids", "i32", "B", "S", f"minimum({p.k}, E)", role="output")
     b.let("wanted", f"minimum({p.k}, E)")
     b.let("level", 'cast(0, "i32")')
-    _count(b, columns, "signs", "order >= 0")
+    _add_count(b, columns, "signs", "order >= 0")
     with b.when("count < wanted"):
         b.let("level", 'cast(-2147483648, "i32")')
     with b.loop("bit", 0, 31, 1):
         b.let("tried", 'level + (cast(1, "i32") << (30 - bit))')
-        _count(b, columns, "turn", "order >= tried")
+        _add_count(b, columns, "turn", "order >= tried")
         b.let("level", "where(count >= wanted, tried, level)")
-    _count(b, columns, "above", "order > level")
+    _add_count(b, columns, "above", "order > level")
     b.let("spare", "wanted - count")  # how many of those at the level are chosen, the first ones
     b.let("equals", 'cast(0, "i32")')
     b.let("written", 'cast(0, "i32")')
     with b.loop("out", 0, "E", columns):
-        _orders(b, columns, "out")
+        _add_order_of_scores(b, columns, "out")
         b.let("same", "there & (order == level)")
         b.let("before", "equals + cumsum(same, 0)")
         b.let("chosen", "(there & (order > level)) | (same & (before <= spare))")
@@ -104,7 +104,7 @@ def choose_entries(p: Select, columns: int, layout: Layout) -> Program:
     return b.program()
 
 
-def _orders(b: Builder, columns: int, loop: str) -> None:
+def _add_order_of_scores(b: Builder, columns: int, loop: str) -> None:
     """Add the scores from `loop` on as integers in the same order."""
     b.let("j", f"{loop} + arange({columns})")
     b.let("there", "j < E")
@@ -113,10 +113,10 @@ def _orders(b: Builder, columns: int, loop: str) -> None:
     b.let("order", "where(bits < 0, bits ^ 2147483647, bits)")
 
 
-def _count(b: Builder, columns: int, loop: str, condition: str) -> None:
+def _add_count(b: Builder, columns: int, loop: str, condition: str) -> None:
     b.let("count", 'cast(0, "i32")')
     with b.loop(loop, 0, "E", columns):
-        _orders(b, columns, loop)
+        _add_order_of_scores(b, columns, loop)
         b.let("count", f"count + sum(there & ({condition}), 0)")
 
 
@@ -166,7 +166,7 @@ def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
               "two": (p.rotary, f"{start + 1} + two_j * 2")}  # fmt: skip
     pieces = {name: piece for name, piece in pieces.items() if piece[0]}
     for name, (size, place) in pieces.items():
-        columns = power(size)
+        columns = power_of_two(size)
         b.let(f"{name}_j", f"arange({columns})")
         b.let(f"{name}_there", f"{name}_j < {size}")
         b.let(f"{name}_at", place)
@@ -175,9 +175,9 @@ def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
             b.let(f"{name}_{kind}", f'full({columns}, 0.0, "f32")')
         if p.overlap:  # the window before: none before the first
             with b.when("entry > 0"):
-                _window(b, p, t, name, columns, wide, f"made * {p.ratio}", 0)
+                _add_window(b, p, t, name, columns, wide, f"made * {p.ratio}", 0)
         own = f"(made + 1) * {p.ratio}" if p.overlap else f"made * {p.ratio}"
-        _window(b, p, t, name, columns, wide, own, p.width if p.overlap else 0)
+        _add_window(b, p, t, name, columns, wide, own, p.width if p.overlap else 0)
         b.let(f"{name}_mean", f"where({name}_there, {name}_sum / {name}_total, 0.0)")
     squares = " + ".join(f"sum({name}_mean * {name}_mean, 0)" for name in pieces)
     b.let("factor", f"rsqrt(({squares}) / {p.width} + {p.eps})")
@@ -194,7 +194,7 @@ def compress_tokens(p: Compress, t: RowTile, layout: Layout) -> Program:
     return b.program()
 
 
-def _window(b: Builder, p: Compress, t: RowTile, name: str, columns: int, wide: int, first: str, half: int) -> None:
+def _add_window(b: Builder, p: Compress, t: RowTile, name: str, columns: int, wide: int, first: str, half: int) -> None:
     """Add a window's tokens, from token `first` of the stream on, to the softmax of one piece of the values."""
     shape = (t.m, columns)
     with b.loop(f"{name}_token{half}", 0, p.ratio, t.m):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .choices import RowTile, Tile
-from .dense import depth
-from .norm import power
+from .dense import part_of_depth
+from .norm import power_of_two
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def stream_scores(p: Streams, t: Tile, layout: Layout, split: int = 1) -> Progra
     """z [split, T, M] = x wᵀ and squares [split, T] = sum x², each over its part of the N D values of a token, f32."""
     b = Builder("stream_scores", layout, "z[i, t] = x[t, part i] w[:, part i]ᵀ, squares[i, t] = sum x[t, part i]²")
     b.scalar("T")
-    whole, wide = p.streams * p.width, power(p.scores, 16)
+    whole, wide = p.streams * p.width, power_of_two(p.scores, 16)
     b.grid("part", split)
     b.grid("tile", f"cdiv(T, {t.m})")
     b.tensor("x", p.dtype, "T", whole)
@@ -50,7 +50,7 @@ def stream_scores(p: Streams, t: Tile, layout: Layout, split: int = 1) -> Progra
     b.let("n_live", f"n < {p.scores}")
     b.let("total", f'full({t.m}, 0.0, "f32")')
     b.accumulator("acc", (t.m, wide))
-    start, stop = depth(b, whole, t.k, split)
+    start, stop = part_of_depth(b, whole, t.k, split)
     with b.loop("k", start, stop, t.k, t.stages):
         b.let("column", f"k + arange({t.k})")
         inside = "" if whole % t.k == 0 else f" & (column < {whole})[None, :]"
@@ -72,7 +72,7 @@ def streams_in(p: Streams, t: RowTile, layout: Layout, split: int = 1) -> Progra
     The weights come from the scores of `stream_scores`, base [M] and scale [3] ([1] for the head), as
     nn.hyper_connection_pre says.
     """
-    n = power(p.streams)
+    n = power_of_two(p.streams)
     b = Builder("streams_in", layout, "y[t] = sum over streams of pre[t, n] x[t, n]; post and mix for the way back")
     b.scalar("T")
     b.grid("column", f"cdiv({p.width}, {t.n})")
@@ -92,18 +92,18 @@ def streams_in(p: Streams, t: RowTile, layout: Layout, split: int = 1) -> Progra
     b.let("factor", f"rsqrt(total / {p.streams * p.width} + {p.eps})")
     b.let("stream", f"arange({n})")
     b.let("is_stream", f"stream < {p.streams}")
-    _affine(b, "pre", "stream", "is_stream", (t.m, n), split, 0)
+    _add_affine(b, "pre", "stream", "is_stream", (t.m, n), split, 0)
     b.let("pre", f"sigmoid(pre) + {p.floor}", (t.m, n), "f32")
     if not p.head:
         b.tensor("post", "f32", "T", p.streams, role="output")
         b.tensor("mix", "f32", "T", p.streams, p.streams, role="output")
         with b.when("column == 0"):
-            _back(b, p, t, split)
-    _mixed(b, p, t, n)
+            _add_post_and_mix(b, p, t, split)
+    _add_mixed_streams(b, p, t, n)
     return b.program()
 
 
-def _affine(b: Builder, name: str, index: str, there: str, shape: tuple[int, int], split: int, number: int) -> None:
+def _add_affine(b: Builder, name: str, index: str, there: str, shape: tuple[int, int], split: int, number: int) -> None:
     """Add `name` = z factor scale + base for the scores of some index vector."""
     mask = f"live[:, None] & ({there})[None, :]"
     b.let(name, f'full({shape[0]}, {shape[1]}, 0.0, "f32")', shape, "f32")
@@ -116,17 +116,17 @@ def _affine(b: Builder, name: str, index: str, there: str, shape: tuple[int, int
     b.let(name, f"{name} * factor[:, None] * {name}_scale + {name}_base[None, :]", shape, "f32")
 
 
-def _back(b: Builder, p: Streams, t: RowTile, split: int) -> None:
+def _add_post_and_mix(b: Builder, p: Streams, t: RowTile, split: int) -> None:
     """Add post and mix, made doubly stochastic by turns (Sinkhorn and Knopp 1967)."""
-    count, n = p.streams, power(p.streams)
-    _affine(b, "post_z", f"stream + {count}", "is_stream", (t.m, n), split, 1)
+    count, n = p.streams, power_of_two(p.streams)
+    _add_affine(b, "post_z", f"stream + {count}", "is_stream", (t.m, n), split, 1)
     b.let("post_tile", "2.0 * sigmoid(post_z)", (t.m, n), "f32")
     b.store("post", ["row[:, None]", "stream[None, :]"], "post_tile", "live[:, None] & is_stream[None, :]")
     b.let("cell", f"arange({n * n})")
     b.let("source", f"cell // {n}")
     b.let("target", f"cell % {n}")
     b.let("is_cell", f"(source < {count}) & (target < {count})")
-    _affine(b, "mix_z", f"source * {count} + target + {2 * count}", "is_cell", (t.m, n * n), split, 2)
+    _add_affine(b, "mix_z", f"source * {count} + target + {2 * count}", "is_cell", (t.m, n * n), split, 2)
     shape = (t.m, n, n)
     b.let("logits", f"reshape(where(is_cell[None, :], mix_z, -inf), {t.m}, {n}, {n})", shape, "f32")
     b.let("largest", "max(logits, 2)", shape[:2], "f32")
@@ -149,7 +149,7 @@ def _back(b: Builder, p: Streams, t: RowTile, split: int) -> None:
     b.store("mix", at, "flat", "live[:, None] & is_cell[None, :]")
 
 
-def _mixed(b: Builder, p: Streams, t: RowTile, n: int) -> None:
+def _add_mixed_streams(b: Builder, p: Streams, t: RowTile, n: int) -> None:
     """Add y, the streams by their weights."""
     shape = (t.m, t.n)
     b.let("c", f"column * {t.n} + arange({t.n})")

@@ -25,27 +25,27 @@ class Norm:
     out: str = "bf16"  # of y
 
 
-def power(n: int, least: int = 1) -> int:
+def power_of_two(n: int, least: int = 1) -> int:
     """Return the least power of two that holds n."""
     return max(least, 1 << (max(n, 1) - 1).bit_length())
 
 
 def rms_norm(p: Norm, t: RowTile, layout: Layout) -> Program:
     """y = x / sqrt(mean(x²) + eps) w."""
-    return _norm(p, t, layout, "rms_norm", "y = x / sqrt(mean(x²) + eps) w")
+    return _norm_kernel(p, t, layout, "rms_norm", "y = x / sqrt(mean(x²) + eps) w")
 
 
 def add_rms_norm(p: Norm, t: RowTile, layout: Layout) -> Program:
     """sum = x + residual, rounded to its dtype, and y = its rms_norm."""
-    return _norm(p, t, layout, "add_rms_norm", "sum = x + residual; y = sum / sqrt(mean(sum²) + eps) w")
+    return _norm_kernel(p, t, layout, "add_rms_norm", "sum = x + residual; y = sum / sqrt(mean(sum²) + eps) w")
 
 
 def layer_norm(p: Norm, t: RowTile, layout: Layout) -> Program:
     """y = (x - mean(x)) / sqrt(var(x) + eps) w + b."""
-    return _norm(p, t, layout, "layer_norm", "y = (x - mean(x)) / sqrt(var(x) + eps) w + b")
+    return _norm_kernel(p, t, layout, "layer_norm", "y = (x - mean(x)) / sqrt(var(x) + eps) w + b")
 
 
-def _norm(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Program:
+def _norm_kernel(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Program:
     b = Builder(name, layout, doc)
     b.scalar("T")
     b.grid("tile", f"cdiv(T, {t.m})")
@@ -62,22 +62,22 @@ def _norm(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Program:
     b.let("live", "row < T")
     whole = t.n >= p.width
     b.let("total", f'full({t.m}, 0.0, "f32")')
-    with _columns(b, p.width, t.n, "c0"):
-        _read(b, p, t, "c0")
+    with _column_loop(b, p.width, t.n, "c0"):
+        _add_read(b, p, t, "c0")
         b.let("total", "total + sum(v, 1)" if p.centred else "total + sum(v * v, 1)")
     if p.centred:
         b.let("mean", f"total / {p.width}")
         b.let("total", f'full({t.m}, 0.0, "f32")')
-        with _columns(b, p.width, t.n, "c1"):
+        with _column_loop(b, p.width, t.n, "c1"):
             if not whole:
-                _read(b, p, t, "c1")
+                _add_read(b, p, t, "c1")
             centred = "where(there, v - mean[:, None], 0.0)"
             b.let("d", centred, (t.m, t.n), "f32")
             b.let("total", "total + sum(d * d, 1)")
     b.let("factor", f"rsqrt(total / {p.width} + {p.eps})")
-    with _columns(b, p.width, t.n, "c2"):
+    with _column_loop(b, p.width, t.n, "c2"):
         if not whole:
-            _read(b, p, t, "c2")
+            _add_read(b, p, t, "c2")
         column = "c0" if whole else "c2"
         text = "(v - mean[:, None]) * factor[:, None]" if p.centred else "v * factor[:, None]"
         for given, there, sign in (("w", p.weight, "*"), ("b", p.bias, "+")):
@@ -92,7 +92,7 @@ def _norm(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Program:
 
 
 @contextmanager
-def _columns(b: Builder, width: int, n: int, name: str) -> Iterator[None]:
+def _column_loop(b: Builder, width: int, n: int, name: str) -> Iterator[None]:
     """Add a loop over columns, or none where n holds them all; `name` is the index vector."""
     if n >= width:
         b.let(name, f"arange({n})")
@@ -103,7 +103,7 @@ def _columns(b: Builder, width: int, n: int, name: str) -> Iterator[None]:
         yield
 
 
-def _read(b: Builder, p: Norm, t: RowTile, column: str) -> None:
+def _add_read(b: Builder, p: Norm, t: RowTile, column: str) -> None:
     """Add `v`, the values that are normed in f32, and `there`, which of the tile there are."""
     shape, at = (t.m, t.n), ["row[:, None]", f"{column}[None, :]"]
     b.let("there", f"live[:, None] & ({column} < {p.width})[None, :]", shape, "bool")

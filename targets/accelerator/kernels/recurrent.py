@@ -13,7 +13,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .choices import RowTile
 from .experts import activation
-from .norm import power
+from .norm import power_of_two
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def window_conv(p: Window, t: RowTile, layout: Layout) -> Program:
     b.let("out", f'cast({activation(p.act, {"gate": "total"})}, "{p.dtype}")', shape, p.dtype)
     b.store("y", ["batch", "s[:, None]", "c[None, :]"], "out", "live")
     with b.when("tile == 0"):
-        wide = power(p.kept)
+        wide = power_of_two(p.kept)
         b.let("i", f"arange({wide})")
         b.let("is_kept", f"c_live[:, None] & (i < {p.kept})[None, :]", (t.n, wide), "bool")
         _seen(b, p, "last", f"(i + (S - {p.kept}))[None, :]", "c[:, None]", "is_kept", (t.n, wide))
@@ -114,7 +114,7 @@ def linear_attention(p: Recurrence, t: RowTile, layout: Layout) -> Program:
     b.tensor("y", p.dtype, "B", "S", p.heads, p.value_width, role="output")
     b.tensor("present", "f32", "B", p.heads, p.width, p.value_width, role="output")
     _axes(b, p, t)
-    whole = (t.m, power(p.width), t.n)
+    whole = (t.m, power_of_two(p.width), t.n)
     cell = ["batch", "head[:, None, None]", "i[None, :, None]", "n[None, None, :]"]
     b.load("state", "past", cell, "there", shape=whole)
     if p.rate:
@@ -127,7 +127,7 @@ def linear_attention(p: Recurrence, t: RowTile, layout: Layout) -> Program:
 
 def _axes(b: Builder, p: Recurrence, t: RowTile) -> None:
     """Add the heads, rows and columns of the states of a point, and which of them there are."""
-    rows = power(p.width)
+    rows = power_of_two(p.width)
     b.let("head", f"row * {t.m} + arange({t.m})")
     b.let("i", f"arange({rows})")
     b.let("n", f"column * {t.n} + arange({t.n})")

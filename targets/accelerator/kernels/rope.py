@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .choices import RowTile
-from .norm import power
+from .norm import power_of_two
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rope:
     dtype: str = "bf16"
 
 
-def rope(p: Rope, t: RowTile, layout: Layout) -> Program:
+def rope_kernel(p: Rope, t: RowTile, layout: Layout) -> Program:
     """y = x with each head normed and rotated; t.m tokens of one head for each point of the grid."""
     b = Builder("rope_pairs" if p.pairs else "rope", layout, "y = x, its heads turned by the angles of their positions")
     b.scalar("B", "S")
@@ -49,13 +49,13 @@ def rope(p: Rope, t: RowTile, layout: Layout) -> Program:
     if p.weight:
         b.tensor("w", "f32", p.width, role="weight")
     b.tensor("y", p.dtype, *shape, role="output")
-    _tokens(b, p, t)
+    _add_tokens(b, p, t)
 
     def at(column: str) -> list[str]:
         order = ["head", "token[:, None]"] if p.heads_first else ["token[:, None]", "head"]
         return ["batch", *order, f"({column})[None, :]"]
 
-    _rotate(b, p, t, "x", at, "w", "y", at)
+    _add_rotation(b, p, t, "x", at, "w", "y", at)
     return b.program()
 
 
@@ -105,7 +105,7 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
     b.tensor("y", p.dtype, "B", p.heads, "S", p.width, role="output")
     b.tensor("key", p.dtype, "B", p.groups, "C", p.width, role="output")
     b.tensor("value", p.dtype, "B", p.groups, "C", p.width, role="output")
-    _tokens(b, rotation, t)
+    _add_tokens(b, rotation, t)
     last = p.heads + p.groups
 
     def source(first: int) -> Callable[[str], list[str]]:
@@ -122,11 +122,13 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
         return Rope(p.heads, p.width, p.rotary, norm=there, weight=there, eps=p.eps, dtype=p.dtype)
 
     with b.when(f"head < {p.heads}"):
-        _rotate(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", rotated)
+        _add_rotation(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", rotated)
     with b.when(f"(head >= {p.heads}) & (head < {last})"):
-        _rotate(b, normed(p.k_norm), t, "qkv" if p.joined else "k", source(p.heads), "k_norm", "key", slot(p.heads))
+        _add_rotation(
+            b, normed(p.k_norm), t, "qkv" if p.joined else "k", source(p.heads), "k_norm", "key", slot(p.heads)
+        )
     with b.when(f"head >= {last}"):
-        wide = power(p.width)
+        wide = power_of_two(p.width)
         b.let("column", f"arange({wide})")
         mask = "live[:, None]" + ("" if wide == p.width else f" & (column < {p.width})[None, :]")
         b.load("v_tile", "qkv" if p.joined else "v", source(last)("column"), mask, shape=(t.m, wide))
@@ -140,13 +142,13 @@ def _declare_angles(b: Builder, p: Rope) -> None:
         b.tensor(name, "f32", "B" if p.own_angles else 1, "S", wide)
 
 
-def _tokens(b: Builder, p: Rope, t: RowTile) -> None:
+def _add_tokens(b: Builder, p: Rope, t: RowTile) -> None:
     b.let("token", f"tile * {t.m} + arange({t.m})")
     b.let("live", "token < S")
     b.let("angles", "batch" if p.own_angles else "0")
 
 
-def _rotate(
+def _add_rotation(
     b: Builder, p: Rope, t: RowTile, source: str, at: Callable[[str], list[str]], weight: str, target: str,
     to: Callable[[str], list[str]],
 ) -> None:  # fmt: skip
@@ -163,7 +165,7 @@ def _rotate(
     pieces = {name: size for name, size in pieces.items() if size}
     masks = {}
     for name, size in pieces.items():
-        wide = power(size)
+        wide = power_of_two(size)
         b.let(f"{name}_j", f"arange({wide})")
         masks[name] = "live[:, None]" + ("" if wide == size else f" & ({name}_j < {size})[None, :]")
         b.load(f"{name}_given", source, at(place[name]), masks[name], shape=(t.m, wide))
@@ -176,10 +178,10 @@ def _rotate(
             if p.weight:
                 b.load(f"{name}_w", weight, [place[name]], f"{name}_j < {size}")
                 text += f" * {name}_w[None, :]"
-            b.let(name, text, (t.m, power(size)), "f32")
+            b.let(name, text, (t.m, power_of_two(size)), "f32")
     value = {"rest": "rest"}
     if half:
-        wide = power(half)
+        wide = power_of_two(half)
         for name, first in (("one", 0), ("two", 0 if p.pairs else half)):
             for angle in ("cos", "sin"):
                 column = f"({first} + {name}_j)[None, :]"
@@ -188,5 +190,5 @@ def _rotate(
         value["one"] = f"one * one_cos {signs[0]} two * one_sin"
         value["two"] = f"two * two_cos {signs[1]} one * two_sin"
     for name, size in pieces.items():
-        b.let(f"{name}_out", f'cast({value[name]}, "{p.dtype}")', (t.m, power(size)), p.dtype)
+        b.let(f"{name}_out", f'cast({value[name]}, "{p.dtype}")', (t.m, power_of_two(size)), p.dtype)
         b.store(target, to(place[name]), f"{name}_out", masks[name])

@@ -12,7 +12,7 @@ from math import inf
 from ....compiler.errors import MoecError
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
-from .norm import power
+from .norm import power_of_two
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Route:
     @property
     def wide(self) -> tuple[int, int]:
         """Groups and experts in a group as a tile has them."""
-        return power(self.groups), power(self.size)
+        return power_of_two(self.groups), power_of_two(self.size)
 
 
-def route(p: Route, rows: int, layout: Layout) -> Program:
+def route_kernel(p: Route, rows: int, layout: Layout) -> Program:
     """Return gates f32 [T, k] and ids i32 [T, k] of logits f32 [T, E], `rows` tokens for each point of the grid.
 
     Of equal numbers the lowest expert is chosen first. MoecError for a score or a renorm that moe.route does not have.
@@ -69,13 +69,13 @@ def route(p: Route, rows: int, layout: Layout) -> Program:
         b.tensor("given", "i32", "T", p.k)
     b.tensor("gates", "f32", "T", p.k, role="output")
     b.tensor("ids", "i32", "T", p.k, role="output")
-    _load(b, p, rows)
+    _add_logits(b, p, rows)
     if p.score == "sparsemixer":
-        _sparsemixer(b, p, rows)
+        _add_sparsemixer(b, p, rows)
     else:
-        _choice(b, p, rows)
-        _select(b, p, rows)
-    _weights(b, p, rows)
+        _add_choice(b, p, rows)
+        _add_selection(b, p, rows)
+    _add_gates(b, p, rows)
     at = ["t[:, None]", "choice_number[None, :]"]
     b.store("gates", at, "w", "chosen_live")
     b.store("ids", at, "chosen", "chosen_live")
@@ -89,10 +89,10 @@ _SCORES = {
 }
 
 
-def _load(b: Builder, p: Route, rows: int) -> None:
+def _add_logits(b: Builder, p: Route, rows: int) -> None:
     """Add `logit` [rows, columns], the expert of each column, and what is kept of the chosen ones."""
     groups, size = p.wide
-    wide, kept = groups * size, power(p.k)
+    wide, kept = groups * size, power_of_two(p.k)
     b.let("t", f"tile * {rows} + arange({rows})")
     b.let("live", "t < T")
     b.let("column", f"arange({wide})")
@@ -107,7 +107,7 @@ def _load(b: Builder, p: Route, rows: int) -> None:
     b.let("w", f'full({rows}, {kept}, 0.0, "f32")', (rows, kept), "f32")
 
 
-def _scored(b: Builder, name: str, score: str, there: str, shape: tuple[int, int]) -> str:
+def _score_text(b: Builder, name: str, score: str, there: str, shape: tuple[int, int]) -> str:
     """Return the expression of the scores along the last axis; softmax is taken over the columns that are `there`."""
     if score != "softmax":
         return _SCORES[score].format(name)
@@ -116,25 +116,25 @@ def _scored(b: Builder, name: str, score: str, there: str, shape: tuple[int, int
     return "exponential / sum(exponential, 1)[:, None]"
 
 
-def _choice(b: Builder, p: Route, rows: int) -> None:
+def _add_choice(b: Builder, p: Route, rows: int) -> None:
     """Add `left` [rows, columns]: what the choice is made by, -inf where there is no expert; and `source`, the weights."""
     groups, size = p.wide
     shape = (rows, groups * size)
     if p.order == "select_score":
         b.let("scores", "logit", shape, "f32")
     else:
-        b.let("scores", _scored(b, "logit", p.score, "is_expert[None, :]", shape), shape, "f32")
+        b.let("scores", _score_text(b, "logit", p.score, "is_expert[None, :]", shape), shape, "f32")
     text = "scores"
     if p.bias:
         b.load("bias_row", "bias", ["expert"], "is_expert")
         text = "scores + bias_row[None, :]"
     b.let("left", f"where(is_expert[None, :], {text}, -inf)", shape, "f32")
     if p.groups > 1:
-        _limit(b, p, rows)
+        _add_group_mask(b, p, rows)
     b.let("source", {"scores": "scores", "choice": "left", "logits": "logit"}[p.weigh], shape, "f32")
 
 
-def _limit(b: Builder, p: Route, rows: int) -> None:
+def _add_group_mask(b: Builder, p: Route, rows: int) -> None:
     """Give `mask` to the experts outside of the best groups."""
     groups, size = p.wide
     b.let("grouped", f"reshape(left, {rows}, {groups}, {size})", (rows, groups, size), "f32")
@@ -156,10 +156,10 @@ def _limit(b: Builder, p: Route, rows: int) -> None:
     b.let("left", f"where(is_expert[None, :], reshape(limited, {rows}, {wide}), -inf)", (rows, wide), "f32")
 
 
-def _select(b: Builder, p: Route, rows: int) -> None:
+def _add_selection(b: Builder, p: Route, rows: int) -> None:
     """Add the loop that chooses one expert after the other, or takes the given ones, and takes their weights."""
     groups, size = p.wide
-    shape, kept = (rows, groups * size), (rows, power(p.k))
+    shape, kept = (rows, groups * size), (rows, power_of_two(p.k))
     with b.loop("i", 0, p.k, 1):
         if p.given:
             b.load("found", "given", ["t", "i"], "live", other=0)
@@ -175,12 +175,12 @@ def _select(b: Builder, p: Route, rows: int) -> None:
             b.let("left", "where(hit, -inf, left)", shape, "f32")
 
 
-def _sparsemixer(b: Builder, p: Route, rows: int) -> None:
+def _add_sparsemixer(b: Builder, p: Route, rows: int) -> None:
     """Add the choice of sparsemixer: an expert's weight is its softmax among those that are not far behind it.
 
     The chosen one is the largest of those left, so that its own exponential is 1.
     """
-    shape, kept = (rows, p.wide[0] * p.wide[1]), (rows, power(p.k))
+    shape, kept = (rows, p.wide[0] * p.wide[1]), (rows, power_of_two(p.k))
     b.let("left", "logit", shape, "f32")
     with b.loop("i", 0, p.k, 1):
         b.let("best", "max(left, 1)")
@@ -197,11 +197,11 @@ def _sparsemixer(b: Builder, p: Route, rows: int) -> None:
         b.let("left", "where(hit, -inf, left)", shape, "f32")
 
 
-def _weights(b: Builder, p: Route, rows: int) -> None:
+def _add_gates(b: Builder, p: Route, rows: int) -> None:
     """Turn the weights of the chosen into gates."""
-    kept = (rows, power(p.k))
+    kept = (rows, power_of_two(p.k))
     if p.order == "select_score" and p.score != "sparsemixer":
-        b.let("w", _scored(b, "w", p.score, f"(choice_number < {p.k})[None, :]", kept), kept, "f32")
+        b.let("w", _score_text(b, "w", p.score, f"(choice_number < {p.k})[None, :]", kept), kept, "f32")
     if p.renorm != "none":
         size = "w" if p.renorm == "sum" else "abs(w)"
         if p.renorm == "norm" and p.p != 1:

@@ -53,7 +53,7 @@ def predict(
     so many tiles of rows run side by side, of a program that has one.
     """
     cores = core_count(profile)
-    resident = _resident(profile, use, warps)
+    resident = _resident_points(profile, use, warps)
     rounds = ceil(counts.points / cores)
     at_once = min(cores * min(resident, rounds), counts.points)
     needed = device_bytes(program, counts, scalars, touched, cache_capacity(profile), at_once, group)
@@ -62,14 +62,14 @@ def predict(
     step = counts.traffic / max(counts.points * max(counts.steps, 1), 1)
     waiting = active * min(resident, rounds) * step * max(stages - 1, 0.5)
     memory = needed / min(bandwidth, max(waiting, 1) / ASSUMED["latency"])
-    cache = _seconds(counts.traffic / counts.points, cache_bandwidth(profile, bandwidth), cores)
+    cache = _seconds_of_core(counts.traffic / counts.points, cache_bandwidth(profile, bandwidth), cores)
     matrix = sum(
-        _seconds(flops / counts.points, matrix_rate(profile, dtype) * share, cores)
+        _seconds_of_core(flops / counts.points, matrix_rate(profile, dtype) * share, cores)
         for dtype, flops in counts.dots.items()
     )
-    inner = [_seconds(n / counts.points, profile.rate(*path), cores) for path, n in counts.moved.items()]
+    inner = [_seconds_of_core(n / counts.points, profile.rate(*path), cores) for path, n in counts.moved.items()]
     matrix = max(matrix, *inner) if inner else matrix  # the unit waits for its operands
-    vector = _seconds(counts.computed / counts.points, vector_rate(profile), cores)
+    vector = _seconds_of_core(counts.computed / counts.points, vector_rate(profile), cores)
     together = min(resident, rounds)  # points that wait at the same time, each for itself
     steps = counts.steps * ASSUMED["step"] / together
     one = max(cache, matrix, vector, steps) if stages > 1 or resident > 1 else cache + matrix + vector + steps
@@ -86,7 +86,7 @@ def predict(
     )  # fmt: skip
 
 
-def _seconds(amount: float, rate: float | None, cores: int) -> float:
+def _seconds_of_core(amount: float, rate: float | None, cores: int) -> float:
     """Return the time of one core with its share of a rate of the whole device; 0 for a path that the profile has no rate of."""
     return amount * cores / rate if rate else 0.0
 
@@ -100,7 +100,7 @@ def matrix_share(profile: Profile, rows: int, columns: int) -> float:
     return share
 
 
-def _resident(profile: Profile, use: Mapping[str, int], warps: int) -> int:
+def _resident_points(profile: Profile, use: Mapping[str, int], warps: int) -> int:
     """Return how many points of a grid one core holds at once."""
     family = profile.family
     fits = [family.resident, family.resident_threads // (warps * profile.threads)]

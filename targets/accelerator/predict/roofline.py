@@ -98,7 +98,7 @@ class StepPrediction:
     @cached_property
     def total(self) -> Row:
         """All rows together."""
-        return _sum("", "", self.rows)
+        return _sum_rows("", "", self.rows)
 
     @property
     def time(self) -> float:
@@ -121,18 +121,19 @@ class StepPrediction:
         for row in self.rows:
             groups.setdefault(tuple(getattr(row, key) for key in keys), []).append(row)
         return [
-            _sum(**{"function": "", "op": "", **dict(zip(keys, k, strict=True))}, rows=r) for k, r in groups.items()
+            _sum_rows(**{"function": "", "op": "", **dict(zip(keys, k, strict=True))}, rows=r)
+            for k, r in groups.items()
         ]
 
 
-def _sum(function: str, op: str, rows: Sequence[Row]) -> Row:
+def _sum_rows(function: str, op: str, rows: Sequence[Row]) -> Row:
     numbers = ("kernels", *KINDS, "device_bytes", "time")
     sums: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in numbers}
-    flops, parts = _added([row.flops for row in rows]), _added([row.parts for row in rows])
+    flops, parts = _sum_maps([row.flops for row in rows]), _sum_maps([row.parts for row in rows])
     return Row(function, op, **sums, flops=flops, parts=parts)
 
 
-def _added(maps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _sum_maps(maps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for each in maps for name in each)
     return {name: sum(each.get(name, 0.0) for each in maps) for name in names}
 
@@ -153,7 +154,7 @@ def framework_row(work: Work, amounts: Amounts, rates: Rates) -> Row:
 
 def kernel_row(work: Work, amounts: Amounts, found: Sequence[Prediction]) -> Row:
     """Return an op that kernels compute one after the other: all of its calls."""
-    parts = _added([{name: getattr(p, name) for name in PARTS} for p in found])
+    parts = _sum_maps([{name: getattr(p, name) for name in PARTS} for p in found])
     return _row(work, amounts, len(found), sum(p.device_bytes for p in found), sum(p.time for p in found), parts)
 
 

@@ -135,7 +135,7 @@ def weight_bytes(module: Module, devices: int = 1) -> int:
     """Return the bytes of all weights that one device holds."""
     calls, total = call_counts(module), sympy.S.Zero
     for function in module.functions:
-        roots = _roots(function)
+        roots = _roots_of_views(function)
         parted = {roots.get(v.name, v).name for op in function.ops for v in op.inputs if _is_parted(op, v)}
         for const in function.consts:
             each = stored_bits(const) * const.value.type.elements / 8
@@ -145,7 +145,7 @@ def weight_bytes(module: Module, devices: int = 1) -> int:
 
 def state_bytes(module: Module) -> Size:
     """Return the bytes of the states that a step starts from, a formula."""
-    return sympy.Add(*(_bytes(p.type, p.type.elements) for p in module.main.params if p.type.state))
+    return sympy.Add(*(_bytes_of(p.type, p.type.elements) for p in module.main.params if p.type.state))
 
 
 @lru_cache(maxsize=4096)
@@ -169,7 +169,7 @@ def _is_parted(op: Op, value: Value) -> bool:
     return any(operand == value and name in definition.rows for name, operand in op.named)
 
 
-def _roots(function: Function) -> dict[str, Value]:
+def _roots_of_views(function: Function) -> dict[str, Value]:
     """Return for each view by its name what it shows, which is no view."""
     roots: dict[str, Value] = {}
     for op in function.ops:
@@ -185,7 +185,7 @@ class _Reader:
     def __init__(self, function: Function, lowest: Mapping[str, int], devices: int) -> None:
         self.function, self.lowest, self.devices = function, lowest, devices
         self.weights = {c.value.name: stored_bits(c) for c in function.consts}  # name -> bits of one number
-        self.roots = _roots(function)
+        self.roots = _roots_of_views(function)
 
     def work(self, op: Op, calls: int) -> Work | None:
         """Return what an op moves and computes; None for a call, and for what takes no kernel in a step."""
@@ -201,9 +201,9 @@ class _Reader:
         appended = [v.type for name, v in op.named if v.type.state and name in definition.appends]
         for result in op.results:
             if result.type.state:
-                states += _bytes(result.type, _new(result.type, appended))
+                states += _bytes_of(result.type, _written_elements(result.type, appended))
             else:
-                activations += _bytes(result.type, result.type.elements)
+                activations += _bytes_of(result.type, result.type.elements)
         unit = self._unit(op, flops)
         place = place_of(self.function, op)
         return Work(self.function.name, place, op.name, calls, weights, activations, states, flops, unit)
@@ -242,7 +242,7 @@ class _Reader:
     def _sized(self, value: Value, root: Value, elements: Size) -> Size:
         """Return the bytes of numbers of a value, which are those of its root: of a weight as stored."""
         bits = self.weights.get(root.name)
-        return _bytes(value.type, elements) if bits is None else elements * bits / 8
+        return _bytes_of(value.type, elements) if bits is None else elements * bits / 8
 
     def _touched(self, rows: Size, slices: Size, parted: bool) -> Size:
         """Return the expected number of slices that a step reads on one device, of `rows` choices among `slices`."""
@@ -262,12 +262,12 @@ class _Reader:
         return MATRIX if evaluate(flops, at) >= PRODUCT * moved else VECTOR
 
 
-def _bytes(type: TensorType, elements: Size) -> Size:
+def _bytes_of(type: TensorType, elements: Size) -> Size:
     bits = BETWEEN.get(type.dtype) or type.bits
     return elements * sympy.Rational(bits, 8)
 
 
-def _new(type: TensorType, appended: list[TensorType]) -> Size:
+def _written_elements(type: TensorType, appended: list[TensorType]) -> Size:
     """Return how many numbers of a state are written: what is new, of one that grew where it lies."""
     for before in appended:
         same = [a == b for a, b in zip(before.shape, type.shape, strict=False)]

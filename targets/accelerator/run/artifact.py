@@ -98,14 +98,14 @@ def read_kernels(folder: Path) -> Kernels:
             todo=AGAIN.format(target),
         )
     try:
-        launches = tuple(_launch(entry) for entry in data["kernels"])
+        launches = tuple(_read_launch(entry) for entry in data["kernels"])
         steps = {f["name"]: tuple(f["steps"]) for f in data["functions"]}
         return Kernels(data["target"], data["chip"], data["memories"], launches, steps)
     except (KeyError, TypeError, ValueError) as error:
         raise MoecError(f"{KERNELS} is damaged", where=str(path), todo=AGAIN.format(target)) from error
 
 
-def _launch(entry: Mapping[str, Any]) -> Launch:
+def _read_launch(entry: Mapping[str, Any]) -> Launch:
     program = program_from_json(entry["program"])
     names = [program.name, *program.scalars, *(a.name for a in program.arguments), *program.buffers]
     if not all(name.isidentifier() for name in names):
@@ -133,7 +133,7 @@ def read_program(folder: Path, kernels: Kernels) -> Module:
         raise replace(error, todo=AGAIN.format(kernels.target)) from None
     for function in module.functions:
         steps = kernels.steps.get(function.name, ())
-        if len(steps) != len(function.ops) or not all(map(_matches, function.ops, steps)):
+        if len(steps) != len(function.ops) or not all(map(_matches_step, function.ops, steps)):
             raise MoecError(
                 f"{KERNELS} was not made from @{function.name} of {PROGRAM}", where=str(folder),
                 todo=AGAIN.format(kernels.target),
@@ -141,7 +141,7 @@ def read_program(folder: Path, kernels: Kernels) -> Module:
     return module
 
 
-def _matches(op: Op, step: Mapping[str, Any]) -> bool:
+def _matches_step(op: Op, step: Mapping[str, Any]) -> bool:
     results = step["results"]
     names = list(results.values()) if isinstance(results, Mapping) else list(results)
     called = step.get("callee", "") == (op.callee or "") and (bool(op.callee) or step["op"] == op.name)
@@ -173,7 +173,7 @@ def read_weights(folder: Path, module: Module, device: torch.device) -> Weights:
         raise MoecError(f"{PLAN} is damaged", where=str(folder / PLAN)) from error
     stored: dict[str, dict[str, torch.Tensor]] = {}
     for file in files:
-        for name, tensor in _tensors(folder, file, device):
+        for name, tensor in _read_weights(folder, file, device):
             weight, dot, part = name.rpartition(".")
             plain = not dot or part not in ("codes", "scales", "zeros", "tensor_scale")
             stored.setdefault(name if plain else weight, {})["" if plain else part] = tensor
@@ -190,15 +190,15 @@ def read_weights(folder: Path, module: Module, device: torch.device) -> Weights:
     return Weights(tuple(label for label, _ in calls), found)
 
 
-def _tensors(folder: Path, file: str, device: torch.device) -> list[tuple[str, torch.Tensor]]:
-    path = inside(folder, file)
+def _read_weights(folder: Path, file: str, device: torch.device) -> list[tuple[str, torch.Tensor]]:
+    path = path_inside(folder, file)
     try:
         return [(name, tensor.to(device)) for name, tensor in read_tensors(path).items()]
     except MoecError as error:
         raise MoecError(f"the weights cannot be read: {error.what}", str(path), todo="compile it again") from error
 
 
-def inside(folder: Path, file: str) -> Path:
+def path_inside(folder: Path, file: str) -> Path:
     """Return the path of a file of an artifact; MoecError for a name that leads out of it."""
     name = PurePosixPath(file)
     if name.is_absolute() or ".." in name.parts:

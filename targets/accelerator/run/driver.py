@@ -159,7 +159,7 @@ def make_context() -> None:
     torch.zeros(1, device="cuda")
 
 
-def architecture() -> str:
+def gpu_architecture() -> str:
     """Return the GPU's architecture as kernels.json names it, such as sm_90 or gfx942; MoecError where there is no GPU."""
     from .launch import check_gpu
 

@@ -177,7 +177,7 @@ class _Call:
         """Return the buffer of a state with room for this step, and keep it as the result."""
         past, result = self._operands[bound.past], self._results[bound.result]
         axis = next(i for i, (n, m) in enumerate(zip(past.type.shape, result.type.shape, strict=True)) if n != m)
-        length = _sizes(result.type, tuple(sorted(self._dims.items())))[axis]
+        length = _sizes_of_type(result.type, tuple(sorted(self._dims.items())))[axis]
         slots = with_room(self._values[past.name], axis, length, DTYPES[a.dtype].torch)
         self.made[result.name] = slots
         return slots
@@ -191,7 +191,7 @@ class _Call:
         return found
 
     def _elements(self, bound: Bound) -> int:
-        sizes = _sizes(self._results[bound.result].type, tuple(sorted(self._dims.items())))
+        sizes = _sizes_of_type(self._results[bound.result].type, tuple(sorted(self._dims.items())))
         return int(torch.Size(sizes).numel())
 
     def _keep(self, bound: Bound, tensor: torch.Tensor, a: Argument) -> None:
@@ -203,7 +203,7 @@ class _Call:
             self.made[value.name] = {**(before if isinstance(before, Mapping) else {}), bound.part: tensor}
         elif bound.result and not bound.past and a.role == "output":
             value = self._results[bound.result]
-            self.made[value.name] = tensor.reshape(_sizes(value.type, tuple(sorted(self._dims.items()))))
+            self.made[value.name] = tensor.reshape(_sizes_of_type(value.type, tuple(sorted(self._dims.items()))))
 
 
 def _has_slots(a: Argument, held: Slots) -> bool:
@@ -213,6 +213,6 @@ def _has_slots(a: Argument, held: Slots) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _sizes(type: TensorType, dims: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+def _sizes_of_type(type: TensorType, dims: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
     """Return the sizes of a type with the dims of a step."""
     return tuple(evaluate_size(n, dict(dims)) for n in type.shape)

@@ -16,7 +16,7 @@ BITS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
 
 @cache
-def mend() -> None:
+def mend_interpreter() -> None:
     """Replace what the interpreter does wrong, once in a process, before a kernel runs. Triton has to be installed."""
     import triton.language as tl
     from triton.runtime import interpreter

@@ -67,7 +67,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def seconds(run: Callable[[], Any], repeats: int = 20, warm: int = 3) -> float:
+def median_seconds(run: Callable[[], Any], repeats: int = 20, warm: int = 3) -> float:
     """Return the median time of `run` on the GPU, each time with a cold L2. MoecError where there is no GPU."""
     check_gpu()
     for _ in range(warm):

@@ -22,8 +22,8 @@ from ..tile.simulate import simulate
 from ..tile.tiles import Argument
 from ..triton.architectures import architecture_of
 from ..triton.compile import ALIGN
-from .artifact import Kernels, Launch, inside
-from .driver import LoadedKernel, architecture, captured_node, is_for
+from .artifact import Kernels, Launch, path_inside
+from .driver import LoadedKernel, captured_node, gpu_architecture, is_for
 
 DEVICES = ("auto", "simulator", "interpreter", "cuda", "hip", "triton")
 Tensors = Mapping[str, torch.Tensor]
@@ -68,11 +68,11 @@ class Simulated:
 
     def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         """Run a kernel."""
-        arrays = {a.name: _array(tensors[a.name], a) for a in launch.program.arguments}
+        arrays = {a.name: _array_of_tensor(tensors[a.name], a) for a in launch.program.arguments}
         simulate(launch.program, arrays, scalars, self._kernels.chip_for(launch))
 
 
-def _array(tensor: torch.Tensor, a: Argument) -> np.ndarray:
+def _array_of_tensor(tensor: torch.Tensor, a: Argument) -> np.ndarray:
     """Return the same memory as an array; bytes are viewed, since numpy has not all dtypes by itself."""
     kind = DTYPES[a.dtype].numpy
     if not tensor.numel():
@@ -146,7 +146,7 @@ class Compiled:
 
     def _load(self, launch: Launch) -> LoadedKernel:
         entry = launch.objects[self._arch]
-        path = inside(self._folder, str(entry["file"]))
+        path = path_inside(self._folder, str(entry["file"]))
         try:
             image = path.read_bytes()
         except OSError as error:
@@ -160,7 +160,9 @@ def _points(launch: Launch, scalars: Mapping[str, int]) -> int:
 
 
 def _given(launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> tuple[list[torch.Tensor], list[int]]:
-    return [aligned(tensors[a.name]) for a in launch.program.arguments], [scalars[n] for n in launch.program.scalars]
+    return [aligned_tensor(tensors[a.name]) for a in launch.program.arguments], [
+        scalars[n] for n in launch.program.scalars
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,10 +194,10 @@ class _PrintedKernel:
 
     def __call__(self, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         if all(int(evaluate(extent, scalars)) > 0 for _, extent in self._program.grid):
-            self._kernel({name: aligned(tensor) for name, tensor in tensors.items()}, scalars)
+            self._kernel({name: aligned_tensor(tensor) for name, tensor in tensors.items()}, scalars)
 
 
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that begins at an address as kernels are compiled for: itself or a copy. Outputs always do."""
     return tensor.clone() if tensor.data_ptr() % ALIGN else tensor
 
@@ -213,7 +215,7 @@ def start_interpreter() -> None:
         )
     from . import interpreter
 
-    interpreter.mend()
+    interpreter.mend_interpreter()
 
 
 def open_launcher(device: str | None, folder: Path, kernels: Kernels) -> Launcher:
@@ -242,6 +244,6 @@ def open_launcher(device: str | None, folder: Path, kernels: Kernels) -> Launche
                 "torch is not built for AMD's GPUs here", todo="give --device cuda or simulator", exit_code=1
             )
         name = "cuda"  # as torch calls them
-    if name == "cuda" and all(is_for(k.objects, architecture()) for k in kernels.launches):
-        return Compiled(folder, kernels, architecture())
+    if name == "cuda" and all(is_for(k.objects, gpu_architecture()) for k in kernels.launches):
+        return Compiled(folder, kernels, gpu_architecture())
     return Printed(kernels, interpreted=name == "interpreter")

@@ -101,7 +101,7 @@ class Session:
         results = (self.graphs or self.executor).run(inputs, dims)
         logits = tensor_of(results[0])
         found = (logits[:, -last:] if last else logits).float().cpu().numpy()
-        kept = tuple(map(_kept, results[1:], self.states))
+        kept = tuple(map(_kept_state, results[1:], self.states))
         return found, States(batch, states.length + new, kept)
 
     def _input(self, parameter: Value, arrays: dict[str, np.ndarray]) -> torch.Tensor:
@@ -117,14 +117,14 @@ class Session:
         check_step(arrays, own, self.states, self.context, self.vocabulary, padded)
 
 
-def _kept(held: Held, state: State) -> Held:
+def _kept_state(held: Held, state: State) -> Held:
     """Return a state as it is kept: caches that the framework appends to in bf16, as kernels hand them on."""
     if not isinstance(held, torch.Tensor) or state.axis is None or held.dtype != torch.float32:
         return held
     return held.to(torch.bfloat16)
 
 
-def load(
+def load_session(
     folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None,
     device: str | None = None,
 ) -> Session:  # fmt: skip

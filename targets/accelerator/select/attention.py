@@ -9,10 +9,10 @@ from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
 from ..chip.chip import Profile
-from ..kernels.attention import Attention, attention, attention_merge
+from ..kernels.attention import Attention, attention_kernel, attention_merge
 from ..kernels.choices import AttentionTile, RowTile, Tile
-from ..kernels.compressed import Compressed, compressed_attention, compressed_merge, slide
-from ..kernels.norm import power
+from ..kernels.compressed import Compressed, compressed_attention, compressed_merge, slide_kernel
+from ..kernels.norm import power_of_two
 from ..tile.builder import Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
@@ -28,7 +28,7 @@ Make = Callable[[AttentionTile, Layout], Program]
 Merge = Callable[[RowTile, Layout, int], Program]
 
 
-def _attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), op.settings
     q, key, value = (operands[name].shape for name in "qkv")
     p = Attention(
@@ -41,7 +41,7 @@ def _attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
         rows = tokens.new * p.heads // p.groups
         return attention_implementations(
-            "attention", lambda t, layout: attention(p, t, layout),
+            "attention", lambda t, layout: attention_kernel(p, t, layout),
             lambda t, layout, split: attention_merge(p, t, layout, split), scalars, rows, p.width, p.value_width, tokens,
         )  # fmt: skip
 
@@ -54,7 +54,7 @@ def mask_of(operands: Mapping[str, TensorType]) -> str:
     return "" if mask is None else "keys" if len(mask.shape) == 2 else "tokens"
 
 
-def _compressed(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_compressed_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), op.settings
     q = operands["q"].shape
     p = Compressed(
@@ -72,8 +72,8 @@ def _compressed(op: Op, weights: Mapping[str, Packing]) -> Computation:
         rows = p.heads if p.selected else new * p.heads
         kept = {"O": min(past, p.window - 1), "Y": min(past + new, p.window - 1)}
         state = KernelTemplate(
-            "slide", lambda t, layout: slide(p.width, row_tile(t), layout), {"B": batch, "S": new, **kept},
-            row_shapes(power(p.width)), staged=False, renamed={"old": "window", "new": "kv"},
+            "slide", lambda t, layout: slide_kernel(p.width, row_tile(t), layout), {"B": batch, "S": new, **kept},
+            row_shapes(power_of_two(p.width)), staged=False, renamed={"old": "window", "new": "kv"},
         )  # fmt: skip
         found = attention_implementations(
             "compressed_attention", lambda t, layout: compressed_attention(p, t, layout),
@@ -89,7 +89,7 @@ def attention_implementations(
     renamed: Mapping[str, str] = {"key": "k", "value": "v"},
 ) -> tuple[Implementation, ...]:  # fmt: skip
     """Return attention in one kernel, and for few tokens with the keys split and a kernel that merges."""
-    widest = [part for part in PARTS if part < 2 * power(min(width, value))] or [PARTS[0]]
+    widest = [part for part in PARTS if part < 2 * power_of_two(min(width, value))] or [PARTS[0]]
     tiles = tuple(product(row_choices(rows), KEYS, widest))
     implementations = []
     for split in SPLITS if tokens.count <= FEW else SPLITS[:1]:
@@ -99,21 +99,24 @@ def attention_implementations(
 
         kernels = [KernelTemplate(name, one, scalars, tiles, renamed=renamed)]
         if split > 1:
-            kernels.append(_merge(merge, split, scalars, value, renamed))
+            kernels.append(_merge_template(merge, split, scalars, value, renamed))
         implementations.append(
             Implementation("keys in one go" if split == 1 else f"keys in {split} parts", tuple(kernels))
         )
     return tuple(implementations)
 
 
-def _merge(
+def _merge_template(
     merge: Merge, split: int, scalars: Mapping[str, int], value: int, renamed: Mapping[str, str]
 ) -> KernelTemplate:
     few = {key: scalars[key] for key in "BS"}
-    tiles = row_shapes(power(value), (1, 2, 4))
+    tiles = row_shapes(power_of_two(value), (1, 2, 4))
     return KernelTemplate(
         "merge", lambda t, layout: merge(row_tile(t), layout, split), few, tiles, staged=False, renamed=renamed
     )
 
 
-IMPLEMENTATIONS: dict[str, Selector] = {"nn.attention": _attention, "nn.compressed_attention": _compressed}
+IMPLEMENTATIONS: dict[str, Selector] = {
+    "nn.attention": _select_attention,
+    "nn.compressed_attention": _select_compressed_attention,
+}

@@ -15,7 +15,7 @@ from ..kernels.choices import Tile
 from ..predict.assumed import multiplies
 from ..tile.packing import Packing
 from .implementations import Computation, Tokens
-from .search import Fit, Found, KernelTemplate, search
+from .search import Fit, Found, KernelTemplate, search_tile
 from .supported import IMPLEMENTATIONS, supported
 
 WEIGHTS = ("w", "up", "down", "w_uk", "w_uv")  # operands of kernels that are packed
@@ -50,7 +50,7 @@ def fastest_kernels(
     `fits` holds what searches for other numbers of tokens found out; what this one does is added.
     """
     offered = computation.implementations(tokens, profile)
-    found = [[(k, search(k, profile, fits.setdefault((i.name, k.name), {}))) for k in i.kernels] for i in offered]
+    found = [[(k, search_tile(k, profile, fits.setdefault((i.name, k.name), {}))) for k in i.kernels] for i in offered]
     return min(found, key=lambda kernels: sum(f.best.prediction.time for _, f in kernels))
 
 

@@ -13,8 +13,8 @@ from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.dense import Linear, linear, linear_sum
 from ..kernels.low_precision import Quantize, quantize
-from ..kernels.norm import Norm, add_rms_norm, layer_norm, power, rms_norm
-from ..kernels.rope import Append, Rope, qk_rope_append, rope
+from ..kernels.norm import Norm, add_rms_norm, layer_norm, power_of_two, rms_norm
+from ..kernels.rope import Append, Rope, qk_rope_append, rope_kernel
 from ..tile.packing import Packing
 from .implementations import (
     Computation,
@@ -36,7 +36,7 @@ FEW = 64  # tokens up to which that is considered
 # --- linear --------------------------------------------------------------------------------------------------------
 
 
-def _linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
+def _select_linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     """Return a linear as kernels; one with an f32 weight is the framework's: routers and gates, which are small."""
     weight = weights["w" if "w" in weights else "up"]
     if weight.format == "f32":
@@ -89,7 +89,7 @@ def _quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
     widths = tuple(n for n in (128, 256, 512, 1024) if n < 2 * p.width) or (128,)
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
-        rows = _rows(x.shape[:-1], tokens)
+        rows = _row_count(x.shape[:-1], tokens)
         tiles = tuple((m, n, 1) for m in (1, 2, 4, 8) for n in widths)
         return only_implementation(
             KernelTemplate("quantize", lambda t, layout: quantize(p, row_tile(t), layout), {"T": rows}, tiles,
@@ -104,7 +104,7 @@ def _quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
 _NORMS = {"nn.rms_norm": rms_norm, "nn.add_rms_norm": add_rms_norm, "nn.layer_norm": layer_norm}
 
 
-def _norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), op.settings
     p = Norm(
         int(operands["x"].shape[-1]), a.number("eps"), "w" in operands, "b" in operands, op.name == "nn.layer_norm",
@@ -113,8 +113,8 @@ def _norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
     make, lead = _NORMS[op.name], operands["x"].shape[:-1]
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
-        rows = _rows(lead, tokens)
-        tiles = row_shapes(power(p.width))
+        rows = _row_count(lead, tokens)
+        tiles = row_shapes(power_of_two(p.width))
         return only_implementation(
             KernelTemplate(op.name.removeprefix("nn."), lambda t, layout: make(p, row_tile(t), layout), {"T": rows}, tiles,
                    staged=False)
@@ -123,12 +123,12 @@ def _norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
     return Computation("norm", p, {}, implementations)
 
 
-def _rows(lead: tuple[Any, ...], tokens: Tokens) -> int:
+def _row_count(lead: tuple[Any, ...], tokens: Tokens) -> int:
     """Return how many rows leading axes make, at a number of tokens."""
     return evaluate(sympy.Mul(*lead), tokens.scalars)
 
 
-def _rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands = given(op)
     shape, angles = operands["x"].shape, operands["cos"].shape
     pairs = op.name == "nn.rope_pairs"
@@ -139,12 +139,12 @@ def _rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new}
-        return only_implementation(_head_kernel("rope", lambda t, layout: rope(p, row_tile(t), layout), scalars))
+        return only_implementation(_head_kernel("rope", lambda t, layout: rope_kernel(p, row_tile(t), layout), scalars))
 
     return Computation("rope", p, {}, implementations)
 
 
-def _append(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_append(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), op.settings
     key = operands["past_key"].shape
     angles = operands.get("cos")
@@ -171,9 +171,9 @@ def _head_kernel(name: str, make: Any, scalars: Mapping[str, int], **bound: Any)
 
 
 IMPLEMENTATIONS: dict[str, Selector] = {
-    **dict.fromkeys(("acc.linear", "acc.gated_up", "acc.block_linear"), _linear),
+    **dict.fromkeys(("acc.linear", "acc.gated_up", "acc.block_linear"), _select_linear),
     "acc.quantize": _quantize,
-    **dict.fromkeys(_NORMS, _norm),
-    **dict.fromkeys(("nn.rope", "nn.rope_pairs"), _rope),
-    "acc.rope_append": _append,
+    **dict.fromkeys(_NORMS, _select_norm),
+    **dict.fromkeys(("nn.rope", "nn.rope_pairs"), _select_rope),
+    "acc.rope_append": _select_append,
 }

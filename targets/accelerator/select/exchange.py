@@ -10,7 +10,7 @@ from typing import Any
 
 from ..chip.chip import Link as ChipLink
 from ..chip.chip import Profile
-from ..kernels.comm import Exchange, Link, distinct_devices, row_bytes, seconds, sent
+from ..kernels.comm import Exchange, Link, distinct_devices, exchange_seconds, row_bytes, sent_bytes
 from ..kernels.experts import Experts
 from ..predict.assumed import link_latency
 
@@ -29,10 +29,10 @@ def exchanges(e: Experts, profile: Profile, tokens: tuple[int, ...]) -> list[dic
     link = Link(rate, link_latency(near), int(near.domain.value))
     sizes = sorted({*GROUPS, link.domain})
     groups = [n for n in sizes if 1 < n <= link.domain and e.experts % n == 0]
-    return [_group(e, profile, near, link, devices, tokens) for devices in groups]
+    return [_group_entry(e, profile, near, link, devices, tokens) for devices in groups]
 
 
-def _group(
+def _group_entry(
     e: Experts, profile: Profile, near: ChipLink, link: Link, devices: int, tokens: tuple[int, ...]
 ) -> dict[str, Any]:
     dtype = next(d for d in DISPATCHED if d == "bf16" or {"fp8": "f8e4m3", "int8": "i8"}[d] in profile.formats)
@@ -41,7 +41,8 @@ def _group(
     for count in tokens:
         exchange = Exchange(count, e.chosen, e.experts, devices, e.hidden)
         found = {
-            name: {"bytes": sent(exchange, row), "time": seconds(exchange, row, link)} for name, row in rows.items()
+            name: {"bytes": sent_bytes(exchange, row), "time": exchange_seconds(exchange, row, link)}
+            for name, row in rows.items()
         }
         steps.append({"tokens": count, **found})
     return {

@@ -14,10 +14,10 @@ from math import ceil
 
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
-from ..kernels.attention import Attention, attention, attention_merge
+from ..kernels.attention import Attention, attention_kernel, attention_merge
 from ..kernels.dense import Linear, linear
 from ..kernels.latent import Expand, expand
-from ..kernels.norm import power
+from ..kernels.norm import power_of_two
 from ..tile.packing import Packing
 from .attention import attention_implementations, mask_of
 from .implementations import Computation, Implementation, Selector, Tokens, given
@@ -86,7 +86,7 @@ def _absorbed(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
     back = Linear(p.value, a.width, p.w_uv, a.heads)
     project = _linear("project", back, tokens, {"x": "y_latent", "w": "w_uv"})
     attended = attention_implementations(
-        "attention", lambda t, layout: attention(a, t, layout),
+        "attention", lambda t, layout: attention_kernel(a, t, layout),
         lambda t, layout, split: attention_merge(a, t, layout, split), _scalars(tokens), tokens.new * a.heads, a.width,
         a.width, tokens, {"q": "q_latent", "key": "latent", "key_rope": "rope", "y": "y_latent"},
     )  # fmt: skip
@@ -103,7 +103,7 @@ def _expanded(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
         _expand("expand_values", values, tokens, {"w": "w_uv", "y": "values"}),
     )
     attended = attention_implementations(
-        "attention", lambda t, layout: attention(a, t, layout),
+        "attention", lambda t, layout: attention_kernel(a, t, layout),
         lambda t, layout, split: attention_merge(a, t, layout, split), _scalars(tokens), tokens.new, a.width,
         a.value_width, tokens, {"key": "keys", "key_rope": "rope", "value": "values"},
     )  # fmt: skip
@@ -129,7 +129,7 @@ def _expand_shapes(x: Expand, tokens: Tokens) -> tuple[tuple[int, int, int], ...
     if not x.turned:
         return shapes(rows, x.weight.step)
     step = x.weight.step
-    columns = [n for n in COLUMNS if n % step == 0 and n < 2 * power(x.rows)] or [max(step, COLUMNS[0])]
+    columns = [n for n in COLUMNS if n % step == 0 and n < 2 * power_of_two(x.rows)] or [max(step, COLUMNS[0])]
     return tuple(product(rows, columns, DEPTHS))
 
 

@@ -14,7 +14,7 @@ from ..predict.work import MATRIX, call_counts, state_bytes, weight_bytes
 from .step import predict_step
 
 
-def predicted(
+def predicted_step(
     module: Module, profile: Profile, *, batch: int = 1, new: int = 1, past: int = 0, devices: int = 1
 ) -> dict[str, Any]:
     """Return the prediction for a step of a module: bytes, FLOPs and seconds of one device, in all and by op.
@@ -31,18 +31,18 @@ def predicted(
         "time": step.time,
         "tokens_per_second": step.tokens_per_second,
         "bandwidth_share": step.bandwidth_share,
-        **_amounts(step.total),
+        **_amounts_entry(step.total),
         "formulas": {
             "bytes": {name: any_size_text(formula) for name, formula in step.table.bytes.items()},
             "flops": {name: any_size_text(formula) for name, formula in step.table.flops.items()},
         },
-        "memory": _memory(module, profile, batch, past + new, devices),
-        "functions": _functions(module, step),
+        "memory": _memory_entry(module, profile, batch, past + new, devices),
+        "functions": _function_entries(module, step),
         "assumed": assumptions(profile, devices),
     }
 
 
-def _amounts(row: Row) -> dict[str, Any]:
+def _amounts_entry(row: Row) -> dict[str, Any]:
     return {
         "bytes": {"weights": round(row.weights), "states": round(row.states), "activations": round(row.activations)},
         "device_bytes": round(row.device_bytes),
@@ -52,7 +52,7 @@ def _amounts(row: Row) -> dict[str, Any]:
     }
 
 
-def _memory(module: Module, profile: Profile, batch: int, past: int, devices: int) -> dict[str, Any]:
+def _memory_entry(module: Module, profile: Profile, batch: int, past: int, devices: int) -> dict[str, Any]:
     """Return the bytes that one device holds after a step, and whether it has as many; None where that is unknown."""
     capacity = profile.memories[0].capacity
     dims = {d.name: max(1, d.low) for d in module.dims} | {"B": batch, "S": 1, "P": past}
@@ -65,14 +65,14 @@ def _memory(module: Module, profile: Profile, batch: int, past: int, devices: in
     }
 
 
-def _functions(module: Module, step: StepPrediction) -> list[dict[str, Any]]:
+def _function_entries(module: Module, step: StepPrediction) -> list[dict[str, Any]]:
     """Return every function with its ops, equal ones together, those of its callees apart."""
     calls = call_counts(module)
     ops: dict[str, list[dict[str, Any]]] = {}
     for row in step.grouped("function", "op"):
-        ops.setdefault(row.function, []).append({"op": row.op, **_timed(row, step)})
+        ops.setdefault(row.function, []).append({"op": row.op, **_timed_entry(row, step)})
     return [
-        {"function": row.function, "calls": calls[row.function], **_timed(row, step), "ops": ops[row.function]}
+        {"function": row.function, "calls": calls[row.function], **_timed_entry(row, step), "ops": ops[row.function]}
         for row in step.grouped("function")
     ]
 
@@ -93,5 +93,5 @@ def assumptions(profile: Profile, devices: int) -> list[str]:
     return lines
 
 
-def _timed(row: Row, step: StepPrediction) -> dict[str, Any]:
-    return {"kernels": row.kernels, **_amounts(row), "time": row.time, "share": row.time / step.time}
+def _timed_entry(row: Row, step: StepPrediction) -> dict[str, Any]:
+    return {"kernels": row.kernels, **_amounts_entry(row), "time": row.time, "share": row.time / step.time}

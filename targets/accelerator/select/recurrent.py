@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
-from ..kernels.norm import power
+from ..kernels.norm import power_of_two
 from ..kernels.recurrent import Recurrence, Window, linear_attention, window_conv
 from ..tile.packing import Packing
 from .implementations import Computation, Implementation, Selector, Tokens, given, only_implementation, row_tile
@@ -23,7 +23,7 @@ def _window_conv(op: Op, weights: Mapping[str, Packing]) -> Computation:
     p = Window(channels, taps, kept, op.settings.activation("act"), "b" in operands)
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
-        widths = [n for n in (32, 64, 128, 256, 512) if n < 2 * power(channels)] or [32]
+        widths = [n for n in (32, 64, 128, 256, 512) if n < 2 * power_of_two(channels)] or [32]
         rows = [m for m in (1, 4, 16, 64) if m < 2 * tokens.new]
         return only_implementation(
             KernelTemplate(
@@ -58,14 +58,17 @@ def _linear_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 def _state_tiles(p: Recurrence) -> tuple[tuple[int, int, int], ...]:
     """Return the tiles (heads, columns of their states, 1) of a useful size; the least one where a state is large."""
-    rows, widest = power(p.width), power(p.value_width)
+    rows, widest = power_of_two(p.width), power_of_two(p.value_width)
     found = [
         (m, n, 1)
         for m in HEADS
         for n in VALUES
-        if m <= power(p.heads) and n <= widest and (m == 1 or n == widest) and STATE[0] <= m * rows * n <= STATE[1]
+        if m <= power_of_two(p.heads)
+        and n <= widest
+        and (m == 1 or n == widest)
+        and STATE[0] <= m * rows * n <= STATE[1]
     ]
-    return tuple(found) or ((1, 1, 1) if rows > STATE[1] else (power(p.heads), widest, 1),)
+    return tuple(found) or ((1, 1, 1) if rows > STATE[1] else (power_of_two(p.heads), widest, 1),)
 
 
 IMPLEMENTATIONS: dict[str, Selector] = {

@@ -91,7 +91,7 @@ class Fit:
     narrow: str | None = None
 
 
-def search(kernel: KernelTemplate, profile: Profile, fits: dict[Tile, Fit] | None = None) -> Found:
+def search_tile(kernel: KernelTemplate, profile: Profile, fits: dict[Tile, Fit] | None = None) -> Found:
     """Return the tile of the least predicted time. MoecError if no tile fits the chip.
 
     `fits` holds what earlier searches found out about tiles of this kernel on this chip, for other numbers of tokens,
@@ -111,8 +111,8 @@ def search(kernel: KernelTemplate, profile: Profile, fits: dict[Tile, Fit] | Non
         for shape, stages in product(kernel.shapes, stages_of):
             tile = Tile(*shape, stages)
             if tile not in fits:
-                fits[tile] = _fit(kernel, tile, profile, chips[shape[0]])
-            found, why = _choices(kernel, tile, fits[tile], profile, counted, narrow)
+                fits[tile] = _fit_tile(kernel, tile, profile, chips[shape[0]])
+            found, why = _choices_of_tile(kernel, tile, fits[tile], profile, counted, narrow)
             tried += len(found) + len(why)
             choices += found
             for reason in why:
@@ -141,15 +141,15 @@ def _ranked(choices: list[Choice]) -> list[Choice]:
     return [c for _, c in sorted(zip(ranks, choices, strict=True), key=key)]
 
 
-def _fit(kernel: KernelTemplate, tile: Tile, profile: Profile, chip: Chip) -> Fit:
+def _fit_tile(kernel: KernelTemplate, tile: Tile, profile: Profile, chip: Chip) -> Fit:
     program = kernel.make(tile, layout_of(profile, tile.m))
     use = footprint(program, chip.align)
-    why = tuple(unfit(program, warps, use, chip, profile) for warps in profile.family.warps)
+    why = tuple(why_unfit(program, warps, use, chip, profile) for warps in profile.family.warps)
     dots = [s for s in walk(program.body) if isinstance(s, Dot)]
-    return Fit(program, use, why, next((n for dot in dots if (n := _narrow(program, dot, profile))), None))
+    return Fit(program, use, why, next((n for dot in dots if (n := _why_narrow(program, dot, profile))), None))
 
 
-def _choices(
+def _choices_of_tile(
     kernel: KernelTemplate,
     tile: Tile,
     fit: Fit,
@@ -225,12 +225,12 @@ def _rank(p: Prediction) -> float:
     return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
 
 
-def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, profile: Profile) -> str | None:
+def why_unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, profile: Profile) -> str | None:
     """Return why a chip cannot run a program, None if it can."""
     for memory, size in use.items():
         if size > chip.capacity.get(memory, 0):
             return f"{memory} holds {chip.capacity.get(memory, 0)} bytes, {size} are needed"
-    if "registers" in use and (most := _registers(profile, warps)) < use["registers"]:
+    if "registers" in use and (most := _register_bytes(profile, warps)) < use["registers"]:
         return f"{warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
     if profile.toolchain == "triton" and profile.arch and spills(program, profile.arch, warps):
         return f"{warps} warps have too few registers for its sums: they would spill"
@@ -240,7 +240,7 @@ def unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, prof
     return None
 
 
-def _registers(profile: Profile, warps: int) -> int:
+def _register_bytes(profile: Profile, warps: int) -> int:
     each = profile.rule("registers_per_thread") or 255
     return int(SPARED * 4 * each * warps * profile.threads)
 
@@ -262,7 +262,7 @@ def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
     return None
 
 
-def _narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
+def _why_narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return what the chip does not read or multiply well of a matmul that is narrow; a compiler takes it all the same."""
     a = program.buffers[dot.a]
     dtype, depth = multiplied(program, dot)

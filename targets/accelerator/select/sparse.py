@@ -10,11 +10,11 @@ from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.choices import AttentionTile
-from ..kernels.compressed import slide
+from ..kernels.compressed import slide_kernel
 from ..kernels.entries import Compress, Select, choose_entries, compress_tokens, entry_scores
 from ..kernels.hyper import Streams, stream_scores, streams_in, streams_out
-from ..kernels.norm import power
-from ..kernels.route import Route, route
+from ..kernels.norm import power_of_two
+from ..kernels.route import Route, route_kernel
 from ..tile.packing import Packing
 from .implementations import (
     Computation,
@@ -34,7 +34,7 @@ FEW = 64  # tokens up to which that is considered
 CHOSEN = 1024  # entries that the choice looks at in one step
 
 
-def _route(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_route(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), dict[str, Any](op.settings)
     there: dict[str, Any] = {name: name in operands for name in ("bias", "given", "expert_scale")}
     p = Route(int(operands["logits"].shape[1]), **a, **there)
@@ -42,7 +42,7 @@ def _route(op: Op, weights: Mapping[str, Packing]) -> Computation:
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         shapes = tuple((m, 1, 1) for m in ROUTED)
         kernel = KernelTemplate(
-            "route", lambda t, layout: route(p, t.m, layout), {"T": tokens.count}, shapes, staged=False
+            "route", lambda t, layout: route_kernel(p, t.m, layout), {"T": tokens.count}, shapes, staged=False
         )
         return only_implementation(kernel)
 
@@ -52,14 +52,14 @@ def _route(op: Op, weights: Mapping[str, Packing]) -> Computation:
 # --- compressed entries --------------------------------------------------------------------------------------------
 
 
-def _select(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_entry_choice(op: Op, weights: Mapping[str, Packing]) -> Computation:
     a, q = op.settings, given(op)["q"].shape
     p = Select(int(q[2]), int(q[3]), a.integer("k"), a.integer("ratio"))
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         entries = max((tokens.past + tokens.new) // p.ratio, 1)
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": entries}
-        rows = [m for m in (16, 32, 64, 128) if m >= power(p.heads)] or [power(p.heads)]
+        rows = [m for m in (16, 32, 64, 128) if m >= power_of_two(p.heads)] or [power_of_two(p.heads)]
         scores = KernelTemplate(
             "entry_scores", lambda t, layout: entry_scores(p, AttentionTile(t.m, t.n, t.k, t.stages, t.warps), layout),
             scalars, tuple(product(rows, (32, 64, 128), (64, 128))),
@@ -73,7 +73,7 @@ def _select(op: Op, weights: Mapping[str, Packing]) -> Computation:
     return Computation("select_entries", p, {}, implementations)
 
 
-def _compress(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_compress_tokens(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = given(op), op.settings
     width, turned = int(operands["norm"].shape[0]), int(operands["cos"].shape[1])
     p = Compress(width, a.integer("ratio"), turned, a.flag("overlap"), a.number("eps"))
@@ -86,12 +86,12 @@ def _compress(op: Op, weights: Mapping[str, Packing]) -> Computation:
         entries = max((tokens.past + tokens.new) // p.ratio, 1)
         make = KernelTemplate(
             "compress_tokens", lambda t, layout: compress_tokens(p, row_tile(t), layout), {**scalars, "C": entries},
-            tuple((m, n, 1) for m in (4, 8, 16, 32, 64) if m <= p.ratio for n in (power(width),)), staged=False,
+            tuple((m, n, 1) for m in (4, 8, 16, 32, 64) if m <= p.ratio for n in (power_of_two(width),)), staged=False,
             appended={"entries": ("entries", "all")},
         )  # fmt: skip
         state = KernelTemplate(
-            "slide", lambda t, layout: slide(token, row_tile(t), layout),
-            {"B": tokens.batch, "S": tokens.new, "O": sizes["pending"], "Y": kept}, row_shapes(power(token)), staged=False,
+            "slide", lambda t, layout: slide_kernel(token, row_tile(t), layout),
+            {"B": tokens.batch, "S": tokens.new, "O": sizes["pending"], "Y": kept}, row_shapes(power_of_two(token)), staged=False,
             renamed={"old": "pending", "new": "x"},
         )  # fmt: skip
         return only_implementation(make, state)
@@ -102,7 +102,7 @@ def _compress(op: Op, weights: Mapping[str, Packing]) -> Computation:
 # --- hyper-connections ---------------------------------------------------------------------------------------------
 
 
-def _streams(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_streams(op: Op, weights: Mapping[str, Packing]) -> Computation:
     x, a = given(op)["x"].shape, op.settings
     p = Streams(
         int(x[2]), int(x[3]), a.number("eps"), a.number("floor"), a.integer("iterations", 1),
@@ -111,7 +111,7 @@ def _streams(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         count = {"T": tokens.count}
-        shapes = tuple((m, power(p.scores, 16), k) for m in row_choices(tokens.count) for k in (32, 64, 128))
+        shapes = tuple((m, power_of_two(p.scores, 16), k) for m in row_choices(tokens.count) for k in (32, 64, 128))
         splits = SPLITS if tokens.count <= FEW else SPLITS[:1]
         return tuple(_streams_implementation(p, split, count, shapes) for split in splits)
 
@@ -145,10 +145,10 @@ def _streams_out(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 IMPLEMENTATIONS: dict[str, Selector] = {
-    "moe.route": _route,
-    "nn.select_entries": _select,
-    "nn.compress_tokens": _compress,
-    "nn.hyper_connection_pre": _streams,
-    "nn.hyper_connection_head": _streams,
+    "moe.route": _select_route,
+    "nn.select_entries": _select_entry_choice,
+    "nn.compress_tokens": _select_compress_tokens,
+    "nn.hyper_connection_pre": _select_streams,
+    "nn.hyper_connection_head": _select_streams,
     "nn.hyper_connection_post": _streams_out,
 }

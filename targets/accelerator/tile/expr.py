@@ -1,7 +1,7 @@
 """The expressions of the tile language: typed immutable nodes over ints and tiles, with one meaning in numpy.
 
 Numbers, names, + - * / // %, comparisons, & | ^ ~ << >>, axes that are added, and the functions of functions.py. A node
-is made by `binary`, `unary`, `call`, `axes` or Python's operators, which give it its type or raise MoecError: there is
+is made by `make_binary`, `make_unary`, `call`, `add_axes` or Python's operators, which give it its type or raise MoecError: there is
 no node of two operands that do not go together. parse.py makes nodes of text; what reads programs folds over nodes.
 """
 
@@ -25,12 +25,12 @@ from .types import (
     FLOATS,
     TILE_DTYPES,
     ExprType,
-    broadcast,
+    broadcast_shapes,
     check_integers,
     check_no_bool,
-    common,
+    common_dtype,
     constant_type,
-    promoted,
+    promoted_type,
 )
 
 BINARY: Mapping[str, Callable[[Any, Any], Any]] = {
@@ -45,8 +45,8 @@ UNARY: Mapping[str, Callable[[Any], Any]] = {"-": python.neg, "~": python.invert
 Operand: TypeAlias = "Expr | int | float"
 
 
-def _method(operator: str) -> Callable[[Expr, Operand], Expr]:
-    return lambda self, other: binary(operator, self, other)
+def _operator_method(operator: str) -> Callable[[Expr, Operand], Expr]:
+    return lambda self, other: make_binary(operator, self, other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +90,14 @@ class Expr:
         """Return it as text that parse.py reads."""
         return self.source or ast.unparse(python_syntax(self))
 
-    __add__ = _method("+")
-    __mul__ = _method("*")
-    __floordiv__ = _method("//")
-    __and__ = _method("&")
-    __or__ = _method("|")
-    __lshift__ = _method("<<")
-    __rshift__ = _method(">>")
-    __lt__ = _method("<")
+    __add__ = _operator_method("+")
+    __mul__ = _operator_method("*")
+    __floordiv__ = _operator_method("//")
+    __and__ = _operator_method("&")
+    __or__ = _operator_method("|")
+    __lshift__ = _operator_method("<<")
+    __rshift__ = _operator_method(">>")
+    __lt__ = _operator_method("<")
 
 
 @dataclass(frozen=True)
@@ -151,24 +151,24 @@ class Axes(Expr):
 # --- making nodes --------------------------------------------------------------------------------------------------
 
 
-def number(value: int | float) -> Number:
+def make_number(value: int | float) -> Number:
     """Return a literal."""
     return Number(value, type=ExprType("f32") if value == inf else constant_type(value))
 
 
-def binary(operator: str, left: Operand, right: Operand) -> Binary:
+def make_binary(operator: str, left: Operand, right: Operand) -> Binary:
     """Return two operands with an operator; MoecError where they do not go together."""
-    left, right = (x if isinstance(x, Expr) else number(x) for x in (left, right))
+    left, right = (x if isinstance(x, Expr) else make_number(x) for x in (left, right))
     return Binary(operator, left, right, type=_binary_type(operator, left.type, right.type))
 
 
 def _binary_type(operator: str, a: ExprType, b: ExprType) -> ExprType:
     if operator in COMPARISONS:
-        common(a, b)
-        return ExprType("bool", broadcast(a.shape, b.shape))
+        common_dtype(a, b)
+        return ExprType("bool", broadcast_shapes(a.shape, b.shape))
     if a.constant is not None and b.constant is not None:
-        return _constant(operator, a.constant, b.constant)
-    both = promoted(a, b)
+        return _folded_type(operator, a.constant, b.constant)
+    both = promoted_type(a, b)
     if operator in ("+", "-", "*"):
         check_no_bool(both, operator)
     elif operator == "/" and both.dtype not in FLOATS:
@@ -180,7 +180,7 @@ def _binary_type(operator: str, a: ExprType, b: ExprType) -> ExprType:
     return both
 
 
-def _constant(operator: str, a: int | float, b: int | float) -> ExprType:
+def _folded_type(operator: str, a: int | float, b: int | float) -> ExprType:
     if operator in ("<<", ">>"):
         _check_shift(b, 64)
     try:
@@ -194,7 +194,7 @@ def _check_shift(by: int | float, bits: int) -> None:
         raise MoecError(f"a shift by {by}, of numbers of {bits} bits")
 
 
-def unary(operator: str, operand: Expr) -> Unary:
+def make_unary(operator: str, operand: Expr) -> Unary:
     """Return an operand with - or ~; MoecError for a type that has it not."""
     given = operand.type
     constant = None
@@ -211,8 +211,8 @@ def unary(operator: str, operand: Expr) -> Unary:
 def call(name: str, *values: Operand, parameters: Sequence[Parameter] = ()) -> Call:
     """Return a function's value; MoecError for a number or type of values and parameters that it does not take."""
     function = FUNCTIONS[name]
-    given = tuple(x if isinstance(x, Expr) else number(x) for x in values)
-    if len(given) != function.values or not _match(function.parameters, parameters):
+    given = tuple(x if isinstance(x, Expr) else make_number(x) for x in values)
+    if len(given) != function.values or not _match_parameters(function.parameters, parameters):
         takes = ", ".join(("a value",) * function.values + function.parameters)
         raise MoecError(f"{name} of {len(given)} values and {list(parameters)}", todo=f"it takes {takes}")
     constants = [x.type.constant for x in given if isinstance(x.type.constant, int)]
@@ -225,24 +225,24 @@ def call(name: str, *values: Operand, parameters: Sequence[Parameter] = ()) -> C
     return Call(name, given, tuple(parameters), type=type)
 
 
-def _match(wanted: Sequence[str], given: Sequence[Parameter]) -> bool:
+def _match_parameters(wanted: Sequence[str], given: Sequence[Parameter]) -> bool:
     dtypes, sizes = [p for p in given if isinstance(p, str)], [p for p in given if not isinstance(p, str)]
     if dtypes != list(given[len(sizes) :]) or len(dtypes) != ("dtype" in wanted) or not set(dtypes) <= set(TILE_DTYPES):
         return False
     return "sizes" in wanted or len(sizes) == len(wanted) - len(dtypes)
 
 
-def axes(value: Expr, kept: Sequence[bool]) -> Axes:
+def add_axes(value: Expr, kept: Sequence[bool]) -> Axes:
     """Return a value with axes added; MoecError where `kept` has not each axis of its own."""
     shape = value.type.shape
     if sum(kept) != len(shape):
         what = "more" if sum(kept) > len(shape) else "fewer"
-        raise MoecError(f"{_index(kept)} names {what} axes than {list(shape)} has")
+        raise MoecError(f"{_index_text(kept)} names {what} axes than {list(shape)} has")
     sizes = iter(shape)
     return Axes(value, tuple(kept), type=ExprType(value.type.dtype, tuple(next(sizes) if k else 1 for k in kept)))
 
 
-def _index(kept: Sequence[bool]) -> str:
+def _index_text(kept: Sequence[bool]) -> str:
     return f"[{', '.join(':' if k else 'None' for k in kept)}]"
 
 
@@ -253,23 +253,23 @@ def shape_of(*exprs: Expr | None) -> tuple[int, ...]:
     """Return the shape that expressions broadcast to, such as the indices and the mask of a load."""
     shape: tuple[int, ...] = ()
     for expr in exprs:
-        shape = shape if expr is None else broadcast(shape, expr.type.shape)
+        shape = shape if expr is None else broadcast_shapes(shape, expr.type.shape)
     return shape
 
 
-def retyped(expr: Expr, types: Mapping[str, ExprType]) -> Expr:
+def with_types(expr: Expr, types: Mapping[str, ExprType]) -> Expr:
     """Return an expression over names of other types; MoecError where it has none then."""
     match expr:
         case Name(name):
             return replace(expr, type=types[name])
         case Binary(operator, left, right):
-            made: Expr = binary(operator, retyped(left, types), retyped(right, types))
+            made: Expr = make_binary(operator, with_types(left, types), with_types(right, types))
         case Unary(operator, operand):
-            made = unary(operator, retyped(operand, types))
+            made = make_unary(operator, with_types(operand, types))
         case Call(function, values, parameters):
-            made = call(function, *(retyped(v, types) for v in values), parameters=parameters)
+            made = call(function, *(with_types(v, types) for v in values), parameters=parameters)
         case Axes(value, kept):
-            made = axes(retyped(value, types), kept)
+            made = add_axes(with_types(value, types), kept)
         case _:
             return expr
     return replace(made, source=expr.source)
@@ -306,7 +306,7 @@ def python_syntax(expr: Expr, spell: Callable[[str, list[ast.expr]], ast.expr] |
         case Name(name):
             return ast.Name(name)
         case Binary(operator, left, right):
-            return operation(operator, python_syntax(left, spell), python_syntax(right, spell))
+            return operator_node(operator, python_syntax(left, spell), python_syntax(right, spell))
         case Unary(operator, operand):
             return ast.UnaryOp(_UNARY_SYNTAX[operator](), python_syntax(operand, spell))
         case Call(function, values, parameters):
@@ -323,7 +323,7 @@ _SIGNS: Mapping[str, ast.expr] = {sign: ast.parse(f"a {sign} b", mode="eval").bo
 _UNARY_SYNTAX: Mapping[str, type[ast.unaryop]] = {"-": ast.USub, "~": ast.Invert}
 
 
-def operation(operator: str, left: ast.expr, right: ast.expr) -> ast.expr:
+def operator_node(operator: str, left: ast.expr, right: ast.expr) -> ast.expr:
     """Return the tree of an operator of Python's between two trees."""
     match _SIGNS[operator]:
         case ast.BinOp(op=sign):

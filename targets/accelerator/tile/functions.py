@@ -20,10 +20,10 @@ from .types import (
     HALF,
     SIGNED,
     ExprType,
-    broadcast,
+    broadcast_shapes,
     check_integers,
     check_no_bool,
-    promoted,
+    promoted_type,
 )
 
 Parameter: TypeAlias = "int | str"
@@ -48,36 +48,36 @@ class Function:
 # --- types ---------------------------------------------------------------------------------------------------------
 
 
-def _arange(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
-    return ExprType("i32", _sizes(parameters))
+def _infer_arange(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+    return ExprType("i32", _checked_shape(parameters))
 
 
-def _full(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_full(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     *sizes, dtype = parameters
     if values[0].shape:
         raise MoecError(f"full of {values[0]}: it repeats one number")
-    return ExprType(str(dtype), _sizes(sizes))
+    return ExprType(str(dtype), _checked_shape(sizes))
 
 
-def _cast(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_cast(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     return ExprType(str(parameters[0]), values[0].shape)
 
 
-def _bitcast(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_bitcast(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     (given,), dtype = values, str(parameters[0])
     if given.weak or DTYPES[given.dtype].bits != DTYPES[dtype].bits or "bool" in (dtype, given.dtype):
         raise MoecError(f"bitcast of {given.dtype} to {dtype}: they have not the same bits")
     return ExprType(dtype, given.shape)
 
 
-def _reshape(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
-    (given,), shape = values, _sizes(parameters)
+def _infer_reshape(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+    (given,), shape = values, _checked_shape(parameters)
     if prod(shape) != prod(given.shape):
         raise MoecError(f"reshape of {list(given.shape)} to {list(shape)}")
     return ExprType(given.dtype, shape)
 
 
-def _trans(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_trans(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     (given,) = values
     if len(given.shape) < 2:
         raise MoecError(f"trans of {given}", todo="it exchanges the last two axes")
@@ -85,52 +85,52 @@ def _trans(name: str, values: Sequence[ExprType], parameters: Parameters) -> Exp
     return ExprType(given.dtype, (*lead, columns, rows))
 
 
-def _where(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
-    condition, both = values[0], promoted(values[1], values[2])
+def _infer_where(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+    condition, both = values[0], promoted_type(values[1], values[2])
     if condition.dtype != "bool" or both.weak:
         raise MoecError("where wants a bool and at least one number that has a dtype", todo="cast one")
-    return ExprType(both.dtype, broadcast(condition.shape, both.shape))
+    return ExprType(both.dtype, broadcast_shapes(condition.shape, both.shape))
 
 
-def _extreme(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
-    both = promoted(*values)
+def _infer_extreme(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+    both = promoted_type(*values)
     check_no_bool(both, name)
     return both
 
 
-def _cdiv(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
-    both = promoted(*values)
+def _infer_cdiv(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+    both = promoted_type(*values)
     check_integers(both, name)
     return both
 
 
-def _abs(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_abs(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     return ExprType(values[0].dtype, values[0].shape)
 
 
-def _float(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_float_function(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     if values[0].dtype not in FLOATS:
         raise MoecError(f"{name} of {values[0].dtype}", todo="cast it to f32 first")
     return ExprType(values[0].dtype, values[0].shape)
 
 
-def _sum(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_sum(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     (given,) = values
-    shape = _without(name, given, parameters)
+    shape = _shape_without_axis(name, given, parameters)
     if given.dtype not in ("bool", "f32", *SIGNED):
         raise MoecError(f"{name} of {given.dtype}", todo="cast it to f32 or i32 first")
     return ExprType("i32" if given.dtype == "bool" else given.dtype, given.shape if name == "cumsum" else shape)
 
 
-def _chosen(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
+def _infer_reduction(name: str, values: Sequence[ExprType], parameters: Parameters) -> ExprType:
     (given,) = values
-    shape = _without(name, given, parameters)
+    shape = _shape_without_axis(name, given, parameters)
     if given.dtype not in ("f32", *HALF, *SIGNED):
         raise MoecError(f"{name} of {given.dtype}", todo="cast it to f32 or i32 first")
     return ExprType("i32" if name == "argmax" else given.dtype, shape)
 
 
-def _without(name: str, given: ExprType, parameters: Parameters) -> tuple[int, ...]:
+def _shape_without_axis(name: str, given: ExprType, parameters: Parameters) -> tuple[int, ...]:
     """Return a shape without the axis that a function reduces."""
     if not given.shape:
         raise MoecError(f"{name} of a scalar")
@@ -140,7 +140,7 @@ def _without(name: str, given: ExprType, parameters: Parameters) -> tuple[int, .
     return given.shape[: axis % count] + given.shape[axis % count + 1 :]
 
 
-def _sizes(parameters: Parameters) -> tuple[int, ...]:
+def _checked_shape(parameters: Parameters) -> tuple[int, ...]:
     shape = tuple(int(n) for n in parameters)
     if any(n < 1 for n in shape):
         raise MoecError(f"a tile of {list(shape)}", todo="sizes begin at 1")
@@ -172,39 +172,41 @@ def _log(x: Any) -> Any:
         return np.log(x)
 
 
-def _accumulator(x: np.ndarray) -> Any:
+def _accumulator_dtype(x: np.ndarray) -> Any:
     """Return the dtype that numbers are added in: numpy's own would be i64."""
     return np.int32 if x.dtype in (np.bool_, np.int32) else None
 
 
 FUNCTIONS: Mapping[str, Function] = {
     # arange(n): 0 .. n - 1
-    "arange": Function(0, ("size",), _arange, lambda n: np.arange(n, dtype=np.int32), 0),
+    "arange": Function(0, ("size",), _infer_arange, lambda n: np.arange(n, dtype=np.int32), 0),
     # full(M, N, value, "f32"), whose sizes are written before the value
-    "full": Function(1, ("sizes", "dtype"), _full, lambda value, *p: np.full(p[:-1], value, DTYPES[p[-1]].numpy), 1),
+    "full": Function(
+        1, ("sizes", "dtype"), _infer_full, lambda value, *p: np.full(p[:-1], value, DTYPES[p[-1]].numpy), 1
+    ),
     # cast(x, "bf16"), rounding to nearest even
-    "cast": Function(1, ("dtype",), _cast, lambda x, dtype: np.asarray(x).astype(DTYPES[dtype].numpy), 1),
+    "cast": Function(1, ("dtype",), _infer_cast, lambda x, dtype: np.asarray(x).astype(DTYPES[dtype].numpy), 1),
     # bitcast(x, "i32"): the same bits
-    "bitcast": Function(1, ("dtype",), _bitcast, lambda x, dtype: np.asarray(x).view(DTYPES[dtype].numpy), 0),
-    "reshape": Function(1, ("sizes",), _reshape, lambda x, *shape: np.reshape(x, shape), 0),
-    "trans": Function(1, (), _trans, lambda x: np.swapaxes(x, -1, -2)),
-    "where": Function(3, (), _where, np.where, 1),
-    "minimum": Function(2, (), _extreme, np.minimum),
-    "maximum": Function(2, (), _extreme, np.maximum),
-    "cdiv": Function(2, (), _cdiv, lambda a, b: -(-a // b)),
-    "abs": Function(1, (), _abs, np.abs),
-    "exp": Function(1, (), _float, _exp),
-    "exp2": Function(1, (), _float, _exp2, 3),  # what a chip has; exp multiplies first
-    "log": Function(1, (), _float, _log),
-    "sqrt": Function(1, (), _float, np.sqrt),
-    "rsqrt": Function(1, (), _float, lambda x: 1 / np.sqrt(x)),
-    "sigmoid": Function(1, (), _float, lambda x: 1 / (1 + _exp(-x))),
-    "tanh": Function(1, (), _float, np.tanh),
-    "erf": Function(1, (), _float, _erf),
+    "bitcast": Function(1, ("dtype",), _infer_bitcast, lambda x, dtype: np.asarray(x).view(DTYPES[dtype].numpy), 0),
+    "reshape": Function(1, ("sizes",), _infer_reshape, lambda x, *shape: np.reshape(x, shape), 0),
+    "trans": Function(1, (), _infer_trans, lambda x: np.swapaxes(x, -1, -2)),
+    "where": Function(3, (), _infer_where, np.where, 1),
+    "minimum": Function(2, (), _infer_extreme, np.minimum),
+    "maximum": Function(2, (), _infer_extreme, np.maximum),
+    "cdiv": Function(2, (), _infer_cdiv, lambda a, b: -(-a // b)),
+    "abs": Function(1, (), _infer_abs, np.abs),
+    "exp": Function(1, (), _infer_float_function, _exp),
+    "exp2": Function(1, (), _infer_float_function, _exp2, 3),  # what a chip has; exp multiplies first
+    "log": Function(1, (), _infer_float_function, _log),
+    "sqrt": Function(1, (), _infer_float_function, np.sqrt),
+    "rsqrt": Function(1, (), _infer_float_function, lambda x: 1 / np.sqrt(x)),
+    "sigmoid": Function(1, (), _infer_float_function, lambda x: 1 / (1 + _exp(-x))),
+    "tanh": Function(1, (), _infer_float_function, np.tanh),
+    "erf": Function(1, (), _infer_float_function, _erf),
     # of the equal ones argmax is the first
-    "sum": Function(1, ("axis",), _sum, lambda x, axis: np.sum(x, axis=axis, dtype=_accumulator(x))),
-    "cumsum": Function(1, ("axis",), _sum, lambda x, axis: np.cumsum(x, axis=axis, dtype=_accumulator(x))),
-    "max": Function(1, ("axis",), _chosen, lambda x, axis: np.max(x, axis=axis)),
-    "min": Function(1, ("axis",), _chosen, lambda x, axis: np.min(x, axis=axis)),
-    "argmax": Function(1, ("axis",), _chosen, lambda x, axis: np.argmax(x, axis=axis).astype(np.int32)),
+    "sum": Function(1, ("axis",), _infer_sum, lambda x, axis: np.sum(x, axis=axis, dtype=_accumulator_dtype(x))),
+    "cumsum": Function(1, ("axis",), _infer_sum, lambda x, axis: np.cumsum(x, axis=axis, dtype=_accumulator_dtype(x))),
+    "max": Function(1, ("axis",), _infer_reduction, lambda x, axis: np.max(x, axis=axis)),
+    "min": Function(1, ("axis",), _infer_reduction, lambda x, axis: np.min(x, axis=axis)),
+    "argmax": Function(1, ("axis",), _infer_reduction, lambda x, axis: np.argmax(x, axis=axis).astype(np.int32)),
 }

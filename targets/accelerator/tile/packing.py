@@ -169,7 +169,9 @@ class Packing:
         self, b: Builder, name: str, tensor: str, lead: list[str], row: str, live: str, k: str, sizes: tuple[int, int]
     ) -> tuple[str, str, int]:
         n, width = f"{row}[:, None]", f"({k} + arange({sizes[1]}))[None, :]"
-        mask = _both(f"{live}[:, None]", "" if self.columns % sizes[1] == 0 else f"({width} < {self.columns})")
+        mask = _both_conditions(
+            f"{live}[:, None]", "" if self.columns % sizes[1] == 0 else f"({width} < {self.columns})"
+        )
         at = [*lead, n, width]
         if self.fractal:
             _, _, high, across = self._plain_shape()
@@ -222,8 +224,8 @@ class Packing:
             scale = self._scale(b, label, tensor, lead, row, live, first, rows, HALF)
             if f.element == "int":
                 zero = self._zero(b, label, tensor, lead, row, live, first, rows, HALF)
-                value = _grouped(value, rows, HALF, f.group, f"- {zero}" if zero == "8.0" else "-", zero)
-            value = _grouped(value, rows, HALF, f.group, "*", scale)
+                value = _apply_by_group(value, rows, HALF, f.group, f"- {zero}" if zero == "8.0" else "-", zero)
+            value = _apply_by_group(value, rows, HALF, f.group, "*", scale)
             b.let(label, f'cast({value}, "bf16")', (rows, HALF), "bf16")
             found.append((b.as_operand(label, second=True), str(half * HALF), HALF))
         return found
@@ -238,32 +240,32 @@ class Packing:
         b.load(f"{name}_codes", f"{tensor}_codes", at, f"{live}[:, None]", shape=sizes)
         value = _NUMBERS[f.element, f.bits](f"{name}_codes")
         if zero := self._zero(b, name, tensor, lead, row, live, k, rows, width):
-            value = _grouped(value, rows, width, f.group, "-", f"({zero})")
-        value = _grouped(
+            value = _apply_by_group(value, rows, width, f.group, "-", f"({zero})")
+        value = _apply_by_group(
             value, rows, width, f.group, "*", self._scale(b, name, tensor, lead, row, live, k, rows, width)
         )
         b.let(name, f'cast({value}, "bf16")', sizes, "bf16")
         return b.as_operand(name, second=True), "0", width
 
 
-def _e2m1(code: str) -> str:
+def _e2m1_text(code: str) -> str:
     """Return E2M1 as f32: its three bits of number are the same of an f32 2^126 times smaller, 0.5 among the subnormal."""
     bits = f'cast({code}, "i32")'
     return f'(bitcast(({bits} & 8) << 28 | ({bits} & 7) << 22, "f32") * {2.0**126})'
 
 
-def _f32(text: str) -> str:
+def _f32_text(text: str) -> str:
     return f'cast({text}, "f32")'
 
 
 # what kernels read: the element and bits of a code, and the dtype of its scale -> how they become f32
 _NUMBERS: Mapping[tuple[str, int], Callable[[str], str]] = {
-    ("int", 4): _f32, ("int", 8): _f32, ("e2m1", 4): _e2m1, ("e4m3", 8): _f32,
+    ("int", 4): _f32_text, ("int", 8): _f32_text, ("e2m1", 4): _e2m1_text, ("e4m3", 8): _f32_text,
 }  # fmt: skip
 _SCALES: Mapping[str, tuple[str, Callable[[str], str]]] = {  # with the dtype in device memory
     "f32": ("f32", str),
     "f8e8m0": ("u8", lambda text: f'bitcast(cast({text}, "i32") << 23, "f32")'),  # 2^(byte - 127): an exponent of f32
-    "f8e4m3": ("f8e4m3", _f32),
+    "f8e4m3": ("f8e4m3", _f32_text),
 }
 
 
@@ -277,12 +279,12 @@ def scales_of(format: Format) -> str:
     return _SCALES[format.scale][0]
 
 
-def reads(format: Format) -> bool:
+def reads_format(format: Format) -> bool:
     """Return whether kernels read weights in a format."""
     return (format.element, format.bits) in _NUMBERS and format.scale in _SCALES
 
 
-def _grouped(value: str, rows: int, width: int, group: int, operator: str, other: str) -> str:
+def _apply_by_group(value: str, rows: int, width: int, group: int, operator: str, other: str) -> str:
     """Return value operator other, where `other` [rows, groups] holds one number for `group` columns."""
     if operator.endswith("8.0"):
         return f"({value} {operator})"
@@ -292,7 +294,7 @@ def _grouped(value: str, rows: int, width: int, group: int, operator: str, other
     return f"reshape(reshape({value}, {rows}, {groups}, {group}) {operator} ({other})[:, :, None], {rows}, {width})"
 
 
-def _both(a: str, b: str) -> str:
+def _both_conditions(a: str, b: str) -> str:
     return f"{a} & {b}" if b else a
 
 

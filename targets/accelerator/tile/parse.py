@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import inf
 
 from ....compiler.errors import MoecError
-from .expr import BINARY, COMPARISONS, UNARY, Expr, Name, axes, binary, call, number, unary
+from .expr import BINARY, COMPARISONS, UNARY, Expr, Name, add_axes, call, make_binary, make_number, make_unary
 from .functions import FUNCTIONS, Parameter
 from .types import INT, ExprType
 
@@ -25,12 +25,12 @@ _SIGNS: Mapping[type, str] = {
 
 def parse(text: str, types: Mapping[str, ExprType]) -> Expr:
     """Return the expression of a text over names of these types; MoecError for what is none or has no type."""
-    _, names = _syntax(text)
+    _, names = _syntax_tree(text)
     given = tuple(map(types.get, names))
     if None in given:
         what = f"{names[given.index(None)]} has no value here: what a loop or an if makes is gone after it"
         raise MoecError(what, where=text)
-    return _typed(text, given)
+    return _typed_expr(text, given)
 
 
 def parse_size(size: int | str, names: Sequence[str]) -> Expr | int:
@@ -39,7 +39,7 @@ def parse_size(size: int | str, names: Sequence[str]) -> Expr | int:
 
 
 @lru_cache(maxsize=65536)
-def _syntax(text: str) -> tuple[ast.expr, tuple[str, ...]]:
+def _syntax_tree(text: str) -> tuple[ast.expr, tuple[str, ...]]:
     """Return a text's tree and the names that it reads."""
     try:
         tree = ast.parse(text, mode="eval").body
@@ -51,35 +51,35 @@ def _syntax(text: str) -> tuple[ast.expr, tuple[str, ...]]:
 
 
 @lru_cache(maxsize=65536)
-def _typed(text: str, types: tuple[ExprType, ...]) -> Expr:
+def _typed_expr(text: str, types: tuple[ExprType, ...]) -> Expr:
     """Return the expression of a text over its names, of these types: the same object for equal ones."""
-    tree, names = _syntax(text)
+    tree, names = _syntax_tree(text)
     try:
-        return replace(_node(tree, dict(zip(names, types, strict=True))), source=text)
+        return replace(_typed_node(tree, dict(zip(names, types, strict=True))), source=text)
     except MoecError as error:
         raise MoecError(error.what, where=text, todo=error.todo) from error
     except RecursionError as error:
         raise MoecError("an expression that is nested too deeply", where=f"{text[:40]} ...") from error
 
 
-def _node(tree: ast.expr, types: Mapping[str, ExprType]) -> Expr:
+def _typed_node(tree: ast.expr, types: Mapping[str, ExprType]) -> Expr:
     match tree:
         case ast.Constant(bool()):
             raise MoecError("True and False are no numbers of the tile language", todo="compare instead")
         case ast.Constant(int() | float() as value):
-            return number(value)
+            return make_number(value)
         case ast.Name("inf"):
-            return number(inf)
+            return make_number(inf)
         case ast.Name(name):
             return Name(name, type=types[name])
         case ast.BinOp(left, sign, right) | ast.Compare(left, [sign], [right]) if _SIGNS.get(type(sign)) in _OPERATORS:
-            return binary(_SIGNS[type(sign)], _node(left, types), _node(right, types))
+            return make_binary(_SIGNS[type(sign)], _typed_node(left, types), _typed_node(right, types))
         case ast.UnaryOp(sign, operand) if _SIGNS.get(type(sign)) in UNARY:
-            return unary(_SIGNS[type(sign)], _node(operand, types))
+            return make_unary(_SIGNS[type(sign)], _typed_node(operand, types))
         case ast.Call(ast.Name(name), arguments, []) if name in FUNCTIONS:
-            return _call(name, arguments, types)
+            return _typed_call(name, arguments, types)
         case ast.Subscript(value, ast.Tuple(index)) if all(_is_axis(a) for a in index):
-            return axes(_node(value, types), [isinstance(a, ast.Slice) for a in index])
+            return add_axes(_typed_node(value, types), [isinstance(a, ast.Slice) for a in index])
     raise MoecError(
         f"{ast.unparse(tree)} is not of the tile language", todo=f"its functions are {', '.join(FUNCTIONS)}"
     )
@@ -88,19 +88,19 @@ def _node(tree: ast.expr, types: Mapping[str, ExprType]) -> Expr:
 _OPERATORS = {**BINARY, **COMPARISONS}
 
 
-def _call(name: str, arguments: Sequence[ast.expr], types: Mapping[str, ExprType]) -> Expr:
+def _typed_call(name: str, arguments: Sequence[ast.expr], types: Mapping[str, ExprType]) -> Expr:
     """Return a call: its values are written before its parameters, but for `full`, whose sizes are written first."""
     count, first = FUNCTIONS[name].values, max(len(arguments) - 2, 0) if name == "full" else 0
-    values = [_node(a, types) for a in arguments[first : first + count]]
-    rest = [_parameter(a, types) for a in (*arguments[:first], *arguments[first + count :])]
+    values = [_typed_node(a, types) for a in arguments[first : first + count]]
+    rest = [_parse_parameter(a, types) for a in (*arguments[:first], *arguments[first + count :])]
     return call(name, *values, parameters=rest)
 
 
-def _parameter(tree: ast.expr, types: Mapping[str, ExprType]) -> Parameter:
+def _parse_parameter(tree: ast.expr, types: Mapping[str, ExprType]) -> Parameter:
     """Return a size, an axis or a dtype."""
     if isinstance(tree, ast.Constant) and isinstance(tree.value, str):
         return tree.value
-    constant = _node(tree, types).type.constant
+    constant = _typed_node(tree, types).type.constant
     if not isinstance(constant, int):
         raise MoecError(f"{ast.unparse(tree)} is no int")
     return constant

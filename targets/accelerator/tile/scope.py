@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ....compiler.errors import MoecError
-from .expr import Expr, retyped, shape_of
+from .expr import Expr, shape_of, with_types
 from .parse import parse
 from .tiles import Argument, Buffer, Dot, Let, Load, Move, Store
-from .types import EIGHT, FLOATS, INDICES, INT, TILE_DTYPES, ExprType, broadcast
+from .types import EIGHT, FLOATS, INDICES, INT, TILE_DTYPES, ExprType, broadcast_shapes
 
 MULTIPLIED = (*FLOATS, *EIGHT)  # dtypes that are multiplied as matrices
 
@@ -50,7 +50,7 @@ class Scope:
         """Return what is written in text, or an expression of another scope, as an expression over the names here."""
         try:
             if isinstance(given, Expr):
-                return retyped(given, self.types)
+                return with_types(given, self.types)
             return parse(str(given), self.types)
         except MoecError as error:
             raise self._error(error.what, error.where, error.todo) from error
@@ -150,7 +150,7 @@ class Scope:
 
     def _check_store(self, store: Store) -> None:
         shape = self._cells(store.tensor, store.at, store.mask)
-        if broadcast(shape, store.value.type.shape) != shape:
+        if broadcast_shapes(shape, store.value.type.shape) != shape:
             what = f"a value of {list(store.value.type.shape)} stored to {list(shape)} cells"
             raise MoecError(what, where=str(store.value))
 

@@ -26,11 +26,11 @@ def program_to_json(program: Program) -> dict[str, Any]:
             name: {"memory": b.memory, "dtype": b.dtype, "shape": list(b.shape), "copies": b.copies, "bytes": b.bytes}
             for name, b in program.buffers.items()
         },
-        "body": [_write(statement) for statement in program.body],
+        "body": [_statement_to_json(statement) for statement in program.body],
     }  # fmt: skip
 
 
-def _write(statement: Statement) -> dict[str, Any]:
+def _statement_to_json(statement: Statement) -> dict[str, Any]:
     match statement:
         case Let(name, value):
             return {"let": name, "value": str(value)}
@@ -46,9 +46,9 @@ def _write(statement: Statement) -> dict[str, Any]:
             return {"move": name, "value": source}
         case For(var, start, stop, step, body, stages):
             entry = {"for": var, "start": str(start), "stop": str(stop), "step": str(step), "stages": stages}
-            return entry | {"body": [_write(s) for s in body]}
+            return entry | {"body": [_statement_to_json(s) for s in body]}
         case If(condition, body):
-            return {"if": str(condition), "body": [_write(s) for s in body]}
+            return {"if": str(condition), "body": [_statement_to_json(s) for s in body]}
 
 
 def program_from_json(data: Mapping[str, Any]) -> Program:
@@ -64,11 +64,11 @@ def program_from_json(data: Mapping[str, Any]) -> Program:
     for name, _ in grid:
         scope.integer(name)
     arguments = tuple(scope.arguments.values())
-    body = _read(data["body"], scope)
+    body = _statements_from_json(data["body"], scope)
     return Program(data["name"], grid, arguments, scalars, buffers, body, data.get("doc", ""))
 
 
-def _read(entries: Sequence[Mapping[str, Any]], scope: Scope) -> tuple[Statement, ...]:
+def _statements_from_json(entries: Sequence[Mapping[str, Any]], scope: Scope) -> tuple[Statement, ...]:
     return tuple(_read_one(entry, scope) for entry in entries)
 
 
@@ -91,11 +91,11 @@ def _read_one(entry: Mapping[str, Any], scope: Scope) -> Statement:
         case {"for": var, "start": start, "stop": stop, "step": step, "body": body}:
             bounds = scope.value(start), scope.value(stop), scope.value(step)
             with scope.loop(var, *bounds):
-                inner = _read(body, scope)
+                inner = _statements_from_json(body, scope)
             return For(var, *bounds, inner, entry.get("stages", 1))
         case {"if": condition, "body": body}:
             tested = scope.value(condition)
             with scope.when(tested):
-                inner = _read(body, scope)
+                inner = _statements_from_json(body, scope)
             return If(tested, inner)
     raise MoecError(f"{dict(entry)} is no statement of a tile program")

@@ -160,7 +160,7 @@ def walk(body: Sequence[Statement]) -> Iterator[Statement]:
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def aligned(size: int, align: int) -> int:
+def align_size(size: int, align: int) -> int:
     """Return a number of bytes, rounded up to the alignment."""
     return -(-size // align) * align
 
@@ -175,14 +175,14 @@ class Usage:
 
     def take(self, buffer: Buffer) -> int:
         """Take a buffer's bytes and return how many are in use in its memory then."""
-        size = aligned(buffer.bytes, self.align.get(buffer.memory, 1))
+        size = align_size(buffer.bytes, self.align.get(buffer.memory, 1))
         self.used[buffer.memory] = self.used.get(buffer.memory, 0) + size
         self.peak[buffer.memory] = max(self.peak.get(buffer.memory, 0), self.used[buffer.memory])
         return self.used[buffer.memory]
 
     def give(self, buffer: Buffer) -> None:
         """Give a buffer's bytes back."""
-        self.used[buffer.memory] -= aligned(buffer.bytes, self.align.get(buffer.memory, 1))
+        self.used[buffer.memory] -= align_size(buffer.bytes, self.align.get(buffer.memory, 1))
 
 
 def made_by(statement: Statement) -> str | None:
@@ -196,11 +196,11 @@ def footprint(program: Program, align: Mapping[str, int]) -> dict[str, int]:
     A buffer lives from the statement that makes it to the end of the body that the statement is in.
     """
     usage = Usage(align)
-    _hold(program, program.body, usage, set())
+    _hold_buffers(program, program.body, usage, set())
     return usage.peak
 
 
-def _hold(program: Program, body: Sequence[Statement], usage: Usage, held: set[str]) -> None:
+def _hold_buffers(program: Program, body: Sequence[Statement], usage: Usage, held: set[str]) -> None:
     own: list[str] = []
     for statement in body:
         name = made_by(statement)
@@ -210,7 +210,7 @@ def _hold(program: Program, body: Sequence[Statement], usage: Usage, held: set[s
             own.append(name)
             held.add(name)
         if isinstance(statement, (For, If)):
-            _hold(program, statement.body, usage, held)
+            _hold_buffers(program, statement.body, usage, held)
     for name in own:
         usage.give(program.buffers[name])
         held.discard(name)

@@ -48,7 +48,7 @@ def constant_type(value: int | float) -> ExprType:
     return ExprType("float" if isinstance(value, float) else "int", constant=value)
 
 
-def broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+def broadcast_shapes(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of two operands together; MoecError where they have different numbers of axes, or sizes."""
     if a == b or not b:
         return a
@@ -62,7 +62,7 @@ def broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
         raise MoecError(f"{list(a)} with {list(b)}") from error
 
 
-def common(a: ExprType, b: ExprType) -> str:
+def common_dtype(a: ExprType, b: ExprType) -> str:
     """Return the dtype that numpy gives two operands together; MoecError where the language has none for it."""
     if a.weak and b.weak:
         if a.dtype == b.dtype == "int" or (a.constant is not None and b.constant is not None):
@@ -70,7 +70,7 @@ def common(a: ExprType, b: ExprType) -> str:
         raise MoecError("a number of Python's that is no int, with one that is only known at launch")
     if a.weak or b.weak:
         weak, strong = (a, b) if a.weak else (b, a)
-        if _fits(weak, strong.dtype):
+        if _fits_dtype(weak, strong.dtype):
             return strong.dtype
         raise MoecError(f"{strong.dtype} with {weak.dtype}", todo="cast one of the two")
     if a.dtype == b.dtype and a.dtype not in EIGHT:
@@ -85,7 +85,7 @@ def common(a: ExprType, b: ExprType) -> str:
     raise MoecError(f"{a.dtype} with {b.dtype}: numpy takes them as neither", todo="cast one of the two")
 
 
-def _fits(weak: ExprType, dtype: str) -> bool:
+def _fits_dtype(weak: ExprType, dtype: str) -> bool:
     """Return whether one of Python's numbers takes a dtype, at any value that it may have."""
     if weak.constant is None:
         return dtype == "f32" or (weak.dtype == "int" and dtype in SIGNED)
@@ -100,9 +100,9 @@ def in_range(value: int | float, dtype: str) -> bool:
     return bool(range_.min <= value <= range_.max)
 
 
-def promoted(a: ExprType, b: ExprType) -> ExprType:
+def promoted_type(a: ExprType, b: ExprType) -> ExprType:
     """Return the type of two operands together."""
-    return ExprType(common(a, b), broadcast(a.shape, b.shape))
+    return ExprType(common_dtype(a, b), broadcast_shapes(a.shape, b.shape))
 
 
 def check_integers(type: ExprType, what: str) -> None:

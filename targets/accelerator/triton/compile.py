@@ -23,7 +23,7 @@ from typing import Any
 from ....compiler.errors import MoecError
 from ..tile.tiles import Program
 from .architectures import architecture_of
-from .source import pointer, triton_source
+from .source import pointer_name, triton_source
 
 SIGNATURE: Mapping[str, str] = {
     "f32": "fp32", "bf16": "bf16", "f16": "fp16", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5",
@@ -81,20 +81,20 @@ class Request:
     warps: int
 
 
-def request(program: Program, arch: str, warps: int, source: str | None = None) -> Request:
+def compile_request_of(program: Program, arch: str, warps: int, source: str | None = None) -> Request:
     """Return what to compile for a program, printed here unless `source` is what was printed from it.
 
     Raises MoecError for an `arch` that ARCHITECTURES does not have, and for a program that Triton cannot express.
     """
     architecture_of(arch)
-    tensors = tuple((pointer(a.name), "*" + SIGNATURE[a.dtype]) for a in program.arguments)
+    tensors = tuple((pointer_name(a.name), "*" + SIGNATURE[a.dtype]) for a in program.arguments)
     signature = (*tensors, *((name, "i32") for name in program.scalars))
     return Request(source or triton_source(program, warps), program.name, signature, arch, warps)
 
 
 def compile_kernel(program: Program, arch: str, warps: int, source: str | None = None) -> Compiled:
     """Compile a program; equal sources are compiled once in a process. MoecError where Triton is not there or cannot."""
-    return compile_request(request(program, arch, warps, source))
+    return compile_request(compile_request_of(program, arch, warps, source))
 
 
 def triton_module() -> ModuleType:
@@ -183,7 +183,7 @@ def _read_nvidia(triton: Any, made: Any) -> dict[str, Any]:
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return {
         "object": made.asm["cubin"], "assembly": made.asm["ptx"], "registers": found["REG"],
-        "spills": found["STACK"] + found["LOCAL"], "scalar_spills": 0, "uses": _units(made.asm["ptx"]),
+        "spills": found["STACK"] + found["LOCAL"], "scalar_spills": 0, "uses": _units_in_assembly(made.asm["ptx"]),
     }  # fmt: skip
 
 
@@ -193,9 +193,9 @@ def _read_amd(triton: Any, made: Any) -> dict[str, Any]:
     registers, scratch, scalars = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1]) for key in keys)
     return {
         "object": made.asm["hsaco"], "assembly": text, "registers": registers, "spills": scratch,
-        "scalar_spills": scalars, "uses": _units(text),
+        "scalar_spills": scalars, "uses": _units_in_assembly(text),
     }  # fmt: skip
 
 
-def _units(assembly: str) -> frozenset[str]:
+def _units_in_assembly(assembly: str) -> frozenset[str]:
     return frozenset(name for name, pattern in UNITS.items() if re.search(pattern, assembly))

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ....compiler.errors import MoecError
-from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, Unary, index_syntax, operation
-from ..tile.types import EIGHT, FLOATS, HALF, ExprType, common
+from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, Unary, index_syntax, operator_node
+from ..tile.types import EIGHT, FLOATS, HALF, ExprType, common_dtype
 
 TRITON: Mapping[str, str] = {
     "f32": "float32", "bf16": "bfloat16", "f16": "float16", "f8e4m3": "float8e4nv", "f8e5m2": "float8e5",
@@ -41,7 +41,7 @@ def as_dtype(node: ast.expr, dtype: str, **named: ast.expr) -> ast.expr:
     return ast.Call(ast.Attribute(node, "to"), [dtype_node(dtype)], keywords)
 
 
-def strong(node: ast.expr, type: ExprType, dtype: str) -> ast.expr:
+def typed_constant(node: ast.expr, type: ExprType, dtype: str) -> ast.expr:
     """Return the tree of a value in a dtype, whether or not it is a number of Python's."""
     if type.constant is not None:
         return call("tl.full", sizes_node(()), node, dtype_node(dtype))
@@ -94,7 +94,7 @@ class Expressions:
             case Unary("~", operand):
                 return ast.UnaryOp(ast.Invert(), self._visit(operand))
             case Unary(_, operand):
-                return _rounded(ast.UnaryOp(ast.USub(), self._widened(operand)), expr.type.dtype)
+                return _round_to_half(ast.UnaryOp(ast.USub(), self._widened(operand)), expr.type.dtype)
             case Call(function, values, parameters):
                 powers_of_two(expr.type.shape)
                 return self._call(function, values, parameters, expr.type)
@@ -108,10 +108,10 @@ class Expressions:
         if operator in ("//", "%"):
             return self._division(operator, self._taken_as(a, dtype), a, b, dtype)
         if operator in COMPARISONS:
-            return operation(operator, *self._wide(a, b, common(a.type, b.type)))
+            return operator_node(operator, *self._wide(a, b, common_dtype(a.type, b.type)))
         if operator in ("+", "-", "*", "/"):
-            return _rounded(operation(operator, *self._wide(a, b, dtype)), dtype)
-        return operation(operator, self._taken_as(a, dtype), self._taken_as(b, dtype))
+            return _round_to_half(operator_node(operator, *self._wide(a, b, dtype)), dtype)
+        return operator_node(operator, self._taken_as(a, dtype), self._taken_as(b, dtype))
 
     def _wide(self, a: Expr, b: Expr, dtype: str) -> tuple[ast.expr, ast.expr]:
         """Return both operands as what they are computed in: f32 instead of a half."""
@@ -131,14 +131,14 @@ class Expressions:
         """Return // or %, rounded down; `a` is None for a dividend that may be negative."""
         divisor, by = self._taken_as(b, dtype), b.type.constant
         if a is not None and self.is_nonnegative(a) and self.is_nonnegative(b):
-            return operation(operator, dividend, divisor)
+            return operator_node(operator, dividend, divisor)
         if by is None or by <= 0:
             raise MoecError("// and % by what may be negative", todo="divide by a constant, or what cannot be below 0")
         number = int(by)
         if number & (number - 1) == 0:
             if operator == "%":
-                return operation("&", dividend, ast.Constant(number - 1))
-            return operation(">>", dividend, ast.Constant(number.bit_length() - 1)) if number > 1 else dividend
+                return operator_node("&", dividend, ast.Constant(number - 1))
+            return operator_node(">>", dividend, ast.Constant(number.bit_length() - 1)) if number > 1 else dividend
         name = "floor_mod" if operator == "%" else "floor_div"
         self.helpers.add(name)
         return call(name, dividend, divisor)
@@ -150,7 +150,7 @@ class Expressions:
         by = int(b.type.constant or 0)
         if by <= 0:
             raise MoecError("cdiv by what may be negative", todo="divide by a constant")
-        more = operation("+", left, ast.Constant(by - 1)) if by > 1 else left
+        more = operator_node("+", left, ast.Constant(by - 1)) if by > 1 else left
         return self._division("//", more, None, b, dtype)
 
     # --- functions ---
@@ -177,20 +177,20 @@ class Expressions:
             case (("minimum" | "maximum"), [a, b]):
                 keep = {"propagate_nan": ast.parse("tl.PropagateNan.ALL", mode="eval").body}
                 keep = keep if type.dtype in FLOATS else {}
-                return _rounded(call(f"tl.{name}", *self._wide(a, b, type.dtype), **keep), type.dtype)
+                return _round_to_half(call(f"tl.{name}", *self._wide(a, b, type.dtype), **keep), type.dtype)
             case "cdiv", [a, b]:
                 return self._ceiling(a, b, type.dtype)
             case "tanh", [value]:
-                return _rounded(_tanh(self._widened(value)), type.dtype)
+                return _round_to_half(_tanh_node(self._widened(value)), type.dtype)
             case (("sum" | "cumsum"), [value]):
                 node = self._taken_as(value, "i32") if value.type.dtype == "bool" else self._visit(value)
                 return self._along(name, node, parameters, value)
             case (("max" | "min"), [value]):
-                return _rounded(self._along(name, self._widened(value), parameters, value), type.dtype)
+                return _round_to_half(self._along(name, self._widened(value), parameters, value), type.dtype)
             case "argmax", [value]:
                 return self._along(name, self._widened(value), parameters, value)
             case _, [value]:
-                return _rounded(call(f"tl.{name}", self._widened(value)), type.dtype)
+                return _round_to_half(call(f"tl.{name}", self._widened(value)), type.dtype)
         raise AssertionError(f"no tree of {name}")
 
     def _along(self, name: str, node: ast.expr, parameters: Sequence[int | str], value: Expr) -> ast.expr:
@@ -199,11 +199,11 @@ class Expressions:
     def _cast(self, value: Expr, dtype: str) -> ast.expr:
         given, node = value.type, self._visit(value)
         if given.weak:
-            return strong(node, given, dtype)
+            return typed_constant(node, given, dtype)
         if given.dtype == dtype:
             return node
         if dtype == "bool":
-            return operation("!=", self._widened(value), ast.Constant(0))
+            return operator_node("!=", self._widened(value), ast.Constant(0))
         if dtype in EIGHT and given.dtype not in FLOATS:
             node = as_dtype(node, "f32")
         return as_dtype(node, dtype)
@@ -251,12 +251,12 @@ class Expressions:
         return left and right
 
 
-def _tanh(x: ast.expr) -> ast.expr:
+def _tanh_node(x: ast.expr) -> ast.expr:
     """Return 2 sigmoid(2 x) - 1."""
-    twice = operation("*", ast.Constant(2.0), x)
-    return operation("-", operation("*", ast.Constant(2.0), call("tl.sigmoid", twice)), ast.Constant(1.0))
+    twice = operator_node("*", ast.Constant(2.0), x)
+    return operator_node("-", operator_node("*", ast.Constant(2.0), call("tl.sigmoid", twice)), ast.Constant(1.0))
 
 
-def _rounded(node: ast.expr, dtype: str) -> ast.expr:
+def _round_to_half(node: ast.expr, dtype: str) -> ast.expr:
     """Return what was computed in f32 as the half that it has to be."""
     return as_dtype(node, dtype) if dtype in HALF else node

@@ -41,17 +41,25 @@ def warps_along(m: int, n: int, unit: str, warps: int) -> tuple[int, int]:
 
 def _held_by_unit(m: int, n: int, unit: str, warps: int) -> Held:
     rows, columns = warps_along(m, n, unit, warps)
-    own = _bits("column", COLUMNS, n // columns) if unit == "wgmma" else _bits("column", COLUMNS * columns, n)
-    return {("column", 1), ("row", COLUMNS)} | own | _bits("row", ROWS * rows, m)
+    own = (
+        _bits_of_axis("column", COLUMNS, n // columns)
+        if unit == "wgmma"
+        else _bits_of_axis("column", COLUMNS * columns, n)
+    )
+    return {("column", 1), ("row", COLUMNS)} | own | _bits_of_axis("row", ROWS * rows, m)
 
 
 def _held_by_store(m: int, n: int, bits: int, warps: int) -> Held:
     """Return what a thread stores: a piece of a row, the same piece of later rows, and what a row is longer than that."""
     piece = max(1, min(ACCESS // bits, m * n // (LANES * warps), n))
     along = min(LANES * warps, max(1, n // piece))  # threads of a row
-    return _bits("column", 1, piece) | _bits("column", piece * along, n) | _bits("row", LANES * warps // along, m)
+    return (
+        _bits_of_axis("column", 1, piece)
+        | _bits_of_axis("column", piece * along, n)
+        | _bits_of_axis("row", LANES * warps // along, m)
+    )
 
 
-def _bits(axis: str, first: int, end: int) -> Held:
+def _bits_of_axis(axis: str, first: int, end: int) -> Held:
     """Return the powers of two from `first` to below `end`, both powers of two."""
     return {(axis, 1 << i) for i in range(first.bit_length() - 1, end.bit_length() - 1)}

@@ -41,7 +41,7 @@ def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
     return row.tall if tall else row.unit
 
 
-def units(program: Program, arch: str, warps: int) -> set[str]:
+def predict_units(program: Program, arch: str, warps: int) -> set[str]:
     """Return the units that a program's matmuls are expected to use."""
     found = set()
     for dot in _dots(program.body):
@@ -52,14 +52,16 @@ def units(program: Program, arch: str, warps: int) -> set[str]:
 
 def predict_shared(program: Program, arch: str, warps: int) -> int:
     """Return the bytes of shared memory (LDS) that Triton is expected to take for a block."""
-    origin = _origins(program.body)
-    looped = {id(dot) for loop in _loops(program) for dot in _dots(loop.body)}
-    once = [_alone(program, dot, origin, arch, warps) for dot in _dots(program.body) if id(dot) not in looped]
-    loops = [_Loop(program, loop, origin, arch, warps).bytes() for loop in _loops(program)]
-    return max([*once, *loops, *_stored(program, arch, warps)], default=0)
+    origin = _origins_of_moves(program.body)
+    looped = {id(dot) for loop in _pipelined_loops(program) for dot in _dots(loop.body)}
+    once = [
+        _shared_without_loop(program, dot, origin, arch, warps) for dot in _dots(program.body) if id(dot) not in looped
+    ]
+    loops = [_Loop(program, loop, origin, arch, warps).bytes() for loop in _pipelined_loops(program)]
+    return max([*once, *loops, *_stored_conversions(program, arch, warps)], default=0)
 
 
-def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
+def _stored_conversions(program: Program, arch: str, warps: int) -> Iterator[int]:
     """Yield the bytes through which the layout of each stored result of a matmul is converted."""
     results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots(program.body)}
     for store in walk(program.body):
@@ -71,7 +73,7 @@ def _stored(program: Program, arch: str, warps: int) -> Iterator[int]:
                 yield conversion_bytes(m, n, bits, matrix_unit(arch, m, n, results[shape], warps), arch, warps)
 
 
-def _alone(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:
+def _shared_without_loop(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:
     """Return the bytes of a matmul that no loop holds: its operands' while it runs, AMD's one after the other.
 
     mma.sync passes the second operand piece by piece, about four rows for each warp.
@@ -93,10 +95,10 @@ def spills(program: Program, arch: str, warps: int) -> bool:
     """
     threads = warps * nearest(arch).warp
     held = _sums(program) / threads
-    origin = _origins(program.body)
+    origin = _origins_of_moves(program.body)
     second = {origin.get(dot.b, dot.b) for dot in _dots(program.body)}
     made = [s.value for s in walk(program.body) if isinstance(s, Let) and s.name in second]
-    for unit in units(program, arch, warps):
+    for unit in predict_units(program, arch, warps):
         limit = SPILL_FREE[unit] // (2 if unit == "mfma" and warps > 4 else 1)  # two waves share a unit's registers
         if made:
             limit = GROUPED if unit == "mma" and any(map(_in_groups, made)) else limit - COMPUTED
@@ -119,7 +121,7 @@ def _sums(program: Program) -> int:
     return sum(totals.values()) + max(sizes.values())
 
 
-def agrees(predicted: int, found: int) -> bool:
+def agrees_with_prediction(predicted: int, found: int) -> bool:
     """Return whether the bytes that were found are those predicted to 25 %, or too few of either to matter."""
     return abs(predicted - found) <= 0.25 * found or max(predicted, found) <= SMALL
 
@@ -144,14 +146,14 @@ def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
     return (s for s in walk(body) if isinstance(s, Dot))
 
 
-def _loops(program: Program) -> Iterator[For]:
+def _pipelined_loops(program: Program) -> Iterator[For]:
     """Yield the loops that hold loads or matmuls and no further loops: those whose loads run ahead."""
     for statement in walk(program.body):
         if isinstance(statement, For) and not any(isinstance(s, For) for s in walk(statement.body)):
             yield statement
 
 
-def _origins(body: Sequence[Statement]) -> Mapping[str, str]:
+def _origins_of_moves(body: Sequence[Statement]) -> Mapping[str, str]:
     """Return for each name that a move makes the name that it began as."""
     found: dict[str, str] = {}
     for statement in walk(body):
@@ -195,7 +197,7 @@ class _Loop:
             if name in operands:
                 stages = max(2, copies - 1) if name in chained and copies > 1 else copies
                 total += size * self._copies(name, operands[name], name in second, stages)
-            elif dots and _ahead(buffer) and grouped is None and not self._widened(dots):
+            elif dots and _is_copied_ahead(buffer) and grouped is None and not self._widened(dots):
                 total += size * (copies if self.past_registers and copies > 1 else copies - 1)
         if copies == 1:
             return self._unstaged(dots) + self._kept(dots)
@@ -246,7 +248,7 @@ class _Loop:
         known: set[str] = set()  # loaded in this iteration, or computed from it
         found = set()
         for s in statements:
-            late = bool(known & _read(s))
+            late = bool(known & _names_read(s))
             if isinstance(s, Load) and late:
                 found.add(s.name)
             if isinstance(s, Load) or (isinstance(s, (Let, Move)) and late):
@@ -324,7 +326,7 @@ def _flat(body: Sequence[Statement]) -> Iterator[Statement]:
             yield statement
 
 
-def _read(statement: Statement) -> frozenset[str]:
+def _names_read(statement: Statement) -> frozenset[str]:
     """Return the names that the value of a statement, or the place that it loads, depends on."""
     match statement:
         case Load(_, _, at, mask):
@@ -345,7 +347,7 @@ def _size(buffer: Buffer) -> int:
     return prod(buffer.shape) * DTYPES[buffer.dtype].bits // 8
 
 
-def _ahead(buffer: Buffer) -> bool:
+def _is_copied_ahead(buffer: Buffer) -> bool:
     """Return whether a tile can be copied past the registers: rows of enough bytes in a place that is known to be aligned."""
     row = buffer.shape[-1] * DTYPES[buffer.dtype].bits // 8
     return row >= (BEHIND if DTYPES[buffer.dtype].bits >= 32 else ROW)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from ....compiler.errors import MoecError
-from ..tile.expr import Expr, operation, python_syntax, shape_of
+from ..tile.expr import Expr, operator_node, python_syntax, shape_of
 from ..tile.tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store
 from ..tile.types import EIGHT, FLOATS, ExprType
-from .expr import HELPERS, Expressions, as_dtype, call, dtype_node, powers_of_two, sizes_node, strong
+from .expr import HELPERS, Expressions, as_dtype, call, dtype_node, powers_of_two, sizes_node, typed_constant
 
 WIDTH = 116
 LIMIT = 2**31 - 1  # what an offset of 32 bits reaches
@@ -35,10 +35,10 @@ def triton_source(program: Program, warps: int = 4, limit: int | None = None) ->
         before = set(printer.negative)
         body = printer.kernel()
         if before == printer.negative:
-            return "\n".join(_file(program, body, printer.expressions.helpers, warps, limit)) + "\n"
+            return "\n".join(_file_lines(program, body, printer.expressions.helpers, warps, limit)) + "\n"
 
 
-def pointer(name: str) -> str:
+def pointer_name(name: str) -> str:
     """Return the kernel's name for a tensor's address."""
     return f"{name}_ptr"
 
@@ -46,7 +46,7 @@ def pointer(name: str) -> str:
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def _file(program: Program, body: Lines, helpers: set[str], warps: int, limit: int | None) -> Lines:
+def _file_lines(program: Program, body: Lines, helpers: set[str], warps: int, limit: int | None) -> Lines:
     tensors, scalars = [a.name for a in program.arguments], list(program.scalars)
     lines = [f'"""{program.doc or program.name}', "", "Tensors, row by row:", ""]
     for a in program.arguments:
@@ -56,21 +56,25 @@ def _file(program: Program, body: Lines, helpers: set[str], warps: int, limit: i
     for name in sorted(helpers):
         lines += ["", "@triton.jit", f"def {name}(a, b):", f"    {HELPERS[name]}", ""]
     fixed = f"(do_not_specialize={scalars})" if scalars else ""
-    lines += ["", f"@triton.jit{fixed}", f"def {program.name}({', '.join([pointer(t) for t in tensors] + scalars)}):"]
+    lines += [
+        "",
+        f"@triton.jit{fixed}",
+        f"def {program.name}({', '.join([pointer_name(t) for t in tensors] + scalars)}):",
+    ]
     lines += [*(f"    {line}" for line in body), "", ""]
     lines += [f"def grid({', '.join(scalars)}):", '    """Return the extents of the grid."""']
-    lines += [f"    return ({_product([host(extent) for _, extent in program.grid])},)", "", ""]
+    lines += [f"    return ({_product_text([host_expression(extent) for _, extent in program.grid])},)", "", ""]
     lines += [f"def launch({', '.join(tensors + scalars)}):", '    """Run the kernel on tensors of torch."""']
     options = f"num_warps={warps}" + (f", maxnreg={limit}" if limit else "")
     lines.append(f"    {program.name}[grid({', '.join(scalars)})]({', '.join(tensors + scalars)}, {options})")
     return lines
 
 
-def _product(extents: Sequence[str]) -> str:
+def _product_text(extents: Sequence[str]) -> str:
     return " * ".join(f"({e})" if not e.isidentifier() and not e.isdigit() else e for e in extents)
 
 
-def host(extent: Expr) -> str:
+def host_expression(extent: Expr) -> str:
     """Return an expression over the scalars as plain Python, for the host."""
     return ast.unparse(python_syntax(extent, _host_call))
 
@@ -80,7 +84,7 @@ def _host_call(name: str, arguments: list[ast.expr]) -> ast.expr:
         case "minimum" | "maximum":
             return ast.Call(ast.Name(name[:3]), arguments, [])
         case "cdiv":
-            return ast.UnaryOp(ast.USub(), operation("//", ast.UnaryOp(ast.USub(), arguments[0]), arguments[1]))
+            return ast.UnaryOp(ast.USub(), operator_node("//", ast.UnaryOp(ast.USub(), arguments[0]), arguments[1]))
     raise MoecError(f"{name} in the extent of a grid", todo="it knows minimum, maximum and cdiv")
 
 
@@ -105,7 +109,7 @@ class _Printer:
         return self.lines
 
     def _check_names(self) -> None:
-        taken = {pointer(a.name) for a in self.program.arguments} | {"tl", "triton", "program"}
+        taken = {pointer_name(a.name) for a in self.program.arguments} | {"tl", "triton", "program"}
         for name in [*self.program.scalars, *(n for n, _ in self.program.grid), *self.program.buffers]:
             self._check_name(name, taken)
 
@@ -131,7 +135,9 @@ class _Printer:
         self.lines.append("    " * self.depth + text)
 
     def _statement(self, target: str, node: ast.expr) -> None:
-        self.lines += [" " * 4 * self.depth + line for line in wrapped(target, node, WIDTH - 4 * (self.depth + 1))]
+        self.lines += [
+            " " * 4 * self.depth + line for line in wrapped_lines(target, node, WIDTH - 4 * (self.depth + 1))
+        ]
 
     def _body(self, body: Sequence[Statement]) -> None:
         for statement in body:
@@ -162,7 +168,7 @@ class _Printer:
             case If(condition, inner):
                 if condition.type.constant is None:
                     node = self.expressions.print(condition)
-                    node = node if condition.type.dtype == "bool" else operation("!=", node, ast.Constant(0))
+                    node = node if condition.type.dtype == "bool" else operator_node("!=", node, ast.Constant(0))
                     self._line(f"if {ast.unparse(node)}:")
                     self._inner(inner)
                 elif condition.type.constant:
@@ -181,7 +187,7 @@ class _Printer:
         self.expressions.nonnegative = outer
 
     def _assign(self, name: str, node: ast.expr, shape: tuple[int, ...], nonnegative: bool) -> None:
-        self._check_name(name, {pointer(a.name) for a in self.program.arguments} | {"tl", "triton"})
+        self._check_name(name, {pointer_name(a.name) for a in self.program.arguments} | {"tl", "triton"})
         powers_of_two(shape)
         self._statement(f"{name} = ", node)
         self.expressions.nonnegative[name] = nonnegative and name not in self.negative
@@ -194,19 +200,19 @@ class _Printer:
         for axis, index in enumerate(at):
             node = self.expressions.print(index)
             if axis == len(at) - 1:
-                first, node = _split(node)
+                first, node = _split_constant(node)
             if index.type.constant != 0:
                 offsets.append(self._offset(argument, axis, node, index.type))
         if first:  # before the rest: where it comes after, triton-ascend fails when every second number is read
             offsets.insert(0, ast.Constant(first))
-        address: ast.expr = ast.Name(pointer(tensor))
+        address: ast.expr = ast.Name(pointer_name(tensor))
         for offset in offsets:
-            address = operation("+", address, offset)
+            address = operator_node("+", address, offset)
         if mask is None:
             return address, {}
         shape, whole = shape_of(*at), shape_of(*at, mask)
         if whole != shape:
-            address = call("tl.broadcast_to", address, sizes_node(whole)) if shape else _spread(address, whole)
+            address = call("tl.broadcast_to", address, sizes_node(whole)) if shape else _spread_address(address, whole)
         return address, {"mask": self.expressions.print(mask)}
 
     def _offset(self, argument: Argument, axis: int, node: ast.expr, type: ExprType) -> ast.expr:
@@ -223,11 +229,11 @@ class _Printer:
         whole = argument.shape[axis]
         short = isinstance(whole, int) and not scalars and whole * constant <= LIMIT
         if not short and type.dtype != "i64":
-            node = strong(node, type, "i64")
+            node = typed_constant(node, type, "i64")
         if constant != 1:
-            node = operation("*", node, ast.Constant(constant))
+            node = operator_node("*", node, ast.Constant(constant))
         for factor in scalars:  # from the left: each product has the 64 bits of the index
-            node = operation("*", node, factor)
+            node = operator_node("*", node, factor)
         return node
 
     def _load(self, statement: Load) -> None:
@@ -238,7 +244,7 @@ class _Printer:
             named["other"] = ast.Constant(other)
         node = call("tl.load", address, **named)
         if dtype == "bool":  # a bool lies in a byte
-            node = operation("!=", node, ast.Constant(0))
+            node = operator_node("!=", node, ast.Constant(0))
         self._assign(statement.name, node, shape_of(*statement.at, statement.mask), dtype in ("u8", "bool"))
 
     def _store(self, statement: Store) -> None:
@@ -282,7 +288,7 @@ class _Printer:
         del self.expressions.nonnegative[loop.var]
 
 
-def _split(node: ast.expr) -> tuple[int, ast.expr]:
+def _split_constant(node: ast.expr) -> tuple[int, ast.expr]:
     """Return an index as a constant and the rest, which is added to it; 0 where it has none in front."""
     match node:
         case ast.BinOp(ast.Constant(int() as first), ast.Add(), rest):
@@ -292,12 +298,12 @@ def _split(node: ast.expr) -> tuple[int, ast.expr]:
     return 0, node
 
 
-def _spread(address: ast.expr, shape: tuple[int, ...]) -> ast.expr:
+def _spread_address(address: ast.expr, shape: tuple[int, ...]) -> ast.expr:
     zeros = call("tl.full", sizes_node(shape), ast.Constant(0), dtype_node("i32"))
-    return operation("+", address, zeros)
+    return operator_node("+", address, zeros)
 
 
-def wrapped(target: str, node: ast.expr, width: int, inside: bool = False) -> Lines:
+def wrapped_lines(target: str, node: ast.expr, width: int, inside: bool = False) -> Lines:
     """Return `target` and an expression as lines that fit, broken at the arguments of calls and at operators.
 
     `inside`: it stands between brackets, so that its lines need none of their own.
@@ -308,48 +314,48 @@ def wrapped(target: str, node: ast.expr, width: int, inside: bool = False) -> Li
     match node:
         case ast.Call(ast.Attribute(value, name), arguments, named) if len(ast.unparse(value)) > width // 2:
             tail = ast.unparse(ast.Call(ast.Name(name), arguments, named))
-            return [f"{target}(", *_indented(wrapped("", value, width - 4, inside=True)), f").{tail}"]
+            return [f"{target}(", *_indent_lines(wrapped_lines("", value, width - 4, inside=True)), f").{tail}"]
         case ast.Call(function, arguments, named):
             lines = [f"{target}{ast.unparse(function)}("]
             for prefix, argument in [*(("", a) for a in arguments), *((f"{w.arg}=", w.value) for w in named)]:
-                *first, last = wrapped(prefix, argument, width - 5, inside=not prefix)
-                lines += _indented([*first, last + ","])
+                *first, last = wrapped_lines(prefix, argument, width - 5, inside=not prefix)
+                lines += _indent_lines([*first, last + ","])
             return [*lines, ")"]
         case ast.BinOp(_, operator, _):
             sign = ast.unparse(ast.BinOp(ast.Name("a"), operator, ast.Name("b")))[2:-2]
             lines = []
-            for number, part in enumerate(_operands(node, type(operator))):
-                lines += _operand(f"{sign} " if number else "", part, width - 4)
-            return lines if inside and not target else [f"{target}(", *_indented(lines), ")"]
+            for number, part in enumerate(_operands_of_chain(node, type(operator))):
+                lines += _operand_lines(f"{sign} " if number else "", part, width - 4)
+            return lines if inside and not target else [f"{target}(", *_indent_lines(lines), ")"]
         case ast.Compare(left, [operator], [right]):
             sign = ast.unparse(ast.Compare(ast.Name("a"), [operator], [ast.Name("b")]))[2:-2]
-            *first, last = _operand(target, left, width - 8)
+            *first, last = _operand_lines(target, left, width - 8)
             return [*first, f"{last} {sign} {ast.unparse(right)}"]
         case ast.Subscript(value, index):
-            *first, last = _operand(target, value, width - 16)
+            *first, last = _operand_lines(target, value, width - 16)
             return [*first, f"{last}[{ast.unparse(index)}]"]
     return [whole]
 
 
-def _operands(node: ast.expr, operator: type[ast.operator]) -> list[ast.expr]:
+def _operands_of_chain(node: ast.expr, operator: type[ast.operator]) -> list[ast.expr]:
     """Return the parts of a chain a + b + c, which is grouped from the left."""
     match node:
         case ast.BinOp(left, found, right) if isinstance(found, operator):
-            return [*_operands(left, operator), right]
+            return [*_operands_of_chain(left, operator), right]
     return [node]
 
 
-def _operand(prefix: str, node: ast.expr, width: int) -> Lines:
+def _operand_lines(prefix: str, node: ast.expr, width: int) -> Lines:
     """Return an operand as lines, in brackets unless it needs none."""
     if isinstance(node, (ast.Call, ast.Name, ast.Constant, ast.Attribute, ast.Subscript)):
-        return wrapped(prefix, node, width)
+        return wrapped_lines(prefix, node, width)
     whole = f"{prefix}({ast.unparse(node)})"
     if len(whole) <= width:
         return [whole]
     if isinstance(node, ast.BinOp):
-        return wrapped(prefix, node, width)
-    return [f"{prefix}(", *_indented(wrapped("", node, width - 4)), ")"]
+        return wrapped_lines(prefix, node, width)
+    return [f"{prefix}(", *_indent_lines(wrapped_lines("", node, width - 4)), ")"]
 
 
-def _indented(lines: Lines) -> Lines:
+def _indent_lines(lines: Lines) -> Lines:
     return ["    " + line for line in lines]

@@ -75,11 +75,11 @@ class _Worker:
             self._process = None
 
 
-def serve() -> None:
+def serve_requests() -> None:
     """Compile what comes in on stdin until it ends; what the compiler itself prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    while (wanted := _next(sys.stdin.buffer)) is not None:
+    while (wanted := _next_request(sys.stdin.buffer)) is not None:
         try:
             answer: Compiled | MoecError = compile_request(wanted)
         except MoecError as error:
@@ -88,7 +88,7 @@ def serve() -> None:
         answers.flush()
 
 
-def _next(stream: BinaryIO) -> Request | None:
+def _next_request(stream: BinaryIO) -> Request | None:
     try:
         return pickle.load(stream)
     except EOFError:

@@ -171,7 +171,7 @@ class Graph:
             self.nodes, self._once, self.views = outer
 
     def prune(self, results: Sequence[str]) -> None:
-        """Drop nodes and initializers that the results do not need."""
+        """Remove nodes and initializers that the results do not need."""
         needed, kept = set(results), []
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
@@ -327,7 +327,7 @@ class Context:
         self.graph.node(self.label, kind, inputs, [self.value(v) for v in op.results], self.doc, **attrs)
 
     def alias(self, value: Value, name: str) -> None:
-        """Let a result be a value that is there already."""
+        """Map a result to an existing ONNX value, without a node."""
         self.names[value.name] = name
 
     def once(self, key: Any, label: str, make: Callable[[Context], str]) -> str:

@@ -24,7 +24,7 @@ from moec.compiler.weights.demote import demoted_recipe, is_demotion
 from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
-from moec.targets.accelerator.kernels.formats import holds, slow
+from moec.targets.accelerator.kernels.formats import why_not_held, why_slow
 from moec.targets.accelerator.lower.module import lower
 from moec.targets.accelerator.select.supported import supported
 from tiny_models import random_model, save
@@ -296,14 +296,14 @@ class Use:
 @pytest.mark.parametrize("format", ["int4_g16", "uint4_g128", "int8_g32", "uint8_g64", "mxfp4", "nvfp4", "fp8_b128"])
 def test_formats_that_kernels_read(format):
     for name in ("core.linear", "nn.gated_mlp", "moe.experts"):
-        assert holds(Use(name), format_of(format)) is None and slow(Use(name), format_of(format)) is None
-    assert "in bf16" in holds(Use("nn.embedding"), format_of(format))
-    assert "no kernel of moe.grouped_linear" in holds(Use("moe.grouped_linear"), format_of(format))
+        assert why_not_held(Use(name), format_of(format)) is None and why_slow(Use(name), format_of(format)) is None
+    assert "in bf16" in why_not_held(Use("nn.embedding"), format_of(format))
+    assert "no kernel of moe.grouped_linear" in why_not_held(Use("moe.grouped_linear"), format_of(format))
 
 
 def test_formats_that_they_do_not_read():
-    assert "integers of 4 and 8 bits" in holds(Use("core.linear"), format_of("int2_g32"))
-    assert "256" in slow(Use("core.linear"), format_of("int8_g256"))
+    assert "integers of 4 and 8 bits" in why_not_held(Use("core.linear"), format_of("int2_g32"))
+    assert "256" in why_slow(Use("core.linear"), format_of("int8_g256"))
 
 
 @pytest.mark.parametrize(

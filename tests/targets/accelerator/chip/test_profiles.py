@@ -12,7 +12,7 @@ import pytest
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator.chip.chip import FIGURES, GRADES, RULES, TOP, kind_of
 from moec.targets.accelerator.chip.profile import FOLDER, find_profile, read_profile, shipped_profiles
-from moec.targets.accelerator.chip.quantities import quantity, quantity_text
+from moec.targets.accelerator.chip.quantities import parse_quantity, quantity_text
 from moec.targets.accelerator.chip.schema import SCHEMA
 from moec_command import invoke
 
@@ -427,8 +427,8 @@ def test_bins_of_ones_own(tmp_path):
     ],
 )  # fmt: skip
 def test_quantities(text, kind, value):
-    assert quantity(text, kind) == pytest.approx(value, rel=1e-12)
-    assert quantity(quantity_text(value, kind).replace(",", "").replace(" ", ""), kind) == pytest.approx(
+    assert parse_quantity(text, kind) == pytest.approx(value, rel=1e-12)
+    assert parse_quantity(quantity_text(value, kind).replace(",", "").replace(" ", ""), kind) == pytest.approx(
         value, rel=1e-5
     )
 

@@ -14,11 +14,11 @@ from kernel_checks import (
 )
 from moec.compiler.errors import MoecError
 from moec.compiler.ops.nn import attention as reference
-from moec.targets.accelerator.kernels.attend import parts
-from moec.targets.accelerator.kernels.attention import Attention, attention
+from moec.targets.accelerator.kernels.attend import column_parts
+from moec.targets.accelerator.kernels.attention import Attention, attention_kernel
 from moec.targets.accelerator.kernels.choices import AttentionTile
 from moec.targets.accelerator.select.implementations import Tokens
-from moec.targets.accelerator.select.search import KernelTemplate, search
+from moec.targets.accelerator.select.search import KernelTemplate, search_tile
 from moec.targets.accelerator.tile.tiles import DEVICE, For, Load, walk
 
 chips = pytest.mark.parametrize("name", CHIPS)
@@ -100,7 +100,7 @@ def test_keys_that_no_row_may_read_are_not_looked_at(name):
         key[:, :, past + new :], value[:, :, past + new :] = spoilt, spoilt
         p = Attention(1, 1, 16, 16, 0.25, dtype="f32", **more)
         scalars = {"B": 1, "S": new, "P": past, "C": 50}
-        y = run(attention(p, AttentionTile(16, 16), layout), chip, scalars, q=q, key=key, value=value)["y"]
+        y = run(attention_kernel(p, AttentionTile(16, 16), layout), chip, scalars, q=q, key=key, value=value)["y"]
         seen = [x.nan_to_num()[:, :, : past + new] for x in (key, value)]
         close(y, reference(q.transpose(1, 2), *seen, None, None, scale=0.25, **more))
         key, value = torch.randn(1, 1, 50, 16), torch.randn(1, 1, 50, 16)
@@ -108,7 +108,7 @@ def test_keys_that_no_row_may_read_are_not_looked_at(name):
 
 def test_blocks_that_every_row_reads_whole_have_no_masks():
     def loops(**more):
-        program = attention(Attention(2, 1, 16, 16, 0.25, **more), AttentionTile(16, 16), CHIPS["hopper"][0])
+        program = attention_kernel(Attention(2, 1, 16, 16, 0.25, **more), AttentionTile(16, 16), CHIPS["hopper"][0])
         return [s for s in walk(program.body) if isinstance(s, For)]
 
     whole, last = loops()
@@ -127,18 +127,18 @@ def test_narrow_heads_find_a_tile(name, width):
         p = Attention(8, 2, width, width, 0.25)
         kernel = KernelTemplate(
             "attention",
-            lambda t, layout, p=p: attention(p, AttentionTile(t.m, t.n, t.k, t.stages, t.warps), layout),
+            lambda t, layout, p=p: attention_kernel(p, AttentionTile(t.m, t.n, t.k, t.stages, t.warps), layout),
             scalars,
             ((16, 32, 64), (64, 64, 64)),
         )
         profile = profile_of(name)
-        check_fits(search(kernel, profile).best, profile)
+        check_fits(search_tile(kernel, profile).best, profile)
 
 
 @settings(deadline=None)
 @given(st.sampled_from([16, 32, 64, 128, 256, 512]), st.lists(st.integers(0, 600), min_size=1, max_size=2))
 def test_parts_are_powers_of_two_and_cover_each_width(most, widths):
-    found = parts(most, *widths)
+    found = column_parts(most, *widths)
     assert [p.first for p in found] == [sum(q.live for q in found[:i]) for i in range(len(found))]
     assert sum(p.live for p in found) == sum(widths)
     assert all(p.wide & (p.wide - 1) == 0 and 16 <= p.wide <= most and 0 < p.live <= p.wide for p in found)
@@ -149,7 +149,7 @@ def test_parts_are_powers_of_two_and_cover_each_width(most, widths):
 def test_scores_leave_the_cube_and_weights_come_back_by_the_chips_own_way():
     def moves(name):
         layout, _ = CHIPS[name]
-        program = attention(Attention(2, 1, 16, 16, 0.25), AttentionTile(16, 16), layout)
+        program = attention_kernel(Attention(2, 1, 16, 16, 0.25), AttentionTile(16, 16), layout)
         return {(n, b.memory) for n, b in program.buffers.items() if n.startswith(("s_", "p_"))}
 
     assert moves("ascend-950") == {("s_ub", "ub"), ("p_l1", "l1"), ("p_l1_l0a", "l0a")}
@@ -167,4 +167,4 @@ def test_what_cannot_be():
         (Attention(2, 2, 16, 16, 1.0, mask="tokens", chunk=4), "no such slot"),
     ):
         with pytest.raises(MoecError, match=what):
-            attention(p, AttentionTile(16, 16), layout)
+            attention_kernel(p, AttentionTile(16, 16), layout)

@@ -8,7 +8,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ops.compressed import compress_tokens as compress_reference
 from moec.compiler.ops.compressed import select_entries
 from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile
-from moec.targets.accelerator.kernels.compressed import slide
+from moec.targets.accelerator.kernels.compressed import slide_kernel
 from moec.targets.accelerator.kernels.entries import Compress, Select, choose_entries, compress_tokens, entry_scores
 
 chips = pytest.mark.parametrize("name", CHIPS)
@@ -81,5 +81,7 @@ def test_entries_made_in_steps(name, overlap, steps):
         close(found["entries"][:, :-1], all_entries)
         assert (found["entries"][:, -1] == 9).all()
         sizes = {"B": 2, "O": pending.shape[1], "S": new, "Y": kept.shape[1]}
-        close(run(slide(2 * wide, RowTile(4, 32), layout, "f32"), chip, sizes, old=pending, new=x)["kept"], kept, 0)
+        close(
+            run(slide_kernel(2 * wide, RowTile(4, 32), layout, "f32"), chip, sizes, old=pending, new=x)["kept"], kept, 0
+        )
         pending, entries, past = kept, all_entries, past + new

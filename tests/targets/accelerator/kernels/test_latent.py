@@ -11,7 +11,7 @@ from moec.compiler.ops import OPS, nn
 from moec.compiler.text.parser import parse_module
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.kernels.attention import Attention, attention
+from moec.targets.accelerator.kernels.attention import Attention, attention_kernel
 from moec.targets.accelerator.kernels.choices import AttentionTile, Tile
 from moec.targets.accelerator.kernels.latent import Expand, expand
 from moec.targets.accelerator.run.artifact import Weights, read_kernels
@@ -78,7 +78,7 @@ def test_a_part_with_positions_lies_apart(name, past, new, split, expanded):
     given = {"q": q.transpose(1, 2), "q_rope": q_rope, "key": room(key, spare, value=9.0), "mask": mask}
     given |= {"key_rope": room(turned, (0, 0, 0, 3), value=9.0)} | ({"value": value} if expanded else {})
     scalars = {"B": batch, "S": new, "P": past, "C": total + 3}
-    found = run(attention(p, AttentionTile(16, 16, 16, split=split), layout), chip, scalars, **given)
+    found = run(attention_kernel(p, AttentionTile(16, 16, 16, split=split), layout), chip, scalars, **given)
     queries = torch.cat((q[..., :width], q_rope), 3)
     keys = torch.cat((key, turned.expand(-1, groups, -1, -1)), 3)
     wanted = nn.attention(queries, keys, value, mask, None, scale=0.2)

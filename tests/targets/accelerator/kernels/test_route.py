@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.compiler.ops.route import route as reference
-from moec.targets.accelerator.kernels.route import Route, route
+from moec.targets.accelerator.kernels.route import Route, route_kernel
 
 OPERANDS = ("bias", "given", "expert_scale")
 
@@ -27,7 +27,7 @@ def check(name, p, tokens, rows=4, seed=0):
     chosen = torch.tensor(ids) if p.given else None
     gates, wanted = reference(logits, bias, chosen, scale, **more)
     found = run(
-        route(p, rows, layout), chip, {"T": tokens}, logits=logits,
+        route_kernel(p, rows, layout), chip, {"T": tokens}, logits=logits,
         **{n: v for n, v in (("bias", bias), ("given", ids), ("expert_scale", scale)) if v is not None},
     )  # fmt: skip
     assert torch.equal(torch.tensor(found["ids"]).long(), wanted)
@@ -86,15 +86,17 @@ def test_any_router(data):
 def test_the_lowest_expert_of_equal_ones_is_first():
     layout, chip = CHIPS["ascend-950"]
     logits = np.array([[1, 3, 2, 3, 2, 3, 0, 2], [0] * 8], np.float32)
-    found = run(route(Route(8, 5), 2, layout), chip, {"T": 2}, logits=logits)["ids"]
+    found = run(route_kernel(Route(8, 5), 2, layout), chip, {"T": 2}, logits=logits)["ids"]
     assert found.tolist() == [[1, 3, 5, 2, 4], [0, 1, 2, 3, 4]]
     by_group = Route(8, 2, groups=4, topk_groups=1, group_score="top2")
-    found = run(route(by_group, 2, layout), chip, {"T": 2}, logits=np.array([[0, 5, 1, 4, 5, 0, 2, 3]] * 2, np.float32))
+    found = run(
+        route_kernel(by_group, 2, layout), chip, {"T": 2}, logits=np.array([[0, 5, 1, 4, 5, 0, 2, 3]] * 2, np.float32)
+    )
     assert found["ids"].tolist() == [[1, 0]] * 2
 
 
 def test_what_route_does_not_have():
     with pytest.raises(MoecError, match="no score=cosine"):
-        route(Route(8, 2, "cosine"), 4, CHIPS["hopper"][0])
+        route_kernel(Route(8, 2, "cosine"), 4, CHIPS["hopper"][0])
     with pytest.raises(MoecError, match="renorm=max"):
-        route(Route(8, 2, renorm="max"), 4, CHIPS["hopper"][0])
+        route_kernel(Route(8, 2, renorm="max"), 4, CHIPS["hopper"][0])

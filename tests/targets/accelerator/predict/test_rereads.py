@@ -13,7 +13,7 @@ from moec.targets.accelerator.predict.experts_touched import expected_tiles
 from moec.targets.accelerator.predict.rereads import KEPT, cache_capacity, device_bytes
 from moec.targets.accelerator.select.dense import linear_implementations
 from moec.targets.accelerator.select.implementations import Tokens
-from moec.targets.accelerator.select.search import search
+from moec.targets.accelerator.select.search import search_tile
 from moec.targets.accelerator.tile.count import count
 from moec.targets.accelerator.tile.packing import Packing
 
@@ -88,11 +88,11 @@ def test_a_long_prompts_output_matrix_is_read_by_many_rows_at_once():
     profile = profile_of("nvidia-h200")
     p = Linear(151936, 2048, Packing("bf16", 151936, 2048))
     (whole,) = linear_implementations(p, Tokens(1, 8192, 0))
-    best = search(whole.kernels[0], profile).best
+    best = search_tile(whole.kernels[0], profile).best
     # in the plain order 64 tiles of rows stream the whole weight, which takes longer than the product
     assert best.tile.group > 1 and best.prediction.memory <= best.prediction.cores
     assert best.prediction.device_bytes < 2 * 8192 * (2048 + 151936) + 20 * p.weight.bytes
     assert 2 * 8192 * 2048 * 151936 / 989.4e12 < best.prediction.time < 8e-3
     first, *_ = linear_implementations(p, Tokens(1, 1, 0))
-    assert search(first.kernels[0], profile).best.tile.group == 1
+    assert search_tile(first.kernels[0], profile).best.tile.group == 1
     assert cache_capacity(profile) == 60 << 20

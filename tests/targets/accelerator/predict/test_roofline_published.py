@@ -19,7 +19,7 @@ from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.artifact.spec import kernel_specs, step_of
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.predict.work import module_work, weight_bytes
-from moec.targets.accelerator.select.predicted import predicted
+from moec.targets.accelerator.select.predicted import predicted_step
 from moec.targets.accelerator.select.step import predict_step
 from places import CONFIGS
 
@@ -172,7 +172,7 @@ LONG = pytest.mark.long
 def test_inspect_and_kernels_json_agree_op_by_op(name, tokens, chip):
     """2 %, of each function's ops; kernels.json has the kernels by the ops that they compute."""
     module, profile, step = lowered(name, "nvidia-h200"), find_profile(chip, {}), step_of(tokens)
-    shown = predicted(module, profile, batch=step.batch, new=step.new, past=step.past)
+    shown = predicted_step(module, profile, batch=step.batch, new=step.new, past=step.past)
     file = kernel_specs(module, profile, (tokens,)).to_json()
     calls = {f["name"]: f["calls"] for f in file["functions"]}
     times: Counter[tuple[str, str]] = Counter()

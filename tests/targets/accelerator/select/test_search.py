@@ -13,7 +13,7 @@ from moec.targets.accelerator.predict.experts_touched import distinct_experts, e
 from moec.targets.accelerator.select.dense import linear_implementations
 from moec.targets.accelerator.select.experts import touched
 from moec.targets.accelerator.select.implementations import Tokens
-from moec.targets.accelerator.select.search import KernelTemplate, row_choices, search, shapes
+from moec.targets.accelerator.select.search import KernelTemplate, row_choices, search_tile, shapes
 from moec.targets.accelerator.tile.packing import Packing
 
 FORMATS = ("bf16", "int4_g128", "fp8_b128", "mxfp4")
@@ -43,7 +43,7 @@ def kernel_of(hidden, inner, experts, chosen, format, tokens):
 )  # fmt: skip
 def test_what_is_found_fits(name, hidden, inner, experts, format, tokens):
     profile = profile_of(name)
-    found = search(kernel_of(hidden, inner, experts, 2, format, tokens), profile)
+    found = search_tile(kernel_of(hidden, inner, experts, 2, format, tokens), profile)
     for choice in (found.best, *found.others):
         check_fits(choice, profile)
     assert found.fitting <= found.tried
@@ -59,17 +59,17 @@ def test_linears_fit(name):
     for tokens in (Tokens(1, 1, 10), Tokens(1, 2000, 0)):
         for way in linear_implementations(p, tokens):
             for kernel in way.kernels:
-                check_fits(search(kernel, profile).best, profile)
+                check_fits(search_tile(kernel, profile).best, profile)
 
 
 def test_decoding_is_bound_by_memory_and_prefill_is_not():
     profile = profile_of("nvidia-h200")
-    one = search(kernel_of(2048, 1024, 64, 8, "bf16", 4), profile).best.prediction
+    one = search_tile(kernel_of(2048, 1024, 64, 8, "bf16", 4), profile).best.prediction
     weights = 2 * 2048 * 2048 * distinct_experts(64, 8, 4)
     assert one.bound == "memory"
     assert weights <= one.device_bytes <= 1.01 * weights
     assert one.time >= weights / 4.8e12
-    many = search(kernel_of(2048, 1024, 64, 8, "bf16", 8192), profile).best
+    many = search_tile(kernel_of(2048, 1024, 64, 8, "bf16", 8192), profile).best
     assert many.prediction.bound in ("matrix", "cache")
     assert many.prediction.flops >= 2 * 8192 * 8 * 2048 * 2048
     assert many.tile.m >= 64  # below, the fast instructions of the matrix unit are out of reach
@@ -78,20 +78,22 @@ def test_decoding_is_bound_by_memory_and_prefill_is_not():
 
 def test_fewer_bytes_take_less_time():
     profile = profile_of("nvidia-h200")
-    bf16, int4 = (search(kernel_of(4096, 2048, 64, 8, f, 16), profile).best.prediction for f in ("bf16", "int4_g128"))
+    bf16, int4 = (
+        search_tile(kernel_of(4096, 2048, 64, 8, f, 16), profile).best.prediction for f in ("bf16", "int4_g128")
+    )
     assert int4.device_bytes < 0.3 * bf16.device_bytes
     assert int4.time < 0.6 * bf16.time
 
 
 def test_a_figure_that_is_needed_is_named():
     with pytest.raises(MoecError, match=r"cores of cambricon-mlu590 is unknown"):
-        search(kernel_of(64, 64, 4, 2, "bf16", 4), find_profile("cambricon-mlu590", {}))
+        search_tile(kernel_of(64, 64, 4, 2, "bf16", 4), find_profile("cambricon-mlu590", {}))
 
 
 def test_a_chip_without_room_says_what_does_not_fit():
     profile = find_profile("nvidia-h200", {"memory.shared.usable": "1KiB", "memory.shared.capacity": "1KiB"})
     with pytest.raises(MoecError, match=r"no tile of grouped_up fits nvidia-h200: shared holds 1024 bytes"):
-        search(kernel_of(2048, 1024, 64, 8, "bf16", 4), profile)
+        search_tile(kernel_of(2048, 1024, 64, 8, "bf16", 4), profile)
 
 
 def test_expected_tiles_are_those_of_random_routing():

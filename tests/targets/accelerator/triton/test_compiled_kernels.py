@@ -6,7 +6,7 @@ from chips_for_tests import needs_triton
 from moec.targets.accelerator.artifact.objects import compile_kernels
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.triton.predict import agrees
+from moec.targets.accelerator.triton.predict import agrees_with_prediction
 from places import CONFIGS
 
 # two buckets: decoding, and a prompt; a full matrix of buckets takes half an hour
@@ -37,7 +37,7 @@ def test_all_kernels_compile(model, target):
         (found,) = kernel.objects.values()
         assert "error" not in found, f"{kernel.name}: {found['error']}"
         assert found["spills"] == 0, kernel.name
-        if not agrees(found["shared_predicted"], found["shared"]):
+        if not agrees_with_prediction(found["shared_predicted"], found["shared"]):
             wrong.append((kernel.name, kernel.best.tile, found["shared"], found["shared_predicted"]))
         if kernel.high == max(TOKENS) and kernel.kind in PRODUCTS and kernel.best.tile.m >= 64:
             assert UNITS[target] in found["instructions"], (kernel.name, kernel.best.tile, found["instructions"])

@@ -11,13 +11,19 @@ from moec.compiler.errors import MoecError
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
-from moec.targets.accelerator.run.launch import GpuKernel, seconds
+from moec.targets.accelerator.run.launch import GpuKernel, median_seconds
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.triton.architectures import ARCHITECTURES
-from moec.targets.accelerator.triton.compile import compile_kernel, compile_request, request
-from moec.targets.accelerator.triton.predict import agrees, matrix_unit, predict_shared, spills, units
+from moec.targets.accelerator.triton.compile import compile_kernel, compile_request, compile_request_of
+from moec.targets.accelerator.triton.predict import (
+    agrees_with_prediction,
+    matrix_unit,
+    predict_shared,
+    predict_units,
+    spills,
+)
 from moec.targets.accelerator.triton.source import triton_source
 from moec.targets.accelerator.triton.workers import compile_all
 from places import SUPPORT, TESTS
@@ -207,7 +213,7 @@ def compiled():
     programs["int4_g128", "sm_100", "large"] = large("int4_g128", "sm_100")
     small = grouped_down(experts("int4_g128"), Tile(16, 64, 128, 3), LAYOUT)
     programs |= {("int4_g128", arch, "small"): small for arch in ("sm_120", "gfx950")}
-    made = compile_all([request(p, arch, 4) for (_, arch, _), p in programs.items()], 2)
+    made = compile_all([compile_request_of(p, arch, 4) for (_, arch, _), p in programs.items()], 2)
     return {key: (p, result) for (key, p), result in zip(programs.items(), made, strict=True)}
 
 
@@ -222,7 +228,7 @@ def test_kernels_compile_for_every_chip_without_spills(compiled):
 @needs_triton
 def test_large_tiles_use_the_matrix_unit_that_is_made_for_them(compiled):
     for key, (program, result) in compiled.items():
-        assert result.uses == units(program, key[1], 4), key
+        assert result.uses == predict_units(program, key[1], 4), key
         if key[2] == "large":
             assert result.uses == {UNIT[key[1]]}, key
     assert compiled["bf16", "sm_100", "large"][1].tensor_memory == 128  # columns: two sums of 64
@@ -232,7 +238,9 @@ def test_large_tiles_use_the_matrix_unit_that_is_made_for_them(compiled):
 def test_shared_memory_is_what_was_predicted(compiled):
     for key, (program, result) in compiled.items():
         assert predict_shared(program, key[1], 4) == pytest.approx(result.shared, rel=0.25), key
-    assert agrees(0, 4096) and agrees(80, 100) and not agrees(7000, 10000)
+    assert (
+        agrees_with_prediction(0, 4096) and agrees_with_prediction(80, 100) and not agrees_with_prediction(7000, 10000)
+    )
 
 
 @needs_triton
@@ -240,7 +248,7 @@ def test_sums_that_are_stored_pass_through_the_bytes_that_were_predicted():
     tiles = (Tile(256, 64, 32, 2, 8), Tile(16, 256, 64, 2, 2), Tile(64, 128, 32, 1, 4), Tile(128, 32, 64, 2, 8))
     cases = [(a, out, t) for a in ("sm_89", "sm_90", "sm_121") for out in ("f32", "bf16") for t in tiles]
     programs = [linear(Linear(512, 1024, Packing("bf16", 512, 1024), out=out), t, LAYOUT) for _, out, t in cases]
-    jobs = [request(p, arch, t.warps) for p, (arch, _, t) in zip(programs, cases, strict=True)]
+    jobs = [compile_request_of(p, arch, t.warps) for p, (arch, _, t) in zip(programs, cases, strict=True)]
     found = {}
     for case, program, result in zip(cases, programs, compile_all(jobs, 2), strict=True):
         assert not isinstance(result, MoecError), (case, str(result))
@@ -280,13 +288,13 @@ def test_the_kernels_without_products_compile_and_objects_reproduce():
 @needs_triton
 def test_one_kernel_that_fails_fails_alone():
     program = combine(experts("bf16"), 512, LAYOUT)
-    good, bad = request(program, "sm_90", 4), request(program, "sm_90", 3)
-    dies = request(program, "sm_90", 4, "import os\nos._exit(3)\n")
+    good, bad = compile_request_of(program, "sm_90", 4), compile_request_of(program, "sm_90", 3)
+    dies = compile_request_of(program, "sm_90", 4, "import os\nos._exit(3)\n")
     results = compile_all([good, bad, dies, good], 2)
     assert results[0] is results[3] and results[0].name == "combine"
     assert "does not compile combine for sm_90" in str(results[1]) and "died over combine" in str(results[2])
     with pytest.raises(MoecError, match="no kernels are compiled for sm_10"):
-        request(program, "sm_10", 4)
+        compile_request_of(program, "sm_10", 4)
 
 
 def test_without_triton_it_is_said_what_to_install(monkeypatch):
@@ -310,4 +318,4 @@ def test_a_launch_without_a_gpu_says_so():
     with pytest.raises(MoecError, match=r"rows is bf16\[2, 512\]"):
         kernel(tensors | {"rows": torch.zeros(3, 512, dtype=torch.bfloat16)}, {"T": 1})
     with pytest.raises(MoecError, match="no GPU is here"):
-        seconds(lambda: None)
+        median_seconds(lambda: None)
