@@ -111,16 +111,19 @@ def test_dispatched_bytes_of_deepseek_v4_pro():
 
 @pytest.mark.long
 def test_deepseek_v3_on_h800():
-    """Row 2: batch 128 a GPU, 4K of context, 2,325 tokens/s a GPU at 50.2 ms, on 128 GPUs as in the published profile.
+    """Row 2, DeepSeek's published profile: decoding on 128 GPUs with 128 sequences each behind 4096 tokens takes 50.2 ms.
 
-    The memory and the matrix unit of an H800 are those of an H100. The compiled program copies its caches in every step
-    and expands the keys of all heads; what the devices exchange is not counted.
+    Prefill of 4096-token prompts, 16,384 tokens on each of 32 GPUs, makes 7,839 tokens/s. A factor of 1.25 for both: two half
+    batches alternate there, so that what the devices exchange is hidden, and it is not counted here.
     """
-    module = lowered("DeepSeek-V3", "nvidia-h100")
+    module = lowered("DeepSeek-V3", "nvidia-h800")
     assert weight_bytes(module) == pytest.approx(671e9 + 129280 * 7168 * 2, rel=0.02)  # 671 B, two tables bf16
-    step = predict_step(module, find_profile("nvidia-h100", {}), batch=128, past=4096, devices=128)
-    assert step.total.states > 61 * 576 * 2 * 128 * 4097  # all of the cache is read
-    assert 50.2e-3 < step.time < 3 * 50.2e-3
+    profile = find_profile("nvidia-h800", {})
+    decode = predict_step(module, profile, batch=128, past=4096, devices=128)
+    assert decode.total.states >= 61 * 576 * 2 * 128 * 4097  # all of the cache is read
+    assert 1 / 1.25 < decode.time / 50.2e-3 < 1.25
+    prefill = predict_step(module, profile, batch=4, new=4096, devices=32)
+    assert 1 / 1.25 < prefill.tokens_per_second / 7839 < 1.25
 
 
 @pytest.mark.parametrize(("batch", "measured"), [(1, 17.64e-3), (8, 20.61e-3)])
