@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ....compiler.ir.activation import Activation
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
-from .choices import RowTile
+from .choices import RowTile, Tile
 from .experts import activation
 from .norm import power_of_two
 
@@ -91,10 +91,10 @@ class Recurrence:
     decay: int = 0
     rate: bool = False
     delta: bool = False
-    dtype: str = "bf16"  # of q, k, v and y; the rest is f32
+    out: str = "bf16"  # of y; all else is f32: a GPU loads ahead by 32 bits a thread and more
 
 
-def linear_attention(p: Recurrence, t: RowTile, layout: Layout) -> Program:
+def linear_attention(p: Recurrence, t: Tile, layout: Layout) -> Program:
     """Go through the tokens with the states of t.m heads, t.n columns of each: state = exp(decay) state + k uᵀ, y = qᵀ state."""
     b = Builder("linear_attention", layout, "for each token: state = exp(decay) state + k uᵀ, y = scale qᵀ state")
     b.scalar("B", "S")
@@ -102,8 +102,8 @@ def linear_attention(p: Recurrence, t: RowTile, layout: Layout) -> Program:
     b.grid("row", f"cdiv({p.heads}, {t.m})")
     b.grid("batch", "B")
     for name in "qk":
-        b.tensor(name, p.dtype, "B", "S", p.groups, p.width)
-    b.tensor("v", p.dtype, "B", "S", p.heads, p.value_width)
+        b.tensor(name, "f32", "B", "S", p.groups, p.width)
+    b.tensor("v", "f32", "B", "S", p.heads, p.value_width)
     if p.decay:
         b.tensor("decay", "f32", "B", "S", p.heads, p.decay)
     if p.rate:
@@ -111,7 +111,7 @@ def linear_attention(p: Recurrence, t: RowTile, layout: Layout) -> Program:
     if p.delta:
         b.tensor("beta", "f32", "B", "S", p.heads)
     b.tensor("past", "f32", "B", p.heads, p.width, p.value_width)
-    b.tensor("y", p.dtype, "B", "S", p.heads, p.value_width, role="output")
+    b.tensor("y", p.out, "B", "S", p.heads, p.value_width, role="output")
     b.tensor("present", "f32", "B", p.heads, p.width, p.value_width, role="output")
     _axes(b, p, t)
     whole = (t.m, power_of_two(p.width), t.n)
@@ -119,13 +119,13 @@ def linear_attention(p: Recurrence, t: RowTile, layout: Layout) -> Program:
     b.load("state", "past", cell, "there", shape=whole)
     if p.rate:
         b.load("rates", "rate", ["head[:, None, None]", "i[None, :, None]"], "is_row", shape=(*whole[:2], 1))
-    with b.loop("token", 0, "S", 1):
+    with b.loop("token", 0, "S", 1, t.stages):
         _token(b, p, t, whole)
     b.store("present", cell, "state", "there")
     return b.program()
 
 
-def _axes(b: Builder, p: Recurrence, t: RowTile) -> None:
+def _axes(b: Builder, p: Recurrence, t: Tile) -> None:
     """Add the heads, rows and columns of the states of a point, and which of them there are."""
     rows = power_of_two(p.width)
     b.let("head", f"row * {t.m} + arange({t.m})")
@@ -138,16 +138,15 @@ def _axes(b: Builder, p: Recurrence, t: RowTile) -> None:
     b.let("there", f"is_row & (n < {p.value_width})[None, None, :]", (t.m, rows, t.n), "bool")
 
 
-def _token(b: Builder, p: Recurrence, t: RowTile, whole: tuple[int, int, int]) -> None:
+def _token(b: Builder, p: Recurrence, t: Tile, whole: tuple[int, int, int]) -> None:
     """Add the update of the states by a token, and what it reads of them."""
     rows, values = (*whole[:2], 1), (t.m, t.n)
     value = ["batch", "token", "head[:, None]", "n[None, :]"]
     for name in "qk":
         at = ["batch", "token", "group[:, None, None]", "i[None, :, None]"]
-        b.load(f"{name}_given", name, at, "is_row", shape=rows)
-        b.let(name * 2, f'cast({name}_given, "f32")', rows, "f32")
-    b.load("v_given", "v", value, "is_value", shape=values)
-    b.let("u", 'cast(v_given, "f32")', values, "f32")
+        b.load(f"{name}_row", name, at, "is_row", shape=rows)
+    b.load("v_row", "v", value, "is_value", shape=values)
+    b.let("u", "v_row", values, "f32")
     if p.decay:
         each = "0" if p.decay == 1 else "i[None, :, None]"
         shape, mask = ((t.m, 1, 1), "is_head[:, None, None]") if p.decay == 1 else (rows, "is_row")
@@ -155,8 +154,8 @@ def _token(b: Builder, p: Recurrence, t: RowTile, whole: tuple[int, int, int]) -
         b.let("state", f"state * exp(log{' * rates' if p.rate else ''})", whole, "f32")
     if p.delta:
         b.load("strength", "beta", ["batch", "token", "head"], "is_head")
-        b.let("u", "(u - sum(kk * state, 1)) * strength[:, None]", values, "f32")
-    b.let("state", "state + kk * u[:, None, :]", whole, "f32")
-    text = "sum(qq * state, 1)" if p.scale == 1 else f"sum(qq * state, 1) * {p.scale}"
-    b.let("out", f'cast({text}, "{p.dtype}")', values, p.dtype)
+        b.let("u", "(u - sum(k_row * state, 1)) * strength[:, None]", values, "f32")
+    b.let("state", "state + k_row * u[:, None, :]", whole, "f32")
+    text = "sum(q_row * state, 1)" if p.scale == 1 else f"sum(q_row * state, 1) * {p.scale}"
+    b.let("out", f'cast({text}, "{p.out}")', values, p.out)
     b.store("y", value, "out", "is_value")

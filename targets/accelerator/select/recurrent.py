@@ -48,8 +48,8 @@ def _linear_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         return only_implementation(
             KernelTemplate(
-                "linear_attention", lambda t, layout: linear_attention(p, row_tile(t), layout),
-                {"B": tokens.batch, "S": tokens.new}, _state_tiles(p), staged=False,
+                "linear_attention", lambda t, layout: linear_attention(p, t, layout), {"B": tokens.batch, "S": tokens.new},
+                _state_tiles(p),
             )
         )  # fmt: skip
 

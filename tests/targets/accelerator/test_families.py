@@ -20,12 +20,8 @@ STEPS = 3
 ATTENTION = ("deepseek_v3", "gpt_oss", "deepseek_v4", "mimo_v2_flash", "llama4_text", "olmoe", "step3p7")  # a kind each
 # with states that do not grow
 RECURRENT = ("lfm2_moe", "qwen3_next", "jamba", "granitemoehybrid", "minimax", "kimi_linear")
-SPELLED = (
-    "jetmoe",
-    "muse_spark",
-    "dbrx",
-    "longcat_flash",
-)  # experts that the model's code spells out, or makes of weights
+# experts that the model's code spells out, or makes of weights
+SPELLED = ("jetmoe", "muse_spark", "dbrx", "longcat_flash")
 CHIPS = ("nvidia-h200", "amd-mi355x", "ascend-950dt", "cambricon-mlu370")
 QUICK = (("gpt_oss", "amd-mi355x"),)
 LONG = [
@@ -41,6 +37,17 @@ def test_two_sequences_and_cached_steps(family, chip, tmp_path):
     artifact = moec.compile(model, target=chip, out=tmp_path / "a", options=options)
     lengths = (12, 7) if takes_padding(artifact) else (12, 12)
     check_near(run_beside(model, family, artifact.session(threads=1), lengths, STEPS))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "chip"), [("qwen3_next", "nvidia-h200"), ("jamba", "amd-mi355x")])
+def test_one_token_and_two_longer_sequences(family, chip, tmp_path):
+    """States that do not grow: from one token on, and after 40 and 11 of which some are padding."""
+    model = random_model(FAMILIES[family])
+    artifact = moec.compile(model, target=chip, out=tmp_path / "a", options={"kernels": "source", "buckets": "4,64"})
+    assert takes_padding(artifact)
+    for lengths in ((1,), (40, 11)):
+        check_near(run_beside(model, family, artifact.session(threads=1), lengths, 8))
 
 
 # wide enough latents for both forms: of latent attention, of that by indices, of sliding, and of that without positions
