@@ -185,8 +185,8 @@ import sys
 from pathlib import Path
 from moec.compiler.artifact import atomic
 if sys.argv[2] == "two renames":
-    atomic._exchange = lambda first, second: False
-atomic._sync = lambda folder: None  # a killed process loses nothing that was written: more swaps a second
+    atomic._exchange_folders = lambda first, second: False
+atomic._sync_folder = lambda folder: None  # a killed process loses nothing that was written: more swaps a second
 print("ready", flush=True)
 version = int(sys.argv[3])
 while True:

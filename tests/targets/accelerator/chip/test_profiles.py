@@ -525,7 +525,7 @@ def test_profiles_cost_nothing_until_they_are_read():
     code = (
         "import sys, moec.targets, moec.targets.accelerator.chip.profile as p; "
         "print(sorted({'jsonschema', 'tomllib', 'torch'} & set(sys.modules))); "
-        "p.find_profile('nvidia-b200', {}); print(p.shipped_profiles.cache_info().currsize, p._shipped.cache_info().currsize)"
+        "p.find_profile('nvidia-b200', {}); print(p.shipped_profiles.cache_info().currsize, p._shipped_profile.cache_info().currsize)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "0 1"]
