@@ -51,7 +51,7 @@ class _Worker:
     def compile(self, wanted: Request) -> Compiled | MoecError:
         if self._process is None:
             self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (stop closes it)
-            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
+            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve_requests; serve_requests()"
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages
             )
