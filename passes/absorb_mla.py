@@ -109,6 +109,7 @@ def absorb_mla(module: Module, target: Any) -> Rewritten:
     A step no longer makes keys and values of all cached tokens, which saves H R (N + V) products for each of them and
     costs H (2 R - N - V) for each pair of a new and a cached token (heads of N + rope and V numbers, a latent of R): in
     DeepSeek-V3 steps of up to 170 tokens get cheaper, decoding a hundredfold, and longer prompts up to 3.4 times dearer
-    in their attention. One program serves both, and decoding is what takes the time.
+    in their attention. On the cpu one program serves both, and decoding is what takes the time; accelerators have kernels
+    for either form and take the one for the number of new tokens.
     """
     return apply_rules(module, target, RULES)

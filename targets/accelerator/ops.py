@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-import sympy
-
 from ...compiler.formats.table import find_format, format_of
 from ...compiler.ir.activation import IDENTITY, SILU, Activation
 from ...compiler.ir.deferred import torch
@@ -22,14 +20,15 @@ from ...compiler.ops.activation import apply_activation, inner_size
 from ...compiler.ops.attention import rotate_heads
 from ...compiler.ops.compressed import block_linear as plain_block_linear
 from ...compiler.ops.define import Attributes, Types, inference_error
-from ...compiler.ops.nn import attention, rms_norm
+from ...compiler.ops.nn import rms_norm
 from ...compiler.ops.recurrent import causal_conv, conv_window
 from ...compiler.ops.recurrent import linear_attention as plain_linear_attention
 
 PLAIN = ("bf16", "f32")
 
 
-def _check_weight(name: str, weight: TensorType) -> None:
+def check_weight(name: str, weight: TensorType) -> None:
+    """Raise MoecError for a weight of a dtype that kernels do not store."""
     if weight.dtype not in PLAIN and find_format(weight.dtype) is None:
         raise inference_error(f"{name}: weights are {', '.join(PLAIN)} or in a quantized format, not {weight}")
 
@@ -64,7 +63,7 @@ def quantize(x, *, to: str):
 
 def _linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, w = types[:2]
-    _check_weight("acc.linear", w)
+    check_weight("acc.linear", w)
     return (TensorType(_numbers(x), (*x.shape[:-1], w.shape[0])),)
 
 
@@ -81,7 +80,7 @@ def linear(x, w, bias, *, out: str = "bf16"):
 
 def _block_linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, w = types
-    _check_weight("acc.block_linear", w)
+    check_weight("acc.block_linear", w)
     return OPS["nn.block_linear"].infer((x, TensorType(x.dtype, w.shape)), {})
 
 
@@ -98,7 +97,7 @@ def block_linear(x, w):
 
 def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, up = types[:2]
-    _check_weight("acc.gated_up", up)
+    check_weight("acc.gated_up", up)
     inner = inner_size("acc.gated_up", up.shape[0], attributes["act"], gated=True)
     return (TensorType(_numbers(x), (*x.shape[:-1], inner)),)
 
@@ -134,7 +133,7 @@ def sort(ids, *, experts: int):
 
 
 def _check_order(name: str, ids: TensorType, order: TensorType, offsets: TensorType, weight: TensorType) -> None:
-    _check_weight(name, weight)
+    check_weight(name, weight)
     if order.shape[0] != size(ids.elements):
         raise inference_error(f"{name}: {order} does not order the {ids.elements} choices of {ids}")
     if offsets.shape[0] != weight.shape[0] + 1:
@@ -320,70 +319,3 @@ def linear_attention(q, k, v, decay, rate, beta, past, *, scale: float = 1.0):
     """
     q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], dim=2) for t in (q, k))
     return plain_linear_attention(q, k, v, decay if rate is None else decay * rate, beta, past, scale=scale)
-
-
-# --- latent attention ------------------------------------------------------------------------------------------
-
-
-def _latent_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    q, q_rope, latent, rope, w_uk, w_uv, mask, _ = types
-    heads, (batch, _, slots, width) = size(attributes["heads"]), latent.shape
-    for weight in (w_uk, w_uv):
-        _check_weight("acc.latent_attention", weight)
-    if w_uk.shape[0] != heads * width or w_uv.shape[0] % heads:
-        raise inference_error(
-            f"acc.latent_attention: {w_uk} and {w_uv} are not those of {heads} heads on a latent of {width}"
-        )
-    if q.shape[2] % heads or q.shape[2] < heads * w_uk.shape[1]:
-        raise inference_error(
-            f"acc.latent_attention: q is {q}, {heads} heads of {w_uk} want {w_uk.shape[1]} numbers each"
-        )
-    if (q_rope is None) != (rope is None):
-        raise inference_error("acc.latent_attention takes q_rope and rope, or neither")
-    if mask is not None and mask.shape not in ((batch, slots), (batch, q.shape[1], slots)):
-        raise inference_error(
-            f"acc.latent_attention: the mask {mask} is not [{batch}, {slots}], nor one for each token"
-        )
-    return (TensorType(q.dtype, (*q.shape[:2], w_uv.shape[0])),)
-
-
-def _latent_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
-    """Return those of the form that has fewer: up-projections of the new tokens, or of all that are attended to."""
-    q, _, latent, rope, w_uk, w_uv, *_ = operands
-    heads, (batch, _, slots, width) = size(attributes["heads"]), latent.shape
-    nope, value, apart = w_uk.shape[1], w_uv.shape[0] / heads, rope.shape[3] if rope else size(0)
-    scored = {name: attributes[name] for name in ("scale", "window", "chunk", "softcap")}
-
-    def attended(key: Size, of_value: Size) -> Size:
-        types = [
-            TensorType(q.dtype, (batch, heads, n, w)) for n, w in ((q.shape[1], key), (slots, key), (slots, of_value))
-        ]
-        return OPS["nn.attention"].flops([*types, None, None], results, scored)
-
-    each = 2 * batch * heads * width * (nope + value)
-    absorbed = each * q.shape[1] + attended(width + apart, width)
-    return sympy.Min(absorbed, each * slots + attended(nope + apart, value))
-
-
-@op(
-    "acc.latent_attention",
-    "q: A[B, S, N], q_rope: A[B, heads, S, D]?, latent: state A[B, 1, T, R], rope: state A[B, 1, T, D]?,"
-    " w_uk: W[U, E], w_uv: Z[M, R], mask: I[B, *X]?, sinks: A[heads]? -> y: A[B, S, M]",
-    infer=_latent_attention,
-    flops=_latent_flops,
-)
-def latent_attention(
-    q, q_rope, latent, rope, w_uk, w_uv, mask, sinks, *,
-    heads: int, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0,
-):  # fmt: skip
-    """Attend to cached latents as nn.attention does, with keys and values that are made of them (MLA, arXiv 2405.04434).
-
-    The first E numbers of a head of q meet keys w_uk[h]ᵀ latent, with w_uk[h] the head's [R, E]; `q_rope` meets `rope`,
-    the part of the keys with positions, which all heads share. Values are w_uv[h] latent.
-    """
-    nope = q.unflatten(2, (heads, -1))[..., : w_uk.shape[1]]
-    absorbed = plain_block_linear(nope, w_uk.float()).unflatten(2, (heads, -1)).transpose(1, 2)
-    queries = absorbed if q_rope is None else torch.cat((absorbed, q_rope), dim=3)
-    keys = latent if rope is None else torch.cat((latent, rope), dim=3)
-    y = attention(queries, keys, latent, mask, sinks, scale=scale, window=window, chunk=chunk, softcap=softcap)
-    return plain_block_linear(y, w_uv.float())

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def declare_ops() -> None:
     """Declare the ops that accelerators have."""
     from . import ops  # noqa: F401
+    from .lower import latent_ops  # noqa: F401
 
 
 _ROOM = __name__.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""The kernel that makes keys or values of cached latents: the up-projection of the expanded form of latent attention."""
+"""Kernels of latent attention: rotate queries and append to both caches; make keys or values of cached latents."""
 
 from __future__ import annotations
 
@@ -7,8 +7,91 @@ from dataclasses import dataclass
 from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
-from .choices import Tile
+from .choices import RowTile, Tile
 from .experts import multiply
+from .norm import power_of_two
+
+
+@dataclass(frozen=True)
+class LatentAppend:
+    """What is done with new tokens: queries q [B, S, heads, row], of which the last `rope` numbers are rotated, and
+
+    kv [B, S, width + rope], the latents, which are normed, and the part of the keys with positions, which is rotated.
+    The angles are [C, S, rope], C the batch (`own_angles`) or 1. `pairs`: neighbours are rotated together, and come
+    apart into two halves.
+    """
+
+    heads: int
+    row: int
+    width: int
+    rope: int
+    eps: float
+    pairs: bool = False
+    own_angles: bool = False
+    dtype: str = "bf16"
+
+
+def latent_append(p: LatentAppend, t: RowTile, layout: Layout) -> Program:
+    """Write q_rope [B, heads, S, rope], and slots P .. P + S - 1 of the caches, which have C slots; t.m tokens a point."""
+    b = Builder(
+        "latent_append", layout, "q_rope = q rotated; latent[:, :, P:] = kv normed; key_rope[:, :, P:] = kv rotated"
+    )
+    b.scalar("B", "S", "P", "C")
+    b.grid("tile", f"cdiv(S, {t.m})")
+    b.grid("head", p.heads + 1)  # the last one is that of the keys
+    b.grid("batch", "B")
+    b.tensor("q", p.dtype, "B", "S", p.heads, p.row)
+    b.tensor("kv", p.dtype, "B", "S", p.width + p.rope)
+    b.tensor("norm", "f32", p.width, role="weight")
+    for name in ("cos", "sin"):
+        b.tensor(name, "f32", "B" if p.own_angles else 1, "S", p.rope)
+    b.tensor("q_rope", p.dtype, "B", p.heads, "S", p.rope, role="output")
+    b.tensor("latent", p.dtype, "B", 1, "C", p.width, role="output")
+    b.tensor("key_rope", p.dtype, "B", 1, "C", p.rope, role="output")
+    b.let("token", f"tile * {t.m} + arange({t.m})")
+    b.let("live", "token < S")
+    b.let("angles", "batch" if p.own_angles else "0")
+    with b.when(f"head < {p.heads}"):
+        to = ["batch", "head", "token[:, None]"]
+        _rotate(b, p, t, "q", ["batch", "token[:, None]", "head"], p.row - p.rope, "q_rope", to)
+    with b.when(f"head == {p.heads}"):
+        slot = ["batch", "0", "(P + token)[:, None]"]
+        wide = power_of_two(p.width)
+        b.let("j", f"arange({wide})")
+        b.let("there", f"live[:, None] & (j < {p.width})[None, :]", (t.m, wide), "bool")
+        b.load("given", "kv", ["batch", "token[:, None]", "j[None, :]"], "there", shape=(t.m, wide))
+        b.let("v", 'cast(given, "f32")', (t.m, wide), "f32")
+        b.let("factor", f"rsqrt(sum(v * v, 1) / {p.width} + {p.eps})")
+        b.load("weight", "norm", ["j"], f"j < {p.width}")
+        b.let("normed", f'cast(v * factor[:, None] * weight[None, :], "{p.dtype}")', (t.m, wide), p.dtype)
+        b.store("latent", [*slot, "j[None, :]"], "normed", "there")
+        _rotate(b, p, t, "kv", ["batch", "token[:, None]"], p.width, "key_rope", slot)
+    return b.program()
+
+
+def _rotate(
+    b: Builder, p: LatentAppend, t: RowTile, source: str, at: list[str], first: int, target: str, to: list[str]
+) -> None:
+    """Add the rotation of `rope` numbers of a tensor from `first` on, and the store of its halves."""
+    half = p.rope // 2
+    wide = power_of_two(half)
+    shape = (t.m, wide)
+    b.let("i", f"arange({wide})")
+    mask = "live[:, None]" + ("" if wide == half else f" & (i < {half})[None, :]")
+    columns = (
+        (f"({first} + i * 2)", f"({first + 1} + i * 2)") if p.pairs else (f"({first} + i)", f"({first + half} + i)")
+    )
+    for name, column, start in zip(("one", "two"), columns, (0, half), strict=True):
+        b.load(f"{name}_given", source, [*at, f"{column}[None, :]"], mask, shape=shape)
+        b.let(name, f'cast({name}_given, "f32")', shape, "f32")
+        for angle in ("cos", "sin"):
+            place = ["angles", "token[:, None]", f"({start} + i)[None, :]"]
+            b.load(f"{name}_{angle}", angle, place, mask, shape=shape)
+    for name, value, start in (
+        ("one", "one * one_cos - two * one_sin", 0), ("two", "two * two_cos + one * two_sin", half),
+    ):  # fmt: skip
+        b.let(f"{name}_out", f'cast({value}, "{p.dtype}")', shape, p.dtype)
+        b.store(target, [*to, f"({start} + i)[None, :]"], f"{name}_out", mask)
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,14 @@ def latent_attention(editor: Editor, op: Op, stored: Callable[[Editor, Op, Value
     absorbed = heads and _made(editor, heads["x"], "nn.block_linear")
     if absorbed is None or absorbed["w"].name not in {c.value.name for c in editor.function.consts}:
         return None
+    joined, heads_of_q = _joined(editor, absorbed["x"]), int(attended["q"].type.shape[1])
+    if q_rope and rope:
+        q_rope = _appended(editor, joined, heads_of_q, q_rope, latent, rope) or q_rope
     attributes: dict[str, Any] = {name: attended.attributes[name] for name in _SCORED if name in attended.attributes}
     return op.become(
-        "acc.latent_attention", _joined(editor, absorbed["x"]), q_rope, latent, rope, stored(editor, op, absorbed["w"]),
+        "acc.latent_attention", joined, q_rope, latent, rope, stored(editor, op, absorbed["w"]),
         stored(editor, op, op["w"]), attended.get("mask"), attended.get("sinks"),
-        heads=int(attended["q"].type.shape[1]), **attributes,
+        heads=heads_of_q, **attributes,
     )  # fmt: skip
 
 
@@ -53,6 +56,70 @@ def _joined(editor: Editor, nope: Value) -> Value:
         if split and source and source.type.shape[:3] == (batch, new, heads) and len(split["x"].type.shape) == 3:
             return split["x"]
     return editor.add("core.reshape", nope, shape=(batch, new, heads * width), hint=f"{nope.name}.joined")
+
+
+# --- what is done with new tokens ------------------------------------------------------------------------------
+
+
+def _appended(editor: Editor, q: Value, heads: int, q_rope: Value, latent: Value, rope: Value) -> Value | None:
+    """Replace the appends to both caches, and what is done before them, by acc.latent_append; return its rotated queries.
+
+    None where something else is done, or something else reads a cache: then each op stays.
+    """
+    first, second = (_made(editor, state, "nn.cache_append", axis=2) for state in (latent, rope))
+    turned = second and _rotated(editor, q_rope), second and _rotated(editor, second["new"])
+    norm = first and _made(editor, _flat(editor, first["new"]), "nn.rms_norm")
+    if not (first and second and norm and turned[0] and turned[1]) or turned[0][1:] != turned[1][1:]:
+        return None
+    uses = editor.function.uses
+    if any(
+        user is not None and user.name not in ("nn.attention", "core.concat")
+        for v in (latent, rope)
+        for user in uses[v.name]
+    ):
+        return None
+    width, wide, row = latent.type.shape[3], rope.type.shape[3], q.type.shape[2] / heads
+    part = _made(editor, turned[0][0], "core.slice", axis=3, start=row - wide, step=1)
+    whole = part and _made(editor, part["x"], "core.transpose", perm=_HEADS_FIRST)
+    split = whole and _made(editor, whole["x"], "core.reshape")
+    parts = [_last_axis(editor, _flat(editor, x), start) for x, start in ((norm["x"], 0), (turned[1][0], width))]
+    kv, other = parts
+    if split is None or split["x"] != q or kv is None or kv != other or len(kv.type.shape) != 3:
+        return None
+    _, cos, sin, pairs = turned[0]
+    made = editor.add_all(
+        "acc.latent_append", q, kv, norm["w"], first["past"], second["past"], cos, sin,
+        hints=(f"{q_rope.name}.new", latent, rope), heads=heads, eps=norm.settings.number("eps"), pairs=pairs,
+    )  # fmt: skip
+    return made[0]
+
+
+def _rotated(editor: Editor, value: Value) -> tuple[Value, Value, Value, bool] | None:
+    """Return what nn.rope rotates, its angles, and whether neighbours are rotated together; None for another value."""
+    op = _made(editor, value, "nn.rope")
+    if op is None:
+        return None
+    halves = _made(editor, op["x"], "core.concat", axis=3)
+    slices = (
+        [_made(editor, half, "core.slice", axis=3, start=i, step=2) for i, half in enumerate(halves.inputs)]
+        if halves
+        else []
+    )
+    if len(slices) == 2 and slices[0] and slices[1] and slices[0]["x"] == slices[1]["x"]:
+        return slices[0]["x"], op["cos"], op["sin"], True
+    return op["x"], op["cos"], op["sin"], False
+
+
+def _flat(editor: Editor, value: Value) -> Value:
+    """Return a value before it was reshaped with its last axis kept."""
+    op = _made(editor, value, "core.reshape")
+    return op["x"] if op and op["x"].type.shape[-1] == value.type.shape[-1] else value
+
+
+def _last_axis(editor: Editor, value: Value, start: Any) -> Value | None:
+    """Return what a value is a part of, from `start` on in its last axis, before it was reshaped; None for another value."""
+    op = _made(editor, value, "core.slice", axis=len(value.type.shape) - 1, start=start, step=1)
+    return _flat(editor, op["x"]) if op else None
 
 
 def _made(editor: Editor, value: Value, name: str, **attributes: Any) -> Op | None:

@@ -18,12 +18,13 @@ from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ....compiler.rewrite.roles import Uses, weight_roles
 from ....compiler.weights.demote import demoted_recipe
 from .. import ops
+from . import latent_ops
 from .dispatch import combine, dispatch, grouped_linear
 from .hoist import hoist
 from .latent import latent_attention
 from .recurrent import cut_window, linear_attention, window_conv
 
-assert ops  # what is lowered to is declared there
+assert ops and latent_ops  # what is lowered to is declared there
 
 _STORED, _TABLE = ".bf16", ".table"  # suffixes of the names of weights that are stored so
 

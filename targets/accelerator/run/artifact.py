@@ -18,6 +18,7 @@ from ....compiler.weights.sources.checkpoint import read_tensors
 from ..artifact.bindings import Binding
 from ..artifact.emit import KERNELS, PLAN
 from ..artifact.spec import SCHEMA, is_within
+from ..target import declare_ops
 from ..tile.serialize import program_from_json
 from ..tile.simulate import Chip
 from ..tile.tiles import Program
@@ -125,8 +126,7 @@ def read_program(folder: Path, kernels: Kernels) -> Module:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MoecError(f"{PROGRAM} cannot be read: {error.strerror}", where=str(path)) from error
-    from .. import ops  # noqa: F401  (the program is made of them)
-
+    declare_ops()  # the program is made of them
     try:
         module = parse_module(text, str(path))
     except MoecError as error:  # damaged, or of a moec whose ops had other attributes

@@ -135,7 +135,8 @@ def part_of_experts(computation: Computation, devices: int) -> Computation:
     if e.experts % devices:
         raise MoecError(f"{e.experts} experts on {devices} devices", todo="give a number that divides them")
     up, down = (replace(p, experts=p.experts // devices) for p in (e.up, e.down))
-    part = replace(e, experts=e.experts // devices, chosen=1, up=up, down=down)
+    # what is added to a token's sum is added where the token is
+    part = replace(e, experts=e.experts // devices, chosen=1, up=up, down=down, added=())
     whole = _PARTS[computation.kind](part, computation.weights)
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:

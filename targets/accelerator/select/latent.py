@@ -16,11 +16,11 @@ from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.attention import Attention, attention_kernel, attention_merge
 from ..kernels.dense import Linear, linear
-from ..kernels.latent import Expand, expand
+from ..kernels.latent import Expand, LatentAppend, expand, latent_append
 from ..kernels.norm import power_of_two
 from ..tile.packing import Packing
 from .attention import attention_implementations, mask_of
-from .implementations import Computation, Implementation, Selector, Tokens, given
+from .implementations import Computation, Implementation, Selector, Tokens, given, only_implementation, row_tile
 from .search import COLUMNS, DEPTHS, KernelTemplate, row_choices, shapes
 
 
@@ -137,4 +137,23 @@ def _scalars(tokens: Tokens) -> dict[str, int]:
     return {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
 
 
-IMPLEMENTATIONS: dict[str, Selector] = {"acc.latent_attention": _latent_attention}
+def _append(op: Op, weights: Mapping[str, Packing]) -> Computation:
+    operands, a = given(op), op.settings
+    heads, width, rope = a.integer("heads"), operands["past_latent"].shape[3], operands["past_rope"].shape[3]
+    p = LatentAppend(
+        heads, int(operands["q"].shape[2]) // heads, int(width), int(rope), a.number("eps"), a.flag("pairs"),
+        str(operands["cos"].shape[0]) == "B",
+    )  # fmt: skip
+
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        kernel = KernelTemplate(
+            "latent_append", lambda t, layout: latent_append(p, row_tile(t), layout), _scalars(tokens),
+            tuple((m, 1, 1) for m in (1, 2, 4, 8, 16, 32)), staged=False,
+            appended={"latent": ("past_latent", "latent"), "key_rope": ("past_rope", "rope")},
+        )  # fmt: skip
+        return only_implementation(kernel)
+
+    return Computation("latent_append", p, {}, implementations)
+
+
+IMPLEMENTATIONS: dict[str, Selector] = {"acc.latent_attention": _latent_attention, "acc.latent_append": _append}

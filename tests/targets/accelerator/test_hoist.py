@@ -3,12 +3,9 @@
 import pytest
 import torch
 from moec.compiler.check.interpret import interpret
-from moec.compiler.driver import compile_source
-from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.lower.hoist import hoist
-from tiny_models import random_model, save
 
 declare_kernel_ops()
 TEXT = """moec 1 stage kernel
@@ -90,11 +87,3 @@ def test_ops_of_shared_values_move_and_their_numbers_stay():
 def test_what_differs_between_calls_stays(text):
     found = hoist(parse_module(text))
     assert "core.concat" in names(found.by_name["layer"])
-
-
-def test_angles_are_doubled_once(tmp_path):
-    folder = save(random_model(FAMILIES["deepseek_v3"]), tmp_path)
-    module = compile_source(folder, target="nvidia-h200", stop_after="lower", check=True).module
-    for function in module.functions:
-        doubled = [op for op in function.ops if op.name == "core.concat" and len(set(op.operands)) == 1]
-        assert len(doubled) == (3 if function.name == "main" else 0)  # the angles themselves, cosines and sines

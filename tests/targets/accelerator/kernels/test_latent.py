@@ -9,16 +9,18 @@ from chips_for_tests import CHIPS, bf16, close, named, run, weight
 from kernel_checks import numbers
 from moec.compiler.ops import OPS, nn
 from moec.compiler.text.parser import parse_module
+from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.kernels import latent
 from moec.targets.accelerator.kernels.attention import Attention, attention_kernel
-from moec.targets.accelerator.kernels.choices import AttentionTile, Tile
-from moec.targets.accelerator.kernels.latent import Expand, expand
+from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile, Tile
+from moec.targets.accelerator.kernels.latent import Expand, LatentAppend, expand, latent_append
 from moec.targets.accelerator.run.artifact import Weights, read_kernels
 from moec.targets.accelerator.run.executor import Executor
 from moec.targets.accelerator.run.launchers import Simulated
 from moec.targets.accelerator.run.slots import tensor_of
-from moec.targets.accelerator.select import states as select_states
+from moec.targets.accelerator.select import latent as select_latent
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 
@@ -31,7 +33,7 @@ chips = pytest.mark.parametrize("name", CHIPS)
 def test_keys_and_values_of_latents(name, form, turned):
     layout, chip = CHIPS[name]
     heads, rows, depth, batch, past, new = 2, 40, 48, 2, 9, 3
-    latent = bf16(numbers(batch, 1, past + new + 4, depth))  # with slots that are not used yet
+    cached = bf16(numbers(batch, 1, past + new + 4, depth))  # with slots that are not used yet
     packing = Packing(form, heads * (depth if turned else rows), rows if turned else depth)
     parts, w = weight(packing, np.random.default_rng(0))
     each = bf16(w).reshape(heads, -1, w.shape[-1])
@@ -39,18 +41,18 @@ def test_keys_and_values_of_latents(name, form, turned):
     p = Expand(heads, rows, depth, packing, turned)
     tile = Tile(16, max(packing.step, 32), 32) if turned else Tile(16, 32, max(packing.step, 32))
     scalars = {"B": batch, "S": new, "P": past, "C": past + new + 4}
-    y = run(expand(p, tile, layout), chip, scalars, latent=latent, **named(parts, "w"))["y"]
-    close(y, torch.einsum("btr,hnr->bhtn", latent[:, 0, : past + new], each), 5e-3)
+    y = run(expand(p, tile, layout), chip, scalars, latent=cached, **named(parts, "w"))["y"]
+    close(y, torch.einsum("btr,hnr->bhtn", cached[:, 0, : past + new], each), 5e-3)
 
 
 def test_a_window_leaves_out_what_no_new_token_sees():
     layout, chip = CHIPS["hopper"]
     parts, w = weight(Packing("bf16", 32, 16), np.random.default_rng(0))
-    p, latent = Expand(2, 16, 16, Packing("bf16", 32, 16), window=4), bf16(numbers(1, 1, 12, 16))
+    p, cached = Expand(2, 16, 16, Packing("bf16", 32, 16), window=4), bf16(numbers(1, 1, 12, 16))
     scalars = {"B": 1, "S": 2, "P": 10, "C": 12}
-    y = run(expand(p, Tile(16, 16, 16), layout), chip, scalars, latent=latent, **named(parts, "w"))["y"]
+    y = run(expand(p, Tile(16, 16, 16), layout), chip, scalars, latent=cached, **named(parts, "w"))["y"]
     made = torch.tensor(y.astype(np.float32))
-    close(made[:, :, 7:], torch.einsum("btr,hnr->bhtn", latent[:, 0, 7:], bf16(w).reshape(2, 16, 16)), 5e-3)
+    close(made[:, :, 7:], torch.einsum("btr,hnr->bhtn", cached[:, 0, 7:], bf16(w).reshape(2, 16, 16)), 5e-3)
     assert (made[:, :, :7] == 77).all()  # as the simulator gave it
 
 
@@ -90,18 +92,44 @@ def test_a_part_with_positions_lies_apart(name, past, new, split, expanded):
     close(found["y"], wanted, 3e-6)
 
 
+def turns(*shape):
+    """Return cosines and sines of angles, each of which is there twice."""
+    angle = numbers(*shape[:-1], shape[-1] // 2)
+    return tuple(f(torch.cat((angle, angle), -1)) for f in (torch.cos, torch.sin))
+
+
+@chips
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("past", "new", "own"), [(0, 5, True), (6, 1, False)])
+def test_new_tokens_are_rotated_normed_and_appended(name, pairs, past, new, own):
+    layout, chip = CHIPS[name]
+    batch, heads, row, width, rope = 2, 3, 20, 24, 12
+    q, kv, norm = numbers(batch, new, heads * row), numbers(batch, new, width + rope), numbers(width)
+    caches = numbers(batch, 1, past, width), numbers(batch, 1, past, rope)
+    cos, sin = turns(batch if own else 1, new, rope)
+    p = LatentAppend(heads, row, width, rope, 1e-5, pairs, own, dtype="f32")
+    room = [torch.cat((cache, torch.full((batch, 1, new + 2, cache.shape[3]), 9.0)), 2) for cache in caches]
+    given = {"q": q, "kv": kv, "norm": norm, "cos": cos, "sin": sin, "latent": room[0], "key_rope": room[1]}
+    scalars = {"B": batch, "S": new, "P": past, "C": past + new + 2}
+    found = run(latent_append(p, RowTile(2, 0), layout), chip, scalars, **given)
+    wanted = OPS["acc.latent_append"].reference(q, kv, norm, *caches, cos, sin, heads=heads, eps=1e-5, pairs=pairs)
+    close(found["q_rope"], wanted[0])
+    for made, cache in zip((found["latent"], found["key_rope"]), wanted[1:], strict=True):
+        close(made[:, :, : past + new], cache)
+        assert (made[:, :, past + new :] == 9).all()
+
+
 # --- both forms on one cache ---------------------------------------------------------------------------------------
 
 MODULE = """moec 1 stage kernel
 dim B in 1..4
 dim S in 1..64
 dim P in 0..64
-func @main(%q: f32[B, S, 72], %q_rope: f32[B, 3, S, 8], %new: f32[B, 1, S, 32], %new_rope: f32[B, 1, S, 8], %mask: bool[B, P + S], %past: state f32[B, 1, P, 32], %past_rope: state f32[B, 1, P, 8])
+func @main(%q: f32[B, S, 72], %kv: f32[B, S, 40], %norm: f32[32], %cos: f32[1, S, 8], %sin: f32[1, S, 8], %mask: bool[B, P + S], %past: state f32[B, 1, P, 32], %past_rope: state f32[B, 1, P, 8])
     -> (f32[B, S, 48], state f32[B, 1, P + S, 32], state f32[B, 1, P + S, 8]) {
   const %w_uk : bf16[96, 16] = tensor("w_uk", bf16[96, 16])
   const %w_uv : bf16[48, 32] = tensor("w_uv", bf16[48, 32])
-  %latent = nn.cache_append(%past, %new) {axis=2} : state f32[B, 1, P + S, 32]
-  %rope = nn.cache_append(%past_rope, %new_rope) {axis=2} : state f32[B, 1, P + S, 8]
+  %q_rope, %latent, %rope = acc.latent_append(%q, %kv, %norm, %past, %past_rope, %cos, %sin) {heads=3, eps=1e-06, pairs=true} : f32[B, 3, S, 8], state f32[B, 1, P + S, 32], state f32[B, 1, P + S, 8]
   %y = acc.latent_attention(%q, %q_rope, %latent, %rope, %w_uk, %w_uv, %mask, _) {heads=3, scale=0.2} : f32[B, S, 48]
   return %y, %latent, %rope
 }
@@ -123,8 +151,7 @@ class Recorded(Simulated):
 
 def differences(target, folder):
     """Return how far each step is off, relative to the largest number, and the kernels that each of them ran."""
-    from moec.targets.accelerator import ops  # noqa: F401
-
+    declare_kernel_ops()
     module = parse_module(MODULE)
     made = kernel_specs(module, find_profile(target, {}), (4, 128))
     (folder / "kernels.json").write_text(json.dumps(made.to_json()))
@@ -139,10 +166,11 @@ def differences(target, folder):
     kept = [torch.zeros(2, 1, 0, n) for n in (32, 8)]
     off, ran = [], []
     for past, new in zip(np.cumsum((0, *STEPS)), STEPS, strict=False):
-        q, q_rope, *fresh = (bf16(numbers(2, *n)) for n in ((new, 72), (3, new, 8), (1, new, 32), (1, new, 8)))
+        q, kv, norm = bf16(numbers(2, new, 72)), bf16(numbers(2, new, 40)), numbers(32)
+        cos, sin = turns(1, new, 8)
         mask = torch.rand(2, past + new) < 0.9
-        y, *held = executor.run([q, q_rope, *fresh, mask, *held], {"B": 2, "S": new, "P": int(past)})
-        kept = [torch.cat(pair, 2) for pair in zip(kept, fresh, strict=True)]
+        y, *held = executor.run([q, kv, norm, cos, sin, mask, *held], {"B": 2, "S": new, "P": int(past)})
+        q_rope, *kept = OPS["acc.latent_append"].reference(q, kv, norm, *kept, cos, sin, heads=3, eps=1e-6, pairs=True)
         wanted = OPS["acc.latent_attention"].reference(q, q_rope, *kept, w_uk, w_uv, mask, None, heads=3, scale=0.2)
         off.append(float((tensor_of(y).float() - wanted).abs().max() / wanted.abs().max()))
         ran.append(launcher.names[:])
@@ -166,25 +194,28 @@ def test_both_forms_read_one_cache(target, tmp_path):
     assert [any("absorb" in name for name in names) for names in ran] == [not e for e in expanded]
 
 
-@pytest.mark.parametrize(
-    ("width", "before", "after"),
-    [
-        (32, '"(P + token)[:, None]"', '"token[:, None]"'),
-        (8, '"(P + token)[:, None]"', '"token[:, None]"'),
-        (8, "S", "0"),
-    ],
-)
-def test_a_fault_of_the_append_is_caught(width, before, after, tmp_path, monkeypatch):
-    """The wrong slots, of the latent and of the part with positions; the latter is not appended at all."""
-    original = select_states.append
+def shifted(p, t, layout):
+    """Return the kernel with an append that begins at slot 0."""
+    data = json.dumps(program_to_json(latent.latent_append(p, t, layout)), ensure_ascii=False)
+    assert "P + token" in data
+    return program_from_json(json.loads(data.replace("P + token", "token")))
 
-    def faulty(p, t, layout):
-        data = json.dumps(program_to_json(original(p, t, layout)), ensure_ascii=False)
-        grid = json.dumps(f"cdiv({before}, {t.m})"), json.dumps(f"cdiv({after}, {t.m})")
-        wrong = data.replace(*grid) if before == "S" else data.replace(before, after)
-        assert wrong != data
-        return program_from_json(json.loads(wrong)) if p.width == width else original(p, t, layout)
 
-    monkeypatch.setattr(select_states, "append", faulty)
+def without_positions(p, t, layout):
+    """Return the kernel without the append of the part with positions."""
+    original = latent._rotate
+
+    def only_queries(b, p, t, source, at, first, target, to):
+        if target == "q_rope":
+            original(b, p, t, source, at, first, target, to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent, "_rotate", only_queries)
+        return latent.latent_append(p, t, layout)
+
+
+@pytest.mark.parametrize("faulty", [shifted, without_positions])
+def test_a_fault_of_the_append_is_caught(faulty, tmp_path, monkeypatch):
+    monkeypatch.setattr(select_latent, "latent_append", faulty)
     off, _ = differences("nvidia-h200", tmp_path)
     assert max(off) > 0.1, off
