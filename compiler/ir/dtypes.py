@@ -45,6 +45,7 @@ DTYPES = {
     for name, bits, common in (
         ("bool", 8, "bool"), ("u8", 8, "uint8"), ("i8", 8, "int8"), ("i16", 16, "int16"), ("i32", 32, "int32"),
         ("i64", 64, "int64"), ("f8e4m3", 8, "float8_e4m3fn"), ("f8e5m2", 8, "float8_e5m2"),
+        ("f8e4m3fnuz", 8, "float8_e4m3fnuz"),
         ("f8e8m0", 8, "float8_e8m0fnu"), ("f16", 16, "float16"), ("bf16", 16, "bfloat16"), ("f32", 32, "float32"),
         ("f64", 64, "float64"),
     )

@@ -28,7 +28,7 @@ HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 # dtype strings of the format -> ours
 SAFETENSORS_DTYPES = {
     "BOOL": "bool", "U8": "u8", "I8": "i8", "I16": "i16", "I32": "i32", "I64": "i64",
-    "F8_E4M3": "f8e4m3", "F8_E5M2": "f8e5m2", "F8_E8M0": "f8e8m0",
+    "F8_E4M3": "f8e4m3", "F8_E5M2": "f8e5m2", "F8_E8M0": "f8e8m0", "F8_E4M3FNUZ": "f8e4m3fnuz",
     "F16": "f16", "BF16": "bf16", "F32": "f32", "F64": "f64",
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from ..tile.tiles import Program
 from .choices import RowTile, Tile
 
 LARGEST = 448.0  # of E4M3
+FNUZ = "f8e4m3fnuz"  # AMD's older E4M3: the same bits are half of the number, and -0 is none
 ROUNDS = 1.5 * 2.0**23  # added to an f32 it leaves a whole number, ties to even
 
 
@@ -81,10 +82,11 @@ def multiply_codes(
         at = [*lead, f"{rows}[:, None]", k]
         w = b.operand(f"w_{acc}", f"{tensor}_codes", at, "n_live[:, None]", (t.n, t.k), second=True)
         part = b.accumulator(f"{acc}_part", (t.m, t.n))
-        b.dot(part, a, w)
+        b.dot(part, a, w, bits=weight.bits)
         scale, block = f"{acc}_scale", f"{acc}_block"
         each = b.load(scale, f"{tensor}_scales", [*lead, block, f"k // {held.group}"], _live(b, block))
-        by = f"({each} * a_scale)[:, None]" if b.is_scalar(block) else f"(a_scale[:, None] * {each}[None, :])"
+        each = f"{each} * 4.0" if weight.bits == FNUZ else each  # a half for each of the two
+        by = f"({each} * a_scale)[:, None]" if b.is_scalar(block) else f"(a_scale[:, None] * ({each})[None, :])"
         b.let(acc, f"{acc} + {b.result(part)} * {by}", (t.m, t.n), "f32")
 
 
@@ -146,6 +148,7 @@ class Quantize:
     width: int
     format: str
     dtype: str = "bf16"  # of x
+    bits: str = ""  # as in Packing
 
 
 def quantize(p: Quantize, t: RowTile, layout: Layout) -> Program:
@@ -162,11 +165,13 @@ def quantize(p: Quantize, t: RowTile, layout: Layout) -> Program:
     b.let("c", f"column * {t.n} + arange({t.n})")
     b.let("there", f"live[:, None] & (c < {p.width})[None, :]", (t.m, t.n), "bool")
     b.load("x_tile", "x", ["row[:, None]", "c[None, :]"], "there", shape=(t.m, t.n))
-    store_rows(b, "y", form, 'cast(x_tile, "f32")', (t.m, t.n), p.width)
+    store_rows(b, "y", form, 'cast(x_tile, "f32")', (t.m, t.n), p.width, p.bits)
     return b.program()
 
 
-def store_rows(b: Builder, name: str, form: Format, value: str, shape: tuple[int, int], width: int) -> None:
+def store_rows(
+    b: Builder, name: str, form: Format, value: str, shape: tuple[int, int], width: int, bits: str = ""
+) -> None:
     """Round a tile of f32 [rows, whole groups] and store it at `row` and `c`, where `live` and `there` say that it is."""
     rows, columns = shape
     groups = columns // form.group
@@ -176,7 +181,9 @@ def store_rows(b: Builder, name: str, form: Format, value: str, shape: tuple[int
     if form.element == "e2m1":
         _store_pairs(b, name, rows, columns, form.group, width)
     else:
-        b.let("coded", 'cast(parted / where(by == 0.0, 1.0, by)[:, :, None], "f8e4m3")', apart, "f8e4m3")
+        rounded = "parted / where(by == 0.0, 1.0, by)[:, :, None]"
+        text = f'bitcast(cast({rounded} * 0.5, "{FNUZ}"), "f8e4m3")' if bits == FNUZ else f'cast({rounded}, "f8e4m3")'
+        b.let("coded", text, apart, "f8e4m3")
         b.let("codes", f"reshape(coded, {rows}, {columns})", shape, "f8e4m3")
         b.store(f"{name}_codes", ["row[:, None]", "c[None, :]"], "codes", "there")
     b.let("group", f"min(c, 0) // {form.group} + arange({groups})")

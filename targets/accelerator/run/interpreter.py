@@ -24,6 +24,7 @@ def mend_interpreter() -> None:
     floats: dict[Any, Any] = {
         tl.float32: np.float32, tl.float16: np.float16, tl.bfloat16: ml_dtypes.bfloat16,
         tl.float8e5: ml_dtypes.float8_e5m2, tl.float8e4nv: ml_dtypes.float8_e4m3fn,
+        tl.float8e4b8: ml_dtypes.float8_e4m3fnuz,
     }  # fmt: skip
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     convert_float, splat, dot = interpreter._convert_float, builder.create_splat, builder.create_dot

@@ -9,13 +9,15 @@ bf16, which gpt-oss is made for, unless `fp8` (activations in MXFP8) or `fp4` (i
 from __future__ import annotations
 
 from ....compiler.errors import MoecError
+from ....compiler.formats.table import find_format
 from ..chip.chip import Profile
 from ..triton.architectures import nearest
 
+FNUZ = "f8e4m3fnuz"
 CHOICES = ("auto", "bf16", "fp8", "fp4")
 # format of weights -> of the activations that they meet, and what a profile calls the product
 BLOCKS = {"fp8_b128": "fp8_g128", "fp8_g128": "fp8_g128"}
-UNITS = {"fp8_g128": "f8e4m3", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}
+UNITS = {"fp8_g128": ("f8e4m3", FNUZ), "mxfp8": ("mxfp8",), "mxfp4": ("mxfp4",)}
 
 
 def rounded_pairs(profile: Profile, activations: str) -> str:
@@ -39,4 +41,11 @@ def rounded_pairs(profile: Profile, activations: str) -> str:
 
 
 def _multiplies(profile: Profile, rows: str) -> bool:
-    return profile.toolchain == "triton" and profile.unit(UNITS[rows]) is not None
+    return profile.toolchain == "triton" and any(profile.unit(name) for name in UNITS[rows])
+
+
+def bits_of(profile: Profile, format: str) -> str:
+    """Return the dtype as which a chip's matrix unit takes the bits of E4M3 codes; "" where it is E4M3 itself."""
+    form = find_format(format)
+    coded = form is not None and form.element == "e4m3" and form.scale == "f32"
+    return FNUZ if coded and profile.unit("f8e4m3") is None and profile.unit(FNUZ) else ""

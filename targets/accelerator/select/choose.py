@@ -14,6 +14,7 @@ from ..chip.chip import Profile
 from ..kernels.choices import Tile
 from ..predict.assumed import multiplies
 from ..tile.packing import Packing
+from .activations import bits_of
 from .implementations import Computation, Tokens
 from .search import Fit, Found, KernelTemplate, search_tile
 from .supported import IMPLEMENTATIONS, supported
@@ -57,8 +58,12 @@ def fastest_kernels(
 def _in_pairs(op: Op, weight: Value) -> bool:
     """Return whether an op multiplies the codes of a weight of 4 bits as they are: with activations in a format."""
     form = find_format(weight.type.dtype)
-    coded = any(find_format(v.type.dtype) for v in op.inputs if v != weight)
-    return form is not None and form.bits == 4 and coded
+    return form is not None and form.bits == 4 and _is_coded(op, weight)
+
+
+def _is_coded(op: Op, weight: Value) -> bool:
+    """Return whether an op multiplies codes: with activations in a format."""
+    return any(find_format(v.type.dtype) for v in op.inputs if v != weight)
 
 
 def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Packing]:
@@ -83,5 +88,6 @@ def weight_layouts(module: Module, profile: Profile) -> dict[tuple[str, str], Pa
                         lead[0] if lead else 0,
                         fractal and plain and value.name not in looked_up,
                         _in_pairs(op, value),
+                        bits_of(profile, value.type.dtype) if _is_coded(op, value) else "",
                     )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -16,6 +17,7 @@ from ..kernels.low_precision import Quantize, quantize
 from ..kernels.norm import Norm, add_rms_norm, layer_norm, power_of_two, rms_norm
 from ..kernels.rope import Append, Rope, qk_rope_append, rope_kernel
 from ..tile.packing import Packing
+from .activations import bits_of
 from .implementations import (
     Computation,
     Implementation,
@@ -90,9 +92,10 @@ def _quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         rows = _row_count(x.shape[:-1], tokens)
+        made = replace(p, bits=bits_of(profile, p.format))
         tiles = tuple((m, n, 1) for m in (1, 2, 4, 8) for n in widths)
         return only_implementation(
-            KernelTemplate("quantize", lambda t, layout: quantize(p, row_tile(t), layout), {"T": rows}, tiles,
+            KernelTemplate("quantize", lambda t, layout: quantize(made, row_tile(t), layout), {"T": rows}, tiles,
                    staged=False)
         )  # fmt: skip
 

@@ -134,9 +134,9 @@ class Builder:
         sizes = ", ".join(map(str, shape))
         return self.let(name, f'full({sizes}, 0.0, "f32")', shape, "f32", self.layout.result)
 
-    def dot(self, acc: str, a: str, b: str, transpose: bool = True) -> None:
-        """Add a bᵀ (or a b) to a sum."""
-        self._add(Dot(acc, a, b, transpose))
+    def dot(self, acc: str, a: str, b: str, transpose: bool = True, bits: str = "") -> None:
+        """Add a bᵀ (or a b) to a sum; with `bits` of the numbers of that dtype that have the operands' bits."""
+        self._add(Dot(acc, a, b, transpose, bits=bits))
 
     def scaled_dot(self, acc: str, a: str, b: str, scales: tuple[str, str]) -> None:
         """Add a bᵀ of codes under scales to a sum; see tiles.Dot."""

@@ -84,7 +84,7 @@ def multiplied(program: Program, dot: Dot) -> tuple[str, int]:
     a, b = program.buffers[dot.a], program.buffers[dot.b]
     depth = a.shape[1]
     if not dot.scales:
-        return a.dtype, depth
+        return dot.bits or a.dtype, depth
     powers = program.buffers[dot.scales[0]].dtype == "u8"
     mxfp8, mxfp4, nvfp4 = SCALED
     name = mxfp8 if "f8e4m3" in (a.dtype, b.dtype) else mxfp4 if powers else nvfp4

@@ -36,7 +36,8 @@ def pad(n: int, to: int) -> int:
 class Packing:
     """A weight [experts, N, K] (experts 0: there is no such axis) in a format; K and N as they are in device memory.
 
-    `format` is bf16 or another plain dtype, or a quantized format that kernels read.
+    `format` is bf16 or another plain dtype, or a quantized format that kernels read. `pairs` and `bits` are for codes that
+    the matrix unit multiplies: those of 4 bits lie in pairs, and the unit takes the bits of E4M3 as another dtype.
     """
 
     format: str
@@ -45,6 +46,7 @@ class Packing:
     experts: int = 0
     fractal: bool = False
     pairs: bool = False
+    bits: str = ""
 
     @cached_property
     def quantized(self) -> Format | None:
@@ -118,6 +120,8 @@ class Packing:
             halves = given.astype(np.uint8).reshape(*given.shape[:-1], -1, *((HALF, 2) if self.pairs else (2, HALF)))
             halves = np.moveaxis(halves, -1, -2) if self.pairs else halves
             given = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*given.shape[:-1], -1)
+        if self.bits:  # -0, which is no number there
+            given = np.where(given.view(np.uint8) == 128, np.uint8(0), given.view(np.uint8))
         found = {"codes": given.view(DTYPES[self.element].numpy) if given.dtype.itemsize == 1 else given}
         for name in ("scales", "zeros", "tensor_scale"):
             if name in self.parts:

@@ -165,6 +165,8 @@ class Scope:
         if a.dtype != b.dtype or acc.dtype != "f32" or a.dtype not in MULTIPLIED:
             what = f"{dot.acc} ({acc.dtype}) += {a.dtype} times {b.dtype}"
             raise MoecError(what, todo="a matmul adds floats of one dtype in f32")
+        if dot.bits and not (dot.bits in EIGHT and a.dtype in EIGHT):
+            raise MoecError(f"the bits of {a.dtype} are not those of {dot.bits}")
 
     def _check_scaled(self, dot: Dot, a: ExprType, b: ExprType, acc: ExprType) -> None:
         assert dot.scales

@@ -40,8 +40,9 @@ def _statement_to_json(statement: Statement) -> dict[str, Any]:
         case Store(tensor, at, value, mask, add):
             entry = {"store": tensor, "at": [str(i) for i in at], "value": str(value), "mask": str(mask or "")}
             return entry | ({"add": True} if add else {})
-        case Dot(acc, a, b, transpose, scales):
-            return {"dot": acc, "a": a, "b": b, "transpose": transpose} | ({"scales": list(scales)} if scales else {})
+        case Dot(acc, a, b, transpose, scales, bits):
+            entry = {"dot": acc, "a": a, "b": b, "transpose": transpose}
+            return entry | ({"scales": list(scales)} if scales else {}) | ({"bits": bits} if bits else {})
         case Move(name, source):
             return {"move": name, "value": source}
         case For(var, start, stop, step, body, stages):
@@ -85,7 +86,7 @@ def _read_one(entry: Mapping[str, Any], scope: Scope) -> Statement:
             return scope.add(Store(tensor, indices, scope.value(value), mask, entry.get("add", False)))
         case {"dot": acc, "a": a, "b": b}:
             scales = tuple(entry["scales"]) if "scales" in entry else None
-            return scope.add(Dot(acc, a, b, entry.get("transpose", False), scales))
+            return scope.add(Dot(acc, a, b, entry.get("transpose", False), scales, entry.get("bits", "")))
         case {"move": name, "value": value}:
             return scope.add(Move(name, value))
         case {"for": var, "start": start, "stop": stop, "step": step, "body": body}:

@@ -175,6 +175,8 @@ class _Run:
         if where != self.chip.operands:
             raise self.fail(f"the matrix unit works in {self.chip.operands}, the tiles lie in {where}")
         a, b, acc = (np.asarray(self.values[n]) for n in (statement.a, statement.b, statement.acc))
+        if statement.bits:
+            a, b = (x.view(DTYPES[statement.bits].numpy) for x in (a, b))
         if statement.scales:
             a, b = (_scaled(x, self.values[s]) for x, s in zip((a, b), statement.scales, strict=True))
         b = b.T if statement.transpose else b

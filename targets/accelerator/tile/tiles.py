@@ -63,7 +63,7 @@ class Dot:
 
     With `scales`, of a [M, K / group] and of b [N, K / group], the operands are codes, each group along K under its scale:
     E4M3, or bytes (u8) of two E2M1 each, the first in the low bits; b is [N, K]. Scales in u8 are powers of two (E8M0)
-    for 32 codes, those in E4M3 are for 16.
+    for 32 codes, those in E4M3 are for 16. With `bits` the unit takes the operands' bits as numbers of that dtype.
     """
 
     acc: str
@@ -71,6 +71,7 @@ class Dot:
     b: str
     transpose: bool = False
     scales: tuple[str, str] | None = None
+    bits: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import numpy as np
 from ....compiler.errors import MoecError
 from ....compiler.ir.dtypes import DTYPES
 
-TILE_DTYPES = ("f32", "bf16", "f16", "f8e4m3", "f8e5m2", "i64", "i32", "i8", "u8", "bool")
-SIGNED, NARROW, HALF, EIGHT = ("i32", "i64"), ("u8", "i8"), ("bf16", "f16"), ("f8e4m3", "f8e5m2")
+TILE_DTYPES = ("f32", "bf16", "f16", "f8e4m3", "f8e5m2", "f8e4m3fnuz", "i64", "i32", "i8", "u8", "bool")
+SIGNED, NARROW, HALF = ("i32", "i64"), ("u8", "i8"), ("bf16", "f16")
+EIGHT = ("f8e4m3", "f8e5m2", "f8e4m3fnuz")
 FLOATS = ("f32", *HALF)
 INTEGERS = ("int", *SIGNED, *NARROW)
 INDICES = ("int", *SIGNED)

@@ -27,6 +27,7 @@ from .source import pointer_name, triton_source
 
 SIGNATURE: Mapping[str, str] = {
     "f32": "fp32", "bf16": "bf16", "f16": "fp16", "f8e4m3": "fp8e4nv", "f8e5m2": "fp8e5",
+    "f8e4m3fnuz": "fp8e4b8",
     "i64": "i64", "i32": "i32", "i8": "i8", "u8": "u8", "bool": "i1",
 }  # fmt: skip
 UNITS: Mapping[str, str] = {

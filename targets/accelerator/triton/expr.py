@@ -21,6 +21,7 @@ from ..tile.types import EIGHT, FLOATS, HALF, ExprType, common_dtype
 
 TRITON: Mapping[str, str] = {
     "f32": "float32", "bf16": "bfloat16", "f16": "float16", "f8e4m3": "float8e4nv", "f8e5m2": "float8e5",
+    "f8e4m3fnuz": "float8e4b8",
     "i64": "int64", "i32": "int32", "i8": "int8", "u8": "uint8", "bool": "int1",
 }  # fmt: skip
 HELPERS: Mapping[str, str] = {

@@ -263,10 +263,14 @@ class _Printer:
         if statement.scales:
             self._scaled_dot(statement, statement.scales)
             return
-        second = call("tl.trans", ast.Name(statement.b)) if statement.transpose else ast.Name(statement.b)
+        given: list[ast.expr] = [ast.Name(name) for name in (statement.a, statement.b)]
+        if statement.bits:
+            given = [as_dtype(node, statement.bits, bitcast=ast.Constant(True)) for node in given]
+        a, b = given
+        second = call("tl.trans", b) if statement.transpose else b
         exact = self.program.buffers[statement.a].dtype == "f32"
         precise = {"input_precision": ast.Constant("ieee")} if exact else {}
-        node = call("tl.dot", ast.Name(statement.a), second, ast.Name(statement.acc), **precise)
+        node = call("tl.dot", a, second, ast.Name(statement.acc), **precise)
         self._assign(statement.acc, node, buffer.shape, self.expressions.nonnegative[statement.acc])
 
     def _scaled_dot(self, dot: Dot, scales: tuple[str, str]) -> None:

@@ -5,6 +5,7 @@ from chips_for_tests import needs_triton
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear
+from moec.targets.accelerator.select.activations import bits_of
 from moec.targets.accelerator.tile.machine import layout_of
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.triton.compile import compile_kernel
@@ -21,6 +22,7 @@ from moec.targets.accelerator.triton.compile import compile_kernel
                 ("nvidia-b200", "fp8_g128", "fp8_b128", "tcgen05.mma.cta_group::1.kind::f8f6f4"),
                 ("nvidia-rtx5090", "fp8_g128", "fp8_b128", "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
                 ("amd-mi355x", "fp8_g128", "fp8_b128", "v_mfma_f32_32x32x64_f8f6f4"),
+                ("amd-mi300x", "fp8_g128", "fp8_b128", "v_mfma_f32_32x32x16_fp8_fp8"),
                 ("nvidia-b200", "mxfp8", "mxfp8", "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale"),
                 ("nvidia-b200", "mxfp8", "mxfp4", "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale"),
                 ("nvidia-b200", "mxfp4", "mxfp4", "tcgen05.mma.cta_group::1.kind::mxf4.block_scale"),
@@ -39,6 +41,6 @@ from moec.targets.accelerator.triton.compile import compile_kernel
 )
 def test_the_matrix_unit_multiplies_codes(chip, given, form, instruction):
     profile = find_profile(chip, {})
-    p = Linear(256, 1024, Packing(form, 256, 1024, pairs=form == "mxfp4"), dtype=given)
+    p = Linear(256, 1024, Packing(form, 256, 1024, pairs=form == "mxfp4", bits=bits_of(profile, form)), dtype=given)
     made = compile_kernel(linear(p, Tile(128, 128, 128), layout_of(profile)), profile.arch, 8)
     assert instruction in made.assembly and made.spills == 0
