@@ -19,16 +19,16 @@ def fold_weights(module: Module, target: object) -> Module:
 
     A weight that nothing reads as it was before is left out.
     """
-    return module.with_functions({f.name: _folded(f) for f in module.functions})
+    return module.with_functions({f.name: _fold_weights_in(f) for f in module.functions})
 
 
-def _folded(function: Function) -> Function:
+def _fold_weights_in(function: Function) -> Function:
     consts = {c.value.name: c for c in function.consts}
     folded: dict[str, Value] = {}
     ops = []
     for original in function.ops:
         op = replace(original, operands=tuple(v and folded.get(v.name, v) for v in original.operands))
-        recipe = _moved(op, [c.recipe for v in op.inputs if (c := consts.get(v.name))])
+        recipe = _moved_recipe(op, [c.recipe for v in op.inputs if (c := consts.get(v.name))])
         if recipe is None or op.results[0] in function.results:
             ops.append(op)
             continue
@@ -40,7 +40,7 @@ def _folded(function: Function) -> Function:
     return eliminate_dead_code(replace(function, ops=tuple(ops), consts=tuple(consts.values())))
 
 
-def _moved(op: Op, weights: list[Recipe]) -> Recipe | None:
+def _moved_recipe(op: Op, weights: list[Recipe]) -> Recipe | None:
     """Return the recipe of what an op makes of nothing but weights; None for an op that does more than move numbers."""
     if op.name not in _MOVES or len(weights) < len(op.operands):
         return None

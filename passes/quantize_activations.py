@@ -27,7 +27,7 @@ def quantize_activations(module: Module, target: object, *, pairs: str = "fp8_b1
     formats = _read_pairs(pairs)
     functions, notes = {}, list[Note]()
     for function in module.functions:
-        rewrites = {name: partial(_rounded, formats=formats) for name in OPERANDS}
+        rewrites = {name: partial(_round_operand, formats=formats) for name in OPERANDS}
         functions[function.name], found = rewrite_ops(function, rewrites, "quantize-activations")
         notes += found
     return Rewritten(module.with_functions(functions), tuple(notes))
@@ -45,16 +45,16 @@ def _read_pairs(text: str) -> dict[str, str]:
     return {weights: activations for weights, activations in pairs}
 
 
-def _rounded(editor: Editor, op: Op, formats: Mapping[str, str]) -> Op:
+def _round_operand(editor: Editor, op: Op, formats: Mapping[str, str]) -> Op:
     name, weight = OPERANDS[op.name]
     x, held = op[name], op[weight].type.dtype
     if held not in formats or find_format(x.type.dtype):
         return op
-    rounded = _quantized(editor, op, x, formats[held])
+    rounded = _quantize_value(editor, op, x, formats[held])
     return op.become(op.name, *(rounded if v == x else v for v in op.operands), **op.attributes)
 
 
-def _quantized(editor: Editor, op: Op, x: Value, to: str) -> Value:
+def _quantize_value(editor: Editor, op: Op, x: Value, to: str) -> Value:
     """Return a value in a format, rounded once for all that multiply it."""
     for earlier in editor.ops:
         if earlier.name == "acc.quantize" and earlier.operands == (x,) and earlier.attributes["to"] == to:

@@ -28,7 +28,7 @@ def share_expressions_in(function: Function) -> Function:
     for original in function.ops:
         op = rewriter.read(original)
         position = seen.get(_expression_key(op))
-        if position is None or any(map(rewriter.returned, op.results)):
+        if position is None or any(map(rewriter.is_returned, op.results)):
             seen.setdefault(_expression_key(op), len(rewriter.ops))
             rewriter.keep(op)
             continue

@@ -32,8 +32,8 @@ SCORES = 128 << 20  # bytes of scores that attention works with at once
 class TiledInterpreter:
     """Interprets a module of stage moe with its weights a tile at a time.
 
-    `numbers` gives the recipe whose numbers stand for a weight's: by default the one before it is quantized. The methods
-    `before`, `seen`, `routed` and `forced` are for classes that want to know what passes, or to change it.
+    `numbers` gives the recipe whose numbers stand for a weight's: by default the one before it is quantized. Subclasses
+    observe or change what passes by `before_op`, `observe_inputs`, `observe_routing` and `rows_for_expert`.
     """
 
     module: Module
@@ -62,7 +62,7 @@ class TiledInterpreter:
         keep = {v.name for v in function.results}
         for i, op in enumerate(function.ops[first:], first):
             operands = [v and recipes.get(v.name, values.get(v.name)) for v in op.operands]
-            if not self.before(function, i, values, operands):
+            if not self.before_op(function, i, values, operands):
                 continue
             for value, tensor in zip(op.results, self.op(op, operands, bound), strict=True):
                 values[value.name] = tensor
@@ -70,18 +70,20 @@ class TiledInterpreter:
                 if last_use[value.name] == i and value.name not in keep:
                     values.pop(value.name, None)
 
-    def before(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
+    def before_op(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
         """Return whether the next op has to run; called before each op."""
         return True
 
-    def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
+    def observe_inputs(
+        self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None
+    ) -> None:
         """Observe rows f32[T, K] that are multiplied by a weight, by each expert those that are routed to it."""
 
-    def forced(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
+    def rows_for_expert(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
         """Return the rows that an expert works on: those of its tokens, and maybe others among all, in order."""
         return token
 
-    def routed(self, op: Op, bound: Mapping[str, str], counts: Sequence[int]) -> None:
+    def observe_routing(self, op: Op, bound: Mapping[str, str], counts: Sequence[int]) -> None:
         """Observe how many rows are routed to each expert."""
 
     def op(self, op: Op, operands: Sequence[Any], bound: Mapping[str, str]) -> Sequence[torch.Tensor]:
@@ -111,7 +113,7 @@ class TiledInterpreter:
     def linear(self, x: torch.Tensor, weight: Recipe, bias: Any) -> torch.Tensor:
         """Multiply with a weight, a tile of its rows at a time."""
         rows = x.reshape(-1, x.shape[-1])
-        self.seen(weight, rows)
+        self.observe_inputs(weight, rows)
         y = torch.empty(len(rows), weight.type.sizes[0])
         for box in tile_boxes(
             weight.type if weight.type.dtype in ("f32", "f64") else without_quantization(weight).type, self.tile
@@ -139,9 +141,9 @@ class TiledInterpreter:
         act = op.settings.activation("act")
         # a gate of 0 is no choice: groups of experts fill up with those
         places = [torch.where((ids == e) & (gates != 0)) for e in range(up.type.sizes[0])]
-        self.routed(op, bound, [len(token) for token, _ in places])
-        given = tuple(self.forced(up, e, token, len(x)) for e, (token, _) in enumerate(places))
-        self.seen(up, x, given)
+        self.observe_routing(op, bound, [len(token) for token, _ in places])
+        given = tuple(self.rows_for_expert(up, e, token, len(x)) for e, (token, _) in enumerate(places))
+        self.observe_inputs(up, x, given)
         y = torch.zeros_like(x)
         hidden = torch.empty(sum(map(len, given)), down.type.sizes[2])
         spans = []
@@ -159,13 +161,13 @@ class TiledInterpreter:
                 own, self.tensor(down, _expert_box(down, e))[0], _expert_bias(down_bias, e)
             )
             y.index_add_(0, token, own * gates[token, choice, None])
-        self.seen(down, hidden, tuple(spans))
+        self.observe_inputs(down, hidden, tuple(spans))
         return y
 
     def grouped(self, rows: torch.Tensor, weight: Recipe, offsets: torch.Tensor, bias: Any) -> torch.Tensor:
         """Multiply the rows of each expert with its matrix, one after the other."""
         spans = list(itertools.pairwise(offsets.tolist()))
-        self.seen(weight, rows, tuple(torch.arange(start, stop) for start, stop in spans))
+        self.observe_inputs(weight, rows, tuple(torch.arange(start, stop) for start, stop in spans))
         y, bias = torch.empty(len(rows), weight.type.sizes[1]), self.tensor(bias)
         for e, (start, stop) in enumerate(spans):
             if start < stop:

@@ -113,10 +113,10 @@ def list_targets(name: str | None = None) -> Rows:
 
 def accelerator_profile(name: str, options: Mapping[str, str]) -> dict[str, Any] | None:
     """Return an accelerator's profile with figures of `options`, None for a target that is no accelerator."""
-    from ...targets.accelerator.chip.describe import describe, is_profile
+    from ...targets.accelerator.chip.describe import describe_profile, is_profile
     from ...targets.accelerator.chip.profile import find_profile
 
-    return describe(find_profile(name, options)) if is_profile(name) else None
+    return describe_profile(find_profile(name, options)) if is_profile(name) else None
 
 
 def probe_target(name: str, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:

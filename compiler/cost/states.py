@@ -31,11 +31,11 @@ class States:
     question: Question
     _known: dict[tuple[str, str], Size] = field(default_factory=dict)
 
-    def of(self, function: Function, state: Value) -> Size:
+    def needed_elements(self, function: Function, state: Value) -> Size:
         """Return how many numbers of a parameter a function and those that it calls need, at most all."""
         key = (function.name, state.name)
         if key not in self._known:
-            found = list(self._needed(function, state, sympy.S.Zero))
+            found = list(self._needed_by_readers(function, state, sympy.S.Zero))
             # what the program itself never reads is there for someone else
             whole = _of_one(state.type.elements)
             self._known[key] = sympy.Min(whole, sympy.Max(*found)) if found else whole
@@ -44,15 +44,15 @@ class States:
     def bytes(self, function: Function, own: bool, size_of: Callable[[TensorType], Size]) -> Size:
         """Return the bytes needed of a function's states, where `own` of those that it does not pass on to a call."""
         states = [p for p in function.params if p.type.state and not (own and passed_on(function, p))]
-        return sympy.expand(sympy.Add(*(self.of(function, p) * size_of(p.type) for p in states)))
+        return sympy.expand(sympy.Add(*(self.needed_elements(function, p) * size_of(p.type) for p in states)))
 
-    def _needed(self, function: Function, value: Value, added: Size) -> Iterator[Size]:
+    def _needed_by_readers(self, function: Function, value: Value, added: Size) -> Iterator[Size]:
         """Yield the numbers that each reader needs of a state to which some have been added."""
         for op in function.uses.get(value.name, []):
             grown = [] if op is None else list(_grown_states(op, value))
             for result in grown:
                 more = _of_one(result.type.elements - value.type.elements)
-                yield from self._needed(function, result, added + more)
+                yield from self._needed_by_readers(function, result, added + more)
             for needed in (
                 [] if op is None else [self._by_op(op, k, v) for k, v in enumerate(op.operands) if v == value]
             ):
@@ -62,7 +62,7 @@ class States:
     def _by_op(self, op: Op, k: int, value: Value) -> Size:
         if op.callee:
             callee = self.module.by_name[op.callee]
-            return self.of(callee, callee.params[k])
+            return self.needed_elements(callee, callee.params[k])
         definition = OPS[op.name]
         declared = getattr(definition, self.question).get(definition.operand_name(k))
         if declared is None:

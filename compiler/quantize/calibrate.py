@@ -257,14 +257,14 @@ class _Recorder(TiledInterpreter):
 
     store: _Store = field(default_factory=lambda: _Store(None))
 
-    def before(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
+    def before_op(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
         """Leave out what no calibrated weight depends on: the logits of a long text are large."""
         if function is not self.module.main:
             return True
         needed = self._needed
         op = function.ops[i]
         if i not in needed and op.name == "core.linear" and torch.is_tensor(operands[0]):
-            self.seen(operands[1], operands[0].reshape(-1, operands[0].shape[-1]))
+            self.observe_inputs(operands[1], operands[0].reshape(-1, operands[0].shape[-1]))
         return i in needed
 
     @cached_property
@@ -285,12 +285,14 @@ class _Recorder(TiledInterpreter):
                     needed.add(i)
         return needed
 
-    def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
+    def observe_inputs(
+        self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None
+    ) -> None:
         """Keep the inputs of a weight whose method wants them."""
         if method_of(weight) in CALIBRATED:
             self.store.keep(weight_of(weight), rows, chosen)
 
-    def forced(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
+    def rows_for_expert(self, weight: Recipe, expert: int, token: torch.Tensor, rows: int) -> torch.Tensor:
         """Return the rows of an expert; an undersampled one is given some of all rows where the weight says so."""
         name = weight_of(weight)
         if option_of(weight, "starved") != "force":
@@ -303,7 +305,7 @@ class _Recorder(TiledInterpreter):
             return token
         return torch.cat([token, torch.arange(0, rows, max(1, max(rows, self.store.rows) // FORCED))]).unique()
 
-    def routed(self, op: Op, bound: Mapping[str, str], counts: Sequence[int]) -> None:
+    def observe_routing(self, op: Op, bound: Mapping[str, str], counts: Sequence[int]) -> None:
         """Count the tokens of each expert."""
         place = ".".join([*(f"{name}.{value}" for name, value in bound.items()), *op.loc[:1]])
         self.store.count(place, counts)

@@ -92,13 +92,15 @@ class _Reference(TiledInterpreter):
     snapshots: dict[int, dict[str, Any]] = field(default_factory=dict)
     squares: dict[Recipe, torch.Tensor] = field(default_factory=dict)
 
-    def before(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
+    def before_op(self, function: Function, i: int, values: Mapping[str, Any], operands: Sequence[Any]) -> bool:
         """Keep the values of @main."""
         if function is self.module.main:
             self.snapshots[i] = dict(values)
         return True
 
-    def seen(self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None) -> None:
+    def observe_inputs(
+        self, weight: Recipe, rows: torch.Tensor, chosen: tuple[torch.Tensor, ...] | None = None
+    ) -> None:
         """Keep the mean squares f32[K]; of experts the sums over their rows, as shares of all tokens, f32[E, K]."""
         if chosen is None:
             self.squares[weight] = rows.square().mean(0)

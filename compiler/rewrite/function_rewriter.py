@@ -27,7 +27,7 @@ class FunctionRewriter:
         self.made |= {v.name: op for v in op.results}
         self.ops.append(op)
 
-    def returned(self, value: Value) -> bool:
+    def is_returned(self, value: Value) -> bool:
         """Return whether the function returns a value, so that its name has to stay."""
         return any(value.name == v.name for v in self.function.results)
 
@@ -35,8 +35,8 @@ class FunctionRewriter:
         """Replace `old` by `new` if the types agree; a result's name moves to the op that makes `new`."""
         if old.type != new.type:
             return False
-        if self.returned(old):
-            taken = self.returned(new) or new.name in self.renamed
+        if self.is_returned(old):
+            taken = self.is_returned(new) or new.name in self.renamed
             if new.name not in self.made or taken:  # parameters, weights and other results keep their own names
                 return False
             self.renamed[new.name] = old.name

@@ -196,12 +196,12 @@ class Search:
         if known is not None:
             op = self.function.producers.get(known.name)
             if op is None:
-                self._miss(depth, f"{known} is a parameter or a weight, not made by {pattern.name}")
+                self._record_miss(depth, f"{known} is a parameter or a weight, not made by {pattern.name}")
             return [op] if op else []
         read = next(v for n in pattern.operands if n and (v := found.values.get(n)) is not None)
         users = [op for op in self.function.uses[read.name] if op is not None and op.name == pattern.name]
         if not users:
-            self._miss(depth, f"{read} is not read by {pattern.name}")
+            self._record_miss(depth, f"{read} is not read by {pattern.name}")
         return users
 
     def _bind(self, found: Match, index: int, op: Op, depth: int = 0) -> Iterator[Match]:
@@ -209,13 +209,13 @@ class Search:
         pattern = self.rule.before[index]
         place = op.results[0] if op.results else op.name
         if op.name != pattern.name:
-            self._miss(depth, f"{place} is made by {op.name}, not {pattern.name}")
+            self._record_miss(depth, f"{place} is made by {op.name}, not {pattern.name}")
             return
         attrs = dict(found.attrs)
         given = op.settings
         for name, wanted in pattern.attrs.items():
             if not _bind_attr(wanted, given[name], attrs):
-                self._miss(depth, f"{name} of {op.name} at {place} is {given[name]}, not {wanted}")
+                self._record_miss(depth, f"{name} of {op.name} at {place} is {given[name]}, not {wanted}")
                 return
         orders = [op.operands]
         if op.name in COMMUTATIVE and op.operands[0] != op.operands[1]:
@@ -227,9 +227,9 @@ class Search:
             if wrong is None:
                 yield Match(self.function, values, attrs, {**found.ops, index: op})
             else:
-                self._miss(depth, f"{op.name} at {place} {wrong}")
+                self._record_miss(depth, f"{op.name} at {place} {wrong}")
 
-    def _miss(self, depth: int, reason: str) -> None:
+    def _record_miss(self, depth: int, reason: str) -> None:
         if depth > self.depth:
             self.depth, self.reason = depth, reason
 

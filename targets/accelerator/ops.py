@@ -41,14 +41,14 @@ def _numbers(x: TensorType) -> str:
 # --- activations in a format -----------------------------------------------------------------------------------
 
 
-def _quantize(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_quantize(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     (x,) = types
     if find_format(attributes["to"]) is None:
         raise inference_error(f"acc.quantize: {attributes['to']} is no quantized format")
     return (TensorType(attributes["to"], x.shape),)
 
 
-@op("acc.quantize", "x: f32[*X, K] -> y: Y[*X, K]", infer=_quantize, flops=lambda o, r, a: 4 * r[0].elements)
+@op("acc.quantize", "x: f32[*X, K] -> y: Y[*X, K]", infer=_infer_quantize, flops=lambda o, r, a: 4 * r[0].elements)
 def quantize(x, *, to: str):
     """Round activations to a quantized format, each group of a row under a scale of its own.
 

@@ -69,9 +69,9 @@ def find_accelerator(name: str, options: Mapping[str, str]) -> Target:
 
 def lower(module: Module, target: Target) -> Rewritten:
     """Rewrite the module in the ops that accelerators run."""
-    from .lower.module import lower
+    from .lower.module import lower_module
 
-    return lower(module)
+    return lower_module(module)
 
 
 def _emit_artifact(

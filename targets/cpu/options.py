@@ -60,10 +60,10 @@ def read_options(given: Mapping[str, str]) -> Options:
             "no compiler for kernels of moec's own: the package ziglang is not installed",
             todo="run `pip install ziglang`, give a compiler with -D cc=gcc, or leave -D kernels=moec out",
         )
-    return Options(record, OwnKernels(compiler, _platforms(given.get("platforms"))))
+    return Options(record, OwnKernels(compiler, _chosen_platforms(given.get("platforms"))))
 
 
-def _platforms(given: str | None) -> tuple[Platform, ...]:
+def _chosen_platforms(given: str | None) -> tuple[Platform, ...]:
     if given is None:
         own = this_platform()
         if own is None:

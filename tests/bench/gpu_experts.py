@@ -20,7 +20,7 @@ from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import Launch, read_kernels
 from moec.targets.accelerator.run.launch import median_seconds
 from moec.targets.accelerator.run.launchers import Launcher, open_launcher
-from moec.targets.accelerator.tile.expr import evaluate
+from moec.targets.accelerator.tile.expr import evaluate_expr
 
 LAYER = """moec 1 stage kernel
 source "none"
@@ -187,7 +187,7 @@ class _Layer:
         for launch in launches:
             for a in launch.program.arguments:
                 if a.name not in tensors:
-                    shape = [int(evaluate(n, {"T": len(x)})) for n in a.shape]
+                    shape = [int(evaluate_expr(n, {"T": len(x)})) for n in a.shape]
                     tensors[a.name] = torch.zeros(shape, dtype=DTYPES[a.dtype].torch, device=x.device)
         return tensors
 

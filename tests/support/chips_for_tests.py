@@ -10,7 +10,7 @@ import torch
 from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.tile.builder import Layout
-from moec.targets.accelerator.tile.expr import evaluate
+from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.tile.simulate import Chip, simulate
@@ -70,7 +70,7 @@ def run(program, chip, scalars, **tensors):
     program = program_from_json(program_to_json(program))
     given = {}
     for a in program.arguments:
-        shape = tuple(int(evaluate(n, scalars)) for n in a.shape)
+        shape = tuple(int(evaluate_expr(n, scalars)) for n in a.shape)
         value = tensors.pop(a.name, None)
         assert value is not None or a.role in ("output", "scratch"), a.name
         given[a.name] = (

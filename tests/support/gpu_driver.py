@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.run import driver, launchers
-from moec.targets.accelerator.tile.expr import evaluate
+from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.simulate import simulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,7 +84,7 @@ class FakeLibrary:
         numbers = [ctypes.c_int32.from_address(a).value for a in addresses[count:-2]]
         assert [ctypes.c_uint64.from_address(a).value for a in addresses[-2:]] == [0, 0]
         scalars = dict(zip(program.scalars, numbers, strict=True))
-        assert points == np.prod([int(evaluate(n, scalars)) for _, n in program.grid])
+        assert points == np.prod([int(evaluate_expr(n, scalars)) for _, n in program.grid])
 
         def run():
             arrays = {a.name: memory(a, at, scalars) for a, at in zip(program.arguments, pointers, strict=True)}
@@ -95,7 +95,7 @@ class FakeLibrary:
 
 def memory(a, address, scalars):
     """Return the memory of an argument as an array."""
-    shape, kind = tuple(int(evaluate(n, scalars)) for n in a.shape), np.dtype(DTYPES[a.dtype].numpy)
+    shape, kind = tuple(int(evaluate_expr(n, scalars)) for n in a.shape), np.dtype(DTYPES[a.dtype].numpy)
     size = int(np.prod(shape)) * kind.itemsize
     if not size:
         return np.zeros(shape, kind)

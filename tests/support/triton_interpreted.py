@@ -19,7 +19,7 @@ from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_d
 from moec.targets.accelerator.run.interpreter import mend_interpreter
 from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile.builder import Builder, Layout
-from moec.targets.accelerator.tile.expr import evaluate
+from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.simulate import Chip, simulate
 from tile_weights import random_weight
@@ -66,7 +66,7 @@ class Layer:
         for kernel in self.kernels:
             for a in kernel.program.arguments:
                 if a.name not in tensors:
-                    shape = [int(evaluate(n, {"T": x.shape[0]})) for n in a.shape]
+                    shape = [int(evaluate_expr(n, {"T": x.shape[0]})) for n in a.shape]
                     tensors[a.name] = torch.zeros(shape, dtype=DTYPES[a.dtype].torch, device=x.device)
         return tensors
 

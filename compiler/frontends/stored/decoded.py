@@ -81,16 +81,16 @@ class DecodedSource:
         libraries = {name: count for name, count in self._counts.items() if name}
         return Decoding(libraries, self._counts[""], self._reason)
 
-    def decoded(self, recipe: Recipe) -> Recipe:
+    def with_decoded_weights(self, recipe: Recipe) -> Recipe:
         """Return a recipe that reads numbers where the given one decodes codes."""
         if not isinstance(recipe, Step):
             return recipe
         if recipe.name == "dequantize":
-            return self.whole(recipe)
-        items = tuple(self.decoded(item) for item in recipe.items)
+            return self.decoded_tensor(recipe)
+        items = tuple(self.with_decoded_weights(item) for item in recipe.items)
         return recipe if items == recipe.items else replace(recipe, items=items)
 
-    def whole(self, recipe: Recipe) -> Recipe:
+    def decoded_tensor(self, recipe: Recipe) -> Recipe:
         """Return a tensor in place of a recipe that decodes one weight, named as its codes; others stay."""
         anchor = _first_codes_name(recipe)
         if anchor is None:

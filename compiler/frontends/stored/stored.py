@@ -145,14 +145,14 @@ class _Decoding:
                 "scales belong to codes: if the weight was decoded, remove its scales; else take its codes from the original",
             )
         module = parts[codes] == f"{owner}.{codes}"
-        recipe = self._decoded(owner, layout, codes, own, types)
+        recipe = self._decode_weight(owner, layout, codes, own, types)
         found: dict[str, tuple[Recipe, Hashable]] = {f"{owner}.weight" if module else owner: recipe}
         return {**found, **{name: (Tensor(name, types[role]), types[role]) for role, name in plain.items()}}
 
-    def _decoded(
+    def _decode_weight(
         self, owner: str, layout: Layout, codes: str, parts: Mapping[str, str], types: Mapping[str, TensorType]
     ) -> tuple[Recipe, Hashable]:
-        schemes = self._schemes(owner, parts[codes])
+        schemes = self._allowed_schemes(owner, parts[codes])
         key: Hashable = (codes, tuple((role, types[role]) for role in sorted(parts)), schemes)
         looked = self.reads.setdefault(key, set())
         stored = _Watched({role: Tensor(name, types[role]) for role, name in parts.items()}, self._read, looked)
@@ -169,7 +169,7 @@ class _Decoding:
         template, number = self.made[key, values]
         return rename_tensors(template, parts.__getitem__), number
 
-    def _schemes(self, owner: str, codes: str) -> tuple[Scheme, ...]:
+    def _allowed_schemes(self, owner: str, codes: str) -> tuple[Scheme, ...]:
         """Return how config.json says that a weight may be stored; MoecError if it says that it is not quantized."""
         where = str(self.checkpoint.folder / "config.json")
         if self.schemes is None:

@@ -50,7 +50,7 @@ def dequantized_model(path: Path) -> tuple[Any, Decoding] | None:
             decoded = gguf_source(opened)
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             recipes = gguf_parameters(shapes, opened, config, file)
-            recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
+            recipes = {name: decoded.with_decoded_weights(recipe) for name, recipe in recipes.items()}
             return _fill_model(model, recipes, decoded, path), decoded.decoding
     config = read_config(path)
     quantization = read_quantization(config, path)
@@ -63,11 +63,13 @@ def dequantized_model(path: Path) -> tuple[Any, Decoding] | None:
             types = {name: info.type for name, info in source.tensors.items()}
             shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             recipes = Weights(types, quantization).parameter_recipes(shapes)
-            recipes = {name: decoded.decoded(recipe) for name, recipe in recipes.items()}
+            recipes = {name: decoded.with_decoded_weights(recipe) for name, recipe in recipes.items()}
             return _fill_model(model, recipes, decoded, path), decoded.decoding
         wanted = list(model.state_dict())
         stored = decode_checkpoint(source, quantization).of_layers(wanted)
-        recipes = map_parameters(model, wanted, {name: decoded.whole(recipe) for name, recipe in stored.items()})
+        recipes = map_parameters(
+            model, wanted, {name: decoded.decoded_tensor(recipe) for name, recipe in stored.items()}
+        )
         return _fill_model(model, recipes, decoded, path), decoded.decoding
 
 

@@ -115,21 +115,23 @@ class _Mapping:
         self.rules = Rules(model)
         self.state = self.rules.state
         self.claims: dict[str, list[Claim]] = {}
-        self.stacks: dict[str, tuple[Recipe, bool | None]] = {}  # stacked experts as the checkpoint has them, see _turn
+        self.stacks: dict[
+            str, tuple[Recipe, bool | None]
+        ] = {}  # stacked experts as the checkpoint has them, see _transpose_stored
 
     def recipes(self) -> dict[str, Recipe]:
         """Return the recipes by parameter."""
-        left = self._claim()
+        left = self._claim_tensors()
         own = {key: canonical_name(key) for key in self.state}
         counts = Counter(own.values())
         by_name = {name: key for key, name in own.items() if counts[name] == 1}
-        blocks = self._blocks(left, by_name)
+        blocks = self._expert_blocks(left, by_name)
         found: dict[str, Recipe] = {}
         for target, claims in self.claims.items():
             if target in self.wanted or any(claim.pattern is not None for claim in claims):
-                found |= self._converted(target, claims)
+                found |= self._converted_recipes(target, claims)
         for block, experts in blocks.items():
-            found |= self._experts(block, experts, by_name)
+            found |= self._expert_recipes(block, experts, by_name)
         missing = self.wanted - found.keys()
         if missing and left:
             shapes = {name: self.state[key].shape for name, key in by_name.items()}
@@ -139,12 +141,12 @@ class _Mapping:
                 made = made if made is not None else taken_apart(shapes, own[name], sources)
                 if made is not None:
                     found[name] = made
-        self._turn(found)
+        self._transpose_stored(found)
         for name, recipe in found.items():
             self._check_shape(name, recipe)
         return {name: recipe for name, recipe in found.items() if name in self.wanted}
 
-    def _claim(self) -> list[str]:
+    def _claim_tensors(self) -> list[str]:
         """Assign every tensor to the parameter that it goes into; return the names of those that no rule knows."""
         resolved: dict[str, str] = {}
         left = []
@@ -163,7 +165,7 @@ class _Mapping:
             claims.sort(key=lambda claim: _natural_order(without_text_prefix(claim.resolved)))
         return left
 
-    def _converted(self, target: str, claims: list[Claim]) -> dict[str, Recipe]:
+    def _converted_recipes(self, target: str, claims: list[Claim]) -> dict[str, Recipe]:
         """Return what transformers' conversion makes of the tensors of a parameter: it, and others with it."""
         from transformers.core_model_loading import WeightRenaming
 
@@ -181,13 +183,13 @@ class _Mapping:
         except ValueError as error:
             for claim in claims:
                 check_numbers(self.available[claim.name], self.state[target].is_floating_point())
-            raise self._incomplete(target, claims) or MoecError(
+            raise self._incomplete_error(target, claims) or MoecError(
                 f"the tensors of {target} do not fit together: {error}", where=self._odd_one(claims)
             ) from None
         found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         found = {name: value.recipe for name, value in found.items()}
         # experts are stacked in the order of their numbers: with a gap, each would take the place of another
-        if first.pattern is not None and (incomplete := self._incomplete(target, claims)) is not None:
+        if first.pattern is not None and (incomplete := self._incomplete_error(target, claims)) is not None:
             raise incomplete
         if len(claims) == 1:
             piece, own = piece_of(canonical_name(first.name)), self.available[first.name]
@@ -196,7 +198,7 @@ class _Mapping:
                 self.stacks[target] = own, keeps
         return found
 
-    def _incomplete(self, target: str, claims: list[Claim]) -> MoecError | None:
+    def _incomplete_error(self, target: str, claims: list[Claim]) -> MoecError | None:
         """Return the error for an expert that lacks a tensor, None if all have theirs."""
         experts = Experts()
         for claim in claims:
@@ -205,7 +207,7 @@ class _Mapping:
                 return None
             experts.add(piece, claim.name, self.available[claim.name])
         counts = self.state[target].shape[0]
-        name = experts.lacking(counts)
+        name = experts.first_missing(counts)
         return None if name is None else self.lacks(name)
 
     def _odd_one(self, claims: list[Claim]) -> str:
@@ -215,7 +217,7 @@ class _Mapping:
         odd = min(recipes, key=lambda recipe: types.count(str(recipe.type)))
         return ", ".join(dict.fromkeys(tensor.name for tensor in tensors_of(odd)))
 
-    def _blocks(self, left: list[str], by_name: Mapping[str, str]) -> dict[str, Experts]:
+    def _expert_blocks(self, left: list[str], by_name: Mapping[str, str]) -> dict[str, Experts]:
         """Return the blocks of experts of which tensors are left, with all their tensors; their claims fall away."""
         odd = {piece.block for name in left if (piece := piece_of(canonical_name(name)))}
         known = {piece.block for name in by_name if (piece := piece_of(name))}
@@ -230,7 +232,7 @@ class _Mapping:
                 del self.claims[target]
         return blocks
 
-    def _experts(self, block: str, experts: Experts, by_name: Mapping[str, str]) -> dict[str, Recipe]:
+    def _expert_recipes(self, block: str, experts: Experts, by_name: Mapping[str, str]) -> dict[str, Recipe]:
         """Return the parameters of a block of experts whose tensors have names that transformers' rules do not know."""
         found = {}
         for own, target in by_name.items():
@@ -238,7 +240,7 @@ class _Mapping:
             if piece is None or piece.block != block or target not in self.wanted:
                 continue
             module = self.model.get_submodule(target.rpartition(".")[0])
-            made = experts.assembled(piece, tuple(self.state[target].shape), module)
+            made = experts.assemble(piece, tuple(self.state[target].shape), module)
             if isinstance(made, str):
                 raise self.lacks(made)
             found[target] = made
@@ -247,7 +249,7 @@ class _Mapping:
                 self.stacks[target] = whole, None
         return found
 
-    def _turn(self, found: dict[str, Recipe]) -> None:
+    def _transpose_stored(self, found: dict[str, Recipe]) -> None:
         """Transpose stacked experts that are stored the other way round; a square one is stored as its sibling is.
 
         The shape of a square matrix does not say which of its axes is which.

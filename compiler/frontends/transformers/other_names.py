@@ -114,7 +114,7 @@ class Experts:
             raise duplicate_tensors(name, self.names[piece])
         self.pieces[piece], self.names[piece] = recipe, name
 
-    def assembled(self, wanted: Piece, shape: tuple[int, ...], module: Any) -> Recipe | str:
+    def assemble(self, wanted: Piece, shape: tuple[int, ...], module: Any) -> Recipe | str:
         """Return a parameter of stacked experts from however the checkpoint cuts it; a text names a missing tensor.
 
         `module` may say that the model keeps the axes of each expert the other way round, or the rows of gate and up
@@ -125,7 +125,7 @@ class Experts:
         how = "concat" if getattr(module, "is_concatenated", True) else "interleave"
         halves = [replace(wanted, matrix=part) for part in FUSED.get(wanted.matrix, ())]
         if whole is not None:
-            self._alone(wanted, halves)
+            self._check_no_overlap(wanted, halves)
             return whole
         if halves and all(half in self.pieces for half in halves):
             return self._joined_stacks(halves, shape, how)
@@ -134,7 +134,7 @@ class Experts:
             own = replace(wanted, expert=expert)
             parts = self._parts(own, [replace(half, expert=expert) for half in halves])
             if any(part not in self.pieces for part in parts):
-                return self._spelled(next(part for part in parts if part not in self.pieces))
+                return self._name_like_siblings(next(part for part in parts if part not in self.pieces))
             if parts == [own] and (
                 other := next((p for p in halves if replace(p, expert=expert) in self.pieces), None)
             ):
@@ -162,7 +162,7 @@ class Experts:
         others = {(piece.matrix, piece.bias) for piece in self.pieces}
         return [own] if (own.matrix, own.bias) in others else halves
 
-    def _alone(self, whole: Piece, halves: list[Piece]) -> None:
+    def _check_no_overlap(self, whole: Piece, halves: list[Piece]) -> None:
         """Raise MoecError where another tensor holds a part of what a stack holds."""
         parts = {(p.matrix, p.bias) for p in (whole, *halves)}
         other = next((name for p, name in self.names.items() if p != whole and (p.matrix, p.bias) in parts), None)
@@ -190,7 +190,7 @@ class Experts:
         assert across is not None
         return step("transpose", join_recipes(how, recipes, axis=3 - across), perm=(0, 2, 1))
 
-    def lacking(self, count: int) -> str | None:
+    def first_missing(self, count: int) -> str | None:
         """Return the name of the first tensor that one of `count` experts lacks and others have."""
         kinds = dict.fromkeys((piece.matrix, piece.bias) for piece in self.pieces)
         for matrix, bias in kinds:
@@ -198,10 +198,10 @@ class Experts:
             for expert in range(count):
                 piece = replace(some, expert=expert)
                 if piece not in self.pieces:
-                    return self._spelled(piece)
+                    return self._name_like_siblings(piece)
         return None
 
-    def _spelled(self, piece: Piece) -> str:
+    def _name_like_siblings(self, piece: Piece) -> str:
         """Return the name of a missing tensor, spelled as its siblings are."""
         for other, name in self.names.items():
             if (other.matrix, other.bias) == (piece.matrix, piece.bias) and other.expert is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ....compiler.errors import MoecError
 from ..ascend.blocks import blocks_of, one_block_a_core
-from ..ascend.lower import Environment, Lowered, environment, kernel_of, lower
+from ..ascend.lower import Environment, Lowered, kernel_of, lower_on_ascend, open_environment
 from ..chip.chip import Profile
 from ..tile.tiles import Program
 from ..triton.source import triton_source
@@ -33,7 +33,7 @@ def find_environment(create: bool) -> tuple[Environment | None, str]:
     Raises MoecError if one is to be made and cannot be.
     """
     try:
-        return environment(create=create), MISSING
+        return open_environment(create=create), MISSING
     except MoecError as error:
         if create:
             raise
@@ -62,7 +62,7 @@ def lower_kernels(
             wanted[key] = kernel_of(program, arch)
         except MoecError as error:
             found[key] = Lowered(program.name, stage="program", error=error.what)
-    found |= zip(wanted, lower(list(wanted.values()), arch, where), strict=True)
+    found |= zip(wanted, lower_on_ascend(list(wanted.values()), arch, where), strict=True)
     files, specs = {}, []
     for kernel in kernels.kernels:
         made = found[repr(kernel.best.program)]

@@ -23,7 +23,7 @@ from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..select.search import KernelTemplate
-from ..tile.expr import Expr, evaluate
+from ..tile.expr import Expr, evaluate_expr
 from ..tile.packing import Packing
 from ..tile.tiles import Argument, Program
 
@@ -80,7 +80,7 @@ class Binding:
         )
 
 
-def bind(
+def bind_kernel(
     op: str, kernel: KernelTemplate, program: Program, weights: Mapping[str, Packing], before: set[str]
 ) -> Binding:
     """Return the binding of a kernel of an op; scratch buffers that it writes are added to `before`.
@@ -173,7 +173,7 @@ def symbolic_sizes(shape: tuple[int | Expr, ...]) -> tuple[Size, ...] | None:
     """Return sizes in the language of tiles as formulas; None where one takes a minimum or the like."""
     try:
         return tuple(
-            sympy.sympify(evaluate(n, {} if isinstance(n, int) else {name: dim(name) for name in n.names}))
+            sympy.sympify(evaluate_expr(n, {} if isinstance(n, int) else {name: dim(name) for name in n.names}))
             for n in shape
         )
     except TypeError:  # numpy's functions do not take formulas

@@ -17,7 +17,7 @@ from ..select.choose import weight_layouts
 from ..triton.source import triton_source
 from .ascend_objects import source_of
 from .device_placement import place_on_devices
-from .engine_files import engine_files, find_problems, introduction
+from .engine_files import engine_files, find_problems, introduction_text
 from .objects import compile_kernels, write_files
 from .options import Options
 from .shards import find_shards, write_shards
@@ -48,24 +48,24 @@ def emit_artifact(
     if options.compiled:
         made = compile_kernels(kernels, profile, SOURCES, make_toolchain=options.make_toolchain)
         kernels, objects = made.kernels, made.files
-    sources = {f"{SOURCES}/{k.name}.py": _source(k, profile) for k in kernels.kernels}
+    sources = {f"{SOURCES}/{k.name}.py": _source_text(k, profile) for k in kernels.kernels}
     tuned, notes = engine_files(find_problems(module, packed), profile, options.tuning)
-    engines = {f"{ENGINES}/{name}": _json(content) for name, content in tuned.items()}
+    engines = {f"{ENGINES}/{name}": _json_text(content) for name, content in tuned.items()}
     if profile.toolchain is None:
         notes = (*notes, Note(f"kernels for {profile.name} are source and simulation: no compiler has checked them"))
     if engines:
-        engines[f"{ENGINES}/README.md"] = introduction(profile.name)
+        engines[f"{ENGINES}/README.md"] = introduction_text(profile.name)
     texts = {
         **sources,
         **engines,
-        KERNELS: _json(_with_sources(kernels)),
-        PLAN: _json(place_on_devices(module, profile, found)),
+        KERNELS: _json_text(_with_sources(kernels)),
+        PLAN: _json_text(place_on_devices(module, profile, found)),
     }
     written = write_files({**{name: text.encode() for name, text in texts.items()}, **objects}, folder)
     return Emitted(written | write_shards(found, source, folder, tile_bytes, progress), notes)
 
 
-def _source(kernel: KernelSpec, profile: Profile) -> str:
+def _source_text(kernel: KernelSpec, profile: Profile) -> str:
     program, arch = kernel.best.program, profile.arch or ""
     if profile.toolchain == "triton-ascend":
         return source_of(program, profile)
@@ -80,5 +80,5 @@ def _with_sources(kernels: Kernels) -> dict[str, Any]:
     return {**data, "kernels": [{**k, "source": f"{SOURCES}/{k['name']}.py"} for k in data["kernels"]]}
 
 
-def _json(data: Mapping[str, Any]) -> str:
+def _json_text(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=1, allow_nan=False) + "\n"

@@ -27,7 +27,7 @@ from ..kernels.choices import Tile
 from ..kernels.experts import Experts, grouped_up
 from ..kernels.order import axis_of_tiles
 from ..predict.experts_touched import expected_tiles
-from ..select.experts import experts_of, touched
+from ..select.experts import experts_of, touched_shares
 from ..select.search import GROUPS, Fit, KernelTemplate, row_choices, search_tile, shapes
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
@@ -158,7 +158,7 @@ def _tile_for_device(e: Experts, shard: Shard, profile: Profile, tokens: int, fi
         "fused_moe", lambda t, layout: grouped_up(alone, t, layout), {"T": tokens},
         shapes(row_choices(tokens * e.chosen / e.experts), e.up.step),
         lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, tokens, t.m) / shard.experts),
-        touched(e, "up", tokens), GROUPS,
+        touched_shares(e, "up", tokens), GROUPS,
     )  # fmt: skip
     return search_tile(kernel, profile, fits).best.tile
 
@@ -207,7 +207,7 @@ def engine_files(
     return files, distinct_notes(notes)
 
 
-def introduction(target: str) -> str:
+def introduction_text(target: str) -> str:
     """Return the text of the file beside the tuning files, which says what they are."""
     return f"""# Predicted tuning files
 

@@ -53,7 +53,7 @@ def call_json(library: Library, op: str, weights: Mapping[str, Packing]) -> dict
         return {}
     return {
         "library": {
-            "call": library.calls[op], "weights": {name: _layout(packing) for name, packing in weights.items()},
+            "call": library.calls[op], "weights": {name: _layout_text(packing) for name, packing in weights.items()},
         }
     }  # fmt: skip
 
@@ -63,7 +63,7 @@ def exchange_json(library: Library) -> dict[str, Any]:
     return {"library": {"dispatch": library.dispatch, "combine": library.combine}} if library.dispatch else {}
 
 
-def _layout(packing: Packing) -> str:
+def _layout_text(packing: Packing) -> str:
     """Return how a call takes a weight that is stored so."""
     if packing.quantized:
         return "to be packed anew: moec's codes and scales lie for its own kernels"

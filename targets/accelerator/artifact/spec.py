@@ -23,14 +23,14 @@ from ..predict.assumed import assumed_of
 from ..predict.roofline import Rates, framework_row
 from ..predict.work import WorkTable, call_counts, module_work, place_of
 from ..select.choose import Fits, computation_of, fastest_kernels, weight_layouts
-from ..select.exchange import exchanges
+from ..select.exchange import exchange_entries
 from ..select.implementations import Computation, Tokens
 from ..select.search import Choice, Found
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from ..tile.serialize import program_to_json
 from ..tile.tiles import DEVICE, For, walk
-from .bindings import Binding, bind, check_op
+from .bindings import Binding, bind_kernel, check_op
 from .library import call_json, exchange_json, library_of
 
 # 2: bindings, every step, and what a simulation needs of the chip; 3: kernels by the new tokens of a sequence
@@ -170,7 +170,11 @@ class Kernels:
         experts = [problem for kind, problem in self.problems if kind == "experts_up"]
         library = exchange_json(library_of(self.profile.family.library))
         return [
-            {"experts": [e.experts, e.chosen, e.hidden], "groups": exchanges(e, self.profile, self.buckets), **library}
+            {
+                "experts": [e.experts, e.chosen, e.hidden],
+                "groups": exchange_entries(e, self.profile, self.buckets),
+                **library,
+            }
             for e in experts
         ]
 
@@ -217,13 +221,13 @@ def kernel_specs(module: Module, profile: Profile, tokens: Sequence[int] = BUCKE
         steps = []
         for op in function.ops:
             if op.callee:
-                steps.append({"op": "call", "callee": op.callee, **_values(op), "bindings": call_bindings(op)})
+                steps.append({"op": "call", "callee": op.callee, **_value_names(op), "bindings": call_bindings(op)})
                 continue
             place = place_of(function, op)
             computation = computation_of(op, function, stored, profile)
             if computation is None:
                 framework.append({"op": op.name, "place": place, "calls": calls[function.name]})
-                steps.append({"op": op.name, "place": place, **_values(op), "attributes": _attributes(op)})
+                steps.append({"op": op.name, "place": place, **_value_names(op), "attributes": _attribute_values(op)})
                 continue
             if (computation.kind, computation.problem) not in groups:
                 number = sum(g.computation.kind == computation.kind for g in groups.values())
@@ -234,11 +238,11 @@ def kernel_specs(module: Module, profile: Profile, tokens: Sequence[int] = BUCKE
             group.places.append(place)
             group.ops.setdefault((op.operand_types, tuple(v.type for v in op.results)), (op, place))
             group.calls += calls[function.name]
-            steps.append({"op": op.name, "place": place, "kernels": group.name, **_values(op, named=True)})
+            steps.append({"op": op.name, "place": place, "kernels": group.name, **_value_names(op, named=True)})
         functions.append({"name": function.name, "calls": calls[function.name], "steps": steps})
     buckets = tuple(sorted(tokens))
-    kernels = [k for g in groups.values() for k in _specs(g, profile, buckets)]
-    summed = _summed(framework, _framework_times(module, profile, framework, buckets), buckets)
+    kernels = [k for g in groups.values() for k in _group_specs(g, profile, buckets)]
+    summed = _sum_calls(framework, _framework_times(module, profile, framework, buckets), buckets)
     return Kernels(profile.name, profile, tuple(kernels), tuple(functions), summed, buckets, tuple(groups))
 
 
@@ -268,7 +272,7 @@ class _Group:
     ops: dict[Any, tuple[Op, str]] = field(default_factory=dict)  # one of each types of operands and results
 
 
-def _values(op: Op, named: bool = False) -> dict[str, Any]:
+def _value_names(op: Op, named: bool = False) -> dict[str, Any]:
     """Return the names of an op's operands and results: in order, or `named` as its signature has them."""
     operands, results = [None if v is None else v.name for v in op.operands], [v.name for v in op.results]
     if not named:
@@ -280,15 +284,15 @@ def _values(op: Op, named: bool = False) -> dict[str, Any]:
     }
 
 
-def _attributes(op: Op) -> dict[str, Any]:
+def _attribute_values(op: Op) -> dict[str, Any]:
     """Return an op's attributes as JSON values; sizes and numbers that are not finite as texts."""
-    return {name: _plain(value) for name, value in op.attributes.items()}
+    return {name: _json_value(value) for name, value in op.attributes.items()}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     match value:
         case tuple():
-            return [_plain(v) for v in value]
+            return [_json_value(v) for v in value]
         case sympy.Expr():
             return any_size_text(value)
         case float() if not isfinite(value):
@@ -296,22 +300,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _specs(group: _Group, profile: Profile, buckets: tuple[int, ...]) -> Iterable[KernelSpec]:
+def _group_specs(group: _Group, profile: Profile, buckets: tuple[int, ...]) -> Iterable[KernelSpec]:
     low = {high: before + 1 for before, high in pairwise((0, *buckets))}
     fits: Fits = {}
-    for high, step, new in _steps(buckets, group.computation.changes_at):
+    for high, step, new in _bucket_steps(buckets, group.computation.changes_at):
         made: set[str] = set()
         for kernel, choice in fastest_kernels(group.computation, step, profile, fits):
-            binding = bind(group.op, kernel, choice.best.program, group.computation.weights, made)
+            binding = bind_kernel(group.op, kernel, choice.best.program, group.computation.weights, made)
             for op, place in group.ops.values():
                 check_op(op, choice.best.program, binding, place)
             yield KernelSpec(
-                _name(group, kernel.name, high, new[0]), kernel.name, group.op, low[high], high, choice,
+                _kernel_name(group, kernel.name, high, new[0]), kernel.name, group.op, low[high], high, choice,
                 group.computation.weights, tuple(group.places), group.calls, binding=binding, group=group.name, new=new,
             )  # fmt: skip
 
 
-def _steps(buckets: Iterable[int], changes_at: int | None) -> Iterator[tuple[int, Tokens, tuple[int, int | None]]]:
+def _bucket_steps(
+    buckets: Iterable[int], changes_at: int | None
+) -> Iterator[tuple[int, Tokens, tuple[int, int | None]]]:
     """Yield the most tokens of a bucket, the step to tune for, and which numbers of new tokens of a sequence it is for."""
     for high in buckets:
         if changes_at is None:
@@ -328,7 +334,7 @@ def is_within(new: int, limits: tuple[int, int | None]) -> bool:
     return low <= new and (high is None or new <= high)
 
 
-def _name(group: _Group, kernel: str, high: int, new: int) -> str:
+def _kernel_name(group: _Group, kernel: str, high: int, new: int) -> str:
     """Return the name of a kernel, which is that of its file too: linear_0_t16, experts_down_0_combine_t16."""
     own = [] if kernel == group.computation.kind else [kernel]
     return "_".join([group.name, *own, f"t{high}", *([f"s{new}"] if new > 1 else [])])
@@ -339,7 +345,7 @@ def step_of(count: int) -> Tokens:
     return Tokens(count, 1, CONTEXT) if count <= DECODE else Tokens(1, count, 0)
 
 
-def _summed(
+def _sum_calls(
     rows: list[dict[str, Any]], times: Mapping[str, Mapping[int, float]], buckets: tuple[int, ...]
 ) -> tuple[dict[str, Any], ...]:
     found: dict[str, dict[str, Any]] = {}

@@ -26,7 +26,7 @@ def one_block_a_core(program: Program, blocks: int) -> Program:
     taken = {*program.scalars, *program.buffers, *(name for name, _ in program.grid)}
     taken |= {s.name for s in walk(program.body) if isinstance(s, (Let, Load, Move))}
     taken |= {s.var for s in walk(program.body) if isinstance(s, For)}
-    core, point = _free("core", taken), _free("point", taken)
+    core, point = _free_name("core", taken), _free_name("point", taken)
     types = dict.fromkeys((*program.scalars, core, point), INT)
     extents = [f"({extent})" for _, extent in program.grid]
     points = " * ".join(extents)
@@ -41,7 +41,7 @@ def one_block_a_core(program: Program, blocks: int) -> Program:
     return replace(program, grid=grid, body=(loop,))
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _free_name(name: str, taken: set[str]) -> str:
     while name in taken:
         name += "_"
     return name

@@ -96,7 +96,7 @@ def default_folder() -> Path:
     return (cache if cache.is_absolute() else Path.home() / ".cache") / "moec" / REQUIREMENTS[0].replace("==", "-")
 
 
-def environment(folder: Path | None = None, create: bool = False, python: str | None = None) -> Environment | None:
+def open_environment(folder: Path | None = None, create: bool = False, python: str | None = None) -> Environment | None:
     """Return the environment in `folder`, made first if there is none and `create`; None if there is none.
 
     `python` is an interpreter to make it with; by default this one or a `python3.11`, `python3.10`, `python3.9` in PATH.
@@ -200,7 +200,7 @@ def kernel_of(program: Program, arch: str) -> AscendKernel:
     return AscendKernel(triton_source(program), program.name, tensors | dict.fromkeys(program.scalars, "i32"))
 
 
-def lower(
+def lower_on_ascend(
     kernels: Sequence[AscendKernel], arch: str, where: Environment, seconds: float = KERNEL_SECONDS
 ) -> list[Lowered]:
     """Lower kernels for a chip and return what came of each, in their order; one that fails leaves the others alone.

@@ -35,7 +35,7 @@ def _kernels_text(profile: Profile) -> str:
     return "kernels as source and simulation, checked by no compiler"
 
 
-def describe(profile: Profile) -> dict[str, Any]:
+def describe_profile(profile: Profile) -> dict[str, Any]:
     """Return all that a profile says: figures with value, unit, text, grade, source and note, and what is unknown."""
     figures = profile.figures()
     return {

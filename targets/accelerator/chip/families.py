@@ -41,7 +41,7 @@ class Family:
     library: str = ""
 
 
-def _gpu(name: str, shared: str, stages: tuple[int, ...], tall_sums: str = "") -> Family:
+def _gpu_family(name: str, shared: str, stages: tuple[int, ...], tall_sums: str = "") -> Family:
     return Family(
         name, (shared,), (shared,), "registers", "registers", tall_sums, stages=stages, warps=(4, 8), resident=16,
         resident_threads=2048, vector_matmuls=("f32",), device="cuda",
@@ -51,8 +51,8 @@ def _gpu(name: str, shared: str, stages: tuple[int, ...], tall_sums: str = "") -
 FAMILIES = {
     family.name: family
     for family in (
-        _gpu("nvidia", "shared", (2, 3, 4), "tensor"),
-        _gpu("amd", "lds", (2, 3)),  # with 4 Triton takes another schedule, of two buffers
+        _gpu_family("nvidia", "shared", (2, 3, 4), "tensor"),
+        _gpu_family("amd", "lds", (2, 3)),  # with 4 Triton takes another schedule, of two buffers
         Family("ascend", ("l1", "l0a"), ("l1", "l0b"), "l0c", "ub", has_vector_cores=True, library="torch_npu"),
         Family("cambricon", ("nram",), ("wram",), "nram", "nram"),
     )

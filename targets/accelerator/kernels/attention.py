@@ -89,7 +89,7 @@ def attention_kernel(p: Attention, t: AttentionTile, layout: Layout) -> Program:
         b.tensor("y", p.dtype, "B", "S", p.heads, p.value_width, role="output")
     _add_rows(b, p, t)
     run = _attend_of_tile(p, t)
-    run.queries(b, lambda part: _query(p, part))
+    run.queries(b, lambda part: _query_indices(p, part))
     run.begin(b, "sinks" if p.sinks else "", "part == 0" if t.split > 1 else "")
     run.run(b, _add_key_blocks(b, p, t))
     if t.split > 1:
@@ -99,14 +99,14 @@ def attention_kernel(p: Attention, t: AttentionTile, layout: Layout) -> Program:
     return b.program()
 
 
-def _query(p: Attention, part: Part) -> tuple[str, list[str]]:
+def _query_indices(p: Attention, part: Part) -> tuple[str, list[str]]:
     """Return the tensor of a part of the queries, and its indices."""
     first = ["head[:, None]", "token[:, None]"]
     order = first if p.heads_first or part.apart else first[::-1]
     return "q_rope" if part.apart else "q", ["batch", *order, part.column]
 
 
-def _key(part: Part) -> tuple[str, list[str]]:
+def _key_indices(part: Part) -> tuple[str, list[str]]:
     """Return the tensor of a part of the keys, and its indices."""
     return "key_rope" if part.apart else "key", ["batch", "0" if part.apart else "group", "j[:, None]", part.column]
 
@@ -183,7 +183,7 @@ def _add_key_blocks(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
         return before
 
     return Blocks(
-        "key", start, "last + 1", _key, " & ".join(f"({v})" for v in visible), prepare, "value", at,
+        "key", start, "last + 1", _key_indices, " & ".join(f"({v})" for v in visible), prepare, "value", at,
         "" if p.window or p.chunk or p.mask else "first + 1",
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
-from .experts import activation, multiply
+from .experts import activation_text, multiply
 from .low_precision import begin_sums, declare_rows
 from .order import tile_axes, tiles_that_exist
 
@@ -156,7 +156,7 @@ def _add_epilogue(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int
             at = f"{first}{acc}_row" if p.act.gated else "place"
             b.load(f"{acc}_bias", "bias", [at], "n_live")
             value[acc] = f"({value[acc]} + {acc}_bias[None, :])"
-    text = activation(p.act, value)
+    text = activation_text(p.act, value)
     if p.scaled:
         b.load("scale_row", "scale", ["row"], "live")
         text = f"({text}) * scale_row[:, None]"

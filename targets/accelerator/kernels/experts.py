@@ -110,7 +110,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
     b.scalar("T")
     tile_axes(b, f"cdiv({e.inner}, {t.n})", tiles(e, t, direct), t.group)
     declare_rows(b, "x", e.given, "T", e.hidden)
-    _orders(b, e, direct)
+    _declare_order(b, e, direct)
     e.up.declare(b, "up")
     if e.up_bias:
         b.tensor("up_bias", "f32", e.experts, e.up.rows, role="weight")
@@ -135,7 +135,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
             for name in rows:
                 b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
                 value[name] = f"({value[name]} + {name}_bias[None, :])"
-        b.let("act", f'cast({activation(e.act, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
+        b.let("act", f'cast({activation_text(e.act, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
         b.store("h", ["pair[:, None]", "n[None, :]"], "act", "live[:, None] & n_live[None, :]")
     return b.program()
 
@@ -150,7 +150,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
     tile_axes(b, f"cdiv({e.hidden}, {t.n})", tiles(e, t, direct), t.group)
     declare_rows(b, "h", e.given, f"T * {e.chosen}", e.inner)
     b.tensor("gates", "f32", f"T * {e.chosen}")
-    _orders(b, e, direct)
+    _declare_order(b, e, direct)
     e.down.declare(b, "down")
     if e.down_bias:
         b.tensor("down_bias", "f32", e.experts, e.hidden, role="weight")
@@ -197,7 +197,7 @@ def combine(e: Experts, columns: int, layout: Layout, rows: int = 1) -> Program:
     return b.program()
 
 
-def _orders(b: Builder, e: Experts, direct: bool) -> None:
+def _declare_order(b: Builder, e: Experts, direct: bool) -> None:
     if direct:
         b.tensor("ids", "i32", f"T * {e.chosen}")
     else:
@@ -236,7 +236,7 @@ def multiply(
             b.dot(acc, loaded[first, width], tile)
 
 
-def activation(act: Activation, value: dict[str, str]) -> str:
+def activation_text(act: Activation, value: dict[str, str]) -> str:
     """Return the expression of an activation of `gate`, and where it is gated of `value`; rows of `act` in the kernel's sums."""
     g = value["gate"]
     if act.clamped and not act.clamp_after:

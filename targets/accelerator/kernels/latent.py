@@ -131,7 +131,7 @@ def expand(p: Expand, t: Tile, layout: Layout) -> Program:
     b.let("live", "row < P + S")
     b.let("n", f"column * {t.n} + arange({t.n})")
     b.let("n_live", f"n < {p.rows}")
-    sums = _turned(b, p, t) if p.turned else _straight(b, p, t)
+    sums = _add_sums_by_columns(b, p, t) if p.turned else _add_sums_by_rows(b, p, t)
     for acc, (first, width) in sums.items():
         column = f"(column * {t.n} + {first} + arange({width}))[None, :]"
         b.let(f"y_{acc}", f'cast({b.result(acc)}, "{p.dtype}")', (t.m, width), p.dtype)
@@ -140,7 +140,7 @@ def expand(p: Expand, t: Tile, layout: Layout) -> Program:
     return b.program()
 
 
-def _straight(b: Builder, p: Expand, t: Tile) -> dict[str, tuple[int, int]]:
+def _add_sums_by_rows(b: Builder, p: Expand, t: Tile) -> dict[str, tuple[int, int]]:
     """Add the sums over a weight whose rows are the results, and return the columns of each."""
     b.let("w_row", f"head * {p.rows} + n")
     b.accumulator("acc", (t.m, t.n))
@@ -151,7 +151,7 @@ def _straight(b: Builder, p: Expand, t: Tile) -> dict[str, tuple[int, int]]:
     return {"acc": (0, t.n)}
 
 
-def _turned(b: Builder, p: Expand, t: Tile) -> dict[str, tuple[int, int]]:
+def _add_sums_by_columns(b: Builder, p: Expand, t: Tile) -> dict[str, tuple[int, int]]:
     """Add the sums over a weight whose columns are the results, and return the columns of each."""
     sums: dict[str, tuple[int, int]] = {}
     halves = 2 if p.weight.quantized and p.weight.quantized.bits == 4 else 1  # as the packing splits a tile

@@ -97,10 +97,10 @@ def _multiply_scaled(
     """Add one step of K whose codes the matrix unit scales itself."""
     lead = [expert] if expert else []
     a_at, w_at = [f"{row}[:, None]", *middle], {acc: [*lead, f"{rows}[:, None]"] for acc, rows in sums.items()}
-    a, a_scale = _codes(b, "a", x, form, a_at, "live[:, None]", depth, (t.m, t.k), second=False)
+    a, a_scale = _load_codes_and_scales(b, "a", x, form, a_at, "live[:, None]", depth, (t.m, t.k), second=False)
     held = format_of(weight.format)
     for acc, at in w_at.items():
-        w, scale = _codes(
+        w, scale = _load_codes_and_scales(
             b,
             f"w_{acc}",
             tensor,
@@ -114,7 +114,7 @@ def _multiply_scaled(
         b.scaled_dot(acc, a, w, (a_scale, scale))
 
 
-def _codes(
+def _load_codes_and_scales(
     b: Builder, name: str, tensor: str, form: Format, at: Sequence[str], live: str, depth: int, sizes: tuple[int, int], *,
     second: bool,
 ) -> tuple[str, str]:  # fmt: skip
@@ -177,7 +177,7 @@ def store_rows(
     groups = columns // form.group
     apart = (rows, groups, form.group)
     b.let("parted", f"reshape({value}, {rows}, {groups}, {form.group})", apart, "f32")
-    scale = _scale(b, form, (rows, groups))
+    scale = _add_group_scale(b, form, (rows, groups))
     if form.element == "e2m1":
         _store_pairs(b, name, rows, columns, form.group, width)
     else:
@@ -191,7 +191,7 @@ def store_rows(
     b.store(f"{name}_scales", ["row[:, None]", "group[None, :]"], scale, within)
 
 
-def _scale(b: Builder, form: Format, shape: tuple[int, int]) -> str:
+def _add_group_scale(b: Builder, form: Format, shape: tuple[int, int]) -> str:
     """Add `by`, what the groups of `parted` are divided by, and return what is stored of it."""
     largest = 6.0 if form.element == "e2m1" else LARGEST
     b.let("by", f"max(abs(parted), 2) / {largest}", shape, "f32")

@@ -12,7 +12,7 @@ from ....compiler.ir.activation import Activation
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .choices import RowTile, Tile
-from .experts import activation
+from .experts import activation_text
 from .norm import power_of_two
 
 
@@ -49,24 +49,24 @@ def window_conv(p: Window, t: RowTile, layout: Layout) -> Program:
     b.let("live", "(s < S)[:, None] & c_live[None, :]", shape, "bool")
     b.let("total", f'full({t.m}, {t.n}, 0.0, "f32")', shape, "f32")
     for j in range(p.taps):
-        _seen(b, p, f"tap_{j}", f"(s + {j - p.taps + 1})[:, None]", "c[None, :]", "live", shape)
+        _load_tokens(b, p, f"tap_{j}", f"(s + {j - p.taps + 1})[:, None]", "c[None, :]", "live", shape)
         b.load(f"w_{j}", "taps", ["c", str(j)], "c_live")
         b.let("total", f"total + tap_{j} * w_{j}[None, :]", shape, "f32")
     if p.bias:
         b.load("bias", "b", ["c"], "c_live")
         b.let("total", "total + bias[None, :]", shape, "f32")
-    b.let("out", f'cast({activation(p.act, {"gate": "total"})}, "{p.dtype}")', shape, p.dtype)
+    b.let("out", f'cast({activation_text(p.act, {"gate": "total"})}, "{p.dtype}")', shape, p.dtype)
     b.store("y", ["batch", "s[:, None]", "c[None, :]"], "out", "live")
     with b.when("tile == 0"):
         wide = power_of_two(p.kept)
         b.let("i", f"arange({wide})")
         b.let("is_kept", f"c_live[:, None] & (i < {p.kept})[None, :]", (t.n, wide), "bool")
-        _seen(b, p, "last", f"(i + (S - {p.kept}))[None, :]", "c[:, None]", "is_kept", (t.n, wide))
+        _load_tokens(b, p, "last", f"(i + (S - {p.kept}))[None, :]", "c[:, None]", "is_kept", (t.n, wide))
         b.store("present", ["batch", "c[:, None]", "i[None, :]"], "last", "is_kept")
     return b.program()
 
 
-def _seen(b: Builder, p: Window, name: str, place: str, channel: str, live: str, shape: tuple[int, int]) -> None:
+def _load_tokens(b: Builder, p: Window, name: str, place: str, channel: str, live: str, shape: tuple[int, int]) -> None:
     """Add the numbers of some tokens of this step, counted from its first; those before it come from the state."""
     b.let(f"{name}_is_new", f"{live} & ({place} >= 0)", shape, "bool")
     b.let(f"{name}_is_old", f"{live} & ({place} < 0) & ({place} >= {-p.kept})", shape, "bool")
@@ -113,19 +113,19 @@ def linear_attention(p: Recurrence, t: Tile, layout: Layout) -> Program:
     b.tensor("past", "f32", "B", p.heads, p.width, p.value_width)
     b.tensor("y", p.out, "B", "S", p.heads, p.value_width, role="output")
     b.tensor("present", "f32", "B", p.heads, p.width, p.value_width, role="output")
-    _axes(b, p, t)
+    _add_axes_of_states(b, p, t)
     whole = (t.m, power_of_two(p.width), t.n)
     cell = ["batch", "head[:, None, None]", "i[None, :, None]", "n[None, None, :]"]
     b.load("state", "past", cell, "there", shape=whole)
     if p.rate:
         b.load("rates", "rate", ["head[:, None, None]", "i[None, :, None]"], "is_row", shape=(*whole[:2], 1))
     with b.loop("token", 0, "S", 1, t.stages):
-        _token(b, p, t, whole)
+        _add_token_update(b, p, t, whole)
     b.store("present", cell, "state", "there")
     return b.program()
 
 
-def _axes(b: Builder, p: Recurrence, t: Tile) -> None:
+def _add_axes_of_states(b: Builder, p: Recurrence, t: Tile) -> None:
     """Add the heads, rows and columns of the states of a point, and which of them there are."""
     rows = power_of_two(p.width)
     b.let("head", f"row * {t.m} + arange({t.m})")
@@ -138,7 +138,7 @@ def _axes(b: Builder, p: Recurrence, t: Tile) -> None:
     b.let("there", f"is_row & (n < {p.value_width})[None, None, :]", (t.m, rows, t.n), "bool")
 
 
-def _token(b: Builder, p: Recurrence, t: Tile, whole: tuple[int, int, int]) -> None:
+def _add_token_update(b: Builder, p: Recurrence, t: Tile, whole: tuple[int, int, int]) -> None:
     """Add the update of the states by a token, and what it reads of them."""
     rows, values = (*whole[:2], 1), (t.m, t.n)
     value = ["batch", "token", "head[:, None]", "n[None, :]"]

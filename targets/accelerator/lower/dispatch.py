@@ -43,7 +43,7 @@ def dispatch(editor: Editor, op: Op) -> Op:
 def grouped_linear(editor: Editor, op: Op, stored: Store, sort: Sort) -> Op:
     """Return moe.grouped_linear as acc.grouped_up without an activation; it gathers rows that are repeated tokens."""
     made = _dispatch_of(editor, op["offsets"])
-    rows, (x, ids) = op["rows"], _repeated(editor.function, made["x"], made["ids"])
+    rows, (x, ids) = op["rows"], _before_repetition(editor.function, made["x"], made["ids"])
     if rows != made.results[0]:
         x, ids = rows, made["ids"]
         if ids.type.shape[1] != 1:
@@ -128,7 +128,7 @@ def _has_rows(value: Value, rows: Value) -> bool:
     return len(value.type.shape) == 2 and value.type.shape[0] == rows.type.shape[0]
 
 
-def _repeated(function: Function, x: Value, ids: Value) -> tuple[Value, Value]:
+def _before_repetition(function: Function, x: Value, ids: Value) -> tuple[Value, Value]:
     """Return tokens and the experts of each, where x repeats every token for its experts and ids has one for each row."""
     wide, flat = function.producers.get(x.name), function.producers.get(ids.name)
     if wide is None or flat is None or wide.name != "core.reshape" or flat.name != "core.reshape":

@@ -40,12 +40,12 @@ def _from_callees(module: Module, caller: Function) -> Module:
             for p, *values in zip(callee.params, *(op.operands for op in own), strict=True)
             if values[0] in shared and all(v == values[0] for v in values)
         }
-        if found := _movable(callee, given):
+        if found := _movable_ops(callee, given):
             changed[name] = hoisted.take(callee, found, given, caller.ops.index(own[0]))
     return module.with_functions(changed | {caller.name: hoisted.called(caller)}) if changed else module
 
 
-def _movable(callee: Function, given: Mapping[str, Value | None]) -> list[Op]:
+def _movable_ops(callee: Function, given: Mapping[str, Value | None]) -> list[Op]:
     """Return the ops that read only given values, in order; views of these only where another op that moves reads them."""
     known, candidates = set(given), list[Op]()
     returned = {v.name for v in callee.results}

@@ -29,7 +29,7 @@ assert ops and latent_ops  # what is lowered to is declared there
 _STORED, _TABLE = ".bf16", ".table"  # suffixes of the names of weights that are stored so
 
 
-def lower(module: Module) -> Rewritten:
+def lower_module(module: Module) -> Rewritten:
     """Return the module at stage kernel, with a note for each matrix that stays f32.
 
     Activations are bf16 between kernels and f32 in them.
@@ -46,16 +46,16 @@ def lower(module: Module) -> Rewritten:
 def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Note]]:
     routers = frozenset(function.ops[i].results[0].name for (i, _), role in roles.items() if role == "router")
     rewrites: dict[str, Rewrite] = {
-        "core.linear": partial(_linear, routers=routers),
+        "core.linear": partial(_lower_linear, routers=routers),
         "nn.gated_mlp": _gated_mlp,
         "nn.block_linear": _block_linear,
-        "nn.embedding": _embedding,
-        "moe.experts": _experts,
+        "nn.embedding": _lower_embedding,
+        "moe.experts": _lower_experts,
         "moe.dispatch": dispatch,
         "moe.grouped_linear": partial(grouped_linear, stored=_stored, sort=_sorted),
         "moe.combine": combine,
-        "core.add": _added,
-        "nn.cached_attention": _attention,
+        "core.add": _lower_sum,
+        "nn.cached_attention": _lower_attention,
         "nn.conv_window": window_conv,
         "core.slice": cut_window,
         "nn.linear_attention": linear_attention,
@@ -95,7 +95,7 @@ def _with_old_names(function: Function) -> Function:
 # --- linears ---------------------------------------------------------------------------------------------------
 
 
-def _linear(editor: Editor, op: Op, routers: frozenset[str]) -> Op:
+def _lower_linear(editor: Editor, op: Op, routers: frozenset[str]) -> Op:
     x, weight, bias = op["x"], op["w"], op.get("b")
     if op.results[0].name in routers:
         # a rounded score may choose another expert: the weights keep all their numbers, the scores stay f32
@@ -112,7 +112,7 @@ def _block_linear(editor: Editor, op: Op) -> Op:
     return op.become("acc.block_linear", x, _stored(editor, op, weight))
 
 
-def _embedding(editor: Editor, op: Op) -> Op:
+def _lower_embedding(editor: Editor, op: Op) -> Op:
     """Return a lookup in bf16 rows, which are widened behind it: the framework has it, and a token reads one row."""
     ids, table = op["ids"], op["table"]
     recipe = editor.recipe(table)
@@ -144,7 +144,7 @@ def _gated_mlp(editor: Editor, op: Op) -> Op:
 # --- routed experts --------------------------------------------------------------------------------------------
 
 
-def _experts(editor: Editor, op: Op) -> Op:
+def _lower_experts(editor: Editor, op: Op) -> Op:
     """Return routed experts as the sort of the pairs by expert and the two grouped linears."""
     ids = op["ids"]
     (y,) = op.results
@@ -156,13 +156,13 @@ def _experts(editor: Editor, op: Op) -> Op:
     return op.become("acc.grouped_down", h, *pairs, op["gates"], down, op.get("down_bias"), None, None)
 
 
-def _added(editor: Editor, op: Op) -> Op:
+def _lower_sum(editor: Editor, op: Op) -> Op:
     """Return a sum of what routed experts give and something else as their sum, where nothing else reads the former."""
     if len({v.type for v in op.inputs}) > 1:
         return op  # one is added to many
     made = {v.name: other for other in editor.ops for v in other.results}
     for own, other in (op.operands, op.operands[::-1]):
-        experts = _routed(editor, own, made)
+        experts = _routed_experts(editor, own, made)
         free = [name for name in ("shared", "residual") if experts and experts.get(name) is None]
         if own and other and experts and free:
             rows = experts.results[0].type.shape
@@ -180,7 +180,7 @@ def _added(editor: Editor, op: Op) -> Op:
     return op
 
 
-def _routed(editor: Editor, value: Value | None, made: Mapping[str, Op]) -> Op | None:
+def _routed_experts(editor: Editor, value: Value | None, made: Mapping[str, Op]) -> Op | None:
     """Return the routed experts whose sums a value is, if it is read once; None for another value."""
     if value is None or len(editor.function.uses.get(value.name, [])) != 1:
         return None
@@ -202,7 +202,7 @@ def _sorted(editor: Editor, ids: Value, experts: int, hints: tuple[str, str]) ->
 # --- attention -------------------------------------------------------------------------------------------------
 
 
-def _attention(editor: Editor, op: Op) -> Op:
+def _lower_attention(editor: Editor, op: Op) -> Op:
     """Return nn.cached_attention as what is done with new heads, and the attention over the cache."""
     *given, mask, sinks = op.operands
     attributes = op.settings

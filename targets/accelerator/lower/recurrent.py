@@ -19,13 +19,15 @@ _ACTIVATIONS = {"core.silu": "silu", "core.relu": "relu"}
 
 def window_conv(editor: Editor, op: Op) -> Op:
     """Return nn.conv_window as acc.window_conv, with the convolution and the activation behind it."""
-    conv, act, _ = _convolution(editor.function, op)
+    conv, act, _ = _convolution_parts(editor.function, op)
     for weight in (conv["w"], conv.get("b")):
         if weight is not None and weight.name not in editor.consts:  # which may be computed further down
             raise Refuse(f"{weight} is not a weight", weight)
     present = op.results[1]
     x = editor.add("core.transpose", op["new"], hint=f"{present.name}.x", perm=(0, 2, 1))
-    editor.add_all("acc.window_conv", x, op["past"], conv["w"], conv.get("b"), hints=(_name(op), present), act=act)
+    editor.add_all(
+        "acc.window_conv", x, op["past"], conv["w"], conv.get("b"), hints=(_convolution_name(op), present), act=act
+    )
     return editor.ops.pop()
 
 
@@ -42,11 +44,11 @@ def cut_window(editor: Editor, op: Op) -> Op:
     return op.become("core.transpose", made[0].results[0], perm=(0, 2, 1)) if made else op
 
 
-def _name(window: Op) -> str:
+def _convolution_name(window: Op) -> str:
     return f"{window.results[0].name}.conv"
 
 
-def _convolution(function: Function, window: Op) -> tuple[Op, Activation, Op]:
+def _convolution_parts(function: Function, window: Op) -> tuple[Op, Activation, Op]:
     """Return the convolution of a window, the activation behind it and the slice that takes the new tokens.
 
     Refuse where something else reads the window or what is computed of it.
@@ -78,18 +80,18 @@ def _only_reader(function: Function, value: Value) -> Op:
 
 def linear_attention(editor: Editor, op: Op) -> Op:
     """Return nn.linear_attention as acc.linear_attention, without the copies of q, k and the rates of decay."""
-    q, k = (_shared(editor.function, op[name]) for name in "qk")
+    q, k = (_shared_heads(editor.function, op[name]) for name in "qk")
     if q is not None and k is not None and q.type.elements == k.type.elements:
         groups = q.type.elements / (q.type.shape[0] * q.type.shape[1] * q.type.shape[-1])
         shape = (*q.type.shape[:2], groups, q.type.shape[-1])
         q, k = (editor.add("core.reshape", value, hint=f"{value.name}.heads", shape=shape) for value in (q, k))
     else:
         q, k = op["q"], op["k"]
-    decay, rate = _rate(editor.function, op.get("decay"))
+    decay, rate = _step_and_rate(editor.function, op.get("decay"))
     return op.become("acc.linear_attention", q, k, op["v"], decay, rate, op.get("beta"), op["past"], **op.attributes)
 
 
-def _shared(function: Function, value: Value) -> Value | None:
+def _shared_heads(function: Function, value: Value) -> Value | None:
     """Return the heads [B, S, F, 1, K] or [B, S, 1, K] that were repeated to [B, S, H, K]; None where they were not."""
     made = function.producers.get(value.name)
     if made is not None and made.name == "core.reshape":
@@ -103,7 +105,7 @@ def _shared(function: Function, value: Value) -> Value | None:
     return given if whole and len(heads) in (1, 2) and grown == [len(wide.shape) - 2] else None
 
 
-def _rate(function: Function, decay: Value | None) -> tuple[Value | None, Value | None]:
+def _step_and_rate(function: Function, decay: Value | None) -> tuple[Value | None, Value | None]:
     """Return a decay [B, S, H, K] as the step [B, S, H, 1] and the rate [H, K] whose product it is, else as it is."""
     made = function.producers.get(decay.name) if decay is not None else None
     if decay is None or made is None or made.name != "core.mul":

@@ -13,7 +13,7 @@ from math import prod
 from ....compiler.ir.dtypes import DTYPES
 from ..chip.chip import Profile
 from ..tile.count import Axis, Counts
-from ..tile.expr import evaluate
+from ..tile.expr import evaluate_expr
 from ..tile.tiles import Program
 
 KEPT = 0.5  # share of the cache's capacity that serves what is needed again: its halves may both hold a line
@@ -36,7 +36,7 @@ def device_bytes(
     """
     sizes: dict[str, float] = {}
     for argument in program.arguments:
-        size = prod(int(evaluate(n, scalars)) for n in argument.shape) * DTYPES[argument.dtype].bits / 8
+        size = prod(int(evaluate_expr(n, scalars)) for n in argument.shape) * DTYPES[argument.dtype].bits / 8
         sizes[argument.name] = size * touched.get(argument.name, 1.0)
     once = {name: min(moved, sizes[name]) for name, moved in counts.loaded.items()}
     total = sum(once.values()) + sum(min(moved, sizes[name]) for name, moved in counts.stored.items())
@@ -46,7 +46,7 @@ def device_bytes(
     reach = [_touched_by(counts, sizes, axes[:i]) for i in range(len(axes))]
     lost = [max(0.0, 1 - KEPT * cache / max(bytes_, 1.0)) for bytes_ in reach]
     return total + sum(
-        bytes_ * (_repeats(counts, name, bytes_, axes, lost, at_once) - 1) for name, bytes_ in once.items()
+        bytes_ * (_read_count(counts, name, bytes_, axes, lost, at_once) - 1) for name, bytes_ in once.items()
     )
 
 
@@ -69,7 +69,7 @@ def _touched_by(counts: Counts, sizes: Mapping[str, float], axes: tuple[Axis, ..
     return total
 
 
-def _repeats(
+def _read_count(
     counts: Counts, name: str, once: float, axes: tuple[Axis, ...], lost: list[float], at_once: float
 ) -> float:  # fmt: skip
     """Return how often a tensor's bytes come from device memory.

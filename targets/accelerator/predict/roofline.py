@@ -149,16 +149,16 @@ def framework_row(work: Work, amounts: Amounts, rates: Rates) -> Row:
         "matrix" if work.unit == MATRIX else "vector": amounts.flops / rate,
     }
     time = rates.floor + max(parts.values())
-    return _row(work, amounts, 1, all_bytes - kept, time, {**parts, "launch": rates.floor})
+    return _row_of_op(work, amounts, 1, all_bytes - kept, time, {**parts, "launch": rates.floor})
 
 
 def kernel_row(work: Work, amounts: Amounts, found: Sequence[Prediction]) -> Row:
     """Return an op that kernels compute one after the other: all of its calls."""
     parts = _sum_maps([{name: getattr(p, name) for name in PARTS} for p in found])
-    return _row(work, amounts, len(found), sum(p.device_bytes for p in found), sum(p.time for p in found), parts)
+    return _row_of_op(work, amounts, len(found), sum(p.device_bytes for p in found), sum(p.time for p in found), parts)
 
 
-def _row(
+def _row_of_op(
     work: Work, amounts: Amounts, kernels: int, device_bytes: float, time: float, parts: Mapping[str, float]
 ) -> Row:
     n = work.calls

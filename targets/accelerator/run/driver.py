@@ -67,12 +67,12 @@ def driver_of_torch() -> Driver:
 def open_library(driver: Driver) -> ctypes.CDLL:
     """Return a driver's library, the one that torch has loaded if it has; MoecError where there is none."""
     try:
-        return ctypes.CDLL(_loaded(driver.library) or driver.library)
+        return ctypes.CDLL(_loaded_library(driver.library) or driver.library)
     except OSError as error:
         raise MoecError(f"{driver.name} is not there", todo=f"run it where {driver.tool} works", exit_code=1) from error
 
 
-def _loaded(library: str) -> str | None:
+def _loaded_library(library: str) -> str | None:
     """Return the path of a library that this process has loaded: another copy would not know torch's memory."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -123,7 +123,7 @@ class LoadedKernel:
         """Run so many points on torch's current stream, or capture that where the stream is being captured."""
         given = _Arguments(tensors, scalars)
         self._driver.call(
-            self._driver.launch, self._function, points, 1, 1, self._threads, 1, 1, self._shared, _stream(),
+            self._driver.launch, self._function, points, 1, 1, self._threads, 1, 1, self._shared, _current_stream(),
             given.addresses, None,
         )  # fmt: skip
 
@@ -144,13 +144,13 @@ def captured_node() -> int:
     status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
     nodes, count = ctypes.POINTER(ctypes.c_void_p)(), ctypes.c_size_t()
     places = (ctypes.byref(place) for place in (status, number, graph, nodes, count))
-    driver.call(driver.node, _stream(), *places)
+    driver.call(driver.node, _current_stream(), *places)
     if count.value != 1:
         raise MoecError(f"a captured kernel has {count.value} nodes", exit_code=1)
     return int(nodes[0] or 0)
 
 
-def _stream() -> ctypes.c_void_p:
+def _current_stream() -> ctypes.c_void_p:
     return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
 
 

@@ -21,7 +21,7 @@ from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
 from ..artifact.bindings import DIMS, Bound
-from ..tile.expr import Name, evaluate
+from ..tile.expr import Name, evaluate_expr
 from ..tile.parse import parse_size
 from ..tile.tiles import Argument
 from .artifact import Kernels, Launch, Weights
@@ -134,7 +134,7 @@ class _Call:
         bound = launch.binding.arguments
         given = {a.name: self._given(a, bound[a.name]) for a in arguments}
         scalars = self._scalars(launch, given)
-        shapes = {a.name: [int(evaluate(n, scalars)) for n in a.shape] for a in arguments}
+        shapes = {a.name: [int(evaluate_expr(n, scalars)) for n in a.shape] for a in arguments}
         if any(t is not None and t.numel() != prod(shapes[name]) for name, t in given.items()):
             # caches with room for different numbers of tokens: one scalar cannot say how many there are
             if launcher.captures:
@@ -143,7 +143,7 @@ class _Call:
                 )
             given |= {a.name: self._given(a, bound[a.name], whole=False) for a in arguments if not bound[a.name].past}
             scalars = self._scalars(launch, given)
-            shapes = {a.name: [int(evaluate(n, scalars)) for n in a.shape] for a in arguments}
+            shapes = {a.name: [int(evaluate_expr(n, scalars)) for n in a.shape] for a in arguments}
         tensors: dict[str, torch.Tensor] = {}
         for a in arguments:
             shape = shapes[a.name]
@@ -187,7 +187,7 @@ class _Call:
         for name, (argument, over) in launch.binding.scalars.items():
             tensor = given[argument]
             count = tensor.numel() if tensor is not None else self._elements(launch.binding.arguments[argument])
-            found[name] = count // int(evaluate(parse_size(over, tuple(found)), found))
+            found[name] = count // int(evaluate_expr(parse_size(over, tuple(found)), found))
         return found
 
     def _elements(self, bound: Bound) -> int:

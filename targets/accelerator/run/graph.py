@@ -32,7 +32,7 @@ PAST, NEW = dim("P"), dim("S")
 
 
 @lru_cache(maxsize=65536)
-def grows(type: TensorType) -> bool:
+def grows_with_past(type: TensorType) -> bool:
     """Return whether a tensor has more elements the more tokens are past."""
     return PAST in type.elements.free_symbols
 
@@ -43,7 +43,9 @@ def results_before(module: Module, kernels: Kernels) -> frozenset[str]:
     for function in module.functions:
         for op, step in zip(function.ops, kernels.steps[function.name], strict=True):
             growing = [
-                v for v in op.results if grows(v.type) and not (v.type.state and (op.callee or "kernels" in step))
+                v
+                for v in op.results
+                if grows_with_past(v.type) and not (v.type.state and (op.callee or "kernels" in step))
             ]
             if growing and (function is not module.main or op.callee or "kernels" in step):
                 raise NotCaptured(
@@ -51,7 +53,7 @@ def results_before(module: Module, kernels: Kernels) -> frozenset[str]:
                 )
             if growing:
                 found |= _with_operands(op, function, kernels, found)
-    if not any(grows(value.type) for value in module.main.results[1:]):
+    if not any(grows_with_past(value.type) for value in module.main.results[1:]):
         raise NotCaptured("no state of the program is a cache with room")
     for value in module.main.results[1:]:
         axes = [n for n in value.type.shape if PAST in n.free_symbols]
@@ -124,7 +126,7 @@ class Graph:
             held = values[value.name]
             if not isinstance(held, Slots):
                 tensor = tensor_of(held)
-                most = int(evaluate(value.type.elements, room)) if grows(value.type) else tensor.numel()
+                most = int(evaluate(value.type.elements, room)) if grows_with_past(value.type) else tensor.numel()
                 self._buffers[value.name] = torch.empty(most, dtype=tensor.dtype, device=tensor.device)
         given = self._filled(values)
         growing = {
@@ -149,7 +151,7 @@ class Graph:
     def _is_growing(self, name: str) -> bool:
         main = self._executor.module.main
         values = (*main.params, *(v for op in main.ops for v in op.results))
-        return any(v.name == name and grows(v.type) for v in values)
+        return any(v.name == name and grows_with_past(v.type) for v in values)
 
     def _filled(self, values: Mapping[str, Held]) -> dict[str, Held]:
         """Return the values of a step, those that are not in caches copied to where the graph reads them."""
@@ -214,7 +216,7 @@ class Graphs:
 
     def run(self, inputs: Sequence[Held], dims: Mapping[str, int]) -> list[Held]:
         """Run a step, as `Executor.run` does."""
-        key = None if self.why_not or dims["S"] != 1 or not dims["P"] else _key(inputs, dims)
+        key = None if self.why_not or dims["S"] != 1 or not dims["P"] else _buffers_key(inputs, dims)
         if key is None:
             return self.executor.run(inputs, dims)
         if self._made and self._made[0] == key:
@@ -236,7 +238,7 @@ class Graphs:
             return self._made[1].replay(inputs, dims)
 
 
-def _key(inputs: Sequence[Held], dims: Mapping[str, int]) -> tuple[int, ...] | None:
+def _buffers_key(inputs: Sequence[Held], dims: Mapping[str, int]) -> tuple[int, ...] | None:
     """Return which buffers a step appends to; None where one has no room or holds newer tokens."""
     caches = [held for held in inputs if isinstance(held, Slots)]
     if not caches or not all(held.has_room(1) for held in caches):

@@ -16,7 +16,7 @@ import torch
 
 from ....compiler.errors import MoecError
 from ....compiler.ir.dtypes import DTYPES
-from ..tile.expr import evaluate
+from ..tile.expr import evaluate_expr
 from ..tile.tiles import Program
 from ..triton.compile import ALIGN, load_kernel, triton_module
 from ..triton.source import triton_source
@@ -41,7 +41,7 @@ class GpuKernel:
         """Run it: the tensors of its arguments by name, those of role output are changed. MoecError for one that does not fit."""
         given = []
         for a in self.program.arguments:
-            tensor, shape = tensors.get(a.name), tuple(int(evaluate(n, scalars)) for n in a.shape)
+            tensor, shape = tensors.get(a.name), tuple(int(evaluate_expr(n, scalars)) for n in a.shape)
             if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != DTYPES[a.dtype].torch:
                 found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise MoecError(f"{self.program.name}: {a.name} is {a.dtype}{list(shape)}, {found} was given")

@@ -17,7 +17,7 @@ import torch
 from ....compiler.errors import MoecError
 from ....compiler.ir.dtypes import DTYPES
 from ..chip.families import find_family
-from ..tile.expr import evaluate
+from ..tile.expr import evaluate_expr
 from ..tile.simulate import simulate
 from ..tile.tiles import Argument
 from ..triton.architectures import architecture_of
@@ -128,14 +128,14 @@ class Compiled:
 
     def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         """Run a kernel; a grid without points launches nothing."""
-        if points := _points(launch, scalars):
-            self._kernel(launch).launch(points, *_given(launch, tensors, scalars))
+        if points := _grid_points(launch, scalars):
+            self._kernel(launch).launch(points, *_launch_arguments(launch, tensors, scalars))
 
     def capture(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> CapturedLaunch | None:
         """Launch a kernel on a stream that is being captured; None for a grid without points."""
-        if not (points := _points(launch, scalars)):
+        if not (points := _grid_points(launch, scalars)):
             return None
-        kernel, (given, numbers) = self._kernel(launch), _given(launch, tensors, scalars)
+        kernel, (given, numbers) = self._kernel(launch), _launch_arguments(launch, tensors, scalars)
         kernel.launch(points, given, numbers)
         return CapturedLaunch(launch, kernel, tuple(given), dict(scalars), captured_node())
 
@@ -155,11 +155,13 @@ class Compiled:
         return LoadedKernel(image, launch.program.name, threads, int(entry["shared"]))
 
 
-def _points(launch: Launch, scalars: Mapping[str, int]) -> int:
-    return max(0, prod(int(evaluate(extent, scalars)) for _, extent in launch.program.grid))
+def _grid_points(launch: Launch, scalars: Mapping[str, int]) -> int:
+    return max(0, prod(int(evaluate_expr(extent, scalars)) for _, extent in launch.program.grid))
 
 
-def _given(launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> tuple[list[torch.Tensor], list[int]]:
+def _launch_arguments(
+    launch: Launch, tensors: Tensors, scalars: Mapping[str, int]
+) -> tuple[list[torch.Tensor], list[int]]:
     return [aligned_tensor(tensors[a.name]) for a in launch.program.arguments], [
         scalars[n] for n in launch.program.scalars
     ]
@@ -179,7 +181,7 @@ class CapturedLaunch:
         """Change the dims among its scalars, in an instantiated graph."""
         scalars = {**self.scalars, **{name: n for name, n in dims.items() if name in self.scalars}}
         numbers = [scalars[name] for name in self.launch.program.scalars]
-        self.kernel.update(graph, self.node, _points(self.launch, scalars), self.tensors, numbers)
+        self.kernel.update(graph, self.node, _grid_points(self.launch, scalars), self.tensors, numbers)
 
 
 class _PrintedKernel:
@@ -193,7 +195,7 @@ class _PrintedKernel:
         self._kernel = GpuKernel(launch.program, launch.warps, limit)
 
     def __call__(self, tensors: Tensors, scalars: Mapping[str, int]) -> None:
-        if all(int(evaluate(extent, scalars)) > 0 for _, extent in self._program.grid):
+        if all(int(evaluate_expr(extent, scalars)) > 0 for _, extent in self._program.grid):
             self._kernel({name: aligned_tensor(tensor) for name, tensor in tensors.items()}, scalars)
 
 

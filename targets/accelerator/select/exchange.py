@@ -18,7 +18,7 @@ GROUPS = (2, 8, 64)  # devices of a group, and the whole domain
 DISPATCHED, COMBINED = ("fp8", "int8", "bf16"), "bf16"
 
 
-def exchanges(e: Experts, profile: Profile, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+def exchange_entries(e: Experts, profile: Profile, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     """Return what one layer's experts cost on the nearest link for `tokens` tokens of each device; nothing where the
     chip has no link or its bandwidth is unknown."""
     near = next((link for link in profile.links if link.bandwidth and link.domain), None)

@@ -27,7 +27,7 @@ from .search import GROUPS, ROWS, KernelTemplate, row_choices, shapes
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
 
 
-def _experts(op: Op, weights: Mapping[str, Packing]) -> Experts:
+def _experts_half(op: Op, weights: Mapping[str, Packing]) -> Experts:
     """Return the half of routed experts that an op is; the other half is filled in alike and does not matter."""
     return experts_of(op, next(iter(weights.values())))
 
@@ -55,7 +55,7 @@ def experts_of(op: Op, weight: Packing) -> Experts:
     )
 
 
-def touched(e: Experts, weight: str, tokens: int) -> dict[str, float]:
+def touched_shares(e: Experts, weight: str, tokens: int) -> dict[str, float]:
     """Return the share of each part of a weight that so many tokens need, with balanced routing."""
     share = distinct_experts(e.experts, e.chosen, tokens) / e.experts
     return {f"{weight}{part}": share for part in ("", "_codes", "_scales", "_zeros", "_bias")}
@@ -66,7 +66,7 @@ def _is_direct(e: Experts, tokens: int) -> bool:
     return tokens * e.chosen <= SHARED * distinct_experts(e.experts, e.chosen, tokens)
 
 
-def _grouped(kernel: Callable, name: str, e: Experts, packing: Packing, which: str) -> Callable:
+def _grouped_implementations(kernel: Callable, name: str, e: Experts, packing: Packing, which: str) -> Callable:
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         count = tokens.count
         direct = _is_direct(e, count)
@@ -75,21 +75,21 @@ def _grouped(kernel: Callable, name: str, e: Experts, packing: Packing, which: s
             shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
             (lambda t: {}) if direct
             else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
-            touched(e, which, count), GROUPS[:1] if direct else GROUPS,
+            touched_shares(e, which, count), GROUPS[:1] if direct else GROUPS,
         )  # fmt: skip
-        after = (_combine(e, count),) if which == "down" else ()
+        after = (_combine_template(e, count),) if which == "down" else ()
         return (Implementation("pair by pair" if direct else "sorted", (matrix, *after)),)
 
     return implementations
 
 
-def _combine(e: Experts, count: int) -> KernelTemplate:
+def _combine_template(e: Experts, count: int) -> KernelTemplate:
     return KernelTemplate(
         "combine", lambda t, layout: combine(e, t.n, layout, t.m), {"T": count}, row_shapes(e.hidden), staged=False
     )
 
 
-def _sort(op: Op, weights: Mapping[str, Packing]) -> Computation:
+def _select_sort(op: Op, weights: Mapping[str, Packing]) -> Computation:
     experts, chosen = op.settings.integer("experts"), int(op["ids"].type.shape[1])
     none = Packing("bf16", 1, 1)
     return _sort_of(Experts(experts, chosen, 1, 1, none, none))
@@ -108,19 +108,21 @@ def _sort_of(e: Experts) -> Computation:
 
 
 def _grouped_up(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    return _experts_up(_experts(op, weights), weights)
+    return _experts_up(_experts_half(op, weights), weights)
 
 
 def _experts_up(e: Experts, weights: Mapping[str, Packing]) -> Computation:
-    return Computation("experts_up", e, weights, _grouped(grouped_up, "grouped_up", e, e.up, "up"))
+    return Computation("experts_up", e, weights, _grouped_implementations(grouped_up, "grouped_up", e, e.up, "up"))
 
 
 def _grouped_down(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    return _experts_down(_experts(op, weights), weights)
+    return _experts_down(_experts_half(op, weights), weights)
 
 
 def _experts_down(e: Experts, weights: Mapping[str, Packing]) -> Computation:
-    return Computation("experts_down", e, weights, _grouped(grouped_down, "grouped_down", e, e.down, "down"))
+    return Computation(
+        "experts_down", e, weights, _grouped_implementations(grouped_down, "grouped_down", e, e.down, "down")
+    )
 
 
 def part_of_experts(computation: Computation, devices: int) -> Computation:
@@ -153,7 +155,7 @@ _PARTS: dict[str, Callable[[Experts, Mapping[str, Packing]], Computation]] = {
 
 
 IMPLEMENTATIONS: dict[str, Selector] = {
-    "acc.sort": _sort,
+    "acc.sort": _select_sort,
     "acc.grouped_up": _grouped_up,
     "acc.grouped_down": _grouped_down,
 }

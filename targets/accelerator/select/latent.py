@@ -73,18 +73,18 @@ def _latent_attention(op: Op, weights: Mapping[str, Packing]) -> Computation | N
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         expands = p.expanded_from is not None and tokens.new >= p.expanded_from
-        return (_expanded if expands else _absorbed)(p, tokens)
+        return (_expanded_implementations if expands else _absorbed_implementations)(p, tokens)
 
     return Computation("latent_attention", p, weights, implementations, p.expanded_from)
 
 
-def _absorbed(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
+def _absorbed_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
     """Return the form that takes queries and results through the latent space."""
     a = p.absorbed
     into = Linear(a.width, p.nope, p.w_uk, a.heads, wide=p.row)
-    absorb = _linear("absorb", into, tokens, {"x": "q", "w": "w_uk", "y": "q_latent"})
+    absorb = _linear_template("absorb", into, tokens, {"x": "q", "w": "w_uk", "y": "q_latent"})
     back = Linear(p.value, a.width, p.w_uv, a.heads)
-    project = _linear("project", back, tokens, {"x": "y_latent", "w": "w_uv"})
+    project = _linear_template("project", back, tokens, {"x": "y_latent", "w": "w_uv"})
     attended = attention_implementations(
         "attention", lambda t, layout: attention_kernel(a, t, layout),
         lambda t, layout, split: attention_merge(a, t, layout, split), _scalars(tokens), tokens.new * a.heads, a.width,
@@ -93,14 +93,14 @@ def _absorbed(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
     return tuple(Implementation(f"absorbed, {i.name}", (absorb, *i.kernels, project)) for i in attended)
 
 
-def _expanded(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
+def _expanded_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
     """Return the form that makes keys and values of every cached token that is attended to."""
     a = p.expanded
     keys = Expand(a.heads, p.nope, p.absorbed.width, p.w_uk, turned=True, window=a.window)
     values = Expand(a.heads, p.value, p.absorbed.width, p.w_uv, window=a.window)
     expands = (
-        _expand("expand_keys", keys, tokens, {"w": "w_uk", "y": "keys"}),
-        _expand("expand_values", values, tokens, {"w": "w_uv", "y": "values"}),
+        _expand_template("expand_keys", keys, tokens, {"w": "w_uk", "y": "keys"}),
+        _expand_template("expand_values", values, tokens, {"w": "w_uv", "y": "values"}),
     )
     attended = attention_implementations(
         "attention", lambda t, layout: attention_kernel(a, t, layout),
@@ -110,14 +110,14 @@ def _expanded(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
     return tuple(Implementation(f"expanded, {i.name}", (*expands, *i.kernels)) for i in attended)
 
 
-def _linear(name: str, x: Linear, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
+def _linear_template(name: str, x: Linear, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
     return KernelTemplate(
         name, lambda t, layout: linear(x, t, layout, name=name), {"T": tokens.count},
         shapes(row_choices(tokens.count), x.weight.step), renamed=renamed,
     )  # fmt: skip
 
 
-def _expand(name: str, x: Expand, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
+def _expand_template(name: str, x: Expand, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
     return KernelTemplate(
         name, lambda t, layout: expand(x, t, layout), _scalars(tokens), _expand_shapes(x, tokens), renamed=renamed
     )

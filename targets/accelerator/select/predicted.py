@@ -38,7 +38,7 @@ def predicted_step(
         },
         "memory": _memory_entry(module, profile, batch, past + new, devices),
         "functions": _function_entries(module, step),
-        "assumed": assumptions(profile, devices),
+        "assumed": assumption_lines(profile, devices),
     }
 
 
@@ -77,7 +77,7 @@ def _function_entries(module: Module, step: StepPrediction) -> list[dict[str, An
     ]
 
 
-def assumptions(profile: Profile, devices: int) -> list[str]:
+def assumption_lines(profile: Profile, devices: int) -> list[str]:
     """Return what a prediction takes as given beside the profile, in words."""
     lines = [f"{name} = {value:g} ({MEANING[name]})" for name, value in assumed_of(profile).items()]
     lines += [

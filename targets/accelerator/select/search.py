@@ -19,7 +19,7 @@ from ..kernels.choices import Tile
 from ..predict.assumed import multiplies
 from ..predict.predict import Prediction, matrix_share, predict
 from ..tile.builder import Layout
-from ..tile.count import SCALED, Counts, count, multiplied
+from ..tile.count import SCALED, Counts, count_program, unit_dtype_and_depth
 from ..tile.machine import chip_of, layout_of
 from ..tile.simulate import Chip
 from ..tile.tiles import Dot, Program, footprint, walk
@@ -120,17 +120,17 @@ def search_tile(kernel: KernelTemplate, profile: Profile, fits: dict[Tile, Fit] 
     if not choices:
         worst = max(reasons, key=lambda reason: reasons[reason])
         raise MoecError(f"no tile of {kernel.name} fits {profile.name}: {worst}")
-    choices = _ranked(choices)
+    choices = _rank_choices(choices)
     best, *others = (_in_order(kernel, choice, profile) for choice in choices[: 1 + KEPT])
     return Found(best, tuple(others), tried, len(choices))
 
 
-def _ranked(choices: list[Choice]) -> list[Choice]:
+def _rank_choices(choices: list[Choice]) -> list[Choice]:
     """Return choices, the best first: of those that are about as fast as any the one with most bytes under way.
 
     A prediction counts latencies as if all loads came in time; deeper loops and more buffers hide what it does not see.
     """
-    ranks = [_rank(c.prediction) for c in choices]
+    ranks = [_rank_by_time(c.prediction) for c in choices]
     limit = TIE * min(ranks)
 
     def key(pair: tuple[float, Choice]) -> tuple[float, ...]:
@@ -165,7 +165,7 @@ def _choices_of_tile(
         return [], reasons
     shape = (tile.m, tile.n, tile.k)
     if shape not in counted:
-        counted[shape] = _as_computed(count(fit.program, kernel.scalars, kernel.expect(tile)), tile, profile)
+        counted[shape] = _as_computed(count_program(fit.program, kernel.scalars, kernel.expect(tile)), tile, profile)
     found = []
     for warps, reason in zip(profile.family.warps, fit.why, strict=True):
         if reason is None:
@@ -178,17 +178,17 @@ def _best_order(kernel: KernelTemplate, tile: Tile, fit: Fit, profile: Profile, 
 
     The program stays that of the plain order: what it takes and computes is the same in every order.
     """
-    best = _predicted(kernel, tile, fit.program, fit.use, profile, counts)
+    best = _predict_choice(kernel, tile, fit.program, fit.use, profile, counts)
     for group in kernel.groups[1:]:
         if best.prediction.memory <= best.prediction.cores or counts.axes[1].extent < 2:
             break
-        choice = _predicted(kernel, tile, fit.program, fit.use, profile, counts, group)
+        choice = _predict_choice(kernel, tile, fit.program, fit.use, profile, counts, group)
         if choice.prediction.time < best.prediction.time:
             best = choice
     return best
 
 
-def _predicted(
+def _predict_choice(
     kernel: KernelTemplate, tile: Tile, program: Program, use: Mapping[str, int], profile: Profile, counts: Counts,
     group: int = 1,
 ) -> Choice:  # fmt: skip
@@ -205,8 +205,8 @@ def _in_order(kernel: KernelTemplate, choice: Choice, profile: Profile) -> Choic
     if tile.group == 1:
         return choice
     program = kernel.make(tile, layout_of(profile, tile.m))
-    counts = _as_computed(count(program, kernel.scalars, kernel.expect(tile)), tile, profile)
-    return _predicted(kernel, tile, program, choice.use, profile, counts)
+    counts = _as_computed(count_program(program, kernel.scalars, kernel.expect(tile)), tile, profile)
+    return _predict_choice(kernel, tile, program, choice.use, profile, counts)
 
 
 def _as_computed(counts: Counts, tile: Tile, profile: Profile) -> Counts:
@@ -220,7 +220,7 @@ def _as_computed(counts: Counts, tile: Tile, profile: Profile) -> Counts:
     return replace(counts, dots=dots)
 
 
-def _rank(p: Prediction) -> float:
+def _rank_by_time(p: Prediction) -> float:
     """Return the time, and a share of what else is busy meanwhile: of nearly equal tiles the one with the most slack."""
     return p.time + SLACK * (p.cores + p.cache + p.matrix + p.vector)
 
@@ -248,7 +248,7 @@ def _register_bytes(profile: Profile, warps: int) -> int:
 def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return why the matrix unit cannot multiply these tiles."""
     a, acc = program.buffers[dot.a], program.buffers[dot.acc]
-    dtype, depth = multiplied(program, dot)
+    dtype, depth = unit_dtype_and_depth(program, dot)
     unit = profile.unit(dtype)
     m, n = acc.shape
     if unit is None:
@@ -265,7 +265,7 @@ def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
 def _why_narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
     """Return what the chip does not read or multiply well of a matmul that is narrow; a compiler takes it all the same."""
     a = program.buffers[dot.a]
-    dtype, depth = multiplied(program, dot)
+    dtype, depth = unit_dtype_and_depth(program, dot)
     unit, span = profile.unit(dtype), profile.rule("tile_k_bytes") or 0
     if unit is None:
         return None

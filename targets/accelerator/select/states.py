@@ -16,7 +16,7 @@ from .implementations import Computation, Implementation, Selector, Tokens, only
 from .search import KernelTemplate
 
 
-def _append(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
+def _select_append(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     """Return the append of this step's tokens; the framework appends anything else, and numbers that are no activations."""
     past, new, axis = op["past"].type, op["new"].type, op.settings.integer("axis")
     lead, width = sympy.Mul(*past.shape[:axis]), sympy.Mul(*past.shape[axis + 1 :])
@@ -36,4 +36,4 @@ def _append(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     return Computation("append", p, {}, implementations)
 
 
-IMPLEMENTATIONS: dict[str, Selector] = {"nn.cache_append": _append}
+IMPLEMENTATIONS: dict[str, Selector] = {"nn.cache_append": _select_append}

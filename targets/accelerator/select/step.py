@@ -35,7 +35,7 @@ def predict_step(
         if not d.low <= given <= d.high:
             raise MoecError(f"{d.name} = {given} is outside the program's {d.low}..{d.high}")
     rates = Rates.of(profile)
-    found = _kernels(module, profile, Tokens(batch, new, past), devices)
+    found = _kernel_predictions(module, profile, Tokens(batch, new, past), devices)
     table = WorkTable(module, tuple(module_work(module, devices)))
     rows = [
         kernel_row(work, amounts, found[work.place]) if work.place in found else framework_row(work, amounts, rates)
@@ -44,7 +44,9 @@ def predict_step(
     return StepPrediction(batch, new, past, tuple(rows), rates.peak_memory, table)
 
 
-def _kernels(module: Module, profile: Profile, tokens: Tokens, devices: int) -> Mapping[str, list[Prediction]]:
+def _kernel_predictions(
+    module: Module, profile: Profile, tokens: Tokens, devices: int
+) -> Mapping[str, list[Prediction]]:
     """Return the predictions of each op's kernels, by its place; ops that the framework computes are left out."""
     stored = weight_layouts(module, profile)
     known: dict[tuple[str, Any], list[Prediction]] = {}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ....compiler.ir.dtypes import DTYPES
-from .expr import Expr, evaluate, shape_of
+from .expr import Expr, evaluate_expr, shape_of
 from .tiles import Dot, For, If, Let, Load, Move, Program, Statement, Store
 
 SCALED = ("mxfp8", "mxfp4", "nvfp4")  # what profiles call products of codes under scales
@@ -59,7 +59,7 @@ class Counts:
         return sum(self.loaded.values()) + sum(self.stored.values())
 
 
-def count(program: Program, scalars: Mapping[str, int], expect: Mapping[str, float]) -> Counts:
+def count_program(program: Program, scalars: Mapping[str, int], expect: Mapping[str, float]) -> Counts:
     """Count a program at given scalars; `expect` holds numbers that are only known when it runs.
 
     A key of `expect` is a variable of the grid (how many points of that axis do something), or a name that a bound reads.
@@ -67,7 +67,7 @@ def count(program: Program, scalars: Mapping[str, int], expect: Mapping[str, flo
     values: dict[str, Any] = dict(scalars)
     axes: list[Axis] = []
     for name, extent in program.grid:
-        size = float(evaluate(extent, scalars))
+        size = float(evaluate_expr(extent, scalars))
         axes.append(Axis(name, min(size, expect.get(name, size))))
         values[name] = int((size - 1) / 2)
     values |= {name: value for name, value in expect.items() if name not in values}
@@ -79,7 +79,7 @@ def count(program: Program, scalars: Mapping[str, int], expect: Mapping[str, flo
     return counts
 
 
-def multiplied(program: Program, dot: Dot) -> tuple[str, int]:
+def unit_dtype_and_depth(program: Program, dot: Dot) -> tuple[str, int]:
     """Return what a chip's profile calls the operands of a matmul, and how deep it is."""
     a, b = program.buffers[dot.a], program.buffers[dot.b]
     depth = a.shape[1]
@@ -116,7 +116,7 @@ class _Counter:
                     self.counts.stored[tensor] = self.counts.stored.get(tensor, 0) + times * size
                 case Dot(acc):
                     m, n = self.program.buffers[acc].shape
-                    dtype, depth = multiplied(self.program, statement)
+                    dtype, depth = unit_dtype_and_depth(self.program, statement)
                     self.counts.dots[dtype] = self.counts.dots.get(dtype, 0) + 2.0 * m * n * depth * times
                 case Move(name, source):
                     key = (self.program.buffers[source].memory, self.program.buffers[name].memory)
@@ -137,7 +137,7 @@ class _Counter:
         """Return the value of an expression over what is known; tiles and other unknown numbers count as 0."""
         missing = {n: self.zero(n) for n in expr.names if n not in self.values}
         with np.errstate(all="ignore"):
-            return evaluate(expr, {**self.values, **missing} if missing else self.values)
+            return evaluate_expr(expr, {**self.values, **missing} if missing else self.values)
 
     def zero(self, name: str) -> Any:
         buffer = self.program.buffers.get(name)

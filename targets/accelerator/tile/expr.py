@@ -275,7 +275,7 @@ def with_types(expr: Expr, types: Mapping[str, ExprType]) -> Expr:
     return replace(made, source=expr.source)
 
 
-def evaluate(expr: Expr | int, values: Mapping[str, Any]) -> Any:
+def evaluate_expr(expr: Expr | int, values: Mapping[str, Any]) -> Any:
     """Return the value of an expression; MoecError for a name without one."""
     match expr:
         case int():
@@ -288,13 +288,13 @@ def evaluate(expr: Expr | int, values: Mapping[str, Any]) -> Any:
             return values[name]
         case Binary(operator, left, right):
             compute = BINARY.get(operator) or COMPARISONS[operator]
-            return compute(evaluate(left, values), evaluate(right, values))
+            return compute(evaluate_expr(left, values), evaluate_expr(right, values))
         case Unary(operator, operand):
-            return UNARY[operator](evaluate(operand, values))
+            return UNARY[operator](evaluate_expr(operand, values))
         case Call(function, arguments, parameters):
-            return FUNCTIONS[function].compute(*(evaluate(a, values) for a in arguments), *parameters)
+            return FUNCTIONS[function].compute(*(evaluate_expr(a, values) for a in arguments), *parameters)
         case Axes(value, kept):
-            return evaluate(value, values)[tuple(slice(None) if k else None for k in kept)]
+            return evaluate_expr(value, values)[tuple(slice(None) if k else None for k in kept)]
     raise AssertionError(f"{type(expr).__name__} is no node")
 
 

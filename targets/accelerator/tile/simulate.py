@@ -17,7 +17,7 @@ import numpy as np
 from ....compiler.errors import MoecError
 from ....compiler.formats.table import ELEMENTS
 from ....compiler.ir.dtypes import DTYPES, dtype_name
-from .expr import Expr, evaluate
+from .expr import Expr, evaluate_expr
 from .tiles import DEVICE, Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, Usage
 
 
@@ -45,7 +45,7 @@ def simulate(
     """
     _check_arguments(program, tensors, scalars)
     written = {a.name: np.full(tensors[a.name].shape, -1, np.int64) for a in program.arguments if a.role == "output"}
-    extents = [int(evaluate(extent, scalars)) for _, extent in program.grid]
+    extents = [int(evaluate_expr(extent, scalars)) for _, extent in program.grid]
     usage = Usage(chip.align)
     for number, point in enumerate(product(*(range(n) for n in extents))):
         values: dict[str, Any] = {**scalars, **dict(zip([name for name, _ in program.grid], point, strict=True))}
@@ -58,7 +58,7 @@ def simulate(
 def _check_arguments(program: Program, tensors: Mapping[str, np.ndarray], scalars: Mapping[str, int]) -> None:
     for argument in program.arguments:
         given = tensors.get(argument.name)
-        shape = tuple(int(evaluate(n, scalars)) for n in argument.shape)
+        shape = tuple(int(evaluate_expr(n, scalars)) for n in argument.shape)
         if given is None or given.shape != shape or given.dtype != DTYPES[argument.dtype].numpy:
             found = "nothing" if given is None else f"{given.dtype}{list(given.shape)}"
             raise MoecError(f"{program.name}: {argument.name} is {argument.dtype}{list(shape)}, {found} was given")
@@ -82,7 +82,7 @@ class _Run:
         for statement in statements:
             match statement:
                 case Let(name, value):
-                    self.put(name, evaluate(value, self.values), own)
+                    self.put(name, evaluate_expr(value, self.values), own)
                 case Load():
                     self.load(statement, own)
                 case Store():
@@ -93,12 +93,12 @@ class _Run:
                     self.path(self.memory(value), self.memory(name), f"{name} = {value}")
                     self.put(name, self.values[value], own)
                 case For(var, start, stop, step, inner):
-                    bounds = (int(evaluate(n, self.values)) for n in (start, stop, step))
+                    bounds = (int(evaluate_expr(n, self.values)) for n in (start, stop, step))
                     for number in range(*bounds):
                         self.values[var] = number
                         self.body(inner)
                 case If(condition, inner):
-                    if bool(evaluate(condition, self.values)):
+                    if bool(evaluate_expr(condition, self.values)):
                         self.body(inner)
         for name in own:
             self.usage.give(self.program.buffers[name])
@@ -137,8 +137,8 @@ class _Run:
     def cells(self, tensor: str, at: Sequence[Expr], mask: Expr | None) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Return the indices of a load or store, masked ones as 0, and the mask, all of one shape."""
         array = self.tensors[tensor]
-        indices = [np.asarray(evaluate(i, self.values)) for i in at]
-        wanted = np.asarray(True if mask is None else evaluate(mask, self.values))
+        indices = [np.asarray(evaluate_expr(i, self.values)) for i in at]
+        wanted = np.asarray(True if mask is None else evaluate_expr(mask, self.values))
         *indices, wanted = np.broadcast_arrays(*indices, wanted)
         for axis, index in enumerate(indices):
             outside = wanted & ((index < 0) | (index >= array.shape[axis]))
@@ -159,7 +159,7 @@ class _Run:
         array = self.tensors[statement.tensor]
         if statement.stored in self.program.buffers:
             self.path(self.memory(statement.stored), DEVICE, f"store of {statement.stored}")
-        value = np.broadcast_to(np.asarray(evaluate(statement.value, self.values)), wanted.shape)
+        value = np.broadcast_to(np.asarray(evaluate_expr(statement.value, self.values)), wanted.shape)
         places = tuple(i[wanted] for i in indices)
         if statement.add:
             np.add.at(array, places, value[wanted].astype(array.dtype))

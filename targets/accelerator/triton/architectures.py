@@ -36,7 +36,7 @@ class Architecture:
     scaled_rows: int = 1
 
 
-def _nvidia(name: str, tall: str = "", tall_columns: int = 1) -> Architecture:
+def _nvidia_architecture(name: str, tall: str = "", tall_columns: int = 1) -> Architecture:
     mixed = tall == "tcgen05"
     return Architecture(
         name,
@@ -52,22 +52,22 @@ def _nvidia(name: str, tall: str = "", tall_columns: int = 1) -> Architecture:
     )
 
 
-def _amd(name: str, newer: bool = False) -> Architecture:
+def _amd_architecture(name: str, newer: bool = False) -> Architecture:
     return Architecture(name, "hip", 64, ".hsaco", "mfma", least=16, exact=True, past_registers=newer, mixed=newer)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
     for row in (
-        _nvidia("sm_80"),
-        _nvidia("sm_89"),
-        _nvidia("sm_90", "wgmma"),
-        _nvidia("sm_100", "tcgen05", 16),
-        _nvidia("sm_103", "tcgen05", 16),
-        _nvidia("sm_120"),
-        _nvidia("sm_121"),
-        _amd("gfx942"),
-        _amd("gfx950", newer=True),
+        _nvidia_architecture("sm_80"),
+        _nvidia_architecture("sm_89"),
+        _nvidia_architecture("sm_90", "wgmma"),
+        _nvidia_architecture("sm_100", "tcgen05", 16),
+        _nvidia_architecture("sm_103", "tcgen05", 16),
+        _nvidia_architecture("sm_120"),
+        _nvidia_architecture("sm_121"),
+        _amd_architecture("gfx942"),
+        _amd_architecture("gfx950", newer=True),
         Architecture("gfx1151", "hip", 32, ".hsaco", "wmma", least=16),
     )
 }

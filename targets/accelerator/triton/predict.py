@@ -44,7 +44,7 @@ def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
 def predict_units(program: Program, arch: str, warps: int) -> set[str]:
     """Return the units that a program's matmuls are expected to use."""
     found = set()
-    for dot in _dots(program.body):
+    for dot in _dots_in(program.body):
         m, n = program.buffers[dot.acc].shape
         found.add(matrix_unit(arch, m, n, program.buffers[dot.a].dtype, warps))
     return found
@@ -53,9 +53,11 @@ def predict_units(program: Program, arch: str, warps: int) -> set[str]:
 def predict_shared(program: Program, arch: str, warps: int) -> int:
     """Return the bytes of shared memory (LDS) that Triton is expected to take for a block."""
     origin = _origins_of_moves(program.body)
-    looped = {id(dot) for loop in _pipelined_loops(program) for dot in _dots(loop.body)}
+    looped = {id(dot) for loop in _pipelined_loops(program) for dot in _dots_in(loop.body)}
     once = [
-        _shared_without_loop(program, dot, origin, arch, warps) for dot in _dots(program.body) if id(dot) not in looped
+        _shared_without_loop(program, dot, origin, arch, warps)
+        for dot in _dots_in(program.body)
+        if id(dot) not in looped
     ]
     loops = [_Loop(program, loop, origin, arch, warps).bytes() for loop in _pipelined_loops(program)]
     return max([*once, *loops, *_stored_conversions(program, arch, warps)], default=0)
@@ -63,7 +65,7 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
 
 def _stored_conversions(program: Program, arch: str, warps: int) -> Iterator[int]:
     """Yield the bytes through which the layout of each stored result of a matmul is converted."""
-    results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots(program.body)}
+    results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots_in(program.body)}
     for store in walk(program.body):
         if isinstance(store, Store) and store.stored in program.buffers:
             shape = program.buffers[store.stored].shape
@@ -78,7 +80,7 @@ def _shared_without_loop(program: Program, dot: Dot, origin: Mapping[str, str], 
 
     mma.sync passes the second operand piece by piece, about four rows for each warp.
     """
-    a, b = (_size(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
+    a, b = (_buffer_bytes(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
     if nearest(arch).backend == "hip":
         return max(a, b)
     m, n = program.buffers[dot.acc].shape
@@ -96,7 +98,7 @@ def spills(program: Program, arch: str, warps: int) -> bool:
     threads = warps * nearest(arch).warp
     held = _sums(program) / threads
     origin = _origins_of_moves(program.body)
-    second = {origin.get(dot.b, dot.b) for dot in _dots(program.body)}
+    second = {origin.get(dot.b, dot.b) for dot in _dots_in(program.body)}
     made = [s.value for s in walk(program.body) if isinstance(s, Let) and s.name in second]
     for unit in predict_units(program, arch, warps):
         limit = SPILL_FREE[unit] // (2 if unit == "mfma" and warps > 4 else 1)  # two waves share a unit's registers
@@ -112,8 +114,8 @@ def _sums(program: Program) -> int:
 
     A sum of codes is added to a total in each step: the totals are held together, of the sums one after the other.
     """
-    sizes = {dot.acc: prod(program.buffers[dot.acc].shape) for dot in _dots(program.body)}
-    coded = {dot.acc for dot in _dots(program.body) if program.buffers[dot.a].dtype in EIGHT and not dot.scales}
+    sizes = {dot.acc: prod(program.buffers[dot.acc].shape) for dot in _dots_in(program.body)}
+    coded = {dot.acc for dot in _dots_in(program.body) if program.buffers[dot.a].dtype in EIGHT and not dot.scales}
     if not coded:
         return sum(sizes.values())
     lets = [s for s in walk(program.body) if isinstance(s, Let) and s.name in s.value.names]
@@ -142,7 +144,7 @@ def _own_columns(shape: tuple[int, ...], warps: int) -> bool:
     return rows == 1 and columns * side <= n
 
 
-def _dots(body: Sequence[Statement]) -> Iterator[Dot]:
+def _dots_in(body: Sequence[Statement]) -> Iterator[Dot]:
     return (s for s in walk(body) if isinstance(s, Dot))
 
 
@@ -177,7 +179,7 @@ class _Loop:
         self.waves, self.past_registers = row.backend == "hip", row.past_registers
 
     def bytes(self) -> int:
-        statements = list(_flat(self.loop.body))
+        statements = list(_flat_statements(self.loop.body))
         for s in statements:
             if isinstance(s, Load) and s.name in self.program.buffers:
                 self.loaded[s.name] = self.program.buffers[s.name]
@@ -191,7 +193,7 @@ class _Loop:
         total, grouped = 0, self._grouped(statements, dots)
         both = self._both_orders(dots) if copies > 1 else set()
         for name, buffer in self.loaded.items():
-            size = _size(buffer)
+            size = _buffer_bytes(buffer)
             if name in both:
                 continue
             if name in operands:
@@ -201,7 +203,7 @@ class _Loop:
                 total += size * (copies if self.past_registers and copies > 1 else copies - 1)
         if copies == 1:
             return self._unstaged(dots) + self._kept(dots)
-        total += max((_size(self.loaded[name]) for name in both), default=0)
+        total += max((_buffer_bytes(self.loaded[name]) for name in both), default=0)
         total += self._computed(statements, second) + (grouped or 0) + self._kept(dots)
         return max([total, *self._entering(first)])
 
@@ -219,7 +221,7 @@ class _Loop:
         if self.past_registers and stages > 1:
             own = second and all(
                 _own_columns(self.program.buffers[d.acc].shape, self.warps) and d.transpose
-                for d in _dots(self.loop.body)
+                for d in _dots_in(self.loop.body)
             )
             return 0 if own else stages  # each wave loads its columns past the shared memory
         return stages - 1
@@ -241,7 +243,7 @@ class _Loop:
         m, n = next(iter(shapes.values()))
         if self.past_registers and m <= SIDES[0] and _own_columns((m, n), self.warps):
             return 0 if n == SIDES[0] * self.warps else n * SCALES
-        return max(_size(self.program.buffers[name]) for name in shapes)
+        return max(_buffer_bytes(self.program.buffers[name]) for name in shapes)
 
     def _chained(self, statements: Sequence[Statement]) -> set[str]:
         """Return the tiles that are loaded by what the same iteration loads, in their places or masks: a stage later."""
@@ -258,7 +260,7 @@ class _Loop:
     def _entering(self, first: Iterable[str]) -> Iterator[int]:
         """Yield the bytes through which AMD's waves take first operands that were loaded before the loop, one by one."""
         if self.waves:
-            yield from (_size(self.program.buffers[name]) for name in first if name in self.outer)
+            yield from (_buffer_bytes(self.program.buffers[name]) for name in first if name in self.outer)
 
     def _both_orders(self, dots: Sequence[Dot]) -> set[str]:
         """Return the loaded tiles that are multiplied as they are and transposed: gfx950 keeps them in registers."""
@@ -280,7 +282,7 @@ class _Loop:
             unit, rows = self._unit(dot), self.program.buffers[dot.acc].shape[0]
             converted = unit in ("mma", "fma") or (unit == "mfma" and (rows > 16 or self._widened([dot])))
             if name not in self.loaded and (unit != "mfma" if name in self.outer else converted):
-                sizes[name] = _size(self.program.buffers[name])
+                sizes[name] = _buffer_bytes(self.program.buffers[name])
         return sum(sizes.values())
 
     def _unstaged(self, dots: Sequence[Dot]) -> int:
@@ -289,7 +291,7 @@ class _Loop:
         made, passed = 0, 0
         for dot in dots:
             a, b = self.origin.get(dot.a, dot.a), self.origin.get(dot.b, dot.b)
-            size = {name: _size(self.program.buffers[name]) for name in (a, b)}
+            size = {name: _buffer_bytes(self.program.buffers[name]) for name in (a, b)}
             if self._unit(dot) in ASYNC:
                 held |= {name: size[name] for name in (a, b) if name in self.loaded}
                 made = max(made, 0 if b in self.loaded else size[b])
@@ -310,17 +312,19 @@ class _Loop:
         used, most, whole = 0, 0, 0
         for i, s in enumerate(statements):
             if isinstance(s, Let) and s.name in last and s.name not in self.loaded and second[s.name] in ASYNC:
-                used += _size(self.program.buffers[s.name])
-                whole += _size(self.program.buffers[s.name])
+                used += _buffer_bytes(self.program.buffers[s.name])
+                whole += _buffer_bytes(self.program.buffers[s.name])
             most = max(most, used)
             if isinstance(s, Dot) and last[name := self.origin.get(s.b, s.b)] == i and second[name] in ASYNC:
                 used -= (
-                    0 if name in self.loaded or name not in self.program.buffers else _size(self.program.buffers[name])
+                    0
+                    if name in self.loaded or name not in self.program.buffers
+                    else _buffer_bytes(self.program.buffers[name])
                 )
         return whole if "tcgen05" in second.values() else most  # tcgen05's are all in use until the iteration ends
 
 
-def _flat(body: Sequence[Statement]) -> Iterator[Statement]:
+def _flat_statements(body: Sequence[Statement]) -> Iterator[Statement]:
     for statement in walk(body):
         if not isinstance(statement, (For, If)):
             yield statement
@@ -343,7 +347,7 @@ def _in_groups(expr: Expr) -> bool:
     return (isinstance(expr, Call) and expr.function == "reshape") or any(map(_in_groups, expr.operands))
 
 
-def _size(buffer: Buffer) -> int:
+def _buffer_bytes(buffer: Buffer) -> int:
     return prod(buffer.shape) * DTYPES[buffer.dtype].bits // 8
 
 

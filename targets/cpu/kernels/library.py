@@ -77,7 +77,7 @@ def find_compiler(cc: str | None = None) -> Compiler | None:
             return None
         return Compiler((sys.executable, "-m", "ziglang", "cc"), f"ziglang {metadata.version('ziglang')}", crosses=True)
     command = tuple(shlex.split(cc))
-    shown = _run((*command, "--version"), f"the compiler {cc} does not run", "give another one with -D cc=")
+    shown = _run_compiler((*command, "--version"), f"the compiler {cc} does not run", "give another one with -D cc=")
     return Compiler(command, shown.splitlines()[0] if shown else cc, crosses=False)
 
 
@@ -94,7 +94,7 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
     options = (*OPTIONS, *place.options)
     if compiler.crosses:
         options = (*options, "-s", "-target", place.triple, f"-mcpu={place.processor}")
-    kept = _cache() / f"{_fingerprint(compiler, options)}.{place.suffix}"
+    kept = _cache_folder() / f"{_library_fingerprint(compiler, options)}.{place.suffix}"
     if kept.is_file():
         return kept.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
@@ -103,15 +103,15 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
         sources = sorted(path.name for path in SOURCES.glob("*.c"))
         libraries = () if place.suffix == "dll" else ("-lm",)
         command = (*compiler.command, *options, "-o", str(made), *sources, *libraries)
-        _run(
+        _run_compiler(
             command, f"the kernels for {place.name} do not compile", "report it, or compile with -D kernels=onnxruntime"
         )
         content = made.read_bytes()
-    _keep(kept, content)
+    _keep_library(kept, content)
     return content
 
 
-def _fingerprint(compiler: Compiler, options: Sequence[str]) -> str:
+def _library_fingerprint(compiler: Compiler, options: Sequence[str]) -> str:
     """Return a hash of everything that the library's bytes depend on."""
     digest = hashlib.sha256("\0".join((compiler.version, *options)).encode())
     for path in sorted(SOURCES.iterdir()):
@@ -119,12 +119,12 @@ def _fingerprint(compiler: Compiler, options: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "moec" / "kernels"
 
 
-def _keep(path: Path, content: bytes) -> None:
+def _keep_library(path: Path, content: bytes) -> None:
     """Write a library to the cache, whole or not at all; a cache that cannot be written only costs time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def _keep(path: Path, content: bytes) -> None:
         return
 
 
-def _run(command: Sequence[str], what: str, todo: str) -> str:
+def _run_compiler(command: Sequence[str], what: str, todo: str) -> str:
     try:
         done = subprocess.run(
             command, cwd=SOURCES, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",

@@ -35,13 +35,13 @@ def use_kernels(nodes: Iterable[NodeProto], initializers: Mapping[str, TensorPro
     """Move the nodes that the kernels compute to the domain `moec`; return the functions that stand for them."""
     used = set()
     for node in nodes:
-        if node.domain == CONTRIB and node.op_type in _SIGNATURES and _taken(node, initializers):
+        if node.domain == CONTRIB and node.op_type in _SIGNATURES and _is_supported(node, initializers):
             node.domain = DOMAIN
             used.add(node.op_type)
-    return [_function(kind) for kind in sorted(used)]
+    return [_function_of_kind(kind) for kind in sorted(used)]
 
 
-def _taken(node: NodeProto, initializers: Mapping[str, TensorProto]) -> bool:
+def _is_supported(node: NodeProto, initializers: Mapping[str, TensorProto]) -> bool:
     """Return whether the kernels have what a node asks for."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     bits, group = given.get("bits", given.get("expert_weight_bits")), given["block_size"]
@@ -55,7 +55,7 @@ def _taken(node: NodeProto, initializers: Mapping[str, TensorProto]) -> bool:
     return all(s is not None and s.dims[-1] <= _MOST_GROUPS for s in scales)
 
 
-def _function(kind: str) -> FunctionProto:
+def _function_of_kind(kind: str) -> FunctionProto:
     count, attributes = _SIGNATURES[kind]
     inputs = [f"input{i}" for i in range(count)]
     body = helper.make_node(kind, inputs, ["y"], domain=CONTRIB)

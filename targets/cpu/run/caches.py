@@ -32,7 +32,7 @@ class Buffers:
     filled: int
     binding: Any = None  # an IOBinding that has the arrays as inputs and outputs
 
-    def grown(self, states: Sequence[State], past: int, room: int) -> Buffers:
+    def with_room(self, states: Sequence[State], past: int, room: int) -> Buffers:
         """Return buffers with the first `past` tokens of these and more room."""
         made = []
         for state, array in zip(states, self.arrays, strict=True):
@@ -67,7 +67,7 @@ class States:
         if self.buffers.filled == self.length and wanted <= self.buffers.room:
             return self
         room = self.buffers.room if wanted <= self.buffers.room else max(wanted, self.buffers.room * 3 // 2)
-        return replace(self, buffers=self.buffers.grown(states, self.length, -(-room // STEP) * STEP))
+        return replace(self, buffers=self.buffers.with_room(states, self.length, -(-room // STEP) * STEP))
 
 
 def initial_states(states: Sequence[State], batch: int) -> States:

@@ -147,13 +147,13 @@ def test_a_weight_keeps_its_name_through_the_lowering(qwen, target):
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_lost_input_is_an_error(method, tmp_path, monkeypatch):
     """One weight whose inputs the calibration loses: never quantized all the same, and nothing is written."""
-    seen = _Recorder.seen
+    seen = _Recorder.observe_inputs
 
     def forgetful(self, weight, rows, chosen=None):
         if "layers.1" not in weight_of(weight) or "down" not in weight_of(weight):
             seen(self, weight, rows, chosen)
 
-    monkeypatch.setattr(_Recorder, "seen", forgetful)
+    monkeypatch.setattr(_Recorder, "observe_inputs", forgetful)
     text = tmp_path / "text"
     text.write_text("Once upon a time there was a model of eight experts. " * 60)
     with pytest.raises(MoecError, match=r"saw nothing that the weight model\.layers\.1\.layer:experts_down") as caught:

@@ -22,13 +22,20 @@ from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.artifact.ascend_objects import MISSING, find_environment
 from moec.targets.accelerator.ascend import lower as ascend
 from moec.targets.accelerator.ascend.blocks import blocks_of, one_block_a_core
-from moec.targets.accelerator.ascend.lower import AscendKernel, Environment, environment, is_newer, kernel_of, lower
+from moec.targets.accelerator.ascend.lower import (
+    AscendKernel,
+    Environment,
+    is_newer,
+    kernel_of,
+    lower_on_ascend,
+    open_environment,
+)
 from moec.targets.accelerator.ascend.program import for_ascend
 from moec.targets.accelerator.chip.profile import find_profile, shipped_profiles
 from moec.targets.accelerator.kernels.choices import RowTile
 from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.builder import Builder
-from moec.targets.accelerator.tile.expr import evaluate
+from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.tiles import Dot, Load, Program, walk
 from moec_command import invoke
 from places import TINY
@@ -154,7 +161,7 @@ def test_the_generation_of_every_ascend_is_known():
 
 
 def test_no_environment_is_made_unless_asked_for(tmp_path):
-    assert environment(tmp_path / "none") is None
+    assert open_environment(tmp_path / "none") is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,10 +195,10 @@ def test_a_damaged_environment_is_said_to_be_one(tmp_path):
         (make_folder(tmp_path / "gone", python=tmp_path / "no-python"), "has lost its Python"),
     ):
         with pytest.raises(MoecError, match=said) as error:
-            environment(folder)
+            open_environment(folder)
         assert error.value.where == str(folder)
     with pytest.raises(MoecError):
-        environment(tmp_path / "other", create=True, python=sys.executable)
+        open_environment(tmp_path / "other", create=True, python=sys.executable)
     assert (tmp_path / "other" / "file").read_text() == "mine"
 
 
@@ -201,24 +208,24 @@ def test_a_python_that_does_not_do(tmp_path):
         (shutil.which("false"), "false is a program that does not run"),
     ):
         with pytest.raises(MoecError, match=said):
-            environment(tmp_path / "new", create=True, python=python)
+            open_environment(tmp_path / "new", create=True, python=python)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     with pytest.raises(MoecError, match="no build for Linux on riscv64"):
-        environment(tmp_path / "new", create=True)
+        open_environment(tmp_path / "new", create=True)
 
 
 def test_a_worker_that_does_not_start(tmp_path):
     kernel = AscendKernel("", "k", {})
     with pytest.raises(MoecError, match="triton-ascend does not start") as error:
-        lower([kernel], OLDER, Environment(make_folder(tmp_path / "empty")))
+        lower_on_ascend([kernel], OLDER, Environment(make_folder(tmp_path / "empty")))
     assert "ModuleNotFoundError" in error.value.excerpt
     with pytest.raises(MoecError, match="cannot run the environment's Python"):
-        lower([kernel], OLDER, Environment(make_folder(tmp_path / "gone", python=None)))
-    assert lower([], OLDER, Environment(tmp_path / "gone")) == []
+        lower_on_ascend([kernel], OLDER, Environment(make_folder(tmp_path / "gone", python=None)))
+    assert lower_on_ascend([], OLDER, Environment(tmp_path / "gone")) == []
 
 
 def test_without_an_environment_it_is_said_how_to_get_one(tmp_path, monkeypatch):
@@ -239,7 +246,7 @@ def triton_ascend(request):
     """Return the environment, made in pytest's cache folder by the first run."""
     if not built:
         pytest.skip("triton-ascend is not built for this Python or machine")
-    return environment(Path(request.config.cache.mkdir("ascend")) / "environment", create=True)
+    return open_environment(Path(request.config.cache.mkdir("ascend")) / "environment", create=True)
 
 
 @dataclass(frozen=True)
@@ -293,7 +300,9 @@ KINDS = (*FORMATS, "norm", "attention", "compressed")
 def test_what_is_lowered_computes_the_same(name, arch, kind, triton_ascend, monkeypatch):
     cases = [replace(c, program=one_block_a_core(c.program, 3)) for c in simulated(kind, name, monkeypatch)]
     assert cases
-    for case, done in zip(cases, lower([kernel_of(c.program, arch) for c in cases], arch, triton_ascend), strict=True):
+    for case, done in zip(
+        cases, lower_on_ascend([kernel_of(c.program, arch) for c in cases], arch, triton_ascend), strict=True
+    ):
         label = case.program.name
         assert not done.error, f"{label}: {done.stage}: {done.error}"
         check_form(case.program, done.linalg)
@@ -325,12 +334,12 @@ def lowered_outputs(case, linalg, arch, triton_ascend):
     rewritten = for_ascend(case.program, is_newer(arch))
     tensors = {}
     for argument in case.program.arguments:
-        shape = tuple(int(evaluate(n, case.scalars)) for n in argument.shape)
+        shape = tuple(int(evaluate_expr(n, case.scalars)) for n in argument.shape)
         value = case.given.get(argument.name)
         value = np.full(shape, 77, DTYPES[argument.dtype].numpy) if value is None else value.reshape(shape)
         signless = rewritten.argument(argument.name).dtype in ("u8", "bool")
         tensors[argument.name] = np.array(value.view(np.int8) if signless else value)
-    points = np.prod([int(evaluate(extent, case.scalars)) for _, extent in rewritten.grid])
+    points = np.prod([int(evaluate_expr(extent, case.scalars)) for _, extent in rewritten.grid])
     scalars = [case.scalars[name] for name in rewritten.scalars]
     run_linalg(generic(linalg, triton_ascend), list(tensors.values()), scalars, int(points))
     return {name: tensors[name].view(wanted.dtype).reshape(wanted.shape) for name, wanted in case.wanted.items()}
@@ -380,7 +389,7 @@ def test_one_kernel_that_fails_leaves_the_others_alone(triton_ascend):
         replace(copy, signature={"x": "*fp8e4nv", "y": "*fp8e4nv"}),
         copy,
     ]
-    done = lower(kernels, OLDER, triton_ascend, seconds=10)
+    done = lower_on_ascend(kernels, OLDER, triton_ascend, seconds=10)
     assert [d.stage for d in done] == ["", "worker", "worker", "source", "source", "triton", ""]
     for found, said in zip(
         done, ["", "it ended the compiler", "longer than 10 s", "SyntaxError", "AttributeError", "unexpected type fp8", ""],
@@ -389,20 +398,24 @@ def test_one_kernel_that_fails_leaves_the_others_alone(triton_ascend):
         assert said in found.error
     for found in (done[0], done[-1]):
         assert "memref.copy" in found.linalg and "tt.func public @copy" in found.ttir
-    assert lower(kernels[5:6], NEWER, triton_ascend)[0].error == ""  # the Ascend 950 has these types
+    assert lower_on_ascend(kernels[5:6], NEWER, triton_ascend)[0].error == ""  # the Ascend 950 has these types
 
 
 @pytest.mark.ascend
 def test_what_the_adapter_leaves_undone_is_an_error(triton_ascend):
     source = COPY.replace("tl.load(x + i)", "tl.load(x + i).to(tl.float32)")
-    (done,) = lower([AscendKernel(source, "copy", {"x": "*fp8e4nv", "y": "*fp32"}, {"N": 64})], NEWER, triton_ascend)
+    (done,) = lower_on_ascend(
+        [AscendKernel(source, "copy", {"x": "*fp8e4nv", "y": "*fp32"}, {"N": 64})], NEWER, triton_ascend
+    )
     assert done.stage == "linalg" and "the adapter left tt.fp_to_fp in it" in done.error and not done.linalg
 
 
 @pytest.mark.ascend
 def test_an_environment_that_was_made_is_used_again(triton_ascend):
     before = (triton_ascend.folder / "moec.json").stat().st_mtime_ns
-    assert environment(triton_ascend.folder) == environment(triton_ascend.folder, create=True) == triton_ascend
+    assert (
+        open_environment(triton_ascend.folder) == open_environment(triton_ascend.folder, create=True) == triton_ascend
+    )
     assert (triton_ascend.folder / "moec.json").stat().st_mtime_ns == before
     assert not [p for p in triton_ascend.folder.parent.iterdir() if p.name.startswith(".")]
 
@@ -413,6 +426,6 @@ def test_without_a_network_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     with pytest.raises(MoecError, match=r"cannot install triton-ascend==3\.2\.0") as error:
-        environment(tmp_path / "new", create=True, python=sys.executable)
+        open_environment(tmp_path / "new", create=True, python=sys.executable)
     assert "No matching distribution" in error.value.excerpt
     assert list(tmp_path.iterdir()) == []

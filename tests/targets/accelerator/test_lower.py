@@ -25,7 +25,7 @@ from moec.compiler.weights.steps.table import step
 from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
 from moec.targets.accelerator.kernels.formats import why_not_held, why_slow
-from moec.targets.accelerator.lower.module import lower
+from moec.targets.accelerator.lower.module import lower_module
 from moec.targets.accelerator.select.supported import supported
 from tiny_models import random_model, save
 
@@ -71,7 +71,7 @@ def test_residual_adds_are_a_part_of_the_sum_of_experts(returned, adds, given):
     types = {"%y": "f32[B, S, 8]", "%both": "f32[B, S, 8]", "%e": "f32[B*S, 8]"}
     result = ", ".join(types[name] for name in returned.split(", "))
     module = parse_module(RESIDUAL.format(returned=returned, result=result))
-    lowered = lower(module).module
+    lowered = lower_module(module).module
     names = [op.name for op in lowered.main.ops]
     assert names.count("core.add") == adds and names.count("acc.grouped_down") == 1
     (experts,) = (op for op in lowered.main.ops if op.name == "acc.grouped_down")
@@ -220,12 +220,12 @@ def test_rounding_is_lossy_and_bf16_is_not():
 
 
 def test_a_matrix_that_bf16_does_not_hold_stays_and_says_so():
-    lowered, notes = lower(parse_module(LINEAR.format('tensor("w", f32[256, 256])')))
+    lowered, notes = lower_module(parse_module(LINEAR.format('tensor("w", f32[256, 256])')))
     assert lowered.main.consts[0].value.type.dtype == "f32"
     assert any("%w stays f32" in note.reason and "round-weights" in note.reason for note in notes)
     with pytest.raises(MoecError, match="pass lower has no option accuracy"):
         passes_for(TARGET)["lower"].convert({"accuracy": "exact"})
-    assert lower(lowered).module is lowered
+    assert lower_module(lowered).module is lowered
 
 
 def test_quantize_comes_before_rounding():
@@ -265,7 +265,7 @@ def test_fp8_blocks_of_a_checkpoint_are_kept():
     assert formats == {**blocks, "out": formats["out"], "last": "f32"} and formats["out"].startswith("f32"), notes
     assert any("blocks of rows and columns would be turned" in note.reason for note in notes)
     compare_function(module, kept, "main", {}, 1e-6)
-    lowered = lower(PASSES["round-weights"](kept)).module
+    lowered = lower_module(PASSES["round-weights"](kept)).module
     assert {c.value.name: c.value.type.dtype for c in lowered.main.consts} == {**blocks, "out": "bf16", "last": "bf16"}
     compare_function(PASSES["round-weights"](kept), lowered, "main", {}, 1e-6)
 

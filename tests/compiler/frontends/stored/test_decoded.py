@@ -95,7 +95,7 @@ def test_a_library_decodes_what_was_written(name, tmp_path):
     shape, write, quantization, library = LAYOUTS[name]
     leaves, meant = write(np.random.default_rng(0).normal(size=shape).astype(np.float32))
     source, recipes = source_of(tmp_path, {f"{MODULE}.{k}": t for k, t in leaves.items()}, quantization)
-    recipe = source.whole(recipes[f"{MODULE}.weight"])
+    recipe = source.decoded_tensor(recipes[f"{MODULE}.weight"])
     assert isinstance(recipe, Tensor) and recipe.type.sizes == shape
     np.testing.assert_allclose(evaluate_recipe(recipe, source).numpy(), meant, rtol=1e-6, atol=0)
     assert torch.equal(evaluate_recipe(recipe, source, ((1, 4), (2, 9))), evaluate_recipe(recipe, source)[1:4, 2:9])
@@ -111,7 +111,7 @@ def test_the_experts_of_gpt_oss(tmp_path):
     leaves["_blocks"] = leaves["_blocks"].reshape(3, 10, 2, 16)
     name = "model.layers.0.mlp.experts.down_proj"
     source, recipes = source_of(tmp_path, {name + k: t for k, t in leaves.items()}, {"quant_method": "mxfp4"})
-    found = evaluate_recipe(source.whole(recipes[name]), source).numpy()
+    found = evaluate_recipe(source.decoded_tensor(recipes[name]), source).numpy()
     assert np.array_equal(found, meant.transpose(0, 2, 1))
     assert source.decoding.libraries == {f"transformers {version('transformers')}": 1}
 
@@ -128,7 +128,7 @@ def test_blocks_of_gguf(kind, tmp_path):
     opened = open_gguf(file)
     own = step("transpose", dequantize_blocks(Tensor("w", opened.checkpoint.tensors["w"].type), kind), perm=(1, 0))
     source = gguf_source(opened)
-    recipe = source.decoded(own)
+    recipe = source.with_decoded_weights(own)
     assert recipe.items == (Tensor("w", own.items[0].type),)
     wanted = quants.dequantize(raw, GGMLQuantizationType[kind.upper()])
     assert np.array_equal(evaluate_recipe(recipe, source).numpy(), wanted.T, equal_nan=True)
@@ -160,7 +160,7 @@ def test_a_library_that_decodes_otherwise_fails_the_check(name, tmp_path):
     with pytest.raises(
         MoecError, match=rf"moec decodes {MODULE}\.weight_packed otherwise than .*: .*{message}"
     ) as caught:
-        evaluate_recipe(source.whole(recipes[f"{MODULE}.weight"]), source)
+        evaluate_recipe(source.decoded_tensor(recipes[f"{MODULE}.weight"]), source)
     assert caught.value.exit_code == 1
 
 

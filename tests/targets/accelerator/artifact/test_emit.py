@@ -27,7 +27,7 @@ from moec.targets.accelerator.artifact.options import Tuning, read_options
 from moec.targets.accelerator.artifact.shards import find_shards
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.lower.module import lower
+from moec.targets.accelerator.lower.module import lower_module
 from moec.targets.accelerator.select.choose import weight_layouts
 from moec.targets.accelerator.triton.compile import Compiled
 from moec.targets.accelerator.triton.source import triton_source
@@ -99,7 +99,7 @@ def test_it_is_inspected_and_run(artifact):
 
 
 def test_the_plan_counts_bytes():
-    module = lower(parse_module(TEXT)).module
+    module = lower_module(parse_module(TEXT)).module
     plan = place_on_devices(module, H200, find_shards(module, weight_layouts(module, H200)))
     (device,) = plan["devices"]
     assert device["weights"] == sum(s["bytes"] for s in device["shards"]) == 2 * 64 * 64 * 2
@@ -117,7 +117,7 @@ def test_the_plan_counts_bytes():
 @pytest.fixture(scope="module")
 def kernels():
     """Return the kernel of the linear alone."""
-    made = kernel_specs(lower(parse_module(TEXT)).module, H200, (16,))
+    made = kernel_specs(lower_module(parse_module(TEXT)).module, H200, (16,))
     return dataclasses.replace(made, kernels=made.kernels[:1])
 
 

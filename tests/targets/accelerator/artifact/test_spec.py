@@ -13,7 +13,7 @@ from moec.compiler.ir.module import Op
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import profile_names
 from moec.targets.accelerator.select.supported import supported
-from moec.targets.accelerator.tile.expr import evaluate
+from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
@@ -96,7 +96,7 @@ def test_what_stands_in_the_file_runs(lowered):
     program = program_from_json(entry["program"])
     rng, scalars = np.random.default_rng(0), {"T": 13}
     tensors = {
-        a.name: rng.standard_normal([int(evaluate(n, scalars)) for n in a.shape]).astype(DTYPES[a.dtype].numpy)
+        a.name: rng.standard_normal([int(evaluate_expr(n, scalars)) for n in a.shape]).astype(DTYPES[a.dtype].numpy)
         for a in program.arguments
     }
     chip = chip_of(profile, layout_of(profile, entry["tile"]["m"]))

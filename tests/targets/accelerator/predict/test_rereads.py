@@ -14,7 +14,7 @@ from moec.targets.accelerator.predict.rereads import KEPT, cache_capacity, devic
 from moec.targets.accelerator.select.dense import linear_implementations
 from moec.targets.accelerator.select.implementations import Tokens
 from moec.targets.accelerator.select.search import search_tile
-from moec.targets.accelerator.tile.count import count
+from moec.targets.accelerator.tile.count import count_program
 from moec.targets.accelerator.tile.packing import Packing
 
 LAYOUT = CHIPS["hopper"][0]
@@ -24,7 +24,7 @@ ROWS, DEPTH, TOKENS = 4096, 512, 2048
 def product_of(group):
     p = Linear(ROWS, DEPTH, Packing("bf16", ROWS, DEPTH))
     program = linear(p, Tile(128, 128, 64, group=group), LAYOUT)
-    return program, count(program, {"T": TOKENS}, {})
+    return program, count_program(program, {"T": TOKENS}, {})
 
 
 def simulated(group, capacity):
@@ -78,7 +78,7 @@ def test_an_experts_weight_stays_for_its_next_tile_of_rows():
     tiles = expected_tiles(8, 2, 4096, 64)
     for group in (1, 4):
         program = grouped_up(e, Tile(64, 128, 64, group=group), LAYOUT)
-        counts = count(program, {"T": 4096}, axis_of_tiles(group, tiles))
+        counts = count_program(program, {"T": 4096}, axis_of_tiles(group, tiles))
         large, none = (device_bytes(program, counts, {"T": 4096}, {}, n, 1) for n in (64 << 20, None))
         assert large <= 1.5 * none
     assert counts.points == pytest.approx(tiles * 8)

@@ -19,8 +19,8 @@ from moec.targets.accelerator.kernels.experts import Experts
 from moec.targets.accelerator.predict.assumed import ASSUMED, MEANING
 from moec.targets.accelerator.predict.experts_touched import distinct_experts
 from moec.targets.accelerator.predict.work import WorkTable, call_counts, module_work, stored_bits, weight_bytes
-from moec.targets.accelerator.select.exchange import exchanges
-from moec.targets.accelerator.select.predicted import assumptions
+from moec.targets.accelerator.select.exchange import exchange_entries
+from moec.targets.accelerator.select.predicted import assumption_lines
 from moec.targets.accelerator.select.step import predict_step
 from moec.targets.accelerator.tile.packing import Packing
 from moec_command import invoke
@@ -228,9 +228,9 @@ def test_a_figure_that_is_unknown_is_named(layers):
     profile = find_profile("cambricon-mlu590", given)
     cast = next(row for row in predict_step(layers, profile).rows if row.op == "core.cast")
     assert cast.parts["launch"] == pytest.approx(10e-6 + 2 * ASSUMED["latency"])
-    assert any(line.startswith("vector_share =") for line in assumptions(profile, 1))
-    assert not any(line.startswith("launch =") for line in assumptions(profile, 1))
-    assert not any(line.startswith("vector_share") for line in assumptions(find_profile("nvidia-h200", {}), 1))
+    assert any(line.startswith("vector_share =") for line in assumption_lines(profile, 1))
+    assert not any(line.startswith("launch =") for line in assumption_lines(profile, 1))
+    assert not any(line.startswith("vector_share") for line in assumption_lines(find_profile("nvidia-h200", {}), 1))
 
 
 @pytest.mark.parametrize("chip", ["nvidia-gb200", "nvidia-gb10", "amd-mi355x", "cambricon-mlu370"])
@@ -250,7 +250,7 @@ def test_the_assumed_vector_peak_is_no_more_than_that_of_any_known_chip():
 def test_a_link_of_unknown_latency_has_one(layers):
     e = Experts(16, 2, 1024, 512, Packing("bf16", 1, 1), Packing("bf16", 1, 1))
     unknown, known = (
-        exchanges(e, find_profile("nvidia-h200", figures), (1,))[0]["steps"][0]["dispatch"]
+        exchange_entries(e, find_profile("nvidia-h200", figures), (1,))[0]["steps"][0]["dispatch"]
         for figures in ({}, {"link.nvlink.latency": "5us"})
     )
     moved = unknown["bytes"] / 450e9
