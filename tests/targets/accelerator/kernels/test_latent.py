@@ -24,6 +24,7 @@ from moec.targets.accelerator.select import latent as select_latent
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 
+declare_kernel_ops()
 chips = pytest.mark.parametrize("name", CHIPS)
 
 
@@ -151,7 +152,6 @@ class Recorded(Simulated):
 
 def differences(target, folder):
     """Return how far each step is off, relative to the largest number, and the kernels that each of them ran."""
-    declare_kernel_ops()
     module = parse_module(MODULE)
     made = kernel_specs(module, find_profile(target, {}), (4, 128))
     (folder / "kernels.json").write_text(json.dumps(made.to_json()))
