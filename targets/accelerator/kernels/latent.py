@@ -32,13 +32,13 @@ class LatentAppend:
 
 
 def latent_append(p: LatentAppend, t: RowTile, layout: Layout) -> Program:
-    """Write q_rope [B, heads, S, rope], and slots P .. P + S - 1 of the caches, which have C slots; t.m tokens a point."""
+    """Write q_rope [B, heads, S, rope], and slots P .. P + S - 1 of the caches, which have C slots; t.m rows a point."""
     b = Builder(
         "latent_append", layout, "q_rope = q rotated; latent[:, :, P:] = kv normed; key_rope[:, :, P:] = kv rotated"
     )
     b.scalar("B", "S", "P", "C")
-    b.grid("tile", f"cdiv(S, {t.m})")
-    b.grid("head", p.heads + 1)  # the last one is that of the keys
+    queries = f"cdiv(S * {p.heads}, {t.m})"
+    b.grid("tile", f"{queries} + cdiv(S, {t.m})")  # rows (token, head) of the queries, then tokens of the keys
     b.grid("batch", "B")
     b.tensor("q", p.dtype, "B", "S", p.heads, p.row)
     b.tensor("kv", p.dtype, "B", "S", p.width + p.rope)
@@ -48,13 +48,17 @@ def latent_append(p: LatentAppend, t: RowTile, layout: Layout) -> Program:
     b.tensor("q_rope", p.dtype, "B", p.heads, "S", p.rope, role="output")
     b.tensor("latent", p.dtype, "B", 1, "C", p.width, role="output")
     b.tensor("key_rope", p.dtype, "B", 1, "C", p.rope, role="output")
-    b.let("token", f"tile * {t.m} + arange({t.m})")
-    b.let("live", "token < S")
     b.let("angles", "batch" if p.own_angles else "0")
-    with b.when(f"head < {p.heads}"):
-        to = ["batch", "head", "token[:, None]"]
-        _rotate(b, p, t, "q", ["batch", "token[:, None]", "head"], p.row - p.rope, "q_rope", to)
-    with b.when(f"head == {p.heads}"):
+    with b.when(f"tile < {queries}"):
+        b.let("row", f"tile * {t.m} + arange({t.m})")
+        b.let("token", f"row // {p.heads}")
+        b.let("head", f"row % {p.heads}")
+        b.let("live", "token < S")
+        at = ["batch", "token[:, None]", "head[:, None]"]
+        _rotate(b, p, t, "q", at, p.row - p.rope, "q_rope", ["batch", "head[:, None]", "token[:, None]"])
+    with b.when(f"tile >= {queries}"):
+        b.let("token", f"(tile - {queries}) * {t.m} + arange({t.m})")
+        b.let("live", "token < S")
         slot = ["batch", "0", "(P + token)[:, None]"]
         wide = power_of_two(p.width)
         b.let("j", f"arange({wide})")
