@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PROFILES = {
-    "H200": "nvidia-h200", "H100": "nvidia-h100", "H20": "nvidia-h20", "B200": "nvidia-b200", "B300": "nvidia-b300",
-    "GB200": "nvidia-gb200", "RTX PRO 6000": "nvidia-rtxpro6000", "5090": "nvidia-rtx5090", "4090": "nvidia-rtx4090",
-    "GB10": "nvidia-gb10", "MI300X": "amd-mi300x", "MI355X": "amd-mi355x",
+PROFILES = {  # by a part of the GPU's name; the first that fits is taken
+    "H200": "nvidia-h200", "H20-3e": "nvidia-h20-3e", "H100": "nvidia-h100", "H800": "nvidia-h800", "H20": "nvidia-h20",
+    "GB200": "nvidia-gb200", "GB300": "nvidia-gb300", "B200": "nvidia-b200", "B300": "nvidia-b300", "GB10": "nvidia-gb10",
+    "A100": "nvidia-a100", "L40S": "nvidia-l40s", "RTX 6000 Ada": "nvidia-rtx6000ada", "RTX PRO 6000": "nvidia-rtxpro6000",
+    "5090": "nvidia-rtx5090", "4090": "nvidia-rtx4090", "MI300X": "amd-mi300x", "MI325X": "amd-mi325x",
+    "MI350X": "amd-mi350x", "MI355X": "amd-mi355x", "8060S": "amd-strixhalo",
 }  # fmt: skip
 PROMPT = "def main():\n    import os\n"
 PREFILL, STEPS = 512, 64
