@@ -1,6 +1,7 @@
 """Whole models of the families through an accelerator's kernels, in the simulator, against transformers in f32 and bf16."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from chips_for_tests import needs_triton
+from moec.compiler.formats.table import NAMED
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.compare import token_differences
 from moec.targets.accelerator.run.launchers import Simulated
+from moec.targets.accelerator.tile.packing import reads
 from places import SUPPORT, TINY
 from tiny_models import meaning, random_model
 from whole_models import check_near, run_beside, takes_padding
@@ -22,11 +25,25 @@ ATTENTION = ("deepseek_v3", "gpt_oss", "deepseek_v4", "mimo_v2_flash", "llama4_t
 RECURRENT = ("lfm2_moe", "qwen3_next", "jamba", "granitemoehybrid", "minimax", "kimi_linear")
 # experts that the model's code spells out, or makes of weights
 SPELLED = ("jetmoe", "muse_spark", "dbrx", "longcat_flash")
+# other kinds of routing and attention: Sparsemixer, experts that mix with a state, an indexer, two kinds of heads, ...
+OTHERS = (
+    ("phimoe", "amd-mi355x"), ("zaya", "ascend-950dt"), ("gemma4_text", "amd-mi355x"), ("inkling_text", "ascend-950dt"),
+    ("dots3_note_text", "amd-mi355x"), ("nemotron_h", "nvidia-h200"), ("axk2", "cambricon-mlu370"),
+)  # fmt: skip
 CHIPS = ("nvidia-h200", "amd-mi355x", "ascend-950dt", "cambricon-mlu370")
+SPECS = (  # every stored format that kernels read, integers in several groups, in experts and in linears
+    "experts=int4,attention=uint8_g64,head=int4_g128",
+    "int8",
+    "experts=uint4_g16,attention=int8_g16,head=uint4_g256",
+    "experts=mxfp4,attention=nvfp4,head=fp8_b128",
+    "experts=nvfp4,attention=fp8_g128,head=mxfp4",
+    "experts=mxfp8,attention=mxfp4,head=mxfp8",
+    "experts=fp8_b128,attention=mxfp4,head=nvfp4",
+)
 QUICK = (("gpt_oss", "amd-mi355x"),)
 LONG = [
     pytest.param(f, c, marks=pytest.mark.long) for f in (*ATTENTION, *RECURRENT) for c in CHIPS if (f, c) not in QUICK
-] + [pytest.param(f, c, marks=pytest.mark.long) for f, c in zip(SPELLED, CHIPS, strict=True)]
+] + [pytest.param(f, c, marks=pytest.mark.long) for f, c in (*zip(SPELLED, CHIPS, strict=True), *OTHERS)]
 
 
 @pytest.mark.parametrize(("family", "chip"), [*QUICK, *LONG])
@@ -82,7 +99,7 @@ def test_both_forms_of_latent_attention(family, tmp_path, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("spec", ["experts=int4", "int8", "experts=mxfp4", "experts=nvfp4", "experts=fp8_b128"])
+@pytest.mark.parametrize("spec", SPECS)
 def test_stored_formats(spec, chip, tmp_path):
     """Against the program with the numbers that the codes stand for: a prefill and a cached step.
 
@@ -101,6 +118,10 @@ def test_stored_formats(spec, chip, tmp_path):
     wanted = run([*whole, *empty])[0].numpy()
     off = token_differences(np.concatenate([found, step], 1), wanted)
     assert np.median(off) <= tolerance and off[-1] <= 2 * tolerance
+
+
+def test_every_named_format_is_among_them():
+    assert not {f.name for f in NAMED if reads(f)} - set(re.split("[=,]", ",".join(SPECS)))
 
 
 @needs_triton
