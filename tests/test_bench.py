@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chips_for_tests import needs_triton
 from places import BENCH
 
 SIZES = {"layers": 2, "hidden": 64, "expert": 32, "experts": 8, "chosen": 2, "heads": 4, "vocabulary": 320}
@@ -137,7 +138,9 @@ def test_ratios_are_medians_of_the_rounds(parts, tmp_path):
     assert page.read_text() == f"# Benchmarks\n\n## The last run\n\n{text}"
 
 
-@pytest.mark.parametrize("name", ["compare.py", "quality.py", "checkpoint.py", "bandwidth.py", "eager.py"])
+@pytest.mark.parametrize(
+    "name", ["compare.py", "quality.py", "checkpoint.py", "bandwidth.py", "eager.py", "families.py"]
+)
 def test_scripts_explain_themselves(name):
     done = script(name, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout
@@ -203,3 +206,15 @@ def test_scale_table(parts):
     assert scale.table([row]).splitlines()[2] == (
         "| x | 4.00 | `--quantize int4` | 2.0 (1.0 to 3.0) | 0.50 | 1.00 | 3.00 | 1.00 |"
     )
+
+
+@needs_triton
+@pytest.mark.long
+def test_the_kernels_of_a_family_are_compiled_and_counted():
+    done = script("families.py", "--families", "jamba", "--targets", "amd-mi355x", "--buckets", "4")
+    assert done.returncode == 0 and "no spills" in done.stdout, done.stdout + done.stderr
+
+
+def test_unknown_families_are_refused():
+    done = script("families.py", "--families", "olmo,jamba")
+    assert done.returncode == 2 and "there is no family olmo" in done.stderr

@@ -89,6 +89,8 @@ def main() -> int:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--buckets", default=",".join(map(str, BUCKETS)))
     given = parser.parse_args()
+    if unknown := set(given.families.split(",")) - set(FAMILIES):
+        parser.error(f"there is no family {', '.join(sorted(unknown))}; moec list families shows them")
     warnings.filterwarnings("ignore")
     make, wrong = Remembering(), 0
     for name in given.families.split(","):
