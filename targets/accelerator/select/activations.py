@@ -4,6 +4,9 @@ The choice changes numbers, so that no prediction makes it: `-D activations=` do
 By default (`auto`) those that meet weights in FP8 are, on a chip that multiplies it: such checkpoints are made for it
 (DeepSeek-V3's own inference rounds activations to E4M3 for each token and 128 values), as are MXFP8's. MXFP4 meets
 bf16, which gpt-oss is made for, unless `fp8` (activations in MXFP8) or `fp4` (in MXFP4) is asked for.
+
+Divergence from the source in f32 with activations in bf16 and rounded, examples/tiny-moe, 224 tokens that it sampled:
+experts and attention in fp8_b128 0.0074 and 0.0095, experts in mxfp4 0.0221 and 0.0221 (fp8) or 0.0327 (fp4).
 """
 
 from __future__ import annotations
