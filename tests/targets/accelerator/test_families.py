@@ -14,7 +14,7 @@ from moec.compiler.formats.table import NAMED
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.runtime.compare import token_differences
 from moec.targets.accelerator.run.launchers import Simulated
-from moec.targets.accelerator.tile.packing import reads
+from moec.targets.accelerator.tile.packing import reads_format
 from places import SUPPORT, TINY
 from tiny_models import meaning, random_model
 from whole_models import check_near, run_beside, takes_padding
@@ -121,7 +121,7 @@ def test_stored_formats(spec, chip, tmp_path):
 
 
 def test_every_named_format_is_among_them():
-    assert not {f.name for f in NAMED if reads(f)} - set(re.split("[=,]", ",".join(SPECS)))
+    assert not {f.name for f in NAMED if reads_format(f)} - set(re.split("[=,]", ",".join(SPECS)))
 
 
 @needs_triton
