@@ -11,7 +11,8 @@ from tiny_models import random_model
 
 
 @pytest.mark.parametrize(
-    ("family", "count", "changes"), [("gpt_oss", 3, {}), ("deepseek_v3", 33, {"kv_lora_rank": 32})]
+    ("family", "count", "changes"),
+    [("gpt_oss", 3, {}), ("deepseek_v3", 33, {"kv_lora_rank": 32, "num_hidden_layers": 2})],
 )
 def test_a_prefill_and_a_cached_step(family, count, changes, tmp_path):
     """Latent attention is expanded for a prompt of so many tokens, and absorbed in the step behind it."""

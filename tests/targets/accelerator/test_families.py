@@ -69,7 +69,7 @@ def test_one_token_and_two_longer_sequences(family, chip, tmp_path):
 
 # wide enough latents for both forms: of latent attention, of that by indices, of sliding, and of that without positions
 LATENT = {
-    "deepseek_v3": {"kv_lora_rank": 32}, "deepseek_v32": {"kv_lora_rank": 32}, "glm5_next": {"kv_lora_rank": 32},
+    "deepseek_v3": {"kv_lora_rank": 32, "num_hidden_layers": 2}, "deepseek_v32": {"kv_lora_rank": 32}, "glm5_next": {"kv_lora_rank": 32},
     "dots3_note_text": {"kv_lora_rank": 32, "swa_kv_lora_rank": 32},
 }  # fmt: skip
 MANY = 40  # new tokens of a sequence, of which these forms need 32 to be expanded
