@@ -7,9 +7,6 @@ that acc.quantize rounds are typed in its format (the variable X): the matrix un
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
-
 from ...compiler.formats.table import find_format, format_of
 from ...compiler.ir.activation import IDENTITY, SILU, Activation
 from ...compiler.ir.deferred import torch
@@ -23,6 +20,8 @@ from ...compiler.ops.define import Attributes, Types, inference_error
 from ...compiler.ops.nn import rms_norm
 from ...compiler.ops.recurrent import causal_conv, conv_window
 from ...compiler.ops.recurrent import linear_attention as plain_linear_attention
+from .kernels.choices import TILE_ROWS
+from .kernels.pairs import list_tiles, pairs_by_expert
 
 PLAIN = ("bf16", "f32")
 
@@ -118,31 +117,31 @@ def gated_up(x, up, bias, *, act: Activation = SILU):
 
 @op(
     "acc.sort",
-    "ids: i64[T, K] -> order: i64[K*T], offsets: i64[experts + 1]",
+    f"ids: i64[T, K] -> order: i64[K*T], tiles: i64[{len(TILE_ROWS)}, 3, K*T]",
     flops=0,
     domains={"ids": lambda types, attributes: attributes["experts"]},
 )
 def sort(ids, *, experts: int):
-    """List the pairs (token, choice), numbered token * K + choice, by expert.
+    """List the pairs (token, choice), numbered token * K + choice, by expert, and the tiles that each expert's pairs make.
 
-    `order[offsets[e]:offsets[e + 1]]` are the pairs of expert e, in rising order.
+    `order` has the pairs of an expert in rising order. `tiles[l, :, i]` are tile i's expert, the place of its first pair
+    in `order` and the end of that expert's pairs, for tiles of TILE_ROWS[l] pairs; the expert is `experts` where there
+    is no tile i. Tiles of an expert count from place // rows + expert on, or with few pairs from the place itself.
     """
     flat = ids.flatten()
     counts = torch.bincount(flat, minlength=experts)
-    return flat.argsort(stable=True), torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return flat.argsort(stable=True), torch.stack([list_tiles(counts.tolist(), rows) for rows in TILE_ROWS])
 
 
-def _check_order(name: str, ids: TensorType, order: TensorType, offsets: TensorType, weight: TensorType) -> None:
+def _check_order(name: str, ids: TensorType, order: TensorType, weight: TensorType) -> None:
     check_weight(name, weight)
     if order.shape[0] != size(ids.elements):
         raise inference_error(f"{name}: {order} does not order the {ids.elements} choices of {ids}")
-    if offsets.shape[0] != weight.shape[0] + 1:
-        raise inference_error(f"{name}: {offsets} are not the bounds of {weight.shape[0]} experts")
 
 
 def _grouped_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    x, ids, order, offsets, up = types[:5]
-    _check_order("acc.grouped_up", ids, order, offsets, up)
+    x, ids, order, _, up = types[:5]
+    _check_order("acc.grouped_up", ids, order, up)
     return (TensorType(_numbers(x), (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))),)
 
 
@@ -151,16 +150,21 @@ def _grouped_up_flops(operands: Types, results: tuple[TensorType, ...], attribut
     return ids.elements * (2 * up.shape[1] * up.shape[2] + 4 * results[0].shape[1])
 
 
-_PAIRS = "ids: i64[T, K], order: i64[R], offsets: i64[F]"
+_PAIRS = f"ids: i64[T, K], order: i64[R], tiles: i64[{len(TILE_ROWS)}, 3, R]"
 _ROWS = {"ids": lambda types, attributes: types[4].shape[0]}
 _ORDER = {
     "order": lambda types, attributes: types[1].elements,
-    "offsets": lambda types, attributes: types[1].elements,
+    "tiles": lambda types, attributes: types[1].elements,
 }
 
 
 def _chosen(types: Types, attributes: Attributes) -> Size:
     return types[1].elements
+
+
+def _listed(types: Types, attributes: Attributes) -> Size:
+    """Return the numbers that are read of the lists of tiles: three for each tile, of which there are no more than pairs."""
+    return 3 * types[1].elements
 
 
 @op(
@@ -170,24 +174,25 @@ def _chosen(types: Types, attributes: Attributes) -> Size:
     flops=_grouped_up_flops,
     domains={**_ROWS, **_ORDER},
     distinct=("ids", "order"),
+    reads={"tiles": _listed},
     rows=dict.fromkeys(("up", "up_bias"), _chosen),
 )
-def grouped_up(x, ids, order, offsets, up, up_bias, *, act: Activation = SILU):
+def grouped_up(x, ids, order, tiles, up, up_bias, *, act: Activation = SILU):
     """Gather each expert's tokens, multiply by its `up` and apply the activation: the first half of moe.experts.
 
     Row t * K + j of the result is the pair (token t, choice j); I = N / 2 where there is a gate, else N. `order` and
-    `offsets` are acc.sort's and say the same as `ids`: a kernel for many pairs reads those, one for few pairs these.
+    `tiles` are acc.sort's and say the same as `ids`: a kernel for many pairs reads those, one for few pairs these.
     """
     h = x.new_zeros(len(order), up.shape[1] // 2 if act.gated else up.shape[1])
-    for expert, pairs in _by_expert(order, offsets):
+    for expert, pairs in pairs_by_expert(ids):
         y = torch.nn.functional.linear(x[pairs // ids.shape[1]], up[expert].float(), _at(up_bias, expert))
         h[pairs] = apply_activation(y, act)
     return h
 
 
 def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    h, ids, order, offsets, _, down = types[:6]
-    _check_order("acc.grouped_down", ids, order, offsets, down)
+    h, ids, order, _, _, down = types[:6]
+    _check_order("acc.grouped_down", ids, order, down)
     return (TensorType(_numbers(h), (ids.shape[0], down.shape[1])),)
 
 
@@ -201,25 +206,19 @@ def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...
     ),
     domains={"ids": lambda types, attributes: types[5].shape[0], **_ORDER},
     distinct=("ids", "order"),
+    reads={"tiles": _listed},
     rows=dict.fromkeys(("down", "down_bias"), _chosen),
 )
-def grouped_down(h, ids, order, offsets, gates, down, down_bias, residual, shared):
+def grouped_down(h, ids, order, tiles, gates, down, down_bias, residual, shared):
     """Multiply each pair's row by its expert's `down`, weight it, and add up each token: the second half of moe.experts.
 
     `residual` and `shared` are added to the sums, as the block's input is and what its shared experts give.
     """
     rows = h.new_zeros(len(order), down.shape[1])
-    for expert, pairs in _by_expert(order, offsets):
+    for expert, pairs in pairs_by_expert(ids):
         rows[pairs] = torch.nn.functional.linear(h[pairs], down[expert].float(), _at(down_bias, expert))
     y = (rows.unflatten(0, tuple(ids.shape)) * gates[:, :, None]).sum(1)
     return sum((x for x in (shared, residual) if x is not None), y)
-
-
-def _by_expert(order: torch.Tensor, offsets: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the experts that are chosen, each with its pairs."""
-    for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        if start < stop:
-            yield expert, order[start:stop]
 
 
 def _at(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:

@@ -28,9 +28,9 @@ dim T in 1..8192
 func @main(%x: f32[T, {hidden}], %ids: i64[T, {chosen}], %gates: f32[T, {chosen}]) -> (f32[T, {hidden}]) {{
   const %up : bf16[{experts}, {rows}, {hidden}] = tensor("up", bf16[{experts}, {rows}, {hidden}])
   const %down : bf16[{experts}, {hidden}, {inner}] = tensor("down", bf16[{experts}, {hidden}, {inner}])
-  %order, %offsets = acc.sort(%ids) {{experts={experts}}} : i64[{chosen}*T], i64[{bounds}]
-  %h = acc.grouped_up(%x, %ids, %order, %offsets, %up, _) {{act=gated(silu)}} : f32[{chosen}*T, {inner}]
-  %y = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _, _, _) : f32[T, {hidden}]
+  %order, %tiles = acc.sort(%ids) {{experts={experts}}} : i64[{chosen}*T], i64[5, 3, {chosen}*T]
+  %h = acc.grouped_up(%x, %ids, %order, %tiles, %up, _) {{act=gated(silu)}} : f32[{chosen}*T, {inner}]
+  %y = acc.grouped_down(%h, %ids, %order, %tiles, %gates, %down, _, _, _) : f32[T, {hidden}]
   return %y
 }}
 """
@@ -70,7 +70,7 @@ class Shape:
     def text(self) -> str:
         """The layer as a program of stage kernel."""
         sizes = {k: v for k, v in vars(self).items() if k != "name"}
-        return LAYER.format(**sizes, rows=2 * self.inner, bounds=self.experts + 1)
+        return LAYER.format(**sizes, rows=2 * self.inner)
 
 
 SHAPES = (Shape("OLMoE-1B-7B", 64, 8, 2048, 1024), Shape("Qwen3-30B-A3B", 128, 8, 2048, 768))

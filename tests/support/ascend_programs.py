@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from chips_for_tests import named, weight
 from moec.compiler.ir.activation import Activation
+from moec.compiler.ops import OPS
+from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.kernels.choices import Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
@@ -25,8 +27,9 @@ def routed(form, layout, sizes=(100, 40), direct=False):
     ids = np.stack([rng.permutation(EXPERTS - 1)[:CHOSEN] for _ in range(TOKENS)]).astype(np.int32)  # one has no token
     pairs = ids.reshape(-1)
     order = np.argsort(pairs, kind="stable").astype(np.int32)
-    offsets = np.searchsorted(pairs[order], np.arange(EXPERTS + 1)).astype(np.int32)
-    where = {"ids": pairs} if direct else {"order": order, "offsets": offsets}
+    declare_kernel_ops()
+    _, tiles = OPS["acc.sort"].reference(torch.tensor(ids).long(), experts=EXPERTS)
+    where = {"ids": pairs} if direct else {"order": order, "tiles": tiles.numpy().astype(np.int32)}
     up_parts, _ = weight(up, rng)
     down_parts, _ = weight(down, rng)
     given = {"x": rng.standard_normal((TOKENS, hidden)), "up_bias": rng.standard_normal((EXPERTS, 2 * inner))}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TILE_ROWS = tuple(16 << level for level in range(5))  # rows of a tile of a matmul
+
 
 @dataclass(frozen=True)
 class Tile:

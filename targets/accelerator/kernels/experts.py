@@ -1,7 +1,7 @@
 """The kernels of routed experts: sort, gate and up with the gather fused in, down with the weighting, combine.
 
 Pairs are (token, choice), numbered token * K + choice; what the experts give is kept by pair. `sort` lists the pairs
-by expert; with few pairs (`direct`) none is needed, each pair is a tile of its own.
+by expert and the tiles of each; with few pairs (`direct`) none is needed, each pair is a tile of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from ....compiler.ir.activation import SILU, Activation
 from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
-from .choices import Tile
+from .choices import TILE_ROWS, Tile
 from .low_precision import begin_sums, declare_rows, multiply_codes
 from .order import tile_axes
 
 LOOK = 1024  # pairs that sort looks at in one step
+LISTED = 128  # tiles that it lists in one step
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,26 @@ class Experts:
 
 
 def sort(e: Experts, layout: Layout) -> Program:
-    """List the pairs by expert: `order` [T K] and `offsets` [E + 1], pairs of an expert in rising order.
+    """List the pairs by expert, those of an expert in rising order, in `order` [T K], and the tiles in `tiles` [L, 3, T K].
 
-    Each expert counts the pairs before its own and lists its own, without waiting for another.
+    Each expert counts the pairs before its own and lists its own, without waiting for another. tiles[l, :, i] are tile
+    i's expert, the place of its first pair in `order` and the end of the expert's pairs, for tiles of TILE_ROWS[l] pairs;
+    the expert is E where there is no tile i.
     """
-    b = Builder("sort", layout, "order[offsets[e]:offsets[e + 1]] are the pairs (token * K + choice) of expert e.")
+    b = Builder(
+        "sort", layout, "order are the pairs (token * K + choice) by expert; tiles[l, :, i] = expert, begin, end."
+    )
     b.scalar("T")
     expert = b.grid("expert", e.experts)
     pairs = f"T * {e.chosen}"
     b.tensor("ids", "i32", pairs)
     b.tensor("order", "i32", pairs, role="output")
-    b.tensor("offsets", "i32", e.experts + 1, role="output")
+    b.tensor("tiles", "i32", len(TILE_ROWS), 3, pairs, role="output")
     b.let("start", 'cast(0, "i32")')
     with b.loop("p", 0, pairs, LOOK):
         b.let("pair", f"p + arange({LOOK})")
         b.load("id", "ids", ["pair"], f"pair < {pairs}", other=e.experts)
         b.let("start", f"start + sum(id < {expert}, 0)")
-    b.store("offsets", [expert], "start")
     b.let("next", "start")
     with b.loop("q", 0, pairs, LOOK):
         b.let("pair", f"q + arange({LOOK})")
@@ -67,32 +71,43 @@ def sort(e: Experts, layout: Layout) -> Program:
         b.let("own", f"id == {expert}")
         b.store("order", ["next + cumsum(own, 0) - 1"], "pair", "own")
         b.let("next", "next + sum(own, 0)")
-    with b.when(f"{expert} == {e.experts - 1}"):
-        b.store("offsets", [f"{e.experts}"], "next")
+    with b.loop("level", 0, len(TILE_ROWS), 1):
+        _list_tiles(b, e, pairs)
     return b.program()
+
+
+def _list_tiles(b: Builder, e: Experts, pairs: str) -> None:
+    """Add the list of the tiles of `expert`, whose pairs are `start` to `next`, for tiles of one number of rows.
+
+    Each expert has numbers of tiles for itself, so that it need not know how many the others have: with few pairs those
+    of its places, else from place // rows + expert on, which leaves some without a tile.
+    """
+    b.let("shift", f"level + {TILE_ROWS[0].bit_length() - 1}")
+    b.let("few", f"{pairs} <= ({pairs} >> shift) + {e.experts}")
+    b.let("from_tile", "where(few, start, (start >> shift) + expert)")
+    b.let("to_tile", "where(few, next, (next >> shift) + expert + 1)")
+    with b.loop("i", "from_tile", "to_tile", LISTED):
+        b.let("number", f"i + arange({LISTED})")
+        b.let("begin", "start + where(few, number - from_tile, (number - from_tile) << shift)")
+        b.let("is_tile", "(begin < next) & ((begin - start & (1 << shift) - 1) == 0)")
+        for row, (value, none) in enumerate((('cast(expert, "i32")', e.experts), ("begin", 0), ("next", 0))):
+            b.store("tiles", ["level", f"{row}", "number"], f"where(is_tile, {value}, {none})", "number < to_tile")
 
 
 def _find_tile(b: Builder, e: Experts, t: Tile, direct: bool) -> None:
     """Add `expert`, `pair` and `live` of this tile of rows, inside a condition that there is one.
 
-    A tile is t.m pairs of one expert. Tiles are counted through the experts: tile i belongs to the first expert up to
-    which there are more than i.
+    A tile is t.m pairs of one expert, as `sort` listed them.
     """
     if direct:
         b.let("pair", f"tile + arange({t.m})")
         b.let("live", f"arange({t.m}) == 0")
         b.load("expert", "ids", ["tile"])
         return
-    wide = 1 << (e.experts - 1).bit_length()
-    b.let("each", f"arange({wide})")
-    b.load("first", "offsets", ["each"], f"each < {e.experts}", other=0)
-    b.load("last", "offsets", ["each + 1"], f"each < {e.experts}", other=0)
-    b.let("until", f"cumsum(cdiv(last - first, {t.m}), 0)")
-    b.let("expert", "sum(until <= tile, 0)")
+    listed = "" if t.group == 1 else f"tile < {tiles(e, t, direct)}"  # in groups the last may have fewer
+    for row, (name, other) in enumerate((("expert", e.experts), ("begin", 0), ("end", 0))):
+        b.load(name, "tiles", [f"{TILE_ROWS.index(t.m)}", f"{row}", "tile"], listed, other=other)
     b.let("there", f"expert < {e.experts}")
-    b.let("own", "each == expert")
-    b.let("begin", f"sum(where(own, first + (tile - until + cdiv(last - first, {t.m})) * {t.m}, 0), 0)")
-    b.let("end", "sum(where(own, last, 0), 0)")
     b.let("place", f"begin + arange({t.m})")
     b.let("live", "(place < end) & there")
     b.load("pair", "order", ["place"], "live", other=0)
@@ -202,7 +217,7 @@ def _declare_order(b: Builder, e: Experts, direct: bool) -> None:
         b.tensor("ids", "i32", f"T * {e.chosen}")
     else:
         b.tensor("order", "i32", f"T * {e.chosen}")
-        b.tensor("offsets", "i32", e.experts + 1)
+        b.tensor("tiles", "i32", len(TILE_ROWS), 3, f"T * {e.chosen}")
 
 
 def multiply(

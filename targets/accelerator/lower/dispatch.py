@@ -51,8 +51,8 @@ def grouped_linear(editor: Editor, op: Op, stored: Store, sort: Sort) -> Op:
     else:
         x = editor.add("core.reshape", x, hint=f"{x.name}.tokens", shape=(ids.type.shape[0], x.type.shape[-1]))
     weight = stored(editor, op, op["w"])
-    order, offsets = sort(editor, ids, int(weight.type.shape[0]), (f"{ids.name}.order", f"{ids.name}.offsets"))
-    return op.become("acc.grouped_up", x, ids, order, offsets, weight, op.get("bias"), act=IDENTITY)
+    order, tiles = sort(editor, ids, int(weight.type.shape[0]), (f"{ids.name}.order", f"{ids.name}.tiles"))
+    return op.become("acc.grouped_up", x, ids, order, tiles, weight, op.get("bias"), act=IDENTITY)
 
 
 def combine(editor: Editor, op: Op) -> Op:

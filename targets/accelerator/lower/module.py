@@ -149,9 +149,9 @@ def _lower_experts(editor: Editor, op: Op) -> Op:
     ids = op["ids"]
     (y,) = op.results
     up, down = _stored(editor, op, op["up"]), _stored(editor, op, op["down"])
-    hints = (f"{ids.name}.order", f"{ids.name}.offsets")
-    order, offsets = _sorted(editor, ids, int(up.type.shape[0]), hints)
-    pairs = (ids, order, offsets)
+    hints = (f"{ids.name}.order", f"{ids.name}.tiles")
+    order, tiles = _sorted(editor, ids, int(up.type.shape[0]), hints)
+    pairs = (ids, order, tiles)
     h = editor.add("acc.grouped_up", op["x"], *pairs, up, op.get("up_bias"), hint=f"{y.name}.h", **op.attributes)
     return op.become("acc.grouped_down", h, *pairs, op["gates"], down, op.get("down_bias"), None, None)
 
@@ -192,7 +192,7 @@ def _routed_experts(editor: Editor, value: Value | None, made: Mapping[str, Op])
 
 
 def _sorted(editor: Editor, ids: Value, experts: int, hints: tuple[str, str]) -> tuple[Value, ...]:
-    """Return order and offsets of the pairs, sorted once for all experts of the same ids."""
+    """Return order and tiles of the pairs, sorted once for all experts of the same ids."""
     for op in editor.ops:
         if op.name == "acc.sort" and op.operands == (ids,) and op.attributes["experts"] == experts:
             return op.results

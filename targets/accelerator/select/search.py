@@ -15,7 +15,7 @@ from ....compiler.errors import MoecError
 from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES
 from ..chip.chip import Profile
-from ..kernels.choices import Tile
+from ..kernels.choices import TILE_ROWS, Tile
 from ..predict.assumed import multiplies
 from ..predict.predict import Prediction, matrix_share, predict
 from ..tile.builder import Layout
@@ -26,7 +26,7 @@ from ..tile.tiles import Dot, Program, footprint, walk
 from ..triton.architectures import nearest
 from ..triton.predict import spills
 
-ROWS, COLUMNS, DEPTHS = (16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128)
+ROWS, COLUMNS, DEPTHS = TILE_ROWS, (32, 64, 128, 256), (32, 64, 128)
 SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
 SLACK = 0.02
 TIE = 1.01  # times the least time, up to which predictions count as equal

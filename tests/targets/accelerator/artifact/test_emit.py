@@ -192,10 +192,10 @@ GROUPED = """moec 1 stage kernel
 source "none"
 dim T in 1..128
 
-func @main(%x: f32[T, 256], %ids: i64[T, 2], %order: i64[2*T], %offsets: i64[9])
+func @main(%x: f32[T, 256], %ids: i64[T, 2], %order: i64[2*T], %tiles: i64[5, 3, 2*T])
     -> (f32[2*T, 256]) {
   const %up : WEIGHT[8, 256, 256] = RECIPE
-  %h = acc.grouped_up(%x, %ids, %order, %offsets, %up, _) {act=plain(silu)} : f32[2*T, 256]
+  %h = acc.grouped_up(%x, %ids, %order, %tiles, %up, _) {act=plain(silu)} : f32[2*T, 256]
   return %h
 }
 """

@@ -7,9 +7,11 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import find_format
 from moec.compiler.ir.activation import Activation
+from moec.compiler.ops import OPS
 from moec.compiler.ops.moe import experts as reference
+from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.kernels.choices import Tile
+from moec.targets.accelerator.kernels.choices import TILE_ROWS, Tile
 from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.packing import Packing
@@ -73,7 +75,7 @@ def run(e, tensors, tokens, profile, tile, direct=False):
     programs += [grouped_up(e, tile, layout, direct), grouped_down(e, tile, layout, direct), combine(e, 64, layout)]
     pairs = tokens * e.chosen
     tensors |= {
-        "order": np.zeros(pairs, np.int32), "offsets": np.zeros(e.experts + 1, np.int32),
+        "order": np.zeros(pairs, np.int32), "tiles": np.zeros((len(TILE_ROWS), 3, pairs), np.int32),
         "h": np.zeros((pairs, e.inner), BF16), "rows": np.zeros((pairs, e.hidden), BF16),
         "y": np.zeros((tokens, e.hidden), BF16),
     }  # fmt: skip
@@ -164,6 +166,33 @@ def test_how_tokens_spread(name, case):
 def test_pair_by_pair(tokens):
     e, tensors, expected = layer(np.random.default_rng(2), tokens=tokens)
     close(run(e, tensors, tokens, find_profile("nvidia-h200", {}), Tile(16, 32, 64), True), expected)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize(("experts", "chosen", "tokens"), [(4, 2, 60), (16, 3, 5), (3, 1, 130), (5, 2, 1)])
+def test_sort_lists_pairs_and_tiles_as_its_op_does(name, experts, chosen, tokens):
+    """Every pair is in one tile of its expert, and no tile has pairs of two; numbers in between say that there is none."""
+    profile, rng = find_profile(name, {}), np.random.default_rng(7)
+    ids = np.stack([rng.permutation(experts - 1)[:chosen] for _ in range(tokens)])  # the last expert has none
+    pairs = tokens * chosen
+    e = Experts(experts, chosen, 1, 1, Packing("bf16", 1, 1), Packing("bf16", 1, 1))
+    found = {"order": np.zeros(pairs, np.int32), "tiles": np.full((len(TILE_ROWS), 3, pairs), -1, np.int32)}
+    layout = layout_of(profile)
+    simulate(
+        sort(e, layout), {"ids": ids.reshape(-1).astype(np.int32), **found}, {"T": tokens}, chip_of(profile, layout)
+    )
+    declare_kernel_ops()
+    order, tiles = (x.numpy() for x in OPS["acc.sort"].reference(torch.tensor(ids), experts=experts))
+    assert (found["order"] == order).all()
+    for level, rows in enumerate(TILE_ROWS):
+        numbers = min(pairs // rows + experts, pairs)
+        assert (found["tiles"][level, :, :numbers] == tiles[level, :, :numbers]).all()
+        seen = []
+        for expert, begin, end in tiles[level].T[tiles[level, 0] < experts]:
+            places = order[begin : min(begin + rows, end)]
+            assert len(places) and (ids.reshape(-1)[places] == expert).all()
+            seen += places.tolist()
+        assert sorted(seen) == list(range(pairs))
 
 
 @pytest.mark.parametrize("name", ["nvidia-h200", "ascend-950dt"])

@@ -139,13 +139,13 @@ def test_experts_of_codes(act):
     lists = run(sort(e, layout), chip, scalars, ids=ids)
     given = {"x_codes": x_codes["y_codes"], "x_scales": x_codes["y_scales"]}
     h = run(grouped_up(e, tile, layout), chip, scalars, **given, **lists, **named(up_parts, "up"))["h"]
-    order, offsets = (torch.tensor(lists[n]).long() for n in ("order", "offsets"))
-    wanted = OPS["acc.grouped_up"].reference(x, ids, order, offsets, up_w, None, act=act)
+    order, tiles = (torch.tensor(lists[n]).long() for n in ("order", "tiles"))
+    wanted = OPS["acc.grouped_up"].reference(x, ids, order, tiles, up_w, None, act=act)
     close(h, wanted, 1e-6)
     h_codes, h = rounded(name, bf16(wanted))
     given = {"h_codes": h_codes["y_codes"], "h_scales": h_codes["y_scales"], "gates": gates}
     rows = run(grouped_down(e, tile, layout), chip, scalars, **given, **lists, **named(down_parts, "down"))["rows"]
-    y = OPS["acc.grouped_down"].reference(h, ids, order, offsets, gates, down_w, None, None, None)
+    y = OPS["acc.grouped_down"].reference(h, ids, order, tiles, gates, down_w, None, None, None)
     close(rows.reshape(count, chosen, hidden).sum(1), y, 1e-6)
 
 

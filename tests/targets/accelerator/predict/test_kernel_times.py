@@ -30,9 +30,9 @@ dim P in 0..0
 func @main(%x: f32[B*S, {hidden}], %ids: i64[B*S, {top_k}], %gates: f32[B*S, {top_k}]) -> (f32[B*S, {hidden}]) {{
   const %up : {weights}[{experts}, {both}, {hidden}] = quantize(tensor("up", f32[{experts}, {both}, {hidden}]), to={weights})
   const %down : {weights}[{experts}, {hidden}, {intermediate}] = quantize(tensor("down", f32[{experts}, {hidden}, {intermediate}]), to={weights})
-  %order, %offsets = acc.sort(%ids) {{experts={experts}}} : i64[{top_k}*B*S], i64[{experts} + 1]
-  %h = acc.grouped_up(%x, %ids, %order, %offsets, %up, _) {{act=gated(silu)}} : f32[{top_k}*B*S, {intermediate}]
-  %y = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _, _, _) : f32[B*S, {hidden}]
+  %order, %tiles = acc.sort(%ids) {{experts={experts}}} : i64[{top_k}*B*S], i64[5, 3, {top_k}*B*S]
+  %h = acc.grouped_up(%x, %ids, %order, %tiles, %up, _) {{act=gated(silu)}} : f32[{top_k}*B*S, {intermediate}]
+  %y = acc.grouped_down(%h, %ids, %order, %tiles, %gates, %down, _, _, _) : f32[B*S, {hidden}]
   return %y
 }}
 """

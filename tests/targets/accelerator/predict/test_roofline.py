@@ -51,9 +51,9 @@ func @layer(%x: f32[B, S, 1024], %k: state f32[B, 1, P, 64]) -> (f32[B, S, 1024]
   %t = core.reshape(%a) {shape=[B*S, 1024]} : f32[B*S, 1024]
   %logits = acc.linear(%t, %router, _) : f32[B*S, 16]
   %gates, %ids = moe.route(%logits, _, _, _) {k=2} : f32[B*S, 2], i64[B*S, 2]
-  %order, %offsets = acc.sort(%ids) {experts=16} : i64[2*B*S], i64[17]
-  %h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=gated(silu)} : f32[2*B*S, 512]
-  %e = acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _, _, _) : f32[B*S, 1024]
+  %order, %tiles = acc.sort(%ids) {experts=16} : i64[2*B*S], i64[5, 3, 2*B*S]
+  %h = acc.grouped_up(%t, %ids, %order, %tiles, %up, _) {act=gated(silu)} : f32[2*B*S, 512]
+  %e = acc.grouped_down(%h, %ids, %order, %tiles, %gates, %down, _, _, _) : f32[B*S, 1024]
   %out = core.reshape(%e) {shape=[B, S, 1024]} : f32[B, S, 1024]
   return %out, %k2
 }
@@ -106,8 +106,8 @@ def test_experts_are_read_where_a_token_chose_them(table):
     up, down = the(table, "acc.grouped_up"), the(table, "acc.grouped_down")
     assert sympy.simplify(up.weights - touched * 1024 * 1024 * 2) == 0
     assert sympy.simplify(down.weights - touched * 1024 * 512 * sympy.Rational(17, 32)) == 0  # 4 bits, 8 for 32 codes
-    # x, ids, order and offsets come in, the activation goes out; the pairs are B S times 2
-    assert sympy.expand(up.activations - (2 * 1024 + 2 * 8 + 2 * 8 + 2 * 2 * 512) * B * S - 8 * 17) == 0
+    # x, ids, order and a tile for each pair at most come in, the activation goes out; the pairs are B S times 2
+    assert sympy.expand(up.activations - (2 * 1024 + 2 * 8 + 2 * 8 + 3 * 2 * 8 + 2 * 2 * 512) * B * S) == 0
     assert sympy.expand(up.flops - 2 * B * S * (2 * 1024 * 1024 + 4 * 512)) == 0
 
 
@@ -145,11 +145,11 @@ def test_formulas_of_a_module_are_those_of_its_ops(layers, table):
 
 def whole_experts(text: str) -> str:
     """Return the program with its experts in one op."""
-    text = text.replace("%order, %offsets = acc.sort(%ids) {experts=16} : i64[2*B*S], i64[17]\n", "")
+    text = text.replace("%order, %tiles = acc.sort(%ids) {experts=16} : i64[2*B*S], i64[5, 3, 2*B*S]\n", "")
     text = text.replace(
-        "%h = acc.grouped_up(%t, %ids, %order, %offsets, %up, _) {act=gated(silu)} : f32[2*B*S, 512]\n", ""
+        "%h = acc.grouped_up(%t, %ids, %order, %tiles, %up, _) {act=gated(silu)} : f32[2*B*S, 512]\n", ""
     )
-    text = text.replace("acc.grouped_down(%h, %ids, %order, %offsets, %gates, %down, _, _, _)",
+    text = text.replace("acc.grouped_down(%h, %ids, %order, %tiles, %gates, %down, _, _, _)",
                         "moe.experts(%t, %ids, %gates, %up, %down, _, _)")  # fmt: skip
     return text.replace('bf16[16, 1024, 1024] = tensor("up", bf16[16, 1024, 1024])',
                         'f32[16, 1024, 1024] = cast(tensor("up", bf16[16, 1024, 1024]), to=f32)')  # fmt: skip
