@@ -11,7 +11,8 @@ TILE_ROWS = tuple(16 << level for level in range(5))  # rows of a tile of a matm
 class Tile:
     """The choices of a matrix kernel: rows, columns and depth of a tile, buffers of its loads, warps of a block.
 
-    `group` tiles of rows run side by side, one column of tiles after the other (order.py).
+    `group` tiles of rows run side by side, one column of tiles after the other (order.py). `swapped`: the weight is the
+    first operand, whose rows some matrix units want 64 of, and the sums lie transposed.
     """
 
     m: int
@@ -20,6 +21,12 @@ class Tile:
     stages: int = 2
     warps: int = 4
     group: int = 1
+    swapped: bool = False
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """The shape in which the matrix unit adds."""
+        return (self.n, self.m) if self.swapped else (self.m, self.n)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
-from .experts import activation_text, multiply
+from .experts import activation_text, multiply, summed
 from .low_precision import begin_sums, declare_rows
 from .order import tile_axes, tiles_that_exist
 
@@ -87,7 +87,7 @@ def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
             block if p.weight.experts else "", [block] if block else [], dtype=p.dtype,
         )  # fmt: skip
     b.let("place", f"block * {p.rows} + n" if block else "n")
-    value = {acc: b.result(acc) for acc in sums}
+    value = {acc: summed(b, acc, t) for acc in sums}
     live = "live[:, None] & n_live[None, :]"
     if split > 1:
         b.store("parts", ["part", "row[:, None]", "place[None, :]"], value["gate"], live)

@@ -145,7 +145,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
         begin_sums(b, e.up, e.given, t, {n: f"{n}_row" for n in rows}, apart)
         with b.loop("k", 0, e.hidden, t.k, t.stages):
             multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows}, dtype=e.given)
-        value = {name: f"{b.result(name)}" for name in rows}
+        value = {name: summed(b, name, t) for name in rows}
         if e.up_bias:
             for name in rows:
                 b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
@@ -177,7 +177,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
         begin_sums(b, e.down, e.given, t, {"acc": "n"}, 0)
         with b.loop("k", 0, e.inner, t.k, t.stages):
             multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"}, dtype=e.given)
-        value = b.result("acc")
+        value = summed(b, "acc", t)
         if e.down_bias:
             b.load("bias", "down_bias", ["expert", "n"], "n_live")
             value = f"({value} + bias[None, :])"
@@ -248,7 +248,12 @@ def multiply(
                     b.load(f"{name}_given", x, at, mask, shape=(t.m, width))
                     b.let(name, f'cast({name}_given, "{weight.operand}")', (t.m, width), weight.operand)
                     loaded[first, width] = b.as_operand(name, second=False)
-            b.dot(acc, loaded[first, width], tile)
+            b.dot(acc, *((tile, loaded[first, width]) if t.swapped else (loaded[first, width], tile)))
+
+
+def summed(b: Builder, acc: str, t: Tile) -> str:
+    """Return the expression of a finished sum [t.m, t.n]."""
+    return f"trans({b.result(acc)})" if t.swapped else b.result(acc)
 
 
 def activation_text(act: Activation, value: dict[str, str]) -> str:

@@ -43,7 +43,7 @@ def begin_sums(b: Builder, weight: Packing, dtype: str, t: Tile, rows: Mapping[s
     for acc, row in rows.items():
         form = find_format(dtype)
         if form is None or form.scale != "f32":
-            b.accumulator(acc, (t.m, t.n))
+            b.accumulator(acc, t.sums)
             continue
         b.let(acc, f'full({t.m}, {t.n}, 0.0, "f32")', (t.m, t.n), "f32")
         block = _scale_rows(weight)

@@ -29,7 +29,7 @@ from .implementations import (
     row_shapes,
     row_tile,
 )  # fmt: skip
-from .search import GROUPS, KernelTemplate, row_choices, shapes
+from .search import GROUPS, KernelTemplate, is_swappable, row_choices, shapes
 
 SPLITS = (4,)  # parts that the depth of a linear may be cut into
 FEW = 64  # tokens up to which that is considered
@@ -66,6 +66,7 @@ def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, .
         count,
         tiles,
         groups=GROUPS,
+        swaps=is_swappable(p.weight, p.dtype),
         renamed={"w": "up", "y": "h"} if p.act.gated else {},
     )
     implementations = [Implementation("whole", (whole,))]
@@ -77,7 +78,9 @@ def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, .
 def _split_linear(
     p: Linear, split: int, count: Mapping[str, int], tiles: tuple[tuple[int, int, int], ...]
 ) -> Implementation:
-    part = KernelTemplate("linear", lambda t, layout: linear(p, t, layout, split), count, tiles)
+    part = KernelTemplate(
+        "linear", lambda t, layout: linear(p, t, layout, split), count, tiles, swaps=is_swappable(p.weight, p.dtype)
+    )
     total = KernelTemplate(
         "linear_sum", lambda t, layout: linear_sum(p, t, layout, split), count, row_shapes(p.rows * p.blocks),
         staged=False,

@@ -22,7 +22,7 @@ from .implementations import (
     only_implementation,
     row_shapes,
 )  # fmt: skip
-from .search import GROUPS, ROWS, KernelTemplate, row_choices, shapes
+from .search import GROUPS, ROWS, KernelTemplate, is_swappable, row_choices, shapes
 
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
 
@@ -75,7 +75,7 @@ def _grouped_implementations(kernel: Callable, name: str, e: Experts, packing: P
             shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
             (lambda t: {}) if direct
             else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
-            touched_shares(e, which, count), GROUPS[:1] if direct else GROUPS,
+            touched_shares(e, which, count), GROUPS[:1] if direct else GROUPS, swaps=is_swappable(packing, e.given),
         )  # fmt: skip
         after = (_combine_template(e, count),) if which == "down" else ()
         return (Implementation("pair by pair" if direct else "sorted", (matrix, *after)),)

@@ -21,6 +21,7 @@ from ..predict.predict import Prediction, matrix_share, predict
 from ..tile.builder import Layout
 from ..tile.count import SCALED, Counts, count_program, unit_dtype_and_depth
 from ..tile.machine import chip_of, layout_of
+from ..tile.packing import Packing
 from ..tile.simulate import Chip
 from ..tile.tiles import Dot, Program, footprint, walk
 from ..triton.architectures import nearest
@@ -41,7 +42,7 @@ class KernelTemplate:
 
     `expect(tile)` holds what the counts cannot see (see count.py); `touched` the share of each weight that is needed.
     `shapes` are the choices of (rows, columns, depth), `groups` those of tiles side by side, `staged` whether loads may
-    run ahead. `renamed` says which operand
+    run ahead, `swaps` whether the weight may be the first operand. `renamed` says which operand
     or result of the op an argument of another name is, `appended` which states an argument appends to: argument -> (the
     operand, the result); see bindings.py.
     """
@@ -54,6 +55,7 @@ class KernelTemplate:
     touched: Mapping[str, float] | None = None
     groups: tuple[int, ...] = (1,)
     staged: bool = True
+    swaps: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     appended: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -108,8 +110,10 @@ def search_tile(kernel: KernelTemplate, profile: Profile, fits: dict[Tile, Fit] 
     for narrow, stages_of in product((False, True), buffers):
         if choices:
             break
-        for shape, stages in product(kernel.shapes, stages_of):
-            tile = Tile(*shape, stages)
+        for shape, stages, swapped in product(kernel.shapes, stages_of, (False, True)):
+            tile = Tile(*shape, stages, swapped=swapped)
+            if swapped and not _wants_swap(kernel, tile, profile):
+                continue
             if tile not in fits:
                 fits[tile] = _fit_tile(kernel, tile, profile, chips[shape[0]])
             found, why = _choices_of_tile(kernel, tile, fits[tile], profile, counted, narrow)
@@ -136,9 +140,31 @@ def _rank_choices(choices: list[Choice]) -> list[Choice]:
     def key(pair: tuple[float, Choice]) -> tuple[float, ...]:
         rank, c = pair
         near = rank <= limit
-        return (not near, -c.tile.stages * near, -c.tile.k * near, rank, sum(c.use.values()), c.tile.m, c.tile.n)
+        return (
+            not near,
+            c.tile.swapped * near,
+            -c.tile.stages * near,
+            -c.tile.k * near,
+            rank,
+            sum(c.use.values()),
+            c.tile.m,
+            c.tile.n,
+        )
 
     return [c for _, c in sorted(zip(ranks, choices, strict=True), key=key)]
+
+
+def is_swappable(weight: Packing, given: str) -> bool:
+    """Return whether a weight may be the first operand: both are loaded as they are multiplied."""
+    return weight.quantized is None and find_format(given) is None
+
+
+def _wants_swap(kernel: KernelTemplate, tile: Tile, profile: Profile) -> bool:
+    """Return whether the weight has the rows that the matrix unit wants and x has not, in the same memories."""
+    unit = profile.unit("bf16")
+    least = min(unit.m, default=0) if unit else 0
+    same = layout_of(profile, tile.m) == layout_of(profile, tile.n)
+    return kernel.swaps and same and tile.m < least <= tile.n
 
 
 def _fit_tile(kernel: KernelTemplate, tile: Tile, profile: Profile, chip: Chip) -> Fit:
@@ -194,7 +220,7 @@ def _predict_choice(
 ) -> Choice:  # fmt: skip
     prediction = predict(
         program, counts, kernel.scalars, profile, warps=tile.warps, stages=tile.stages, use=use,
-        touched=kernel.touched or {}, share=matrix_share(profile, tile.m, tile.n), group=group,
+        touched=kernel.touched or {}, share=matrix_share(profile, *tile.sums), group=group,
     )  # fmt: skip
     return Choice(replace(tile, group=max(group, tile.group)), program, prediction, use)
 

@@ -55,6 +55,23 @@ def test_linear_with_bias_and_activation_cut_along_its_depth(name):
         close(y, wanted)
 
 
+@pytest.mark.parametrize("name", ["hopper", "amd"])
+@pytest.mark.parametrize(("blocks", "split"), [(1, 1), (2, 1), (1, 3)])
+def test_a_weight_as_the_first_operand(name, blocks, split):
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(8)
+    packing = Packing("bf16", blocks * 80, 96)
+    parts, w = weight(packing, rng)
+    x, bias = bf16(tokens(rng, 21, blocks, 96)), tokens(rng, blocks * 80)
+    p = Linear(80, 96, packing, blocks, bias=split == 1, out="f32")
+    end = {"bias": bias} if split == 1 else {}
+    program = linear(p, Tile(16, 64, 32, swapped=True), layout, split)
+    found = run(program, chip, {"T": 21}, x=x, **named(parts, "w"), **end)
+    wanted = block_linear(x[None], bf16(w))[0] + (bias if split == 1 else 0)
+    close(found["y"] if split == 1 else found["parts"].sum(0), wanted)
+    assert {b.shape for n, b in program.buffers.items() if n == "gate"} == {(64, 16)}
+
+
 @chips
 def test_tiles_of_rows_side_by_side(name):
     """The order of the grid changes no number, nor do tiles of the last group that do not exist."""

@@ -195,6 +195,12 @@ def test_sort_lists_pairs_and_tiles_as_its_op_does(name, experts, chosen, tokens
         assert sorted(seen) == list(range(pairs))
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_weight_as_the_first_operand(direct):
+    e, tensors, expected = layer(np.random.default_rng(9), tokens=9, up_bias=True, down_bias=True, hidden=80)
+    close(run(e, tensors, 9, find_profile("nvidia-h200", {}), Tile(16, 64, 32, swapped=True), direct), expected)
+
+
 @pytest.mark.parametrize("name", ["nvidia-h200", "ascend-950dt"])
 def test_tiles_of_rows_side_by_side(name):
     """The order of the grid changes no number, nor do tiles of the last group that do not exist."""

@@ -76,6 +76,20 @@ def test_decoding_is_bound_by_memory_and_prefill_is_not():
     assert many.prediction.time >= 2 * 8192 * 8 * 2048 * 2048 / 989.4e12
 
 
+def test_a_weight_is_the_first_operand_where_the_unit_wants_more_rows_than_there_are():
+    """wgmma takes 64 rows: with 32 tokens the weight has them, if the product is what takes the time."""
+    p = Linear(8192, 8192, Packing("bf16", 8192, 8192))
+    fast = {"memory.dram.bandwidth": "100TB/s", "memory.dram.measured": "100TB/s"}
+    for name, swapped in (("nvidia-h200", True), ("nvidia-rtx4090", False), ("amd-mi300x", False)):
+        (whole, *_) = linear_implementations(p, Tokens(32, 1, 100))
+        found = search_tile(whole.kernels[0], find_profile(name, fast))
+        choices = (found.best, *found.others)
+        assert any(c.tile.swapped for c in choices) == swapped
+        assert all(c.tile.m < 64 <= c.tile.n for c in choices if c.tile.swapped)
+        for choice in choices:
+            check_fits(choice, find_profile(name, fast))
+
+
 def test_fewer_bytes_take_less_time():
     profile = profile_of("nvidia-h200")
     bf16, int4 = (
