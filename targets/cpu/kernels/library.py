@@ -23,7 +23,7 @@ from pathlib import Path
 from ....compiler.errors import MoecError, write_error
 
 SOURCES = Path(__file__).with_name("source")
-OPTIONS = ("-std=c11", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-shared")
+OPTIONS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-shared")
 _TIMEOUT = 600  # seconds; the first library for Windows takes a minute
 
 
@@ -43,12 +43,12 @@ class Platform:
         return f"moec-kernels.{self.name}.{self.suffix}"
 
 
-# x86-64 only, as long as no other processor has kernels that are faster than ONNX Runtime's
 PLATFORMS = {
     p.name: p
     for p in (
         Platform("linux-x86_64", "x86_64-linux-gnu.2.17", "x86_64", "so", ("-fPIC",)),
-        Platform("macos-x86_64", "x86_64-macos", "x86_64", "dylib", ("-fPIC",)),
+        Platform("linux-aarch64", "aarch64-linux-gnu.2.17", "generic", "so", ("-fPIC",)),
+        Platform("macos-aarch64", "aarch64-macos", "apple_m1", "dylib", ("-fPIC",)),
         Platform("windows-x86_64", "x86_64-windows-gnu", "x86_64", "dll"),
     )
 }

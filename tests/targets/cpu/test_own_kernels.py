@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import moec
 import numpy as np
@@ -21,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from places import TINY
 
 NONE, PLAIN = "none", "plain"  # what MOEC_CPU_KERNELS may ask for, beside what the processor has
+SETS = [None, "avx2", PLAIN] if platform.machine() in ("x86_64", "AMD64") else [None, PLAIN]
 SETTINGS = settings(max_examples=40, deadline=None)
 
 
@@ -98,7 +102,7 @@ def linears(draw):
     )
 
 
-@pytest.mark.parametrize("asked", [None, PLAIN])
+@pytest.mark.parametrize("asked", SETS)
 @SETTINGS
 @given(case=linears())
 def test_linear_is_the_product_with_the_numbers(case, asked, kernels):
@@ -215,7 +219,14 @@ def _activated(act, h):
     return h
 
 
-@pytest.mark.parametrize("asked", [None, PLAIN])
+def assert_near(found, wanted):
+    """Check results of experts: a number that lies half way between two codes may be rounded to either."""
+    error, size = np.abs(found - wanted), np.abs(wanted).max() + 1e-6
+    assert error.max() <= 1.5e-2 * size
+    assert error.mean() <= 1e-3 * size
+
+
+@pytest.mark.parametrize("asked", SETS)
 @SETTINGS
 @given(case=expert_cases())
 def test_experts_are_the_sum_of_the_chosen(case, asked, kernels):
@@ -237,7 +248,42 @@ def test_experts_are_those_of_onnx_runtime(case, kernels):
         assert "not supported" in str(error).lower() or "not implemented" in str(error).lower(), error
         return
     found = run(model, feeds, kernels)
-    assert np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max() + 1e-6
+    assert_near(found, wanted)
+
+
+# --- without ONNX Runtime: what an emulator runs, and under sanitizers -----------------------------------------------
+
+CHECK = Path(__file__).with_name("kernels") / "check.c"
+CHECKED = [library.SOURCES / f"{name}.c" for name in ("avx512", "avx2", "neon", "plain", "choose", "host", "weights")]
+
+
+def checked(folder, *compiler):
+    program = folder / "check"
+    command = [*compiler, "-std=gnu11", f"-I{library.SOURCES}", "-o", program, *CHECKED, CHECK, "-lm"]
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    return program
+
+
+@pytest.mark.long
+def test_the_kernels_keep_to_their_memory(tmp_path):
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc has the sanitizers, and is not installed")
+    program = checked(tmp_path, "gcc", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = subprocess.run([program, "200"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "plain: 200 cases" in done.stdout
+
+
+@pytest.mark.long
+def test_the_kernels_of_arm_in_an_emulator(tmp_path):
+    emulator = shutil.which("qemu-aarch64")
+    if emulator is None:
+        pytest.skip("an emulator is needed: apt-get install qemu-user")
+    zig = (sys.executable, "-m", "ziglang", "cc")
+    program = checked(tmp_path, *zig, "-O2", "-static", "-target", "aarch64-linux-musl", "-mcpu=generic")
+    done = subprocess.run([emulator, "-cpu", "max", program, "100"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "neon-dotprod: 100 cases" in done.stdout
 
 
 # --- whole artifacts ---------------------------------------------------------------------------------------------

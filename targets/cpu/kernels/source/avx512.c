@@ -53,137 +53,60 @@ static void quantize(const Shape *s, const float *x, int8_t *codes, float *scale
   }
 }
 
-/* --- a few rows of activations: one row of weights after the other, as they stream from memory --------------------- */
+/* --- a few rows of activations ------------------------------------------------------------------------------------ */
 
-/* Return the scale of each of a chunk's 16 sums; a chunk has 1 << log groups, or a group 1 << -log chunks. */
-INLINE __m512 spread_scales(const float *scales, int chunk, int log) {
+typedef __m512i Codes;
+typedef __m512 Numbers;
+#define UNIT 64
+#define LANES 16
+#define LOWERED(bits) 0
+
+INLINE Codes load_codes(const uint8_t *codes) { return _mm512_loadu_si512(codes); }
+INLINE Codes load_some(const uint8_t *codes, int bytes) { return _mm512_maskz_loadu_epi8(first_of_64(bytes), codes); }
+INLINE void split_codes(int bits, Codes codes, Codes *low, Codes *high) {
+  const __m512i half = _mm512_set1_epi8(15);
+  *low = bits == 4 ? _mm512_and_si512(codes, half) : codes;
+  *high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
+}
+INLINE Numbers multiply_unit(int bits, Codes low, Codes high, const int8_t *x) {
+  __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x));
+  if (bits == 4) sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x + CHUNK));
+  return _mm512_cvtepi32_ps(sum);
+}
+INLINE Numbers spread_scales(const float *scales, int unit, int log, int shift) {
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   switch (log) {
     case 3:
       return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                                   _mm512_castps256_ps512(_mm256_loadu_ps(scales + (size_t)chunk * 8)));
+                                   _mm512_castps256_ps512(_mm256_loadu_ps(scales + (size_t)unit * 8)));
     case 2:
-      return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales + (size_t)chunk * 4)));
+      return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales + (size_t)unit * 4)));
     case 1:
       return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 1),
-                                   _mm512_castpd_ps(_mm512_set1_pd(*(const double *)(scales + (size_t)chunk * 2))));
+                                   _mm512_castps128_ps512(_mm_loadu_ps(scales + (size_t)unit * 2)));
     default:
-      return _mm512_set1_ps(scales[chunk >> -log]);
+      return _mm512_set1_ps(scales[unit >> shift]);
   }
 }
-
-/* Writes the products of a row's scales with those of the activations; returns what the zero points take off. */
-INLINE float combine_scales(const Matrix *w, int row, const float *scales, const float *sums, float *out) {
-  const Shape *s = w->shape;
-  const float *weights = w->scales + (size_t)row * s->groups;
-  __m512 off = _mm512_setzero_ps();
-  for (int g = 0; g < s->groups; g += 16) {
-    __mmask16 left = first_of_16(s->groups - g);
-    __m512 weight = _mm512_maskz_loadu_ps(left, weights + g);
-    _mm512_storeu_ps(out + g, _mm512_mul_ps(weight, _mm512_maskz_loadu_ps(left, scales + g)));
-    __m512 sum = _mm512_mul_ps(weight, _mm512_maskz_loadu_ps(left, sums + g));
-    if (w->zeros) {
-      const uint8_t *zeros = w->zeros + (size_t)row * s->zeros_bytes;
-      __m128i points;
-      if (s->bits == 8) {
-        points = _mm_maskz_loadu_epi8(left, zeros + g);
-      } else {
-        int bytes = s->zeros_bytes - g / 2;
-        __m128i both = _mm_maskz_loadu_epi8(first_of_16(bytes < 8 ? bytes : 8), zeros + g / 2), half = _mm_set1_epi8(15);
-        points = _mm_unpacklo_epi8(_mm_and_si128(both, half), _mm_and_si128(_mm_srli_epi16(both, 4), half));
-      }
-      off = _mm512_fmadd_ps(sum, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(points)), off);
-    } else {
-      off = _mm512_add_ps(off, sum);
-    }
-  }
-  float total = _mm512_reduce_add_ps(off);
-  return w->zeros ? total : total * (float)(1 << (s->bits - 1));
-}
-
-enum { MOST_GROUPS = 2048, FEW = 4 }; /* groups whose scales are kept on the stack; rows of activations at once */
-
-/* Return the 16 sums of a chunk's products with a row of activations: codes of 4 bits come as low and high halves. */
-INLINE __m512 multiply_chunk(int bits, __m512i low, __m512i high, const int8_t *x, __m512 scales, __m512 sum) {
-  __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x));
-  if (bits == 4) part = _mm512_dpbusd_epi32(part, high, _mm512_loadu_si512(x + CHUNK));
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), scales, sum);
-}
-
-/* Multiplies one row of weights by `n` rows of activations, from..from + n. */
-INLINE void multiply_row(const Matrix *w, int row, int bits, int log, int n, const Product *p, int from) {
-  const Shape *s = w->shape;
-  const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
-  const __m512i half = _mm512_set1_epi8(15);
-  const int8_t *x[FEW];
-  float both[FEW][MOST_GROUPS + 16] __attribute__((aligned(64))), off[FEW];
-  __m512 sum[FEW][4];
-  int wide = CHUNK * 8 / bits, whole = s->row_bytes / CHUNK, c = 0;
-  int chains = n == 1 ? 4 : n == 2 ? 2 : 1; /* sums of a row, so that no product waits for the one before */
-#pragma GCC unroll 4
-  for (int i = 0; i < n; i++) {
-    x[i] = codes_of(p, s, from + i);
-    off[i] = combine_scales(w, row, scales_of(p, s, from + i), sums_of(p, s, from + i), both[i]);
-    for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
-  }
-  for (; c + chains <= whole; c += chains) {
-#pragma GCC unroll 4
-    for (int j = 0; j < chains; j++) {
-      __m512i low = _mm512_loadu_si512(codes + (size_t)(c + j) * CHUNK), high = low;
-      if (bits == 4) high = _mm512_and_si512(_mm512_srli_epi16(low, 4), half), low = _mm512_and_si512(low, half);
-#pragma GCC unroll 4
-      for (int i = 0; i < n; i++) {
-        const int8_t *chunk = x[i] + (size_t)(c + j) * wide;
-        sum[i][j] = multiply_chunk(bits, low, high, chunk, spread_scales(both[i], c + j, log), sum[i][j]);
-      }
-    }
-  }
-  for (; c < s->chunks; c++) {
-    __m512i low = _mm512_maskz_loadu_epi8(first_of_64(s->row_bytes - c * CHUNK), codes + (size_t)c * CHUNK), high = low;
-    if (bits == 4) high = _mm512_and_si512(_mm512_srli_epi16(low, 4), half), low = _mm512_and_si512(low, half);
-    for (int i = 0; i < n; i++) {
-      sum[i][0] = multiply_chunk(bits, low, high, x[i] + (size_t)c * wide, spread_scales(both[i], c, log), sum[i][0]);
-    }
-  }
-  float bias = w->bias ? w->bias[row] : 0;
-  for (int i = 0; i < n; i++) {
-    __m512 all = _mm512_add_ps(_mm512_add_ps(sum[i][0], sum[i][1]), _mm512_add_ps(sum[i][2], sum[i][3]));
-    p->y[(size_t)(from + i) * p->stride + row] = _mm512_reduce_add_ps(all) - off[i] + bias;
-  }
-}
-
-INLINE void multiply_rows_as(const Matrix *w, int first, int count, const Product *p, int bits, int log) {
-  for (int row = first; row < first + count; row++) {
-    for (int i = 0; i < p->count;) {
-      switch (p->count - i) {
-        case 1: multiply_row(w, row, bits, log, 1, p, i), i += 1; break;
-        case 2: multiply_row(w, row, bits, log, 2, p, i), i += 2; break;
-        case 3: multiply_row(w, row, bits, log, 3, p, i), i += 3; break;
-        default: multiply_row(w, row, bits, log, FEW, p, i), i += FEW;
-      }
-    }
-  }
-}
-
-/* Return the logarithm of the groups of a chunk; below 0 that of the chunks of a group. */
-static int log_groups(const Shape *s) {
-  int wide = chunk_width(s), log = 0;
-  for (int n = wide / s->group; n > 1; n /= 2) log++;
-  for (int n = s->group / wide; n > 1; n /= 2) log--;
-  return log;
-}
-
-static void multiply_rows(const Matrix *w, int first, int count, const Product *p) {
-  int log = log_groups(w->shape);
-#define CASE(bits, log) \
-  case log: multiply_rows_as(w, first, count, p, bits, log); break;
-  if (w->shape->bits == 4) {
-    switch (log) { CASE(4, 3) CASE(4, 2) CASE(4, 1) CASE(4, 0) CASE(4, -1) CASE(4, -2) }
+INLINE Numbers zero_points(int bits, const uint8_t *zeros) {
+  __m128i points, half = _mm_set1_epi8(15);
+  if (bits == 8) {
+    points = _mm_loadu_si128((const __m128i *)zeros);
   } else {
-    switch (log) { CASE(8, 2) CASE(8, 1) CASE(8, 0) CASE(8, -1) CASE(8, -2) }
+    __m128i both = _mm_loadl_epi64((const __m128i *)zeros);
+    points = _mm_unpacklo_epi8(_mm_and_si128(both, half), _mm_and_si128(_mm_srli_epi16(both, 4), half));
   }
-#undef CASE
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(points));
 }
+INLINE Numbers load_numbers(const float *x) { return _mm512_loadu_ps(x); }
+INLINE void store_numbers(float *x, Numbers v) { _mm512_storeu_ps(x, v); }
+INLINE Numbers no_numbers(void) { return _mm512_setzero_ps(); }
+INLINE Numbers add_numbers(Numbers a, Numbers b) { return _mm512_add_ps(a, b); }
+INLINE Numbers scale_numbers(Numbers a, Numbers b) { return _mm512_mul_ps(a, b); }
+INLINE Numbers add_product(Numbers a, Numbers b, Numbers c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float sum_numbers(Numbers a) { return _mm512_reduce_add_ps(a); }
+
+#include "rows.h"
 
 /* --- many rows of activations: a tile of 32 rows of weights, unpacked so that a register holds 4 neighbours of 16 --- */
 

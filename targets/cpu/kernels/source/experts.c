@@ -17,6 +17,7 @@ typedef struct {
   const InstructionSet *set;
   Activation activation;
   int chosen, bits, group;
+  const void *copies[INPUTS];
 } Experts;
 
 typedef struct {
@@ -166,7 +167,7 @@ static OrtStatus *run_tokens(Step *step, const OrtKernelContext *context, int ex
   OrtStatus *status = run_for_all(step, context, step->tokens, route_token);
   if (status) return status;
   sort_slots(step, experts);
-  step->each = task_rows(step->experts->set, step->used ? step->slots / step->used : 0);
+  step->each = task_rows(step->experts->set, step->used ? step->slots / step->used : 0, (int64_t)step->used * step->up.rows);
   if ((status = run_for_all(step, context, step->used * tasks_of(&step->up, step->each), multiply_up))) return status;
   if ((status = run_for_all(step, context, step->slots, activate_slot))) return status;
   if ((status = run_for_all(step, context, step->used * tasks_of(&step->down, step->each), multiply_down))) return status;
@@ -228,6 +229,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   OrtStatus *status;
   for (size_t i = 0; i < INPUTS; i++) {
     if ((status = read_input(api, context, i, &step.in[i]))) return status;
+    if (experts->copies[i]) step.in[i].data = (void *)experts->copies[i];
   }
   const char *wrong = check_inputs(&step);
   if (wrong) return fail(api, wrong);
@@ -286,8 +288,16 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
     free(experts);
     return fail(api, "moec.QMoE: an activation or a width of weights that it does not have");
   }
+  copy_inputs(api, info, 1 << UP | 1 << DOWN | 1 << UP_ZEROS | 1 << DOWN_ZEROS, 1 << UP_SCALES | 1 << DOWN_SCALES,
+              experts->copies, INPUTS);
   *out = experts;
   return NULL;
+}
+
+static void destroy(void *kernel) {
+  Experts *experts = kernel;
+  for (int i = 0; i < INPUTS; i++) free_weights(experts->copies[i]);
+  free(experts);
 }
 
 static const char *name(const OrtCustomOp *op) { return (void)op, "QMoE"; }
@@ -301,4 +311,4 @@ static int input_kind(const OrtCustomOp *op, size_t i) {
 
 const OrtCustomOp experts_op = {
     .get_name = name, .get_input_count = input_count, .get_input_type = input_type, .get_input_kind = input_kind,
-    .create_kernel_v2 = create, .compute_v2 = compute};
+    .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};

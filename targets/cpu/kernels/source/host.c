@@ -6,22 +6,48 @@
 
 OrtStatus *fail(OrtApi api, const char *message) { return ORT(api, create_status)(ORT_INVALID_ARGUMENT, message); }
 
-OrtStatus *read_input(OrtApi api, const OrtKernelContext *context, size_t index, Tensor *out) {
-  size_t count = 0, rank = 0;
-  OrtValue *value = NULL;
+static OrtStatus *read_tensor(OrtApi api, const OrtValue *value, Tensor *out) {
   OrtShape *shape = NULL;
-  OrtStatus *status;
-  out->data = NULL, out->rank = 0;
-  if ((status = ORT(api, input_count)(context, &count))) return status;
-  if (index >= count) return NULL;
-  if ((status = ORT(api, input)(context, index, &value)) || !value) return status;
-  if ((status = ORT(api, tensor_shape)(value, &shape))) return status;
+  size_t rank = 0;
+  OrtStatus *status = ORT(api, tensor_shape)(value, &shape);
+  if (status) return status;
   status = ORT(api, dimension_count)(shape, &rank);
   if (!status && rank > MOST_RANK) status = fail(api, "a tensor has more than 8 axes");
   if (!status) status = ORT(api, dimensions)(shape, out->sizes, rank);
   ORT(api, release_shape)(shape);
   out->rank = (int)rank;
-  return status ? status : ORT(api, tensor_data)(value, &out->data);
+  return status ? status : ORT(api, tensor_data)((OrtValue *)value, &out->data);
+}
+
+OrtStatus *read_input(OrtApi api, const OrtKernelContext *context, size_t index, Tensor *out) {
+  size_t count = 0;
+  OrtValue *value = NULL;
+  OrtStatus *status;
+  out->data = NULL, out->rank = 0;
+  if ((status = ORT(api, input_count)(context, &count))) return status;
+  if (index >= count) return NULL;
+  if ((status = ORT(api, input)(context, index, &value)) || !value) return status;
+  return read_tensor(api, value, out);
+}
+
+void copy_inputs(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t scales, const void *copies[], size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    copies[i] = NULL;
+    if (!((codes | scales) >> i & 1)) continue;
+    const OrtValue *value = NULL;
+    Tensor tensor = {NULL};
+    int constant = 0;
+    OrtStatus *status = ORT(api, constant_input)(info, i, &constant, &value);
+    if (!status && constant && value) status = read_tensor(api, value, &tensor);
+    if (status) { /* an input that is absent, or has no place: it is read when the kernel runs */
+      ORT(api, release_status)(status);
+      continue;
+    }
+    if (!tensor.data) continue;
+    size_t bytes = codes >> i & 1 ? 1 : sizeof(float);
+    for (int axis = 0; axis < tensor.rank; axis++) bytes *= (size_t)tensor.sizes[axis];
+    copies[i] = copy_weights(tensor.data, bytes);
+  }
 }
 
 int64_t int_attribute(OrtApi api, const OrtKernelInfo *info, const char *name, int64_t otherwise) {

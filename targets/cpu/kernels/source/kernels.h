@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { CHUNK = 64, TILE = 32 }; /* bytes of codes; rows of a matrix that are unpacked at once */
+enum { CHUNK = 64, TILE = 32, NEVER = 1 << 30 }; /* bytes of codes; rows of a matrix that are unpacked at once */
 
 typedef struct {
   int bits, group, rows, width;
@@ -57,7 +57,7 @@ typedef struct {
 
 typedef struct {
   const char *name;
-  int tile_from; /* rows of activations from which unpacking a tile of weights pays */
+  int tile_from; /* rows of activations from which unpacking a tile of weights pays; NEVER: there is no multiply_tile */
   /* Rounds one row of `shape->width` numbers. */
   void (*quantize)(const Shape *, const float *x, int8_t *codes, float *scales, float *sums);
   /* Multiplies rows first..first + count of the matrix, one after the other; count is at most TILE. */
@@ -70,11 +70,15 @@ typedef struct {
 
 extern const InstructionSet plain_kernels;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const InstructionSet avx512_kernels;
+extern const InstructionSet avx512_kernels, avx2_kernels;
+#elif defined(__aarch64__)
+extern const InstructionSet neon_kernels;
 #endif
 
-/* Return the kernels for the processor that this runs on; NULL if it has none. */
+/* Return the fastest kernels for the processor that this runs on; NULL where ONNX Runtime's own are faster. */
 const InstructionSet *choose_kernels(void);
+/* Return those that run on it, the fastest first; NULL after the last. */
+const InstructionSet *kernels_found(int index);
 
 static inline int chunk_width(const Shape *s) { return CHUNK * 8 / s->bits; }
 static inline size_t codes_row(const Shape *s) { return (size_t)s->chunks * chunk_width(s); }

@@ -1,40 +1,13 @@
-/* Registers the operators of domain `moec` with ONNX Runtime, and chooses the kernels for the processor. */
+/* Registers the operators of domain `moec` with ONNX Runtime. */
 #include "host.h"
 
 #include <stdatomic.h>
-#include <stdlib.h>
-#include <string.h>
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
-
-#if defined(__x86_64__) || defined(_M_X64)
-#include <cpuid.h>
-
-/* Return whether processor and system have AVX-512 F, DQ, BW, VL and VNNI. (The compilers' own question for it needs a
-   runtime library that not every one of them links.) */
-static int has_avx512(void) {
-  unsigned a, b, c, d, low, high;
-  enum { OSXSAVE = 1 << 27, STATE = 0xe6 /* the system keeps vector and mask registers */ };
-  const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE)) return 0;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low & STATE) != STATE || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-  return (b & wanted) == wanted && c & 1u << 11;
-}
-#endif
-
-const InstructionSet *choose_kernels(void) {
-  const char *asked = getenv("MOEC_CPU_KERNELS"); /* for tests: plain ones, or ONNX Runtime's own */
-  if (asked) return strcmp(asked, plain_kernels.name) ? NULL : &plain_kernels;
-#if defined(__x86_64__) || defined(_M_X64)
-  if (has_avx512()) return &avx512_kernels;
-#endif
-  return NULL; /* plain ones are slower than ONNX Runtime's operators, which the model's functions call */
-}
 
 /* Return the name of the kernels that run here, or NULL. */
 EXPORT const char *moec_kernels(void) {
@@ -62,7 +35,6 @@ static OrtCustomOp completed(const OrtCustomOp *op) {
   all.variadic_output_arity = all.variadic_output_equal = one;
   all.get_start_version = one;
   all.get_end_version = any_version;
-  all.destroy = free;
   return all;
 }
 

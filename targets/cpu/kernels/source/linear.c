@@ -3,10 +3,13 @@
 
 #include <stdlib.h>
 
+enum { X = 0, CODES, SCALES, ZEROS, BIAS = 5, INPUTS };
+
 typedef struct {
   OrtApi api;
   const InstructionSet *set;
   Shape shape;
+  const void *copies[INPUTS];
 } Linear;
 
 typedef struct {
@@ -14,6 +17,7 @@ typedef struct {
   Matrix matrix;
   Product product;
   const float *x;
+  int each;     /* rows of a task */
   char *panels; /* where each worker unpacks tiles */
 } Step;
 
@@ -29,39 +33,40 @@ static void quantize_row(void *data, int worker, int row) {
 static void multiply(void *data, int worker, int task) {
   const Step *step = data;
   char *panel = step->panels + (size_t)worker * panel_bytes(step->matrix.shape);
-  multiply_task(step->set, &step->matrix, task, task_rows(step->set, step->product.count), &step->product, panel);
+  multiply_task(step->set, &step->matrix, task, step->each, &step->product, panel);
 }
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   const Linear *linear = kernel;
   OrtApi api = linear->api;
   const Shape *s = &linear->shape;
-  Tensor in[6];
+  Tensor in[INPUTS];
   OrtStatus *status;
-  for (size_t i = 0; i < 6; i++) {
+  for (size_t i = 0; i < INPUTS; i++) {
     if ((status = read_input(api, context, i, &in[i]))) return status;
+    if (linear->copies[i]) in[i].data = (void *)linear->copies[i];
   }
-  if (!in[0].rank || in[0].sizes[in[0].rank - 1] != s->width) return fail(api, "moec.MatMulNBits: x has not K numbers a row");
+  if (!in[X].rank || in[X].sizes[in[X].rank - 1] != s->width) return fail(api, "moec.MatMulNBits: x has not K numbers a row");
   int64_t rows = 1;
-  for (int i = 0; i < in[0].rank - 1; i++) rows *= in[0].sizes[i];
-  in[0].sizes[in[0].rank - 1] = s->rows;
+  for (int i = 0; i < in[X].rank - 1; i++) rows *= in[X].sizes[i];
+  in[X].sizes[in[X].rank - 1] = s->rows;
   OrtValue *out;
   void *y;
-  if ((status = ORT(api, output)(context, 0, in[0].sizes, (size_t)in[0].rank, &out))) return status;
+  if ((status = ORT(api, output)(context, 0, in[X].sizes, (size_t)in[X].rank, &out))) return status;
   if ((status = ORT(api, tensor_data)(out, &y)) || !rows) return status;
-  int tasks = tasks_of(s, task_rows(linear->set, rows));
+  int each = task_rows(linear->set, rows, s->rows);
   size_t panels = rows < linear->set->tile_from ? 0 : panel_bytes(s) * MOST_WORKERS;
   char *memory = take_scratch(panels + activation_bytes(s, rows));
   if (!memory) return fail(api, "moec.MatMulNBits: no memory");
-  Matrix matrix = {s, in[1].data, in[2].data, in[3].data, in[5].data};
+  Matrix matrix = {s, in[CODES].data, in[SCALES].data, in[ZEROS].data, in[BIAS].data};
   Product product = {place_activations(s, rows, memory + panels), NULL, (int)rows, y, (size_t)s->rows};
-  Step step = {linear->set, matrix, product, in[0].data, memory};
+  Step step = {linear->set, matrix, product, in[X].data, each, memory};
   if (rows == 1) {
     quantize_row(&step, 0, 0);
   } else {
     status = run_parallel(api, context, (int)rows, quantize_row, &step);
   }
-  if (!status) status = run_parallel(api, context, tasks, multiply, &step);
+  if (!status) status = run_parallel(api, context, tasks_of(s, each), multiply, &step);
   give_scratch(memory);
   return status;
 }
@@ -78,15 +83,22 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
     free(linear);
     return fail(api, "moec.MatMulNBits: bits, block_size, N or K is none that it takes");
   }
+  copy_inputs(api, info, 1 << CODES | 1 << ZEROS, 1 << SCALES, linear->copies, INPUTS);
   *out = linear;
   return NULL;
 }
 
+static void destroy(void *kernel) {
+  Linear *linear = kernel;
+  for (int i = 0; i < INPUTS; i++) free_weights(linear->copies[i]);
+  free(linear);
+}
+
 static const char *name(const OrtCustomOp *op) { return (void)op, "MatMulNBits"; }
-static size_t input_count(const OrtCustomOp *op) { return (void)op, 6; }
-static int input_type(const OrtCustomOp *op, size_t i) { return (void)op, i == 1 || i == 3 ? ORT_UINT8 : ORT_FLOAT; }
-static int input_kind(const OrtCustomOp *op, size_t i) { return (void)op, i < 3 ? ORT_REQUIRED : ORT_OPTIONAL; }
+static size_t input_count(const OrtCustomOp *op) { return (void)op, INPUTS; }
+static int input_type(const OrtCustomOp *op, size_t i) { return (void)op, i == CODES || i == ZEROS ? ORT_UINT8 : ORT_FLOAT; }
+static int input_kind(const OrtCustomOp *op, size_t i) { return (void)op, i <= SCALES ? ORT_REQUIRED : ORT_OPTIONAL; }
 
 const OrtCustomOp linear_op = {
     .get_name = name, .get_input_count = input_count, .get_input_type = input_type, .get_input_kind = input_kind,
-    .create_kernel_v2 = create, .compute_v2 = compute};
+    .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};

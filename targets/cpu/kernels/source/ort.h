@@ -73,6 +73,7 @@ ORT_FUNCTION(90, OrtStatus *, input, (const OrtKernelContext *, size_t index, Or
 ORT_FUNCTION(91, OrtStatus *, output, (OrtKernelContext *, size_t, const int64_t *sizes, size_t rank, OrtValue **))
 ORT_FUNCTION(93, void, release_status, (OrtStatus *))
 ORT_FUNCTION(99, void, release_shape, (OrtShape *))
+ORT_FUNCTION(249, OrtStatus *, constant_input, (const OrtKernelInfo *, size_t, int *constant, const OrtValue **out))
 ORT_FUNCTION(274, OrtStatus *, parallel_for,
              (const OrtKernelContext *, void (*task)(void *, size_t), size_t tasks, size_t batches, void *data))
 

@@ -55,9 +55,4 @@ static void multiply_rows(const Matrix *w, int first, int count, const Product *
   }
 }
 
-static void multiply_tile(const Matrix *w, int first, int count, int next, const Product *p, void *panel) {
-  (void)next, (void)panel;
-  multiply_rows(w, first, count, p);
-}
-
-const InstructionSet plain_kernels = {"plain", 1 << 30, quantize, multiply_rows, multiply_tile, activate};
+const InstructionSet plain_kernels = {"plain", NEVER, quantize, multiply_rows, NULL, activate};
