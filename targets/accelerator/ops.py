@@ -32,7 +32,7 @@ def check_weight(name: str, weight: TensorType) -> None:
         raise inference_error(f"{name}: weights are {', '.join(PLAIN)} or in a quantized format, not {weight}")
 
 
-def _numbers(x: TensorType) -> str:
+def _dtype_of_numbers(x: TensorType) -> str:
     """Return the dtype of the numbers that a value in a quantized format, or a plain one, represents."""
     return "f32" if find_format(x.dtype) else x.dtype
 
@@ -60,16 +60,16 @@ def quantize(x, *, to: str):
 # --- linear ----------------------------------------------------------------------------------------------------
 
 
-def _linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+def _infer_linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, w = types[:2]
     check_weight("acc.linear", w)
-    return (TensorType(_numbers(x), (*x.shape[:-1], w.shape[0])),)
+    return (TensorType(_dtype_of_numbers(x), (*x.shape[:-1], w.shape[0])),)
 
 
 @op(
     "acc.linear",
     "x: X[*X, K], w: W[N, K], bias: A[N]? -> y: A[*X, N]",
-    infer=_linear,
+    infer=_infer_linear,
     flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
 )
 def linear(x, w, bias, *, out: str = "bf16"):
@@ -98,7 +98,7 @@ def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, up = types[:2]
     check_weight("acc.gated_up", up)
     inner = inner_size("acc.gated_up", up.shape[0], attributes["act"], gated=True)
-    return (TensorType(_numbers(x), (*x.shape[:-1], inner)),)
+    return (TensorType(_dtype_of_numbers(x), (*x.shape[:-1], inner)),)
 
 
 @op(
@@ -142,7 +142,11 @@ def _check_order(name: str, ids: TensorType, order: TensorType, weight: TensorTy
 def _grouped_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, ids, order, _, up = types[:5]
     _check_order("acc.grouped_up", ids, order, up)
-    return (TensorType(_numbers(x), (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))),)
+    return (
+        TensorType(
+            _dtype_of_numbers(x), (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))
+        ),
+    )
 
 
 def _grouped_up_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
@@ -158,7 +162,7 @@ _ORDER = {
 }
 
 
-def _chosen(types: Types, attributes: Attributes) -> Size:
+def _chosen_pairs(types: Types, attributes: Attributes) -> Size:
     return types[1].elements
 
 
@@ -175,7 +179,7 @@ def _listed(types: Types, attributes: Attributes) -> Size:
     domains={**_ROWS, **_ORDER},
     distinct=("ids", "order"),
     reads={"tiles": _listed},
-    rows=dict.fromkeys(("up", "up_bias"), _chosen),
+    rows=dict.fromkeys(("up", "up_bias"), _chosen_pairs),
 )
 def grouped_up(x, ids, order, tiles, up, up_bias, *, act: Activation = SILU):
     """Gather each expert's tokens, multiply by its `up` and apply the activation: the first half of moe.experts.
@@ -185,7 +189,7 @@ def grouped_up(x, ids, order, tiles, up, up_bias, *, act: Activation = SILU):
     """
     h = x.new_zeros(len(order), up.shape[1] // 2 if act.gated else up.shape[1])
     for expert, pairs in pairs_by_expert(ids):
-        y = torch.nn.functional.linear(x[pairs // ids.shape[1]], up[expert].float(), _at(up_bias, expert))
+        y = torch.nn.functional.linear(x[pairs // ids.shape[1]], up[expert].float(), _expert_bias(up_bias, expert))
         h[pairs] = apply_activation(y, act)
     return h
 
@@ -193,7 +197,7 @@ def grouped_up(x, ids, order, tiles, up, up_bias, *, act: Activation = SILU):
 def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     h, ids, order, _, _, down = types[:6]
     _check_order("acc.grouped_down", ids, order, down)
-    return (TensorType(_numbers(h), (ids.shape[0], down.shape[1])),)
+    return (TensorType(_dtype_of_numbers(h), (ids.shape[0], down.shape[1])),)
 
 
 @op(
@@ -207,7 +211,7 @@ def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...
     domains={"ids": lambda types, attributes: types[5].shape[0], **_ORDER},
     distinct=("ids", "order"),
     reads={"tiles": _listed},
-    rows=dict.fromkeys(("down", "down_bias"), _chosen),
+    rows=dict.fromkeys(("down", "down_bias"), _chosen_pairs),
 )
 def grouped_down(h, ids, order, tiles, gates, down, down_bias, residual, shared):
     """Multiply each pair's row by its expert's `down`, weight it, and add up each token: the second half of moe.experts.
@@ -216,12 +220,12 @@ def grouped_down(h, ids, order, tiles, gates, down, down_bias, residual, shared)
     """
     rows = h.new_zeros(len(order), down.shape[1])
     for expert, pairs in pairs_by_expert(ids):
-        rows[pairs] = torch.nn.functional.linear(h[pairs], down[expert].float(), _at(down_bias, expert))
+        rows[pairs] = torch.nn.functional.linear(h[pairs], down[expert].float(), _expert_bias(down_bias, expert))
     y = (rows.unflatten(0, tuple(ids.shape)) * gates[:, :, None]).sum(1)
     return sum((x for x in (shared, residual) if x is not None), y)
 
 
-def _at(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+def _expert_bias(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
     return None if bias is None else bias[expert]
 
 

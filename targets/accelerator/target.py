@@ -32,7 +32,7 @@ def declare_ops() -> None:
 
 
 _ROOM = __name__.rpartition(".")[0]
-OPS = Ops(declare_ops, DeferredFunction(f"{_ROOM}.select.supported", "supported"))
+OPS = Ops(declare_ops, DeferredFunction(f"{_ROOM}.select.supported", "why_unsupported"))
 FORMATS = Formats(
     DeferredFunction(f"{_ROOM}.kernels.formats", "why_not_held"),
     DeferredFunction(f"{_ROOM}.kernels.formats", "why_slow"),

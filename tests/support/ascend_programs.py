@@ -7,8 +7,8 @@ from moec.compiler.ir.activation import Activation
 from moec.compiler.ops import OPS
 from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.kernels.choices import Tile
-from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
-from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.kernels.dense import Linear, linear_kernel, linear_sum
+from moec.targets.accelerator.kernels.experts import Experts, combine_kernel, grouped_down, grouped_up, sort_kernel
 from moec.targets.accelerator.tile.packing import Packing
 
 EXPERTS, CHOSEN, TOKENS = 6, 2, 5
@@ -38,9 +38,9 @@ def routed(form, layout, sizes=(100, 40), direct=False):
     given = {"h": rng.standard_normal((TOKENS * CHOSEN, inner)), "gates": rng.random(TOKENS * CHOSEN), **where}
     yield f"down {label}", grouped_down(e, tile, layout, direct), {**given, **named(down_parts, "down")}
     if not direct and form == "bf16":
-        yield "sort", sort(e, layout), {"ids": pairs}
+        yield "sort", sort_kernel(e, layout), {"ids": pairs}
         rows = rng.standard_normal((TOKENS * CHOSEN, hidden))
-        yield "combine", combine(e, 64, layout, 2), {"rows": rows}
+        yield "combine", combine_kernel(e, 64, layout, 2), {"rows": rows}
 
 
 def dense(form, layout):
@@ -52,8 +52,8 @@ def dense(form, layout):
     x = torch.tensor(rng.standard_normal((TOKENS, depth)), dtype=torch.bfloat16)
     p = Linear(rows, depth, packing, bias=True, act=Activation("gelu", gated=False), scaled=True)
     end = {"bias": rng.standard_normal(rows), "scale": rng.random(TOKENS)}
-    yield f"linear {form}", linear(p, tile, layout), {"x": x, **named(parts, "w"), **end}
-    yield f"linear {form} in parts", linear(p, tile, layout, 2), {"x": x, **named(parts, "w")}
+    yield f"linear {form}", linear_kernel(p, tile, layout), {"x": x, **named(parts, "w"), **end}
+    yield f"linear {form} in parts", linear_kernel(p, tile, layout, 2), {"x": x, **named(parts, "w")}
     if form == "bf16":
         yield "linear_sum", linear_sum(p, Tile(4, 32, 0), layout, 2), {"parts": rng.random((2, TOKENS, rows)), **end}
 

@@ -13,8 +13,8 @@ from moec.targets.accelerator.tile.builder import Layout
 from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
-from moec.targets.accelerator.tile.simulate import Chip, simulate
-from moec.targets.accelerator.tile.tiles import DEVICE, Dot, align_size, footprint, walk
+from moec.targets.accelerator.tile.simulate import Chip, simulate_program
+from moec.targets.accelerator.tile.tiles import DEVICE, Dot, align_size, memory_footprint, walk_statements
 
 KB = 1 << 10
 
@@ -77,8 +77,8 @@ def run(program, chip, scalars, **tensors):
             np.full(shape, 77, DTYPES[a.dtype].numpy) if value is None else cast(value, a.dtype).reshape(shape)
         )
     assert not tensors, f"{program.name} has no {sorted(tensors)}"
-    peak = simulate(program, given, scalars, chip)
-    wanted = footprint(program, chip.align)
+    peak = simulate_program(program, given, scalars, chip)
+    wanted = memory_footprint(program, chip.align)
     assert all(peak[memory] <= wanted[memory] for memory in peak)
     return {a.name: given[a.name] for a in program.arguments if a.role == "output"}
 
@@ -162,7 +162,7 @@ def check_fits(choice, profile):
         # no more than all of them at once, no less than the largest
         sizes = [align_size(b.copies * prod(b.shape) * DTYPES[b.dtype].bits // 8, align) for b in buffers]
         assert max(sizes) <= used <= sum(sizes)
-    for dot in (s for s in walk(choice.program.body) if isinstance(s, Dot)):
+    for dot in (s for s in walk_statements(choice.program.body) if isinstance(s, Dot)):
         a, b, acc = (choice.program.buffers[n] for n in (dot.a, dot.b, dot.acc))
         assert (a.memory, b.memory, acc.memory) == chip.operands
         depths = [unit.k for unit in profile.units if unit.dtype == a.dtype]  # of its shapes

@@ -13,7 +13,7 @@ import torch
 from moec.compiler.ir.dtypes import DTYPES
 from moec.targets.accelerator.run import driver, launchers
 from moec.targets.accelerator.tile.expr import evaluate_expr
-from moec.targets.accelerator.tile.simulate import simulate
+from moec.targets.accelerator.tile.simulate import simulate_program
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CAPTURED = 1 << 20  # nodes have numbers from here
@@ -88,7 +88,7 @@ class FakeLibrary:
 
         def run():
             arrays = {a.name: memory(a, at, scalars) for a, at in zip(program.arguments, pointers, strict=True)}
-            simulate(program, arrays, scalars, self.kernels.chip_for(launch))
+            simulate_program(program, arrays, scalars, self.kernels.chip_for(launch))
 
         return run
 

@@ -15,7 +15,7 @@ from moec.targets.accelerator.tile import simulate as simulator
 mend_interpreter()
 TRIES = 3
 UNITS = (("shared", "shared", "registers"),)
-simulate = simulator.simulate
+simulate = simulator.simulate_program
 tried: Counter[str] = Counter()
 
 
@@ -44,4 +44,4 @@ def both(program, tensors, scalars, chip):
     return peak
 
 
-simulator.simulate = both
+simulator.simulate_program = both

@@ -15,13 +15,13 @@ from moec.compiler.ir.activation import Activation
 from moec.compiler.ir.dtypes import DTYPES, dtype_name
 from moec.compiler.ops.moe import experts as reference
 from moec.targets.accelerator.kernels.choices import Tile
-from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.kernels.experts import Experts, combine_kernel, grouped_down, grouped_up, sort_kernel
 from moec.targets.accelerator.run.interpreter import mend_interpreter
 from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.packing import Packing
-from moec.targets.accelerator.tile.simulate import Chip, simulate
+from moec.targets.accelerator.tile.simulate import Chip, simulate_program
 from tile_weights import random_weight
 
 mend_interpreter()
@@ -80,8 +80,8 @@ class Layer:
 
 def kernels(e: Experts, tile: Tile, direct: bool) -> Layer:
     down = GpuKernel(grouped_down(e, tile, LAYOUT, direct))
-    last = GpuKernel(combine(e, 64, LAYOUT, 2))
-    first = None if direct else GpuKernel(sort(e, LAYOUT))
+    last = GpuKernel(combine_kernel(e, 64, LAYOUT, 2))
+    first = None if direct else GpuKernel(sort_kernel(e, LAYOUT))
     return Layer(GpuKernel(grouped_up(e, tile, LAYOUT, direct)), down, last, first)
 
 
@@ -110,7 +110,9 @@ def check(e: Experts, tile: Tile, tokens: int, *, direct=False, one_expert=False
             simulated[name] = raw.reshape(-1).view(DTYPES[dtype].numpy).reshape(tensor.shape)
     y = layer.run(tensors)
     for kernel in layer.kernels:
-        simulate(kernel.program, {a.name: simulated[a.name] for a in kernel.program.arguments}, {"T": tokens}, CHIP)
+        simulate_program(
+            kernel.program, {a.name: simulated[a.name] for a in kernel.program.arguments}, {"T": tokens}, CHIP
+        )
         for a in kernel.program.arguments:
             if a.role == "output":
                 close(plain(tensors[a.name]), simulated[a.name].astype(np.float32), 1e-2 if a.dtype == "bf16" else 5e-3)
@@ -213,7 +215,7 @@ def test_an_expression_means_the_same_in_numpy_and_in_triton(dtype, text):
     given["out"] = np.zeros(32, DTYPES[dtype].numpy)
     tensors = {name: to_torch(array) for name, array in given.items()}
     GpuKernel(program)(tensors, {"T": 13})
-    simulate(program, given, {"T": 13}, CHIP)
+    simulate_program(program, given, {"T": 13}, CHIP)
     found, wanted = tensors["out"], given["out"]
     if dtype in ("f32", "bf16"):
         np.testing.assert_allclose(plain(found), wanted.astype(np.float32), rtol=3e-6, atol=3e-6)

@@ -28,7 +28,7 @@ from ..kernels.experts import Experts, grouped_up
 from ..kernels.order import axis_of_tiles
 from ..predict.experts_touched import expected_tiles
 from ..select.experts import experts_of, touched_shares
-from ..select.search import GROUPS, Fit, KernelTemplate, row_choices, search_tile, shapes
+from ..select.search import GROUPS, Fit, KernelTemplate, row_choices, search_tile, tile_shapes
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from .options import Tuning
@@ -156,7 +156,7 @@ def _tile_for_device(e: Experts, shard: Shard, profile: Profile, tokens: int, fi
     alone = replace(e, experts=own, inner=rows, act=IDENTITY, up=replace(e.up, experts=own, rows=rows))
     kernel = KernelTemplate(
         "fused_moe", lambda t, layout: grouped_up(alone, t, layout), {"T": tokens},
-        shapes(row_choices(tokens * e.chosen / e.experts), e.up.step),
+        tile_shapes(row_choices(tokens * e.chosen / e.experts), e.up.step),
         lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, tokens, t.m) / shard.experts),
         touched_shares(e, "up", tokens), GROUPS,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from ..select.search import Choice, Found
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from ..tile.serialize import program_to_json
-from ..tile.tiles import DEVICE, For, walk
+from ..tile.tiles import DEVICE, For, walk_statements
 from .bindings import Binding, bind_kernel, check_op
 from .library import call_json, exchange_json, library_of
 
@@ -79,7 +79,7 @@ class KernelSpec:
             "grid": [{"axis": name, "extent": str(extent)} for name, extent in program.grid],
             "loops": [
                 {"var": s.var, "from": str(s.start), "to": str(s.stop), "step": str(s.step), "stages": s.stages}
-                for s in walk(program.body)
+                for s in walk_statements(program.body)
                 if isinstance(s, For)
             ],
             "placement": memory_use(choice, profile),

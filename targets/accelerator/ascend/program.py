@@ -16,9 +16,9 @@ from functools import reduce
 from operator import and_
 
 from ....compiler.errors import MoecError
-from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, add_axes, call, make_binary
+from ..tile.expr import COMPARISONS, Axes, Binary, Call, Expr, Name, Number, add_axes, make_binary, make_call
 from ..tile.scope import Scope
-from ..tile.tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from ..tile.tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk_statements
 
 FP8_MANTISSA_AND_BIAS = {"f8e4m3": (3, 7), "f8e5m2": (2, 15)}  # bits of the mantissa, bias
 
@@ -71,7 +71,7 @@ class _Rewriter:
             if buffer.dtype in FP8_MANTISSA_AND_BIAS and name not in self.kept:
                 self.scope.buffers[name] = replace(buffer, dtype="f32")
         loads: dict[str, list[bool]] = {}
-        for statement in walk(self.program.body):
+        for statement in walk_statements(self.program.body):
             if isinstance(statement, (Load, Store)):
                 loads.setdefault(statement.tensor, []).append(self.blocks(statement) is not None)
         self.fractal = frozenset(name for name, found in loads.items() if all(found))
@@ -110,8 +110,8 @@ class _Rewriter:
             case Store(tensor, at, stored, mask):
                 stored, dtype = value(stored), self.program.argument(tensor).dtype
                 if dtype in FP8_MANTISSA_AND_BIAS:
-                    self.check(call("cast", 0.0, parameters=(dtype,)))
-                    stored = call("bitcast", stored, parameters=("u8",))
+                    self.check(make_call("cast", 0.0, parameters=(dtype,)))
+                    stored = make_call("bitcast", stored, parameters=("u8",))
                 self.add(replace(statement, at=tuple(map(value, at)), value=stored, mask=self.scope.mask(mask)))
             case Let(name, given):
                 given = value(given)
@@ -146,7 +146,7 @@ class _Rewriter:
         self.add(
             Let(
                 name,
-                call("bitcast", codes, parameters=(dtype,))
+                make_call("bitcast", codes, parameters=(dtype,))
                 if kept
                 else _decode_fp8(codes, *FP8_MANTISSA_AND_BIAS[dtype]),
             )
@@ -204,8 +204,10 @@ class _Rewriter:
         shape = (blocks.width // blocks.across, blocks.rows, blocks.across)
         loaded = self.beside(name, "blocks", self.scope.buffers[name].dtype, shape)
         self.add(replace(statement, name=loaded, at=(*statement.at[:-4], *blocks.at), mask=blocks.mask))
-        columns = call("reshape", call("trans", self.scope.value(loaded)), parameters=(blocks.width, blocks.rows))
-        self.add(Let(name, call("trans", columns)))
+        columns = make_call(
+            "reshape", make_call("trans", self.scope.value(loaded)), parameters=(blocks.width, blocks.rows)
+        )
+        self.add(Let(name, make_call("trans", columns)))
 
     def beside(self, name: str, label: str, dtype: str, shape: tuple[int, ...] = ()) -> str:
         """Return the name of a value that another is made of; it lies where that one does."""
@@ -237,14 +239,14 @@ class _Rewriter:
                 Axes(Binary("+", start, Call("arange", [], [int(width)]))),
                 Axes(rows),
             ) if width % across == 0 and statement.name in self.scope.buffers:
-                every = call("arange", parameters=(width // across,))
+                every = make_call("arange", parameters=(width // across,))
                 block = add_axes(start // across + every, (True, False, False))
                 masks = _mask_terms(statement.mask, column, make_binary("<", block, shape[-4]))
             case _:
                 return None
         if masks is None:
             return None
-        within = add_axes(call("arange", parameters=(across,)), (False, False, True))
+        within = add_axes(make_call("arange", parameters=(across,)), (False, False, True))
         at = (block, add_axes(rows, (False, True, False)), within)
         return _Blocks(
             at, reduce(and_, masks) if masks else None, width, self.scope.buffers[statement.name].shape[0], across
@@ -253,8 +255,8 @@ class _Rewriter:
 
 def _multiplied_tiles(program: Program) -> frozenset[str]:
     """Return the tiles that the matrix unit takes as they are loaded."""
-    found = {name for s in walk(program.body) if isinstance(s, Dot) for name in (s.a, s.b)}
-    for statement in reversed(list(walk(program.body))):
+    found = {name for s in walk_statements(program.body) if isinstance(s, Dot) for name in (s.a, s.b)}
+    for statement in reversed(list(walk_statements(program.body))):
         if isinstance(statement, Move) and statement.name in found:
             found.add(statement.value)
     return frozenset(found)
@@ -270,7 +272,7 @@ def _clamped_index(index: Expr, size: Expr | int) -> Expr:
     """Return an index, kept inside an axis; axes that it adds are added last."""
     if isinstance(index, Axes):
         return add_axes(_clamped_index(index.value, size), index.kept)
-    return call("maximum", call("minimum", index, make_binary("-", size, 1)), 0)
+    return make_call("maximum", make_call("minimum", index, make_binary("-", size, 1)), 0)
 
 
 def _mask_terms(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | None:
@@ -295,10 +297,10 @@ def _mask_terms(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | No
 
 def _decode_fp8(bits: Expr, mantissa: int, bias: int) -> Expr:
     """Return FP8 values as f32 from their bytes, by the definition of the format: sign, exponent, mantissa."""
-    code = call("cast", bits, parameters=("i32",))
+    code = make_call("cast", bits, parameters=("i32",))
     low, scale = code & (1 << mantissa) - 1, 2.0 ** (1 - bias - mantissa)
     exponent = code >> mantissa & (1 << 7 - mantissa) - 1
-    normal = call("bitcast", (exponent + (127 - bias)) << 23 | low << 23 - mantissa, parameters=("f32",))
-    small = call("cast", low, parameters=("f32",)) * scale
-    sign = call("cast", make_binary("-", 1, (code >> 7) * 2), parameters=("f32",))
-    return call("where", make_binary("==", exponent, 0), small, normal) * sign
+    normal = make_call("bitcast", (exponent + (127 - bias)) << 23 | low << 23 - mantissa, parameters=("f32",))
+    small = make_call("cast", low, parameters=("f32",)) * scale
+    sign = make_call("cast", make_binary("-", 1, (code >> 7) * 2), parameters=("f32",))
+    return make_call("where", make_binary("==", exponent, 0), small, normal) * sign

@@ -18,7 +18,7 @@ class Appended:
     dtype: str = "bf16"
 
 
-def append(p: Appended, t: RowTile, layout: Layout) -> Program:
+def append_kernel(p: Appended, t: RowTile, layout: Layout) -> Program:
     """Write the new tokens to slots P .. P + S - 1 of the cache; the other slots are not touched."""
     b = Builder("append", layout, "present[:, P:P + S] = new; the cache lies where it lay")
     b.scalar("B", "S", "P", "C")

@@ -14,7 +14,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
-from .experts import activation_text, multiply, summed
+from .experts import activation_text, add_multiply, summed
 from .low_precision import begin_sums, declare_rows
 from .order import tile_axes, tiles_that_exist
 
@@ -41,7 +41,7 @@ class Linear:
     out: str = "bf16"
 
 
-def linear(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "linear") -> Program:
+def linear_kernel(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "linear") -> Program:
     """Multiply rows by a weight: [t.m, t.n] of y, or with `split` of `parts` f32[split, T, N], for each point of the grid.
 
     MoecError for a gated linear with a split: its two sums would be two results.
@@ -82,7 +82,7 @@ def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
     start, stop = part_of_depth(b, p.depth, t.k, split)
     block = "block" if p.blocks > 1 else ""
     with b.loop("k", start, stop, t.k, t.stages):
-        multiply(
+        add_multiply(
             b, p.weight, "w", "x", "row", p.depth, t, {acc: f"{acc}_row" for acc in sums},
             block if p.weight.experts else "", [block] if block else [], dtype=p.dtype,
         )  # fmt: skip

@@ -43,7 +43,7 @@ class Experts:
     added: tuple[str, ...] = ()
 
 
-def sort(e: Experts, layout: Layout) -> Program:
+def sort_kernel(e: Experts, layout: Layout) -> Program:
     """List the pairs by expert, those of an expert in rising order, in `order` [T K], and the tiles in `tiles` [L, 3, T K].
 
     Each expert counts the pairs before its own and lists its own, without waiting for another. tiles[l, :, i] are tile
@@ -104,7 +104,7 @@ def _find_tile(b: Builder, e: Experts, t: Tile, direct: bool) -> None:
         b.let("live", f"arange({t.m}) == 0")
         b.load("expert", "ids", ["tile"])
         return
-    listed = "" if t.group == 1 else f"tile < {tiles(e, t, direct)}"  # in groups the last may have fewer
+    listed = "" if t.group == 1 else f"tile < {row_tiles_extent(e, t, direct)}"  # in groups the last may have fewer
     for row, (name, other) in enumerate((("expert", e.experts), ("begin", 0), ("end", 0))):
         b.load(name, "tiles", [f"{TILE_ROWS.index(t.m)}", f"{row}", "tile"], listed, other=other)
     b.let("there", f"expert < {e.experts}")
@@ -113,7 +113,7 @@ def _find_tile(b: Builder, e: Experts, t: Tile, direct: bool) -> None:
     b.load("pair", "order", ["place"], "live", other=0)
 
 
-def tiles(e: Experts, t: Tile, direct: bool) -> str:
+def row_tiles_extent(e: Experts, t: Tile, direct: bool) -> str:
     """Return the extent of the grid's axis of row tiles: at most one begun tile for each expert beside the full ones."""
     pairs = f"T * {e.chosen}"
     return pairs if direct else f"minimum({pairs} // {t.m} + {e.experts}, {pairs})"
@@ -123,7 +123,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
     """h[pair] = act(gate) (up + beta) of the pair's token and expert: gather, both matmuls and activation in one."""
     b = Builder("grouped_up", layout, "h[pair] = act(x[token] gateᵀ) (x[token] upᵀ + beta), rows gathered by expert.")
     b.scalar("T")
-    tile_axes(b, f"cdiv({e.inner}, {t.n})", tiles(e, t, direct), t.group)
+    tile_axes(b, f"cdiv({e.inner}, {t.n})", row_tiles_extent(e, t, direct), t.group)
     declare_rows(b, "x", e.given, "T", e.hidden)
     _declare_order(b, e, direct)
     e.up.declare(b, "up")
@@ -144,7 +144,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
         apart = None if e.act.interleaved else e.inner if e.act.gated else 0
         begin_sums(b, e.up, e.given, t, {n: f"{n}_row" for n in rows}, apart)
         with b.loop("k", 0, e.hidden, t.k, t.stages):
-            multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows}, dtype=e.given)
+            add_multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows}, dtype=e.given)
         value = {name: summed(b, name, t) for name in rows}
         if e.up_bias:
             for name in rows:
@@ -162,7 +162,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
     """
     b = Builder("grouped_down", layout, "rows[pair] = gates[pair] h[pair] downᵀ")
     b.scalar("T")
-    tile_axes(b, f"cdiv({e.hidden}, {t.n})", tiles(e, t, direct), t.group)
+    tile_axes(b, f"cdiv({e.hidden}, {t.n})", row_tiles_extent(e, t, direct), t.group)
     declare_rows(b, "h", e.given, f"T * {e.chosen}", e.inner)
     b.tensor("gates", "f32", f"T * {e.chosen}")
     _declare_order(b, e, direct)
@@ -176,7 +176,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
         b.let("n_live", f"n < {e.hidden}")
         begin_sums(b, e.down, e.given, t, {"acc": "n"}, 0)
         with b.loop("k", 0, e.inner, t.k, t.stages):
-            multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"}, dtype=e.given)
+            add_multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"}, dtype=e.given)
         value = summed(b, "acc", t)
         if e.down_bias:
             b.load("bias", "down_bias", ["expert", "n"], "n_live")
@@ -187,7 +187,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
     return b.program()
 
 
-def combine(e: Experts, columns: int, layout: Layout, rows: int = 1) -> Program:
+def combine_kernel(e: Experts, columns: int, layout: Layout, rows: int = 1) -> Program:
     """y[token] = sum of its pairs' rows, in the order of the choices, and of what is added: the same sum in every run."""
     b = Builder("combine", layout, "y[token] = rows[token K] + rows[token K + 1] + ...")
     b.scalar("T")
@@ -220,7 +220,7 @@ def _declare_order(b: Builder, e: Experts, direct: bool) -> None:
         b.tensor("tiles", "i32", len(TILE_ROWS), 3, f"T * {e.chosen}")
 
 
-def multiply(
+def add_multiply(
     b: Builder, weight: Packing, tensor: str, x: str, row: str, depth: int, t: Tile, sums: dict[str, str],
     expert: str = "expert", middle: Sequence[str] = (), lead: Sequence[str] = (), *, dtype: str,
 ) -> None:  # fmt: skip

@@ -8,7 +8,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import RowTile, Tile
-from .experts import multiply
+from .experts import add_multiply
 from .norm import power_of_two
 
 
@@ -120,7 +120,7 @@ class Expand:
         return f"maximum(P - {self.window - 1}, 0)" if self.window else "0"
 
 
-def expand(p: Expand, t: Tile, layout: Layout) -> Program:
+def expand_kernel(p: Expand, t: Tile, layout: Layout) -> Program:
     """Make [t.m, t.n] of y for each point of the grid."""
     b = Builder("expand", layout, "y[b, h, token] = latent[b, token] of the head's up-projection")
     b.scalar("B", "S", "P", "C")
@@ -149,7 +149,7 @@ def _add_sums_by_rows(b: Builder, p: Expand, t: Tile) -> dict[str, tuple[int, in
     b.let("w_row", f"head * {p.rows} + n")
     b.accumulator("acc", (t.m, t.n))
     with b.loop("k", 0, p.depth, t.k, t.stages):
-        multiply(
+        add_multiply(
             b, p.weight, "w", "latent", "row", p.depth, t, {"acc": "w_row"}, "", lead=["batch", "0"], dtype=p.dtype
         )
     return {"acc": (0, t.n)}

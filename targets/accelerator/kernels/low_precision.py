@@ -14,7 +14,7 @@ from ....compiler.errors import MoecError
 from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format, format_of
 from ..tile.builder import Builder, Layout
-from ..tile.packing import Packing, codes_of, pad, scales_of
+from ..tile.packing import Packing, codes_of, round_up, scales_of
 from ..tile.tiles import Program
 from .choices import RowTile, Tile
 
@@ -84,7 +84,7 @@ def multiply_codes(
         part = b.accumulator(f"{acc}_part", (t.m, t.n))
         b.dot(part, a, w, bits=weight.bits)
         scale, block = f"{acc}_scale", f"{acc}_block"
-        each = b.load(scale, f"{tensor}_scales", [*lead, block, f"k // {held.group}"], _live(b, block))
+        each = b.load(scale, f"{tensor}_scales", [*lead, block, f"k // {held.group}"], _live_columns(b, block))
         each = f"{each} * 4.0" if weight.bits == FNUZ else each  # a half for each of the two
         by = f"({each} * a_scale)[:, None]" if b.is_scalar(block) else f"(a_scale[:, None] * ({each})[None, :])"
         b.let(acc, f"{acc} + {b.result(part)} * {by}", (t.m, t.n), "f32")
@@ -107,7 +107,7 @@ def _multiply_scaled(
             held,
             at,
             "n_live[:, None]",
-            pad(weight.columns, weight.step),
+            round_up(weight.columns, weight.step),
             (t.n, t.k),
             second=True,
         )
@@ -134,7 +134,7 @@ def _load_codes_and_scales(
     return codes, scales
 
 
-def _live(b: Builder, block: str) -> str:
+def _live_columns(b: Builder, block: str) -> str:
     return "" if b.is_scalar(block) else "n_live"
 
 
@@ -151,7 +151,7 @@ class Quantize:
     bits: str = ""  # as in Packing
 
 
-def quantize(p: Quantize, t: RowTile, layout: Layout) -> Program:
+def quantize_kernel(p: Quantize, t: RowTile, layout: Layout) -> Program:
     """Round t.n columns, whole groups, of t.m rows for each point of the grid."""
     form = format_of(p.format)
     b = Builder("quantize", layout, f"y[t] = x[t] in {p.format}: codes, and a scale for each {form.group} of a row")

@@ -27,7 +27,7 @@ _BY_ROW = frozenset(
 _ALONG = frozenset(("core.slice", "core.softmax", "core.sum", "core.mean", "core.max"))
 
 
-def dispatch(editor: Editor, op: Op) -> Op:
+def lower_dispatch(editor: Editor, op: Op) -> Op:
     """Return moe.dispatch as the rows of the pairs in their order. Refuse where something reads the rows otherwise."""
     _check_rows(editor.function, op)
     x, ids = op["x"], op["ids"]
@@ -55,7 +55,7 @@ def grouped_linear(editor: Editor, op: Op, stored: Store, sort: Sort) -> Op:
     return op.become("acc.grouped_up", x, ids, order, tiles, weight, op.get("bias"), act=IDENTITY)
 
 
-def combine(editor: Editor, op: Op) -> Op:
+def lower_combine(editor: Editor, op: Op) -> Op:
     """Return moe.combine as the weighted sum of each token's rows, which lie side by side."""
     made = _dispatch_of(editor, op["perm"])
     rows, gates = op["rows"], op["gates"]

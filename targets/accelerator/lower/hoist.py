@@ -13,7 +13,7 @@ from ....compiler.ir.types import attr_key
 from ....compiler.ops import OPS
 
 
-def hoist(module: Module) -> Module:
+def hoist_ops(module: Module) -> Module:
     """Return the module with ops moved from functions to the one that calls them, where each call would compute the same.
 
     Moved is what reads nothing but values that several calls of a caller are given, and no states; equal ops of several

@@ -19,8 +19,8 @@ from ....compiler.rewrite.roles import Uses, weight_roles
 from ....compiler.weights.demote import demoted_recipe
 from .. import ops
 from . import latent_ops
-from .dispatch import combine, dispatch, grouped_linear
-from .hoist import hoist
+from .dispatch import grouped_linear, lower_combine, lower_dispatch
+from .hoist import hoist_ops
 from .latent import latent_attention
 from .recurrent import cut_window, linear_attention, window_conv
 
@@ -40,7 +40,7 @@ def lower_module(module: Module) -> Rewritten:
     lowered = [_lower_function(f, roles[f.name]) for f in module.functions]
     functions = tuple(function for function, _ in lowered)
     notes = tuple(note for _, notes in lowered for note in notes)
-    return Rewritten(hoist(replace(module, stage="kernel", functions=functions)), notes)
+    return Rewritten(hoist_ops(replace(module, stage="kernel", functions=functions)), notes)
 
 
 def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Note]]:
@@ -51,9 +51,9 @@ def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Not
         "nn.block_linear": _block_linear,
         "nn.embedding": _lower_embedding,
         "moe.experts": _lower_experts,
-        "moe.dispatch": dispatch,
+        "moe.dispatch": lower_dispatch,
         "moe.grouped_linear": partial(grouped_linear, stored=_stored, sort=_sorted),
-        "moe.combine": combine,
+        "moe.combine": lower_combine,
         "core.add": _lower_sum,
         "nn.cached_attention": _lower_attention,
         "nn.conv_window": window_conv,

@@ -57,7 +57,7 @@ def cache_bandwidth(profile: Profile, device: float) -> float:
     return known[0] if known else device * (ASSUMED["cache_times"] if shared else 1.0)
 
 
-def multiplies(profile: Profile, dtype: str) -> bool:
+def has_matmul(profile: Profile, dtype: str) -> bool:
     """Return whether a chip has products of matrices of a dtype; those of f32 need no matrix unit on a GPU."""
     return profile.unit(dtype) is not None or (
         dtype in profile.family.vector_matmuls and profile.vector_peak is not None
@@ -66,7 +66,7 @@ def multiplies(profile: Profile, dtype: str) -> bool:
 
 def matrix_rate(profile: Profile, dtype: str) -> float:
     """Return FLOP/s that a large product reaches; MoecError for an unknown peak."""
-    if profile.unit(dtype) is None and multiplies(profile, dtype):
+    if profile.unit(dtype) is None and has_matmul(profile, dtype):
         return profile.need("vector_peak") * ASSUMED["matrix_reached"]
     return profile.need(f"unit.{dtype}.peak") * ASSUMED["matrix_reached"]
 

@@ -42,7 +42,7 @@ class Prediction:
     resident: int  # points on one core at once
 
 
-def predict(
+def predict_kernel(
     program: Program, counts: Counts, scalars: Mapping[str, int], profile: Profile, *, warps: int, stages: int,
     use: Mapping[str, int], touched: Mapping[str, float], share: float = 1.0, group: int = 1,
 ) -> Prediction:  # fmt: skip

@@ -49,7 +49,7 @@ class Launch:
 
 
 @dataclass(frozen=True, eq=False)
-class Kernels:
+class StoredKernels:
     """What kernels.json says. `steps` are those of each function, one an op of the program."""
 
     target: str
@@ -86,7 +86,7 @@ class Kernels:
         )  # fmt: skip
 
 
-def read_kernels(folder: Path) -> Kernels:
+def read_kernels(folder: Path) -> StoredKernels:
     """Read kernels.json; MoecError for one of another schema, and for one that is damaged."""
     path = folder / KERNELS
     data = read_json(path)
@@ -101,7 +101,7 @@ def read_kernels(folder: Path) -> Kernels:
     try:
         launches = tuple(_read_launch(entry) for entry in data["kernels"])
         steps = {f["name"]: tuple(f["steps"]) for f in data["functions"]}
-        return Kernels(data["target"], data["chip"], data["memories"], launches, steps)
+        return StoredKernels(data["target"], data["chip"], data["memories"], launches, steps)
     except (KeyError, TypeError, ValueError) as error:
         raise MoecError(f"{KERNELS} is damaged", where=str(path), todo=AGAIN.format(target)) from error
 
@@ -119,7 +119,7 @@ def _read_launch(entry: Mapping[str, Any]) -> Launch:
     )  # fmt: skip
 
 
-def read_program(folder: Path, kernels: Kernels) -> Module:
+def read_program(folder: Path, kernels: StoredKernels) -> Module:
     """Read the program; MoecError if it is not the one that the kernels were made for."""
     path = folder / PROGRAM
     try:

@@ -24,7 +24,7 @@ from ..artifact.bindings import DIMS, Bound
 from ..tile.expr import Name, evaluate_expr
 from ..tile.parse import parse_size
 from ..tile.tiles import Argument
-from .artifact import Kernels, Launch, Weights
+from .artifact import Launch, StoredKernels, Weights
 from .launchers import Launcher, NotCaptured
 from .slots import Held, Slots, tensor_of, with_room
 
@@ -36,7 +36,7 @@ class Executor:
     """What it takes to run a program: the module, its kernels and weights, and what launches them."""
 
     module: Module
-    kernels: Kernels
+    kernels: StoredKernels
     weights: Weights
     launcher: Launcher
 

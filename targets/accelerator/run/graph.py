@@ -19,7 +19,7 @@ from ....compiler.ir.module import Function, Module, Op
 from ....compiler.ir.types import TensorType
 from ..tile.expr import Expr
 from ..tile.tiles import Argument
-from .artifact import Kernels, Launch
+from .artifact import Launch, StoredKernels
 from .driver import driver_of_torch
 from .executor import Executor
 from .launchers import CapturedLaunch, Compiled, NotCaptured, Tensors
@@ -37,7 +37,7 @@ def grows_with_past(type: TensorType) -> bool:
     return PAST in type.elements.free_symbols
 
 
-def results_before(module: Module, kernels: Kernels) -> frozenset[str]:
+def results_before(module: Module, kernels: StoredKernels) -> frozenset[str]:
     """Return the results of the ops of @main that run before a captured step; NotCaptured where that does not suffice."""
     found: set[str] = set()
     for function in module.functions:
@@ -62,7 +62,7 @@ def results_before(module: Module, kernels: Kernels) -> frozenset[str]:
     return frozenset(found)
 
 
-def _with_operands(op: Op, main: Function, kernels: Kernels, found: set[str]) -> set[str]:
+def _with_operands(op: Op, main: Function, kernels: StoredKernels, found: set[str]) -> set[str]:
     """Return the results of an op of @main and of those that it needs, all of which run without a kernel and a state."""
     makers = {v.name: (i, other) for i, other in enumerate(main.ops) for v in other.results}
     names: set[str] = set()

@@ -18,11 +18,11 @@ from ....compiler.errors import MoecError
 from ....compiler.ir.dtypes import DTYPES
 from ..chip.families import find_family
 from ..tile.expr import evaluate_expr
-from ..tile.simulate import simulate
+from ..tile.simulate import simulate_program
 from ..tile.tiles import Argument
 from ..triton.architectures import architecture_of
 from ..triton.compile import ALIGN
-from .artifact import Kernels, Launch, path_inside
+from .artifact import Launch, StoredKernels, path_inside
 from .driver import LoadedKernel, captured_node, gpu_architecture, is_for
 
 DEVICES = ("auto", "simulator", "interpreter", "cuda", "hip", "triton")
@@ -61,7 +61,7 @@ class Simulated:
     device = torch.device("cpu")
     slow, captures = True, False
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: StoredKernels) -> None:
         """Simulate the chip that the kernels are for."""
         self._kernels = kernels
         self.runs = f"the simulator of {kernels.target}"
@@ -69,7 +69,7 @@ class Simulated:
     def __call__(self, launch: Launch, tensors: Tensors, scalars: Mapping[str, int]) -> None:
         """Run a kernel."""
         arrays = {a.name: _array_of_tensor(tensors[a.name], a) for a in launch.program.arguments}
-        simulate(launch.program, arrays, scalars, self._kernels.chip_for(launch))
+        simulate_program(launch.program, arrays, scalars, self._kernels.chip_for(launch))
 
 
 def _array_of_tensor(tensor: torch.Tensor, a: Argument) -> np.ndarray:
@@ -85,7 +85,7 @@ class Printed:
 
     captures = False
 
-    def __init__(self, kernels: Kernels, interpreted: bool) -> None:
+    def __init__(self, kernels: StoredKernels, interpreted: bool) -> None:
         """Prepare Triton; MoecError where it cannot be used so."""
         if interpreted:
             start_interpreter()
@@ -120,7 +120,7 @@ class Compiled:
     device = torch.device("cuda")
     slow, captures = False, False
 
-    def __init__(self, folder: Path, kernels: Kernels, arch: str) -> None:
+    def __init__(self, folder: Path, kernels: StoredKernels, arch: str) -> None:
         """Prepare to load objects of `folder` for an architecture."""
         self._folder, self._arch = folder, arch
         self._made: dict[str, LoadedKernel] = {}
@@ -220,7 +220,7 @@ def start_interpreter() -> None:
     interpreter.mend_interpreter()
 
 
-def open_launcher(device: str | None, folder: Path, kernels: Kernels) -> Launcher:
+def open_launcher(device: str | None, folder: Path, kernels: StoredKernels) -> Launcher:
     """Return what runs the kernels on `device`, one of DEVICES: auto (None) is a GPU that they are for, else the simulator.
 
     `cuda`, or `hip` where torch is built for AMD's GPUs, takes the compiled objects where they are for the GPU that is

@@ -14,7 +14,7 @@ from __future__ import annotations
 from ....compiler.errors import MoecError
 from ....compiler.formats.table import find_format
 from ..chip.chip import Profile
-from ..triton.architectures import nearest
+from ..triton.architectures import nearest_architecture
 
 FNUZ = "f8e4m3fnuz"
 CHOICES = ("auto", "bf16", "fp8", "fp4")
@@ -31,9 +31,9 @@ def rounded_pairs(profile: Profile, activations: str) -> str:
     if activations == "bf16":
         return ""
     wanted = {**BLOCKS, "mxfp8": "mxfp8"}
-    if activations == "fp4" or (activations == "fp8" and nearest(profile.arch or "").mixed):
+    if activations == "fp4" or (activations == "fp8" and nearest_architecture(profile.arch or "").mixed):
         wanted["mxfp4"] = "mxfp8" if activations == "fp8" else "mxfp4"
-    there = {weights: rows for weights, rows in wanted.items() if _multiplies(profile, rows)}
+    there = {weights: rows for weights, rows in wanted.items() if _has_matrix_unit(profile, rows)}
     possible = {"auto": True, "fp8": bool(there), "fp4": "mxfp4" in there}
     if not possible[activations]:
         raise MoecError(
@@ -43,7 +43,7 @@ def rounded_pairs(profile: Profile, activations: str) -> str:
     return ", ".join(f"{weights}:{rows}" for weights, rows in there.items())
 
 
-def _multiplies(profile: Profile, rows: str) -> bool:
+def _has_matrix_unit(profile: Profile, rows: str) -> bool:
     return profile.toolchain == "triton" and any(profile.unit(name) for name in UNITS[rows])
 
 

@@ -16,7 +16,7 @@ from ..kernels.norm import power_of_two
 from ..tile.builder import Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
-from .implementations import Computation, Implementation, Selector, Tokens, given, row_shapes, row_tile
+from .implementations import Computation, Implementation, Selector, Tokens, operand_types, row_shapes, row_tile
 from .search import KernelTemplate, row_choices
 
 KEYS = (32, 64, 128)  # keys at once
@@ -29,7 +29,7 @@ Merge = Callable[[RowTile, Layout, int], Program]
 
 
 def _select_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     q, key, value = (operands[name].shape for name in "qkv")
     p = Attention(
         int(q[1]), int(key[1]), int(q[3]), int(value[3]), a.number("scale"), a.integer("window"), a.integer("chunk"),
@@ -55,7 +55,7 @@ def mask_of(operands: Mapping[str, TensorType]) -> str:
 
 
 def _select_compressed_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     q = operands["q"].shape
     p = Compressed(
         int(q[2]), int(q[3]), a.integer("window"), a.number("scale"), a.integer("ratio"), "selected" in operands

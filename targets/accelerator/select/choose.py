@@ -12,12 +12,12 @@ from ....compiler.formats.table import find_format
 from ....compiler.ir.module import Function, Module, Op, Value
 from ..chip.chip import Profile
 from ..kernels.choices import Tile
-from ..predict.assumed import multiplies
+from ..predict.assumed import has_matmul
 from ..tile.packing import Packing
 from .activations import bits_of
 from .implementations import Computation, Tokens
 from .search import Fit, Found, KernelTemplate, search_tile
-from .supported import IMPLEMENTATIONS, supported
+from .supported import IMPLEMENTATIONS, why_unsupported
 
 WEIGHTS = ("w", "up", "down", "w_uk", "w_uv")  # operands of kernels that are packed
 
@@ -31,14 +31,14 @@ def computation_of(
 
     `stored` is what `weight_layouts` found. MoecError for an op that neither has.
     """
-    if reason := supported(op):
+    if reason := why_unsupported(op):
         raise MoecError(reason, where=f"@{function.name}", model=", ".join(op.loc))
     if op.name not in IMPLEMENTATIONS:
         return None
     places = {name: (function.name, v.name) for name, v in op.named}
     weights = {name: stored[place] for name, place in places.items() if place in stored}
     computation = IMPLEMENTATIONS[op.name](op, weights)
-    if computation is not None and not multiplies(profile, computation.matmuls):
+    if computation is not None and not has_matmul(profile, computation.matmuls):
         return None
     return computation
 

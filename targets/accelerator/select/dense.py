@@ -12,8 +12,8 @@ from ....compiler.ir.activation import IDENTITY
 from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
-from ..kernels.dense import Linear, linear, linear_sum
-from ..kernels.low_precision import Quantize, quantize
+from ..kernels.dense import Linear, linear_kernel, linear_sum
+from ..kernels.low_precision import Quantize, quantize_kernel
 from ..kernels.norm import Norm, add_rms_norm, layer_norm, power_of_two, rms_norm
 from ..kernels.rope import Append, Rope, qk_rope_append, rope_kernel
 from ..tile.packing import Packing
@@ -23,13 +23,13 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    given,
     given_in,
     only_implementation,
+    operand_types,
     row_shapes,
     row_tile,
 )  # fmt: skip
-from .search import GROUPS, KernelTemplate, is_swappable, row_choices, shapes
+from .search import GROUPS, KernelTemplate, is_swappable, row_choices, tile_shapes
 
 SPLITS = (4,)  # parts that the depth of a linear may be cut into
 FEW = 64  # tokens up to which that is considered
@@ -43,7 +43,7 @@ def _select_linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None
     weight = weights["w" if "w" in weights else "up"]
     if weight.format == "f32":
         return None
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     blocks = int(operands["x"].shape[2]) if op.name == "acc.block_linear" else 1
     gated = op.name == "acc.gated_up"
     rows = weight.rows // blocks // (2 if gated else 1)
@@ -59,10 +59,10 @@ def _select_linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None
 def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, ...]:
     """Return a linear in one kernel, and for few tokens cut along its depth and followed by a sum."""
     count = {"T": tokens.count}
-    tiles = shapes(row_choices(tokens.count), p.weight.step, given=p.dtype)
+    tiles = tile_shapes(row_choices(tokens.count), p.weight.step, given=p.dtype)
     whole = KernelTemplate(
         "linear",
-        lambda t, layout: linear(p, t, layout),
+        lambda t, layout: linear_kernel(p, t, layout),
         count,
         tiles,
         groups=GROUPS,
@@ -79,7 +79,11 @@ def _split_linear(
     p: Linear, split: int, count: Mapping[str, int], tiles: tuple[tuple[int, int, int], ...]
 ) -> Implementation:
     part = KernelTemplate(
-        "linear", lambda t, layout: linear(p, t, layout, split), count, tiles, swaps=is_swappable(p.weight, p.dtype)
+        "linear",
+        lambda t, layout: linear_kernel(p, t, layout, split),
+        count,
+        tiles,
+        swaps=is_swappable(p.weight, p.dtype),
     )
     total = KernelTemplate(
         "linear_sum", lambda t, layout: linear_sum(p, t, layout, split), count, row_shapes(p.rows * p.blocks),
@@ -88,8 +92,8 @@ def _split_linear(
     return Implementation(f"depth in {split} parts", (part, total))
 
 
-def _quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    x = given(op)["x"]
+def _select_quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
+    x = operand_types(op)["x"]
     p = Quantize(int(x.shape[-1]), op.settings.text("to"))
     widths = tuple(n for n in (128, 256, 512, 1024) if n < 2 * p.width) or (128,)
 
@@ -98,7 +102,7 @@ def _quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
         made = replace(p, bits=bits_of(profile, p.format))
         tiles = tuple((m, n, 1) for m in (1, 2, 4, 8) for n in widths)
         return only_implementation(
-            KernelTemplate("quantize", lambda t, layout: quantize(made, row_tile(t), layout), {"T": rows}, tiles,
+            KernelTemplate("quantize", lambda t, layout: quantize_kernel(made, row_tile(t), layout), {"T": rows}, tiles,
                    staged=False)
         )  # fmt: skip
 
@@ -111,7 +115,7 @@ _NORMS = {"nn.rms_norm": rms_norm, "nn.add_rms_norm": add_rms_norm, "nn.layer_no
 
 
 def _select_norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     p = Norm(
         int(operands["x"].shape[-1]), a.number("eps"), "w" in operands, "b" in operands, op.name == "nn.layer_norm",
         op.name == "nn.add_rms_norm",
@@ -135,7 +139,7 @@ def _row_count(lead: tuple[Any, ...], tokens: Tokens) -> int:
 
 
 def _select_rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands = given(op)
+    operands = operand_types(op)
     shape, angles = operands["x"].shape, operands["cos"].shape
     pairs = op.name == "nn.rope_pairs"
     p = Rope(
@@ -151,7 +155,7 @@ def _select_rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _select_append(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     key = operands["past_key"].shape
     angles = operands.get("cos")
     p = Append(
@@ -178,7 +182,7 @@ def _head_kernel(name: str, make: Any, scalars: Mapping[str, int], **bound: Any)
 
 IMPLEMENTATIONS: dict[str, Selector] = {
     **dict.fromkeys(("acc.linear", "acc.gated_up", "acc.block_linear"), _select_linear),
-    "acc.quantize": _quantize,
+    "acc.quantize": _select_quantize,
     **dict.fromkeys(_NORMS, _select_norm),
     **dict.fromkeys(("nn.rope", "nn.rope_pairs"), _select_rope),
     "acc.rope_append": _select_append,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ....compiler.errors import MoecError
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
-from ..kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from ..kernels.experts import Experts, combine_kernel, grouped_down, grouped_up, sort_kernel
 from ..kernels.order import axis_of_tiles
 from ..predict.experts_touched import distinct_experts, expected_tiles
 from ..tile.packing import Packing
@@ -17,12 +17,12 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    given,
     given_in,
     only_implementation,
+    operand_types,
     row_shapes,
 )  # fmt: skip
-from .search import GROUPS, ROWS, KernelTemplate, is_swappable, row_choices, shapes
+from .search import GROUPS, ROWS, KernelTemplate, is_swappable, row_choices, tile_shapes
 
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
 
@@ -35,7 +35,7 @@ def _experts_half(op: Op, weights: Mapping[str, Packing]) -> Experts:
 def experts_of(op: Op, weight: Packing) -> Experts:
     """Return the routed experts whose first or second matmul an op is, with its packed weight."""
     a, chosen = op.settings, int(op["ids"].type.shape[1])
-    operands = given(op)
+    operands = operand_types(op)
     if op.name == "acc.grouped_up":
         inner = weight.rows // 2 if a.activation("act").gated else weight.rows
         return Experts(
@@ -72,7 +72,7 @@ def _grouped_implementations(kernel: Callable, name: str, e: Experts, packing: P
         direct = _is_direct(e, count)
         matrix = KernelTemplate(
             name, lambda t, layout: kernel(e, t, layout, direct), {"T": count},
-            shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
+            tile_shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
             (lambda t: {}) if direct
             else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
             touched_shares(e, which, count), GROUPS[:1] if direct else GROUPS, swaps=is_swappable(packing, e.given),
@@ -85,7 +85,11 @@ def _grouped_implementations(kernel: Callable, name: str, e: Experts, packing: P
 
 def _combine_template(e: Experts, count: int) -> KernelTemplate:
     return KernelTemplate(
-        "combine", lambda t, layout: combine(e, t.n, layout, t.m), {"T": count}, row_shapes(e.hidden), staged=False
+        "combine",
+        lambda t, layout: combine_kernel(e, t.n, layout, t.m),
+        {"T": count},
+        row_shapes(e.hidden),
+        staged=False,
     )
 
 
@@ -100,7 +104,7 @@ def _sort_of(e: Experts) -> Computation:
         if _is_direct(e, tokens.count):
             return (Implementation("pair by pair", ()),)
         kernel = KernelTemplate(
-            "sort", lambda t, layout: sort(e, layout), {"T": tokens.count}, ((1, 1, 1),), staged=False
+            "sort", lambda t, layout: sort_kernel(e, layout), {"T": tokens.count}, ((1, 1, 1),), staged=False
         )
         return only_implementation(kernel)
 

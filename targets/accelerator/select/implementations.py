@@ -60,7 +60,7 @@ class Computation:
 Selector = Callable[[Op, Mapping[str, Packing]], Computation | None]  # None: the framework computes this one
 
 
-def given(op: Op) -> dict[str, TensorType]:
+def operand_types(op: Op) -> dict[str, TensorType]:
     """Return the types of an op's operands by their names in its signature; absent ones are left out."""
     return {name: v.type for name, v in op.named}
 

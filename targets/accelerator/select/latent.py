@@ -15,13 +15,13 @@ from math import ceil
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.attention import Attention, attention_kernel, attention_merge
-from ..kernels.dense import Linear, linear
-from ..kernels.latent import Expand, LatentAppend, expand, latent_append
+from ..kernels.dense import Linear, linear_kernel
+from ..kernels.latent import Expand, LatentAppend, expand_kernel, latent_append
 from ..kernels.norm import power_of_two
 from ..tile.packing import Packing
 from .attention import attention_implementations, mask_of
-from .implementations import Computation, Implementation, Selector, Tokens, given, only_implementation, row_tile
-from .search import COLUMNS, DEPTHS, KernelTemplate, row_choices, shapes
+from .implementations import Computation, Implementation, Selector, Tokens, only_implementation, operand_types, row_tile
+from .search import COLUMNS, DEPTHS, KernelTemplate, row_choices, tile_shapes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Latent:
 
 def _latent_attention(op: Op, weights: Mapping[str, Packing]) -> Computation | None:
     """Return latent attention; with f32 weights, which no matrix unit multiplies, it is the framework's."""
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     heads, (_, _, _, width), row = a.integer("heads"), operands["latent"].shape, operands["q"].shape[2]
     w_uk, w_uv = weights["w_uk"], weights["w_uv"]
     if "f32" in (w_uk.format, w_uv.format):
@@ -87,7 +87,7 @@ def _absorbed_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation
     project = _linear_template("project", back, tokens, {"x": "y_latent", "w": "w_uv"})
     attended = attention_implementations(
         "attention", lambda t, layout: attention_kernel(a, t, layout),
-        lambda t, layout, split: attention_merge(a, t, layout, split), _scalars(tokens), tokens.new * a.heads, a.width,
+        lambda t, layout, split: attention_merge(a, t, layout, split), _step_scalars(tokens), tokens.new * a.heads, a.width,
         a.width, tokens, {"q": "q_latent", "key": "latent", "key_rope": "rope", "y": "y_latent"},
     )  # fmt: skip
     return tuple(Implementation(f"absorbed, {i.name}", (absorb, *i.kernels, project)) for i in attended)
@@ -104,7 +104,7 @@ def _expanded_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation
     )
     attended = attention_implementations(
         "attention", lambda t, layout: attention_kernel(a, t, layout),
-        lambda t, layout, split: attention_merge(a, t, layout, split), _scalars(tokens), tokens.new, a.width,
+        lambda t, layout, split: attention_merge(a, t, layout, split), _step_scalars(tokens), tokens.new, a.width,
         a.value_width, tokens, {"key": "keys", "key_rope": "rope", "value": "values"},
     )  # fmt: skip
     return tuple(Implementation(f"expanded, {i.name}", (*expands, *i.kernels)) for i in attended)
@@ -112,14 +112,18 @@ def _expanded_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation
 
 def _linear_template(name: str, x: Linear, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
     return KernelTemplate(
-        name, lambda t, layout: linear(x, t, layout, name=name), {"T": tokens.count},
-        shapes(row_choices(tokens.count), x.weight.step), renamed=renamed,
+        name, lambda t, layout: linear_kernel(x, t, layout, name=name), {"T": tokens.count},
+        tile_shapes(row_choices(tokens.count), x.weight.step), renamed=renamed,
     )  # fmt: skip
 
 
 def _expand_template(name: str, x: Expand, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
     return KernelTemplate(
-        name, lambda t, layout: expand(x, t, layout), _scalars(tokens), _expand_shapes(x, tokens), renamed=renamed
+        name,
+        lambda t, layout: expand_kernel(x, t, layout),
+        _step_scalars(tokens),
+        _expand_shapes(x, tokens),
+        renamed=renamed,
     )
 
 
@@ -127,18 +131,18 @@ def _expand_shapes(x: Expand, tokens: Tokens) -> tuple[tuple[int, int, int], ...
     """Return the tiles of an up-projection; the columns of a turned weight are read in the steps of its packing."""
     rows = row_choices(tokens.past + tokens.new)
     if not x.turned:
-        return shapes(rows, x.weight.step)
+        return tile_shapes(rows, x.weight.step)
     step = x.weight.step
     columns = [n for n in COLUMNS if n % step == 0 and n < 2 * power_of_two(x.rows)] or [max(step, COLUMNS[0])]
     return tuple(product(rows, columns, DEPTHS))
 
 
-def _scalars(tokens: Tokens) -> dict[str, int]:
+def _step_scalars(tokens: Tokens) -> dict[str, int]:
     return {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
 
 
 def _append(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     heads, width, rope = a.integer("heads"), operands["past_latent"].shape[3], operands["past_rope"].shape[3]
     p = LatentAppend(
         heads, int(operands["q"].shape[2]) // heads, int(width), int(rope), a.number("eps"), a.flag("pairs"),
@@ -147,7 +151,7 @@ def _append(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         kernel = KernelTemplate(
-            "latent_append", lambda t, layout: latent_append(p, row_tile(t), layout), _scalars(tokens),
+            "latent_append", lambda t, layout: latent_append(p, row_tile(t), layout), _step_scalars(tokens),
             tuple((m, 1, 1) for m in (1, 2, 4, 8, 16, 32)), staged=False,
             appended={"latent": ("past_latent", "latent"), "key_rope": ("past_rope", "rope")},
         )  # fmt: skip

@@ -9,7 +9,7 @@ from ..chip.chip import Profile
 from ..kernels.norm import power_of_two
 from ..kernels.recurrent import Recurrence, Window, linear_attention, window_conv
 from ..tile.packing import Packing
-from .implementations import Computation, Implementation, Selector, Tokens, given, only_implementation, row_tile
+from .implementations import Computation, Implementation, Selector, Tokens, only_implementation, operand_types, row_tile
 from .search import KernelTemplate
 
 HEADS, VALUES = (1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64, 128)
@@ -17,7 +17,7 @@ STATE = (256, 8192)  # least and most numbers of states that a point goes throug
 
 
 def _window_conv(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands = given(op)
+    operands = operand_types(op)
     channels, taps = map(int, operands["taps"].shape)
     kept = int(operands["past"].shape[2])
     p = Window(channels, taps, kept, op.settings.activation("act"), "b" in operands)
@@ -36,7 +36,7 @@ def _window_conv(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _linear_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     groups, width = map(int, operands["k"].shape[2:])
     heads, values = map(int, operands["v"].shape[2:])
     decay = operands.get("decay")

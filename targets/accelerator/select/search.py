@@ -16,16 +16,16 @@ from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES
 from ..chip.chip import Profile
 from ..kernels.choices import TILE_ROWS, Tile
-from ..predict.assumed import multiplies
-from ..predict.predict import Prediction, matrix_share, predict
+from ..predict.assumed import has_matmul
+from ..predict.predict import Prediction, matrix_share, predict_kernel
 from ..tile.builder import Layout
 from ..tile.count import SCALED, Counts, count_program, unit_dtype_and_depth
 from ..tile.machine import chip_of, layout_of
 from ..tile.packing import Packing
 from ..tile.simulate import Chip
-from ..tile.tiles import Dot, Program, footprint, walk
-from ..triton.architectures import nearest
-from ..triton.predict import spills
+from ..tile.tiles import Dot, Program, memory_footprint, walk_statements
+from ..triton.architectures import nearest_architecture
+from ..triton.predict import predict_spills
 
 ROWS, COLUMNS, DEPTHS = TILE_ROWS, (32, 64, 128, 256), (32, 64, 128)
 SPARED = 0.8  # share of the registers that tiles may take; the rest is for addresses and what the compiler makes up
@@ -169,9 +169,9 @@ def _wants_swap(kernel: KernelTemplate, tile: Tile, profile: Profile) -> bool:
 
 def _fit_tile(kernel: KernelTemplate, tile: Tile, profile: Profile, chip: Chip) -> Fit:
     program = kernel.make(tile, layout_of(profile, tile.m))
-    use = footprint(program, chip.align)
+    use = memory_footprint(program, chip.align)
     why = tuple(why_unfit(program, warps, use, chip, profile) for warps in profile.family.warps)
-    dots = [s for s in walk(program.body) if isinstance(s, Dot)]
+    dots = [s for s in walk_statements(program.body) if isinstance(s, Dot)]
     return Fit(program, use, why, next((n for dot in dots if (n := _why_narrow(program, dot, profile))), None))
 
 
@@ -218,7 +218,7 @@ def _predict_choice(
     kernel: KernelTemplate, tile: Tile, program: Program, use: Mapping[str, int], profile: Profile, counts: Counts,
     group: int = 1,
 ) -> Choice:  # fmt: skip
-    prediction = predict(
+    prediction = predict_kernel(
         program, counts, kernel.scalars, profile, warps=tile.warps, stages=tile.stages, use=use,
         touched=kernel.touched or {}, share=matrix_share(profile, *tile.sums), group=group,
     )  # fmt: skip
@@ -237,7 +237,7 @@ def _in_order(kernel: KernelTemplate, choice: Choice, profile: Profile) -> Choic
 
 def _as_computed(counts: Counts, tile: Tile, profile: Profile) -> Counts:
     """Return counts with codes under scales as bf16, where there are too few rows for the unit that scales them."""
-    if profile.toolchain != "triton" or tile.m >= nearest(profile.arch or "").scaled_rows:
+    if profile.toolchain != "triton" or tile.m >= nearest_architecture(profile.arch or "").scaled_rows:
         return counts
     dots: dict[str, float] = {}
     for dtype, flops in counts.dots.items():
@@ -258,9 +258,9 @@ def why_unfit(program: Program, warps: int, use: Mapping[str, int], chip: Chip, 
             return f"{memory} holds {chip.capacity.get(memory, 0)} bytes, {size} are needed"
     if "registers" in use and (most := _register_bytes(profile, warps)) < use["registers"]:
         return f"{warps} warps have {most} bytes of registers for tiles, {use['registers']} are needed"
-    if profile.toolchain == "triton" and profile.arch and spills(program, profile.arch, warps):
+    if profile.toolchain == "triton" and profile.arch and predict_spills(program, profile.arch, warps):
         return f"{warps} warps have too few registers for its sums: they would spill"
-    for statement in walk(program.body):
+    for statement in walk_statements(program.body):
         if isinstance(statement, Dot) and (reason := _no_matmul(program, statement, profile)):
             return reason
     return None
@@ -278,7 +278,7 @@ def _no_matmul(program: Program, dot: Dot, profile: Profile) -> str | None:
     unit = profile.unit(dtype)
     m, n = acc.shape
     if unit is None:
-        return None if multiplies(profile, dtype) else f"{profile.name} does not multiply {dtype}"
+        return None if has_matmul(profile, dtype) else f"{profile.name} does not multiply {dtype}"
     if depth % (min(unit.k, LEAST_DEPTH) if profile.toolchain == "triton" else unit.k):
         return f"{depth} columns are no multiple of the {unit.k} of an instruction"
     if rows := profile.rule("fractal_rows"):
@@ -302,7 +302,7 @@ def _why_narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
     return None
 
 
-def shapes(
+def tile_shapes(
     rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[int, ...] = COLUMNS, given: str = "bf16"
 ) -> tuple[tuple[int, int, int], ...]:
     """Return tile shapes of a matmul whose weight is read in multiples of `step` columns, codes 128 at once.

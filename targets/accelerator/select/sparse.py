@@ -21,8 +21,8 @@ from .implementations import (
     Implementation,
     Selector,
     Tokens,
-    given,
     only_implementation,
+    operand_types,
     row_shapes,
     row_tile,
 )  # fmt: skip
@@ -35,7 +35,7 @@ CHOSEN = 1024  # entries that the choice looks at in one step
 
 
 def _select_route(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), dict[str, Any](op.settings)
+    operands, a = operand_types(op), dict[str, Any](op.settings)
     there: dict[str, Any] = {name: name in operands for name in ("bias", "given", "expert_scale")}
     p = Route(int(operands["logits"].shape[1]), **a, **there)
 
@@ -53,7 +53,7 @@ def _select_route(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _select_entry_choice(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    a, q = op.settings, given(op)["q"].shape
+    a, q = op.settings, operand_types(op)["q"].shape
     p = Select(int(q[2]), int(q[3]), a.integer("k"), a.integer("ratio"))
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
@@ -74,7 +74,7 @@ def _select_entry_choice(op: Op, weights: Mapping[str, Packing]) -> Computation:
 
 
 def _select_compress_tokens(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    operands, a = given(op), op.settings
+    operands, a = operand_types(op), op.settings
     width, turned = int(operands["norm"].shape[0]), int(operands["cos"].shape[1])
     p = Compress(width, a.integer("ratio"), turned, a.flag("overlap"), a.number("eps"))
     token = int(operands["x"].shape[2])
@@ -103,7 +103,7 @@ def _select_compress_tokens(op: Op, weights: Mapping[str, Packing]) -> Computati
 
 
 def _select_streams(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    x, a = given(op)["x"].shape, op.settings
+    x, a = operand_types(op)["x"].shape, op.settings
     p = Streams(
         int(x[2]), int(x[3]), a.number("eps"), a.number("floor"), a.integer("iterations", 1),
         op.name == "nn.hyper_connection_head",
@@ -132,7 +132,7 @@ def _streams_implementation(
 
 
 def _streams_out(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    streams = given(op)["streams"].shape
+    streams = operand_types(op)["streams"].shape
     p = Streams(int(streams[2]), int(streams[3]), 0.0, 0.0)
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:

@@ -9,7 +9,7 @@ import sympy
 from ....compiler.ir.dims import dim
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
-from ..kernels.append import Appended, append
+from ..kernels.append import Appended, append_kernel
 from ..kernels.norm import power_of_two
 from ..tile.packing import Packing
 from .implementations import Computation, Implementation, Selector, Tokens, only_implementation, row_shapes, row_tile
@@ -28,7 +28,7 @@ def _select_append(op: Op, weights: Mapping[str, Packing]) -> Computation | None
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
         kernel = KernelTemplate(
-            "append", lambda t, layout: append(p, row_tile(t), layout), scalars,
+            "append", lambda t, layout: append_kernel(p, row_tile(t), layout), scalars,
             row_shapes(power_of_two(p.width), (1, 4, 16)), staged=False, appended={"present": ("past", "present")},
         )  # fmt: skip
         return only_implementation(kernel)

@@ -19,7 +19,7 @@ IMPLEMENTATIONS: dict[str, Selector] = {
 FRAMEWORK = ("nn.embedding", "nn.new_state", "nn.conv_window", "nn.causal_conv")
 
 
-def supported(op: Op) -> str | None:
+def why_unsupported(op: Op) -> str | None:
     """Return None if an op has kernels or is left to the framework, else why not, with the ops that come near."""
     if op.callee or op.name in IMPLEMENTATIONS or op.name in FRAMEWORK or op.name.startswith("core."):
         return None

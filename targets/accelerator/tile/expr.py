@@ -1,7 +1,7 @@
 """The expressions of the tile language: typed immutable nodes over ints and tiles, with one meaning in numpy.
 
 Numbers, names, + - * / // %, comparisons, & | ^ ~ << >>, axes that are added, and the functions of functions.py. A node
-is made by `make_binary`, `make_unary`, `call`, `add_axes` or Python's operators, which give it its type or raise MoecError: there is
+is made by `make_binary`, `make_unary`, `make_call`, `add_axes` or Python's operators, which give it its type or raise MoecError: there is
 no node of two operands that do not go together. parse.py makes nodes of text; what reads programs folds over nodes.
 """
 
@@ -208,7 +208,7 @@ def make_unary(operator: str, operand: Expr) -> Unary:
     return Unary(operator, operand, type=ExprType(given.dtype, given.shape, constant))
 
 
-def call(name: str, *values: Operand, parameters: Sequence[Parameter] = ()) -> Call:
+def make_call(name: str, *values: Operand, parameters: Sequence[Parameter] = ()) -> Call:
     """Return a function's value; MoecError for a number or type of values and parameters that it does not take."""
     function = FUNCTIONS[name]
     given = tuple(x if isinstance(x, Expr) else make_number(x) for x in values)
@@ -267,7 +267,7 @@ def with_types(expr: Expr, types: Mapping[str, ExprType]) -> Expr:
         case Unary(operator, operand):
             made = make_unary(operator, with_types(operand, types))
         case Call(function, values, parameters):
-            made = call(function, *(with_types(v, types) for v in values), parameters=parameters)
+            made = make_call(function, *(with_types(v, types) for v in values), parameters=parameters)
         case Axes(value, kept):
             made = add_axes(with_types(value, types), kept)
         case _:

@@ -27,7 +27,7 @@ FRACTAL_ROWS, FRACTAL_BYTES = 16, 32
 PLAIN = ("bf16", "f16", "f32")
 
 
-def pad(n: int, to: int) -> int:
+def round_up(n: int, to: int) -> int:
     """Return n rounded up to a multiple."""
     return -(-n // to) * to
 
@@ -77,7 +77,7 @@ class Packing:
         f = self.quantized
         if f is None:
             return {"": (self.element, (*lead, *self._plain_shape()))}
-        columns = pad(self.columns, self.step)
+        columns = round_up(self.columns, self.step)
         groups = -(-columns // f.group)
         found = {"codes": (self.element, (*lead, self.rows, columns // 2 if f.bits == 4 else columns))}
         found["scales"] = (scales_of(f), (*lead, -(-self.rows // f.rows), groups))
@@ -114,7 +114,7 @@ class Packing:
             given = (given.astype(np.int16) + 8).astype(np.uint8)  # signed codes are stored with 8 added
         elif f.element == "int" and f.bits == 8 and f.zeros:
             given = (given.astype(np.int16) - 128).astype(np.int8)  # so are zero points; the difference stays
-        wide = pad(self.columns, self.step) - self.columns
+        wide = round_up(self.columns, self.step) - self.columns
         given = np.pad(given.view(np.uint8), [(0, 0)] * (given.ndim - 1) + [(0, wide)]).view(given.dtype)
         if f.bits == 4:
             halves = given.astype(np.uint8).reshape(*given.shape[:-1], -1, *((HALF, 2) if self.pairs else (2, HALF)))

@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import inf
 
 from ....compiler.errors import MoecError
-from .expr import BINARY, COMPARISONS, UNARY, Expr, Name, add_axes, call, make_binary, make_number, make_unary
+from .expr import BINARY, COMPARISONS, UNARY, Expr, Name, add_axes, make_binary, make_call, make_number, make_unary
 from .functions import FUNCTIONS, Parameter
 from .types import INT, ExprType
 
@@ -23,7 +23,7 @@ _SIGNS: Mapping[type, str] = {
 }  # fmt: skip
 
 
-def parse(text: str, types: Mapping[str, ExprType]) -> Expr:
+def parse_expr(text: str, types: Mapping[str, ExprType]) -> Expr:
     """Return the expression of a text over names of these types; MoecError for what is none or has no type."""
     _, names = _syntax_tree(text)
     given = tuple(map(types.get, names))
@@ -35,7 +35,7 @@ def parse(text: str, types: Mapping[str, ExprType]) -> Expr:
 
 def parse_size(size: int | str, names: Sequence[str]) -> Expr | int:
     """Return a size over scalars: an int as it is, a text as an expression."""
-    return size if isinstance(size, int) else parse(size, dict.fromkeys(names, INT))
+    return size if isinstance(size, int) else parse_expr(size, dict.fromkeys(names, INT))
 
 
 @lru_cache(maxsize=65536)
@@ -93,7 +93,7 @@ def _typed_call(name: str, arguments: Sequence[ast.expr], types: Mapping[str, Ex
     count, first = FUNCTIONS[name].values, max(len(arguments) - 2, 0) if name == "full" else 0
     values = [_typed_node(a, types) for a in arguments[first : first + count]]
     rest = [_parse_parameter(a, types) for a in (*arguments[:first], *arguments[first + count :])]
-    return call(name, *values, parameters=rest)
+    return make_call(name, *values, parameters=rest)
 
 
 def _parse_parameter(tree: ast.expr, types: Mapping[str, ExprType]) -> Parameter:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ....compiler.errors import MoecError
 from .expr import Expr, shape_of, with_types
-from .parse import parse
+from .parse import parse_expr
 from .tiles import Argument, Buffer, Dot, Let, Load, Move, Store
 from .types import EIGHT, FLOATS, INDICES, INT, TILE_DTYPES, ExprType, broadcast_shapes
 
@@ -51,7 +51,7 @@ class Scope:
         try:
             if isinstance(given, Expr):
                 return with_types(given, self.types)
-            return parse(str(given), self.types)
+            return parse_expr(str(given), self.types)
         except MoecError as error:
             raise self._error(error.what, error.where, error.todo) from error
 

@@ -35,7 +35,7 @@ class Chip:
     operands: tuple[str, str, str]
 
 
-def simulate(
+def simulate_program(
     program: Program, tensors: Mapping[str, np.ndarray], scalars: Mapping[str, int], chip: Chip
 ) -> dict[str, int]:
     """Run a program on tensors, whose outputs are changed in place; return the most bytes used of each memory.
@@ -178,12 +178,12 @@ class _Run:
         if statement.bits:
             a, b = (x.view(DTYPES[statement.bits].numpy) for x in (a, b))
         if statement.scales:
-            a, b = (_scaled(x, self.values[s]) for x, s in zip((a, b), statement.scales, strict=True))
+            a, b = (_dequantize_codes(x, self.values[s]) for x, s in zip((a, b), statement.scales, strict=True))
         b = b.T if statement.transpose else b
         self.values[statement.acc] = acc + a.astype(np.float32) @ b.astype(np.float32)
 
 
-def _scaled(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _dequantize_codes(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Return the numbers of codes [M, K], or of two E2M1 in each byte, under scales for groups along K."""
     if codes.dtype == np.uint8:
         codes = np.array(ELEMENTS["e2m1"], np.float32)[np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1)]

@@ -150,12 +150,12 @@ class Program:
         return next(a for a in self.arguments if a.name == name)
 
 
-def walk(body: Sequence[Statement]) -> Iterator[Statement]:
+def walk_statements(body: Sequence[Statement]) -> Iterator[Statement]:
     """Yield every statement, outer ones before those in them."""
     for statement in body:
         yield statement
         if isinstance(statement, (For, If)):
-            yield from walk(statement.body)
+            yield from walk_statements(statement.body)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def made_by(statement: Statement) -> str | None:
     return statement.name if isinstance(statement, (Let, Load, Move)) else None
 
 
-def footprint(program: Program, align: Mapping[str, int]) -> dict[str, int]:
+def memory_footprint(program: Program, align: Mapping[str, int]) -> dict[str, int]:
     """Return the most bytes of each memory that one run of the program has in use.
 
     A buffer lives from the statement that makes it to the end of the body that the statement is in.

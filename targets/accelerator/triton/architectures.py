@@ -80,7 +80,7 @@ def architecture_of(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def nearest(name: str) -> Architecture:
+def nearest_architecture(name: str) -> Architecture:
     """Return an architecture, for one that is not listed the row that it is most alike: that of its vendor's oldest."""
     oldest = ARCHITECTURES["gfx942" if name.startswith("gfx") else "sm_89"]
     return ARCHITECTURES.get(name) or replace(oldest, name=name)

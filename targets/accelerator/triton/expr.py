@@ -30,7 +30,7 @@ HELPERS: Mapping[str, str] = {
 }
 
 
-def call(name: str, *arguments: ast.expr, **named: ast.expr) -> ast.expr:
+def call_node(name: str, *arguments: ast.expr, **named: ast.expr) -> ast.expr:
     """Return the tree of name(arguments...)."""
     function = ast.parse(name, mode="eval").body
     return ast.Call(function, list(arguments), [ast.keyword(key, value) for key, value in named.items()])
@@ -45,8 +45,8 @@ def as_dtype(node: ast.expr, dtype: str, **named: ast.expr) -> ast.expr:
 def typed_constant(node: ast.expr, type: ExprType, dtype: str) -> ast.expr:
     """Return the tree of a value in a dtype, whether or not it is a number of Python's."""
     if type.constant is not None:
-        return call("tl.full", sizes_node(()), node, dtype_node(dtype))
-    return call("tl.cast", node, dtype_node(dtype)) if type.weak else as_dtype(node, dtype)
+        return call_node("tl.full", sizes_node(()), node, dtype_node(dtype))
+    return call_node("tl.cast", node, dtype_node(dtype)) if type.weak else as_dtype(node, dtype)
 
 
 def dtype_node(dtype: str) -> ast.expr:
@@ -87,7 +87,7 @@ class Expressions:
             return ast.parse(repr(expr.type.constant), mode="eval").body
         match expr:
             case Number():
-                return call("float", ast.Constant("inf"))
+                return call_node("float", ast.Constant("inf"))
             case Name(name):
                 return ast.Name(name)
             case Binary(operator, left, right):
@@ -142,12 +142,12 @@ class Expressions:
             return operator_node(">>", dividend, ast.Constant(number.bit_length() - 1)) if number > 1 else dividend
         name = "floor_mod" if operator == "%" else "floor_div"
         self.helpers.add(name)
-        return call(name, dividend, divisor)
+        return call_node(name, dividend, divisor)
 
     def _ceiling(self, a: Expr, b: Expr, dtype: str) -> ast.expr:
         left = self._taken_as(a, dtype)
         if self.is_nonnegative(a) and self.is_nonnegative(b):
-            return call("tl.cdiv", left, self._taken_as(b, dtype))
+            return call_node("tl.cdiv", left, self._taken_as(b, dtype))
         by = int(b.type.constant or 0)
         if by <= 0:
             raise MoecError("cdiv by what may be negative", todo="divide by a constant")
@@ -159,26 +159,26 @@ class Expressions:
     def _call(self, name: str, values: Sequence[Expr], parameters: Sequence[int | str], type: ExprType) -> ast.expr:
         match name, values:
             case "arange", []:
-                return call("tl.arange", ast.Constant(0), ast.Constant(type.shape[0]))
+                return call_node("tl.arange", ast.Constant(0), ast.Constant(type.shape[0]))
             case "full", [value]:
-                return call("tl.full", sizes_node(type.shape), self._visit(value), dtype_node(type.dtype))
+                return call_node("tl.full", sizes_node(type.shape), self._visit(value), dtype_node(type.dtype))
             case "cast", [value]:
                 return self._cast(value, type.dtype)
             case "bitcast", [value]:
                 return as_dtype(self._visit(value), type.dtype, bitcast=ast.Constant(True))
             case "reshape", [value]:
-                return call("tl.reshape", self._visit(value), sizes_node(type.shape))
+                return call_node("tl.reshape", self._visit(value), sizes_node(type.shape))
             case "trans", [value]:
                 count = len(type.shape)
                 order = [*range(count - 2), count - 1, count - 2] if count > 2 else []
-                return call("tl.trans", self._visit(value), *map(ast.Constant, order))
+                return call_node("tl.trans", self._visit(value), *map(ast.Constant, order))
             case "where", [condition, a, b]:
                 left, right = self._taken_as(a, type.dtype), self._taken_as(b, type.dtype)
-                return call("tl.where", self._visit(condition), left, right)
+                return call_node("tl.where", self._visit(condition), left, right)
             case (("minimum" | "maximum"), [a, b]):
                 keep = {"propagate_nan": ast.parse("tl.PropagateNan.ALL", mode="eval").body}
                 keep = keep if type.dtype in FLOATS else {}
-                return _round_to_half(call(f"tl.{name}", *self._wide(a, b, type.dtype), **keep), type.dtype)
+                return _round_to_half(call_node(f"tl.{name}", *self._wide(a, b, type.dtype), **keep), type.dtype)
             case "cdiv", [a, b]:
                 return self._ceiling(a, b, type.dtype)
             case "tanh", [value]:
@@ -191,11 +191,11 @@ class Expressions:
             case "argmax", [value]:
                 return self._along(name, self._widened(value), parameters, value)
             case _, [value]:
-                return _round_to_half(call(f"tl.{name}", self._widened(value)), type.dtype)
+                return _round_to_half(call_node(f"tl.{name}", self._widened(value)), type.dtype)
         raise AssertionError(f"no tree of {name}")
 
     def _along(self, name: str, node: ast.expr, parameters: Sequence[int | str], value: Expr) -> ast.expr:
-        return call(f"tl.{name}", node, axis=ast.Constant(int(parameters[0]) % len(value.type.shape)))
+        return call_node(f"tl.{name}", node, axis=ast.Constant(int(parameters[0]) % len(value.type.shape)))
 
     def _cast(self, value: Expr, dtype: str) -> ast.expr:
         given, node = value.type, self._visit(value)
@@ -255,7 +255,7 @@ class Expressions:
 def _tanh_node(x: ast.expr) -> ast.expr:
     """Return 2 sigmoid(2 x) - 1."""
     twice = operator_node("*", ast.Constant(2.0), x)
-    return operator_node("-", operator_node("*", ast.Constant(2.0), call("tl.sigmoid", twice)), ast.Constant(1.0))
+    return operator_node("-", operator_node("*", ast.Constant(2.0), call_node("tl.sigmoid", twice)), ast.Constant(1.0))
 
 
 def _round_to_half(node: ast.expr, dtype: str) -> ast.expr:

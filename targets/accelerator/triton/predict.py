@@ -15,9 +15,9 @@ from math import prod
 from ....compiler.ir.dtypes import DTYPES
 from ..tile.expr import Call, Expr
 from ..tile.machine import TALL_ROWS
-from ..tile.tiles import Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk
+from ..tile.tiles import Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk_statements
 from ..tile.types import EIGHT
-from .architectures import nearest
+from .architectures import nearest_architecture
 from .layouts import COLUMNS, conversion_bytes, warps_along
 
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
@@ -34,7 +34,7 @@ GROUPED = 16  # sums a thread at most where mma's operands are computed in group
 
 def matrix_unit(arch: str, m: int, n: int, dtype: str, warps: int) -> str:
     """Return what a matmul with sums of [m, n] is computed with: wgmma, tcgen05, mma, mfma, wmma, or fma (no matrix unit)."""
-    row = nearest(arch)
+    row = nearest_architecture(arch)
     if (dtype == "f32" and not row.exact) or min(m, n) < row.least:
         return "fma"
     tall = row.tall and m >= TALL_ROWS and n >= row.tall_columns and warps % 4 == 0
@@ -66,7 +66,7 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
 def _stored_conversions(program: Program, arch: str, warps: int) -> Iterator[int]:
     """Yield the bytes through which the layout of each stored result of a matmul is converted."""
     results = {program.buffers[dot.acc].shape: program.buffers[dot.a].dtype for dot in _dots_in(program.body)}
-    for store in walk(program.body):
+    for store in walk_statements(program.body):
         if isinstance(store, Store) and store.stored in program.buffers:
             shape = program.buffers[store.stored].shape
             if shape in results:
@@ -81,7 +81,7 @@ def _shared_without_loop(program: Program, dot: Dot, origin: Mapping[str, str], 
     mma.sync passes the second operand piece by piece, about four rows for each warp.
     """
     a, b = (_buffer_bytes(program.buffers[origin.get(name, name)]) for name in (dot.a, dot.b))
-    if nearest(arch).backend == "hip":
+    if nearest_architecture(arch).backend == "hip":
         return max(a, b)
     m, n = program.buffers[dot.acc].shape
     first = program.buffers[dot.a]
@@ -90,16 +90,16 @@ def _shared_without_loop(program: Program, dot: Dot, origin: Mapping[str, str], 
     return a + min(b, warps * PIECE * first.shape[1] * DTYPES[first.dtype].bits // 8)
 
 
-def spills(program: Program, arch: str, warps: int) -> bool:
+def predict_spills(program: Program, arch: str, warps: int) -> bool:
     """Return whether the sums of the matmuls may be too many for a thread's registers, with what else it holds.
 
     It errs to the safe side: some that are predicted to spill do not.
     """
-    threads = warps * nearest(arch).warp
+    threads = warps * nearest_architecture(arch).warp
     held = _sums(program) / threads
     origin = _origins_of_moves(program.body)
     second = {origin.get(dot.b, dot.b) for dot in _dots_in(program.body)}
-    made = [s.value for s in walk(program.body) if isinstance(s, Let) and s.name in second]
+    made = [s.value for s in walk_statements(program.body) if isinstance(s, Let) and s.name in second]
     for unit in predict_units(program, arch, warps):
         limit = SPILL_FREE[unit] // (2 if unit == "mfma" and warps > 4 else 1)  # two waves share a unit's registers
         if made:
@@ -118,7 +118,7 @@ def _sums(program: Program) -> int:
     coded = {dot.acc for dot in _dots_in(program.body) if program.buffers[dot.a].dtype in EIGHT and not dot.scales}
     if not coded:
         return sum(sizes.values())
-    lets = [s for s in walk(program.body) if isinstance(s, Let) and s.name in s.value.names]
+    lets = [s for s in walk_statements(program.body) if isinstance(s, Let) and s.name in s.value.names]
     totals = {s.name: prod(program.buffers[s.name].shape) for s in lets if s.name in program.buffers}
     return sum(totals.values()) + max(sizes.values())
 
@@ -145,20 +145,20 @@ def _own_columns(shape: tuple[int, ...], warps: int) -> bool:
 
 
 def _dots_in(body: Sequence[Statement]) -> Iterator[Dot]:
-    return (s for s in walk(body) if isinstance(s, Dot))
+    return (s for s in walk_statements(body) if isinstance(s, Dot))
 
 
 def _pipelined_loops(program: Program) -> Iterator[For]:
     """Yield the loops that hold loads or matmuls and no further loops: those whose loads run ahead."""
-    for statement in walk(program.body):
-        if isinstance(statement, For) and not any(isinstance(s, For) for s in walk(statement.body)):
+    for statement in walk_statements(program.body):
+        if isinstance(statement, For) and not any(isinstance(s, For) for s in walk_statements(statement.body)):
             yield statement
 
 
 def _origins_of_moves(body: Sequence[Statement]) -> Mapping[str, str]:
     """Return for each name that a move makes the name that it began as."""
     found: dict[str, str] = {}
-    for statement in walk(body):
+    for statement in walk_statements(body):
         if isinstance(statement, Move):
             found[statement.name] = found.get(statement.value, statement.value)
     return found
@@ -175,7 +175,7 @@ class _Loop:
     outer: set[str] = field(default_factory=set)  # loaded somewhere else
 
     def __post_init__(self) -> None:
-        row = nearest(self.arch)
+        row = nearest_architecture(self.arch)
         self.waves, self.past_registers = row.backend == "hip", row.past_registers
 
     def bytes(self) -> int:
@@ -183,7 +183,7 @@ class _Loop:
         for s in statements:
             if isinstance(s, Load) and s.name in self.program.buffers:
                 self.loaded[s.name] = self.program.buffers[s.name]
-        self.outer = {s.name for s in walk(self.program.body) if isinstance(s, Load)} - set(self.loaded)
+        self.outer = {s.name for s in walk_statements(self.program.body) if isinstance(s, Load)} - set(self.loaded)
         dots = [s for s in statements if isinstance(s, Dot)]
         first = {self.origin.get(d.a, d.a): self._unit(d) for d in dots}
         second = {self.origin.get(d.b, d.b): self._unit(d) for d in dots}
@@ -325,7 +325,7 @@ class _Loop:
 
 
 def _flat_statements(body: Sequence[Statement]) -> Iterator[Statement]:
-    for statement in walk(body):
+    for statement in walk_statements(body):
         if not isinstance(statement, (For, If)):
             yield statement
 

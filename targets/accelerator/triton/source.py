@@ -16,7 +16,7 @@ from ....compiler.errors import MoecError
 from ..tile.expr import Expr, operator_node, python_syntax, shape_of
 from ..tile.tiles import Argument, Dot, For, If, Let, Load, Move, Program, Statement, Store
 from ..tile.types import EIGHT, FLOATS, ExprType
-from .expr import HELPERS, Expressions, as_dtype, call, dtype_node, powers_of_two, sizes_node, typed_constant
+from .expr import HELPERS, Expressions, as_dtype, call_node, dtype_node, powers_of_two, sizes_node, typed_constant
 
 WIDTH = 116
 LIMIT = 2**31 - 1  # what an offset of 32 bits reaches
@@ -212,7 +212,9 @@ class _Printer:
             return address, {}
         shape, whole = shape_of(*at), shape_of(*at, mask)
         if whole != shape:
-            address = call("tl.broadcast_to", address, sizes_node(whole)) if shape else _spread_address(address, whole)
+            address = (
+                call_node("tl.broadcast_to", address, sizes_node(whole)) if shape else _spread_address(address, whole)
+            )
         return address, {"mask": self.expressions.print(mask)}
 
     def _offset(self, argument: Argument, axis: int, node: ast.expr, type: ExprType) -> ast.expr:
@@ -242,7 +244,7 @@ class _Printer:
         if named:
             other = float(statement.other) if dtype in FLOATS or dtype in EIGHT else int(statement.other)
             named["other"] = ast.Constant(other)
-        node = call("tl.load", address, **named)
+        node = call_node("tl.load", address, **named)
         if dtype == "bool":  # a bool lies in a byte
             node = operator_node("!=", node, ast.Constant(0))
         self._assign(statement.name, node, shape_of(*statement.at, statement.mask), dtype in ("u8", "bool"))
@@ -254,9 +256,9 @@ class _Printer:
         if not given.weak and given.dtype != dtype:
             node = as_dtype(node, dtype)
         if statement.add:
-            self._statement("", call("tl.atomic_add", address, node, **named, sem=ast.Constant("relaxed")))
+            self._statement("", call_node("tl.atomic_add", address, node, **named, sem=ast.Constant("relaxed")))
         else:
-            self._statement("", call("tl.store", address, node, **named))
+            self._statement("", call_node("tl.store", address, node, **named))
 
     def _dot(self, statement: Dot) -> None:
         buffer = self.program.buffers[statement.acc]
@@ -267,17 +269,17 @@ class _Printer:
         if statement.bits:
             given = [as_dtype(node, statement.bits, bitcast=ast.Constant(True)) for node in given]
         a, b = given
-        second = call("tl.trans", b) if statement.transpose else b
+        second = call_node("tl.trans", b) if statement.transpose else b
         exact = self.program.buffers[statement.a].dtype == "f32"
         precise = {"input_precision": ast.Constant("ieee")} if exact else {}
-        node = call("tl.dot", a, second, ast.Name(statement.acc), **precise)
+        node = call_node("tl.dot", a, second, ast.Name(statement.acc), **precise)
         self._assign(statement.acc, node, buffer.shape, self.expressions.nonnegative[statement.acc])
 
     def _scaled_dot(self, dot: Dot, scales: tuple[str, str]) -> None:
         buffers = self.program.buffers
         forms = [ast.Constant("e4m3" if buffers[name].dtype == "f8e4m3" else "e2m1") for name in (dot.a, dot.b)]
-        second = call("tl.trans", ast.Name(dot.b))
-        node = call(
+        second = call_node("tl.trans", ast.Name(dot.b))
+        node = call_node(
             "tl.dot_scaled", ast.Name(dot.a), ast.Name(scales[0]), forms[0], second, ast.Name(scales[1]), forms[1],
             ast.Name(dot.acc),
         )  # fmt: skip
@@ -285,7 +287,7 @@ class _Printer:
 
     def _loop(self, loop: For) -> None:
         bounds = [self.expressions.print(n) for n in (loop.start, loop.stop, loop.step)]
-        counted = call("tl.range", *bounds, num_stages=ast.Constant(max(loop.stages, 1)))
+        counted = call_node("tl.range", *bounds, num_stages=ast.Constant(max(loop.stages, 1)))
         self._line(f"for {loop.var} in {ast.unparse(counted)}:")
         self.expressions.nonnegative[loop.var] = self.expressions.is_nonnegative(loop.start)
         self._inner(loop.body)
@@ -303,7 +305,7 @@ def _split_constant(node: ast.expr) -> tuple[int, ast.expr]:
 
 
 def _spread_address(address: ast.expr, shape: tuple[int, ...]) -> ast.expr:
-    zeros = call("tl.full", sizes_node(shape), ast.Constant(0), dtype_node("i32"))
+    zeros = call_node("tl.full", sizes_node(shape), ast.Constant(0), dtype_node("i32"))
     return operator_node("+", address, zeros)
 
 

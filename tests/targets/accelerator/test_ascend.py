@@ -36,7 +36,7 @@ from moec.targets.accelerator.kernels.choices import RowTile
 from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.builder import Builder
 from moec.targets.accelerator.tile.expr import evaluate_expr
-from moec.targets.accelerator.tile.tiles import Dot, Load, Program, walk
+from moec.targets.accelerator.tile.tiles import Dot, Load, Program, walk_statements
 from moec_command import invoke
 from places import TINY
 
@@ -91,7 +91,11 @@ def test_only_gathers_are_kept_inside_their_tensors():
     for _, program, _ in dense("int4_g128", layout):
         assert for_ascend(program, False) == program
     _, program, _ = next(iter(routed("int4_g128", layout)))
-    changed = [(a, b) for a, b in zip(walk(program.body), walk(for_ascend(program, False).body), strict=True) if a != b]
+    changed = [
+        (a, b)
+        for a, b in zip(walk_statements(program.body), walk_statements(for_ascend(program, False).body), strict=True)
+        if a != b
+    ]
     loads = [(a, b) for a, b in changed if isinstance(a, Load)]  # the others are what they stand in
     assert {a.tensor for a, _ in loads} == {"x"}
     for before, after in loads:
@@ -112,7 +116,7 @@ def as_rewritten(program, rewritten, given):
 def test_weights_in_fractals_are_loaded_without_quotients():
     layout, _ = CHIPS["ascend-950"]
     for label, program, _given in routed("bf16", layout):
-        for statement in walk(for_ascend(program, True).body):
+        for statement in walk_statements(for_ascend(program, True).body):
             if isinstance(statement, Load) and statement.tensor in ("up", "down"):
                 assert not any("%" in str(index) for index in statement.at), label
                 assert sum("//" in str(index) for index in statement.at) == 1  # of the first column, which is a scalar
@@ -316,7 +320,7 @@ def test_what_is_lowered_computes_the_same(name, arch, kind, triton_ascend, monk
 
 def check_form(program, linalg):
     """Check that a kernel is what bishengir-compile takes: one function of memrefs, products as linalg.matmul."""
-    dots = [s for s in walk(program.body) if isinstance(s, Dot)]
+    dots = [s for s in walk_statements(program.body) if isinstance(s, Dot)]
     assert linalg.count("linalg.matmul ") == len(dots)
     assert f"func.func @{program.name}(" in linalg
     assert f'mix_mode = "{"mix" if dots else "aiv"}"' in linalg  # on cube and vector cores, or on vector cores alone

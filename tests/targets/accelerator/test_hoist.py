@@ -5,7 +5,7 @@ import torch
 from moec.compiler.check.interpret import interpret
 from moec.compiler.text.parser import parse_module
 from moec.targets import declare_kernel_ops
-from moec.targets.accelerator.lower.hoist import hoist
+from moec.targets.accelerator.lower.hoist import hoist_ops
 
 declare_kernel_ops()
 TEXT = """moec 1 stage kernel
@@ -48,7 +48,7 @@ def names(function):
 
 def test_ops_of_shared_values_move_and_their_numbers_stay():
     module = parse_module(TEXT)
-    found = hoist(module)
+    found = hoist_ops(module)
     assert names(found.main) == ["core.cos", "core.slice", "core.concat", "layer", "other", "layer"]
     # weights stay with their function, and so does a view that only such ops read
     assert names(found.by_name["layer"]) == [
@@ -72,7 +72,7 @@ def test_ops_of_shared_values_move_and_their_numbers_stay():
     ]
     before, after = (interpret(m, inputs, lambda recipe: torch.arange(1.0, 9.0)) for m in (module, found))
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
-    assert hoist(found) is found
+    assert hoist_ops(found) is found
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,5 @@ def test_ops_of_shared_values_move_and_their_numbers_stay():
     ],
 )
 def test_what_differs_between_calls_stays(text):
-    found = hoist(parse_module(text))
+    found = hoist_ops(parse_module(text))
     assert "core.concat" in names(found.by_name["layer"])

@@ -26,7 +26,7 @@ from moec.passes import PASSES
 from moec.targets import TARGETS, open_target
 from moec.targets.accelerator.kernels.formats import why_not_held, why_slow
 from moec.targets.accelerator.lower.module import lower_module
-from moec.targets.accelerator.select.supported import supported
+from moec.targets.accelerator.select.supported import why_unsupported
 from tiny_models import random_model, save
 
 TARGET = open_target("nvidia-h200", {})
@@ -285,7 +285,7 @@ def test_families_are_lowered_with_their_numbers(family, tmp_path):
     folder = save(random_model(FAMILIES[family]), tmp_path)
     done = compile_source(folder, target="nvidia-h200", stop_after="lower", check=True)
     module = done.module
-    assert [supported(op) for f in module.functions for op in f.ops if supported(op)] == []
+    assert [why_unsupported(op) for f in module.functions for op in f.ops if why_unsupported(op)] == []
     assert is_lossy(done.module) and any("rounded to bf16" in note.reason for note in done.notes)
     moe = [f for f in module.functions if any(op.name == "acc.grouped_up" for op in f.ops)]
     assert moe

@@ -12,13 +12,13 @@ from moec.compiler.ir.dtypes import DTYPES
 from moec.compiler.ir.module import Op
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import profile_names
-from moec.targets.accelerator.select.supported import supported
+from moec.targets.accelerator.select.supported import why_unsupported
 from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
-from moec.targets.accelerator.tile.simulate import simulate
-from moec.targets.accelerator.tile.tiles import footprint
+from moec.targets.accelerator.tile.simulate import simulate_program
+from moec.targets.accelerator.tile.tiles import memory_footprint
 from places import CONFIGS, ROOT, TINY
 
 SCHEMA = json.loads((ROOT / "targets/accelerator/artifact/kernels.schema.json").read_text())
@@ -39,7 +39,7 @@ def test_tiny_moe_for_every_target(name, lowered):
         read = program_from_json(json.loads(json.dumps(program_to_json(kernel.best.program))))
         chip = chip_of(profile, layout_of(profile, kernel.best.tile.m))
         assert read == kernel.best.program
-        assert footprint(read, chip.align) == kernel.best.use
+        assert memory_footprint(read, chip.align) == kernel.best.use
     kinds = {k.name.rstrip("0123456789").removesuffix("_t") for k in kernels.kernels}
     assert {"experts_up_0_grouped_up", "sort_0", "route_0", "attention_0", "linear_0", "norm_0_rms_norm"} <= kinds
 
@@ -100,7 +100,7 @@ def test_what_stands_in_the_file_runs(lowered):
         for a in program.arguments
     }
     chip = chip_of(profile, layout_of(profile, entry["tile"]["m"]))
-    simulate(program, tensors, scalars, chip)
+    simulate_program(program, tensors, scalars, chip)
     x = tensors["x"].astype(np.float32)
     wanted = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-6) * tensors["w"]
     assert np.abs(tensors["y"].astype(np.float32) - wanted).max() <= 1e-2 * np.abs(wanted).max()
@@ -116,6 +116,6 @@ def test_exchange_grows_with_tokens_and_devices(lowered):
 
 
 def test_an_op_without_a_kernel_names_near_ones():
-    reason = supported(Op("moe.dispatch", (), ()))
+    reason = why_unsupported(Op("moe.dispatch", (), ()))
     assert reason and "no kernel computes moe.dispatch; there are those for" in reason
-    assert supported(Op("core.add", (), ())) is None and supported(Op("nn.causal_conv", (), ())) is None
+    assert why_unsupported(Op("core.add", (), ())) is None and why_unsupported(Op("nn.causal_conv", (), ())) is None

@@ -6,7 +6,7 @@ from chips_for_tests import CHIPS, close, run
 from kernel_checks import numbers
 from moec.compiler.ops import nn
 from moec.compiler.text.parser import parse_module
-from moec.targets.accelerator.kernels.append import Appended, append
+from moec.targets.accelerator.kernels.append import Appended, append_kernel
 from moec.targets.accelerator.kernels.choices import RowTile
 from moec.targets.accelerator.select.states import IMPLEMENTATIONS
 
@@ -21,7 +21,7 @@ def test_appends_behind_the_past_and_touches_nothing_else(name, past, new, tile)
     before, tokens = numbers(batch, heads, past, width), numbers(batch, heads, new, width)
     room = torch.full((batch, heads, new + 2, width), 9.0)
     scalars = {"B": batch, "S": new, "P": past, "C": past + new + 2}
-    program = append(Appended("3*B", width, "f32"), tile, layout)
+    program = append_kernel(Appended("3*B", width, "f32"), tile, layout)
     found = run(program, chip, scalars, new=tokens, present=torch.cat((before, room), 2))
     wanted = torch.cat((nn.cache_append(before, tokens, axis=2), room[:, :, :2]), 2)
     close(found["present"].reshape(wanted.shape), wanted)

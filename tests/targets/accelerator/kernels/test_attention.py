@@ -19,7 +19,7 @@ from moec.targets.accelerator.kernels.attention import Attention, attention_kern
 from moec.targets.accelerator.kernels.choices import AttentionTile
 from moec.targets.accelerator.select.implementations import Tokens
 from moec.targets.accelerator.select.search import KernelTemplate, search_tile
-from moec.targets.accelerator.tile.tiles import DEVICE, For, Load, walk
+from moec.targets.accelerator.tile.tiles import DEVICE, For, Load, walk_statements
 
 chips = pytest.mark.parametrize("name", CHIPS)
 
@@ -109,7 +109,7 @@ def test_keys_that_no_row_may_read_are_not_looked_at(name):
 def test_blocks_that_every_row_reads_whole_have_no_masks():
     def loops(**more):
         program = attention_kernel(Attention(2, 1, 16, 16, 0.25, **more), AttentionTile(16, 16), CHIPS["hopper"][0])
-        return [s for s in walk(program.body) if isinstance(s, For)]
+        return [s for s in walk_statements(program.body) if isinstance(s, For)]
 
     whole, last = loops()
     assert [s.mask for s in whole.body if isinstance(s, Load)] == [None, None]

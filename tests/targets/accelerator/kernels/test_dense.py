@@ -10,7 +10,7 @@ from moec.compiler.ir.fragments import parse_activation
 from moec.compiler.ops.compressed import block_linear
 from moec.compiler.ops.mlp import gated_mlp as gated_mlp_op
 from moec.targets.accelerator.kernels.choices import Tile
-from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
+from moec.targets.accelerator.kernels.dense import Linear, linear_kernel, linear_sum
 from moec.targets.accelerator.tile.packing import Packing
 
 FORMATS = ("bf16", "f32", "int4_g128", "uint4_g32", "int8_g64", "mxfp4", "fp8_b128")
@@ -31,7 +31,7 @@ def test_linear_in_every_format(name, form):
         parts, w = weight(packing, rng)
         x = bf16(tokens(rng, count, depth))
         t = Tile(16, 32, max(packing.step, 32))
-        y = run(linear(Linear(rows, depth, packing, dtype=dtype, out=out), t, layout), chip, {"T": count}, x=x,
+        y = run(linear_kernel(Linear(rows, depth, packing, dtype=dtype, out=out), t, layout), chip, {"T": count}, x=x,
                 **named(parts, "w"))["y"]  # fmt: skip
         close(y, x @ (w if form == "f32" else bf16(w)).T, 5e-3 if out == "bf16" else 1e-5)
 
@@ -47,10 +47,10 @@ def test_linear_with_bias_and_activation_cut_along_its_depth(name):
     x, bias, scale = bf16(tokens(rng, 5, 100)), tokens(rng, 24), tokens(rng, 5)
     wanted = torch.nn.functional.gelu(x @ w.T + bias) * scale[:, None]
     end = {"bias": bias, "scale": scale}
-    whole = run(linear(p, Tile(16, 16, 16), layout), chip, {"T": 5}, x=x, **named(parts, "w"), **end)["y"]
+    whole = run(linear_kernel(p, Tile(16, 16, 16), layout), chip, {"T": 5}, x=x, **named(parts, "w"), **end)["y"]
     close(whole, wanted)
     for split in (2, 3, 9):  # the last one leaves parts without a step
-        sums = run(linear(p, Tile(16, 16, 16), layout, split), chip, {"T": 5}, x=x, **named(parts, "w"))["parts"]
+        sums = run(linear_kernel(p, Tile(16, 16, 16), layout, split), chip, {"T": 5}, x=x, **named(parts, "w"))["parts"]
         y = run(linear_sum(p, Tile(4, 32, 0), layout, split), chip, {"T": 5}, parts=sums, **end)["y"]
         close(y, wanted)
 
@@ -65,7 +65,7 @@ def test_a_weight_as_the_first_operand(name, blocks, split):
     x, bias = bf16(tokens(rng, 21, blocks, 96)), tokens(rng, blocks * 80)
     p = Linear(80, 96, packing, blocks, bias=split == 1, out="f32")
     end = {"bias": bias} if split == 1 else {}
-    program = linear(p, Tile(16, 64, 32, swapped=True), layout, split)
+    program = linear_kernel(p, Tile(16, 64, 32, swapped=True), layout, split)
     found = run(program, chip, {"T": 21}, x=x, **named(parts, "w"), **end)
     wanted = block_linear(x[None], bf16(w))[0] + (bias if split == 1 else 0)
     close(found["y"] if split == 1 else found["parts"].sum(0), wanted)
@@ -82,7 +82,7 @@ def test_tiles_of_rows_side_by_side(name):
         parts, w = weight(packing, rng)
         x = bf16(tokens(rng, 70, blocks, 32))
         p = Linear(40, 32, packing, blocks, out="f32")
-        program = linear(p, Tile(16, 16, 32, group=4), layout)
+        program = linear_kernel(p, Tile(16, 16, 32, group=4), layout)
         y = run(program, chip, {"T": 70}, x=x, **named(parts, "w"))["y"]
         close(y, block_linear(x[None], bf16(w))[0])
 
@@ -97,7 +97,7 @@ def test_blocks(name, form):
     for packing in (Packing(form, blocks * rows, depth), Packing(form, rows, depth, blocks)):
         parts, w = weight(packing, rng)
         p = Linear(rows, depth, packing, blocks, out="f32")
-        y = run(linear(p, Tile(16, 64, 128), layout), chip, {"T": 7}, x=x, **named(parts, "w"))["y"]
+        y = run(linear_kernel(p, Tile(16, 64, 128), layout), chip, {"T": 7}, x=x, **named(parts, "w"))["y"]
         close(y, block_linear(x[None], bf16(w).reshape(-1, depth))[0])
 
 
@@ -116,14 +116,16 @@ def test_gated_mlp(name, form, gate):
         down_parts, down = weight(down_packing, rng)
         x, up_bias, down_bias = bf16(tokens(rng, count, 48)), tokens(rng, 80), tokens(rng, 48)
         scalars, given, gate_w = {"T": count}, {}, None
-        h = run(linear(first, Tile(16, 16, 32), layout), chip, scalars, x=x, bias=up_bias, **named(up_parts, "w"))["y"]
+        h = run(
+            linear_kernel(first, Tile(16, 16, 32), layout), chip, scalars, x=x, bias=up_bias, **named(up_parts, "w")
+        )["y"]
         if gate:
             gate_packing = Packing("bf16", 1, 48)
             gate_parts, gate_w = weight(gate_packing, rng)
-            factor = linear(Linear(1, 48, gate_packing, out="f32"), Tile(16, 16, 32), layout)
+            factor = linear_kernel(Linear(1, 48, gate_packing, out="f32"), Tile(16, 16, 32), layout)
             score = run(factor, chip, scalars, x=x, **named(gate_parts, "w"))["y"]
             given["scale"] = (1 / (1 + np.exp(-score))).astype(np.float32)
-        down_program = linear(second, Tile(16, 32, 16), layout)
+        down_program = linear_kernel(second, Tile(16, 32, 16), layout)
         y = run(down_program, chip, scalars, x=h, bias=down_bias, **named(down_parts, "w"), **given)["y"]
         wanted = gated_mlp_op(x, up, down, up_bias, down_bias, gate_w, act=act)
         close(y, wanted, 1e-2)
@@ -132,7 +134,7 @@ def test_gated_mlp(name, form, gate):
 def test_a_gated_linear_is_not_cut():
     p = Linear(8, 32, Packing("bf16", 16, 32), act=Activation())
     with pytest.raises(MoecError, match="not cut along its depth"):
-        linear(p, Tile(16, 16, 16), CHIPS["hopper"][0], 2)
+        linear_kernel(p, Tile(16, 16, 16), CHIPS["hopper"][0], 2)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -144,7 +146,7 @@ def test_blocks_with_gates_and_biases(stacked):
     parts, w = weight(packing, rng)
     x, bias = bf16(tokens(rng, 3, blocks, depth)), tokens(rng, blocks * 2 * rows)
     p = Linear(rows, depth, packing, blocks, bias=True, act=Activation(), out="f32")
-    y = run(linear(p, Tile(16, 16, 16), layout), chip, {"T": 3}, x=x, bias=bias, **named(parts, "w"))["y"]
+    y = run(linear_kernel(p, Tile(16, 16, 16), layout), chip, {"T": 3}, x=x, bias=bias, **named(parts, "w"))["y"]
     each = w.reshape(blocks, 2 * rows, depth)
     h = torch.einsum("tgk,gnk->tgn", x, each) + bias.reshape(blocks, 2 * rows)
     close(y, (torch.nn.functional.silu(h[..., :rows]) * h[..., rows:]).flatten(1))

@@ -12,12 +12,12 @@ from moec.compiler.ops.moe import experts as reference
 from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.kernels.choices import TILE_ROWS, Tile
-from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.kernels.experts import Experts, combine_kernel, grouped_down, grouped_up, sort_kernel
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
-from moec.targets.accelerator.tile.simulate import simulate
-from moec.targets.accelerator.tile.tiles import footprint
+from moec.targets.accelerator.tile.simulate import simulate_program
+from moec.targets.accelerator.tile.tiles import memory_footprint
 
 CHIPS = ("nvidia-h200", "nvidia-b200", "amd-mi300x", "ascend-910b", "ascend-950dt", "cambricon-mlu370")
 FORMATS = ("bf16", "int4_g128", "uint4_g32", "int8_g64", "uint8_g64", "fp8_b128", "mxfp4", "nvfp4")
@@ -71,8 +71,12 @@ def run(e, tensors, tokens, profile, tile, direct=False):
     """Simulate the kernels of a layer one after the other; return y and check what each says that it uses."""
     layout = layout_of(profile, tile.m)
     chip = chip_of(profile, layout)
-    programs = [] if direct else [sort(e, layout)]
-    programs += [grouped_up(e, tile, layout, direct), grouped_down(e, tile, layout, direct), combine(e, 64, layout)]
+    programs = [] if direct else [sort_kernel(e, layout)]
+    programs += [
+        grouped_up(e, tile, layout, direct),
+        grouped_down(e, tile, layout, direct),
+        combine_kernel(e, 64, layout),
+    ]
     pairs = tokens * e.chosen
     tensors |= {
         "order": np.zeros(pairs, np.int32), "tiles": np.zeros((len(TILE_ROWS), 3, pairs), np.int32),
@@ -82,8 +86,8 @@ def run(e, tensors, tokens, profile, tile, direct=False):
     for program in programs:
         program = program_from_json(program_to_json(program))
         given = {a.name: tensors[a.name] for a in program.arguments}
-        used = simulate(program, given, {"T": tokens}, chip)
-        assert used == footprint(program, chip.align)
+        used = simulate_program(program, given, {"T": tokens}, chip)
+        assert used == memory_footprint(program, chip.align)
         assert all(used[memory] <= chip.capacity[memory] for memory in used)
     return tensors["y"].astype(np.float32)
 
@@ -178,8 +182,11 @@ def test_sort_lists_pairs_and_tiles_as_its_op_does(name, experts, chosen, tokens
     e = Experts(experts, chosen, 1, 1, Packing("bf16", 1, 1), Packing("bf16", 1, 1))
     found = {"order": np.zeros(pairs, np.int32), "tiles": np.full((len(TILE_ROWS), 3, pairs), -1, np.int32)}
     layout = layout_of(profile)
-    simulate(
-        sort(e, layout), {"ids": ids.reshape(-1).astype(np.int32), **found}, {"T": tokens}, chip_of(profile, layout)
+    simulate_program(
+        sort_kernel(e, layout),
+        {"ids": ids.reshape(-1).astype(np.int32), **found},
+        {"T": tokens},
+        chip_of(profile, layout),
     )
     declare_kernel_ops()
     order, tiles = (x.numpy() for x in OPS["acc.sort"].reference(torch.tensor(ids), experts=experts))
@@ -240,4 +247,4 @@ def test_a_path_that_the_chip_lacks_is_refused():
     tensors["h"] = np.zeros((10, e.inner), BF16)
     given = {a.name: tensors[a.name] for a in program.arguments}
     with pytest.raises(MoecError, match="no path from"):
-        simulate(program, given, {"T": 5}, chip_of(old, layout))
+        simulate_program(program, given, {"T": 5}, chip_of(old, layout))

@@ -15,7 +15,7 @@ from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.kernels import latent
 from moec.targets.accelerator.kernels.attention import Attention, attention_kernel
 from moec.targets.accelerator.kernels.choices import AttentionTile, RowTile, Tile
-from moec.targets.accelerator.kernels.latent import Expand, LatentAppend, expand, latent_append
+from moec.targets.accelerator.kernels.latent import Expand, LatentAppend, expand_kernel, latent_append
 from moec.targets.accelerator.run.artifact import Weights, read_kernels
 from moec.targets.accelerator.run.executor import Executor
 from moec.targets.accelerator.run.launchers import Simulated
@@ -42,7 +42,7 @@ def test_keys_and_values_of_latents(name, form, turned):
     p = Expand(heads, rows, depth, packing, turned)
     tile = Tile(16, max(packing.step, 32), 32) if turned else Tile(16, 32, max(packing.step, 32))
     scalars = {"B": batch, "S": new, "P": past, "C": past + new + 4}
-    y = run(expand(p, tile, layout), chip, scalars, latent=cached, **named(parts, "w"))["y"]
+    y = run(expand_kernel(p, tile, layout), chip, scalars, latent=cached, **named(parts, "w"))["y"]
     close(y, torch.einsum("btr,hnr->bhtn", cached[:, 0, : past + new], each), 5e-3)
 
 
@@ -51,7 +51,7 @@ def test_a_window_leaves_out_what_no_new_token_sees():
     parts, w = weight(Packing("bf16", 32, 16), np.random.default_rng(0))
     p, cached = Expand(2, 16, 16, Packing("bf16", 32, 16), window=4), bf16(numbers(1, 1, 12, 16))
     scalars = {"B": 1, "S": 2, "P": 10, "C": 12}
-    y = run(expand(p, Tile(16, 16, 16), layout), chip, scalars, latent=cached, **named(parts, "w"))["y"]
+    y = run(expand_kernel(p, Tile(16, 16, 16), layout), chip, scalars, latent=cached, **named(parts, "w"))["y"]
     made = torch.tensor(y.astype(np.float32))
     close(made[:, :, 7:], torch.einsum("btr,hnr->bhtn", cached[:, 0, 7:], bf16(w).reshape(2, 16, 16)), 5e-3)
     assert (made[:, :, :7] == 77).all()  # as the simulator gave it

@@ -11,9 +11,9 @@ from moec.compiler.ir.fragments import parse_activation
 from moec.compiler.ops import OPS
 from moec.targets.accelerator import ops
 from moec.targets.accelerator.kernels.choices import RowTile, Tile
-from moec.targets.accelerator.kernels.dense import Linear, linear, linear_sum
-from moec.targets.accelerator.kernels.experts import Experts, grouped_down, grouped_up, sort
-from moec.targets.accelerator.kernels.low_precision import Quantize, quantize
+from moec.targets.accelerator.kernels.dense import Linear, linear_kernel, linear_sum
+from moec.targets.accelerator.kernels.experts import Experts, grouped_down, grouped_up, sort_kernel
+from moec.targets.accelerator.kernels.low_precision import Quantize, quantize_kernel
 from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.packing import Packing
 
@@ -30,7 +30,7 @@ def rounded(name, x, to="fp8_g128"):
     """Return codes and scales that the kernel makes of rows, and the numbers that they represent."""
     layout, chip = CHIPS[name]
     form, width = format_of(to), x.shape[-1]
-    found = run(quantize(Quantize(width, to), RowTile(4, 256), layout), chip, {"T": len(x)}, x=x)
+    found = run(quantize_kernel(Quantize(width, to), RowTile(4, 256), layout), chip, {"T": len(x)}, x=x)
     codes, scales = found["y_codes"], np.repeat(found["y_scales"], form.group, 1)[:, :width].astype(np.float32)
     if form.element == "e2m1":
         codes = E2M1[np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1)]
@@ -64,7 +64,7 @@ def test_linear_of_codes_under_powers_of_two(name, given, form):
         rows_in, x = rounded(name, random(rng, 19, depth), given)
         p = Linear(rows, depth, packing, dtype=given, out="f32")
         codes_in = {f"x{part.removeprefix('y')}": value for part, value in rows_in.items()}
-        y = run(linear(p, Tile(16, 32, k, 1), layout), chip, {"T": 19}, **codes_in, **named(parts, "w"))["y"]
+        y = run(linear_kernel(p, Tile(16, 32, k, 1), layout), chip, {"T": 19}, **codes_in, **named(parts, "w"))["y"]
         close(y, x @ w.T, 1e-6)
 
 
@@ -91,9 +91,9 @@ def test_linear_of_codes(name, form):
         codes, x = rounded(name, random(rng, 19, depth))
         given = {f"x{part.removeprefix('y')}": value for part, value in codes.items()} | named(parts, "w")
         p = Linear(rows, depth, packing, dtype="fp8_g128", out="f32")
-        y = run(linear(p, Tile(16, n, 128, 1), layout), chip, {"T": 19}, **given)["y"]
+        y = run(linear_kernel(p, Tile(16, n, 128, 1), layout), chip, {"T": 19}, **given)["y"]
         close(y, x @ w.T, 1e-6)
-        sums = run(linear(p, Tile(16, n, 128, 1), layout, 2), chip, {"T": 19}, **given)["parts"]
+        sums = run(linear_kernel(p, Tile(16, n, 128, 1), layout, 2), chip, {"T": 19}, **given)["parts"]
         close(run(linear_sum(p, Tile(4, 32, 0), layout, 2), chip, {"T": 19}, parts=sums)["y"], x @ w.T, 1e-6)
 
 
@@ -108,11 +108,11 @@ def test_fnuz_bits_are_half_of_the_numbers():
     x[2], x[:, 5] = 0, -1e-6
     wanted = OPS["acc.quantize"].reference(x, to="fp8_g128")
     p = Quantize(256, "fp8_g128", bits="f8e4m3fnuz")
-    codes = run(quantize(p, RowTile(4, 256), layout), chip, {"T": 19}, x=x)
+    codes = run(quantize_kernel(p, RowTile(4, 256), layout), chip, {"T": 19}, x=x)
     assert (codes["y_codes"].view(np.uint8) != 128).all()
     given = {f"x{part.removeprefix('y')}": value for part, value in codes.items()} | named(parts, "w")
     y = run(
-        linear(Linear(40, 256, packing, dtype="fp8_g128", out="f32"), Tile(16, 32, 128, 1), layout),
+        linear_kernel(Linear(40, 256, packing, dtype="fp8_g128", out="f32"), Tile(16, 32, 128, 1), layout),
         chip,
         {"T": 19},
         **given,
@@ -136,7 +136,7 @@ def test_experts_of_codes(act):
     gates = torch.tensor(rng.random((count, chosen)), dtype=torch.float32)
     scalars, tile = {"T": count}, Tile(16, 64, 128)
     x_codes, x = rounded(name, random(rng, count, hidden))
-    lists = run(sort(e, layout), chip, scalars, ids=ids)
+    lists = run(sort_kernel(e, layout), chip, scalars, ids=ids)
     given = {"x_codes": x_codes["y_codes"], "x_scales": x_codes["y_scales"]}
     h = run(grouped_up(e, tile, layout), chip, scalars, **given, **lists, **named(up_parts, "up"))["h"]
     order, tiles = (torch.tensor(lists[n]).long() for n in ("order", "tiles"))
@@ -152,7 +152,7 @@ def test_experts_of_codes(act):
 def test_codes_meet_weights_of_their_kind_only():
     layout, _ = CHIPS["hopper"]
     with pytest.raises(MoecError, match="codes of fp8_g128 are not multiplied with int8_g128"):
-        linear(Linear(64, 256, Packing("int8_g128", 64, 256), dtype="fp8_g128"), Tile(16, 32, 128), layout)
+        linear_kernel(Linear(64, 256, Packing("int8_g128", 64, 256), dtype="fp8_g128"), Tile(16, 32, 128), layout)
 
 
 def test_what_is_rounded_is_chosen_by_an_option_and_the_chip():

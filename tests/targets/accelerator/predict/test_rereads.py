@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from chips_for_tests import CHIPS, profile_of
 from moec.targets.accelerator.kernels.choices import Tile
-from moec.targets.accelerator.kernels.dense import Linear, linear
+from moec.targets.accelerator.kernels.dense import Linear, linear_kernel
 from moec.targets.accelerator.kernels.experts import Experts, grouped_up
 from moec.targets.accelerator.kernels.order import axis_of_tiles
 from moec.targets.accelerator.predict.experts_touched import expected_tiles
@@ -23,7 +23,7 @@ ROWS, DEPTH, TOKENS = 4096, 512, 2048
 
 def product_of(group):
     p = Linear(ROWS, DEPTH, Packing("bf16", ROWS, DEPTH))
-    program = linear(p, Tile(128, 128, 64, group=group), LAYOUT)
+    program = linear_kernel(p, Tile(128, 128, 64, group=group), LAYOUT)
     return program, count_program(program, {"T": TOKENS}, {})
 
 

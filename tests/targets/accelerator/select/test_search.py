@@ -13,7 +13,7 @@ from moec.targets.accelerator.predict.experts_touched import distinct_experts, e
 from moec.targets.accelerator.select.dense import linear_implementations
 from moec.targets.accelerator.select.experts import touched_shares
 from moec.targets.accelerator.select.implementations import Tokens
-from moec.targets.accelerator.select.search import KernelTemplate, row_choices, search_tile, shapes
+from moec.targets.accelerator.select.search import KernelTemplate, row_choices, search_tile, tile_shapes
 from moec.targets.accelerator.tile.packing import Packing
 
 FORMATS = ("bf16", "int4_g128", "fp8_b128", "mxfp4")
@@ -30,7 +30,7 @@ def kernel_of(hidden, inner, experts, chosen, format, tokens):
     )
     return KernelTemplate(
         "grouped_up", lambda t, layout: grouped_up(e, t, layout), {"T": tokens},
-        shapes(row_choices(tokens * chosen / experts), e.up.step),
+        tile_shapes(row_choices(tokens * chosen / experts), e.up.step),
         lambda t: {"tile": expected_tiles(experts, chosen, tokens, t.m)}, touched_shares(e, "up", tokens),
     )  # fmt: skip
 

@@ -9,8 +9,8 @@ import torch
 from chips_for_tests import needs_triton
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator.kernels.choices import Tile
-from moec.targets.accelerator.kernels.dense import Linear, linear
-from moec.targets.accelerator.kernels.experts import Experts, combine, grouped_down, grouped_up, sort
+from moec.targets.accelerator.kernels.dense import Linear, linear_kernel
+from moec.targets.accelerator.kernels.experts import Experts, combine_kernel, grouped_down, grouped_up, sort_kernel
 from moec.targets.accelerator.run.launch import GpuKernel, median_seconds
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.packing import Packing
@@ -21,8 +21,8 @@ from moec.targets.accelerator.triton.predict import (
     agrees_with_prediction,
     matrix_unit,
     predict_shared,
+    predict_spills,
     predict_units,
-    spills,
 )
 from moec.targets.accelerator.triton.source import triton_source
 from moec.targets.accelerator.triton.workers import compile_all
@@ -247,14 +247,16 @@ def test_shared_memory_is_what_was_predicted(compiled):
 def test_sums_that_are_stored_pass_through_the_bytes_that_were_predicted():
     tiles = (Tile(256, 64, 32, 2, 8), Tile(16, 256, 64, 2, 2), Tile(64, 128, 32, 1, 4), Tile(128, 32, 64, 2, 8))
     cases = [(a, out, t) for a in ("sm_89", "sm_90", "sm_121") for out in ("f32", "bf16") for t in tiles]
-    programs = [linear(Linear(512, 1024, Packing("bf16", 512, 1024), out=out), t, LAYOUT) for _, out, t in cases]
+    programs = [linear_kernel(Linear(512, 1024, Packing("bf16", 512, 1024), out=out), t, LAYOUT) for _, out, t in cases]
     jobs = [compile_request_of(p, arch, t.warps) for p, (arch, _, t) in zip(programs, cases, strict=True)]
     found = {}
     for case, program, result in zip(cases, programs, compile_all(jobs, 2), strict=True):
         assert not isinstance(result, MoecError), (case, str(result))
         assert predict_shared(program, case[0], case[2].warps) == result.shared, case
         found[case] = result.shared
-    exact = linear(Linear(512, 1024, Packing("f32", 512, 1024), dtype="f32", out="f32"), Tile(16, 64, 32, 1, 4), LAYOUT)
+    exact = linear_kernel(
+        Linear(512, 1024, Packing("f32", 512, 1024), dtype="f32", out="f32"), Tile(16, 64, 32, 1, 4), LAYOUT
+    )
     assert predict_shared(exact, "sm_90", 4) == compile_kernel(exact, "sm_90", 4).shared == (16 + 64) * 32 * 4
     # these sums, and not the loop's operands, are what the block needs the memory for
     assert found["sm_121", "f32", tiles[0]] > found["sm_121", "bf16", tiles[0]] == (256 + 64) * 32 * 2
@@ -268,15 +270,15 @@ def test_the_units_of_tiles():
 
 def test_sums_that_do_not_fit_the_registers_are_said_to_spill():
     e = experts("bf16")
-    assert spills(grouped_up(e, Tile(128, 128, 64), LAYOUT), "sm_90", 4)
-    assert not spills(grouped_up(e, Tile(128, 128, 64), LAYOUT), "sm_90", 8)
-    assert spills(grouped_up(experts("fp8_b128"), Tile(128, 64, 128), LAYOUT), "sm_90", 4)
+    assert predict_spills(grouped_up(e, Tile(128, 128, 64), LAYOUT), "sm_90", 4)
+    assert not predict_spills(grouped_up(e, Tile(128, 128, 64), LAYOUT), "sm_90", 8)
+    assert predict_spills(grouped_up(experts("fp8_b128"), Tile(128, 64, 128), LAYOUT), "sm_90", 4)
 
 
 @needs_triton
 def test_the_kernels_without_products_compile_and_objects_reproduce():
     e = experts("bf16")
-    for program in (sort(e, LAYOUT), combine(e, 512, LAYOUT)):
+    for program in (sort_kernel(e, LAYOUT), combine_kernel(e, 512, LAYOUT)):
         first = compile_kernel(program, "sm_90", 4)
         assert not first.uses and not first.spills
         compile_request.cache_clear()
@@ -287,7 +289,7 @@ def test_the_kernels_without_products_compile_and_objects_reproduce():
 
 @needs_triton
 def test_one_kernel_that_fails_fails_alone():
-    program = combine(experts("bf16"), 512, LAYOUT)
+    program = combine_kernel(experts("bf16"), 512, LAYOUT)
     good, bad = compile_request_of(program, "sm_90", 4), compile_request_of(program, "sm_90", 3)
     dies = compile_request_of(program, "sm_90", 4, "import os\nos._exit(3)\n")
     results = compile_all([good, bad, dies, good], 2)
@@ -299,7 +301,7 @@ def test_one_kernel_that_fails_fails_alone():
 
 def test_without_triton_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    program = combine(experts("bf16"), 512, LAYOUT)
+    program = combine_kernel(experts("bf16"), 512, LAYOUT)
     assert "def combine(" in triton_source(program)
     compile_request.cache_clear()
     with pytest.raises(MoecError) as error:
@@ -311,7 +313,7 @@ def test_without_triton_it_is_said_what_to_install(monkeypatch):
 def test_a_launch_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    kernel = GpuKernel(combine(experts("bf16"), 512, LAYOUT))
+    kernel = GpuKernel(combine_kernel(experts("bf16"), 512, LAYOUT))
     tensors = {"rows": torch.zeros(2, 512, dtype=torch.bfloat16), "y": torch.zeros(1, 512, dtype=torch.bfloat16)}
     with pytest.raises(MoecError, match="kernels run on a GPU, not on cpu"):
         kernel(tensors, {"T": 1})
