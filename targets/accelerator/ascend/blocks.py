@@ -30,12 +30,14 @@ def one_block_a_core(program: Program, blocks: int) -> Program:
     types = dict.fromkeys((*program.scalars, core, point), INT)
     extents = [f"({extent})" for _, extent in program.grid]
     points = " * ".join(extents)
+    # a divisor is at least 1, which can be seen of it: where an extent is 0 the loop computes no point
+    divisors = [f"maximum({extent}, 1)" for extent in extents]
     before: list[Statement] = []
     for number, (name, _) in enumerate(program.grid):
-        faster = " * ".join(extents[:number])
+        faster = " * ".join(divisors[:number])
         own = f"({point} // ({faster}))" if faster else point
         last = number == len(extents) - 1
-        before.append(Let(name, parse_expr(own if last else f"{own} % {extents[number]}", types)))
+        before.append(Let(name, parse_expr(own if last else f"{own} % {divisors[number]}", types)))
     loop = For(
         point,
         parse_expr(core, types),

@@ -1,22 +1,16 @@
 """Whole models of the families through an accelerator's kernels, in the simulator, against transformers in f32 and bf16."""
 
 import os
-import re
 import subprocess
 import sys
 
 import moec
-import numpy as np
 import pytest
-import torch
 from chips_for_tests import needs_triton
-from moec.compiler.formats.table import NAMED
 from moec.compiler.frontends.families import FAMILIES
-from moec.compiler.runtime.compare import token_differences
 from moec.targets.accelerator.run.launchers import Simulated
-from moec.targets.accelerator.tile.packing import reads_format
-from places import SUPPORT, TINY
-from tiny_models import meaning, random_model
+from places import SUPPORT
+from tiny_models import random_model
 from whole_models import check_near, run_beside, takes_padding
 
 STEPS = 3
@@ -31,15 +25,6 @@ OTHERS = (
     ("dots3_note_text", "amd-mi355x"), ("nemotron_h", "nvidia-h200"), ("axk2", "cambricon-mlu370"),
 )  # fmt: skip
 CHIPS = ("nvidia-h200", "amd-mi355x", "ascend-950dt", "cambricon-mlu370")
-SPECS = (  # every stored format that kernels read, integers in several groups, in experts and in linears
-    "experts=int4,attention=uint8_g64,head=int4_g128",
-    "int8",
-    "experts=uint4_g16,attention=int8_g16,head=uint4_g256",
-    "experts=mxfp4,attention=nvfp4,head=fp8_b128",
-    "experts=nvfp4,attention=fp8_g128,head=mxfp4",
-    "experts=mxfp8,attention=mxfp4,head=mxfp8",
-    "experts=fp8_b128,attention=mxfp4,head=nvfp4",
-)
 QUICK = (("gpt_oss", "amd-mi355x"),)
 LONG = [
     pytest.param(f, c, marks=pytest.mark.long) for f in (*ATTENTION, *RECURRENT) for c in CHIPS if (f, c) not in QUICK
@@ -95,33 +80,6 @@ def test_both_forms_of_latent_attention(family, tmp_path, monkeypatch):
         check_near(far, (slice(1), slice(1, None)) if steps else (slice(None),))
         assert any("expand_keys" in name for name in ran) == expanded
         assert any("absorb" in name for name in ran) == (steps > 0 or not expanded)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("spec", SPECS)
-def test_stored_formats(spec, chip, tmp_path):
-    """Against the program with the numbers that the codes stand for: a prefill and a cached step.
-
-    It is the one before lowering, but for fp8: with its weights activations are rounded.
-    """
-    stage, tolerance = ("kernel", 0.03) if "fp8" in spec else ("moe", 0.01)
-    options = {"kernels": "source", "buckets": "1,16"}
-    artifact = moec.compile(TINY, target=chip, out=tmp_path / "a", quantize=spec, options=options)
-    session, run = artifact.session(threads=1), meaning(TINY, spec, chip, stage)
-    ids = np.arange(50, 61)[None]
-    mask, positions = np.ones((1, 12), np.int64), np.arange(12)[None]
-    found, states = session.step(ids, mask[:, :11], positions[:, :11])
-    step, _ = session.step(np.array([[61]]), mask, positions[:, 11:], states)
-    empty = [torch.zeros([{"B": 1, "P": 0}.get(n, n) for n in e["shape"]]) for e in artifact.manifest["states"]]
-    whole = [torch.from_numpy(a) for a in (np.append(ids, [[61]], 1), mask, positions)]
-    wanted = run([*whole, *empty])[0].numpy()
-    off = token_differences(np.concatenate([found, step], 1), wanted)
-    assert np.median(off) <= tolerance and off[-1] <= 2 * tolerance
-
-
-def test_every_named_format_is_among_them():
-    assert not {f.name for f in NAMED if reads_format(f)} - set(re.split("[=,]", ",".join(SPECS)))
 
 
 @needs_triton
