@@ -1,4 +1,4 @@
-"""A driver of a GPU that is none: it runs kernels in the simulator, from the addresses that a launch gives.
+"""A stand-in for the driver of a GPU: it runs kernels in the simulator, from the addresses that a launch gives.
 
 `install` puts it in the place of NVIDIA's or AMD's driver, and of what torch does to capture a graph: operators of torch
 are recorded and run again when a graph is replayed, kernels are run with what their nodes were last told.

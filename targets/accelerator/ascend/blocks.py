@@ -1,4 +1,4 @@
-"""Makes a program run as one block on each core, in which a loop takes the points of the grid in turn.
+"""Makes a program run as one block on each core, in which a loop takes points of the grid one after another.
 
 An Ascend runs as many blocks at once as it has cores; those of a larger grid are started in rounds, each of which costs what
 a start costs.

@@ -63,7 +63,7 @@ def test_a_rewritten_program_computes_the_same(label, program, given, newer):
 
 @pytest.mark.parametrize("label, program, given", REWRITTEN, ids=[case[0] for case in REWRITTEN])
 def test_one_block_a_core_computes_the_same(label, program, given):
-    """Three blocks, which take the points of the grid in turn: what the simulator counts as written stays written once."""
+    """Three blocks, which take points of the grid one after another: what the simulator counts as written stays written once."""
     _, chip = CHIPS["ascend-950"]
     roomy = replace(chip, capacity=dict.fromkeys(chip.capacity, 1 << 30))
     looped = one_block_a_core(program, 3)

@@ -115,7 +115,7 @@ def test_states_do_not_change_under_the_hands_of_others(session):
             session.step(*given)
 
 
-# --- objects, by a driver that is none -----------------------------------------------------------------------------
+# --- objects, by a stand-in for a driver --------------------------------------------------------------------------
 
 
 def by_objects(session, folder, monkeypatch, arch, hip=None):
