@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,3 @@ def register_kernels(options: Any, folder: Path, manifest: Mapping[str, Any]) ->
         options.register_custom_ops_library(str(path))
     except Exception as error:  # onnxruntime's own classes, one a code
         raise MoecError(f"the system cannot load the kernels: {error}", where=str(path)) from error
-
-
-def kernels_that_run(folder: Path) -> str | None:
-    """Return the instruction set of the kernels that an artifact runs here; None where it runs ONNX Runtime's own."""
-    place = this_platform()
-    if place is None or not (folder / place.file).is_file():
-        return None
-    library = ctypes.CDLL(str(folder / place.file))
-    library.moec_kernels.restype = ctypes.c_char_p
-    name = library.moec_kernels()
-    return name.decode() if name else None

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.targets.cpu.kernels import library
 from moec.targets.cpu.kernels.nodes import use_kernels
-from moec.targets.cpu.kernels.register import kernels_that_run
 from onnx import TensorProto, helper, numpy_helper
 from places import TINY
 
@@ -335,13 +334,6 @@ def test_a_changed_library_is_refused(artifact, tmp_path, change):
         path.write_bytes(content[: len(content) // 2] if change == "short" else content[:-1] + b"\x01")
     with pytest.raises(MoecError, match=r"not as it was written|lacks"):
         moec.load(folder).session()
-
-
-def test_the_kernels_of_this_processor_are_named(artifact, monkeypatch):
-    monkeypatch.setenv("MOEC_CPU_KERNELS", PLAIN)
-    assert kernels_that_run(artifact) == PLAIN
-    monkeypatch.setenv("MOEC_CPU_KERNELS", NONE)
-    assert kernels_that_run(artifact) is None
 
 
 # --- compiling ---------------------------------------------------------------------------------------------------
