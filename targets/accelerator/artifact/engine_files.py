@@ -56,6 +56,7 @@ DEVICES: Mapping[str, str] = {  # profile -> torch.cuda.get_device_name() as the
     "amd-mi350x": "AMD_Instinct_MI350X",
     "amd-mi355x": "AMD_Instinct_MI355X",
 }
+NOT_ASKED = "no tuning files of vLLM or SGLang were written: they would be predictions, and -D engines=vllm,sglang asks for them"
 TRITON = "3.4.0"  # the version of the folder that SGLang looks into
 FOLDERS = {"vllm": "vllm", "sglang": f"sglang/configs/triton_{TRITON.replace('.', '_')}"}
 
@@ -181,7 +182,13 @@ def _tuning_entry(tile: Tile, e: Experts, profile: Profile) -> dict[str, int]:
 def engine_files(
     problems: Iterable[Problem], profile: Profile, tuning: Tuning
 ) -> tuple[dict[str, Mapping[str, Any]], tuple[Note, ...]]:
-    """Return the files for all routed experts of a model by their paths, and notes: what is left out, and what they are."""
+    """Return the files for all routed experts of a model by their paths, and notes: what is left out, and what they are.
+
+    Where no engine is asked for there are no files, and one note says so for chips that the engines run on.
+    """
+    if not tuning.engines:
+        left_out = any(True for _ in problems) and profile.name in DEVICES
+        return {}, (Note(NOT_ASKED),) if left_out else ()
     device = tuning.device or DEVICES.get(profile.name)
     files: dict[str, Mapping[str, Any]] = {}
     made: dict[tuple[Problem, Shard], Mapping[str, Any]] = {}

@@ -16,6 +16,7 @@ from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.artifact import objects
 from moec.targets.accelerator.artifact.device_placement import place_on_devices
 from moec.targets.accelerator.artifact.engine_files import (
+    NOT_ASKED,
     Shard,
     engine_files,
     file_name,
@@ -289,7 +290,7 @@ def test_a_shard_of_experts_has_its_share_of_the_pairs(problem):
 
 
 def test_tuning_files_are_opt_in(artifact, tmp_path):
-    assert not (artifact.folder / "engines").exists() and "notes" not in artifact.manifest["figures"]
+    assert not (artifact.folder / "engines").exists() and artifact.manifest["figures"]["notes"] == [NOT_ASKED]
     options = {"kernels": "source", "buckets": "16", "engines": "vllm,sglang", "device": "NVIDIA H20-3e"}
     made = moec.compile(TINY, target="nvidia-h20", out=tmp_path / "a", options=options)
     assert made.manifest["figures"]["notes"] == [PREDICTED]
