@@ -25,6 +25,7 @@ FLOORS = (
     {"compiler/check", "compiler/frontends", "targets/target"},
     {"compiler/rewrite"},
     {"targets/accelerator", "targets/cpu"},
+    {"targets/systems"},
     {"targets"},
     {"compiler/runtime"},
     {"compiler/quantize"},

@@ -247,11 +247,11 @@ def inspect(
 
 
 @main.command("list", epilog=examples_epilog("moec list passes", "moec list ops --json"))
-@click.argument("what", type=click.Choice(["passes", "ops", "rules", "families"]))
+@click.argument("what", type=click.Choice(["passes", "ops", "rules", "families", "systems"]))
 @json_option
 @debug_option
 def list_(what: str, as_json: bool) -> None:
-    """List passes, ops, rules or model families.
+    """List passes, ops, rules, model families or systems.
 
     Families are those that the tests check; any causal LM of the installed transformers may be compiled.
     """

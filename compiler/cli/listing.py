@@ -89,6 +89,13 @@ def list_families() -> Rows:
     return [{column: getattr(family, column) for column in columns} for family in FAMILIES.values()]
 
 
+def list_systems() -> Rows:
+    """Return the systems that moec brings along; a file of the user's own may be another one."""
+    from ...targets.systems.describe import list_systems as rows
+
+    return rows()
+
+
 def list_targets(name: str | None = None) -> Rows:
     """Return the targets, or one with all that is known of it; MoecError for an unknown name."""
     from ...targets import TARGETS, unknown_target

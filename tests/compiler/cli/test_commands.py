@@ -219,7 +219,8 @@ def test_opt_dumps(program, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "name"), [("ops", "moe.experts"), ("passes", "lift-moe"), ("families", "Mixtral"), ("rules", None)]
+    ("what", "name"),
+    [("ops", "moe.experts"), ("passes", "lift-moe"), ("families", "Mixtral"), ("rules", None), ("systems", "hgx-h200")],
 )
 def test_lists(what, name):
     rows = json.loads(invoke("list", what, "--json").stdout, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))

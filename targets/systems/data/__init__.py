@@ -1,0 +1,1 @@
+"""The systems that moec brings along, one TOML file each."""
