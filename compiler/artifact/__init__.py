@@ -1,1 +1,1 @@
-"""What is on disk: the manifest moec.json, and folders that appear whole or not at all."""
+"""What is on disk: the manifest moec.json, folders that appear whole or not at all, and the user's cache."""

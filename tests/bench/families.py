@@ -3,8 +3,9 @@
     python tests/bench/families.py                                  # every family, nvidia-h200 and amd-mi355x, all buckets
     python tests/bench/families.py --families jamba,olmoe --targets nvidia-b200 --buckets 1,64
 
-Equal kernels are compiled once. A line for each family and chip is printed as it is found; the exit code is 1 where a family
-does not compile, a kernel has no object, or one spills. No GPU is needed; all of it takes an hour or more.
+A line for each family and chip is printed as it is found; the exit code is 1 where a family does not compile, a kernel has
+no object, or one spills. No GPU is needed; all of it takes an hour or more, but kernels that are in the user's cache since an
+earlier run are not compiled again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from moec.compiler.ir.module import Module
 from moec.targets.accelerator.artifact.objects import compile_kernels
 from moec.targets.accelerator.artifact.spec import BUCKETS, kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.triton.compile import Compiled, Request
-from moec.targets.accelerator.triton.workers import compile_all
 
 TARGETS = ("nvidia-h200", "amd-mi355x")
 
@@ -55,24 +54,10 @@ class Row:
         return f"{self.kernels:4d} kernels, {'; '.join(wrong) or 'no spills'}; torch runs {', '.join(self.framework)}"
 
 
-class Remembering:
-    """Compiles kernels, each once in the life of the script."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._made: dict[Request, Compiled | MoecError] = {}
-
-    def __call__(self, wanted: Sequence[Request], jobs: int) -> list[Compiled | MoecError]:
-        """Return what was made of each request."""
-        new = [one for one in dict.fromkeys(wanted) if one not in self._made]
-        self._made |= dict(zip(new, compile_all(new, jobs), strict=True))
-        return [self._made[one] for one in wanted]
-
-
-def compiled(module: Module, target: str, buckets: Sequence[int], make: Remembering) -> Row:
+def compiled(module: Module, target: str, buckets: Sequence[int]) -> Row:
     """Return what came of the kernels of a lowered module."""
     profile = find_profile(target, {})
-    kernels = compile_kernels(kernel_specs(module, profile, buckets), profile, "kernels", make).kernels
+    kernels = compile_kernels(kernel_specs(module, profile, buckets), profile, "kernels").kernels
     objects = {k.name: k.objects[profile.arch or ""] for k in kernels.kernels}
     return Row(
         len(objects),
@@ -92,7 +77,7 @@ def main() -> int:
     if unknown := set(given.families.split(",")) - set(FAMILIES):
         parser.error(f"there is no family {', '.join(sorted(unknown))}; moec list families shows them")
     warnings.filterwarnings("ignore")
-    make, wrong = Remembering(), 0
+    wrong = 0
     for name in given.families.split(","):
         if not hasattr(transformers, FAMILIES[name].config_class):
             print(
@@ -103,7 +88,7 @@ def main() -> int:
         for target in given.targets.split(","):
             try:
                 module = driver.compile(model, target, stop_after="kernel")
-                row = compiled(module, target, tuple(map(int, given.buckets.split(","))), make)
+                row = compiled(module, target, tuple(map(int, given.buckets.split(","))))
             except MoecError as error:
                 row = Row(0, error=str(error).replace("\n", " "))
             wrong += not row.good

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ....compiler.artifact.atomic import MARK, atomic_folder
+from ....compiler.artifact.user_cache import cache_folder
 from ....compiler.errors import MoecError
 from ..tile.tiles import Program
 from ..triton.source import pointer_name, triton_source
@@ -91,9 +92,8 @@ def is_newer(arch: str) -> bool:
 
 
 def default_folder() -> Path:
-    """Return where the environment lies unless another folder is named: below $XDG_CACHE_HOME, or ~/.cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # of the XDG rules: a path that is not absolute does not count
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "moec" / REQUIREMENTS[0].replace("==", "-")
+    """Return where the environment lies unless another folder is named: in the user's cache."""
+    return cache_folder() / REQUIREMENTS[0].replace("==", "-")
 
 
 def open_environment(folder: Path | None = None, create: bool = False, python: str | None = None) -> Environment | None:

@@ -11,7 +11,6 @@ import linecache
 import re
 import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Compiled:
     `registers` a thread, `shared` bytes a block, `tensor_memory` columns of sm_100's. `spills`: bytes of local memory a
     thread; `scalar_spills`: scalar registers that AMD's compiler keeps in vector ones. `limit`: how many registers the
     assembler was told to take at most (Triton's maxnreg), where its own choice would have spilled. `uses`: which of
-    UNITS it computes products with. `seconds`: what compiling took.
+    UNITS it computes products with.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Compiled:
     scalar_spills: int
     limit: int | None
     uses: frozenset[str]
-    seconds: float
 
     @property
     def suffix(self) -> str:
@@ -136,7 +134,6 @@ def compile_request(wanted: Request) -> Compiled:
     aligned = {(i,): [["tt.divisibility", ALIGN]] for i, (_, dtype) in enumerate(signature) if dtype.startswith("*")}
     row = architecture_of(arch)
     target = GPUTarget(row.backend, int(arch[3:]) if row.backend == "cuda" else arch, row.warp)
-    begin = time.monotonic()
 
     def build(limit: int | None) -> Compiled:
         options = {"num_warps": warps, "enable_fp_fusion": True} | ({"maxnreg": limit} if limit else {})
@@ -153,7 +150,7 @@ def compile_request(wanted: Request) -> Compiled:
         read = (_read_nvidia if row.backend == "cuda" else _read_amd)(triton, made)
         return Compiled(
             name, arch, warps, **read, limit=limit, shared=made.metadata.shared,
-            tensor_memory=columns, seconds=time.monotonic() - begin,
+            tensor_memory=columns,
         )  # fmt: skip
 
     found = build(None)

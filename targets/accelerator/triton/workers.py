@@ -13,12 +13,13 @@ from typing import Any, BinaryIO
 
 from ....compiler.errors import MoecError
 from .compile import Compiled, Request, compile_request, triton_module
+from .kept import keep_kernel, recall_kernel
 
 
 def compile_all(wanted: Sequence[Request], jobs: int = 1) -> list[Compiled | MoecError]:
-    """Compile each request in one of `jobs` processes and return, in order, what it gave; equal ones are compiled once.
+    """Compile each request in one of `jobs` processes and return, in order, what it gave.
 
-    MoecError where Triton is not installed; what does not compile is returned as one.
+    Equal ones are compiled once, those that the user's cache has not at all. MoecError where Triton is not installed; what does not compile is returned as one.
     """
     triton_module()
     waiting = list(dict.fromkeys(wanted))[::-1]
@@ -32,7 +33,7 @@ def compile_all(wanted: Sequence[Request], jobs: int = 1) -> list[Compiled | Moe
                     one = waiting.pop()
                 except IndexError:  # another took the last
                     return
-                found[one] = worker.compile(one)
+                found[one] = recall_kernel(one) or worker.compile_and_keep(one)
         finally:
             worker.stop()
 
@@ -47,6 +48,12 @@ class _Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._messages: Any = None
+
+    def compile_and_keep(self, wanted: Request) -> Compiled | MoecError:
+        made = self.compile(wanted)
+        if isinstance(made, Compiled):
+            keep_kernel(wanted, made)
+        return made
 
     def compile(self, wanted: Request) -> Compiled | MoecError:
         if self._process is None:

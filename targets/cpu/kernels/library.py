@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import platform
 import re
 import shlex
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ....compiler.artifact.user_cache import cache_folder, keep_file
 from ....compiler.errors import MoecError, write_error
 
 SOURCES = Path(__file__).with_name("source")
@@ -94,7 +94,7 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
     options = (*OPTIONS, *place.options)
     if compiler.crosses:
         options = (*options, "-s", "-target", place.triple, f"-mcpu={place.processor}")
-    kept = _cache_folder() / f"{_library_fingerprint(compiler, options)}.{place.suffix}"
+    kept = cache_folder() / "kernels" / f"{_library_fingerprint(compiler, options)}.{place.suffix}"
     if kept.is_file():
         return kept.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +107,7 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
             command, f"the kernels for {place.name} do not compile", "report it, or compile with -D kernels=onnxruntime"
         )
         content = made.read_bytes()
-    _keep_library(kept, content)
+    keep_file(kept, content)
     return content
 
 
@@ -117,22 +117,6 @@ def _library_fingerprint(compiler: Compiler, options: Sequence[str]) -> str:
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moec" / "kernels"
-
-
-def _keep_library(path: Path, content: bytes) -> None:
-    """Write a library to the cache, whole or not at all; a cache that cannot be written only costs time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError:
-        return
 
 
 def _run_compiler(command: Sequence[str], what: str, todo: str) -> str:

@@ -126,7 +126,7 @@ def made(wanted, spills=0, limit=None):
     """Return what a compiler might have made of a request."""
     return Compiled(
         wanted.name, wanted.arch, wanted.warps, b"object", "", registers=32, shared=1024, tensor_memory=0, spills=spills,
-        scalar_spills=0, limit=limit, uses=frozenset({"wgmma"}), seconds=0.1,
+        scalar_spills=0, limit=limit, uses=frozenset({"wgmma"}),
     )  # fmt: skip
 
 
