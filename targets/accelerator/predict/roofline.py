@@ -153,8 +153,8 @@ def framework_row(work: Work, amounts: Amounts, rates: Rates) -> Row:
 
 
 def kernel_row(work: Work, amounts: Amounts, found: Sequence[Prediction]) -> Row:
-    """Return an op that kernels compute one after the other: all of its calls."""
-    parts = _sum_maps([{name: getattr(p, name) for name in PARTS} for p in found])
+    """Return an op that kernels compute one after the other: all of its calls. For few tokens it may need none."""
+    parts = {name: sum(getattr(p, name) for p in found) for name in PARTS}
     return _row_of_op(work, amounts, len(found), sum(p.device_bytes for p in found), sum(p.time for p in found), parts)
 
 

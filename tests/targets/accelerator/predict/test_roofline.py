@@ -313,6 +313,16 @@ def test_inspect_predicts_a_step():
     assert set(found["formulas"]["bytes"]) == {"weights", "activations", "states"}
 
 
+def test_inspect_predicts_one_token_which_needs_no_sorting():
+    """The kernels of the experts find the tokens of so few choices by themselves: acc.sort has none."""
+    command = ("inspect", CONFIGS / "OLMoE-1B-7B-0924", "--target", "nvidia-h200", "--context", 16, "--json")
+    shown = invoke(*command)
+    assert shown.exit_code == 0, shown.stderr
+    ops = {op["op"]: op for f in json.loads(shown.stdout)["predicted"]["functions"] for op in f["ops"]}
+    assert (ops["acc.sort"]["kernels"], ops["acc.sort"]["time"]) == (0, 0)
+    assert ops["acc.grouped_up"]["time"] > 0
+
+
 def test_inspect_says_what_is_wrong(tmp_path):
     file = tmp_path / "program.moir"
     file.write_text(LAYERS, encoding="utf-8")
