@@ -1,8 +1,9 @@
-"""Checks that the sessions of all targets share."""
+"""What the sessions of all targets share: the checks of a step, and what a session that times its ops records."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,21 @@ import numpy as np
 from ..compiler.errors import MoecError
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """One run of an op or a kernel, in a session that was opened with `profiling`: see `events` of the sessions.
+
+    `start` is as time.monotonic_ns() counts, `modules` are those of the source model that the op comes from, `predicted` is the
+    seconds that were expected when the artifact was compiled.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    start: int
+    seconds: float
+    predicted: float | None = None
 
 
 class Kept(Protocol):

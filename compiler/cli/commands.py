@@ -29,6 +29,7 @@ from .base import (
     trust_option,
     write_text,
 )
+from .bench import bench
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -182,6 +183,7 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 
 main.add_command(run)
 main.add_command(verify)
+main.add_command(bench)
 
 
 @main.command(

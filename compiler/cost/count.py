@@ -9,7 +9,7 @@ A tensor of the checkpoint counts once, however many weights and layers read it;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -88,6 +88,15 @@ class Costs:
     kinds: tuple[FunctionCost, ...]
     layers: tuple[CallCost, ...]
     total: Cost
+    weights: tuple[tuple[int, Fraction], ...]  # bytes of each weight as compiled, and which share of it one token reads
+
+    def step_bytes(self, batch: int, past: int) -> tuple[int, int]:
+        """Return the bytes of weights and of states that a step of one token of each of `batch` sequences reads.
+
+        With balanced routing a token leaves a share of the experts aside, and so does each of the others by itself.
+        """
+        weights = sum(size * (1.0 - float(1 - share) ** batch) for size, share in self.weights)
+        return round(weights), batch * self.at(self.total.state_bytes_read, past)
 
     def dims(self, new: int = 1, past: int = 0) -> dict[str, int]:
         """Return values for every dim: B of 1, S and P as given, any other as small as it may be (but not 0)."""
@@ -120,17 +129,18 @@ def module_costs(module: Module) -> Costs:
     """Return the costs of a module. MoecError for an op that is not declared (a target not imported)."""
     at = _dim_values(module, 1, 1, 0)
     uses = {f.name: [(c, *_strongest_use(f, c.value, at)) for c in f.consts] for f in module.functions}
-    kept, read = States(module, "reach"), States(module, "reads")
+    kept, needed = States(module, "reach"), States(module, "reads")
     formulas = {
         f.name: Cost(
             flops=_function_flops(f), state_bytes=_own_states(f),
-            state_bytes_kept=kept.bytes(f, True, _bytes_each), state_bytes_read=read.bytes(f, True, _bytes_each),
+            state_bytes_kept=kept.bytes(f, True, _bytes_each), state_bytes_read=needed.bytes(f, True, _bytes_each),
         )
         for f in module.functions
     }  # fmt: skip
     calls = list(walk_calls(module))
     weights = [Cost()] * len(calls)
-    for owner, cost in _weight_costs(calls, uses):
+    stored, compiled = _held_weights(calls, uses)
+    for owner, cost in _weight_costs(stored, compiled):
         weights[owner] += cost
     layers = []
     for (function, bound), cost in zip(calls, weights, strict=True):
@@ -140,10 +150,11 @@ def module_costs(module: Module) -> Costs:
     states = Cost(
         state_bytes=sympy.Add(*(p.type.bytes for p in module.main.params if p.type.state)),
         state_bytes_kept=kept.bytes(module.main, False, _bytes_each),
-        state_bytes_read=read.bytes(module.main, False, _bytes_each),
+        state_bytes_read=needed.bytes(module.main, False, _bytes_each),
     )
     total = _sum_costs([replace(kind.cost, **dict.fromkeys(_STATES, sympy.S.Zero)) for kind in kinds] + [states])
-    return Costs(module, tuple(k for k in kinds if k.layers), tuple(layers), total)
+    read = tuple((held.size, held.share) for held in compiled)
+    return Costs(module, tuple(k for k in kinds if k.layers), tuple(layers), total, read)
 
 
 def _bytes_each(type: TensorType) -> Size:
@@ -184,10 +195,10 @@ class _Held:
     share: Fraction
 
 
-def _weight_costs(
+def _held_weights(
     calls: list[tuple[Function, dict[str, str]]], uses: Mapping[str, list[Use]]
-) -> Iterator[tuple[int, Cost]]:
-    """Yield the cost of every tensor and of every finished weight, with the number of the call that owns it."""
+) -> tuple[Collection[_Held], Collection[_Held]]:
+    """Return every tensor of the checkpoint, and every finished weight, with its strongest use."""
     stored: dict[str, _Held] = {}
     compiled: dict[Recipe, _Held] = {}
     for number, (function, bound) in enumerate(calls):
@@ -202,7 +213,12 @@ def _weight_costs(
                 parameters = _ceil_size(count * tensor.type.elements * learned)
                 held = _Held(number, parameters, count * _ceil_size(tensor.type.bytes), role, share)
                 _add_use(stored, tensor.name, held)
-    for held in stored.values():
+    return stored.values(), compiled.values()
+
+
+def _weight_costs(stored: Iterable[_Held], compiled: Iterable[_Held]) -> Iterator[tuple[int, Cost]]:
+    """Yield the cost of every tensor and of every finished weight, with the number of the call that owns it."""
+    for held in stored:
         n = held.parameters
         yield (
             held.owner,
@@ -215,7 +231,7 @@ def _weight_costs(
                 stored_bytes_read=round(held.size * held.share),
             ),
         )
-    for held in compiled.values():
+    for held in compiled:
         yield held.owner, Cost(compiled_bytes=held.size, compiled_bytes_read=round(held.size * held.share))
 
 

@@ -33,7 +33,8 @@ class Launch:
 
     `group` names the kernels of the same ops, `low` and `high` are the tokens of a step that it is for, `new` those of a
     sequence.
-    `operands` are the memories of the matrix unit. `objects` says what a compiler made of it, by architecture.
+    `operands` are the memories of the matrix unit. `objects` says what a compiler made of it, by architecture, `predicted`
+    how many seconds it was expected to take in a step of as many tokens as it is for.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Launch:
     operands: tuple[str, str, str]
     objects: Mapping[str, Any]
     new: tuple[int, int | None] = (1, None)
+    predicted: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +118,7 @@ def _read_launch(entry: Mapping[str, Any]) -> Launch:
     return Launch(
         entry["name"], entry["group"], program, Binding.from_json(entry["binding"]), low, high, int(entry["pipeline"]["warps"]),
         (first, second, result), entry.get("objects", {}), (int(entry["new"][0]), entry["new"][1]),
+        entry["predicted"]["time"],
     )  # fmt: skip
 
 

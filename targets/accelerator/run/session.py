@@ -13,11 +13,12 @@ from ....compiler.check.interpret import bind_dims
 from ....compiler.errors import MoecError
 from ....compiler.ir.dtypes import DTYPES
 from ....compiler.ir.module import Value
-from ...session import INPUTS, check_step
+from ...session import INPUTS, OpTime, check_step
 from .artifact import read_kernels, read_program, read_weights
 from .executor import Executor
 from .graph import Graphs
 from .launchers import Compiled, open_launcher
+from .profile import TimedLauncher
 from .slots import Held, tensor_of
 
 ACCURACIES = ("fast", "exact")
@@ -64,6 +65,11 @@ class Session:
     def vocabulary(self) -> int:
         """The width of the logits."""
         return int(self.executor.module.main.results[0].type.shape[-1])
+
+    def events(self) -> tuple[OpTime, ...]:
+        """Return the kernels that ran, in their order, of a session that was opened with profiling."""
+        launcher = self.executor.launcher
+        return launcher.events() if isinstance(launcher, TimedLauncher) else ()
 
     def start(self, batch: int) -> States:
         """Return the states before the first token: empty caches, and zeros where a state does not grow."""
@@ -126,9 +132,9 @@ def _kept_state(held: Held, state: State) -> Held:
 
 def load_session(
     folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None,
-    device: str | None = None,
+    device: str | None = None, profiling: bool = False,
 ) -> Session:  # fmt: skip
-    """Open the artifact in `folder`; `device` is one of launchers.DEVICES.
+    """Open the artifact in `folder`; `device` is one of launchers.DEVICES. With `profiling` kernels are timed one by one (`events`).
 
     `threads` are those of ops that torch computes on the CPU. Of `spinning` and `accuracy` there is only one kind here:
     kernels compute in f32 and hand on bf16. MoecError if the artifact is not whole or the device does not run it.
@@ -148,6 +154,8 @@ def load_session(
     weights = read_weights(folder, module, launcher.device)
     states = tuple(State.of(entry) for entry in manifest["states"])
     limit = manifest["dims"].get("S", (1, 1 << 31))[1]
+    if profiling:
+        launcher = TimedLauncher(launcher, module, kernels)
     executor = Executor(module, kernels, weights, launcher)
     graphs = Graphs(executor) if isinstance(launcher, Compiled) else None
     return Session(folder, executor, states, limit, graphs=graphs)

@@ -15,10 +15,11 @@ import numpy as np
 
 from ....compiler.artifact.manifest import State, check_files, read_manifest
 from ....compiler.errors import MoecError
-from ...session import INPUTS, check_step
+from ...session import INPUTS, OpTime, check_step
 from ..kernels.register import register_kernels
 from ..model_file import open_model
 from .caches import ELEMENTS, States, initial_states
+from .profile import enable_profiling, read_profile
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 LOGITS = "logits"
@@ -42,6 +43,7 @@ class Session:
     vocabulary: int
     context: int
     keeps: bool = False  # whether the model can leave out the logits of earlier tokens
+    in_host_memory: bool = True  # what a step reads
 
     def step(
         self,
@@ -80,6 +82,10 @@ class Session:
         states.buffers.filled = past + new
         logits = logits[:, -last:] if last and not self.keeps else logits
         return logits, replace(states, length=past + new, others=others)
+
+    def events(self) -> tuple[OpTime, ...]:
+        """End the profiling that the session was opened with; return the nodes that ran, in their order."""
+        return read_profile(self.runtime, self.folder / MODEL)
 
     def start(self, batch: int) -> States:
         """Return the states before the first token: empty caches, and zeros where a state does not grow."""
@@ -127,14 +133,14 @@ def _int64_array(name: str, given: Any) -> np.ndarray:
 
 def load_session(
     folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None,
-    device: str | None = None,
+    device: str | None = None, profiling: bool = False,
 ) -> Session:  # fmt: skip
     """Open the artifact in `folder`; `threads` is the number of compute threads (default: one a usable core).
 
     `accuracy` of `exact` keeps activations beside quantized weights in f32, whatever the model was compiled for.
     `spinning` threads wait for work without sleeping: fast, but whatever else computes between two steps is slowed
-    down several times. `device` is `auto` or `cpu`. Raises MoecError if the artifact is not whole, ONNX Runtime does
-    not take it, or another device is asked for.
+    down several times. `device` is `auto` or `cpu`. With `profiling` the time of every node is recorded (`events`).
+    Raises MoecError if the artifact is not whole, ONNX Runtime does not take it, or another device is asked for.
     """
     folder = Path(folder)
     if device not in (None, "auto", "cpu"):
@@ -164,6 +170,8 @@ def load_session(
         if isinstance(model, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
         register_kernels(options, folder, manifest)
+        if profiling:
+            enable_profiling(options)
         runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     _check_names(path, runtime, states)
     outputs = {output.name: output for output in runtime.get_outputs()}

@@ -31,6 +31,8 @@ TINY = "examples/tiny-moe"
         ("run nothere", 2, "--prompt"),
         ("run nothere --prompt x", 2, "no such folder"),
         ("verify nothere", 2, "no such folder"),
+        ("bench nothere", 2, "no such folder"),
+        ("bench nothere --past few", 2, "'few' is not a list of numbers"),
         ("inspect nothere", 2, "does not exist"),
         ("inspect README.md --target nope", 2, "no known kind"),
         ("opt nothere.moir", 2, "cannot read the file"),

@@ -289,3 +289,19 @@ def test_text(text, expected):
 def test_a_context_that_the_program_does_not_have():
     with pytest.raises(MoecError, match=r"outside the program's 0\.\.64"):
         inspect(parse_module(TINY), context=65)
+
+
+def test_a_step_of_several_sequences_reads_the_experts_that_any_of_them_chose():
+    """Weights of all experts but those that no token chooses, against random choices; states once a sequence."""
+    import numpy as np
+
+    costs = module_costs(parse_module(TINY))
+    one, each = costs.step_bytes(1, 10)
+    assert (one, each) == (costs.total.compiled_bytes_read, costs.at(costs.total.state_bytes_read, 10))
+    generator = np.random.default_rng(0)
+    drawn = [len({e for _ in range(3) for e in generator.permutation(4)[:2]}) for _ in range(4000)]
+    expert = 3 * 4 * (8 * 8 + 8 * 4)  # in three layers, of float32
+    weights, states = costs.step_bytes(3, 10)
+    rows = 16 * (1 - (15 / 16) ** 3) * 8 * 4  # of the embedding
+    assert states == 3 * each
+    assert weights == pytest.approx(one + (np.mean(drawn) - 2) * expert + rows - 8 * 4, rel=0.01)
