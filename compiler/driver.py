@@ -208,6 +208,7 @@ def _emit_artifact(
             folder, module, source=source, target=target.name, pipeline=print_pipeline(pipeline), moec=__version__,
             files=written.files, precision=stored_formats(module), lossy=is_lossy(module), figures=figures,
             unfused=fusion_report(module, run.notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
+            kernels=written.kernels,
             packages={name: metadata.version(name) for name in ("torch", "transformers", *target.packages)},
         )  # fmt: skip
     return Artifact.open(out)

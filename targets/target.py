@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..compiler.ir.pipelines import PassCall, Pipeline
@@ -27,10 +28,14 @@ FUSED = tuple(
 
 
 class Emitted(NamedTuple):
-    """The sha256 of each file that was written, by its name, and what a user should know of what was left out."""
+    """The sha256 of each file that was written, by its name, and what a user should know of what was left out.
+
+    `kernels` is what moec.json says of libraries of moec's own that the runtime calls.
+    """
 
     files: dict[str, str]
     notes: tuple[Note, ...] = ()
+    kernels: Mapping[str, Any] = MappingProxyType({})
 
 
 class Emit(Protocol):

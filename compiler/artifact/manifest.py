@@ -27,7 +27,7 @@ SHAPE: Shape = {
     "precision": {None: [str]}, "lossy": bool, "dims": {None: [int]}, "inputs": [_VALUE], "outputs": [_VALUE],
     "states": [{"past": str, "present": str, "axis": (int, None), "dtype": str, "shape": [(int, str)], "in_place?": bool}],
     "figures": dict, "unfused?": [_BLOCK], "files": {None: str}, "sizes?": {None: int}, "vocabulary?": (int, None),
-    "packages?": {None: str}, "replaced?": [_STAND_IN],
+    "packages?": {None: str}, "replaced?": [_STAND_IN], "cpu_kernels?": dict,
 }  # fmt: skip
 _LOOKUPS = ("nn.embedding", "ort.gather_nbits")  # ops that take rows of a table, by ids
 LARGEST = 1 << 48  # of a size: more would not be a size of anything that runs
@@ -95,13 +95,14 @@ def write_manifest(
     unfused: Sequence[Mapping[str, Any]] = (),
     packages: Mapping[str, str] | None = None,
     replaced: Sequence[Mapping[str, Any]] = (),
+    kernels: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write moec.json for a folder that is otherwise complete; the same inputs give the same bytes.
 
     `unfused` are the MoE blocks left in plain ops (see fusion_report.py), `packages` the versions of what made the artifact,
-    `replaced` what of transformers moec's own functions stand for (see frontends/stand_ins.py). `files` holds the sha256 of files whose hash is
-    known already; the others are read.
+    `replaced` what of transformers moec's own functions stand for (see frontends/stand_ins.py), `kernels` the operators that libraries of
+    moec's own compute. `files` holds the sha256 of files whose hash is known already; the others are read.
     """
     known = files or {}
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
@@ -113,7 +114,7 @@ def write_manifest(
         "packages": dict(packages or {}), "replaced": [dict(entry) for entry in replaced],
         "files": {name: known.get(name) or file_sha256(folder / name) for name in names},
         "sizes": {name: (folder / name).stat().st_size for name in names},
-        **({} if vocabulary is None else {"vocabulary": vocabulary}),
+        **({} if vocabulary is None else {"vocabulary": vocabulary}), **({"cpu_kernels": dict(kernels)} if kernels else {}),
     }  # fmt: skip
     _write_manifest_file(folder / MANIFEST, manifest)
 

@@ -14,6 +14,7 @@ from .base import (
     debug_option,
     device_option,
     examples_epilog,
+    is_debugging,
     json_option,
     print_notes,
     progress_bar,
@@ -75,6 +76,8 @@ def run(
         return
     click.echo()
     click.echo(speed_line(result) + ran_on(session), err=True)
+    if is_debugging(click.get_current_context()) and (computes := getattr(session, "kernels", "")):
+        click.echo(f"quantized layers: {computes}", err=True)
     print_notes(end_notes(artifact.end_tokens))
 
 

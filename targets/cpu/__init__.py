@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...compiler.ir.notes import Rewritten
     from ...compiler.weights.sources.source import WeightSource
     from .capabilities import Record
-    from .options import OwnKernels
+    from .options import Options
 
 # torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions of the
 # target are imported when they are called
@@ -44,11 +44,12 @@ def _lowering_by_record(record: Record | None = None) -> Callable[..., Rewritten
 
 def _emit_artifact(
     module: Module, source: WeightSource, folder: Path, tile_bytes: int,
-    progress: Callable[[int], None] | None = None, *, kernels: OwnKernels | None = None,
+    progress: Callable[[int], None] | None = None, *, options: Options | None = None,
 ) -> Emitted:  # fmt: skip
     from .onnx.emit import emit_model
+    from .options import Options
 
-    return Emitted(emit_model(module, source, folder, tile_bytes, progress, kernels))
+    return emit_model(module, source, folder, tile_bytes, progress, (options or Options()).kernels)
 
 
 def _record_as_probed() -> Probed:
@@ -75,7 +76,7 @@ def _with_options(given: Mapping[str, str]) -> Target:
     from .options import read_options
 
     options = read_options(given)
-    target = replace(TARGET, emit=partial(_emit_artifact, kernels=options.kernels))
+    target = replace(TARGET, emit=partial(_emit_artifact, options=options))
     if options.record is None:
         return target
     from .capabilities import why_not_held, why_slow

@@ -15,18 +15,22 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "capabilities": "FILE, a record made by --probe instead of the one that moec comes with",
-    "kernels": "moec (kernels of its own beside the model) or onnxruntime (the default)",
+    "kernels": "moec (kernels of its own beside the model; the default where ziglang is installed) or onnxruntime",
     "cc": "COMMAND, a C compiler for them instead of ziglang",
-    "platforms": f"the platforms to compile them for: {', '.join(PLATFORMS)}, or all",
+    "platforms": f"the platforms to compile them for: all (the default), or some of {', '.join(PLATFORMS)}",
 }
 
 
 @dataclass(frozen=True)
 class OwnKernels:
-    """What compiles moec's kernels, and for which platforms."""
+    """What compiles moec's kernels (None: ziglang, where it is installed), and for which platforms.
 
-    compiler: Compiler
-    platforms: tuple[Platform, ...]
+    Kernels that are `required` are an error where they cannot be had, others are left out with a note.
+    """
+
+    platforms: tuple[Platform, ...] = tuple(PLATFORMS.values())
+    compiler: Compiler | None = None
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Options:
     """What a user chose; `record` of None is the one that moec comes with, `kernels` of None are ONNX Runtime's own."""
 
     record: Record | None = None
-    kernels: OwnKernels | None = None
+    kernels: OwnKernels | None = OwnKernels()
 
 
 def read_options(given: Mapping[str, str]) -> Options:
@@ -47,32 +51,32 @@ def read_options(given: Mapping[str, str]) -> Options:
         from .capabilities import read_record
 
         record = read_record(Path(given["capabilities"]))
-    kernels = given.get("kernels", "onnxruntime")
-    if kernels not in ("moec", "onnxruntime"):
+    kernels = given.get("kernels")
+    if kernels not in (None, "moec", "onnxruntime"):
         raise MoecError(f"there are no kernels {kernels}", todo=f"-D kernels= is {_NAMES['kernels']}")
+    about = [name for name in ("cc", "platforms") if name in given]
     if kernels == "onnxruntime":
-        if idle := [name for name in ("cc", "platforms") if name in given]:
-            raise MoecError(f"-D {idle[0]}= is for kernels of moec's own", todo="add -D kernels=moec, or leave it out")
+        if about:
+            raise MoecError(f"-D {about[0]}= is for kernels of moec's own", todo="leave -D kernels=onnxruntime out")
+        return Options(record, None)
+    if kernels is None and not about:
         return Options(record)
     compiler = find_compiler(given.get("cc"))
     if compiler is None:
         raise MoecError(
             "no compiler for kernels of moec's own: the package ziglang is not installed",
-            todo="run `pip install ziglang`, give a compiler with -D cc=gcc, or leave -D kernels=moec out",
+            todo=f"run `pip install ziglang`, give a compiler with -D cc=gcc, or leave -D {['kernels', *about][-1]}= out",
         )
-    return Options(record, OwnKernels(compiler, _chosen_platforms(given.get("platforms"))))
+    return Options(record, OwnKernels(_chosen_platforms(given.get("platforms"), compiler), compiler, required=True))
 
 
-def _chosen_platforms(given: str | None) -> tuple[Platform, ...]:
-    if given is None:
+def _chosen_platforms(given: str | None, compiler: Compiler) -> tuple[Platform, ...]:
+    if given is None and not compiler.crosses:
         own = this_platform()
         if own is None:
-            raise MoecError(
-                "moec has no kernels of its own for this platform",
-                todo=f"name others with -D platforms=, of {', '.join(PLATFORMS)}, or leave -D kernels=moec out",
-            )
+            raise MoecError("moec has no kernels of its own for this platform", todo="leave -D cc= out")
         return (own,)
-    names = list(PLATFORMS) if given == "all" else [name.strip() for name in given.split(",")]
+    names = list(PLATFORMS) if given in (None, "all") else [name.strip() for name in str(given).split(",")]
     if unknown := [name for name in names if name not in PLATFORMS]:
         raise MoecError(f"there is no platform {unknown[0]}", todo=f"there are {', '.join(PLATFORMS)}, and all")
     return tuple(PLATFORMS[name] for name in dict.fromkeys(names))

@@ -7,14 +7,14 @@ same bytes from the same sources.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import platform
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,13 +29,18 @@ _TIMEOUT = 600  # seconds; the first library for Windows takes a minute
 
 @dataclass(frozen=True)
 class Platform:
-    """A kind of machine that libraries are made for: its name, what clang calls it, and how a library's name ends."""
+    """A kind of machine that libraries are made for: its name, what clang calls it, and how a library's name ends.
+
+    `options` are those for every compiler, `crossed` those for ziglang, with `headers` of it (a folder of its own ones).
+    """
 
     name: str
     triple: str
     processor: str
     suffix: str
     options: tuple[str, ...] = ()
+    crossed: tuple[str, ...] = ()
+    headers: str = ""
 
     @property
     def file(self) -> str:
@@ -43,15 +48,20 @@ class Platform:
         return f"moec-kernels.{self.name}.{self.suffix}"
 
 
+# The C runtime that ziglang would compile for Windows first takes a minute: windows.c has the two functions of it that are needed.
+_NO_RUNTIME = ("-nostdlib", "-DMOEC_NO_RUNTIME")
 PLATFORMS = {
     p.name: p
     for p in (
-        Platform("linux-x86_64", "x86_64-linux-gnu.2.17", "x86_64", "so", ("-fPIC",)),
-        Platform("linux-aarch64", "aarch64-linux-gnu.2.17", "generic", "so", ("-fPIC",)),
-        Platform("macos-aarch64", "aarch64-macos", "apple_m1", "dylib", ("-fPIC",)),
-        Platform("windows-x86_64", "x86_64-windows-gnu", "x86_64", "dll"),
+        Platform("linux-x86_64", "x86_64-linux-gnu.2.17", "x86_64", "so", ("-fPIC", "-lm")),
+        Platform("linux-aarch64", "aarch64-linux-gnu.2.17", "generic", "so", ("-fPIC", "-lm")),
+        Platform("macos-aarch64", "aarch64-macos", "apple_m1", "dylib", ("-fPIC", "-lm")),
+        Platform(
+            "windows-x86_64", "x86_64-windows-gnu", "x86_64", "dll", crossed=(*_NO_RUNTIME, "-lucrtbase", "-lkernel32"),
+            headers="libc/include/any-windows-any",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def this_platform() -> Platform | None:
@@ -73,7 +83,7 @@ class Compiler:
 def find_compiler(cc: str | None = None) -> Compiler | None:
     """Return the compiler `cc`, or ziglang's; None if that is not installed. Raises MoecError if `cc` does not run."""
     if cc is None:
-        if importlib.util.find_spec("ziglang") is None:
+        if _ziglang_folder() is None:
             return None
         return Compiler((sys.executable, "-m", "ziglang", "cc"), f"ziglang {metadata.version('ziglang')}", crosses=True)
     command = tuple(shlex.split(cc))
@@ -93,16 +103,17 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
         )
     options = (*OPTIONS, *place.options)
     if compiler.crosses:
-        options = (*options, "-s", "-target", place.triple, f"-mcpu={place.processor}")
+        options = (*options, "-s", "-target", place.triple, f"-mcpu={place.processor}", *place.crossed)
     kept = cache_folder() / "kernels" / f"{_library_fingerprint(compiler, options)}.{place.suffix}"
     if kept.is_file():
         return kept.read_bytes()
+    zig = _ziglang_folder() if compiler.crosses and place.headers else None
+    headers = ("-isystem", str(zig / "lib" / place.headers)) if zig else ()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / place.file
         # file names without folders: they, and so the library's bytes, are the same on every machine
         sources = sorted(path.name for path in SOURCES.glob("*.c"))
-        libraries = () if place.suffix == "dll" else ("-lm",)
-        command = (*compiler.command, *options, "-o", str(made), *sources, *libraries)
+        command = (*compiler.command, "-o", str(made), *sources, *options, *headers)
         _run_compiler(
             command, f"the kernels for {place.name} do not compile", "report it, or compile with -D kernels=onnxruntime"
         )
@@ -111,10 +122,19 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
     return content
 
 
+def _ziglang_folder() -> Path | None:
+    """Return where the package ziglang lies; None if it is not installed."""
+    try:
+        import ziglang
+    except ImportError:
+        return None
+    return Path(next(iter(ziglang.__path__)))
+
+
 def _library_fingerprint(compiler: Compiler, options: Sequence[str]) -> str:
     """Return a hash of everything that the library's bytes depend on."""
     digest = hashlib.sha256("\0".join((compiler.version, *options)).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.glob("*.[ch]")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -135,14 +155,17 @@ def _run_compiler(command: Sequence[str], what: str, todo: str) -> str:
     return done.stdout
 
 
-def write_libraries(folder: Path, places: Sequence[Platform], compiler: Compiler) -> dict[str, str]:
-    """Write a library for each platform into a folder; return their sha256 by name."""
-    hashes = {}
-    for place in places:
-        content = compile_library(place, compiler)
+def made_libraries(places: Sequence[Platform], compiler: Compiler) -> dict[Platform, bytes]:
+    """Return the library for each platform; those that were not compiled before are compiled at the same time."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(places, pool.map(lambda place: compile_library(place, compiler), places), strict=True))
+
+
+def write_libraries(folder: Path, made: Mapping[Platform, bytes]) -> dict[str, str]:
+    """Write libraries into a folder; return their sha256 by the file."""
+    for place, content in made.items():
         try:
             (folder / place.file).write_bytes(content)
         except OSError as error:
             raise write_error(error, folder / place.file) from error
-        hashes[place.file] = hashlib.sha256(content).hexdigest()
-    return hashes
+    return {place.file: hashlib.sha256(content).hexdigest() for place, content in made.items()}

@@ -26,9 +26,10 @@ from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.sink import DataFile
 from ....compiler.weights.sources.source import WeightSource
 from ....compiler.weights.steps.quantized import is_part
+from ...target import Emitted
 from .. import ops, ops_quantized
-from ..kernels.library import write_libraries
-from ..kernels.nodes import DOMAIN, use_kernels
+from ..kernels.nodes import DOMAIN
+from ..kernels.place import Placed, place_kernels
 from ..lower.logits import LOGITS
 from ..options import OwnKernels
 from . import attention as onnx_attention
@@ -89,11 +90,11 @@ def emit_model(
     tile_bytes: int = TILE_BYTES,
     progress: Callable[[int], None] | None = None,
     kernels: OwnKernels | None = None,
-) -> dict[str, str]:
+) -> Emitted:
     """Write model.onnx, model.onnx.data and genai_config.json (where GenAI can run it) into a folder.
 
     With `kernels` the nodes that moec's own kernels compute are theirs, and the libraries with them lie beside the
-    model. Returns the sha256 of the model, its data and the libraries by name.
+    model. Returns the sha256 of the model, its data and the libraries by name, and what there is to say of the kernels.
 
     `progress` is told the bytes of weights written so far. Raises MoecError for an op without a kernel, for weights
     that cannot be read and for a full disk. There is no data file when no weight is large.
@@ -107,17 +108,15 @@ def emit_model(
         writer = _Writer(module, graph, source, data)
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])
-    functions = use_kernels(graph.nodes, graph.initializers) if kernels else []
-    model = _make_model(module, graph, functions)
-    files = {MODEL: _write_model(folder / MODEL, model)}
+    placed = place_kernels(kernels, graph.nodes, graph.initializers, folder) if kernels else Placed()
+    model = _make_model(module, graph, placed.functions)
+    files = {MODEL: _write_model(folder / MODEL, model), **placed.files}
     if data.size:
         files[DATA] = data.sha256
     else:
         (folder / DATA).unlink()
-    if kernels and functions:
-        files |= write_libraries(folder, kernels.platforms, kernels.compiler)
-    write_genai_config(module, folder)
-    return files
+    write_genai_config(module, folder, placed.library)
+    return Emitted(files, placed.notes, placed.entry)
 
 
 @dataclass

@@ -21,19 +21,23 @@ _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def write_genai_config(module: Module, folder: Path) -> None:
-    """Write genai_config.json into an artifact that has the checkpoint's config.json, where GenAI can run it."""
+def write_genai_config(module: Module, folder: Path, library: str | None = None) -> None:
+    """Write genai_config.json into an artifact that has the checkpoint's config.json, where GenAI can run it.
+
+    `library` is the file in the folder with custom operators. GenAI has one name for it, whatever the platform.
+    """
     config, generation = (read_object(folder, name) for name in (CONFIG, GENERATION))
     ends = find_end_tokens(folder).ids
     if config:
         with suppress(Refuse):
-            content = genai_config(module, config, generation, ends)
+            content = genai_config(module, config, generation, ends, library)
             (folder / NAME).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def genai_config(
-    module: Module, config: Mapping[str, Any], generation_config: Mapping[str, Any], ends: Sequence[int]
-) -> dict[str, Any]:
+    module: Module, config: Mapping[str, Any], generation_config: Mapping[str, Any], ends: Sequence[int],
+    library: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return the content of genai_config.json; Refuse where GenAI cannot run the program.
 
     `config` and `generation_config` are the checkpoint's files as read, `ends` its end tokens. GenAI wants
@@ -53,7 +57,7 @@ def genai_config(
     given = [p.name for p in module.main.params if p.name in _INPUTS]
     decoder = {
         "filename": "model.onnx",
-        "session_options": {"provider_options": []},
+        "session_options": {"provider_options": [], **({"custom_ops_library": library} if library else {})},
         "head_size": int(cache.shape[3]),
         "hidden_size": hidden,
         "num_attention_heads": heads,

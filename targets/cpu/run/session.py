@@ -32,7 +32,7 @@ class Session:
     """An open model.
 
     `width` is that of the logits, `vocabulary` how many tokens have an embedding, `context` the most tokens that a
-    sequence may have.
+    sequence may have. `kernels` says what computes the quantized layers.
     """
 
     folder: Path
@@ -44,6 +44,7 @@ class Session:
     context: int
     keeps: bool = False  # whether the model can leave out the logits of earlier tokens
     in_host_memory: bool = True  # what a step reads
+    kernels: str = ""
 
     def step(
         self,
@@ -169,7 +170,7 @@ def load_session(
         model, beside = open_model(path, DATA, accuracy)
         if isinstance(model, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
-        register_kernels(options, folder, manifest)
+        kernels = register_kernels(options, folder, manifest)
         if profiling:
             enable_profiling(options)
         runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -185,7 +186,7 @@ def load_session(
     keeps = KEEP in {i.name for i in runtime.get_overridable_initializers()}
     # without a record the width of the logits bounds them: no model has a logit for a token that it cannot read
     vocabulary = manifest["vocabulary"] or width
-    return Session(folder, runtime, taken, states, width, vocabulary, limit, keeps)
+    return Session(folder, runtime, taken, states, width, vocabulary, limit, keeps, kernels=kernels)
 
 
 def _session_options(threads: int | None, spinning: bool) -> Any:

@@ -228,7 +228,7 @@ def test_same_bytes_and_hashes(tmp_path: Path) -> None:
     hashes = []
     for folder in folders:
         folder.mkdir()
-        hashes.append(emit_model(module, SOURCE, folder))
+        hashes.append(emit_model(module, SOURCE, folder).files)
     assert hashes[0] == hashes[1] and set(hashes[0]) == {MODEL, DATA}
     for name, digest in hashes[0].items():
         assert hashlib.sha256((folders[0] / name).read_bytes()).hexdigest() == digest
@@ -272,7 +272,7 @@ func @main(%x: f32[B, S, 4]) -> (f32[B, S, 4], f32[B, S, 4], f32[4, B*S]) {
 }
 """
     module = parse_module(text)
-    assert emit_model(module, SOURCE, tmp_path).keys() == {MODEL}  # no weights: no data file
+    assert emit_model(module, SOURCE, tmp_path).files.keys() == {MODEL}  # no weights: no data file
     assert not (tmp_path / DATA).exists()
     onnx.checker.check_model(str(tmp_path / MODEL), full_check=True)
     x = torch.randn(2, 3, 4)

@@ -1,26 +1,21 @@
-"""moec's own kernels against numbers made here, against ONNX Runtime's operators, and in whole artifacts."""
+"""moec's own kernels against numbers made here, and against ONNX Runtime's operators; artifacts are in test_kernel_artifacts.py."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import moec
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moec.compiler.errors import MoecError
 from moec.targets.cpu.kernels import library
-from moec.targets.cpu.kernels.nodes import use_kernels
+from moec.targets.cpu.kernels.nodes import divide_nodes, use_kernels
 from onnx import TensorProto, helper, numpy_helper
-from places import TINY
 
 NONE, PLAIN = "none", "plain"  # what MOEC_CPU_KERNELS may ask for, beside what the processor has
 SETS = [None, "avx2", PLAIN] if platform.machine() in ("x86_64", "AMD64") else [None, PLAIN]
@@ -51,7 +46,7 @@ def run(model, feeds, kernels, asked=None):
 
 def model_of(node, feeds, weights, width):
     initializers = {name: numpy_helper.from_array(array, name) for name, array in weights.items()}
-    functions = use_kernels([node], initializers)
+    functions = use_kernels(divide_nodes([node], initializers).taken)
     assert node.domain == "moec", "the node is none that the kernels compute"
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, a.shape[1]]) for n, a in feeds.items()]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, width])]
@@ -283,88 +278,3 @@ def test_the_kernels_of_arm_in_an_emulator(tmp_path):
     done = subprocess.run([emulator, "-cpu", "max", program, "100"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "neon-dotprod: 100 cases" in done.stdout
-
-
-# --- whole artifacts ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def artifact(kernels, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("own") / "out"
-    moec.compile(TINY, out=folder, quantize="int4", options={"kernels": "moec"})
-    return folder
-
-
-TOKENS = np.random.default_rng(5).integers(0, 2048, (1, 96))
-
-
-def logits_of(artifact, **options):
-    mask, positions = np.ones_like(TOKENS), np.arange(TOKENS.shape[1])[None]
-    return artifact.session(**options).step(TOKENS, mask, positions)[0]
-
-
-def test_the_kernels_are_as_close_to_exact_numbers_as_onnx_runtime(artifact, monkeypatch):
-    # numbers that round to the other side move everything after them, so that the two cannot be compared directly
-    opened = moec.load(artifact)
-    exact, own = logits_of(opened, accuracy="exact"), logits_of(opened)
-    monkeypatch.setenv("MOEC_CPU_KERNELS", NONE)
-    other = logits_of(opened)
-    assert np.abs(own[:, 0] - other[:, 0]).max() < 1e-4
-    errors = [np.square(found - exact).mean() for found in (own, other)]
-    assert errors[0] < 1.2 * errors[1]
-    assert (own.argmax(-1) == other.argmax(-1)).mean() > 0.95
-
-
-def test_a_plain_session_takes_the_model(artifact):
-    model = onnx.load(artifact / "model.onnx", load_external_data=False)
-    onnx.checker.check_model(str(artifact / "model.onnx"))
-    assert {n.op_type for n in model.graph.node if n.domain == "moec"} == {"QMoE", "MatMulNBits"}
-    onnxruntime.InferenceSession(str(artifact / "model.onnx"), providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.parametrize("change", ["other", "short", "gone"])
-def test_a_changed_library_is_refused(artifact, tmp_path, change):
-    folder = tmp_path / "out"
-    shutil.copytree(artifact, folder)
-    path = next(folder.glob("moec-kernels.*"))
-    content = path.read_bytes()
-    if change == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(content[: len(content) // 2] if change == "short" else content[:-1] + b"\x01")
-    with pytest.raises(MoecError, match=r"not as it was written|lacks"):
-        moec.load(folder).session()
-
-
-# --- compiling ---------------------------------------------------------------------------------------------------
-
-
-def test_the_same_sources_give_the_same_bytes(kernels, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    elsewhere = tmp_path / "a folder" / "source"
-    shutil.copytree(library.SOURCES, elsewhere)
-    monkeypatch.setattr(library, "SOURCES", elsewhere)
-    made = library.compile_library(library.this_platform(), library.find_compiler())
-    assert hashlib.sha256(made).digest() == hashlib.sha256(kernels.read_bytes()).digest()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"kernels": "fast"}, "there are no kernels fast"),
-        ({"kernels": "moec", "platforms": "linux-x86_64,amiga"}, "there is no platform amiga"),
-        ({"kernels": "moec", "cc": "no-such-compiler"}, "no-such-compiler does not run"),
-        ({"kernels": "moec", "cc": f"{sys.executable} -c raise(SystemExit(3))"}, "does not run"),
-        ({"cc": "gcc"}, "-D cc= is for kernels of moec's own"),
-        ({"speed": "high"}, "target cpu has no option speed"),
-    ],
-)
-def test_wrong_options_are_refused_before_anything_is_read(options, said, tmp_path):
-    with pytest.raises(MoecError, match=said):
-        moec.compile(tmp_path / "no checkpoint", out=tmp_path / "out", options=options)
-
-
-def test_without_ziglang_the_error_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MoecError, match="ziglang is not installed"):
-        moec.compile(TINY, out=tmp_path / "out", quantize="int4", options={"kernels": "moec"})

@@ -9,6 +9,12 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* Return the name of the kernels that run here, or NULL. */
+EXPORT const char *moec_kernels(void) {
+  const InstructionSet *set = choose_kernels();
+  return set ? set->name : NULL;
+}
+
 static const char *provider(const OrtCustomOp *op) { return (void)op, (const char *)NULL; /* the CPU's */ }
 static int float_output(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_FLOAT; }
 static size_t one_output(const OrtCustomOp *op) { return (void)op, 1; }
