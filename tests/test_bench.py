@@ -34,15 +34,17 @@ def parts():
     """Return the benchmark's modules that run under this python."""
     sys.path.insert(0, str(BENCH))
     try:
+        import batched_bench
         import checkpoint
         import checkpoint_v4
+        import lengths
         import process
         import quality
         import report
         import scale
     finally:
         sys.path.remove(str(BENCH))
-    found = (checkpoint, checkpoint_v4, process, quality, report, scale)
+    found = (batched_bench, checkpoint, checkpoint_v4, lengths, process, quality, report, scale)
     return {module.__name__: module for module in found}
 
 
@@ -68,6 +70,16 @@ def test_checkpoint_compiles_and_runs(checkpoint, tmp_path):
     text = "The router takes two experts.\n"
     assert artifact.tokenizer.decode(artifact.tokenizer.encode(text)) == text
     assert len(artifact.run(tokens=[5, 6, 7], max_new_tokens=4, greedy=True, eos=()).tokens[0]) == 4
+    sys.path.insert(0, str(BENCH))
+    try:
+        import compiled
+    finally:
+        sys.path.remove(str(BENCH))
+    model = compiled.Compiled(artifact.folder, threads=1)
+    model.fill([[5, 6, 7, 8], [9, 10, 11, 12]])
+    behind = [len(model.filled), model.filled.length]
+    assert model.steps([[3, 4], [5, 6], [7, 8]]) > 0
+    assert model.steps([[3, 4], [5, 6]]) > 0 and [len(model.filled), model.filled.length] == behind  # as it was filled
 
 
 def test_more_layers_begin_with_the_same_weights(checkpoint, parts, tmp_path):
@@ -138,8 +150,51 @@ def test_ratios_are_medians_of_the_rounds(parts, tmp_path):
     assert page.read_text() == f"# Benchmarks\n\n## The last run\n\n{text}"
 
 
+# of ik_llama.cpp's own description of the program
+BATCHED = """
+main: n_kv_max = 16384, n_batch = 2048, n_ubatch = 512, flash_attn = 1, is_pp_shared = 0, n_gpu_layers = 0, n_threads = 2
+
+|    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |
+|-------|--------|------|--------|----------|----------|----------|----------|----------|----------|
+|   128 |    128 |    1 |    256 |    0.108 |  1186.64 |    3.079 |    41.57 |    3.187 |    80.32 |
+|   128 |    128 |    4 |   1024 |    0.373 |  1373.96 |    6.878 |    74.44 |    7.251 |   141.23 |
+"""
+
+
+def test_rows_of_another_program_are_read(parts, tmp_path):
+    assert parts["batched_bench"].read_rows(BATCHED) == {1: (0.108, 3.079), 4: (0.373, 6.878)}
+    with pytest.raises(SystemExit, match="has no llama-batched-bench"):
+        parts["batched_bench"].program_in(tmp_path)
+    done = script("lengths.py", "--work", tmp_path, "--ik", tmp_path)
+    assert done.returncode == 2 and "--ik needs --llama-python" in done.stderr
+
+
+def test_lengths_are_told_in_a_table(parts):
+    lengths, report = parts["lengths"], parts["report"]
+    rates = {"moec": [20.0, 30.0, 10.0], "llama.cpp": [10.0, 10.0, 10.0]}
+    points = [
+        {"kind": kind, "tokens": 512, "batch": batch, "stream": report.spread([3e10]), "busy": 0.2, "ratios": {"moec": 2.0},
+         "rates": {name: report.spread(found) for name, found in rates.items()}}
+        for kind, batch in (("prefill", 1), ("decode", 8))
+    ]  # fmt: skip
+    settings = {"layers": 4, "threads": 2, "runs": 3, "steps": 64}
+    text = lengths.markdown({"points": points, "settings": settings, "machine": report.machine()})
+    assert "| prefill of 512 | 20 (10 to 30) | 10 (10 to 10) | 2.00 | 30.0 |" in text
+    assert "| decode behind 512, batch 8 | 20.0 (10.0 to 30.0) | 10.0 (10.0 to 10.0) | 2.00 | 30.0 |" in text
+
+
 @pytest.mark.parametrize(
-    "name", ["compare.py", "quality.py", "checkpoint.py", "bandwidth.py", "eager.py", "families.py"]
+    "name",
+    [
+        "lengths.py",
+        "several_tokens.py",
+        "compare.py",
+        "quality.py",
+        "checkpoint.py",
+        "bandwidth.py",
+        "eager.py",
+        "families.py",
+    ],
 )
 def test_scripts_explain_themselves(name):
     done = script(name, "--help")
@@ -218,3 +273,25 @@ def test_the_kernels_of_a_family_are_compiled_and_counted():
 def test_unknown_families_are_refused():
     done = script("families.py", "--families", "olmo,jamba")
     assert done.returncode == 2 and "there is no family olmo" in done.stderr
+
+
+def test_a_step_of_several_tokens_is_timed(checkpoint, tmp_path):
+    import moec
+
+    moec.compile(checkpoint, out=tmp_path / "artifact")
+    options = ("--past", "8", "--rounds", "4", "--steps", "2", "--threads", "1", "--json", tmp_path / "out.json")
+    done = script("several_tokens.py", tmp_path / "artifact", *options)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["time"]["1"] == row["bytes"]["1"] == 1 and row["time"]["4"] > 0
+    hidden, experts, chosen = SIZES["hidden"], SIZES["experts"], SIZES["chosen"]
+    layer = 4 * hidden * hidden + 4 * hidden + experts * hidden  # without the experts
+    expert = 3 * hidden * SIZES["expert"]
+    dense = SIZES["layers"] * layer + hidden + SIZES["vocabulary"] * hidden
+    state = SIZES["layers"] * 2 * 8 * hidden
+
+    def numbers(tokens):
+        rows = SIZES["vocabulary"] * (1 - (1 - 1 / SIZES["vocabulary"]) ** tokens) * hidden
+        return dense + SIZES["layers"] * experts * (1 - (1 - chosen / experts) ** tokens) * expert + rows + state
+
+    assert row["bytes"]["3"] == pytest.approx(numbers(3) / numbers(1), rel=0.01)

@@ -36,6 +36,7 @@ class Sizes:
     chosen: int = 8
     heads: int = 16
     vocabulary: int = 50304
+    context: int = 32768  # of OLMoE-1B-7B 4096: no weight depends on it
 
     def config(self) -> dict[str, Any]:
         """Return config.json."""
@@ -52,7 +53,7 @@ class Sizes:
             "num_experts": self.experts,
             "num_experts_per_tok": self.chosen,
             "norm_topk_prob": False,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": self.context,
             "rms_norm_eps": 1e-05,
             "rope_theta": 10000.0,
             "attention_bias": False,

@@ -36,18 +36,29 @@ LAYER = {
     "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.gate",
 }  # fmt: skip
 EXPERTS = ("gate", "up", "down")
+ARCHITECTURES = ("olmoe", "qwen3moe")
+BATCH = 512  # tokens that are evaluated at once
 
 
-def convert(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint of OlmoeForCausalLM as GGUF, a tensor at a time."""
+def convert(checkpoint: Path, out: Path, architecture: str) -> None:
+    """Write a checkpoint of OlmoeForCausalLM as GGUF, a tensor at a time.
+
+    As `qwen3moe` it is another model of the same sizes, for programs without OLMoE: its norms of queries and keys are those
+    of one head, of which the first one's is taken.
+    """
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = Checkpoint(checkpoint)
-    writer = gguf.GGUFWriter(out, "olmoe")
+    writer = gguf.GGUFWriter(out, architecture)
     _write_settings(writer, config)
+    head = config["hidden_size"] // config["num_attention_heads"]
+    if architecture == "qwen3moe":
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     _write_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()), config)
     plan = list(_plan(config))
     for name, sources in plan:
-        shape = tensors.shape(sources[0])
+        shape = (head,) if _cut_to_a_head(name, architecture) else tensors.shape(sources[0])
         wide = len(shape) == 1 or "ffn_gate_inp" in name
         shape = (len(sources), *shape) if name.endswith("_exps.weight") else shape
         count = int(np.prod(shape))
@@ -60,8 +71,12 @@ def convert(checkpoint: Path, out: Path) -> None:
         data = np.stack([tensors.read(s) for s in sources]) if len(sources) > 1 else tensors.read(sources[0])
         if data.ndim == 1 or "ffn_gate_inp" in name:
             data = (data.astype(np.uint32) << 16).view(np.float32)
-        writer.write_tensor_data(data)
+        writer.write_tensor_data(data[:head] if _cut_to_a_head(name, architecture) else data)
     writer.close()
+
+
+def _cut_to_a_head(name: str, architecture: str) -> bool:
+    return architecture == "qwen3moe" and name.split(".")[-2] in ("attn_q_norm", "attn_k_norm")
 
 
 def _plan(config: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
@@ -148,7 +163,9 @@ def quantize(source: Path, out: Path, threads: int) -> None:
 def sizes(path: Path) -> dict[str, Any]:
     """Return bytes of the file, bytes that a token reads (experts: those chosen; one embedding row), types by role."""
     reader = gguf.GGUFReader(path)
-    experts, chosen = (int(reader.fields[f"olmoe.{key}"].contents()) for key in ("expert_count", "expert_used_count"))
+    architecture = reader.fields["general.architecture"].contents()
+    keys = (f"{architecture}.{key}" for key in ("expert_count", "expert_used_count"))
+    experts, chosen = (int(reader.fields[key].contents()) for key in keys)
     read, kinds = 0.0, {}
     for tensor in reader.tensors:
         share = 1.0
@@ -162,9 +179,12 @@ def sizes(path: Path) -> dict[str, Any]:
 
 
 class Llama:
-    """A GGUF file in llama.cpp, its tokens given and its logits read without Python in between."""
+    """A GGUF file in llama.cpp, its tokens given and its logits read without Python in between.
 
-    def __init__(self, path: Path, threads: int) -> None:
+    The cache is in float16; `flash` computes attention in one pass over it.
+    """
+
+    def __init__(self, path: Path, threads: int, context: int, sequences: int, flash: bool) -> None:
         import llama_cpp
 
         self.path, self.api = path, llama_cpp
@@ -172,13 +192,16 @@ class Llama:
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = worker.CONTEXT
-        settings.n_batch = settings.n_ubatch = 512
+        settings.n_ctx = context
+        settings.n_seq_max, settings.kv_unified = sequences, True
+        settings.flash_attn_type = int(flash)  # LLAMA_FLASH_ATTN_TYPE_DISABLED and _ENABLED
+        settings.n_batch = settings.n_ubatch = BATCH
         settings.n_threads = settings.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         if not self.model or not self.context:
             raise SystemExit(f"llama.cpp cannot load {path}")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch, self.past = llama_cpp.llama_batch_init(BATCH, 0, 1), 0
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """Evaluate a prompt of at most 512 tokens at once; the logits are those of its last token."""
@@ -198,6 +221,39 @@ class Llama:
             token = self._likeliest()
         return time.perf_counter() - start
 
+    def fill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Evaluate prompts, each a sequence of its own."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self.past = len(prompts[0])
+        for row, prompt in enumerate(prompts):
+            for start in range(0, self.past, BATCH):
+                part = prompt[start : start + BATCH]
+                self._together([(token, start + i, row) for i, token in enumerate(part)], logits=False)
+
+    def steps(self, tokens: Sequence[Sequence[int]]) -> float:
+        """Take a step for the first tokens and time the others, behind the prompts: later tokens are forgotten before."""
+        memory = self.api.llama_get_memory(self.context)
+        for row in range(len(tokens[0])):
+            self.api.llama_memory_seq_rm(memory, row, self.past, -1)
+        start = 0.0
+        for number, column in enumerate(tokens):
+            if number == 1:
+                start = time.perf_counter()
+            self._together([(token, self.past + number, row) for row, token in enumerate(column)], logits=True)
+            for row in range(len(column)):
+                self._likeliest(row)
+        return time.perf_counter() - start
+
+    def _together(self, entries: Sequence[tuple[int, int, int]], logits: bool) -> None:
+        """Evaluate tokens at positions of sequences in one step."""
+        batch = self.batch
+        batch.n_tokens = len(entries)
+        for i, (token, position, row) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, logits
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+        if self.api.llama_decode(self.context, batch) != 0:
+            raise SystemExit("llama_decode failed")
+
     def facts(self) -> dict[str, Any]:
         """Return sizes, and how llama.cpp was built."""
         system = self.api.llama_print_system_info().decode()
@@ -208,8 +264,8 @@ class Llama:
         if self.api.llama_decode(self.context, self.api.llama_batch_get_one(array, len(tokens))) != 0:
             raise SystemExit("llama_decode failed")
 
-    def _likeliest(self) -> int:
-        logits = self.api.llama_get_logits_ith(self.context, -1)  # waits until they are there
+    def _likeliest(self, place: int = -1) -> int:
+        logits = self.api.llama_get_logits_ith(self.context, place)  # waits until they are there
         return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
 
 
@@ -232,10 +288,14 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="olmoe", help="of convert (default olmoe)")
+    parser.add_argument("--context", type=int, default=worker.CONTEXT, help="slots of the cache, of all sequences")
+    parser.add_argument("--sequences", type=int, default=1, help="sequences that are evaluated together")
+    parser.add_argument("--flash", action="store_true", help="compute attention in one pass over the cache")
     given = parser.parse_args()
     match given.action:
         case "convert":
-            convert(given.source, given.out)
+            convert(given.source, given.out, given.architecture)
         case "quantize":
             quantize(given.source, given.out, given.threads)
         case "sizes":
@@ -243,8 +303,11 @@ def main() -> None:
         case "serve":
             import llama_cpp  # noqa: F401 - importing is not loading
 
-            vocabulary = int(gguf.GGUFReader(given.source).fields["olmoe.vocab_size"].contents())
-            worker.serve(lambda: Llama(given.source, given.threads), vocabulary)
+            reader = gguf.GGUFReader(given.source)
+            architecture = reader.fields["general.architecture"].contents()
+            vocabulary = int(reader.fields[f"{architecture}.vocab_size"].contents())
+            settings = (given.threads, given.context, given.sequences, given.flash)
+            worker.serve(lambda: Llama(given.source, *settings), vocabulary)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-CONTEXT = 1024  # slots of the key-value cache, where a contender fixes them
+CONTEXT = 1024  # slots of the key-value cache, where a contender fixes them and the command line does not say
 WARM_TOKENS = 32  # generated before resident memory is read
 
 
 class Model(Protocol):
-    """A loaded language model, batch 1. Prompts are token ids."""
+    """A loaded language model. Prompts are token ids."""
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """Return the seconds from an empty cache to the logits of the last token of the prompt."""
 
     def decode(self, prompt: Sequence[int], steps: int) -> float:
         """Return the seconds of `steps` greedy steps after the prompt, that of the prompt left out."""
+
+    def fill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Evaluate prompts of one length and keep their cache; only the contenders of lengths.py can, as with `steps`."""
+
+    def steps(self, tokens: Sequence[Sequence[int]]) -> float:
+        """Take a step for each list of tokens, a token a sequence, behind what `fill` kept; return the seconds of all but
+        the first step."""
 
     def facts(self) -> dict[str, Any]:
         """Return what the report should say: `weights_bytes` (the file) and others."""
@@ -47,7 +54,8 @@ def main(description: str | None, load: Callable[[Path, int], Model]) -> None:
 def serve(load: Callable[[], Model], vocabulary: int) -> None:
     """Load, report as one line of JSON, then answer requests on standard input, a line each, until it ends.
 
-    A request is {"prefill": tokens} or {"decode": steps, "prompt": tokens}, with a seed; the answer {"seconds": x}.
+    A request is {"prefill": tokens} or {"decode": steps, "prompt": tokens}, or {"fill": past tokens, "batch": n} and then
+    {"steps": steps, "batch": n} any number of times, all with a seed; the answer is {"seconds": x}.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to standard error
@@ -60,12 +68,22 @@ def serve(load: Callable[[], Model], vocabulary: int) -> None:
     facts = {"load_seconds": loaded, "before": before, "after": memory(), **model.facts()}
     print(json.dumps(facts), file=answers)
     for line in sys.stdin:
-        request = json.loads(line)
-        if "prefill" in request:
-            seconds = model.prefill(prompt(request["seed"], request["prefill"], vocabulary))
-        else:
-            seconds = model.decode(prompt(request["seed"], request["prompt"], vocabulary), request["decode"])
-        print(json.dumps({"seconds": seconds}), file=answers)
+        print(json.dumps({"seconds": answer(model, json.loads(line), vocabulary)}), file=answers)
+
+
+def answer(model: Model, request: dict[str, Any], vocabulary: int) -> float:
+    """Do what a request asks for and return the seconds."""
+    seed, start = request["seed"], time.perf_counter()
+    rows = range(request.get("batch", 1))
+    if "prefill" in request:
+        return model.prefill(prompt(seed, request["prefill"], vocabulary))
+    if "fill" in request:
+        model.fill([prompt(seed + row, request["fill"], vocabulary) for row in rows])
+        return time.perf_counter() - start
+    if "steps" in request:
+        columns = [prompt(seed + row, request["steps"], vocabulary) for row in rows]
+        return model.steps(list(zip(*columns, strict=True)))
+    return model.decode(prompt(seed, request["prompt"], vocabulary), request["decode"])
 
 
 def prompt(seed: int, length: int, vocabulary: int) -> list[int]:
