@@ -129,7 +129,27 @@ INLINE float sum_numbers(Numbers a) {
 
 #include "rows.h"
 
-const InstructionSet avx2_kernels = {"avx2", NEVER, quantize, multiply_rows, NULL, activate};
+/* --- many rows of activations ------------------------------------------------------------------------------------- */
+
+#define STEP 4
+#define TILE_LOWERED LOWERED
+typedef uint32_t Word;
+
+/* As multiply_unit: of codes below 16 the pairs of two steps fit in 16 bits. */
+INLINE __m256i add_steps(int bits, __m256i sum, __m256i a, __m256i x, __m256i b, __m256i y) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if (bits == 4) {
+    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
+  }
+  __m256i first = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(x, a));
+  __m256i second = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(y, b));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones)));
+}
+
+#include "tiles256.h"
+
+const InstructionSet avx2_kernels = {"avx2", 14, quantize, multiply_rows, multiply_tile, activate};
 
 #if defined(__clang__)
 #pragma clang attribute pop

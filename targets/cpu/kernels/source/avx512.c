@@ -14,9 +14,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Return a mask of the first `count` of 64, or of 16, lanes. */
-INLINE __mmask64 first_of_64(int count) { return count >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (count > 0 ? count : 0)) - 1; }
-INLINE __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : (__mmask16)((1 << (count > 0 ? count : 0)) - 1); }
+#include "panel512.h"
 
 /* --- rounding activations ----------------------------------------------------------------------------------------- */
 
@@ -108,102 +106,7 @@ INLINE float sum_numbers(Numbers a) { return _mm512_reduce_add_ps(a); }
 
 #include "rows.h"
 
-/* --- many rows of activations: a tile of 32 rows of weights, unpacked so that a register holds 4 neighbours of 16 --- */
-
-typedef struct {
-  uint8_t *codes; /* [steps of 4 neighbours, in the order of the activations][32 rows][4] */
-  float *scales;  /* [groups][32] */
-  float *zeros;   /* [groups][32]: zero point times scale */
-} Panel;
-
-/* Transposes 16 rows of 16 double words. */
-INLINE void transpose16(__m512i r[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-/* Unpacks 64 bytes of each of 16 rows, `count` of which there are; `shift` takes the high halves of codes of 4 bits. */
-INLINE void unpack_chunk(const uint8_t *codes, int row_bytes, int count, __mmask64 some, int bits, int shift, uint8_t *to) {
-  __m512i rows[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) { /* a row that is not there has zeros */
-    __m512i row = _mm512_maskz_loadu_epi8(i < count ? some : 0, codes + (size_t)i * row_bytes);
-    if (shift) row = _mm512_srli_epi16(row, 4);
-    rows[i] = bits == 4 ? _mm512_and_si512(row, _mm512_set1_epi8(15)) : row;
-  }
-  transpose16(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) _mm512_store_si512(to + (size_t)i * TILE * 4, rows[i]);
-}
-
-/* Writes the scales of 16 rows, and their products with the zero points, group after group. */
-INLINE void unpack_scales(const Matrix *w, int first, int count, float *scales, float *zeros) {
-  const Shape *s = w->shape;
-  __m512 middle = _mm512_set1_ps((float)(1 << (s->bits - 1)));
-  for (int g = 0; g < s->groups; g += 16) {
-    __m512i rows[16];
-    __mmask16 some = first_of_16(s->groups - g);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      rows[i] = _mm512_maskz_loadu_epi32(i < count ? some : 0, w->scales + (size_t)(first + i) * s->groups + g);
-    }
-    transpose16(rows);
-    for (int i = 0; i < 16 && g + i < s->groups; i++) {
-      _mm512_store_ps(scales + (size_t)(g + i) * TILE, _mm512_castsi512_ps(rows[i]));
-      _mm512_store_ps(zeros + (size_t)(g + i) * TILE, _mm512_mul_ps(_mm512_castsi512_ps(rows[i]), middle));
-    }
-  }
-  if (!w->zeros) return;
-  for (int i = 0; i < count; i++) {
-    for (int g = 0; g < s->groups; g++) {
-      zeros[(size_t)g * TILE + i] = scales[(size_t)g * TILE + i] * (float)zero_point(w, first + i, g);
-    }
-  }
-}
-
-static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
-  const Shape *s = w->shape;
-  for (int part = 0; part < TILE; part += 16) {
-    int rows = count - part;
-    const uint8_t *codes = w->codes + (size_t)(first + part) * s->row_bytes;
-    uint8_t *to = panel.codes + part * 4;
-    for (int c = 0; c < s->chunks; c++, codes += CHUNK) {
-      __mmask64 some = first_of_64(s->row_bytes - c * CHUNK);
-      if (s->bits == 8) {
-        unpack_chunk(codes, s->row_bytes, rows, some, 8, 0, to), to += 16 * TILE * 4;
-      } else {
-        unpack_chunk(codes, s->row_bytes, rows, some, 4, 0, to), to += 16 * TILE * 4;
-        unpack_chunk(codes, s->row_bytes, rows, some, 4, 1, to), to += 16 * TILE * 4;
-      }
-    }
-    unpack_scales(w, first + part, rows, panel.scales + part, panel.zeros + part);
-  }
-}
+/* --- many rows of activations ------------------------------------------------------------------------------------- */
 
 enum { BLOCK = 6 }; /* rows of activations that are multiplied at once: 12 sums of integers and 12 of numbers */
 
@@ -232,19 +135,15 @@ INLINE void multiply_block(const Matrix *w, int first, int count, const Product 
     x[i] = codes_of(p, s, from + i), scales[i] = scales_of(p, s, from + i), sums[i] = sums_of(p, s, from + i);
     y[i][0] = y[i][1] = _mm512_setzero_ps();
   }
-  int wide = chunk_width(s);
-  /* a group that is smaller than a chunk of 4-bit codes has its even places in one half of it, its odd ones in the other */
-  int parts = s->bits == 4 && s->group < wide ? 2 : 1, steps = s->group / 4 / parts;
+  int parts = group_parts(s), steps = s->group / 4 / parts;
   size_t lines = (size_t)(end - ahead) / CHUNK / (size_t)s->groups + 1;
   for (int g = 0; g < s->groups; g++) {
     for (size_t i = 0; i < lines && ahead < end; i++, ahead += CHUNK) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
     __m512i sum[BLOCK][2];
 #pragma GCC unroll 6
     for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = _mm512_setzero_si512();
-    size_t at = (size_t)g * s->group;
-    if (parts == 2) at = at / wide * wide + at % wide / 2;
     for (int part = 0; part < parts; part++) {
-      size_t start = at + (size_t)part * CHUNK;
+      size_t start = group_start(s, g) + (size_t)part * CHUNK;
       multiply_steps(sum, n, panel.codes + start * TILE, x, start, steps);
     }
     const float *scale = panel.scales + (size_t)g * TILE, *zero = panel.zeros + (size_t)g * TILE;
@@ -271,8 +170,7 @@ INLINE void multiply_block(const Matrix *w, int first, int count, const Product 
 
 static void multiply_tile(const Matrix *w, int first, int count, int next, const Product *p, void *memory) {
   const Shape *s = w->shape;
-  float *scales = memory;
-  Panel panel = {(uint8_t *)(scales + (size_t)2 * TILE * s->groups), scales, scales + (size_t)TILE * s->groups};
+  Panel panel = place_panel(s, memory);
   const uint8_t *ahead = w->codes + (size_t)(first + count) * s->row_bytes, *end = ahead + (size_t)next * s->row_bytes;
   unpack_tile(w, first, count, panel);
   for (int i = 0; i < p->count;) {

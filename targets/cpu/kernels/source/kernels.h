@@ -68,11 +68,20 @@ typedef struct {
   void (*activate)(const Activation *, const float *x, int width, float *y);
 } InstructionSet;
 
+/* What a set has instead, for many rows of activations, where a processor has more instructions. */
+typedef struct {
+  const char *name;
+  int tile_from;
+  void (*multiply_tile)(const Matrix *, int first, int count, int next, const Product *, void *panel);
+} Tiles;
+
 extern const InstructionSet plain_kernels;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const InstructionSet avx512_kernels, avx2_kernels;
+extern const Tiles amx_tiles, avxvnni_tiles;
 #elif defined(__aarch64__)
 extern const InstructionSet neon_kernels;
+extern const Tiles i8mm_tiles;
 #endif
 
 /* Return the fastest kernels for the processor that this runs on; NULL where ONNX Runtime's own are faster. */

@@ -1,0 +1,102 @@
+/* Unpacks a tile of 32 rows of weights in vectors of 512 bits, so that 64 bytes hold 4 neighbours of 16 rows: see tiles.h. */
+#ifndef MOEC_PANEL512_H
+#define MOEC_PANEL512_H
+
+#include "tiles.h"
+
+#include <immintrin.h>
+
+/* Return a mask of the first `count` of 64, or of 16, lanes. */
+INLINE __mmask64 first_of_64(int count) { return count >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (count > 0 ? count : 0)) - 1; }
+INLINE __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : (__mmask16)((1 << (count > 0 ? count : 0)) - 1); }
+
+/* Transposes 16 rows of 16 double words. */
+INLINE void transpose16(__m512i r[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+/* Unpacks 64 bytes of each of 16 rows, `count` of which there are; `shift` takes the high halves of codes of 4 bits. */
+INLINE void unpack_chunk(const uint8_t *codes, int row_bytes, int count, __mmask64 some, int bits, int shift, uint8_t *to) {
+  __m512i rows[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) { /* a row that is not there has zeros */
+    __m512i row = _mm512_maskz_loadu_epi8(i < count ? some : 0, codes + (size_t)i * row_bytes);
+    if (shift) row = _mm512_srli_epi16(row, 4);
+    rows[i] = bits == 4 ? _mm512_and_si512(row, _mm512_set1_epi8(15)) : row;
+  }
+  transpose16(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm512_store_si512(to + (size_t)i * TILE * 4, rows[i]);
+}
+
+/* Writes the scales of 16 rows, and their products with the zero points, group after group. */
+INLINE void unpack_scales(const Matrix *w, int first, int count, float *scales, float *zeros) {
+  const Shape *s = w->shape;
+  __m512 middle = _mm512_set1_ps((float)(1 << (s->bits - 1)));
+  for (int g = 0; g < s->groups; g += 16) {
+    __m512i rows[16];
+    __mmask16 some = first_of_16(s->groups - g);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      rows[i] = _mm512_maskz_loadu_epi32(i < count ? some : 0, w->scales + (size_t)(first + i) * s->groups + g);
+    }
+    transpose16(rows);
+    for (int i = 0; i < 16 && g + i < s->groups; i++) {
+      _mm512_store_ps(scales + (size_t)(g + i) * TILE, _mm512_castsi512_ps(rows[i]));
+      _mm512_store_ps(zeros + (size_t)(g + i) * TILE, _mm512_mul_ps(_mm512_castsi512_ps(rows[i]), middle));
+    }
+  }
+  if (!w->zeros) return;
+  for (int i = 0; i < count; i++) {
+    for (int g = 0; g < s->groups; g++) {
+      zeros[(size_t)g * TILE + i] = scales[(size_t)g * TILE + i] * (float)zero_point(w, first + i, g);
+    }
+  }
+}
+
+static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
+  const Shape *s = w->shape;
+  for (int part = 0; part < TILE; part += 16) {
+    int rows = count - part;
+    const uint8_t *codes = w->codes + (size_t)(first + part) * s->row_bytes;
+    uint8_t *to = panel.codes + part * 4;
+    for (int c = 0; c < s->chunks; c++, codes += CHUNK) {
+      __mmask64 some = first_of_64(s->row_bytes - c * CHUNK);
+      if (s->bits == 8) {
+        unpack_chunk(codes, s->row_bytes, rows, some, 8, 0, to), to += 16 * TILE * 4;
+      } else {
+        unpack_chunk(codes, s->row_bytes, rows, some, 4, 0, to), to += 16 * TILE * 4;
+        unpack_chunk(codes, s->row_bytes, rows, some, 4, 1, to), to += 16 * TILE * 4;
+      }
+    }
+    unpack_scales(w, first + part, rows, panel.scales + part, panel.zeros + part);
+  }
+}
+
+#endif

@@ -1,0 +1,69 @@
+/* A tile of rows of weights, unpacked for many rows of activations: codes of a byte in the order of the activations' chunks.
+
+   A file of an instruction set that includes this for unpack_tile says before:
+
+   STEP, Word              neighbours of a row that lie together, 4 or 8, and an unsigned integer of as many bytes
+   TILE_LOWERED(bits)      what unpacking takes off a code: 0, or 128 of codes of 8 bits, which are signed then */
+#ifndef MOEC_TILES_H
+#define MOEC_TILES_H
+
+#include "kernels.h"
+
+#include <string.h>
+
+typedef struct {
+  uint8_t *codes; /* [steps of neighbours, in the order of the activations][32 rows][neighbours of a step] */
+  float *scales;  /* [groups][32] */
+  float *zeros;   /* [groups][32]: zero point times scale */
+} Panel;
+
+static inline Panel place_panel(const Shape *s, void *memory) {
+  float *scales = memory;
+  return (Panel){(uint8_t *)(scales + (size_t)2 * TILE * s->groups), scales, scales + (size_t)TILE * s->groups};
+}
+
+/* Where the codes of a group begin in a row of activations. A group that is smaller than a chunk of 4-bit codes has its even
+   places in one half of the chunk, its odd ones in the other: two parts of it, a line apart. */
+static inline int group_parts(const Shape *s) { return s->bits == 4 && s->group < chunk_width(s) ? 2 : 1; }
+static inline size_t group_start(const Shape *s, int g) {
+  size_t at = (size_t)g * s->group, wide = (size_t)chunk_width(s);
+  return group_parts(s) == 2 ? at / wide * wide + at % wide / 2 : at;
+}
+
+#ifdef STEP
+/* Unpacks 64 bytes of a row. */
+static inline void unpack_line(const uint8_t *codes, int bits, uint8_t *to) {
+  const Word half = (Word)0x0f0f0f0f0f0f0f0f, sign = TILE_LOWERED(8) ? (Word)0x8080808080808080 : 0;
+  for (int i = 0; i < CHUNK / STEP; i++) {
+    Word word, low, high;
+    memcpy(&word, codes + i * STEP, STEP);
+    low = bits == 4 ? word & half : word ^ sign, high = word >> 4 & half;
+    memcpy(to + (size_t)i * TILE * STEP, &low, STEP);
+    if (bits == 4) memcpy(to + (size_t)(CHUNK / STEP + i) * TILE * STEP, &high, STEP);
+  }
+}
+
+static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
+  const Shape *s = w->shape;
+  uint8_t *to = panel.codes;
+  for (int c = 0; c < s->chunks; c++, to += (size_t)chunk_width(s) * TILE) { /* a chunk of all rows stays in the first cache */
+    for (int row = 0; row < TILE; row++) {
+      uint8_t some[CHUNK] = {0};
+      int bytes = row < count ? s->row_bytes - c * CHUNK : 0;
+      const uint8_t *line = w->codes + (size_t)(first + row) * s->row_bytes + (size_t)c * CHUNK;
+      if (bytes < CHUNK) memcpy(some, line, (size_t)bytes), line = some; /* rows and places that are not there are zeros */
+      if (s->bits == 4) unpack_line(line, 4, to + row * STEP);
+      if (s->bits == 8) unpack_line(line, 8, to + row * STEP);
+    }
+  }
+  for (int row = 0; row < TILE; row++) {
+    for (int g = 0; g < s->groups; g++) {
+      size_t at = (size_t)g * TILE + row;
+      panel.scales[at] = row < count ? w->scales[(size_t)(first + row) * s->groups + g] : 0;
+      panel.zeros[at] = row < count ? panel.scales[at] * (float)(zero_point(w, first + row, g) - TILE_LOWERED(s->bits)) : 0;
+    }
+  }
+}
+#endif
+
+#endif
