@@ -37,6 +37,7 @@ def parts():
         import batched_bench
         import checkpoint
         import checkpoint_v4
+        import families
         import lengths
         import process
         import quality
@@ -44,7 +45,7 @@ def parts():
         import scale
     finally:
         sys.path.remove(str(BENCH))
-    found = (batched_bench, checkpoint, checkpoint_v4, lengths, process, quality, report, scale)
+    found = (batched_bench, checkpoint, checkpoint_v4, families, lengths, process, quality, report, scale)
     return {module.__name__: module for module in found}
 
 
@@ -199,6 +200,29 @@ def test_lengths_are_told_in_a_table(parts):
 def test_scripts_explain_themselves(name):
     done = script(name, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout
+
+
+@needs_triton
+@pytest.mark.long
+def test_families_compile_with_objects_and_no_spills():
+    """Of latent attention with a delta net, of mamba, and of experts that the model's code spells out."""
+    names = ("kimi_linear", "jamba", "muse_spark")
+    done = script("families.py", "--families", ",".join(names), "--buckets", "16")
+    rows = [line.split() for line in done.stdout.splitlines() if " kernels, no spills; " in line]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row[:2] for row in rows] == [[name, chip] for name in names for chip in ("nvidia-h200", "amd-mi355x")]
+    assert all(int(row[2]) >= 12 for row in rows), done.stdout
+
+
+def test_a_family_with_a_spill_or_without_an_object_fails(parts, monkeypatch, capsys):
+    families = parts["families"]
+    monkeypatch.setattr(sys, "argv", ["families.py", "--families", "llama", "--targets", "nvidia-h200"])
+    monkeypatch.setattr(families.driver, "load", lambda model: None)
+    for spilled, failed, code in (((), (), 0), (("linear_0_t4",), (), 1), ((), ("append_0_t4",), 1)):
+        row = families.Row(12, spilled, failed, ("nn.embedding",))
+        monkeypatch.setattr(families, "compiled", lambda *given, row=row: row)
+        assert families.main() == code
+        assert all(name in capsys.readouterr().out for name in (*spilled, *failed))
 
 
 def test_unknown_contenders_are_refused(tmp_path):

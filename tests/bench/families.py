@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.skeleton import make_model
 from moec.compiler.ir.module import Module
+from moec.compiler.rewrite.pipeline import remaining_passes, run_pipeline
+from moec.targets import open_target
 from moec.targets.accelerator.artifact.objects import compile_kernels
 from moec.targets.accelerator.artifact.spec import BUCKETS, kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
@@ -32,12 +34,16 @@ TARGETS = ("nvidia-h200", "amd-mi355x")
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a family on a chip: its kernels, those that spill or have no object, and ops that torch runs."""
+    """What came of a family on a chip: its kernels, those that spill or have no object, and ops that torch runs.
+
+    `replaced`: kernels whose first tile spilled or did not compile, where one of the next does.
+    """
 
     kernels: int
     spilled: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     framework: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
     error: str = ""
 
     @property
@@ -51,19 +57,39 @@ class Row:
             return self.error
         wrong = [f"spill: {', '.join(self.spilled)}"] * bool(self.spilled)
         wrong += [f"no object: {', '.join(self.failed)}"] * bool(self.failed)
-        return f"{self.kernels:4d} kernels, {'; '.join(wrong) or 'no spills'}; torch runs {', '.join(self.framework)}"
+        replaced = f"; next tiles: {', '.join(self.replaced)}" if self.replaced else ""
+        return f"{self.kernels:4d} kernels, {'; '.join(wrong) or 'no spills'}{replaced}; torch runs {', '.join(self.framework)}"
 
 
-def compiled(module: Module, target: str, buckets: Sequence[int]) -> Row:
-    """Return what came of the kernels of a lowered module."""
-    profile = find_profile(target, {})
-    kernels = compile_kernels(kernel_specs(module, profile, buckets), profile, "kernels").kernels
+def compile_family(name: str, targets: Sequence[str], buckets: Sequence[int]) -> Iterator[tuple[str, Row]]:
+    """Yield what came of a family on each chip; its model is imported once."""
+    try:
+        imported = driver.load(make_model(FAMILIES[name].config(), dtype=torch.float32).eval())
+    except MoecError as error:
+        yield "import", Row(0, error=str(error).replace("\n", " "))
+        return
+    for target in targets:
+        try:
+            yield target, compiled(imported, target, buckets)
+        except MoecError as error:
+            yield target, Row(0, error=str(error).replace("\n", " "))
+
+
+def compiled(imported: Module, target: str, buckets: Sequence[int]) -> Row:
+    """Return what came of an imported model on a chip; MoecError where it does not lower."""
+    profile, chosen = find_profile(target, {}), open_target(target, {})
+    table = driver.passes_for(chosen)
+    passes = remaining_passes(imported, chosen.pipeline, table)
+    module = run_pipeline(imported, passes, target=chosen, table=table).module
+    searched = kernel_specs(module, profile, buckets)
+    kernels = compile_kernels(searched, profile, "kernels").kernels
     objects = {k.name: k.objects[profile.arch or ""] for k in kernels.kernels}
     return Row(
         len(objects),
         tuple(name for name, found in objects.items() if found.get("spills")),
         tuple(name for name, found in objects.items() if "error" in found),
         tuple(sorted(entry["op"].removeprefix("core.") for entry in kernels.framework)),
+        tuple(k.name for k, first in zip(kernels.kernels, searched.kernels, strict=True) if k.best != first.best),
     )
 
 
@@ -84,13 +110,7 @@ def main() -> int:
                 f"{name:24s} transformers {transformers.__version__} has no {FAMILIES[name].config_class}", flush=True
             )
             continue
-        model = make_model(FAMILIES[name].config(), dtype=torch.float32).eval()
-        for target in given.targets.split(","):
-            try:
-                module = driver.compile(model, target, stop_after="kernel")
-                row = compiled(module, target, tuple(map(int, given.buckets.split(","))))
-            except MoecError as error:
-                row = Row(0, error=str(error).replace("\n", " "))
+        for target, row in compile_family(name, given.targets.split(","), tuple(map(int, given.buckets.split(",")))):
             wrong += not row.good
             print(f"{name:24s} {target:12s} {row}", flush=True)
     return int(wrong > 0)
