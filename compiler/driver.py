@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .rewrite.pipeline import PassTiming, Run
     from .runtime.artifact import Artifact
     from .runtime.compare import Comparison
+    from .runtime.compare_calls import CallComparison
 
 # What computes (torch, sympy) takes seconds to import: the functions below import it when a request has been judged, so
 # that wrong use is answered at once.
@@ -80,13 +81,15 @@ def compile_source(
     trust_remote_code: bool = False,
     weights: Path | str | None = None,
     tokenizer: Any = None,
+    example_inputs: Any = None,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a source for a target into the folder `out`.
 
-    `source` is a checkpoint folder, a `.moir` file, an artifact, or a live transformers model; `weights` names the
-    checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one of transformers; by default
-    that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
+    `source` is a checkpoint folder, a `.moir` file, an artifact, a live transformers model, or any other torch module
+    with the `example_inputs` that it is called with (a tensor, a tuple, or a dict by name), or an exported program of
+    torch; `weights` names the checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one
+    of transformers; by default that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is an option of the target's lowering, on the CPU `fast` (int8 activations beside quantized weights, the
@@ -117,7 +120,9 @@ def compile_source(
     from .weights.heap import returning_freed_memory
 
     declare_kernel_ops(chosen)
-    loaded = load(source, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    loaded = load(
+        source, weights=weights, tokenizer=tokenizer, example_inputs=example_inputs, trust_remote_code=trust_remote_code
+    )
 
     def make_plan(budget: Budget, method: str) -> Plan:
         loaded.need_weights()
@@ -274,14 +279,14 @@ def predict(
     return chosen.predict(lowered, batch=batch, new=new, past=past, devices=devices)
 
 
-def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison:
+def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison | CallComparison:
     """Compare an artifact with its source model in transformers; options as in `measure`."""
     return measure(folder, against, **options)[0]
 
 
 def measure(
     folder: Path | str, against: Any = None, accuracy: str | None = None, **options: Any
-) -> tuple[Comparison, tuple[Note, ...]]:
+) -> tuple[Comparison | CallComparison, tuple[Note, ...]]:
     """Compare an artifact with its source model in transformers, and keep what is found in moec.json.
 
     Options as in runtime.compare.verify; `accuracy` is that of the session (None: as compiled). Where moec.json cannot be

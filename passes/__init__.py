@@ -1,6 +1,6 @@
 """The passes, one a file: a file here is a pass, and nowhere else is a list of them.
 
-graph: raise-norm, raise-rope, lift-moe (leaves stage moe).
+graph: raise-experts, raise-norm, raise-rope, lift-moe (leaves stage moe).
 moe: fuse-router, fuse-dispatch, fuse-shared-experts, absorb-mla, fuse-attention, fuse-norm, fold-weights, keep-codes, quantize,
     round-weights.
 kernel: quantize-activations.

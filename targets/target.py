@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FUSED = tuple(
     PassCall(name)
     for name in (
-        "cleanup", "raise-norm", "raise-rope", "lift-moe", "cleanup", "fuse-router", "cleanup", "fuse-dispatch",
+        "cleanup", "raise-experts", "raise-norm", "raise-rope", "lift-moe", "cleanup", "fuse-router", "cleanup", "fuse-dispatch",
         "fuse-shared-experts", "absorb-mla", "fuse-attention", "fuse-norm", "cleanup",
     )
 )  # fmt: skip

@@ -69,7 +69,7 @@ OTHERS = [command for command in COMMANDS if command[0] != "moec"]
 
 def test_every_block_is_one_that_is_tested():
     assert len(SHELL) + len(PYTHON) + len(PROGRAMS) + len(TREES) == len(BLOCKS)
-    assert MOEC and len(PYTHON) == 1 and len(PROGRAMS) == 1 and len(TREES) == 1
+    assert MOEC and len(PYTHON) == 2 and len(PROGRAMS) == 1 and len(TREES) == 1
 
 
 @pytest.mark.parametrize("command", OTHERS, ids=" ".join)
@@ -141,15 +141,25 @@ def test_commands(command, folder, monkeypatch):
             shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python(code, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
+def run_python(code):
+    """Run a block as it stands."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the runtime's threads want the cores too
     try:
         exec(compile(code, "README.md", "exec"), {})
     finally:
         torch.set_num_threads(threads)
+
+
+def test_python_of_a_torch_module(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    run_python(PYTHON[1])
+    assert capsys.readouterr().out == "(9, 64)\n"
+
+
+def test_python(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    run_python(PYTHON[0])
     text = capsys.readouterr().out
     assert "'passed': True" in text and len(text.splitlines()) > 1
     files = {path.name for path in Path("my-model-cpu").iterdir()}

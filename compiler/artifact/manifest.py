@@ -62,16 +62,21 @@ class State:
         return tuple(self._size(size, dims) for size in self.shape)
 
     def _size(self, size: int | str, dims: Mapping[str, int]) -> int:
-        if isinstance(size, str) and size in dims:
-            return dims[size]
-        what = f"the state {self.past} has the size {size}"
-        try:
-            found = size if isinstance(size, int) else _evaluate_text(size, dims)
-        except (MoecError, TypeError, ArithmeticError, ValueError) as error:  # a size such as floordiv(P, 0)
-            raise MoecError(what, todo=f"known are {', '.join(dims)}") from error
-        if not 0 <= found <= LARGEST:
-            raise MoecError(what, todo=f"{MANIFEST} and the model do not belong together: compile it again")
-        return found
+        return size_of(size, dims, f"the state {self.past}")
+
+
+def size_of(size: int | str, dims: Mapping[str, int], owner: str = "a value") -> int:
+    """Return a size of the manifest as an int; MoecError for one that the dims do not tell."""
+    if isinstance(size, str) and size in dims:
+        return dims[size]
+    what = f"{owner} has the size {size}"
+    try:
+        found = size if isinstance(size, int) else _evaluate_text(size, dims)
+    except (MoecError, TypeError, ArithmeticError, ValueError) as error:  # a size such as floordiv(P, 0)
+        raise MoecError(what, todo=f"known are {', '.join(dims)}") from error
+    if not 0 <= found <= LARGEST:
+        raise MoecError(what, todo=f"{MANIFEST} and the model do not belong together: compile it again")
+    return found
 
 
 def _evaluate_text(text: str, dims: Mapping[str, int]) -> int:
@@ -220,6 +225,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= LARGEST:
             raise MoecError(f"the dim {name} of {MANIFEST} is {bounds!r:.80}", str(path), todo="compile it again")
     return {"unfused": [], "sizes": {}, "vocabulary": None, "packages": {}, "replaced": [], **manifest}
+
+
+def is_language_model(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a program takes token ids and returns logits, so that text can be generated with it."""
+    names = {entry["name"] for key in ("inputs", "outputs") for entry in manifest[key]}
+    return {"input_ids", "logits"} <= names
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], hashes: bool = False) -> None:

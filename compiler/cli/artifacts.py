@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ from .base import (
     epilog=examples_epilog(
         'moec run tiny --prompt "import os" --greedy --max-new-tokens 64',
         "moec run tiny --tokens 12,7,99 --seed 3 --top-p 0.9",
+        "moec run layer --inputs x.npz --outputs y.npz",
     )
 )
 @click.argument("folder", metavar="DIR")
 @click.option("--prompt", help="The text to continue.")
 @click.option("--tokens", help="Token ids to continue, as in 1,2,3; prints token ids.")
+@click.option("--inputs", metavar="FILE", help="Arrays (.npz) to call a program with that is no language model.")
+@click.option("--outputs", metavar="FILE", help="Where to write its results (.npz).")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=0), metavar="N")
 @click.option("--greedy", is_flag=True, help="Take the most likely token every time.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: the model's own setting]")
@@ -50,15 +53,20 @@ from .base import (
 @json_option
 @debug_option
 def run(
-    folder: str, prompt: str | None, tokens: str | None, as_json: bool, seed: int | None, threads: int | None,
-    accuracy: str | None, check_files: bool, device: str | None, **settings: Any,
+    folder: str, prompt: str | None, tokens: str | None, inputs: str | None, outputs: str | None, as_json: bool,
+    seed: int | None, threads: int | None, accuracy: str | None, check_files: bool, device: str | None, **settings: Any,
 ) -> None:  # fmt: skip
-    """Generate with an artifact.
+    """Generate with an artifact, or call it.
 
-    Text is printed as it comes, then the speed on standard error. Without options a model samples as its generation_config.json has it, or takes the most likely token.
+    Text is printed as it comes, then the speed on standard error. Without options a model samples as its generation_config.json has it, or takes the most likely token. A program that is no language model is called with the arrays of --inputs.
     """
-    if (prompt is None) == (tokens is None):
-        raise click.UsageError("give one of --prompt and --tokens")
+    if [prompt, tokens, inputs].count(None) != 2:
+        raise click.UsageError("give one of --prompt, --tokens and --inputs")
+    if outputs is not None and inputs is None:
+        raise click.UsageError("--outputs is for what --inputs gives")
+    if inputs is not None:
+        options = {"threads": threads, "accuracy": accuracy, "device": device}
+        return _call_program(Path(folder), inputs, outputs, as_json, check_files, options)
     ids = None if tokens is None else _token_ids(tokens)
     from ..runtime.artifact import Artifact
 
@@ -79,6 +87,25 @@ def run(
     if is_debugging(click.get_current_context()) and (computes := getattr(session, "kernels", "")):
         click.echo(f"quantized layers: {computes}", err=True)
     print_notes(end_notes(artifact.end_tokens))
+
+
+def _call_program(
+    folder: Path, inputs: str, outputs: str | None, as_json: bool, check: bool, options: Mapping[str, Any]
+) -> None:
+    """Call a program with the arrays of a file, and print or write what it gives."""
+    from ..runtime.artifact import Artifact
+    from ..runtime.calls import bind_arrays, read_arrays, write_arrays
+
+    artifact = Artifact.open(folder, check=check)
+    arrays = bind_arrays(artifact.manifest, (), read_arrays(Path(inputs)))
+    found = artifact.session(**options).call(arrays)
+    if outputs is not None:
+        write_arrays(Path(outputs), found)
+    if as_json:
+        click.echo(json.dumps({name: array.tolist() for name, array in found.items()}))
+    elif outputs is None:
+        for name, array in found.items():
+            click.echo(f"{name} {array.dtype}{list(array.shape)}\n{array}")
 
 
 def _token_ids(text: str) -> list[int]:

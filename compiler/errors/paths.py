@@ -18,14 +18,14 @@ def check_path(path: Path | str, what: str) -> Path:
 def check_source(source: Path | str) -> Path:
     """Return the path of a source; MoecError for one that holds nothing to import."""
     path = check_path(source, "the source")
-    if path.suffix == ".moir" and not path.is_dir():
+    if path.suffix in (".moir", ".pt2") and not path.is_dir():
         try:
             path.open("rb").close()
         except OSError as error:
             raise MoecError(f"cannot read the file: {error.strerror}", where=str(source)) from None
         return path
-    if path.suffix in (".onnx", ".pt2"):
-        raise MoecError(f"{path.suffix} files are not read yet", where=str(source), todo="give the checkpoint folder")
+    if path.suffix == ".onnx":
+        raise MoecError("ONNX files are not read yet", where=str(source), todo="give the checkpoint folder")
     if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
         what = "is a file of no known kind" if path.exists() else "does not exist"
         raise MoecError(f"the source {what}", str(source), todo="give a checkpoint folder, a .gguf or a .moir file")

@@ -42,12 +42,9 @@ def factor_of(h: torch.Tensor) -> torch.Tensor | None:
 def gptq_encode(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
     """Return the parts (see format.py) of rows f32[N, K] in an integer format; `factor` is that of their inputs.
 
-    A group's scale and zero point come from the usual search, on the numbers as they are when its first column is due;
-    the error e of a column counts as e^2 / U_jj^2, which is what it adds to the error of the outputs.
+    A group's scale and zero point come from the usual search, on the numbers as they are when its first column is due.
     """
     rows, width = w.shape
-    importance = factor.diagonal().reciprocal().square_()
-    importance /= importance.mean()
     top = float((1 << format.bits) - 1)
     # columns as rows: each is read and written as a whole; a copy even of a single row, which may be the source's own
     left = w.T.clone(memory_format=torch.contiguous_format)
@@ -61,8 +58,7 @@ def gptq_encode(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
         for j in range(start, stop):
             group, first = divmod(j, format.group)
             if not first:
-                columns = slice(j, j + format.group)
-                _, scale, zero = search_scales(left[columns].T.contiguous(), format, importance[columns])
+                _, scale, zero = search_scales(left[j : j + format.group].T.contiguous(), format)
                 scales[group], zeros[group] = scale, zero
                 divisor = torch.where(scale == 0, 1.0, scale)
             code = (left[j] / divisor).add_(zero).round_().clamp_(0, top)

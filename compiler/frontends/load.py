@@ -55,13 +55,21 @@ class Loaded:
 
 
 def load(
-    source: Any, *, weights: Path | str | None = None, tokenizer: Any = None, trust_remote_code: bool = False
+    source: Any,
+    *,
+    weights: Path | str | None = None,
+    tokenizer: Any = None,
+    example_inputs: Any = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load a checkpoint folder, a `.moir` file, an artifact folder or a live transformers model.
+    """Load a checkpoint folder, a `.moir` file, an artifact folder, a torch module or a torch program.
 
     `weights` names the checkpoint folder of a `.moir` file, in place of the one that stands in it. `tokenizer` is that of
     a live model: one of transformers, or a folder; by default that of the folder which the model was loaded from.
+    `example_inputs` are what any other torch module is called with: a tensor, a tuple of tensors, or a dict by name.
     """
+    if example_inputs is not None and isinstance(source, (str, Path)):
+        raise MoecError("example inputs belong to a torch module", todo="leave them out, or give the module itself")
     if tokenizer is not None and isinstance(source, (str, Path)):
         raise MoecError("a tokenizer belongs to a live model", todo="put its files into the folder")
     if weights is not None:
@@ -70,11 +78,13 @@ def load(
         return _load_path(check_source(source), str(source), weights, trust_remote_code)
     import torch
 
+    if isinstance(source, torch.export.ExportedProgram):
+        return _load_program(source, f"{LIVE}{type(source).__name__}")
     if isinstance(source, torch.nn.Module):
-        return _load_live(source, tokenizer)
+        return _load_live(source, tokenizer, example_inputs)
     raise MoecError(
         f"a source cannot be a {type(source).__name__}",
-        todo="give a checkpoint folder, a .moir file, an artifact or a transformers model",
+        todo="give a checkpoint folder, a .moir file, an artifact, a torch module or an exported program",
     )
 
 
@@ -93,6 +103,10 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         path = path / "program.moir"
     if path.suffix == ".moir":
         return _load_text(path, weights)
+    if path.suffix == ".pt2" and path.is_file():
+        from .programs.archive import open_archive
+
+        return _load_program(open_archive(path), name)
     if (file := gguf_file(path)) is not None:
         from .gguf.model import import_gguf
         from .transformers.huggingface import check_weights
@@ -170,13 +184,25 @@ def find_weights(module: Module, path: Path, weights: Path | str | None) -> Path
     return None
 
 
-def _load_live(model: Any, tokenizer: Any) -> Loaded:
+def _load_program(program: Any, name: str) -> Loaded:
+    from ..weights.sources.source import ModuleSource
+    from .programs.exported import import_program
+
+    module, tensors = import_program(program, name)
+    return Loaded(module, ModuleSource(tensors), None)
+
+
+def _load_live(model: Any, tokenizer: Any, example_inputs: Any) -> Loaded:
     from transformers import PreTrainedModel
 
+    if example_inputs is not None:
+        from .programs.live import export_module
+
+        return _load_program(export_module(model, example_inputs), f"{LIVE}{type(model).__name__}")
     if not isinstance(model, PreTrainedModel):
         raise MoecError(
-            f"a live {type(model).__name__} is not understood",
-            todo="give a causal LM of transformers, or save it as a checkpoint folder",
+            f"a live {type(model).__name__} is called with inputs that are not known",
+            todo="give example_inputs=, or a causal LM of transformers",
         )
     from ..weights.sources.source import ModuleSource
     from .transformers.huggingface import import_live

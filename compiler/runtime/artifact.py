@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.generation_files import EndTokens, find_end_tokens, find_sampling
-from ..artifact.manifest import add_figures, check_files, read_manifest
+from ..artifact.manifest import add_figures, check_files, is_language_model, read_manifest
 from ..errors import MoecError
 from ..errors.paths import check_path
+from .calls import bind_arrays
 from .generate import Generation, Runner, generate
 from .tokenizer import TextStream, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from .compare import Comparison
+    from .compare_calls import CallComparison
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Artifact:
         facts = {key: self.manifest[key] for key in kept}
         return {**facts, "states": len(self.manifest["states"]), "files": sizes, "bytes": sum(sizes.values())}
 
-    def session(self, **options: Any) -> Runner:
+    def session(self, **options: Any) -> Any:
         """Open the artifact with its target's runtime; every target takes `threads`, `spinning`, `accuracy` and
         `device` (see their session.load)."""
         from ...targets import load_artifact
@@ -65,7 +67,7 @@ class Artifact:
         return load_artifact(self.target, self.folder, **options)
 
     @cached_property
-    def default_session(self) -> Runner:
+    def default_session(self) -> Any:
         """A session with the target's own settings, opened once."""
         return self.session()
 
@@ -112,8 +114,26 @@ class Artifact:
                 on_text(row, text)
         return replace(found, text=self._texts(found, wanted=prompt is not None))
 
-    def verify(self, against: Any = None, **options: Any) -> Comparison:
-        """Compare with the source model in transformers; see parity.verify for the options."""
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Call a program that is no language model as its module is called: with arrays or torch tensors.
+
+        Inputs are given in their order or by name. Returns a numpy array, or a tuple of them where there are several
+        results. MoecError for inputs that do not fit, see calls.bind_arrays.
+
+        >>> artifact = moec.compile(module, example_inputs=x, out="layer")  # doctest: +SKIP
+        >>> artifact(x).shape  # doctest: +SKIP
+        (5, 32)
+        """
+        arrays = bind_arrays(self.manifest, inputs, named)
+        found = tuple(self.default_session.call(arrays).values())
+        return found[0] if len(found) == 1 else found
+
+    def verify(self, against: Any = None, **options: Any) -> Comparison | CallComparison:
+        """Compare with the source: a model in transformers (compare.py), or a torch module or program (compare_calls.py)."""
+        if not is_language_model(self.manifest):
+            from .compare_calls import compare_calls
+
+            return compare_calls(self, against, **options)
         from .compare import compare_with_source
 
         return compare_with_source(self, against, **options)
@@ -133,6 +153,11 @@ class Artifact:
         return frozenset(self.end_tokens.ids)
 
     def _rows(self, prompt: Any, tokens: Any) -> list[list[int]]:
+        if not is_language_model(self.manifest):
+            raise MoecError(
+                "the artifact is no language model: it cannot continue a text", str(self.folder),
+                todo="call it with arrays: artifact(*inputs), or moec run DIR --inputs FILE.npz",
+            )  # fmt: skip
         if (prompt is None) == (tokens is None):
             raise MoecError("give either a prompt or tokens")
         if prompt is not None:

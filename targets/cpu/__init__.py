@@ -99,7 +99,7 @@ TARGET = Target(
     ),
     lower=_lowering_by_record(),
     emit=_emit_artifact,
-    load=DeferredFunction(f"{__name__}.run.session", "load_session"),
+    load=DeferredFunction(f"{__name__}.run.open", "open_artifact"),
     options=_with_options,
     recorded=_record_as_probed,
     probe=_run_probe,

@@ -32,6 +32,10 @@ class Traced:
             return sympy.Integer(value)
         return _translate_expression(value.node.expr, self.symbols)
 
+    def depends_on_data(self, value: Any) -> bool:
+        """Return whether a torch size is a number of elements that a mask chooses, which nothing but asserts may read."""
+        return not isinstance(value, int) and not value.node.expr.free_symbols <= set(self.symbols)
+
     def shape(self, tensor: Tensor) -> tuple[Size, ...]:
         """Return the shape of a traced value in IR sizes."""
         return tuple(sympy.expand(self.size(s)) for s in tensor.shape)

@@ -32,6 +32,14 @@ def aten(*names: str) -> Callable[[Handler], Handler]:
     return declare
 
 
+class Proxy:
+    """What stands for a tensor that the IR does not hold as it is; it says itself what operators make of it."""
+
+    def apply(self, g: Graph, name: str, handler: Handler, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Return the result of an operator whose handler is given; MoecError for one that does not go."""
+        raise NotImplementedError
+
+
 @dataclass
 class Graph:
     """A traced graph being rewritten: what each fx node became (a Value, a size, or a tuple of them)."""
@@ -91,8 +99,10 @@ def _lower_node(graph: Graph, node: Any) -> Any:
     place = _module_path(node)
     graph.builder.loc = (place,) if place else ()
     val = node.meta.get("val")
+    if isinstance(val, torch.SymBool):
+        return None  # what is said of sizes; nothing but assertions reads it
     if isinstance(val, (int, torch.SymInt)):
-        return graph.traced.size(val)
+        return None if graph.traced.depends_on_data(val) else graph.traced.size(val)
     if node.target is operator.getitem:
         return _argument_value(graph, node.args[0])[node.args[1]]
     name = _operator_name(node.target)
@@ -111,7 +121,8 @@ def _lower_node(graph: Graph, node: Any) -> Any:
     )  # these may see a tensor without values yet
     args = [_argument_value(graph, a, raw) for a in node.args]
     kwargs = {k: _argument_value(graph, v) for k, v in node.kwargs.items()}
-    result = handler(graph, *args, **kwargs)
+    proxy = next((a for a in args if isinstance(a, Proxy)), None)
+    result = proxy.apply(graph, key, handler, args, kwargs) if proxy else handler(graph, *args, **kwargs)
     if in_place and not raw:
         _rebind_operand(graph, node, result, place)
     return result

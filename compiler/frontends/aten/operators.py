@@ -11,6 +11,7 @@ from ...errors import MoecError
 from ...ir.dims import size
 from ...ir.dtypes import DTYPES
 from ...ir.module import Value
+from .chosen_rows import Place, Rows, take_rows, write_rows
 from .lower import HANDLERS, Graph, aten, normalize_axis, reshape
 from .shapes import squeeze
 
@@ -269,6 +270,13 @@ def _cumsum(g: Graph, x: Value, dim: int, dtype: str | None = None) -> Value:
     return g.builder.add("core.cumsum", g.cast(x, dtype) if dtype else x, axis=normalize_axis(x, dim))
 
 
+@aten("aten.argmax")
+def _argmax(g: Graph, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+    if dim is None:
+        raise MoecError("argmax over all axes is not understood")
+    return _max(g, x, dim, keepdim)[1]
+
+
 @aten("aten.topk")
 def _topk(g: Graph, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     if not largest:
@@ -305,13 +313,28 @@ def _scatter(g: Graph, x: Value, dim: int, index: Value, src: Any) -> Value:
     return g.builder.add("core.scatter", x, index, src, axis=normalize_axis(x, dim))
 
 
+@aten("aten.one_hot")
+def _one_hot(g: Graph, ids: Value, classes: int) -> Value:
+    if classes < 0:
+        raise MoecError("one_hot without the number of classes is not understood", todo="give num_classes")
+    column = reshape(g, ids, (*ids.type.shape, 1))
+    return g.cast(g.builder.add("core.eq", column, g.builder.add("core.iota", size=size(classes))), "i64")
+
+
 @aten("aten.index_select")
-def _index_select(g: Graph, x: Value, dim: int, index: Value) -> Value:
+def _index_select(g: Graph, x: Value, dim: int, index: Value | Place) -> Value | Rows:
+    if isinstance(index, Place):
+        rows = take_rows(g, x, [index]) if normalize_axis(x, dim) == 0 else None
+        if rows is None:
+            raise MoecError(f"index_select along axis {dim} by places that a mask chooses is not understood")
+        return rows
     return g.builder.add("core.take", x, index, axis=normalize_axis(x, dim))
 
 
 @aten("aten.index")
-def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
+def _index(g: Graph, x: Value, indices: list[Any]) -> Value | Rows:
+    if (rows := take_rows(g, x, indices)) is not None:
+        return rows
     given = [i for i, index in enumerate(indices) if index is not None]
     if len(given) != 1 or indices[given[0]].type.dtype == "bool":
         raise MoecError("indexing with several tensors or with a mask is not understood")
@@ -319,8 +342,10 @@ def _index(g: Graph, x: Value, indices: list[Any]) -> Value:
 
 
 @aten("aten.index_put")
-def _index_put(g: Graph, x: Value, indices: list[Any], value: Value, accumulate: bool = False) -> Value:
-    """Write one number where a mask is set."""
+def _index_put(g: Graph, x: Value, indices: list[Any], value: Value | Rows, accumulate: bool = False) -> Value:
+    """Write one number where a mask is set, or rows back to where they were taken from."""
+    if isinstance(value, Rows):
+        return write_rows(g, x, indices, value, accumulate)
     if accumulate or len(indices) != 1 or indices[0].type.shape != x.type.shape or value.type.elements != 1:
         raise MoecError("writing by indices, or other than one number by a mask, is not understood")
     return g.builder.add("core.where", indices[0], value, x)

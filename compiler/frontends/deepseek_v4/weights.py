@@ -16,12 +16,12 @@ from typing import Any
 from ...errors import MoecError
 from ...ir.recipes import Recipe, Tensor, bind_recipe
 from ...ir.types import TensorType, expand_range
+from ...weights.joined import join_recipes
 from ...weights.sources.checkpoint import names_like
 from ...weights.steps.table import step
 from ..stored.layouts import FLOATS, Stored, scaled_codes
 from ..stored.schemes import Scheme, read_schemes
 from ..stored.stored import fitting_recipe
-from ..transformers.recipe_tensor import join_recipes
 
 FP4_GROUP = 32  # codes of a row that share a scale
 EXTRA = "mtp."  # multi-token prediction: blocks behind the model that draft tokens

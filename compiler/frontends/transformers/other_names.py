@@ -16,8 +16,8 @@ import torch
 
 from ...errors import MoecError
 from ...ir.recipes import Recipe
+from ...weights.joined import join_recipes
 from ...weights.steps.table import step
-from .recipe_tensor import join_recipes
 
 # parts in front of the names of the model that reads and writes text: of models of text and images, of wrappers
 TEXT = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -69,7 +69,7 @@ class Session:
         kept = min(last, new) if last and self.keeps else new
         logits = np.empty((batch, kept, self.width), np.float32)
         states = states.with_room(self._in_place, new)
-        with _reword_errors(
+        with reword_errors(
             "ONNX Runtime cannot run the model", self.folder / MODEL, todo=f"{new} new tokens after {past}"
         ):
             binding = self._binding(states)
@@ -133,21 +133,10 @@ def _int64_array(name: str, given: Any) -> np.ndarray:
 
 
 def load_session(
-    folder: Path | str, threads: int | None = None, spinning: bool = True, accuracy: str | None = None,
-    device: str | None = None, profiling: bool = False,
+    folder: Path, threads: int | None = None, spinning: bool = True, accuracy: str | None = None,
+    profiling: bool = False,
 ) -> Session:  # fmt: skip
-    """Open the artifact in `folder`; `threads` is the number of compute threads (default: one a usable core).
-
-    `accuracy` of `exact` keeps activations beside quantized weights in f32, whatever the model was compiled for.
-    `spinning` threads wait for work without sleeping: fast, but whatever else computes between two steps is slowed
-    down several times. `device` is `auto` or `cpu`. With `profiling` the time of every node is recorded (`events`).
-    Raises MoecError if the artifact is not whole, ONNX Runtime does not take it, or another device is asked for.
-    """
-    folder = Path(folder)
-    if device not in (None, "auto", "cpu"):
-        raise MoecError(
-            f"an artifact for target cpu does not run on {device}", todo="leave --device out, or compile for a GPU"
-        )
+    """Open a language model in `folder`; the options are those of `open.open_artifact`."""
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     path = folder / MODEL
@@ -161,19 +150,7 @@ def load_session(
             raise MoecError(
                 f"the state {state.past} is {state.dtype}, which ONNX Runtime cannot hold", where=str(folder)
             )
-    import onnxruntime
-
-    options = _session_options(threads, spinning)
-    with _reword_errors(
-        "ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"
-    ):
-        model, beside = open_model(path, DATA, accuracy)
-        if isinstance(model, bytes):
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
-        kernels = register_kernels(options, folder, manifest)
-        if profiling:
-            enable_profiling(options)
-        runtime = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    runtime, kernels = open_runtime(folder, manifest, threads, spinning, accuracy, profiling)
     _check_names(path, runtime, states)
     outputs = {output.name: output for output in runtime.get_outputs()}
     width = outputs[LOGITS].shape[-1]
@@ -187,6 +164,30 @@ def load_session(
     # without a record the width of the logits bounds them: no model has a logit for a token that it cannot read
     vocabulary = manifest["vocabulary"] or width
     return Session(folder, runtime, taken, states, width, vocabulary, limit, keeps, kernels=kernels)
+
+
+def open_runtime(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    threads: int | None,
+    spinning: bool,
+    accuracy: str | None,
+    profiling: bool,
+) -> tuple[Any, str]:
+    """Return the model of an artifact, open in ONNX Runtime, and what computes it; for the options see `open.open_artifact`."""
+    import onnxruntime
+
+    path, options = folder / MODEL, _session_options(threads, spinning)
+    with reword_errors(
+        "ONNX Runtime cannot open the model", path, todo="the file is damaged or too new: compile it again"
+    ):
+        model, beside = open_model(path, DATA, accuracy)
+        if isinstance(model, bytes):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
+        kernels = register_kernels(options, folder, manifest)
+        if profiling:
+            enable_profiling(options)
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]), kernels
 
 
 def _session_options(threads: int | None, spinning: bool) -> Any:
@@ -248,7 +249,7 @@ def without_code(message: str) -> str:
 
 
 @contextmanager
-def _reword_errors(what: str, path: Path, todo: str) -> Iterator[None]:
+def reword_errors(what: str, path: Path, todo: str) -> Iterator[None]:
     """Reword what the runtime raises."""
     try:
         yield
