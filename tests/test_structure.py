@@ -181,3 +181,20 @@ def test_a_pass_is_in_the_file_of_its_name():
 
     files = {p.stem.replace("_", "-") for p in (ROOT / "passes").glob("*.py")} - {"--init--"}
     assert set(PASSES) == files
+
+
+def test_ops_that_the_source_names_are_declared():
+    """A name that no op has any more matches nothing, and nobody notices."""
+    from moec.compiler.ops import OPS
+    from moec.targets import declare_kernel_ops
+
+    declare_kernel_ops()
+    dialects = "|".join({name.partition(".")[0] for name in OPS})
+    nodes = ((file, node) for file in FILES for node in ast.walk(ast.parse(file.read_text("utf-8"))))
+    named = {
+        (node.value, str(file.relative_to(ROOT)))
+        for file, node in nodes
+        if isinstance(node, ast.Constant) and re.fullmatch(rf"({dialects})\.\w+", str(node.value))
+    }
+    assert len(named) > 100
+    assert not {(name, file) for name, file in named if name not in OPS}

@@ -24,7 +24,7 @@ _BY_ROW = frozenset(
         "silu", "gelu", "relu", "softplus", "abs", "erf", "reciprocal", "clamp",
     )
 ) | {"nn.rms_norm", "nn.layer_norm"}  # fmt: skip
-_ALONG = frozenset(("core.slice", "core.softmax", "core.sum", "core.mean", "core.max"))
+_ALONG = frozenset(("core.slice", "core.softmax", "core.sum", "core.mean", "core.amax"))
 
 
 def lower_dispatch(editor: Editor, op: Op) -> Op:
