@@ -124,7 +124,8 @@ def _run_pass(
     except MoecError as error:
         raise _failed_pass(error, "in", module, number, definition, options, settings) from error
     except Exception as error:  # a bug in a pass; the traceback stays as the cause
-        problem = MoecError("a mistake of moec's own stopped it", todo="--debug shows where", exit_code=1)
+        what = f"a mistake of moec's own stopped it ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        problem = MoecError(what, todo="--debug shows where", exit_code=1)
         raise _failed_pass(problem, "in", module, number, definition, options, settings) from error
     seconds = time.perf_counter() - start
     changed = result is not module

@@ -157,7 +157,7 @@ def test_a_wrong_type_is_shown_with_a_caret(module, tmp_path):
     [
         ("forgets-stage", "the module is at stage graph, the pass leaves moe"),
         ("renames-input", "the inputs of @main changed: %x f32[B, S, 8] became %z f32[B, S, 8]"),
-        ("crashes", "a mistake of moec's own stopped it, in pass crashes"),
+        ("crashes", "a mistake of moec's own stopped it (KeyError: 1), in pass crashes"),
         ("lift-moe, raise-norm", "pass raise-norm reads stage graph, the module is at stage moe"),
     ],
 )
