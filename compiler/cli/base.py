@@ -168,7 +168,7 @@ def print_notes(notes: Iterable[Note]) -> None:
 def print_timings(timings: Iterable[PassTiming]) -> None:
     """Write what each pass took on standard error, checks included."""
     for t in timings:
-        click.echo(f"{t.checked_seconds:8.3f} s  {t.name}{'' if t.changed else ' (changed nothing)'}", err=True)
+        click.echo(f"{t.seconds:8.3f} s  {t.name}{'' if t.changed else ' (changed nothing)'}", err=True)
 
 
 @contextmanager

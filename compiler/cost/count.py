@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import sympy
 
@@ -102,27 +102,14 @@ class Costs:
         """Return values for every dim: B of 1, S and P as given, any other as small as it may be (but not 0)."""
         return _dim_values(self.module, 1, new, past)
 
-    def bytes_read(self, context: int) -> int:
-        """Return the bytes that decoding one token reads: weights as compiled and states."""
-        return self.total.compiled_bytes_read + self.at(self.total.state_bytes_read, context)
-
-    def flops_at(self, cost: Cost, new: int = 1, past: int = 0) -> int:
-        """Return the FLOPs of `new` tokens behind `past` others, batch 1."""
-        return evaluate(cost.flops, self.dims(new=new, past=past))
-
     def at(self, formula: Size, past: int) -> int:
-        """Return a formula behind `past` tokens of one sequence."""
+        """Return a formula for one token behind `past` others of one sequence."""
         return evaluate(formula, self.dims(past=past))
 
     def state_growth(self, formula: Size, context: int) -> tuple[int, int]:
         """Return (what one more token adds behind `context` others, what is there whatever the length) of a formula."""
         each = growth_per_token(formula, self.at, context)
         return round(each), round(self.at(formula, context) - each * context)
-
-    @cached_property
-    def by_function(self) -> dict[str, FunctionCost]:
-        """The kinds by the name of their function."""
-        return {kind.function.name: kind for kind in self.kinds}
 
 
 def module_costs(module: Module) -> Costs:

@@ -43,7 +43,7 @@ def _parameter_counts(cost: Cost) -> dict[str, int]:
 def _per_token(costs: Costs, cost: Cost, context: int) -> dict[str, int]:
     """Return what decoding one token behind `context` others takes (batch 1)."""
     return {
-        "flops": costs.flops_at(cost, past=context),
+        "flops": costs.at(cost.flops, context),
         "checkpoint_bytes_read": cost.stored_bytes_read,
         "compiled_bytes_read": cost.compiled_bytes_read,
         "state_bytes_read": costs.at(cost.state_bytes_read, context),

@@ -28,11 +28,10 @@ TOLERANCE = 1e-4  # largest difference relative to the largest number before, ap
 
 @dataclass(frozen=True)
 class PassTiming:
-    """The time of a pass, in seconds, without and with the checks after it, and whether it changed anything."""
+    """The time of a pass with the checks after it, in seconds, and whether it changed anything."""
 
     name: str
     seconds: float
-    checked_seconds: float
     changed: bool
 
 
@@ -127,7 +126,6 @@ def _run_pass(
         what = f"a mistake of moec's own stopped it ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         problem = MoecError(what, todo="--debug shows where", exit_code=1)
         raise _failed_pass(problem, "in", module, number, definition, options, settings) from error
-    seconds = time.perf_counter() - start
     changed = result is not module
     try:
         if changed:
@@ -137,7 +135,7 @@ def _run_pass(
         raise _failed_pass(pointed, "found after", module, number, definition, options, settings) from error
     if changed and settings.dump is not None:
         (settings.dump / f"{number:02}.{definition.name}.moir").write_text(print_module(result), "utf-8")
-    return Rewritten(result, notes), PassTiming(definition.name, seconds, time.perf_counter() - start, changed)
+    return Rewritten(result, notes), PassTiming(definition.name, time.perf_counter() - start, changed)
 
 
 # --- the contract ----------------------------------------------------------------------------------------------

@@ -278,16 +278,11 @@ def _run_prompts(
     return np.concatenate([first, second], axis=1), states
 
 
-def relative_difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Return the largest difference relative to the largest wanted number; NaN where either side is not finite.
-
-    Places where both are the same infinity (tokens that a model never gives) count as equal.
-    """
-    return _largest_difference(token_differences(found, wanted))
-
-
 def token_differences(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the largest difference of each token's logits, as `relative_difference` has it for all."""
+    """Return the largest difference of each token's logits, relative to the largest of all that is wanted.
+
+    NaN where either side is not finite; the same infinity on both (a token that a model never gives) counts as equal.
+    """
     found, wanted = found.reshape(-1, found.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
     differences = np.zeros(len(wanted))
     largest = 0.0

@@ -34,13 +34,8 @@ class Inputs:
     rows: torch.Tensor | RowFile
     chosen: tuple[torch.Tensor | None, ...] | None = None
 
-    def expert_rows(self, expert: int | None) -> torch.Tensor | None:
-        """Return the rows f32[N, K] of an expert, or of the whole weight for None."""
-        places = self._row_places(expert)
-        return None if places is None else torch.cat([self.rows[0:0].float(), *self._row_chunks(places)])
-
     def gram_matrix(self, expert: int | None) -> torch.Tensor | None:
-        """Return XᵀX f32[K, K] of the rows X of an expert, or of the whole weight for None."""
+        """Return XᵀX f32[K, K] of the rows X of an expert, or of the whole weight for None; None if they are too few."""
         places = self._row_places(expert)
         if places is None:
             return None

@@ -13,6 +13,7 @@ from moec.compiler.cost.report import bytes_text, count_text, flops_text
 from moec.compiler.driver import opt
 from moec.compiler.errors import MoecError
 from moec.compiler.frontends.load import load
+from moec.compiler.ir.dims import evaluate
 from moec.compiler.ir.module import Module, Op
 from moec.compiler.ir.pipelines import print_pipeline
 from moec.compiler.ops import OPS
@@ -66,7 +67,8 @@ def tiny(head: str = "head") -> Costs:
 
 def test_parameters_of_a_program():
     costs = tiny()
-    layer, main = costs.by_function["layer"], costs.by_function["main"]
+    kinds = {kind.function.name: kind for kind in costs.kinds}
+    layer, main = kinds["layer"], kinds["main"]
     experts, router, shared, table = 4 * 3 * 8 * 4, 4 * 8, 8 * 8, 16 * 8
     assert layer.cost.parameters == 3 * (experts + router + shared)
     assert layer.cost.expert_parameters == 3 * experts
@@ -104,12 +106,12 @@ def test_flops_and_states_are_formulas():
     experts = 2 * (2 * 8 * 8 + 2 * 8 * 4) + 4 * 2 * 4  # two matrices and the activation, two experts
     topk = 4  # one for every score
     token = 3 * (2 * 8 * 4 + topk + experts + 2 * 8 * 8) + 2 * 8 * 16
-    assert costs.flops_at(costs.total) == costs.flops_at(costs.total, past=60) == token
-    assert costs.flops_at(costs.total, new=10) == 10 * token
+    assert costs.at(costs.total.flops, 0) == costs.at(costs.total.flops, 60) == token
+    assert evaluate(costs.total.flops, costs.dims(new=10)) == 10 * token
     assert str(costs.total.state_bytes) == "96*B*P"
     assert costs.state_growth(costs.total.state_bytes_kept, 50) == (96, 0)
     assert costs.at(costs.total.state_bytes, 0) == 0
-    assert costs.bytes_read(10) == costs.total.compiled_bytes_read + 960
+    assert costs.at(costs.total.state_bytes_read, 10) == 960
 
 
 def test_experts_behind_another_form_are_still_experts():

@@ -207,7 +207,7 @@ def test_dumps_are_numbered_and_only_of_passes_that_changed_something(module, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00.load.moir", "02.lift-moe.moir"]
     assert parse_module((tmp_path / "02.lift-moe.moir").read_text("utf-8"), "dump") == result
     assert [(t.name, t.changed) for t in timings] == [("cleanup", False), ("lift-moe", True), ("cleanup", False)]
-    assert all(0 <= t.seconds <= t.checked_seconds for t in timings)
+    assert all(t.seconds >= 0 for t in timings)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact, record_figures
-from moec.compiler.runtime.compare import SAMPLE, compare_prompts, compare_with_source, relative_difference
+from moec.compiler.runtime.compare import SAMPLE, compare_prompts, compare_with_source, token_differences
 from moec.compiler.runtime.reference import Reference, open_reference
 from moec.compiler.runtime.text_score import score_text
 
@@ -108,12 +108,12 @@ def test_greedy_tokens_may_differ_in_a_tie():
 
 def test_relative():
     wanted = np.array([[1.0, -4.0, 2.0]], np.float32)
-    assert relative_difference(wanted, wanted) == 0
-    assert relative_difference(wanted + 0.4, wanted) == pytest.approx(0.1)
+    assert token_differences(wanted, wanted) == 0
+    assert token_differences(wanted + 0.4, wanted) == pytest.approx(0.1)
     masked = np.array([[1.0, -np.inf, 2.0]], np.float32)
-    assert relative_difference(masked, masked) == 0
-    assert math.isnan(relative_difference(wanted, masked)) and math.isnan(relative_difference(masked, wanted))
-    assert math.isnan(relative_difference(wanted * np.nan, wanted))
+    assert token_differences(masked, masked) == 0
+    assert np.isnan(token_differences(wanted, masked)) and np.isnan(token_differences(masked, wanted))
+    assert np.isnan(token_differences(wanted * np.nan, wanted))
 
 
 def test_scores_are_what_the_formulas_say():
