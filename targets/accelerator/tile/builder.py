@@ -159,9 +159,9 @@ class Builder:
         self.dot(product, a, b, transpose=False)
         self.let(total, f"{total} * {by} + {self.result(product)}", shape, "f32")
 
-    def store(self, tensor: str, at: Sequence[str], value: str, mask: str = "", add: bool = False) -> None:
-        """Store a tile, or add it."""
-        self._add(Store(tensor, self._values(at), self._scope.value(value), self._scope.mask(mask), add))
+    def store(self, tensor: str, at: Sequence[str], value: str, mask: str = "") -> None:
+        """Store a tile."""
+        self._add(Store(tensor, self._values(at), self._scope.value(value), self._scope.mask(mask)))
 
     @contextmanager
     def loop(self, var: str, start: int | str, stop: int | str, step: int | str, stages: int = 1) -> Iterator[str]:

@@ -37,9 +37,8 @@ def _statement_to_json(statement: Statement) -> dict[str, Any]:
         case Load(name, tensor, at, mask, other):
             entry: dict[str, Any] = {"load": name, "from": tensor, "at": [str(i) for i in at], "mask": str(mask or "")}
             return entry | ({"other": other} if other else {})
-        case Store(tensor, at, value, mask, add):
-            entry = {"store": tensor, "at": [str(i) for i in at], "value": str(value), "mask": str(mask or "")}
-            return entry | ({"add": True} if add else {})
+        case Store(tensor, at, value, mask):
+            return {"store": tensor, "at": [str(i) for i in at], "value": str(value), "mask": str(mask or "")}
         case Dot(acc, a, b, transpose, scales, bits):
             entry = {"dot": acc, "a": a, "b": b, "transpose": transpose}
             return entry | ({"scales": list(scales)} if scales else {}) | ({"bits": bits} if bits else {})
@@ -82,8 +81,7 @@ def _read_one(entry: Mapping[str, Any], scope: Scope) -> Statement:
             return scope.add(Load(name, tensor, indices, scope.mask(entry.get("mask")), entry.get("other", 0)))
         case {"store": tensor, "at": at, "value": value}:
             indices = tuple(scope.value(i) for i in at)
-            mask = scope.mask(entry.get("mask"))
-            return scope.add(Store(tensor, indices, scope.value(value), mask, entry.get("add", False)))
+            return scope.add(Store(tensor, indices, scope.value(value), scope.mask(entry.get("mask"))))
         case {"dot": acc, "a": a, "b": b}:
             scales = tuple(entry["scales"]) if "scales" in entry else None
             return scope.add(Dot(acc, a, b, entry.get("transpose", False), scales, entry.get("bits", "")))

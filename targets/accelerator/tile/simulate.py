@@ -161,9 +161,6 @@ class _Run:
             self.path(self.memory(statement.stored), DEVICE, f"store of {statement.stored}")
         value = np.broadcast_to(np.asarray(evaluate_expr(statement.value, self.values)), wanted.shape)
         places = tuple(i[wanted] for i in indices)
-        if statement.add:
-            np.add.at(array, places, value[wanted].astype(array.dtype))
-            return
         if (marks := self.written.get(statement.tensor)) is not None:
             if np.isin(marks[places], (-1, self.number), invert=True).any():
                 raise self.fail(f"a cell of {statement.tensor} is written by two points of the grid")

@@ -43,13 +43,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Store:
-    """tensor[at...] = value where `mask` is true; `add` adds, atomically."""
+    """tensor[at...] = value where `mask` is true."""
 
     tensor: str
     at: tuple[Expr, ...]
     value: Expr
     mask: Expr | None = None
-    add: bool = False
 
     @property
     def stored(self) -> str:

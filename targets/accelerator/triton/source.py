@@ -255,10 +255,7 @@ class _Printer:
         dtype = self.program.argument(statement.tensor).dtype
         if not given.weak and given.dtype != dtype:
             node = as_dtype(node, dtype)
-        if statement.add:
-            self._statement("", call_node("tl.atomic_add", address, node, **named, sem=ast.Constant("relaxed")))
-        else:
-            self._statement("", call_node("tl.store", address, node, **named))
+        self._statement("", call_node("tl.store", address, node, **named))
 
     def _dot(self, statement: Dot) -> None:
         buffer = self.program.buffers[statement.acc]
