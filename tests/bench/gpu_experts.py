@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,6 @@ from moec.targets.accelerator.artifact.objects import compile_kernels, write_fil
 from moec.targets.accelerator.artifact.spec import BUCKETS, kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.run.artifact import Launch, read_kernels
-from moec.targets.accelerator.run.launch import median_seconds
 from moec.targets.accelerator.run.launchers import Launcher, open_launcher
 from moec.targets.accelerator.tile.expr import evaluate_expr
 
@@ -53,7 +53,25 @@ def grouped_mm_layer(
     return y.to(x.dtype)
 
 
+FLUSH = 1 << 28  # bytes written between two timed runs: more than any L2 holds
 ORDER = ("sort", "experts_up", "experts_down")  # the groups of kernels, in the order in which they run
+
+
+def median_seconds(run: Callable[[], Any], repeats: int = 20, warm: int = 3) -> float:
+    """Return the median time of `run` on the GPU, each time with a cold L2."""
+    for _ in range(warm):
+        run()
+    cold = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cold.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def dense(form, layout):
     packing = Packing(form, rows, depth, fractal=form == "bf16")
     parts, _ = weight(packing, rng)
     x = torch.tensor(rng.standard_normal((TOKENS, depth)), dtype=torch.bfloat16)
-    p = Linear(rows, depth, packing, bias=True, act=Activation("gelu", gated=False), scaled=True)
-    end = {"bias": rng.standard_normal(rows), "scale": rng.random(TOKENS)}
+    p = Linear(rows, depth, packing, bias=True, act=Activation("gelu", gated=False))
+    end = {"bias": rng.standard_normal(rows)}
     yield f"linear {form}", linear_kernel(p, tile, layout), {"x": x, **named(parts, "w"), **end}
     yield f"linear {form} in parts", linear_kernel(p, tile, layout, 2), {"x": x, **named(parts, "w")}
     if form == "bf16":

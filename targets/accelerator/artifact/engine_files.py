@@ -140,15 +140,13 @@ def file_name(engine: str, p: Problem, device: str, shard: Shard = Shard()) -> s
     return f"E={e.experts // shard.experts},N={e.inner // shard.inner},device_name={device}{suffix}.json"
 
 
-def tuning_entries(
-    p: Problem, profile: Profile, shard: Shard = Shard(), tokens: tuple[int, ...] = TOKENS
-) -> dict[str, dict[str, int]]:
+def tuning_entries(p: Problem, profile: Profile, shard: Shard) -> dict[str, dict[str, int]]:
     """Return what a file says for each number of tokens."""
     e = p.experts
     if p.scale and e.up.columns % 128 == 0:  # as FP8 tiles are read, with any number of scales
         e = replace(e, up=replace(e.up, format="fp8_b128"))
     fits: dict[Tile, Fit] = {}
-    return {str(count): _tuning_entry(_tile_for_device(e, shard, profile, count, fits), e, profile) for count in tokens}
+    return {str(count): _tuning_entry(_tile_for_device(e, shard, profile, count, fits), e, profile) for count in TOKENS}
 
 
 def _tile_for_device(e: Experts, shard: Shard, profile: Profile, tokens: int, fits: dict[Tile, Fit]) -> Tile:

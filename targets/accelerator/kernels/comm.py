@@ -76,11 +76,6 @@ def rows_to_each(e: Exchange) -> float:
     return e.tokens * probability_of_device(e.experts, e.chosen, e.devices)
 
 
-def exchanged_bytes(e: Exchange, row: float) -> float:
-    """Return all bytes of a dispatch or a combine that one device sends, with what stays on it: a logical volume."""
-    return rows_to_each(e) * e.devices * row
-
-
 def sent_bytes(e: Exchange, row: float, first: int = 1) -> float:
     """Return the bytes that go from a device to those behind the nearest `first`, by default to all but itself."""
     return rows_to_each(e) * (e.devices - min(first, e.devices)) * row

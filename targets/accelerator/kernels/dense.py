@@ -24,8 +24,8 @@ class Linear:
     """y[t] = act(w x[t] + bias), in `blocks` independent parts: y [T, blocks rows], x [T, depth] or [T, blocks, depth].
 
     The weight has `rows` (gated: twice as many) for each block: concatenated, or as experts of the packing.
-    The activation `act` may be gated. `scaled`: y[t] is multiplied by scale[t], f32. `wide`: x has so many numbers where
-    it has `depth`, and those after them are not read (0: depth).
+    The activation `act` may be gated. `wide`: x has so many numbers where it has `depth`, and those after them are not
+    read (0: depth).
     """
 
     rows: int
@@ -35,7 +35,6 @@ class Linear:
     bias: bool = False
     _: KW_ONLY
     act: Activation = IDENTITY
-    scaled: bool = False
     wide: int = 0
     dtype: str = "bf16"  # of x
     out: str = "bf16"
@@ -123,8 +122,6 @@ def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:
 def _declare_end(b: Builder, p: Linear) -> None:
     if p.bias:
         b.tensor("bias", "f32", p.blocks * p.rows * (2 if p.act.gated else 1), role="weight")
-    if p.scaled:
-        b.tensor("scale", "f32", "T")
 
 
 def _weight_rows(b: Builder, p: Linear) -> tuple[str, ...]:
@@ -149,7 +146,7 @@ def part_of_depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, s
 
 
 def _add_epilogue(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int, int]) -> None:
-    """Add bias, activation and scale: `y_tile` in the dtype of y."""
+    """Add bias and activation: `y_tile` in the dtype of y."""
     if p.bias:
         first = f"block * {2 * p.rows} + " if p.act.gated and p.blocks > 1 and p.weight.experts else ""
         for acc in value:
@@ -157,7 +154,4 @@ def _add_epilogue(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int
             b.load(f"{acc}_bias", "bias", [at], "n_live")
             value[acc] = f"({value[acc]} + {acc}_bias[None, :])"
     text = activation_text(p.act, value)
-    if p.scaled:
-        b.load("scale_row", "scale", ["row"], "live")
-        text = f"({text}) * scale_row[:, None]"
     b.let("y_tile", f'cast({text}, "{p.out}")', shape, p.out)

@@ -6,11 +6,9 @@ triton_compile.py takes, for whatever chip is there. Under Triton's interpreter 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -20,8 +18,6 @@ from ..tile.expr import evaluate_expr
 from ..tile.tiles import Program
 from ..triton.compile import ALIGN, load_kernel, triton_module
 from ..triton.source import triton_source
-
-FLUSH = 1 << 28  # bytes written between two timed runs: more than any L2 holds
 
 
 @dataclass(frozen=True)
@@ -65,24 +61,6 @@ def check_device(device: torch.device) -> None:
             todo="run it where torch.cuda.is_available(), or check the numbers with the simulator",
             exit_code=1,
         )
-
-
-def median_seconds(run: Callable[[], Any], repeats: int = 20, warm: int = 3) -> float:
-    """Return the median time of `run` on the GPU, each time with a cold L2. MoecError where there is no GPU."""
-    check_gpu()
-    for _ in range(warm):
-        run()
-    cold = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cold.zero_()
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 def check_gpu() -> None:

@@ -7,7 +7,7 @@ tile is an error that names what did not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -302,16 +302,14 @@ def _why_narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
     return None
 
 
-def tile_shapes(
-    rows: Iterator[int] | tuple[int, ...], step: int = 1, columns: tuple[int, ...] = COLUMNS, given: str = "bf16"
-) -> tuple[tuple[int, int, int], ...]:
+def tile_shapes(rows: tuple[int, ...], step: int = 1, given: str = "bf16") -> tuple[tuple[int, int, int], ...]:
     """Return tile shapes of a matmul whose weight is read in multiples of `step` columns, codes 128 at once.
 
     Rows `given` in 4 bits are read twice as deep too: these are as many bytes.
     """
     form = find_format(given)
     depths = [k for k in DEPTHS if k % step == 0] or [128]
-    return tuple(product(rows, columns, (*depths, 2 * depths[-1]) if form and form.bits == 4 else depths))
+    return tuple(product(rows, COLUMNS, (*depths, 2 * depths[-1]) if form and form.bits == 4 else depths))
 
 
 def row_choices(rows: float) -> tuple[int, ...]:

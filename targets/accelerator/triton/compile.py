@@ -91,11 +91,6 @@ def compile_request_of(program: Program, arch: str, warps: int, source: str | No
     return Request(source or triton_source(program, warps), program.name, signature, arch, warps)
 
 
-def compile_kernel(program: Program, arch: str, warps: int, source: str | None = None) -> Compiled:
-    """Compile a program; equal sources are compiled once in a process. MoecError where Triton is not there or cannot."""
-    return compile_request(compile_request_of(program, arch, warps, source))
-
-
 def triton_module() -> ModuleType:
     """Return the module triton; MoecError with what to install where it is missing."""
     try:

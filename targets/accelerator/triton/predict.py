@@ -27,7 +27,6 @@ ROW = 16  # bytes of a row of a tile of narrow numbers from which their alignmen
 SPILL_FREE = {"wgmma": 128, "tcgen05": 192, "mma": 96, "mfma": 160, "wmma": 56, "fma": 64}  # 32-bit sums a thread
 SIDES = (16, 32)  # of AMD's matmuls: the smaller one where there are no more rows
 SCALES = 8  # bytes of a column's scales that AMD's waves pass on
-SMALL = 8192  # bytes that Triton takes for converting layouts and adding across warps, which is not predicted
 COMPUTED = 32  # fewer of them where operands are computed: these pass through registers
 GROUPED = 16  # sums a thread at most where mma's operands are computed in groups, which changes who holds what
 
@@ -121,11 +120,6 @@ def _sums(program: Program) -> int:
     lets = [s for s in walk_statements(program.body) if isinstance(s, Let) and s.name in s.value.names]
     totals = {s.name: prod(program.buffers[s.name].shape) for s in lets if s.name in program.buffers}
     return sum(totals.values()) + max(sizes.values())
-
-
-def agrees_with_prediction(predicted: int, found: int) -> bool:
-    """Return whether the bytes that were found are those predicted to 25 %, or too few of either to matter."""
-    return abs(predicted - found) <= 0.25 * found or max(predicted, found) <= SMALL
 
 
 def _own_columns(shape: tuple[int, ...], warps: int) -> bool:

@@ -8,7 +8,7 @@ from moec.targets.accelerator.kernels.dense import Linear, linear_kernel
 from moec.targets.accelerator.select.activations import bits_of
 from moec.targets.accelerator.tile.machine import layout_of
 from moec.targets.accelerator.tile.packing import Packing
-from moec.targets.accelerator.triton.compile import compile_kernel
+from moec.targets.accelerator.triton.compile import compile_request, compile_request_of
 
 
 @needs_triton
@@ -42,5 +42,6 @@ from moec.targets.accelerator.triton.compile import compile_kernel
 def test_the_matrix_unit_multiplies_codes(chip, given, form, instruction):
     profile = find_profile(chip, {})
     p = Linear(256, 1024, Packing(form, 256, 1024, pairs=form == "mxfp4", bits=bits_of(profile, form)), dtype=given)
-    made = compile_kernel(linear_kernel(p, Tile(128, 128, 128), layout_of(profile)), profile.arch, 8)
+    program = linear_kernel(p, Tile(128, 128, 128), layout_of(profile))
+    made = compile_request(compile_request_of(program, profile.arch, 8))
     assert instruction in made.assembly and made.spills == 0

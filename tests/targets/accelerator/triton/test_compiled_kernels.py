@@ -8,11 +8,11 @@ from moec.targets import declare_kernel_ops, open_target
 from moec.targets.accelerator.artifact.objects import compile_kernels
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
-from moec.targets.accelerator.triton.predict import agrees_with_prediction
 from places import CONFIGS
 
 # two buckets: decoding, and a prompt; a full matrix of buckets takes half an hour
 TOKENS = (4, 8192)
+UNPREDICTED = 8192  # bytes that Triton takes for converting layouts and adding across warps
 UNITS = {
     "nvidia-h200": "wgmma", "nvidia-b200": "tcgen05", "nvidia-rtx5090": "mma", "amd-mi300x": "mfma", "amd-mi355x": "mfma",
     "nvidia-b300": "tcgen05", "nvidia-rtx4090": "mma", "nvidia-gb10": "mma",
@@ -39,7 +39,8 @@ def test_all_kernels_compile(model, target):
         (found,) = kernel.objects.values()
         assert "error" not in found, f"{kernel.name}: {found['error']}"
         assert found["spills"] == 0, kernel.name
-        if not agrees_with_prediction(found["shared_predicted"], found["shared"]):
+        predicted, shared = found["shared_predicted"], found["shared"]
+        if abs(predicted - shared) > 0.25 * shared and max(predicted, shared) > UNPREDICTED:
             wrong.append((kernel.name, kernel.best.tile, found["shared"], found["shared_predicted"]))
         if kernel.high == max(TOKENS) and kernel.kind in PRODUCTS and kernel.best.tile.m >= 64:
             assert UNITS[target] in found["instructions"], (kernel.name, kernel.best.tile, found["instructions"])
