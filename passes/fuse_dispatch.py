@@ -119,7 +119,7 @@ def _gated_rule(spelling: _Spelling, halves: str, name: str) -> Rule:
             act = replace(act, limit=_clamp_limit(m), clamp_after=name == "silu_clamped_after")
         if name == "gpt_oss":
             act = replace(act, alpha=_constant_number(m, "alpha"), beta=_constant_number(m, "beta"))
-        return {"Act": act, **(_one_weight(m) if halves == "apart" else {})}
+        return {"Act": act, **(join_gate_and_up(m, 1) if halves == "apart" else {})}
 
     guard.__name__ = f"{spelling.name}_{halves}_{name}_into_experts"
     before = f"{spelling.before}{_halves_patterns(spelling)[halves]}\n{_GATED[name]}{_end_pattern(spelling)}"
@@ -142,15 +142,15 @@ def _into_experts(spelling: _Spelling, before: str) -> Callable[[Guard], Rule]:
     return rule(before=before, after=f"%y = moe.experts({spelling.operands}) {{act=Act}}", optional=_OPTIONAL)
 
 
-def _one_weight(m: Match) -> dict[str, Any]:
-    """Return the weight with the rows of the gate and then those of the other half, and its bias."""
+def join_gate_and_up(m: Match, axis: int) -> dict[str, Any]:
+    """Return the weight with the rows (along `axis`) of the gate and then those of the other half, and its bias."""
     if m.wg.type != m.wu.type:
         raise Refuse(f"the weights are {m.wg.type} and {m.wu.type}", m.wg, m.wu)
     bg, bu = m.values.get("bg"), m.values.get("bu")
     if (bg is None) != (bu is None):
         raise Refuse(f"only {bg or bu} has a bias of the two", m.g, m.u)
-    bias = None if bg is None else join_recipes_along(_weight_recipe(m, "bg"), _weight_recipe(m, "bu"), axis=1)
-    return {"up": join_recipes_along(_weight_recipe(m, "wg"), _weight_recipe(m, "wu"), axis=1), "up_bias": bias}
+    bias = None if bg is None else join_recipes_along(_weight_recipe(m, "bg"), _weight_recipe(m, "bu"), axis=axis)
+    return {"up": join_recipes_along(_weight_recipe(m, "wg"), _weight_recipe(m, "wu"), axis=axis), "up_bias": bias}
 
 
 def _weight_recipe(m: Match, name: str) -> Recipe:

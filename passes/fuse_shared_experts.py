@@ -9,10 +9,9 @@ from ..compiler.errors import Refuse
 from ..compiler.ir.activation import KINDS
 from ..compiler.ir.module import Module
 from ..compiler.ir.notes import Rewritten
-from ..compiler.ir.recipes import Recipe
 from ..compiler.rewrite.declare import pass_
-from ..compiler.rewrite.editor import join_recipes_along
 from ..compiler.rewrite.rules import Match, Rule, apply_rules, rule
+from .fuse_dispatch import join_gate_and_up
 
 GATED_KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 _TWO = """
@@ -40,12 +39,7 @@ def _two_linears(kind: str) -> Rule:
 
     def guard(m: Match, target: Any) -> Mapping[str, Any]:
         """Put the rows of the gate's linear and of the other one into one weight, and read the layer as one op."""
-        if m.wg.type != m.wu.type:
-            raise Refuse(f"the weights are {m.wg.type} and {m.wu.type}", m.wg, m.wu)
-        if (m.bg is None) != (m.bu is None):
-            raise Refuse(f"only {m.bg or m.bu} has a bias of the two", m.g, m.u)
-        bias = None if m.bg is None else join_recipes_along(_weight_recipe(m, "bg"), _weight_recipe(m, "bu"), axis=0)
-        return {"up": join_recipes_along(_weight_recipe(m, "wg"), _weight_recipe(m, "wu"), axis=0), "up_bias": bias}
+        return join_gate_and_up(m, 0)
 
     guard.__name__ = f"two_linears_into_{kind}_mlp"
     return rule(before=_TWO + _rest_pattern(kind), after=after, optional=_OPTIONAL)(guard)
@@ -62,13 +56,6 @@ def _halves_rule(kind: str) -> Rule:
 
     guard.__name__ = f"halves_into_{kind}_mlp"
     return rule(before=_HALVES + _rest_pattern(kind), after=after, optional=_OPTIONAL)(guard)
-
-
-def _weight_recipe(m: Match, name: str) -> Recipe:
-    recipe = m.recipe(name)
-    if recipe is None:
-        raise Refuse(f"{m[name]} is not a weight, it cannot be put beside another beforehand", m[name])
-    return recipe
 
 
 @rule(

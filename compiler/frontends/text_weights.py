@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import MoecError
 from ..ir.module import Const, Function, Module, walk_calls
-from ..ir.recipes import FITTED, Recipe, Step, Tensor, bind_recipe
+from ..ir.recipes import FITTED, Tensor, bind_recipe, written_tensors
 from ..ir.syntax import Place, Source
 from ..ir.types import TensorType, expand_range
 from ..weights.sources.checkpoint import Checkpoint
@@ -20,7 +19,7 @@ def check_text_weights(module: Module, checkpoint: Checkpoint, text: str, path: 
     """Check that every tensor that a program reads is there as it should be; MoecError points at its name in the text."""
     for function, bound in walk_calls(module):
         for const in function.consts:
-            for leaf in _tensors_of_recipe(const.recipe):
+            for leaf in written_tensors(const.recipe):
                 named = bind_recipe(leaf, function.weights, bound)
                 assert isinstance(named, Tensor)
                 for name in expand_range(named.name):
@@ -37,15 +36,6 @@ def _weight_problem(name: str, wanted: TensorType, checkpoint: Checkpoint) -> Mo
     if info.type != wanted:
         return MoecError(f"the tensor {name} is {info.type}, {wanted} is wanted", where=str(info.file))
     return None
-
-
-def _tensors_of_recipe(recipe: Recipe) -> Iterator[Tensor]:
-    """Yield the tensors of a recipe as they are written, ranges and all."""
-    if isinstance(recipe, Tensor):
-        yield recipe
-    elif isinstance(recipe, Step):
-        for item in recipe.items:
-            yield from _tensors_of_recipe(item)
 
 
 def _error_at_name(problem: MoecError, function: Function, const: Const, leaf: Tensor, source: Source) -> MoecError:

@@ -82,6 +82,15 @@ def tensors_of(recipe: Recipe) -> Iterator[Tensor]:
         yield recipe
 
 
+def written_tensors(recipe: Recipe) -> Iterator[Tensor]:
+    """Yield the tensors of a recipe as they are written, ranges and all."""
+    if isinstance(recipe, Tensor):
+        yield recipe
+    elif isinstance(recipe, Step):
+        for item in recipe.items:
+            yield from written_tensors(item)
+
+
 def spread_items(recipe: Step, low: int = 0, high: int | None = None) -> list[Recipe]:
     """Return the items of a `stack` or `concat`, or those from `low` to `high`, with every range in their names spread."""
     found: list[Recipe] = []

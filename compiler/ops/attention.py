@@ -77,15 +77,20 @@ def cached_attention(
     The heads are concatenated in the last axis; q alone holds those of q, k and v in this order. `q_norm` and
     `k_norm` are weights of an nn.rms_norm over each head with `eps`; then nn.rope turns the first R numbers of a head.
     """
+    q, key, value = turn_and_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, heads=heads, eps=eps)
+    y = attention(q, key, value, mask, sinks, scale=scale, window=window, softcap=softcap)
+    return y.flatten(2), key, value
+
+
+def turn_and_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, heads: int, eps: float):
+    """Return the heads of q, and the cache with those of k and v behind: what nn.cached_attention does first."""
     groups, width = past_key.shape[1], past_key.shape[3]
     if k is None:
         q, k, v = q.split([heads * width, groups * width, groups * width], dim=-1)
     q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
     q = rotate_heads(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
     k = rotate_heads(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
-    key, value = torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
-    y = attention(q, key, value, mask, sinks, scale=scale, window=window, softcap=softcap)
-    return y.flatten(2), key, value
+    return q, torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
 
 
 def rotate_heads(x, cos, sin):

@@ -14,10 +14,9 @@ from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.activation import apply_activation, inner_size
-from ...compiler.ops.attention import rotate_heads
+from ...compiler.ops.attention import turn_and_append
 from ...compiler.ops.compressed import block_linear as plain_block_linear
 from ...compiler.ops.define import Attributes, Types, inference_error
-from ...compiler.ops.nn import rms_norm
 from ...compiler.ops.recurrent import causal_conv, conv_window
 from ...compiler.ops.recurrent import linear_attention as plain_linear_attention
 from .kernels.choices import TILE_ROWS
@@ -262,13 +261,7 @@ def rope_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, head
 
     The operands are those of nn.cached_attention; q alone may hold the heads of q, k and v in this order.
     """
-    groups, width = past_key.shape[1], past_key.shape[3]
-    if k is None:
-        q, k, v = q.split([heads * width, groups * width, groups * width], dim=-1)
-    q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
-    q = rotate_heads(q if q_norm is None else rms_norm(q, q_norm, eps=eps), cos, sin)
-    k = rotate_heads(k if k_norm is None else rms_norm(k, k_norm, eps=eps), cos, sin)
-    return q, torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
+    return turn_and_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, heads=heads, eps=eps)
 
 
 # --- recurrent layers ------------------------------------------------------------------------------------------

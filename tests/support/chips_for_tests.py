@@ -14,7 +14,7 @@ from moec.targets.accelerator.tile.expr import evaluate_expr
 from moec.targets.accelerator.tile.machine import chip_of, layout_of
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.tile.simulate import Chip, simulate_program
-from moec.targets.accelerator.tile.tiles import DEVICE, Dot, align_size, memory_footprint, walk_statements
+from moec.targets.accelerator.tile.tiles import DEVICE, Dot, memory_footprint, round_up, walk_statements
 
 KB = 1 << 10
 
@@ -160,7 +160,7 @@ def check_fits(choice, profile):
         assert used <= chip.capacity[memory]
         assert used % align == 0
         # no more than all of them at once, no less than the largest
-        sizes = [align_size(b.copies * prod(b.shape) * DTYPES[b.dtype].bits // 8, align) for b in buffers]
+        sizes = [round_up(b.copies * prod(b.shape) * DTYPES[b.dtype].bits // 8, align) for b in buffers]
         assert max(sizes) <= used <= sum(sizes)
     for dot in (s for s in walk_statements(choice.program.body) if isinstance(s, Dot)):
         a, b, acc = (choice.program.buffers[n] for n in (dot.a, dot.b, dot.acc))

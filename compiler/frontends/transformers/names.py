@@ -18,7 +18,7 @@ import torch
 
 from ...errors import MoecError
 from ...ir.dtypes import dtype_name
-from ...ir.recipes import Recipe, Step, Tensor, rename_tensors, tensors_of
+from ...ir.recipes import Recipe, Step, Tensor, rename_tensors, tensors_of, written_tensors
 from ...ir.types import TensorType, expand_range
 from ...weights.steps.table import STEPS, step
 from ..stored.layouts import FLOATS
@@ -353,7 +353,7 @@ def expected_tensors(model: Any, state: Mapping[str, torch.Tensor], dtype: str) 
 def relative_to_layer(recipe: Recipe, layer: int) -> tuple[str, Recipe] | None:
     """Return (prefix with {layer}, recipe with names behind that prefix) if every name has the layer's number first."""
     prefixes = set()
-    for tensor in _tensors_of_recipe(recipe):
+    for tensor in written_tensors(recipe):
         found = re.match(rf"(?:[^.\d][^.]*\.)*?{layer}\.", tensor.name)
         if not found:
             return None
@@ -370,7 +370,7 @@ def apart_from_layer(recipe: Recipe, layer: int) -> Recipe | None:
     They become `{layer}` and `{before}`: tensors that lie outside of their layers (`attn_res.attn_queries.0` is layer 1's).
     """
     made: dict[str, str] = {}
-    for tensor in _tensors_of_recipe(recipe):
+    for tensor in written_tensors(recipe):
         parts = tensor.name.split(".")
         for number, label in ((layer, "{layer}"), (layer - 1, "{before}")):
             if parts.count(str(number)) == 1 and tensor.name not in made:
@@ -383,12 +383,4 @@ def apart_from_layer(recipe: Recipe, layer: int) -> Recipe | None:
 
 def names_before(recipe: Recipe) -> bool:
     """Return whether a name of the recipe holds the number of the layer before."""
-    return any("{before}" in tensor.name for tensor in _tensors_of_recipe(recipe))
-
-
-def _tensors_of_recipe(recipe: Recipe) -> Iterable[Tensor]:
-    if isinstance(recipe, Tensor):
-        yield recipe
-    elif isinstance(recipe, Step):
-        for item in recipe.items:
-            yield from _tensors_of_recipe(item)
+    return any("{before}" in tensor.name for tensor in written_tensors(recipe))

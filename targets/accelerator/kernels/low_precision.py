@@ -14,8 +14,8 @@ from ....compiler.errors import MoecError
 from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format, format_of
 from ..tile.builder import Builder, Layout
-from ..tile.packing import Packing, codes_of, round_up, scales_of
-from ..tile.tiles import Program
+from ..tile.packing import Packing, codes_of, scales_of
+from ..tile.tiles import Program, round_up
 from .choices import RowTile, Tile
 
 LARGEST = 448.0  # of E4M3

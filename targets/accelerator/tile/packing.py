@@ -20,16 +20,12 @@ from ....compiler.formats.format import Format
 from ....compiler.formats.table import find_format
 from ....compiler.ir.dtypes import DTYPES
 from .builder import Builder
+from .tiles import round_up
 
 BLOCK = 128  # columns that codes of 4 bits are packed by; K is padded to a multiple of it
 HALF = BLOCK // 2
 FRACTAL_ROWS, FRACTAL_BYTES = 16, 32
 PLAIN = ("bf16", "f16", "f32")
-
-
-def round_up(n: int, to: int) -> int:
-    """Return n rounded up to a multiple."""
-    return -(-n // to) * to
 
 
 @dataclass(frozen=True)

@@ -160,9 +160,9 @@ def walk_statements(body: Sequence[Statement]) -> Iterator[Statement]:
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def align_size(size: int, align: int) -> int:
-    """Return a number of bytes, rounded up to the alignment."""
-    return -(-size // align) * align
+def round_up(n: int, to: int) -> int:
+    """Return n rounded up to a multiple."""
+    return -(-n // to) * to
 
 
 @dataclass
@@ -175,14 +175,14 @@ class Usage:
 
     def take(self, buffer: Buffer) -> int:
         """Take a buffer's bytes and return how many are in use in its memory then."""
-        size = align_size(buffer.bytes, self.align.get(buffer.memory, 1))
+        size = round_up(buffer.bytes, self.align.get(buffer.memory, 1))
         self.used[buffer.memory] = self.used.get(buffer.memory, 0) + size
         self.peak[buffer.memory] = max(self.peak.get(buffer.memory, 0), self.used[buffer.memory])
         return self.used[buffer.memory]
 
     def give(self, buffer: Buffer) -> None:
         """Give a buffer's bytes back."""
-        self.used[buffer.memory] -= align_size(buffer.bytes, self.align.get(buffer.memory, 1))
+        self.used[buffer.memory] -= round_up(buffer.bytes, self.align.get(buffer.memory, 1))
 
 
 def made_by(statement: Statement) -> str | None:
