@@ -1,7 +1,8 @@
 """Counts what a tile program moves and computes, on the program itself: bytes, FLOPs of dots, numbers computed.
 
 Loops are counted by their bounds. Where these depend on the place in the grid (a causal edge), the middle of the grid
-stands for all; where they depend on numbers that are loaded, the caller says what to expect.
+stands for all; where they depend on numbers that are loaded, the caller says what to expect. What a condition on the
+place in the grid guards counts for the share of the points where it holds.
 """
 
 from __future__ import annotations
@@ -66,16 +67,19 @@ def count_program(program: Program, scalars: Mapping[str, int], expect: Mapping[
     """
     values: dict[str, Any] = dict(scalars)
     axes: list[Axis] = []
+    whole: dict[str, int] = {}
     for name, extent in program.grid:
         size = float(evaluate_expr(extent, scalars))
         axes.append(Axis(name, min(size, expect.get(name, size))))
         values[name] = int((size - 1) / 2)
+        if axes[-1].extent == size:
+            whole[name] = max(int(size), 1)
     values |= {name: value for name, value in expect.items() if name not in values}
     # a launch that finds nothing to do costs as one that finds one point
     points = max(prod(axis.extent for axis in axes), 1.0)
     counts = Counts(points, tuple(axes))
     depends = {axis.name: Depends(frozenset((axis.name,))) for axis in axes}
-    _Counter(program, counts, values, depends).body(program.body, points)
+    _Counter(program, counts, values, depends, scalars, whole).body(program.body, points)
     return counts
 
 
@@ -97,6 +101,8 @@ class _Counter:
     counts: Counts
     values: dict[str, Any]
     depends: dict[str, Depends]  # of names
+    scalars: Mapping[str, int]
+    whole: Mapping[str, int]  # extents of the axes of which every point does something
 
     def body(self, statements: Sequence[Statement], times: float) -> None:
         for statement in statements:
@@ -130,8 +136,16 @@ class _Counter:
                     if any(isinstance(s, Load) for s in inner):
                         self.counts.steps += iterations
                     self.body(inner, times * iterations)
-                case If(_, inner):
-                    self.body(inner, times)
+                case If(condition, inner):
+                    self.body(inner, times * self.share(condition))
+
+    def share(self, condition: Expr) -> float:
+        """Return the share of the grid's points where a condition holds; 1 where it asks more than where a point is."""
+        if not condition.names <= self.scalars.keys() | self.whole.keys():
+            return 1.0
+        names = sorted(condition.names & self.whole.keys())
+        places = np.meshgrid(*(np.arange(self.whole[name]) for name in names), sparse=True)
+        return float(np.mean(evaluate_expr(condition, {**self.scalars, **dict(zip(names, places, strict=True))}) != 0))
 
     def bound(self, expr: Expr) -> Any:
         """Return the value of an expression over what is known; tiles and other unknown numbers count as 0."""
