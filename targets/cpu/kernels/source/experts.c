@@ -17,7 +17,7 @@ typedef struct {
   const InstructionSet *set;
   Activation activation;
   int chosen, bits, group;
-  const void *copies[INPUTS];
+  Weights weights;
 } Experts;
 
 typedef struct {
@@ -223,14 +223,14 @@ static const char *check_inputs(Step *step) {
 }
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
-  const Experts *experts = kernel;
+  Experts *experts = kernel;
   OrtApi api = experts->api;
   Step step = {experts};
   OrtStatus *status;
   for (size_t i = 0; i < INPUTS; i++) {
     if ((status = read_input(api, context, i, &step.in[i]))) return status;
-    if (experts->copies[i]) step.in[i].data = (void *)experts->copies[i];
   }
+  if ((status = read_copies(api, context, &experts->weights, step.in, INPUTS))) return status;
   const char *wrong = check_inputs(&step);
   if (wrong) return fail(api, wrong);
   int64_t sizes[2] = {step.in[X].sizes[0], step.down.rows};
@@ -288,15 +288,15 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
     free(experts);
     return fail(api, "moec.QMoE: an activation or a width of weights that it does not have");
   }
-  copy_inputs(api, info, 1 << UP | 1 << DOWN | 1 << UP_ZEROS | 1 << DOWN_ZEROS, 1 << UP_SCALES | 1 << DOWN_SCALES,
-              experts->copies, INPUTS);
+  note_weights(api, info, 1 << UP | 1 << DOWN | 1 << UP_ZEROS | 1 << DOWN_ZEROS, 1 << UP_SCALES | 1 << DOWN_SCALES,
+               &experts->weights);
   *out = experts;
   return NULL;
 }
 
 static void destroy(void *kernel) {
   Experts *experts = kernel;
-  for (int i = 0; i < INPUTS; i++) free_weights(experts->copies[i]);
+  drop_copies(&experts->weights);
   free(experts);
 }
 

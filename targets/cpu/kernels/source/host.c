@@ -1,6 +1,5 @@
 #include "host.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,23 +29,22 @@ OrtStatus *read_input(OrtApi api, const OrtKernelContext *context, size_t index,
   return read_tensor(api, value, out);
 }
 
-void copy_inputs(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t scales, const void *copies[], size_t count) {
-  for (size_t i = 0; i < count; i++) {
-    copies[i] = NULL;
+void note_weights(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t scales, Weights *out) {
+  for (size_t i = 0; i < MOST_WEIGHTS; i++) {
+    out->data[i] = NULL, out->copies[i] = NULL;
     if (!((codes | scales) >> i & 1)) continue;
     const OrtValue *value = NULL;
     Tensor tensor = {NULL};
     int constant = 0;
     OrtStatus *status = ORT(api, constant_input)(info, i, &constant, &value);
     if (!status && constant && value) status = read_tensor(api, value, &tensor);
-    if (status) { /* an input that is absent, or has no place: it is read when the kernel runs */
+    if (status) { /* an input that is absent, or has no place: it is read where it is */
       ORT(api, release_status)(status);
       continue;
     }
-    if (!tensor.data) continue;
     size_t bytes = codes >> i & 1 ? 1 : sizeof(float);
     for (int axis = 0; axis < tensor.rank; axis++) bytes *= (size_t)tensor.sizes[axis];
-    copies[i] = copy_weights(tensor.data, bytes);
+    if (tensor.data && bytes) out->data[i] = tensor.data, out->bytes[i] = bytes;
   }
 }
 
@@ -88,6 +86,57 @@ OrtStatus *run_parallel(OrtApi api, const OrtKernelContext *context, int items, 
   if (items < 1) return NULL;
   return ORT(api, parallel_for)(context, work, workers, 0, &queue);
 }
+
+/* --- copies of weights --------------------------------------------------------------------------------------------- */
+
+enum { PIECE = 1 << 20, NOT_COPIED = 0, COPYING, COPIED };
+
+static void copy_piece(void *data, int worker, int item) {
+  const Weights *weights = data;
+  size_t at = (size_t)item * PIECE, i = 0;
+  (void)worker;
+  for (;; i++) { /* pieces are counted through all weights */
+    if (!weights->copies[i]) continue;
+    size_t pieces = (weights->bytes[i] + PIECE - 1) / PIECE * PIECE;
+    if (at < pieces) break;
+    at -= pieces;
+  }
+  size_t left = weights->bytes[i] - at;
+  memcpy((char *)weights->copies[i] + at, (const char *)weights->data[i] + at, left < PIECE ? left : PIECE);
+}
+
+static OrtStatus *make_copies(OrtApi api, const OrtKernelContext *context, Weights *weights) {
+  int pieces = 0;
+  for (size_t i = 0; i < MOST_WEIGHTS; i++) {
+    if (weights->data[i]) weights->copies[i] = take_huge_pages(weights->bytes[i]);
+    if (weights->copies[i]) pieces += (int)((weights->bytes[i] + PIECE - 1) / PIECE);
+  }
+  OrtStatus *status = run_parallel(api, context, pieces, copy_piece, weights);
+  for (size_t i = 0; i < MOST_WEIGHTS && !status; i++) {
+    if (weights->copies[i]) release_pages(weights->data[i], weights->bytes[i]);
+  }
+  return status;
+}
+
+OrtStatus *read_copies(OrtApi api, const OrtKernelContext *context, Weights *weights, Tensor *in, size_t count) {
+  int state = NOT_COPIED;
+  if (atomic_compare_exchange_strong(&weights->state, &state, COPYING)) {
+    for (size_t i = 0; i < count; i++) weights->data[i] = weights->data[i] ? in[i].data : NULL;
+    OrtStatus *status = make_copies(api, context, weights);
+    if (status) return status; /* the state stays: they are read where they are */
+    atomic_store(&weights->state, state = COPIED);
+  }
+  for (size_t i = 0; i < count && state == COPIED; i++) {
+    if (weights->copies[i]) in[i].data = weights->copies[i];
+  }
+  return NULL;
+}
+
+void drop_copies(Weights *weights) {
+  for (size_t i = 0; i < MOST_WEIGHTS; i++) give_huge_pages(weights->copies[i]);
+}
+
+/* --- products ------------------------------------------------------------------------------------------------------ */
 
 void multiply_task(const InstructionSet *set, const Matrix *w, int task, int each, const Product *p, void *panel) {
   int first = task * each, end = w->shape->rows - first < each ? w->shape->rows : first + each;

@@ -5,6 +5,8 @@
 #include "kernels.h"
 #include "ort.h"
 
+#include <stdatomic.h>
+
 enum { MOST_RANK = 8 };
 
 typedef struct {
@@ -16,11 +18,26 @@ typedef struct {
 OrtStatus *fail(OrtApi api, const char *message);
 /* Reads input `index`; an absent one has no data. */
 OrtStatus *read_input(OrtApi api, const OrtKernelContext *context, size_t index, Tensor *out);
-/* Copies constant inputs to where they are read faster: those in the bits of `codes` (bytes) and of `scales` (numbers); NULL
-   for the others. */
-void copy_inputs(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t scales, const void *copies[], size_t count);
-const void *copy_weights(const void *data, size_t bytes);
-void free_weights(const void *copy);
+
+/* The constant inputs of an operator that are large, and copies of them from which they are read faster: see weights.c. */
+enum { MOST_WEIGHTS = 16 };
+typedef struct {
+  const void *data[MOST_WEIGHTS]; /* NULL: an input that is none of them */
+  size_t bytes[MOST_WEIGHTS];
+  void *copies[MOST_WEIGHTS];
+  atomic_int state;
+} Weights;
+/* Notes the constant inputs among the bits of `codes` (bytes) and of `scales` (numbers). */
+void note_weights(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t scales, Weights *out);
+/* Lets inputs that are weights be read from their copies, which the first caller makes. */
+OrtStatus *read_copies(OrtApi api, const OrtKernelContext *context, Weights *weights, Tensor *in, size_t count);
+void drop_copies(Weights *weights);
+/* Return memory in huge pages, or NULL where there are none. */
+void *take_huge_pages(size_t bytes);
+void give_huge_pages(const void *part);
+/* Gives back the pages of a file that hold `data`; memory that is no file's is left alone, as its content would be lost. */
+void release_pages(const void *data, size_t bytes);
+
 int64_t int_attribute(OrtApi api, const OrtKernelInfo *info, const char *name, int64_t otherwise);
 float float_attribute(OrtApi api, const OrtKernelInfo *info, const char *name, float otherwise);
 

@@ -9,7 +9,7 @@ typedef struct {
   OrtApi api;
   const InstructionSet *set;
   Shape shape;
-  const void *copies[INPUTS];
+  Weights weights;
 } Linear;
 
 typedef struct {
@@ -37,15 +37,15 @@ static void multiply(void *data, int worker, int task) {
 }
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
-  const Linear *linear = kernel;
+  Linear *linear = kernel;
   OrtApi api = linear->api;
   const Shape *s = &linear->shape;
   Tensor in[INPUTS];
   OrtStatus *status;
   for (size_t i = 0; i < INPUTS; i++) {
     if ((status = read_input(api, context, i, &in[i]))) return status;
-    if (linear->copies[i]) in[i].data = (void *)linear->copies[i];
   }
+  if ((status = read_copies(api, context, &linear->weights, in, INPUTS))) return status;
   if (!in[X].rank || in[X].sizes[in[X].rank - 1] != s->width) return fail(api, "moec.MatMulNBits: x has not K numbers a row");
   int64_t rows = 1;
   for (int i = 0; i < in[X].rank - 1; i++) rows *= in[X].sizes[i];
@@ -83,14 +83,14 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
     free(linear);
     return fail(api, "moec.MatMulNBits: bits, block_size, N or K is none that it takes");
   }
-  copy_inputs(api, info, 1 << CODES | 1 << ZEROS, 1 << SCALES, linear->copies, INPUTS);
+  note_weights(api, info, 1 << CODES | 1 << ZEROS, 1 << SCALES, &linear->weights);
   *out = linear;
   return NULL;
 }
 
 static void destroy(void *kernel) {
   Linear *linear = kernel;
-  for (int i = 0; i < INPUTS; i++) free_weights(linear->copies[i]);
+  drop_copies(&linear->weights);
   free(linear);
 }
 

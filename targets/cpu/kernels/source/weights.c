@@ -2,8 +2,9 @@
 
    A model's weights are mapped from its file, in pages of 4 KB. Where the system has pages of 2 MB, the processor reads nearly
    twice as many bytes a second from them (17 and 33 GB/s on the machine that this was written on), since it neither looks up a
-   page nor starts to fetch ahead anew every 4 KB. So a kernel copies its weights when it is made, and the file's pages are given
-   back. Copies share blocks of memory, each freed when the last copy in it is. */
+   page nor starts to fetch ahead anew every 4 KB. So a kernel's weights are copied when it runs first, by all threads at once, and
+   the file's pages are given back: a session opens without reading the weights. Copies share blocks of memory, each freed when the
+   last copy in it is. */
 #include "host.h"
 
 #include <stdlib.h>
@@ -53,8 +54,7 @@ static Block *new_block(size_t bytes) {
   return blocks = block;
 }
 
-/* Gives back the pages of a file that hold `data`; memory that is no file's is left alone, as its content would be lost. */
-static void release_pages(const void *data, size_t bytes) {
+void release_pages(const void *data, size_t bytes) {
   FILE *maps = fopen("/proc/self/maps", "r");
   char line[512];
   uintptr_t from = (uintptr_t)data, to = from + bytes;
@@ -72,26 +72,23 @@ static void release_pages(const void *data, size_t bytes) {
   if (maps) fclose(maps);
 }
 
-const void *copy_weights(const void *data, size_t bytes) {
+void *take_huge_pages(size_t bytes) {
   static atomic_int huge = -1;
   if (atomic_load(&huge) < 0) atomic_store(&huge, has_huge_pages());
-  if (!data || !bytes || !atomic_load(&huge)) return NULL;
+  if (!bytes || !atomic_load(&huge)) return NULL;
   size_t size = (bytes + CHUNK - 1) / CHUNK * CHUNK;
   while (atomic_flag_test_and_set(&busy)) {
   }
   Block *block = blocks;
   while (block && block->bytes - block->used < size) block = block->next;
   if (!block) block = new_block(size);
-  char *copy = NULL;
-  if (block) copy = block->memory + block->used, block->used += size, block->copies++;
+  char *part = NULL;
+  if (block) part = block->memory + block->used, block->used += size, block->copies++;
   atomic_flag_clear(&busy);
-  if (!copy) return NULL;
-  memcpy(copy, data, bytes);
-  release_pages(data, bytes);
-  return copy;
+  return part;
 }
 
-void free_weights(const void *copy) {
+void give_huge_pages(const void *copy) {
   if (!copy) return;
   while (atomic_flag_test_and_set(&busy)) {
   }
@@ -108,6 +105,7 @@ void free_weights(const void *copy) {
   atomic_flag_clear(&busy);
 }
 #else
-const void *copy_weights(const void *data, size_t bytes) { return (void)data, (void)bytes, NULL; }
-void free_weights(const void *copy) { (void)copy; }
+void *take_huge_pages(size_t bytes) { return (void)bytes, NULL; }
+void give_huge_pages(const void *part) { (void)part; }
+void release_pages(const void *data, size_t bytes) { (void)data, (void)bytes; }
 #endif
