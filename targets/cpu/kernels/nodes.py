@@ -29,11 +29,16 @@ Initializers: TypeAlias = Mapping[str, TensorProto]
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of the library: its inputs, its attributes by their type, and why it does not take a node (None: it does)."""
+    """An operator of the library: its inputs, its attributes by their type, and why it does not take a node (None: it does).
+
+    One that reads no weights comes along where others of a model do; a model with none of those is left to ONNX Runtime.
+    """
 
     inputs: int
     attributes: Mapping[str, Any]
     why_not: Callable[[NodeProto, Settings, Initializers], str | None]
+    outputs: int = 1
+    weights: bool = True
 
 
 def _why_not_linear(node: NodeProto, given: Settings, initializers: Initializers) -> str | None:
@@ -63,7 +68,15 @@ def _why_not_weight(bits: int, given: Settings) -> str | None:
     return None
 
 
+def _takes_every_node(node: NodeProto, given: Settings, initializers: Initializers) -> None:
+    """Return None: the operator has everything that nodes are emitted with."""
+
+
 OPERATORS = {
+    "GroupQueryAttention": Operator(17, {
+        "num_heads": _INT, "kv_num_heads": _INT, "do_rotary": _INT, "scale": _FLOAT, "local_window_size": _INT,
+        "softcap": _FLOAT,
+    }, _takes_every_node, outputs=3, weights=False),
     "MatMulNBits": Operator(
         6, {"K": _INT, "N": _INT, "bits": _INT, "block_size": _INT, "accuracy_level": _INT}, _why_not_linear
     ),
@@ -95,7 +108,8 @@ def divide_nodes(nodes: Iterable[NodeProto], initializers: Initializers) -> Divi
             taken.append(node)
         else:
             left[reason] = left.get(reason, 0) + 1
-    return Division(tuple(taken), left)
+    weighty = any(OPERATORS[node.op_type].weights for node in taken)
+    return Division(tuple(taken) if weighty else (), left)
 
 
 def use_kernels(taken: Iterable[NodeProto]) -> list[FunctionProto]:
@@ -110,8 +124,9 @@ def use_kernels(taken: Iterable[NodeProto]) -> list[FunctionProto]:
 def _function_of_kind(kind: str) -> FunctionProto:
     operator = OPERATORS[kind]
     inputs = [f"input{i}" for i in range(operator.inputs)]
-    body = helper.make_node(kind, inputs, ["y"], domain=CONTRIB)
+    outputs = [f"output{i}" for i in range(operator.outputs)]
+    body = helper.make_node(kind, inputs, outputs, domain=CONTRIB)
     for name, type_ in operator.attributes.items():
         body.attribute.append(AttributeProto(name=name, type=type_, ref_attr_name=name))
     opsets = [helper.make_opsetid(CONTRIB, 1)]
-    return helper.make_function(DOMAIN, kind, inputs, ["y"], [body], opsets, list(operator.attributes))
+    return helper.make_function(DOMAIN, kind, inputs, outputs, [body], opsets, list(operator.attributes))

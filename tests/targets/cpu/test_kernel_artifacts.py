@@ -42,7 +42,11 @@ def domains_of(folder):
 def test_an_artifact_says_which_kernels_it_has(artifact):
     manifest = json.loads((artifact / "moec.json").read_text())
     said = manifest["cpu_kernels"]
-    assert said["operators"] == {"MatMulNBits": 9, "QMoE": 4}  # q, k, v and output of 4 layers in 2 each, and the head
+    assert said["operators"] == {
+        "GroupQueryAttention": 4,
+        "MatMulNBits": 9,
+        "QMoE": 4,
+    }  # q, k, v and output of 4 layers in 2 each, and the head
     assert said["compiler"].startswith("ziglang ")
     assert sorted(said["libraries"]) == sorted(library.PLATFORMS)
     for name, entry in said["libraries"].items():
@@ -70,7 +74,7 @@ def test_without_ziglang_an_artifact_has_the_operators_of_onnx_runtime(monkeypat
     assert made.report["figures"]["notes"] == [
         "ONNX Runtime's operators compute, without moec's kernels, which are faster: the package ziglang is not installed"
     ]
-    assert made.manifest["cpu_kernels"] == {"onnxruntime": {"the package ziglang is not installed": 13}}
+    assert made.manifest["cpu_kernels"] == {"onnxruntime": {"the package ziglang is not installed": 17}}
     files = {path.name for path in made.folder.iterdir()}
     assert files == {path.name for path in (tmp_path / "wanted").iterdir()}
     for name in files - {"moec.json"}:
@@ -129,7 +133,7 @@ def test_the_kernels_are_as_close_to_exact_numbers_as_onnx_runtime(artifact, mon
 def test_a_plain_session_takes_the_model(artifact):
     model = onnx.load(artifact / "model.onnx", load_external_data=False)
     onnx.checker.check_model(str(artifact / "model.onnx"))
-    assert {n.op_type for n in model.graph.node if n.domain == "moec"} == {"QMoE", "MatMulNBits"}
+    assert {n.op_type for n in model.graph.node if n.domain == "moec"} == {"GroupQueryAttention", "QMoE", "MatMulNBits"}
     onnxruntime.InferenceSession(str(artifact / "model.onnx"), providers=["CPUExecutionProvider"])
 
 

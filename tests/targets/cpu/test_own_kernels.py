@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.targets.cpu.kernels import library
-from moec.targets.cpu.kernels.nodes import divide_nodes, use_kernels
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from own_kernels import NONE, SETS, node_model, run, write_library
 
-NONE, PLAIN = "none", "plain"  # what MOEC_CPU_KERNELS may ask for, beside what the processor has
-SETS = [None, "avx2", PLAIN] if platform.machine() in ("x86_64", "AMD64") else [None, PLAIN]
 SETTINGS = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    compiler = library.find_compiler()
-    place = library.this_platform()
-    if compiler is None or place is None:
-        pytest.skip("ziglang is not installed, or moec has no kernels for this platform")
-    path = tmp_path_factory.mktemp("kernels") / place.file
-    path.write_bytes(library.compile_library(place, compiler))
-    return path
-
-
-def run(model, feeds, kernels, asked=None):
-    """Run a model of one node with the library; `asked` names other kernels than the processor's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEC_CPU_KERNELS", asked) if asked else patch.delenv("MOEC_CPU_KERNELS", raising=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 2
-        options.register_custom_ops_library(str(kernels))
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return session.run(None, feeds)[0]
+    return write_library(tmp_path_factory.mktemp("kernels"))
 
 
 def model_of(node, feeds, weights, width):
-    initializers = {name: numpy_helper.from_array(array, name) for name, array in weights.items()}
-    functions = use_kernels(divide_nodes([node], initializers).taken)
-    assert node.domain == "moec", "the node is none that the kernels compute"
-    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, a.shape[1]]) for n, a in feeds.items()]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, width])]
-    opsets = [helper.make_opsetid(*o) for o in (("", 23), ("com.microsoft", 1), ("moec", 1))]
-    graph = helper.make_graph([node], "one", inputs, outputs, list(initializers.values()))
-    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11)
+    return node_model(node, feeds, weights, {"y": [None, width]})
 
 
 def codes_and_numbers(random, shape, bits, group, zeros):
@@ -116,8 +88,9 @@ def test_linear_is_the_product_with_the_numbers(case, asked, kernels):
     )  # fmt: skip
     x = exact_activations(random, rows, width, group)
     wanted = x.astype(np.float64) @ numbers.T.astype(np.float64) + weights.get("b", 0)
-    found = run(model_of(node, {"x": x}, weights, out), {"x": x}, kernels, asked)
-    error = np.abs(found - wanted).max() / np.abs(x @ np.abs(numbers.T)).max().clip(1e-6)
+    (found,) = run(model_of(node, {"x": x}, weights, out), {"x": x}, kernels, asked)
+    size = np.abs(x @ np.abs(numbers.T)).max() + np.abs(weights.get("b", 0)).max()
+    error = np.abs(found - wanted).max() / max(size, 1e-6)
     assert error < 1e-5
 
 
@@ -225,7 +198,7 @@ def assert_near(found, wanted):
 @given(case=expert_cases())
 def test_experts_are_the_sum_of_the_chosen(case, asked, kernels):
     model, feeds, wanted = expert_model(case)
-    found = run(model, feeds, kernels, asked)
+    (found,) = run(model, feeds, kernels, asked)
     assert (
         np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max() + 1e-6
     )  # rounding of a number half way may differ
@@ -237,11 +210,11 @@ def test_experts_are_those_of_onnx_runtime(case, kernels):
     case["zeros"] = False  # what ONNX Runtime computes with zero points is for the capability record to say
     model, feeds, _ = expert_model(case)
     try:
-        wanted = run(model, feeds, kernels, NONE)
+        (wanted,) = run(model, feeds, kernels, NONE)
     except Exception as error:
         assert "not supported" in str(error).lower() or "not implemented" in str(error).lower(), error
         return
-    found = run(model, feeds, kernels)
+    (found,) = run(model, feeds, kernels)
     assert_near(found, wanted)
 
 

@@ -1,5 +1,5 @@
 /* Registers the operators of domain `moec` with ONNX Runtime. */
-#include "host.h"
+#include "attend.h"
 
 #include <stdatomic.h>
 
@@ -28,7 +28,7 @@ static OrtCustomOp completed(const OrtCustomOp *op) {
   all.version = ORT_VERSION;
   all.get_provider = provider;
   all.get_output_type = float_output;
-  all.get_output_count = one_output;
+  if (!all.get_output_count) all.get_output_count = one_output;
   all.get_output_kind = required;
   all.get_input_memory = default_memory;
   all.variadic_input_arity = all.variadic_input_equal = one;
@@ -40,7 +40,7 @@ static OrtCustomOp completed(const OrtCustomOp *op) {
 
 /* The operators outlive every session that uses them, so they are made once and kept. */
 static OrtStatus *make_domain(OrtApi api, OrtDomain **out) {
-  static OrtCustomOp ops[2];
+  static OrtCustomOp ops[3];
   static _Atomic(OrtDomain *) made;
   static atomic_flag making = ATOMIC_FLAG_INIT;
   OrtStatus *status = NULL;
@@ -48,9 +48,9 @@ static OrtStatus *make_domain(OrtApi api, OrtDomain **out) {
   }
   if (!atomic_load(&made)) {
     OrtDomain *domain;
-    ops[0] = completed(&linear_op), ops[1] = completed(&experts_op);
+    ops[0] = completed(&linear_op), ops[1] = completed(&experts_op), ops[2] = completed(&attention_op);
     status = ORT(api, create_domain)("moec", &domain);
-    for (int i = 0; i < 2 && !status; i++) status = ORT(api, domain_add)(domain, &ops[i]);
+    for (int i = 0; i < 3 && !status; i++) status = ORT(api, domain_add)(domain, &ops[i]);
     if (!status) atomic_store(&made, domain);
   }
   atomic_flag_clear(&making);
