@@ -119,5 +119,8 @@ class Target:
     options: Callable[[Mapping[str, str]], Target] | None = None
     recorded: Callable[[], Probed] | None = None  # what the lowering goes by, for a target that has such a record
     probe: Probe | None = None
+    processor: Callable[[], dict[str, Any]] | None = (
+        None  # what kernels of its own find of the machine that this runs on
+    )
     predict: Predict | None = None  # for a target that is known by its figures
     packages: tuple[str, ...] = ()  # what it makes artifacts with; moec.json records the versions

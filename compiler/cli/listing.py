@@ -115,6 +115,8 @@ def list_targets(name: str | None = None) -> Rows:
             "operators": probe_summary(record.rows),
             "not_right": broken,
         }
+    if name and chosen[0].processor:
+        rows[0]["processor"] = chosen[0].processor()
     return rows
 
 

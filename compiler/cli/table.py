@@ -47,7 +47,7 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     if not rows:
         click.echo("none", err=True)
         return
-    keys = [key for key in rows[0] if key not in ("before", "after", "runtime")]
+    keys = [key for key in rows[0] if key not in ("before", "after", "runtime", "processor")]
     cells = [[_cell_text(row[key]) for key in keys] for row in rows]
     print_parts(stdout_console(), make_table([(key.replace("_", " "), False) for key in keys], cells))
     for runtime in (row["runtime"] for row in rows if "runtime" in row):
@@ -55,6 +55,10 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
         show_rows(runtime["operators"])
         click.echo()
         show_rows(runtime["not_right"])
+    for processor in (row["processor"] for row in rows if "processor" in row):
+        click.echo("\nmoec's own kernels on this processor:\n")
+        lines = [(key.replace("_", " "), _cell_text(value)) for key, value in processor.items()]
+        print_parts(stdout_console(), make_table((("", False), ("", False)), lines))
 
 
 def _cell_text(value: Any) -> str:

@@ -103,6 +103,7 @@ TARGET = Target(
     options=_with_options,
     recorded=_record_as_probed,
     probe=_run_probe,
+    processor=DeferredFunction(f"{__name__}.kernels.processor", "describe_processor"),
     packages=("onnx", "onnxruntime"),
 )
 

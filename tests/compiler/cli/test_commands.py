@@ -236,7 +236,7 @@ def test_targets():
     rows = json.loads(invoke("targets", "--json").stdout)
     assert "cpu" in [row["name"] for row in rows]
     (cpu,) = json.loads(invoke("targets", "cpu", "--json").stdout)
-    assert set(cpu) == {"name", "pipeline", "doc", "runtime"}
+    assert set(cpu) == {"name", "pipeline", "doc", "runtime", "processor"}
 
 
 def test_inspect_a_program(program):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import moec
 import numpy as np
@@ -19,6 +22,7 @@ from click.testing import CliRunner
 from moec.compiler.cli import main
 from moec.compiler.errors import MoecError
 from moec.targets.cpu.kernels import library
+from moec.targets.cpu.kernels.processor import describe_processor
 from places import TINY
 
 NONE, PLAIN = "none", "plain"  # what MOEC_CPU_KERNELS may ask for, beside what the processor has
@@ -149,6 +153,34 @@ def test_a_changed_library_is_refused(artifact, tmp_path, change):
         path.write_bytes(content[: len(content) // 2] if change == "short" else content[:-1] + b"\x01")
     with pytest.raises(MoecError, match=r"not as it was written|lacks"):
         moec.load(folder).session()
+
+
+def test_the_processor_is_described(artifact, monkeypatch):
+    """What Linux says of the same machine."""
+    found = describe_processor()
+    assert found["instruction_sets"][-1] == PLAIN and found["runs"] in found["instruction_sets"]
+    if sys.platform == "linux":
+        assert found["processors"] == len(os.sched_getaffinity(0))
+        flags = Path("/proc/cpuinfo").read_text()
+        for flag, name in (("avx2", "avx2"), ("avx512_vnni", "avx512-vnni"), ("asimddp", "neon-dotprod")):
+            assert (name in found["instruction_sets"]) == (re.search(rf"\b{flag}\b", flags) is not None)
+    if sizes := cache_sizes_of_linux():
+        assert found["cache_bytes"] == sizes
+    monkeypatch.setenv("MOEC_CPU_KERNELS", NONE)
+    assert describe_processor()["runs"] is None
+    without_ziglang(monkeypatch)
+    assert describe_processor() == {"none": "the package ziglang is not installed"}
+
+
+def cache_sizes_of_linux():
+    """Return the bytes of the caches that hold data, by level, as the system's files have them."""
+    sizes = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (index / "type").read_text().strip() != "Instruction":
+            sizes[int((index / "level").read_text())] = (
+                int((index / "size").read_text().strip().removesuffix("K")) * 1024
+            )
+    return [sizes[level] for level in sorted(sizes)]
 
 
 # --- the same tokens by whatever runs the model ---------------------------------------------------------------------

@@ -167,9 +167,11 @@ static OrtStatus *run_tokens(Step *step, const OrtKernelContext *context, int ex
   OrtStatus *status = run_for_all(step, context, step->tokens, route_token);
   if (status) return status;
   sort_slots(step, experts);
-  step->each = task_rows(step->experts->set, step->used ? step->slots / step->used : 0, (int64_t)step->used * step->up.rows);
+  int rows = step->used ? step->slots / step->used : 0;
+  step->each = task_rows(step->experts->set, &step->up, rows, (int64_t)step->used * step->up.rows);
   if ((status = run_for_all(step, context, step->used * tasks_of(&step->up, step->each), multiply_up))) return status;
   if ((status = run_for_all(step, context, step->slots, activate_slot))) return status;
+  step->each = task_rows(step->experts->set, &step->down, rows, (int64_t)step->used * step->down.rows);
   if ((status = run_for_all(step, context, step->used * tasks_of(&step->down, step->each), multiply_down))) return status;
   return run_for_all(step, context, step->tokens, combine_token);
 }

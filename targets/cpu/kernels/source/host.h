@@ -47,13 +47,22 @@ enum { MOST_WORKERS = 64 };
 typedef void (*Task)(void *data, int worker, int item);
 OrtStatus *run_parallel(OrtApi api, const OrtKernelContext *context, int items, Task task, void *data);
 
-/* Return how many rows of the matrices a task multiplies; `all` of them are multiplied by `rows` rows of activations each. Where
-   the weights stream from memory a task is as long as 16 tasks allow, up to 256 rows: a processor fetches ahead only after some
-   KB in order (32 rows at a time took 1.4 times as long). Where tiles are unpacked, a task fetches the next one meanwhile. */
-static inline int task_rows(const InstructionSet *set, int64_t rows, int64_t all) {
-  int64_t each = all / 16 / TILE * TILE;
-  if (rows >= set->tile_from) return 4 * TILE;
-  return each < TILE ? TILE : each > 8 * TILE ? 8 * TILE : (int)each;
+typedef struct {
+  int count;         /* of processors that the process may use */
+  int64_t caches[3]; /* bytes of the first, second and third level; 0: there is none */
+} Processor;
+const Processor *this_processor(void);
+
+/* Return how many rows of the matrices a task multiplies; `all` of them, of this shape, are multiplied by `rows` rows of activations
+   each. There are 8 tasks for a processor, so that the last ones end at about the same time. Where the weights stream from memory
+   a task is as long as that allows, up to a quarter of the second cache: a processor fetches ahead only after some KB in order (32
+   rows of 1 KB at a time took 1.4 times as long as 256). Where tiles are unpacked, a task fetches the next one meanwhile. */
+enum { TASKS_EACH = 8, TILES_OF_TASK = 4 };
+static inline int task_rows(const InstructionSet *set, const Shape *s, int64_t rows, int64_t all) {
+  int64_t each = all / (TASKS_EACH * this_processor()->count) / TILE * TILE;
+  int64_t most = rows >= set->tile_from ? TILES_OF_TASK * TILE : this_processor()->caches[1] / 4 / s->row_bytes / TILE * TILE;
+  if (each > most) each = most;
+  return each < TILE ? TILE : (int)each;
 }
 static inline int tasks_of(const Shape *s, int each) { return (s->rows + each - 1) / each; }
 /* Multiplies rows task * each.. of a matrix; `panel` is the worker's memory for a tile. */

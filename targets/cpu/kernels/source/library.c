@@ -15,6 +15,22 @@ EXPORT const char *moec_kernels(void) {
   return set ? set->name : NULL;
 }
 
+/* Return the name of the kernels that could run here, the fastest first; NULL after the last. */
+EXPORT const char *moec_kernels_found(int index) {
+  const InstructionSet *set = kernels_found(index);
+  return set ? set->name : NULL;
+}
+
+/* Writes what the splits of work follow from, and what they are: see describe_processor in processor.py. */
+EXPORT void moec_profile(int64_t out[8]) {
+  const Processor *processor = this_processor();
+  const InstructionSet *set = choose_kernels();
+  int from = set && set->tile_from != NEVER ? set->tile_from : 0;
+  const int64_t found[8] = {processor->count, processor->caches[0], processor->caches[1], processor->caches[2],
+                            from, TILE, processor->caches[1] / 4, TASKS_EACH};
+  for (int i = 0; i < 8; i++) out[i] = found[i];
+}
+
 static const char *provider(const OrtCustomOp *op) { return (void)op, (const char *)NULL; /* the CPU's */ }
 static int float_output(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_FLOAT; }
 static size_t one_output(const OrtCustomOp *op) { return (void)op, 1; }

@@ -54,7 +54,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   void *y;
   if ((status = ORT(api, output)(context, 0, in[X].sizes, (size_t)in[X].rank, &out))) return status;
   if ((status = ORT(api, tensor_data)(out, &y)) || !rows) return status;
-  int each = task_rows(linear->set, rows, s->rows);
+  int each = task_rows(linear->set, s, rows, s->rows);
   size_t panels = rows < linear->set->tile_from ? 0 : panel_bytes(s) * MOST_WORKERS;
   char *memory = take_scratch(panels + activation_bytes(s, rows));
   if (!memory) return fail(api, "moec.MatMulNBits: no memory");
