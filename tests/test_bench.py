@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chips_for_tests import needs_triton
-from places import BENCH
+from places import BENCH, CONFIGS
 
 SIZES = {"layers": 2, "hidden": 64, "expert": 32, "experts": 8, "chosen": 2, "heads": 4, "vocabulary": 320}
 
@@ -146,9 +146,9 @@ def test_ratios_are_medians_of_the_rounds(parts, tmp_path):
     assert "| moec | 20.0 (10.0 to 30.0) | 2.00 | 40 (20 to 60) | 2.00 |" in text
     assert "| moec | 0.02000 | 90.00% | 1.0100 | 4.50 |" in text
     page = tmp_path / "BENCHMARKS.md"
-    page.write_text("# Benchmarks\n\n## The last run\n\nold figures\n")
+    page.write_text("# Benchmarks\n\n## The last run\n\nold figures\n\n## More\n\nof it\n")
     parts["report"].write_markdown(result, page)
-    assert page.read_text() == f"# Benchmarks\n\n## The last run\n\n{text}"
+    assert page.read_text() == f"# Benchmarks\n\n## The last run\n\n{text}\n## More\n\nof it\n"
 
 
 # of ik_llama.cpp's own description of the program
@@ -319,3 +319,15 @@ def test_a_step_of_several_tokens_is_timed(checkpoint, tmp_path):
         return dense + SIZES["layers"] * experts * (1 - (1 - chosen / experts) ** tokens) * expert + rows + state
 
     assert row["bytes"]["3"] == pytest.approx(numbers(3) / numbers(1), rel=0.01)
+
+
+@pytest.mark.long
+def test_bytes_of_steps_are_counted_of_a_config_alone():
+    """DeepSeek-V3: 58 layers with 8 of 256 experts of 3 * 7168 * 2048 numbers, of 37 B active ones less the embedding."""
+    done = script("several_tokens.py", CONFIGS / "DeepSeek-V3")
+    assert done.returncode == 0, done.stderr
+    name, two, *_, draft, even = (cell.strip() for cell in done.stdout.strip(" |\n").split("|"))
+    experts, active = 58 * 8 * 3 * 7168 * 2048, 37.0e9 - 129280 * 7168
+    more = (1 - (1 - 8 / 256) ** 2) * 256 / 8 - 1
+    assert (name, float(two)) == ("DeepSeek-V3", pytest.approx(1 + more * experts / active, abs=0.02))
+    assert even == f"{float(two) + float(draft) - 1:.0%}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ class StreamReader:
         wanted = min(LARGEST, (free_memory() or LARGEST * 8) // 8) if size is None else size
         memory = mmap.mmap(-1, wanted // (threads * 64) * threads * 64)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
         numbers = np.frombuffer(memory, np.int64)
         numbers[:] = 1  # pages of zeros that nobody has written may all be the same one
         self._parts = np.array_split(numbers, threads)

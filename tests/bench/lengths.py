@@ -4,7 +4,7 @@
         --past 16,1024,4096,16384 --batch 1,4,8,16 --json DIR/lengths.json --markdown DIR/lengths.md
 
 The checkpoint is that of compare.py, and so are the processes: one a contender, stopped while another is asked. llama.cpp has
-Q4_0 weights, a cache in float16 and flash attention. Points: a prefill; decode behind each number of past tokens, batch 1;
+Q4_0 weights, a cache in float16 and flash attention (--no-flash: without it too). Points: a prefill; decode behind each number of past tokens, batch 1;
 decode of each batch behind 16 tokens. For each point every contender computes its past once, then rounds ask all of them in
 turn, beginning with another one each round; later steps go on from the same past. Tokens are random, the same for all.
 Figures are medians over the rounds, ratios the medians of the rounds' ratios to llama.cpp. Before every round the streaming
@@ -35,8 +35,9 @@ MOEC = {
     "moec": "--quantize int4 -D kernels=moec",
     "ONNX Runtime": "--quantize int4 -D kernels=onnxruntime",
 }
-LLAMA, IK = report.BASELINE, "ik_llama.cpp"
+LLAMA, NO_FLASH, IK = report.BASELINE, "llama.cpp, no flash", "ik_llama.cpp"
 SHORT = 16  # past tokens of batches
+HEADING = "## By past tokens and batch\n"
 
 Point = tuple[str, int, int]  # prefill or decode, tokens of the prompt, batch
 
@@ -60,7 +61,7 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(result, indent=2) + "\n")
     if given.markdown:
-        given.markdown.write_text(text)
+        report.write_section(given.markdown, HEADING, text)
 
 
 def arguments() -> argparse.Namespace:
@@ -75,10 +76,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--past", type=numbers, default=(16, 1024, 4096, 16384), help="(default 16,1024,4096,16384)")
     parser.add_argument("--batch", type=numbers, default=(4, 8, 16), help="behind 16 tokens (default 4,8,16)")
     parser.add_argument("--llama-python", type=Path, help="a python with llama_cpp and gguf, see llama.py")
+    parser.add_argument("--no-flash", action="store_true", help="llama.cpp without flash attention as well")
     parser.add_argument("--ik", type=Path, help="the folder with the programs of ik_llama.cpp")
     parser.add_argument("--ik-runs", type=int, default=2, help="its rounds, each of which loads the model (default 2)")
+    parser.add_argument("--keep", action="store_true", help="take the artifacts of the run before")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--markdown", type=Path, help=f"write the table here, below its line {HEADING.strip()!r}")
     given = parser.parse_args()
     if min(given.threads, given.runs, given.steps, given.ik_runs) < 1:
         parser.error("a number is below 1")
@@ -113,20 +116,22 @@ def start(given: argparse.Namespace, points: Sequence[Point], say: Callable[[str
     threads = ["--threads", str(given.threads)]
     commands: dict[str, list[str | Path]] = {}
     for name, options in MOEC.items():
-        say(f"{name}: build")
         artifact = work / f"lengths-{given.layers}-{name.split()[0].lower()}"
-        measured(moec_compile(checkpoint, artifact, options), logs / f"{artifact.name}.log")
+        if not (given.keep and artifact.is_dir()):
+            say(f"{name}: build")
+            measured(moec_compile(checkpoint, artifact, options), logs / f"{artifact.name}.log")
         commands[name] = [sys.executable, HERE / "compiled.py", artifact]
     if given.llama_python:
         say(f"{LLAMA}: build")
         slots = max(batch * (tokens + given.steps + 2) for _, tokens, batch in points)
-        room = ["--context", str(slots), "--sequences", str(max(batch for *_, batch in points)), "--flash"]
+        room = ["--context", str(slots), "--sequences", str(max(batch for *_, batch in points))]
         file = gguf_of(given, checkpoint, "olmoe")
-        commands[LLAMA] = [given.llama_python, HERE / "llama.py", "serve", file, *room]
+        served = [given.llama_python, HERE / "llama.py", "serve", file, *room]
+        commands |= {LLAMA: [*served, "--flash"], **({NO_FLASH: served} if given.no_flash else {})}
     running = {}
     for name, command in commands.items():
         say(f"{name}: load")
-        log = logs / f"{name.split()[0]}.log"
+        log = logs / f"{name.replace(' ', '-')}.log"
         running[name] = Contender([*command, *threads], log, {"OMP_NUM_THREADS": str(given.threads)})
     return running
 
@@ -157,6 +162,7 @@ def measured_point(
             contender.ask(prefill=tokens, seed=0)
         else:
             contender.ask(fill=tokens, batch=batch, seed=0)
+    say(f"{kind} {tokens} batch {batch}: filled")
     for number in range(given.runs):
         names = list(running)
         streams.append(measure(given.threads))
@@ -218,7 +224,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{s['threads']} threads; {s['runs']} rounds of {s['steps']} steps, medians (smallest to largest). Other processes "
         f"used at most {max(p['busy'] for p in points):.2f} cores between the contenders' turns."
     )
-    return f"{table}\n\n{notes}\n"
+    how = "Decode of several sequences: tokens a second of all together. llama.cpp: Q4_0, cache in float16, flash attention."
+    return f"{table}\n\n{notes}\n\n{how}\n"
 
 
 if __name__ == "__main__":

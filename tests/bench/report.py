@@ -156,10 +156,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_markdown(result: dict[str, Any], path: Path) -> None:
-    """Write the tables and notes into a file; what it holds up to the line LAST_RUN stays."""
-    before, mark, _ = path.read_text().partition(LAST_RUN) if path.is_file() else ("", "", "")
-    kept = f"{before}{mark}\n" if mark else ""
-    path.write_text(kept + markdown(result))
+    """Write the tables and notes into a file, below the line LAST_RUN if it has one."""
+    write_section(path, LAST_RUN, markdown(result))
+
+
+def write_section(path: Path, heading: str, text: str) -> None:
+    """Write a text below a heading of a file, up to the next heading; a file without it holds nothing else then."""
+    before, mark, after = path.read_text().partition(heading) if path.is_file() else ("", "", "")
+    following = after.find("\n## ")
+    path.write_text((f"{before}{mark}\n" if mark else "") + text + (after[following:] if following >= 0 else ""))
 
 
 def _table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
