@@ -101,6 +101,21 @@ def linear_attention(p: Recurrence, t: Tile, layout: Layout) -> Program:
     b.grid("column", f"cdiv({p.value_width}, {t.n})")
     b.grid("row", f"cdiv({p.heads}, {t.m})")
     b.grid("batch", "B")
+    declare_recurrence(b, p)
+    _add_axes_of_states(b, p, t)
+    whole = (t.m, power_of_two(p.width), t.n)
+    cell = ["batch", "head[:, None, None]", "i[None, :, None]", "n[None, None, :]"]
+    b.load("state", "past", cell, "there", shape=whole)
+    if p.rate:
+        b.load("rates", "rate", ["head[:, None, None]", "i[None, :, None]"], "is_row", shape=(*whole[:2], 1))
+    with b.loop("token", 0, "S", 1, t.stages):
+        _add_token_update(b, p, t, whole)
+    b.store("present", cell, "state", "there")
+    return b.program()
+
+
+def declare_recurrence(b: Builder, p: Recurrence) -> None:
+    """Declare the tensors of linear attention."""
     for name in "qk":
         b.tensor(name, "f32", "B", "S", p.groups, p.width)
     b.tensor("v", "f32", "B", "S", p.heads, p.value_width)
@@ -113,16 +128,6 @@ def linear_attention(p: Recurrence, t: Tile, layout: Layout) -> Program:
     b.tensor("past", "f32", "B", p.heads, p.width, p.value_width)
     b.tensor("y", p.out, "B", "S", p.heads, p.value_width, role="output")
     b.tensor("present", "f32", "B", p.heads, p.width, p.value_width, role="output")
-    _add_axes_of_states(b, p, t)
-    whole = (t.m, power_of_two(p.width), t.n)
-    cell = ["batch", "head[:, None, None]", "i[None, :, None]", "n[None, None, :]"]
-    b.load("state", "past", cell, "there", shape=whole)
-    if p.rate:
-        b.load("rates", "rate", ["head[:, None, None]", "i[None, :, None]"], "is_row", shape=(*whole[:2], 1))
-    with b.loop("token", 0, "S", 1, t.stages):
-        _add_token_update(b, p, t, whole)
-    b.store("present", cell, "state", "there")
-    return b.program()
 
 
 def _add_axes_of_states(b: Builder, p: Recurrence, t: Tile) -> None:

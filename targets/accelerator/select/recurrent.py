@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
+from ..kernels.chunked import LEAST, chunked_attention, goes_by_chunks
 from ..kernels.norm import power_of_two
 from ..kernels.recurrent import Recurrence, Window, linear_attention, window_conv
 from ..tile.packing import Packing
 from .implementations import Computation, Implementation, Selector, Tokens, only_implementation, operand_types, row_tile
-from .search import KernelTemplate
+from .search import COLUMNS, KernelTemplate
 
 HEADS, VALUES = (1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64, 128)
+CHUNKS = (16, 32, 64, 128)  # tokens that become one matmul
+CHUNKED = 32  # new tokens of a sequence from which they are taken in chunks
 STATE = (256, 8192)  # least and most numbers of states that a point goes through the tokens with
 
 
@@ -44,16 +47,31 @@ def _linear_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
         heads, groups, width, values, a.number("scale"), int(decay.shape[3]) if decay else 0, "rate" in operands,
         "beta" in operands,
     )  # fmt: skip
+    changes_at = CHUNKED if goes_by_chunks(p) else None
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        scalars = {"B": tokens.batch, "S": tokens.new}
+        if changes_at and tokens.new >= changes_at:
+            return only_implementation(
+                KernelTemplate(
+                    "chunked_attention", lambda t, layout: chunked_attention(p, t, layout), scalars, _chunk_tiles(p)
+                )
+            )
         return only_implementation(
             KernelTemplate(
-                "linear_attention", lambda t, layout: linear_attention(p, t, layout), {"B": tokens.batch, "S": tokens.new},
-                _state_tiles(p),
+                "linear_attention", lambda t, layout: linear_attention(p, t, layout), scalars, _state_tiles(p)
             )
-        )  # fmt: skip
+        )
 
-    return Computation("linear_attention", p, {}, implementations)
+    return Computation("linear_attention", p, {}, implementations, changes_at)
+
+
+def _chunk_tiles(p: Recurrence) -> tuple[tuple[int, int, int], ...]:
+    """Return the tiles (tokens of a chunk, columns of a state, its rows)."""
+    rows, widest = power_of_two(p.width, LEAST), power_of_two(p.value_width, LEAST)
+    narrow = (LEAST,) if p.delta else ()  # the delta rule keeps more tiles at once
+    columns = [n for n in (*narrow, *COLUMNS) if n <= widest] or [widest]
+    return tuple((m, n, rows) for m in CHUNKS for n in columns)
 
 
 def _state_tiles(p: Recurrence) -> tuple[tuple[int, int, int], ...]:

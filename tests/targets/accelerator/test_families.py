@@ -42,9 +42,12 @@ def test_two_sequences_and_cached_steps(family, chip, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("family", "chip"), [("qwen3_next", "nvidia-h200"), ("jamba", "amd-mi355x")])
+@pytest.mark.parametrize(
+    ("family", "chip"),
+    [("qwen3_next", "nvidia-h200"), ("jamba", "amd-mi355x"), ("granitemoehybrid", "ascend-950dt")],
+)
 def test_one_token_and_two_longer_sequences(family, chip, tmp_path):
-    """States that do not grow: from one token on, and after 40 and 11 of which some are padding."""
+    """States that do not grow: from one token on, and after 40 and 11 of which some are padding, by chunks or one by one."""
     model = random_model(FAMILIES[family])
     artifact = moec.compile(model, target=chip, out=tmp_path / "a", options={"kernels": "source", "buckets": "4,64"})
     assert takes_padding(artifact)

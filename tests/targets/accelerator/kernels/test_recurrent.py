@@ -9,6 +9,7 @@ from moec.compiler.ir.activation import Activation
 from moec.compiler.ops.recurrent import causal_conv, conv_window
 from moec.compiler.ops.recurrent import linear_attention as plain
 from moec.targets.accelerator.kernels.choices import RowTile, Tile
+from moec.targets.accelerator.kernels.chunked import chunked_attention, goes_by_chunks
 from moec.targets.accelerator.kernels.recurrent import Recurrence, Window, linear_attention, window_conv
 
 chips = pytest.mark.parametrize("name", ("hopper", "ascend-950", "cambricon"))
@@ -49,21 +50,34 @@ KINDS = {
 def test_linear_attention(name, kind):
     """Of a prompt and of a token behind a state; tiles have some heads or some columns of one."""
     p = replace(KINDS[kind], out="f32")
+    for batch, new, tile in ((2, 7, Tile(4, 16, 1)), (1, 1, Tile(1, 4, 1))):
+        check_recurrence(p, linear_attention, tile, name, batch, new)
+
+
+@chips
+@pytest.mark.parametrize("kind", [kind for kind, p in KINDS.items() if goes_by_chunks(p)])
+def test_linear_attention_by_chunks(name, kind):
+    """Of a prompt of whole chunks and one that ends inside of one; bf16 has 8 bits of what is multiplied."""
+    p = replace(KINDS[kind], out="f32")
+    for batch, new, tile in ((2, 32, Tile(16, 16, 16)), (1, 21, Tile(16, 16, 16))):
+        check_recurrence(p, chunked_attention, tile, name, batch, new, 1e-2)
+
+
+def check_recurrence(p, kernel, tile, name, batch, new, tolerance=2e-5):
+    """Assert that a kernel gives what the op does, behind a state."""
     layout, chip = CHIPS[name]
     torch.manual_seed(p.heads)
-    repeats = p.heads // p.groups
-    for batch, new, tile in ((2, 7, Tile(4, 16, 1)), (1, 1, Tile(1, 4, 1))):
-        q, k = (torch.randn(batch, new, p.groups, p.width) for _ in "qk")
-        k = k / k.norm(dim=-1, keepdim=True)
-        v, past = torch.randn(batch, new, p.heads, p.value_width), torch.randn(batch, p.heads, p.width, p.value_width)
-        given = {"q": q, "k": k, "v": v, "past": past}
-        decay = -torch.rand(batch, new, p.heads, p.decay) if p.decay else None
-        given |= {"decay": decay} if p.decay else {}
-        given |= {"rate": torch.rand(p.heads, p.width)} if p.rate else {}
-        given |= {"beta": torch.rand(batch, new, p.heads)} if p.delta else {}
-        found = run(linear_attention(p, tile, layout), chip, {"B": batch, "S": new}, **given)
-        whole = decay * given["rate"] if p.rate else decay
-        wide = [x.repeat_interleave(repeats, 2) for x in (q, k)]
-        wanted, present = plain(*wide, v, whole, given.get("beta"), past, scale=p.scale)
-        close(found["y"], wanted)
-        close(found["present"], present)
+    q, k = (torch.randn(batch, new, p.groups, p.width) for _ in "qk")
+    k = k / k.norm(dim=-1, keepdim=True)
+    v, past = torch.randn(batch, new, p.heads, p.value_width), torch.randn(batch, p.heads, p.width, p.value_width)
+    given = {"q": q, "k": k, "v": v, "past": past}
+    decay = -torch.rand(batch, new, p.heads, p.decay) if p.decay else None
+    given |= {"decay": decay} if p.decay else {}
+    given |= {"rate": torch.rand(p.heads, p.width)} if p.rate else {}
+    given |= {"beta": torch.rand(batch, new, p.heads)} if p.delta else {}
+    found = run(kernel(p, tile, layout), chip, {"B": batch, "S": new}, **given)
+    whole = decay * given["rate"] if p.rate else decay
+    wide = [x.repeat_interleave(p.heads // p.groups, 2) for x in (q, k)]
+    wanted, present = plain(*wide, v, whole, given.get("beta"), past, scale=p.scale)
+    close(found["y"], wanted, tolerance)
+    close(found["present"], present, tolerance)

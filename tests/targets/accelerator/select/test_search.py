@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
 from moec.targets.accelerator.chip.profile import find_profile, profile_names
+from moec.targets.accelerator.kernels.chunked import chunked_attention
 from moec.targets.accelerator.kernels.dense import Linear
 from moec.targets.accelerator.kernels.experts import Experts, grouped_up
+from moec.targets.accelerator.kernels.recurrent import Recurrence, linear_attention
 from moec.targets.accelerator.predict.experts_touched import distinct_experts, expected_tiles
 from moec.targets.accelerator.select.dense import linear_implementations
 from moec.targets.accelerator.select.experts import touched_shares
@@ -119,3 +121,17 @@ def test_expected_tiles_are_those_of_random_routing():
                 counts[i, rng.choice(experts, chosen, False)] += 1
         sampled = -(-counts // rows)
         assert expected_tiles(experts, chosen, tokens, rows) == pytest.approx(sampled.sum(1).mean(), rel=0.05)
+
+
+@pytest.mark.parametrize("chip", ["nvidia-h200", "ascend-950dt"])
+def test_a_prompt_is_faster_by_chunks(chip):
+    """A layer of Qwen3-Next: a token waits for the one before it, a chunk's tokens are a few matmuls."""
+    p, profile = Recurrence(32, 16, 128, 128, decay=1, delta=True), find_profile(chip, {})
+    new = 8192
+    times = []
+    for make, tile in ((linear_attention, (1, 32, 1)), (chunked_attention, (16, 32, 128))):
+        kernel = KernelTemplate(
+            make.__name__, lambda t, layout, make=make: make(p, t, layout), {"B": 1, "S": new}, (tile,)
+        )
+        times.append(search_tile(kernel, profile).best.prediction.time)
+    assert times[0] > 4 * times[1]

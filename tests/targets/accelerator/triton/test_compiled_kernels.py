@@ -76,7 +76,8 @@ def test_kernels_of_recurrent_layers_compile(target):
     made = compile_kernels(
         kernel_specs(parse_module(RECURRENT, "recurrent"), profile, tokens=TOKENS), profile, "kernels"
     )
-    assert len(made.files) == len(made.kernels.kernels) == 3 * len(TOKENS)
+    # a long prompt goes by chunks, as many tokens of short ones do not
+    assert len(made.files) == len(made.kernels.kernels) == 3 * len(TOKENS) + 1
     for kernel in made.kernels.kernels:
         (found,) = kernel.objects.values()
         assert found.get("spills") == 0, (kernel.name, found)
