@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from .compiler.version import __version__
 
 if TYPE_CHECKING:
-    from .compiler.driver import compile, load, opt, verify
+    from .compiler.driver import compile, load, opt, plan, verify
     from .compiler.errors import MoecError
     from .compiler.runtime.artifact import Artifact
 
-__all__ = ["Artifact", "MoecError", "__version__", "compile", "load", "opt", "verify"]
+__all__ = ["Artifact", "MoecError", "__version__", "compile", "load", "opt", "plan", "verify"]
 
 _HOMES = {
     "compile": ".compiler.driver",
     "load": ".compiler.driver",
     "opt": ".compiler.driver",
+    "plan": ".compiler.driver",
     "verify": ".compiler.driver",
     "Artifact": ".compiler.runtime.artifact",
     "MoecError": ".compiler.errors",

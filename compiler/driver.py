@@ -26,6 +26,7 @@ from .weights.memory import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
     from ..targets import Target
+    from ..targets.serving.workload import Workload
     from .frontends.load import Loaded
     from .ir.module import Module
     from .rewrite.pipeline import PassTiming, Run
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 # that wrong use is answered at once.
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes of weights written, bytes in all
+
+
+_WORKLOADS: dict[tuple[str, int, int, bool], Workload] = {}  # of configs that were planned with
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,48 @@ def run_passes(
     declare_kernel_ops(chosen)
     module = source if isinstance(source, Module) else load(source).module
     return run_pipeline(module, pipeline, target=chosen, check=check, dump=Path(dump) if dump else None, table=table)
+
+
+def plan(source: Any, on: str, *, trust_remote_code: bool = False, **asked: Any) -> dict[str, Any]:
+    """Return whether and how a model runs on a system, and how fast: what `moec plan --json` prints.
+
+    `source` is a checkpoint folder (a config.json is enough), a .moir file or an artifact; `on` a system's name,
+    `nvidia-h200:8` or a TOML file. The rest is as in targets.serving.plan.Request: engine, weights, tp, attention_dp, ep, pp,
+    batch, input, output ... A config is imported once in a process. MoecError for what cannot be, with what can.
+    """
+    from ..targets.serving.plan import Request, make_plan
+
+    unknown = asked.keys() - Request.__dataclass_fields__.keys()
+    if unknown:
+        raise MoecError(f"plan takes no {min(unknown)}", todo=f"it takes {', '.join(Request.__dataclass_fields__)}")
+    request = Request(on=on, **asked)
+    return make_plan(import_workload(source, trust_remote_code=trust_remote_code), request)
+
+
+def import_workload(source: Path | str, *, trust_remote_code: bool = False) -> Workload:
+    """Return what a model asks of a system, imported from its config once in a process while the file is the same."""
+    path = check_source(source)
+    config = path / "config.json" if path.is_dir() else path
+    stamp = config.stat() if config.is_file() else path.stat()
+    key = (str(path.resolve()), stamp.st_mtime_ns, stamp.st_size, trust_remote_code)
+    if key not in _WORKLOADS:
+        from ..targets.serving.workload import read_workload
+        from .frontends.load import load
+
+        declare_kernel_ops()
+        module = load(path, trust_remote_code=trust_remote_code).module
+        _WORKLOADS[key] = read_workload(fused_module(module))
+    return _WORKLOADS[key]
+
+
+def fused_module(module: Module) -> Module:
+    """Return a program of stage moe as any target takes it; later stages stay as they are."""
+    if module.stage != "graph":
+        return module
+    from ..targets.target import FUSED
+    from .rewrite.pipeline import run_pipeline
+
+    return run_pipeline(module, FUSED, table=PASSES).module
 
 
 def predict(

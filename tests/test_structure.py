@@ -26,6 +26,7 @@ FLOORS = (
     {"compiler/rewrite"},
     {"targets/accelerator", "targets/cpu"},
     {"targets/systems"},
+    {"targets/serving"},
     {"targets"},
     {"compiler/runtime"},
     {"compiler/quantize"},

@@ -22,12 +22,12 @@ from ..cost.report import (
     bytes_text,
     left_out_of,
 )
+from ..driver import fused_module
 from ..errors import MoecError
 from ..errors.json_files import read_json
 from ..ir.module import Module, Value
 from ..ir.types import TensorType
 from ..ops.define import any_size_text
-from ..rewrite.pipeline import run_pipeline
 from ..runtime.artifact import Artifact
 
 KERNELS = "kernels.json"  # of an artifact for an accelerator
@@ -49,12 +49,7 @@ class Opened:
         A model's own way to write its layers may be far from what is run: MLA as DeepSeek-V3 writes it makes the keys and
         values of all cached tokens in every step.
         """
-        if not self.imported or self.module.stage != "graph":
-            return self.module
-        from ...passes import PASSES
-        from ...targets.target import FUSED
-
-        return run_pipeline(self.module, FUSED, table=PASSES).module
+        return fused_module(self.module) if self.imported else self.module
 
     def context(self, wanted: int | None) -> int:
         """Return the past tokens to cost a token at; MoecError for more than the program takes."""

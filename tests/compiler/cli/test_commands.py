@@ -17,7 +17,7 @@ from moec.compiler.text.parser import parse_module
 from moec_command import MOEC, invoke, shell
 from places import CONFIGS
 
-COMMANDS = ("compile", "opt", "run", "verify", "bench", "inspect", "list", "targets")
+COMMANDS = ("compile", "opt", "run", "verify", "bench", "inspect", "list", "plan", "targets")
 
 PROGRAM = """moec 1 stage graph
 dim B in 1..8

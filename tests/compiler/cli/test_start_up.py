@@ -33,6 +33,7 @@ TINY = "examples/tiny-moe"
         ("verify nothere", 2, "no such folder"),
         ("bench nothere", 2, "no such folder"),
         ("bench nothere --past few", 2, "'few' is not a list of numbers"),
+        ("plan nothere --on hgx-h200", 2, "does not exist"),
         ("inspect nothere", 2, "does not exist"),
         ("inspect README.md --target nope", 2, "no known kind"),
         ("opt nothere.moir", 2, "cannot read the file"),

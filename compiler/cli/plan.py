@@ -1,0 +1,161 @@
+"""`moec plan`: does a model run on a system, how is it divided, how fast will it be, and how a person reads the answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import click
+
+from ..errors.paths import check_source
+from .base import debug_option, examples_epilog, json_option, trust_option
+
+PLACES = {"device": "in device memory", "host": "in host memory", "disk": "on disk"}
+COUNT = click.IntRange(min=1)
+
+
+def seconds_option(text: str | None, param: click.Parameter) -> float | None:
+    """Return the seconds that a text such as 50ms or 2s says."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", text.strip())
+    if not found or not float(found[1]):
+        raise click.BadParameter(f"{text!r} is not a time such as 50ms or 2s", param=param)
+    return float(found[1]) * (1e-3 if found[2] == "ms" else 1.0)
+
+
+@click.command(
+    epilog=examples_epilog(
+        "moec plan folder-with-config-json --on nvidia-h200:8 --engine trtllm --weights fp8 --batch 64",
+        "moec plan folder-with-config-json --on rtx5090-pc --weights fp4",
+        "moec plan folder-with-config-json --on gb300-nvl72 --batch 512 --tpot 50ms --ttft 2s --json",
+    )
+)
+@click.argument("source")
+@click.option(
+    "--on", required=True, metavar="SYSTEM", help="A name of `moec list systems`, nvidia-h200:8, or a TOML file."
+)
+@click.option(
+    "--engine", metavar="NAME", help="What serves it: vllm, sglang, trtllm, atom, llama.cpp, ds4.  [default: by system]"
+)
+@click.option(
+    "--weights",
+    metavar="FORMAT",
+    help="fp8, fp4, int4, any format, or 'experts=fp4,attention=fp8'.  [default: as the checkpoint]",
+)
+@click.option(
+    "--cache", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="How KV caches are stored."
+)
+@click.option("--tp", type=COUNT, metavar="N", help="Tensor-parallel devices of attention.  [default: chosen]")
+@click.option("--attention-dp", type=COUNT, metavar="N", help="Copies of attention.  [default: chosen]")
+@click.option("--ep", type=COUNT, metavar="N", help="Devices that hold different experts.  [default: chosen]")
+@click.option("--pp", type=COUNT, metavar="N", help="Pipeline stages.  [default: chosen]")
+@click.option(
+    "--batch",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Requests at once, of each copy of attention that --attention-dp asks for.",
+)
+@click.option("--input", type=COUNT, default=1024, show_default=True, metavar="N", help="Tokens of a prompt.")
+@click.option("--output", type=COUNT, default=1024, show_default=True, metavar="N", help="Tokens of an answer.")
+@click.option(
+    "--drafts",
+    type=click.IntRange(0, 3),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Tokens that a draft head proposes a step.",
+)
+@click.option("--queue", is_flag=True, help="Requests beyond the cache wait; without it they are refused.")
+@click.option(
+    "--tpot", metavar="TIME", callback=lambda c, p, v: seconds_option(v, p), help="Most time a token, as in 50ms."
+)
+@click.option(
+    "--ttft",
+    metavar="TIME",
+    callback=lambda c, p, v: seconds_option(v, p),
+    help="Most time to the first token, as in 2s.",
+)
+@json_option
+@trust_option
+@debug_option
+def plan(source: str, on: str, as_json: bool, trust_remote_code: bool, **asked: Any) -> None:
+    """Say whether a model fits a system, and how fast it runs.
+
+    SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Times are predicted, with the
+    interval in which four of five measured rows lay; nothing is run.
+    """
+    check_source(source)
+    from ..driver import plan as make_plan
+
+    found = make_plan(source, on, trust_remote_code=trust_remote_code, **asked)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    show_plan(found)
+
+
+def show_plan(found: dict[str, Any]) -> None:
+    """Print a plan as a person reads it: fits or not, the division, the speed, what bounds it, what else there is."""
+    from .table import make_table, print_parts, stdout_console
+
+    memory, predicted, load = found["memory"], found["predicted"], found["load"]
+    system, degrees, largest = found["system"], found["degrees"], found["largest"]
+    waiting = load["batch"] - load["running"]
+    lines = [
+        "",
+        f"{found['model']} on {system['name']}, {found['engine']}, weights {found['weights']}, cache {found['cache']}",
+        "",
+        _fits_text(found, memory, waiting),
+        f"plan         {_degrees_text(degrees)}; {found['instances']} instance{'s' * (found['instances'] > 1)} on {system['devices']} device{'s' * (system['devices'] > 1)}",
+        f"first token  {_interval_text(predicted, 'ttft_ms')} ms with {load['requests']} requests of {load['input']:,} tokens",
+        f"each token   {_interval_text(predicted, 'tpot_ms')} ms, {_interval_text(predicted, 'tokens_per_s_per_user')} tokens/s for each user",
+        f"a device     {_interval_text(predicted, 'tokens_per_s_per_device')} tokens/s",
+        f"because      {_parts_text(found['parts_ms'])}",
+        f"room for     {largest['batch']:,} requests of these lengths, or {largest['context']:,} tokens each",
+        "",
+    ]  # fmt: skip
+    rows = [
+        (_degrees_text(row), str(row["batch"]), f"{row['ttft_ms']:.0f}", f"{row['tpot_ms']:.2f}", f"{row['tokens_per_s_per_device']:.1f}")
+        for row in found["pareto"]
+    ]  # fmt: skip
+    columns = (
+        ("division", False),
+        ("batch", True),
+        ("first token ms", True),
+        ("ms a token", True),
+        ("tokens/s a device", True),
+    )
+    table = [make_table(columns, rows)] if len(rows) > 1 else []
+    print_parts(stdout_console(), *lines, *table)
+
+
+def _fits_text(found: dict[str, Any], memory: dict[str, int], waiting: int) -> str:
+    from ..cost.report import bytes_text
+
+    held = f"{bytes_text(memory['needed'])} of {bytes_text(memory['capacity'])} a device"
+    parts = f"weights {bytes_text(memory['weights'])}, caches {bytes_text(memory['cache'])}"
+    if placed := found["offload"]:
+        beside = ", ".join(f"{placed[name]:.0%} {text}" for name, text in PLACES.items() if placed[name])
+        return f"fits         with experts offloaded: {beside} ({bytes_text(placed['expert_bytes'])} in all)"
+    if found["fits"]:
+        return f"fits         {held}: {parts}"
+    return f"fits in part {held}: {parts}; {waiting:,} requests wait"
+
+
+def _degrees_text(degrees: dict[str, int]) -> str:
+    return f"tp {degrees['tp']}, attention-dp {degrees['attention_dp']}, ep {degrees['ep']}, pp {degrees['pp']}"
+
+
+def _interval_text(predicted: dict[str, Any], name: str) -> str:
+    low, high = predicted[f"{name}_interval"]
+    return f"{predicted[name]:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _parts_text(parts: dict[str, float]) -> str:
+    total = sum(parts.values())
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {ms:.3g} ms" for name, ms in ordered if ms > 0.02 * total)

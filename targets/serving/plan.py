@@ -1,0 +1,259 @@
+"""The plan of a model on a system: degrees, memory, predicted times with intervals, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...compiler.errors import MoecError
+from ..systems.read import find_system
+from ..systems.system import System
+from .degrees import Degrees, check_degrees, possible_degrees
+from .demand import decode_demand, prefill_demand
+from .memory import Memory, device_memory, largest_context
+from .offload import Offload, offloaded_decode, offloaded_prompt, place_experts
+from .storage import Storage, choose_storage
+from .timing import ACCEPTED, Constants, Load, fitted_constants, predict_times
+from .workload import Workload
+
+SMALLER = ("fp8", "fp4", "int4", "int2")  # what to store weights in where they do not fit, widest first
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: where it runs and what is sent to it. `batch` is the requests that an attention rank has at once."""
+
+    on: str
+    engine: str | None = None
+    weights: str | None = None
+    cache: str = "bf16"
+    tp: int | None = None
+    attention_dp: int | None = None
+    ep: int | None = None
+    pp: int | None = None
+    batch: int = 1
+    input: int = 1024
+    output: int = 1024
+    drafts: int = 0
+    queue: bool = False  # requests beyond the cache wait; else they are refused
+    tpot: float | None = None  # s, at most
+    ttft: float | None = None
+
+    def given(self) -> dict[str, int]:
+        """Return the degrees that are asked for, by their names in Degrees."""
+        named = {"tp": self.tp, "dp": self.attention_dp, "ep": self.ep, "pp": self.pp}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One way to divide the model, with what it holds and how long it takes; `running` of `batch` requests run at once."""
+
+    degrees: Degrees
+    memory: Memory
+    batch: int
+    running: int
+    first: float
+    token: float
+    parts: dict[str, float]
+    placed: Offload | None = None  # where experts lie that the devices have no room for
+
+    @property
+    def fits(self) -> bool:
+        """Return whether everything has a place, in the devices or beside them."""
+        return self.memory.free >= 0 or self.placed is not None
+
+    def rate(self, output: int) -> float:
+        """Return tokens a second of one device."""
+        return self.running * self.degrees.dp / self.token / self.degrees.devices
+
+
+def make_plan(workload: Workload, request: Request) -> dict[str, Any]:
+    """Return the plan as plain data: what `moec plan --json` prints. MoecError for what cannot be, with what can."""
+    _check_request(workload, request)
+    system = find_system(request.on)
+    storage = choose_storage(workload, request.weights, request.cache)
+    engine = request.engine or default_engine(system)
+    constants = fitted_constants()
+    constants.engine(engine)
+    ways = list(_candidates(workload, system, storage, request, engine, constants))
+    good = [c for c in ways if c.memory.free >= 0]
+    good = good or [c for c in ways if c.fits or (request.queue and c.running)]
+    if not good:
+        raise _does_not_fit(workload, system, request, ways)
+    inside = [c for c in good if within_limits(c, request)]
+    if not inside:
+        best = min(good, key=lambda c: c.token)
+        raise MoecError(
+            f"no plan keeps to the limits: the fastest takes {best.token * 1e3:.1f} ms a token and {best.first:.2f} s to the first",
+            todo=f"nearest: {best.degrees.options()} --batch {max(1, best.batch // 2)}, or more devices",
+        )
+    best = max(inside, key=lambda c: c.rate(request.output))
+    return _plan_entry(workload, system, storage, request, engine, constants, best, inside)
+
+
+def _check_request(workload: Workload, request: Request) -> None:
+    for name in ("batch", "input", "output"):
+        if getattr(request, name) < 1:
+            raise MoecError(f"--{name} must be at least 1")
+    if request.drafts not in ACCEPTED:
+        raise MoecError(
+            f"how many of {request.drafts} drafts are accepted is not known", todo=f"--drafts {max(ACCEPTED)} or fewer"
+        )
+    asked = request.input + request.output
+    if workload.context and asked > workload.context:
+        raise MoecError(
+            f"the model takes {workload.context:,} tokens, and input and output are {asked:,}",
+            todo=f"--input {max(1, workload.context - request.output)}",
+        )
+
+
+def default_engine(system: System) -> str:
+    """Return the engine that people would run on a system."""
+    if system.unified or (system.devices == 1 and system.host):
+        return "llama.cpp"
+    return "atom" if system.cards.startswith("amd-") else "vllm"
+
+
+def within_limits(candidate: Candidate, request: Request) -> bool:
+    """Return whether a candidate keeps to the limits on its times."""
+    return candidate.token <= (request.tpot or float("inf")) and candidate.first <= (request.ttft or float("inf"))
+
+
+def _candidates(
+    workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants
+) -> list[Candidate]:
+    given = request.given()
+    if len(given) == 4 or {"tp", "dp", "ep"} <= given.keys():
+        degrees = Degrees(**given)
+        check_degrees(degrees, workload, system)
+        ways = [degrees]
+    else:
+        ways = [*possible_degrees(workload, system, given)]
+        if not ways:
+            check_degrees(replace(Degrees(), **given), workload, system)
+            raise MoecError(f"no degrees with {given} divide {system.name}")
+    return [_candidate(workload, system, storage, request, engine, constants, way) for way in ways]
+
+
+def _candidate(
+    workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants,
+    degrees: Degrees,
+) -> Candidate:  # fmt: skip
+    # a batch is that of a rank where ranks are asked for; else the same requests are spread over those tried
+    batch = request.batch if request.attention_dp is not None else max(1, -(-request.batch // degrees.dp))
+    whole = request.input + request.output
+    memory = device_memory(workload, system, degrees, storage, batch, whole)
+    placed = None
+    if memory.free < 0 and not memory.largest_batch:
+        placed = place_experts(workload, system, degrees, storage, memory)
+    running = batch if placed else min(batch, memory.largest_batch)
+    context = request.input + request.output / 2
+    decode = decode_demand(workload, system, degrees, storage, max(running, 1), context, request.drafts)
+    prompt = prefill_demand(workload, system, degrees, storage, request.input)
+    if placed:
+        decode = offloaded_decode(decode, workload, system, degrees, placed)
+        prompt = offloaded_prompt(prompt, system, degrees, placed)
+    load = Load(max(running, 1), degrees.dp, request.output)
+    first, token, parts = predict_times(
+        decode, prompt, load, constants, engine, request.drafts, max(workload.blocks, 1)
+    )
+    first, token, parts = float(first), float(token), {name: float(value) for name, value in parts.items()}
+    if 0 < running < batch:  # the others wait until those before them have their answers
+        first += (batch - running) / running * token * request.output
+    return Candidate(degrees, memory, batch, running, first, token, parts, placed)
+
+
+def _does_not_fit(workload: Workload, system: System, request: Request, ways: list[Candidate]) -> MoecError:
+    """Return the error that says what is short, and what to type instead."""
+    nearest = max(ways, key=lambda c: c.memory.free)
+    memory = nearest.memory
+    room = memory.largest_batch
+    what = (
+        f"the cache of {nearest.batch} requests of {request.input + request.output:,} tokens does not fit"
+        if room else "the weights do not fit"
+    )  # fmt: skip
+    return MoecError(
+        f"{what}: a device of {system.name} needs {memory.needed:,} bytes and has {memory.capacity:,}",
+        where=nearest.degrees.options(),
+        todo="; ".join(changes_to_fit(workload, system, request, nearest)),
+    )
+
+
+def changes_to_fit(workload: Workload, system: System, request: Request, nearest: Candidate) -> list[str]:
+    """Return options to type with which the model would fit, those that change least first."""
+    found = []
+    whole = request.input + request.output
+    storage = choose_storage(workload, request.weights, request.cache)
+    if nearest.memory.largest_batch:
+        found.append(f"--batch {nearest.memory.largest_batch}, or --queue to let the others wait")
+    elif context := largest_context(workload, system, nearest.degrees, storage, 1):
+        found.append(f"--batch 1 with {context:,} tokens of input and output")
+    for weights in SMALLER:
+        other = choose_storage(workload, weights, request.cache)
+        if device_memory(workload, system, nearest.degrees, other, nearest.batch, whole).free >= 0:
+            found.append(f"--weights {weights}")
+            break
+    share = nearest.memory.needed / nearest.memory.capacity
+    devices = system.devices * 2 ** max(1, (int(share * 1.05)).bit_length())
+    found.append(f"--on {system.cards or system.name}:{devices}")
+    return found
+
+
+def _plan_entry(
+    workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants,
+    best: Candidate, others: list[Candidate],
+) -> dict[str, Any]:  # fmt: skip
+    bound = max(best.parts, key=lambda name: best.parts[name])
+    return {
+        "model": workload.name,
+        "system": {"name": system.name, "device": system.device.name, "devices": system.devices},
+        "engine": engine,
+        "weights": storage.name,
+        "cache": storage.cache,
+        "degrees": best.degrees.entry(),
+        "instances": system.devices // best.degrees.devices,
+        "load": {"batch": best.batch, "requests": best.batch * best.degrees.dp, "running": best.running,
+                 "input": request.input, "output": request.output, "drafts": request.drafts},
+        "fits": best.fits and best.running == best.batch,
+        "memory": best.memory.entry(),
+        "offload": best.placed.entry() if best.placed else None,
+        "largest": {
+            "batch": best.memory.largest_batch,
+            "context": largest_context(workload, system, best.degrees, storage, best.batch),
+        },
+        "predicted": predicted_entry(best, request, engine, system, constants),
+        "bound": bound,
+        "parts_ms": {name: 1e3 * seconds for name, seconds in best.parts.items()},
+        "pareto": [pareto_entry(c, request) for c in pareto_front(others, request)],
+    }  # fmt: skip
+
+
+def predicted_entry(
+    best: Candidate, request: Request, engine: str, system: System, constants: Constants
+) -> dict[str, Any]:
+    """Return the predicted figures, each with the interval in which four of five measured rows lay."""
+    low, high = constants.interval("tpot", engine, system.cards)
+    early, late = constants.interval("ttft", engine, system.cards)
+    token, first, rate = 1e3 * best.token, 1e3 * best.first, best.rate(request.output)
+    return {
+        "ttft_ms": first, "ttft_ms_interval": [first * early, first * late],
+        "tpot_ms": token, "tpot_ms_interval": [token * low, token * high],
+        "tokens_per_s_per_device": rate, "tokens_per_s_per_device_interval": [rate / high, rate / low],
+        "tokens_per_s_per_user": 1 / best.token, "tokens_per_s_per_user_interval": [1 / best.token / high, 1 / best.token / low],
+    }  # fmt: skip
+
+
+def pareto_front(candidates: list[Candidate], request: Request) -> list[Candidate]:
+    """Return the candidates that no other one beats in both tokens a second of a user and of a device."""
+    found: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: c.token):
+        if not found or candidate.rate(request.output) > found[-1].rate(request.output):
+            found.append(candidate)
+    return found
+
+
+def pareto_entry(candidate: Candidate, request: Request) -> dict[str, Any]:
+    """Return one point of the front as plain data."""
+    return {**candidate.degrees.entry(), "batch": candidate.batch, "ttft_ms": 1e3 * candidate.first,
+            "tpot_ms": 1e3 * candidate.token, "tokens_per_s_per_device": candidate.rate(request.output)}  # fmt: skip
