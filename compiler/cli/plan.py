@@ -44,9 +44,7 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
     metavar="FORMAT",
     help="fp8, fp4, int4, any format, or 'experts=fp4,attention=fp8'.  [default: as the checkpoint]",
 )
-@click.option(
-    "--cache", type=click.Choice(["bf16", "fp8"]), default="bf16", show_default=True, help="How KV caches are stored."
-)
+@click.option("--cache", type=click.Choice(["bf16", "fp8"]), help="How KV caches are stored.  [default: by system]")
 @click.option("--tp", type=COUNT, metavar="N", help="Tensor-parallel devices of attention.  [default: chosen]")
 @click.option("--attention-dp", type=COUNT, metavar="N", help="Copies of attention.  [default: chosen]")
 @click.option("--ep", type=COUNT, metavar="N", help="Devices that hold different experts.  [default: chosen]")

@@ -17,11 +17,15 @@ WORKSPACE = 1_500_000_000  # bytes of contexts, graphs and communication buffers
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device; `cache` is that of all sequences, `sequence` of one."""
+    """Bytes of one device; `cache` is that of all sequences, `sequence` of one at its full length, `typical` of one of the others.
+
+    Requests that are served at once are of all ages: one is taken to be at its end, the others half through their answers.
+    """
 
     weights: int
     cache: int
     sequence: int
+    typical: int
     activations: int
     workspace: int
     capacity: int
@@ -39,8 +43,10 @@ class Memory:
     @property
     def largest_batch(self) -> int:
         """Sequences of an attention rank that the cache has room for."""
-        room = self.free + self.cache
-        return max(0, room // self.sequence) if self.sequence else 10**6
+        room = self.free + self.cache - self.sequence
+        if room < 0:
+            return 0
+        return 1 + room // self.typical if self.typical else 10**6
 
     def entry(self) -> dict[str, int]:
         """Return the bytes as plain data."""
@@ -49,15 +55,16 @@ class Memory:
 
 
 def device_memory(
-    workload: Workload, system: System, degrees: Degrees, storage: Storage, batch: int, context: int
+    workload: Workload, system: System, degrees: Degrees, storage: Storage, batch: int, context: int, answer: int = 0
 ) -> Memory:
-    """Return what one device holds for `batch` sequences of an attention rank with `context` tokens each."""
+    """Return what one device holds for `batch` sequences of an attention rank with up to `context` tokens, `answer` of them generated."""
     weights = resident_weights(workload, degrees, storage)
     sequence = sequence_bytes(workload, degrees, storage, context)
+    typical = sequence_bytes(workload, degrees, storage, context - answer // 2)
     exchanged = 3 if degrees.dp > 1 else 0
     activations = CHUNK * workload.hidden * (BUFFERS * ACTIVATION + exchanged)
     return Memory(
-        weights, batch * sequence, sequence, activations, WORKSPACE, int(system.device.memory.value)
+        weights, sequence + (batch - 1) * typical, sequence, typical, activations, WORKSPACE, int(system.device.memory.value)
     )  # fmt: skip
 
 
@@ -84,12 +91,17 @@ def sequence_bytes(workload: Workload, degrees: Degrees, storage: Storage, conte
     return int(total / degrees.pp)
 
 
-def largest_context(workload: Workload, system: System, degrees: Degrees, storage: Storage, batch: int) -> int:
-    """Return the tokens of each of `batch` sequences that fit, at most what the model takes; 0 where none do."""
+def largest_context(
+    workload: Workload, system: System, degrees: Degrees, storage: Storage, batch: int, moved: int = 0
+) -> int:
+    """Return the tokens of each of `batch` sequences that fit, at most what the model takes; 0 where none do.
+
+    `moved` are bytes of experts that may lie elsewhere.
+    """
     low, high = 0, max(workload.context, 1)
 
     def fits(context: int) -> bool:
-        return device_memory(workload, system, degrees, storage, batch, context).free >= 0
+        return device_memory(workload, system, degrees, storage, batch, context).free + moved >= 0
 
     if fits(high):
         return high

@@ -16,17 +16,19 @@ from .storage import Storage
 from .workload import Workload
 
 SYSTEM_SHARE = 0.9  # of host memory that a model can have: general knowledge
-HANDOVER = 1e-5  # s, that a layer's rows take to the host and back beside their bytes: general knowledge
+HOST_REACHED = 0.7  # share of a host's bandwidth that its cores reach with experts of few rows: general knowledge
+HANDOVER = 1e-4  # s, that a layer's rows take to the host and back, and the host to begin: general knowledge
 
 
 @dataclass(frozen=True)
 class Offload:
-    """The shares of the routed experts that lie in each place, and their bytes of one instance."""
+    """The shares of the routed experts that lie in each place, their bytes of one instance, and the sequences that leave room for none."""
 
     device: float
     host: float
     disk: float
     bytes: int
+    largest_batch: int
 
     def entry(self) -> dict[str, float]:
         """Return the shares as plain data."""
@@ -51,7 +53,8 @@ def place_experts(
     disk = max(0.0, 1 - device - host)
     if disk and system.storage is None:
         return None
-    return Offload(device, host, disk, whole)
+    largest = replace(memory, weights=memory.weights - here).largest_batch
+    return Offload(device, host, disk, whole, largest)
 
 
 def offloaded_decode(decode: Demand, workload: Workload, system: System, degrees: Degrees, placed: Offload) -> Demand:
@@ -63,7 +66,7 @@ def offloaded_decode(decode: Demand, workload: Workload, system: System, degrees
     if placed.disk and system.storage:
         slower += placed.disk * bandwidth * degrees.devices / system.storage.value
     added = workload.expert_blocks * HANDOVER if placed.host else 0.0
-    return replace(decode, expert_read=decode.expert_read * slower, exchange=decode.exchange + added)
+    return replace(decode, expert_read=decode.expert_read * slower, latency=decode.latency + added)
 
 
 def offloaded_prompt(prompt: Demand, system: System, degrees: Degrees, placed: Offload) -> Demand:
@@ -82,4 +85,4 @@ def offloaded_prompt(prompt: Demand, system: System, degrees: Degrees, placed: O
 def _host_rate(system: System, degrees: Degrees, rate: float) -> float:
     """Return the bandwidth of the hosts that an instance has."""
     shared = system.host.devices if system.host else 1
-    return rate * max(1.0, degrees.devices / shared)
+    return HOST_REACHED * rate * max(1.0, degrees.devices / shared)

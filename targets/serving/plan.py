@@ -26,7 +26,7 @@ class Request:
     on: str
     engine: str | None = None
     weights: str | None = None
-    cache: str = "bf16"
+    cache: str | None = None
     tp: int | None = None
     attention_dp: int | None = None
     ep: int | None = None
@@ -72,8 +72,8 @@ def make_plan(workload: Workload, request: Request) -> dict[str, Any]:
     """Return the plan as plain data: what `moec plan --json` prints. MoecError for what cannot be, with what can."""
     _check_request(workload, request)
     system = find_system(request.on)
-    storage = choose_storage(workload, request.weights, request.cache)
     engine = request.engine or default_engine(system)
+    storage = choose_storage(workload, request.weights, request.cache or default_cache(system, request.weights))
     constants = fitted_constants()
     constants.engine(engine)
     ways = list(_candidates(workload, system, storage, request, engine, constants))
@@ -115,6 +115,11 @@ def default_engine(system: System) -> str:
     return "atom" if system.cards.startswith("amd-") else "vllm"
 
 
+def default_cache(system: System, weights: str | None) -> str:
+    """Return how recipes store the cache beside quantized weights: in 8 bits on chips that multiply 4 bits, else in 16."""
+    return "fp8" if weights in ("fp8", "fp4") and "mxfp4" in system.device.peaks else "bf16"
+
+
 def within_limits(candidate: Candidate, request: Request) -> bool:
     """Return whether a candidate keeps to the limits on its times."""
     return candidate.token <= (request.tpot or float("inf")) and candidate.first <= (request.ttft or float("inf"))
@@ -143,7 +148,7 @@ def _candidate(
     # a batch is that of a rank where ranks are asked for; else the same requests are spread over those tried
     batch = request.batch if request.attention_dp is not None else max(1, -(-request.batch // degrees.dp))
     whole = request.input + request.output
-    memory = device_memory(workload, system, degrees, storage, batch, whole)
+    memory = device_memory(workload, system, degrees, storage, batch, whole, request.output)
     placed = None
     if memory.free < 0 and not memory.largest_batch:
         placed = place_experts(workload, system, degrees, storage, memory)
@@ -169,10 +174,12 @@ def _does_not_fit(workload: Workload, system: System, request: Request, ways: li
     nearest = max(ways, key=lambda c: c.memory.free)
     memory = nearest.memory
     room = memory.largest_batch
-    what = (
-        f"the cache of {nearest.batch} requests of {request.input + request.output:,} tokens does not fit"
-        if room else "the weights do not fit"
-    )  # fmt: skip
+    if room:
+        what = f"the cache of {nearest.batch} requests of {request.input + request.output:,} tokens does not fit"
+    elif memory.needed - memory.cache <= memory.capacity:
+        what = f"the cache of one request of {request.input + request.output:,} tokens does not fit"
+    else:
+        what = "the weights do not fit"
     return MoecError(
         f"{what}: a device of {system.name} needs {memory.needed:,} bytes and has {memory.capacity:,}",
         where=nearest.degrees.options(),
@@ -184,26 +191,44 @@ def changes_to_fit(workload: Workload, system: System, request: Request, nearest
     """Return options to type with which the model would fit, those that change least first."""
     found = []
     whole = request.input + request.output
-    storage = choose_storage(workload, request.weights, request.cache)
+    cache = request.cache or default_cache(system, request.weights)
+    storage = choose_storage(workload, request.weights, cache)
     if nearest.memory.largest_batch:
         found.append(f"--batch {nearest.memory.largest_batch}, or --queue to let the others wait")
     elif context := largest_context(workload, system, nearest.degrees, storage, 1):
         found.append(f"--batch 1 with {context:,} tokens of input and output")
     for weights in SMALLER:
-        other = choose_storage(workload, weights, request.cache)
-        if device_memory(workload, system, nearest.degrees, other, nearest.batch, whole).free >= 0:
+        other = choose_storage(workload, weights, cache)
+        if device_memory(workload, system, nearest.degrees, other, nearest.batch, whole, request.output).free >= 0:
             found.append(f"--weights {weights}")
             break
-    share = nearest.memory.needed / nearest.memory.capacity
-    devices = system.devices * 2 ** max(1, (int(share * 1.05)).bit_length())
-    found.append(f"--on {system.cards or system.name}:{devices}")
+    for factor in (2, 4, 8, 16, 32):
+        more = f"{system.cards}:{system.devices * factor}"
+        if system.cards and _fits_on(workload, find_system(more), storage, request):
+            found.append(f"--on {more}")
+            break
     return found
+
+
+def _fits_on(workload: Workload, system: System, storage: Storage, request: Request) -> bool:
+    """Return whether some degrees fit a request on a system."""
+    for degrees in possible_degrees(workload, system, {}):
+        batch = max(1, -(-request.batch // degrees.dp))
+        if (
+            device_memory(
+                workload, system, degrees, storage, batch, request.input + request.output, request.output
+            ).free
+            >= 0
+        ):
+            return True
+    return False
 
 
 def _plan_entry(
     workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants,
     best: Candidate, others: list[Candidate],
 ) -> dict[str, Any]:  # fmt: skip
+    moved = best.placed.bytes // best.degrees.devices if best.placed else 0
     bound = max(best.parts, key=lambda name: best.parts[name])
     return {
         "model": workload.name,
@@ -219,8 +244,8 @@ def _plan_entry(
         "memory": best.memory.entry(),
         "offload": best.placed.entry() if best.placed else None,
         "largest": {
-            "batch": best.memory.largest_batch,
-            "context": largest_context(workload, system, best.degrees, storage, best.batch),
+            "batch": best.placed.largest_batch if best.placed else best.memory.largest_batch,
+            "context": largest_context(workload, system, best.degrees, storage, best.batch, moved),
         },
         "predicted": predicted_entry(best, request, engine, system, constants),
         "bound": bound,

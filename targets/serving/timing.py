@@ -98,7 +98,7 @@ def work_seconds(demand: Demand, shared: Shared) -> dict[str, float]:
         "weights": np.maximum(demand.dense_read / shared.read_dense, demand.dense_math / math[demand.dense_dtype]),
         "cache": demand.cache_read / shared.read_cache,
         "attention": demand.attention_math / shared.math_attention,
-        "exchange": demand.exchange / shared.link + demand.exchanges * shared.exchange,
+        "exchange": demand.exchange / shared.link + demand.latency + demand.exchanges * shared.exchange,
     }
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from moec.compiler.driver import import_workload
 from moec.targets.serving.degrees import Degrees
 from moec.targets.serving.demand import Demand, decode_demand, prefill_demand
+from moec.targets.serving.plan import default_cache
 from moec.targets.serving.storage import choose_storage
 from moec.targets.serving.timing import FITTED, Constants, Engine, Load, Shared, predict_times
 from moec.targets.systems.read import find_system
@@ -119,8 +120,9 @@ def nvidia_cases(file, configs):
             continue
         system = find_system(f"nvidia-{row['chip']}:{degrees.devices}")
         weights = None if row["model"].startswith("gpt-oss") else row["precision"]
+        cache = default_cache(system, row["precision"])
         yield make_case(
-            row, workload, system, degrees, weights, "bf16", 0, row["chip"], row["engine"], int(row["batch"])
+            row, workload, system, degrees, weights, cache, 0, row["chip"], row["engine"], int(row["batch"])
         )
 
 

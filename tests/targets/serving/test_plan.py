@@ -77,9 +77,16 @@ def test_bytes_of_caches(tp, cache, size):
     assert found.cache == 5 * (LAYERS * 2 * GROUPS * WIDTH * 3000 * size // min(tp, GROUPS))
 
 
+def test_requests_are_of_all_ages():
+    storage = choose_storage(MODEL, None, "bf16")
+    found = device_memory(MODEL, find_system("hgx-h200"), Degrees(), storage, 5, 3000, 1000)
+    # one is at its end, the others are half through their answers
+    assert found.cache == LAYERS * 2 * GROUPS * WIDTH * 2 * (3000 + 4 * 2500)
+
+
 def test_memory_to_the_byte(tmp_path):
     storage = choose_storage(MODEL, None, "bf16")
-    needed = device_memory(MODEL, find_system("hgx-h200"), Degrees(), storage, 3, 2048).needed
+    needed = device_memory(MODEL, find_system("hgx-h200"), Degrees(), storage, 3, 2048, 1024).needed
     fits = plan(box(tmp_path, needed), batch=3)
     assert fits["fits"]
     assert fits["memory"]["needed"] == fits["memory"]["capacity"] == needed
@@ -193,7 +200,7 @@ def test_more_of_something_takes_longer():
 def test_experts_that_do_not_fit_lie_in_host_memory_and_on_disk(tmp_path):
     host = '[host]\nmemory = "16GB"\nbandwidth = "80GB/s"\nlink = "20GB/s"\n'
     storage = choose_storage(MODEL, None, "bf16")
-    rest = device_memory(MODEL, find_system("hgx-h200"), Degrees(), storage, 1, 2048).needed
+    rest = device_memory(MODEL, find_system("hgx-h200"), Degrees(), storage, 1, 2048, 1024).needed
     experts = 2 * LAYERS * EXPERTS * EXPERT
     half = plan(box(tmp_path, rest - experts // 2, more=host))
     assert half["fits"]
