@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..compiler.errors import MoecError
-from ..compiler.formats.format import Format
+from ..compiler.formats.format import Format, GroupCodec
 from ..compiler.formats.table import GROUPS, find_format
 from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.names import Names
@@ -264,7 +264,7 @@ def _quantize_operands(function: Function, chosen: Mapping[Place, Format], how: 
         key = (value.name, format.name)
         if key not in made:
             name = f"{value.name}.{format.name}"
-            calibrated = bool(how) and format.element == "int" and key in multiplied
+            calibrated = bool(how) and key in multiplied and isinstance(format.codec(), GroupCodec)
             options = {**how, WEIGHT: f"{function.name}:{name}"} if calibrated else {}
             recipe = step("quantize", editor.recipe(value), to=format.name, **options)
             made[key] = editor.const(name, recipe)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,25 @@ class Codec(Protocol):
         A cell is as wide as the step between the two codes around a number; beside it stands how far the number lies
         beyond the last code.
         """
+        ...
+
+
+@runtime_checkable
+class GroupCodec(Codec, Protocol):
+    """A codec that can choose the codes of a group column by column, as gptq does."""
+
+    def search_group(self, x: torch.Tensor, format: Format, importance: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what a group f32[N, G] is rounded with, f32[N] each; errors of a column count by its importance."""
+        ...
+
+    def round_column(
+        self, column: torch.Tensor, settings: tuple[torch.Tensor, ...], format: Format
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the codes of f32[N] with what `search_group` found, and the numbers that they stand for."""
+        ...
+
+    def stored_parts(self, codes: torch.Tensor, settings: tuple[torch.Tensor, ...], format: Format) -> Parts:
+        """Return the parts of codes u8[..., K] and what their groups were rounded with, [..., K / group]."""
         ...
 
 

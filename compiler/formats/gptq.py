@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .format import Format, Parts
-from .integers import search_scales
-from .packing import pack_bits
+from .format import Format, GroupCodec, Parts
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns after which the rest of the row is brought up to date
@@ -40,35 +38,33 @@ def factor_of(h: torch.Tensor) -> torch.Tensor | None:
 
 
 def gptq_encode(w: torch.Tensor, factor: torch.Tensor, format: Format) -> Parts:
-    """Return the parts (see format.py) of rows f32[N, K] in an integer format; `factor` is that of their inputs.
+    """Return the parts (see format.py) of rows f32[N, K] in a format of groups; `factor` is that of their inputs.
 
-    A group's scale and zero point come from the usual search, on the numbers as they are when its first column is due.
+    A group's scale and zero point come from the usual search, on the numbers as they are when its first column is due;
+    the error e of a column counts as e^2 / U_jj^2, which is what it adds to the error of the outputs.
     """
     rows, width = w.shape
-    top = float((1 << format.bits) - 1)
+    codec = format.codec()
+    if not isinstance(codec, GroupCodec):
+        raise ValueError(f"gptq does not choose codes of {format.name}")
+    importance = factor.diagonal().reciprocal().square_()
+    importance /= importance.mean()
     # columns as rows: each is read and written as a whole; a copy even of a single row, which may be the source's own
     left = w.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(width, rows, dtype=torch.uint8)
-    scales = torch.empty(width // format.group, rows)
-    zeros = torch.empty_like(scales)
+    settings: list[tuple[torch.Tensor, ...]] = []
     block = max(BLOCK, format.group)
     for start in range(0, width, block):
         stop = min(start + block, width)
         errors = torch.empty(stop - start, rows)
         for j in range(start, stop):
-            group, first = divmod(j, format.group)
-            if not first:
-                _, scale, zero = search_scales(left[j : j + format.group].T.contiguous(), format)
-                scales[group], zeros[group] = scale, zero
-                divisor = torch.where(scale == 0, 1.0, scale)
-            code = (left[j] / divisor).add_(zero).round_().clamp_(0, top)
+            if j % format.group == 0:
+                columns = slice(j, j + format.group)
+                settings.append(codec.search_group(left[columns].T.contiguous(), format, importance[columns]))
+            code, numbers = codec.round_column(left[j], settings[-1], format)
             codes[j] = code.to(torch.uint8)
-            error = torch.div(left[j] - (code - zero) * scale, factor[j, j], out=errors[j - start])
+            error = torch.div(left[j] - numbers, factor[j, j], out=errors[j - start])
             left[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    # not contiguous(): to torch one column counts as contiguous with any stride
-    whole = torch.contiguous_format
-    parts = {"codes": pack_bits(codes.T.contiguous(), format.bits), "scales": scales.T.clone(memory_format=whole)}
-    if format.zeros:
-        parts["zeros"] = pack_bits(zeros.T.to(torch.uint8, memory_format=whole, copy=True), format.bits)
-    return parts
+    found = tuple(torch.stack(of_groups, -1) for of_groups in zip(*settings, strict=True))
+    return codec.stored_parts(codes.T.contiguous(), found, format)

@@ -15,7 +15,7 @@ import torch
 from .format import Cells, Format, Parts
 from .packing import pack_bits, unpack_bits
 
-WIDTHS = (1.0, 0.9)  # of the grid, as shares of the range of the numbers
+WIDTHS = {3: (1.0, 0.85, 0.7), 4: (1.0, 0.9)}  # of the grid, as shares of the range of the numbers
 _SCALES = {"bf16": torch.bfloat16}
 _TINY = 1e-30
 
@@ -23,19 +23,48 @@ _TINY = 1e-30
 def encode(x: torch.Tensor, format: Format, tensor_scale: float | None) -> Parts:
     """Return the parts of f32[..., K]."""
     groups = x.unflatten(-1, (-1, format.group))
+    scales = search_scales(groups, format)
+    codes = _nearest_codes(groups, scales.unsqueeze(-1), format)
+    return stored_parts(codes.to(torch.uint8).flatten(-2), (scales,), format)
+
+
+def search_scales(groups: torch.Tensor, format: Format, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Return for groups f32[..., G] the scales f32[...], as they are stored, with which they are rounded best.
+
+    With `importance` f32[G] the square of the error of each column counts that much.
+    """
     far = groups.abs().amax(-1, keepdim=True)
     unit = groups / torch.where(far == 0, 1.0, far)  # squares of numbers of any size would leave the range of f32
     gain, best = torch.full_like(far, -1.0), torch.zeros_like(far)
+    counted = unit if importance is None else unit * importance
     for scale in _candidate_scales(unit, format):
         numbers = _values_of_codes(format)[_nearest_codes(unit, scale, format)]
-        product = (unit * numbers).sum(-1, keepdim=True)
-        square = numbers.square().sum(-1, keepdim=True).clamp_(min=_TINY)
+        product = (counted * numbers).sum(-1, keepdim=True)
+        squares = numbers.square() if importance is None else numbers.square() * importance
+        square = squares.sum(-1, keepdim=True).clamp_(min=_TINY)
         # the error of the scale of least squares is the sum of squares of the numbers less this
         found = product.square() / square
         gain, best = torch.maximum(gain, found), torch.where(found > gain, product / square, best)
-    stored = (best * far).to(_SCALES[format.scale])
-    codes = _nearest_codes(groups, stored.float(), format).to(torch.uint8).flatten(-2)
-    return {"codes": pack_bits(codes, format.bits), "scales": stored.squeeze(-1)}
+    return (best * far).squeeze(-1).to(_SCALES[format.scale]).float()
+
+
+def search_group(x: torch.Tensor, format: Format, importance: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a group f32[N, G] is rounded with: its scale."""
+    return (search_scales(x, format, importance),)
+
+
+def round_column(
+    column: torch.Tensor, settings: tuple[torch.Tensor, ...], format: Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of f32[N] with what `search_group` found, and the numbers that they stand for."""
+    (scale,) = settings
+    codes = _nearest_codes(column, scale, format)
+    return codes, _values_of_codes(format)[codes] * scale
+
+
+def stored_parts(codes: torch.Tensor, settings: tuple[torch.Tensor, ...], format: Format) -> Parts:
+    """Return the parts of codes u8[..., K] and what their groups were rounded with, [..., K / group]."""
+    return {"codes": pack_bits(codes, format.bits), "scales": settings[0].to(_SCALES[format.scale])}
 
 
 def decode(parts: Parts, format: Format, width: int) -> torch.Tensor:
@@ -58,7 +87,7 @@ def cells(x: torch.Tensor, format: Format) -> Cells:
 def _candidate_scales(x: torch.Tensor, format: Format) -> Iterator[torch.Tensor]:
     """Yield the scales [..., 1] that are tried for groups [..., G]."""
     far = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-    for end, width in itertools.product((format.values[-1], format.values[0]), WIDTHS):
+    for end, width in itertools.product((format.values[-1], format.values[0]), WIDTHS[format.bits]):
         yield far * (width / end)
 
 

@@ -15,7 +15,7 @@ from .format import Cells, Format, Parts
 from .packing import pack_bits, unpack_bits
 
 # widths of the codes' range that are tried, as shares of the range of the numbers; fewer levels gain from clipping more
-WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.0, 0.9), 8: (1.0,)}
+WIDTHS = {2: (1.0, 0.85, 0.7, 0.55), 4: (1.05, 1.0, 0.95, 0.9, 0.85), 8: (1.0,)}
 CHUNK = 1 << 18  # elements that are worked on at once: measured; fewer cost more calls, more leave the caches
 _TINY = 1e-30
 # f32 of this size are integers: adding it rounds, half ways to the even one, and leaves the integer in the lowest bits
@@ -63,8 +63,12 @@ def cells(x: torch.Tensor, format: Format) -> Cells:
         yield cell.expand_as(x), (low - x).clamp(min=0) + (x - high).clamp(min=0)
 
 
-def search_scales(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def search_scales(
+    x: torch.Tensor, format: Format, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return for groups f32[N, G] the factor, scale and zero point f32[N] with which they are rounded best.
+
+    With `importance` f32[G] the square of the error of each column counts that much.
 
     The codes are round(x factor + zero) in 0 .. 2^bits - 1, and stand for (codes - zero) scale. For given codes c
     around the zero point the scale of least squares is s = (x c) / (c c), and the error is x x - (x c)^2 / (c c): the
@@ -90,15 +94,41 @@ def search_scales(x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.
         for i in range(len(widths)):
             centred = _round_groups(x[part], factor[i, part], zero[i, part], format, room)
             centred -= (zero[i, part] + _ROUND).unsqueeze(1)
-            _row_dot_products(x[part], centred, product[i, part])
-            torch.linalg.vector_norm(centred, dim=1, out=square[i, part])
-    square.square_().clamp_(min=_TINY)
+            if importance is None:
+                _row_dot_products(x[part], centred, product[i, part])
+                torch.linalg.vector_norm(centred, dim=1, out=square[i, part])
+                square[i, part].square_()
+            else:
+                torch.mv(x[part] * centred, importance, out=product[i, part])
+                torch.mv(centred.square_(), importance, out=square[i, part])
+    square.clamp_(min=_TINY)
     candidates = torch.stack((product * product / square, factor, product / square, zero), 1)
     best = candidates[0]
     for found in candidates[1:]:
         best = torch.where(found[0] > best[0], found, best)
     _, factor, scale, zero = best
     return factor, scale, zero
+
+
+def search_group(x: torch.Tensor, format: Format, importance: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what a group f32[N, G] is rounded with: scale and zero point."""
+    return search_scales(x, format, importance)[1:]
+
+
+def round_column(
+    column: torch.Tensor, settings: tuple[torch.Tensor, ...], format: Format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of f32[N] with what `search_group` found, and the numbers that they stand for."""
+    scale, zero = settings
+    codes = (column / torch.where(scale == 0, 1.0, scale)).add_(zero).round_().clamp_(0, (1 << format.bits) - 1)
+    return codes, (codes - zero) * scale
+
+
+def stored_parts(codes: torch.Tensor, settings: tuple[torch.Tensor, ...], format: Format) -> Parts:
+    """Return the parts of codes u8[..., K] and what their groups were rounded with, [..., K / group]."""
+    scales, zeros = settings
+    parts = {"codes": pack_bits(codes, format.bits), "scales": scales}
+    return {**parts, "zeros": pack_bits(zeros.to(torch.uint8), format.bits)} if format.zeros else parts
 
 
 def _group_chunks(x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -7,6 +7,7 @@ nvfp4       E2M1, one E4M3 scale for 16 codes, times one f32 scale for the matri
 fp8_b128    E4M3, one f32 scale for a block of 128 x 128
 mxfp8       E4M3, one power of two for 32 codes (OCP Microscaling Formats 1.0)
 fp8_g128    E4M3, one f32 scale for 128 codes: what activations are rounded to before such a weight
+grid4_g64   16 whole numbers at unequal distances, one bf16 scale for 64 codes; grid3_g64 the same with 8 numbers
 nf4         quantiles of the normal distribution, one bf16 scale for 64 codes (QLoRA, Dettmers et al. 2023)
 """
 
@@ -20,11 +21,16 @@ from .format import Codec, Format
 
 GROUPS = (16, 32, 64, 128, 256)
 INTEGER_BITS = (2, 4, 8)
+GRID_BITS = (3, 4)
 
-# numbers that codes of four bits stand for: E2M1 (OCP Microscaling Formats 1.0); the tables of IQ4_NL (ggml-common.h)
-# and of NF4 (QLoRA, appendix E)
+# numbers that codes stand for: E2M1 (OCP Microscaling Formats 1.0); the tables of IQ4_NL (ggml-common.h) and of NF4
+# (QLoRA, appendix E). Those of grid3 and grid4 are what Lloyd's algorithm (1982) finds for the least squared error on
+# normal numbers divided by the one of 32 that is farthest from 0, times what makes the last 127, rounded: a kernel
+# multiplies them as int8
 ELEMENTS: Mapping[str, tuple[float, ...]] = {
     "e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+    "grid3": (-105, -66, -35, -7, 19, 48, 82, 127),
+    "grid4": (-114, -92, -74, -57, -43, -29, -16, -3, 9, 22, 35, 49, 65, 82, 102, 127),
     "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -70,7 +76,9 @@ _NAMED = {
     )
 }
 NAMED: tuple[Format, ...] = tuple(_NAMED.values())  # the formats that are no integers
-FORMAT_NAMES = (*(f"{sign}int{bits}_gN" for sign in ("", "u") for bits in INTEGER_BITS), *_NAMED)  # N: one of GROUPS
+FORMAT_NAMES = (
+    *(f"{sign}int{bits}_gN" for sign in ("", "u") for bits in INTEGER_BITS), *(f"grid{bits}_gN" for bits in GRID_BITS), *_NAMED,
+)  # fmt: skip  # N: one of GROUPS
 
 
 def integers_of(bits: int, group: int, zeros: bool) -> Format:
@@ -83,10 +91,16 @@ def find_format(name: str) -> Format | None:
     """Return the format of a dtype name; None for a plain dtype and for an unknown name."""
     if name in _NAMED:
         return _NAMED[name]
-    found = re.fullmatch(r"(u?)int(\d+)_g(\d+)", name)
-    if found is None or int(found[2]) not in INTEGER_BITS or int(found[3]) not in GROUPS:
+    found = re.fullmatch(r"(u?int|grid)(\d+)_g(\d+)", name)
+    if found is None or int(found[3]) not in GROUPS:
         return None
-    return integers_of(int(found[2]), int(found[3]), bool(found[1]))
+    kind, bits, group = found[1], int(found[2]), int(found[3])
+    if kind == "grid":
+        table = f"grid{bits}"
+        return (
+            Format(name, bits, group, _grid_codec, table, ELEMENTS[table], scale="bf16") if bits in GRID_BITS else None
+        )
+    return integers_of(bits, group, kind == "uint") if bits in INTEGER_BITS else None
 
 
 def format_of(name: str) -> Format:

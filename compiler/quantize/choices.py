@@ -41,6 +41,6 @@ def check_spec(spec: str) -> None:
         todo = (
             f"did you mean {' or '.join(near)}?"
             if near
-            else f"there are f32, int8, int4, int2, {', '.join(f.name for f in NAMED)}, uint4_g64 ..."
+            else f"there are f32, int8, int4, int2, {', '.join(f.name for f in NAMED)}, uint4_g64, grid4_g64 ..."
         )
         raise MoecError(f"there is no format {spec}", todo=todo)

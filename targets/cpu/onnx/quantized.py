@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,23 @@ def emit_decode(ctx: Context, op: Op) -> None:
 
 def _decode_by_lookup(ctx: Context, format: Format, codes: str, scales: str, rank: int) -> str:
     """Add lookups of the numbers of whole bytes of codes, and their products with the scales."""
-    graph, each = ctx.graph, range(0, 8, format.bits)
-    table = [[format.values[(byte >> shift) % (1 << format.bits)] for shift in each] for byte in range(256)]
-    numbers = ctx.node("Gather", graph.constant(table, "f32"), ctx.node("Cast", codes, to=TensorProto.INT32))
+    graph = ctx.graph
     lead = [0] * (rank - 1)  # as in the input
+
+    def looked_up(codes: str, bits: int, values: Sequence[float]) -> str:
+        table = [[values[byte >> shift & (1 << bits) - 1] for shift in range(0, 8, bits)] for byte in range(256)]
+        found = ctx.node("Gather", graph.constant(table, "f32"), ctx.node("Cast", codes, to=TensorProto.INT32))
+        return found if bits == format.bits else ctx.node("Reshape", found, graph.constant([*lead, -1]))
+
+    if format.bits == 3:  # the highest bits lie behind the others (see packing.py): as many bytes as half of those
+        *others, highest = ctx.nodes("Split", codes, outputs=3, axis=rank - 1, num_outputs=3)
+        lower = looked_up(ctx.node("Concat", *others, axis=rank - 1), 2, range(4))
+        whole = ctx.node("Add", lower, looked_up(highest, 1, (0, 4)))
+        numbers = ctx.node(
+            "Gather", graph.constant(format.values, "f32"), ctx.node("Cast", whole, to=TensorProto.INT32)
+        )
+    else:
+        numbers = looked_up(codes, format.bits, format.values)
     grouped = ctx.node("Reshape", numbers, graph.constant([*lead, -1, format.group]))
     if format.scale == "f8e8m0":
         powers = graph.constant([2.0 ** (byte - 127) for byte in range(255)] + [np.nan], "f32")
