@@ -6,6 +6,7 @@ By hand, many more: `PYTHONPATH=tests/support python tests/test_mutated_files.py
 from __future__ import annotations
 
 import copy
+import io
 import json
 import random
 import re
@@ -13,12 +14,15 @@ import shutil
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from moec_command import invoke
 from places import TINY
+from written_experts import WIDTH, Einsum
 
 PYTHON = re.compile(r"Traceback|\b[A-Z]\w*(Error|Exception|Warning)\b(?!\w*:? in )|moec failed|<class|object at 0x")
 SLOW = 60  # seconds that a command may take; all of them take a second or two
@@ -103,6 +107,19 @@ def mutated_text(text: str, rng: random.Random) -> bytes:
     return "".join(words).encode("utf-8", "replace")
 
 
+def mutated_archive(data: bytes, rng: random.Random) -> bytes:
+    """Return a `.pt2` file with one of its JSON texts mutated, or bytes changed."""
+    if rng.random() < 0.1:
+        return mutated_bytes(data, rng)
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(changed, "w") as new:
+        wanted = rng.choice([name for name in old.namelist() if name.endswith(".json")])
+        for info in old.infolist():
+            content = old.read(info)
+            new.writestr(info.filename, mutated_json(content.decode(), rng) if info.filename == wanted else content)
+    return changed.getvalue()
+
+
 PROGRAM = """moec 1 stage moe
 source "gone"
 dim B in 1..8
@@ -168,6 +185,12 @@ class Cases:
         (folder / "p" / "x.moir").write_text(PROGRAM)
         (folder / "model").mkdir()
         shutil.copy(TINY / "config.json", folder / "model" / "config.json")
+        (folder / "t").mkdir()
+        torch.manual_seed(0)
+        inputs, sizes = (torch.randn(5, WIDTH),), ({0: torch.export.Dim.AUTO},)
+        torch.export.save(
+            torch.export.export(Einsum(), inputs, dynamic_shapes=sizes, strict=False), folder / "t" / "x.pt2"
+        )
         plan = ("compile", "{folder}/x.moir", "--quantize", "{folder}/plan.json", "--stop-after", "moe")
         self.files = {
             "moec.json": ("artifact/moec.json", mutated_json, RUN),
@@ -176,6 +199,7 @@ class Cases:
             "config.json": ("artifact/config.json", mutated_json, RUN),
             "plan": ("p/plan.json", mutated_json, plan),
             "program": ("p/x.moir", mutated_text, ("opt", "{folder}/x.moir", "-p", "cleanup")),
+            "torch program": ("t/x.pt2", mutated_archive, ("inspect", "{folder}/x.pt2", "--json")),
             "model": ("model/config.json", mutated_json, ("inspect", "{folder}", "--json")),
         }
 
@@ -184,7 +208,7 @@ class Cases:
         place, mutate, command = self.files[name]
         path = self.folder / place
         before = path.read_bytes()
-        content = mutate(before.decode(), rng)
+        content = mutate(before if mutate is mutated_archive else before.decode(), rng)
         path.write_bytes(content)
         try:
             start = time.perf_counter()
@@ -200,7 +224,7 @@ class Cases:
 
 
 COUNTS = {
-    "moec.json": 60, "generation_config.json": 40, "tokenizer_config.json": 30, "config.json": 30, "plan": 60, "program": 150, "model": 4,
+    "moec.json": 60, "generation_config.json": 40, "tokenizer_config.json": 30, "config.json": 30, "plan": 60, "program": 150, "torch program": 30, "model": 4,
 }  # fmt: skip
 
 
@@ -217,7 +241,6 @@ def test_one_message_whatever_a_file_holds(cases, name):
 
 
 if __name__ == "__main__":
-    import torch
     import transformers
     from tiny_lm_artifact import write_tiny_lm
 

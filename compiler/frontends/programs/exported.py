@@ -25,6 +25,7 @@ from ...ops.builder import IRBuilder
 from ..aten import einsum, moec_ops, operators  # noqa: F401  (these fill the table of handlers)
 from ..aten.export import Traced
 from ..aten.lower import Graph, lower_graph
+from ..transformers.model_errors import CODE_ERRORS
 
 LONGEST = 1 << 20  # the range of a size that the program does not bound
 RESULT = "output"
@@ -51,6 +52,9 @@ def import_program(program: ExportedProgram, source: str) -> tuple[Module, dict[
         results = lower_graph(Graph(traced, builder), values)
     except MoecError as error:
         raise replace(error, where=error.where or source) from None
+    except CODE_ERRORS as error:  # an operator's arguments are not what torch gives it
+        what = "the program cannot be read: an operator's arguments are not what torch gives it"
+        raise MoecError(what, where=source, model=".".join(builder.loc), todo="export it again") from error
     main = eliminate_dead_code(_name_results(builder.build(results)))
     dims = tuple(_dim_of(program, symbol, named.name) for symbol, named in symbols.items())
     read = {const.recipe.name for const in main.consts if isinstance(const.recipe, Tensor)}

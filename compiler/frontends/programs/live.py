@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch.export import Dim, ExportedProgram, export
 
 from ...errors import MoecError
+from .logs import without_logs
 
 OWN = Path(__file__).parents[3]  # the package: what a user has to change is not there
 Examples = torch.Tensor | Sequence[Any] | Mapping[str, Any]
@@ -27,7 +27,7 @@ def export_module(module: torch.nn.Module, example_inputs: Examples) -> Exported
     args, kwargs = _split_examples(example_inputs)
     free = {name: _free_axes(value) for name, value in kwargs.items()}
     dynamic = free if kwargs else tuple(_free_axes(value) for value in args)
-    with _eval_mode(module), _without_logs(), torch.no_grad():
+    with _eval_mode(module), without_logs(), torch.no_grad():
         try:
             return export(module, tuple(args), kwargs, dynamic_shapes=dynamic, strict=False)
         except MoecError:
@@ -62,17 +62,6 @@ def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-@contextmanager
-def _without_logs() -> Iterator[None]:
-    """Discard what torch logs of a failure: it is in the error that follows."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _export_error(module: torch.nn.Module, error: Exception) -> MoecError:
