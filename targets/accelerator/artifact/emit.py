@@ -18,7 +18,7 @@ from ..triton.source import triton_source
 from .ascend_objects import source_of
 from .device_placement import place_on_devices
 from .engine_files import engine_files, find_problems, introduction_text
-from .objects import compile_kernels, write_files
+from .objects import compile_kernels, missing_objects, write_files
 from .options import Options
 from .shards import find_shards, write_shards
 from .spec import BUCKETS, Kernels, KernelSpec, kernel_specs
@@ -36,7 +36,8 @@ def emit_artifact(
     profile: Profile,
     options: Options,
 ) -> Emitted:
-    """Write the artifact's files into a folder; return the sha256 of each, and notes on tuning files of other engines.
+    """Write the artifact's files into a folder; return the sha256 of each, and notes on objects that are missing
+    and on tuning files of other engines.
 
     `progress` is told the bytes of weights written so far. MoecError for an op that no kernel computes, for a chip on
     which a kernel does not fit, for weights that cannot be read and for a full disk.
@@ -51,6 +52,7 @@ def emit_artifact(
     sources = {f"{SOURCES}/{k.name}.py": _source_text(k, profile) for k in kernels.kernels}
     tuned, notes = engine_files(find_problems(module, packed), profile, options.tuning)
     engines = {f"{ENGINES}/{name}": _json_text(content) for name, content in tuned.items()}
+    notes = (*notes, *missing_objects(kernels))
     if profile.toolchain is None:
         notes = (*notes, Note(f"kernels for {profile.name} are source and simulation: no compiler has checked them"))
     if engines:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ....compiler.errors import MoecError, write_error
+from ....compiler.ir.notes import Note
 from ....compiler.weights.memory import usable_threads
 from ..chip.chip import Profile
 from ..select.search import Choice
@@ -22,6 +23,8 @@ from ..triton.predict import predict_shared
 from ..triton.workers import compile_all
 from .ascend_objects import find_environment, lower_kernels
 from .spec import Kernels, KernelSpec
+
+SHOWN = 3  # names of kernels in a note
 
 Made: TypeAlias = "Compiled | MoecError"
 Compile = Callable[[Sequence[Request], int], Sequence[Made]]
@@ -120,6 +123,25 @@ def _object_entry(kernel: KernelSpec, made: Made, arch: str) -> dict[str, Any]:
         "tensor_memory": made.tensor_memory, "spills": made.spills, "scalar_spills": made.scalar_spills,
         "instructions": sorted(made.uses), **({} if made.limit is None else {"register_limit": made.limit}),
     }  # fmt: skip
+
+
+def missing_objects(kernels: Kernels) -> tuple[Note, ...]:
+    """Return notes on the kernels that have no object, by the reason, and on those whose registers spill."""
+    found: dict[str, list[str]] = {}
+    for kernel in kernels.kernels:
+        for arch, entry in kernel.objects.items():
+            if "error" in entry:
+                found.setdefault(f"no object for {arch}, only source: {entry['error']}", []).append(kernel.name)
+            elif entry.get("spills"):
+                found.setdefault(f"registers that spill on {arch}, which takes time", []).append(kernel.name)
+    return tuple(
+        Note(f"{len(names)} of {len(kernels.kernels)} kernels ({_first_names(names)}) have {reason}")
+        for reason, names in found.items()
+    )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *["..."] * (len(names) > SHOWN)])
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:

@@ -158,6 +158,8 @@ def test_the_search_decides_where_all_tiles_spill_or_fail(kernels):
     found = compile_kernels(kernels, H200, "kernels", lambda wanted, jobs: [made(w, 8) for w in wanted])
     assert found.kernels.kernels[0].best == kernels.kernels[0].best
     assert found.kernels.kernels[0].objects["sm_90"]["spills"] == 8
+    (note,) = objects.missing_objects(found.kernels)
+    assert "1 of 1 kernels (linear_0_t16) have registers that spill on sm_90" in note.reason
     found = compile_kernels(kernels, H200, "kernels", lambda wanted, jobs: [MoecError("it broke") for w in wanted])
     assert found.files == {} and found.kernels.kernels[0].objects["sm_90"] == {"arch": "sm_90", "error": "it broke"}
 
@@ -168,6 +170,13 @@ def test_without_a_compiler_the_reason_stands_there(kernels):
 
     found = compile_kernels(kernels, H200, "kernels", make)
     assert found.kernels.kernels[0].objects["sm_90"]["error"] == "Triton is not installed; install it"
+    many = dataclasses.replace(found.kernels, kernels=4 * found.kernels.kernels)
+    (note,) = objects.missing_objects(many)
+    names = "linear_0_t16, linear_0_t16, linear_0_t16, ..."
+    assert (
+        note.reason
+        == f"4 of 4 kernels ({names}) have no object for sm_90, only source: Triton is not installed; install it"
+    )
     other = dataclasses.replace(H200, arch="sm_35")
     assert "for sm_35" in compile_kernels(kernels, other, "kernels", make).kernels.kernels[0].objects["sm_35"]["error"]
     cambricon = find_profile("cambricon-mlu590", {})
@@ -178,6 +187,7 @@ def test_without_a_compiler_the_reason_stands_there(kernels):
 def test_kernels_are_compiled(kernels):
     found = compile_kernels(kernels, H200, "kernels")
     (content,) = found.files.values()
+    assert not objects.missing_objects(found.kernels) and not objects.missing_objects(kernels)
     assert content.startswith(b"\x7fELF") and found.kernels.kernels[0].objects["sm_90"]["registers"] > 0
 
 
