@@ -55,7 +55,11 @@ PLATFORMS = {
     for p in (
         Platform("linux-x86_64", "x86_64-linux-gnu.2.17", "x86_64", "so", ("-fPIC", "-lm")),
         Platform("linux-aarch64", "aarch64-linux-gnu.2.17", "generic", "so", ("-fPIC", "-lm")),
-        Platform("macos-aarch64", "aarch64-macos", "apple_m1", "dylib", ("-fPIC", "-lm")),
+        Platform(
+            "macos-aarch64", "aarch64-macos", "apple_m1", "dylib", ("-fPIC", "-lm"),
+            # a library has its own name in it, by default with the folder in which it was made
+            crossed=("-Wl,-install_name,@rpath/moec-kernels.macos-aarch64.dylib",),
+        ),
         Platform(
             "windows-x86_64", "x86_64-windows-gnu", "x86_64", "dll", crossed=(*_NO_RUNTIME, "-lucrtbase", "-lkernel32"),
             headers="libc/include/any-windows-any",
@@ -105,8 +109,8 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
     if compiler.crosses:
         options = (*options, "-s", "-target", place.triple, f"-mcpu={place.processor}", *place.crossed)
     kept = cache_folder() / "kernels" / f"{_library_fingerprint(compiler, options)}.{place.suffix}"
-    if kept.is_file():
-        return kept.read_bytes()
+    if (found := _read_kept(kept)) is not None:
+        return found
     zig = _ziglang_folder() if compiler.crosses and place.headers else None
     headers = ("-isystem", str(zig / "lib" / place.headers)) if zig else ()
     with tempfile.TemporaryDirectory() as folder:
@@ -118,8 +122,18 @@ def compile_library(place: Platform, compiler: Compiler) -> bytes:
             command, f"the kernels for {place.name} do not compile", "report it, or compile with -D kernels=onnxruntime"
         )
         content = made.read_bytes()
-    keep_file(kept, content)
+    keep_file(kept, hashlib.sha256(content).digest() + content)
     return content
+
+
+def _read_kept(path: Path) -> bytes | None:
+    """Return a library of the cache, which lies behind its sha256; None if it is not there, or not whole."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    size = hashlib.sha256().digest_size
+    return kept[size:] if hashlib.sha256(kept[size:]).digest() == kept[:size] else None
 
 
 def _ziglang_folder() -> Path | None:

@@ -288,6 +288,26 @@ def test_wrong_options_are_refused_before_anything_is_read(options, said, tmp_pa
         moec.compile(tmp_path / "no checkpoint", out=tmp_path / "out", options=options)
 
 
+def test_a_library_of_the_cache_that_is_not_whole_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        library, "_run_compiler", lambda command, *_: Path(command[command.index("-o") + 1]).write_bytes(b"made")
+    )
+    place, compiler = library.this_platform(), library.find_compiler()
+    assert library.compile_library(place, compiler) == b"made"
+    (kept,) = (tmp_path / "moec" / "kernels").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert library.compile_library(place, compiler) == b"made"
+
+
+def test_kernels_that_do_not_compile_are_left_out_unless_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "OPTIONS", ("-no-such-option",))
+    made = moec.compile(TINY, out=tmp_path / "out", quantize="int4")
+    assert "do not compile" in made.report["figures"]["notes"][0] and set(domains_of(made.folder)) == {"com.microsoft"}
+    with pytest.raises(MoecError, match="do not compile"):
+        moec.compile(TINY, out=tmp_path / "out", quantize="int4", options={"kernels": "moec"})
+
+
 def without_ziglang(monkeypatch):
     monkeypatch.setitem(sys.modules, "ziglang", None)  # importing it is an error then
 
