@@ -25,6 +25,7 @@ from ...compiler.ir.module import Op
 FILE = "capabilities.json"
 RIGHT, WRONG, REJECTED, CRASHED = "right", "wrong", "rejected", "crashed"
 INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
+MOST_GROUPS = 2048  # of a row: what the kernels of moec's own take
 FAST, EXACT = ACCURACIES = ("fast", "exact")
 ODD_HEADS, ODD_TURNED = "heads of no multiple of 8", "rotary of no multiple of 16"
 # operands beside the part of a variant that is tried

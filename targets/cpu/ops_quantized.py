@@ -65,6 +65,58 @@ def decode(codes, scales, *, format: str):
     return dequantize_parts(codes, scales, None, format_of(format).bits, format_of(format).group, format)
 
 
+# --- weights in a grid, by moec's own kernels ---------------------------------------------------------------------
+
+
+def _infer_grid_linear(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, *weight = types
+    (numbers,) = _infer_decode(tuple(weight), attributes)
+    return OPS["core.linear"].infer((x, numbers, None), {})
+
+
+@op(
+    "ort.grid_linear",
+    "x: f32[*X, K], codes: u8[N, C], scales: A[N, G] -> y: f32[*X, N]",
+    infer=_infer_grid_linear,
+    flops=lambda o, r, a: 2 * r[0].elements * o[0].shape[-1],
+)
+def grid_linear(x, codes, scales, *, format: str):
+    """Multiply by a weight stored [out, in] in a grid, by moec's own kernel: x wᵀ. It rounds activations to int8."""
+    return torch.nn.functional.linear(x, decode(codes, scales, format=format))
+
+
+def _infer_grid_experts(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, ids, gates, *weights = types
+    numbers = (_infer_decode(tuple(weights[i : i + 2]), {"format": attributes["format"]})[0] for i in (0, 2))
+    return OPS["moe.experts"].infer((x, ids, gates, *numbers, None, None), {"act": attributes["act"]})
+
+
+def _grid_experts_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    x, ids, gates, *weights = operands
+    numbers = (_infer_decode(tuple(weights[i : i + 2]), {"format": attributes["format"]})[0] for i in (0, 2))
+    return OPS["moe.experts"].flops((x, ids, gates, *numbers, None, None), results, {"act": attributes["act"]})
+
+
+_GRID_PARTS = ("up_codes", "up_scales", "down_codes", "down_scales")
+
+
+@op(
+    "ort.grid_experts",
+    "x: f32[T, D], ids: i64[T, K], gates: f32[T, K], up_codes: u8[E, N, C], up_scales: A[E, N, G],"
+    " down_codes: u8[E, D, H], down_scales: A[E, D, J] -> y: f32[T, D]",
+    infer=_infer_grid_experts,
+    flops=_grid_experts_flops,
+    domains={"ids": lambda types, attributes: types[3].shape[0]},
+    rows=dict.fromkeys(_GRID_PARTS, lambda types, attributes: types[1].elements),
+)
+def grid_experts(
+    x, ids, gates, up_codes, up_scales, down_codes, down_scales, *, format: str, act: Activation = INTERLEAVED
+):
+    """Compute moe.experts on weights in a grid, by moec's own kernel, which rounds activations to int8."""
+    up, down = decode(up_codes, up_scales, format=format), decode(down_codes, down_scales, format=format)
+    return experts(x, ids, gates, up, down, None, None, act=act)
+
+
 # --- linear, embedding -----------------------------------------------------------------------------------------
 
 

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias
 
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
+from ..capabilities import MOST_GROUPS
 from ..onnx.graph import CONTRIB
 
 DOMAIN = "moec"
 # what the C sources take: see complete_shape in source/host.c and read_activation in source/experts.c
 _GROUPS = (16, 32, 64, 128, 256)
-_MOST_GROUPS = 2048  # of a row
 _ACTIVATIONS = {"swiglu", "silu", "relu", "gelu", "identity"}
 _INT8 = 4  # the accuracy_level at which activations are rounded to int8
 _INT, _FLOAT, _TEXT = AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING
@@ -44,8 +44,8 @@ class Operator:
 def _why_not_linear(node: NodeProto, given: Settings, initializers: Initializers) -> str | None:
     if reason := _why_not_weight(given["bits"], given):
         return reason
-    if given["K"] % given["block_size"] or given["K"] // given["block_size"] > _MOST_GROUPS:
-        return f"groups of {given['block_size']} do not divide a row, or are more than {_MOST_GROUPS}"
+    if given["K"] % given["block_size"] or given["K"] // given["block_size"] > MOST_GROUPS:
+        return f"groups of {given['block_size']} do not divide a row, or are more than {MOST_GROUPS}"
     return None
 
 
@@ -55,8 +55,8 @@ def _why_not_experts(node: NodeProto, given: Settings, initializers: Initializer
     if (name := given["activation_type"].decode()) not in _ACTIVATIONS:
         return f"the activation {name} is not among {', '.join(sorted(_ACTIVATIONS))}"
     scales = [initializers.get(node.input[i]) for i in (3, 6)]
-    if not all(s is not None and s.dims[-1] <= _MOST_GROUPS for s in scales):
-        return f"a row has more than {_MOST_GROUPS} groups"
+    if not all(s is not None and s.dims[-1] <= MOST_GROUPS for s in scales):
+        return f"a row has more than {MOST_GROUPS} groups"
     return None
 
 
@@ -100,6 +100,8 @@ def divide_nodes(nodes: Iterable[NodeProto], initializers: Initializers) -> Divi
     """Return which nodes the kernels compute; none is changed."""
     taken, left = [], dict[str, int]()
     for node in nodes:
+        if node.domain == DOMAIN:  # emitted as the kernels' own: see grids.py
+            taken.append(node)
         if node.domain != CONTRIB or node.op_type not in OPERATORS:
             continue
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -108,7 +110,7 @@ def divide_nodes(nodes: Iterable[NodeProto], initializers: Initializers) -> Divi
             taken.append(node)
         else:
             left[reason] = left.get(reason, 0) + 1
-    weighty = any(OPERATORS[node.op_type].weights for node in taken)
+    weighty = any(node.domain == DOMAIN or OPERATORS[node.op_type].weights for node in taken)
     return Division(tuple(taken) if weighty else (), left)
 
 
@@ -116,8 +118,9 @@ def use_kernels(taken: Iterable[NodeProto]) -> list[FunctionProto]:
     """Move nodes to the domain `moec`; return the functions that stand for them where the library is not."""
     kinds = set()
     for node in taken:
-        node.domain = DOMAIN
-        kinds.add(node.op_type)
+        if node.domain == CONTRIB:
+            node.domain = DOMAIN
+            kinds.add(node.op_type)
     return [_function_of_kind(kind) for kind in sorted(kinds)]
 
 

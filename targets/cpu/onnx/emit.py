@@ -28,6 +28,7 @@ from ....compiler.weights.sources.source import WeightSource
 from ....compiler.weights.steps.quantized import is_part
 from ...target import Emitted
 from .. import ops, ops_quantized
+from ..kernels.grids import grid_functions
 from ..kernels.nodes import DOMAIN
 from ..kernels.place import Placed, place_kernels
 from ..lower.logits import LOGITS
@@ -55,7 +56,14 @@ OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23
 INLINE_BYTES = 1024  # smaller weights are in the model file
 _LARGEST_PROTO = (1 << 31) - 1
 _DTYPES = {"bool", "u8", "i8", "i32", "i64", "f32", "f64"}  # what the CPU's kernels compute with
-_CONVERT = {"core.cast", "nn.embedding", "ort.decode", "ort.experts_nbits"}  # Cast and Gather take every dtype
+_CONVERT = {
+    "core.cast",
+    "nn.embedding",
+    "ort.decode",
+    "ort.experts_nbits",
+    "ort.grid_linear",
+    "ort.grid_experts",
+}  # Cast and Gather take every dtype
 
 
 def why_unsupported(op: Op) -> str | None:
@@ -109,7 +117,7 @@ def emit_model(
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])
     placed = place_kernels(kernels, graph.nodes, graph.initializers, folder) if kernels else Placed()
-    model = _make_model(module, graph, placed.functions)
+    model = _make_model(module, graph, (*placed.functions, *grid_functions(graph.nodes, OPSET)))
     files = {MODEL: _write_model(folder / MODEL, model), **placed.files}
     if data.size:
         files[DATA] = data.sha256

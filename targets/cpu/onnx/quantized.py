@@ -13,6 +13,8 @@ from ....compiler.formats.table import find_format, format_of
 from ....compiler.ir.dims import size
 from ....compiler.ir.module import Op
 from ....compiler.ir.types import Attrs
+from ..kernels.grids import EXPERTS, LINEAR
+from ..kernels.nodes import DOMAIN
 from .graph import CONTRIB, Context, Kernel
 from .moe import activation_options, expert_loop
 
@@ -159,7 +161,35 @@ def experts_nbits(ctx: Context, op: Op) -> None:
     expert_loop(ctx, op, up=lambda e: weight(3, e), down=lambda e: weight(7, e), biases=(names[6], names[10]))
 
 
+def _numbers_of_bytes(ctx: Context, format: Format) -> str:
+    """Return what the two codes of each byte stand for, f32[256, 2]."""
+    pairs = [[format.values[byte & 15], format.values[byte >> 4]] for byte in range(256)]
+    return ctx.graph.constant(pairs, "f32")
+
+
+def grid_linear(ctx: Context, op: Op) -> None:
+    """Emit moec's operator on a weight in a grid."""
+    format = format_of(op.settings.text("format"))
+    rows, groups = op["scales"].type.sizes
+    ctx.finish(
+        op, LINEAR, *ctx.inputs(op), _numbers_of_bytes(ctx, format), domain=DOMAIN, K=groups * format.group, N=rows,
+        bits=format.bits, block_size=format.group,
+    )  # fmt: skip
+
+
+def grid_experts(ctx: Context, op: Op) -> None:
+    """Emit moec's operator on experts whose weights are in a grid."""
+    format = format_of(op.settings.text("format"))
+    options = {"swiglu_limit": float("inf"), **activation_options(op.settings.activation("act"))}
+    ctx.finish(
+        op, EXPERTS, *ctx.inputs(op), _numbers_of_bytes(ctx, format), domain=DOMAIN, k=int(op["ids"].type.shape[1]),
+        expert_weight_bits=format.bits, block_size=format.group, **options,
+    )  # fmt: skip
+
+
 KERNELS: dict[str, Kernel] = {
+    "ort.grid_linear": grid_linear,
+    "ort.grid_experts": grid_experts,
     "ort.decode": emit_decode,
     "ort.matmul_nbits": matmul_nbits,
     "ort.block_matmul_nbits": block_matmul_nbits,

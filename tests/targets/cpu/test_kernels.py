@@ -39,6 +39,8 @@ QUANTIZED = {
     "ort.qmoe",
     "ort.experts_nbits",
     "ort.decode",
+    "ort.grid_linear",
+    "ort.grid_experts",
 }
 LOWERED = {"nn.cached_attention", "nn.gated_mlp"}  # what ONNX Runtime runs as several ops
 

@@ -21,6 +21,7 @@ typedef __m256 Numbers;
 #define UNIT 32
 #define LANES 8
 #define LOWERED(bits) ((bits) == 8 ? 128 : 0)
+#define RAISED 0
 
 static inline float largest_of(const float *x, int count) {
   __m256 most = _mm256_setzero_ps(), sign = _mm256_set1_ps(-0.0f);
@@ -74,20 +75,31 @@ INLINE Codes load_some(const uint8_t *codes, int bytes) {
   memcpy(some, codes, (size_t)(bytes < UNIT ? bytes : UNIT));
   return load_codes(some);
 }
-INLINE void split_codes(int bits, Codes codes, Codes *low, Codes *high) {
-  const __m256i half = _mm256_set1_epi8(15);
-  *low = bits == 4 ? _mm256_and_si256(codes, half) : _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
-  *high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), half);
+INLINE Codes load_table(const int8_t *numbers) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)numbers));
 }
-/* Products of bytes are added in pairs to 16 bits: of codes below 16 two pairs fit. Of signed codes the sign goes to the
-   activation, as the instruction wants one factor without: a pair is at most 2 * 128 * 127, which fits too. */
-INLINE Numbers multiply_unit(int bits, Codes low, Codes high, const int8_t *x) {
+INLINE void split_codes(int kind, Codes codes, Codes table, Codes *low, Codes *high) {
+  const __m256i half = _mm256_set1_epi8(15);
+  *low = kind == 8 ? _mm256_xor_si256(codes, _mm256_set1_epi8(-128)) : _mm256_and_si256(codes, half);
+  *high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), half);
+  if (kind == GRID) *low = _mm256_shuffle_epi8(table, *low), *high = _mm256_shuffle_epi8(table, *high);
+}
+/* Return the products of signed bytes, added in pairs: at most 2 * 128 * 127, which fits. The sign goes to the second factor,
+   as the instruction wants one without. */
+INLINE __m256i multiply_signed(__m256i a, __m256i b) { return _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a)); }
+/* Products of bytes are added in pairs to 16 bits: of codes below 16 two pairs fit. */
+INLINE Numbers multiply_unit(int kind, Codes low, Codes high, const int8_t *x) {
   __m256i even = _mm256_loadu_si256((const __m256i *)x), pairs;
-  if (bits == 4) {
+  if (kind == GRID) {
+    const __m256i one = _mm256_set1_epi16(1), odd = _mm256_loadu_si256((const __m256i *)(x + CHUNK));
+    __m256i first = _mm256_madd_epi16(multiply_signed(low, even), one);
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(first, _mm256_madd_epi16(multiply_signed(high, odd), one)));
+  }
+  if (kind == 4) {
     __m256i odd = _mm256_loadu_si256((const __m256i *)(x + CHUNK));
     pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
   } else {
-    pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(low), _mm256_sign_epi8(even, low));
+    pairs = multiply_signed(low, even);
   }
   return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
@@ -114,6 +126,9 @@ INLINE Numbers zero_points(int bits, const uint8_t *zeros) {
     points = _mm_unpacklo_epi8(_mm_and_si128(both, half), _mm_and_si128(_mm_srli_epi16(both, 4), half));
   }
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(points), _mm256_set1_epi32(LOWERED(bits))));
+}
+INLINE Numbers load_halves(const uint16_t *x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16));
 }
 INLINE Numbers load_numbers(const float *x) { return _mm256_loadu_ps(x); }
 INLINE void store_numbers(float *x, Numbers v) { _mm256_storeu_ps(x, v); }

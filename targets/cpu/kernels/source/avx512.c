@@ -58,17 +58,19 @@ typedef __m512 Numbers;
 #define UNIT 64
 #define LANES 16
 #define LOWERED(bits) 0
+#define RAISED 128
 
 INLINE Codes load_codes(const uint8_t *codes) { return _mm512_loadu_si512(codes); }
 INLINE Codes load_some(const uint8_t *codes, int bytes) { return _mm512_maskz_loadu_epi8(first_of_64(bytes), codes); }
-INLINE void split_codes(int bits, Codes codes, Codes *low, Codes *high) {
+INLINE void split_codes(int kind, Codes codes, Codes table, Codes *low, Codes *high) {
   const __m512i half = _mm512_set1_epi8(15);
-  *low = bits == 4 ? _mm512_and_si512(codes, half) : codes;
+  *low = kind == 8 ? codes : _mm512_and_si512(codes, half);
   *high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
+  if (kind == GRID) *low = _mm512_shuffle_epi8(table, *low), *high = _mm512_shuffle_epi8(table, *high);
 }
-INLINE Numbers multiply_unit(int bits, Codes low, Codes high, const int8_t *x) {
+INLINE Numbers multiply_unit(int kind, Codes low, Codes high, const int8_t *x) {
   __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x));
-  if (bits == 4) sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x + CHUNK));
+  if (kind != 8) sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x + CHUNK));
   return _mm512_cvtepi32_ps(sum);
 }
 INLINE Numbers spread_scales(const float *scales, int unit, int log, int shift) {
@@ -95,6 +97,9 @@ INLINE Numbers zero_points(int bits, const uint8_t *zeros) {
     points = _mm_unpacklo_epi8(_mm_and_si128(both, half), _mm_and_si128(_mm_srli_epi16(both, 4), half));
   }
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(points));
+}
+INLINE Numbers load_halves(const uint16_t *x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
 INLINE Numbers load_numbers(const float *x) { return _mm512_loadu_ps(x); }
 INLINE void store_numbers(float *x, Numbers v) { _mm512_storeu_ps(x, v); }

@@ -1,4 +1,5 @@
-/* moec.QMoE: routed experts with quantized weights, as com.microsoft.QMoE with accuracy_level 4.
+/* moec.QMoE: routed experts with quantized weights, as com.microsoft.QMoE with accuracy_level 4. moec.GridExperts: the same with
+   weights in a grid, where the experts of a token and their weights are inputs.
 
    Tokens are taken some hundreds at a time. Their pairs of token and expert ("slots") are sorted by expert, so that a matrix
    is read once for all tokens of an expert. A task multiplies 32 rows of one expert's matrix; between the two matrices and
@@ -11,19 +12,27 @@
 
 enum { TOKENS = 512 }; /* at a time: bounds the memory for the results of slots */
 enum { X = 0, CHOICE, UP, UP_SCALES, UP_BIAS, DOWN, DOWN_SCALES, DOWN_BIAS, UP_ZEROS = 11, DOWN_ZEROS, MIXING = 14, INPUTS };
+enum { NUMBERS = UP_ZEROS }; /* of a grid, which has no zero points */
 
 typedef struct {
   OrtApi api;
   const InstructionSet *set;
   Activation activation;
   int chosen, bits, group;
+  int grid;
   Weights weights;
 } Experts;
+
+/* The inputs of moec.GridExperts in their order. */
+static const int grid_inputs[] = {X, CHOICE, MIXING, UP, UP_SCALES, DOWN, DOWN_SCALES, NUMBERS};
+enum { GRID_INPUTS = sizeof grid_inputs / sizeof *grid_inputs };
 
 typedef struct {
   const Experts *experts;
   Shape up, down;
   Tensor in[INPUTS];
+  int8_t numbers[16];              /* of a grid */
+  int64_t first;                   /* the first token at this time */
   int tokens, slots, used;         /* at this time; `used` experts have slots */
   int32_t *expert, *start;         /* of the used experts: which, and its first slot; start[used] is the end */
   int32_t *token, *slot_of;        /* of a slot; of the pairs of a token, in the order of the choice */
@@ -42,7 +51,12 @@ typedef struct {
 static Matrix matrix_of(const Step *step, const Shape *s, int expert, int codes, int scales, int zeros, int bias) {
   size_t rows = (size_t)expert * s->rows;
   Matrix m = {s, (const uint8_t *)step->in[codes].data + rows * s->row_bytes,
-              (const float *)step->in[scales].data + rows * s->groups};
+              s->grid ? NULL : (const float *)step->in[scales].data + rows * s->groups};
+  if (s->grid) {
+    m.halves = (const uint16_t *)step->in[scales].data + rows * s->groups;
+    m.numbers = step->numbers;
+    return m;
+  }
   if (step->in[zeros].data) m.zeros = (const uint8_t *)step->in[zeros].data + rows * s->zeros_bytes;
   if (step->in[bias].data) m.bias = (const float *)step->in[bias].data + rows;
   return m;
@@ -52,11 +66,21 @@ static Matrix matrix_of(const Step *step, const Shape *s, int expert, int codes,
 
 /* Chooses the experts with the largest scores of a token, the first of equal ones, and their weights. */
 static void choose_experts(const Step *step, int token) {
-  int experts = (int)step->in[CHOICE].sizes[1], chosen = step->experts->chosen;
-  const float *scores = (const float *)step->in[CHOICE].data + (size_t)token * experts;
+  int experts = (int)step->in[UP].sizes[0], chosen = step->experts->chosen;
+  size_t row = (size_t)step->first + (size_t)token;
+  const float *scores = (const float *)step->in[CHOICE].data + row * experts;
   int32_t *ids = step->pair_expert + (size_t)token * chosen;
   float *weights = step->pair_weight + (size_t)token * chosen;
   int count = 0;
+  if (step->experts->grid) { /* they are given; an expert that is not there takes no part */
+    const int64_t *given = (const int64_t *)step->in[CHOICE].data + row * chosen;
+    for (int i = 0; i < chosen; i++) {
+      int there = given[i] >= 0 && given[i] < experts;
+      ids[i] = there ? (int32_t)given[i] : 0;
+      weights[i] = there ? ((const float *)step->in[MIXING].data)[row * chosen + i] : 0;
+    }
+    return;
+  }
   for (int e = 0; e < experts; e++) {
     int place = count;
     while (place > 0 && scores[e] > scores[ids[place - 1]]) place--;
@@ -68,7 +92,7 @@ static void choose_experts(const Step *step, int token) {
   float total = 0;
   for (int i = 0; i < chosen; i++) {
     if (step->in[MIXING].data) {
-      weights[i] = ((const float *)step->in[MIXING].data)[(size_t)token * experts + ids[i]];
+      weights[i] = ((const float *)step->in[MIXING].data)[row * experts + ids[i]];
     } else {
       total += weights[i] = expf(scores[ids[i]] - scores[ids[0]]);
     }
@@ -214,10 +238,17 @@ static const char *check_inputs(Step *step) {
     if (i != UP_BIAS && !in[i].data && in[X].sizes[0]) return "moec.QMoE: an input is missing";
   }
   if (in[X].rank != 2 || in[CHOICE].rank != 2 || in[UP].rank != 3 || in[DOWN].rank != 3) return "moec.QMoE: wrong ranks";
-  if (in[CHOICE].sizes[0] != in[X].sizes[0] || in[CHOICE].sizes[1] != in[UP].sizes[0]) return "moec.QMoE: wrong scores";
-  if (experts->chosen < 1 || experts->chosen > in[CHOICE].sizes[1]) return "moec.QMoE: k is none that it takes";
-  step->up = (Shape){experts->bits, experts->group, (int)in[UP].sizes[1], (int)(in[UP].sizes[2] * 8 / experts->bits)};
-  step->down = (Shape){experts->bits, experts->group, (int)in[DOWN].sizes[1], (int)(in[DOWN].sizes[2] * 8 / experts->bits)};
+  int64_t choices = experts->grid ? experts->chosen : in[UP].sizes[0];
+  if (in[CHOICE].sizes[0] != in[X].sizes[0] || in[CHOICE].sizes[1] != choices) return "moec.QMoE: wrong scores";
+  if (experts->grid && (!in[MIXING].data || in[MIXING].rank != 2 || in[MIXING].sizes[1] != choices)) {
+    if (in[X].sizes[0]) return "moec.GridExperts: wrong weights of experts";
+  }
+  if (experts->grid && !read_grid(&in[NUMBERS], step->numbers)) return "moec.GridExperts: its numbers are no grid of int8";
+  if (experts->chosen < 1 || experts->chosen > in[UP].sizes[0]) return "moec.QMoE: k is none that it takes";
+  step->up = (Shape){experts->bits, experts->group, (int)in[UP].sizes[1], (int)(in[UP].sizes[2] * 8 / experts->bits),
+                     experts->grid};
+  step->down = (Shape){experts->bits, experts->group, (int)in[DOWN].sizes[1], (int)(in[DOWN].sizes[2] * 8 / experts->bits),
+                       experts->grid};
   if (!complete_shape(&step->up) || !complete_shape(&step->down)) return "moec.QMoE: bits or block_size is none that it takes";
   int results = experts->activation.function == SWIGLU ? step->up.rows / 2 : step->up.rows;
   if (step->up.width != in[X].sizes[1] || step->down.width != results) return "moec.QMoE: the weights do not fit";
@@ -230,13 +261,19 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   Step step = {experts};
   OrtStatus *status;
   for (size_t i = 0; i < INPUTS; i++) {
-    if ((status = read_input(api, context, i, &step.in[i]))) return status;
+    if ((status = read_input(api, context, i, &step.in[i]))) return status; /* absent where the operator has fewer */
   }
   if ((status = read_copies(api, context, &experts->weights, step.in, INPUTS))) return status;
+  if (experts->grid) {
+    Tensor given[GRID_INPUTS];
+    memcpy(given, step.in, sizeof given);
+    memset(step.in, 0, sizeof step.in);
+    for (int i = 0; i < GRID_INPUTS; i++) step.in[grid_inputs[i]] = given[i];
+  }
   const char *wrong = check_inputs(&step);
   if (wrong) return fail(api, wrong);
   int64_t sizes[2] = {step.in[X].sizes[0], step.down.rows};
-  int count = (int)step.in[CHOICE].sizes[1];
+  int count = (int)step.in[UP].sizes[0];
   OrtValue *out;
   void *y;
   if ((status = ORT(api, output)(context, 0, sizes, 2, &out))) return status;
@@ -246,12 +283,10 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   if (!memory) return fail(api, "moec.QMoE: no memory");
   place_parts(&step, memory, most, (size_t)count);
   const float *x = step.in[X].data;
-  float *choice = step.in[CHOICE].data, *mixing = step.in[MIXING].data;
   for (int64_t first = 0; first < sizes[0] && !status; first += TOKENS) {
     step.tokens = sizes[0] - first < TOKENS ? (int)(sizes[0] - first) : TOKENS;
     step.x = x + first * step.up.width, step.y = (float *)y + first * step.down.rows;
-    step.in[CHOICE].data = choice + first * count;
-    if (mixing) step.in[MIXING].data = mixing + first * count;
+    step.first = first;
     status = run_tokens(&step, context, count);
   }
   give_scratch(memory);
@@ -278,10 +313,10 @@ static int read_activation(OrtApi api, const OrtKernelInfo *info, Activation *ou
 }
 
 static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **out) {
-  (void)op;
   Experts *experts = calloc(1, sizeof *experts);
   if (!experts) return fail(api, "moec.QMoE: no memory");
   experts->api = api;
+  experts->grid = op->get_name != experts_op.get_name;
   experts->set = choose_kernels();
   experts->chosen = (int)int_attribute(api, info, "k", 0);
   experts->bits = (int)int_attribute(api, info, "expert_weight_bits", 4);
@@ -290,8 +325,12 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
     free(experts);
     return fail(api, "moec.QMoE: an activation or a width of weights that it does not have");
   }
-  note_weights(api, info, 1 << UP | 1 << DOWN | 1 << UP_ZEROS | 1 << DOWN_ZEROS, 1 << UP_SCALES | 1 << DOWN_SCALES,
-               &experts->weights);
+  if (experts->grid) {
+    note_weights(api, info, 1 << 3 | 1 << 5, 1 << 4 | 1 << 6, 0, &experts->weights); /* see grid_inputs */
+  } else {
+    note_weights(api, info, 1 << UP | 1 << DOWN | 1 << UP_ZEROS | 1 << DOWN_ZEROS, 0, 1 << UP_SCALES | 1 << DOWN_SCALES,
+                 &experts->weights);
+  }
   *out = experts;
   return NULL;
 }
@@ -314,3 +353,20 @@ static int input_kind(const OrtCustomOp *op, size_t i) {
 const OrtCustomOp experts_op = {
     .get_name = name, .get_input_count = input_count, .get_input_type = input_type, .get_input_kind = input_kind,
     .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};
+
+static const char *grid_name(const OrtCustomOp *op) { return (void)op, "GridExperts"; }
+static size_t grid_input_count(const OrtCustomOp *op) { return (void)op, GRID_INPUTS; }
+static int grid_input_type(const OrtCustomOp *op, size_t i) {
+  (void)op;
+  switch (grid_inputs[i]) {
+    case CHOICE: return ORT_INT64;
+    case UP: case DOWN: return ORT_UINT8;
+    case UP_SCALES: case DOWN_SCALES: return ORT_BFLOAT16;
+    default: return ORT_FLOAT;
+  }
+}
+static int grid_input_kind(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_REQUIRED; }
+
+const OrtCustomOp grid_experts_op = {
+    .get_name = grid_name, .get_input_count = grid_input_count, .get_input_type = grid_input_type,
+    .get_input_kind = grid_input_kind, .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};

@@ -29,10 +29,10 @@ OrtStatus *read_input(OrtApi api, const OrtKernelContext *context, size_t index,
   return read_tensor(api, value, out);
 }
 
-void note_weights(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t scales, Weights *out) {
+void note_weights(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t halves, uint32_t scales, Weights *out) {
   for (size_t i = 0; i < MOST_WEIGHTS; i++) {
     out->data[i] = NULL, out->copies[i] = NULL;
-    if (!((codes | scales) >> i & 1)) continue;
+    if (!((codes | halves | scales) >> i & 1)) continue;
     const OrtValue *value = NULL;
     Tensor tensor = {NULL};
     int constant = 0;
@@ -42,10 +42,21 @@ void note_weights(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_
       ORT(api, release_status)(status);
       continue;
     }
-    size_t bytes = codes >> i & 1 ? 1 : sizeof(float);
+    size_t bytes = codes >> i & 1 ? 1 : halves >> i & 1 ? 2 : sizeof(float);
     for (int axis = 0; axis < tensor.rank; axis++) bytes *= (size_t)tensor.sizes[axis];
     if (tensor.data && bytes) out->data[i] = tensor.data, out->bytes[i] = bytes;
   }
+}
+
+int read_grid(const Tensor *pairs, int8_t numbers[16]) {
+  if (!pairs->data || pairs->rank != 2 || pairs->sizes[0] != 256 || pairs->sizes[1] != 2) return 0;
+  for (int code = 0; code < 16; code++) {
+    float number = ((const float *)pairs->data)[2 * code];
+    if (!(number >= -127 && number <= 127)) return 0;
+    numbers[code] = (int8_t)number;
+    if ((float)numbers[code] != number) return 0;
+  }
+  return 1;
 }
 
 int64_t int_attribute(OrtApi api, const OrtKernelInfo *info, const char *name, int64_t otherwise) {

@@ -2,7 +2,8 @@
 
    A quantized matrix [rows, width] is what com.microsoft.MatMulNBits and QMoE read: codes of 4 bits (low half of a byte
    first) or 8 bits, row after row, a scale for each group of neighbours along a row, and zero points in the width of
-   the codes, or none (then the middle of the range is subtracted).
+   the codes, or none (then the middle of the range is subtracted). In a grid a code of 4 bits stands for one of 16 numbers of
+   int8 instead, without zero points, and scales are bf16.
 
    Activations are rounded to int8 for each group. They lie in chunks, of what 64 bytes of codes multiply: 64 numbers beside
    codes of 8 bits; beside codes of 4 bits 128 numbers, those at even places first, so that the low halves of 64 bytes meet
@@ -12,11 +13,14 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
+enum { GRID = 16 + 4 }; /* the kind of weights in a grid; that of integers is their bits */
 enum { CHUNK = 64, TILE = 32, NEVER = 1 << 30 }; /* bytes of codes; rows of a matrix that are unpacked at once */
 
 typedef struct {
   int bits, group, rows, width;
+  int grid; /* whether codes stand for numbers of a table */
   int groups;      /* of a row */
   int chunks;      /* of a row */
   int row_bytes;   /* of codes */
@@ -29,6 +33,8 @@ typedef struct {
   const float *scales;
   const uint8_t *zeros; /* NULL: the middle of the range */
   const float *bias;    /* NULL: none */
+  const uint16_t *halves; /* of a grid: its scales, the upper halves of f32 */
+  const int8_t *numbers;  /* of a grid: its 16 numbers */
 } Matrix;
 
 /* Rows of activations. `sums` is the sum of a group's numbers: what a zero point of 1 takes off. */
@@ -93,6 +99,14 @@ static inline int chunk_width(const Shape *s) { return CHUNK * 8 / s->bits; }
 static inline size_t codes_row(const Shape *s) { return (size_t)s->chunks * chunk_width(s); }
 static inline size_t panel_bytes(const Shape *s) {
   return (size_t)TILE * (codes_row(s) + 2 * sizeof(float) * (size_t)s->groups);
+}
+/* Return the scale of a group of a row, counted through the matrix. */
+static inline float scale_of(const Matrix *w, size_t group) {
+  if (!w->shape->grid) return w->scales[group];
+  uint32_t bits = (uint32_t)w->halves[group] << 16;
+  float scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return scale;
 }
 static inline int zero_point(const Matrix *w, int row, int group) {
   if (!w->zeros) return 1 << (w->shape->bits - 1);

@@ -56,7 +56,9 @@ static OrtCustomOp completed(const OrtCustomOp *op) {
 
 /* The operators outlive every session that uses them, so they are made once and kept. */
 static OrtStatus *make_domain(OrtApi api, OrtDomain **out) {
-  static OrtCustomOp ops[3];
+  static const OrtCustomOp *const kinds[] = {&linear_op, &experts_op, &attention_op, &grid_linear_op, &grid_experts_op};
+  enum { OPS = sizeof kinds / sizeof *kinds };
+  static OrtCustomOp ops[OPS];
   static _Atomic(OrtDomain *) made;
   static atomic_flag making = ATOMIC_FLAG_INIT;
   OrtStatus *status = NULL;
@@ -64,9 +66,11 @@ static OrtStatus *make_domain(OrtApi api, OrtDomain **out) {
   }
   if (!atomic_load(&made)) {
     OrtDomain *domain;
-    ops[0] = completed(&linear_op), ops[1] = completed(&experts_op), ops[2] = completed(&attention_op);
     status = ORT(api, create_domain)("moec", &domain);
-    for (int i = 0; i < 3 && !status; i++) status = ORT(api, domain_add)(domain, &ops[i]);
+    for (int i = 0; i < OPS && !status; i++) {
+      ops[i] = completed(kinds[i]);
+      status = ORT(api, domain_add)(domain, &ops[i]);
+    }
     if (!status) atomic_store(&made, domain);
   }
   atomic_flag_clear(&making);

@@ -1,9 +1,10 @@
-/* moec.MatMulNBits: a linear layer with a quantized weight, as com.microsoft.MatMulNBits with accuracy_level 4. */
+/* moec.MatMulNBits: a linear layer with a quantized weight, as com.microsoft.MatMulNBits with accuracy_level 4; and
+   moec.MatMulGrid, with the weight in a grid. */
 #include "host.h"
 
 #include <stdlib.h>
 
-enum { X = 0, CODES, SCALES, ZEROS, BIAS = 5, INPUTS };
+enum { X = 0, CODES, SCALES, ZEROS, BIAS = 5, INPUTS, NUMBERS = ZEROS, GRID_INPUTS };
 
 typedef struct {
   OrtApi api;
@@ -47,6 +48,8 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   }
   if ((status = read_copies(api, context, &linear->weights, in, INPUTS))) return status;
   if (!in[X].rank || in[X].sizes[in[X].rank - 1] != s->width) return fail(api, "moec.MatMulNBits: x has not K numbers a row");
+  int8_t numbers[16];
+  if (s->grid && !read_grid(&in[NUMBERS], numbers)) return fail(api, "moec.MatMulGrid: its numbers are no grid of int8");
   int64_t rows = 1;
   for (int i = 0; i < in[X].rank - 1; i++) rows *= in[X].sizes[i];
   in[X].sizes[in[X].rank - 1] = s->rows;
@@ -59,6 +62,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   char *memory = take_scratch(panels + activation_bytes(s, rows));
   if (!memory) return fail(api, "moec.MatMulNBits: no memory");
   Matrix matrix = {s, in[CODES].data, in[SCALES].data, in[ZEROS].data, in[BIAS].data};
+  if (s->grid) matrix = (Matrix){s, in[CODES].data, .halves = in[SCALES].data, .numbers = numbers};
   Product product = {place_activations(s, rows, memory + panels), NULL, (int)rows, y, (size_t)s->rows};
   Step step = {linear->set, matrix, product, in[X].data, each, memory};
   if (rows == 1) {
@@ -72,18 +76,22 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
 }
 
 static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **out) {
-  (void)op;
+  int grid = op->get_name != linear_op.get_name;
   Linear *linear = calloc(1, sizeof *linear);
   if (!linear) return fail(api, "moec.MatMulNBits: no memory");
   linear->api = api;
   linear->set = choose_kernels();
   linear->shape = (Shape){(int)int_attribute(api, info, "bits", 4), (int)int_attribute(api, info, "block_size", 0),
-                          (int)int_attribute(api, info, "N", 0), (int)int_attribute(api, info, "K", 0)};
-  if (!complete_shape(&linear->shape)) {
+                          (int)int_attribute(api, info, "N", 0), (int)int_attribute(api, info, "K", 0), grid};
+  if (!complete_shape(&linear->shape) || (grid && linear->shape.bits != 4)) {
     free(linear);
     return fail(api, "moec.MatMulNBits: bits, block_size, N or K is none that it takes");
   }
-  note_weights(api, info, 1 << CODES | 1 << ZEROS, 1 << SCALES, &linear->weights);
+  if (grid) {
+    note_weights(api, info, 1 << CODES, 1 << SCALES, 0, &linear->weights);
+  } else {
+    note_weights(api, info, 1 << CODES | 1 << ZEROS, 0, 1 << SCALES, &linear->weights);
+  }
   *out = linear;
   return NULL;
 }
@@ -102,3 +110,14 @@ static int input_kind(const OrtCustomOp *op, size_t i) { return (void)op, i <= S
 const OrtCustomOp linear_op = {
     .get_name = name, .get_input_count = input_count, .get_input_type = input_type, .get_input_kind = input_kind,
     .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};
+
+static const char *grid_name(const OrtCustomOp *op) { return (void)op, "MatMulGrid"; }
+static size_t grid_input_count(const OrtCustomOp *op) { return (void)op, GRID_INPUTS; }
+static int grid_input_type(const OrtCustomOp *op, size_t i) {
+  return (void)op, i == CODES ? ORT_UINT8 : i == SCALES ? ORT_BFLOAT16 : ORT_FLOAT;
+}
+static int grid_input_kind(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_REQUIRED; }
+
+const OrtCustomOp grid_linear_op = {
+    .get_name = grid_name, .get_input_count = grid_input_count, .get_input_type = grid_input_type,
+    .get_input_kind = grid_input_kind, .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};

@@ -21,6 +21,7 @@ typedef float32x4_t Numbers;
 #define UNIT 16
 #define LANES 4
 #define LOWERED(bits) (1 << ((bits) - 1))
+#define RAISED 0
 
 static void quantize(const Shape *s, const float *x, int8_t *codes, float *scales, float *sums) {
   int wide = chunk_width(s);
@@ -58,16 +59,21 @@ INLINE Codes load_some(const uint8_t *codes, int bytes) {
   memcpy(some, codes, (size_t)(bytes < UNIT ? bytes : UNIT));
   return load_codes(some);
 }
-INLINE void split_codes(int bits, Codes codes, Codes *low, Codes *high) {
+INLINE Codes load_table(const int8_t *numbers) { return vld1q_s8(numbers); }
+INLINE void split_codes(int kind, Codes codes, Codes table, Codes *low, Codes *high) {
   uint8x16_t c = vreinterpretq_u8_s8(codes);
   int8x16_t middle = vdupq_n_s8(8);
-  *low = bits == 4 ? vsubq_s8(vreinterpretq_s8_u8(vandq_u8(c, vdupq_n_u8(15))), middle)
+  if (kind == GRID) {
+    *low = vqtbl1q_s8(table, vandq_u8(c, vdupq_n_u8(15))), *high = vqtbl1q_s8(table, vshrq_n_u8(c, 4));
+    return;
+  }
+  *low = kind == 4 ? vsubq_s8(vreinterpretq_s8_u8(vandq_u8(c, vdupq_n_u8(15))), middle)
                    : vreinterpretq_s8_u8(veorq_u8(c, vdupq_n_u8(128)));
   *high = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(c, 4)), middle);
 }
-INLINE Numbers multiply_unit(int bits, Codes low, Codes high, const int8_t *x) {
+INLINE Numbers multiply_unit(int kind, Codes low, Codes high, const int8_t *x) {
   int32x4_t sum = vdotq_s32(vdupq_n_s32(0), low, vld1q_s8(x));
-  if (bits == 4) sum = vdotq_s32(sum, high, vld1q_s8(x + CHUNK));
+  if (kind != 8) sum = vdotq_s32(sum, high, vld1q_s8(x + CHUNK));
   return vcvtq_f32_s32(sum);
 }
 INLINE Numbers spread_scales(const float *scales, int unit, int log, int shift) {
@@ -82,6 +88,7 @@ INLINE Numbers zero_points(int bits, const uint8_t *zeros) {
   }
   return vld1q_f32(points);
 }
+INLINE Numbers load_halves(const uint16_t *x) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(x), 16)); }
 INLINE Numbers load_numbers(const float *x) { return vld1q_f32(x); }
 INLINE void store_numbers(float *x, Numbers v) { vst1q_f32(x, v); }
 INLINE Numbers no_numbers(void) { return vdupq_n_f32(0); }

@@ -10,6 +10,11 @@
 INLINE __mmask64 first_of_64(int count) { return count >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << (count > 0 ? count : 0)) - 1; }
 INLINE __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : (__mmask16)((1 << (count > 0 ? count : 0)) - 1); }
 
+/* Return the numbers of a grid in every 16 bytes, raised by 128: the instructions want one factor without a sign. */
+INLINE __m512i load_table(const int8_t *numbers) {
+  return _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)numbers)), _mm512_set1_epi8(-128));
+}
+
 /* Transposes 16 rows of 16 double words. */
 INLINE void transpose16(__m512i r[16]) {
   __m512i t[16];
@@ -42,13 +47,15 @@ INLINE void transpose16(__m512i r[16]) {
 }
 
 /* Unpacks 64 bytes of each of 16 rows, `count` of which there are; `shift` takes the high halves of codes of 4 bits. */
-INLINE void unpack_chunk(const uint8_t *codes, int row_bytes, int count, __mmask64 some, int bits, int shift, uint8_t *to) {
+INLINE void unpack_chunk(const uint8_t *codes, int row_bytes, int count, __mmask64 some, int kind, __m512i table, int shift,
+                         uint8_t *to) {
   __m512i rows[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) { /* a row that is not there has zeros */
     __m512i row = _mm512_maskz_loadu_epi8(i < count ? some : 0, codes + (size_t)i * row_bytes);
     if (shift) row = _mm512_srli_epi16(row, 4);
-    rows[i] = bits == 4 ? _mm512_and_si512(row, _mm512_set1_epi8(15)) : row;
+    rows[i] = kind == 8 ? row : _mm512_and_si512(row, _mm512_set1_epi8(15));
+    if (kind == GRID) rows[i] = _mm512_shuffle_epi8(table, rows[i]);
   }
   transpose16(rows);
 #pragma GCC unroll 16
@@ -58,13 +65,19 @@ INLINE void unpack_chunk(const uint8_t *codes, int row_bytes, int count, __mmask
 /* Writes the scales of 16 rows, and their products with the zero points, group after group. */
 INLINE void unpack_scales(const Matrix *w, int first, int count, float *scales, float *zeros) {
   const Shape *s = w->shape;
-  __m512 middle = _mm512_set1_ps((float)(1 << (s->bits - 1)));
+  __m512 middle = _mm512_set1_ps((float)(s->grid ? 128 : 1 << (s->bits - 1)));
   for (int g = 0; g < s->groups; g += 16) {
     __m512i rows[16];
     __mmask16 some = first_of_16(s->groups - g);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
-      rows[i] = _mm512_maskz_loadu_epi32(i < count ? some : 0, w->scales + (size_t)(first + i) * s->groups + g);
+      size_t at = (size_t)(first + i) * s->groups + g;
+      if (s->grid) {
+        __m256i halves = _mm256_maskz_loadu_epi16(i < count ? some : 0, w->halves + at);
+        rows[i] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+      } else {
+        rows[i] = _mm512_maskz_loadu_epi32(i < count ? some : 0, w->scales + at);
+      }
     }
     transpose16(rows);
     for (int i = 0; i < 16 && g + i < s->groups; i++) {
@@ -72,7 +85,7 @@ INLINE void unpack_scales(const Matrix *w, int first, int count, float *scales, 
       _mm512_store_ps(zeros + (size_t)(g + i) * TILE, _mm512_mul_ps(_mm512_castsi512_ps(rows[i]), middle));
     }
   }
-  if (!w->zeros) return;
+  if (!w->zeros || s->grid) return;
   for (int i = 0; i < count; i++) {
     for (int g = 0; g < s->groups; g++) {
       zeros[(size_t)g * TILE + i] = scales[(size_t)g * TILE + i] * (float)zero_point(w, first + i, g);
@@ -82,6 +95,7 @@ INLINE void unpack_scales(const Matrix *w, int first, int count, float *scales, 
 
 static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
   const Shape *s = w->shape;
+  __m512i table = s->grid ? load_table(w->numbers) : _mm512_setzero_si512();
   for (int part = 0; part < TILE; part += 16) {
     int rows = count - part;
     const uint8_t *codes = w->codes + (size_t)(first + part) * s->row_bytes;
@@ -89,10 +103,13 @@ static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
     for (int c = 0; c < s->chunks; c++, codes += CHUNK) {
       __mmask64 some = first_of_64(s->row_bytes - c * CHUNK);
       if (s->bits == 8) {
-        unpack_chunk(codes, s->row_bytes, rows, some, 8, 0, to), to += 16 * TILE * 4;
+        unpack_chunk(codes, s->row_bytes, rows, some, 8, table, 0, to), to += 16 * TILE * 4;
+      } else if (s->grid) {
+        unpack_chunk(codes, s->row_bytes, rows, some, GRID, table, 0, to), to += 16 * TILE * 4;
+        unpack_chunk(codes, s->row_bytes, rows, some, GRID, table, 1, to), to += 16 * TILE * 4;
       } else {
-        unpack_chunk(codes, s->row_bytes, rows, some, 4, 0, to), to += 16 * TILE * 4;
-        unpack_chunk(codes, s->row_bytes, rows, some, 4, 1, to), to += 16 * TILE * 4;
+        unpack_chunk(codes, s->row_bytes, rows, some, 4, table, 0, to), to += 16 * TILE * 4;
+        unpack_chunk(codes, s->row_bytes, rows, some, 4, table, 1, to), to += 16 * TILE * 4;
       }
     }
     unpack_scales(w, first + part, rows, panel.scales + part, panel.zeros + part);

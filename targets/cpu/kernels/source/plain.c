@@ -27,20 +27,23 @@ static void quantize(const Shape *s, const float *x, int8_t *codes, float *scale
 static float multiply_row(const Matrix *w, int row, const int8_t *x, const float *scales, const float *sums) {
   const Shape *s = w->shape;
   const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
-  const float *weights = w->scales + (size_t)row * s->groups;
+  size_t first = (size_t)row * s->groups;
   int bytes = s->group * s->bits / 8; /* of a group */
   float total = 0;
   for (int g = 0; g < s->groups; g++) {
     int sum = 0;
     for (int b = g * bytes; b < (g + 1) * bytes; b++) {
       const int8_t *chunk = x + b / CHUNK * chunk_width(s);
-      if (s->bits == 8) {
+      if (s->grid) {
+        sum += w->numbers[codes[b] & 15] * chunk[b % CHUNK] + w->numbers[codes[b] >> 4] * chunk[CHUNK + b % CHUNK];
+      } else if (s->bits == 8) {
         sum += codes[b] * chunk[b % CHUNK];
       } else {
         sum += (codes[b] & 15) * chunk[b % CHUNK] + (codes[b] >> 4) * chunk[CHUNK + b % CHUNK];
       }
     }
-    total += weights[g] * (scales[g] * (float)sum - (float)zero_point(w, row, g) * sums[g]);
+    float point = s->grid ? 0 : (float)zero_point(w, row, g);
+    total += scale_of(w, first + g) * (scales[g] * (float)sum - point * sums[g]);
   }
   return total;
 }

@@ -4,11 +4,14 @@
 
    Codes, Numbers                 vectors of UNIT bytes: of codes, of LANES numbers (UNIT / 4)
    LOWERED(bits)                  what splitting takes off a code: 0, or the middle of the range
+   RAISED                         what it adds to a number of a grid
    load_codes, load_some          UNIT bytes, or the first ones and zeros
-   split_codes                    codes of 4 bits as low and high halves, of 8 bits as `low`
+   load_table                     the numbers of a grid in every 16 bytes
+   split_codes                    codes of 4 bits as low and high halves, of 8 bits as `low`; of a grid their numbers
    multiply_unit                  their products with activations, each lane the sum of neighbours
    spread_scales                  the scale of each lane; a unit has 1 << log groups, or a group 1 << shift units
    zero_points                    those of the next LANES groups, less what splitting takes off
+   load_halves                    LANES bf16 as numbers
    load_numbers, store_numbers, no_numbers, add_numbers, scale_numbers, add_product, sum_numbers */
 #ifndef MOEC_ROWS_H
 #define MOEC_ROWS_H
@@ -16,24 +19,27 @@
 #include "kernels.h"
 
 enum { MOST_GROUPS = 2048, FEW = 4, ACTIVATIONS = 16 }; /* rows of activations at once; in the cache */
+#define BITS(kind) ((kind) == GRID ? 4 : (kind))
 
 /* Writes the products of a row's scales with those of the activations; returns what the zero points take off. */
-INLINE float combine_scales(const Matrix *w, int row, int bits, const float *scales, const float *sums, float *out) {
+INLINE float combine_scales(const Matrix *w, int row, int kind, const float *scales, const float *sums, float *out) {
   const Shape *s = w->shape;
-  const float *weights = w->scales + (size_t)row * s->groups;
-  const uint8_t *zeros = w->zeros ? w->zeros + (size_t)row * s->zeros_bytes : NULL;
-  int g = 0;
-  float off = 0, middle = (float)((1 << (bits - 1)) - LOWERED(bits));
+  int g = 0, bits = BITS(kind), grid = kind == GRID;
+  size_t first = (size_t)row * s->groups;
+  const uint8_t *zeros = w->zeros && !grid ? w->zeros + (size_t)row * s->zeros_bytes : NULL;
+  float off = 0, middle = grid ? RAISED : (float)((1 << (bits - 1)) - LOWERED(bits));
   Numbers total = no_numbers();
   for (; g + LANES <= s->groups; g += LANES) {
-    Numbers weight = load_numbers(weights + g), sum = load_numbers(sums + g);
+    Numbers weight = grid ? load_halves(w->halves + first + g) : load_numbers(w->scales + first + g);
+    Numbers sum = load_numbers(sums + g);
     store_numbers(out + g, scale_numbers(weight, load_numbers(scales + g)));
     if (zeros) sum = scale_numbers(sum, zero_points(bits, zeros + g * bits / 8));
     total = add_product(weight, sum, total);
   }
   for (; g < s->groups; g++) {
     float point = zeros ? (float)(zero_point(w, row, g) - LOWERED(bits)) : 1;
-    out[g] = weights[g] * scales[g], off += weights[g] * sums[g] * point;
+    float weight = scale_of(w, first + g);
+    out[g] = weight * scales[g], off += weight * sums[g] * point;
   }
   if (!zeros && !middle) return 0;
   return (zeros ? 1 : middle) * (off + sum_numbers(total));
@@ -45,8 +51,11 @@ INLINE const int8_t *met_by(const int8_t *x, int u, int bits) {
 }
 
 /* Multiplies a row of weights by rows from..from + n of the activations. */
-INLINE void multiply_row(const Matrix *w, int row, int bits, int log, int shift, int n, const Product *p, int from) {
+INLINE void multiply_row(const Matrix *w, int row, int kind, int log, int shift, int n, const Product *p, int from) {
   const Shape *s = w->shape;
+  const int bits = BITS(kind);
+  static const int8_t none[16];
+  const Codes table = load_table(kind == GRID ? w->numbers : none);
   const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
   const int8_t *x[FEW];
   float both[FEW][MOST_GROUPS + 16] __attribute__((aligned(64))), off[FEW];
@@ -57,24 +66,24 @@ INLINE void multiply_row(const Matrix *w, int row, int bits, int log, int shift,
 #pragma GCC unroll 4
   for (int i = 0; i < n; i++) {
     x[i] = codes_of(p, s, from + i);
-    off[i] = combine_scales(w, row, bits, scales_of(p, s, from + i), sums_of(p, s, from + i), both[i]);
+    off[i] = combine_scales(w, row, kind, scales_of(p, s, from + i), sums_of(p, s, from + i), both[i]);
     for (int j = 0; j < 4; j++) sum[i][j] = no_numbers();
   }
   for (; u + chains <= whole; u += chains) {
 #pragma GCC unroll 4
     for (int j = 0; j < chains; j++) {
-      split_codes(bits, load_codes(codes + (size_t)(u + j) * UNIT), &low, &high);
+      split_codes(kind, load_codes(codes + (size_t)(u + j) * UNIT), table, &low, &high);
 #pragma GCC unroll 4
       for (int i = 0; i < n; i++) {
-        Numbers part = multiply_unit(bits, low, high, met_by(x[i], u + j, bits));
+        Numbers part = multiply_unit(kind, low, high, met_by(x[i], u + j, bits));
         sum[i][j] = add_product(part, spread_scales(both[i], u + j, log, shift), sum[i][j]);
       }
     }
   }
   for (; u * UNIT < s->row_bytes; u++) {
-    split_codes(bits, load_some(codes + (size_t)u * UNIT, s->row_bytes - u * UNIT), &low, &high);
+    split_codes(kind, load_some(codes + (size_t)u * UNIT, s->row_bytes - u * UNIT), table, &low, &high);
     for (int i = 0; i < n; i++) {
-      Numbers part = multiply_unit(bits, low, high, met_by(x[i], u, bits));
+      Numbers part = multiply_unit(kind, low, high, met_by(x[i], u, bits));
       sum[i][0] = add_product(part, spread_scales(both[i], u, log, shift), sum[i][0]);
     }
   }
@@ -85,16 +94,16 @@ INLINE void multiply_row(const Matrix *w, int row, int bits, int log, int shift,
   }
 }
 
-INLINE void multiply_rows_as(const Matrix *w, int first, int count, const Product *p, int bits, int log, int shift) {
+INLINE void multiply_rows_as(const Matrix *w, int first, int count, const Product *p, int kind, int log, int shift) {
   for (int block = 0; block < p->count; block += ACTIVATIONS) {
     int end = p->count - block < ACTIVATIONS ? p->count : block + ACTIVATIONS;
     for (int row = first; row < first + count; row++) {
       for (int i = block; i < end;) {
         switch (end - i) {
-          case 1: multiply_row(w, row, bits, log, shift, 1, p, i), i += 1; break;
-          case 2: multiply_row(w, row, bits, log, shift, 2, p, i), i += 2; break;
-          case 3: multiply_row(w, row, bits, log, shift, 3, p, i), i += 3; break;
-          default: multiply_row(w, row, bits, log, shift, FEW, p, i), i += FEW;
+          case 1: multiply_row(w, row, kind, log, shift, 1, p, i), i += 1; break;
+          case 2: multiply_row(w, row, kind, log, shift, 2, p, i), i += 2; break;
+          case 3: multiply_row(w, row, kind, log, shift, 3, p, i), i += 3; break;
+          default: multiply_row(w, row, kind, log, shift, FEW, p, i), i += FEW;
         }
       }
     }
@@ -102,14 +111,15 @@ INLINE void multiply_rows_as(const Matrix *w, int first, int count, const Produc
 }
 
 static void multiply_rows(const Matrix *w, int first, int count, const Product *p) {
-  int wide = UNIT * 8 / w->shape->bits, shift = 0;
+  int wide = UNIT * 8 / w->shape->bits, shift = 0, kind = w->shape->grid ? GRID : w->shape->bits;
   for (int n = w->shape->group / wide; n > 1; n /= 2) shift++;
-#define CASE(bits, log) \
-  case 8 * (1 << log) + bits: multiply_rows_as(w, first, count, p, bits, log, 0); break;
-  switch (8 * (wide / w->shape->group) + w->shape->bits) { /* small groups are cases, since each has code of its own */
-    CASE(4, 3) CASE(4, 2) CASE(4, 1) CASE(8, 2) CASE(8, 1)
-    CASE(4, 0) CASE(8, 0)
+#define CASE(kind, log) \
+  case 32 * (1 << log) + kind: multiply_rows_as(w, first, count, p, kind, log, 0); break;
+  switch (32 * (wide / w->shape->group) + kind) { /* small groups are cases, since each has code of its own */
+    CASE(4, 3) CASE(4, 2) CASE(4, 1) CASE(8, 2) CASE(8, 1) CASE(GRID, 3) CASE(GRID, 2) CASE(GRID, 1)
+    CASE(4, 0) CASE(8, 0) CASE(GRID, 0)
     case 4: multiply_rows_as(w, first, count, p, 4, 0, shift); break;
+    case GRID: multiply_rows_as(w, first, count, p, GRID, 0, shift); break;
     default: multiply_rows_as(w, first, count, p, 8, 0, shift);
   }
 #undef CASE

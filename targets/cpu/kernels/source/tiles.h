@@ -31,13 +31,23 @@ static inline size_t group_start(const Shape *s, int g) {
 }
 
 #ifdef STEP
-/* Unpacks 64 bytes of a row. */
-static inline void unpack_line(const uint8_t *codes, int bits, uint8_t *to) {
+/* Return the numbers of a grid that the codes in a word stand for, as codes of 8 bits are unpacked. */
+static inline Word numbers_of(Word codes, const int8_t *numbers) {
+  uint8_t bytes[STEP];
+  memcpy(bytes, &codes, STEP);
+  for (int i = 0; i < STEP; i++) bytes[i] = (uint8_t)(numbers[bytes[i]] + 128 - TILE_LOWERED(8));
+  memcpy(&codes, bytes, STEP);
+  return codes;
+}
+
+/* Unpacks 64 bytes of a row; of a grid with `numbers`, else NULL. */
+static inline void unpack_line(const uint8_t *codes, int bits, const int8_t *numbers, uint8_t *to) {
   const Word half = (Word)0x0f0f0f0f0f0f0f0f, sign = TILE_LOWERED(8) ? (Word)0x8080808080808080 : 0;
   for (int i = 0; i < CHUNK / STEP; i++) {
     Word word, low, high;
     memcpy(&word, codes + i * STEP, STEP);
     low = bits == 4 ? word & half : word ^ sign, high = word >> 4 & half;
+    if (numbers) low = numbers_of(low, numbers), high = numbers_of(high, numbers);
     memcpy(to + (size_t)i * TILE * STEP, &low, STEP);
     if (bits == 4) memcpy(to + (size_t)(CHUNK / STEP + i) * TILE * STEP, &high, STEP);
   }
@@ -52,15 +62,17 @@ static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
       int bytes = row < count ? s->row_bytes - c * CHUNK : 0;
       const uint8_t *line = w->codes + (size_t)(first + row) * s->row_bytes + (size_t)c * CHUNK;
       if (bytes < CHUNK) memcpy(some, line, (size_t)bytes), line = some; /* rows and places that are not there are zeros */
-      if (s->bits == 4) unpack_line(line, 4, to + row * STEP);
-      if (s->bits == 8) unpack_line(line, 8, to + row * STEP);
+      if (s->bits == 4 && !s->grid) unpack_line(line, 4, NULL, to + row * STEP);
+      if (s->bits == 8) unpack_line(line, 8, NULL, to + row * STEP);
+      if (s->grid) unpack_line(line, 4, w->numbers, to + row * STEP);
     }
   }
   for (int row = 0; row < TILE; row++) {
     for (int g = 0; g < s->groups; g++) {
       size_t at = (size_t)g * TILE + row;
-      panel.scales[at] = row < count ? w->scales[(size_t)(first + row) * s->groups + g] : 0;
-      panel.zeros[at] = row < count ? panel.scales[at] * (float)(zero_point(w, first + row, g) - TILE_LOWERED(s->bits)) : 0;
+      int point = s->grid ? 128 - TILE_LOWERED(8) : row < count ? zero_point(w, first + row, g) - TILE_LOWERED(s->bits) : 0;
+      panel.scales[at] = row < count ? scale_of(w, (size_t)(first + row) * s->groups + g) : 0;
+      panel.zeros[at] = panel.scales[at] * (float)point;
     }
   }
 }

@@ -76,7 +76,7 @@ static void multiply_tile(const Matrix *w, int first, int count, int next, const
   Panel panel = place_panel(w->shape, memory);
   (void)next;
   unpack_tile(w, first, count, panel);
-  if (w->shape->bits == 4) {
+  if (w->shape->bits == 4 && !w->shape->grid) { /* numbers of a grid are as large as codes of 8 bits */
     multiply_tile_as(w, first, count, p, panel, 4);
   } else {
     multiply_tile_as(w, first, count, p, panel, 8);

@@ -1,0 +1,123 @@
+"""The functions that stand for moec's operators on weights in a grid where the library is not: plain ops that decode.
+
+ONNX Runtime has no operator for such weights. `numbers` of an operator is f32[256, 2]: what the two codes of a byte stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
+
+from .nodes import DOMAIN
+
+LINEAR, EXPERTS = "MatMulGrid", "GridExperts"
+# attributes, which tell the kernels what the plain ops see from the shapes; those of _FLOATS are read by both
+_SHAPE = ("K", "N", "bits", "block_size")
+_ROUTED = ("k", "expert_weight_bits", "block_size", "activation_type", "swiglu_fusion")
+_FLOATS = ("activation_alpha", "activation_beta", "swiglu_limit")
+
+
+class _Body:
+    """The nodes of a function or of a loop in one, as they are added."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.nodes: list[NodeProto] = []
+        self.prefix = prefix
+
+    def add(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Add a node; return the name of its output, or of its outputs."""
+        names = [f"{self.prefix}v{len(self.nodes)}_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def integers(self, *values: int, scalar: bool = False) -> str:
+        """Return a constant i64."""
+        return self.add("Constant", **({"value_int": values[0]} if scalar else {"value_ints": list(values)}))
+
+    def setting(self, name: str) -> str:
+        """Return a number that the node has as an attribute."""
+        found = self.add("Constant", value_float=0.0)
+        attribute = self.nodes[-1].attribute[0]
+        attribute.Clear()
+        attribute.name, attribute.type, attribute.ref_attr_name = "value_float", AttributeProto.FLOAT, name
+        return found
+
+    def decoded(self, codes: str, scales: str, numbers: str) -> str:
+        """Return the numbers f32[N, K] of a weight."""
+        pairs = self.add("Gather", numbers, self.add("Cast", codes, to=TensorProto.INT32))
+        groups = self.add("Concat", self.add("Shape", scales), self.integers(-1), axis=0)
+        factors = self.add("Unsqueeze", self.add("Cast", scales, to=TensorProto.FLOAT), self.integers(-1))
+        product = self.add("Mul", self.add("Reshape", pairs, groups), factors)
+        return self.add("Reshape", product, self.integers(0, -1))
+
+    def linear(self, x: str, codes: str, scales: str, numbers: str) -> str:
+        """Return the product with a weight."""
+        return self.add("MatMul", x, self.add("Transpose", self.decoded(codes, scales, numbers), perm=[1, 0]))
+
+
+def grid_functions(nodes: Iterable[NodeProto], opset: int) -> list[FunctionProto]:
+    """Return the functions of the operators on grids that a model has."""
+    kinds = {node.op_type for node in nodes if node.domain == DOMAIN}
+    makers = {LINEAR: _linear_function, EXPERTS: _experts_function}
+    return [make(opset) for kind, make in makers.items() if kind in kinds]
+
+
+def _function(
+    kind: str, inputs: list[str], body: _Body, result: str, attributes: Iterable[str], opset: int
+) -> FunctionProto:
+    body.nodes.append(helper.make_node("Identity", [result], ["y"]))
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_function(DOMAIN, kind, inputs, ["y"], body.nodes, opsets, list(attributes))
+
+
+def _linear_function(opset: int) -> FunctionProto:
+    inputs, body = ["x", "codes", "scales", "numbers"], _Body()
+    return _function(LINEAR, inputs, body, body.linear(*inputs), _SHAPE, opset)
+
+
+def _experts_function(opset: int) -> FunctionProto:
+    """Return the Loop over the distinct experts that were chosen; gate and up rows are interleaved."""
+    inputs = ["x", "ids", "gates", "up", "up_scales", "down", "down_scales", "numbers"]
+    body = _Body()
+    chosen = body.add("Gather", body.add("Shape", "ids"), body.integers(1, scalar=True), axis=0)
+    ids = body.add("Reshape", "ids", body.integers(-1))
+    gates = body.add("Reshape", "gates", body.integers(-1, 1))
+    used = body.add("Unique", ids, sorted=1)
+    zero = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
+    start = body.add("ConstantOfShape", body.add("Shape", "x"), value=zero)
+    alpha, beta, limit = (body.setting(name) for name in _FLOATS)
+    below = body.add("Neg", limit)
+    loop = _Body("loop_")
+    expert = loop.add("Gather", used, "step", axis=0)
+    hits = loop.add("Squeeze", loop.add("NonZero", loop.add("Equal", ids, expert)), loop.integers(0))
+    rows = loop.add("Div", hits, chosen)
+    weights = [loop.add("Gather", name, expert, axis=0) for name in inputs[3:7]]
+    both = loop.linear(loop.add("Gather", "x", rows, axis=0), weights[0], weights[1], "numbers")
+    halves = loop.add("Reshape", both, loop.integers(0, -1, 2))
+    gate, up = loop.add("Split", halves, outputs=2, axis=2, num_outputs=2)
+    gate, up = (loop.add("Squeeze", half, loop.integers(2)) for half in (gate, up))
+    gate, up = loop.add("Min", gate, limit), loop.add("Max", loop.add("Min", up, limit), below)
+    swish = loop.add("Mul", gate, loop.add("Sigmoid", loop.add("Mul", gate, alpha)))
+    inner = loop.add("Mul", swish, loop.add("Add", up, beta))
+    result = loop.add(
+        "Mul", loop.linear(inner, weights[2], weights[3], "numbers"), loop.add("Gather", gates, hits, axis=0)
+    )
+    places = loop.add("Unsqueeze", rows, loop.integers(1))
+    total = loop.add("ScatterND", "total", places, result, reduction="add")
+    go = loop.add("Identity", "go")
+    graph = helper.make_graph(
+        loop.nodes, "expert",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("total", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info(go, TensorProto.BOOL, []),
+            helper.make_tensor_value_info(total, TensorProto.FLOAT, None),
+        ],
+    )  # fmt: skip
+    found = body.add("Loop", body.add("Size", used), "", start, body=graph)
+    return _function(EXPERTS, inputs, body, found, (*_ROUTED, *_FLOATS), opset)
