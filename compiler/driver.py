@@ -262,7 +262,7 @@ def plan(source: Any, on: str, *, trust_remote_code: bool = False, **asked: Any)
     """Return whether and how a model runs on a system, and how fast: what `moec plan --json` prints.
 
     `source` is a checkpoint folder (a config.json is enough), a .moir file or an artifact; `on` a system's name,
-    `nvidia-h200:8` or a TOML file. The rest is as in targets.serving.plan.Request: engine, weights, tp, attention_dp, ep, pp,
+    `nvidia-h200:8`, a TOML file, or `here`. The rest is as in targets.serving.plan.Request: engine, weights, tp, attention_dp, ep, pp,
     batch, input, output ... A config is imported once in a process. MoecError for what cannot be, with what can.
     """
     from ..targets.serving.plan import Request, make_plan

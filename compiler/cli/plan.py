@@ -34,7 +34,7 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
 )
 @click.argument("source")
 @click.option(
-    "--on", required=True, metavar="SYSTEM", help="A name of `moec list systems`, nvidia-h200:8, or a TOML file."
+    "--on", required=True, metavar="SYSTEM", help="A name of `moec list systems`, nvidia-h200:8, a TOML file, or here."
 )
 @click.option(
     "--engine", metavar="NAME", help="What serves it: vllm, sglang, trtllm, atom, llama.cpp, ds4.  [default: by system]"
@@ -55,7 +55,7 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
     default=1,
     show_default=True,
     metavar="N",
-    help="Requests at once, of each copy of attention that --attention-dp asks for.",
+    help="Requests at once: of the system; with --attention-dp, of each copy of attention.",
 )
 @click.option("--input", type=COUNT, default=1024, show_default=True, metavar="N", help="Tokens of a prompt.")
 @click.option("--output", type=COUNT, default=1024, show_default=True, metavar="N", help="Tokens of an answer.")

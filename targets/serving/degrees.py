@@ -9,6 +9,8 @@ from ...compiler.errors import MoecError
 from ..systems.system import System
 from .workload import Workload
 
+WIDEST, BROADEST, DEEPEST = 512, 16, 8  # devices of a group, of tensor parallelism and stages that are tried unasked
+
 
 @dataclass(frozen=True)
 class Degrees:
@@ -71,20 +73,18 @@ def why_impossible(degrees: Degrees, workload: Workload, system: System) -> str 
 
 def possible_degrees(workload: Workload, system: System, given: dict[str, int]) -> Iterator[Degrees]:
     """Yield the degrees that a system could use, those that are `given` (tp, dp, ep, pp) fixed."""
-    sizes = [n for n in range(1, system.devices + 1) if system.devices % n == 0 and n <= 1024]
+    sizes = [n for n in range(1, min(system.devices, WIDEST) + 1) if system.devices % n == 0]
 
-    def choices(name: str) -> list[int]:
-        return [given[name]] if name in given else sizes
+    def choices(name: str, most: int) -> list[int]:
+        return [given[name]] if name in given else [n for n in sizes if n <= most]
 
-    pipelines = [given.get("pp", 1)] if "pp" in given else [n for n in sizes if n <= 8]
-    for pp in pipelines:
-        for tp in choices("tp"):
-            for dp in choices("dp"):
-                for ep in choices("ep"):
+    for pp in choices("pp", DEEPEST):
+        for tp in choices("tp", BROADEST):
+            for dp in choices("dp", WIDEST // tp):
+                # experts divided whole or by rows: what lies between the two is for those who ask
+                for ep in [given["ep"]] if "ep" in given else sorted({1, tp * dp}):
                     found = Degrees(tp, dp, ep, pp)
-                    # experts divided whole or by rows: what lies between the two is for those who ask
-                    usual = "ep" in given or ep in (1, found.group)
-                    if usual and why_impossible(found, workload, system) is None:
+                    if why_impossible(found, workload, system) is None:
                         yield found
 
 

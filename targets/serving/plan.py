@@ -16,12 +16,17 @@ from .storage import Storage, choose_storage
 from .timing import ACCEPTED, Constants, Load, fitted_constants, predict_times
 from .workload import Workload
 
+BATCHES = (1, 4, 16, 64, 256)  # requests of a rank that the list of what else there is goes through
 SMALLER = ("fp8", "fp4", "int4", "int2")  # what to store weights in where they do not fit, widest first
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: where it runs and what is sent to it. `batch` is the requests that an attention rank has at once."""
+    """What is asked: where it runs and what is sent to it.
+
+    `batch` is the requests at once: of an attention rank where `attention_dp` is given, else of the whole system, spread
+    evenly over its instances and ranks.
+    """
 
     on: str
     engine: str | None = None
@@ -63,7 +68,7 @@ class Candidate:
         """Return whether everything has a place, in the devices or beside them."""
         return self.memory.free >= 0 or self.placed is not None
 
-    def rate(self, output: int) -> float:
+    def rate(self) -> float:
         """Return tokens a second of one device."""
         return self.running * self.degrees.dp / self.token / self.degrees.devices
 
@@ -88,8 +93,9 @@ def make_plan(workload: Workload, request: Request) -> dict[str, Any]:
             f"no plan keeps to the limits: the fastest takes {best.token * 1e3:.1f} ms a token and {best.first:.2f} s to the first",
             todo=f"nearest: {best.degrees.options()} --batch {max(1, best.batch // 2)}, or more devices",
         )
-    best = max(inside, key=lambda c: c.rate(request.output))
-    return _plan_entry(workload, system, storage, request, engine, constants, best, inside)
+    best = max(inside, key=lambda c: (c.memory.free >= 0, 1 / c.token))
+    swept = _sweep_batches(workload, system, storage, request, engine, constants, [c.degrees for c in inside])
+    return _plan_entry(workload, system, storage, request, engine, constants, best, [*inside, *swept])
 
 
 def _check_request(workload: Workload, request: Request) -> None:
@@ -120,6 +126,13 @@ def default_cache(system: System, weights: str | None) -> str:
     return "fp8" if weights in ("fp8", "fp4") and "mxfp4" in system.device.peaks else "bf16"
 
 
+def rank_batch(request: Request, system: System, degrees: Degrees) -> int:
+    """Return the requests that an attention rank has at once."""
+    if request.attention_dp is not None:
+        return request.batch
+    return max(1, -(-request.batch // (degrees.dp * (system.devices // degrees.devices))))
+
+
 def within_limits(candidate: Candidate, request: Request) -> bool:
     """Return whether a candidate keeps to the limits on its times."""
     return candidate.token <= (request.tpot or float("inf")) and candidate.first <= (request.ttft or float("inf"))
@@ -129,24 +142,39 @@ def _candidates(
     workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants
 ) -> list[Candidate]:
     given = request.given()
+    spread = request.attention_dp is None
     if len(given) == 4 or {"tp", "dp", "ep"} <= given.keys():
         degrees = Degrees(**given)
         check_degrees(degrees, workload, system)
         ways = [degrees]
     else:
-        ways = [*possible_degrees(workload, system, given)]
+        ways = [w for w in possible_degrees(workload, system, given) if not spread or w.dp <= request.batch]
         if not ways:
             check_degrees(replace(Degrees(), **given), workload, system)
             raise MoecError(f"no degrees with {given} divide {system.name}")
     return [_candidate(workload, system, storage, request, engine, constants, way) for way in ways]
 
 
+def _sweep_batches(
+    workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants,
+    ways: list[Degrees],
+) -> list[Candidate]:  # fmt: skip
+    """Return the candidates of other batches that fit and keep to the limits: what else could be asked of the system."""
+    found = []
+    for batch in BATCHES:
+        for way in ways:
+            asked = replace(request, batch=batch, attention_dp=way.dp)
+            candidate = _candidate(workload, system, storage, asked, engine, constants, way)
+            if candidate.memory.free >= 0 and within_limits(candidate, request):
+                found.append(candidate)
+    return found
+
+
 def _candidate(
     workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants,
     degrees: Degrees,
 ) -> Candidate:  # fmt: skip
-    # a batch is that of a rank where ranks are asked for; else the same requests are spread over those tried
-    batch = request.batch if request.attention_dp is not None else max(1, -(-request.batch // degrees.dp))
+    batch = rank_batch(request, system, degrees)
     whole = request.input + request.output
     memory = device_memory(workload, system, degrees, storage, batch, whole, request.output)
     placed = None
@@ -238,7 +266,7 @@ def _plan_entry(
         "cache": storage.cache,
         "degrees": best.degrees.entry(),
         "instances": system.devices // best.degrees.devices,
-        "load": {"batch": best.batch, "requests": best.batch * best.degrees.dp, "running": best.running,
+        "load": {"batch": best.batch, "requests": best.batch * best.degrees.dp * (system.devices // best.degrees.devices), "running": best.running,
                  "input": request.input, "output": request.output, "drafts": request.drafts},
         "fits": best.fits and best.running == best.batch,
         "memory": best.memory.entry(),
@@ -250,7 +278,7 @@ def _plan_entry(
         "predicted": predicted_entry(best, request, engine, system, constants),
         "bound": bound,
         "parts_ms": {name: 1e3 * seconds for name, seconds in best.parts.items()},
-        "pareto": [pareto_entry(c, request) for c in pareto_front(others, request)],
+        "pareto": [pareto_entry(c) for c in pareto_front(others)],
     }  # fmt: skip
 
 
@@ -260,7 +288,7 @@ def predicted_entry(
     """Return the predicted figures, each with the interval in which four of five measured rows lay."""
     low, high = constants.interval("tpot", engine, system.cards)
     early, late = constants.interval("ttft", engine, system.cards)
-    token, first, rate = 1e3 * best.token, 1e3 * best.first, best.rate(request.output)
+    token, first, rate = 1e3 * best.token, 1e3 * best.first, best.rate()
     return {
         "ttft_ms": first, "ttft_ms_interval": [first * early, first * late],
         "tpot_ms": token, "tpot_ms_interval": [token * low, token * high],
@@ -269,16 +297,16 @@ def predicted_entry(
     }  # fmt: skip
 
 
-def pareto_front(candidates: list[Candidate], request: Request) -> list[Candidate]:
+def pareto_front(candidates: list[Candidate]) -> list[Candidate]:
     """Return the candidates that no other one beats in both tokens a second of a user and of a device."""
     found: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: c.token):
-        if not found or candidate.rate(request.output) > found[-1].rate(request.output):
+        if not found or candidate.rate() > found[-1].rate():
             found.append(candidate)
     return found
 
 
-def pareto_entry(candidate: Candidate, request: Request) -> dict[str, Any]:
+def pareto_entry(candidate: Candidate) -> dict[str, Any]:
     """Return one point of the front as plain data."""
     return {**candidate.degrees.entry(), "batch": candidate.batch, "ttft_ms": 1e3 * candidate.first,
-            "tpot_ms": 1e3 * candidate.token, "tokens_per_s_per_device": candidate.rate(request.output)}  # fmt: skip
+            "tpot_ms": 1e3 * candidate.token, "tokens_per_s_per_device": candidate.rate()}  # fmt: skip

@@ -40,9 +40,13 @@ def system_names() -> list[str]:
 
 @cache
 def find_system(name: str) -> System:
-    """Return the system of a name, of a path ending in .toml, or of `PROFILE:N` and `SYSTEM:N`; MoecError for others."""
+    """Return the system of a name, of a path ending in .toml, of `PROFILE:N` and `SYSTEM:N`, or `here`; MoecError for others."""
     if name.endswith(".toml"):
         return read_system(Path(name))
+    if name == "here":
+        from .here import measure_here  # numpy takes a while, and measuring too
+
+        return measure_here()
     base, colon, count = name.rpartition(":") if ":" in name else (name, "", "1")
     if colon and not (count.isascii() and count.isdigit() and 0 < int(count) <= 65536):
         raise MoecError(f"{name!r} does not end in a number of devices", todo="as in --on nvidia-h200:8")

@@ -61,6 +61,7 @@ class Case:
     chip: str
     engine: str
     batch: int
+    devices: int
     drafts: int
     blocks: int
     decode: Demand
@@ -71,11 +72,16 @@ class Case:
     drafted: bool = False  # whether drafting is visible or stated
     beyond: bool = False  # more requests than the cache holds
 
+    @property
+    def family(self) -> str:
+        """The model whose shapes it has: rows of two names may be one measurement."""
+        return MODELS.get(self.model, self.model)
+
     def half(self) -> int:
-        """Return which half of the configurations the row is in: rows that differ in nothing but version are together."""
-        row = self.row
-        key = [self.model, self.chip, self.engine, row.get("precision") or row.get("weights"), row["isl"], row["osl"]]
-        return zlib.crc32(json.dumps([*key, self.batch, row.get("tp") or row.get("parallel")]).encode()) % 2
+        """Return which half of the configurations the row is in: rows of the same work on as many devices are together."""
+        stored = self.row.get("precision") or self.row.get("weights")
+        key = [self.family, self.chip, self.engine, stored, self.row["isl"], self.row["osl"]]
+        return zlib.crc32(json.dumps([*key, self.batch * self.load.ranks, self.devices]).encode()) % 2
 
 
 def workload_of(model, configs, known={}):  # noqa: B006
@@ -154,7 +160,21 @@ def make_case(row, workload, system, degrees, weights, cache, drafts, chip, engi
     prompt = prefill_demand(workload, system, degrees, storage, isl)
     token, first = (float(row[k]) / 1e3 if row[k] else None for k in ("tpot_ms", "ttft_ms"))
     load = Load(batch, degrees.dp, osl)
-    return Case(row, row["model"], chip, engine, batch, drafts, workload.blocks, decode, prompt, load, token, first)
+    return Case(
+        row,
+        row["model"],
+        chip,
+        engine,
+        batch,
+        degrees.devices,
+        drafts,
+        workload.blocks,
+        decode,
+        prompt,
+        load,
+        token,
+        first,
+    )
 
 
 def mark_drafted(cases):
@@ -319,11 +339,11 @@ def main():
         table.append(line(title, first))
 
     show("the other half, all", nv)
-    for key in ("engine", "chip", "model"):
+    for key in ("engine", "chip", "family"):
         for value in sorted({getattr(c, key) for c, _, _ in nv}):
             show(f"the other half: {value}", [row for row in nv if getattr(row[0], key) == value])
     outside = []
-    for key in ("model", "chip"):
+    for key in ("family", "chip"):
         for value in sorted({getattr(c, key) for c in cases if "precision" in c.row}):
             fit = Fit([c for c in cases if getattr(c, key) != value])
             constants = fit.constants(fit.solve())

@@ -161,17 +161,28 @@ def test_requests_beyond_the_cache_wait_where_that_is_asked(tmp_path):
     assert beyond["predicted"]["ttft_ms"] > 100 * full["predicted"]["ttft_ms"]  # and the first token takes long
 
 
-def test_chosen_degrees_are_the_best_that_fit():
+def test_chosen_degrees_are_the_fastest_for_the_same_requests():
     found = plan("hgx-h200", batch=64)
-    assert found["pareto"]
-    best = max(found["pareto"], key=lambda row: row["tokens_per_s_per_device"])
-    assert found["degrees"] == {name: best[name] for name in ("tp", "attention_dp", "ep", "moe_tp", "pp")}
-    front = sorted(found["pareto"], key=lambda row: row["tpot_ms"])
-    assert all(a["tokens_per_s_per_device"] < b["tokens_per_s_per_device"] for a, b in pairwise(front))
-    fixed = plan("hgx-h200", batch=64, tp=2)
-    assert fixed["degrees"]["tp"] == 2
     ways = list(possible_degrees(MODEL, find_system("hgx-h200"), {}))
     assert len(set(ways)) == len(ways) > 8
+    times = {}
+    for way in ways:
+        ranks = way.dp * (8 // way.devices)
+        own = plan("hgx-h200", tp=way.tp, attention_dp=way.dp, ep=way.ep, pp=way.pp, batch=64 // ranks)
+        assert own["load"]["requests"] == 64
+        times[way] = own["predicted"]["tpot_ms"]
+    best = min(times, key=lambda way: times[way])
+    assert found["degrees"] == best.entry()
+    assert found["predicted"]["tpot_ms"] == pytest.approx(times[best])
+    assert plan("hgx-h200", batch=64, tp=2)["degrees"]["tp"] == 2
+
+
+def test_the_front_holds_what_nothing_beats_and_keeps_to_the_limits():
+    found = plan("hgx-h200", batch=16, tpot=0.02, ttft=1.0)["pareto"]
+    assert len(found) > 2
+    assert all(a["tpot_ms"] < b["tpot_ms"] for a, b in pairwise(found))
+    assert all(a["tokens_per_s_per_device"] < b["tokens_per_s_per_device"] for a, b in pairwise(found))
+    assert all(row["tpot_ms"] <= 20 and row["ttft_ms"] <= 1000 for row in found)
 
 
 def test_figures_of_a_plan_are_of_one_another():

@@ -80,3 +80,11 @@ def test_profiles_by_number():
 def test_unknown_systems(name, said):
     with pytest.raises(MoecError, match=said):
         find_system(name)
+
+
+def test_this_machine_is_measured():
+    here = find_system("here")
+    assert here.unified and here.devices == 1
+    assert 1e8 < here.device.bandwidth.value < 1e13
+    assert 1e8 < here.device.peak("bf16") < 1e15
+    assert {figure.grade for figure in here.figures().values()} == {"M"}
