@@ -95,9 +95,13 @@ def open_reference(source: Any) -> Iterator[Reference]:
 def reference_in_bf16(reference: Reference) -> Reference:
     """Return the same model with its parameters and what it computes in bfloat16, as its weights mostly are stored.
 
-    Its buffers stay f32, as transformers keeps angles and routing biases, unless it does not run so.
+    Its attention is that which transformers takes unasked, where the model has it: eager attention in bf16 rounds the
+    scores and the weights of tokens as well. Its buffers stay f32, as transformers keeps angles and routing biases,
+    unless it does not run so.
     """
     model = deepcopy(reference.model)
+    if getattr(model, "_supports_sdpa", False):
+        model.set_attn_implementation("sdpa")
     found = Reference.of(model, f"{reference.name} in bf16")
     one = np.zeros((1, 1), np.int64)
     for tensors in (model.parameters(), model.buffers()):
