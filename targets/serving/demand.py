@@ -50,8 +50,9 @@ def decode_demand(
 
     With `drafts`, each sequence has so many tokens more, that are verified in the same step.
     """
-    tokens = batch / degrees.pp * (1 + drafts)
-    found = _demand(workload, system, degrees, storage, tokens, context, context, batch / degrees.pp)
+    together = max(1.0, batch / degrees.pp)  # sequences of one microbatch: a stage works on one at a time
+    tokens = together * (1 + drafts)
+    found = _demand(workload, system, degrees, storage, tokens, context, context, together)
     found.sequences = batch
     return found
 

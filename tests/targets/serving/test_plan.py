@@ -202,6 +202,8 @@ def test_more_of_something_takes_longer():
         plan("hgx-h200", tp=8, attention_dp=1, ep=8, pp=1, batch=b)["predicted"]["tpot_ms"] for b in (1, 8, 64, 512)
     ]
     assert times == sorted(times)
+    stages = [plan("hgx-h200", tp=1, attention_dp=1, ep=1, pp=n)["predicted"]["tpot_ms"] for n in (1, 2, 4)]
+    assert stages == sorted(stages)  # one request goes through the stages one after the other
     lengths = [plan("nvidia-h200:1", batch=8, input=n)["predicted"]["tpot_ms"] for n in (512, 8192, 32768)]
     assert lengths == sorted(lengths)
     drafts = [plan("nvidia-h200:1", drafts=n)["predicted"]["tpot_ms"] for n in (0, 1, 3)]
