@@ -10,7 +10,15 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Return moec's folder in the user's cache, which may not be there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # of the XDG rules: a path that is not absolute does not count
-    return (cache if cache.is_absolute() else Path.home() / ".cache") / "moec"
+    return (cache if cache.is_absolute() else _home() / ".cache") / "moec"
+
+
+def _home() -> Path:
+    """Return the user's home; where there is none a place that nothing can be kept in: another user could write elsewhere."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def keep_file(path: Path, content: bytes) -> None:

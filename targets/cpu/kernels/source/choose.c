@@ -37,7 +37,8 @@ static int has_avx2(void) {
   unsigned a, b, c, d, features;
   read_features(&features, &c, &d);
   if (!(features & 1u << 5) || !keeps_registers(6)) return 0;
-  return __get_cpuid(1, &a, &b, &c, &d) && c & 1u << 12; /* FMA */
+  enum { FMA = 1u << 12, F16C = 1u << 29 };
+  return __get_cpuid(1, &a, &b, &c, &d) && c & FMA && c & F16C;
 }
 
 static int has_avxvnni(void) {
@@ -122,6 +123,9 @@ const InstructionSet *choose_kernels(void) {
   const InstructionSet *set;
   for (int i = 0; (set = kernels_found(i)); i++) {
     if (asked && strcmp(asked, set->name)) continue;
+#if defined(__x86_64__) || defined(_M_X64)
+    if (!asked && set->name == amx_tiles.name) continue; /* no processor that has AMX has run it yet */
+#endif
     /* plain ones are slower than ONNX Runtime's operators, which the model's functions call */
     return asked || set->name != plain_kernels.name ? set : NULL;
   }
