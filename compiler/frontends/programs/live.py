@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram, export
 from ...errors import MoecError
 from .logs import without_logs
 
-OWN = Path(__file__).parents[3]  # the package: what a user has to change is not there
+OWN = Path(__file__).parents[2]  # compiler/: what a user has to change is not there
 Examples = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
 

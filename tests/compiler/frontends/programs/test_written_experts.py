@@ -87,6 +87,6 @@ def test_example(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     sizes = {line.split(":")[0]: int(line.split()[1].replace(",", "")) for line in done.stdout.splitlines()}
-    # both forms have the same weights and the same experts, in a sixth of the bytes with int4
+    # both forms have the same weights and the same experts: a sixth of the bytes with int4, and kernels for four platforms
     assert abs(sizes["einsum-f32"] - sizes["loop-f32"]) < 1000
-    assert sizes["loop-int4"] < sizes["loop-f32"] / 5
+    assert sizes["loop-int4"] < sizes["loop-f32"] / 4
