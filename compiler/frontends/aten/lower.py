@@ -1,8 +1,9 @@
-"""From an exported torch graph to IR ops, node by node; the handlers are in aten_ops.py and aten_shapes.py."""
+"""From an exported torch graph to IR ops, node by node; the handlers are in operators.py, shapes.py and the files beside them."""
 
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,12 +33,12 @@ def aten(*names: str) -> Callable[[Handler], Handler]:
     return declare
 
 
-class Proxy:
+class Proxy(ABC):
     """What stands for a tensor that the IR does not hold as it is; it says itself what operators make of it."""
 
+    @abstractmethod
     def apply(self, g: Graph, name: str, handler: Handler, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Return the result of an operator whose handler is given; MoecError for one that does not go."""
-        raise NotImplementedError
 
 
 @dataclass
