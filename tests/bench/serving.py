@@ -5,7 +5,7 @@
 
 nvidia.csv has one measured configuration a row (columns as in aiconfigurator's accuracy_tracking sample), others.csv those of other
 makers. Half of the configurations, chosen by a hash, are fitted to; errors are those of the other half, and of each model
-and chip in turn when nothing of it was fitted to. The shipped constants are fitted to all rows, their residuals are those of
+and chip when nothing of it was fitted to. The shipped constants are fitted to all rows, their residuals are those of
 the halves.
 """
 
