@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,19 @@ def test_the_kernels_keep_to_their_memory(tmp_path):
     with_avx512 = ["amx-int8", "avx-vnni"] if "avx512-vnni" in done.stdout else []
     for name in (*with_avx512, "plain"):
         assert f"{name}: 200 cases" in done.stdout
+
+
+def test_the_kernels_read_nothing_that_they_did_not_write(tmp_path):
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.skip("ziglang is not installed")
+    done = subprocess.run(
+        [checked(tmp_path, sys.executable, "-m", "ziglang", "cc", "-O2"), "100"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "plain: 100 cases" in done.stdout
 
 
 @pytest.mark.long

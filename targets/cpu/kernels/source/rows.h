@@ -41,6 +41,7 @@ INLINE float combine_scales(const Matrix *w, int row, int kind, const float *sca
     float weight = scale_of(w, first + g);
     out[g] = weight * scales[g], off += weight * sums[g] * point;
   }
+  store_numbers(out + g, no_numbers()); /* the last unit may have places for groups behind the row's: 0 times what lay there could be NaN */
   if (!zeros && !middle) return 0;
   return (zeros ? 1 : middle) * (off + sum_numbers(total));
 }

@@ -32,10 +32,17 @@ static float *numbers(size_t count, float most) {
   return x;
 }
 
+/* Leaves bytes of 0xff, which are NaN as numbers, where the next function keeps what it forgets to fill. */
+static __attribute__((noinline)) void dirty_stack(void) {
+  volatile uint8_t bytes[1 << 17];
+  for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = 0xff;
+}
+
 static double weight(const Matrix *w, int row, int k) {
   const Shape *s = w->shape;
   const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
   int code = s->bits == 8 ? codes[k] : codes[k / 2] >> (k % 2 * 4) & 15;
+  if (s->grid) return (double)scale_of(w, (size_t)row * s->groups + (size_t)(k / s->group)) * w->numbers[code];
   return (double)w->scales[(size_t)row * s->groups + k / s->group] * (code - zero_point(w, row, k / s->group));
 }
 
@@ -51,6 +58,7 @@ static int check_products(const InstructionSet *set, const Matrix *w, const Acti
   void *panel = aligned_alloc(64, (panel_bytes(s) + 63) / 64 * 64);
   for (int first = 0; first < s->rows; first += TILE) {
     int count = s->rows - first < TILE ? s->rows - first : TILE, left = s->rows - first - count;
+    dirty_stack();
     if (tiles) {
       set->multiply_tile(w, first, count, left < TILE ? left : TILE, p, panel);
     } else {
@@ -67,8 +75,8 @@ static int check_products(const InstructionSet *set, const Matrix *w, const Acti
       }
       double error = fabs(p->y[(size_t)i * p->stride + row] - wanted);
       if (!(error <= 1e-5 * size + 1e-6)) {
-        printf("%s: bits %d group %d rows %d width %d zeros %d, row %d of %d, activation %d of %d, tiles %d: %g, not %g\n",
-               set->name, s->bits, s->group, s->rows, s->width, w->zeros != NULL, row, s->rows, i, p->count, tiles,
+        printf("%s: bits %d grid %d group %d rows %d width %d zeros %d, row %d of %d, activation %d of %d, tiles %d: %g, not %g\n",
+               set->name, s->bits, s->grid, s->group, s->rows, s->width, w->zeros != NULL, row, s->rows, i, p->count, tiles,
                p->y[(size_t)i * p->stride + row], wanted);
         return 1;
       }
@@ -100,12 +108,21 @@ static int check_rounding(const InstructionSet *set, const Shape *s, const float
 static int check_case(const InstructionSet *set) {
   Shape s = {between(0, 1) ? 4 : 8, 16 << between(0, 4), between(1, 70)};
   s.width = s.group * between(1, 9);
+  s.grid = s.bits == 4 && between(0, 1);
   if (!complete_shape(&s)) return printf("a shape is refused\n"), 1;
   int known = between(1, 9), count = between(1, 20);
   float *x = numbers((size_t)known * s.width, 4), *scales = numbers((size_t)s.rows * s.groups, 0.1f);
   float *bias = between(0, 1) ? numbers((size_t)s.rows, 1) : NULL;
   uint8_t *codes = filled((size_t)s.rows * s.row_bytes), *zeros = between(0, 1) ? filled((size_t)s.rows * s.zeros_bytes) : NULL;
-  Matrix w = {&s, codes, scales, zeros, bias};
+  uint16_t *halves = filled(sizeof(uint16_t) * (size_t)s.rows * s.groups);
+  int8_t *grid = filled(16);
+  for (int i = 0; i < 16; i++) grid[i] = (int8_t)between(-127, 127);
+  for (int i = 0; i < s.rows * s.groups; i++) {
+    uint32_t number;
+    memcpy(&number, &scales[i], sizeof number);
+    halves[i] = (uint16_t)(number >> 16);
+  }
+  Matrix w = s.grid ? (Matrix){&s, codes, .halves = halves, .numbers = grid, .bias = bias} : (Matrix){&s, codes, scales, zeros, bias};
   Activations to = {filled((size_t)known * codes_row(&s)), filled(sizeof(float) * (size_t)known * s.groups),
                     filled(sizeof(float) * (size_t)known * s.groups)};
   int32_t *index = filled(sizeof(int32_t) * (size_t)count);
@@ -117,7 +134,7 @@ static int check_case(const InstructionSet *set) {
   Product p = {to, index, count, filled(sizeof(float) * (size_t)count * s.rows), (size_t)s.rows};
   int wrong = check_rounding(set, &s, x, &to, known) || check_products(set, &w, &to, &p, 0) ||
               (set->tile_from != NEVER && check_products(set, &w, &to, &p, 1));
-  free(x), free(scales), free(bias), free(codes), free(zeros), free(index), free(p.y);
+  free(x), free(scales), free(halves), free(grid), free(bias), free(codes), free(zeros), free(index), free(p.y);
   free(to.codes), free(to.scales), free(to.sums);
   return wrong;
 }

@@ -43,6 +43,7 @@ static int check_case(const AttentionKernels *kernels) {
             .q = q, .bias = bias, .bias_row = (size_t)all, .sum = sum, .most = most, .total = total,
             .scratch = numbers(scratch_numbers(width), 2)};
   int wrong = 0;
+  memset(p.scratch, 0xff, scratch_numbers(width) * sizeof(float)); /* NaN, where it is read before it is written */
   kernels->attend(&p);
   for (int i = 0; i < rows && !wrong; i++) {
     int token = (row + i) / heads, place = past + token;
