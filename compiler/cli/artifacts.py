@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,69 +21,114 @@ from .base import (
     read_text,
 )
 
+if TYPE_CHECKING:
+    from ..runtime.artifact import Artifact
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_GENERATION_OPTIONS = (
+    click.option("--stop", "stops", metavar="TEXT", multiple=True, help="Stop in front of this text; repeatable."),
+    click.option("--greedy", is_flag=True, help="Take the most likely token every time."),
+    click.option(
+        "--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: the model's own setting]"
+    ),
+    click.option(
+        "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens of this mass."
+    ),
+    click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens."),
+    click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]"),
+    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]"),
+    click.option(
+        "--accuracy",
+        type=click.Choice(["fast", "exact"]),
+        help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: as compiled]",
+    ),
+    device_option,
+)
+
+
+def generation_options(command: Command) -> Command:
+    """Add the options of every command that generates: how tokens are drawn, where it stops, what computes."""
+    for option in reversed(_GENERATION_OPTIONS):
+        command = option(command)
+    return command
+
+
+def drawing_settings(artifact: Artifact, seed: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of artifact.run; who names a seed, a top-p or a top-k wants to draw."""
+    draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
+    if settings["greedy"] and (draws or settings["temperature"]):
+        raise click.UsageError("--greedy draws nothing: leave out --seed, --temperature, --top-p and --top-k")
+    found = {**settings, "seed": seed or 0}
+    if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
+        found["temperature"] = 1.0
+    return found
+
 
 @click.command(
     epilog=examples_epilog(
         'moec run tiny --prompt "import os" --greedy --max-new-tokens 64',
+        'moec run tiny --chat --system "Answer in one line." --prompt "What is an expert?"',
+        "moec run tiny --prompt-file - --stop '```' < prompt.txt",
         "moec run tiny --tokens 12,7,99 --seed 3 --top-p 0.9",
         "moec run layer --inputs x.npz --outputs y.npz",
     )
 )
 @click.argument("folder", metavar="DIR")
 @click.option("--prompt", help="The text to continue.")
+@click.option(
+    "--prompt-file", metavar="FILE", help="A file with the text, - for standard input; its last line break is left out."
+)
+@click.option("--chat", is_flag=True, help="The prompt is a message: answer it, with the model's own chat template.")
+@click.option("--system", metavar="TEXT", help="With --chat: the system message in front of it.")
 @click.option("--tokens", help="Token ids to continue, as in 1,2,3; prints token ids.")
 @click.option("--inputs", metavar="FILE", help="Arrays (.npz) to call a program with that is no language model.")
 @click.option("--outputs", metavar="FILE", help="Where to write its results (.npz).")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=0), metavar="N")
-@click.option("--greedy", is_flag=True, help="Take the most likely token every time.")
-@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy.  [default: the model's own setting]")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens of this mass."
-)
-@click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens.")
-@click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]")
-@click.option(
-    "--accuracy",
-    type=click.Choice(["fast", "exact"]),
-    help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: as compiled]",
-)
-@device_option
+@generation_options
 @click.option("--check-files", is_flag=True, help="Compare the sha256 of every file with moec.json first.")
 @json_option
 @debug_option
 def run(
-    folder: str, prompt: str | None, tokens: str | None, inputs: str | None, outputs: str | None, as_json: bool,
-    seed: int | None, threads: int | None, accuracy: str | None, check_files: bool, device: str | None, **settings: Any,
+    folder: str, prompt: str | None, prompt_file: str | None, chat: bool, system: str | None, tokens: str | None,
+    inputs: str | None, outputs: str | None, as_json: bool, seed: int | None, threads: int | None,
+    accuracy: str | None, check_files: bool, device: str | None, stops: tuple[str, ...], **settings: Any,
 ) -> None:  # fmt: skip
     """Generate with an artifact, or call it.
 
-    Text is printed as it comes, then the speed on standard error. Without options a model samples as its generation_config.json has it, or takes the most likely token. A program that is no language model is called with the arrays of --inputs.
+    Text is printed as it comes, then on standard error the speed and why it stopped. Without options a model samples as its generation_config.json has it, or takes the most likely token. A program that is no language model is called with the arrays of --inputs.
     """
-    if [prompt, tokens, inputs].count(None) != 2:
-        raise click.UsageError("give one of --prompt, --tokens and --inputs")
+    if [prompt, prompt_file, tokens, inputs].count(None) != 3:
+        raise click.UsageError("give one of --prompt, --prompt-file, --tokens and --inputs")
     if outputs is not None and inputs is None:
         raise click.UsageError("--outputs is for what --inputs gives")
+    if chat and (tokens is not None or inputs is not None):
+        raise click.UsageError("--chat answers a text: give --prompt or --prompt-file")
+    if system is not None and not chat:
+        raise click.UsageError("--system belongs to --chat")
     if inputs is not None:
         options = {"threads": threads, "accuracy": accuracy, "device": device}
         return _call_program(Path(folder), inputs, outputs, as_json, check_files, options)
     ids = None if tokens is None else _token_ids(tokens)
+    if prompt_file is not None:
+        prompt = read_text(prompt_file).removesuffix("\n")
     from ..runtime.artifact import Artifact
 
     artifact = Artifact.open(Path(folder), check=check_files)
-    from .show import end_notes, generation_json, ran_on, speed_line
+    from .show import end_notes, generation_json, speed_line
 
-    draws = any(value is not None for value in (seed, settings["top_p"], settings["top_k"]))
-    if draws and settings["temperature"] is None and not artifact.sampling()["temperature"]:
-        settings["temperature"] = 1.0  # who names a seed or a top-p wants to draw
-    streams = {} if as_json else {"on_token": _stream_ids()} if prompt is None else {"on_text": _stream_text}
+    if chat:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        ids, prompt = artifact.chat_tokens([*first, {"role": "user", "content": prompt}]), None
+    streams = {} if as_json else {"on_token": _stream_ids()} if tokens is not None else {"on_text": stream_text}
+    settings = drawing_settings(artifact, seed, settings)
     session = artifact.session(threads=threads, accuracy=accuracy, device=device)
-    result = artifact.run(prompt, tokens=ids, seed=seed or 0, session=session, **streams, **settings)
+    result = artifact.run(prompt, tokens=ids, stop=stops, session=session, **streams, **settings)
     if as_json:
         click.echo(json.dumps(generation_json(result), indent=2))
         return
     click.echo()
-    click.echo(speed_line(result) + ran_on(session), err=True)
+    click.echo(speed_line(result, session), err=True)
     if is_debugging(click.get_current_context()) and (computes := getattr(session, "kernels", "")):
         click.echo(f"quantized layers: {computes}", err=True)
     print_notes(end_notes(artifact.end_tokens))
@@ -115,7 +160,8 @@ def _token_ids(text: str) -> list[int]:
         raise click.BadParameter(f"{text!r} is not a list of token ids such as 1,2,3", param_hint="--tokens") from None
 
 
-def _stream_text(_: int, text: str) -> None:
+def stream_text(_: int, text: str) -> None:
+    """Print text as it comes."""
     click.echo(text, nl=False)
 
 

@@ -30,6 +30,7 @@ from .base import (
     write_text,
 )
 from .bench import bench
+from .chat import chat
 from .plan import plan
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -183,6 +184,7 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 
 
 main.add_command(run)
+main.add_command(chat)
 main.add_command(verify)
 main.add_command(bench)
 main.add_command(plan)

@@ -164,6 +164,7 @@ def generation_json(found: Generation) -> dict[str, Any]:
     return {
         "tokens": found.tokens[0],
         "text": found.text[0] if found.text else None,
+        "stopped": found.stopped[0],
         "prompt_tokens": found.prompt_tokens,
         "prefill_seconds": found.prefill_seconds,
         "decode_seconds": found.decode_seconds,
@@ -178,10 +179,19 @@ def ran_on(session: Any) -> str:
     return f", on {runs}" if runs else ""
 
 
-def speed_line(found: Generation) -> str:
-    """Return the speed of a generation as one line."""
+def speed_line(found: Generation, session: Any = None) -> str:
+    """Return the speed of a generation, what it ran on and why it stopped as one line."""
     new = sum(map(len, found.tokens))
     return (
         f"{found.prompt_tokens} prompt tokens at {found.prefill_rate:.1f} tokens/s, "
-        f"{new} new tokens at {found.decode_rate:.1f} tokens/s"
+        f"{new} new tokens at {found.decode_rate:.1f} tokens/s{ran_on(session)}; {stop_reason(found.stopped[0])}"
     )
+
+
+def stop_reason(stopped: str) -> str:
+    """Return why a generation stopped, in words."""
+    return {
+        "end token": "stopped at an end token",
+        "stop text": "stopped in front of a stop text",
+        "context": "stopped at the end of the model's context",
+    }.get(stopped, "stopped after --max-new-tokens")

@@ -13,7 +13,8 @@ from ..artifact.manifest import add_figures, check_files, is_language_model, rea
 from ..errors import MoecError
 from ..errors.paths import check_path
 from .calls import bind_arrays
-from .generate import Generation, Runner, generate
+from .chat import ChatTemplate, load_template
+from .generate import END, Generation, Runner, generate
 from .tokenizer import TextStream, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Artifact:
         top_p: float | None = None,
         seed: int = 0,
         eos: Collection[int] | None = None,
+        stop: Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         session: Runner | None = None,
@@ -90,29 +92,58 @@ class Artifact:
         """Continue a text, or token ids, or a list of either as one batch.
 
         What is not given is as generation_config.json has it: without sampling there (do_sample), the most likely
-        token is taken. `on_token(row, id)` and `on_text(row, text)` are called as tokens and whole characters come.
-        The text of the result is None where there is no tokenizer.
+        token is taken. A row ends at an end token, in front of a text of `stop`, after `max_new_tokens` or with the
+        model's context; `stopped` of the result says which. `on_token(row, id)` and `on_text(row, text)` are called as
+        tokens and whole characters come. The text of the result is None where there is no tokenizer.
+
+        >>> artifact.run("def main():", max_new_tokens=40, stop=["\\n\\n"]).text[0]  # doctest: +SKIP
+        '\\n    parser = argparse.ArgumentParser()'
         """
         rows = self._rows(prompt, tokens)
         settings = self.sampling()
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings |= {key: value for key, value in given.items() if value is not None}
-        streams = [TextStream(self.tokenizer) for _ in rows] if on_text else []
+        ends = self.eos if eos is None else frozenset(eos)
+        streams = [TextStream(self.tokenizer, stop) for _ in rows] if on_text or stop else []
+        written: list[list[str]] = [[] for _ in rows]
 
-        def forward(row: int, token: int) -> None:
+        def write(row: int, text: str) -> None:
+            written[row].append(text)
+            if on_text and text:
+                on_text(row, text)
+
+        def forward(row: int, token: int) -> bool:
             if on_token:
                 on_token(row, token)
-            if on_text and (text := streams[row].push(token)):
-                on_text(row, text)
+            if streams and token not in ends:  # an end token is no text
+                write(row, streams[row].push(token))
+            return bool(streams) and streams[row].stopped
 
         found = generate(
             session or self.default_session, rows, max_new_tokens=max_new_tokens, greedy=greedy, seed=seed,
-            eos=self.eos if eos is None else eos, on_token=forward if on_token or on_text else None, **settings,
+            eos=ends, on_token=forward if on_token or streams else None, **settings,
         )  # fmt: skip
         for row, stream in enumerate(streams):
-            if on_text and (text := stream.finish()):
-                on_text(row, text)
-        return replace(found, text=self._texts(found, wanted=prompt is not None))
+            write(row, stream.finish())
+        text = ["".join(parts) for parts in written] if streams else self._texts(found, wanted=prompt is not None)
+        return replace(found, text=text)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+        """Answer the last of a conversation's messages, with the model's own chat template; options as in `run`.
+
+        >>> artifact.chat([{"role": "user", "content": "Name a colour."}]).text[0]  # doctest: +SKIP
+        'Blue.'
+        """
+        return self.run(tokens=self.chat_tokens(messages), **options)
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the tokens that the model continues with its answer to a conversation."""
+        return self.tokenizer.encode(self.chat_template.render(messages), special=False)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The chat template that came with the checkpoint; MoecError if it came without one."""
+        return load_template(self.folder)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Call a program that is no language model as its module is called: with arrays or torch tensors.
@@ -166,8 +197,9 @@ class Artifact:
         return [rows] if not rows or not isinstance(rows[0], Sequence) else [list(row) for row in rows]
 
     def _texts(self, found: Generation, wanted: bool) -> list[str] | None:
+        rows = zip(found.tokens, found.stopped, strict=True)
         try:
-            return [self.tokenizer.decode(row) for row in found.tokens]
+            return [self.tokenizer.decode(row[:-1] if stopped == END else row) for row, stopped in rows]
         except MoecError:
             if wanted:
                 raise

@@ -24,6 +24,10 @@ class Runner(Protocol):
     def vocabulary(self) -> int:
         """How many tokens the model has an embedding for: ids are below it."""
 
+    @property
+    def context(self) -> int:
+        """The most tokens that a sequence may have."""
+
     def step(
         self,
         input_ids: np.ndarray,
@@ -38,15 +42,35 @@ class Runner(Protocol):
         """
 
 
+# why a sequence ended
+END, LENGTH, CONTEXT, STOP = "end token", "max-new-tokens", "context", "stop text"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one sequence are drawn, by a generator of its own that `seed` starts, and how many at most."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: tuple[int, ...] = (0, 0)
+
+
 @dataclass(frozen=True)
 class Generation:
-    """New tokens of each row (with the end-of-sequence token where there was one), their text, and the times taken."""
+    """New tokens of each row (with the end-of-sequence token where there was one), their text, and the times taken.
+
+    `stopped` says why each row ended: at an end token, at a stop text, after the tokens asked for (max-new-tokens) or at
+    the end of the model's context.
+    """
 
     tokens: list[list[int]]
     prompt_tokens: int
     prefill_seconds: float
     decode_seconds: float
     text: list[str] | None = None
+    stopped: tuple[str, ...] = ()
 
     @property
     def prefill_rate(self) -> float:
@@ -83,43 +107,71 @@ def generate(
     greedy: bool = False,
     eos: Collection[int] = frozenset(),
     seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
 ) -> Generation:
     """Continue every row of `tokens` by up to `max_new_tokens` tokens.
 
     `greedy` or a temperature of 0 takes the most likely token; else a row draws from its own generator, so that what
-    it draws depends on `seed` and the row's number only. A row ends after a token of `eos`. `on_token(row, token)` is
-    called as tokens come. Raises MoecError for settings that mean nothing and for logits that are not numbers.
+    it draws depends on `seed` and the row's number only. The rest is as in `generate_rows`.
     """
     temperature = 0.0 if greedy else temperature
-    _check_settings(tokens, max_new_tokens, temperature, top_k, top_p)
+    rows = [Sampling(max_new_tokens, temperature, top_k, top_p, (seed, row)) for row in range(len(tokens))]
+    return generate_rows(session, tokens, rows, eos=eos, on_token=on_token)
+
+
+def generate_rows(
+    session: Runner,
+    tokens: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    *,
+    eos: Collection[int] = frozenset(),
+    on_token: Callable[[int, int], object] | None = None,
+) -> Generation:
+    """Continue every row of `tokens` as one batch, each with settings of its own.
+
+    A row ends after a token of `eos`, after its number of tokens, and where `on_token(row, token)`, which is called as
+    tokens come, returns True; all rows end where the longest fills the context. Raises MoecError for settings that mean
+    nothing, for a prompt that is longer than the context and for logits that are not numbers.
+    """
+    _check_prompts(tokens)
+    for sampling in samplings:
+        check_sampling(sampling)
     check_tokens((token for row in tokens for token in row), session.vocabulary)
-    if max_new_tokens == 0:
-        return Generation([[] for _ in tokens], 0, 0.0, 0.0)
-    generators = [np.random.default_rng([seed, row]) for row in range(len(tokens))]
     found: list[list[int]] = [[] for _ in tokens]
-    running = [True] * len(tokens)
+    stopped = ["" if sampling.max_new_tokens else LENGTH for sampling in samplings]
+    if all(stopped):
+        return Generation(found, 0, 0.0, 0.0, stopped=tuple(stopped))
+    generators = [np.random.default_rng(sampling.seed) for sampling in samplings]
     start = time.perf_counter()
     ids, mask, positions = left_pad(tokens)
     logits, states = run_prefill(session, ids, mask, positions)
     begun = time.perf_counter()
     following, one = positions[:, -1:] + 1, np.ones((len(tokens), 1), np.int64)
+    chosen = [0] * len(tokens)
     while True:
-        chosen = [
-            sample_token(row, rng, temperature, top_k, top_p) for row, rng in zip(logits, generators, strict=True)
-        ]
-        for row, token in enumerate(chosen):
-            if running[row]:
-                found[row].append(token)
-                running[row] = token not in eos and len(found[row]) < max_new_tokens
-                if on_token:
-                    on_token(row, token)
-        if not any(running):
+        for row, sampling in enumerate(samplings):
+            if stopped[row]:
+                continue  # what it is given from here on is not read
+            chosen[row] = token = sample_token(
+                logits[row], generators[row], sampling.temperature, sampling.top_k, sampling.top_p
+            )
+            found[row].append(token)
+            ended = on_token is not None and on_token(row, token) is True
+            if token in eos:
+                stopped[row] = END
+            elif ended:
+                stopped[row] = STOP
+            elif len(found[row]) >= sampling.max_new_tokens:
+                stopped[row] = LENGTH
+            elif mask.shape[1] >= session.context:
+                stopped[row] = CONTEXT
+        if all(stopped):
             break
         mask = np.concatenate([mask, one], axis=1)
         step, states = session.step(np.array(chosen, np.int64)[:, None], mask, following, states, last=1)
         logits, following = step[:, -1], following + 1
-    return Generation(found, sum(map(len, tokens)), begun - start, time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    return Generation(found, sum(map(len, tokens)), begun - start, seconds, stopped=tuple(stopped))
 
 
 def run_prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -172,16 +224,18 @@ def _nucleus_indices(weights: np.ndarray, order: np.ndarray, mass: float) -> np.
     return found
 
 
-def _check_settings(
-    tokens: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float
-) -> None:
+def _check_prompts(tokens: Sequence[Sequence[int]]) -> None:
     if not tokens or not all(len(row) for row in tokens):
         raise MoecError("the prompt has no tokens", todo="give at least one token in every row")
-    if max_new_tokens < 0:
-        raise MoecError(f"the number of new tokens is {max_new_tokens}", todo="give 0 or more")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise MoecError(f"the temperature is {temperature}", todo="give 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise MoecError(f"top-k is {top_k}", todo="give 1 or more, or leave it out")
-    if not 0 < top_p <= 1:
-        raise MoecError(f"top-p is {top_p}", todo="give a number above 0 and up to 1")
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise MoecError for settings that mean nothing."""
+    if sampling.max_new_tokens < 0:
+        raise MoecError(f"the number of new tokens is {sampling.max_new_tokens}", todo="give 0 or more")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise MoecError(f"the temperature is {sampling.temperature}", todo="give 0 (greedy) or a positive number")
+    if sampling.top_k is not None and sampling.top_k < 1:
+        raise MoecError(f"top-k is {sampling.top_k}", todo="give 1 or more, or leave it out")
+    if not 0 < sampling.top_p <= 1:
+        raise MoecError(f"top-p is {sampling.top_p}", todo="give a number above 0 and up to 1")

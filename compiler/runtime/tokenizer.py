@@ -21,9 +21,12 @@ KEPT = 8  # tokens of context that stay in front of new ones: some decoders trea
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`encode` gives the ids of a text, with the special tokens the model expects; `decode` leaves those out."""
+    """`encode` gives the ids of a text, with the special tokens the model expects; `decode` leaves those out.
 
-    encode: Callable[[str], list[int]]
+    `encode(text, special=False)` adds none: a chat template writes them itself.
+    """
+
+    encode: Callable[..., list[int]]
     decode: Callable[[Sequence[int]], str]
 
 
@@ -55,9 +58,9 @@ def _from_json(path: Path) -> Tokenizer:
         found.no_padding()
         found.no_truncation()
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, special: bool = True) -> list[int]:
         with _reword_errors("the tokenizer cannot read the text", path):
-            return found.encode(text).ids
+            return found.encode(text, add_special_tokens=special).ids
 
     def decode(ids: Sequence[int]) -> str:
         with _reword_errors("the tokenizer cannot write the tokens", path):
@@ -105,9 +108,10 @@ def _from_transformers(folder: Path) -> Tokenizer:
     with _reword_errors("transformers cannot load the tokenizer", folder):
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, special: bool = True) -> list[int]:
         with _reword_errors("the tokenizer cannot read the text", folder):
-            return list(found(text, truncation=False, verbose=False)["input_ids"])
+            taken = found(text, truncation=False, verbose=False, add_special_tokens=special)
+            return list(taken["input_ids"])
 
     def decode(ids: Sequence[int]) -> str:
         with _reword_errors("the tokenizer cannot write the tokens", folder):
@@ -117,15 +121,38 @@ def _from_transformers(folder: Path) -> Tokenizer:
 
 
 class TextStream:
-    """Turns tokens into text as they come. Whole characters only: byte-level tokens may end inside of one."""
+    """Turns tokens into text as they come. Whole characters only: byte-level tokens may end inside of one.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    The text ends in front of the first of `stops`; `stopped` says that one came. What may be the beginning of one is
+    held back until it is known.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        if not all(stops):
+            raise MoecError("a stop text is empty", todo="leave it out")
         self._decode = tokenizer.decode
+        self._stops = tuple(stops)
+        self._held = ""  # text that may be the beginning of a stop text
+        self.stopped = False
         self._window: list[int] = []
         self._shown = 0  # characters of the window's text that were handed out
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is complete now, maybe none."""
+        return self._until_stop(self._complete_text(token))
+
+    def _until_stop(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        self.stopped = bool(found)
+        beginnings = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        whole = min(found) if found else len(text) - max(beginnings, default=0)
+        self._held = text[whole:]
+        return text[:whole]
+
+    def _complete_text(self, token: int) -> str:
         self._window.append(token)
         text = self._decode(self._window)
         # an unfinished character decodes to at most three replacement characters (one for each byte)
@@ -139,9 +166,11 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """Return what was held back: a character that the model left unfinished."""
-        rest = self._decode(self._window)[self._shown :]
-        self._window, self._shown = [], 0
+        """Return what was held back: a character that the model left unfinished, the beginning of a stop text."""
+        rest = self._until_stop(self._decode(self._window)[self._shown :])
+        if not self.stopped:
+            rest += self._held
+        self._window, self._shown, self._held = [], 0, ""
         return rest
 
     def _shorten(self, text: str) -> None:

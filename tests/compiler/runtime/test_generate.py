@@ -119,7 +119,7 @@ def test_logits_must_be_numbers(bad):
         ([[1]], {"top_k": 0}, "top-k"),
         ([[1]], {"top_p": 0.0}, "top-p"),
         ([[1]], {"top_p": 1.5}, "top-p"),
-        ([[1] * 60], {"max_new_tokens": 10}, "context of 64"),
+        ([[1] * 65], {"max_new_tokens": 10}, "context of 64"),
     ],
 )
 def test_settings_that_mean_nothing(tiny_lm, prompts, settings, message):
