@@ -26,6 +26,7 @@ from ..compiler.weights.steps.table import step
 # attention is the most sensitive one
 PREFERRED = {"experts": (256, 128, 64, 32, 16), "attention": (32, 16)}
 PREFERRED_ELSEWHERE = (128, 64, 32, 16)
+_ONE_WEIGHT = ("nn.embedding", "core.linear")  # ops that store no weights alike
 
 
 @pass_(reads="moe", rounds=True, judge=check_options)
@@ -37,8 +38,9 @@ def quantize(
     """Store weights in fewer bits.
 
     Each role takes a number of bits (int8, int4, int2), a format by its name (uint4_g64, mxfp4, nvfp4, fp8_b128 ...), or f32
-    to be left as it is. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of
-    weights that share a scale; without one it is the largest that divides, that the target holds and is not slow at.
+    to be left as it is. A head that is tied to the embedding is stored once, in the more bits of the two, if no format is
+    named. Weights of 2 and 4 bits have zero points unless `symmetric` is set. `group` is the number of weights that share
+    a scale; without one it is the largest that divides, that the target holds and is not slow at.
     `method` is rtn (to nearest, with a search for the scale), gptq or awq (with the inputs on a calibration text);
     `starved` is what these do with experts that saw fewer than 32 tokens of that text: rtn, or force (other tokens are
     sent through them). `layers` gives single layers formats of their own, as in `0..2.attention=int8_g128
@@ -62,6 +64,7 @@ def quantize(
             for place, spec in _format_specs(function, own, policies[function.name])
         }
         chosen = {place: format for place, format in found.items() if isinstance(format, Format)}
+        chosen |= _shared_formats(function, chosen, own, policies[function.name], target)
         scaled, unscaled = fold_awq_scales(function) if method == "awq" and chosen else (function, [])
         functions[function.name] = _quantize_operands(scaled, chosen, how)
         refused = [note for note in found.values() if isinstance(note, Note)]
@@ -234,6 +237,26 @@ def _would_work(op: Op, weights: list[Value], format: Format, target: Any) -> st
     names = [f"{prefix}int{bits}_g{g}" for bits in (format.bits, 4, 8) for prefix in ("", "u") for g in GROUPS]
     fitting = [n for n in dict.fromkeys(names) if (f := find_format(n)) and not _why_not_stored(op, weights, f, target)]
     return f"formats that work: {', '.join(fitting[:8])}" if fitting else "leave this role at f32"
+
+
+def _shared_formats(
+    function: Function, chosen: Mapping[Place, Format], roles: Mapping[Place, str], policy: Policy, target: Any
+) -> dict[Place, Format]:
+    """Return one format for a weight that several ops read in formats that no name asks for: a head tied to an embedding.
+
+    It is the one of most bits: storing the weight in both would take more bytes, and lose more of its numbers.
+    """
+    readers: dict[Value, list[Place]] = {}
+    for i, k in chosen:
+        op = function.ops[i]
+        if op.name in _ONE_WEIGHT and find_format(policy.of(op, roles[i, k])) is None and (value := op.operands[k]):
+            readers.setdefault(value, []).append((i, k))
+    found: dict[Place, Format] = {}
+    for value, places in readers.items():
+        widest = max((chosen[place] for place in places), key=lambda f: f.bits_per_weight)
+        if not any(_why_not_stored(function.ops[i], [value], widest, target) for i, _ in places):
+            found |= dict.fromkeys(places, widest)
+    return found
 
 
 # --- storing it ------------------------------------------------------------------------------------------------
