@@ -86,6 +86,7 @@ def compile_source(
     weights: Path | str | None = None,
     tokenizer: Any = None,
     example_inputs: Any = None,
+    plan: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a source for a target into the folder `out`.
@@ -97,10 +98,12 @@ def compile_source(
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is an option of the target's lowering, on the CPU `fast` (int8 activations beside quantized weights, the
-    default) or `exact` (f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `stop_after` is
-    a stage or a pass. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
+    default) or `exact` (f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `plan` is the file of a plan
+    (`moec plan -o`), whose devices' shards are written instead of an artifact of a target. `stop_after` is a stage or a pass. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
     those in all. Raises MoecError; the folder is then as it was before.
     """
+    if plan is not None:
+        target, options, quantize = _planned(Path(plan), options, quantize)
     chosen = open_target(target, options or {})
     table = passes_for(chosen)
     asked = with_lowering(chosen.pipeline if pipeline is None else parse_pipeline(pipeline))
@@ -134,7 +137,7 @@ def compile_source(
         before = run_pipeline(loaded.module, passes, target=chosen, stop_after="moe", table=table).module
         return plan_under_budget(budget, method, loaded, before, table[PASS], chosen, calibration, limit)
 
-    whole, plan = with_quantization(asked, request, loaded.module, make_plan)
+    whole, chosen_formats = with_quantization(asked, request, loaded.module, make_plan)
     passes = remaining_passes(loaded.module, whole, table)
     run = run_pipeline(
         loaded.module, passes, target=chosen, check=check, dump=dumps, stop_after=stop_after, table=table
@@ -152,11 +155,20 @@ def compile_source(
     with returning_freed_memory(memory_limit is not None or calibrating):
         if calibrating:
             loaded, figures["calibration"] = calibrate_weights(loaded, run.given.get(LOWER), calibration, folder, limit)
-        artifact = _emit_artifact(run, loaded, chosen, whole, folder, tile, progress, figures, plan)
+        artifact = _emit_artifact(run, loaded, chosen, whole, folder, tile, progress, figures, chosen_formats)
     if verify:
         against = loaded.folder if stored else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
     return Compiled(artifact, run.module, notes, run.timings)
+
+
+def _planned(
+    plan: Path, options: Mapping[str, str] | None, quantize: str | None
+) -> tuple[str, Mapping[str, str], str | None]:
+    """Return target, options and formats of the shards of a plan."""
+    from ..targets.ranks.layout import quantize_text
+
+    return "ranks", {**(options or {}), "plan": str(plan)}, quantize or quantize_text(plan)
 
 
 def _check_places(source: Path, target: Target, out: Path | str | None, *, writes: bool, quantized: bool) -> None:
@@ -216,7 +228,7 @@ def _emit_artifact(
         write_manifest(
             folder, module, source=source, target=target.name, pipeline=print_pipeline(pipeline), moec=__version__,
             files=written.files, precision=stored_formats(module), lossy=is_lossy(module), figures=figures,
-            unfused=fusion_report(module, run.notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
+            unfused=[] if target.keeps_experts else fusion_report(module, run.notes), replaced=[stand_in.entry() for stand_in in loaded.replaced],
             kernels=written.kernels,
             packages={name: metadata.version(name) for name in ("torch", "transformers", *target.packages)},
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The targets, by name: `cpu`, one for each profile of an accelerator, and those of packages outside of moec.
+"""The targets, by name: `cpu`, `ranks` (the shards of a plan), one for each profile of an accelerator, and those of packages outside of moec.
 
 A target of moec is a folder here and a name in `TARGETS`; what packages bring is in `compiler/errors/plugins.py`.
 """
@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, Any
 from ..compiler.errors.plugins import TARGETS as BROUGHT
 from ..compiler.errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
 from .cpu import TARGET as CPU
+from .ranks import TARGET as RANKS
 from .target import Target
 
 if TYPE_CHECKING:
     from ..compiler.errors import MoecError
 
 
+OWN = {target.name: target for target in (CPU, RANKS)}
+
+
 class _Targets(Mapping[str, Target]):
     """Makes a target of an accelerator when it is asked for: a profile is a file, and names are those of the files."""
 
     def __getitem__(self, name: str) -> Target:
-        if name == CPU.name:
-            return CPU
+        if name in OWN:
+            return OWN[name]
         from .accelerator.chip.profile import profile_file
         from .accelerator.target import find_accelerator
 
@@ -40,7 +44,7 @@ class _Targets(Mapping[str, Target]):
     def __iter__(self) -> Iterator[str]:
         from .accelerator.chip.profile import known_profiles
 
-        own = (CPU.name, *known_profiles())
+        own = (*OWN, *known_profiles())
         refuse_names(BROUGHT, set(own))
         return iter((*own, *entry_points_of(BROUGHT)))
 
@@ -56,7 +60,7 @@ def open_target(name: str, options: Mapping[str, str]) -> Target:
     from .accelerator.chip.describe import is_profile
     from .accelerator.target import find_accelerator
 
-    if name != CPU.name and is_profile(name):
+    if name not in OWN and is_profile(name):
         return find_accelerator(name, options)
     if name not in TARGETS:
         raise unknown_target(name)

@@ -123,4 +123,5 @@ class Target:
         None  # what kernels of its own find of the machine that this runs on
     )
     predict: Predict | None = None  # for a target that is known by its figures
+    keeps_experts: bool = False  # moe.experts is an op of its own, and none that its lowering left over
     packages: tuple[str, ...] = ()  # what it makes artifacts with; moec.json records the versions

@@ -27,6 +27,7 @@ FLOORS = (
     {"targets/accelerator", "targets/cpu"},
     {"targets/systems"},
     {"targets/serving"},
+    {"targets/ranks"},
     {"targets"},
     {"compiler/runtime"},
     {"compiler/quantize"},

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors.paths import check_source
 from ..version import __version__
@@ -58,6 +59,7 @@ def main() -> None:
         "moec compile config-folder --stop-after moe | less",
         "moec compile examples/tiny-moe --quantize auto,method=gptq --budget 4.5bpw --calibration text.txt",
         "moec compile program.moir --weights checkpoint-folder -o out",
+        "moec compile checkpoint-folder --plan plan.json -o shards",
     )
 )
 @click.argument("source")
@@ -91,6 +93,7 @@ def main() -> None:
 @click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
 @click.option("--timings", is_flag=True, help="Say how long each pass took.")
 @click.option("--weights", metavar="DIR", help="The checkpoint folder of a .moir source.")
+@click.option("--plan", metavar="FILE", help="Write the shards of the devices of a plan (`moec plan -o FILE`).")
 @trust_option
 @debug_option
 def compile(
@@ -112,6 +115,9 @@ def compile(
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")
     if out and out.endswith(".moir") and not stop_after:
         raise click.UsageError("-o names the artifact folder; add --stop-after kernel to write a .moir file")
+    named = click.get_current_context().get_parameter_source("target")
+    if given["plan"] and named is not ParameterSource.DEFAULT:
+        raise click.UsageError("--plan says what is compiled for; leave out --target")
     keys = _key_values(options)
     from .. import driver
 

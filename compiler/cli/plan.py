@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors.paths import check_source
-from .base import debug_option, examples_epilog, json_option, trust_option
+from .base import debug_option, examples_epilog, json_option, trust_option, write_text
 
 PLACES = {"device": "in device memory", "host": "in host memory", "disk": "on disk"}
 COUNT = click.IntRange(min=1)
@@ -30,6 +30,7 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
         "moec plan folder-with-config-json --on nvidia-h200:8 --engine trtllm --weights fp8 --batch 64",
         "moec plan folder-with-config-json --on rtx5090-pc --weights fp4",
         "moec plan folder-with-config-json --on gb300-nvl72 --batch 512 --tpot 50ms --ttft 2s --json",
+        "moec plan checkpoint --on nvidia-h200:8 --ep 8 -o plan.json && moec compile checkpoint --plan plan.json",
     )
 )
 @click.argument("source")
@@ -77,10 +78,11 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
     callback=lambda c, p, v: seconds_option(v, p),
     help="Most time to the first token, as in 2s.",
 )
+@click.option("-o", "--out", metavar="FILE", help="Write the plan as JSON, for `moec compile --plan FILE`.")
 @json_option
 @trust_option
 @debug_option
-def plan(source: str, on: str, as_json: bool, trust_remote_code: bool, **asked: Any) -> None:
+def plan(source: str, on: str, as_json: bool, out: str | None, trust_remote_code: bool, **asked: Any) -> None:
     """Say whether a model fits a system, and how fast it runs.
 
     SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Times are predicted, with the
@@ -90,8 +92,11 @@ def plan(source: str, on: str, as_json: bool, trust_remote_code: bool, **asked: 
     from ..driver import plan as make_plan
 
     found = make_plan(source, on, trust_remote_code=trust_remote_code, **asked)
+    if out is not None:
+        write_text(json.dumps(found, indent=2) + "\n", out)
     if as_json:
         click.echo(json.dumps(found, indent=2))
+    if as_json or out == "-":
         return
     show_plan(found)
 

@@ -148,9 +148,12 @@ def _candidates(
         check_degrees(degrees, workload, system)
         ways = [degrees]
     else:
-        ways = [w for w in possible_degrees(workload, system, given) if not spread or w.dp <= request.batch]
+        ways = list(possible_degrees(workload, system, given))
+        ways = [w for w in ways if not spread or w.dp <= request.batch] or ways
         if not ways:
-            check_degrees(replace(Degrees(), **given), workload, system)
+            # experts of as many devices as are asked for: so the reason is what forbids that
+            whole = {"dp": max(1, given.get("ep", 1) // given.get("tp", 1)), **given}
+            check_degrees(replace(Degrees(), **whole), workload, system)
             raise MoecError(f"no degrees with {given} divide {system.name}")
     return [_candidate(workload, system, storage, request, engine, constants, way) for way in ways]
 
@@ -264,6 +267,8 @@ def _plan_entry(
         "engine": engine,
         "weights": storage.name,
         "cache": storage.cache,
+        "formats": dict(storage.formats),
+        "experts": placement_entry(workload, best.degrees),
         "degrees": best.degrees.entry(),
         "instances": system.devices // best.degrees.devices,
         "load": {"batch": best.batch, "requests": best.batch * best.degrees.dp * (system.devices // best.degrees.devices), "running": best.running,
@@ -280,6 +285,14 @@ def _plan_entry(
         "parts_ms": {name: 1e3 * seconds for name, seconds in best.parts.items()},
         "pareto": [pareto_entry(c) for c in pareto_front(others)],
     }  # fmt: skip
+
+
+def placement_entry(workload: Workload, degrees: Degrees) -> dict[str, Any] | None:
+    """Return which experts each rank holds; without a map they lie in the order of their numbers."""
+    counts = {e.count for layer in workload.layers for e in layer.experts}
+    if len(counts) != 1:
+        return None
+    return {"experts": counts.pop(), "ranks": degrees.ep, "copies": 0, "physical_to_logical": None}
 
 
 def predicted_entry(

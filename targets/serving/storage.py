@@ -7,7 +7,7 @@ format of moec may be named (`mxfp4`, `uint4_g64`), and each role by itself: `ex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 
@@ -39,6 +39,7 @@ class Storage:
     name: str
     roles: Mapping[str, Stored]
     cache: str
+    formats: Mapping[str, str] = field(default_factory=dict)  # by role, of those that are not the checkpoint's
 
     @property
     def cache_bytes(self) -> float:
@@ -66,7 +67,7 @@ def choose_storage(workload: Workload, weights: str | None, cache: str) -> Stora
             full = _known_format(part, weights)
             chosen |= {r: full for r in ROLES if r not in KEPT and not (r == "attention" and full in WIDE_ATTENTION)}
     own = {role: Stored(16, "bf16") for role in ROLES}
-    return Storage(weights, {**own, **{role: _stored_as(name) for role, name in chosen.items()}}, cache)
+    return Storage(weights, {**own, **{role: _stored_as(name) for role, name in chosen.items()}}, cache, chosen)
 
 
 def _known_format(name: str, given: str) -> str:

@@ -1,4 +1,4 @@
-"""Read and check the header of a safetensors file.
+"""Read and check the header of a safetensors file, and write one.
 
 The safetensors library is not used for this. It maps the file, and the pages of a mapping count as resident memory
 of the process as soon as they are read, so that a compile would seem to (and under a memory limit does) grow with the
@@ -9,6 +9,7 @@ compared with the shape, with its neighbours and with the size of the file befor
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -169,3 +170,28 @@ def _check_cover(spans: Mapping[str, tuple[TensorType | str, int, int]], length:
     if position < length:
         what = f"the header lies about sizes: {length - position} bytes at the end belong to no tensor"
         raise MoecError(what, str(file), todo=_DAMAGED)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+_NAMES = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}
+_START = 64  # data begins at a multiple of it
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """Return the header for tensors (name -> dtype, shape) in their order, its length in front, and where each begins in the file."""
+    entries: dict[str, dict[str, Any]] = {}
+    begins: dict[str, int] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begins[name], end = end, end + tensor_bytes(dtype, shape)
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _START)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor."""
+    return math.prod(shape) * DTYPES[dtype].bits // 8

@@ -7,12 +7,10 @@ that memory does not grow with the model; the same module and weights give the s
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,15 +27,13 @@ from ....compiler.weights.evaluate import evaluate_recipe, row_major
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.rows import encode_rows, tensor_scales
 from ....compiler.weights.sink import TiledFile
-from ....compiler.weights.sources.safetensors_header import SAFETENSORS_DTYPES
+from ....compiler.weights.sources.safetensors_header import header_bytes, tensor_bytes
 from ....compiler.weights.sources.source import Box, WeightSource
 from ....compiler.weights.steps.quantized import block_tiles
 from ....compiler.weights.tiles import tile_boxes
 from ..tile.packing import FRACTAL_ROWS, Packing
 
 FOLDER, MAIN = "weights", "main"
-_NAMES = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}
-_START = 64  # data begins at a multiple of it
 WeightLayouts = Mapping[tuple[str, str], Packing]  # (function, weight) -> how it is stored
 
 
@@ -73,7 +69,7 @@ class Shard:
     @property
     def bytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(_tensor_bytes(*of) for of in self.tensors.values())
+        return sum(tensor_bytes(*of) for of in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -172,28 +168,10 @@ def _report_bytes(progress: Callable[[int], None], before: int, done: int) -> No
 
 
 def _write_shard(file: TiledFile, shard: Shard, source: WeightSource, tile_bytes: int) -> None:
-    head, places = _shard_header(shard)
+    head, places = header_bytes(shard.tensors)
     file.write(0, memoryview(head))
     file.size = len(head) + shard.bytes
     file.run(job for weight in shard.weights for job in _write_jobs(file, weight, places, source, tile_bytes))
-
-
-def _shard_header(shard: Shard) -> tuple[bytes, dict[str, int]]:
-    """Return the header with its length in front, and where each tensor begins in the file."""
-    entries: dict[str, dict[str, Any]] = {}
-    begins: dict[str, int] = {}
-    end = 0
-    for name, (dtype, shape) in shard.tensors.items():
-        begins[name], end = end, end + _tensor_bytes(dtype, shape)
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _START)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
-
-
-def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].bits // 8
 
 
 Job = Callable[[], None]

@@ -107,6 +107,12 @@ def test_largest_context_fits_and_one_token_more_does_not(tmp_path):
     assert device_memory(MODEL, system, Degrees(), storage, 4, found + 1).free < 0
 
 
+def test_one_degree_that_cannot_be_is_named():
+    with pytest.raises(MoecError, match=f"{EXPERTS} experts do not divide over 5 expert-parallel ranks"):
+        plan("nvidia-h200:5", ep=5)
+    assert plan("hgx-h200", ep=8)["degrees"]["ep"] == 8  # also for one request
+
+
 @pytest.mark.parametrize(
     ("asked", "said", "todo"),
     [
