@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .artifact.ahead import check_dump, check_folder, check_output, check_room, 
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
 from .errors import MoecError
+from .errors.hub import download_model, hub_name
 from .errors.paths import check_source
 from .ir.notes import Note
 from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_lowering, with_options
@@ -87,11 +89,13 @@ def compile_source(
     tokenizer: Any = None,
     example_inputs: Any = None,
     plan: Path | str | None = None,
+    download: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a source for a target into the folder `out`.
 
-    `source` is a checkpoint folder, a `.moir` file, an artifact, a live transformers model, or any other torch module
+    `source` is a checkpoint folder, a model on the Hugging Face Hub by its name (`org/name@revision`: from the local cache,
+    or fetched into it with `download`), a `.moir` file, an artifact, a live transformers model, or any other torch module
     with the `example_inputs` that it is called with (a tensor, a tuple, or a dict by name), or an exported program of
     torch; `weights` names the checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one
     of transformers; by default that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
@@ -116,8 +120,11 @@ def compile_source(
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     tile = tile_bytes(limit)
     dumps = check_dump(Path(dump)) if dump is not None else None
+    if download:
+        download_model(source)
     if isinstance(source, (str, Path)):
-        _check_places(check_source(source), chosen, out, writes=stop_after is None, quantized=quantize is not None)
+        out = _output_folder(out, source, chosen, quantize, budget)
+        _check_places(check_source(source), out, writes=stop_after is None, quantized=quantize is not None)
     from .cost.count import module_costs
     from .frontends.load import load
     from .quantize.planning import calibrate_weights, plan_under_budget
@@ -146,8 +153,9 @@ def compile_source(
     if stop_after:
         return Compiled(None, run.module, notes, run.timings)
     stored = isinstance(source, (str, Path))
-    if (folder := _output_folder(out, loaded.folder if stored else None, chosen)) is None:
+    if out is None:
         raise MoecError("the output folder is not named", todo="pass out=DIR (-o DIR)")
+    folder = Path(out)
     loaded.need_weights()
     check_room(folder, int(module_costs(run.module).total.compiled_bytes))
     calibrating = needs_calibration(run.module)
@@ -171,21 +179,29 @@ def _planned(
     return "ranks", {**(options or {}), "plan": str(plan)}, quantize or quantize_text(plan)
 
 
-def _check_places(source: Path, target: Target, out: Path | str | None, *, writes: bool, quantized: bool) -> None:
+def _check_places(source: Path, out: Path, *, writes: bool, quantized: bool) -> None:
     """Raise MoecError for files beside a source that do not read, and for an output that cannot be written."""
     if source.is_dir():
         check_folder(source)
-    final = _output_folder(out, source if source.is_dir() else None, target)
-    if writes and final is not None:
-        check_output(final)
-        check_room(final, least_bytes(source, quantized))
+    if writes:
+        check_output(out)
+        check_room(out, least_bytes(source, quantized))
 
 
-def _output_folder(out: Path | str | None, source: Path | None, target: Target) -> Path | None:
-    """Return the artifact's folder: the one asked for, or one by the name of the source's folder."""
-    if out is None:
-        return None if source is None else Path(f"{source.resolve().name}-{target.name}")
-    return Path(out)
+def _output_folder(
+    out: Path | str | None, source: Path | str, target: Target, quantize: str | None, budget: str | None
+) -> Path:
+    """Return the artifact's folder: the one asked for, or one named by the source, the target and the formats."""
+    if out is not None:
+        return Path(out)
+    path = Path(source)
+    if path.exists() or not hub_name(source):
+        name = path.resolve().name if path.is_dir() else path.stem
+    else:
+        name = str(source).partition("/")[2].replace("/", "-")
+    asked = Path(quantize).stem if quantize and quantize.endswith(".json") else quantize or ""
+    formats = re.sub(r"[^\w.]+", "-", f"{asked}-{budget}" if budget else asked)[:60].strip("-")
+    return Path("-".join(part for part in (name, target.name, formats) if part))
 
 
 def passes_for(target: Target) -> PassTable:

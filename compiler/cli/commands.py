@@ -60,11 +60,17 @@ def main() -> None:
         "moec compile examples/tiny-moe --quantize auto,method=gptq --budget 4.5bpw --calibration text.txt",
         "moec compile program.moir --weights checkpoint-folder -o out",
         "moec compile checkpoint-folder --plan plan.json -o shards",
+        "moec compile allenai/OLMoE-1B-7B-0924 --download --quantize int4",
     )
 )
 @click.argument("source")
 @click.option("--target", default="cpu", show_default=True, help="What to compile for; `moec targets` lists them.")
-@click.option("-o", "--out", help="The artifact folder; with --stop-after a .moir file.  [default: SOURCE-TARGET]")
+@click.option(
+    "-o", "--out", help="The artifact folder; with --stop-after a .moir file.  [default: SOURCE-TARGET-FORMATS]"
+)
+@click.option(
+    "--download", is_flag=True, help="Fetch the model SOURCE from the Hugging Face Hub, or what has changed of it."
+)
 @click.option(
     "--quantize",
     metavar="SPEC",
@@ -109,7 +115,7 @@ def compile(
 ) -> None:
     """Compile SOURCE and print the artifact's folder.
 
-    SOURCE is a checkpoint folder, a .gguf file, a .moir file or an artifact. A folder with only a config.json will do for --stop-after graph or moe.
+    SOURCE is a checkpoint folder, a .gguf file, a .moir file, an artifact, or the name of a model on the Hugging Face Hub (org/name, org/name@revision) that is in the local cache, or fetched with --download. A folder with only a config.json will do for --stop-after graph or moe.
     """
     if stop_after and verify:
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import MoecError
+from .hub import find_cached, hub_name
 
 
 def check_path(path: Path | str, what: str) -> Path:
@@ -16,7 +17,7 @@ def check_path(path: Path | str, what: str) -> Path:
 
 
 def check_source(source: Path | str) -> Path:
-    """Return the path of a source; MoecError for one that holds nothing to import."""
+    """Return the path of a source, that of a model on the Hub in the local cache; MoecError for one that holds nothing to import."""
     path = check_path(source, "the source")
     if path.suffix in (".moir", ".pt2") and not path.is_dir():
         try:
@@ -27,9 +28,23 @@ def check_source(source: Path | str) -> Path:
     if path.suffix == ".onnx":
         raise MoecError("ONNX files are not read yet", where=str(source), todo="give the checkpoint folder")
     if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
+        if not path.exists() and (name := hub_name(source)):
+            if (cached := find_cached(source)) is not None:
+                return cached
+            todo = f"give a checkpoint folder, or fetch the model: moec compile {source} --download, or hf download {name[0]}"
+            raise MoecError("the source is neither here nor in the Hugging Face cache", str(source), todo=todo)
         what = "is a file of no known kind" if path.exists() else "does not exist"
         raise MoecError(f"the source {what}", str(source), todo="give a checkpoint folder, a .gguf or a .moir file")
     return path
+
+
+def find_source(name: str, near: Path) -> Path | None:
+    """Return a source by the name that an artifact or a program in the folder `near` has of it; None if it is not found.
+
+    It is looked for from here, from that folder and from those above it, and in the cache of the Hub.
+    """
+    places = (Path(), *(near.absolute() / "any").parents)
+    return next((found for place in places if (found := place / name).exists()), None) or find_cached(name)
 
 
 def why_unwritable(text: str) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
+from ..errors.hub import check_link
 from ..errors.paths import check_path
 
 GENERATION = "generation_config.json"
@@ -22,8 +23,11 @@ GGUF_ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "toke
 
 
 def read_companions(folder: Path, names: tuple[str, ...] = (*CONFIGS, *TOKENIZER)) -> dict[str, bytes]:
-    """Return the files of those names that a folder has."""
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    """Return the files of those names that a folder has; MoecError for one that is a link to somewhere else."""
+    files = [folder / name for name in names if (folder / name).is_file()]
+    for file in files:
+        check_link(file)
+    return {file.name: file.read_bytes() for file in files}
 
 
 def live_companions(model: Any, tokenizer: Any = None) -> dict[str, bytes]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
+from ..errors.hub import find_cached
 from ..errors.json_files import problem_of
-from ..errors.paths import check_path, check_source
+from ..errors.paths import check_path, check_source, find_source
 from ..ir.module import Module
 from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
@@ -171,17 +172,16 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
 
 
 def find_weights(module: Module, path: Path, weights: Path | str | None) -> Path | None:
-    """Return the checkpoint folder of a program: `weights`, or its source seen from here or from the file's folder."""
+    """Return the checkpoint folder of a program: `weights`, or its source as paths.find_source finds it."""
     if weights is not None:
-        if not Path(weights).is_dir() and gguf_file(Path(weights)) is None:
+        folder = Path(weights) if Path(weights).exists() else find_cached(weights) or Path(weights)
+        if not folder.is_dir() and gguf_file(folder) is None:
             raise MoecError("the weights are neither a folder nor a GGUF file", where=str(weights))
-        return Path(weights)
+        return folder
     if not module.source or module.source.startswith(LIVE):
         return None
-    for candidate in (Path(module.source), path.parent / module.source):
-        if candidate.is_dir() or gguf_file(candidate) is not None:
-            return candidate
-    return None
+    found = find_source(module.source, path.parent)
+    return found if found is not None and (found.is_dir() or gguf_file(found) is not None) else None
 
 
 def _load_program(program: Any, name: str) -> Loaded:

@@ -13,7 +13,7 @@ import numpy as np
 from ..artifact.manifest import check_files
 from ..errors import MoecError
 from .generate import Runner, left_pad
-from .subject import Compiled
+from .subject import Compiled, recorded_source
 from .text_score import ROWS, TYPICAL, TextScore, score_text
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def compare_with_source(
 
     if (tokens is not None and tokens < 2) or (steps is not None and steps < 0) or not lengths or min(lengths) < 1:
         raise MoecError("there is nothing to compare", todo="give at least 2 tokens of text and lengths of 1 or more")
-    source = against if against is not None else artifact.manifest["source"].get("name", "")
+    source = against if against is not None else recorded_source(artifact)
     if isinstance(source, str) and (not source or source.startswith("python:")):
         raise MoecError(
             "the artifact does not name a source folder", str(artifact.folder), todo="say what to compare with"

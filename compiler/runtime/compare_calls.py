@@ -13,7 +13,7 @@ import numpy as np
 from ..artifact.manifest import check_files, size_of
 from ..errors import MoecError
 from .calls import NUMPY
-from .subject import Compiled
+from .subject import Compiled, recorded_source
 
 TOLERANCE = 1e-4  # of artifacts without a lossy pass, relative to the largest number of a result
 SIZES = (2, 7, 33)  # of every axis that is not fixed
@@ -73,7 +73,7 @@ def _open_reference(artifact: Compiled, against: Any) -> tuple[Any, str]:
 
     if isinstance(against, torch.nn.Module):
         return against, type(against).__name__
-    source = against if against is not None else artifact.manifest["source"].get("name", "")
+    source = against if against is not None else recorded_source(artifact)
     if isinstance(source, torch.export.ExportedProgram):
         return source.module(check_guards=False), "the exported program"
     if not isinstance(source, (str, Path)) or Path(source).suffix != ".pt2":

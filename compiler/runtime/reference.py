@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import MoecError
+from ..errors.hub import find_cached
 
 if TYPE_CHECKING:
     from ..frontends.stored.decoded import Decoding
@@ -125,6 +126,7 @@ def _load_source_model(folder: Path) -> tuple[Any, Decoding | None]:
     from ..frontends.skeleton import model_class, read_config
     from ..frontends.transformers.dequantized import dequantized_model, placed_model
 
+    folder = folder if folder.exists() else find_cached(folder) or folder
     if not folder.exists():
         raise MoecError(
             "the source model is not there", where=str(folder), todo="name its folder: moec verify DIR --against SOURCE"

@@ -1,4 +1,4 @@
-"""The protocol of an artifact that can be compared with its source; artifacts offer the comparison, so it cannot import them."""
+"""The protocol of an artifact that can be compared with its source, and where that is; artifacts offer the comparison, so it cannot import them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..errors.paths import find_source
 from .tokenizer import Tokenizer
 
 
@@ -35,3 +36,9 @@ class Compiled(Protocol):
     def session(self, **options: Any) -> Any:
         """Return a runner of the target."""
         ...
+
+
+def recorded_source(artifact: Compiled) -> str:
+    """Return the source that an artifact was compiled from, where it is found now; its name in moec.json where it is not."""
+    name = str(artifact.manifest["source"].get("name", ""))
+    return str(find_source(name, artifact.folder) or name) if name else ""
