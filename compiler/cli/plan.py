@@ -30,6 +30,7 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
         "moec plan folder-with-config-json --on nvidia-h200:8 --engine trtllm --weights fp8 --batch 64",
         "moec plan folder-with-config-json --on rtx5090-pc --weights fp4",
         "moec plan folder-with-config-json --on gb300-nvl72 --batch 512 --tpot 50ms --ttft 2s --json",
+        "moec plan folder-with-config-json --on hgx-h200 --export engines",
         "moec plan checkpoint --on nvidia-h200:8 --ep 8 -o plan.json && moec compile checkpoint --plan plan.json",
     )
 )
@@ -79,10 +80,13 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
     help="Most time to the first token, as in 2s.",
 )
 @click.option("-o", "--out", metavar="FILE", help="Write the plan as JSON, for `moec compile --plan FILE`.")
+@click.option("--export", metavar="DIR", help="Write what vLLM, SGLang, llama.cpp ... take of the plan.")
 @json_option
 @trust_option
 @debug_option
-def plan(source: str, on: str, as_json: bool, out: str | None, trust_remote_code: bool, **asked: Any) -> None:
+def plan(
+    source: str, on: str, as_json: bool, out: str | None, export: str | None, trust_remote_code: bool, **asked: Any
+) -> None:  # fmt: skip
     """Say whether a model fits a system, and how fast it runs.
 
     SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Times are predicted, with the
@@ -94,11 +98,24 @@ def plan(source: str, on: str, as_json: bool, out: str | None, trust_remote_code
     found = make_plan(source, on, trust_remote_code=trust_remote_code, **asked)
     if out is not None:
         write_text(json.dumps(found, indent=2) + "\n", out)
+    if export is not None:
+        write_exports(found, source, export)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     if as_json or out == "-":
         return
     show_plan(found)
+
+
+def write_exports(found: dict[str, Any], source: str, folder: str) -> None:
+    """Write what engines take of a plan into a folder, and say which of them cannot follow it."""
+    from ...targets.serving.exports import export_files
+
+    files, notes = export_files(found, source)
+    for name, text in {**files, "plan.json": json.dumps(found, indent=2) + "\n"}.items():
+        write_text(text, f"{folder}/{name}")
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def show_plan(found: dict[str, Any]) -> None:

@@ -292,7 +292,8 @@ def placement_entry(workload: Workload, degrees: Degrees) -> dict[str, Any] | No
     counts = {e.count for layer in workload.layers for e in layer.experts}
     if len(counts) != 1:
         return None
-    return {"experts": counts.pop(), "ranks": degrees.ep, "copies": 0, "physical_to_logical": None}
+    return {"experts": counts.pop(), "ranks": degrees.ep, "copies": 0, "layers": list(workload.expert_layers),
+            "of_layers": workload.blocks, "physical_to_logical": None}  # fmt: skip
 
 
 def predicted_entry(

@@ -100,6 +100,7 @@ class Workload:
     hidden: int
     heads: int
     context: int
+    expert_layers: tuple[int, ...] = ()  # the numbers of the layers with routed experts, among those that attend
 
     @cached_property
     def parameters(self) -> int:
@@ -141,7 +142,19 @@ def read_workload(module: Module) -> Workload:
     if embedding is None:
         raise MoecError("the program has no embedding", todo="plan a language model")
     hidden = int(embedding.results[0].type.shape[-1])
-    return Workload(module.source, layers, hidden, max(heads, default=0), past.high if past else 0)
+    return Workload(
+        module.source, layers, hidden, max(heads, default=0), past.high if past else 0, _layers_with_experts(module)
+    )
+
+
+def _layers_with_experts(module: Module) -> tuple[int, ...]:
+    """Return the numbers of the layers whose experts a token chooses from; a layer is a call with a cache or state."""
+    number, found = -1, []
+    for function, _ in walk_calls(module):
+        if any(p.type.state and not passed_on(function, p) for p in function.params):
+            number += 1
+        found += [max(number, 0) for op in function.ops if op.name == "moe.experts"]
+    return tuple(found)
 
 
 def _read_layer(function: Function, calls: int, roles: Any, kept: States, read: States) -> Layer:
