@@ -97,7 +97,7 @@ def compile_source(
     `source` is a checkpoint folder, a model on the Hugging Face Hub by its name (`org/name@revision`: from the local cache,
     or fetched into it with `download`), a `.moir` file, an artifact, a live transformers model, or any other torch module
     with the `example_inputs` that it is called with (a tensor, a tuple, or a dict by name), or an exported program of
-    torch; `weights` names the checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one
+    torch, or an ONNX file or model; `weights` names the checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one
     of transformers; by default that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
@@ -149,7 +149,7 @@ def compile_source(
     run = run_pipeline(
         loaded.module, passes, target=chosen, check=check, dump=dumps, stop_after=stop_after, table=table
     )
-    notes = (*(stand_in.note() for stand_in in loaded.replaced), *run.notes)
+    notes = (*(stand_in.note() for stand_in in loaded.replaced), *loaded.notes, *run.notes)
     if stop_after:
         return Compiled(None, run.module, notes, run.timings)
     stored = isinstance(source, (str, Path))

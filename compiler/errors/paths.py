@@ -19,14 +19,12 @@ def check_path(path: Path | str, what: str) -> Path:
 def check_source(source: Path | str) -> Path:
     """Return the path of a source, that of a model on the Hub in the local cache; MoecError for one that holds nothing to import."""
     path = check_path(source, "the source")
-    if path.suffix in (".moir", ".pt2") and not path.is_dir():
+    if path.suffix in (".moir", ".pt2", ".onnx") and not path.is_dir():
         try:
             path.open("rb").close()
         except OSError as error:
             raise MoecError(f"cannot read the file: {error.strerror}", where=str(source)) from None
         return path
-    if path.suffix == ".onnx":
-        raise MoecError("ONNX files are not read yet", where=str(source), todo="give the checkpoint folder")
     if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
         if not path.exists() and (name := hub_name(source)):
             if (cached := find_cached(source)) is not None:

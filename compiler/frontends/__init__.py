@@ -3,6 +3,7 @@
 load          any source to a module and its weights
 transformers  checkpoint folders and live models: rehearse, trace each kind of layer, trace the whole
 aten          torch.export, and its operators as ops of the IR
+onnx          ONNX files and models
 programs      torch modules, exported programs and .pt2 files that nobody prepared
 replaced      what stands for code of transformers that cannot be traced as it is
 stored        how quantized checkpoints store weights

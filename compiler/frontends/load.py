@@ -15,6 +15,7 @@ from ..errors.hub import find_cached
 from ..errors.json_files import problem_of
 from ..errors.paths import check_path, check_source, find_source
 from ..ir.module import Module
+from ..ir.notes import Note
 from ..ir.types import TensorType
 from ..weights.sources.source import WeightSource
 from .companions import gguf_companions, live_companions, read_companions
@@ -30,7 +31,8 @@ class Loaded:
 
     `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
     `brought` are files that come with a live model or out of a GGUF file's metadata (see companions.py). `replaced` says in
-    the place of what code of transformers functions of moec stand (see replace.py).
+    the place of what code of transformers functions of moec stand (see replace.py). `notes` say what was not understood and
+    is carried through as it is.
     """
 
     module: Module
@@ -39,6 +41,7 @@ class Loaded:
     left_out: Mapping[str, TensorType] = field(default_factory=dict)
     replaced: tuple[StandIn, ...] = ()
     brought: Mapping[str, bytes] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
 
     def need_weights(self) -> WeightSource:
         """Return where the weights are read; MoecError if there are none."""
@@ -63,7 +66,7 @@ def load(
     example_inputs: Any = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load a checkpoint folder, a `.moir` file, an artifact folder, a torch module or a torch program.
+    """Load a checkpoint folder, a `.moir` file, an artifact folder, a torch module, a torch program or an ONNX model.
 
     `weights` names the checkpoint folder of a `.moir` file, in place of the one that stands in it. `tokenizer` is that of
     a live model: one of transformers, or a folder; by default that of the folder which the model was loaded from.
@@ -83,9 +86,14 @@ def load(
         return _load_program(source, f"{LIVE}{type(source).__name__}")
     if isinstance(source, torch.nn.Module):
         return _load_live(source, tokenizer, example_inputs)
+    if type(source).__name__ == "ModelProto":
+        from .onnx.model import import_model, source_of
+
+        module, opened, notes = import_model(source, source_of(source), f"{LIVE}ModelProto")
+        return Loaded(module, opened, None, notes=notes)
     raise MoecError(
         f"a source cannot be a {type(source).__name__}",
-        todo="give a checkpoint folder, a .moir file, an artifact, a torch module or an exported program",
+        todo="give a checkpoint folder, a .moir file, an artifact, a torch module, an exported program or an ONNX model",
     )
 
 
@@ -108,6 +116,11 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         from .programs.archive import open_archive
 
         return _load_program(open_archive(path), name)
+    if is_onnx(path):
+        from .onnx.model import import_file
+
+        module, opened_model, notes = import_file(path, name)
+        return Loaded(module, opened_model, None, notes=notes)
     if (file := gguf_file(path)) is not None:
         from .gguf.model import import_gguf
         from .transformers.huggingface import check_weights
@@ -158,6 +171,12 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
     from .text_weights import check_text_weights
     from .transformers.huggingface import has_weights
 
+    if is_onnx(folder):
+        from .onnx.model import import_file
+
+        found = import_file(folder, str(folder))[1]  # the names of its constants are made while it is read
+        check_text_weights(module, found, text, path)
+        return Loaded(module, found, None)
     if (file := gguf_file(folder)) is not None:
         from ..weights.sources.gguf import open_gguf
 
@@ -175,13 +194,19 @@ def find_weights(module: Module, path: Path, weights: Path | str | None) -> Path
     """Return the checkpoint folder of a program: `weights`, or its source as paths.find_source finds it."""
     if weights is not None:
         folder = Path(weights) if Path(weights).exists() else find_cached(weights) or Path(weights)
-        if not folder.is_dir() and gguf_file(folder) is None:
-            raise MoecError("the weights are neither a folder nor a GGUF file", where=str(weights))
+        if not folder.is_dir() and gguf_file(folder) is None and not is_onnx(folder):
+            raise MoecError("the weights are neither a folder nor a GGUF or ONNX file", where=str(weights))
         return folder
     if not module.source or module.source.startswith(LIVE):
         return None
     found = find_source(module.source, path.parent)
-    return found if found is not None and (found.is_dir() or gguf_file(found) is not None) else None
+    holds = found is not None and (found.is_dir() or gguf_file(found) is not None or is_onnx(found))
+    return found if holds else None
+
+
+def is_onnx(path: Path) -> bool:
+    """Return whether a path is an ONNX file, by its name."""
+    return path.suffix == ".onnx" and path.is_file()
 
 
 def _load_program(program: Any, name: str) -> Loaded:

@@ -13,9 +13,10 @@ from ..ir.recipes import FITTED, Tensor, bind_recipe, written_tensors
 from ..ir.syntax import Place, Source
 from ..ir.types import TensorType, expand_range
 from ..weights.sources.checkpoint import Checkpoint
+from ..weights.sources.onnx import OnnxSource
 
 
-def check_text_weights(module: Module, checkpoint: Checkpoint, text: str, path: Path) -> None:
+def check_text_weights(module: Module, checkpoint: Checkpoint | OnnxSource, text: str, path: Path) -> None:
     """Check that every tensor that a program reads is there as it should be; MoecError points at its name in the text."""
     for function, bound in walk_calls(module):
         for const in function.consts:
@@ -27,7 +28,7 @@ def check_text_weights(module: Module, checkpoint: Checkpoint, text: str, path: 
                         raise _error_at_name(problem, function, const, leaf, Source(text, str(path)))
 
 
-def _weight_problem(name: str, wanted: TensorType, checkpoint: Checkpoint) -> MoecError | None:
+def _weight_problem(name: str, wanted: TensorType, checkpoint: Checkpoint | OnnxSource) -> MoecError | None:
     info = checkpoint.tensors.get(name)
     if name.endswith(FITTED):
         return None

@@ -30,6 +30,7 @@ Infer = Callable[[Types, Attributes], tuple[TensorType, ...]]
 Flops = Callable[[Types, tuple[TensorType, ...], Attributes], Size | int]
 Domain = Callable[[Types, Attributes], Size]
 
+ANY = "any"  # in a signature: the operand may have any dtype
 REQUIRED = object()  # the default of an attribute that has none
 
 
@@ -200,7 +201,7 @@ def _bind_variables(name: str, operand: Operand, given: TensorType, bound: Bound
         known = bound.setdefault(operand.dtype + ":", given.dtype)
         if known != given.dtype:
             raise inference_error(f"operand {operand.name} of {name} has dtype {given.dtype}, the others have {known}")
-    elif operand.dtype != given.dtype:
+    elif operand.dtype not in (given.dtype, ANY):
         raise inference_error(f"operand {operand.name} of {name} must be {operand.dtype}, not {given.dtype}")
     if operand.state and not given.state:
         raise inference_error(f"operand {operand.name} of {name} must be a state, {given} is not")

@@ -14,8 +14,8 @@ from ..ir.types import TensorType
 from . import OPS
 
 STAGE_DIALECTS = {
-    "graph": ("core", "nn", "moe"),
-    "moe": ("core", "nn", "moe"),
+    "graph": ("core", "nn", "moe", "onnx"),
+    "moe": ("core", "nn", "moe", "onnx"),
 }  # at the stage kernel the target's table decides
 
 

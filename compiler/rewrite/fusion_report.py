@@ -18,7 +18,7 @@ _UNKNOWN = "no pass of this run said why"
 
 
 def fusion_report(module: Module, notes: Iterable[Note] = ()) -> list[dict[str, Any]]:
-    """Return {function, place, reason, cost} of every MoE block that no op of the target does as a whole.
+    """Return {function, place, reason, cost} of every MoE block that no op of the target does as a whole, and of what is carried.
 
     A block is a moe.experts that the target's lowering left, or dispatch, grouped linears and combine. The reasons are
     those of the run's `notes`; the costs are counted from the ops' types.
@@ -46,12 +46,16 @@ def _unfused_blocks(function: Function) -> Iterator[tuple[Op, str]]:
     for op in function.ops:
         if op.name.split(".")[-1] in _LOOPS:
             yield op, _experts_cost(op)
+        elif op.name == "onnx.node":
+            yield op, f"{op.settings.text('kind')} of ONNX stays as it is"
         elif op.name == "moe.combine":
             yield op, _spelled_cost(list(_ops_of_block(function, op)))
 
 
 def _nearest_reason(function: Function, op: Op, notes: list[Note]) -> str:
     """Return the reason of the rule that came nearest."""
+    if op.name == "onnx.node":
+        return op.settings.text("reason")
     own = [note for note in notes if note.function == function.name and note.loc == op.loc]
     return max(own, key=lambda note: note.matched).reason if own else _UNKNOWN
 

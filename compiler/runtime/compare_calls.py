@@ -1,10 +1,11 @@
-"""Compares an artifact that is called with arrays with the module or program that it was compiled from."""
+"""Compares an artifact that is called with arrays with the module, program or ONNX model that it was compiled from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .calls import NUMPY
 from .subject import Compiled, recorded_source
 
 TOLERANCE = 1e-4  # of artifacts without a lossy pass, relative to the largest number of a result
+HALF_TOLERANCE = 1e-2  # where the source computes in half floats, and the artifact in f32
 SIZES = (2, 7, 33)  # of every axis that is not fixed
 
 
@@ -53,35 +55,74 @@ class CallComparison:
 
 
 def compare_calls(artifact: Compiled, against: Any = None, session: Any = None, **options: Any) -> CallComparison:
-    """Compare an artifact with the torch module or program that it was compiled from, on random inputs of several sizes.
+    """Compare an artifact with the module, program or model that it was compiled from, on random inputs of several sizes.
 
-    `against` is the module, an exported program, or a `.pt2` file (by default the file that the artifact names). Integers
-    are drawn from 0 and 1. MoecError if there is nothing to compare with, and for a file that is not as it was written.
+    `against` is the module, an exported program, an ONNX model, or a `.pt2` or `.onnx` file (by default the file that the
+    artifact names); ONNX Runtime runs an ONNX model. Integers are drawn from 0 and 1. MoecError if there is nothing to compare with, and for a file that is not as it was written.
     """
-    reference, name = _open_reference(artifact, against)
+    reference = _open_reference(artifact, against)
     check_files(artifact.folder, artifact.manifest, hashes=True)
     runner = session or artifact.session(**{key: options[key] for key in ("accuracy", "device") if key in options})
     cases = {}
     for label, arrays in _random_inputs(artifact.manifest):
-        found, wanted = runner.call(arrays), _call_torch(reference, arrays)
+        found, wanted = runner.call(arrays), reference.call(arrays)
         cases[label] = max(_relative(a, b) for a, b in zip(found.values(), wanted, strict=True))
-    return CallComparison(name, not artifact.lossy, TOLERANCE, cases)
+    return CallComparison(reference.name, not artifact.lossy, reference.tolerance, cases)
 
 
-def _open_reference(artifact: Compiled, against: Any) -> tuple[Any, str]:
+@dataclass(frozen=True)
+class _Reference:
+    """What an artifact is compared with: its name, how it is called, and how far off its numbers may be."""
+
+    name: str
+    call: Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+    tolerance: float = TOLERANCE
+
+
+def _open_reference(artifact: Compiled, against: Any) -> _Reference:
     import torch
 
     if isinstance(against, torch.nn.Module):
-        return against, type(against).__name__
+        return _Reference(type(against).__name__, partial(_call_torch, against))
     source = against if against is not None else recorded_source(artifact)
     if isinstance(source, torch.export.ExportedProgram):
-        return source.module(check_guards=False), "the exported program"
+        return _Reference("the exported program", partial(_call_torch, source.module(check_guards=False)))
+    if not isinstance(source, str) and type(source).__name__ == "ModelProto":
+        return _open_onnx(source.SerializeToString(), "the ONNX model")
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".onnx":
+        from ..frontends.onnx.model import import_file
+
+        import_file(Path(source), str(source))  # looks through the file, which ONNX Runtime is to read
+        return _open_onnx(str(source), str(source))
     if not isinstance(source, (str, Path)) or Path(source).suffix != ".pt2":
         what = "the artifact does not name the module that it was compiled from"
-        raise MoecError(what, str(artifact.folder), todo="artifact.verify(against=module), or name the .pt2 file")
+        raise MoecError(
+            what, str(artifact.folder), todo="artifact.verify(against=module), or name the .pt2 or .onnx file"
+        )
     from ..frontends.programs.archive import open_archive
 
-    return open_archive(Path(source)).module(check_guards=False), str(source)
+    return _Reference(str(source), partial(_call_torch, open_archive(Path(source)).module(check_guards=False)))
+
+
+def _open_onnx(model: str | bytes, name: str) -> _Reference:
+    """Return ONNX Runtime's session of a model; its inputs are given in their order."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors are raised
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises types that share no base
+        raise MoecError(f"ONNX Runtime cannot open the source: {str(error).splitlines()[0]}", where=name) from error
+    inputs = [(entry.name, np.float16 if entry.type == "tensor(float16)" else None) for entry in session.get_inputs()]
+
+    def call(arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        given = zip(inputs, arrays.values(), strict=True)
+        fed = {entry: array if half is None else array.astype(half) for (entry, half), array in given}
+        return [np.asarray(found, np.float32) for found in session.run(None, fed)]
+
+    half = any("float16" in entry.type for entry in (*session.get_inputs(), *session.get_outputs()))
+    return _Reference(name, call, HALF_TOLERANCE if half else TOLERANCE)
 
 
 def _random_inputs(manifest: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:

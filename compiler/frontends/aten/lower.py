@@ -43,12 +43,9 @@ class Proxy(ABC):
 
 @dataclass
 class Graph:
-    """A traced graph being rewritten: what each fx node became (a Value, a size, or a tuple of them)."""
+    """A function while operators are written into it, with the scalars that it has so far."""
 
-    traced: Traced
     builder: IRBuilder
-    calls: Callable[[Graph, list[Value], int], tuple[Value, ...]] | None = None  # what moec.layer becomes
-    values: dict[Any, Any] = field(default_factory=dict)
     scalars: dict[tuple[Any, str], Value] = field(default_factory=dict)
 
     def scalar(self, number: Any, dtype: str) -> Value:
@@ -76,7 +73,16 @@ class Graph:
         return x if x.type.dtype == dtype else self.builder.add("core.cast", x, to=dtype)
 
 
-def lower_graph(graph: Graph, inputs: dict[str, Any]) -> list[Any]:
+@dataclass
+class TracedGraph(Graph):
+    """A traced graph being rewritten: what each fx node became (a Value, a size, or a tuple of them)."""
+
+    traced: Traced = field(kw_only=True)
+    calls: Callable[[Graph, list[Value], int], tuple[Value, ...]] | None = None  # what moec.layer becomes
+    values: dict[Any, Any] = field(default_factory=dict)
+
+
+def lower_graph(graph: TracedGraph, inputs: dict[str, Any]) -> list[Any]:
     """Write every node of the graph through its handler; return what the graph's outputs became.
 
     `inputs` gives the value of each placeholder by its fx name.
@@ -96,7 +102,7 @@ def lower_graph(graph: Graph, inputs: dict[str, Any]) -> list[Any]:
     return outputs
 
 
-def _lower_node(graph: Graph, node: Any) -> Any:
+def _lower_node(graph: TracedGraph, node: Any) -> Any:
     place = _module_path(node)
     graph.builder.loc = (place,) if place else ()
     val = node.meta.get("val")
@@ -129,7 +135,7 @@ def _lower_node(graph: Graph, node: Any) -> Any:
     return result
 
 
-def _rebind_operand(graph: Graph, node: Any, result: Any, place: str) -> None:
+def _rebind_operand(graph: TracedGraph, node: Any, result: Any, place: str) -> None:
     """Bind the operand of an in-place operator to its new value for the nodes after it."""
     target = node.args[0]
     views = ("view", "slice", "select", "transpose", "unsqueeze", "expand", "permute", "reshape", "split", "chunk")
@@ -152,7 +158,7 @@ def _module_path(node: Any) -> str:
     return stack[-1].partition(".")[2] if stack else ""
 
 
-def _argument_value(graph: Graph, argument: Any, raw: bool = False) -> Any:
+def _argument_value(graph: TracedGraph, argument: Any, raw: bool = False) -> Any:
     if isinstance(argument, torch.fx.Node):
         value = graph.values[argument]
         return value.complete(graph.builder) if isinstance(value, Uninitialised) and not raw else value

@@ -7,7 +7,7 @@ from typing import Any
 from ...ir.dims import FUNCTIONS, size
 from ...ir.fragments import parse_activation
 from ...ir.module import Value
-from .lower import Graph, aten, reshape
+from .lower import Graph, TracedGraph, aten, reshape
 
 
 @aten("moec.cache_append")
@@ -106,6 +106,6 @@ def _experts(
 
 
 @aten("moec.layer")
-def _layer(g: Graph, tensors: list[Value], place: int) -> tuple[Value, ...]:
+def _layer(g: TracedGraph, tensors: list[Value], place: int) -> tuple[Value, ...]:
     assert g.calls is not None
     return g.calls(g, tensors, place)

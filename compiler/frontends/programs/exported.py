@@ -24,7 +24,7 @@ from ...ir.types import TensorType
 from ...ops.builder import IRBuilder
 from ..aten import einsum, moec_ops, operators  # noqa: F401  (these fill the table of handlers)
 from ..aten.export import Traced
-from ..aten.lower import Graph, lower_graph
+from ..aten.lower import TracedGraph, lower_graph
 from ..transformers.model_errors import CODE_ERRORS
 
 LONGEST = 1 << 20  # the range of a size that the program does not bound
@@ -49,7 +49,7 @@ def import_program(program: ExportedProgram, source: str) -> tuple[Module, dict[
     tensors = _named_tensors(program)
     values |= _add_weights(builder, program, tensors)
     try:
-        results = lower_graph(Graph(traced, builder), values)
+        results = lower_graph(TracedGraph(builder, traced=traced), values)
     except MoecError as error:
         raise replace(error, where=error.where or source) from None
     except CODE_ERRORS as error:  # an operator's arguments are not what torch gives it

@@ -23,7 +23,7 @@ from ...ops.builder import IRBuilder
 from ...weights.steps.table import step
 from ..aten import moec_ops, operators  # noqa: F401  (these fill the table of handlers)
 from ..aten.export import DIM_EXPRESSIONS, Traced, trace_module
-from ..aten.lower import Graph, lower_graph
+from ..aten.lower import Graph, TracedGraph, lower_graph
 from ..replaced.replace import replace_model_code
 from ..replaced.stand_ins import StandIn
 from ..skeleton import Skeleton
@@ -120,7 +120,7 @@ def _layer_function(job: Import, kind: LayerCall) -> Function:
         values[str(node)] = builder.param(label, _type_of(tensor, state))
     prefix = _add_weights(job, builder, traced, values, "layer.", f"{place}.", kind.index)
     try:
-        results = lower_graph(Graph(traced, builder), values)
+        results = lower_graph(TracedGraph(builder, traced=traced), values)
     except MoecError as error:
         raise replace(error, model=".".join(filter(None, (place, error.model)))) from None
     return eliminate_dead_code(builder.build(results, prefix), params=True)
@@ -239,7 +239,7 @@ def _main_function(job: Import, modules: Any, functions: list[Function]) -> Func
         presents.update({key: value for key, value in zip(keys, results[len(layer.results) :], strict=True)})
         return results[: len(layer.results)]
 
-    (logits,) = lower_graph(Graph(traced, builder, calls=call), values)
+    (logits,) = lower_graph(TracedGraph(builder, traced=traced, calls=call), values)
     logits, builder.ops[-1] = _rename_result(builder, logits, "logits")
     ordered = [presents[key] for key in states]
     return eliminate_dead_code(builder.build([logits, *ordered]))

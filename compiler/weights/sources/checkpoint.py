@@ -69,7 +69,7 @@ class Checkpoint:
         sizes = info.type.sizes
         # a descriptor belongs to its file for the life of the checkpoint: pread has no position that threads share
         assert info.file is not None
-        return _read_box(info, self._descriptors[info.file], full_box(sizes) if box is None else check_box(box, sizes))
+        return read_box(info, self._descriptors[info.file], full_box(sizes) if box is None else check_box(box, sizes))
 
     def __post_init__(self) -> None:
         """Register a finalizer that closes the files, as after an import that failed."""
@@ -274,12 +274,12 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         header = read_header(file, descriptor)
         for name, reason in header.unreadable.items():
             raise MoecError(f"the tensor {name} {reason}", str(file))
-        return {n: _read_box(i, descriptor, full_box(i.type.sizes)) for n, i in header.tensors.items()}
+        return {n: read_box(i, descriptor, full_box(i.type.sizes)) for n, i in header.tensors.items()}
     finally:
         os.close(descriptor)
 
 
-def _read_box(info: TensorInfo, descriptor: int, box: Box) -> torch.Tensor:
+def read_box(info: TensorInfo, descriptor: int, box: Box) -> torch.Tensor:
     """Return the part of a tensor that lies in a box, from its open file."""
     assert info.file is not None
     shape = tuple(stop - start for start, stop in box)

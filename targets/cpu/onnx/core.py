@@ -130,6 +130,14 @@ def emit_cast(ctx: Context, op: Op) -> None:
     ctx.finish(op, "Cast", *ctx.inputs(op), to=ONNX_TYPES[str(op.attributes["to"])])
 
 
+@emits("onnx.node")
+def emit_node(ctx: Context, op: Op) -> None:
+    """Emit a node that an ONNX model brought, as it was there."""
+    settings = op.settings
+    attributes = dict(settings["settings"]) if isinstance(settings["settings"], tuple) else {}
+    ctx.finish(op, settings.text("kind"), *ctx.inputs(op), domain=settings.text("domain"), **attributes)
+
+
 # --- constants -------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from ....compiler.errors import MoecError, write_error
 from ....compiler.ir.dims import size_text
 from ....compiler.ir.module import Function, Module, Op, Value, call_bindings
 from ....compiler.ir.recipes import Recipe, bind_recipe
+from ....compiler.ops.onnx_node import OPSET
 from ....compiler.version import __version__
 from ....compiler.weights.evaluate import evaluate_recipe
 from ....compiler.weights.memory import TILE_BYTES
@@ -52,13 +53,14 @@ KERNELS: dict[str, Kernel] = {
 
 assert ops and ops_quantized  # what is emitted is declared there
 MODEL, DATA = "model.onnx", "model.onnx.data"
-OPSET, IR_VERSION = 23, 11  # RMSNormalization and RotaryEmbedding came with 23
+IR_VERSION = 11  # of opset 23, with which RMSNormalization and RotaryEmbedding came
 INLINE_BYTES = 1024  # smaller weights are in the model file
 _LARGEST_PROTO = (1 << 31) - 1
 _DTYPES = {"bool", "u8", "i8", "i32", "i64", "f32", "f64"}  # what the CPU's kernels compute with
 _CONVERT = {
     "core.cast",
     "nn.embedding",
+    "onnx.node",
     "ort.decode",
     "ort.experts_nbits",
     "ort.grid_linear",

@@ -1,0 +1,146 @@
+"""From an ONNX model to a module of one function: its inputs, its weights by the names of its initializers, its results."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from onnx import GraphProto, ModelProto, TypeProto
+
+from ...errors import MoecError
+from ...ir.dce import eliminate_dead_code
+from ...ir.dims import Size, dim
+from ...ir.fragments import parse_size
+from ...ir.module import Dim, Function, Module, Value
+from ...ir.notes import Note
+from ...ir.types import TensorType
+from ...ops.builder import IRBuilder
+from ...weights.sources.onnx import OnnxSource, constants_of
+from . import arithmetic, indexing, layers, shapes  # noqa: F401  (these fill the table of operators)
+from .carried import carry_node
+from .graph import OnnxGraph, identifier
+from .model_file import open_model
+from .node import computed_dtype
+
+LONGEST = 1 << 20  # the range of a size that the model does not bound
+_OLDEST, _NEWEST = 13, 26  # of ONNX's operators, as the table says what they do
+_DEFAULTS = ("", "ai.onnx")
+
+
+def import_file(path: Path, name: str) -> tuple[Module, OnnxSource, tuple[Note, ...]]:
+    """Return the module (stage graph) of an ONNX file, where its weights are read, and what was not raised and why."""
+    model, content = open_model(path)
+    return import_model(model, OnnxSource(path, content), name)
+
+
+def import_model(model: ModelProto, source: OnnxSource, name: str) -> tuple[Module, OnnxSource, tuple[Note, ...]]:
+    """Return the module of a model; MoecError for what can neither be raised to ops of the IR nor carried through."""
+    try:
+        return _import_graph(model, source, name)
+    except MoecError as error:
+        raise replace(error, where=error.where or name) from None
+
+
+def _import_graph(model: ModelProto, source: OnnxSource, name: str) -> tuple[Module, OnnxSource, tuple[Note, ...]]:
+    graph = model.graph
+    opsets = {("" if o.domain in _DEFAULTS else o.domain): o.version for o in model.opset_import}
+    if not _OLDEST <= opsets.get("", 1) <= _NEWEST:
+        what = f"the model is of opset {opsets.get('', 1)}; {_OLDEST} to {_NEWEST} are understood"
+        raise MoecError(what, todo="convert it with onnx.version_converter")
+    tensors = constants_of(graph)
+    dims = _Dims()
+    inputs = [info for info in graph.input if info.name not in tensors]
+    for info in inputs:
+        dims.declare(info.type)
+    types = {info.name: dims.type_of(info.type, info.name) for info in inputs}
+    declared = {info.name: info.type for info in (*graph.value_info, *graph.output)}
+
+    def type_declared(wanted: str) -> TensorType | None:
+        return dims.known_type(declared[wanted], wanted) if wanted in declared else None
+
+    g = OnnxGraph(
+        IRBuilder("main"), source=source, opsets=opsets, functions={(f.domain, f.name): f for f in model.functions},
+        carry=lambda g, node, error: carry_node(g, node, error, type_declared),
+    )  # fmt: skip
+    for name_, type_ in types.items():
+        g.items[name_] = g.builder.param(identifier(name_), type_)
+    for name_, tensor in tensors.items():
+        g.items[name_] = g.add_tensor(tensor, name_)
+    g.write_nodes(graph.node, g.items, {})
+    main = eliminate_dead_code(_name_results(g, graph))
+    return Module("graph", dims.ranges(main), (main,), name), source, tuple(g.notes)
+
+
+def _name_results(g: OnnxGraph, graph: GraphProto) -> Function:
+    """Return the function with its results under the names that the model gives them."""
+    if lacking := [info.name for info in graph.output if info.name not in g.items]:
+        raise MoecError(f"no node makes the output {lacking[0]}")
+    results = []
+    for info in graph.output:
+        value = g.value(g.items[info.name])
+        taken = value in g.builder.params or value.name in g.builder.consts or value in results
+        results.append(g.builder.add("core.reshape", value, shape=value.type.shape) if taken else value)
+    names = {
+        value.name: g.builder.names.fresh(identifier(info.name))
+        for value, info in zip(results, graph.output, strict=True)
+    }
+    main = g.builder.build(results).renamed(names)
+    return replace(main, results=tuple(Value(names[v.name], v.type) for v in results))
+
+
+class _Dims:
+    """The dims of a model by the names that its inputs give to sizes."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}  # as the model writes it -> the dim's name
+
+    def declare(self, type_: TypeProto) -> None:
+        """Take the names of sizes that stand alone on an axis."""
+        for axis in type_.tensor_type.shape.dim:
+            if re.fullmatch(r"[A-Za-z_][\w.]*", axis.dim_param, re.ASCII):
+                self.names.setdefault(axis.dim_param, identifier(axis.dim_param))
+
+    def type_of(self, type_: TypeProto, name: str) -> TensorType:
+        """Return the type of an input; an axis of unknown size is a dim of its own."""
+        tensor = type_.tensor_type
+        if type_.WhichOneof("value") != "tensor_type" or not tensor.HasField("shape"):
+            raise MoecError(f"the input {name} is no tensor, or its axes are not known")
+        sizes = [self._size(axis.dim_param, axis.dim_value, f"{name}_{i}") for i, axis in enumerate(tensor.shape.dim)]
+        return TensorType.of(computed_dtype(tensor.elem_type, f"the input {name}"), *sizes)
+
+    def known_type(self, type_: TypeProto, name: str) -> TensorType | None:
+        """Return the type that the model gives to a value; None where a size is not one of the inputs'."""
+        tensor = type_.tensor_type
+        if not tensor.HasField("shape") or not tensor.elem_type:
+            return None
+        sizes = [int(a.dim_value) if a.HasField("dim_value") else self._parsed(a.dim_param) for a in tensor.shape.dim]
+        known = [s for s in sizes if s is not None]
+        return TensorType.of(computed_dtype(tensor.elem_type, name), *known) if len(known) == len(sizes) else None
+
+    def _size(self, param: str, value: int, otherwise: str) -> int | Size:
+        if not param and value > 0:
+            return value
+        found = self._parsed(param) if param else None
+        if found is None:
+            self.names.setdefault(param or otherwise, identifier(param or otherwise))
+            found = dim(self.names[param or otherwise])
+        return found
+
+    def _parsed(self, param: str) -> Size | None:
+        if param in self.names:
+            return dim(self.names[param])
+        try:
+            return parse_size(param[:200], set(self.names.values()))
+        except MoecError:
+            return None
+
+    def ranges(self, main: Function) -> tuple[Dim, ...]:
+        """Return the dims that the function's inputs have."""
+        used = {s.name for p in main.params for size in p.type.shape for s in size.free_symbols}
+        return tuple(Dim(name, 1, LONGEST) for name in dict.fromkeys(self.names.values()) if name in used)
+
+
+def source_of(model: ModelProto) -> OnnxSource:
+    """Return the initializers of a model in memory."""
+    return OnnxSource(None, model.SerializeToString(deterministic=True) if model.ByteSize() < (1 << 31) else b"")
