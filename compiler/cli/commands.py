@@ -77,7 +77,11 @@ def main() -> None:
     help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', auto, the file of a plan, or the codes of the checkpoint: keep (the default where it is quantized).",
 )
 @click.option("--budget", metavar="SIZE", help="For --quantize auto: 4.5bpw (bits per weight), or bytes as in 6GB.")
-@click.option("--calibration", metavar="FILE", help="The text that --quantize auto and method=gptq look at.")
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="The text that method=gptq or awq looks at, and --quantize auto if there is one.",
+)
 @click.option(
     "--accuracy",
     type=click.Choice(["fast", "exact"]),

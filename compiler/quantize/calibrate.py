@@ -104,8 +104,7 @@ class CalibrationText:
 def windows_of(text: CalibrationText, module: Module) -> torch.Tensor:
     """Return the windows i64[N, W] that a text is read in, at most TOKENS; MoecError if it does not fill one."""
     tokens = text.tokens
-    context = next((d.high for d in module.dims if d.name == "S"), WINDOW)
-    window = min(WINDOW, context)
+    window = _window_of(module)
     count = min(len(tokens), TOKENS) // window
     if count == 0:
         raise MoecError(
@@ -113,6 +112,22 @@ def windows_of(text: CalibrationText, module: Module) -> torch.Tensor:
             todo=f"give a text of at least {window} tokens; {TOKENS} are used of a longer one",
         )  # fmt: skip
     return torch.tensor(tokens[: count * window], dtype=torch.int64).reshape(count, window)
+
+
+def _window_of(module: Module) -> int:
+    return min(WINDOW, next((d.high for d in module.dims if d.name == "S"), WINDOW))
+
+
+def random_windows(module: Module) -> torch.Tensor:
+    """Return windows i64[N, W] of TOKENS tokens drawn at random, the same ones at every call: what there is without a text."""
+    window = _window_of(module)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary_of(module), (max(1, TOKENS // window), window), generator=generator)
+
+
+def vocabulary_of(module: Module) -> int:
+    """Return how many tokens a module predicts."""
+    return int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
 
 
 def windows_in_memory(

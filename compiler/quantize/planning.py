@@ -29,12 +29,12 @@ def plan_under_budget(
 ) -> Plan:  # fmt: skip
     """Return the plan of `--quantize auto`: formats under a budget, by what they cost on the calibration text `file`.
 
-    `module` is what is to be quantized, `quantize` the pass that does it, and `limit` are the bytes to work in.
+    Without one they are judged on tokens drawn at random. `module` is what is to be quantized, `quantize` the pass that
+    does it, and `limit` are the bytes to work in.
     """
-    text = _calibration_text(loaded, file, "--quantize auto measures what formats cost on a text")
+    text = None if file is None else _calibration_text(loaded, file)
     if module.stage != "moe":
         raise MoecError(f"{_LOWERED}: its formats are fixed", todo="enter at stage moe or earlier")
-    from .calibrate import windows_of
     from .sensitivity import make_plan
 
     def store(module: Module, layers: str) -> Module:
@@ -44,8 +44,7 @@ def plan_under_budget(
         return target.formats.holds(op, format) or target.formats.slow(op, format)
 
     with returning_freed_memory():
-        windows = windows_of(text, module)
-        return make_plan(module, loaded.need_weights(), windows, budget, method, store, obstacle, limit)
+        return make_plan(module, loaded.need_weights(), text, budget, method, store, obstacle, limit)
 
 
 def calibrate_weights(
@@ -61,7 +60,10 @@ def calibrate_weights(
 
     if module is None:
         raise MoecError(f"{_LOWERED}, and its weights want a calibration", todo="enter at stage moe or earlier")
-    text = _calibration_text(loaded, file, "the method looks at what weights are multiplied with")
+    if file is None:
+        why = "the method looks at what weights are multiplied with"
+        raise MoecError(f"there is no calibration text: {why}", todo="name a text file: --calibration FILE")
+    text = _calibration_text(loaded, file)
     weights = loaded.need_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
     found = collect_inputs(module, weights, windows_of(text, module), out.parent, limit)
@@ -70,12 +72,10 @@ def calibrate_weights(
     return replace(loaded, weights=source), {"text": text.sha256, **found.to_dict()}
 
 
-def _calibration_text(loaded: Loaded, file: Path | str | None, why: str) -> Any:
+def _calibration_text(loaded: Loaded, file: Path | str) -> Any:
     """Return the calibration text as tokens."""
     from .calibrate import CalibrationText
 
-    if file is None:
-        raise MoecError(f"there is no calibration text: {why}", todo="name a text file: --calibration FILE")
     if loaded.folder is not None or not loaded.brought:
         return CalibrationText.read(Path(file), loaded.folder)
     with tempfile.TemporaryDirectory() as folder:  # of a live model

@@ -70,7 +70,7 @@ def read_request(
     request = unasked if words is None else _read_words(words, budget)
     if calibration is not None:
         check_text(Path(calibration))
-    elif automatic or request.method in CALIBRATED:
+    elif request.method in CALIBRATED:
         why = "the method looks at what weights are multiplied with"
         raise MoecError(f"there is no calibration text: {why}", todo="name a text file: --calibration FILE")
     return request

@@ -1,10 +1,14 @@
 """Chooses formats under a budget from what they cost, measured: `--quantize auto`.
 
 A unit is the weights of one role in one layer. Each unit alone is put into a format of 4 bits, and one of 2, and the
-program is run from there on: the KL of its predictions to those of the float program is what the format costs. Formats
-with other groups, and those of 8 bits, are expected to cost as much more or less as their squared error is larger or
-smaller, errors of weights counted by the mean square of what they are multiplied with (KL grows with the square of a
-small error). Costs of units are added up.
+program is run from there on: the KL of its predictions to those of the float program is what the format costs. All other
+formats are expected to cost as much more or less as their squared error is larger or smaller, errors of weights counted
+by the mean square of what they are multiplied with (KL grows with the square of a small error). Costs of units are added
+up.
+
+Without a calibration text the program is run on tokens drawn at random, and 2 bits too are judged by what 4 cost: that KL
+is a sum over the weights of a constant of each times its squared error was found to hold far enough for the choice
+(Malinovskii et al. 2024, arXiv:2411.17525).
 
 The experts of a layer are divided into GROUPS by how much they add to the layer's error, those that are used most and
 err most first; a group costs its share of what the layer costs.
@@ -13,6 +17,7 @@ err most first; a group costs its share of what the layer costs.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,20 +34,33 @@ from ..formats.table import find_format
 from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op, Value, call_bindings
 from ..ir.recipes import Recipe, bind_recipe
+from ..ir.types import TensorType
 from ..rewrite.roles import weight_roles
 from ..weights.evaluate import evaluate_recipe
-from ..weights.sources.source import WeightSource
+from ..weights.sources.source import Box, WeightSource
 from ..weights.tiles import tile_boxes
 from .allocate import Weight, choose_formats
-from .calibrate import LIMIT, main_inputs, windows_in_memory
+from .calibrate import (
+    LIMIT,
+    CalibrationText,
+    main_inputs,
+    random_windows,
+    vocabulary_of,
+    windows_in_memory,
+    windows_of,
+)
 from .plan import Budget, Entry, Plan, Unit, spell_layers
 
 BATCHES = 8  # each reads all weights again for every format that is measured: no more tokens than these hold
 TOKENS = 2048  # that sensitivities are measured on
 LOGITS = 1 << 26  # numbers; fewer tokens are used with a large vocabulary
-_KINDS = {"uint4": (128, 256, 64, 32, 16), "int8": (128, 256, 64, 32), "uint2": (32, 64, 16)}  # the first is measured
+_KINDS = {
+    "uint4": (128, 256, 64, 32, 16), "grid4": (64, 128, 32, 16), "grid3": (64, 128, 32, 16), "int8": (128, 256, 64, 32),
+    "uint2": (32, 64, 16),
+}  # fmt: skip
 NAMES = tuple(f"{kind}_g{group}" for kind, groups in _KINDS.items() for group in groups)
-MEASURED = 4  # bits; wider formats cost too little to be told from noise
+LINEAR = 3  # bits from which on KL is in proportion to the squared error; one format is measured of those, one of fewer
+SAMPLED, PART = 1 << 22, 32  # numbers of a weight whose errors are looked at, and neighbouring rows of those
 CHUNK = 8 << 20  # bytes of f64 logits that are compared at once
 LEFT_OUT = ("router",)  # roles whose weights stay as they are
 GROUPS = 4  # of the experts of a layer, by their share of its error, each with a format of its own
@@ -116,14 +134,16 @@ def measure_sensitivity(
     units: Mapping[Unit, list[Weight]],
     store: Store,
     batch: int | None = None,
+    linear: int = LINEAR,
 ) -> tuple[dict[Unit, list[Weight]], dict[Unit, dict[str, float]]]:
     """Return for every unit the expected KL of each format that all of its weights can have.
 
     The units come back with the experts of a layer in groups, largest share of the error first. `batch` windows are run
-    at once, by default all.
+    at once, by default all. KL is taken to be in proportion to the squared error from `linear` bits on.
     """
     probes = {
-        unit: _measured_formats([n for n in NAMES if all(n in w.formats for w in ws)]) for unit, ws in units.items()
+        unit: _measured_formats([n for n in NAMES if all(n in w.formats for w in ws)], linear)
+        for unit, ws in units.items()
     }
     kls: dict[tuple[Unit, str], float] = dict.fromkeys(((u, p) for u, found in probes.items() for p in found), 0.0)
     squares: dict[Recipe, torch.Tensor] = {}
@@ -151,15 +171,10 @@ def measure_sensitivity(
     return divided, costs
 
 
-def _measured_formats(names: Sequence[str]) -> dict[str, list[str]]:
+def _measured_formats(names: Sequence[str], linear: int) -> dict[str, list[str]]:
     """Return the formats that are measured, each with those that are judged by it."""
-    found: dict[str, list[str]] = {}
-    probe = ""
-    for bits, group in itertools.groupby(names, _format_bits):
-        alike = list(group)
-        probe = alike[0] if bits <= MEASURED or not probe else probe
-        found.setdefault(probe, []).extend(alike)
-    return found
+    parts = [n for n in names if _format_bits(n) >= linear], [n for n in names if _format_bits(n) < linear]
+    return {part[0]: part for part in parts if part}
 
 
 @dataclass(frozen=True)
@@ -238,13 +253,17 @@ def _mean_kl(wanted: torch.Tensor, logits: torch.Tensor) -> float:
 def _weighted_errors(
     recipe: Recipe, name: str, source: WeightSource, squares: Mapping[Recipe, torch.Tensor]
 ) -> torch.Tensor:
-    """Return the squared error of a format, each column counted by the mean square of its inputs: f32[E], or f32[1]."""
+    """Return the squared error of a format, each column counted by the mean square of its inputs: f32[E], or f32[1].
+
+    Of a large weight some rows at equal distances stand for all.
+    """
     format = find_format(name)
     assert format
     sizes = recipe.type.sizes
     weight = squares.get(recipe)  # a table that is only looked up has none: all columns count alike
     found = torch.zeros(sizes[0] if len(sizes) == 3 else 1)
-    for box in tile_boxes(recipe.type, 4 << 20):
+    boxes, share = _sampled_boxes(recipe.type)
+    for box in boxes:
         numbers = evaluate_recipe(recipe, source, box)
         error = (format.decode(format.encode(numbers), sizes[-1]) - numbers).square_()
         if len(sizes) == 3:
@@ -252,20 +271,39 @@ def _weighted_errors(
             found[experts] += (error if weight is None else error * weight[experts, None]).sum(dim=(1, 2))
         else:
             found += (error if weight is None else error * weight).sum()
-    return found
+    return found * share
+
+
+def _sampled_boxes(type_: TensorType) -> tuple[list[Box], float]:
+    """Return boxes of rows that stand for a weight [N, K], or [E, N, K], some of each matrix; and for how many each does."""
+    *lead, rows, width = type_.sizes
+    matrices = math.prod(lead)
+    each = max(1, SAMPLED // (matrices * width))  # rows of a matrix
+    if each >= rows:
+        return list(tile_boxes(type_, 4 << 20)), 1.0
+    part = min(each, PART)
+    starts = [rows * i // (each // part) for i in range(each // part)]
+    boxes = [
+        (*((i, i + 1) for i in at), (start, start + part), (0, width))
+        for at in itertools.product(*map(range, lead))
+        for start in starts
+    ]
+    return boxes, rows / (part * len(starts))
 
 
 # --- the plan ------------------------------------------------------------------------------------------------
 
 
 def make_plan(
-    module: Module, source: WeightSource, windows: torch.Tensor, budget: Budget, method: str, store: Store,
+    module: Module, source: WeightSource, text: CalibrationText | None, budget: Budget, method: str, store: Store,
     holds: Obstacle, limit: int = LIMIT,
 ) -> Plan:  # fmt: skip
     """Return the plan for a module of stage moe that is not quantized; MoecError if the budget cannot be met.
 
-    It is measured on as many windows at once as `limit` bytes have room for, cut shorter where one takes too much.
+    It is measured on as many windows of the text (None: of tokens drawn at random) at once as `limit` bytes have room
+    for, cut shorter where one takes too much.
     """
+    windows = windows_of(text, module) if text else random_windows(module)
     units = find_units(module, holds)
     if not units:
         raise MoecError("there are no weights that the target could hold in fewer bits", todo="leave out --quantize")
@@ -277,13 +315,13 @@ def make_plan(
         assert budget.bytes is not None
         fixed = int(module_costs(module).total.compiled_bytes) - 4 * sum(stored.values())
         room = budget.bytes - fixed
-    vocabulary = int(next(v for v in module.main.results if not v.type.state).type.shape[-1])
+    vocabulary = vocabulary_of(module)
     tokens = min(TOKENS, LOGITS // vocabulary)
     windows, batch = windows_in_memory(module, windows, limit // 3, partial(_bytes_per_window, module, vocabulary))
     count = min(max(1, tokens // windows.shape[1]), batch * BATCHES)
     free = {u: dict.fromkeys(frozenset.intersection(*(w.formats for w in ws)), 0.0) for u, ws in units.items()}
     choose_formats(units, free, room, fixed)  # measuring takes minutes: a budget that cannot be met is told before
-    units, costs = measure_sensitivity(module, source, windows[:count], units, store, batch)
+    units, costs = measure_sensitivity(module, source, windows[:count], units, store, batch, LINEAR if text else 0)
     chosen = choose_formats(units, costs, room, fixed)
     spent = {(w.key, f): w.bytes(f) for u, (f, _) in chosen.items() for w in units[u]}
     total = sum(spent.values())

@@ -21,11 +21,13 @@ from ...compiler.formats.table import find_format, format_of
 from ...compiler.ir.activation import Activation
 from ...compiler.ir.dims import Size
 from ...compiler.ir.module import Op
+from .kernels.library import find_compiler
 
 FILE = "capabilities.json"
 RIGHT, WRONG, REJECTED, CRASHED = "right", "wrong", "rejected", "crashed"
 INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
 MOST_GROUPS = 2048  # of a row: what the kernels of moec's own take
+GRID_KERNELS = ("grid4",)  # elements of formats that those kernels read beside integers
 FAST, EXACT = ACCURACIES = ("fast", "exact")
 ODD_HEADS, ODD_TURNED = "heads of no multiple of 8", "rotary of no multiple of 16"
 # operands beside the part of a variant that is tried
@@ -211,9 +213,31 @@ def why_slow(op: Op, format: Format, record: Record | None = None) -> str | None
     """Return why an op with its weights in a format that the target holds is slow; None if it is not."""
     record = record or shipped_record()
     variants = _weights_of(op, format, record)
+    if is_decoded_by_table(format) and all(v.format != format.name for v in record.findings):
+        return None if op.name == "nn.embedding" else _why_no_grid_kernel(op, format)
     level, _ = _best_level_of(record, variants)
     reasons = (record.slow(v, format.bits) for v in at_level(variants, level))
     return next(filter(None, reasons), None)
+
+
+def _why_no_grid_kernel(op: Op, format: Format) -> str | None:
+    if not has_grid_kernel(op, format):
+        return f"plain ops decode {format.name} for {op.name} at every step"
+    missing = find_compiler() is None
+    return f"plain ops decode {format.name}: the kernels for it need the package ziglang" if missing else None
+
+
+def has_grid_kernel(op: Op, format: Format) -> bool:
+    """Return whether moec's own kernels, which round activations to int8, compute an op with its weights in a format."""
+    if op.name == "moe.experts":
+        act = op.settings.activation("act")
+        biased = op.get("up_bias") is not None or op.get("down_bias") is not None
+        if biased or not act.gated or act.kind != "silu" or act.clamp_after:
+            return False
+    elif op.name not in ("core.linear", "nn.gated_mlp"):  # the latter becomes two of the former
+        return False
+    weights = [op["w"]] if op.name == "core.linear" else [op["up"], op["down"]]
+    return format.element in GRID_KERNELS and all(v.type.sizes[-1] <= MOST_GROUPS * format.group for v in weights)
 
 
 def _best_level_of(record: Record, variants: Sequence[Variant]) -> tuple[int, str]:

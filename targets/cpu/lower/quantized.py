@@ -14,12 +14,12 @@ from ....compiler.rewrite.editor import Editor
 from ....compiler.weights.steps.table import step
 from ..capabilities import (
     FAST,
-    MOST_GROUPS,
     Record,
     Variant,
     activation_variant,
     at_level,
     best_level,
+    has_grid_kernel,
     is_decoded_by_table,
     loop_variant,
     routing_variant,
@@ -36,7 +36,7 @@ def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
         return op
     variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
     level, reason = best_level(record, variants, accuracy)
-    if op.name == "core.linear" and _has_grid_kernel(format, accuracy, weight):
+    if accuracy == FAST and has_grid_kernel(op, format):
         parts = (op["x"], *_stored_parts(editor, weight)[:2])
         if not any(bias):
             return op.become("ort.grid_linear", *parts, format=format.name)
@@ -74,9 +74,7 @@ def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     act = op.settings.activation("act")
     up, down = op["up"], op["down"]
     format = format_of(up.type.dtype)
-    swiglu = act.gated and act.kind == "silu" and not act.clamp_after
-    biased = op.get("up_bias") is not None or op.get("down_bias") is not None
-    if swiglu and not biased and _has_grid_kernel(format, accuracy, up, down):
+    if accuracy == FAST and has_grid_kernel(op, format):
         return _lower_to_grid(editor, op, act, format)
     variants = weight_variants("QMoE", format, *(w.type.sizes[-1] for w in (up, down)))
     level, reason = best_level(record, variants, accuracy)
@@ -100,12 +98,6 @@ def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
     kept = {**op.attributes, "bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
     parts = (*_stored_parts(editor, up), up_bias, *_stored_parts(editor, down), down_bias)
     return op.become("ort.experts_nbits", op["x"], op["ids"], op["gates"], *parts, **kept)
-
-
-def _has_grid_kernel(format: Format, accuracy: str, *weights: Value) -> bool:
-    """Return whether moec's own kernels, which round activations to int8, have weights in a format."""
-    groups = [w.type.sizes[-1] // format.group for w in weights]
-    return format.element == "grid4" and accuracy == FAST and max(groups) <= MOST_GROUPS
 
 
 def _lower_to_grid(editor: Editor, op: Op, act: Activation, format: Format) -> Op:

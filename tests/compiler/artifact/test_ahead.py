@@ -49,7 +49,7 @@ def refused(tmp_path, monkeypatch):
         (["--quantize", "gone.json"], "the plan cannot be read: No such file or directory"),
         (["--quantize", "auto"], "--quantize auto needs a budget"),
         (["--quantize", "auto", "--budget", "4"], "'4' is no budget"),
-        (["--quantize", "auto", "--budget", "4bpw"], "there is no calibration text"),
+        (["--quantize", "auto,method=gptq", "--budget", "4bpw"], "there is no calibration text"),
         (["--budget", "4bpw"], "a budget is for --quantize auto"),
         (["--quantize", "int4,method=gptq"], "there is no calibration text"),
         (["--quantize", "int4,method=gptq", "--calibration", "gone.txt"], "cannot read the calibration text: No such file"),

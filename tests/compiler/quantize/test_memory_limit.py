@@ -12,12 +12,15 @@ import pytest
 import torch
 from moec.compiler.check.live import live_bytes
 from moec.compiler.driver import opt
+from moec.compiler.formats.table import format_of
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.load import load
 from moec.compiler.ir.pipelines import print_pipeline
-from moec.compiler.quantize.calibrate import collect_inputs, windows_in_memory
+from moec.compiler.quantize import sensitivity
+from moec.compiler.quantize.calibrate import collect_inputs, random_windows, windows_in_memory
 from moec.compiler.quantize.sensitivity import find_units, measure_sensitivity
 from moec.compiler.weights.calibrated import PIECE, Inputs
+from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.row_file import RowFile
 from moec.passes import PASSES
 from moec.targets import TARGETS
@@ -73,20 +76,63 @@ def test_a_window_that_is_too_large_is_cut_shorter(qwen):
     assert windows_in_memory(module, long, 1 << 40)[1] == 4
 
 
-def test_sensitivities_in_batches(qwen):
+def test_sensitivities_in_batches(qwen, first_units):
     loaded, module = qwen
-    units = dict(list(find_units(module, lambda op, format: None).items())[:3])
-
-    def store(module, layers):
-        return PASSES["quantize"](
-            module, None, layers=layers,
-            **dict.fromkeys(("experts", "attention", "shared", "dense", "embedding", "head"), "f32"),
-        )  # fmt: skip
-
-    whole, parts = (measure_sensitivity(module, loaded.weights, IDS, units, store, batch)[1] for batch in (None, 4))
+    whole, parts = (
+        measure_sensitivity(module, loaded.weights, IDS, first_units, none_stored, batch)[1] for batch in (None, 4)
+    )
     assert whole.keys() == parts.keys()
     for unit, kls in whole.items():
         assert all(abs(parts[unit][name] - kl) <= 1e-3 * kl + 1e-9 for name, kl in kls.items())
+
+
+@pytest.fixture(scope="module")
+def first_units(qwen):
+    _, module = qwen
+    return dict(list(find_units(module, lambda op, format: None).items())[:3])
+
+
+def none_stored(module, layers):
+    roles = ("experts", "attention", "shared", "dense", "embedding", "head")
+    return PASSES["quantize"](module, None, layers=layers, **dict.fromkeys(roles, "f32"))
+
+
+def test_costs_are_in_proportion_to_squared_errors(qwen, first_units):
+    """With every format judged by one: here by errors computed from the numbers, of a table whose columns count alike."""
+    loaded, module = qwen
+    costs = measure_sensitivity(module, loaded.weights, IDS, first_units, none_stored, linear=0)[1]
+    ((weight,),) = [ws for unit, ws in first_units.items() if unit.role == "embedding"]
+    table = evaluate_recipe(weight.recipe, loaded.weights)
+    found = next(kls for unit, kls in costs.items() if unit.role == "embedding")
+    errors = {}
+    for name in found:
+        format = format_of(name)
+        errors[name] = float((format.decode(format.encode(table), table.shape[-1]) - table).square().sum())
+    assert len(found) > 8 and {"grid3_g16", "uint2_g16"} <= set(found)
+    ratios = [found[name] / errors[name] for name in found]
+    assert max(ratios) < 1.001 * min(ratios)
+
+
+def test_some_rows_stand_for_a_large_weight(qwen, first_units, monkeypatch):
+    loaded, module = qwen
+    whole = measure_sensitivity(module, loaded.weights, IDS, first_units, none_stored, linear=0)[1]
+    monkeypatch.setattr(sensitivity, "SAMPLED", 4096)
+    monkeypatch.setattr(sensitivity, "PART", 4)
+    some = measure_sensitivity(module, loaded.weights, IDS, first_units, none_stored, linear=0)[1]
+    totals = [{} for _ in range(2)]
+    for total, costs in zip(totals, (whole, some), strict=True):
+        for unit, kls in costs.items():
+            for name, kl in kls.items():
+                total[unit[:2], name] = total.get((unit[:2], name), 0) + kl
+    assert totals[0].keys() == totals[1].keys() and totals[0] != totals[1]
+    assert all(0.7 < totals[1][key] / kl < 1.4 for key, kl in totals[0].items())
+
+
+def test_random_windows_are_the_same_at_every_call(qwen):
+    _, module = qwen
+    windows = random_windows(module)
+    assert torch.equal(windows, random_windows(module)) and windows.numel() == 8192
+    assert windows.min() >= 0 and windows.max() == 127
 
 
 def test_rows_on_disk_are_read_a_piece_at_a_time(tmp_path):

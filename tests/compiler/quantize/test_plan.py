@@ -235,13 +235,24 @@ def test_auto_writes_a_plan_that_can_be_given_back(tmp_path):
     assert result.exit_code == 2 and "cannot be met" in result.stderr and not (tmp_path / "d").exists()
 
 
+@pytest.mark.long
+def test_auto_without_a_text_expects_what_verify_measures(tmp_path):
+    result = invoke("compile", TINY, "-o", tmp_path / "a", "--quantize", "auto", "--budget", "4.5bpw")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads((tmp_path / "a" / "quantization.json").read_text("utf-8"))
+    assert 4.3 < plan["bits_per_weight"] <= 4.5
+    invoke("verify", tmp_path / "a", "--text", Path(TINY) / "heldout.txt", "--text-tokens", "4000")
+    found = json.loads((tmp_path / "a" / "moec.json").read_text("utf-8"))["figures"]["measured"]["text"]["kl_mean"]
+    assert 0.5 < plan["kl"] / found < 2
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
         (["--quantize", "auto"], "--quantize auto needs a budget"),
         (["--quantize", "int4", "--budget", "4bpw"], "a budget is for --quantize auto"),
         (["--budget", "4bpw"], "a budget is for --quantize auto"),
-        (["--quantize", "auto", "--budget", "4bpw"], "there is no calibration text"),
+        (["--quantize", "auto,method=gptq", "--budget", "4bpw"], "there is no calibration text"),
         (
             ["--quantize", "auto", "--budget", "4bpw", "--calibration", "nowhere.txt"],
             "cannot read the calibration text",

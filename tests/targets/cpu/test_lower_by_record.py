@@ -266,12 +266,22 @@ def test_holds(op: str, format: str, reason: str | None) -> None:
         ("core.linear", "uint2_g32", None), ("core.linear", "uint2_g16", "MatMulNBits uint2_g16 accuracy_level=4 is slow: 0."),
         ("moe.experts", "uint4_g32", None), ("moe.experts", "uint2_g16", "QMoE uint2_g16 swiglu weights accuracy_level=4 is slow"),
         ("nn.embedding", "uint2_g16", None), ("core.topk", "int4_g32", None),
+        ("core.linear", "nf4", "plain ops decode nf4 for core.linear"), ("nn.embedding", "nf4", None),
     ],
 )  # fmt: skip
 def test_slow(op: str, format: str, reason: str | None) -> None:
     (use, *_) = (o for o in program().main.ops if o.name == op)
     found = why_slow(use, format_of(format))
     assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.parametrize("op", ["core.linear", "moe.experts"])
+def test_grids_are_slow_where_nothing_compiles_their_kernels(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (use, *_) = (o for o in program().main.ops if o.name == op)
+    monkeypatch.setattr(capabilities, "find_compiler", lambda: "a compiler")
+    assert why_slow(use, format_of("grid4_g32")) is None
+    monkeypatch.setattr(capabilities, "find_compiler", lambda: None)
+    assert "package ziglang" in (why_slow(use, format_of("grid4_g32")) or "")
 
 
 @pytest.mark.parametrize(
