@@ -86,13 +86,16 @@ def drawing_settings(artifact: Artifact, seed: int | None, settings: Mapping[str
 @click.option("--outputs", metavar="FILE", help="Where to write its results (.npz).")
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=0), metavar="N")
 @generation_options
+@click.option(
+    "--record-routing", metavar="FILE", help="Write how often each expert was chosen, for `moec plan --routing`."
+)
 @click.option("--check-files", is_flag=True, help="Compare the sha256 of every file with moec.json first.")
 @json_option
 @debug_option
 def run(
     folder: str, prompt: str | None, prompt_file: str | None, chat: bool, system: str | None, tokens: str | None,
     inputs: str | None, outputs: str | None, as_json: bool, seed: int | None, threads: int | None,
-    accuracy: str | None, check_files: bool, device: str | None, stops: tuple[str, ...], **settings: Any,
+    accuracy: str | None, check_files: bool, device: str | None, stops: tuple[str, ...], record_routing: str | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Generate with an artifact, or call it.
 
@@ -106,6 +109,8 @@ def run(
         raise click.UsageError("--chat answers a text: give --prompt or --prompt-file")
     if system is not None and not chat:
         raise click.UsageError("--system belongs to --chat")
+    if inputs is not None and record_routing is not None:
+        raise click.UsageError("--record-routing counts the experts of a language model")
     if inputs is not None:
         options = {"threads": threads, "accuracy": accuracy, "device": device}
         return _call_program(Path(folder), inputs, outputs, as_json, check_files, options)
@@ -124,6 +129,10 @@ def run(
     settings = drawing_settings(artifact, seed, settings)
     session = artifact.session(threads=threads, accuracy=accuracy, device=device)
     result = artifact.run(prompt, tokens=ids, stop=stops, session=session, **streams, **settings)
+    if record_routing is not None:
+        from .routing import record_routing as record
+
+        record(artifact, artifact.with_prompts(result, prompt, ids), record_routing)
     if as_json:
         click.echo(json.dumps(generation_json(result), indent=2))
         return

@@ -79,6 +79,11 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
     callback=lambda c, p, v: seconds_option(v, p),
     help="Most time to the first token, as in 2s.",
 )
+@click.option("--routing", metavar="FILE", help="How often experts are chosen, of `moec run --record-routing`.")
+@click.option(
+    "--copies", type=click.IntRange(min=0), default=0, metavar="N", help="Copies of hot experts over all ranks."
+)
+@click.option("--price", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Of a device and hour.")
 @click.option("-o", "--out", metavar="FILE", help="Write the plan as JSON, for `moec compile --plan FILE`.")
 @click.option("--export", metavar="DIR", help="Write what vLLM, SGLang, llama.cpp ... take of the plan.")
 @json_option
@@ -135,6 +140,7 @@ def show_plan(found: dict[str, Any]) -> None:
         f"each token   {_interval_text(predicted, 'tpot_ms')} ms, {_interval_text(predicted, 'tokens_per_s_per_user')} tokens/s for each user",
         f"a device     {_interval_text(predicted, 'tokens_per_s_per_device')} tokens/s",
         f"because      {_parts_text(found['parts_ms'])}",
+        f"a token is   {_token_text(found)}",
         f"room for     {largest['batch']:,} requests of these lengths, or {largest['context']:,} tokens each",
         "",
     ]  # fmt: skip
@@ -173,6 +179,21 @@ def _degrees_text(degrees: dict[str, int]) -> str:
 def _interval_text(predicted: dict[str, Any], name: str) -> str:
     low, high = predicted[f"{name}_interval"]
     return f"{predicted[name]:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _token_text(found: dict[str, Any]) -> str:
+    from ..cost.report import bytes_text, flops_text
+
+    token, cost, placed = found["token"], found["cost"], found["experts"]
+    parts = [bytes_text(int(token["bytes"])), flops_text(int(token["flops"]))]
+    parts += [f"{token['weights_touched']:.0%} of the weights read in a step"]
+    parts += [f"{token['joules']:.3g} J of the devices"] if token["joules"] else []
+    parts += [f"{cost['per_million_tokens']:.3g} for a million"] if cost else []
+    if placed and placed["physical_to_logical"]:
+        parts += [
+            f"the fullest rank has {placed['imbalance']:.2f} of the mean load ({placed['imbalance_in_order']:.2f} in order)"
+        ]
+    return ", ".join(parts)
 
 
 def _parts_text(parts: dict[str, float]) -> str:

@@ -196,6 +196,10 @@ class Artifact:
         rows = list(tokens)
         return [rows] if not rows or not isinstance(rows[0], Sequence) else [list(row) for row in rows]
 
+    def with_prompts(self, found: Generation, prompt: Any = None, tokens: Any = None) -> list[list[int]]:
+        """Return the token ids of each row of a generation with those of its prompt in front."""
+        return [[*row, *new] for row, new in zip(self._rows(prompt, tokens), found.tokens, strict=True)]
+
     def _texts(self, found: Generation, wanted: bool) -> list[str] | None:
         rows = zip(found.tokens, found.stopped, strict=True)
         try:

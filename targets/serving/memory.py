@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..systems.system import System
 from .degrees import Degrees
@@ -66,6 +66,15 @@ def device_memory(
     return Memory(
         weights, sequence + (batch - 1) * typical, sequence, typical, activations, WORKSPACE, int(system.device.memory.value)
     )  # fmt: skip
+
+
+def with_copies(memory: Memory, workload: Workload, degrees: Degrees, storage: Storage, copies: int) -> Memory:
+    """Return the memory with copies of experts, evenly over the devices."""
+    if not copies:
+        return memory
+    bits = storage.roles["experts"].bits
+    size = sum(layer.calls * e.elements for layer in workload.layers for e in layer.experts) * bits / 8
+    return replace(memory, weights=memory.weights + int(copies * size / degrees.devices))
 
 
 def resident_weights(workload: Workload, degrees: Degrees, storage: Storage) -> int:

@@ -9,14 +9,17 @@ from ...compiler.errors import MoecError
 from ..systems.read import find_system
 from ..systems.system import System
 from .degrees import Degrees, check_degrees, possible_degrees
-from .demand import decode_demand, prefill_demand
-from .memory import Memory, device_memory, largest_context
+from .demand import Demand, decode_demand, prefill_demand
+from .figures import cost_entry, token_entry
+from .memory import Memory, device_memory, largest_context, with_copies
 from .offload import Offload, offloaded_decode, offloaded_prompt, place_experts
+from .routing import EVEN, Spread, check_routing, read_routing, spread_experts
 from .storage import Storage, choose_storage
 from .timing import ACCEPTED, Constants, Load, fitted_constants, predict_times
 from .workload import Workload
 
 BATCHES = (1, 4, 16, 64, 256)  # requests of a rank that the list of what else there is goes through
+SCHEMA = 1  # of what a plan is as plain data: plan.schema.json
 SMALLER = ("fp8", "fp4", "int4", "int2")  # what to store weights in where they do not fit, widest first
 
 
@@ -43,6 +46,9 @@ class Request:
     queue: bool = False  # requests beyond the cache wait; else they are refused
     tpot: float | None = None  # s, at most
     ttft: float | None = None
+    routing: str | None = None  # the file of a histogram of experts; without one they are taken to be chosen evenly
+    copies: int = 0  # of hot experts, beyond one of each
+    price: float | None = None  # of a device and hour
 
     def given(self) -> dict[str, int]:
         """Return the degrees that are asked for, by their names in Degrees."""
@@ -61,7 +67,9 @@ class Candidate:
     first: float
     token: float
     parts: dict[str, float]
+    decode: Demand
     placed: Offload | None = None  # where experts lie that the devices have no room for
+    spread: Spread = EVEN
 
     @property
     def fits(self) -> bool:
@@ -102,6 +110,12 @@ def _check_request(workload: Workload, request: Request) -> None:
     for name in ("batch", "input", "output"):
         if getattr(request, name) < 1:
             raise MoecError(f"--{name} must be at least 1")
+    if request.routing is not None:
+        check_routing(read_routing(request.routing), workload, request.routing)
+    elif request.copies:
+        raise MoecError("copies are of hot experts, and nothing says which are hot", todo="--routing FILE")
+    if request.copies and request.ep is None:
+        raise MoecError("copies need to know the ranks that they lie on", todo=f"--ep N --copies {request.copies}")
     if request.drafts not in ACCEPTED:
         raise MoecError(
             f"how many of {request.drafts} drafts are accepted is not known", todo=f"--drafts {max(ACCEPTED)} or fewer"
@@ -179,7 +193,9 @@ def _candidate(
 ) -> Candidate:  # fmt: skip
     batch = rank_batch(request, system, degrees)
     whole = request.input + request.output
-    memory = device_memory(workload, system, degrees, storage, batch, whole, request.output)
+    spread = spread_of(request, degrees)
+    memory = with_copies(device_memory(workload, system, degrees, storage, batch, whole, request.output),
+                         workload, degrees, storage, spread.copies)  # fmt: skip
     placed = None
     if memory.free < 0 and not memory.largest_batch:
         placed = place_experts(workload, system, degrees, storage, memory)
@@ -187,6 +203,10 @@ def _candidate(
     context = request.input + request.output / 2
     decode = decode_demand(workload, system, degrees, storage, max(running, 1), context, request.drafts)
     prompt = prefill_demand(workload, system, degrees, storage, request.input)
+    decode, prompt = (
+        replace(d, expert_read=d.expert_read * spread.imbalance, expert_math=d.expert_math * spread.imbalance)
+        for d in (decode, prompt)
+    )
     if placed:
         decode = offloaded_decode(decode, workload, system, degrees, placed)
         prompt = offloaded_prompt(prompt, system, degrees, placed)
@@ -197,7 +217,14 @@ def _candidate(
     first, token, parts = float(first), float(token), {name: float(value) for name, value in parts.items()}
     if 0 < running < batch:  # the others wait until those before them have their answers
         first += (batch - running) / running * token * request.output
-    return Candidate(degrees, memory, batch, running, first, token, parts, placed)
+    return Candidate(degrees, memory, batch, running, first, token, parts, decode, placed, spread)
+
+
+def spread_of(request: Request, degrees: Degrees) -> Spread:
+    """Return how a request's experts are spread over the ranks of degrees."""
+    if request.routing is None or degrees.ep == 1:
+        return EVEN
+    return spread_experts(read_routing(request.routing), degrees.ep, request.copies)
 
 
 def _does_not_fit(workload: Workload, system: System, request: Request, ways: list[Candidate]) -> MoecError:
@@ -262,13 +289,14 @@ def _plan_entry(
     moved = best.placed.bytes // best.degrees.devices if best.placed else 0
     bound = max(best.parts, key=lambda name: best.parts[name])
     return {
+        "schema": SCHEMA,
         "model": workload.name,
         "system": {"name": system.name, "device": system.device.name, "devices": system.devices},
         "engine": engine,
         "weights": storage.name,
         "cache": storage.cache,
         "formats": dict(storage.formats),
-        "experts": placement_entry(workload, best.degrees),
+        "experts": placement_entry(workload, best.degrees, best.spread),
         "degrees": best.degrees.entry(),
         "instances": system.devices // best.degrees.devices,
         "load": {"batch": best.batch, "requests": best.batch * best.degrees.dp * (system.devices // best.degrees.devices), "running": best.running,
@@ -281,19 +309,23 @@ def _plan_entry(
             "context": largest_context(workload, system, best.degrees, storage, best.batch, moved),
         },
         "predicted": predicted_entry(best, request, engine, system, constants),
+        "token": token_entry(workload, system, best.degrees, storage, best.decode, best.running, request.drafts, best.rate()),
+        "cost": None if request.price is None else cost_entry(request.price, best.rate(), rate_interval(best, engine, system, constants)),
         "bound": bound,
         "parts_ms": {name: 1e3 * seconds for name, seconds in best.parts.items()},
         "pareto": [pareto_entry(c) for c in pareto_front(others)],
     }  # fmt: skip
 
 
-def placement_entry(workload: Workload, degrees: Degrees) -> dict[str, Any] | None:
+def placement_entry(workload: Workload, degrees: Degrees, spread: Spread) -> dict[str, Any] | None:
     """Return which experts each rank holds; without a map they lie in the order of their numbers."""
     counts = {e.count for layer in workload.layers for e in layer.experts}
     if len(counts) != 1:
         return None
-    return {"experts": counts.pop(), "ranks": degrees.ep, "copies": 0, "layers": list(workload.expert_layers),
-            "of_layers": workload.blocks, "physical_to_logical": None}  # fmt: skip
+    placed = spread.placement.entry()["physical_to_logical"] if spread.placement else None
+    return {"experts": counts.pop(), "ranks": degrees.ep, "copies": spread.copies,
+            "layers": list(workload.expert_layers), "of_layers": workload.blocks, "imbalance": spread.imbalance,
+            "imbalance_in_order": spread.unplaced, "physical_to_logical": placed}  # fmt: skip
 
 
 def predicted_entry(
@@ -306,9 +338,16 @@ def predicted_entry(
     return {
         "ttft_ms": first, "ttft_ms_interval": [first * early, first * late],
         "tpot_ms": token, "tpot_ms_interval": [token * low, token * high],
-        "tokens_per_s_per_device": rate, "tokens_per_s_per_device_interval": [rate / high, rate / low],
+        "tokens_per_s_per_device": rate,
+        "tokens_per_s_per_device_interval": list(rate_interval(best, engine, system, constants)),
         "tokens_per_s_per_user": 1 / best.token, "tokens_per_s_per_user_interval": [1 / best.token / high, 1 / best.token / low],
     }  # fmt: skip
+
+
+def rate_interval(best: Candidate, engine: str, system: System, constants: Constants) -> tuple[float, float]:
+    """Return the interval of tokens a second of a device."""
+    low, high = constants.interval("tpot", engine, system.cards)
+    return best.rate() / high, best.rate() / low
 
 
 def pareto_front(candidates: list[Candidate]) -> list[Candidate]:

@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent / "data"
 DTYPES = ("bf16", "f8e4m3", "mxfp4", "i8")
 LATENCY = Figure(2e-6, "K", "general knowledge: a few microseconds from sending to arriving")
 KEYS = {
-    "": ("name", "doc", "device", "devices", "unified", "fabric", "host", "storage", "sources"),
+    "": ("name", "doc", "device", "devices", "unified", "fabric", "host", "storage", "power", "sources"),
     "device": ("name", "memory", "bandwidth", "peak"),
     "fabric": ("shape", "span", "link", "bandwidth", "latency"),
     "host": ("memory", "bandwidth", "link", "devices"),
@@ -131,6 +131,7 @@ class _Reader:
             storage=self.figure("storage.bandwidth", storage["bandwidth"], "bytes/s") if storage else None,
             unified=bool(raw.get("unified", False)),
             cards=profile.name if profile else "",
+            power=self.figure("power", raw["power"], "W") if "power" in raw else None,
         )
 
     def profile(self, name: str) -> Profile:

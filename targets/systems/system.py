@@ -71,6 +71,7 @@ class System:
     storage: Figure | None = None  # bytes/s of reading
     unified: bool = False
     cards: str = ""  # the profile of the device, where it has one
+    power: Figure | None = None  # W of one device at work, with its share of the rack where that is what is known
 
     @property
     def memory(self) -> float:
@@ -98,4 +99,5 @@ class System:
         if self.host:
             found |= {"host.memory": self.host.memory, "host.bandwidth": self.host.bandwidth}
             found |= {"host.link": self.host.link} if self.host.link else {}
+        found |= {"power": self.power} if self.power else {}
         return found | ({"storage.bandwidth": self.storage} if self.storage else {})

@@ -20,14 +20,15 @@ UNITS: dict[str, dict[str, float]] = {
     },
     "s": {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
     "Hz": {f"{prefix}Hz": scale for prefix, scale in _DECIMAL.items()},
+    "W": {"W": 1.0, "kW": 1e3},
     "count": {"": 1.0},
 }
 EXAMPLES = {
-    "bytes": "64GB", "bytes/s": "2.0TB/s", "FLOP/s": "300TFLOPS", "s": "5us", "Hz": "1.8GHz", "count": "8",
+    "bytes": "64GB", "bytes/s": "2.0TB/s", "FLOP/s": "300TFLOPS", "s": "5us", "Hz": "1.8GHz", "W": "700W", "count": "8",
 }  # fmt: skip
 # What a device can have, to catch a 4800 that was meant as GB/s: the least and the most, far from any chip.
 _SENSIBLE = {
-    "bytes": (1.0, 1e18), "bytes/s": (1e8, 1e18), "FLOP/s": (1e8, 1e20), "s": (1e-10, 10.0), "Hz": (1e6, 1e12),
+    "bytes": (1.0, 1e18), "bytes/s": (1e8, 1e18), "FLOP/s": (1e8, 1e20), "s": (1e-10, 10.0), "Hz": (1e6, 1e12), "W": (0.1, 1e6),
     "count": (1.0, 1e9),
 }  # fmt: skip
 
@@ -75,6 +76,8 @@ def quantity_text(value: float, kind: str, operations: str = "FLOPS") -> str:
             return f"{value * 1e6:.6g} us"
         case "Hz":
             return f"{value / 1e9:.6g} GHz"
+        case "W":
+            return f"{value:,.6g} W"
     return f"{value:,.6g}"
 
 
