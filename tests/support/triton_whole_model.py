@@ -12,10 +12,14 @@ from tiny_models import random_model
 
 @pytest.mark.parametrize(
     ("family", "count", "changes"),
-    [("gpt_oss", 3, {}), ("deepseek_v3", 33, {"kv_lora_rank": 32, "num_hidden_layers": 2})],
+    [
+        ("gpt_oss", 3, {}),
+        ("deepseek_v3", 33, {"kv_lora_rank": 32, "num_hidden_layers": 2}),
+        ("deepseek_v32", 9, {"num_hidden_layers": 1}),
+    ],
 )
 def test_a_prefill_and_a_cached_step(family, count, changes, tmp_path):
-    """Latent attention is expanded for a prompt of so many tokens, and absorbed in the step behind it."""
+    """Latent attention is expanded for a prompt of so many tokens, and absorbed in the step behind it; or reads chosen tokens."""
     options = {"kernels": "source", "buckets": "4,64" if count > 4 else "4"}
     model = random_model(FAMILIES[family], **changes)
     artifact = moec.compile(model, target="nvidia-h200", out=tmp_path / "a", options=options)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from math import isfinite
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 
@@ -33,16 +33,23 @@ from ..tile.tiles import DEVICE, For, walk_statements
 from .bindings import Binding, bind_kernel, check_op
 from .library import call_json, exchange_json, library_of
 
-# 2: bindings, every step, and what a simulation needs of the chip; 3: kernels by the new tokens of a sequence
-SCHEMA = 3
+# 2: bindings, every step, and what a simulation needs of the chip; 3: kernels by the new tokens of a sequence; 4: and by all
+SCHEMA = 4
 BUCKETS = (1, 4, 16, 64, 256, 1024, 8192)  # most tokens of a step that a kernel is tuned for
 CONTEXT = 4096  # tokens before a decoding step, for what attention reads
 DECODE = 64  # steps of at most so many tokens count as decoding: one token of each of so many sequences
 
 
+Limits: TypeAlias = tuple[int, int | None]  # the least and the most of a number; None: any more
+ANY: Limits = (1, None)
+
+
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel for one bucket of tokens: `low` to `high` tokens a step, `new` of a sequence at least and at most."""
+    """One kernel for one bucket of tokens: `low` to `high` tokens a step, `new` of a sequence at least and at most.
+
+    `slots`: tokens of a sequence at least and at most, past ones and new ones together.
+    """
 
     name: str
     kind: str
@@ -56,7 +63,8 @@ class KernelSpec:
     objects: Mapping[str, Any] = field(default_factory=dict)  # what a toolchain made of it
     binding: Binding = field(default_factory=Binding)
     group: str = ""  # what the steps of kernels.json name: the kernels of the same ops
-    new: tuple[int, int | None] = (1, None)  # None: any more
+    new: Limits = ANY  # None: any more
+    slots: Limits = ANY
 
     @property
     def best(self) -> Choice:
@@ -73,6 +81,7 @@ class KernelSpec:
             "computes": {"op": self.op, "places": list(self.places), "calls": self.calls},
             "tokens": [self.low, self.high],
             "new": list(self.new),
+            "slots": list(self.slots),
             "weights": {name: packing_json(p) for name, p in self.weights.items()},
             "binding": self.binding.to_json(),
             "tile": asdict(choice.tile),
@@ -181,8 +190,8 @@ class Kernels:
     def time(self, tokens: int) -> float:
         """Return the predicted seconds of one step of so many tokens: kernels and the framework's ops, one after the other."""
         bucket = str(next((b for b in self.buckets if tokens <= b), self.buckets[-1]))
-        new = step_of(tokens).new
-        found = (k for k in self.kernels if k.low <= tokens <= k.high and is_within(new, k.new))
+        step = step_of(tokens)
+        found = (k for k in self.kernels if k.low <= tokens <= k.high and is_for_step(k, step.new, step.past))
         return sum(k.calls * k.best.prediction.time for k in found) + sum(
             e["predicted"][bucket] for e in self.framework
         )
@@ -303,29 +312,45 @@ def _json_value(value: Any) -> Any:
 def _group_specs(group: _Group, profile: Profile, buckets: tuple[int, ...]) -> Iterable[KernelSpec]:
     low = {high: before + 1 for before, high in pairwise((0, *buckets))}
     fits: Fits = {}
-    for high, step, new in _bucket_steps(buckets, group.computation.changes_at):
+    for high, step, new, slots in _bucket_steps(buckets, group.computation):
         made: set[str] = set()
         for kernel, choice in fastest_kernels(group.computation, step, profile, fits):
             binding = bind_kernel(group.op, kernel, choice.best.program, group.computation.weights, made)
             for op, place in group.ops.values():
                 check_op(op, choice.best.program, binding, place)
             yield KernelSpec(
-                _kernel_name(group, kernel.name, high, new[0]), kernel.name, group.op, low[high], high, choice,
+                _kernel_name(group, kernel.name, high, new[0], slots[0]), kernel.name, group.op, low[high], high, choice,
                 group.computation.weights, tuple(group.places), group.calls, binding=binding, group=group.name, new=new,
+                slots=slots,
             )  # fmt: skip
 
 
-def _bucket_steps(
-    buckets: Iterable[int], changes_at: int | None
-) -> Iterator[tuple[int, Tokens, tuple[int, int | None]]]:
-    """Yield the most tokens of a bucket, the step to tune for, and which numbers of new tokens of a sequence it is for."""
-    for high in buckets:
-        if changes_at is None:
-            yield high, step_of(high), (1, None)
-            continue
-        yield high, Tokens(high, 1, CONTEXT), (1, changes_at - 1)
-        if high >= changes_at:
-            yield high, Tokens(1, high, 0), (changes_at, None)
+def _bucket_steps(buckets: Iterable[int], computation: Computation) -> Iterator[tuple[int, Tokens, Limits, Limits]]:
+    """Yield the most tokens of a bucket, the step to tune for, and of what sequences it is: new tokens, and all tokens."""
+    for high, slots in product(buckets, _parts_at(computation.slots_at)):
+        for new in _parts_at(computation.changes_at):
+            if new == ANY:
+                step = step_of(high)
+            else:
+                step = Tokens(high, 1, CONTEXT) if new[0] == 1 else Tokens(1, high, 0)
+            if high < new[0] or (slots[1] or high) < new[0]:
+                continue  # no step has so many new tokens
+            if slots != ANY:
+                step = _within_slots(step, slots)
+            yield high, step, new, slots
+
+
+def _parts_at(changes: int | None) -> tuple[Limits, ...]:
+    """Return the limits of a number below and from where something changes."""
+    return (ANY,) if changes is None else ((1, changes - 1), (changes, None))
+
+
+def _within_slots(step: Tokens, slots: Limits) -> Tokens:
+    """Return a step with as many past tokens as it takes to have so many in all, and no more new ones than that."""
+    least, most = slots
+    new = step.new if most is None else min(step.new, most)
+    past = max(step.past, least - new) if most is None else min(step.past, most - new)
+    return Tokens(step.count // new, new, past)
 
 
 def is_within(new: int, limits: tuple[int, int | None]) -> bool:
@@ -334,10 +359,16 @@ def is_within(new: int, limits: tuple[int, int | None]) -> bool:
     return low <= new and (high is None or new <= high)
 
 
-def _kernel_name(group: _Group, kernel: str, high: int, new: int) -> str:
+def is_for_step(kernel: Any, new: int, past: int) -> bool:
+    """Return whether a kernel with limits `new` and `slots` is for a step of so many new and past tokens of a sequence."""
+    return is_within(new, kernel.new) and is_within(new + past, kernel.slots)
+
+
+def _kernel_name(group: _Group, kernel: str, high: int, new: int, slots: int) -> str:
     """Return the name of a kernel, which is that of its file too: linear_0_t16, experts_down_0_combine_t16."""
     own = [] if kernel == group.computation.kind else [kernel]
-    return "_".join([group.name, *own, f"t{high}", *([f"s{new}"] if new > 1 else [])])
+    limits = [f"s{new}"] * (new > 1) + [f"c{slots}"] * (slots > 1)
+    return "_".join([group.name, *own, f"t{high}", *limits])
 
 
 def step_of(count: int) -> Tokens:

@@ -2,7 +2,8 @@
 
 A row of a tile is (new token, head of the group), so that all heads that share a group's keys share the loaded tiles:
 with one new token and eight heads on a group, eight rows. Blocks of keys after the last token of a tile, before its
-window or its chunk are not looked at.
+window or its chunk are not looked at. With chosen keys each token has its own, and a tile has the heads of one token:
+keys are loaded by their numbers, and no others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Attention:
     [B, S, P + S]. `shared`: there is no value tensor, the first E values of a key are its value (the latent of MLA).
     `rope`: so many numbers of each head lie apart, in q_rope [B, H, S, rope] and key_rope [B, 1, C, rope], which all
     heads share. `row`: the numbers of a head of q in memory, of which the first D are read (0: D). `dense`: key and
-    value have P + S slots.
+    value have P + S slots. `selected`: of these slots a token reads those of selected i32[B, S, J] only, distinct numbers
+    of which ones above its own slot are none. `best_first`: those that it reads are in front.
     """
 
     heads: int
@@ -44,29 +46,40 @@ class Attention:
     rope: int = 0
     row: int = 0
     dense: bool = False
+    selected: bool = False
+    best_first: bool = False
     dtype: str = "bf16"
 
     @property
     def scalars(self) -> tuple[str, ...]:
         """The ints of a launch."""
-        return ("B", "S", "P", *(["C"] if self.rope or not self.dense else []))
+        return ("B", "S", "P", *(["C"] if self.rope or not self.dense else []), *(["J"] if self.selected else []))
+
+    @property
+    def shared_by(self) -> int:
+        """The heads that share a group's keys."""
+        return self.heads // self.groups
 
     @property
     def rows(self) -> str:
         """The number of rows of a group."""
-        return f"S * {self.heads // self.groups}"
+        return f"S * {self.shared_by}"
+
+    def tiles(self, rows: int) -> str:
+        """Return the number of tiles of so many rows that a group has."""
+        return f"S * {-(-self.shared_by // rows)}" if self.selected else f"cdiv({self.rows}, {rows})"
 
 
 def attention_kernel(p: Attention, t: AttentionTile, layout: Layout) -> Program:
     """Attend: t.m rows of one group for each point of the grid, or with t.split their portions for `attention_merge`.
 
     MoecError where the heads do not divide into groups, values are to be shared that are wider than the keys,
-    or chunks come with a mask for each token.
+    or chunks come with a mask for each token or with chosen slots.
     """
     _check_attention(p)
     b = Builder("attention", layout, "y = softmax(scale q keyᵀ) value over the slots that a token may read")
     b.scalar(*p.scalars)
-    b.grid("tile", f"cdiv({p.rows}, {t.m})")
+    b.grid("tile", p.tiles(t.m))
     b.grid("pair", f"B * {p.groups}")
     if t.split > 1:
         b.grid("part", t.split)
@@ -81,6 +94,8 @@ def attention_kernel(p: Attention, t: AttentionTile, layout: Layout) -> Program:
         b.tensor("value", p.dtype, "B", p.groups, slots, p.value_width)
     if p.mask:
         b.tensor("mask", "bool", "B", *(["S"] if p.mask == "tokens" else []), "P + S")
+    if p.selected:
+        b.tensor("selected", "i32", "B", "S", "J")
     if p.sinks:
         b.tensor("sinks", "f32", p.heads, role="weight")
     if t.split > 1:
@@ -106,9 +121,14 @@ def _query_indices(p: Attention, part: Part) -> tuple[str, list[str]]:
     return "q_rope" if part.apart else "q", ["batch", *order, part.column]
 
 
-def _key_indices(part: Part) -> tuple[str, list[str]]:
+def _key_indices(part: Part, slot: str = "j") -> tuple[str, list[str]]:
     """Return the tensor of a part of the keys, and its indices."""
-    return "key_rope" if part.apart else "key", ["batch", "0" if part.apart else "group", "j[:, None]", part.column]
+    return "key_rope" if part.apart else "key", [
+        "batch",
+        "0" if part.apart else "group",
+        f"{slot}[:, None]",
+        part.column,
+    ]
 
 
 def attention_merge(p: Attention, t: RowTile, layout: Layout, split: int) -> Program:
@@ -126,9 +146,9 @@ def _check_attention(p: Attention) -> None:
         raise MoecError(f"values of {p.value_width} numbers are not a part of keys of {p.width}")
     if p.mask not in ("", "keys", "tokens"):
         raise MoecError(f"a mask of {p.mask}", todo='it is "", "keys" or "tokens"')
-    if p.chunk and p.mask == "tokens":
+    if p.chunk and (p.mask == "tokens" or p.selected):
         raise MoecError(
-            "chunks are counted from the first slot that is not masked, a mask for each token has no such slot"
+            "chunks are counted from the first slot that is not masked; masks for each token and chosen slots have no such slot"
         )
 
 
@@ -145,9 +165,17 @@ def _attend_of_tile(p: Attention, t: AttentionTile) -> Attend:
 
 def _add_rows(b: Builder, p: Attention, t: AttentionTile) -> None:
     """Add the rows of a tile: `token`, `head` and `live`, `slot` of the token, `first` and `last` of the slots."""
-    each = p.heads // p.groups
+    each = p.shared_by
     b.let("batch", f"pair // {p.groups}")
     b.let("group", f"pair % {p.groups}")
+    if p.selected:
+        across = -(-each // t.m)
+        b.let("own", f"tile // {across}")
+        b.let("row", f"tile % {across} * {t.m} + arange({t.m})")
+        b.let("live", f"row < {each}")
+        b.let("token", "own + row * 0")
+        b.let("head", f"group * {each} + row")
+        return
     b.let("row", f"tile * {t.m} + arange({t.m})")
     b.let("live", f"row < {p.rows}")
     b.let("token", f"row // {each}")
@@ -159,6 +187,8 @@ def _add_rows(b: Builder, p: Attention, t: AttentionTile) -> None:
 
 def _add_key_blocks(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
     """Add the slots that any row of the tile may read, and return the loop over them."""
+    if p.selected:
+        return _chosen_keys(b, p)
     start, visible = "0", ["j[None, :] <= slot[:, None]"]
     if p.window:
         start = f"maximum(first - {p.window - 1}, 0)"
@@ -186,6 +216,24 @@ def _add_key_blocks(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
         "key", start, "last + 1", _key_indices, " & ".join(f"({v})" for v in visible), prepare, "value", at,
         "" if p.window or p.chunk or p.mask else "first + 1",
     )  # fmt: skip
+
+
+def _chosen_keys(b: Builder, p: Attention) -> Blocks:
+    """Return the loop over the slots that the tile's token has chosen."""
+
+    def prepare(before: str) -> str:
+        b.load("chosen", "selected", ["batch", "own", "j"], before, other=-1)
+        there = f"({before}) & (chosen >= 0) & (chosen <= P + own)"
+        if p.window:
+            there += f" & (P + own - chosen < {p.window})"
+        if p.mask:
+            b.load("unmasked", "mask", ["batch", *(["own"] if p.mask == "tokens" else []), "chosen"], there)
+            there += " & unmasked"
+        return there
+
+    value = None if p.shared else lambda column: ["batch", "group", "chosen[:, None]", column]
+    stop = "minimum(J, P + own + 1)" if p.best_first else "J"
+    return Blocks("key", "0", stop, lambda part: _key_indices(part, "chosen"), "", prepare, "value", value)
 
 
 def _chunks_begin(b: Builder, p: Attention) -> str:

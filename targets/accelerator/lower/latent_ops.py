@@ -5,6 +5,8 @@ Weights are typed as they are stored, as in targets/accelerator/ops.py.
 
 from __future__ import annotations
 
+from functools import partial
+
 import sympy
 
 from ....compiler.ir.deferred import torch
@@ -64,7 +66,7 @@ def latent_append(q, kv, norm, past_latent, past_rope, cos, sin, *, heads: int, 
 
 
 def _latent_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    q, q_rope, latent, rope, w_uk, w_uv, mask, _ = types
+    q, q_rope, latent, rope, w_uk, w_uv, mask, _, selected = types
     heads, (batch, _, slots, width) = size(attributes["heads"]), latent.shape
     for weight in (w_uk, w_uv):
         check_weight("acc.latent_attention", weight)
@@ -82,43 +84,75 @@ def _latent_attention(types: Types, attributes: Attributes) -> tuple[TensorType,
         raise inference_error(
             f"acc.latent_attention: the mask {mask} is not [{batch}, {slots}], nor one for each token"
         )
+    if selected is not None and attributes["chunk"]:
+        raise inference_error("acc.latent_attention takes no chosen slots with chunks")
     return (TensorType(q.dtype, (*q.shape[:2], w_uv.shape[0])),)
+
+
+def _read_of_state(types: Types, attributes: Attributes, operand: int) -> Size:
+    """Return how many numbers of a cache a step reads: chosen slots, or those of OPS["nn.attention"]."""
+    q, state, selected = types[0], types[operand], types[8]
+    if selected is None:
+        return OPS["nn.attention"].reads["k"]((q, state), attributes)
+    return state.shape[0] * state.shape[3] * sympy.Min(state.shape[2], q.shape[1] * selected.shape[2])
+
+
+def _read_of_mask(types: Types, attributes: Attributes) -> Size:
+    """Return how many numbers of the mask a step reads: those of chosen slots, or all."""
+    mask, selected = types[6], types[8]
+    return mask.elements if selected is None else sympy.Min(mask.elements, selected.elements)
 
 
 def _latent_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
     """Return those of the form that has fewer: up-projections of the new tokens, or of all that are attended to."""
-    q, _, latent, rope, w_uk, w_uv, *_ = operands
+    q, _, latent, rope, w_uk, w_uv, *_, selected = operands
     heads, (batch, _, slots, width) = size(attributes["heads"]), latent.shape
     nope, value, apart = w_uk.shape[1], w_uv.shape[0] / heads, rope.shape[3] if rope else size(0)
     scored = {name: attributes[name] for name in ("scale", "window", "chunk", "softcap")}
 
-    def attended(key: Size, of_value: Size) -> Size:
+    def attended(key: Size, of_value: Size, seen: Size = slots) -> Size:
         types = [
-            TensorType(q.dtype, (batch, heads, n, w)) for n, w in ((q.shape[1], key), (slots, key), (slots, of_value))
+            TensorType(q.dtype, (batch, heads, n, w)) for n, w in ((q.shape[1], key), (seen, key), (seen, of_value))
         ]
         return OPS["nn.attention"].flops([*types, None, None], results, scored)
 
     each = 2 * batch * heads * width * (nope + value)
-    absorbed = each * q.shape[1] + attended(width + apart, width)
+    absorbed = each * q.shape[1] + attended(
+        width + apart, width, sympy.Min(slots, selected.shape[2]) if selected else slots
+    )
+    if selected and not attributes["best_first"]:
+        return absorbed
     return sympy.Min(absorbed, each * slots + attended(nope + apart, value))
 
 
 @op(
     "acc.latent_attention",
     "q: A[B, S, N], q_rope: A[B, heads, S, D]?, latent: state A[B, 1, T, R], rope: state A[B, 1, T, D]?,"
-    " w_uk: W[U, E], w_uv: Z[M, R], mask: I[B, *X]?, sinks: A[heads]? -> y: A[B, S, M]",
+    " w_uk: W[U, E], w_uv: Z[M, R], mask: I[B, *X]?, sinks: A[heads]?, selected: C[B, S, J]? -> y: A[B, S, M]",
     infer=_latent_attention,
     flops=_latent_flops,
+    domains={"selected": lambda types, attributes: types[2].shape[2] + types[8].shape[2]},
+    distinct=("selected",),
+    reads={
+        "latent": partial(_read_of_state, operand=2),
+        "rope": partial(_read_of_state, operand=3),
+        "mask": _read_of_mask,
+    },
 )
 def latent_attention(
-    q, q_rope, latent, rope, w_uk, w_uv, mask, sinks, *,
-    heads: int, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0,
+    q, q_rope, latent, rope, w_uk, w_uv, mask, sinks, selected, *,
+    heads: int, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0, best_first: bool = False,
 ):  # fmt: skip
     """Attend to cached latents as nn.attention does, with keys and values that are made of them (MLA, arXiv 2405.04434).
 
     The first E numbers of a head of q meet keys w_uk[h]ᵀ latent, with w_uk[h] the head's [R, E]; `q_rope` meets `rope`,
-    the part of the keys with positions, which all heads share. Values are w_uv[h] latent.
+    the part of the keys with positions, which all heads share. Values are w_uv[h] latent. With `selected` a token reads
+    of its slots those with these numbers only (DeepSeek-V3.2); `best_first`: they are in front of what it may not read.
     """
+    if selected is not None:
+        chosen = torch.zeros(*q.shape[:2], latent.shape[2] + selected.shape[2], dtype=torch.bool, device=q.device)
+        seen = chosen.scatter(-1, selected.long(), True)[..., : latent.shape[2]]
+        mask = seen if mask is None else seen & (mask if mask.dim() == 3 else mask[:, None])
     nope = q.unflatten(2, (heads, -1))[..., : w_uk.shape[1]]
     absorbed = plain_block_linear(nope, w_uk.float()).unflatten(2, (heads, -1)).transpose(1, 2)
     queries = absorbed if q_rope is None else torch.cat((absorbed, q_rope), dim=3)

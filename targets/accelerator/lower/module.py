@@ -19,6 +19,7 @@ from ....compiler.rewrite.roles import Uses, weight_roles
 from ....compiler.weights.demote import demoted_recipe
 from .. import ops
 from . import latent_ops
+from .chosen import ChosenSlots
 from .dispatch import grouped_linear, lower_combine, lower_dispatch
 from .hoist import hoist_ops
 from .latent import latent_attention
@@ -37,18 +38,19 @@ def lower_module(module: Module) -> Rewritten:
     if module.stage == "kernel":
         return Rewritten(module)
     roles = weight_roles(module)
-    lowered = [_lower_function(f, roles[f.name]) for f in module.functions]
+    slots = ChosenSlots(module)
+    lowered = [_lower_function(f, roles[f.name], slots) for f in module.functions]
     functions = tuple(function for function, _ in lowered)
     notes = tuple(note for _, notes in lowered for note in notes)
     return Rewritten(hoist_ops(replace(module, stage="kernel", functions=functions)), notes)
 
 
-def _lower_function(function: Function, roles: Uses) -> tuple[Function, list[Note]]:
+def _lower_function(function: Function, roles: Uses, slots: ChosenSlots) -> tuple[Function, list[Note]]:
     routers = frozenset(function.ops[i].results[0].name for (i, _), role in roles.items() if role == "router")
     rewrites: dict[str, Rewrite] = {
         "core.linear": partial(_lower_linear, routers=routers),
         "nn.gated_mlp": _gated_mlp,
-        "nn.block_linear": _block_linear,
+        "nn.block_linear": partial(_block_linear, slots=slots),
         "nn.embedding": _lower_embedding,
         "moe.experts": _lower_experts,
         "moe.dispatch": lower_dispatch,
@@ -105,8 +107,8 @@ def _lower_linear(editor: Editor, op: Op, routers: frozenset[str]) -> Op:
     return op.become("acc.linear", x, _stored(editor, op, weight), bias)
 
 
-def _block_linear(editor: Editor, op: Op) -> Op:
-    if attention := latent_attention(editor, op, _stored):
+def _block_linear(editor: Editor, op: Op, slots: ChosenSlots) -> Op:
+    if attention := latent_attention(editor, op, _stored, slots):
         return attention
     x, weight = op["x"], op["w"]
     return op.become("acc.block_linear", x, _stored(editor, op, weight))

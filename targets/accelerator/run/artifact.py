@@ -17,7 +17,7 @@ from ....compiler.text.parser import parse_module
 from ....compiler.weights.sources.checkpoint import read_tensors
 from ..artifact.bindings import Binding
 from ..artifact.emit import KERNELS, PLAN
-from ..artifact.spec import SCHEMA, is_within
+from ..artifact.spec import ANY, SCHEMA, Limits, is_for_step
 from ..target import declare_ops
 from ..tile.serialize import program_from_json
 from ..tile.simulate import Chip
@@ -32,7 +32,7 @@ class Launch:
     """A kernel of an artifact: its program, what its arguments are, and how it is launched.
 
     `group` names the kernels of the same ops, `low` and `high` are the tokens of a step that it is for, `new` those of a
-    sequence.
+    sequence, `slots` all tokens of one.
     `operands` are the memories of the matrix unit. `objects` says what a compiler made of it, by architecture, `predicted`
     how many seconds it was expected to take in a step of as many tokens as it is for.
     """
@@ -46,7 +46,8 @@ class Launch:
     warps: int
     operands: tuple[str, str, str]
     objects: Mapping[str, Any]
-    new: tuple[int, int | None] = (1, None)
+    new: Limits = ANY
+    slots: Limits = ANY
     predicted: float | None = None
 
 
@@ -69,15 +70,20 @@ class StoredKernels:
         return {name: tuple(launches) for name, launches in found.items()}
 
     @cached_property
+    def slots_at(self) -> frozenset[int]:
+        """From how many tokens of a sequence on other kernels are taken."""
+        return frozenset(launch.slots[0] for launch in self.launches)
+
+    @cached_property
     def last(self) -> int:
         """The most tokens that a bucket is tuned for."""
         return max((launch.high for launch in self.launches), default=1)
 
-    def of(self, group: str, batch: int, new: int) -> tuple[Launch, ...]:
-        """Return the kernels that compute an op in a step of `new` tokens of each of `batch` sequences."""
+    def of(self, group: str, batch: int, new: int, past: int) -> tuple[Launch, ...]:
+        """Return the kernels that compute an op in a step of `new` tokens of each of `batch` sequences after `past`."""
         bucket, kernels = min(batch * new, self.last), self._groups.get(group, ())
         limit = min(new, self.last)
-        return tuple(k for k in kernels if k.low <= bucket <= k.high and is_within(limit, k.new))
+        return tuple(k for k in kernels if k.low <= bucket <= k.high and is_for_step(k, limit, past + new - limit))
 
     def chip_for(self, launch: Launch) -> Chip:
         """Return what the simulator checks of the chip."""
@@ -117,9 +123,14 @@ def _read_launch(entry: Mapping[str, Any]) -> Launch:
     low, high = entry["tokens"]
     return Launch(
         entry["name"], entry["group"], program, Binding.from_json(entry["binding"]), low, high, int(entry["pipeline"]["warps"]),
-        (first, second, result), entry.get("objects", {}), (int(entry["new"][0]), entry["new"][1]),
-        entry["predicted"]["time"],
+        (first, second, result), entry.get("objects", {}), _read_limits(entry["new"]),
+        _read_limits(entry["slots"]), entry["predicted"]["time"],
     )  # fmt: skip
+
+
+def _read_limits(data: Any) -> Limits:
+    low, high = data
+    return int(low), None if high is None else int(high)
 
 
 def read_program(folder: Path, kernels: StoredKernels) -> Module:

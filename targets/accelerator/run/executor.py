@@ -109,7 +109,7 @@ class Executor:
     ) -> dict[str, Held]:
         """Run the kernels of an op. None may be needed for a step of so many tokens: then nothing reads its results."""
         call = _Call(op, values, weights, dims, self.launcher.device)
-        for launch in self.kernels.of(group, dims["B"], dims["S"]):
+        for launch in self.kernels.of(group, dims["B"], dims["S"], dims["P"]):
             call.launch(launch, self.launcher)
         return call.made
 

@@ -216,7 +216,7 @@ class Graphs:
 
     def run(self, inputs: Sequence[Held], dims: Mapping[str, int]) -> list[Held]:
         """Run a step, as `Executor.run` does."""
-        key = None if self.why_not or dims["S"] != 1 or not dims["P"] else _buffers_key(inputs, dims)
+        key = None if self.why_not or dims["S"] != 1 or not dims["P"] else self._key(inputs, dims)
         if key is None:
             return self.executor.run(inputs, dims)
         if self._made and self._made[0] == key:
@@ -231,6 +231,12 @@ class Graphs:
             self.why_not, self._made = str(error).splitlines()[0], None
             return self.executor.run(inputs, dims)
         return self._replay(inputs, dims)
+
+    def _key(self, inputs: Sequence[Held], dims: Mapping[str, int]) -> tuple[int, ...] | None:
+        """Return which buffers a step appends to, and which kernels it takes; None for a step that is not captured."""
+        buffers = _buffers_key(inputs, dims)
+        passed = sum(dims["P"] + dims["S"] >= least for least in self.executor.kernels.slots_at)
+        return None if buffers is None else (passed, *buffers)
 
     def _replay(self, inputs: Sequence[Held], dims: Mapping[str, int]) -> list[Held]:
         assert self._made is not None

@@ -86,9 +86,12 @@ def _select_compressed_attention(op: Op, weights: Mapping[str, Packing]) -> Comp
 
 def attention_implementations(
     name: str, make: Make, merge: Merge, scalars: Mapping[str, int], rows: int, width: int, value: int, tokens: Tokens,
-    renamed: Mapping[str, str] = {"key": "k", "value": "v"},
+    renamed: Mapping[str, str] = {"key": "k", "value": "v"}, touched: Mapping[str, float] | None = None,
 ) -> tuple[Implementation, ...]:  # fmt: skip
-    """Return attention in one kernel, and for few tokens with the keys split and a kernel that merges."""
+    """Return attention in one kernel, and for few tokens with the keys split and a kernel that merges.
+
+    `touched` has the share of a tensor that is read, where that is not all of it.
+    """
     widest = [part for part in PARTS if part < 2 * power_of_two(min(width, value))] or [PARTS[0]]
     tiles = tuple(product(row_choices(rows), KEYS, widest))
     implementations = []
@@ -97,7 +100,7 @@ def attention_implementations(
         def one(t: Tile, layout: Layout, split: int = split) -> Program:
             return make(AttentionTile(t.m, t.n, t.k, t.stages, t.warps, split), layout)
 
-        kernels = [KernelTemplate(name, one, scalars, tiles, renamed=renamed)]
+        kernels = [KernelTemplate(name, one, scalars, tiles, renamed=renamed, touched=touched)]
         if split > 1:
             kernels.append(_merge_template(merge, split, scalars, value, renamed))
         implementations.append(

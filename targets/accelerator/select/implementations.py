@@ -46,7 +46,8 @@ class Implementation:
 class Computation:
     """What an op computes: ops of one kind and equal problems share kernels; `implementations` gives those for a step.
 
-    Where they differ with the new tokens of a sequence, `changes_at` is the number from which they are others.
+    Where they differ with the new tokens of a sequence, `changes_at` is the number from which they are others; where
+    with all of its tokens, those that are past and the new ones, `slots_at` is.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Computation:
     weights: Mapping[str, Packing]
     implementations: Callable[[Tokens, Profile], tuple[Implementation, ...]]
     changes_at: int | None = None
+    slots_at: int | None = None
     matmuls: str = "bf16"  # dtype of what is multiplied as matrices: a chip that has none leaves it to the framework
 
 

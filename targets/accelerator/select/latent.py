@@ -2,7 +2,7 @@
 
 The expanded form makes keys and values of all cached tokens, which costs more the more there are for each new one; the
 absorbed form attends with wider heads. Both read the same cache. A step takes the one or the other by how many new
-tokens of a sequence it has.
+tokens of a sequence it has. Chosen slots are gathered in the absorbed form, once there are more than are chosen.
 """
 
 from __future__ import annotations
@@ -39,11 +39,16 @@ class Latent:
     w_uv: Packing
 
     @property
+    def whole(self) -> Attention:
+        """The attention of the absorbed form where all slots are chosen."""
+        return replace(self.absorbed, selected=False, best_first=False)
+
+    @property
     def expanded(self) -> Attention:
         """The attention of the expanded form: each head has keys and values of its own."""
         a = self.absorbed
         return replace(
-            a, groups=a.heads, width=self.nope, value_width=self.value, row=self.row, shared=False, dense=True
+            self.whole, groups=a.heads, width=self.nope, value_width=self.value, row=self.row, shared=False, dense=True
         )
 
     @property
@@ -68,29 +73,44 @@ def _latent_attention(op: Op, weights: Mapping[str, Packing]) -> Computation | N
         heads, 1, int(width), int(width), a.number("scale"), a.integer("window"), a.integer("chunk"),
         a.number("softcap"), "sinks" in operands, mask_of(operands), shared=True,
         rope=int(operands["rope"].shape[3]) if "rope" in operands else 0,
+        selected="selected" in operands, best_first=a.flag("best_first"),
     )  # fmt: skip
+    chosen = int(operands["selected"].shape[2]) if absorbed.selected else 0
     p = Latent(absorbed, w_uk.columns, int(row) // heads, w_uv.rows // heads, w_uk, w_uv)
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        if absorbed.selected and not (absorbed.best_first and tokens.past + tokens.new <= chosen):
+            return _absorbed_implementations(p, absorbed, tokens, chosen)
         expands = p.expanded_from is not None and tokens.new >= p.expanded_from
-        return (_expanded_implementations if expands else _absorbed_implementations)(p, tokens)
+        return _expanded_implementations(p, tokens) if expands else _absorbed_implementations(p, p.whole, tokens)
 
-    return Computation("latent_attention", p, weights, implementations, p.expanded_from)
+    # with as many slots as are chosen, or fewer, a token reads what its mask leaves
+    slots_at = chosen + 1 if absorbed.best_first else None
+    changes_at = p.expanded_from if absorbed.best_first or not absorbed.selected else None
+    return Computation("latent_attention", p, weights, implementations, changes_at, slots_at)
 
 
-def _absorbed_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:
-    """Return the form that takes queries and results through the latent space."""
-    a = p.absorbed
+def _absorbed_implementations(p: Latent, a: Attention, tokens: Tokens, chosen: int = 0) -> tuple[Implementation, ...]:
+    """Return the form that takes queries and results through the latent space, to attend as `a`; `chosen` slots of a token."""
     into = Linear(a.width, p.nope, p.w_uk, a.heads, wide=p.row)
     absorb = _linear_template("absorb", into, tokens, {"x": "q", "w": "w_uk", "y": "q_latent"})
     back = Linear(p.value, a.width, p.w_uv, a.heads)
     project = _linear_template("project", back, tokens, {"x": "y_latent", "w": "w_uv"})
+    form, scalars, rows, touched = "absorbed", _step_scalars(tokens), tokens.new * a.heads, None
+    if chosen:
+        share = min(tokens.new * chosen / (tokens.past + tokens.new), 1.0)
+        form, scalars, rows, touched = (
+            "chosen slots",
+            {**scalars, "J": chosen},
+            a.heads,
+            {"key": share, "key_rope": share},
+        )
     attended = attention_implementations(
         "attention", lambda t, layout: attention_kernel(a, t, layout),
-        lambda t, layout, split: attention_merge(a, t, layout, split), _step_scalars(tokens), tokens.new * a.heads, a.width,
-        a.width, tokens, {"q": "q_latent", "key": "latent", "key_rope": "rope", "y": "y_latent"},
+        lambda t, layout, split: attention_merge(a, t, layout, split), scalars, rows, a.width, a.width, tokens,
+        {"q": "q_latent", "key": "latent", "key_rope": "rope", "y": "y_latent"}, touched,
     )  # fmt: skip
-    return tuple(Implementation(f"absorbed, {i.name}", (absorb, *i.kernels, project)) for i in attended)
+    return tuple(Implementation(f"{form}, {i.name}", (absorb, *i.kernels, project)) for i in attended)
 
 
 def _expanded_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation, ...]:

@@ -55,9 +55,10 @@ def test_one_token_and_two_longer_sequences(family, chip, tmp_path):
         check_near(run_beside(model, family, artifact.session(threads=1), lengths, 8))
 
 
-# wide enough latents for both forms: of latent attention, of that by indices, of sliding, and of that without positions
+# wide enough latents for both forms: of latent attention, of that by indices (a step has more tokens than are chosen), of
+# sliding, and of that without positions
 LATENT = {
-    "deepseek_v3": {"kv_lora_rank": 32, "num_hidden_layers": 2}, "deepseek_v32": {"kv_lora_rank": 32}, "glm5_next": {"kv_lora_rank": 32},
+    "deepseek_v3": {"kv_lora_rank": 32, "num_hidden_layers": 2}, "deepseek_v32": {"kv_lora_rank": 32, "index_topk": 44}, "glm5_next": {"kv_lora_rank": 32},
     "dots3_note_text": {"kv_lora_rank": 32, "swa_kv_lora_rank": 32},
 }  # fmt: skip
 MANY = 40  # new tokens of a sequence, of which these forms need 32 to be expanded
@@ -86,7 +87,9 @@ def test_both_forms_of_latent_attention(family, tmp_path, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", *(pytest.param(f, marks=pytest.mark.long) for f in ("deepseek_v3-", "deepseek_v32"))]
+)
 def test_one_in_the_interpreter(name):
     file = SUPPORT / "triton_whole_model.py"
     run = subprocess.run(

@@ -85,12 +85,55 @@ def test_a_part_with_positions_lies_apart(name, past, new, split, expanded):
     queries = torch.cat((q[..., :width], q_rope), 3)
     keys = torch.cat((key, turned.expand(-1, groups, -1, -1)), 3)
     wanted = nn.attention(queries, keys, value, mask, None, scale=0.2)
-    if split > 1:
-        tops, totals, sums = (torch.tensor(found[n]) for n in ("tops", "totals", "portions"))
-        weights = torch.exp2(tops - tops.amax(0))
-        y = (sums * weights[..., None]).sum(0) / (totals * weights).sum(0)[:, None]
-        found = {"y": y.reshape(wanted.shape).numpy()}
-    close(found["y"], wanted, 3e-6)
+    close(merged(found, wanted.shape) if split > 1 else found["y"], wanted, 3e-6)
+
+
+@chips
+@pytest.mark.parametrize(("past", "new", "split"), [(0, 9, 1), (30, 1, 4), (21, 3, 1)])
+@pytest.mark.parametrize("best_first", [False, True])
+def test_only_chosen_tokens_are_read(name, past, new, split, best_first):
+    """What is not chosen is not read: it is no number."""
+    layout, chip = CHIPS[name]
+    batch, heads, width, rope, chosen, total = 2, 20, 32, 16, 6, past + new
+    p = Attention(
+        heads,
+        1,
+        width,
+        width,
+        0.2,
+        mask="tokens",
+        shared=True,
+        rope=rope,
+        selected=True,
+        best_first=best_first,
+        dtype="f32",
+    )
+    torch.manual_seed(0)
+    q, q_rope = torch.randn(batch, new, heads, width), torch.randn(batch, heads, new, rope)
+    key, turned = torch.randn(batch, 1, total + 3, width), torch.randn(batch, 1, total + 3, rope)
+    mask = torch.ones(batch, new, total).tril(past).bool() & (torch.rand(batch, 1, total) < 0.8)
+    scores = torch.rand(batch, new, total + chosen).masked_fill(~torch.nn.functional.pad(mask, (0, chosen)), -1.0)
+    slots = scores.topk(chosen).indices if best_first else scores.topk(chosen).indices.flip(-1)
+    read = torch.zeros(batch, total + chosen).scatter(1, slots.flatten(1), 1.0)[:, :total]
+    unread = torch.nn.functional.pad(read == 0, (0, 3), value=True)[:, None, :, None]
+    given = {"q": q, "q_rope": q_rope, "mask": mask, "selected": slots.int()}
+    given |= {"key": key.masked_fill(unread, torch.nan), "key_rope": turned.masked_fill(unread, torch.nan)}
+    scalars = {"B": batch, "S": new, "P": past, "C": total + 3, "J": chosen}
+    found = run(attention_kernel(p, AttentionTile(16, 16, 16, split=split), layout), chip, scalars, **given)
+    queries = torch.cat((q.transpose(1, 2), q_rope), 3)
+    keys = torch.cat((key, turned), 3)[:, :, :total]
+    seen = mask & torch.zeros(batch, new, total + chosen).bool().scatter(2, slots, True)[..., :total]
+    wanted = nn.attention(queries, keys, keys[..., :width], seen, None, scale=0.2)
+    close(merged(found, wanted.shape) if split > 1 else found["y"], wanted, 3e-6)
+
+
+def merged(found, shape):
+    """Return the result of the portions of a split, as attention_merge gives it."""
+    tops, totals, sums = (torch.tensor(found[n]) for n in ("tops", "totals", "portions"))
+    weights = torch.exp2(tops - tops.amax(0))
+    weights = weights.nan_to_num(0.0)  # of a portion of a token that sees nothing
+    y = (sums * weights[..., None]).sum(0) / (totals * weights).sum(0)[:, None]
+    return y.reshape(shape).numpy()
 
 
 def turns(*shape):
@@ -131,7 +174,7 @@ func @main(%q: f32[B, S, 72], %kv: f32[B, S, 40], %norm: f32[32], %cos: f32[1, S
   const %w_uk : bf16[96, 16] = tensor("w_uk", bf16[96, 16])
   const %w_uv : bf16[48, 32] = tensor("w_uv", bf16[48, 32])
   %q_rope, %latent, %rope = acc.latent_append(%q, %kv, %norm, %past, %past_rope, %cos, %sin) {heads=3, eps=1e-06, pairs=true} : f32[B, 3, S, 8], state f32[B, 1, P + S, 32], state f32[B, 1, P + S, 8]
-  %y = acc.latent_attention(%q, %q_rope, %latent, %rope, %w_uk, %w_uv, %mask, _) {heads=3, scale=0.2} : f32[B, S, 48]
+  %y = acc.latent_attention(%q, %q_rope, %latent, %rope, %w_uk, %w_uv, %mask, _, _) {heads=3, scale=0.2} : f32[B, S, 48]
   return %y, %latent, %rope
 }
 """
@@ -171,7 +214,9 @@ def differences(target, folder):
         mask = torch.rand(2, past + new) < 0.9
         y, *held = executor.run([q, kv, norm, cos, sin, mask, *held], {"B": 2, "S": new, "P": int(past)})
         q_rope, *kept = OPS["acc.latent_append"].reference(q, kv, norm, *kept, cos, sin, heads=3, eps=1e-6, pairs=True)
-        wanted = OPS["acc.latent_attention"].reference(q, q_rope, *kept, w_uk, w_uv, mask, None, heads=3, scale=0.2)
+        wanted = OPS["acc.latent_attention"].reference(
+            q, q_rope, *kept, w_uk, w_uv, mask, None, None, heads=3, scale=0.2
+        )
         off.append(float((tensor_of(y).float() - wanted).abs().max() / wanted.abs().max()))
         ran.append(launcher.names[:])
         launcher.names.clear()
