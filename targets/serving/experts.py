@@ -72,10 +72,9 @@ def place_by_load(loads: Loads, ranks: int, copies: int = 0) -> Placement:
     """
     experts = len(loads[0])
     if (experts + copies) % ranks:
-        least = -(-experts // ranks) * ranks - experts
         raise MoecError(
             f"{experts} experts and {copies} copies do not divide over {ranks} devices",
-            todo=f"--copies {max(least, copies // ranks * ranks + least)}",
+            todo=f"--copies {copies - (experts + copies) % -ranks}",
         )
     if copies > experts * (ranks - 1):
         raise MoecError(f"{copies} copies are more than one of each expert for each other device")
