@@ -19,7 +19,7 @@ from .errors import MoecError
 from .errors.hub import download_model, hub_name
 from .errors.paths import check_source
 from .ir.notes import Note
-from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_lowering, with_options
+from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_caches, with_lowering, with_options
 from .quantize.plan import PLAN, Budget, Plan
 from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
 from .rewrite.declare import PassTable, check_stop, pass_, resolve_passes
@@ -78,6 +78,7 @@ def compile_source(
     budget: str | None = None,
     calibration: Path | str | None = None,
     accuracy: str | None = None,
+    kv: str | None = None,
     memory_limit: int | None = None,
     dump: Path | str | None = None,
     check: bool = False,
@@ -102,7 +103,8 @@ def compile_source(
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is an option of the target's lowering, on the CPU `fast` (int8 activations beside quantized weights, the
-    default) or `exact` (f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `plan` is the file of a plan
+    default) or `exact` (f32); `kv` is how keys and values are stored: `f32` (the default on the CPU), `f16`, `bf16`, `int8`, or `auto`
+    (f16 beside int8 activations, else f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `plan` is the file of a plan
     (`moec plan -o`), whose devices' shards are written instead of an artifact of a target. `stop_after` is a stage or a pass. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
     those in all. Raises MoecError; the folder is then as it was before.
     """
@@ -113,6 +115,8 @@ def compile_source(
     asked = with_lowering(chosen.pipeline if pipeline is None else parse_pipeline(pipeline))
     if accuracy is not None:
         asked = with_options(asked, LOWER, accuracy=accuracy)
+    if kv is not None:
+        asked = with_caches(asked, kv)
     request = read_request(quantize, budget, calibration, UNASKED if pipeline is None else NOTHING)
     resolve_passes((*asked, *request.calls), table)
     if stop_after is not None:

@@ -88,6 +88,11 @@ def main() -> None:
     help="Beside quantized weights: int8 activations (fast), or f32 (exact).  [default: fast]",
 )
 @click.option(
+    "--kv",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "int8"]),
+    help="How keys and values are stored; auto is f16 beside int8 activations.  [default: f32 on target cpu]",
+)
+@click.option(
     "--memory-limit",
     "memory_limit",
     metavar="SIZE",

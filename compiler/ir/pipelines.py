@@ -32,6 +32,7 @@ class PassCall:
 Pipeline: TypeAlias = tuple[PassCall, ...]
 
 LOWER = "lower"  # the pass that every target has: its own lowering
+STORE = "store-caches"  # the pass that stores keys and values in fewer bits
 
 
 def parse_pipeline(text: str) -> Pipeline:
@@ -72,9 +73,19 @@ def put_before(pipeline: Pipeline, names: Collection[str], *added: PassCall) -> 
     return (*pipeline[:place], *added, *pipeline[place:])
 
 
+def put_behind(pipeline: Pipeline, added: PassCall) -> Pipeline:
+    """Return the pipeline with a pass at its end, if it has none of that name."""
+    return pipeline if added.name in [call.name for call in pipeline] else (*pipeline, added)
+
+
+def with_caches(pipeline: Pipeline, type: str) -> Pipeline:
+    """Return the pipeline that stores keys and values in a type."""
+    return with_options(put_behind(pipeline, PassCall(STORE)), STORE, type=type)
+
+
 def with_lowering(pipeline: Pipeline) -> Pipeline:
     """Return the pipeline with the lowering, at its end if it has none."""
-    return pipeline if LOWER in [call.name for call in pipeline] else (*pipeline, PassCall(LOWER))
+    return put_behind(pipeline, PassCall(LOWER))
 
 
 def with_options(pipeline: Pipeline, name: str, **options: Any) -> Pipeline:

@@ -1,8 +1,9 @@
-"""How the weights of a module are stored: in which formats, whether that lost numbers, what is still to be calibrated."""
+"""How the weights and states of a module are stored: in which formats, whether that lost numbers, what is still to be calibrated."""
 
 from __future__ import annotations
 
-from ..ir.module import Module
+from ..ir.dtypes import DTYPES
+from ..ir.module import Module, Op
 from ..ir.recipes import steps_of
 from ..weights.demote import is_demotion
 from ..weights.steps.quantized import method_of
@@ -10,9 +11,17 @@ from .options import CALIBRATED
 
 
 def is_lossy(module: Module) -> bool:
-    """Return whether a weight of a module is stored in fewer bits than it has in the checkpoint."""
+    """Return whether a weight is stored in fewer bits than it has in the checkpoint, or a state in fewer than what it is made of."""
     steps = [step for f in module.functions for c in f.consts for step in steps_of(c.recipe)]
-    return any(step.name == "quantize" or is_demotion(step) for step in steps)
+    if any(step.name == "quantize" or is_demotion(step) for step in steps):
+        return True
+    return any(_rounds_state(op) for f in module.functions for op in f.ops if not op.callee)
+
+
+def _rounds_state(op: Op) -> bool:
+    """Return whether an op stores a state in fewer bits than the numbers have that it computes."""
+    computed = [DTYPES[v.type.dtype].bits for v in op.results if not v.type.state and v.type.dtype in DTYPES]
+    return any(DTYPES[v.type.dtype].bits < min(computed, default=0) for v in op.results if v.type.state)
 
 
 def stored_formats(module: Module) -> dict[str, list[str]]:

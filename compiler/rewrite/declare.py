@@ -48,6 +48,7 @@ class Option:
 class PassDef:
     """A pass with its contract; `reads` and `leaves` are stages, or `any` for a pass that keeps the stage.
 
+    `states` says that it may change how the states of the program are stored, and so which there are.
     `judge` raises MoecError for options that no module makes good; they are judged before the first pass runs.
     """
 
@@ -59,6 +60,7 @@ class PassDef:
     rounds: bool
     options: Mapping[str, Option]
     judge: Callable[..., None] | None = None
+    states: bool = False
 
     def __call__(self, module: Module, target: Any = None, **options: Any) -> Module:
         """Return the module after the pass, options checked, nothing else."""
@@ -116,10 +118,15 @@ def _parse_number(value: str | int | float, type: type) -> int | float | None:
 
 
 def pass_(
-    *, reads: str = "any", leaves: str | None = None, rounds: bool = False, judge: Callable[..., None] | None = None
+    *,
+    reads: str = "any",
+    leaves: str | None = None,
+    rounds: bool = False,
+    judge: Callable[..., None] | None = None,
+    states: bool = False,
 ) -> Callable[[Callable[..., Module | Rewritten]], PassDef]:
-    """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits, and `judge`
-    takes all options and raises MoecError for wrong ones."""
+    """Declare a pass; `leaves` is `reads` unless given, `rounds` says that it stores weights in fewer bits, `judge`
+    takes all options and raises MoecError for wrong ones, and `states` says that it may change how states are stored."""
 
     def declare(function: Callable[..., Module | Rewritten]) -> PassDef:
         signature = inspect.signature(function)
@@ -130,7 +137,7 @@ def pass_(
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
         doc = inspect.cleandoc(function.__doc__ or "")
-        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, judge)
+        return PassDef(name, doc, function, reads, leaves or reads, rounds, options, judge, states)
 
     return declare
 

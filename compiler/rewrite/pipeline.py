@@ -162,7 +162,7 @@ def _check_result(before: Module, after: Module, definition: PassDef, settings: 
                 if op.name != "call" and (reason := settings.target.ops.supported(op)):
                     place = f"{op.results[0]} in @{function.name}"
                     raise MoecError(reason, place, model=", ".join(op.loc), exit_code=1)
-    _check_signature(before, after)
+    _check_signature(before, after, definition.states)
     if settings.check:
         from ..check.compare import compare_modules
         from ..check.rounding import compare_rounded
@@ -170,16 +170,17 @@ def _check_result(before: Module, after: Module, definition: PassDef, settings: 
         (compare_rounded if definition.rounds else compare_modules)(before, after, TOLERANCE)
 
 
-def _check_signature(before: Module, after: Module) -> None:
-    old, new = before.main, after.main
-    if old.params != new.params:
-        raise MoecError(
-            f"the inputs of @main changed: {_first_difference(old.params, new.params)}", where="@main", exit_code=1
-        )
-    if old.types != new.types:
-        raise MoecError(
-            f"the outputs of @main changed: {_first_difference(old.types, new.types)}", where="@main", exit_code=1
-        )
+def _check_signature(before: Module, after: Module, restored: bool) -> None:
+    """Raise MoecError where inputs or outputs changed; states may where they are stored in another way on purpose."""
+    old, new = (
+        [[v for v in values if not (restored and v.type.state)] for values in (m.main.params, m.main.results)]
+        for m in (before, after)
+    )
+    if old[0] != new[0]:
+        raise MoecError(f"the inputs of @main changed: {_first_difference(old[0], new[0])}", where="@main", exit_code=1)
+    types = [[v.type for v in results] for _, results in (old, new)]
+    if types[0] != types[1]:
+        raise MoecError(f"the outputs of @main changed: {_first_difference(*types)}", where="@main", exit_code=1)
 
 
 def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ...compiler.ir.activation import Activation
@@ -9,10 +10,11 @@ from ...compiler.ir.deferred import torch
 from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
-from ...compiler.ops.attention import cached_attention, past_slots, rotate_heads
+from ...compiler.ops.attention import cached_attention, past_slots, rotate_heads, turn_and_append
 from ...compiler.ops.core import axis_of, with_axis
-from ...compiler.ops.define import Attributes, Types, inference_error
+from ...compiler.ops.define import Attributes, Domain, Types, inference_error
 from ...compiler.ops.moe import experts
+from ...compiler.ops.nn import attention
 
 
 def _infer_split(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
@@ -105,6 +107,87 @@ def group_query_attention(
     mask = None if bias is None else (bias[:, 0, 0, :] == 0).long()
     settings = {"heads": heads, "scale": scale, "window": window, "softcap": softcap}
     return cached_attention(q, k, v, past_key, past_value, cos, sin, None, None, mask, sinks, **settings)
+
+
+def _stored_attention(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    q, k, v, past_key, past_value, key_scale, value_scale, *rest = types
+    stored = past_key.dtype
+    if stored not in ("f16", "bf16", "i8") or (stored == "i8") != (key_scale is not None is not value_scale):
+        raise inference_error(f"ort.stored_attention: a cache is f16 or bf16, or i8 with two scales, not {past_key}")
+    as_numbers = [replace(past, dtype=q.dtype) for past in (past_key, past_value)]
+    y, key, value = _group_query([q, k, v, *as_numbers, *rest], attributes)
+    scales = [TensorType("f32", x.shape[:3], state=True) for x in (key, value) if key_scale]
+    return (y, *(replace(x, dtype=stored) for x in (key, value)), *scales)
+
+
+def _stored_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
+    q, k, v, past_key, past_value, _, _, *rest = operands
+    y, key, value = (replace(x, dtype=q.dtype) for x in results[:3])
+    given = [q, k, v, *(replace(past, dtype=q.dtype) for past in (past_key, past_value)), *rest]
+    return _group_query_flops(given, (y, key, value), attributes)
+
+
+def _past_scales(index: int) -> Domain:
+    """Return how many scales of a cache are read: one for each of its rows that is."""
+    slots = past_slots(index)
+    return lambda types, attributes: slots(types, attributes) / types[index].shape[3]
+
+
+_PAST = {
+    "past_key": past_slots(3),
+    "past_value": past_slots(4),
+    "key_scale": _past_scales(3),
+    "value_scale": _past_scales(4),
+}
+
+
+@op(
+    "ort.stored_attention",
+    "q: A[B, S, N], k: A[B, S, M]?, v: A[B, S, M]?, past_key: state C[B, G, P, D], past_value: state C[B, G, P, D],"
+    " key_scale: state f32[B, G, P]?, value_scale: state f32[B, G, P]?,"
+    " cos: A[C, S, R]?, sin: A[C, S, R]?, bias: A[B, 1, S, T]?, sinks: A[heads]?"
+    " -> y: A[B, S, O], key: state C[B, G, T, D], value: state C[B, G, T, D], scales: state f32[B, G, T]...",
+    infer=_stored_attention,
+    flops=_stored_flops,
+    domains={"past_key": lambda t, a: size(128), "past_value": lambda t, a: size(128)},
+    reads=_PAST,
+    reach=_PAST,
+    in_place=("past_key", "past_value", "key_scale", "value_scale"),
+)
+def stored_attention(
+    q, k, v, past_key, past_value, key_scale, value_scale, cos, sin, bias, sinks, *,
+    heads: int, scale: float, window: int = 0, softcap: float = 0.0,
+):  # fmt: skip
+    """Do what ort.group_query_attention does with a cache of f16, bf16, or int8 with a scale for each head and token.
+
+    New keys and values are rounded first, and then attended to as those of the past. The results have scales where the cache does.
+    """
+    mask = None if bias is None else (bias[:, 0, 0, :] == 0).long()
+    before = past_key.shape[2]
+    pasts = [(past_key, key_scale), (past_value, value_scale)]
+    numbers = [stored_numbers(*past) for past in pasts]
+    q, *present = turn_and_append(q, k, v, numbers[0], numbers[1], cos, sin, None, None, heads=heads, eps=0.0)
+    new = [store_numbers(x[:, :, before:], past_key.dtype) for x in present]
+    key, value = (torch.cat((x[:, :, :before], stored_numbers(*n)), dim=2) for x, n in zip(present, new, strict=True))
+    y = attention(q, key, value, mask, sinks, scale=scale, window=window, softcap=softcap)
+    codes, scales = (
+        [torch.cat((past[i], n[i]), dim=2) for past, n in zip(pasts, new, strict=True) if n[i] is not None]
+        for i in (0, 1)
+    )
+    return (y.flatten(2), *codes, *scales)
+
+
+def stored_numbers(stored, scale):
+    """Return the numbers that rows of a cache stand for."""
+    return stored.float() if scale is None else stored.float() * scale[..., None]
+
+
+def store_numbers(x, dtype):
+    """Return rows as a cache stores them, and the scales of those in int8: the largest number is 127."""
+    if dtype == torch.int8:
+        scale = x.abs().amax(-1).clamp(min=1e-30) / 127
+        return (x / scale[..., None]).round().to(dtype), scale
+    return (x.clamp(-65504, 65504) if dtype == torch.float16 else x).to(dtype), None
 
 
 INTERLEAVED = Activation(layout="interleaved")

@@ -6,10 +6,10 @@ ONNX Runtime has no operator for such weights. `numbers` of an operator is f32[2
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
+from .body import Body
 from .nodes import DOMAIN
 
 LINEAR, EXPERTS = "MatMulGrid", "GridExperts"
@@ -19,30 +19,8 @@ _ROUTED = ("k", "expert_weight_bits", "block_size", "activation_type", "swiglu_f
 _FLOATS = ("activation_alpha", "activation_beta", "swiglu_limit")
 
 
-class _Body:
-    """The nodes of a function or of a loop in one, as they are added."""
-
-    def __init__(self, prefix: str = "") -> None:
-        self.nodes: list[NodeProto] = []
-        self.prefix = prefix
-
-    def add(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """Add a node; return the name of its output, or of its outputs."""
-        names = [f"{self.prefix}v{len(self.nodes)}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
-        return names[0] if outputs == 1 else names
-
-    def integers(self, *values: int, scalar: bool = False) -> str:
-        """Return a constant i64."""
-        return self.add("Constant", **({"value_int": values[0]} if scalar else {"value_ints": list(values)}))
-
-    def setting(self, name: str) -> str:
-        """Return a number that the node has as an attribute."""
-        found = self.add("Constant", value_float=0.0)
-        attribute = self.nodes[-1].attribute[0]
-        attribute.Clear()
-        attribute.name, attribute.type, attribute.ref_attr_name = "value_float", AttributeProto.FLOAT, name
-        return found
+class _Body(Body):
+    """A body with what decodes weights in a grid."""
 
     def decoded(self, codes: str, scales: str, numbers: str) -> str:
         """Return the numbers f32[N, K] of a weight."""
@@ -87,7 +65,7 @@ def _experts_function(opset: int) -> FunctionProto:
     used = body.add("Unique", ids, sorted=1)
     zero = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
     start = body.add("ConstantOfShape", body.add("Shape", "x"), value=zero)
-    alpha, beta, limit = (body.setting(name) for name in _FLOATS)
+    alpha, beta, limit = (body.setting(name, AttributeProto.FLOAT) for name in _FLOATS)
     below = body.add("Neg", limit)
     loop = _Body("loop_")
     expert = loop.add("Gather", used, "step", axis=0)

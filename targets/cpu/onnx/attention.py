@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import sympy
 
 from ....compiler.ir.dims import Size, size_text
 from ....compiler.ir.module import Op, Value
+from ..kernels.caches import ATTENTIONS, form_name
+from ..kernels.nodes import DOMAIN
 from .graph import CONTRIB, END, Context, Kernel
 from .nn import half_angles
 
@@ -111,27 +115,44 @@ def attention_bias(ctx: Context, op: Op) -> None:
 
 def group_query_attention(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.GroupQueryAttention, with the number of tokens before and in this step."""
-    q, k, v, past_key, past_value, cos, sin, bias, sinks = op.operands
+    ctx.finish(op, "GroupQueryAttention", *_attention_inputs(ctx, op), domain=CONTRIB, **_attention_settings(op))
+
+
+def stored_attention(ctx: Context, op: Op) -> None:
+    """Emit the operator of moec's own for the dtype of the cache: also a function of the model, see kernels/caches.py."""
+    scales = [ctx.value(x) for x in (op.get("key_scale"), op.get("value_scale")) if x is not None]
+    ctx.finish(
+        op, ATTENTIONS[op["past_key"].type.dtype], *_attention_inputs(ctx, op), *scales, domain=DOMAIN,
+        overload=form_name(packed=op.get("k") is None, turned=op.get("cos") is not None), **_attention_settings(op),
+    )  # fmt: skip
+
+
+def _attention_settings(op: Op) -> dict[str, Any]:
+    attributes = op.settings
+    return {
+        "num_heads": attributes.integer("heads"), "kv_num_heads": int(op["past_key"].type.shape[1]),
+        "do_rotary": int(op.get("cos") is not None), "scale": attributes.number("scale"),
+        "local_window_size": attributes.integer("window") or -1, "softcap": attributes.number("softcap"),
+    }  # fmt: skip
+
+
+def _attention_inputs(ctx: Context, op: Op) -> list[str]:
     graph, attributes = ctx.graph, op.settings
     batch, new, _ = op["q"].type.shape
     total = op.results[1].type.shape[2]
     last = _per_row(ctx, graph.scalar(total - 1, "i32"), batch)
     # without the count of new tokens a batch with past and several new tokens is refused
     count = _per_row(ctx, graph.scalar(new, "i32"), batch)
-    angles = [_angle_rows(ctx, table, batch, new, total) for table in (cos, sin) if table]
-    sink = ctx.value(sinks)
-    heads, softcap = attributes.integer("heads"), attributes.number("softcap")
+    angles = [_angle_rows(ctx, table, batch, new, total) for table in (op.get("cos"), op.get("sin")) if table]
+    sink = ctx.value(op.get("sinks"))
+    heads, softcap, bias = attributes.integer("heads"), attributes.number("softcap"), op.get("bias")
     if softcap and bias is not None and not sink:
         # with a softcap a row that is all -inf becomes NaN; a sink that weighs nothing makes it 0, as without one
         sink = graph.constant(np.full(heads, -1e30), "f32")
-    inputs = [ctx.value(x) for x in (q, k, v, past_key, past_value)] + [last, graph.scalar(total, "i32")]
+    inputs = [ctx.value(op.get(name)) for name in ("q", "k", "v", "past_key", "past_value")]
+    inputs += [last, graph.scalar(total, "i32")]
     inputs += [*angles, _row_numbers(ctx, batch, new)] if angles else ["", "", ""]
-    inputs += [ctx.value(bias), sink, "", "", "", "", count]
-    ctx.finish(
-        op, "GroupQueryAttention", *inputs, domain=CONTRIB,
-        num_heads=heads, kv_num_heads=int(op["past_key"].type.shape[1]), do_rotary=int(bool(angles)),
-        scale=attributes.number("scale"), local_window_size=attributes.integer("window") or -1, softcap=softcap,
-    )  # fmt: skip
+    return [*inputs, ctx.value(bias), sink, "", "", "", "", count]
 
 
 def _angle_rows(ctx: Context, table: Value, batch: Size, new: Size, total: Size) -> str:
@@ -172,4 +193,5 @@ KERNELS: dict[str, Kernel] = {
     "nn.attention": emit_attention,
     "ort.attention_bias": attention_bias,
     "ort.group_query_attention": group_query_attention,
+    "ort.stored_attention": stored_attention,
 }

@@ -29,6 +29,7 @@ from ....compiler.weights.sources.source import WeightSource
 from ....compiler.weights.steps.quantized import is_part
 from ...target import Emitted
 from .. import ops, ops_quantized
+from ..kernels.caches import cache_functions
 from ..kernels.grids import grid_functions
 from ..kernels.nodes import DOMAIN
 from ..kernels.place import Placed, place_kernels
@@ -65,6 +66,7 @@ _CONVERT = {
     "ort.experts_nbits",
     "ort.grid_linear",
     "ort.grid_experts",
+    "ort.stored_attention",
 }  # Cast and Gather take every dtype
 
 
@@ -119,7 +121,8 @@ def emit_model(
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])
     placed = place_kernels(kernels, graph.nodes, graph.initializers, folder) if kernels else Placed()
-    model = _make_model(module, graph, (*placed.functions, *grid_functions(graph.nodes, OPSET)))
+    own = (*grid_functions(graph.nodes, OPSET), *cache_functions(graph.nodes, OPSET))
+    model = _make_model(module, graph, (*placed.functions, *own))
     files = {MODEL: _write_model(folder / MODEL, model), **placed.files}
     if data.size:
         files[DATA] = data.sha256

@@ -202,6 +202,24 @@ def cached(
     return case(*types, fix=attended(masked, turned > 0), heads=heads, scale=0.3, **attrs)
 
 
+def stored(dtype: str, *args: int, **attrs: Any) -> Case:
+    """Operands of ort.stored_attention without angles, which may round to the other side; scales are small and above 0."""
+    plain = cached(*args, **attrs)
+    past = plain.operands[3]
+    cache = TensorType(dtype, past.shape, state=True)
+    scale = f32(*past.shape[:3], state=True) if dtype == "i8" else None
+    types = (*plain.operands[:3], cache, cache, scale, scale, *plain.operands[5:])
+
+    def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+        others = [*inputs[:5], *inputs[7:]]
+        plain.fix(others, dims)
+        inputs[7:] = others[5:]
+        if dtype == "i8":
+            inputs[5:7] = [x.abs() * 0.02 + 0.001 for x in inputs[5:7]]
+
+    return Case(types, plain.attrs, fix)
+
+
 def experts(
     fix: Fix, *, count: int = 6, chosen: int = 2, biased: bool = False, act: Activation | None = None, **attrs: Any
 ) -> Case:
@@ -396,6 +414,10 @@ CASES: dict[str, list[Case]] = {
         cached(4, 2, 8, sinks=True), cached(4, 2, 8, masked=False, window=3, sinks=True, packed=False),
         cached(4, 2, 16, turned=16), cached(4, 2, 32, turned=16, packed=False, window=2),
         cached(2, 1, 32, turned=32, shared=True), cached(4, 4, 16, turned=16, masked=False, sinks=True, softcap=2.0),
+    ],
+    "ort.stored_attention": [
+        stored("f16", 4, 2, 16), stored("i8", 4, 4, 8, packed=False), stored("i8", 4, 2, 16, masked=False, window=2),
+        stored("f16", 4, 1, 24, packed=False, masked=False, sinks=True, softcap=2.0), stored("i8", 2, 1, 64, sinks=True),
     ],
     "ort.moe": [
         experts(routing()), experts(routing(zeros=True), biased=True), experts(routing(all_on_one=True), count=9),

@@ -1,4 +1,4 @@
-/* moec.GroupQueryAttention: append to the cache and attend to it, as com.microsoft.GroupQueryAttention. */
+/* moec.GroupQueryAttention: append to the cache and attend to it, as com.microsoft.GroupQueryAttention; one for each type of cache. */
 #include "attend.h"
 
 #include "exponential.h"
@@ -6,7 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { Q = 0, K, V, PAST_KEY, PAST_VALUE, LAST, TOTAL, COS, SIN, ROWS_OF_ANGLES, BIAS, SINKS, COUNT = 16, INPUTS };
+enum {
+  Q = 0, K, V, PAST_KEY, PAST_VALUE, LAST, TOTAL, COS, SIN, ROWS_OF_ANGLES, BIAS, SINKS, COUNT = 16, KEY_SCALE, VALUE_SCALE, INPUTS
+};
+enum { CACHES = 4 }; /* keys, values, the scales of each */
 enum { FEWEST_KEYS = 512, ENOUGH_TASKS = 32 }; /* a range of keys is worth a task of its own from so many on */
 
 typedef struct {
@@ -14,19 +17,20 @@ typedef struct {
   const AttentionKernels *kernels;
   int heads, groups, window;
   float scale, softcap;
+  CacheType type;
 } Attention;
 
 typedef struct {
   const Attention *node;
   CacheType type;
-  int batch, added, past, width, turned; /* new tokens; tokens before them; numbers of a head, and of its angles */
-  int64_t held, room;                    /* tokens that the buffers of the past and of the present have room for */
+  int batch, added, length, width, turned; /* new tokens; tokens before them; numbers of a head, and of its angles */
+  int64_t held, room;                      /* tokens that the buffers of the past and of the present have room for */
   const float *q, *k, *v, *cos, *sin, *bias, *sinks;
-  size_t q_row, k_row;                   /* numbers from a token to the next one */
+  size_t q_row, k_row;                     /* numbers from a token to the next one */
   const int64_t *angles;
-  int64_t bias_batch;                    /* numbers from a batch row's bias to the next one's */
-  const char *past_key, *past_value;
-  char *key, *value;
+  int64_t bias_batch;                      /* numbers from a batch row's bias to the next one's */
+  const char *past[CACHES];
+  char *present[CACHES];
   float *y;
   float *queries; /* [batch, groups, new, heads of a group][padded] */
   int tiles, tile_rows, parts;
@@ -36,6 +40,10 @@ typedef struct {
 } Step;
 
 static int group_heads(const Step *s) { return s->node->heads / s->node->groups; }
+/* Return the scales of rows from one on; NULL where the cache has none. */
+static float *scales_of_rows(const Step *s, int kind, size_t row) {
+  return s->type == CACHE_INT8 ? (float *)s->present[2 + kind] + row : NULL;
+}
 static size_t tile_numbers(const Step *s) { return (size_t)s->tile_rows * ((size_t)padded(s->width) + 2); }
 
 /* --- new tokens ---------------------------------------------------------------------------------------------------- */
@@ -66,21 +74,23 @@ static void append_token(void *data, int worker, int item) {
     for (int i = s->width; i < wide; i++) to[i] = 0;
   }
   for (int g = 0; g < node->groups; g++, k += s->width, v += s->width) {
-    size_t place = ((size_t)(b * node->groups + g) * s->room + s->past + token) * row;
+    size_t place = (size_t)(b * node->groups + g) * s->room + s->length + token;
     turn_head(k, s->width, s->turned, cos, sin, turned);
-    node->kernels->store(s->type, turned, s->width, s->key + place);
-    node->kernels->store(s->type, v, s->width, s->value + place);
+    node->kernels->store(s->type, turned, s->width, s->present[0] + place * row, scales_of_rows(s, 0, place));
+    node->kernels->store(s->type, v, s->width, s->present[1] + place * row, scales_of_rows(s, 1, place));
   }
 }
 
-/* Copies the past of a head of keys or values to where its present is. */
+/* Copies the past of a head of one of the caches to where its present is. */
 static void copy_past(void *data, int worker, int item) {
   const Step *s = data;
-  size_t row = cache_row(s->type, s->width), head = (size_t)(item / 2);
+  int kind = item % CACHES;
+  size_t row = kind < 2 ? cache_row(s->type, s->width) : sizeof(float), head = (size_t)(item / CACHES);
   (void)worker;
-  char *to = (item % 2 ? s->value : s->key) + head * (size_t)s->room * row;
-  const char *from = (item % 2 ? s->past_value : s->past_key) + head * (size_t)s->held * row;
-  if (to != from) memcpy(to, from, (size_t)s->past * row);
+  if (!s->past[kind]) return;
+  char *to = s->present[kind] + head * (size_t)s->room * row;
+  const char *from = s->past[kind] + head * (size_t)s->held * row;
+  if (to != from) memcpy(to, from, (size_t)s->length * row);
 }
 
 /* --- attention ------------------------------------------------------------------------------------------------------ */
@@ -113,19 +123,21 @@ static void attend_tile(void *data, int worker, int item) {
   const Attention *node = s->node;
   int part = item % s->parts, groups = s->batch * node->groups, group = item / s->parts % groups;
   int tile = s->tiles - 1 - item / s->parts / groups, each = group_heads(s), rows = rows_of_tile(s, tile);
-  int first = tile * s->tile_rows, token = first / each, end = s->past + (first + rows - 1) / each + 1;
-  int start = node->window && s->past + token + 1 > node->window ? s->past + token + 1 - node->window : 0;
+  int first = tile * s->tile_rows, token = first / each, end = s->length + (first + rows - 1) / each + 1;
+  int start = node->window && s->length + token + 1 > node->window ? s->length + token + 1 - node->window : 0;
   int step = ((end - start + s->parts - 1) / s->parts + KEYS - 1) / KEYS * KEYS;
   size_t wide = (size_t)padded(s->width), row = cache_row(s->type, s->width);
   float *memory = s->memory + (size_t)worker * s->worker_numbers, *sum = memory + scratch_numbers(s->width);
   if (s->parts > 1) sum = s->partial + (((size_t)tile * groups + group) * s->parts + part) * tile_numbers(s);
   Part p = {
-      .type = s->type, .width = s->width, .rows = rows, .heads = each, .row = first, .past = s->past, .window = node->window,
+      .type = s->type, .width = s->width, .rows = rows, .heads = each, .row = first, .past = s->length, .window = node->window,
       .from = start + part * step, .to = start + (part + 1) * step < end ? start + (part + 1) * step : end,
-      .softcap = node->softcap, .keys = s->key + (size_t)group * s->room * row, .values = s->value + (size_t)group * s->room * row,
+      .softcap = node->softcap, .keys = s->present[0] + (size_t)group * s->room * row,
+      .values = s->present[1] + (size_t)group * s->room * row, .key_scales = scales_of_rows(s, 0, (size_t)group * s->room),
+      .value_scales = scales_of_rows(s, 1, (size_t)group * s->room),
       .q = s->queries + ((size_t)group * s->added * each + first) * wide,
-      .bias = s->bias ? s->bias + (size_t)(group / node->groups) * s->bias_batch + (size_t)token * (s->past + s->added) : NULL,
-      .bias_row = (size_t)(s->past + s->added), .sum = sum, .most = sum + s->tile_rows * wide,
+      .bias = s->bias ? s->bias + (size_t)(group / node->groups) * s->bias_batch + (size_t)token * (s->length + s->added) : NULL,
+      .bias_row = (size_t)(s->length + s->added), .sum = sum, .most = sum + s->tile_rows * wide,
       .total = sum + s->tile_rows * (wide + 1), .scratch = memory};
   memset(sum, 0, tile_numbers(s) * sizeof(float));
   for (int i = 0; i < rows; i++) p.most[i] = -INFINITY;
@@ -167,8 +179,8 @@ static const char *read_step(const Attention *node, const Tensor in[INPUTS], Ste
   for (int i = 0; i < 4; i++) {
     if (past->sizes[i] != in[PAST_VALUE].sizes[i]) return "keys and values differ";
   }
-  s->past = total - s->added;
-  if (past->sizes[1] != node->groups || s->past < 0 || s->past > s->held) return "the past is not that of its attributes";
+  s->length = total - s->added;
+  if (past->sizes[1] != node->groups || s->length < 0 || s->length > s->held) return "the past is not that of its attributes";
   if (in[Q].sizes[0] != s->batch || (size_t)in[Q].sizes[2] != heads + (in[K].data ? 0 : 2 * keys)) return "q has other sizes";
   s->q = in[Q].data, s->k = in[K].data, s->v = in[V].data;
   s->q_row = in[K].data ? heads : heads + 2 * keys, s->k_row = in[K].data ? keys : s->q_row;
@@ -184,14 +196,20 @@ static const char *read_step(const Attention *node, const Tensor in[INPUTS], Ste
     s->bias = in[BIAS].data, s->bias_batch = sizes[0] == 1 ? 0 : sizes[2] * sizes[3];
   }
   s->sinks = in[SINKS].data;
-  s->past_key = past->data, s->past_value = in[PAST_VALUE].data;
+  for (int kind = 0; kind < (node->type == CACHE_INT8 ? CACHES : 2); kind++) {
+    const Tensor *held = &in[kind < 2 ? PAST_KEY + kind : KEY_SCALE + kind - 2];
+    s->past[kind] = held->data;
+    for (int i = 0; kind > 1 && i < 3; i++) {
+      if (held->rank != 3 || held->sizes[i] != past->sizes[i]) return "the scales are not those of its keys and values";
+    }
+  }
   s->room = s->held > total ? s->held : total;
   return NULL;
 }
 
 /* Chooses the tiles of rows, and how many ranges of keys each attends to. */
 static void split_work(Step *s) {
-  int rows = s->added * group_heads(s), total = s->past + s->added, groups = s->batch * s->node->groups;
+  int rows = s->added * group_heads(s), total = s->length + s->added, groups = s->batch * s->node->groups;
   int keys = s->node->window && s->node->window + s->added < total ? s->node->window + s->added : total;
   s->tile_rows = rows < ROWS ? rows : ROWS;
   s->tiles = (rows + s->tile_rows - 1) / s->tile_rows;
@@ -212,9 +230,9 @@ static OrtStatus *run_step(OrtApi api, OrtKernelContext *context, Step *s) {
   OrtStatus *status = NULL;
   if (!memory) return fail(api, "moec.GroupQueryAttention: no memory");
   s->memory = memory, s->queries = memory + workers * s->worker_numbers, s->partial = s->queries + queries;
-  if (s->past && (s->key != s->past_key || s->value != s->past_value)) {
-    status = run_parallel(api, context, 2 * groups, copy_past, s);
-  }
+  int moved = 0;
+  for (int kind = 0; kind < CACHES; kind++) moved |= s->past[kind] != s->present[kind];
+  if (s->length && moved) status = run_parallel(api, context, CACHES * groups, copy_past, s);
   if (!status && tokens == 1) {
     append_token(s, 0, 0);
   } else if (!status) {
@@ -230,10 +248,10 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   const Attention *node = kernel;
   OrtApi api = node->api;
   Tensor in[INPUTS];
-  Step step = {.node = node};
+  Step step = {.node = node, .type = node->type};
   OrtStatus *status;
-  OrtValue *out[3];
-  void *data[3];
+  OrtValue *out;
+  void *data[1 + CACHES] = {NULL};
   for (size_t i = 0; i < INPUTS; i++) {
     if ((status = read_input(api, context, i, &in[i]))) return status;
   }
@@ -245,24 +263,25 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   }
   int64_t rows[3] = {step.batch, step.added, (int64_t)node->heads * step.width};
   int64_t cache[4] = {step.batch, node->groups, step.room, step.width};
-  for (size_t i = 0; i < 3; i++) {
-    if ((status = ORT(api, output)(context, i, i ? cache : rows, i ? 4 : 3, &out[i]))) return status;
-    if ((status = ORT(api, tensor_data)(out[i], &data[i]))) return status;
+  for (size_t i = 0; i < (step.type == CACHE_INT8 ? 5 : 3); i++) {
+    if ((status = ORT(api, output)(context, i, i ? cache : rows, i == 1 || i == 2 ? 4 : 3, &out))) return status;
+    if ((status = ORT(api, tensor_data)(out, &data[i]))) return status;
   }
-  step.y = data[0], step.key = data[1], step.value = data[2];
+  step.y = data[0];
+  for (int kind = 0; kind < CACHES; kind++) step.present[kind] = data[1 + kind];
   if (!step.batch || !step.added) return NULL;
   split_work(&step);
   return run_step(api, context, &step);
 }
 
-static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **out) {
-  (void)op;
+static OrtStatus *create(OrtApi api, const OrtKernelInfo *info, CacheType type, void **out) {
   Attention *node = calloc(1, sizeof *node);
   if (!node) return fail(api, "moec.GroupQueryAttention: no memory");
   int64_t window = int_attribute(api, info, "local_window_size", -1);
   *node = (Attention){.api = api, .kernels = attention_of(choose_kernels()), .heads = (int)int_attribute(api, info, "num_heads", 0),
                       .groups = (int)int_attribute(api, info, "kv_num_heads", 0), .window = window > 0 ? (int)window : 0,
-                      .scale = float_attribute(api, info, "scale", 1), .softcap = float_attribute(api, info, "softcap", 0)};
+                      .scale = float_attribute(api, info, "scale", 1), .softcap = float_attribute(api, info, "softcap", 0),
+                      .type = type};
   if (node->heads < 1 || node->groups < 1 || node->heads % node->groups) {
     free(node);
     return fail(api, "moec.GroupQueryAttention: num_heads or kv_num_heads is none that it takes");
@@ -271,21 +290,38 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
   return NULL;
 }
 
-static const char *name(const OrtCustomOp *op) { return (void)op, "GroupQueryAttention"; }
-static size_t input_count(const OrtCustomOp *op) { return (void)op, INPUTS; }
-static size_t output_count(const OrtCustomOp *op) { return (void)op, 3; }
-static int input_type(const OrtCustomOp *op, size_t i) {
-  (void)op;
+static int input_type(CacheType type, size_t i) {
+  static const int types[] = {ORT_FLOAT, ORT_FLOAT16, ORT_BFLOAT16, ORT_INT8};
+  if (i == PAST_KEY || i == PAST_VALUE) return types[type];
   return i == ROWS_OF_ANGLES ? ORT_INT64 : i == LAST || i == TOTAL || i == COUNT ? ORT_INT32 : ORT_FLOAT;
 }
 static int input_kind(const OrtCustomOp *op, size_t i) {
   (void)op;
-  return i == Q || i == PAST_KEY || i == PAST_VALUE || i == LAST || i == TOTAL ? ORT_REQUIRED : ORT_OPTIONAL;
+  int required = i == Q || i == PAST_KEY || i == PAST_VALUE || i == LAST || i == TOTAL || i == KEY_SCALE || i == VALUE_SCALE;
+  return required ? ORT_REQUIRED : ORT_OPTIONAL;
 }
 
-const OrtCustomOp attention_op = {
-    .get_name = name, .get_input_count = input_count, .get_input_type = input_type, .get_input_kind = input_kind,
-    .get_output_count = output_count, .create_kernel_v2 = create, .compute_v2 = compute, .destroy = free};
+/* ONNX Runtime asks an operator for its types without saying which one it asks, but by the functions that it calls. */
+#define ATTENTION(op_, title, type_, scales)                                                                             \
+  static OrtStatus *create_##op_(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **out) {             \
+    return (void)op, create(api, info, type_, out);                                                                      \
+  }                                                                                                                      \
+  static const char *name_##op_(const OrtCustomOp *op) { return (void)op, title; }                                       \
+  static size_t inputs_##op_(const OrtCustomOp *op) { return (void)op, (scales) ? INPUTS : KEY_SCALE; }                  \
+  static size_t outputs_##op_(const OrtCustomOp *op) { return (void)op, (scales) ? 5 : 3; }                              \
+  static int input_type_##op_(const OrtCustomOp *op, size_t i) { return (void)op, input_type(type_, i); }                \
+  static int output_type_##op_(const OrtCustomOp *op, size_t i) {                                                        \
+    return (void)op, input_type(type_, i == 1 || i == 2 ? PAST_KEY : Q);                                                 \
+  }                                                                                                                      \
+  const OrtCustomOp op_ = {                                                                                              \
+      .get_name = name_##op_, .get_input_count = inputs_##op_, .get_input_type = input_type_##op_,                       \
+      .get_input_kind = input_kind, .get_output_count = outputs_##op_, .get_output_type = output_type_##op_,             \
+      .create_kernel_v2 = create_##op_, .compute_v2 = compute, .destroy = free}
+
+ATTENTION(attention_op, "GroupQueryAttention", CACHE_F32, 0);
+ATTENTION(attention_f16_op, "GroupQueryAttentionF16", CACHE_F16, 0);
+ATTENTION(attention_bf16_op, "GroupQueryAttentionBF16", CACHE_BF16, 0);
+ATTENTION(attention_int8_op, "GroupQueryAttentionInt8", CACHE_INT8, 1);
 
 const AttentionKernels *attention_of(const InstructionSet *set) {
   static const AttentionKernels *const all[] = {

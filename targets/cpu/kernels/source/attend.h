@@ -1,7 +1,8 @@
 /* What the attention operators and their kernels of all instruction sets share.
 
    A cache holds a row for each head of keys (or values) and token: [batch, heads, tokens, width] numbers of one of the types
-   below, whose buffer may have room for more tokens than it holds. The queries of all heads that share a head of keys are rows of
+   below, whose buffer may have room for more tokens than it holds; beside codes of int8 it has a scale for each row, f32[batch, heads,
+   tokens]. The queries of all heads that share a head of keys are rows of
    one matrix, so that keys and values are read once for all of them. */
 #ifndef MOEC_ATTEND_H
 #define MOEC_ATTEND_H
@@ -11,10 +12,10 @@
 /* Rows that one task takes, and up to how many of them the keys are read as they lie; the keys that are scored at once. */
 enum { ROWS = 128, FEW_ROWS = 16, KEYS = 64, FEW_KEYS = 1024, PAD = 32 };
 
-typedef enum { CACHE_F32 } CacheType;
+typedef enum { CACHE_F32, CACHE_F16, CACHE_BF16, CACHE_INT8 } CacheType;
 
 /* Return the bytes of a number, and of a row of `width` numbers, in a cache. */
-static inline size_t cache_bytes(CacheType type) { return (void)type, sizeof(float); }
+static inline size_t cache_bytes(CacheType type) { return type == CACHE_F32 ? 4 : type == CACHE_INT8 ? 1 : 2; }
 static inline size_t cache_row(CacheType type, int width) { return (size_t)width * cache_bytes(type); }
 /* Return a width that all vectors divide. */
 static inline int padded(int width) { return (width + PAD - 1) / PAD * PAD; }
@@ -31,6 +32,7 @@ typedef struct {
   int from, to; /* keys */
   float softcap;
   const char *keys, *values; /* the first token's */
+  const float *key_scales, *value_scales; /* of int8: the first token's */
   const float *q;            /* [rows][padded], times the scale */
   const float *bias;         /* of the first row's token: added to the scores; NULL: none */
   size_t bias_row;           /* numbers from one new token's to the next one's */
@@ -47,8 +49,8 @@ static inline size_t scratch_numbers(int width) {
 typedef struct {
   const char *name;
   void (*attend)(const Part *);
-  /* Writes a row of a cache. */
-  void (*store)(CacheType, const float *x, int width, void *row);
+  /* Writes a row of a cache, and of int8 its scale. */
+  void (*store)(CacheType, const float *x, int width, void *row, float *scale);
 } AttentionKernels;
 
 extern const AttentionKernels plain_attention;
@@ -61,6 +63,6 @@ extern const AttentionKernels neon_attention;
 /* Return those of an instruction set. */
 const AttentionKernels *attention_of(const InstructionSet *set);
 
-extern const OrtCustomOp attention_op;
+extern const OrtCustomOp attention_op, attention_f16_op, attention_bf16_op, attention_int8_op;
 
 #endif

@@ -2,6 +2,7 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include "attend.h"
 
+#include <immintrin.h>
 #include <math.h>
 #include <string.h>
 

@@ -2,6 +2,7 @@
 #if defined(__aarch64__)
 #include "attend.h"
 
+#include <arm_neon.h>
 #include <math.h>
 #include <string.h>
 

@@ -54,28 +54,7 @@ INLINE V exponentials(V x) {
   return (V)((Bits)(p * (V)power) & ~small);
 }
 
-/* --- rows of a cache ---------------------------------------------------------------------------------------------- */
-
-INLINE V load_vector(CacheType type, const char *row, int at) { return (void)type, load((const float *)row + at); }
-
-/* Return the last numbers of a row, at.., `left` of them, and zeros. */
-INLINE V load_tail(CacheType type, const char *row, int at, int left) {
-  char some[4 * LANES] = {0};
-  size_t bytes = cache_bytes(type);
-  memcpy(some, row + (size_t)at * bytes, (size_t)left * bytes);
-  return load_vector(type, some, 0);
-}
-
-/* Return numbers at.. of a row, and zeros after its last one. */
-INLINE V load_some(CacheType type, const char *row, int at, int width) {
-  if (width - at >= LANES) return load_vector(type, row, at);
-  return width > at ? load_tail(type, row, at, width - at) : splat(0);
-}
-
-static void store_row(CacheType type, const float *x, int width, void *row) {
-  (void)type;
-  memcpy(row, x, (size_t)width * sizeof(float));
-}
+#include "cache_rows.h"
 
 /* --- a few rows: keys and values as they lie ----------------------------------------------------------------------- */
 
@@ -307,6 +286,13 @@ INLINE void weigh_row(const Part *p, int i, int from, int count, int stride, flo
   p->most[i] = most;
 }
 
+/* Multiplies the numbers of rows, one for each of `count` tokens, by the tokens' scales. */
+INLINE void scale_tokens(float *x, int rows, int stride, const float *scales, int count) {
+  for (int i = 0; i < rows; i++) {
+    for (int t = 0; t < count; t++) x[(size_t)i * stride + t] *= scales[t];
+  }
+}
+
 INLINE void attend_as(const Part *p, CacheType type) {
   int wide = padded(p->width), many = p->rows > FEW_ROWS, step = many ? KEYS : FEW_KEYS;
   float *scores = p->scratch, *panel = scores + ROWS * KEYS + FEW_ROWS * FEW_KEYS;
@@ -324,7 +310,11 @@ INLINE void attend_as(const Part *p, CacheType type) {
       multiply_matrix(p->q + (size_t)skipped * wide, (size_t)wide, panel, KEYS, scores + skipped * KEYS, KEYS,
                       p->rows - skipped, KEYS, p->width, 0);
     }
-    for (int i = many ? skipped : 0; i < p->rows; i++) weigh_row(p, i, from, count, step, scores + (size_t)i * step);
+    int first = many ? skipped : 0;
+    float *seen = scores + (size_t)first * step;
+    if (type == CACHE_INT8) scale_tokens(seen, p->rows - first, step, p->key_scales + from, count);
+    for (int i = first; i < p->rows; i++) weigh_row(p, i, from, count, step, scores + (size_t)i * step);
+    if (type == CACHE_INT8) scale_tokens(seen, p->rows - first, step, p->value_scales + from, count);
     if (!many) {
       add_few(p, type, from, count, scores);
     } else {
@@ -335,4 +325,11 @@ INLINE void attend_as(const Part *p, CacheType type) {
   }
 }
 
-static void attend(const Part *p) { attend_as(p, CACHE_F32); }
+static void attend(const Part *p) {
+  switch (p->type) {
+    case CACHE_F16: return attend_as(p, CACHE_F16);
+    case CACHE_BF16: return attend_as(p, CACHE_BF16);
+    case CACHE_INT8: return attend_as(p, CACHE_INT8);
+    default: return attend_as(p, CACHE_F32);
+  }
+}

@@ -43,7 +43,7 @@ static OrtCustomOp completed(const OrtCustomOp *op) {
   OrtCustomOp all = *op;
   all.version = ORT_VERSION;
   all.get_provider = provider;
-  all.get_output_type = float_output;
+  if (!all.get_output_type) all.get_output_type = float_output;
   if (!all.get_output_count) all.get_output_count = one_output;
   all.get_output_kind = required;
   all.get_input_memory = default_memory;
@@ -56,7 +56,8 @@ static OrtCustomOp completed(const OrtCustomOp *op) {
 
 /* The operators outlive every session that uses them, so they are made once and kept. */
 static OrtStatus *make_domain(OrtApi api, OrtDomain **out) {
-  static const OrtCustomOp *const kinds[] = {&linear_op, &experts_op, &attention_op, &grid_linear_op, &grid_experts_op};
+  static const OrtCustomOp *const kinds[] = {&linear_op, &experts_op, &grid_linear_op, &grid_experts_op,
+                                             &attention_op, &attention_f16_op, &attention_bf16_op, &attention_int8_op};
   enum { OPS = sizeof kinds / sizeof *kinds };
   static OrtCustomOp ops[OPS];
   static _Atomic(OrtDomain *) made;

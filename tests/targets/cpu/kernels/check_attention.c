@@ -20,9 +20,42 @@ static float *numbers(size_t count, float most) {
   return x;
 }
 
-static char *cache(const AttentionKernels *kernels, const float *x, int tokens, int width, CacheType type) {
+/* Return a number of f16 or of bf16, with its sign, `exponent` bits and `places`. */
+static double number_of(uint16_t bits, int exponent, int places) {
+  int power = bits >> places & ((1 << exponent) - 1), rest = bits & ((1 << places) - 1), bias = (1 << (exponent - 1)) - 1;
+  double size = power ? ldexp(1 + ldexp(rest, -places), power - bias) : ldexp(rest, 1 - bias - places);
+  return bits >> 15 ? -size : size;
+}
+
+/* How far a number of a row may be from what was stored, which of int8 has `most` as its largest number. */
+static double allowed(CacheType type, double x, double most) {
+  double half_of_last[] = {0, fmax(ldexp(fabs(x), -11), ldexp(1, -25)), ldexp(fabs(x), -8), most / 254 * (1 + 1e-5)};
+  return half_of_last[type];
+}
+
+/* Return the rows of a cache with numbers; what they stand for takes the numbers' place. Exits where one is too far from its number. */
+static char *cache(const AttentionKernels *kernels, float *x, int tokens, int width, CacheType type, float *scales) {
   char *rows = malloc((size_t)tokens * cache_row(type, width));
-  for (int t = 0; t < tokens; t++) kernels->store(type, x + (size_t)t * width, width, rows + (size_t)t * cache_row(type, width));
+  for (int t = 0; t < tokens; t++, x += width) {
+    char *row = rows + (size_t)t * cache_row(type, width);
+    double most = 1e-30;
+    if (between(0, 3) == 0) x[between(0, width - 1)] *= between(0, 1) ? 1e-6f : 1e-4f; /* a small number of f16 */
+    for (int d = 0; d < width; d++) most = fmax(most, fabs(x[d]));
+    kernels->store(type, x, width, row, type == CACHE_INT8 ? scales + t : NULL);
+    for (int d = 0; d < width; d++) {
+      uint16_t half;
+      double found = x[d];
+      if (type == CACHE_F16 || type == CACHE_BF16) memcpy(&half, row + 2 * d, 2);
+      if (type == CACHE_F16) found = number_of(half, 5, 10);
+      if (type == CACHE_BF16) found = number_of(half, 8, 7);
+      if (type == CACHE_INT8) found = (double)((int8_t *)row)[d] * scales[t];
+      if (!(fabs(found - x[d]) <= allowed(type, x[d], most))) {
+        printf("%s: %g is stored as %g in type %d\n", kernels->name, x[d], found, type);
+        exit(1);
+      }
+      x[d] = (float)found;
+    }
+  }
   return rows;
 }
 
@@ -36,10 +69,12 @@ static int check_case(const AttentionKernels *kernels) {
   for (int i = 0; i < rows; i++) memset(q + (size_t)i * wide + width, 0, (size_t)(wide - width) * sizeof(float));
   float *sum = calloc((size_t)rows * wide, sizeof(float)), *most = numbers((size_t)rows, 2), *total = calloc((size_t)rows, sizeof(float));
   for (int i = 0; i < rows; i++) most[i] = -INFINITY;
-  CacheType type = CACHE_F32;
-  char *keys = cache(kernels, k, all, width, type), *values = cache(kernels, v, all, width, type);
+  CacheType type = (CacheType)between(CACHE_F32, CACHE_INT8);
+  float *scales[2] = {numbers((size_t)all, 1), numbers((size_t)all, 1)};
+  char *keys = cache(kernels, k, all, width, type, scales[0]), *values = cache(kernels, v, all, width, type, scales[1]);
   Part p = {.type = type, .width = width, .rows = rows, .heads = heads, .row = row, .past = past, .from = from, .to = to,
             .window = between(0, 1) ? between(1, 300) : 0, .softcap = between(0, 1) ? 4 : 0, .keys = keys, .values = values,
+            .key_scales = scales[0], .value_scales = scales[1],
             .q = q, .bias = bias, .bias_row = (size_t)all, .sum = sum, .most = most, .total = total,
             .scratch = numbers(scratch_numbers(width), 2)};
   int wrong = 0;
@@ -62,12 +97,13 @@ static int check_case(const AttentionKernels *kernels) {
       double found = total[i] > 0 ? sum[(size_t)i * wide + d] / total[i] : 0, wanted = sums > 0 ? y[d] / sums : 0;
       wrong = !(fabs(found - wanted) <= 2e-5);
       if (wrong) {
-        printf("%s: width %d rows %d heads %d row %d past %d keys %d..%d window %d, row %d number %d: %g, not %g\n", kernels->name,
-               width, rows, heads, row, past, from, to, p.window, i, d, found, wanted);
+        printf("%s: type %d width %d rows %d heads %d row %d past %d keys %d..%d window %d, row %d number %d: %g, not %g\n", kernels->name,
+               type, width, rows, heads, row, past, from, to, p.window, i, d, found, wanted);
       }
     }
   }
   free(k), free(v), free(q), free(bias), free(sum), free(most), free(total), free(keys), free(values), free(p.scratch);
+  free(scales[0]), free(scales[1]);
   return wrong;
 }
 
