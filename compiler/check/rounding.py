@@ -17,9 +17,11 @@ import torch
 from ..errors import MoecError
 from ..formats.bounds import rounding_bounds
 from ..formats.table import find_format
-from ..ir.module import Function, Module, Op, walk_calls
+from ..ir.module import Function, Module, Op, Value, walk_calls
+from ..ir.names import Names
 from ..ir.recipes import FITTED, Recipe, Step, bind_recipe, steps_of
 from ..ir.types import TensorType
+from ..ops.builder import IRBuilder
 from ..weights.demote import is_demotion
 from ..weights.evaluate import evaluate_recipe
 from ..weights.sources.safetensors_header import TensorInfo
@@ -87,17 +89,25 @@ def _without_rounding(function: Function, kept: set[Step]) -> Function:
 
 
 def _without_rounded_values(function: Function) -> Function:
-    """Return the function without the ops that bring an operand to a quantized format; what reads them reads it."""
-    rounding = {op.results[0].name: op.inputs[0] for op in function.ops if _rounds_values(op)}
-    if not rounding:
-        return function
-    kept = [op for op in function.ops if not _rounds_values(op)]
-    ops = (replace(op, operands=tuple(v and rounding.get(v.name, v) for v in op.operands)) for op in kept)
-    return replace(function, ops=tuple(ops))
+    """Return the function with nothing brought to a quantized format.
 
-
-def _rounds_values(op: Op) -> bool:
-    return len(op.inputs) == 1 and find_format(op.results[0].type.dtype) is not None
+    What reads the result of an op that does only that reads its operand; one that rounds what it computes, as its
+    attribute `to` says, does not.
+    """
+    builder = IRBuilder(function.name, function.params, function.consts, Names(function.names))
+    plain: dict[str, Value] = {}
+    for op in function.ops:
+        op = replace(op, operands=tuple(v and plain.get(v.name, v) for v in op.operands))
+        if not any(find_format(v.type.dtype) for v in op.results):
+            builder.ops.append(op)
+        elif len(op.inputs) == 1 and "to" in op.attributes:
+            plain[op.results[0].name] = op.inputs[0]
+        else:
+            attributes = {name: value for name, value in op.attributes.items() if name != "to"}
+            hints = [v if not find_format(v.type.dtype) else f"{v.name}.plain" for v in op.results]
+            results = builder.add_all(op.name, *op.operands, hints=hints, **attributes)
+            plain |= {old.name: new for old, new in zip(op.results, results, strict=True)}
+    return replace(function, ops=tuple(builder.ops))
 
 
 def _recipe_without_rounding(recipe: Recipe, kept: set[Step]) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sympy
 
+from ..formats.table import find_format
 from ..ir.deferred import torch
 from ..ir.dims import Size, size
 from ..ir.dtypes import DTYPES
@@ -156,6 +157,8 @@ def _infer_reshape(types: Types, attributes: Attributes) -> tuple[TensorType, ..
         raise inference_error(
             f"{x} has {any_size_text(x.elements)} elements, the shape {result} has {any_size_text(result.elements)}"
         )
+    if find_format(x.dtype) and result.shape[-1:] != x.shape[-1:]:
+        raise inference_error(f"{x} has groups along its rows, which the shape {result} would cut")
     return (result,)
 
 

@@ -17,6 +17,7 @@ from ...compiler.ops.activation import apply_activation, inner_size
 from ...compiler.ops.attention import turn_and_append
 from ...compiler.ops.compressed import block_linear as plain_block_linear
 from ...compiler.ops.define import Attributes, Types, inference_error
+from ...compiler.ops.nn import rms_norm as plain_rms_norm
 from ...compiler.ops.recurrent import causal_conv, conv_window
 from ...compiler.ops.recurrent import linear_attention as plain_linear_attention
 from .kernels.choices import TILE_ROWS
@@ -39,6 +40,11 @@ def _dtype_of_numbers(x: TensorType) -> str:
 # --- activations in a format -----------------------------------------------------------------------------------
 
 
+def _handed_in(attributes: Attributes, x: TensorType) -> str:
+    """Return the dtype of a result: the format that the attribute `to` names, else that of the operand's numbers."""
+    return attributes["to"] if find_format(attributes["to"]) else _dtype_of_numbers(x)
+
+
 def _infer_quantize(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     (x,) = types
     if find_format(attributes["to"]) is None:
@@ -54,6 +60,38 @@ def quantize(x, *, to: str):
     """
     found = format_of(to)
     return found.decode(found.encode(x), x.shape[-1])
+
+
+def _infer_norm(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
+    x, residual, *_ = types
+    nothing = TensorType.of(x.dtype, 0)
+    rounded = TensorType(_handed_in(attributes, x), x.shape)
+    return x if attributes["plain"] else nothing, rounded, nothing if residual is None else x
+
+
+@op(
+    "acc.norm",
+    "x: A[*X, D], residual: A[*X, D]?, w: A[D]?, b: A[D]? -> y: A[*Y], rounded: Q[*X, D], sum: A[*Z]",
+    infer=_infer_norm,
+    flops=lambda o, r, a: (4 + 4 + 3 * a["centred"] + (o[1] is not None)) * o[0].elements,
+)
+def norm(x, residual, w, b, *, eps: float, to: str = "", plain: bool = True, centred: bool = False):
+    """Compute nn.rms_norm, nn.layer_norm (`centred`) or the former of a sum, and round what it gives as acc.quantize does.
+
+    `y` has the numbers before they are rounded where `plain` says that something reads them, and is empty elsewhere;
+    so is `sum` where there is no residual.
+    """
+    total = x if residual is None else x + residual
+    y = (
+        OPS["nn.layer_norm"].reference(total, w, b, eps=eps)
+        if centred
+        else plain_rms_norm(total, 1 if w is None else w, eps=eps)
+    )
+    return (
+        y if plain else y.new_zeros(0),
+        quantize(y, to=to) if to else y,
+        total.new_zeros(0) if residual is None else total,
+    )
 
 
 # --- linear ----------------------------------------------------------------------------------------------------
@@ -97,18 +135,19 @@ def _gated_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     x, up = types[:2]
     check_weight("acc.gated_up", up)
     inner = inner_size("acc.gated_up", up.shape[0], attributes["act"], gated=True)
-    return (TensorType(_dtype_of_numbers(x), (*x.shape[:-1], inner)),)
+    return (TensorType(_handed_in(attributes, x), (*x.shape[:-1], inner)),)
 
 
 @op(
     "acc.gated_up",
-    "x: X[*X, D], up: W[N, D], bias: A[N]? -> h: A[*X, I]",
+    "x: X[*X, D], up: W[N, D], bias: A[N]? -> h: H[*X, I]",
     infer=_gated_up,
     flops=lambda o, r, a: r[0].elements * (4 * o[1].shape[1] + 4),
 )
-def gated_up(x, up, bias, *, act: Activation = SILU):
-    """Compute the gated activation of up(x): the first part of nn.gated_mlp, I = N / 2."""
-    return apply_activation(torch.nn.functional.linear(x, up.float(), bias), act)
+def gated_up(x, up, bias, *, act: Activation = SILU, to: str = ""):
+    """Compute the gated activation of up(x): the first part of nn.gated_mlp, I = N / 2; rounded to a format if `to` is one."""
+    h = apply_activation(torch.nn.functional.linear(x, up.float(), bias), act)
+    return quantize(h, to=to) if to else h
 
 
 # --- routed experts --------------------------------------------------------------------------------------------
@@ -143,7 +182,7 @@ def _grouped_up(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
     _check_order("acc.grouped_up", ids, order, up)
     return (
         TensorType(
-            _dtype_of_numbers(x), (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))
+            _handed_in(attributes, x), (order.shape[0], inner_size("acc.grouped_up", up.shape[1], attributes["act"]))
         ),
     )
 
@@ -172,7 +211,7 @@ def _listed(types: Types, attributes: Attributes) -> Size:
 
 @op(
     "acc.grouped_up",
-    f"x: X[T, D], {_PAIRS}, up: W[E, N, D], up_bias: A[E, N]? -> h: A[R, I]",
+    f"x: X[T, D], {_PAIRS}, up: W[E, N, D], up_bias: A[E, N]? -> h: H[R, I]",
     infer=_grouped_up,
     flops=_grouped_up_flops,
     domains={**_ROWS, **_ORDER},
@@ -180,17 +219,18 @@ def _listed(types: Types, attributes: Attributes) -> Size:
     reads={"tiles": _listed},
     rows=dict.fromkeys(("up", "up_bias"), _chosen_pairs),
 )
-def grouped_up(x, ids, order, tiles, up, up_bias, *, act: Activation = SILU):
+def grouped_up(x, ids, order, tiles, up, up_bias, *, act: Activation = SILU, to: str = ""):
     """Gather each expert's tokens, multiply by its `up` and apply the activation: the first half of moe.experts.
 
     Row t * K + j of the result is the pair (token t, choice j); I = N / 2 where there is a gate, else N. `order` and
-    `tiles` are acc.sort's and say the same as `ids`: a kernel for many pairs reads those, one for few pairs these.
+    `tiles` are acc.sort's and say the same as `ids`: a kernel for many pairs reads those, one for few pairs these. The
+    rows are rounded to a format if `to` is one.
     """
     h = x.new_zeros(len(order), up.shape[1] // 2 if act.gated else up.shape[1])
     for expert, pairs in pairs_by_expert(ids):
         y = torch.nn.functional.linear(x[pairs // ids.shape[1]], up[expert].float(), _expert_bias(up_bias, expert))
         h[pairs] = apply_activation(y, act)
-    return h
+    return quantize(h, to=to) if to else h
 
 
 def _grouped_down(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:

@@ -15,7 +15,7 @@ from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
 from .experts import activation_text, add_multiply, summed
-from .low_precision import begin_sums, declare_rows
+from .low_precision import begin_sums, declare_rows, store_rows
 from .order import tile_axes, tiles_that_exist
 
 
@@ -37,7 +37,8 @@ class Linear:
     act: Activation = IDENTITY
     wide: int = 0
     dtype: str = "bf16"  # of x
-    out: str = "bf16"
+    out: str = "bf16"  # of y, or the format that its rows are rounded to
+    bits: str = ""  # as in Packing, of these
 
 
 def linear_kernel(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str = "linear") -> Program:
@@ -61,7 +62,7 @@ def linear_kernel(p: Linear, t: Tile, layout: Layout, split: int = 1, name: str 
     wide = p.blocks * p.rows
     if split == 1:
         _declare_end(b, p)
-        b.tensor("y", p.out, "T", wide, role="output")
+        declare_rows(b, "y", p.out, "T", wide, role="output")
     else:
         b.tensor("parts", "f32", split, "T", wide, role="output")
     b.let("row", f"tile * {t.m} + arange({t.m})")
@@ -91,8 +92,12 @@ def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
     if split > 1:
         b.store("parts", ["part", "row[:, None]", "place[None, :]"], value["gate"], live)
     else:
-        _add_epilogue(b, p, value, (t.m, t.n))
-        b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", live)
+        y = _end_of_sums(b, p, value)
+        if p.blocks == 1:
+            store_rows(b, "y", p.out, y, (t.m, t.n), p.rows, ("row", "n"), p.bits)
+        else:
+            b.let("y_tile", f'cast({y}, "{p.out}")', (t.m, t.n), p.out)
+            b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", live)
 
 
 def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:
@@ -114,8 +119,7 @@ def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:
     with b.loop("i", 0, split, 1):
         b.load("part", "parts", ["i", "row[:, None]", "place[None, :]"], mask, shape=(t.m, t.n))
         b.let("gate", "gate + part", (t.m, t.n), "f32")
-    _add_epilogue(b, p, {"gate": "gate"}, (t.m, t.n))
-    b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", mask)
+    store_rows(b, "y", p.out, _end_of_sums(b, p, {"gate": "gate"}), (t.m, t.n), wide, ("row", "place"))
     return b.program()
 
 
@@ -145,13 +149,12 @@ def part_of_depth(b: Builder, whole: int, step: int, split: int) -> tuple[str, s
     return "start", "stop"
 
 
-def _add_epilogue(b: Builder, p: Linear, value: dict[str, str], shape: tuple[int, int]) -> None:
-    """Add bias and activation: `y_tile` in the dtype of y."""
+def _end_of_sums(b: Builder, p: Linear, value: dict[str, str]) -> str:
+    """Return the expression of finished sums with bias and activation."""
     if p.bias:
         first = f"block * {2 * p.rows} + " if p.act.gated and p.blocks > 1 and p.weight.experts else ""
         for acc in value:
             at = f"{first}{acc}_row" if p.act.gated else "place"
             b.load(f"{acc}_bias", "bias", [at], "n_live")
             value[acc] = f"({value[acc]} + {acc}_bias[None, :])"
-    text = activation_text(p.act, value)
-    b.let("y_tile", f'cast({text}, "{p.out}")', shape, p.out)
+    return activation_text(p.act, value)

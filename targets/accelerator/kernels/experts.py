@@ -15,7 +15,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import TILE_ROWS, Tile
-from .low_precision import begin_sums, declare_rows, multiply_codes
+from .low_precision import begin_sums, declare_rows, multiply_codes, store_rows
 from .order import tile_axes
 
 LOOK = 1024  # pairs that sort looks at in one step
@@ -39,6 +39,8 @@ class Experts:
     down_bias: bool = False
     act: Activation = SILU
     dtype: str = "bf16"  # of what a kernel hands on
+    rounded: str = ""  # the format in which `up` hands on its rows instead
+    bits: str = ""  # as in Packing, of these
     given: str = "bf16"  # of the rows that are multiplied, or the format that they are in
     added: tuple[str, ...] = ()
 
@@ -129,7 +131,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
     e.up.declare(b, "up")
     if e.up_bias:
         b.tensor("up_bias", "f32", e.experts, e.up.rows, role="weight")
-    b.tensor("h", e.dtype, f"T * {e.chosen}", e.inner, role="output")
+    declare_rows(b, "h", e.rounded or e.dtype, f"T * {e.chosen}", e.inner, role="output")
     _find_tile(b, e, t, direct)
     with b.when("1" if direct else "there"):
         b.let("token", f"pair // {e.chosen}")
@@ -150,8 +152,8 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
             for name in rows:
                 b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
                 value[name] = f"({value[name]} + {name}_bias[None, :])"
-        b.let("act", f'cast({activation_text(e.act, value)}, "{e.dtype}")', (t.m, t.n), e.dtype)
-        b.store("h", ["pair[:, None]", "n[None, :]"], "act", "live[:, None] & n_live[None, :]")
+        act = activation_text(e.act, value)
+        store_rows(b, "h", e.rounded or e.dtype, act, (t.m, t.n), e.inner, ("pair", "n"), e.bits)
     return b.program()
 
 

@@ -165,30 +165,46 @@ def quantize_kernel(p: Quantize, t: RowTile, layout: Layout) -> Program:
     b.let("c", f"column * {t.n} + arange({t.n})")
     b.let("there", f"live[:, None] & (c < {p.width})[None, :]", (t.m, t.n), "bool")
     b.load("x_tile", "x", ["row[:, None]", "c[None, :]"], "there", shape=(t.m, t.n))
-    store_rows(b, "y", form, 'cast(x_tile, "f32")', (t.m, t.n), p.width, p.bits)
+    store_rows(b, "y", p.format, "x_tile", (t.m, t.n), p.width, ("row", "c"), p.bits)
     return b.program()
 
 
 def store_rows(
-    b: Builder, name: str, form: Format, value: str, shape: tuple[int, int], width: int, bits: str = ""
-) -> None:
-    """Round a tile of f32 [rows, whole groups] and store it at `row` and `c`, where `live` and `there` say that it is."""
-    rows, columns = shape
+    b: Builder, name: str, dtype: str, value: str, shape: tuple[int, int], width: int, at: tuple[str, str], bits: str = "",
+) -> None:  # fmt: skip
+    """Store a tile of f32 in a dtype or, whole groups of it, rounded to a format: the counterpart of `declare_rows`.
+
+    What is rounded to a format is what another kernel would be handed, bf16: which one rounds does not change numbers.
+
+    `at` are the index vectors of its rows, of which `live` says which there are, and of its columns, of `width`.
+    MoecError for a tile that does not hold whole groups, which the search does not try.
+    """
+    (rows, columns), (row, c) = shape, at
+    within = "live[:, None]" + ("" if width % columns == 0 else f" & ({c} < {width})[None, :]")
+    form = find_format(dtype)
+    if form is None:
+        b.let(f"{name}_tile", f'cast({value}, "{dtype}")', shape, dtype)
+        b.store(name, [f"{row}[:, None]", f"{c}[None, :]"], f"{name}_tile", within)
+        return
     groups = columns // form.group
+    if columns % form.group:
+        raise MoecError(f"{columns} columns are no whole groups of {form.group} of {form.name}")
     apart = (rows, groups, form.group)
-    b.let("parted", f"reshape({value}, {rows}, {groups}, {form.group})", apart, "f32")
+    value = value if width % columns == 0 else f"where(({c} < {width})[None, :], {value}, 0.0)"
+    b.let("handed", f'cast({value}, "bf16")', shape, "bf16")
+    b.let("parted", f'reshape(cast(handed, "f32"), {rows}, {groups}, {form.group})', apart, "f32")
     scale = _add_group_scale(b, form, (rows, groups))
     if form.element == "e2m1":
-        _store_pairs(b, name, rows, columns, form.group, width)
+        _store_pairs(b, name, rows, columns, form.group, width, at)
     else:
         rounded = "parted / where(by == 0.0, 1.0, by)[:, :, None]"
         text = f'bitcast(cast({rounded} * 0.5, "{FNUZ}"), "f8e4m3")' if bits == FNUZ else f'cast({rounded}, "f8e4m3")'
         b.let("coded", text, apart, "f8e4m3")
         b.let("codes", f"reshape(coded, {rows}, {columns})", shape, "f8e4m3")
-        b.store(f"{name}_codes", ["row[:, None]", "c[None, :]"], "codes", "there")
-    b.let("group", f"min(c, 0) // {form.group} + arange({groups})")
+        b.store(f"{name}_codes", [f"{row}[:, None]", f"{c}[None, :]"], "codes", within)
+    b.let("group", f"min({c}, 0) // {form.group} + arange({groups})")
     within = f"live[:, None] & (group < {-(-width // form.group)})[None, :]"
-    b.store(f"{name}_scales", ["row[:, None]", "group[None, :]"], scale, within)
+    b.store(f"{name}_scales", [f"{row}[:, None]", "group[None, :]"], scale, within)
 
 
 def _add_group_scale(b: Builder, form: Format, shape: tuple[int, int]) -> str:
@@ -218,14 +234,14 @@ def _nearest_e2m1(b: Builder, shape: tuple[int, int, int]) -> None:
     b.let("near", f"minimum((size / step + {ROUNDS} - {ROUNDS}) * step, 6.0)", shape, "f32")
 
 
-def _store_pairs(b: Builder, name: str, rows: int, columns: int, group: int, width: int) -> None:
+def _store_pairs(b: Builder, name: str, rows: int, columns: int, group: int, width: int, at: tuple[str, str]) -> None:
     """Store `parted` over `by` as E2M1, two neighbours in a byte."""
     apart, paired = (rows, columns // group, group), (rows, columns // 2, 2)
     _nearest_e2m1(b, apart)
     code = 'cast(where(near < 2.0, near * 2.0, where(near < 4.0, near + 2.0, near * 0.5 + 4.0)), "i32")'
     b.let("code", f'{code} + where(parted < 0.0, cast(8, "i32"), 0)', apart, "i32")
     b.let("pairs", f"reshape(code, {rows}, {columns // 2}, 2)", paired, "i32")
-    b.let("both", "sum(pairs * (1 + 15 * arange(2))[None, None, :], 2)", paired[:2], "i32")
-    b.let("j", f"min(c, 0) // 2 + arange({columns // 2})")
+    b.let("bytes", "sum(pairs * (1 + 15 * arange(2))[None, None, :], 2)", paired[:2], "i32")
+    b.let("j", f"min({at[1]}, 0) // 2 + arange({columns // 2})")
     there = f"live[:, None] & (j < {width // 2})[None, :]"
-    b.store(f"{name}_codes", ["row[:, None]", "j[None, :]"], 'cast(both, "u8")', there)
+    b.store(f"{name}_codes", [f"{at[0]}[:, None]", "j[None, :]"], 'cast(bytes, "u8")', there)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .choices import RowTile
+from .low_precision import declare_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,19 @@ class Norm:
     add: bool = False
     dtype: str = "bf16"  # of x, residual and sum
     out: str = "bf16"  # of y
+    plain: bool = True  # whether y is stored
+    rounded: str = ""  # the format, or the dtype, in which it is stored too
+    bits: str = ""  # as in Packing
 
 
 def power_of_two(n: int, least: int = 1) -> int:
     """Return the least power of two that holds n."""
     return max(least, 1 << (max(n, 1) - 1).bit_length())
+
+
+def norm_kernel(p: Norm, t: RowTile, layout: Layout) -> Program:
+    """Compute the norm that a problem is."""
+    return (layer_norm if p.centred else add_rms_norm if p.add else rms_norm)(p, t, layout)
 
 
 def rms_norm(p: Norm, t: RowTile, layout: Layout) -> Program:
@@ -55,7 +64,10 @@ def _norm_kernel(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Pr
     for given, there in (("w", p.weight), ("b", p.bias)):
         if there:
             b.tensor(given, "f32", p.width, role="weight")
-    b.tensor("y", p.out, "T", p.width, role="output")
+    if p.plain:
+        b.tensor("y", p.out, "T", p.width, role="output")
+    if p.rounded:
+        declare_rows(b, "rounded", p.rounded, "T", p.width, role="output")
     if p.add:
         b.tensor("sum", p.dtype, "T", p.width, role="output")
     b.let("row", f"tile * {t.m} + arange({t.m})")
@@ -84,8 +96,10 @@ def _norm_kernel(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Pr
             if there:
                 b.load(f"{given}_row", given, [column], f"{column} < {p.width}")
                 text = f"{text} {sign} {given}_row[None, :]"
-        b.let("y_tile", f'cast({text}, "{p.out}")', (t.m, t.n), p.out)
-        b.store("y", ["row[:, None]", f"{column}[None, :]"], "y_tile", "there")
+        b.let("normed", text, (t.m, t.n), "f32")
+        for name, dtype in (("y", p.out if p.plain else ""), ("rounded", p.rounded)):
+            if dtype:
+                store_rows(b, name, dtype, "normed", (t.m, t.n), p.width, ("row", column), p.bits)
         if p.add:
             b.store("sum", ["row[:, None]", f"{column}[None, :]"], "both", "there")
     return b.program()

@@ -90,7 +90,9 @@ class Executor:
         return [values[v.name] for v in function.results]
 
     def _reference(self, op: Op, values: Mapping[str, Held], dims: Mapping[str, int]) -> dict[str, Held]:
-        """Run an op that has no kernel."""
+        """Run an op that has no kernel; a view of a value in a format is its codes and scales, whose rows lie alike."""
+        if op.name == "core.reshape" and isinstance(coded := values.get(op["x"].name), Mapping):
+            return {op.results[0].name: coded}
         operands: list[torch.Tensor | None] = []
         for value in op.operands:
             if value is None:

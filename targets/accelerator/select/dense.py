@@ -8,13 +8,14 @@ from typing import Any
 
 import sympy
 
+from ....compiler.formats.table import find_format
 from ....compiler.ir.activation import IDENTITY
 from ....compiler.ir.dims import evaluate
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.dense import Linear, linear_kernel, linear_sum
-from ..kernels.low_precision import Quantize, quantize_kernel
-from ..kernels.norm import Norm, add_rms_norm, layer_norm, power_of_two, rms_norm
+from ..kernels.low_precision import Quantize
+from ..kernels.norm import Norm, norm_kernel, power_of_two
 from ..kernels.rope import Append, Rope, qk_rope_append, rope_kernel
 from ..tile.packing import Packing
 from .activations import bits_of
@@ -29,6 +30,7 @@ from .implementations import (
     row_shapes,
     row_tile,
 )  # fmt: skip
+from .rounding import rounded_implementations
 from .search import GROUPS, KernelTemplate, is_swappable, row_choices, tile_shapes
 
 SPLITS = (4,)  # parts that the depth of a linear may be cut into
@@ -48,28 +50,34 @@ def _select_linear(op: Op, weights: Mapping[str, Packing]) -> Computation | None
     gated = op.name == "acc.gated_up"
     rows = weight.rows // blocks // (2 if gated else 1)
     p = Linear(
-        rows, weight.columns, weight, blocks, "bias" in operands, dtype=given_in(operands["x"]), out=a.text("out", "bf16"),
-        act=a.activation("act") if gated else IDENTITY,
+        rows, weight.columns, weight, blocks, "bias" in operands, dtype=given_in(operands["x"]),
+        out=(a.text("to", "") if gated else "") or a.text("out", "bf16"), act=a.activation("act") if gated else IDENTITY,
     )  # fmt: skip
-    return Computation(
-        "gated_up" if gated else "linear", p, weights, lambda tokens, profile: linear_implementations(p, tokens)
-    )
+
+    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        return linear_implementations(replace(p, bits=bits_of(profile, p.out)), tokens)
+
+    return Computation("gated_up" if gated else "linear", p, weights, implementations)
 
 
 def linear_implementations(p: Linear, tokens: Tokens) -> tuple[Implementation, ...]:
-    """Return a linear in one kernel, and for few tokens cut along its depth and followed by a sum."""
+    """Return a linear in one kernel, and for few tokens cut along its depth and followed by a sum.
+
+    A gated one is not cut; its rows may be rounded where they are made, or behind it.
+    """
     count = {"T": tokens.count}
     tiles = tile_shapes(row_choices(tokens.count), p.weight.step, given=p.dtype)
-    whole = KernelTemplate(
-        "linear",
-        lambda t, layout: linear_kernel(p, t, layout),
-        count,
-        tiles,
-        groups=GROUPS,
-        swaps=is_swappable(p.weight, p.dtype),
-        renamed={"w": "up", "y": "h"} if p.act.gated else {},
-    )
-    implementations = [Implementation("whole", (whole,))]
+
+    def whole(out: str) -> KernelTemplate:
+        made = replace(p, out=out)
+        return KernelTemplate(
+            "linear", lambda t, layout: linear_kernel(made, t, layout), count, tiles, groups=GROUPS,
+            swaps=is_swappable(p.weight, p.dtype), renamed={"w": "up", "y": "h"} if p.act.gated else {},
+        )  # fmt: skip
+
+    if find_format(p.out):
+        return rounded_implementations("whole", "y", whole, Quantize(p.rows, p.out, bits=p.bits), tokens.count)
+    implementations = [Implementation("whole", (whole(p.out),))]
     if tokens.count <= FEW and not p.act.gated:
         implementations += [_split_linear(p, split, count, tiles) for split in SPLITS]
     return tuple(implementations)
@@ -92,50 +100,31 @@ def _split_linear(
     return Implementation(f"depth in {split} parts", (part, total))
 
 
-def _select_quantize(op: Op, weights: Mapping[str, Packing]) -> Computation:
-    x = operand_types(op)["x"]
-    p = Quantize(int(x.shape[-1]), op.settings.text("to"))
-    widths = tuple(n for n in (128, 256, 512, 1024) if n < 2 * p.width) or (128,)
-
-    def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
-        rows = _row_count(x.shape[:-1], tokens)
-        made = replace(p, bits=bits_of(profile, p.format))
-        tiles = tuple((m, n, 1) for m in (1, 2, 4, 8) for n in widths)
-        return only_implementation(
-            KernelTemplate("quantize", lambda t, layout: quantize_kernel(made, row_tile(t), layout), {"T": rows}, tiles,
-                   staged=False)
-        )  # fmt: skip
-
-    return Computation("quantize", p, {}, implementations)
-
-
 # --- norms and heads -----------------------------------------------------------------------------------------------
 
-_NORMS = {"nn.rms_norm": rms_norm, "nn.add_rms_norm": add_rms_norm, "nn.layer_norm": layer_norm}
+_NORMS = ("nn.rms_norm", "nn.add_rms_norm", "nn.layer_norm", "acc.norm")
 
 
 def _select_norm(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = operand_types(op), op.settings
+    rounds = op.name == "acc.norm"
     p = Norm(
-        int(operands["x"].shape[-1]), a.number("eps"), "w" in operands, "b" in operands, op.name == "nn.layer_norm",
-        op.name == "nn.add_rms_norm",
+        int(operands["x"].shape[-1]), a.number("eps"), "w" in operands, "b" in operands,
+        a.flag("centred", False) if rounds else op.name == "nn.layer_norm", "residual" in operands,
+        plain=a.flag("plain", True) if rounds else True, rounded=(a.text("to", "") or "bf16") if rounds else "",
     )  # fmt: skip
-    make, lead = _NORMS[op.name], operands["x"].shape[:-1]
+    lead = operands["x"].shape[:-1]
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
-        rows = _row_count(lead, tokens)
+        rows = evaluate(sympy.Mul(*lead), tokens.scalars)
         tiles = row_shapes(power_of_two(p.width))
+        made = replace(p, bits=bits_of(profile, p.rounded))
         return only_implementation(
-            KernelTemplate(op.name.removeprefix("nn."), lambda t, layout: make(p, row_tile(t), layout), {"T": rows}, tiles,
-                   staged=False)
+            KernelTemplate(op.name.rpartition(".")[2], lambda t, layout: norm_kernel(made, row_tile(t), layout),
+                   {"T": rows}, tiles, staged=False)
         )  # fmt: skip
 
     return Computation("norm", p, {}, implementations)
-
-
-def _row_count(lead: tuple[Any, ...], tokens: Tokens) -> int:
-    """Return how many rows leading axes make, at a number of tokens."""
-    return evaluate(sympy.Mul(*lead), tokens.scalars)
 
 
 def _select_rope(op: Op, weights: Mapping[str, Packing]) -> Computation:
@@ -182,7 +171,6 @@ def _head_kernel(name: str, make: Any, scalars: Mapping[str, int], **bound: Any)
 
 IMPLEMENTATIONS: dict[str, Selector] = {
     **dict.fromkeys(("acc.linear", "acc.gated_up", "acc.block_linear"), _select_linear),
-    "acc.quantize": _select_quantize,
     **dict.fromkeys(_NORMS, _select_norm),
     **dict.fromkeys(("nn.rope", "nn.rope_pairs"), _select_rope),
     "acc.rope_append": _select_append,

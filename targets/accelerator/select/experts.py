@@ -9,9 +9,11 @@ from ....compiler.errors import MoecError
 from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.experts import Experts, combine_kernel, grouped_down, grouped_up, sort_kernel
+from ..kernels.low_precision import Quantize
 from ..kernels.order import axis_of_tiles
 from ..predict.experts_touched import distinct_experts, expected_tiles
 from ..tile.packing import Packing
+from .activations import bits_of
 from .implementations import (
     Computation,
     Implementation,
@@ -22,6 +24,7 @@ from .implementations import (
     operand_types,
     row_shapes,
 )  # fmt: skip
+from .rounding import rounded_implementations
 from .search import GROUPS, ROWS, KernelTemplate, is_swappable, row_choices, tile_shapes
 
 SHARED = 1.1  # pairs for an expert that is touched, up to which each pair is taken by itself, without sorting
@@ -40,7 +43,7 @@ def experts_of(op: Op, weight: Packing) -> Experts:
         inner = weight.rows // 2 if a.activation("act").gated else weight.rows
         return Experts(
             weight.experts, chosen, weight.columns, inner, weight, weight, "up_bias" in operands, act=a.activation("act"),
-            given=given_in(operands["x"]),
+            rounded=a.text("to", ""), given=given_in(operands["x"]),
         )  # fmt: skip
     return Experts(
         weight.experts,
@@ -70,15 +73,22 @@ def _grouped_implementations(kernel: Callable, name: str, e: Experts, packing: P
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         count = tokens.count
         direct = _is_direct(e, count)
-        matrix = KernelTemplate(
-            name, lambda t, layout: kernel(e, t, layout, direct), {"T": count},
-            tile_shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
-            (lambda t: {}) if direct
-            else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
-            touched_shares(e, which, count), GROUPS[:1] if direct else GROUPS, swaps=is_swappable(packing, e.given),
-        )  # fmt: skip
+        bits, how = bits_of(profile, e.rounded), "pair by pair" if direct else "sorted"
+
+        def matrix(out: str) -> KernelTemplate:
+            made = replace(e, bits=bits) if out == e.rounded else replace(e, rounded="", dtype=out)
+            return KernelTemplate(
+                name, lambda t, layout: kernel(made, t, layout, direct), {"T": count},
+                tile_shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
+                (lambda t: {}) if direct
+                else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
+                touched_shares(e, which, count), GROUPS[:1] if direct else GROUPS, swaps=is_swappable(packing, e.given),
+            )  # fmt: skip
+
+        if e.rounded:
+            return rounded_implementations(how, "h", matrix, Quantize(e.inner, e.rounded, bits=bits), count * e.chosen)
         after = (_combine_template(e, count),) if which == "down" else ()
-        return (Implementation("pair by pair" if direct else "sorted", (matrix, *after)),)
+        return (Implementation(how, (matrix(e.dtype), *after)),)
 
     return implementations
 

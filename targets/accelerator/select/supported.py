@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 
 from ....compiler.ir.module import Op
-from . import attention, dense, experts, latent, recurrent, sparse, states
+from . import attention, dense, experts, latent, recurrent, rounding, sparse, states
 from .implementations import Selector
 
-_ROOMS = (attention, dense, experts, latent, recurrent, sparse, states)
+_ROOMS = (attention, dense, experts, latent, recurrent, rounding, sparse, states)
 IMPLEMENTATIONS: dict[str, Selector] = {
     name: select for room in _ROOMS for name, select in room.IMPLEMENTATIONS.items()
 }

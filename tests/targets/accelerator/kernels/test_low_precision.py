@@ -1,5 +1,7 @@
 """Products of codes: activations rounded in a kernel and multiplied with weights in a format equal the reference ops."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,15 +9,22 @@ import torch
 from chips_for_tests import CHIPS, bf16, close, named, run, weight
 from moec.compiler.errors import MoecError
 from moec.compiler.formats.table import format_of
+from moec.compiler.ir.activation import SILU
 from moec.compiler.ir.fragments import parse_activation
 from moec.compiler.ops import OPS
+from moec.compiler.text.parser import parse_module
+from moec.passes.quantize_activations import quantize_activations
 from moec.targets.accelerator import ops
+from moec.targets.accelerator.artifact.spec import kernel_specs
+from moec.targets.accelerator.chip.profile import find_profile
 from moec.targets.accelerator.kernels.choices import RowTile, Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear_kernel, linear_sum
 from moec.targets.accelerator.kernels.experts import Experts, grouped_down, grouped_up, sort_kernel
 from moec.targets.accelerator.kernels.low_precision import Quantize, quantize_kernel
+from moec.targets.accelerator.kernels.norm import Norm, norm_kernel
 from moec.targets.accelerator.target import find_accelerator
 from moec.targets.accelerator.tile.packing import Packing
+from places import FILES
 
 assert ops
 GPUS = ("hopper", "blackwell", "amd")
@@ -147,6 +156,96 @@ def test_experts_of_codes(act):
     rows = run(grouped_down(e, tile, layout), chip, scalars, **given, **lists, **named(down_parts, "down"))["rows"]
     y = OPS["acc.grouped_down"].reference(h, ids, order, tiles, gates, down_w, None, None, None)
     close(rows.reshape(count, chosen, hidden).sum(1), y, 1e-6)
+
+
+ROUNDING = [
+    ("hopper", "fp8_g128", ""),
+    ("amd", "fp8_g128", "f8e4m3fnuz"),
+    ("blackwell", "mxfp8", ""),
+    ("amd", "mxfp4", ""),
+]
+
+
+def same_as_in_two_kernels(name, found, rows, to, bits, of="y"):
+    """Check codes and scales of a kernel that rounds its rows: those of the kernel that rounds rows in bf16."""
+    layout, chip = CHIPS[name]
+    p = Quantize(rows.shape[-1], to, bits=bits)
+    wanted = run(quantize_kernel(p, RowTile(4, 256), layout), chip, {"T": len(rows)}, x=rows)
+    for part in ("codes", "scales"):
+        assert np.array_equal(found[f"{of}_{part}"].view(np.uint8), wanted[f"y_{part}"].view(np.uint8))
+
+
+@pytest.mark.parametrize(("name", "to", "bits"), ROUNDING)
+@pytest.mark.parametrize("tile", [RowTile(2, 256), RowTile(4, 512)])
+def test_a_norm_hands_on_both_forms(name, to, bits, tile):
+    """In a loop over columns and in one piece; the last group is not whole."""
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(4)
+    x, residual, w = random(rng, 7, 288), random(rng, 7, 288), random(rng, 288)
+    x[3], residual[3] = 0, 0
+    p = Norm(288, 1e-6, add=True, rounded=to, bits=bits)
+    found = run(norm_kernel(p, tile, layout), chip, {"T": 7}, x=x, residual=residual, w=w)
+    total = bf16(x + residual)
+    assert torch.equal(torch.tensor(found["sum"].astype(np.float32)), total)
+    close(found["y"], OPS["nn.rms_norm"].reference(total, w, eps=1e-6), 4e-3)
+    same_as_in_two_kernels(name, found, found["y"], to, bits, "rounded")
+    alone = run(norm_kernel(replace(p, plain=False), tile, layout), chip, {"T": 7}, x=x, residual=residual, w=w)
+    assert set(alone) == {"rounded_codes", "rounded_scales", "sum"}
+    assert np.array_equal(alone["rounded_codes"].view(np.uint8), found["rounded_codes"].view(np.uint8))
+
+
+@pytest.mark.parametrize(("name", "to", "bits"), ROUNDING)
+def test_an_activation_rounds_its_rows(name, to, bits):
+    """Of a gated linear and of experts, sorted and pair by pair; the last group of 200 columns is not whole."""
+    layout, chip = CHIPS[name]
+    rng = np.random.default_rng(5)
+    count, experts, chosen, hidden, inner = 9, 4, 2, 128, 200 - 8 * (to == "mxfp4")
+    x, tile = random(rng, count, hidden), Tile(16, 128, 64, 1)
+    packing = Packing("bf16", 2 * inner, hidden)
+    parts, _ = weight(packing, rng)
+    p = Linear(inner, hidden, packing, act=SILU)
+    plain, found = (
+        run(linear_kernel(q, tile, layout), chip, {"T": count}, x=x, **named(parts, "w"))
+        for q in (p, replace(p, out=to, bits=bits))
+    )
+    same_as_in_two_kernels(name, found, plain["y"], to, bits)
+    up = replace(packing, experts=experts)
+    parts, _ = weight(up, rng)
+    e = Experts(experts, chosen, hidden, inner, up, up)
+    ids = torch.tensor(np.stack([rng.permutation(experts)[:chosen] for _ in range(count)]))
+    lists = run(sort_kernel(e, layout), chip, {"T": count}, ids=ids)
+    for direct, given in ((False, lists), (True, {"ids": ids})):
+        plain, found = (
+            run(grouped_up(q, tile, layout, direct), chip, {"T": count}, x=x, **given, **named(parts, "up"))
+            for q in (e, replace(e, rounded=to, bits=bits))
+        )
+        same_as_in_two_kernels(name, found, plain["h"], to, bits, "h")
+
+
+@pytest.mark.parametrize("chip", ["nvidia-h200", "amd-mi300x"])
+def test_rounding_takes_no_kernel_of_its_own(chip):
+    """Norms round what experts and linears multiply, and the first halves of experts and of an MLP their rows."""
+    program = (FILES / "quantize_activations_where_made.moir").read_text("utf-8").partition("# ----")[0]
+    module = quantize_activations(parse_module(program), None)
+    found = kernel_specs(module, find_profile(chip, {}), (64,))
+    made = {
+        (k.kind, tuple(a.name for a in k.best.program.arguments if a.role == "output"))
+        for k in found.kernels
+        if k.kind in ("norm", "quantize", "grouped_up") or k.group.startswith("gated")
+    }
+    assert made == {
+        ("norm", ("rounded_codes", "rounded_scales")), ("norm", ("y", "rounded_codes", "rounded_scales", "sum")),
+        ("grouped_up", ("h_codes", "h_scales")), ("linear", ("y_codes", "y_scales")),
+    }  # fmt: skip
+    bound = next(k.binding.arguments for k in found.kernels if k.op == "acc.gated_up")
+    assert (bound["y_codes"].result, bound["y_codes"].part) == ("h", "codes")
+
+
+def test_rows_are_rounded_in_whole_groups():
+    layout, _ = CHIPS["hopper"]
+    p = Linear(256, 256, Packing("bf16", 512, 256), act=SILU, out="fp8_g128")
+    with pytest.raises(MoecError, match="64 columns are no whole groups of 128 of fp8_g128"):
+        linear_kernel(p, Tile(16, 64, 64), layout)
 
 
 def test_codes_meet_weights_of_their_kind_only():
