@@ -234,7 +234,8 @@ def _emit_artifact(
     with atomic_folder(out) as folder:
         for name, content in loaded.companions().items():
             (folder / name).write_bytes(content)
-        (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
+        if not target.checkpoint:
+            (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
         if plan is not None:
             plan.write(folder / PLAN)
         written = target.emit(module, weights, folder, tile, progress and (lambda done: progress(done, total)))

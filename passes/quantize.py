@@ -201,7 +201,9 @@ def _choose_format(
         # two groups in a row or more, where there is a choice: it is small matrices that lose most
         shortest = min(int(v.type.shape[-1]) for v in weights)
         groups = [group] if group else [g for g in preferred if 2 * g <= shortest] or preferred
-        names = [f"{'u' * zeros}int{bits}_g{g}" for g in groups]
+        # where the target takes no zero points, the same without
+        signs = ("u", "") if zeros and not spec.startswith("u") else ("u" * zeros,)
+        names = [f"{sign}int{bits}_g{g}" for sign in signs for g in groups]
         candidates = [f for name in names if (f := find_format(name))]
     asked_for = (named is not None or group is not None) and not (everything and role == "embedding")
     reasons = []

@@ -124,4 +124,5 @@ class Target:
     )
     predict: Predict | None = None  # for a target that is known by its figures
     keeps_experts: bool = False  # moe.experts is an op of its own, and none that its lowering left over
+    checkpoint: bool = False  # what it writes is read as a checkpoint, not as an artifact's program
     packages: tuple[str, ...] = ()  # what it makes artifacts with; moec.json records the versions

@@ -24,7 +24,7 @@ FLOORS = (
     {"compiler/artifact", "compiler/cost", "compiler/text"},
     {"compiler/check", "compiler/frontends", "targets/target"},
     {"compiler/rewrite"},
-    {"targets/accelerator", "targets/cpu"},
+    {"targets/accelerator", "targets/checkpoints", "targets/cpu"},
     {"targets/systems"},
     {"targets/serving"},
     {"targets/ranks"},

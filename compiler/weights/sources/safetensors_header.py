@@ -178,9 +178,14 @@ _NAMES = {ours: name for name, ours in SAFETENSORS_DTYPES.items()}
 _START = 64  # data begins at a multiple of it
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """Return the header for tensors (name -> dtype, shape) in their order, its length in front, and where each begins in the file."""
-    entries: dict[str, dict[str, Any]] = {}
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], about: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """Return the header for tensors (name -> dtype, shape) in their order, its length in front, and where each begins in the file.
+
+    `about` is what the header says of the file itself.
+    """
+    entries: dict[str, dict[str, Any]] = {"__metadata__": dict(about)} if about else {}
     begins: dict[str, int] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():

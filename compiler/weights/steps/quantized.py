@@ -27,9 +27,9 @@ def is_part(recipe: Recipe) -> TypeGuard[Step]:
     return isinstance(recipe, Step) and recipe.name in PART_NAMES and _format_of_step(recipe.items[0]).rows == 1
 
 
-def row_tiles(quantized: Step, limit_bytes: int) -> Iterator[Box]:
+def row_tiles(weight: Recipe, limit_bytes: int) -> Iterator[Box]:
     """Yield boxes of the leading axes that cover a weight in order; whole rows of f32 in a box fill `limit_bytes`."""
-    *rows, width = quantized.type.shape
+    *rows, width = weight.type.shape
     return tile_boxes(TensorType("f32", tuple(rows)), max(4, limit_bytes // int(width)))
 
 
