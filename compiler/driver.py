@@ -335,16 +335,14 @@ def fused_module(module: Module) -> Module:
 
 def predict(
     module: Module, target: str, options: Mapping[str, str] | None = None, *,
-    batch: int = 1, new: int = 1, past: int = 0, devices: int = 1,
+    quantize: str | None = None, batch: int = 1, new: int = 1, past: int = 0, devices: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return how long a step of a module is predicted to take on an accelerator, lowered as `compile` does unasked.
+    """Return how long a step of a module is predicted to take on an accelerator, lowered as `compile` does with `quantize`.
 
     For the step see targets.target.Predict. MoecError for a target that is no accelerator, for a program that was
     compiled for another one, and for a figure of the chip that is unknown.
     """
     chosen = open_target(target, options or {})
-    from .rewrite.pipeline import remaining_passes, run_pipeline
-
     declare_kernel_ops(chosen)
     if chosen.predict is None:
         raise MoecError(f"target {target} is not known by figures", todo="name an accelerator; moec targets lists them")
@@ -352,10 +350,17 @@ def predict(
         for function in module.functions:
             for reason in filter(None, map(chosen.ops.supported, function.ops)):
                 raise MoecError(reason, f"@{function.name}", todo="inspect the checkpoint that it was compiled from")
-    table = passes_for(chosen)
-    whole, _ = with_quantization(chosen.pipeline, UNASKED, module)
-    lowered = run_pipeline(module, remaining_passes(module, whole, table), target=chosen, table=table).module
-    return chosen.predict(lowered, batch=batch, new=new, past=past, devices=devices)
+    return chosen.predict(lower_for(module, chosen, quantize), batch=batch, new=new, past=past, devices=devices)
+
+
+def lower_for(module: Module, target: Target, quantize: str | None = None) -> Module:
+    """Return a module as `compile` lowers it for a target; formats that ask for a text are not known without one."""
+    from .rewrite.pipeline import remaining_passes, run_pipeline
+
+    declare_kernel_ops(target)
+    table = passes_for(target)
+    whole, _ = with_quantization(target.pipeline, read_request(quantize), module)
+    return run_pipeline(module, remaining_passes(module, whole, table), target=target, table=table).module
 
 
 def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison | CallComparison:
