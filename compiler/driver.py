@@ -163,6 +163,9 @@ def compile_source(
     loaded.need_weights()
     check_room(folder, int(module_costs(run.module).total.compiled_bytes))
     calibrating = needs_calibration(run.module)
+    if calibration is not None and not calibrating and request.budget is None:
+        todo = "add method=gptq or method=awq to --quantize, or leave the text out"
+        raise MoecError("nothing reads the calibration text", str(calibration), todo=todo)
     figures: dict[str, Any] = {}
     with returning_freed_memory(memory_limit is not None or calibrating):
         if calibrating:

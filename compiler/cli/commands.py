@@ -109,6 +109,7 @@ def main() -> None:
 @click.option("--timings", is_flag=True, help="Say how long each pass took.")
 @click.option("--weights", metavar="DIR", help="The checkpoint folder of a .moir source.")
 @click.option("--plan", metavar="FILE", help="Write the shards of the devices of a plan (`moec plan -o FILE`).")
+@json_option
 @trust_option
 @debug_option
 def compile(
@@ -120,6 +121,7 @@ def compile(
     timings: bool,
     verify: bool,
     stop_after: str | None,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Compile SOURCE and print the artifact's folder.
@@ -128,6 +130,8 @@ def compile(
     """
     if stop_after and verify:
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")
+    if as_json and stop_after:
+        raise click.UsageError("--json describes an artifact; --stop-after makes none")
     if out and out.endswith(".moir") and not stop_after:
         raise click.UsageError("-o names the artifact folder; add --stop-after kernel to write a .moir file")
     named = click.get_current_context().get_parameter_source("target")
@@ -151,8 +155,13 @@ def compile(
         return
     from .show import show_artifact
 
-    show_artifact(done.artifact, time.perf_counter() - start)
-    click.echo(str(done.artifact.folder))
+    seconds = time.perf_counter() - start
+    show_artifact(done.artifact, seconds)
+    if as_json:
+        folder = str(done.artifact.folder)
+        click.echo(json.dumps({"folder": folder, "seconds": seconds, **done.artifact.report}, indent=2))
+    else:
+        click.echo(str(done.artifact.folder))
     if verify and not done.artifact.manifest["figures"]["measured"]["passed"]:
         click.get_current_context().exit(CHECK_FAILED)
 
@@ -295,11 +304,11 @@ def inspect(
 
 
 @main.command("list", epilog=examples_epilog("moec list passes", "moec list ops --json"))
-@click.argument("what", type=click.Choice(["passes", "ops", "rules", "families", "systems"]))
+@click.argument("what", type=click.Choice(["passes", "ops", "rules", "families", "formats", "systems"]))
 @json_option
 @debug_option
 def list_(what: str, as_json: bool) -> None:
-    """List passes, ops, rules, model families or systems.
+    """List passes, ops, rules, model families, stored formats or systems.
 
     Families are those that the tests check; any causal LM of the installed transformers may be compiled.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
@@ -44,6 +45,22 @@ def list_ops() -> Rows:
         }
         for name, op in sorted(OPS.items())
     ]
+
+
+def list_formats() -> Rows:
+    """Return the formats that `--quantize` takes, with the bits a weight and the groups that there are."""
+    from ..formats import table
+
+    docs = dict(re.findall(r"^(\w+) {2,}(.+)$", table.__doc__ or "", re.MULTILINE))
+    rows: Rows = []
+    for name in table.FORMAT_NAMES:
+        shown = name.replace("_gN", "_g64")
+        kind = re.match(r"[a-z]+", name)
+        doc = docs.get(shown) or next((d for n, d in docs.items() if kind and re.match(rf"{kind[0]}\d", n)), "")
+        groups = list(table.GROUPS) if name != shown else []
+        bits = float(table.format_of(shown).bits_per_weight)
+        rows.append({"name": shown, "bits_a_weight": round(bits, 3), "other_groups": groups, "doc": doc})
+    return rows
 
 
 def list_passes() -> Rows:

@@ -10,6 +10,7 @@ from rich.table import Table
 from ..cost.report import bytes_text, count_text, flops_text
 from ..ir.notes import Note
 from ..rewrite.fusion_report import entry_line
+from ..runtime.verdict import stored_bits
 from .report import left_out_text, ranges_text
 from .table import make_table, print_parts, stdout_console
 
@@ -117,7 +118,8 @@ def _value_lines(label: str, values: list[dict[str, Any]]) -> list[str]:
 def show_artifact(artifact: Artifact, seconds: float) -> None:
     """Print to standard error what was written, and the result of the comparison if there was one."""
     report = artifact.report
-    click.echo(f"compiled in {seconds:.1f} s: {len(report['files'])} files, {bytes_text(report['bytes'])}", err=True)
+    size = f"{len(report['files'])} files, {bytes_text(report['bytes'])}"
+    click.echo(f"compiled in {seconds:.1f} s: {size}{_precision_text(artifact)}", err=True)
     if seen := report["figures"].get("calibration"):
         click.echo(_calibration_line(seen), err=True)
     if "left_out" in report["source"]:
@@ -132,12 +134,34 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
         click.echo(Note(note), err=True)
     figures = report["figures"].get("measured")
     if figures:
+        if figures.get("verdict"):
+            click.echo(figures["verdict"], err=True)
+            return _show_decoding(figures)
         verdict = "verified" if figures["passed"] else "verification failed"
         relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
         click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
-        decoding = figures.get("decoding") or {}
-        if own := decoding.get("moec"):
-            click.echo(Note(f"moec itself decoded {own} weights of the source: {decoding['reason']}"), err=True)
+        _show_decoding(figures)
+
+
+def _show_decoding(figures: dict[str, Any]) -> None:
+    decoding = figures.get("decoding") or {}
+    if own := decoding.get("moec"):
+        click.echo(Note(f"moec itself decoded {own} weights of the source: {decoding['reason']}"), err=True)
+
+
+def _precision_text(artifact: Artifact) -> str:
+    """Return what weights are stored as, with the bits a weight, and what would make the unquantized default smaller."""
+    manifest = artifact.manifest
+    formats = sorted({name for group in manifest["precision"].values() for name in group})
+    bits = stored_bits(manifest)
+    if bits is None or not formats:
+        return ""
+    text = f"; {bits:.2f} bits a weight ({', '.join(formats)})"
+    sizes = manifest["figures"]["counted"]["bytes"]
+    if artifact.lossy or not sizes.get("checkpoint") or sizes["compiled"] < 1.5 * sizes["checkpoint"]:
+        return text
+    times = sizes["compiled"] / sizes["checkpoint"]
+    return f"{text}, {times:.1f} times the checkpoint; --quantize int4 stores about 5 bits a weight"
 
 
 def _calibration_line(seen: dict[str, Any]) -> str:

@@ -112,6 +112,9 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         path = path / "program.moir"
     if path.suffix == ".moir":
         return _load_text(path, weights)
+    if weights is not None:
+        todo = "leave them out: this source brings its own"
+        raise MoecError("weights are named for a .moir source only", str(weights), todo=todo)
     if path.suffix == ".pt2" and path.is_file():
         from .programs.archive import open_archive
 

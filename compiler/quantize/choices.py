@@ -37,10 +37,17 @@ def quantize_attributes(method: str, starved: str) -> dict[str, str]:
 def check_spec(spec: str) -> None:
     """Raise MoecError unless a text names a number of bits, a format, or f32."""
     if spec not in KEEP and not re.fullmatch(r"u?int[248]", spec) and find_format(spec) is None:
-        near = get_close_matches(spec, FORMAT_NAMES, n=3)
+        near = [*get_close_matches(spec, FORMAT_NAMES, n=3), *_formats_of_bits(spec)]
         todo = (
             f"did you mean {' or '.join(near)}?"
             if near
             else f"there are f32, int8, int4, int2, {', '.join(f.name for f in NAMED)}, uint4_g64, grid4_g64 ..."
         )
-        raise MoecError(f"there is no format {spec}", todo=todo)
+        raise MoecError(f"there is no format {spec}", todo=f"{todo} (moec list formats)")
+
+
+def _formats_of_bits(spec: str) -> tuple[str, ...]:
+    """Return the formats of as many bits as a name has that other tools use: q4, q4_k_m, 4bit, w4a16."""
+    found = re.match(r"(?:i?q|w|bnb|int|uint)?-?([2-8])(?:$|[-_ab])", spec.lower())
+    by_bits = {"2": ("int2",), "3": ("grid3_g64",), "4": ("int4",), "8": ("int8",)}
+    return by_bits.get(found[1], ("int4", "int8")) if found else ()

@@ -15,6 +15,7 @@ from ..errors import MoecError
 from .generate import Runner, left_pad
 from .subject import Compiled, recorded_source
 from .text_score import ROWS, TYPICAL, TextScore, score_text
+from .verdict import stored_bits, verdict_line
 
 if TYPE_CHECKING:
     from ..frontends.stored.decoded import Decoding
@@ -58,7 +59,8 @@ class Comparison:
 
     An artifact that computes in bf16 has `rounded`: the same of the source itself in bf16, which it has to be near to.
     A few tokens may be far off there, since rounding chooses another expert for them.
-    `decoding` says who decoded the weights of a quantized source; where it was moec, nothing has checked that.
+    `decoding` says who decoded the weights of a quantized source; where it was moec, nothing has checked that. `bits` are
+    those of a weight of the artifact.
     """
 
     against: str
@@ -68,6 +70,12 @@ class Comparison:
     text: TextScore
     decoding: Decoding | None = None
     rounded: Comparison | None = None
+    bits: float | None = None
+
+    @property
+    def verdict(self) -> str | None:
+        """What quantization cost, in one line; None for an artifact that is not lossy."""
+        return None if self.lossless else verdict_line(self.against, self.bits, self.text)
 
     @property
     def relative(self) -> float:
@@ -93,14 +101,16 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; numbers that are not finite become None."""
-        found = {**asdict(self), "relative": self.relative, "passed": self.passed}
+        found = {**asdict(self), "relative": self.relative, "passed": self.passed, "verdict": self.verdict}
         if self.decoding is not None:
             found["decoding"] = self.decoding.to_dict()
         return _without_infinities(found)
 
     def lines(self) -> list[str]:
-        """Return the findings as text, a line each."""
+        """Return the findings as text, a line each; those of a lossy artifact begin with its verdict."""
         found = self._figures(self.rounded is not None)
+        if self.verdict is not None:
+            found.insert(0, self.verdict)
         if self.rounded:
             found += [f"the source in bf16, {line}" for line in self.rounded._figures(True)[-1:]]
         if self.decoding is not None:
@@ -116,8 +126,7 @@ class Comparison:
         """Return the cases and the text as lines, with what most tokens are off where that is what counts."""
         found = [
             f"{case.name}: logits differ by {case.prefill:.2g} in prefill, {case.decode:.2g} in {case.steps} cached "
-            f"steps{f' (by {case.most:.2g} at most for {TYPICAL:.0%} of the tokens)' if most else ''}; "
-            f"{case.greedy} of {case.steps + 1} greedy tokens equal{' (then a tie)' if case.tie else ''}"
+            f"steps{f' (by {case.most:.2g} at most for {TYPICAL:.0%} of the tokens)' if most else ''}{self._greedy_text(case)}"
             for case in self.cases
         ]
         t = self.text
@@ -127,6 +136,12 @@ class Comparison:
             f"perplexity {t.perplexity:.5g}, source {t.reference_perplexity:.5g}"
         )
         return [*found, text]
+
+    def _greedy_text(self, case: Case) -> str:
+        """Return how many greedy tokens are equal; of quantized weights the share of the text's tokens says more."""
+        if not self.lossless:
+            return ""
+        return f"; {case.greedy} of {case.steps + 1} greedy tokens equal{' (then a tie)' if case.tie else ''}"
 
 
 def compare_with_source(
@@ -187,7 +202,10 @@ def compare_with_source(
                 cases.append(compare_prompts(one, reference, prompts, count, label, split))
                 tick()
             score = score_text(one, reference, windows, name, lambda _: tick(), bf16)
-            return Comparison(reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score, reference.decoding)
+            bits = stored_bits(artifact.manifest)
+            return Comparison(
+                reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score, reference.decoding, bits=bits
+            )
 
         if not rounds:
             return compared(runner)

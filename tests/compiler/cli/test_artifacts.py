@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,31 @@ def test_compile_needs_weights(tmp_path):
     assert result.exit_code == 2
     assert "there are no weights to compile" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_compile_says_what_is_stored(checkpoint, quantized, tmp_path):
+    done = invoke("compile", checkpoint, "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["folder"] == str(tmp_path / "out") and found["seconds"] > 0
+    assert found["bytes"] == sum(
+        file.stat().st_size for file in (tmp_path / "out").iterdir() if file.name != "moec.json"
+    )
+    assert "; 32.00 bits a weight (f32)" in done.stderr
+    manifest = json.loads((quantized / "moec.json").read_text("utf-8"))
+    assert {"uint4_g32", "int8_g64"} & {name for names in manifest["precision"].values() for name in names}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_verify_begins_with_the_verdict_on_quantized_weights(quantized, artifact):
+    text = invoke("verify", quantized, "--against", artifact.parent / "tiny", "--text-tokens", "40").stdout
+    assert re.match(
+        r"quantized to \d\.\d\d bits a weight, .*tiny: KL [\d.e-]+.*, top-1 agreement [\d.]+%, perplexity", text
+    )
+    assert "greedy tokens" not in text
+    kept = json.loads((quantized / "moec.json").read_text("utf-8"))["figures"]["measured"]
+    assert text.startswith(kept["verdict"])
+    assert kept["text"]["tokens"] == 39  # each but the last predicts the next one
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -75,6 +75,7 @@ def test_version():
         (["compile", "m", "--target", "nvidia-h200", "-D", "engines=vllm,sglang,tp=8,ep=no"], "ep cannot be no"),
         (["compile", "m", "-o", "m.moir"], "add --stop-after kernel"),
         (["compile", "m", "--stop-after", "moe", "--verify"], "--verify needs an artifact"),
+        (["compile", "m", "--json", "--stop-after", "moe"], "--json describes an artifact"),
         (["run", "d"], "give one of --prompt, --prompt-file, --tokens and --inputs"),
         (["run", "d", "--tokens", "1", "--prompt", "a"], "give one of --prompt, --prompt-file, --tokens and --inputs"),
         (["run", "d", "--tokens", "1,b"], "not a list of token ids"),
@@ -94,6 +95,22 @@ def test_wrong_use(arguments, message):
     ("arguments", "message"),
     [
         (["compile", "nowhere"], "error: the source does not exist"),
+        (
+            ["compile", CONFIGS / "OLMoE-1B-7B-0924", "--weights", "w", "--stop-after", "moe"],
+            "error: weights are named for a .moir source only",
+        ),
+        (
+            ["compile", "d", "--quantize", "q4_k_m"],
+            "error: there is no format q4_k_m\n  did you mean int4? (moec list formats)",
+        ),
+        (
+            ["compile", "d", "--quantize", "8bit"],
+            "error: there is no format 8bit\n  did you mean int8? (moec list formats)",
+        ),
+        (
+            ["compile", "d", "--quantize", "w3a16"],
+            "error: there is no format w3a16\n  did you mean grid3_g64? (moec list formats)",
+        ),
         (["compile", "nowhere", "--target", "abacus"], "error: there is no target"),
         (["inspect", "nowhere"], "error: the source does not exist"),
         (["opt", "nowhere.moir"], "error: "),

@@ -10,7 +10,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact, record_figures
 from moec.compiler.runtime.compare import SAMPLE, compare_prompts, compare_with_source, token_differences
 from moec.compiler.runtime.reference import Reference, open_reference
-from moec.compiler.runtime.text_score import score_text
+from moec.compiler.runtime.text_score import TextScore, score_text
+from moec.compiler.runtime.verdict import verdict_line
 
 SMALL = {"tokens": 60, "steps": 12}
 
@@ -197,3 +198,20 @@ def test_sources_that_cannot_be_compared_with(tiny_lm, tmp_path):
 def test_the_sample_text_is_there():
     text = SAMPLE.read_text("utf-8")
     assert 2500 < len(text) < 4000 and "def " in text
+
+
+@pytest.mark.parametrize(
+    "bits, kl, wanted",
+    [
+        (4.9, 0.031, "as much as is usual"),  # q4_K_M of Llama 3 8B in llama.cpp
+        (6.57, 0.0055, "as much as is usual"),  # q6_K
+        (4.5, 0.01, "less than is usual"),
+        (8.6, 0.1, "compared with"),  # nothing of so many bits was measured
+        (5.0, 0.08, "more than is usual"),
+        (5.0, 0.5, "far more than is usual"),
+        (5.0, math.nan, "no numbers"),
+    ],
+)
+def test_verdict(bits, kl, wanted):
+    line = verdict_line("tiny", bits, TextScore("text", 9, kl, 1.0, 0.9, 11.0, 10.0))
+    assert wanted in line and line.endswith("top-1 agreement 90.0%, perplexity +10.00%")
