@@ -33,6 +33,7 @@ from .base import (
 from .bench import bench
 from .chat import chat
 from .plan import plan
+from .serve import serve
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -218,6 +219,7 @@ main.add_command(chat)
 main.add_command(verify)
 main.add_command(bench)
 main.add_command(plan)
+main.add_command(serve)
 
 
 @main.command(

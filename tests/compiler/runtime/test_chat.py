@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from chat_tokenizer import TEMPLATE, write_chat_tokenizer
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.chat import load_template
@@ -11,12 +12,6 @@ from moec.compiler.runtime.tokenizer import TextStream, Tokenizer
 from moec.targets.cpu.run.session import load_session
 from moec_command import invoke
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}\n"
-    "    {% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n"
-    "{{ message['role'] }} {{ message['content'] | trim }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
-)
 MESSAGES = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": " hello there "},
@@ -28,18 +23,7 @@ MESSAGES = [
 @pytest.fixture
 def talking(tiny_lm_copy):
     """Return the artifact of the small model with a tokenizer for conversations, and that of transformers."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {c: i for i, c in enumerate("<>abcdefghijklmnopqrstuvwxyzĠĊ0123456789")}
-    made = tokenizers.Tokenizer(models.BPE(words, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.post_processor = tokenizers.processors.TemplateProcessing(single="< $A", special_tokens=[("<", 0)])
-    theirs = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<", eos_token=">", chat_template=TEMPLATE)
-    theirs.save_pretrained(tiny_lm_copy)
-    return tiny_lm_copy, theirs
+    return tiny_lm_copy, write_chat_tokenizer(tiny_lm_copy)
 
 
 @pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:2]], ids=["four", "one"])
