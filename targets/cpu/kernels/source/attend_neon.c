@@ -2,7 +2,6 @@
 #if defined(__aarch64__)
 #include "attend.h"
 
-#include <arm_neon.h>
 #include <math.h>
 #include <string.h>
 

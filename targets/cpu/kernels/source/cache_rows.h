@@ -3,6 +3,10 @@
    Numbers of f16 and bf16 are rounded to the nearest, those beyond the range of f16 to its largest. Codes of int8 are numbers divided by
    the row's scale, which is that of its largest number. */
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Codes __attribute__((vector_size(LANES)));
 
