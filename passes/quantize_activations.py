@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from ..compiler.errors import MoecError
-from ..compiler.formats.table import find_format
+from ..compiler.formats.table import find_format, format_of
 from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.notes import Note, Rewritten, note_on
 from ..compiler.rewrite.declare import pass_
@@ -71,10 +71,13 @@ def _quantize_value(editor: Editor, op: Op, x: Value, to: str) -> Value:
 
 
 def _round_where_made(function: Function) -> Function:
-    """Return a function whose norms and first halves round their results themselves, to the first format that is read."""
+    """Return a function whose norms and first halves round their results themselves, to the first format that is read.
+
+    A format with a scale for the whole of a row is left out: a kernel has to have the row before it can round.
+    """
     rounding: dict[str, list[Op]] = {}  # name of a value -> the ops that round it, or a view of it
     for op in function.ops:
-        if op.name == "acc.quantize":
+        if op.name == "acc.quantize" and not format_of(op.settings.text("to")).tensor_scale:
             found = rounding.setdefault(_without_views(function, op["x"]).name, [])
             if not found or found[0].attributes["to"] == op.attributes["to"]:
                 found.append(op)

@@ -56,10 +56,14 @@ def _infer_quantize(types: Types, attributes: Attributes) -> tuple[TensorType, .
 def quantize(x, *, to: str):
     """Round activations to a quantized format, each group of a row under a scale of its own.
 
-    The result represents its numbers in f32, as a weight in a format does; kernels hand on codes and scales.
+    Where a format has a scale for a matrix too, each row is one. The result represents its numbers in f32, as a weight in
+    a format does; kernels hand on codes and scales.
     """
-    found = format_of(to)
-    return found.decode(found.encode(x), x.shape[-1])
+    found, width = format_of(to), x.shape[-1]
+    if not found.tensor_scale:
+        return found.decode(found.encode(x), width)
+    rows = [found.decode(found.encode(row), width) for row in x.reshape(-1, 1, width)]
+    return torch.cat([x.new_zeros(0, width), *rows]).reshape(x.shape)
 
 
 def _infer_norm(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:

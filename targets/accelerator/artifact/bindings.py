@@ -22,6 +22,7 @@ from ....compiler.ir.dims import Size, dim
 from ....compiler.ir.module import Op
 from ....compiler.ir.types import TensorType
 from ....compiler.ops import OPS
+from ..kernels.low_precision import FACTORS
 from ..select.search import KernelTemplate
 from ..tile.expr import Expr, evaluate_expr
 from ..tile.packing import Packing
@@ -131,7 +132,7 @@ def _input_binding(kernel: KernelTemplate, a: Argument, operands: set[str], weig
 def _split_part(name: str) -> tuple[str, str]:
     """Return the name of a value in a quantized format and of its part that an argument is; the part is "" for others."""
     base, _, part = name.rpartition("_")
-    return (base, part) if part in PART_NAMES else (name, "")
+    return (base, part) if part in (*PART_NAMES, FACTORS) else (name, "")
 
 
 def _scalar_sources(kernel: str, program: Program, bound: Mapping[str, Bound]) -> dict[str, tuple[str, str]]:

@@ -15,7 +15,7 @@ from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import Tile
 from .experts import activation_text, add_multiply, summed
-from .low_precision import begin_sums, declare_rows, store_rows
+from .low_precision import begin_sums, declare_rows, scaled_sums, store_rows
 from .order import tile_axes, tiles_that_exist
 
 
@@ -81,13 +81,15 @@ def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
     begin_sums(b, p.weight, p.dtype, t, {acc: f"{acc}_row" for acc in sums}, apart)
     start, stop = part_of_depth(b, p.depth, t.k, split)
     block = "block" if p.blocks > 1 else ""
+    expert, middle = block if p.weight.experts else "", [block] if block else []
     with b.loop("k", start, stop, t.k, t.stages):
         add_multiply(
             b, p.weight, "w", "x", "row", p.depth, t, {acc: f"{acc}_row" for acc in sums},
-            block if p.weight.experts else "", [block] if block else [], dtype=p.dtype,
+            expert, middle, dtype=p.dtype,
         )  # fmt: skip
     b.let("place", f"block * {p.rows} + n" if block else "n")
-    value = {acc: summed(b, acc, t) for acc in sums}
+    finished = {acc: summed(b, acc, t) for acc in sums}
+    value = scaled_sums(b, p.weight, "w", "x", p.dtype, "row", finished, expert, middle)
     live = "live[:, None] & n_live[None, :]"
     if split > 1:
         b.store("parts", ["part", "row[:, None]", "place[None, :]"], value["gate"], live)

@@ -15,7 +15,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.packing import Packing
 from ..tile.tiles import Program
 from .choices import TILE_ROWS, Tile
-from .low_precision import begin_sums, declare_rows, multiply_codes, store_rows
+from .low_precision import begin_sums, declare_rows, multiply_codes, scaled_sums, store_rows
 from .order import tile_axes
 
 LOOK = 1024  # pairs that sort looks at in one step
@@ -148,6 +148,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
         with b.loop("k", 0, e.hidden, t.k, t.stages):
             add_multiply(b, e.up, "up", "x", "token", e.hidden, t, {n: f"{n}_row" for n in rows}, dtype=e.given)
         value = {name: summed(b, name, t) for name in rows}
+        value = scaled_sums(b, e.up, "up", "x", e.given, "token", value, "expert")
         if e.up_bias:
             for name in rows:
                 b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
@@ -179,7 +180,7 @@ def grouped_down(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> P
         begin_sums(b, e.down, e.given, t, {"acc": "n"}, 0)
         with b.loop("k", 0, e.inner, t.k, t.stages):
             add_multiply(b, e.down, "down", "h", "pair", e.inner, t, {"acc": "n"}, dtype=e.given)
-        value = summed(b, "acc", t)
+        value = scaled_sums(b, e.down, "down", "h", e.given, "pair", {"acc": summed(b, "acc", t)}, "expert")["acc"]
         if e.down_bias:
             b.load("bias", "down_bias", ["expert", "n"], "n_live")
             value = f"({value} + bias[None, :])"

@@ -2,12 +2,14 @@
 
 Where scales are f32, each step of the depth is one group of the activations. Its sum of products is the matrix unit's;
 it is multiplied by the scales of its row and of the weight and added, in f32, to what the steps before gave. Scales
-that are powers of two for 32 codes (MX formats) the matrix unit takes itself.
+that are powers of two for 32 codes (MX formats), and E4M3 ones for 16 (NVFP4), the matrix unit takes itself. NVFP4 has a
+scale for a matrix too: each row of activations counts as one, so that no token's numbers depend on the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ....compiler.errors import MoecError
@@ -19,6 +21,7 @@ from ..tile.tiles import Program, round_up
 from .choices import RowTile, Tile
 
 LARGEST = 448.0  # of E4M3
+FACTORS = "factors"  # the part of rows in a format that holds a scale for each row
 FNUZ = "f8e4m3fnuz"  # AMD's older E4M3: the same bits are half of the number, and -0 is none
 ROUNDS = 1.5 * 2.0**23  # added to an f32 it leaves a whole number, ties to even
 
@@ -32,6 +35,8 @@ def declare_rows(b: Builder, name: str, dtype: str, *shape: int | str, role: str
     *lead, width = shape
     b.tensor(f"{name}_codes", codes_of(form), *lead, int(width) * form.bits // 8, role=role)
     b.tensor(f"{name}_scales", scales_of(form), *lead, -(-int(width) // form.group), role=role)
+    if form.tensor_scale:
+        b.tensor(f"{name}_{FACTORS}", "f32", *lead, role=role)
 
 
 def begin_sums(b: Builder, weight: Packing, dtype: str, t: Tile, rows: Mapping[str, str], apart: int | None) -> None:
@@ -68,7 +73,7 @@ def multiply_codes(
     MoecError for a step that is no group of both, which the search does not try.
     """
     held = weight.quantized
-    if held is not None and form.scale == held.scale == "f8e8m0":
+    if held is not None and form.scale == held.scale != "f32":
         _multiply_scaled(b, weight, tensor, x, form, row, depth, t, sums, expert, middle)
         return
     if held is None or held.element != form.element or t.k != form.group or held.group % t.k:
@@ -114,6 +119,19 @@ def _multiply_scaled(
         b.scaled_dot(acc, a, w, (a_scale, scale))
 
 
+def scaled_sums(
+    b: Builder, weight: Packing, tensor: str, x: str, dtype: str, row: str, sums: Mapping[str, str], expert: str,
+    middle: Sequence[str] = (),
+) -> dict[str, str]:  # fmt: skip
+    """Return the expressions of finished sums times the scales of x's rows and of the weight's matrix, if they have such."""
+    form = find_format(dtype)
+    if form is None or not form.tensor_scale:
+        return dict(sums)
+    b.load("row_factor", f"{x}_{FACTORS}", [row, *middle], "live")
+    b.load("matrix_factor", f"{tensor}_tensor_scale", [expert or "0"])
+    return {acc: f"({text} * (row_factor * matrix_factor)[:, None])" for acc, text in sums.items()}
+
+
 def _load_codes_and_scales(
     b: Builder, name: str, tensor: str, form: Format, at: Sequence[str], live: str, depth: int, sizes: tuple[int, int], *,
     second: bool,
@@ -151,22 +169,54 @@ class Quantize:
     bits: str = ""  # as in Packing
 
 
+@contextmanager
+def column_loop(b: Builder, width: int, n: int, name: str) -> Iterator[None]:
+    """Add a loop over columns, or none where n holds them all; `name` is the index vector."""
+    if n >= width:
+        b.let(name, f"arange({n})")
+        yield
+        return
+    with b.loop(f"{name}_first", 0, width, n):
+        b.let(name, f"{name}_first + arange({n})")
+        yield
+
+
 def quantize_kernel(p: Quantize, t: RowTile, layout: Layout) -> Program:
-    """Round t.n columns, whole groups, of t.m rows for each point of the grid."""
+    """Round t.n columns, whole groups, of t.m rows for each point of the grid; all columns where a row has a scale."""
     form = format_of(p.format)
     b = Builder("quantize", layout, f"y[t] = x[t] in {p.format}: codes, and a scale for each {form.group} of a row")
     b.scalar("T")
-    b.grid("column", f"cdiv({p.width}, {t.n})")
+    if not form.tensor_scale:
+        b.grid("column", f"cdiv({p.width}, {t.n})")
     b.grid("tile", f"cdiv(T, {t.m})")
     b.tensor("x", p.dtype, "T", p.width)
     declare_rows(b, "y", p.format, "T", p.width, role="output")
     b.let("row", f"tile * {t.m} + arange({t.m})")
     b.let("live", "row < T")
-    b.let("c", f"column * {t.n} + arange({t.n})")
-    b.let("there", f"live[:, None] & (c < {p.width})[None, :]", (t.m, t.n), "bool")
-    b.load("x_tile", "x", ["row[:, None]", "c[None, :]"], "there", shape=(t.m, t.n))
-    store_rows(b, "y", p.format, "x_tile", (t.m, t.n), p.width, ("row", "c"), p.bits)
+    if not form.tensor_scale:
+        b.let("c", f"column * {t.n} + arange({t.n})")
+        _round_columns(b, p, t, "c")
+        return b.program()
+    b.let("most", f'full({t.m}, 0.0, "f32")')
+    with column_loop(b, p.width, t.n, "j"):
+        _load_columns(b, p, t, "j")
+        b.let("most", 'maximum(most, max(abs(cast(x_tile, "f32")), 1))')
+    b.let("whole", f"where(most == 0.0, 1.0, most / {form.tensor_scale})")
+    b.store(f"y_{FACTORS}", ["row"], "whole", "live")
+    with column_loop(b, p.width, t.n, "c"):
+        _round_columns(b, p, t, "c")
     return b.program()
+
+
+def _load_columns(b: Builder, p: Quantize, t: RowTile, column: str) -> None:
+    """Add the load of `x_tile`, the columns that an index vector has of x."""
+    b.let("there", f"live[:, None] & ({column} < {p.width})[None, :]", (t.m, t.n), "bool")
+    b.load("x_tile", "x", ["row[:, None]", f"{column}[None, :]"], "there", shape=(t.m, t.n))
+
+
+def _round_columns(b: Builder, p: Quantize, t: RowTile, column: str) -> None:
+    _load_columns(b, p, t, column)
+    store_rows(b, "y", p.format, "x_tile", (t.m, t.n), p.width, ("row", column), p.bits)
 
 
 def store_rows(
@@ -208,7 +258,14 @@ def store_rows(
 
 
 def _add_group_scale(b: Builder, form: Format, shape: tuple[int, int]) -> str:
-    """Add `by`, what the groups of `parted` are divided by, and return what is stored of it."""
+    """Add `by`, what the groups of `parted` are divided by, and return what is stored of it.
+
+    A format whose scales are in E4M3 takes them under the scale of the row, `whole`.
+    """
+    if form.tensor_scale:
+        b.let("scale", 'cast(max(abs(parted), 2) / (6.0 * whole)[:, None], "f8e4m3")', shape, "f8e4m3")
+        b.let("by", 'cast(scale, "f32") * whole[:, None]', shape, "f32")
+        return "scale"
     largest = 6.0 if form.element == "e2m1" else LARGEST
     b.let("by", f"max(abs(parted), 2) / {largest}", shape, "f32")
     if form.scale == "f32":

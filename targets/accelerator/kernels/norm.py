@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .choices import RowTile
-from .low_precision import declare_rows, store_rows
+from .low_precision import column_loop, declare_rows, store_rows
 
 
 @dataclass(frozen=True)
@@ -74,20 +72,20 @@ def _norm_kernel(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Pr
     b.let("live", "row < T")
     whole = t.n >= p.width
     b.let("total", f'full({t.m}, 0.0, "f32")')
-    with _column_loop(b, p.width, t.n, "c0"):
+    with column_loop(b, p.width, t.n, "c0"):
         _add_read(b, p, t, "c0")
         b.let("total", "total + sum(v, 1)" if p.centred else "total + sum(v * v, 1)")
     if p.centred:
         b.let("mean", f"total / {p.width}")
         b.let("total", f'full({t.m}, 0.0, "f32")')
-        with _column_loop(b, p.width, t.n, "c1"):
+        with column_loop(b, p.width, t.n, "c1"):
             if not whole:
                 _add_read(b, p, t, "c1")
             centred = "where(there, v - mean[:, None], 0.0)"
             b.let("d", centred, (t.m, t.n), "f32")
             b.let("total", "total + sum(d * d, 1)")
     b.let("factor", f"rsqrt(total / {p.width} + {p.eps})")
-    with _column_loop(b, p.width, t.n, "c2"):
+    with column_loop(b, p.width, t.n, "c2"):
         if not whole:
             _add_read(b, p, t, "c2")
         column = "c0" if whole else "c2"
@@ -103,18 +101,6 @@ def _norm_kernel(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Pr
         if p.add:
             b.store("sum", ["row[:, None]", f"{column}[None, :]"], "both", "there")
     return b.program()
-
-
-@contextmanager
-def _column_loop(b: Builder, width: int, n: int, name: str) -> Iterator[None]:
-    """Add a loop over columns, or none where n holds them all; `name` is the index vector."""
-    if n >= width:
-        b.let(name, f"arange({n})")
-        yield
-        return
-    with b.loop(f"{name}_first", 0, width, n):
-        b.let(name, f"{name}_first + arange({n})")
-        yield
 
 
 def _add_read(b: Builder, p: Norm, t: RowTile, column: str) -> None:

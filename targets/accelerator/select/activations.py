@@ -3,7 +3,8 @@
 The choice changes numbers, so that no prediction makes it: `-D activations=` does, and what is rounded is in the program.
 By default (`auto`) those that meet weights in FP8 are, on a chip that multiplies it: such checkpoints are made for it
 (DeepSeek-V3's own inference rounds activations to E4M3 for each token and 128 values), as are MXFP8's. MXFP4 meets
-bf16, which gpt-oss is made for, unless `fp8` (activations in MXFP8) or `fp4` (in MXFP4) is asked for.
+bf16, which gpt-oss is made for, unless `fp8` (activations in MXFP8) or `fp4` (in MXFP4) is asked for; NVFP4, whose scales
+are no powers of two, meets NVFP4 where `fp4` is asked for.
 
 Divergence from the source in f32 with activations in bf16 and rounded, examples/tiny-moe, 224 tokens that it sampled:
 experts and attention in fp8_b128 0.0074 and 0.0095, experts in mxfp4 0.0221 and 0.0221 (fp8) or 0.0327 (fp4).
@@ -20,7 +21,7 @@ FNUZ = "f8e4m3fnuz"
 CHOICES = ("auto", "bf16", "fp8", "fp4")
 # format of weights -> of the activations that they meet, and what a profile calls the product
 BLOCKS = {"fp8_b128": "fp8_g128", "fp8_g128": "fp8_g128"}
-UNITS = {"fp8_g128": ("f8e4m3", FNUZ), "mxfp8": ("mxfp8",), "mxfp4": ("mxfp4",)}
+UNITS = {"fp8_g128": ("f8e4m3", FNUZ), **{name: (name,) for name in ("mxfp8", "mxfp4", "nvfp4")}}
 
 
 def rounded_pairs(profile: Profile, activations: str) -> str:
@@ -33,6 +34,8 @@ def rounded_pairs(profile: Profile, activations: str) -> str:
     wanted = {**BLOCKS, "mxfp8": "mxfp8"}
     if activations == "fp4" or (activations == "fp8" and nearest_architecture(profile.arch or "").mixed):
         wanted["mxfp4"] = "mxfp8" if activations == "fp8" else "mxfp4"
+    if activations == "fp4":
+        wanted["nvfp4"] = "nvfp4"
     there = {weights: rows for weights, rows in wanted.items() if _has_matrix_unit(profile, rows)}
     possible = {"auto": True, "fp8": bool(there), "fp4": "mxfp4" in there}
     if not possible[activations]:

@@ -12,6 +12,7 @@ CASES = [
     ("experts=fp8_b128,attention=fp8_b128", "nvidia-h200", "auto", "fp8_g128"),
     ("experts=fp8_b128,attention=fp8_b128", "amd-mi300x", "fp8", "fp8_g128"),
     ("experts=mxfp4", "amd-mi355x", "fp8", "mxfp8"),
+    ("experts=nvfp4", "nvidia-rtx5090", "fp4", "nvfp4"),
 ]
 
 
@@ -23,10 +24,9 @@ def test_products_of_codes_against_transformers(spec, chip, activations, rounded
     artifact = moec.compile(TINY, target=chip, out=tmp_path / "a", quantize=spec, options=options)
     program = (tmp_path / "a/program.moir").read_text("utf-8")
     assert f"to={rounded}" in program
-    # what attention gives is rounded by a kernel of its own, all else where it is made
-    assert program.count("acc.quantize") == ("attention" in spec) and program.count("acc.norm") == 1 + (
-        "attention" in spec
-    )
+    # what attention gives is rounded by a kernel of its own, all else where it is made, if parts of rows can be
+    coded = (1 + ("attention" in spec), ("attention" in spec)) if rounded != "nvfp4" else (0, 2)
+    assert (program.count("acc.norm"), program.count("acc.quantize")) == coded
     ids, mask, positions = np.arange(50, 66)[None], np.ones((1, 16), np.int64), np.arange(16)[None]
     found, _ = artifact.session(threads=1).step(ids, mask, positions)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)

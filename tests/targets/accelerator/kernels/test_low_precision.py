@@ -44,37 +44,53 @@ def rounded(name, x, to="fp8_g128"):
     if form.element == "e2m1":
         codes = E2M1[np.stack((codes & 15, codes >> 4), -1).reshape(len(codes), -1)]
     scales = np.exp2(scales - 127) if form.scale == "f8e8m0" else scales
-    return found, torch.tensor(codes.astype(np.float32)[:, :width] * scales)
+    whole = found["y_factors"][:, None] if form.tensor_scale else 1
+    return found, torch.tensor(codes.astype(np.float32)[:, :width] * scales * whole)
 
 
 @pytest.mark.parametrize("name", GPUS)
-@pytest.mark.parametrize(("to", "error"), [("mxfp8", 0.03), ("mxfp4", 0.12)])
-def test_activations_are_rounded_under_powers_of_two(name, to, error):
+@pytest.mark.parametrize(("to", "error"), [("mxfp8", 0.03), ("mxfp4", 0.12), ("nvfp4", 0.11)])
+def test_activations_are_rounded_under_scales_of_few_bits(name, to, error):
     x = bf16(random(np.random.default_rng(0), 7, 320) * torch.logspace(-6, 4, 7)[:, None])
     x[3], x[4, 128:256] = 0, 0
     numbers = rounded(name, x, to)[1]
     assert torch.equal(numbers, OPS["acc.quantize"].reference(x, to=to))
+    alone = rounded(name, x[2:3], to)[1]
+    assert torch.equal(numbers[2:3], alone)  # whatever the other tokens are
     groups = (numbers - x).unflatten(1, (-1, 32)).norm(dim=2), x.unflatten(1, (-1, 32)).norm(dim=2)
     assert (groups[0] <= 2 * error * groups[1]).all() and groups[0].sum() <= error * groups[1].sum()
 
 
 @pytest.mark.parametrize("name", GPUS)
-@pytest.mark.parametrize(("given", "form"), [("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("mxfp4", "mxfp4")])
-def test_linear_of_codes_under_powers_of_two(name, given, form):
+@pytest.mark.parametrize(
+    ("given", "form"), [("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4")]
+)
+def test_linear_of_codes_under_scales_of_few_bits(name, given, form):
     layout, chip = CHIPS[name]
     rng = np.random.default_rng(1)
     for rows, depth, k in ((40, 320, 128), (70, 256, 256)):
-        packing = Packing(form, rows, depth, pairs=form == "mxfp4")
-        scales = rng.integers(118, 126, (rows, depth // 32)).astype(np.uint8)
+        packing, group = Packing(form, rows, depth, pairs=form != "mxfp8"), format_of(form).group
+        scales, whole = rng.integers(118, 126, (rows, depth // group)).astype(np.uint8), {}
+        by = np.exp2(scales.astype(np.float32) - 127)
+        if form == "nvfp4":
+            scales, whole = (
+                rng.uniform(1, 448, scales.shape).astype(ml_dtypes.float8_e4m3fn),
+                {"tensor_scale": np.array([7e-4])},
+            )
+            by = scales.astype(np.float32) * np.float32(7e-4)
         codes = rng.integers(0, 16, (rows, depth)).astype(np.uint8)
         numbers = E2M1[codes] if packing.pairs else np.array(random(rng, rows, depth), ml_dtypes.float8_e4m3fn)
-        w = torch.tensor(numbers.astype(np.float32) * np.repeat(np.exp2(scales.astype(np.float32) - 127), 32, 1))
-        parts = packing.pack(codes=codes if packing.pairs else numbers, scales=scales)
+        w = torch.tensor(numbers.astype(np.float32) * np.repeat(by, group, 1))
+        parts = packing.pack(codes=codes if packing.pairs else numbers, scales=scales, **whole)
         rows_in, x = rounded(name, random(rng, 19, depth), given)
         p = Linear(rows, depth, packing, dtype=given, out="f32")
         codes_in = {f"x{part.removeprefix('y')}": value for part, value in rows_in.items()}
         y = run(linear_kernel(p, Tile(16, 32, k, 1), layout), chip, {"T": 19}, **codes_in, **named(parts, "w"))["y"]
         close(y, x @ w.T, 1e-6)
+        sums = run(linear_kernel(p, Tile(16, 32, k, 1), layout, 2), chip, {"T": 19}, **codes_in, **named(parts, "w"))[
+            "parts"
+        ]
+        close(torch.tensor(sums).sum(0), x @ w.T, 1e-6)
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -264,7 +280,8 @@ def test_what_is_rounded_is_chosen_by_an_option_and_the_chip():
     assert rounding("nvidia-h200", activations="bf16") == rounding("ascend-910b") == []
     assert rounding("nvidia-b200") == rounding("nvidia-rtx5090", activations="fp8") == [f"{fp8}, {mxfp8}"]
     assert rounding("amd-mi355x", activations="fp8") == [f"{fp8}, {mxfp8}, mxfp4:mxfp8"]
-    assert rounding("nvidia-rtx5090", activations="fp4") == [f"{fp8}, {mxfp8}, mxfp4:mxfp4"]
+    assert rounding("nvidia-rtx5090", activations="fp4") == [f"{fp8}, {mxfp8}, mxfp4:mxfp4, nvfp4:nvfp4"]
+    assert rounding("amd-mi355x", activations="fp4") == [f"{fp8}, {mxfp8}, mxfp4:mxfp4"]
     with pytest.raises(MoecError, match="nvidia-h200 does not multiply activations in fp4"):
         rounding("nvidia-h200", activations="fp4")
     with pytest.raises(MoecError, match="ascend-910b does not multiply activations in fp8"):

@@ -33,6 +33,13 @@ from moec.targets.accelerator.triton.compile import compile_request, compile_req
                     "kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0",
                 ),
                 ("nvidia-rtx5090", "mxfp4", "mxfp4", "block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0"),
+                ("nvidia-b200", "nvfp4", "nvfp4", "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16"),
+                (
+                    "nvidia-rtx5090",
+                    "nvfp4",
+                    "nvfp4",
+                    "kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3",
+                ),
                 ("amd-mi355x", "mxfp8", "mxfp4", "v_mfma_scale_f32_32x32x64_f8f6f4"),
                 ("amd-mi355x", "mxfp4", "mxfp4", "v_mfma_scale_f32_32x32x64_f8f6f4"),
             )
@@ -41,7 +48,9 @@ from moec.targets.accelerator.triton.compile import compile_request, compile_req
 )
 def test_the_matrix_unit_multiplies_codes(chip, given, form, instruction):
     profile = find_profile(chip, {})
-    p = Linear(256, 1024, Packing(form, 256, 1024, pairs=form == "mxfp4", bits=bits_of(profile, form)), dtype=given)
+    p = Linear(
+        256, 1024, Packing(form, 256, 1024, pairs=form in ("mxfp4", "nvfp4"), bits=bits_of(profile, form)), dtype=given
+    )
     program = linear_kernel(p, Tile(128, 128, 128), layout_of(profile))
     made = compile_request(compile_request_of(program, profile.arch, 8))
     assert instruction in made.assembly and made.spills == 0
