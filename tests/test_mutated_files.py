@@ -18,9 +18,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from moec_command import invoke
+from onnx_files import filled_model
 from places import TINY
 from written_experts import WIDTH, Einsum
 
@@ -31,6 +33,7 @@ NASTY: tuple[Any, ...] = (
     "x", "\0", "é\u2028", "../x", "/etc/passwd", "a" * 10000, "B", "P", "floordiv(P, 0)", "P - 7", "1e9", [], [None],
     [0, 0], ["x"], [[]], {}, {"a": {}}, {"": 0},
 )  # fmt: skip
+INTEGERS = (0, 1, -1, 2, 7, 13, 23, 128, 2**31, 2**63 - 1, -(2**63))
 TEXTS = (
     "[" * 100_000,
     '{"a":' * 100_000,
@@ -120,6 +123,69 @@ def mutated_archive(data: bytes, rng: random.Random) -> bytes:
     return changed.getvalue()
 
 
+def mutated_onnx(data: bytes, rng: random.Random) -> bytes:
+    """Return an ONNX file with nodes, types, attributes, initializers or external data mutated, or bytes changed."""
+    if rng.random() < 0.15:
+        return mutated_bytes(data, rng)
+    model = onnx.load_model_from_string(data)
+    graph = model.graph
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        node, other = rng.choice(graph.node), rng.choice(graph.node)
+        tensor, info = rng.choice(graph.initializer), rng.choice([*graph.input, *graph.output])
+        match rng.randrange(13):
+            case 0 if node.input:
+                node.input[rng.randrange(len(node.input))] = rng.choice(
+                    [*other.input, *other.output, "", "x", "\u2028{0..9}"]
+                )
+            case 1:
+                node.op_type = rng.choice(
+                    [other.op_type, "Loop", "If", "Mod", "NonZero", "Compress", "ReduceL2", "LSTM", "", "é"]
+                )
+            case 2 if node.attribute:
+                attribute = rng.choice(node.attribute)
+                attribute.i, attribute.f = rng.choice(INTEGERS), rng.choice((0.0, float("nan"), 1e38))
+                attribute.type = rng.randrange(15)
+                attribute.ints.extend(rng.choice(((), (2**62,), (-1, 0))))
+            case 3:
+                del tensor.dims[rng.randrange(len(tensor.dims) + 1) :]
+                tensor.dims.extend(rng.choice(((), (0,), (-1,), (2**31,), (2**40, 2**40), (1,) * 40)))
+            case 4:
+                tensor.data_type = rng.randrange(30)
+            case 5:
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                tensor.ClearField("raw_data")
+                location = rng.choice(("x.onnx", "../secret.bin", "/etc/passwd", ".", "", "\0", "a" * 5000, "link.bin"))
+                for key, value in (
+                    ("location", location),
+                    ("offset", rng.choice(INTEGERS)),
+                    ("length", rng.choice(INTEGERS)),
+                ):
+                    tensor.external_data.add(key=key, value=str(value))
+            case 6:
+                axes = info.type.tensor_type.shape.dim
+                if axes:
+                    rng.choice(axes).dim_param = rng.choice(
+                        ("", "N", "N + 1", "floordiv(N, 0)", "(" * 5000, "-N", "é", "9" * 50)
+                    )
+            case 7:
+                info.type.tensor_type.elem_type = rng.randrange(30)
+            case 8:
+                graph.node.remove(node)
+            case 9:
+                graph.node.add().CopyFrom(node)
+            case 10:
+                tensor.raw_data = tensor.raw_data[: rng.randrange(8)] or rng.randbytes(8)
+            case 11:
+                model.opset_import[0].version = rng.choice(INTEGERS)
+            case 12:
+                function = model.functions.add(domain=node.domain, name=node.op_type)
+                function.input.extend(node.input)
+                function.output.extend(node.output)
+                function.node.add().CopyFrom(node)
+                function.node.add().CopyFrom(other)
+    return model.SerializeToString()
+
+
 PROGRAM = """moec 1 stage moe
 source "gone"
 dim B in 1..8
@@ -191,6 +257,8 @@ class Cases:
         torch.export.save(
             torch.export.export(Einsum(), inputs, dynamic_shapes=sizes, strict=False), folder / "t" / "x.pt2"
         )
+        (folder / "o").mkdir()
+        (folder / "o" / "x.onnx").write_bytes(filled_model("IndexAdd").SerializeToString())
         plan = ("compile", "{folder}/x.moir", "--quantize", "{folder}/plan.json", "--stop-after", "moe")
         self.files = {
             "moec.json": ("artifact/moec.json", mutated_json, RUN),
@@ -199,6 +267,7 @@ class Cases:
             "config.json": ("artifact/config.json", mutated_json, RUN),
             "plan": ("p/plan.json", mutated_json, plan),
             "program": ("p/x.moir", mutated_text, ("opt", "{folder}/x.moir", "-p", "cleanup")),
+            "ONNX model": ("o/x.onnx", mutated_onnx, ("inspect", "{folder}/x.onnx", "--json")),
             "torch program": ("t/x.pt2", mutated_archive, ("inspect", "{folder}/x.pt2", "--json")),
             "model": ("model/config.json", mutated_json, ("inspect", "{folder}", "--json")),
         }
@@ -208,7 +277,7 @@ class Cases:
         place, mutate, command = self.files[name]
         path = self.folder / place
         before = path.read_bytes()
-        content = mutate(before if mutate is mutated_archive else before.decode(), rng)
+        content = mutate(before if mutate in (mutated_archive, mutated_onnx) else before.decode(), rng)
         path.write_bytes(content)
         try:
             start = time.perf_counter()
@@ -224,7 +293,7 @@ class Cases:
 
 
 COUNTS = {
-    "moec.json": 60, "generation_config.json": 40, "tokenizer_config.json": 30, "config.json": 30, "plan": 60, "program": 150, "torch program": 30, "model": 4,
+    "moec.json": 60, "generation_config.json": 40, "tokenizer_config.json": 30, "config.json": 30, "plan": 60, "program": 150, "torch program": 30, "ONNX model": 20, "model": 4,
 }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def _pad(g: Graph, x: Value, amounts: Any, mode: str = "constant", value: Any = 
         a = len(x.type.shape) - 1 - i // 2
         if amount == 0:
             continue
-        if not amount.is_Integer or amount < 0:
+        if not amount.is_nonnegative:
             raise MoecError(f"padding by {amount} is not understood")
         shape = (*x.type.shape[:a], amount, *x.type.shape[a + 1 :])
         edge = g.builder.add("core.full", shape=shape, value=float(value or 0), dtype=x.type.dtype)

@@ -2,11 +2,12 @@
 
 model_file   opens a file, which is not trusted
 model        from a model to a module of one function
+interface    caches among inputs and outputs, and the sizes that they share
 graph        the function while it is written, what its names stand for, local functions inlined
-numbers      sizes and axes that a graph computes of shapes, folded while it is read
-arithmetic   the operators by subject, each declared once
-shapes
-indexing
-layers
+node         a node and its attributes
+numbers      sizes, axes and small constants, which are known when compiling
+folded       what a graph computes of them
+arithmetic, shapes, indexing, layers, attention, contrib
+             the operators by subject, each declared once; contrib has those of ONNX Runtime
 carried      operators that no ops of the IR stand for, kept as `onnx.node`
 """

@@ -35,6 +35,8 @@ def _binary_operator(name: str) -> Operator:
         a, b = g.operand(x, y), g.operand(y, x)
         if name == "mul" and (gated := _gate_by_sigmoid(g, a, b)) is not None:
             return gated
+        if name == "add" and (biased := _add_bias(g, a, b) or _add_bias(g, b, a)) is not None:
+            return biased
         return g.call(f"aten.{name}", a, b)
 
     return write
@@ -52,6 +54,16 @@ def _gate_by_sigmoid(g: OnnxGraph, x: Any, y: Any) -> Any:
         if made is not None and made.name == "core.sigmoid" and made.inputs[0] == getattr(a, "value", a):
             return g.call("aten.silu", a)
     return None
+
+
+def _add_bias(g: OnnxGraph, x: Any, bias: Any) -> Value | None:
+    """Return a linear with a bias for one to which a weight is added; None for another sum."""
+    made = g.producer(x)
+    if made is None or made.name != "core.linear" or made.get("b") is not None or not isinstance(bias, Value):
+        return None
+    if bias.name not in g.builder.consts or bias.type.shape != made["w"].type.shape[:1]:
+        return None
+    return g.builder.add("core.linear", made["x"], made["w"], bias)
 
 
 def _unary_operator(name: str) -> Operator:
@@ -225,4 +237,5 @@ def _range(g: OnnxGraph, node: Node) -> Any:
     start, stop, step = (node.numbers(place, "a bound").single for place in range(3))
     if step != 1 or not all(isinstance(n, (int, sympy.Expr)) for n in (start, stop)):
         raise MoecError(f"Range from {start} to {stop} in steps of {step}")
-    return g.call("aten.arange", size(start), size(stop))
+    counted = g.builder.add("core.iota", size=size(stop) - size(start))
+    return counted if start == 0 else g.call("aten.add", counted, g.size_value(size(start)))

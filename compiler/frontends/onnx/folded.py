@@ -25,7 +25,7 @@ def fold_node(node: Node, operands: Sequence[Numbers | None]) -> Numbers | None:
         return None
     try:
         found = folder(node, *operands)
-    except _Unknown:
+    except (_Unknown, ValueError):  # a size that is not known where a number is wanted, or what does not fit
         return None
     return found if found is None or found.array.size <= MOST else None
 

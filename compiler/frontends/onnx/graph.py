@@ -14,7 +14,7 @@ import sympy
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto
 
 from ...errors import MoecError
-from ...ir.module import Value
+from ...ir.module import Op, Value
 from ...ir.notes import Note
 from ...ir.recipes import Literal, Recipe, Tensor
 from ...ir.types import TensorType
@@ -31,7 +31,6 @@ Operator = Callable[["OnnxGraph", Node], Any]
 OPERATORS: dict[str, Operator] = {}
 MOST_NODES = 1 << 20  # written in all, those of functions for each call
 _DEEPEST = 32  # functions that call functions
-_NEAR = 64  # ops: parts of a function that an exporter spells out stand together
 _HOLE = re.compile(r"\{\d+\.\.\d+\}|\{\w+\}")
 
 
@@ -54,10 +53,14 @@ class OnnxGraph(Graph):
     functions: Mapping[tuple[str, str], FunctionProto] = field(default_factory=dict)
     carry: Callable[[OnnxGraph, Node, MoecError], tuple[Item, ...]] = field(kw_only=True)
     notes: list[Note] = field(default_factory=list)
-    items: dict[str, Item] = field(default_factory=dict)
+    items: dict[str, Item | None] = field(default_factory=dict)
     weights: dict[str, Value] = field(default_factory=dict)
+    made_of: dict[Recipe, Value] = field(default_factory=dict)  # weights made of codes
+    angles: dict[tuple[Value, Value], Value] = field(default_factory=dict)  # by table and places
     turned: dict[str, Value] = field(default_factory=dict)  # matrices by the names of what they are the transposes of
     written: int = 0
+    made_by: dict[str, Op] = field(default_factory=dict)  # of the first `indexed` ops
+    indexed: int = 0
 
     # --- what names stand for ----------------------------------------------------------------------------------
 
@@ -133,14 +136,20 @@ class OnnxGraph(Graph):
         return handler(self, *arguments, **options)
 
     def producer(self, value: Any) -> Any:
-        """Return the op that makes a value, if it is one of the last ones."""
-        made = (op for op in reversed(self.builder.ops[-_NEAR:]) if value in op.results)
-        return next(made, None) if isinstance(value, Value) else None
+        """Return the op that makes a value; None for what is given from outside."""
+        for op in self.builder.ops[self.indexed :]:
+            self.made_by.update(dict.fromkeys((result.name for result in op.results), op))
+        self.indexed = len(self.builder.ops)
+        return self.made_by.get(value.name) if isinstance(value, Value) else None
 
     # --- nodes -------------------------------------------------------------------------------------------------
 
     def write_nodes(
-        self, nodes: Iterable[NodeProto], items: dict[str, Item], given: Mapping[str, AttributeProto], depth: int = 0
+        self,
+        nodes: Iterable[NodeProto],
+        items: dict[str, Item | None],
+        given: Mapping[str, AttributeProto],
+        depth: int = 0,
     ) -> None:
         """Write nodes; `items` is what names stand for and takes their results, `given` the attributes of a function."""
         for proto in nodes:
@@ -161,9 +170,12 @@ class OnnxGraph(Graph):
             results = self._write_node(node, depth)
             if len(results) < len([name for name in proto.output if name]):
                 raise MoecError(f"{node.label} has {len(results)} results, the model wants more", model=place)
-            items.update((name, item) for name, item in zip(proto.output, results, strict=False) if name)
+            made = {name: item for name, item in zip(proto.output, results, strict=False) if name}
+            if None in made.values():
+                raise MoecError(f"{node.label} has a result that is not understood", model=place)
+            items.update({name: item for name, item in made.items() if item is not None})
 
-    def _write_node(self, node: Node, depth: int) -> tuple[Item, ...]:
+    def _write_node(self, node: Node, depth: int) -> tuple[Item | None, ...]:
         if all(item is None or isinstance(item, Numbers) for item in node.inputs):
             with _reported(node, self.builder.loc):
                 folded = fold_node(node, [item for item in node.inputs if not isinstance(item, (Value, Proxy))])
@@ -177,18 +189,20 @@ class OnnxGraph(Graph):
             with _reported(node, self.builder.loc):
                 return self._write_operator(node)
         except MoecError as error:
+            gone = {result.name for op in self.builder.ops[before:] for result in op.results}
             del self.builder.ops[before:]
-            self.scalars = scalars
+            self.scalars, self.indexed = scalars, min(self.indexed, before)
+            self.angles = {key: value for key, value in self.angles.items() if value.name not in gone}
             return self.carry(self, node, error)
 
-    def _write_operator(self, node: Node) -> tuple[Item, ...]:
+    def _write_operator(self, node: Node) -> tuple[Item | None, ...]:
         write = OPERATORS.get(node.label)
         if write is None:
             raise MoecError(f"no op of the IR stands for the operator {node.label}")
         found = write(self, node)
         return found if isinstance(found, tuple) else (found,)
 
-    def _write_function(self, node: Node, function: FunctionProto, depth: int) -> tuple[Item, ...]:
+    def _write_function(self, node: Node, function: FunctionProto, depth: int) -> tuple[Item | None, ...]:
         """Write the nodes of a local function in the place of its call."""
         if depth >= _DEEPEST:
             raise MoecError(f"the function {function.name} calls functions more than {_DEEPEST} deep", model=node.label)
@@ -196,7 +210,7 @@ class OnnxGraph(Graph):
             raise MoecError(
                 f"the function {function.name} takes {len(function.input)} inputs, {len(node.inputs)} given"
             )
-        items = {name: item for name, item in zip(function.input, node.inputs, strict=False) if item is not None}
+        items = dict.fromkeys(function.input) | dict(zip(function.input, node.inputs, strict=False))
         defaults = {a.name: a for a in function.attribute_proto}
         outer, self.opsets = self.opsets, {**self.opsets, **{o.domain: o.version for o in function.opset_import}}
         loc = self.builder.loc
@@ -240,6 +254,6 @@ def tensor_name(name: str) -> str:
 
 
 def identifier(name: str) -> str:
-    """Return a name as programs write it: of letters, digits and underscores."""
-    made = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[:80]
+    """Return a name as programs write it: of letters, digits, dots and underscores."""
+    made = re.sub(r"[^\w.]+", "_", name, flags=re.ASCII).strip("_.")[:80]
     return made if made and not made[0].isdigit() else f"_{made}" if made else "value"

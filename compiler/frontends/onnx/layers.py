@@ -5,16 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import MoecError
+from ...ir.module import Value
 from .graph import OnnxGraph, operator
 from .node import Node
+
+
+def bias_of(g: OnnxGraph, node: Node, place: int) -> Value | None:
+    """Return an input that may be left out."""
+    return g.value(node.inputs[place]) if node.has(place) else None
 
 
 @operator("LayerNormalization")
 def _layer_norm(g: OnnxGraph, node: Node) -> Any:
     x = g.value(node.inputs[0])
     _check_last_axis(node, len(x.type.shape))
-    bias = g.value(node.inputs[2]) if node.has(2) else None
-    return g.builder.add("nn.layer_norm", x, g.value(node.inputs[1]), bias, eps=node.number("epsilon", 1e-5))
+    return g.builder.add(
+        "nn.layer_norm", x, g.value(node.inputs[1]), bias_of(g, node, 2), eps=node.number("epsilon", 1e-5)
+    )
 
 
 @operator("RMSNormalization", "SimplifiedLayerNormalization", "com.microsoft.SimplifiedLayerNormalization")

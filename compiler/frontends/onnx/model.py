@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +11,18 @@ from onnx import GraphProto, ModelProto, TypeProto
 
 from ...errors import MoecError
 from ...ir.dce import eliminate_dead_code
-from ...ir.dims import Size, dim
+from ...ir.dims import Size, dim, size
 from ...ir.fragments import parse_size
 from ...ir.module import Dim, Function, Module, Value
 from ...ir.notes import Note
 from ...ir.types import TensorType
 from ...ops.builder import IRBuilder
 from ...weights.sources.onnx import OnnxSource, constants_of
-from . import arithmetic, indexing, layers, shapes  # noqa: F401  (these fill the table of operators)
+from ..transformers.model_errors import CODE_ERRORS
+from . import arithmetic, attention, contrib, indexing, layers, shapes  # noqa: F401  (these fill the table of operators)
 from .carried import carry_node
 from .graph import OnnxGraph, identifier
+from .interface import find_states, order_states, shared_sizes
 from .model_file import open_model
 from .node import computed_dtype
 
@@ -40,6 +43,11 @@ def import_model(model: ModelProto, source: OnnxSource, name: str) -> tuple[Modu
         return _import_graph(model, source, name)
     except MoecError as error:
         raise replace(error, where=error.where or name) from None
+    except CODE_ERRORS as error:  # texts that are no UTF-8, and what else protobuf lets pass
+        lines = str(error).splitlines()
+        raise MoecError(
+            f"the model is not as it should be: {lines[0] if lines else type(error).__name__}", name
+        ) from error
 
 
 def _import_graph(model: ModelProto, source: OnnxSource, name: str) -> tuple[Module, OnnxSource, tuple[Note, ...]]:
@@ -63,16 +71,20 @@ def _import_graph(model: ModelProto, source: OnnxSource, name: str) -> tuple[Mod
         IRBuilder("main"), source=source, opsets=opsets, functions={(f.domain, f.name): f for f in model.functions},
         carry=lambda g, node, error: carry_node(g, node, error, type_declared),
     )  # fmt: skip
+    states = find_states(graph, types)
+    types, dims.renamed = shared_sizes(graph, types, states)
     for name_, type_ in types.items():
-        g.items[name_] = g.builder.param(identifier(name_), type_)
+        kept = replace(type_, state=True) if name_ in states else type_
+        g.items[name_] = g.builder.param(identifier(name_), kept)
+    results = {info.name: g.builder.names.fresh(identifier(info.name)) for info in graph.output}
     for name_, tensor in tensors.items():
         g.items[name_] = g.add_tensor(tensor, name_)
     g.write_nodes(graph.node, g.items, {})
-    main = eliminate_dead_code(_name_results(g, graph))
+    main = eliminate_dead_code(order_states(_name_results(g, graph, results), g, states, results))
     return Module("graph", dims.ranges(main), (main,), name), source, tuple(g.notes)
 
 
-def _name_results(g: OnnxGraph, graph: GraphProto) -> Function:
+def _name_results(g: OnnxGraph, graph: GraphProto, names: Mapping[str, str]) -> Function:
     """Return the function with its results under the names that the model gives them."""
     if lacking := [info.name for info in graph.output if info.name not in g.items]:
         raise MoecError(f"no node makes the output {lacking[0]}")
@@ -81,12 +93,9 @@ def _name_results(g: OnnxGraph, graph: GraphProto) -> Function:
         value = g.value(g.items[info.name])
         taken = value in g.builder.params or value.name in g.builder.consts or value in results
         results.append(g.builder.add("core.reshape", value, shape=value.type.shape) if taken else value)
-    names = {
-        value.name: g.builder.names.fresh(identifier(info.name))
-        for value, info in zip(results, graph.output, strict=True)
-    }
-    main = g.builder.build(results).renamed(names)
-    return replace(main, results=tuple(Value(names[v.name], v.type) for v in results))
+    renamed = {value.name: names[info.name] for value, info in zip(results, graph.output, strict=True)}
+    main = g.builder.build(results).renamed(renamed)
+    return replace(main, results=tuple(Value(renamed[v.name], v.type) for v in results))
 
 
 class _Dims:
@@ -94,6 +103,7 @@ class _Dims:
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}  # as the model writes it -> the dim's name
+        self.renamed: dict[Size, Size] = {}  # what the interface of a language model calls sizes
 
     def declare(self, type_: TypeProto) -> None:
         """Take the names of sizes that stand alone on an axis."""
@@ -116,7 +126,8 @@ class _Dims:
             return None
         sizes = [int(a.dim_value) if a.HasField("dim_value") else self._parsed(a.dim_param) for a in tensor.shape.dim]
         known = [s for s in sizes if s is not None]
-        return TensorType.of(computed_dtype(tensor.elem_type, name), *known) if len(known) == len(sizes) else None
+        found = [size(s).subs(self.renamed, simultaneous=True) for s in known]
+        return TensorType.of(computed_dtype(tensor.elem_type, name), *found) if len(known) == len(sizes) else None
 
     def _size(self, param: str, value: int, otherwise: str) -> int | Size:
         if not param and value > 0:
@@ -137,8 +148,11 @@ class _Dims:
 
     def ranges(self, main: Function) -> tuple[Dim, ...]:
         """Return the dims that the function's inputs have."""
-        used = {s.name for p in main.params for size in p.type.shape for s in size.free_symbols}
-        return tuple(Dim(name, 1, LONGEST) for name in dict.fromkeys(self.names.values()) if name in used)
+        used = dict.fromkeys(
+            name for p in main.params for size in p.type.shape for name in sorted(s.name for s in size.free_symbols)
+        )
+        pasts = {size for p in main.params if p.type.state for size in p.type.shape[1:]}  # nothing is past at first
+        return tuple(Dim(name, 0 if dim(name) in pasts else 1, LONGEST) for name in used)
 
 
 def source_of(model: ModelProto) -> OnnxSource:

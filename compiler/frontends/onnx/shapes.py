@@ -13,6 +13,7 @@ from ...ir.module import Value
 from ...ops.define import broadcast_shapes
 from ..aten.chosen_rows import Place, Rows
 from ..aten.lower import Proxy, reshape, resolve_shape
+from .attention import append_state
 from .graph import OnnxGraph, operator
 from .indexing import CHOSEN, Elements, Places
 from .node import COMPUTED, Node
@@ -120,7 +121,11 @@ def _expand(g: OnnxGraph, node: Node) -> Any:
 def _concat(g: OnnxGraph, node: Node) -> Any:
     if node.inputs and all(isinstance(item, Place) for item in node.inputs):
         return Places.joined([item for item in node.inputs if isinstance(item, Place)])
-    return g.call("aten.cat", [g.value(item) for item in node.inputs], node.integer("axis"))
+    xs = [g.value(item) for item in node.inputs]
+    axis = node.integer("axis")
+    if len(xs) == 2 and xs[0].type.state:
+        return append_state(g, xs[0], xs[1], axis % len(xs[0].type.shape))
+    return g.call("aten.cat", xs, axis)
 
 
 @operator("Split")
@@ -169,7 +174,7 @@ def _tile(g: OnnxGraph, node: Node) -> Any:
 
 @operator("Pad")
 def _pad(g: OnnxGraph, node: Node) -> Any:
-    x, amounts = g.value(node.inputs[0]), node.numbers(1, "the widths").integers
+    x, amounts = g.value(node.inputs[0]), node.numbers(1, "the widths").sizes
     rank = len(x.type.shape)
     axes = [a % rank for a in node.numbers(3, "the axes").integers] if node.has(3) else list(range(rank))
     if len(amounts) != 2 * len(axes):
