@@ -32,6 +32,7 @@ from .base import (
 )
 from .bench import bench
 from .chat import chat
+from .diff import diff
 from .plan import plan
 from .serve import serve
 
@@ -219,6 +220,7 @@ main.add_command(chat)
 main.add_command(verify)
 main.add_command(bench)
 main.add_command(plan)
+main.add_command(diff)
 main.add_command(serve)
 
 
