@@ -24,6 +24,7 @@ from .quantize.plan import PLAN, Budget, Plan
 from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
 from .rewrite.declare import PassTable, check_stop, pass_, resolve_passes
 from .version import __version__
+from .weights.journal import end_journal, journal_key
 from .weights.memory import MEMORY_LIMIT, tile_bytes
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 # that wrong use is answered at once.
 
 Progress: TypeAlias = Callable[[int, int], None]  # bytes of weights written, bytes in all
-
-
 _WORKLOADS: dict[tuple[str, int, int, bool], Workload] = {}  # of configs that were planned with
 
 
@@ -91,6 +90,7 @@ def compile_source(
     example_inputs: Any = None,
     plan: Path | str | None = None,
     download: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a source for a target into the folder `out`.
@@ -105,11 +105,14 @@ def compile_source(
     `accuracy` is an option of the target's lowering, on the CPU `fast` (int8 activations beside quantized weights, the
     default) or `exact` (f32); `kv` is how keys and values are stored: `f32` (the default on the CPU), `f16`, `bf16`, `int8`, or `auto`
     (f16 beside int8 activations, else f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `plan` is the file of a plan
-    (`moec plan -o`), whose devices' shards are written instead of an artifact of a target. `stop_after` is a stage or a pass. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
+    (`moec plan -o`), whose devices' shards are written instead of an artifact of a target. `stop_after` is a stage or a pass. `resume` goes on with the files of a run of the same that was
+    stopped, and keeps them where it is stopped itself. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
     those in all. Raises MoecError; the folder is then as it was before.
     """
     if plan is not None:
-        target, options, quantize = _planned(Path(plan), options, quantize)
+        from ..targets.ranks.layout import target_of_plan
+
+        target, options, quantize = target_of_plan(Path(plan), options, quantize)
     chosen = open_target(target, options or {})
     table = passes_for(chosen)
     asked = with_lowering(chosen.pipeline if pipeline is None else parse_pipeline(pipeline))
@@ -170,20 +173,23 @@ def compile_source(
     with returning_freed_memory(memory_limit is not None or calibrating):
         if calibrating:
             loaded, figures["calibration"] = calibrate_weights(loaded, run.given.get(LOWER), calibration, folder, limit)
-        artifact = _emit_artifact(run, loaded, chosen, whole, folder, tile, progress, figures, chosen_formats)
+        artifact = _emit_artifact(
+            run,
+            loaded,
+            chosen,
+            whole,
+            folder,
+            tile,
+            progress,
+            figures,
+            chosen_formats,
+            journal_key(*map(str, sorted((options or {}).items())), Path(plan).read_text() if plan else ""),
+            resume,
+        )
     if verify:
         against = loaded.folder if stored else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
     return Compiled(artifact, run.module, notes, run.timings)
-
-
-def _planned(
-    plan: Path, options: Mapping[str, str] | None, quantize: str | None
-) -> tuple[str, Mapping[str, str], str | None]:
-    """Return target, options and formats of the shards of a plan."""
-    from ..targets.ranks.layout import quantize_text
-
-    return "ranks", {**(options or {}), "plan": str(plan)}, quantize or quantize_text(plan)
 
 
 def _check_places(source: Path, out: Path, *, writes: bool, quantized: bool) -> None:
@@ -218,7 +224,7 @@ def passes_for(target: Target) -> PassTable:
 
 def _emit_artifact(
     run: Run, loaded: Loaded, target: Target, pipeline: Pipeline, out: Path, tile: int, progress: Progress | None,
-    figures: Mapping[str, Any], plan: Plan | None,
+    figures: Mapping[str, Any], plan: Plan | None, asked: str, resume: bool,
 ) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole."""
     from .cost.count import module_costs
@@ -234,7 +240,9 @@ def _emit_artifact(
         source["left_out"] = left_out_of(loaded.left_out)
     costs = module_costs(module)
     total = costs.total.compiled_bytes
-    with atomic_folder(out) as folder:
+    opened = getattr(weights, "opened", None)
+    key = journal_key(print_module(module), target.name, asked, str(tile), __version__, str(opened and opened.stamps))
+    with atomic_folder(out, key, resume and opened is not None) as folder:
         for name, content in loaded.companions().items():
             (folder / name).write_bytes(content)
         if not target.checkpoint:
@@ -242,8 +250,9 @@ def _emit_artifact(
         if plan is not None:
             plan.write(folder / PLAN)
         written = target.emit(module, weights, folder, tile, progress and (lambda done: progress(done, total)))
-        if (opened := getattr(weights, "opened", None)) is not None:
+        if opened is not None:
             opened.check()
+        end_journal(folder)
         kept, notes = kept_codes(module), [note.reason for note in written.notes]
         figures = {
             "counted": per_token(costs), **figures,
@@ -303,10 +312,7 @@ def plan(source: Any, on: str, *, trust_remote_code: bool = False, **asked: Any)
     """
     from ..targets.serving.plan import Request, make_plan
 
-    unknown = asked.keys() - Request.__dataclass_fields__.keys()
-    if unknown:
-        raise MoecError(f"plan takes no {min(unknown)}", todo=f"it takes {', '.join(Request.__dataclass_fields__)}")
-    request = Request(on=on, **asked)
+    request = Request.of(on, asked)
     return make_plan(import_workload(source, trust_remote_code=trust_remote_code), request)
 
 
@@ -321,8 +327,7 @@ def import_workload(source: Path | str, *, trust_remote_code: bool = False) -> W
         from .frontends.load import load
 
         declare_kernel_ops()
-        module = load(path, trust_remote_code=trust_remote_code).module
-        _WORKLOADS[key] = read_workload(fused_module(module))
+        _WORKLOADS[key] = read_workload(fused_module(load(path, trust_remote_code=trust_remote_code).module))
     return _WORKLOADS[key]
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import _FULL, MoecError, write_error
+from ..weights.journal import has_journal, start_journal
 
 MARK = "moec.json"  # the file that makes a folder an artifact
 
@@ -28,8 +29,11 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
+def atomic_folder(final: Path, key: str = "", resume: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `final`, which replaces `final` when the block ends without an exception.
+
+    With a `key` it has a journal (weights/journal.py), which ends before the block does. With `resume` the folder of a killed
+    run with the same key is yielded instead of a new one, and what an exception leaves is kept for the next run.
 
     Raises MoecError if `final` is a file or a folder that is neither empty nor an artifact (it is never replaced),
     if the place cannot be written, or if the disk fills up. On any exception the new folder is removed and the old
@@ -38,10 +42,16 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     final = Path(os.path.realpath(final))
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        clean_up_after_killed(final)
+        begun = _begun_folder(final, key) if resume else None
+        clean_up_after_killed(final, begun)
         check_replaceable(final)
         partial = _temporary_name(final, "partial")
-        partial.mkdir()
+        if begun is None:
+            partial.mkdir()
+        else:
+            begun.rename(partial)
+        if key:
+            start_journal(partial, key)
     except OSError as error:
         raise write_error(error, final) from error
     lock = None
@@ -58,19 +68,25 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     finally:
         # The new folder after a failure, the old one after an exchange. What cannot be removed (a file in it was
         # made undeletable) must not fail a compile that is done; the next run tries again.
-        shutil.rmtree(partial, ignore_errors=True)
+        if not (resume and has_journal(partial, key)):
+            shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
-def clean_up_after_killed(final: Path) -> None:
-    """Clean up after killed runs: put an old folder back whose replacing was cut short, remove what is left over."""
+def _begun_folder(final: Path, key: str) -> Path | None:
+    """Return the folder that a stopped run with the same key left; None where there is none."""
+    return next((path for path in _abandoned_folders(final, "partial") if has_journal(path, key)), None)
+
+
+def clean_up_after_killed(final: Path, kept: Path | None = None) -> None:
+    """Clean up after killed runs: put an old folder back whose replacing was cut short, remove what is left over but for `kept`."""
     final = Path(os.path.realpath(final))
     for kind in ("old", "partial"):
         for path in _abandoned_folders(final, kind):
             if kind == "old" and not os.path.lexists(final):
                 path.rename(final)
-            else:
+            elif path != kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 

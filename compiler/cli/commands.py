@@ -110,6 +110,9 @@ def main() -> None:
 @click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
 @click.option("--timings", is_flag=True, help="Say how long each pass took.")
 @click.option("--weights", metavar="DIR", help="The checkpoint folder of a .moir source.")
+@click.option(
+    "--resume", is_flag=True, help="Go on where a run of the same was stopped; what it wrote is kept when this one is."
+)
 @click.option("--plan", metavar="FILE", help="Write the shards of the devices of a plan (`moec plan -o FILE`).")
 @json_option
 @trust_option

@@ -1,7 +1,7 @@
 """The data file of an artifact: tensors appended one after the other, never whole in memory.
 
 Tiles are read, computed and written by a pool of threads, each at its place in the file, so that the bytes do not
-depend on timing. The parts of a quantized weight (codes, scales, zero points) are made of one pass over its numbers.
+depend on timing. What a stopped compile wrote is not made again (`journal.py`). The parts of a quantized weight (codes, scales, zero points) are made of one pass over its numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..formats.table import format_of
 from ..ir.recipes import Recipe, Step
 from .evaluate import evaluate_recipe, row_major
 from .heap import keep_freed_memory
+from .journal import Journal
 from .memory import TILE_BYTES, usable_threads
 from .rows import encode_rows
 from .sources.source import Box, WeightSource
@@ -52,8 +53,11 @@ class TiledFile:
         self._lock = threading.Lock()
         self._digest = hashlib.sha256()
         self._hashed: Future[None] | None = None
+        self._journal = Journal(path)
+        self._jobs = 0
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            anew = 0 if self._journal.begun else os.O_TRUNC
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | anew | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise write_error(error, path) from error
         self._threads = threads or usable_threads()
@@ -73,7 +77,8 @@ class TiledFile:
         pending: deque[Future[None]] = deque()
         try:
             for job in jobs:
-                pending.append(self._pool.submit(job))
+                pending.append(self._pool.submit(self._run_job, self._jobs, job))
+                self._jobs += 1
                 if len(pending) > self._threads + 1:
                     pending.popleft().result()
             while pending:
@@ -83,6 +88,10 @@ class TiledFile:
                 future.cancel()
         self._hashed = self._hasher.submit(self._hash_up_to, self.size)
 
+    def _run_job(self, number: int, job: Callable[[], None]) -> None:
+        """Do a job, or count the bytes that it has written before the compile was stopped."""
+        self._count_bytes(self._journal.run_job(number, job, self._descriptor))
+
     def write(self, offset: int, chunk: memoryview) -> None:
         """Write bytes at a place of the file; MoecError when the disk is full or writing fails."""
         done = 0
@@ -91,15 +100,20 @@ class TiledFile:
                 done += os.pwrite(self._descriptor, chunk[done:], offset + done)
         except OSError as error:
             raise write_error(error, self.path) from error
+        self._journal.note_write(offset, chunk)
+        self._count_bytes(done)
+
+    def _count_bytes(self, done: int) -> None:
         with self._lock:
             self._done += done
-            if self._progress:
+            if self._progress and done:
                 self._progress(self._done)
 
     def close(self) -> None:
         """Close the file; `sha256` and `size` stay readable."""
         self._pool.shutdown(cancel_futures=True)
         self._hasher.shutdown()
+        self._journal.close()
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             try:

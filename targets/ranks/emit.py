@@ -95,7 +95,7 @@ def emit_ranks(
     sizes: dict[str, int] = {}
     done = 0
     try:
-        (folder / FOLDER).mkdir()
+        (folder / FOLDER).mkdir(exist_ok=True)
     except OSError as error:
         raise write_error(error, folder / FOLDER) from error
     for name, shares in divided.files.items():

@@ -88,6 +88,13 @@ def read_layout(path: Path) -> Layout:
     return layout
 
 
+def target_of_plan(
+    path: Path, options: Mapping[str, str] | None, quantize: str | None
+) -> tuple[str, Mapping[str, str], str | None]:
+    """Return target, options and formats of the shards of a plan; a format that is asked for goes before the plan's."""
+    return "ranks", {**(options or {}), "plan": str(path)}, quantize or quantize_text(path)
+
+
 def quantize_text(path: Path) -> str | None:
     """Return what `--quantize` says for the formats of a plan; None where the checkpoint's are kept."""
     formats = read_plan_file(path)["formats"]

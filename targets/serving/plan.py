@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +50,14 @@ class Request:
     routing: str | None = None  # the file of a histogram of experts; without one they are taken to be chosen evenly
     copies: int = 0  # of hot experts, beyond one of each
     price: float | None = None  # of a device and hour
+
+    @staticmethod
+    def of(on: str, asked: Mapping[str, Any]) -> Request:
+        """Return a request from options by name; MoecError for one that there is not."""
+        if unknown := asked.keys() - Request.__dataclass_fields__.keys():
+            todo = f"it takes {', '.join(Request.__dataclass_fields__)}"
+            raise MoecError(f"plan takes no {min(unknown)}", todo=todo)
+        return Request(on=on, **asked)
 
     def given(self) -> dict[str, int]:
         """Return the degrees that are asked for, by their names in Degrees."""
