@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..compiler.errors.plugins import TARGETS as BROUGHT
 from ..compiler.errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
-from .checkpoints import SAFETENSORS
+from .checkpoints import GGUF, SAFETENSORS
 from .cpu import TARGET as CPU
 from .ranks import TARGET as RANKS
 from .target import Target
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..compiler.errors import MoecError
 
 
-OWN = {target.name: target for target in (CPU, RANKS, SAFETENSORS)}
+OWN = {target.name: target for target in (CPU, RANKS, SAFETENSORS, GGUF)}
 
 
 class _Targets(Mapping[str, Target]):

@@ -1,4 +1,4 @@
-"""Targets that write checkpoints for other runtimes: `safetensors` for vLLM, SGLang and transformers."""
+"""Targets that write checkpoints for other runtimes: `safetensors` for vLLM, SGLang and transformers, `gguf` for llama.cpp."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ def _runs_everything(op: Op) -> None:
     """Return no reason against any op: other runtimes run the model from its config."""
 
 
-def lower(module: Module, target: Target) -> Rewritten:
-    """Check that every weight has a place in the checkpoint; ops stay as they are."""
-    from ...compiler.ir.notes import Rewritten
-    from .safetensors import check_modules
+def _lowering(check: Callable[[Module], object]) -> Callable[..., Rewritten]:
+    """Return the lowering of a target that leaves ops as they are; `check` raises MoecError for a weight without a place."""
 
-    check_modules(module)
-    return Rewritten(replace(module, stage="kernel"))
+    def lower(module: Module, target: Target) -> Rewritten:
+        """Check that every weight has a place in the checkpoint; ops stay as they are."""
+        from ...compiler.ir.notes import Rewritten
+
+        check(module)
+        return Rewritten(replace(module, stage="kernel"))
+
+    return lower
 
 
 def _holds(op: Op, format: Format, *, layout: str) -> str | None:
@@ -60,8 +64,12 @@ def _emit(
 
 
 def _refuse_to_open(folder: Path | str, **options: Any) -> NoReturn:
-    todo = "load it there, or compile this folder: moec compile DIR --target cpu"
-    raise MoecError("a checkpoint for vLLM, SGLang and transformers does not run by itself", str(folder), todo=todo)
+    todo = "load it in the runtime that it is for, or compile this folder: moec compile DIR --target cpu"
+    raise MoecError("a checkpoint for other runtimes does not run by itself", str(folder), todo=todo)
+
+
+def _never_slow(op: Op, format: Format) -> None:
+    """Return no reason against any format: a scale is written once for each block."""
 
 
 def _safetensors(layout: str) -> Target:
@@ -71,13 +79,17 @@ def _safetensors(layout: str) -> Target:
         pipeline=(*(call for call in FUSED if call.name not in _CUTTING), PassCall(LOWER)),
         ops=Ops(_declare_nothing, _runs_everything),
         formats=Formats(holds=partial(_holds, layout=layout), slow=DeferredFunction(f"{__name__}.layouts", "why_slow")),
-        lower=lower,
+        lower=_lowering(DeferredFunction(f"{__name__}.safetensors", "check_modules")),
         emit=partial(_emit, layout=layout),
         load=_refuse_to_open,
         options=_with_options,
         keeps_experts=True,
         checkpoint=True,
     )
+
+
+def _without_options(given: Mapping[str, str]) -> Target:
+    raise MoecError(f"target gguf has no option {min(given)}", todo="leave -D out")
 
 
 def _with_options(given: Mapping[str, str]) -> Target:
@@ -91,5 +103,18 @@ def _with_options(given: Mapping[str, str]) -> Target:
 
 
 SAFETENSORS = _safetensors(_LAYOUTS[0])
+GGUF = Target(
+    name="gguf",
+    doc="A GGUF file with quantized weights, for llama.cpp: Q4_0, Q4_1, Q8_0, MXFP4 and floats.",
+    pipeline=SAFETENSORS.pipeline,
+    ops=SAFETENSORS.ops,
+    formats=Formats(holds=DeferredFunction(f"{__name__}.gguf_blocks", "why_not_held"), slow=_never_slow),
+    lower=_lowering(DeferredFunction(f"{__name__}.exported", "find_exported")),
+    emit=DeferredFunction(f"{__name__}.gguf", "write_gguf"),
+    load=_refuse_to_open,
+    options=_without_options,
+    keeps_experts=True,
+    checkpoint=True,
+)
 
-__all__ = ["SAFETENSORS"]
+__all__ = ["GGUF", "SAFETENSORS"]

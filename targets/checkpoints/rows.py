@@ -48,14 +48,19 @@ def find_matrices(weight: Recipe) -> list[Matrix]:
     """Return the matrices whose rows make up a bound weight, those of its first rows first; NotByRows says why there are none."""
     found: list[Recipe] = []
     ids = _row_numbers(weight, found).reshape(-1)
-    places = np.argsort(ids, kind="stable")
-    if not np.array_equal(ids[places], np.arange(sum(map(_row_count, found)))):
-        raise NotByRows(f"it has a part of {next(tensors_of(weight)).name} only, or some of its rows twice")
+    total = sum(map(_row_count, found))
+    times, places = np.bincount(ids, minlength=total), np.zeros(total, np.int64)
+    places[ids] = np.arange(len(ids))
     matrices, start = [], 0
     for recipe in found:
-        end = start + _row_count(recipe)
-        matrices.append(Matrix(recipe, places[start:end]))
-        start = end
+        own = slice(start, start + _row_count(recipe))
+        start = own.stop
+        if (times[own] != 1).any() and times[
+            own
+        ].any():  # a weight may leave out whole matrices: experts of other groups
+            raise NotByRows(f"it has a part of {next(tensors_of(recipe)).name} only, or some of its rows twice")
+        if times[own].all():
+            matrices.append(Matrix(recipe, places[own]))
     return sorted(matrices, key=lambda m: int(m.places.min()))
 
 
