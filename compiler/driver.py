@@ -103,8 +103,8 @@ def compile_source(
     `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
     its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
     `accuracy` is an option of the target's lowering, on the CPU `fast` (int8 activations beside quantized weights, the
-    default) or `exact` (f32); `kv` is how keys and values are stored: `f32` (the default on the CPU), `f16`, `bf16`, `int8`, or `auto`
-    (f16 beside int8 activations, else f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `plan` is the file of a plan
+    default) or `exact` (f32); `kv` is how keys and values are stored: `f32`, `f16`, `bf16`, `int8`, or `auto` (the default of
+    target cpu: f16 beside int8 activations where moec's own kernels are had, else f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `plan` is the file of a plan
     (`moec plan -o`), whose devices' shards are written instead of an artifact of a target. `stop_after` is a stage or a pass. `resume` goes on with the files of a run of the same that was
     stopped, and keeps them where it is stopped itself. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
     those in all. Raises MoecError; the folder is then as it was before.

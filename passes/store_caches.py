@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ..compiler.errors import MoecError
 from ..compiler.ir.module import Function, Module, Op, Value
@@ -12,6 +13,9 @@ from ..compiler.ir.names import Names
 from ..compiler.ir.notes import Note, Rewritten
 from ..compiler.ir.types import TensorType, make_attrs
 from ..compiler.rewrite.declare import pass_
+
+if TYPE_CHECKING:
+    from ..targets import Target
 
 PLAIN, STORED = "ort.group_query_attention", "ort.stored_attention"  # the op on a cache of f32, and that on another one
 _CACHES = ("past_key", "past_value")
@@ -31,15 +35,16 @@ def check_type(type: str) -> None:
 
 
 @pass_(reads="kernel", states=True, judge=check_type)
-def store_caches(module: Module, target: object, *, type: str = "auto") -> Rewritten:
+def store_caches(module: Module, target: Target | None, *, type: str = "auto") -> Rewritten:
     """Store the keys and values that attention keeps as f16, bf16 or int8 with a scale for each head and token.
 
-    `auto` is f16 where activations are rounded to int8 in front of weights, which costs more than ten times as much
-    quality, and else leaves caches as they are. Caches that other ops read stay f32.
+    `auto` is f16 where activations are rounded to int8 in front of weights, which costs far more than ten times as much
+    quality, if the target has kernels that read it, and else leaves caches as they are. Caches that other ops read stay f32.
     """
     asked = type
     if asked == "auto":
-        if not any(_rounds_activations(op) for f in module.functions for op in f.ops):
+        fast = target is not None and target.narrow_caches is not None and target.narrow_caches()
+        if not fast or not any(_rounds_activations(op) for f in module.functions for op in f.ops):
             return Rewritten(module)
         asked = "f16"
     found, kept = _store_all(module, _DTYPES[asked])

@@ -122,6 +122,7 @@ class Target:
     processor: Callable[[], dict[str, Any]] | None = (
         None  # what kernels of its own find of the machine that this runs on
     )
+    narrow_caches: Callable[[], bool] | None = None  # whether its kernels read caches of fewer bits than f32 fast
     predict: Predict | None = None  # for a target that is known by its figures
     keeps_experts: bool = False  # moe.experts is an op of its own, and none that its lowering left over
     checkpoint: bool = False  # what it writes is read as a checkpoint, not as an artifact's program

@@ -92,7 +92,7 @@ def main() -> None:
 @click.option(
     "--kv",
     type=click.Choice(["auto", "f32", "f16", "bf16", "int8"]),
-    help="How keys and values are stored; auto is f16 beside int8 activations.  [default: f32 on target cpu]",
+    help="How keys and values are stored; auto is f16 beside int8 activations, else f32.  [default: auto on target cpu]",
 )
 @click.option(
     "--memory-limit",

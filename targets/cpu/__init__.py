@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...compiler.ir.deferred import DeferredFunction
-from ...compiler.ir.pipelines import LOWER, PassCall
+from ...compiler.ir.pipelines import LOWER, STORE, PassCall
 from ..target import FUSED, Emitted, Formats, Ops, Probed, Target
 
 if TYPE_CHECKING:
@@ -52,6 +52,15 @@ def _emit_artifact(
     return emit_model(module, source, folder, tile_bytes, progress, (options or Options()).kernels)
 
 
+def _has_own_kernels(options: Options | None = None) -> bool:
+    """Return whether an artifact gets kernels of moec's own, as far as it can be said before it is written."""
+    from .kernels.library import find_compiler
+    from .options import Options
+
+    asked = (options or Options()).kernels
+    return asked is not None and (asked.compiler or find_compiler()) is not None
+
+
 def _record_as_probed() -> Probed:
     from .capabilities import made_with, record_rows, record_text, shipped_record
 
@@ -76,7 +85,9 @@ def _with_options(given: Mapping[str, str]) -> Target:
     from .options import read_options
 
     options = read_options(given)
-    target = replace(TARGET, emit=partial(_emit_artifact, options=options))
+    target = replace(
+        TARGET, emit=partial(_emit_artifact, options=options), narrow_caches=partial(_has_own_kernels, options)
+    )
     if options.record is None:
         return target
     from .capabilities import why_not_held, why_slow
@@ -88,7 +99,7 @@ def _with_options(given: Mapping[str, str]) -> Target:
 TARGET = Target(
     name="cpu",
     doc="ONNX Runtime on the CPU: ONNX with GroupQueryAttention and MoE, float32, KV cache as inputs and outputs.",
-    pipeline=(*FUSED, PassCall(LOWER)),
+    pipeline=(*FUSED, PassCall(LOWER), PassCall(STORE)),
     ops=Ops(
         declare=_declare_ops,
         supported=DeferredFunction(f"{__name__}.onnx.emit", "why_unsupported"),
@@ -103,6 +114,7 @@ TARGET = Target(
     options=_with_options,
     recorded=_record_as_probed,
     probe=_run_probe,
+    narrow_caches=_has_own_kernels,
     processor=DeferredFunction(f"{__name__}.kernels.processor", "describe_processor"),
     packages=("onnx", "onnxruntime"),
 )

@@ -14,6 +14,7 @@ from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec.passes import PASSES
 from moec.targets import TARGETS, declare_kernel_ops
+from moec.targets.cpu.kernels.library import find_compiler
 from places import TINY
 
 ATTENTION = "ort.group_query_attention(%x, _, _, {past}, _, _, _, _) {{heads=2, scale=0.5}} : f32[B, S, 8], state f32[B, 1, P + S, 4], state f32[B, 1, P + S, 4]"
@@ -60,6 +61,21 @@ def test_only_states_change_and_they_change_back(type, dtype, states):
 def test_nothing_changes_without_a_reason():
     plain = parse_module(PROGRAM, "program")
     assert store(plain, "auto") is plain and store(plain, "f32") is plain
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "dtype"),
+    [
+        ({}, {"quantize": "int4"}, "f16"), ({}, {"quantize": "grid4_g64"}, "f16"), ({}, {}, "f32"),
+        ({}, {"quantize": "int4", "kv": "f32"}, "f32"), ({}, {"quantize": "int4", "accuracy": "exact"}, "f32"),
+        ({"kernels": "onnxruntime"}, {"quantize": "int4"}, "f32"),
+    ],
+)  # fmt: skip
+def test_caches_are_f16_where_activations_are_rounded_and_kernels_read_them(options, settings, dtype):
+    if find_compiler() is None:
+        pytest.skip("ziglang is not installed")
+    module = moec.compile(TINY, stop_after="kernel", options=options, **settings)
+    assert {v.type.dtype for v in module.main.params if v.type.state} == {dtype}
 
 
 def test_a_state_that_is_read_elsewhere_stays():

@@ -115,14 +115,16 @@ def attention_bias(ctx: Context, op: Op) -> None:
 
 def group_query_attention(ctx: Context, op: Op) -> None:
     """Emit com.microsoft.GroupQueryAttention, with the number of tokens before and in this step."""
-    ctx.finish(op, "GroupQueryAttention", *_attention_inputs(ctx, op), domain=CONTRIB, **_attention_settings(op))
+    ctx.finish(
+        op, "GroupQueryAttention", *_attention_inputs(ctx, op, pads=True), domain=CONTRIB, **_attention_settings(op)
+    )
 
 
 def stored_attention(ctx: Context, op: Op) -> None:
     """Emit the operator of moec's own for the dtype of the cache: also a function of the model, see kernels/caches.py."""
     scales = [ctx.value(x) for x in (op.get("key_scale"), op.get("value_scale")) if x is not None]
     ctx.finish(
-        op, ATTENTIONS[op["past_key"].type.dtype], *_attention_inputs(ctx, op), *scales, domain=DOMAIN,
+        op, ATTENTIONS[op["past_key"].type.dtype], *_attention_inputs(ctx, op, pads=False), *scales, domain=DOMAIN,
         overload=form_name(packed=op.get("k") is None, turned=op.get("cos") is not None), **_attention_settings(op),
     )  # fmt: skip
 
@@ -136,14 +138,16 @@ def _attention_settings(op: Op) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _attention_inputs(ctx: Context, op: Op) -> list[str]:
+def _attention_inputs(ctx: Context, op: Op, *, pads: bool) -> list[str]:
+    """Return the inputs that the operators share; ONNX Runtime's own wants rows of angles for every slot (`pads`)."""
     graph, attributes = ctx.graph, op.settings
     batch, new, _ = op["q"].type.shape
     total = op.results[1].type.shape[2]
     last = _per_row(ctx, graph.scalar(total - 1, "i32"), batch)
     # without the count of new tokens a batch with past and several new tokens is refused
     count = _per_row(ctx, graph.scalar(new, "i32"), batch)
-    angles = [_angle_rows(ctx, table, batch, new, total) for table in (op.get("cos"), op.get("sin")) if table]
+    rows = total if pads else sympy.Integer(0)
+    angles = [_angle_rows(ctx, table, batch, new, rows) for table in (op.get("cos"), op.get("sin")) if table]
     sink = ctx.value(op.get("sinks"))
     heads, softcap, bias = attributes.integer("heads"), attributes.number("softcap"), op.get("bias")
     if softcap and bias is not None and not sink:
@@ -155,11 +159,11 @@ def _attention_inputs(ctx: Context, op: Op) -> list[str]:
     return [*inputs, ctx.value(bias), sink, "", "", "", "", count]
 
 
-def _angle_rows(ctx: Context, table: Value, batch: Size, new: Size, total: Size) -> str:
+def _angle_rows(ctx: Context, table: Value, batch: Size, new: Size, more: Size) -> str:
     """Return the angles [rows, R/2] with a row for every new token of the batch; once for all layers that share them.
 
     GroupQueryAttention looks angles up by position. Here they are computed already, and each token's "position" is the
-    number of its row. The op wants at least as many rows as the sequence is long, so that many zeros follow them.
+    number of its row. ONNX Runtime's wants at least as many rows as the sequence is long, so that as many zeros follow them.
     """
     half = int(table.type.shape[-1]) // 2
     name = half_angles(ctx, table, batch)
@@ -168,9 +172,9 @@ def _angle_rows(ctx: Context, table: Value, batch: Size, new: Size, total: Size)
         graph = ctx.graph
         rows = shared.reshape(name, (batch, new, sympy.Integer(half)), (batch * new, sympy.Integer(half)))
         zero = sympy.Integer(0)
-        return shared.node("Pad", rows, graph.shape([zero, zero, total, zero]))
+        return shared.node("Pad", rows, graph.shape([zero, zero, more, zero])) if more != 0 else rows
 
-    return ctx.once(("rows", name, size_text(total)), f"{name}/rows", make)
+    return ctx.once(("rows", name, size_text(more)), f"{name}/rows", make)
 
 
 def _row_numbers(ctx: Context, batch: Size, new: Size) -> str:

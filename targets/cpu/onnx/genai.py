@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ....compiler.artifact.generation_files import CONFIG, GENERATION, find_end_tokens, read_object
+from ....compiler.artifact.manifest import interface_entries
 from ....compiler.errors import Refuse
 from ....compiler.ir.module import Module, Value
 from ....compiler.ir.types import TensorType
@@ -18,6 +19,7 @@ NAME = "genai_config.json"
 TYPE = "decoder"  # GenAI knows few model types by name; this one takes any decoder with the inputs below
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_SHARED_TOKENS = 8192  # of a buffer, unless the user asks for another max_length
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -53,7 +55,9 @@ def genai_config(
         raise Refuse("the checkpoint names no end-of-text token")
     heads, hidden = (_config_integer(config, name) for name in ("num_attention_heads", "hidden_size"))
     first = ends[0]
-    context = config.get("max_position_embeddings") or next(d.high for d in module.dims if d.name == "P")
+    context = config.get("max_position_embeddings")
+    if not isinstance(context, int) or context < 1:
+        context = next(d.high for d in module.dims if d.name == "P")
     given = [p.name for p in module.main.params if p.name in _INPUTS]
     decoder = {
         "filename": "model.onnx",
@@ -83,8 +87,10 @@ def genai_config(
         "pad_token_id": _first_or_default(tokens.get("pad_token_id"), first),
         "decoder": decoder,
     }
-    # a shared buffer would be allocated for max_length tokens, which is the model's whole context by default
-    search = {"max_length": context, "num_beams": 1, "past_present_share_buffer": False}
+    # a shared buffer is allocated for max_length tokens at once, and the context of a model may be more than a machine has memory for
+    shared = all(state["in_place"] for state in interface_entries(module)["states"])
+    longest = min(context, _SHARED_TOKENS) if shared else context
+    search = {"max_length": longest, "num_beams": 1, "past_present_share_buffer": shared}
     search |= {name: tokens[name] for name in _SEARCH if tokens.get(name) is not None}
     return {"model": model, "search": search}
 

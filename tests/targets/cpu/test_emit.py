@@ -317,6 +317,11 @@ def test_genai_config() -> None:
         2,
     )
     assert made["search"]["top_p"] == 0.9 and made["search"]["max_length"] == 64
+    assert made["search"]["past_present_share_buffer"]
+    longer = genai_config(lower_module(program()).module, config | {"max_position_embeddings": 1 << 17}, {}, (2, 3))
+    assert (longer["model"]["context_length"], longer["search"]["max_length"]) == (1 << 17, 8192)
+    plain = genai_config(lower_module(program(fuse=False)).module, config, {}, (2, 3))["search"]
+    assert (plain["past_present_share_buffer"], plain["max_length"]) == (False, 64)  # no op appends in place
     with pytest.raises(Refuse, match="end-of-text"):
         genai_config(lower_module(program()).module, config, {}, ())
 

@@ -47,7 +47,7 @@ def test_an_artifact_says_which_kernels_it_has(artifact):
     manifest = json.loads((artifact / "moec.json").read_text())
     said = manifest["cpu_kernels"]
     assert said["operators"] == {
-        "GroupQueryAttention": 4,
+        "GroupQueryAttentionF16": 4,
         "MatMulNBits": 9,
         "QMoE": 4,
     }  # q, k, v and output of 4 layers in 2 each, and the head
@@ -137,7 +137,9 @@ def test_the_kernels_are_as_close_to_exact_numbers_as_onnx_runtime(artifact, mon
 def test_a_plain_session_takes_the_model(artifact):
     model = onnx.load(artifact / "model.onnx", load_external_data=False)
     onnx.checker.check_model(str(artifact / "model.onnx"))
-    assert {n.op_type for n in model.graph.node if n.domain == "moec"} == {"GroupQueryAttention", "QMoE", "MatMulNBits"}
+    assert {n.op_type for n in model.graph.node if n.domain == "moec"} == {
+        "GroupQueryAttentionF16", "QMoE", "MatMulNBits",
+    }  # fmt: skip
     onnxruntime.InferenceSession(str(artifact / "model.onnx"), providers=["CPUExecutionProvider"])
 
 
@@ -212,7 +214,8 @@ def tokens_of_plain_session(folder, library_file=None):
         options.register_custom_ops_library(str(folder / library_file))
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     states = json.loads((folder / "moec.json").read_text())["states"]
-    empty = {s["past"]: np.zeros([{"B": 1, "P": 0}.get(n, n) for n in s["shape"]], np.float32) for s in states}
+    dtypes = {"f32": np.float32, "f16": np.float16}
+    empty = {s["past"]: np.zeros([{"B": 1, "P": 0}.get(n, n) for n in s["shape"]], dtypes[s["dtype"]]) for s in states}
     tokens = list(PROMPT)
     for _ in range(NEW):
         ids = np.array([tokens])
@@ -303,7 +306,9 @@ def test_a_library_of_the_cache_that_is_not_whole_is_compiled_again(tmp_path, mo
 def test_kernels_that_do_not_compile_are_left_out_unless_they_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "OPTIONS", ("-no-such-option",))
     made = moec.compile(TINY, out=tmp_path / "out", quantize="int4")
-    assert "do not compile" in made.report["figures"]["notes"][0] and set(domains_of(made.folder)) == {"com.microsoft"}
+    assert "do not compile" in made.report["figures"]["notes"][0]
+    # the operator on a cache of f16 was chosen before; it is a function of the model
+    assert domains_of(made.folder)["moec"] == 4 and domains_of(made.folder)["com.microsoft"] > 0
     with pytest.raises(MoecError, match="do not compile"):
         moec.compile(TINY, out=tmp_path / "out", quantize="int4", options={"kernels": "moec"})
 
