@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Callable[[Recipe], "Tensor"]  # makes the tensor of a bound recipe
+# is told of every op that ran: its function, what that is bound to, the op and its results
+Observer = Callable[[Function, Mapping[str, str], Op, "Sequence[Tensor]"], None]
 
 
 def interpret(
@@ -31,6 +33,7 @@ def interpret(
     function: str = "main",
     bound: Mapping[str, str] | None = None,
     dims: Mapping[str, int] | None = None,
+    observe: Observer | None = None,
 ) -> tuple[Tensor, ...]:
     """Run a function on tensors in the order of its parameters; `bound` fills the holes of its weight names.
 
@@ -39,7 +42,7 @@ def interpret(
     start = module.by_name[function]
     found = bind_dims(start.params, inputs, dims)
     with torch.no_grad():
-        return _run_function(module, start, inputs, weights, dict(bound or {}), found)
+        return _run_function(module, start, inputs, weights, dict(bound or {}), found, observe)
 
 
 def bind_dims(
@@ -70,8 +73,9 @@ def bind_dims(
 
 
 def _run_function(
-    module: Module, function: Function, inputs: Sequence[Any], weights: Weights, bound: dict[str, str], dims: dict
-) -> tuple[Tensor, ...]:
+    module: Module, function: Function, inputs: Sequence[Any], weights: Weights, bound: dict[str, str], dims: dict,
+    observe: Observer | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     values: dict[str, Tensor] = {p.name: t for p, t in zip(function.params, inputs, strict=True)}
     values |= {c.value.name: weights(bind_recipe(c.recipe, function.weights, bound)) for c in function.consts}
     last_use = {v.name: i for i, op in enumerate(function.ops) for v in op.inputs}
@@ -80,10 +84,12 @@ def _run_function(
         operands = [None if v is None else values[v.name] for v in op.operands]
         if op.callee:
             results: Any = _run_function(
-                module, module.by_name[op.callee], operands, weights, {**bound, **call_bindings(op)}, dims
+                module, module.by_name[op.callee], operands, weights, {**bound, **call_bindings(op)}, dims, observe
             )
         else:
             results = run_op(op, operands, dims)
+            if observe is not None:
+                observe(function, bound, op, results)
         for value, tensor in zip(op.results, results, strict=True):
             values[value.name] = tensor
         for value in op.inputs:  # a layer's intermediate values need not outlive their last use

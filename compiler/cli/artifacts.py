@@ -200,16 +200,25 @@ def _stream_ids() -> Callable[[int, int], None]:
 )
 @click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
 @device_option
+@click.option("--layers", is_flag=True, help="Compare what the program's ops compute with every module of the source.")
 @json_option
 @debug_option
 def verify(
     folder: str, against: str | None, text: str | None, text_tokens: int | None, accuracy: str | None,
-    device: str | None, as_json: bool,
+    device: str | None, layers: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare an artifact with its source model.
 
     First the sha256 of every file is compared with moec.json. The source runs in transformers; the exit code is 1 if the two differ. Compares logits of prompts and of cached decoding, greedy tokens, and the predictions on a text: KL divergence, top-1 agreement, perplexity. The figures are kept in moec.json.
+
+    --layers interprets the program of the artifact, whatever the runtime, and names the first op that is too far from the module that it comes from.
     """
+    if layers:
+        if any(value is not None for value in (text, text_tokens, accuracy, device)):
+            raise click.UsageError("--layers interprets the program: leave out --text, --accuracy and --device")
+        from .bisect import verify_layers
+
+        return verify_layers(Path(folder), against, as_json)
     written = None if text is None else read_text(text)
     from .. import driver
 

@@ -31,6 +31,7 @@ from .base import (
     write_text,
 )
 from .bench import bench
+from .bisect import bisect
 from .chat import chat
 from .diff import diff
 from .plan import plan
@@ -224,6 +225,7 @@ main.add_command(verify)
 main.add_command(bench)
 main.add_command(plan)
 main.add_command(diff)
+main.add_command(bisect)
 main.add_command(serve)
 
 
