@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
-from .artifact.ahead import check_dump, check_folder, check_output, check_room, least_bytes
+from .artifact.ahead import check_dump, check_places, check_room, output_folder
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
+from .artifact.remote import check_remote, is_url, near_folder, near_place, publish_folder
 from .errors import MoecError
-from .errors.hub import download_model, hub_name
+from .errors.hub import download_model
 from .errors.paths import check_source
 from .ir.notes import Note
 from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_caches, with_lowering, with_options
@@ -96,7 +96,7 @@ def compile_source(
     """Compile a source for a target into the folder `out`.
 
     `source` is a checkpoint folder, a model on the Hugging Face Hub by its name (`org/name@revision`: from the local cache,
-    or fetched into it with `download`), a `.moir` file, an artifact, a live transformers model, or any other torch module
+    or fetched into it with `download`), an fsspec URL of one (`s3://...`; so may be `out`), a `.moir` file, an artifact, a live transformers model, or any other torch module
     with the `example_inputs` that it is called with (a tensor, a tuple, or a dict by name), or an exported program of
     torch, or an ONNX file or model; `weights` names the checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one
     of transformers; by default that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
@@ -129,9 +129,13 @@ def compile_source(
     dumps = check_dump(Path(dump)) if dump is not None else None
     if download:
         download_model(source)
-    if isinstance(source, (str, Path)):
-        out = _output_folder(out, source, chosen, quantize, budget)
-        _check_places(check_source(source), out, writes=stop_after is None, quantized=quantize is not None)
+    published, near = (out if is_url(out) else None), (near_folder(source) if is_url(source) else source)
+    if published is not None:
+        check_remote(published)
+        out = near_place(published)
+    if isinstance(near, (str, Path)):
+        out = output_folder(out, near, chosen.name, quantize, budget)
+        check_places(check_source(near), out, writes=stop_after is None, quantized=quantize is not None)
     from .cost.count import module_costs
     from .frontends.load import load
     from .quantize.planning import calibrate_weights, plan_under_budget
@@ -142,8 +146,11 @@ def compile_source(
 
     declare_kernel_ops(chosen)
     loaded = load(
-        source, weights=weights, tokenizer=tokenizer, example_inputs=example_inputs, trust_remote_code=trust_remote_code
+        near, weights=weights, tokenizer=tokenizer, example_inputs=example_inputs, trust_remote_code=trust_remote_code
     )
+
+    if near is not source:
+        loaded = replace(loaded, module=replace(loaded.module, source=str(source)))
 
     def make_plan(budget: Budget, method: str) -> Plan:
         loaded.need_weights()
@@ -189,32 +196,9 @@ def compile_source(
     if verify:
         against = loaded.folder if stored else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
+    if published is not None:
+        publish_folder(folder, published)
     return Compiled(artifact, run.module, notes, run.timings)
-
-
-def _check_places(source: Path, out: Path, *, writes: bool, quantized: bool) -> None:
-    """Raise MoecError for files beside a source that do not read, and for an output that cannot be written."""
-    if source.is_dir():
-        check_folder(source)
-    if writes:
-        check_output(out)
-        check_room(out, least_bytes(source, quantized))
-
-
-def _output_folder(
-    out: Path | str | None, source: Path | str, target: Target, quantize: str | None, budget: str | None
-) -> Path:
-    """Return the artifact's folder: the one asked for, or one named by the source, the target and the formats."""
-    if out is not None:
-        return Path(out)
-    path = Path(source)
-    if path.exists() or not hub_name(source):
-        name = path.resolve().name if path.is_dir() else path.stem
-    else:
-        name = str(source).partition("/")[2].replace("/", "-")
-    asked = Path(quantize).stem if quantize and quantize.endswith(".json") else quantize or ""
-    formats = re.sub(r"[^\w.]+", "-", f"{asked}-{budget}" if budget else asked)[:60].strip("-")
-    return Path("-".join(part for part in (name, target.name, formats) if part))
 
 
 def passes_for(target: Target) -> PassTable:

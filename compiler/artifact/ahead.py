@@ -7,10 +7,12 @@ read.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from ..errors import MoecError
+from ..errors.hub import hub_name
 from ..errors.paths import check_path
 from .atomic import check_replaceable
 from .generation_files import find_end_tokens, find_sampling
@@ -76,3 +78,28 @@ def _nearest_existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def check_places(source: Path, out: Path, *, writes: bool, quantized: bool) -> None:
+    """Raise MoecError for files beside a source that do not read, and for an output that cannot be written."""
+    if source.is_dir():
+        check_folder(source)
+    if writes:
+        check_output(out)
+        check_room(out, least_bytes(source, quantized))
+
+
+def output_folder(
+    out: Path | str | None, source: Path | str, target: str, quantize: str | None, budget: str | None
+) -> Path:
+    """Return the artifact's folder: the one asked for, or one named by the source, the target and the formats."""
+    if out is not None:
+        return Path(out)
+    path = Path(source)
+    if path.exists() or not hub_name(source):
+        name = path.resolve().name if path.is_dir() else path.stem
+    else:
+        name = str(source).partition("/")[2].replace("/", "-")
+    asked = Path(quantize).stem if quantize and quantize.endswith(".json") else quantize or ""
+    formats = re.sub(r"[^\w.]+", "-", f"{asked}-{budget}" if budget else asked)[:60].strip("-")
+    return Path("-".join(part for part in (name, target, formats) if part))

@@ -119,7 +119,7 @@ def run(
         prompt = read_text(prompt_file).removesuffix("\n")
     from ..runtime.artifact import Artifact
 
-    artifact = Artifact.open(Path(folder), check=check_files)
+    artifact = Artifact.open(folder, check=check_files)
     from .show import end_notes, generation_json, speed_line
 
     if chat:

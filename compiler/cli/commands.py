@@ -13,6 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..artifact.remote import is_url
 from ..errors.paths import check_source
 from ..version import __version__
 from .artifacts import run, verify
@@ -167,7 +168,7 @@ def compile(
         folder = str(done.artifact.folder)
         click.echo(json.dumps({"folder": folder, "seconds": seconds, **done.artifact.report}, indent=2))
     else:
-        click.echo(str(done.artifact.folder))
+        click.echo(out if is_url(out) else str(done.artifact.folder))
     if verify and not done.artifact.manifest["figures"]["measured"]["passed"]:
         click.get_current_context().exit(CHECK_FAILED)
 

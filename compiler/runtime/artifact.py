@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact.generation_files import EndTokens, find_end_tokens, find_sampling
 from ..artifact.manifest import add_figures, check_files, is_language_model, read_manifest
+from ..artifact.remote import is_url, near_folder
 from ..errors import MoecError
 from ..errors.paths import check_path
 from .calls import bind_arrays
@@ -32,7 +33,7 @@ class Artifact:
     @staticmethod
     def open(folder: Path | str, check: bool = False) -> Artifact:
         """Open a folder; with `check` the sha256 of every file is compared. MoecError says what is wrong with it."""
-        folder = check_path(folder, "the artifact")
+        folder = near_folder(folder) if is_url(folder) else check_path(folder, "the artifact")
         manifest = read_manifest(folder)
         check_files(folder, manifest, hashes=check)
         return Artifact(folder, manifest)

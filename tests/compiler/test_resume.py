@@ -76,6 +76,7 @@ def test_killed_and_resumed_equals_byte_for_byte(program, tmp_path, monkeypatch)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "out", "whole"]
 
 
+@pytest.mark.long
 def test_bytes_that_were_lost_are_written_again(program, tmp_path):
     whole = compiled(program, tmp_path / "whole")
     left = kill(program, tmp_path / "out", 20)
@@ -89,6 +90,7 @@ def test_bytes_that_were_lost_are_written_again(program, tmp_path):
     assert read_manifest(artifact.folder)["files"] == read_manifest(whole.folder)["files"]
 
 
+@pytest.mark.long
 def test_another_compile_does_not_go_on_with_it(program, tmp_path):
     left = kill(program, tmp_path / "out", 20)
     other = driver.compile(program, "cpu", tmp_path / "out", weights=TINY, memory_limit=LIMIT, resume=True)
@@ -97,6 +99,7 @@ def test_another_compile_does_not_go_on_with_it(program, tmp_path):
     assert read_manifest(other.folder)["files"] == read_manifest(plain.folder)["files"]
 
 
+@pytest.mark.long
 def test_what_is_interrupted_is_kept_where_it_is_asked_for(program, tmp_path, monkeypatch):
     writes, write = [], TiledFile.write
 

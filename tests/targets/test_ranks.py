@@ -72,7 +72,7 @@ def copies_of_hot():
     [
         ({}, None),
         ({}, copies_of_hot()),
-        ({"attention_dp": 2, "tp": 4}, None),
+        pytest.param({"attention_dp": 2, "tp": 4}, None, marks=pytest.mark.long),
         ({"attention_dp": 2, "tp": 2, "ep": 2, "pp": 2}, None),
     ],
     ids=["ep", "copies", "tp", "stages"],
@@ -107,6 +107,7 @@ def test_a_device_holds_its_experts_and_no_others(program, tmp_path):
             assert torch.equal(down, torch.stack([checkpoint[name] for name in names]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weights", ["experts=nvfp4,attention=fp8", "experts=int8"])
 def test_shards_in_formats_of_the_plan(weights, program, tmp_path):
     path = plan_file(tmp_path, program, weights=weights, attention_dp=4, tp=2, ep=8)

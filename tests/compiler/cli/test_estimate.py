@@ -24,6 +24,7 @@ def program(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 def test_bytes_are_those_of_the_artifact(program, tmp_path):
     result = invoke(program, "--quantize", "int4", "--target", "cpu", "--context", 100, "--json")
     assert result.exit_code == 0, result.stderr
