@@ -67,6 +67,7 @@ _BATCHED = _Spelling(  # a copy of the weights for every row
     operands="%x, %ids, %gates, %up, %down, _, _",
 )
 _OPTIONAL = ("bg", "bu", "up_bias", "down_bias")
+_SHARED = ("column", "repeated", "token")  # the numbers of rows are the same in every layer
 
 
 def _halves_patterns(spelling: _Spelling) -> dict[str, str]:
@@ -139,7 +140,12 @@ def _ungated_rule(spelling: _Spelling, kind: str) -> Rule:
 
 
 def _into_experts(spelling: _Spelling, before: str) -> Callable[[Guard], Rule]:
-    return rule(before=before, after=f"%y = moe.experts({spelling.operands}) {{act=Act}}", optional=_OPTIONAL)
+    return rule(
+        before=before,
+        after=f"%y = moe.experts({spelling.operands}) {{act=Act}}",
+        optional=_OPTIONAL,
+        shared=_SHARED if spelling is _BATCHED else (),
+    )
 
 
 def join_gate_and_up(m: Match, axis: int) -> dict[str, Any]:

@@ -92,6 +92,12 @@ def _divide(g: OnnxGraph, node: Node) -> Any:
 @operator("Max", "Min")
 def _extreme(g: OnnxGraph, node: Node) -> Any:
     name = "aten.maximum" if node.type == "Max" else "aten.minimum"
+    if len(node.inputs) == 2:
+        numbers = [item.single for item in node.inputs if isinstance(item, Numbers) and item.array.size == 1]
+        values = [item for item in node.inputs if not isinstance(item, Numbers)]
+        if len(numbers) == len(values) == 1 and isinstance(numbers[0], float):
+            bounds = {"min" if node.type == "Max" else "max": numbers[0]}
+            return g.call("aten.clamp", g.operand(values[0], None), **bounds)
     return reduce(lambda x, y: g.call(name, x, g.operand(y, x)), node.inputs[1:], g.operand(node.inputs[0], None))
 
 

@@ -8,49 +8,11 @@ import sympy
 
 from ...errors import MoecError
 from ...ir.dims import size
-from ...ir.module import Op, Value
+from ...ir.module import Value
 from ..aten.lower import reshape
 from .graph import OnnxGraph, operator
+from .masks import causal_mask, mask_of_bias, mask_of_lengths
 from .node import Item, Node
-
-_LOWEST = -1e4  # what is added to a score that is not to be seen is less
-
-
-def _number(g: OnnxGraph, value: Value) -> float | None:
-    made = g.producer(value)
-    if made is None or made.name not in ("core.constant", "core.full"):
-        return None
-    found = made.attributes["value"]
-    return float(found) if isinstance(found, (int, float)) else None
-
-
-def _origin(g: OnnxGraph, value: Value, through: tuple[str, ...]) -> tuple[Value, Op | None]:
-    """Return the value, and the op that makes it, before ops of these names."""
-    made = g.producer(value)
-    while made is not None and made.name in through:
-        value = made.inputs[0]
-        made = g.producer(value)
-    return value, made
-
-
-def mask_of_bias(g: OnnxGraph, bias: Value) -> Value:
-    """Return the mask [B, T] of slots that a bias of scores, 0 or very low, leaves visible; MoecError for another bias."""
-    _, made = _origin(g, bias, ("core.expand", "core.reshape"))
-    if made is not None and made.name == "core.where" and len(made.inputs[0].type.shape) == 2:
-        seen, other = (_number(g, value) for value in made.inputs[1:])
-        if seen == 0 and other is not None and other < _LOWEST:
-            return made.inputs[0]
-    raise MoecError("attention with a bias that is no padding mask")
-
-
-def _mask_of_lengths(g: OnnxGraph, lengths: Value) -> Value:
-    """Return the mask [B, T] whose sums, less 1, are the lengths of the sequences."""
-    _, made = _origin(g, lengths, ("core.cast", "core.reshape", "core.sub", "core.add"))
-    if made is not None and made.name == "core.sum":
-        mask, _ = _origin(g, made.inputs[0], ("core.cast",))
-        if len(mask.type.shape) == 2:
-            return mask
-    raise MoecError("attention with lengths of sequences that are no sums of a padding mask")
 
 
 @operator("com.microsoft.GroupQueryAttention")
@@ -61,7 +23,7 @@ def _group_query_attention(g: OnnxGraph, node: Node) -> Any:
     past_key, past_value = (g.value(node.inputs[place]) for place in (3, 4))
     q, k, v = _split_heads(g, node, heads, groups, int(past_key.type.shape[3]))
     batch, total = q.type.shape[0], past_key.type.shape[2] + q.type.shape[2]
-    mask = mask_of_bias(g, g.value(node.inputs[10])) if node.has(10) else _mask_of_lengths(g, g.value(node.inputs[5]))
+    mask = mask_of_bias(g, g.value(node.inputs[10])) if node.has(10) else mask_of_lengths(g, g.value(node.inputs[5]))
     if mask.type.shape != (batch, total):
         raise MoecError(f"GroupQueryAttention of {total} slots with a mask {mask.type}")
     if node.integer("do_rotary", 0):
@@ -123,3 +85,75 @@ def _turned(g: OnnxGraph, x: Value, cos: Value, sin: Value) -> Value:
     first = g.builder.add("core.slice", x, axis=3, start=size(0), stop=width)
     rest = g.builder.add("core.slice", x, axis=3, start=width, stop=x.type.shape[3])
     return g.builder.add("core.concat", g.builder.add("nn.rope", first, cos, sin), rest, axis=3)
+
+
+@operator("RotaryEmbedding")
+def _rotary_embedding(g: OnnxGraph, node: Node) -> Any:
+    if node.integer("interleaved", 0):
+        raise MoecError("rotary embedding of pairs that lie together")
+    x = g.value(node.inputs[0])
+    cos, sin = (_doubled(g, node, place) for place in (1, 2))
+    if len(x.type.shape) == 4:
+        return _turned(g, x, cos, sin)
+    batch, new, width = x.type.shape
+    heads = node.integer("num_heads")
+    opened = reshape(g, x, (batch, new, heads, width / heads))
+    turned = _turned(g, g.builder.add("core.transpose", opened, perm=(0, 2, 1, 3)), cos, sin)
+    return reshape(g, g.builder.add("core.transpose", turned, perm=(0, 2, 1, 3)), x.type.shape)
+
+
+def _doubled(g: OnnxGraph, node: Node, place: int) -> Value:
+    """Return angles [B, S, R] of a table [B, S, R/2], or of rows that positions look up."""
+    table = g.value(node.inputs[place])
+    if node.has(3):
+        return _looked_up(g, table, g.cast(g.value(node.inputs[3]), "i64"))
+    if (table, table) not in g.angles:
+        g.angles[table, table] = g.builder.add("core.concat", table, table, axis=2)
+    return g.angles[table, table]
+
+
+@operator("Attention")
+def _attention(g: OnnxGraph, node: Node) -> Any:
+    if node.integer("qk_matmul_output_mode", 0) or any(node.has(place) for place in (6,)) or len(node.proto.output) > 3:
+        raise MoecError("Attention that gives its scores, or has lengths of its own")
+    parts = [g.value(item) for item in node.inputs[:3]]
+    flat = len(parts[0].type.shape) == 3
+    if flat:
+        counts = [node.integer("q_num_heads"), *[node.integer("kv_num_heads")] * 2]
+        parts = [_opened(g, x, count) for x, count in zip(parts, counts, strict=True)]
+    q, k, v = parts
+    presents: list[Value] = []
+    k, v = (_before_repeating(g, x) for x in (k, v))
+    if node.has(4) and node.has(5):
+        presents = [append_state(g, g.value(node.inputs[4 + i]), x, 2) for i, x in enumerate((k, v))]
+        k, v = presents
+    mask = causal_mask(g, node, q, k)
+    scale = node.number("scale", 0.0) or int(q.type.shape[3]) ** -0.5
+    y = g.builder.add("nn.attention", q, k, v, mask, None, scale=scale, softcap=node.number("softcap", 0.0))
+    if flat:
+        return (reshape(g, y, (*y.type.shape[:2], y.type.shape[2] * y.type.shape[3])), *presents)
+    return (g.builder.add("core.transpose", y, perm=(0, 2, 1, 3)), *presents)
+
+
+def _before_repeating(g: OnnxGraph, x: Value) -> Value:
+    """Return the heads of a cache [B, G, T, D] that are repeated for each query head of their group; others as they are."""
+    made = g.producer(x)
+    spread = g.producer(made.inputs[0]) if made is not None and made.name == "core.reshape" else None
+    if spread is None or spread.name != "core.expand" or len(spread.results[0].type.shape) != 5:
+        return x
+    opened = g.producer(spread.inputs[0])
+    batch, groups, _, slots, width = spread.results[0].type.shape
+    if (
+        opened is None
+        or opened.name != "core.reshape"
+        or spread.inputs[0].type.shape != (batch, groups, 1, slots, width)
+    ):
+        return x
+    found = opened.inputs[0]
+    return found if found.type.shape == (batch, groups, slots, width) else x
+
+
+def _opened(g: OnnxGraph, x: Value, heads: int) -> Value:
+    """Return heads [B, H, S, D] of rows [B, S, H*D]."""
+    batch, new, width = x.type.shape
+    return g.builder.add("core.transpose", reshape(g, x, (batch, new, heads, width / heads)), perm=(0, 2, 1, 3))

@@ -170,10 +170,8 @@ class OnnxGraph(Graph):
             results = self._write_node(node, depth)
             if len(results) < len([name for name in proto.output if name]):
                 raise MoecError(f"{node.label} has {len(results)} results, the model wants more", model=place)
-            made = {name: item for name, item in zip(proto.output, results, strict=False) if name}
-            if None in made.values():
-                raise MoecError(f"{node.label} has a result that is not understood", model=place)
-            items.update({name: item for name, item in made.items() if item is not None})
+            made = zip(proto.output, results, strict=False)  # a result that nothing stands for must not be read
+            items.update({name: item for name, item in made if name and item is not None})
 
     def _write_node(self, node: Node, depth: int) -> tuple[Item | None, ...]:
         if all(item is None or isinstance(item, Numbers) for item in node.inputs):

@@ -14,6 +14,7 @@ from ..aten.lower import Graph, Proxy, normalize_axis, reshape
 from .graph import OnnxGraph, operator
 from .node import Item, Node
 from .numbers import Numbers
+from .origins import origin_of
 
 CHOSEN = dim("chosen_rows")  # how many rows a mask chooses; no size of a program
 
@@ -122,9 +123,29 @@ def _gather_nd(g: OnnxGraph, node: Node) -> Any:
             raise MoecError("GatherND by the places of two masks")
         return rows
     ids = g.value(index)
+    if ids.type.shape[-1] != 1 and (whole := _whole_grid(g, g.value(x), ids)) is not None:
+        return whole
     if ids.type.shape[-1] != 1:
         raise MoecError(f"GatherND by indices along {ids.type.shape[-1]} axes")
     return g.builder.add("core.take", g.value(x), g.cast(reshape(g, ids, ids.type.shape[:-1]), "i64"), axis=0)
+
+
+def _whole_grid(g: OnnxGraph, x: Value, ids: Value) -> Value | None:
+    """Return a tensor taken by the numbers of all its places, each axis along one of the index; None for other indices."""
+    joined = g.producer(ids)
+    if joined is None or joined.name != "core.concat" or len(joined.inputs) != len(x.type.shape):
+        return None
+    rest, axes = ids.type.shape[:-1], []
+    for part, length in zip(joined.inputs, x.type.shape, strict=True):
+        value, made = origin_of(g, part, ("core.expand", "core.reshape"))
+        lined = [a for a, n in enumerate(rest) if n == length]
+        if made is None or made.name != "core.iota" or value.type.shape != (length,) or len(lined) != 1:
+            return None
+        axes += lined
+    if axes != sorted(set(axes)):
+        return None
+    opened = reshape(g, x, tuple(n if a in axes else size(1) for a, n in enumerate(rest)))
+    return opened if opened.type.shape == rest else g.builder.add("core.expand", opened, shape=rest)
 
 
 @operator("ScatterElements")

@@ -70,6 +70,8 @@ def shared_sizes(
     mask = types.get(MASK)
     if mask is not None and len(mask.shape) > 1 and mask.shape[-1].is_Symbol and mask.shape[-1] not in renamed:
         renamed[mask.shape[-1]] = dim(PAST) + renamed.get(new, new)
+    if mask is not None and mask.shape[0].is_Symbol:
+        renamed.setdefault(mask.shape[0], renamed.get(batch, batch))
     found = {}
     for name, type_ in types.items():
         shape = [s.subs(renamed, simultaneous=True) for s in type_.shape]

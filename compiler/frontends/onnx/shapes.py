@@ -62,7 +62,27 @@ def _reshape(g: OnnxGraph, node: Node) -> Any:
         return g.call("aten.reshape", x, wanted)
     if not node.integer("allowzero", 0):
         wanted = [x.type.shape[i] if n == 0 and i < len(x.type.shape) else n for i, n in enumerate(wanted)]
-    return reshape(g, x, resolve_shape(x, wanted))
+    shape = resolve_shape(x, wanted)
+    return reshape(g, _repeated_rows(g, x, shape) or x, shape)
+
+
+def _repeated_rows(g: OnnxGraph, x: Value, shape: tuple[Size, ...]) -> Value | None:
+    """Return rows [T*K, D] that are each of T rows K times, looked up by their numbers; None for another reshape.
+
+    That is how experts get their tokens where each row is multiplied by a copy of its expert's weights.
+    """
+    spread = g.producer(x)
+    if spread is None or spread.name != "core.expand" or len(x.type.shape) != 3 or len(shape) < 2:
+        return None
+    (tokens, times, width), column = x.type.shape, spread.inputs[0]
+    if column.type.shape != (tokens, 1, width) or shape[0] != size(tokens * times) or tokens.is_Integer:
+        return None
+    made = g.producer(column)
+    flat = (tokens, width)
+    rows = made.inputs[0] if made and made.inputs[0].type.shape == flat else reshape(g, column, flat)
+    numbers = reshape(g, g.builder.add("core.iota", size=tokens), (tokens, 1))
+    places = reshape(g, g.builder.add("core.expand", numbers, shape=(tokens, times)), (tokens * times,))
+    return g.builder.add("core.take", rows, places, axis=0)
 
 
 @operator("Flatten")

@@ -2,16 +2,19 @@
 
 import moec
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from moec.compiler.frontends.families import FAMILIES
+from onnx_files import filled_model
 from tiny_models import random_model, save
 
 
-def greedy_steps(artifact, ids, steps=8):
+def greedy_steps(artifact, ids, steps=8, padded=2):
     """Return the logits of the last tokens, step by step, of padded prompts that are continued greedily."""
     session, rows = artifact.session(), len(ids)
     mask = np.ones(ids.shape, np.int64)
-    mask[0, :2] = 0
+    mask[0, :padded] = 0
     positions = np.clip(np.cumsum(mask, 1) - 1, 0, None)
     found, states = [], None
     for _ in range(steps):
@@ -43,6 +46,56 @@ def test_own_model_comes_back_with_the_same_numbers(checkpoint, quantize, tmp_pa
     wanted, found = greedy_steps(first, ids), greedy_steps(again, ids)
     assert np.array_equal(found.argmax(-1), wanted.argmax(-1))
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def run_steps(file, ids, steps):
+    """Return the logits of ONNX Runtime on a source, step by step, of prompts that are continued greedily."""
+    session, rows = onnxruntime.InferenceSession(file), len(ids)
+    inputs, names = {i.name: i for i in session.get_inputs()}, [o.name for o in session.get_outputs()]
+    states = {}
+    for name, entry in inputs.items():
+        if name.startswith("past"):
+            sizes = [n if isinstance(n, int) else 0 for n in entry.shape[1:]]
+            states[name] = np.zeros([rows, *sizes[:2], sizes[2] or 16], np.float32)
+    mask, found = np.ones(ids.shape, np.int64), []
+    for _ in range(steps):
+        positions = np.arange(mask.shape[1] - ids.shape[1], mask.shape[1])[None].repeat(rows, 0)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **states}
+        made = session.run(None, {name: array for name, array in given.items() if name in inputs})
+        results = dict(zip(names, made, strict=True))
+        states = {name: results[name.replace("past_key_values", "present")] for name in states}
+        found.append(results["logits"][:, -1])
+        ids = found[-1].argmax(-1)[:, None]
+        mask = np.concatenate([mask, np.ones((rows, 1), np.int64)], axis=1)
+    return np.stack(found)
+
+
+def growing_caches(file):
+    """Return a copy of a model whose caches are no rings of a fixed length: these are of another size than what is past."""
+    model = onnx.load(file)
+    for node in model.graph.node:
+        kept = [attribute for attribute in node.attribute if attribute.name != "sliding_window_cache"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    onnx.save(model, copy := file.with_name("growing.onnx"))
+    return copy
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["genai_gpt_oss", "mobius_qwen3_moe", "torch_olmoe"])
+def test_models_of_other_exporters_are_raised(name, tmp_path):
+    """What computes every expert, or copies weights for each token, computes the chosen ones; attention is one op."""
+    file = tmp_path / "x.onnx"
+    file.write_bytes(filled_model(name).SerializeToString())
+    artifact = moec.compile(file, out=tmp_path / "a")
+    ops = [op.name for op in moec.load(tmp_path / "a/program.moir").main.ops]
+    assert ops.count("ort.moe") == ops.count("ort.group_query_attention") == 2
+    assert not {"onnx.node", "core.matmul"} & set(ops)
+    ids = np.random.default_rng(0).integers(3, 90, (2, 7))
+    wanted = run_steps(growing_caches(file), ids, 12)
+    found = greedy_steps(artifact, ids, 12, padded=0)
+    assert np.array_equal(found.argmax(-1), wanted.argmax(-1))
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 def test_caches_of_plain_operators_become_states(tiny_lm, tmp_path):
