@@ -27,7 +27,10 @@ FILE = "capabilities.json"
 RIGHT, WRONG, REJECTED, CRASHED = "right", "wrong", "rejected", "crashed"
 INT8_ACTIVATIONS = 4  # ONNX Runtime's accuracy_level
 MOST_GROUPS = 2048  # of a row: what the kernels of moec's own take
-GRID_KERNELS = ("grid4",)  # elements of formats that those kernels read beside integers
+GRID_KERNELS = {
+    "grid4": 16,
+    "grid3": 32,
+}  # elements of formats that those kernels read beside integers, with the least group
 FAST, EXACT = ACCURACIES = ("fast", "exact")
 ODD_HEADS, ODD_TURNED = "heads of no multiple of 8", "rotary of no multiple of 16"
 # operands beside the part of a variant that is tried
@@ -237,7 +240,8 @@ def has_grid_kernel(op: Op, format: Format) -> bool:
     elif op.name not in ("core.linear", "nn.gated_mlp"):  # the latter becomes two of the former
         return False
     weights = [op["w"]] if op.name == "core.linear" else [op["up"], op["down"]]
-    return format.element in GRID_KERNELS and all(v.type.sizes[-1] <= MOST_GROUPS * format.group for v in weights)
+    known = format.group >= GRID_KERNELS.get(format.element, format.group + 1)
+    return known and all(v.type.sizes[-1] <= MOST_GROUPS * format.group for v in weights)
 
 
 def _best_level_of(record: Record, variants: Sequence[Variant]) -> tuple[int, str]:

@@ -161,8 +161,10 @@ def experts_nbits(ctx: Context, op: Op) -> None:
     expert_loop(ctx, op, up=lambda e: weight(3, e), down=lambda e: weight(7, e), biases=(names[6], names[10]))
 
 
-def _numbers_of_bytes(ctx: Context, format: Format) -> str:
-    """Return what the two codes of each byte stand for, f32[256, 2]."""
+def _numbers_of_codes(ctx: Context, format: Format) -> str:
+    """Return what the two codes of each byte stand for, f32[256, 2], or each code of 3 bits, f32[8]."""
+    if format.bits == 3:
+        return ctx.graph.constant(format.values, "f32")
     pairs = [[format.values[byte & 15], format.values[byte >> 4]] for byte in range(256)]
     return ctx.graph.constant(pairs, "f32")
 
@@ -172,7 +174,7 @@ def grid_linear(ctx: Context, op: Op) -> None:
     format = format_of(op.settings.text("format"))
     rows, groups = op["scales"].type.sizes
     ctx.finish(
-        op, LINEAR, *ctx.inputs(op), _numbers_of_bytes(ctx, format), domain=DOMAIN, K=groups * format.group, N=rows,
+        op, LINEAR[format.bits], *ctx.inputs(op), _numbers_of_codes(ctx, format), domain=DOMAIN, K=groups * format.group, N=rows,
         bits=format.bits, block_size=format.group,
     )  # fmt: skip
 
@@ -182,7 +184,7 @@ def grid_experts(ctx: Context, op: Op) -> None:
     format = format_of(op.settings.text("format"))
     options = {"swiglu_limit": float("inf"), **activation_options(op.settings.activation("act"))}
     ctx.finish(
-        op, EXPERTS, *ctx.inputs(op), _numbers_of_bytes(ctx, format), domain=DOMAIN, k=int(op["ids"].type.shape[1]),
+        op, EXPERTS[format.bits], *ctx.inputs(op), _numbers_of_codes(ctx, format), domain=DOMAIN, k=int(op["ids"].type.shape[1]),
         expert_weight_bits=format.bits, block_size=format.group, **options,
     )  # fmt: skip
 

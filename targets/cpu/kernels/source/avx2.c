@@ -40,7 +40,8 @@ INLINE __m128i round16(const float *x, __m256 inverse) {
 
 static void quantize(const Shape *s, const float *x, int8_t *codes, float *scales, float *sums) {
   int wide = chunk_width(s);
-  const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m128i split = s->bits == 4 ? _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)
+                                     : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   size_t whole = (size_t)(s->width / wide) * wide;
   memset(codes + whole, 0, codes_row(s) - whole);
   for (int g = 0; g < s->groups; g++) {
@@ -57,6 +58,10 @@ static void quantize(const Shape *s, const float *x, int8_t *codes, float *scale
       int8_t *chunk = codes + place - within;
       if (s->bits == 8) {
         _mm_storeu_si128((__m128i *)(chunk + within), rounded);
+      } else if (s->bits == 3) {
+        int32_t apart[4];
+        _mm_storeu_si128((__m128i *)apart, _mm_shuffle_epi8(rounded, split));
+        for (int j = 0; j < 4; j++) memcpy(chunk + j * CHUNK + within / 4, &apart[j], 4);
       } else {
         __m128i apart = _mm_shuffle_epi8(rounded, split);
         _mm_storel_epi64((__m128i *)(chunk + within / 2), apart);
@@ -78,30 +83,44 @@ INLINE Codes load_some(const uint8_t *codes, int bytes) {
 INLINE Codes load_table(const int8_t *numbers) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)numbers));
 }
-INLINE void split_codes(int kind, Codes codes, Codes table, Codes *low, Codes *high) {
-  const __m256i half = _mm256_set1_epi8(15);
-  *low = kind == 8 ? _mm256_xor_si256(codes, _mm256_set1_epi8(-128)) : _mm256_and_si256(codes, half);
-  *high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), half);
-  if (kind == GRID) *low = _mm256_shuffle_epi8(table, *low), *high = _mm256_shuffle_epi8(table, *high);
+INLINE Codes load_high(const uint8_t *high) {
+  __m256i each = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)high));
+  return _mm256_or_si256(each, _mm256_slli_epi16(each, 4));
+}
+INLINE void split_codes(int kind, Codes codes, Codes highest, Codes table, Codes part[4]) {
+  const __m256i half = _mm256_set1_epi8(15), two = _mm256_set1_epi8(3), four = _mm256_set1_epi8(4);
+  if (kind == GRID3) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      __m256i high = i < 2 ? _mm256_slli_epi16(highest, 2 - i) : _mm256_srli_epi16(highest, i - 2);
+      __m256i low = _mm256_and_si256(_mm256_srli_epi16(codes, 2 * i), two);
+      part[i] = _mm256_shuffle_epi8(table, _mm256_or_si256(low, _mm256_and_si256(high, four)));
+    }
+    return;
+  }
+  part[0] = kind == 8 ? _mm256_xor_si256(codes, _mm256_set1_epi8(-128)) : _mm256_and_si256(codes, half);
+  part[1] = _mm256_and_si256(_mm256_srli_epi16(codes, 4), half);
+  if (kind == GRID) part[0] = _mm256_shuffle_epi8(table, part[0]), part[1] = _mm256_shuffle_epi8(table, part[1]);
 }
 /* Return the products of signed bytes, added in pairs: at most 2 * 128 * 127, which fits. The sign goes to the second factor,
    as the instruction wants one without. */
 INLINE __m256i multiply_signed(__m256i a, __m256i b) { return _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a)); }
 /* Products of bytes are added in pairs to 16 bits: of codes below 16 two pairs fit. */
-INLINE Numbers multiply_unit(int kind, Codes low, Codes high, const int8_t *x) {
-  __m256i even = _mm256_loadu_si256((const __m256i *)x), pairs;
-  if (kind == GRID) {
-    const __m256i one = _mm256_set1_epi16(1), odd = _mm256_loadu_si256((const __m256i *)(x + CHUNK));
-    __m256i first = _mm256_madd_epi16(multiply_signed(low, even), one);
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(first, _mm256_madd_epi16(multiply_signed(high, odd), one)));
-  }
+INLINE Numbers multiply_unit(int kind, const Codes part[4], const int8_t *x) {
+  const __m256i one = _mm256_set1_epi16(1);
+  __m256i even = _mm256_loadu_si256((const __m256i *)x);
   if (kind == 4) {
     __m256i odd = _mm256_loadu_si256((const __m256i *)(x + CHUNK));
-    pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
-  } else {
-    pairs = multiply_signed(low, even);
+    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(part[0], even), _mm256_maddubs_epi16(part[1], odd));
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, one));
   }
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  __m256i sum = _mm256_madd_epi16(multiply_signed(part[0], even), one);
+#pragma GCC unroll 4
+  for (int i = 1; i < PARTS(kind); i++) {
+    __m256i other = _mm256_loadu_si256((const __m256i *)(x + i * CHUNK));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(multiply_signed(part[i], other), one));
+  }
+  return _mm256_cvtepi32_ps(sum);
 }
 INLINE Numbers spread_scales(const float *scales, int unit, int log, int shift) {
   switch (log) {

@@ -24,7 +24,8 @@ INLINE __m128i round16(const float *x, __m512 inverse) {
 
 static void quantize(const Shape *s, const float *x, int8_t *codes, float *scales, float *sums) {
   int wide = chunk_width(s);
-  const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m128i split = s->bits == 4 ? _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)
+                                     : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (size_t i = (size_t)(s->width / wide) * wide; i < codes_row(s); i++) codes[i] = 0;
   for (int g = 0; g < s->groups; g++) {
     const float *group = x + (size_t)g * s->group;
@@ -40,6 +41,10 @@ static void quantize(const Shape *s, const float *x, int8_t *codes, float *scale
       int8_t *chunk = codes + place - within;
       if (s->bits == 8) {
         _mm_storeu_si128((__m128i *)(chunk + within), rounded);
+      } else if (s->bits == 3) {
+        int32_t apart[4];
+        _mm_storeu_si128((__m128i *)apart, _mm_shuffle_epi8(rounded, split));
+        for (int j = 0; j < 4; j++) memcpy(chunk + j * CHUNK + within / 4, &apart[j], 4);
       } else {
         __m128i apart = _mm_shuffle_epi8(rounded, split);
         _mm_storel_epi64((__m128i *)(chunk + within / 2), apart);
@@ -62,15 +67,22 @@ typedef __m512 Numbers;
 
 INLINE Codes load_codes(const uint8_t *codes) { return _mm512_loadu_si512(codes); }
 INLINE Codes load_some(const uint8_t *codes, int bytes) { return _mm512_maskz_loadu_epi8(first_of_64(bytes), codes); }
-INLINE void split_codes(int kind, Codes codes, Codes table, Codes *low, Codes *high) {
+INLINE Codes load_high(const uint8_t *high) { return spread_high(_mm256_loadu_si256((const __m256i *)high)); }
+INLINE void split_codes(int kind, Codes codes, Codes highest, Codes table, Codes part[4]) {
   const __m512i half = _mm512_set1_epi8(15);
-  *low = kind == 8 ? codes : _mm512_and_si512(codes, half);
-  *high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
-  if (kind == GRID) *low = _mm512_shuffle_epi8(table, *low), *high = _mm512_shuffle_epi8(table, *high);
+  if (kind == GRID3) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) part[i] = _mm512_shuffle_epi8(table, join_bits(codes, highest, i));
+    return;
+  }
+  part[0] = kind == 8 ? codes : _mm512_and_si512(codes, half);
+  part[1] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), half);
+  if (kind == GRID) part[0] = _mm512_shuffle_epi8(table, part[0]), part[1] = _mm512_shuffle_epi8(table, part[1]);
 }
-INLINE Numbers multiply_unit(int kind, Codes low, Codes high, const int8_t *x) {
-  __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(x));
-  if (kind != 8) sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x + CHUNK));
+INLINE Numbers multiply_unit(int kind, const Codes part[4], const int8_t *x) {
+  __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS(kind); i++) sum = _mm512_dpbusd_epi32(sum, part[i], _mm512_loadu_si512(x + i * CHUNK));
   return _mm512_cvtepi32_ps(sum);
 }
 INLINE Numbers spread_scales(const float *scales, int unit, int log, int shift) {

@@ -1,5 +1,5 @@
-/* moec.QMoE: routed experts with quantized weights, as com.microsoft.QMoE with accuracy_level 4. moec.GridExperts: the same with
-   weights in a grid, where the experts of a token and their weights are inputs.
+/* moec.QMoE: routed experts with quantized weights, as com.microsoft.QMoE with accuracy_level 4. moec.GridExperts and GridExperts3: the
+   same with weights in a grid of 4 and of 3 bits, where the experts of a token and their weights are inputs.
 
    Tokens are taken some hundreds at a time. Their pairs of token and expert ("slots") are sorted by expert, so that a matrix
    is read once for all tokens of an expert. A task multiplies 32 rows of one expert's matrix; between the two matrices and
@@ -243,7 +243,7 @@ static const char *check_inputs(Step *step) {
   if (experts->grid && (!in[MIXING].data || in[MIXING].rank != 2 || in[MIXING].sizes[1] != choices)) {
     if (in[X].sizes[0]) return "moec.GridExperts: wrong weights of experts";
   }
-  if (experts->grid && !read_grid(&in[NUMBERS], step->numbers)) return "moec.GridExperts: its numbers are no grid of int8";
+  if (experts->grid && !read_grid(&in[NUMBERS], experts->bits, step->numbers)) return "moec.GridExperts: its numbers are no grid of int8";
   if (experts->chosen < 1 || experts->chosen > in[UP].sizes[0]) return "moec.QMoE: k is none that it takes";
   step->up = (Shape){experts->bits, experts->group, (int)in[UP].sizes[1], (int)(in[UP].sizes[2] * 8 / experts->bits),
                      experts->grid};
@@ -321,7 +321,7 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
   experts->chosen = (int)int_attribute(api, info, "k", 0);
   experts->bits = (int)int_attribute(api, info, "expert_weight_bits", 4);
   experts->group = (int)int_attribute(api, info, "block_size", 0);
-  if (!read_activation(api, info, &experts->activation) || (experts->bits != 4 && experts->bits != 8)) {
+  if (!read_activation(api, info, &experts->activation) || (experts->bits != 4 && experts->bits != (experts->grid ? 3 : 8))) {
     free(experts);
     return fail(api, "moec.QMoE: an activation or a width of weights that it does not have");
   }
@@ -369,4 +369,10 @@ static int grid_input_kind(const OrtCustomOp *op, size_t i) { return (void)op, (
 
 const OrtCustomOp grid_experts_op = {
     .get_name = grid_name, .get_input_count = grid_input_count, .get_input_type = grid_input_type,
+    .get_input_kind = grid_input_kind, .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};
+
+static const char *grid3_name(const OrtCustomOp *op) { return (void)op, "GridExperts3"; }
+
+const OrtCustomOp grid3_experts_op = {
+    .get_name = grid3_name, .get_input_count = grid_input_count, .get_input_type = grid_input_type,
     .get_input_kind = grid_input_kind, .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};

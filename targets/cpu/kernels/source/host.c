@@ -48,10 +48,11 @@ void note_weights(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_
   }
 }
 
-int read_grid(const Tensor *pairs, int8_t numbers[16]) {
-  if (!pairs->data || pairs->rank != 2 || pairs->sizes[0] != 256 || pairs->sizes[1] != 2) return 0;
+int read_grid(const Tensor *table, int bits, int8_t numbers[16]) {
+  int pairs = table->rank == 2 && table->sizes[0] == 256 && table->sizes[1] == 2;
+  if (!table->data || !(bits == 3 ? table->rank == 1 && table->sizes[0] == 8 : pairs)) return 0;
   for (int code = 0; code < 16; code++) {
-    float number = ((const float *)pairs->data)[2 * code];
+    float number = ((const float *)table->data)[pairs ? 2 * code : code % 8];
     if (!(number >= -127 && number <= 127)) return 0;
     numbers[code] = (int8_t)number;
     if ((float)numbers[code] != number) return 0;
@@ -197,12 +198,14 @@ void give_scratch(void *memory) {
 /* --- sizes ------------------------------------------------------------------------------------------------------- */
 
 int complete_shape(Shape *s) {
-  if (s->bits != 4 && s->bits != 8) return 0;
-  if (s->group < 16 || s->group > 256 || (s->group & (s->group - 1))) return 0;
+  if (s->bits != 4 && s->bits != 8 && !(s->grid && s->bits == 3)) return 0;
+  if (s->group < (s->bits == 3 ? 32 : 16) || s->group > 256 || (s->group & (s->group - 1))) return 0;
   if (s->rows < 1 || s->width < s->group || s->width % s->group) return 0;
   s->groups = s->width / s->group;
   s->row_bytes = s->width / 8 * s->bits;
-  s->chunks = (s->row_bytes + CHUNK - 1) / CHUNK;
+  s->plane = s->bits == 3 ? 2 : s->bits;
+  s->plane_bytes = s->width / 8 * s->plane;
+  s->chunks = (s->plane_bytes + CHUNK - 1) / CHUNK;
   s->zeros_bytes = (s->groups * s->bits + 7) / 8;
   return s->groups <= 2048;
 }

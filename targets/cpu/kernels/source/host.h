@@ -29,8 +29,9 @@ typedef struct {
 } Weights;
 /* Notes the constant inputs among the bits of `codes` (bytes), of `halves` (two bytes each) and of `scales` (numbers). */
 void note_weights(OrtApi api, const OrtKernelInfo *info, uint32_t codes, uint32_t halves, uint32_t scales, Weights *out);
-/* Reads the numbers of a grid from those of the two codes of each byte, f32[256, 2]; returns whether they are int8. */
-int read_grid(const Tensor *pairs, int8_t numbers[16]);
+/* Reads the numbers of a grid of 4 bits from those of the two codes of each byte, f32[256, 2], those of one of 3 bits from f32[8];
+   returns whether they are int8. */
+int read_grid(const Tensor *table, int bits, int8_t numbers[16]);
 /* Lets inputs that are weights be read from their copies, which the first caller makes. */
 OrtStatus *read_copies(OrtApi api, const OrtKernelContext *context, Weights *weights, Tensor *in, size_t count);
 void drop_copies(Weights *weights);
@@ -80,6 +81,6 @@ size_t activation_bytes(const Shape *s, int64_t rows);
 /* Lays out activations in memory of activation_bytes. */
 Activations place_activations(const Shape *s, int64_t rows, void *memory);
 
-extern const OrtCustomOp linear_op, experts_op, grid_linear_op, grid_experts_op;
+extern const OrtCustomOp linear_op, experts_op, grid_linear_op, grid_experts_op, grid3_linear_op, grid3_experts_op;
 
 #endif

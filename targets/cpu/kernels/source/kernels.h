@@ -3,11 +3,13 @@
    A quantized matrix [rows, width] is what com.microsoft.MatMulNBits and QMoE read: codes of 4 bits (low half of a byte
    first) or 8 bits, row after row, a scale for each group of neighbours along a row, and zero points in the width of
    the codes, or none (then the middle of the range is subtracted). In a grid a code of 4 bits stands for one of 16 numbers of
-   int8 instead, without zero points, and scales are bf16.
+   int8 instead, without zero points, and scales are bf16; one of 3 bits for one of 8. Codes of 3 bits lie in two planes of a row:
+   the lower two bits of all codes, and behind them the highest ones, each plane with the first code in the lowest bits.
 
    Activations are rounded to int8 for each group. They lie in chunks, of what 64 bytes of codes multiply: 64 numbers beside
    codes of 8 bits; beside codes of 4 bits 128 numbers, those at even places first, so that the low halves of 64 bytes meet
-   the first 64 and the high halves the others. The last chunk is filled with zeros. */
+   the first 64 and the high halves the others; beside codes of 3 bits 256 numbers in four such parts. The last chunk is filled
+   with zeros. */
 #ifndef MOEC_KERNELS_H
 #define MOEC_KERNELS_H
 
@@ -15,7 +17,10 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { GRID = 16 + 4 }; /* the kind of weights in a grid; that of integers is their bits */
+enum { GRID3 = 16 + 3, GRID }; /* the kinds of weights in a grid, of 3 bits and of 4; that of integers is their bits */
+/* Of a kind: bits of a code in the first plane; codes of a byte of it. */
+#define BITS(kind) ((kind) == GRID ? 4 : (kind) == GRID3 ? 2 : (kind))
+#define PARTS(kind) (8 / BITS(kind))
 enum { CHUNK = 64, TILE = 32, NEVER = 1 << 30 }; /* bytes of codes; rows of a matrix that are unpacked at once */
 
 typedef struct {
@@ -23,6 +28,8 @@ typedef struct {
   int grid; /* whether codes stand for numbers of a table */
   int groups;      /* of a row */
   int chunks;      /* of a row */
+  int plane;       /* bits of a code in the first plane: 2 of those of 3 bits, else all */
+  int plane_bytes; /* of the first plane of a row */
   int row_bytes;   /* of codes */
   int zeros_bytes; /* of a row's zero points */
 } Shape;
@@ -34,7 +41,7 @@ typedef struct {
   const uint8_t *zeros; /* NULL: the middle of the range */
   const float *bias;    /* NULL: none */
   const uint16_t *halves; /* of a grid: its scales, the upper halves of f32 */
-  const int8_t *numbers;  /* of a grid: its 16 numbers */
+  const int8_t *numbers;  /* of a grid: its 16 numbers, or its 8 numbers twice */
 } Matrix;
 
 /* Rows of activations. `sums` is the sum of a group's numbers: what a zero point of 1 takes off. */
@@ -95,7 +102,9 @@ const InstructionSet *choose_kernels(void);
 /* Return those that run on it, the fastest first; NULL after the last. */
 const InstructionSet *kernels_found(int index);
 
-static inline int chunk_width(const Shape *s) { return CHUNK * 8 / s->bits; }
+static inline int chunk_width(const Shape *s) { return CHUNK * 8 / s->plane; }
+/* Return how many codes a byte of the first plane has: the parts of a chunk, of which code i of each byte meets part i. */
+static inline int chunk_parts(const Shape *s) { return 8 / s->plane; }
 static inline size_t codes_row(const Shape *s) { return (size_t)s->chunks * chunk_width(s); }
 static inline size_t panel_bytes(const Shape *s) {
   return (size_t)TILE * (codes_row(s) + 2 * sizeof(float) * (size_t)s->groups);

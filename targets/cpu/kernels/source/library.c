@@ -56,8 +56,9 @@ static OrtCustomOp completed(const OrtCustomOp *op) {
 
 /* The operators outlive every session that uses them, so they are made once and kept. */
 static OrtStatus *make_domain(OrtApi api, OrtDomain **out) {
-  static const OrtCustomOp *const kinds[] = {&linear_op, &experts_op, &grid_linear_op, &grid_experts_op,
-                                             &attention_op, &attention_f16_op, &attention_bf16_op, &attention_int8_op};
+  static const OrtCustomOp *const kinds[] = {&linear_op,       &experts_op,       &grid_linear_op,    &grid_experts_op,
+                                             &grid3_linear_op, &grid3_experts_op, &attention_op,      &attention_f16_op,
+                                             &attention_bf16_op, &attention_int8_op};
   enum { OPS = sizeof kinds / sizeof *kinds };
   static OrtCustomOp ops[OPS];
   static _Atomic(OrtDomain *) made;

@@ -1,5 +1,5 @@
 /* moec.MatMulNBits: a linear layer with a quantized weight, as com.microsoft.MatMulNBits with accuracy_level 4; and
-   moec.MatMulGrid, with the weight in a grid. */
+   moec.MatMulGrid and MatMulGrid3, with the weight in a grid of 4 and of 3 bits. */
 #include "host.h"
 
 #include <stdlib.h>
@@ -49,7 +49,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   if ((status = read_copies(api, context, &linear->weights, in, INPUTS))) return status;
   if (!in[X].rank || in[X].sizes[in[X].rank - 1] != s->width) return fail(api, "moec.MatMulNBits: x has not K numbers a row");
   int8_t numbers[16];
-  if (s->grid && !read_grid(&in[NUMBERS], numbers)) return fail(api, "moec.MatMulGrid: its numbers are no grid of int8");
+  if (s->grid && !read_grid(&in[NUMBERS], s->bits, numbers)) return fail(api, "moec.MatMulGrid: its numbers are no grid of int8");
   int64_t rows = 1;
   for (int i = 0; i < in[X].rank - 1; i++) rows *= in[X].sizes[i];
   in[X].sizes[in[X].rank - 1] = s->rows;
@@ -83,7 +83,7 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
   linear->set = choose_kernels();
   linear->shape = (Shape){(int)int_attribute(api, info, "bits", 4), (int)int_attribute(api, info, "block_size", 0),
                           (int)int_attribute(api, info, "N", 0), (int)int_attribute(api, info, "K", 0), grid};
-  if (!complete_shape(&linear->shape) || (grid && linear->shape.bits != 4)) {
+  if (!complete_shape(&linear->shape) || (grid && linear->shape.bits == 8)) {
     free(linear);
     return fail(api, "moec.MatMulNBits: bits, block_size, N or K is none that it takes");
   }
@@ -120,4 +120,10 @@ static int grid_input_kind(const OrtCustomOp *op, size_t i) { return (void)op, (
 
 const OrtCustomOp grid_linear_op = {
     .get_name = grid_name, .get_input_count = grid_input_count, .get_input_type = grid_input_type,
+    .get_input_kind = grid_input_kind, .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};
+
+static const char *grid3_name(const OrtCustomOp *op) { return (void)op, "MatMulGrid3"; }
+
+const OrtCustomOp grid3_linear_op = {
+    .get_name = grid3_name, .get_input_count = grid_input_count, .get_input_type = grid_input_type,
     .get_input_kind = grid_input_kind, .create_kernel_v2 = create, .compute_v2 = compute, .destroy = destroy};

@@ -42,6 +42,11 @@ static void quantize(const Shape *s, const float *x, int8_t *codes, float *scale
       int8_t *chunk = codes + place - within;
       if (s->bits == 8) {
         vst1_s8(chunk + within, first), vst1_s8(chunk + within + 8, second);
+      } else if (s->bits == 3) {
+        const uint8x16_t apart = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+        int8_t parts[16];
+        vst1q_s8(parts, vqtbl1q_s8(vcombine_s8(first, second), apart));
+        for (int j = 0; j < 4; j++) memcpy(chunk + j * CHUNK + within / 4, parts + 4 * j, 4);
       } else {
         vst1_s8(chunk + within / 2, vuzp1_s8(first, second));
         vst1_s8(chunk + CHUNK + within / 2, vuzp2_s8(first, second));
@@ -60,20 +65,31 @@ INLINE Codes load_some(const uint8_t *codes, int bytes) {
   return load_codes(some);
 }
 INLINE Codes load_table(const int8_t *numbers) { return vld1q_s8(numbers); }
-INLINE void split_codes(int kind, Codes codes, Codes table, Codes *low, Codes *high) {
-  uint8x16_t c = vreinterpretq_u8_s8(codes);
-  int8x16_t middle = vdupq_n_s8(8);
-  if (kind == GRID) {
-    *low = vqtbl1q_s8(table, vandq_u8(c, vdupq_n_u8(15))), *high = vqtbl1q_s8(table, vshrq_n_u8(c, 4));
-    return;
-  }
-  *low = kind == 4 ? vsubq_s8(vreinterpretq_s8_u8(vandq_u8(c, vdupq_n_u8(15))), middle)
-                   : vreinterpretq_s8_u8(veorq_u8(c, vdupq_n_u8(128)));
-  *high = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(c, 4)), middle);
+INLINE Codes load_high(const uint8_t *high) {
+  uint16x8_t each = vmovl_u8(vld1_u8(high));
+  return vreinterpretq_s8_u16(vorrq_u16(each, vshlq_n_u16(each, 4)));
 }
-INLINE Numbers multiply_unit(int kind, Codes low, Codes high, const int8_t *x) {
-  int32x4_t sum = vdotq_s32(vdupq_n_s32(0), low, vld1q_s8(x));
-  if (kind != 8) sum = vdotq_s32(sum, high, vld1q_s8(x + CHUNK));
+INLINE void split_codes(int kind, Codes codes, Codes highest, Codes table, Codes part[4]) {
+  uint8x16_t c = vreinterpretq_u8_s8(codes), h = vreinterpretq_u8_s8(highest), two = vdupq_n_u8(3), four = vdupq_n_u8(4);
+  int8x16_t middle = vdupq_n_s8(8);
+  if (kind == GRID3) {
+    part[0] = vqtbl1q_s8(table, vorrq_u8(vandq_u8(c, two), vandq_u8(vshlq_n_u8(h, 2), four)));
+    part[1] = vqtbl1q_s8(table, vorrq_u8(vandq_u8(vshrq_n_u8(c, 2), two), vandq_u8(vshlq_n_u8(h, 1), four)));
+    part[2] = vqtbl1q_s8(table, vorrq_u8(vandq_u8(vshrq_n_u8(c, 4), two), vandq_u8(h, four)));
+    part[3] = vqtbl1q_s8(table, vorrq_u8(vshrq_n_u8(c, 6), vandq_u8(vshrq_n_u8(h, 1), four)));
+  } else if (kind == GRID) {
+    part[0] = vqtbl1q_s8(table, vandq_u8(c, vdupq_n_u8(15))), part[1] = vqtbl1q_s8(table, vshrq_n_u8(c, 4));
+  } else if (kind == 4) {
+    part[0] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(c, vdupq_n_u8(15))), middle);
+    part[1] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(c, 4)), middle);
+  } else {
+    part[0] = vreinterpretq_s8_u8(veorq_u8(c, vdupq_n_u8(128)));
+  }
+}
+INLINE Numbers multiply_unit(int kind, const Codes part[4], const int8_t *x) {
+  int32x4_t sum = vdupq_n_s32(0);
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS(kind); i++) sum = vdotq_s32(sum, part[i], vld1q_s8(x + i * CHUNK));
   return vcvtq_f32_s32(sum);
 }
 INLINE Numbers spread_scales(const float *scales, int unit, int log, int shift) {

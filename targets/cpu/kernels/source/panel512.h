@@ -15,6 +15,19 @@ INLINE __m512i load_table(const int8_t *numbers) {
   return _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)numbers)), _mm512_set1_epi8(-128));
 }
 
+/* Return the highest bits of 64 times 4 codes of 3 bits, those of 4 in the lowest bits of a byte. */
+INLINE __m512i spread_high(__m256i high) {
+  __m512i each = _mm512_cvtepu8_epi16(high);
+  return _mm512_or_si512(each, _mm512_slli_epi16(each, 4));
+}
+
+/* Return code `i` of 3 bits of each byte, from its lower two bits and the highest one. */
+INLINE __m512i join_bits(__m512i low, __m512i high, int i) {
+  __m512i highest = i < 2 ? _mm512_slli_epi16(high, 2 - i) : _mm512_srli_epi16(high, i - 2);
+  low = _mm512_and_si512(_mm512_srli_epi16(low, 2 * i), _mm512_set1_epi8(3));
+  return _mm512_ternarylogic_epi32(low, highest, _mm512_set1_epi8(4), 0xf8); /* low | highest & 4 */
+}
+
 /* Transposes 16 rows of 16 double words. */
 INLINE void transpose16(__m512i r[16]) {
   __m512i t[16];
@@ -46,14 +59,21 @@ INLINE void transpose16(__m512i r[16]) {
   }
 }
 
-/* Unpacks 64 bytes of each of 16 rows, `count` of which there are; `shift` takes the high halves of codes of 4 bits. */
-INLINE void unpack_chunk(const uint8_t *codes, int row_bytes, int count, __mmask64 some, int kind, __m512i table, int shift,
-                         uint8_t *to) {
+/* Unpacks code `part` of 64 bytes of each of 16 rows, `count` of which there are; `high` are the highest bits of those of 3. */
+INLINE void unpack_chunk(const uint8_t *codes, const uint8_t *high, int row_bytes, int count, int bytes, int kind, __m512i table,
+                         int part, uint8_t *to) {
   __m512i rows[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) { /* a row that is not there has zeros */
-    __m512i row = _mm512_maskz_loadu_epi8(i < count ? some : 0, codes + (size_t)i * row_bytes);
-    if (shift) row = _mm512_srli_epi16(row, 4);
+    size_t at = (size_t)i * row_bytes;
+    int there = i < count ? bytes : 0;
+    __m512i row = _mm512_maskz_loadu_epi8(first_of_64(there), codes + at);
+    if (kind == GRID3) {
+      __m256i highest = _mm256_maskz_loadu_epi8((__mmask32)first_of_64(there < CHUNK ? there / 2 : CHUNK / 2), high + at);
+      rows[i] = _mm512_shuffle_epi8(table, join_bits(row, spread_high(highest), part));
+      continue;
+    }
+    if (part) row = _mm512_srli_epi16(row, 4);
     rows[i] = kind == 8 ? row : _mm512_and_si512(row, _mm512_set1_epi8(15));
     if (kind == GRID) rows[i] = _mm512_shuffle_epi8(table, rows[i]);
   }
@@ -96,23 +116,21 @@ INLINE void unpack_scales(const Matrix *w, int first, int count, float *scales, 
 static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
   const Shape *s = w->shape;
   __m512i table = s->grid ? load_table(w->numbers) : _mm512_setzero_si512();
-  for (int part = 0; part < TILE; part += 16) {
-    int rows = count - part;
-    const uint8_t *codes = w->codes + (size_t)(first + part) * s->row_bytes;
-    uint8_t *to = panel.codes + part * 4;
-    for (int c = 0; c < s->chunks; c++, codes += CHUNK) {
-      __mmask64 some = first_of_64(s->row_bytes - c * CHUNK);
-      if (s->bits == 8) {
-        unpack_chunk(codes, s->row_bytes, rows, some, 8, table, 0, to), to += 16 * TILE * 4;
-      } else if (s->grid) {
-        unpack_chunk(codes, s->row_bytes, rows, some, GRID, table, 0, to), to += 16 * TILE * 4;
-        unpack_chunk(codes, s->row_bytes, rows, some, GRID, table, 1, to), to += 16 * TILE * 4;
-      } else {
-        unpack_chunk(codes, s->row_bytes, rows, some, 4, table, 0, to), to += 16 * TILE * 4;
-        unpack_chunk(codes, s->row_bytes, rows, some, 4, table, 1, to), to += 16 * TILE * 4;
+  for (int half = 0; half < TILE; half += 16) {
+    int rows = count - half;
+    const uint8_t *codes = w->codes + (size_t)(first + half) * s->row_bytes, *high = codes + s->plane_bytes;
+    uint8_t *to = panel.codes + half * 4;
+    for (int c = 0; c < s->chunks; c++, codes += CHUNK, high += CHUNK / 2) {
+      int bytes = s->plane_bytes - c * CHUNK;
+      for (int part = 0; part < chunk_parts(s); part++, to += 16 * TILE * 4) {
+        switch (s->bits) {
+          case 8: unpack_chunk(codes, high, s->row_bytes, rows, bytes, 8, table, 0, to); break;
+          case 3: unpack_chunk(codes, high, s->row_bytes, rows, bytes, GRID3, table, part, to); break;
+          default: unpack_chunk(codes, high, s->row_bytes, rows, bytes, s->grid ? GRID : 4, table, part, to);
+        }
       }
     }
-    unpack_scales(w, first + part, rows, panel.scales + part, panel.zeros + part);
+    unpack_scales(w, first + half, rows, panel.scales + half, panel.zeros + half);
   }
 }
 

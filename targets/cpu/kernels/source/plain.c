@@ -15,7 +15,7 @@ static void quantize(const Shape *s, const float *x, int8_t *codes, float *scale
     int sum = 0;
     for (int i = g * s->group; i < (g + 1) * s->group; i++) {
       int code = (int)rintf(x[i] * inverse), within = i % wide;
-      int place = s->bits == 8 ? within : within / 2 + within % 2 * CHUNK;
+      int place = within / chunk_parts(s) + within % chunk_parts(s) * CHUNK;
       codes[i / wide * wide + place] = (int8_t)code;
       sum += code;
     }
@@ -28,13 +28,19 @@ static float multiply_row(const Matrix *w, int row, const int8_t *x, const float
   const Shape *s = w->shape;
   const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
   size_t first = (size_t)row * s->groups;
-  int bytes = s->group * s->bits / 8; /* of a group */
+  const uint8_t *high = codes + s->plane_bytes;
+  int bytes = s->group * s->plane / 8; /* of a group */
   float total = 0;
   for (int g = 0; g < s->groups; g++) {
     int sum = 0;
     for (int b = g * bytes; b < (g + 1) * bytes; b++) {
       const int8_t *chunk = x + b / CHUNK * chunk_width(s);
-      if (s->grid) {
+      if (s->bits == 3) {
+        for (int i = 0; i < 4; i++) {
+          int code = (codes[b] >> 2 * i & 3) | (high[b / 2] >> (b % 2 * 4 + i) & 1) << 2;
+          sum += w->numbers[code] * chunk[i * CHUNK + b % CHUNK];
+        }
+      } else if (s->grid) {
         sum += w->numbers[codes[b] & 15] * chunk[b % CHUNK] + w->numbers[codes[b] >> 4] * chunk[CHUNK + b % CHUNK];
       } else if (s->bits == 8) {
         sum += codes[b] * chunk[b % CHUNK];

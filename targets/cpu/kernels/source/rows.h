@@ -7,7 +7,8 @@
    RAISED                         what it adds to a number of a grid
    load_codes, load_some          UNIT bytes, or the first ones and zeros
    load_table                     the numbers of a grid in every 16 bytes
-   split_codes                    codes of 4 bits as low and high halves, of 8 bits as `low`; of a grid their numbers
+   load_high                      the highest bits of UNIT bytes of codes of 3 bits: those of a byte in its lowest 4 bits
+   split_codes                    the codes of each byte, first to last (PARTS of them); of a grid their numbers
    multiply_unit                  their products with activations, each lane the sum of neighbours
    spread_scales                  the scale of each lane; a unit has 1 << log groups, or a group 1 << shift units
    zero_points                    those of the next LANES groups, less what splitting takes off
@@ -19,12 +20,11 @@
 #include "kernels.h"
 
 enum { MOST_GROUPS = 2048, FEW = 4, ACTIVATIONS = 16 }; /* rows of activations at once; in the cache */
-#define BITS(kind) ((kind) == GRID ? 4 : (kind))
 
 /* Writes the products of a row's scales with those of the activations; returns what the zero points take off. */
 INLINE float combine_scales(const Matrix *w, int row, int kind, const float *scales, const float *sums, float *out) {
   const Shape *s = w->shape;
-  int g = 0, bits = BITS(kind), grid = kind == GRID;
+  int g = 0, bits = BITS(kind), grid = kind >= GRID3;
   size_t first = (size_t)row * s->groups;
   const uint8_t *zeros = w->zeros && !grid ? w->zeros + (size_t)row * s->zeros_bytes : NULL;
   float off = 0, middle = grid ? RAISED : (float)((1 << (bits - 1)) - LOWERED(bits));
@@ -56,13 +56,13 @@ INLINE void multiply_row(const Matrix *w, int row, int kind, int log, int shift,
   const Shape *s = w->shape;
   const int bits = BITS(kind);
   static const int8_t none[16];
-  const Codes table = load_table(kind == GRID ? w->numbers : none);
-  const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
+  const Codes table = load_table(kind >= GRID3 ? w->numbers : none);
+  const uint8_t *codes = w->codes + (size_t)row * s->row_bytes, *high = codes + s->plane_bytes;
   const int8_t *x[FEW];
   float both[FEW][MOST_GROUPS + 16] __attribute__((aligned(64))), off[FEW];
   Numbers sum[FEW][4];
-  Codes low, high;
-  int whole = s->row_bytes / UNIT, u = 0;
+  Codes part[4], highest = table; /* of codes that have no second plane it is not read */
+  int whole = s->plane_bytes / UNIT, u = 0;
   int chains = n == 1 ? 4 : n == 2 ? 2 : 1; /* sums of a row, so that no product waits for the one before */
 #pragma GCC unroll 4
   for (int i = 0; i < n; i++) {
@@ -73,19 +73,26 @@ INLINE void multiply_row(const Matrix *w, int row, int kind, int log, int shift,
   for (; u + chains <= whole; u += chains) {
 #pragma GCC unroll 4
     for (int j = 0; j < chains; j++) {
-      split_codes(kind, load_codes(codes + (size_t)(u + j) * UNIT), table, &low, &high);
+      if (kind == GRID3) highest = load_high(high + (size_t)(u + j) * (UNIT / 2));
+      split_codes(kind, load_codes(codes + (size_t)(u + j) * UNIT), highest, table, part);
 #pragma GCC unroll 4
       for (int i = 0; i < n; i++) {
-        Numbers part = multiply_unit(kind, low, high, met_by(x[i], u + j, bits));
-        sum[i][j] = add_product(part, spread_scales(both[i], u + j, log, shift), sum[i][j]);
+        Numbers product = multiply_unit(kind, part, met_by(x[i], u + j, bits));
+        sum[i][j] = add_product(product, spread_scales(both[i], u + j, log, shift), sum[i][j]);
       }
     }
   }
-  for (; u * UNIT < s->row_bytes; u++) {
-    split_codes(kind, load_some(codes + (size_t)u * UNIT, s->row_bytes - u * UNIT), table, &low, &high);
+  for (; u * UNIT < s->plane_bytes; u++) {
+    int left = s->plane_bytes - u * UNIT;
+    if (kind == GRID3) {
+      uint8_t some[UNIT / 2] = {0};
+      memcpy(some, high + (size_t)u * (UNIT / 2), (size_t)(left < UNIT ? left / 2 : UNIT / 2));
+      highest = load_high(some);
+    }
+    split_codes(kind, load_some(codes + (size_t)u * UNIT, left), highest, table, part);
     for (int i = 0; i < n; i++) {
-      Numbers part = multiply_unit(kind, low, high, met_by(x[i], u, bits));
-      sum[i][0] = add_product(part, spread_scales(both[i], u, log, shift), sum[i][0]);
+      Numbers product = multiply_unit(kind, part, met_by(x[i], u, bits));
+      sum[i][0] = add_product(product, spread_scales(both[i], u, log, shift), sum[i][0]);
     }
   }
   float bias = w->bias ? w->bias[row] : 0;
@@ -112,15 +119,17 @@ INLINE void multiply_rows_as(const Matrix *w, int first, int count, const Produc
 }
 
 static void multiply_rows(const Matrix *w, int first, int count, const Product *p) {
-  int wide = UNIT * 8 / w->shape->bits, shift = 0, kind = w->shape->grid ? GRID : w->shape->bits;
+  int wide = UNIT * 8 / w->shape->plane, shift = 0, kind = w->shape->bits;
+  if (w->shape->grid) kind = kind == 3 ? GRID3 : GRID;
   for (int n = w->shape->group / wide; n > 1; n /= 2) shift++;
 #define CASE(kind, log) \
   case 32 * (1 << log) + kind: multiply_rows_as(w, first, count, p, kind, log, 0); break;
   switch (32 * (wide / w->shape->group) + kind) { /* small groups are cases, since each has code of its own */
     CASE(4, 3) CASE(4, 2) CASE(4, 1) CASE(8, 2) CASE(8, 1) CASE(GRID, 3) CASE(GRID, 2) CASE(GRID, 1)
-    CASE(4, 0) CASE(8, 0) CASE(GRID, 0)
+    CASE(GRID3, 3) CASE(GRID3, 2) CASE(GRID3, 1) CASE(4, 0) CASE(8, 0) CASE(GRID, 0) CASE(GRID3, 0)
     case 4: multiply_rows_as(w, first, count, p, 4, 0, shift); break;
     case GRID: multiply_rows_as(w, first, count, p, GRID, 0, shift); break;
+    case GRID3: multiply_rows_as(w, first, count, p, GRID3, 0, shift); break;
     default: multiply_rows_as(w, first, count, p, 8, 0, shift);
   }
 #undef CASE

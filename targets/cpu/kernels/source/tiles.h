@@ -22,12 +22,12 @@ static inline Panel place_panel(const Shape *s, void *memory) {
   return (Panel){(uint8_t *)(scales + (size_t)2 * TILE * s->groups), scales, scales + (size_t)TILE * s->groups};
 }
 
-/* Where the codes of a group begin in a row of activations. A group that is smaller than a chunk of 4-bit codes has its even
-   places in one half of the chunk, its odd ones in the other: two parts of it, a line apart. */
-static inline int group_parts(const Shape *s) { return s->bits == 4 && s->group < chunk_width(s) ? 2 : 1; }
+/* Where the codes of a group begin in a row of activations. A group that is smaller than a chunk has a part of its places in each
+   part of the chunk, a line apart. */
+static inline int group_parts(const Shape *s) { return s->group < chunk_width(s) ? chunk_parts(s) : 1; }
 static inline size_t group_start(const Shape *s, int g) {
   size_t at = (size_t)g * s->group, wide = (size_t)chunk_width(s);
-  return group_parts(s) == 2 ? at / wide * wide + at % wide / 2 : at;
+  return at / wide * wide + at % wide / (size_t)group_parts(s);
 }
 
 #ifdef STEP
@@ -53,18 +53,33 @@ static inline void unpack_line(const uint8_t *codes, int bits, const int8_t *num
   }
 }
 
+/* Unpacks 64 bytes of a row of codes of 3 bits, whose highest bits are in 32 others. */
+static inline void unpack_two_planes(const uint8_t *codes, const uint8_t *high, const int8_t *numbers, uint8_t *to) {
+  for (int b = 0; b < CHUNK; b++) {
+    for (int i = 0; i < 4; i++) {
+      int code = (codes[b] >> 2 * i & 3) | (high[b / 2] >> (b % 2 * 4 + i) & 1) << 2;
+      to[(size_t)(i * CHUNK + b) / STEP * TILE * STEP + b % STEP] = (uint8_t)(numbers[code] + 128 - TILE_LOWERED(8));
+    }
+  }
+}
+
 static void unpack_tile(const Matrix *w, int first, int count, Panel panel) {
   const Shape *s = w->shape;
   uint8_t *to = panel.codes;
   for (int c = 0; c < s->chunks; c++, to += (size_t)chunk_width(s) * TILE) { /* a chunk of all rows stays in the first cache */
     for (int row = 0; row < TILE; row++) {
-      uint8_t some[CHUNK] = {0};
-      int bytes = row < count ? s->row_bytes - c * CHUNK : 0;
+      uint8_t some[CHUNK] = {0}, highest[CHUNK / 2] = {0};
+      int bytes = row < count ? s->plane_bytes - c * CHUNK : 0;
       const uint8_t *line = w->codes + (size_t)(first + row) * s->row_bytes + (size_t)c * CHUNK;
       if (bytes < CHUNK) memcpy(some, line, (size_t)bytes), line = some; /* rows and places that are not there are zeros */
       if (s->bits == 4 && !s->grid) unpack_line(line, 4, NULL, to + row * STEP);
       if (s->bits == 8) unpack_line(line, 8, NULL, to + row * STEP);
-      if (s->grid) unpack_line(line, 4, w->numbers, to + row * STEP);
+      if (s->bits == 4 && s->grid) unpack_line(line, 4, w->numbers, to + row * STEP);
+      if (s->bits == 3) {
+        const uint8_t *high = w->codes + (size_t)(first + row) * s->row_bytes + s->plane_bytes + (size_t)c * CHUNK / 2;
+        if (bytes) memcpy(highest, high, (size_t)(bytes < CHUNK ? bytes / 2 : CHUNK / 2));
+        unpack_two_planes(line, highest, w->numbers, to + row * STEP);
+      }
     }
   }
   for (int row = 0; row < TILE; row++) {

@@ -42,6 +42,7 @@ static double weight(const Matrix *w, int row, int k) {
   const Shape *s = w->shape;
   const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
   int code = s->bits == 8 ? codes[k] : codes[k / 2] >> (k % 2 * 4) & 15;
+  if (s->bits == 3) code = (codes[k / 4] >> (k % 4 * 2) & 3) + 4 * (codes[s->width / 4 + k / 8] >> (k % 8) & 1);
   if (s->grid) return (double)scale_of(w, (size_t)row * s->groups + (size_t)(k / s->group)) * w->numbers[code];
   return (double)w->scales[(size_t)row * s->groups + k / s->group] * (code - zero_point(w, row, k / s->group));
 }
@@ -49,7 +50,7 @@ static double weight(const Matrix *w, int row, int k) {
 /* Return number `k` of a row of activations as the kernels were given it. */
 static double activation(const Shape *s, const Activations *x, int row, int k) {
   int wide = chunk_width(s), within = k % wide;
-  int place = s->bits == 8 ? within : within / 2 + within % 2 * CHUNK;
+  int parts = s->bits == 8 ? 1 : s->bits == 4 ? 2 : 4, place = within / parts + within % parts * CHUNK;
   return (double)x->scales[(size_t)row * s->groups + k / s->group] * x->codes[(size_t)row * codes_row(s) + k / wide * wide + place];
 }
 
@@ -106,9 +107,11 @@ static int check_rounding(const InstructionSet *set, const Shape *s, const float
 }
 
 static int check_case(const InstructionSet *set) {
-  Shape s = {between(0, 1) ? 4 : 8, 16 << between(0, 4), between(1, 70)};
+  static const int widths[] = {3, 4, 4, 8};
+  Shape s = {widths[between(0, 3)], 16 << between(0, 4), between(1, 70)};
+  if (s.bits == 3 && s.group < 32) s.group = 32;
   s.width = s.group * between(1, 9);
-  s.grid = s.bits == 4 && between(0, 1);
+  s.grid = s.bits == 3 || (s.bits == 4 && between(0, 1));
   if (!complete_shape(&s)) return printf("a shape is refused\n"), 1;
   int known = between(1, 9), count = between(1, 20);
   float *x = numbers((size_t)known * s.width, 4), *scales = numbers((size_t)s.rows * s.groups, 0.1f);
@@ -116,7 +119,7 @@ static int check_case(const InstructionSet *set) {
   uint8_t *codes = filled((size_t)s.rows * s.row_bytes), *zeros = between(0, 1) ? filled((size_t)s.rows * s.zeros_bytes) : NULL;
   uint16_t *halves = filled(sizeof(uint16_t) * (size_t)s.rows * s.groups);
   int8_t *grid = filled(16);
-  for (int i = 0; i < 16; i++) grid[i] = (int8_t)between(-127, 127);
+  for (int i = 0; i < 16; i++) grid[i] = s.bits == 3 && i > 7 ? grid[i - 8] : (int8_t)between(-127, 127);
   for (int i = 0; i < s.rows * s.groups; i++) {
     uint32_t number;
     memcpy(&number, &scales[i], sizeof number);
