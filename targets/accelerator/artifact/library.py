@@ -1,7 +1,8 @@
 """What an engineer would call of a vendor's library in the place of a kernel, and whether weights lie as that takes them.
 
 Names are those of torch_npu's documentation (Ascend/op-plugin, docs). Its grouped and plain products take transposed weights in
-FRACTAL_NZ as [E, K1, N1, N0, K0], K0 and N0 being 16 for bf16 (aclnnGroupedMatmulWeightNz): what moec stores.
+FRACTAL_NZ as [E, K1, N1, N0, K0], K0 and N0 being 16 for bf16 (aclnnGroupedMatmulWeightNz): what moec stores. In MX formats
+transposed weights [E, N, K] have scales [E, N, ceil(K / 64), 2] (aclnnGroupedMatmulSwigluQuantV2): moec's [E, N, K / 32].
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..tile.packing import Packing
+from ..tile.tiles import Dot, Program, walk_statements
 
 
 @dataclass(frozen=True)
 class Library:
-    """A vendor's library: what it has for an op by name, and for dispatch and combine over devices."""
+    """A vendor's library: what it has for an op by name, for one that multiplies or makes codes in an MX format, and for
+    dispatch and combine over devices."""
 
     calls: Mapping[str, str] = field(default_factory=dict)
+    coded: Mapping[str, str] = field(default_factory=dict)
     dispatch: str = ""
     combine: str = ""
 
@@ -36,6 +40,14 @@ TORCH_NPU = Library(
         "nn.attention": "torch_npu.npu_fused_infer_attention_score",
         "acc.latent_attention": "torch_npu.npu_fused_infer_attention_score",
     },
+    {
+        "acc.quantize": "torch_npu.npu_dynamic_mx_quant",
+        "acc.norm": "torch_npu.npu_add_rms_norm_dynamic_mx_quant",  # npu_rms_norm_dynamic_mx_quant without a residual
+        "acc.linear": "torch_npu.npu_quant_matmul",
+        "acc.gated_up": "torch_npu.npu_quant_matmul, torch_npu.npu_swiglu, torch_npu.npu_dynamic_mx_quant",
+        "acc.grouped_up": "torch_npu.npu_grouped_matmul_swiglu_quant_v2",
+        "acc.grouped_down": "torch_npu.npu_grouped_matmul, torch_npu.npu_moe_finalize_routing",
+    },
     "torch_npu.npu_moe_distribute_dispatch_v2",
     "torch_npu.npu_moe_distribute_combine_v2",
 )
@@ -47,15 +59,14 @@ def library_of(name: str) -> Library:
     return LIBRARIES.get(name, Library())
 
 
-def call_json(library: Library, op: str, weights: Mapping[str, Packing]) -> dict[str, Any]:
+def call_json(library: Library, op: str, weights: Mapping[str, Packing], program: Program) -> dict[str, Any]:
     """Return the entry of a kernel as JSON values; nothing where the library has no call for it."""
-    if op not in library.calls:
+    coded = any(isinstance(s, Dot) and s.scales for s in walk_statements(program.body)) or not weights
+    call = (library.coded.get(op) if coded else None) or library.calls.get(op)
+    if call is None:
         return {}
-    return {
-        "library": {
-            "call": library.calls[op], "weights": {name: _layout_text(packing) for name, packing in weights.items()},
-        }
-    }  # fmt: skip
+    layouts = {name: _layout_text(packing, coded) for name, packing in weights.items()}
+    return {"library": {"call": call, "weights": layouts}}
 
 
 def exchange_json(library: Library) -> dict[str, Any]:
@@ -63,8 +74,10 @@ def exchange_json(library: Library) -> dict[str, Any]:
     return {"library": {"dispatch": library.dispatch, "combine": library.combine}} if library.dispatch else {}
 
 
-def _layout_text(packing: Packing) -> str:
-    """Return how a call takes a weight that is stored so."""
+def _layout_text(packing: Packing, coded: bool) -> str:
+    """Return how a call takes a weight that is stored so; `coded`: it multiplies codes under scales."""
+    if packing.quantized and coded:
+        return "as stored: codes ND, transposed; scales as [..., N, K / 64, 2]"
     if packing.quantized:
         return "to be packed anew: moec's codes and scales lie for its own kernels"
     return "as stored: FRACTAL_NZ, transposed" if packing.fractal else "as stored: ND, transposed"

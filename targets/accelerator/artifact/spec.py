@@ -100,7 +100,7 @@ class KernelSpec:
             ],
             "considered": {"tried": self.found.tried, "fitting": self.found.fitting},
             "operands": list(layout_of(profile, choice.tile.m).operands),
-            **call_json(library_of(profile.family.library), self.op, self.weights),
+            **call_json(library_of(profile.family.library), self.op, self.weights, program),
             "program": program_to_json(program),
             **({"objects": dict(self.objects)} if self.objects else {}),
         }

@@ -60,13 +60,14 @@ class _Rewriter:
     scope: Scope = field(init=False)  # of the program that is made
     known: dict[str, str] = field(default_factory=dict)  # how the values of a name follow each other, see `steps`
     ranges: frozenset[str] = frozenset()  # names of masks that `is_range` is true of
-    kept: frozenset[str] = frozenset()  # tiles that stay FP8
+    kept: frozenset[str] = frozenset()  # tiles that stay FP8: those that are multiplied, and those that are computed
     fractal: frozenset[str] = frozenset()  # weights of which each load is one of blocks
     made: list[Statement] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.scope = Scope(self.program.name, buffers=dict(self.program.buffers))
-        self.kept = _multiplied_tiles(self.program) if self.newer else frozenset()
+        computed = {s.name for s in walk_statements(self.program.body) if isinstance(s, Let)}
+        self.kept = _multiplied_tiles(self.program) | computed if self.newer else frozenset()
         for name, buffer in self.program.buffers.items():
             if buffer.dtype in FP8_MANTISSA_AND_BIAS and name not in self.kept:
                 self.scope.buffers[name] = replace(buffer, dtype="f32")
@@ -119,8 +120,28 @@ class _Rewriter:
                 self.known[name] = self.steps(given)
                 self.ranges = self.ranges | {name} if self.is_range(given) else self.ranges - {name}
                 self.add(Let(name, given))
+            case Dot(scales=scales) if scales:
+                self.add(self.widened(statement, scales))
             case Move() | Dot():
                 self.add(statement)
+
+    def widened(self, dot: Dot, scales: tuple[str, str]) -> Dot:
+        """Return a product of codes under scales as one of bf16, which has their products exactly: the adapter has no other."""
+        found = []
+        for name, scale in zip((dot.a, dot.b), scales, strict=True):
+            codes, by = self.scope.value(name), self.scope.value(scale)
+            rows, groups = self.scope.buffers[scale].shape
+            if self.program.buffers[name].dtype == "u8":
+                codes = _decode_pairs(codes, rows, self.scope.buffers[name].shape[1])
+            power = make_call("bitcast", make_call("cast", by, parameters=("i32",)) << 23, parameters=("f32",))
+            depth = codes.type.shape[1]
+            parted = make_call("reshape", codes, parameters=(rows, groups, depth // groups))
+            value = make_call("reshape", parted * add_axes(power, (True, True, False)), parameters=(rows, depth))
+            wide = self.beside(name, "wide", "bf16", (rows, depth))
+            self.add(Let(wide, make_call("cast", value, parameters=("bf16",))))
+            found.append(wide)
+        a, b = found
+        return replace(dot, a=a, b=b, scales=None)
 
     def check(self, value: Expr) -> None:
         """Raise MoecError for an expression that makes FP8 values where there are none."""
@@ -255,7 +276,7 @@ class _Rewriter:
 
 def _multiplied_tiles(program: Program) -> frozenset[str]:
     """Return the tiles that the matrix unit takes as they are loaded."""
-    found = {name for s in walk_statements(program.body) if isinstance(s, Dot) for name in (s.a, s.b)}
+    found = {n for s in walk_statements(program.body) if isinstance(s, Dot) and not s.scales for n in (s.a, s.b)}
     for statement in reversed(list(walk_statements(program.body))):
         if isinstance(statement, Move) and statement.name in found:
             found.add(statement.value)
@@ -293,6 +314,18 @@ def _mask_terms(mask: Expr | None, column: Expr, whole: Expr) -> list[Expr] | No
             case _:
                 return None
     return terms
+
+
+def _decode_pairs(codes: Expr, rows: int, width: int) -> Expr:
+    """Return E2M1 numbers as f32, two from each byte of codes, by the definition of the format."""
+    shift = add_axes(make_call("arange", parameters=(2,)) * 4, (False, False, True))
+    apart = make_call("cast", codes, parameters=("i32",))
+    code = make_call("reshape", add_axes(apart, (True, True, False)) >> shift & 15, parameters=(rows, 2 * width))
+    low, exponent = code & 1, code >> 1 & 3
+    normal = make_call("bitcast", (exponent + 126) << 23 | low << 22, parameters=("f32",))
+    below = make_call("cast", low, parameters=("f32",)) * 0.5
+    sign = make_call("cast", make_binary("-", 1, (code >> 3) * 2), parameters=("f32",))
+    return make_call("where", make_binary("==", exponent, 0), below, normal) * sign
 
 
 def _decode_fp8(bits: Expr, mantissa: int, bias: int) -> Expr:

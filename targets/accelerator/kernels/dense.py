@@ -96,7 +96,7 @@ def _product(b: Builder, p: Linear, t: Tile, split: int) -> None:
     else:
         y = _end_of_sums(b, p, value)
         if p.blocks == 1:
-            store_rows(b, "y", p.out, y, (t.m, t.n), p.rows, ("row", "n"), p.bits)
+            store_rows(b, "y", p.out, y, (t.m, t.n), p.rows, ("row", "n", f"column * {t.n}"), p.bits)
         else:
             b.let("y_tile", f'cast({y}, "{p.out}")', (t.m, t.n), p.out)
             b.store("y", ["row[:, None]", "place[None, :]"], "y_tile", live)
@@ -121,7 +121,9 @@ def linear_sum(p: Linear, t: Tile, layout: Layout, split: int) -> Program:
     with b.loop("i", 0, split, 1):
         b.load("part", "parts", ["i", "row[:, None]", "place[None, :]"], mask, shape=(t.m, t.n))
         b.let("gate", "gate + part", (t.m, t.n), "f32")
-    store_rows(b, "y", p.out, _end_of_sums(b, p, {"gate": "gate"}), (t.m, t.n), wide, ("row", "place"))
+    store_rows(
+        b, "y", p.out, _end_of_sums(b, p, {"gate": "gate"}), (t.m, t.n), wide, ("row", "place", f"column * {t.n}")
+    )
     return b.program()
 
 

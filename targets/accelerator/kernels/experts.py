@@ -154,7 +154,7 @@ def grouped_up(e: Experts, t: Tile, layout: Layout, direct: bool = False) -> Pro
                 b.load(f"{name}_bias", "up_bias", ["expert", f"{name}_row"], "n_live")
                 value[name] = f"({value[name]} + {name}_bias[None, :])"
         act = activation_text(e.act, value)
-        store_rows(b, "h", e.rounded or e.dtype, act, (t.m, t.n), e.inner, ("pair", "n"), e.bits)
+        store_rows(b, "h", e.rounded or e.dtype, act, (t.m, t.n), e.inner, ("pair", "n", f"column * {t.n}"), e.bits)
     return b.program()
 
 

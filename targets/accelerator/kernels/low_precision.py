@@ -147,7 +147,8 @@ def _load_codes_and_scales(
         if part == "codes":
             loaded.append(b.operand(name, f"{tensor}_codes", where, mask, (rows, columns // step), second=second))
         else:
-            loaded.append(b.load(f"{name}_scale", f"{tensor}_scales", where, mask, shape=(rows, columns // step)))
+            sizes = (rows, columns // step)
+            loaded.append(b.scales(f"{name}_scale", f"{tensor}_scales", where, mask, sizes, second=second))
     codes, scales = loaded
     return codes, scales
 
@@ -170,15 +171,15 @@ class Quantize:
 
 
 @contextmanager
-def column_loop(b: Builder, width: int, n: int, name: str) -> Iterator[None]:
-    """Add a loop over columns, or none where n holds them all; `name` is the index vector."""
+def column_loop(b: Builder, width: int, n: int, name: str) -> Iterator[str]:
+    """Add a loop over columns, or none where n holds them all; `name` is the index vector, which begins at what is yielded."""
     if n >= width:
         b.let(name, f"arange({n})")
-        yield
+        yield "0"
         return
     with b.loop(f"{name}_first", 0, width, n):
         b.let(name, f"{name}_first + arange({n})")
-        yield
+        yield f"{name}_first"
 
 
 def quantize_kernel(p: Quantize, t: RowTile, layout: Layout) -> Program:
@@ -195,7 +196,7 @@ def quantize_kernel(p: Quantize, t: RowTile, layout: Layout) -> Program:
     b.let("live", "row < T")
     if not form.tensor_scale:
         b.let("c", f"column * {t.n} + arange({t.n})")
-        _round_columns(b, p, t, "c")
+        _round_columns(b, p, t, "c", f"column * {t.n}")
         return b.program()
     b.let("most", f'full({t.m}, 0.0, "f32")')
     with column_loop(b, p.width, t.n, "j"):
@@ -203,8 +204,8 @@ def quantize_kernel(p: Quantize, t: RowTile, layout: Layout) -> Program:
         b.let("most", 'maximum(most, max(abs(cast(x_tile, "f32")), 1))')
     b.let("whole", f"where(most == 0.0, 1.0, most / {form.tensor_scale})")
     b.store(f"y_{FACTORS}", ["row"], "whole", "live")
-    with column_loop(b, p.width, t.n, "c"):
-        _round_columns(b, p, t, "c")
+    with column_loop(b, p.width, t.n, "c") as first:
+        _round_columns(b, p, t, "c", first)
     return b.program()
 
 
@@ -214,22 +215,23 @@ def _load_columns(b: Builder, p: Quantize, t: RowTile, column: str) -> None:
     b.load("x_tile", "x", ["row[:, None]", f"{column}[None, :]"], "there", shape=(t.m, t.n))
 
 
-def _round_columns(b: Builder, p: Quantize, t: RowTile, column: str) -> None:
+def _round_columns(b: Builder, p: Quantize, t: RowTile, column: str, first: str) -> None:
     _load_columns(b, p, t, column)
-    store_rows(b, "y", p.format, "x_tile", (t.m, t.n), p.width, ("row", column), p.bits)
+    store_rows(b, "y", p.format, "x_tile", (t.m, t.n), p.width, ("row", column, first), p.bits)
 
 
 def store_rows(
-    b: Builder, name: str, dtype: str, value: str, shape: tuple[int, int], width: int, at: tuple[str, str], bits: str = "",
+    b: Builder, name: str, dtype: str, value: str, shape: tuple[int, int], width: int, at: tuple[str, str, str], bits: str = "",
 ) -> None:  # fmt: skip
     """Store a tile of f32 in a dtype or, whole groups of it, rounded to a format: the counterpart of `declare_rows`.
 
     What is rounded to a format is what another kernel would be handed, bf16: which one rounds does not change numbers.
 
-    `at` are the index vectors of its rows, of which `live` says which there are, and of its columns, of `width`.
+    `at` are the index vectors of its rows, of which `live` says which there are, and of its columns, of `width`, and the
+    first of these.
     MoecError for a tile that does not hold whole groups, which the search does not try.
     """
-    (rows, columns), (row, c) = shape, at
+    (rows, columns), (row, c, first) = shape, at
     within = "live[:, None]" + ("" if width % columns == 0 else f" & ({c} < {width})[None, :]")
     form = find_format(dtype)
     if form is None:
@@ -252,7 +254,7 @@ def store_rows(
         b.let("coded", text, apart, "f8e4m3")
         b.let("codes", f"reshape(coded, {rows}, {columns})", shape, "f8e4m3")
         b.store(f"{name}_codes", [f"{row}[:, None]", f"{c}[None, :]"], "codes", within)
-    b.let("group", f"min({c}, 0) // {form.group} + arange({groups})")
+    b.let("group", f"{first} // {form.group} + arange({groups})")
     within = f"live[:, None] & (group < {-(-width // form.group)})[None, :]"
     b.store(f"{name}_scales", [f"{row}[:, None]", "group[None, :]"], scale, within)
 
@@ -291,7 +293,9 @@ def _nearest_e2m1(b: Builder, shape: tuple[int, int, int]) -> None:
     b.let("near", f"minimum((size / step + {ROUNDS} - {ROUNDS}) * step, 6.0)", shape, "f32")
 
 
-def _store_pairs(b: Builder, name: str, rows: int, columns: int, group: int, width: int, at: tuple[str, str]) -> None:
+def _store_pairs(
+    b: Builder, name: str, rows: int, columns: int, group: int, width: int, at: tuple[str, str, str]
+) -> None:
     """Store `parted` over `by` as E2M1, two neighbours in a byte."""
     apart, paired = (rows, columns // group, group), (rows, columns // 2, 2)
     _nearest_e2m1(b, apart)
@@ -299,6 +303,6 @@ def _store_pairs(b: Builder, name: str, rows: int, columns: int, group: int, wid
     b.let("code", f'{code} + where(parted < 0.0, cast(8, "i32"), 0)', apart, "i32")
     b.let("pairs", f"reshape(code, {rows}, {columns // 2}, 2)", paired, "i32")
     b.let("bytes", "sum(pairs * (1 + 15 * arange(2))[None, None, :], 2)", paired[:2], "i32")
-    b.let("j", f"min({at[1]}, 0) // 2 + arange({columns // 2})")
+    b.let("j", f"{at[2]} // 2 + arange({columns // 2})")
     there = f"live[:, None] & (j < {width // 2})[None, :]"
     b.store(f"{name}_codes", [f"{at[0]}[:, None]", "j[None, :]"], 'cast(bytes, "u8")', there)

@@ -85,7 +85,7 @@ def _norm_kernel(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Pr
             b.let("d", centred, (t.m, t.n), "f32")
             b.let("total", "total + sum(d * d, 1)")
     b.let("factor", f"rsqrt(total / {p.width} + {p.eps})")
-    with column_loop(b, p.width, t.n, "c2"):
+    with column_loop(b, p.width, t.n, "c2") as first:
         if not whole:
             _add_read(b, p, t, "c2")
         column = "c0" if whole else "c2"
@@ -97,7 +97,7 @@ def _norm_kernel(p: Norm, t: RowTile, layout: Layout, name: str, doc: str) -> Pr
         b.let("normed", text, (t.m, t.n), "f32")
         for name, dtype in (("y", p.out if p.plain else ""), ("rounded", p.rounded)):
             if dtype:
-                store_rows(b, name, dtype, "normed", (t.m, t.n), p.width, ("row", column), p.bits)
+                store_rows(b, name, dtype, "normed", (t.m, t.n), p.width, ("row", column, first), p.bits)
         if p.add:
             b.store("sum", ["row[:, None]", f"{column}[None, :]"], "both", "there")
     return b.program()

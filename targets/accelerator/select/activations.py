@@ -47,7 +47,9 @@ def rounded_pairs(profile: Profile, activations: str) -> str:
 
 
 def _has_matrix_unit(profile: Profile, rows: str) -> bool:
-    return profile.toolchain == "triton" and any(profile.unit(name) for name in UNITS[rows])
+    """Return whether a chip multiplies codes: of MX formats also an Ascend, whose cube adds under no other scales."""
+    compiled = profile.toolchain == "triton" or (profile.toolchain == "triton-ascend" and rows in UNITS[rows])
+    return compiled and any(profile.unit(name) for name in UNITS[rows])
 
 
 def bits_of(profile: Profile, format: str) -> str:

@@ -129,6 +129,14 @@ class Builder:
             return name
         return self._move(name, (*self.layout.enter, *path))
 
+    def scales(
+        self, name: str, tensor: str, at: Sequence[str], mask: str, shape: Sequence[int], *, second: bool
+    ) -> str:
+        """Load the scales of an operand: along its path where that has two memories, else to the memory of vectors."""
+        if len(self._path(second)) == 1:
+            return self.load(name, tensor, at, mask, shape=shape)
+        return self.operand(name, tensor, at, mask, shape, second=second)
+
     def accumulator(self, name: str, shape: Sequence[int]) -> str:
         """Begin a sum of the matrix unit: zeros, f32."""
         sizes = ", ".join(map(str, shape))

@@ -12,6 +12,7 @@ CASES = [
     ("experts=fp8_b128,attention=fp8_b128", "nvidia-h200", "auto", "fp8_g128"),
     ("experts=fp8_b128,attention=fp8_b128", "amd-mi300x", "fp8", "fp8_g128"),
     ("experts=mxfp4", "amd-mi355x", "fp8", "mxfp8"),
+    ("experts=mxfp8,attention=mxfp8", "ascend-950dt", "auto", "mxfp8"),
     ("experts=nvfp4", "nvidia-rtx5090", "fp4", "nvfp4"),
 ]
 

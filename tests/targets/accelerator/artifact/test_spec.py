@@ -10,6 +10,9 @@ import torch
 from chips_for_tests import check_fits, profile_of
 from moec.compiler.ir.dtypes import DTYPES
 from moec.compiler.ir.module import Op
+from moec.compiler.text.parser import parse_module
+from moec.passes.quantize_activations import quantize_activations
+from moec.targets import declare_kernel_ops
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import profile_names
 from moec.targets.accelerator.select.supported import why_unsupported
@@ -19,7 +22,7 @@ from moec.targets.accelerator.tile.packing import Packing
 from moec.targets.accelerator.tile.serialize import program_from_json, program_to_json
 from moec.targets.accelerator.tile.simulate import simulate_program
 from moec.targets.accelerator.tile.tiles import memory_footprint
-from places import CONFIGS, ROOT, TINY
+from places import CONFIGS, FILES, ROOT, TINY
 
 SCHEMA = json.loads((ROOT / "targets/accelerator/artifact/kernels.schema.json").read_text())
 
@@ -59,6 +62,22 @@ def test_an_ascend_names_the_librarys_calls_and_stores_weights_as_they_take_them
     assert not any(
         "library" in k for k in kernel_specs(lowered, profile_of("nvidia-h200"), tokens=(64,)).to_json()["kernels"]
     )
+
+
+def test_an_ascend_names_the_calls_that_multiply_mx_codes():
+    """Weights [E, N, K] with scales [E, N, K / 64, 2], as aclnnGroupedMatmulSwigluQuantV2 takes transposed ones."""
+    declare_kernel_ops()
+    program = (FILES / "quantize_activations_where_made.moir").read_text("utf-8").partition("# ----")[0]
+    module = quantize_activations(parse_module(program.replace("fp8_b128", "mxfp8")), None, pairs="mxfp8:mxfp8")
+    data = kernel_specs(module, profile_of("ascend-950dt"), tokens=(64,)).to_json()
+    jsonschema.validate(data, SCHEMA)
+    calls = {k["computes"]["op"]: k["library"] for k in data["kernels"] if "library" in k and k["kind"] != "combine"}
+    assert calls["acc.norm"] == {"call": "torch_npu.npu_add_rms_norm_dynamic_mx_quant", "weights": {}}
+    assert calls["acc.grouped_up"] == {
+        "call": "torch_npu.npu_grouped_matmul_swiglu_quant_v2",
+        "weights": {"up": "as stored: codes ND, transposed; scales as [..., N, K / 64, 2]"},
+    }
+    assert all(k["predicted"]["time"] > 0 for k in data["kernels"])
 
 
 def test_a_router_hands_its_scores_on_as_the_choice_reads_them(lowered):

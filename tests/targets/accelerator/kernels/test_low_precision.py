@@ -28,6 +28,7 @@ from places import FILES
 
 assert ops
 GPUS = ("hopper", "blackwell", "amd")
+MX = (*GPUS, "ascend-950")
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -48,7 +49,7 @@ def rounded(name, x, to="fp8_g128"):
     return found, torch.tensor(codes.astype(np.float32)[:, :width] * scales * whole)
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", MX)
 @pytest.mark.parametrize(("to", "error"), [("mxfp8", 0.03), ("mxfp4", 0.12), ("nvfp4", 0.11)])
 def test_activations_are_rounded_under_scales_of_few_bits(name, to, error):
     x = bf16(random(np.random.default_rng(0), 7, 320) * torch.logspace(-6, 4, 7)[:, None])
@@ -61,7 +62,7 @@ def test_activations_are_rounded_under_scales_of_few_bits(name, to, error):
     assert (groups[0] <= 2 * error * groups[1]).all() and groups[0].sum() <= error * groups[1].sum()
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", MX)
 @pytest.mark.parametrize(
     ("given", "form"), [("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"), ("mxfp4", "mxfp4"), ("nvfp4", "nvfp4")]
 )
@@ -179,6 +180,7 @@ ROUNDING = [
     ("amd", "fp8_g128", "f8e4m3fnuz"),
     ("blackwell", "mxfp8", ""),
     ("amd", "mxfp4", ""),
+    ("ascend-950", "mxfp8", ""),
 ]
 
 
@@ -278,6 +280,8 @@ def test_what_is_rounded_is_chosen_by_an_option_and_the_chip():
     assert rounding("nvidia-h200") == rounding("nvidia-h200", activations="fp8") == [fp8]
     assert rounding("amd-mi300x") == [fp8]
     assert rounding("nvidia-h200", activations="bf16") == rounding("ascend-910b") == []
+    assert rounding("ascend-950dt") == rounding("ascend-950pr", activations="fp8") == [mxfp8]
+    assert rounding("ascend-950dt", activations="fp4") == [f"{mxfp8}, mxfp4:mxfp4"]
     assert rounding("nvidia-b200") == rounding("nvidia-rtx5090", activations="fp8") == [f"{fp8}, {mxfp8}"]
     assert rounding("amd-mi355x", activations="fp8") == [f"{fp8}, {mxfp8}, mxfp4:mxfp8"]
     assert rounding("nvidia-rtx5090", activations="fp4") == [f"{fp8}, {mxfp8}, mxfp4:mxfp4, nvfp4:nvfp4"]
