@@ -13,6 +13,7 @@ from ..compiler.errors.plugins import TARGETS as BROUGHT
 from ..compiler.errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
 from .checkpoints import GGUF, SAFETENSORS
 from .cpu import TARGET as CPU
+from .portable import TARGET as ONNX
 from .ranks import TARGET as RANKS
 from .target import Target
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ..compiler.errors import MoecError
 
 
-OWN = {target.name: target for target in (CPU, RANKS, SAFETENSORS, GGUF)}
+OWN = {target.name: target for target in (CPU, ONNX, RANKS, SAFETENSORS, GGUF)}
 
 
 class _Targets(Mapping[str, Target]):

@@ -25,7 +25,7 @@ FLOORS = (
     {"compiler/check", "compiler/frontends", "targets/target"},
     {"compiler/rewrite"},
     {"targets/accelerator", "targets/checkpoints", "targets/cpu"},
-    {"targets/systems"},
+    {"targets/portable", "targets/systems"},
     {"targets/serving"},
     {"targets/ranks"},
     {"targets"},

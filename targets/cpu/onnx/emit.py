@@ -95,6 +95,14 @@ def check_supported(module: Module) -> None:
                 raise MoecError(reason, where=place, model=", ".join(op.loc))
 
 
+@dataclass(frozen=True)
+class OtherNodes:
+    """What a target has other nodes for: ops that it emits by itself, and what it puts in place of nodes in the end."""
+
+    kernels: Mapping[str, Kernel]
+    rewrite: Callable[[Graph], None]
+
+
 def emit_model(
     module: Module,
     source: WeightSource,
@@ -102,12 +110,14 @@ def emit_model(
     tile_bytes: int = TILE_BYTES,
     progress: Callable[[int], None] | None = None,
     kernels: OwnKernels | None = None,
+    other: OtherNodes | None = None,
 ) -> Emitted:
     """Write model.onnx, model.onnx.data and genai_config.json (where GenAI can run it) into a folder.
 
     With `kernels` the nodes that moec's own kernels compute are theirs, and the libraries with them lie beside the
     model. Returns the sha256 of the model, its data and the libraries by name, and what there is to say of the kernels.
 
+    `other` are the nodes of a target other than cpu; what GenAI reads is then left out.
     `progress` is told the bytes of weights written so far. Raises MoecError for an op without a kernel, for weights
     that cannot be read and for a full disk. There is no data file when no weight is large.
     """
@@ -117,18 +127,21 @@ def emit_model(
     for value in (*main.params, *main.results):
         graph.fresh(value.name)
     with DataFile(folder / DATA, tile_bytes, progress) as data:
-        writer = _Writer(module, graph, source, data)
+        writer = _Writer(module, graph, source, data, {**KERNELS, **(other.kernels if other else {})})
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])
+    if other:
+        other.rewrite(graph)
     placed = place_kernels(kernels, graph.nodes, graph.initializers, folder) if kernels else Placed()
     own = (*grid_functions(graph.nodes, OPSET), *cache_functions(graph.nodes, OPSET))
-    model = _make_model(module, graph, (*placed.functions, *own))
+    model = _make_model(module, graph, (*placed.functions, *own), other is None)
     files = {MODEL: _write_model(folder / MODEL, model), **placed.files}
     if data.size:
         files[DATA] = data.sha256
     else:
         (folder / DATA).unlink()
-    write_genai_config(module, folder, placed.library)
+    if other is None:
+        write_genai_config(module, folder, placed.library)
     return Emitted(files, placed.notes, placed.entry)
 
 
@@ -140,6 +153,7 @@ class _Writer:
     graph: Graph
     source: WeightSource
     data: DataFile
+    kernels: Mapping[str, Kernel]
     weights: dict[Recipe, str] = field(default_factory=dict)  # bound recipe -> initializer
 
     def inline(
@@ -161,7 +175,7 @@ class _Writer:
                 self.call(op, names, prefix, bound)
             else:
                 label = prefix + (op.results[0].name if op.results else op.name)
-                KERNELS[op.name](Context(self.graph, names, label, _bound_place(op, bound)), op)
+                self.kernels[op.name](Context(self.graph, names, label, _bound_place(op, bound)), op)
         for value, name in zip(function.results, outputs, strict=True):
             if names[value.name] != name:  # a parameter, a weight, or a value that is returned twice
                 self.graph.node(name, "Identity", [names[value.name]], [name])
@@ -197,13 +211,15 @@ def _bound_place(op: Op, bound: Mapping[str, str]) -> str:
     return place
 
 
-def _make_model(module: Module, graph: Graph, functions: Sequence[FunctionProto]) -> ModelProto:
+def _make_model(module: Module, graph: Graph, functions: Sequence[FunctionProto], contributed: bool) -> ModelProto:
     inputs, outputs = ([_value_info(v) for v in values] for values in (module.main.params, module.main.results))
     if graph.optional_inputs:  # then the logits may have fewer tokens than the input
         inputs += graph.optional_inputs
         outputs = [_value_info(v, kept=v.name == LOGITS) for v in module.main.results]
     whole = helper.make_graph(graph.nodes, "main", inputs, outputs, list(graph.initializers.values()))
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+    opsets = [helper.make_opsetid("", OPSET)]
+    if contributed:
+        opsets.append(helper.make_opsetid(CONTRIB, 1))
     if functions:
         opsets.append(helper.make_opsetid(DOMAIN, 1))
     return helper.make_model(

@@ -83,7 +83,7 @@ def expert_loop(
         hits = ctx.node("Squeeze", hits, graph.constant([0]))
         rows = ctx.node("Div", hits, graph.constant(int(chosen)))
         h = _expert_linear(ctx, ctx.node("Gather", x, rows, axis=0), expert, up(expert), biases[0])
-        h = _emit_activation(ctx, h, op.settings.activation("act"))
+        h = emit_activation(ctx, h, op.settings.activation("act"))
         h = _expert_linear(ctx, h, expert, down(expert), biases[1])
         h = ctx.node("Mul", h, ctx.node("Gather", flat_gates, hits, axis=0))
         where = ctx.node("Unsqueeze", rows, graph.constant([1]))
@@ -110,7 +110,7 @@ def _expert_linear(ctx: Context, x: str, expert: str, weight: str, bias: str) ->
     return ctx.node("Gemm", *inputs, transB=1)
 
 
-def _emit_activation(ctx: Context, h: str, act: Activation) -> str:
+def emit_activation(ctx: Context, h: str, act: Activation) -> str:
     """Add the activation between the two matrices."""
     if not act.gated:
         return _emit_activation_function(ctx, act, h)

@@ -1,0 +1,67 @@
+"""Models of standard operators alone: in ONNX Runtime, and in the reference evaluator of the package onnx."""
+
+import numpy as np
+import onnx
+import pytest
+from moec.compiler import driver
+from moec.compiler.errors import MoecError
+from moec.compiler.frontends.families import FAMILIES
+from moec.targets import open_target
+from onnx.reference import ReferenceEvaluator
+from tiny_models import padded_batch, random_model, stepped
+
+
+def all_nodes(nodes):
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from all_nodes(attribute.g.node)
+
+
+def reference_logits(path, arrays, artifact):
+    """Return what onnx itself computes for a step without past tokens."""
+    session = ReferenceEvaluator(str(path))
+    empty = {
+        s["past"]: np.zeros([{"B": len(arrays["input_ids"]), "P": 0}.get(n, n) for n in s["shape"]], np.float32)
+        for s in artifact.manifest["states"]
+    }
+    wanted = [o["name"] for o in artifact.manifest["outputs"]]
+    return session.run(wanted, {**arrays, **empty, "logits_to_keep": np.array([0], np.int64)})[0]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_moe",
+        *(pytest.param(f, marks=pytest.mark.long) for f in ("mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe")),
+    ],
+)
+def test_a_model_of_standard_operators_computes_the_same(tmp_path, family):
+    model = random_model(FAMILIES[family])
+    artifact = driver.compile(model, "onnx", tmp_path / "out")
+    path = artifact.folder / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    found = onnx.load(path, load_external_data=False)
+    assert {(o.domain, o.version) for o in found.opset_import} == {("", 23)}
+    assert {node.domain for node in all_nodes(found.graph.node)} == {""}
+    ids, mask, positions = padded_batch(128, 9)
+    wanted, _ = stepped(model, input_ids=ids, attention_mask=mask, position_ids=positions)
+    real, wanted = mask.numpy() > 0, wanted.numpy()
+    arrays = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+    names = {entry["name"] for entry in artifact.manifest["inputs"]}
+    evaluated = reference_logits(path, {k: v for k, v in arrays.items() if k in names}, artifact)
+    assert np.abs(evaluated - wanted)[real].max() < 1e-4 * np.abs(wanted[real]).max()
+    session = artifact.session(spinning=False)
+    first, states = session.step(ids[:, :6].numpy(), mask[:, :6].numpy(), positions[:, :6].numpy())
+    second, _ = session.step(ids[:, 6:].numpy(), mask.numpy(), positions[:, 6:].numpy(), states)
+    both = np.concatenate([first, second], 1)
+    assert np.abs(both - wanted)[real].max() < 1e-4 * np.abs(wanted[real]).max()
+
+
+def test_what_has_no_standard_form_is_refused(tmp_path):
+    with pytest.raises(MoecError, match="LinearAttention of com"):
+        driver.compile(random_model(FAMILIES["qwen3_next"]), "onnx", tmp_path / "out")
+    with pytest.raises(MoecError, match="there is no form loop of experts"):
+        open_target("onnx", {"experts": "loop"})
+    with pytest.raises(MoecError, match="target onnx has no option expert"):
+        open_target("onnx", {"expert": "tiled"})
