@@ -86,11 +86,12 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
 @click.option("--price", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Of a device and hour.")
 @click.option("-o", "--out", metavar="FILE", help="Write the plan as JSON, for `moec compile --plan FILE`.")
 @click.option("--export", metavar="DIR", help="Write what vLLM, SGLang, llama.cpp ... take of the plan.")
+@click.option("--html", "page", metavar="FILE", help="Write a page with plots; needs the extra `plots`.")
 @json_option
 @trust_option
 @debug_option
 def plan(
-    source: str, on: str, as_json: bool, out: str | None, export: str | None, trust_remote_code: bool, **asked: Any
+    source: str, on: str, as_json: bool, out: str | None, export: str | None, page: str | None, trust_remote_code: bool, **asked: Any
 ) -> None:  # fmt: skip
     """Say whether a model fits a system, and how fast it runs.
 
@@ -103,6 +104,10 @@ def plan(
     found = make_plan(source, on, trust_remote_code=trust_remote_code, **asked)
     if out is not None:
         write_text(json.dumps(found, indent=2) + "\n", out)
+    if page is not None:
+        from .plan_page import plan_page
+
+        write_text(plan_page(found, plan_lines(found)), page)
     if export is not None:
         write_exports(found, source, export)
     if as_json:
@@ -127,10 +132,27 @@ def show_plan(found: dict[str, Any]) -> None:
     """Print a plan as a person reads it: fits or not, the division, the speed, what bounds it, what else there is."""
     from .table import make_table, print_parts, stdout_console
 
+    rows = [
+        (_degrees_text(row), str(row["batch"]), f"{row['ttft_ms']:.0f}", f"{row['tpot_ms']:.2f}", f"{row['tokens_per_s_per_device']:.1f}")
+        for row in found["pareto"]
+    ]  # fmt: skip
+    columns = (
+        ("division", False),
+        ("batch", True),
+        ("first token ms", True),
+        ("ms a token", True),
+        ("tokens/s a device", True),
+    )
+    table = [make_table(columns, rows)] if len(rows) > 1 else []
+    print_parts(stdout_console(), *plan_lines(found), *table)
+
+
+def plan_lines(found: dict[str, Any]) -> list[str]:
+    """Return the lines of a plan that a person reads first."""
     memory, predicted, load = found["memory"], found["predicted"], found["load"]
     system, degrees, largest = found["system"], found["degrees"], found["largest"]
     waiting = load["batch"] - load["running"]
-    lines = [
+    return [
         "",
         f"{found['model']} on {system['name']}, {found['engine']}, weights {found['weights']}, cache {found['cache']}",
         "",
@@ -144,19 +166,6 @@ def show_plan(found: dict[str, Any]) -> None:
         f"room for     {largest['batch']:,} requests of these lengths, or {largest['context']:,} tokens each",
         "",
     ]  # fmt: skip
-    rows = [
-        (_degrees_text(row), str(row["batch"]), f"{row['ttft_ms']:.0f}", f"{row['tpot_ms']:.2f}", f"{row['tokens_per_s_per_device']:.1f}")
-        for row in found["pareto"]
-    ]  # fmt: skip
-    columns = (
-        ("division", False),
-        ("batch", True),
-        ("first token ms", True),
-        ("ms a token", True),
-        ("tokens/s a device", True),
-    )
-    table = [make_table(columns, rows)] if len(rows) > 1 else []
-    print_parts(stdout_console(), *lines, *table)
 
 
 def _fits_text(found: dict[str, Any], memory: dict[str, int], waiting: int) -> str:

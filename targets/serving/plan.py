@@ -300,7 +300,8 @@ def _plan_entry(
     return {
         "schema": SCHEMA,
         "model": workload.name,
-        "system": {"name": system.name, "device": system.device.name, "devices": system.devices},
+        "system": {"name": system.name, "device": system.device.name, "devices": system.devices,
+                   "bandwidth": system.device.bandwidth.value, "peaks": {k: f.value for k, f in system.device.peaks.items()}},
         "engine": engine,
         "weights": storage.name,
         "cache": storage.cache,
