@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
@@ -54,11 +54,26 @@ class Compiled:
     timings: tuple[PassTiming, ...]
 
 
+@overload
+def compile(
+    source: Any, target: str = "cpu", out: Path | str | None = None, *, stop_after: None = None, **options: Any
+) -> Artifact: ...
+
+
+@overload
+def compile(
+    source: Any, target: str = "cpu", out: Path | str | None = None, *, stop_after: str, **options: Any
+) -> Module: ...
+
+
 def compile(source: Any, target: str = "cpu", out: Path | str | None = None, **options: Any) -> Artifact | Module:
     """Compile a source for a target into the folder `out`; return the artifact (with `stop_after`, the module).
 
     The options are those of `compile_source`, which returns what is reported as well. Code of transformers that moec
     replaces and that nobody compared with what replaces it is a warning.
+
+    >>> moec.compile("examples/tiny-moe", out="tiny", quantize="int4").run("import", max_new_tokens=8)  # doctest: +SKIP
+    Generation(tokens=[[...]], ...)
     """
     compiled = compile_source(source, target, out, **options)
     for note in compiled.notes:

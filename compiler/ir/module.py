@@ -164,7 +164,7 @@ class Dim:
     high: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Module:
     """A program at a stage. `source` names the checkpoint folder that the weights come from, as the user gave it."""
 
@@ -172,6 +172,12 @@ class Module:
     dims: tuple[Dim, ...]
     functions: tuple[Function, ...]
     source: str = ""
+
+    def __repr__(self) -> str:
+        """Say in one line what is in it."""
+        ops = sum(len(f.ops) for f in self.functions)
+        origin = f" of {self.source}" if self.source else ""
+        return f"<Module{origin}, stage {self.stage}: {len(self.functions)} functions, {ops} ops>"
 
     @cached_property
     def by_name(self) -> dict[str, Function]:

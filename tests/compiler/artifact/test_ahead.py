@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from moec.compiler.artifact.ahead import output_folder
 from moec.compiler.frontends import load
 from moec_command import invoke
 from places import TINY
@@ -110,3 +111,23 @@ def test_room_is_judged_again_before_weights_are_read(tmp_path, monkeypatch):
     result = invoke("compile", TINY, "-o", tmp_path / "out")
     assert result.exit_code == 2 and not list(tmp_path.iterdir())
     assert "the artifact takes 0.03" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "source, settings, name",
+    [
+        ("tiny", ("cpu",), "tiny-cpu"),
+        ("tiny/", ("cpu", "int4"), "tiny-cpu-int4"),
+        ("tiny", ("cpu", "int4,method=gptq"), "tiny-cpu-int4-method-gptq"),
+        ("tiny", ("nvidia-h200", "auto", "4.5bpw"), "tiny-nvidia-h200-auto-4.5bpw"),
+        ("tiny", ("cpu", "plans/quantization.json"), "tiny-cpu-quantization"),
+        ("model-Q4_0.gguf", ("cpu",), "model-Q4_0-cpu"),
+        ("org/name@v2", ("cpu", "int8"), "name@v2-cpu-int8"),
+    ],
+)
+def test_the_default_name_tells_source_target_and_formats(tmp_path, monkeypatch, source, settings, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    target, quantize, budget = (*settings, None, None)[:3]
+    assert output_folder(None, source, target, quantize, budget) == Path(name)
+    assert output_folder("mine", source, target, quantize, budget) == Path("mine")
