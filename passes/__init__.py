@@ -3,7 +3,7 @@
 graph: raise-experts, raise-norm, raise-rope, lift-moe (leaves stage moe).
 moe: fuse-router, fuse-dispatch, fuse-shared-experts, absorb-mla, fuse-attention, fuse-norm, fold-weights, keep-codes, quantize,
     round-weights.
-kernel: quantize-activations, store-caches.
+kernel: quantize-activations, store-caches, round-caches.
 Any stage: fold-constants, share-expressions, drop-dead, and cleanup, which is these three.
 """
 

@@ -3,7 +3,7 @@
 Outputs alone say little about such a pass: a rounded score turns a router's choice, and then the numbers of a token have
 no bound. So the rounding is taken out of the program, which then has to give the numbers that it gave before; each weight
 without its rounding has to be the weight that stood there; and each rounding is held to what its format promises. Ops
-that round activations are taken out as well.
+that round activations are taken out as well, and what is cached counts as not rounded.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..ir.module import Function, Module, Op, Value, walk_calls
 from ..ir.names import Names
 from ..ir.recipes import FITTED, Recipe, Step, bind_recipe, steps_of
 from ..ir.types import TensorType
+from ..ops import OPS
 from ..ops.builder import IRBuilder
 from ..weights.demote import is_demotion
 from ..weights.evaluate import evaluate_recipe
@@ -92,12 +93,12 @@ def _without_rounded_values(function: Function) -> Function:
     """Return the function with nothing brought to a quantized format.
 
     What reads the result of an op that does only that reads its operand; one that rounds what it computes, as its
-    attribute `to` says, does not.
+    attribute `to` says, does not. Caches are as wide as what is computed with them.
     """
     builder = IRBuilder(function.name, function.params, function.consts, Names(function.names))
     plain: dict[str, Value] = {}
     for op in function.ops:
-        op = replace(op, operands=tuple(v and plain.get(v.name, v) for v in op.operands))
+        op = _with_wide_states(replace(op, operands=tuple(v and plain.get(v.name, v) for v in op.operands)))
         if not any(find_format(v.type.dtype) for v in op.results):
             builder.ops.append(op)
         elif len(op.inputs) == 1 and "to" in op.attributes:
@@ -108,6 +109,13 @@ def _without_rounded_values(function: Function) -> Function:
             results = builder.add_all(op.name, *op.operands, hints=hints, **attributes)
             plain |= {old.name: new for old, new in zip(op.results, results, strict=True)}
     return replace(function, ops=tuple(builder.ops))
+
+
+def _with_wide_states(op: Op) -> Op:
+    """Return an op that does not round what it caches."""
+    if not op.attributes.get("cache") or op.name not in OPS or not OPS[op.name].stored:
+        return op
+    return op.become(op.name, *op.operands, **{name: a for name, a in op.attributes.items() if name != "cache"})
 
 
 def _recipe_without_rounding(recipe: Recipe, kept: set[Step]) -> Recipe:

@@ -68,6 +68,9 @@ class OpDef:
     reach: Mapping[str, Domain]  # operand -> numbers of it that this or a later step can read; others are kept whole
     appends: tuple[str, ...]  # states that grow where they lie: only what is new is written
     view: bool = False  # the same numbers in another shape: nothing has to be moved
+    stored: tuple[
+        str, ...
+    ] = ()  # states, operands or results, that lie as the attribute `cache` says: in 8 bits, or as others
 
     @cached_property
     def signature(self) -> Signature:
@@ -135,6 +138,7 @@ def op(
     reach: Mapping[str, Domain] | None = None,
     appends: tuple[str, ...] = (),
     view: bool = False,
+    stored: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare an op; the decorated torch function is its meaning and its keyword-only parameters its attributes."""
 
@@ -144,7 +148,7 @@ def op(
         text = doc or inspect.cleandoc(reference.__doc__ or "")
         OPS[name] = OpDef(
             name, text, signature, reference, infer, flops, domains or {}, distinct, in_place, rows or {}, reads or {},
-            reach or {}, (*in_place, *appends), view,
+            reach or {}, (*in_place, *appends), view, stored,
         )  # fmt: skip
         return reference
 

@@ -14,7 +14,6 @@ from ...compiler.ir.dims import Size, size
 from ...compiler.ir.types import TensorType
 from ...compiler.ops import OPS, op
 from ...compiler.ops.activation import apply_activation, inner_size
-from ...compiler.ops.attention import turn_and_append
 from ...compiler.ops.compressed import block_linear as plain_block_linear
 from ...compiler.ops.define import Attributes, Types, inference_error
 from ...compiler.ops.nn import rms_norm as plain_rms_norm
@@ -270,42 +269,6 @@ def grouped_down(h, ids, order, tiles, gates, down, down_bias, residual, shared)
 
 def _expert_bias(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
     return None if bias is None else bias[expert]
-
-
-# --- attention -------------------------------------------------------------------------------------------------
-
-
-def _rope_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
-    q, *_ = types
-    y, key, value = OPS["nn.cached_attention"].infer([*types, None, None], {**attributes, "scale": 1.0})
-    width = key.shape[3]
-    return TensorType(q.dtype, (y.shape[0], size(attributes["heads"]), y.shape[1], width)), key, value
-
-
-def _rope_append_flops(operands: Types, results: tuple[TensorType, ...], attributes: Attributes) -> Size:
-    q, key, _ = results
-    new = (q.elements, size(q.shape[0] * key.shape[1] * q.shape[2] * q.shape[3]))
-    cos, q_norm, k_norm = operands[5], operands[7], operands[8]
-    norms = sum((4 * n for norm, n in zip((q_norm, k_norm), new, strict=True) if norm), size(0))
-    return norms + (3 * sum(new) * cos.shape[2] / q.shape[3] if cos else 0)
-
-
-@op(
-    "acc.rope_append",
-    "q: A[B, S, N], k: A[B, S, M]?, v: A[B, S, M]?, past_key: state A[B, G, P, D], past_value: state A[B, G, P, D],"
-    " cos: A[C, S, R]?, sin: A[C, S, R]?, q_norm: A[D]?, k_norm: A[D]?"
-    " -> q: A[B, heads, S, D], key: state A[B, G, T, D], value: state A[B, G, T, D]",
-    infer=_rope_append,
-    flops=_rope_append_flops,
-    in_place=("past_key", "past_value"),
-    reads=dict.fromkeys(("past_key", "past_value"), lambda types, attributes: size(0)),
-)
-def rope_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, *, heads: int, eps: float = 0.0):
-    """Norm and rotate the heads of q and k and append k and v to the cache: what nn.cached_attention does first.
-
-    The operands are those of nn.cached_attention; q alone may hold the heads of q, k and v in this order.
-    """
-    return turn_and_append(q, k, v, past_key, past_value, cos, sin, q_norm, k_norm, heads=heads, eps=eps)
 
 
 # --- recurrent layers ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from .artifact.options import NAMES, Options, read_options
 from .chip.chip import Profile
 from .chip.describe import profile_line
 from .chip.profile import find_profile
-from .select.activations import rounded_pairs
+from .select.activations import check_cache, rounded_pairs
 
 if TYPE_CHECKING:
     from ...compiler.ir.module import Module
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def declare_ops() -> None:
     """Declare the ops that accelerators have."""
     from . import ops  # noqa: F401
-    from .lower import latent_ops  # noqa: F401
+    from .lower import attention_ops, latent_ops  # noqa: F401
 
 
 _ROOM = __name__.rpartition(".")[0]
@@ -42,7 +42,11 @@ FORMATS = Formats(
 def accelerator_target(profile: Profile, source: str, options: Options) -> Target:
     """Return the target for a chip; `source` is the name or TOML file that options are put on."""
     pairs = rounded_pairs(profile, options.activations)
-    rounding = (PassCall("quantize-activations", {"pairs": pairs}),) if pairs else ()
+    check_cache(profile, options.cache)
+    rounding = (
+        *((PassCall("quantize-activations", {"pairs": pairs}),) if pairs else ()),
+        *((PassCall("round-caches"),) if options.cache == "fp8" else ()),
+    )
     return Target(
         name=profile.name,
         doc=profile_line(profile),

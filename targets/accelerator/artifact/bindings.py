@@ -92,11 +92,12 @@ def bind_kernel(
     operands, results = ({v.name for v in values} for values in (definition.operands, definition.results))
     found: dict[str, Bound] = {}
     for a in program.arguments:
-        name = kernel.renamed.get(a.name, a.name)
+        name = _renamed_argument(kernel, a)
         base, part = _split_part(name)
-        if a.name in kernel.appended:
-            past, result = kernel.appended[a.name]
-            found[a.name] = Bound(result=result, past=past)
+        state, of_state = (a.name, "") if a.name in kernel.appended else _split_part(a.name)
+        if state in kernel.appended:
+            past, result = kernel.appended[state]
+            found[a.name] = Bound(result=result, past=past, part=of_state)
         elif a.role == "output" and name in results:
             found[a.name] = Bound(result=name)
         elif a.role == "output" and base in results:
@@ -120,13 +121,21 @@ def _input_binding(kernel: KernelTemplate, a: Argument, operands: set[str], weig
             part = a.name.removeprefix(f"{base}_")
             if a.role == "weight" and part != a.name and part in packing.parts:
                 return Bound(operand=weight, part=part)
-    name = kernel.renamed.get(a.name, a.name)
+    name = _renamed_argument(kernel, a)
     base, part = _split_part(name)
     if name not in operands and base in operands:
         return Bound(operand=base, part=part)
     if name not in operands:
         raise MoecError(f"the argument {a.name} of {kernel.name} is no operand of its op", exit_code=1)
     return Bound(operand=name)
+
+
+def _renamed_argument(kernel: KernelTemplate, a: Argument) -> str:
+    """Return the name that an argument, or the value that it is a part of, has for the op."""
+    base, part = _split_part(a.name)
+    if part and base in kernel.renamed and a.name not in kernel.renamed:
+        return f"{kernel.renamed[base]}_{part}"
+    return kernel.renamed.get(a.name, a.name)
 
 
 def _split_part(name: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from ....compiler.ir.dims import Size, evaluate
 from ....compiler.ir.module import Module, Op
 from ....compiler.ops.define import any_size_text
 from ..chip.chip import Profile
+from ..predict.work import rounded_states, state_bytes
 from .shards import Shards
 
 SCHEMA = 1
@@ -27,7 +28,7 @@ def place_on_devices(module: Module, profile: Profile, found: Shards) -> dict[st
     past = next((d.high for d in module.dims if d.name == "P"), 0)
     most = next((d.high for d in module.dims if d.name == "S"), 1)
     tokens = min(TOKENS, most)
-    state = sum((_state_bytes(v.type.elements, v.type.dtype) for v in module.main.params if v.type.state), sympy.S.Zero)
+    state = state_bytes(module)
     each = _per_token(state, costs.dims(past=past), past)
     space = max(
         (evaluate(_workspace_bytes(op), costs.dims(new=tokens)) for f in module.functions for op in f.ops), default=0
@@ -44,7 +45,11 @@ def place_on_devices(module: Module, profile: Profile, found: Shards) -> dict[st
                 "weights": weights,
             }
         ],
-        "state": {"formula": any_size_text(state), "bytes_per_token": each, "dtype": "bf16"},
+        "state": {
+            "formula": any_size_text(state),
+            "bytes_per_token": each,
+            "dtype": "fp8" if rounded_states(module) else "bf16",
+        },
         "workspace": {"tokens": tokens, "bytes": space},
         "fits": None if room is None else room >= 0,
         "free": room,
@@ -54,7 +59,7 @@ def place_on_devices(module: Module, profile: Profile, found: Shards) -> dict[st
     }
 
 
-def _state_bytes(elements: Size, dtype: str) -> Size:
+def _value_bytes(elements: Size, dtype: str) -> Size:
     return elements * _BETWEEN.get(dtype, 8)
 
 
@@ -69,4 +74,4 @@ def _per_token(state: Size, dims: dict[str, int], past: int) -> int:
 def _workspace_bytes(op: Op) -> Size:
     """Return the bytes of an op's operands and results that are neither weights nor states, all alive at once."""
     values = {v.name: v for v in (*op.inputs, *op.results) if v.type.elements.free_symbols and not v.type.state}
-    return sympy.Add(*(_state_bytes(v.type.elements, v.type.dtype) for v in values.values()))
+    return sympy.Add(*(_value_bytes(v.type.elements, v.type.dtype) for v in values.values()))

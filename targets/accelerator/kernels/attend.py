@@ -68,6 +68,7 @@ class Blocks:
 
     `key` gives the tensor and the indices of a part of the keys, `value` the indices of a column vector in
     `value_tensor`; None for a value: the keys are the values.
+    `scale` and `value_scale` are the tensor and the indices of the scales of keys and values in 8 bits.
     `prepare` gets which keys are before `stop`, adds what the indices and `visible` need and returns which keys there
     are. `visible` is a bool [M, N] expression, or "". `whole`: every row may read all keys before it, so that blocks of
     them need no mask ("": of none is that known).
@@ -82,6 +83,8 @@ class Blocks:
     value_tensor: str = ""
     value: Callable[[str], list[str]] | None = None
     whole: str = ""
+    scale: tuple[str, list[str]] | None = None
+    value_scale: tuple[str, list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,21 +149,45 @@ class Attend:
         with b.loop(f"{blocks.name}_first", start, stop, self.tile.n, self.tile.stages):
             b.let("j", f"{blocks.name}_first + arange({self.tile.n})")
             live = "" if whole else b.let("key_live", blocks.prepare(f"j < {stop}"))
-            self._scores(b, blocks, live)
+            keys = self._scores(b, blocks, live)
             self._weights(b, blocks, live)
-            self._values(b, blocks, live)
+            self._values(b, blocks, live, keys)
 
-    def _scores(self, b: Builder, blocks: Blocks, live: str) -> None:
-        b.accumulator("s", (self.tile.m, self.tile.n))
+    def _scores(self, b: Builder, blocks: Blocks, live: str) -> dict[int, str]:
+        """Add the products of queries and keys, and return the names that parts of keys have as operands."""
+        sums = {False: b.accumulator("s", (self.tile.m, self.tile.n))}
+        if blocks.scale and any(part.apart for part in self.keys):
+            sums[True] = b.accumulator("s_apart", (self.tile.m, self.tile.n))
+        operands = dict[int, str]()
         for part in self.keys:
-            shape, name, (tensor, at) = (self.tile.n, part.wide), f"k{part.number}", blocks.key(part)
-            b.far(name, tensor, at, part.mask(live), shape, second=True)
+            tensor, at = blocks.key(part)
+            wide = blocks.scale is not None and not part.apart
+            name = self._far(b, f"k{part.number}", tensor, at, part.mask(live), part.wide, wide)
             with b.passing():
-                b.dot("s", b.near(f"q{part.number}", second=False), b.near(name, second=True))
+                operands[part.number] = self._near(b, name, wide)
+                b.dot(sums.get(part.apart, "s"), b.near(f"q{part.number}", second=False), operands[part.number])
+        return operands
+
+    def _far(self, b: Builder, name: str, tensor: str, at: list[str], mask: str, columns: int, wide: bool) -> str:
+        """Load a part of keys or values; `wide`: from codes, which become as wide as the queries."""
+        shape = (self.tile.n, columns)
+        if not wide:
+            return b.far(name, tensor, at, mask, shape, second=True)
+        codes = b.load(f"{name}_codes", tensor, at, mask, shape=shape)
+        return b.let(name, f'cast(cast({codes}, "f32"), "{self.dtype}")', shape, self.dtype)
+
+    def _near(self, b: Builder, name: str, wide: bool) -> str:
+        return b.as_operand(name, second=True) if wide else b.near(name, second=True)
 
     def _weights(self, b: Builder, blocks: Blocks, live: str) -> None:
         shape = (self.tile.m, self.tile.n)
         s = b.result("s")
+        if blocks.scale:
+            tensor, at = blocks.scale
+            b.load("key_scale", tensor, at, live)
+            apart = f" + {b.result('s_apart')}" if any(part.apart for part in self.keys) else ""
+            b.let("scored", f"{s} * key_scale[None, :]{apart}", shape, "f32")
+            s = "scored"
         text = f"{s} * {self.scale * LOG2_E}"
         if self.softcap:
             text = f"{self.softcap * LOG2_E} * tanh({s} * {self.scale / self.softcap})"
@@ -174,19 +201,24 @@ class Attend:
         b.let("weight", "exp2(score - level[:, None])", shape, "f32")
         b.let("total", "total * fade + sum(weight, 1)")
         b.let("top", "higher")
-        b.let("p", f'cast(weight, "{self.dtype}")', shape, self.dtype)
+        weight = "weight"
+        if blocks.value_scale:
+            tensor, at = blocks.value_scale
+            weight = f"weight * {'key_scale' if not blocks.value else b.load('value_scale', tensor, at, live)}[None, :]"
+        b.let("p", f'cast({weight}, "{self.dtype}")', shape, self.dtype)
 
-    def _values(self, b: Builder, blocks: Blocks, live: str) -> None:
+    def _values(self, b: Builder, blocks: Blocks, live: str, keys: dict[int, str]) -> None:
         weights = b.as_operand("p", second=False)
+        wide = blocks.value_scale is not None
         for part in self.values:
             name = f"k{part.number}"
             if blocks.value:
-                shape, name = (self.tile.n, part.wide), f"v{part.number}"
                 at = blocks.value(part.column)
-                b.far(name, blocks.value_tensor, at, part.mask(live), shape, second=True)
+                name = self._far(b, f"v{part.number}", blocks.value_tensor, at, part.mask(live), part.wide, wide)
             with b.passing():
                 shape = (self.tile.m, part.wide)
-                b.rescale_dot(f"o{part.number}", "fade[:, None]", weights, b.near(name, second=True), shape)
+                operand = keys[part.number] if wide and not blocks.value else self._near(b, name, wide)
+                b.rescale_dot(f"o{part.number}", "fade[:, None]", weights, operand, shape)
 
     def finish(self, b: Builder, tensor: str, at: Callable[[str], list[str]], dtype: str) -> None:
         """Add the stores of the results; rows that have seen nothing are zeros."""

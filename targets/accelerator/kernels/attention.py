@@ -8,6 +8,7 @@ keys are loaded by their numbers, and no others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ....compiler.errors import MoecError
@@ -15,6 +16,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .attend import Attend, Blocks, Part, column_parts, declare_portions, merge_portions
 from .choices import AttentionTile, RowTile
+from .stored_rows import declare_cache
 
 LOOK = 1024  # slots of the mask that are looked at in one step
 
@@ -28,7 +30,7 @@ class Attention:
     `rope`: so many numbers of each head lie apart, in q_rope [B, H, S, rope] and key_rope [B, 1, C, rope], which all
     heads share. `row`: the numbers of a head of q in memory, of which the first D are read (0: D). `dense`: key and
     value have P + S slots. `selected`: of these slots a token reads those of selected i32[B, S, J] only, distinct numbers
-    of which ones above its own slot are none. `best_first`: those that it reads are in front.
+    of which ones above its own slot are none. `best_first`: those that it reads are in front. `eight_bits`: key and value are as stored_rows.py has them.
     """
 
     heads: int
@@ -48,6 +50,7 @@ class Attention:
     dense: bool = False
     selected: bool = False
     best_first: bool = False
+    eight_bits: bool = False
     dtype: str = "bf16"
 
     @property
@@ -87,11 +90,11 @@ def attention_kernel(p: Attention, t: AttentionTile, layout: Layout) -> Program:
     b.tensor("q", p.dtype, "B", *((p.heads, "S") if p.heads_first else ("S", p.heads)), p.row or p.width)
     if p.rope:
         b.tensor("q_rope", p.dtype, "B", p.heads, "S", p.rope)
-    b.tensor("key", p.dtype, "B", p.groups, slots, p.width)
+    declare_cache(b, "key", p.dtype, p.eight_bits, "B", p.groups, slots, p.width)
     if p.rope:
         b.tensor("key_rope", p.dtype, "B", 1, "C", p.rope)
     if not p.shared:
-        b.tensor("value", p.dtype, "B", p.groups, slots, p.value_width)
+        declare_cache(b, "value", p.dtype, p.eight_bits, "B", p.groups, slots, p.value_width)
     if p.mask:
         b.tensor("mask", "bool", "B", *(["S"] if p.mask == "tokens" else []), "P + S")
     if p.selected:
@@ -121,9 +124,10 @@ def _query_indices(p: Attention, part: Part) -> tuple[str, list[str]]:
     return "q_rope" if part.apart else "q", ["batch", *order, part.column]
 
 
-def _key_indices(part: Part, slot: str = "j") -> tuple[str, list[str]]:
+def _key_indices(p: Attention, part: Part, slot: str = "j") -> tuple[str, list[str]]:
     """Return the tensor of a part of the keys, and its indices."""
-    return "key_rope" if part.apart else "key", [
+    key = "key_codes" if p.eight_bits else "key"
+    return "key_rope" if part.apart else key, [
         "batch",
         "0" if part.apart else "group",
         f"{slot}[:, None]",
@@ -201,7 +205,6 @@ def _add_key_blocks(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
         visible.append(f"({number})[:, None] == (maximum(j - {begin}, 0) // {p.chunk})[None, :]")
     if p.mask == "tokens":
         visible.append("seen")
-    at = None if p.shared else lambda column: ["batch", "group", "j[:, None]", column]
 
     def prepare(before: str) -> str:
         if p.mask == "keys":
@@ -212,10 +215,8 @@ def _add_key_blocks(b: Builder, p: Attention, t: AttentionTile) -> Blocks:
             b.load("seen", "mask", ["batch", "token[:, None]", "j[None, :]"], there, shape=(t.m, t.n))
         return before
 
-    return Blocks(
-        "key", start, "last + 1", _key_indices, " & ".join(f"({v})" for v in visible), prepare, "value", at,
-        "" if p.window or p.chunk or p.mask else "first + 1",
-    )  # fmt: skip
+    whole = "" if p.window or p.chunk or p.mask else "first + 1"
+    return _blocks(p, "j", start, "last + 1", " & ".join(f"({v})" for v in visible), prepare, whole)
 
 
 def _chosen_keys(b: Builder, p: Attention) -> Blocks:
@@ -231,9 +232,20 @@ def _chosen_keys(b: Builder, p: Attention) -> Blocks:
             there += " & unmasked"
         return there
 
-    value = None if p.shared else lambda column: ["batch", "group", "chosen[:, None]", column]
     stop = "minimum(J, P + own + 1)" if p.best_first else "J"
-    return Blocks("key", "0", stop, lambda part: _key_indices(part, "chosen"), "", prepare, "value", value)
+    return _blocks(p, "chosen", "0", stop, "", prepare)
+
+
+def _blocks(
+    p: Attention, slot: str, start: str, stop: str, visible: str, prepare: Callable[[str], str], whole: str = ""
+) -> Blocks:
+    """Return a loop over keys and values whose slots an index vector has."""
+    value = None if p.shared else lambda column: ["batch", "group", f"{slot}[:, None]", column]
+    scales = [(f"{name}_scales", ["batch", "group", slot, "0"]) if p.eight_bits else None for name in ("key", "value")]
+    return Blocks(
+        "key", start, stop, lambda part: _key_indices(p, part, slot), visible, prepare, "value_codes" if p.eight_bits else "value",
+        value, whole, *scales,
+    )  # fmt: skip
 
 
 def _chunks_begin(b: Builder, p: Attention) -> str:

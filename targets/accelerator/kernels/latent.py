@@ -10,6 +10,7 @@ from ..tile.tiles import Program
 from .choices import RowTile, Tile
 from .experts import add_multiply
 from .norm import power_of_two
+from .stored_rows import CODES, add_row_scale, declare_cache, row_codes
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class LatentAppend:
     pairs: bool = False
     own_angles: bool = False
     dtype: str = "bf16"
+    eight_bits: bool = False
+    bits: str = ""
 
 
 def latent_append(p: LatentAppend, t: RowTile, layout: Layout) -> Program:
@@ -46,7 +49,7 @@ def latent_append(p: LatentAppend, t: RowTile, layout: Layout) -> Program:
     for name in ("cos", "sin"):
         b.tensor(name, "f32", "B" if p.own_angles else 1, "S", p.rope)
     b.tensor("q_rope", p.dtype, "B", p.heads, "S", p.rope, role="output")
-    b.tensor("latent", p.dtype, "B", 1, "C", p.width, role="output")
+    declare_cache(b, "latent", p.dtype, p.eight_bits, "B", 1, "C", p.width, role="output")
     b.tensor("key_rope", p.dtype, "B", 1, "C", p.rope, role="output")
     b.let("angles", "batch" if p.own_angles else "0")
     with b.when(f"tile < {queries}"):
@@ -67,8 +70,15 @@ def latent_append(p: LatentAppend, t: RowTile, layout: Layout) -> Program:
         b.let("v", 'cast(given, "f32")', (t.m, wide), "f32")
         b.let("factor", f"rsqrt(sum(v * v, 1) / {p.width} + {p.eps})")
         b.load("weight", "norm", ["j"], f"j < {p.width}")
-        b.let("normed", f'cast(v * factor[:, None] * weight[None, :], "{p.dtype}")', (t.m, wide), p.dtype)
-        b.store("latent", [*slot, "j[None, :]"], "normed", "there")
+        if p.eight_bits:
+            b.let("latent_row", "v * factor[:, None] * weight[None, :]", (t.m, wide), "f32")
+            add_row_scale(b, ("latent_row",))
+            b.let("normed_codes", row_codes("latent_row", p.bits), (t.m, wide), CODES)
+            b.store("latent_codes", [*slot, "j[None, :]"], "normed_codes", "there")
+            b.store("latent_scales", ["batch", "0", "P + token", "0"], "by", "live")
+        else:
+            b.let("normed", f'cast(v * factor[:, None] * weight[None, :], "{p.dtype}")', (t.m, wide), p.dtype)
+            b.store("latent", [*slot, "j[None, :]"], "normed", "there")
         _rotate(b, p, t, "kv", ["batch", "token[:, None]"], p.width, "key_rope", slot)
     return b.program()
 
@@ -96,6 +106,27 @@ def _rotate(
     ):  # fmt: skip
         b.let(f"{name}_out", f'cast({value}, "{p.dtype}")', shape, p.dtype)
         b.store(target, [*to, f"({start} + i)[None, :]"], f"{name}_out", mask)
+
+
+def widen_kernel(width: int, t: RowTile, layout: Layout, dtype: str = "bf16") -> Program:
+    """wide [B, 1, P + S, width] = the latents of P + S tokens, which lie in 8 bits."""
+    b = Builder("widen", layout, "wide[b, token] = codes[b, token] scale[b, token]")
+    b.scalar("B", "S", "P", "C")
+    b.grid("tile", f"cdiv(P + S, {t.m})")
+    b.grid("column", f"cdiv({width}, {t.n})")
+    b.grid("batch", "B")
+    declare_cache(b, "latent", dtype, True, "B", 1, "C", width)
+    b.tensor("wide", dtype, "B", 1, "P + S", width, role="output")
+    b.let("token", f"tile * {t.m} + arange({t.m})")
+    b.let("n", f"column * {t.n} + arange({t.n})")
+    b.let("live", "token < P + S")
+    b.let("there", f"live[:, None] & (n < {width})[None, :]", (t.m, t.n), "bool")
+    at = ["batch", "0", "token[:, None]", "n[None, :]"]
+    b.load("codes", "latent_codes", at, "there", shape=(t.m, t.n))
+    b.load("scale", "latent_scales", ["batch", "0", "token", "0"], "live")
+    b.let("widened", f'cast(cast(codes, "f32") * scale[:, None], "{dtype}")', (t.m, t.n), dtype)
+    b.store("wide", at, "widened", "there")
+    return b.program()
 
 
 @dataclass(frozen=True)

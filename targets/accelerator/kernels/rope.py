@@ -13,6 +13,7 @@ from ..tile.builder import Builder, Layout
 from ..tile.tiles import Program
 from .choices import RowTile
 from .norm import power_of_two
+from .stored_rows import CODES, add_row_scale, declare_cache, row_codes
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Append:
     """The part of nn.cached_attention before it attends: norm and rotate the heads of q and k, append k and v to the cache.
 
     `joined`: the heads of q, k and v are concatenated in one tensor qkv [B, S, H + 2 G, D]. `q_norm`, `k_norm`:
-    weights of an rms_norm over each head, `rotary` 0: nothing is rotated.
+    weights of an rms_norm over each head, `rotary` 0: nothing is rotated. `eight_bits`: the cache is as stored_rows.py
+    has it; `bits` as in Packing.
     """
 
     heads: int
@@ -77,6 +79,8 @@ class Append:
     eps: float = 0.0
     own_angles: bool = False
     dtype: str = "bf16"
+    eight_bits: bool = False
+    bits: str = ""
 
 
 def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
@@ -103,8 +107,8 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
         if there:
             b.tensor(name, "f32", p.width, role="weight")
     b.tensor("y", p.dtype, "B", p.heads, "S", p.width, role="output")
-    b.tensor("key", p.dtype, "B", p.groups, "C", p.width, role="output")
-    b.tensor("value", p.dtype, "B", p.groups, "C", p.width, role="output")
+    for name in ("key", "value"):
+        declare_cache(b, name, p.dtype, p.eight_bits, "B", p.groups, "C", p.width, role="output")
     _add_tokens(b, rotation, t)
     last = p.heads + p.groups
 
@@ -125,14 +129,29 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
         _add_rotation(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", rotated)
     with b.when(f"(head >= {p.heads}) & (head < {last})"):
         _add_rotation(
-            b, normed(p.k_norm), t, "qkv" if p.joined else "k", source(p.heads), "k_norm", "key", slot(p.heads)
+            b,
+            normed(p.k_norm),
+            t,
+            "qkv" if p.joined else "k",
+            source(p.heads),
+            "k_norm",
+            "key",
+            slot(p.heads),
+            p.bits if p.eight_bits else None,
         )
     with b.when(f"head >= {last}"):
         wide = power_of_two(p.width)
         b.let("column", f"arange({wide})")
         mask = "live[:, None]" + ("" if wide == p.width else f" & (column < {p.width})[None, :]")
         b.load("v_tile", "qkv" if p.joined else "v", source(last)("column"), mask, shape=(t.m, wide))
-        b.store("value", slot(last)("column"), "v_tile", mask)
+        if p.eight_bits:
+            b.let("v_row", 'cast(v_tile, "f32")', (t.m, wide), "f32")
+            add_row_scale(b, ("v_row",))
+            b.let("v_codes", row_codes("v_row", p.bits), (t.m, wide), CODES)
+            b.store("value_codes", slot(last)("column"), "v_codes", mask)
+            b.store("value_scales", [*slot(last)("column")[:2], "P + token", "0"], "by", "live")
+        else:
+            b.store("value", slot(last)("column"), "v_tile", mask)
     return b.program()
 
 
@@ -150,9 +169,9 @@ def _add_tokens(b: Builder, p: Rope, t: RowTile) -> None:
 
 def _add_rotation(
     b: Builder, p: Rope, t: RowTile, source: str, at: Callable[[str], list[str]], weight: str, target: str,
-    to: Callable[[str], list[str]],
+    to: Callable[[str], list[str]], bits: str | None = None,
 ) -> None:  # fmt: skip
-    """Add the load of a head of t.m tokens, its norm and rotation, and the store."""
+    """Add the load of a head of t.m tokens, its norm and rotation, and the store; with `bits` as rows in 8 bits."""
     half = p.rotary // 2
     rest = p.width - p.rotary
     start = rest if p.pairs else 0
@@ -189,6 +208,15 @@ def _add_rotation(
         signs = ("+", "-") if p.inverse else ("-", "+")
         value["one"] = f"one * one_cos {signs[0]} two * one_sin"
         value["two"] = f"two * two_cos {signs[1]} one * two_sin"
+    if bits is not None:
+        for name, size in pieces.items():
+            b.let(f"{name}_turned", value[name], (t.m, power_of_two(size)), "f32")
+        add_row_scale(b, [f"{name}_turned" for name in pieces])
+        b.store(f"{target}_scales", [*to("0")[:2], "P + token", "0"], "by", "live")
     for name, size in pieces.items():
-        b.let(f"{name}_out", f'cast({value[name]}, "{p.dtype}")', (t.m, power_of_two(size)), p.dtype)
-        b.store(target, to(place[name]), f"{name}_out", masks[name])
+        shape = (t.m, power_of_two(size))
+        if bits is None:
+            out = b.let(f"{name}_out", f'cast({value[name]}, "{p.dtype}")', shape, p.dtype)
+        else:
+            out = b.let(f"{name}_codes", row_codes(f"{name}_turned", bits), shape, CODES)
+        b.store(target if bits is None else f"{target}_codes", to(place[name]), out, masks[name])

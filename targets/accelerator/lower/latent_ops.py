@@ -18,6 +18,7 @@ from ....compiler.ops.define import Attributes, Types, inference_error
 from ....compiler.ops.nn import attention, rms_norm
 from ....compiler.ops.nn import rope as plain_rope
 from ..ops import check_weight
+from .attention_ops import round_rows
 
 
 def _latent_append(types: Types, attributes: Attributes) -> tuple[TensorType, ...]:
@@ -47,14 +48,18 @@ def _append_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
     flops=_append_flops,
     in_place=("past_latent", "past_rope"),
     reads=dict.fromkeys(("past_latent", "past_rope"), lambda types, attributes: size(0)),
+    stored=("past_latent", "latent"),
 )
-def latent_append(q, kv, norm, past_latent, past_rope, cos, sin, *, heads: int, eps: float, pairs: bool = False):
+def latent_append(
+    q, kv, norm, past_latent, past_rope, cos, sin, *, heads: int, eps: float, pairs: bool = False, cache: str = ""
+):  # fmt: skip
     """Rotate the last D numbers of each head of q, and append to both caches: kv's first R numbers normed, the others rotated.
 
-    With `pairs` the numbers that are rotated together are neighbours, which come apart into two halves.
+    With `pairs` the numbers that are rotated together are neighbours, which come apart into two halves. Latents are
+    rounded as `cache` says (acc.rope_append), the part with positions is not.
     """
     turned = past_rope.shape[3]
-    latent = rms_norm(kv[..., : norm.shape[0]], norm, eps=eps)[:, None]
+    latent = round_rows(rms_norm(kv[..., : norm.shape[0]], norm, eps=eps)[:, None], cache)
 
     def rotated(x):
         x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1) if pairs else x
@@ -133,6 +138,7 @@ def _latent_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
     flops=_latent_flops,
     domains={"selected": lambda types, attributes: types[2].shape[2] + types[8].shape[2]},
     distinct=("selected",),
+    stored=("latent",),
     reads={
         "latent": partial(_read_of_state, operand=2),
         "rope": partial(_read_of_state, operand=3),
@@ -141,7 +147,7 @@ def _latent_flops(operands: Types, results: tuple[TensorType, ...], attributes: 
 )
 def latent_attention(
     q, q_rope, latent, rope, w_uk, w_uv, mask, sinks, selected, *,
-    heads: int, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0, best_first: bool = False,
+    heads: int, scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0, best_first: bool = False, cache: str = "",
 ):  # fmt: skip
     """Attend to cached latents as nn.attention does, with keys and values that are made of them (MLA, arXiv 2405.04434).
 

@@ -18,14 +18,14 @@ from ....compiler.rewrite.editor import Editor, Rewrite, rewrite_ops
 from ....compiler.rewrite.roles import Uses, weight_roles
 from ....compiler.weights.demote import demoted_recipe
 from .. import ops
-from . import latent_ops
+from . import attention_ops, latent_ops
 from .chosen import ChosenSlots
 from .dispatch import grouped_linear, lower_combine, lower_dispatch
 from .hoist import hoist_ops
 from .latent import latent_attention
 from .recurrent import cut_window, linear_attention, window_conv
 
-assert ops and latent_ops  # what is lowered to is declared there
+assert ops and attention_ops and latent_ops  # what is lowered to is declared there
 
 _STORED, _TABLE = ".bf16", ".table"  # suffixes of the names of weights that are stored so
 

@@ -160,7 +160,7 @@ class _Call:
     def _given(self, a: Argument, bound: Bound, whole: bool = True) -> torch.Tensor | None:
         """Return the tensor of an argument that is there before the kernel runs; None for one that it makes."""
         if bound.past:
-            return self._appended(a, bound).buffer
+            return self._appended(a, bound).part(bound.part, DTYPES[a.dtype].torch)
         if bound.scratch:
             return self._scratch.get(bound.scratch)
         if bound.result:
@@ -169,15 +169,20 @@ class _Call:
         value = self._operands[bound.operand]
         if isinstance(parts := self._values.get(value.name), Mapping):
             return parts[bound.part]
-        if bound.part or value.name not in self._values:
+        if value.name not in self._values:
             return self._weights[value.name][bound.part]
         held = self._values[value.name]
+        if bound.part and isinstance(held, Slots):
+            stored = held.part(bound.part, DTYPES[a.dtype].torch)
+            return stored if whole else stored.narrow(held.axis, 0, held.length)
         # a kernel that is told how many slots there are reads the buffer as it lies
         return held.buffer if whole and isinstance(held, Slots) and _has_slots(a, held) else tensor_of(held)
 
     def _appended(self, a: Argument, bound: Bound) -> Slots:
         """Return the buffer of a state with room for this step, and keep it as the result."""
         past, result = self._operands[bound.past], self._results[bound.result]
+        if bound.part and isinstance(made := self.made.get(result.name), Slots):
+            return made
         axis = next(i for i, (n, m) in enumerate(zip(past.type.shape, result.type.shape, strict=True)) if n != m)
         length = _sizes_of_type(result.type, tuple(sorted(self._dims.items())))[axis]
         slots = with_room(self._values[past.name], axis, length, DTYPES[a.dtype].torch)
@@ -199,7 +204,7 @@ class _Call:
     def _keep(self, bound: Bound, tensor: torch.Tensor, a: Argument) -> None:
         if bound.scratch:
             self._scratch[bound.scratch] = tensor
-        elif bound.result and bound.part:
+        elif bound.result and bound.part and not bound.past:
             value = self._results[bound.result]
             before = self.made.get(value.name)
             self.made[value.name] = {**(before if isinstance(before, Mapping) else {}), bound.part: tensor}

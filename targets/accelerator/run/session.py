@@ -19,7 +19,7 @@ from .executor import Executor
 from .graph import Graphs
 from .launchers import Compiled, open_launcher
 from .profile import TimedLauncher
-from .slots import Held, tensor_of
+from .slots import Held, Slots, tensor_of
 
 ACCURACIES = ("fast", "exact")
 
@@ -103,7 +103,7 @@ class Session:
         given = iter(states.held)
         main = self.executor.module.main
         inputs = [next(given) if p.type.state else self._input(p, arrays) for p in main.params]
-        dims = bind_dims(main.params, [tensor_of(held) for held in inputs], {"B": batch, "S": new, "P": states.length})
+        dims = bind_dims(main.params, [_lying(held) for held in inputs], {"B": batch, "S": new, "P": states.length})
         results = (self.graphs or self.executor).run(inputs, dims)
         logits = tensor_of(results[0])
         found = (logits[:, -last:] if last else logits).float().cpu().numpy()
@@ -121,6 +121,11 @@ class Session:
         own = states if isinstance(states, States) else None
         padded = "position_ids" in {p.name for p in self.executor.module.main.params}
         check_step(arrays, own, self.states, self.context, self.vocabulary, padded)
+
+
+def _lying(held: Held) -> torch.Tensor:
+    """Return a value as it lies, for its sizes."""
+    return held.taken if isinstance(held, Slots) else tensor_of(held)
 
 
 def _kept_state(held: Held, state: State) -> Held:

@@ -18,6 +18,7 @@ class _Filled:
     """How many slots of a buffer are taken, by the newest state in it."""
 
     slots: int
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)  # what lies beside the buffer, slot by slot: scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +35,24 @@ class Slots:
     _filled: _Filled = field(repr=False)
 
     @property
-    def tensor(self) -> torch.Tensor:
-        """The slots that are taken."""
+    def taken(self) -> torch.Tensor:
+        """The slots that are taken, as they lie."""
         return self.buffer.narrow(self.axis, 0, self.length)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The numbers in the slots that are taken."""
+        taken = self.taken
+        scales = self._filled.parts.get("scales")
+        return taken if scales is None else taken.float() * scales.narrow(self.axis, 0, self.length)
+
+    def part(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return what lies in the buffer, or by the name of a part beside it: one number for each row."""
+        if name in ("", "codes"):
+            return self.buffer
+        if name not in self._filled.parts:
+            self._filled.parts[name] = torch.zeros((*self.buffer.shape[:-1], 1), dtype=dtype, device=self.buffer.device)
+        return self._filled.parts[name]
 
     def has_room(self, more: int) -> bool:
         """Return whether so many slots can be appended where it lies: it is the newest state in its buffer."""
@@ -60,11 +76,16 @@ def with_room(past: Held, axis: int, length: int, dtype: torch.dtype) -> Slots:
     if isinstance(past, Slots) and same and past.has_room(length - past.length):
         past._filled.slots = length
         return Slots(past.buffer, axis, length, past._filled)
-    old = tensor_of(past)
+    old, beside = tensor_of(past), dict[str, torch.Tensor]()
+    if isinstance(past, Slots) and same:
+        old, beside = past.taken, past._filled.parts
     shape = list(old.shape)
     # a buffer that is outgrown grows by half, so that a long generation copies each token a few times at most
     wanted = max(length, shape[axis] * 3 // 2 if shape[axis] else 0)
     shape[axis] = -(-max(wanted, 1) // STEP) * STEP
     buffer = torch.zeros(shape, dtype=dtype, device=old.device)
     buffer.narrow(axis, 0, old.shape[axis]).copy_(old)
-    return Slots(buffer, axis, length, _Filled(length))
+    parts = {name: torch.zeros((*shape[:-1], 1), dtype=part.dtype, device=part.device) for name, part in beside.items()}
+    for name, part in parts.items():
+        part.narrow(axis, 0, old.shape[axis]).copy_(beside[name].narrow(axis, 0, old.shape[axis]))
+    return Slots(buffer, axis, length, _Filled(length, parts))

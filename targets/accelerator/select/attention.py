@@ -32,9 +32,9 @@ def _select_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
     operands, a = operand_types(op), op.settings
     q, key, value = (operands[name].shape for name in "qkv")
     p = Attention(
-        int(q[1]), int(key[1]), int(q[3]), int(value[3]), a.number("scale"), a.integer("window"), a.integer("chunk"),
+        int(q[1]), int(key[1]), int(q[3]), int(value[3]), a.number("scale"), a.integer("window"), a.integer("chunk", 0),
         a.number("softcap"),
-        "sinks" in operands, mask_of(operands), heads_first=True,
+        "sinks" in operands, mask_of(operands), heads_first=True, eight_bits=bool(a.get("cache", "")),
     )  # fmt: skip
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
@@ -43,6 +43,7 @@ def _select_attention(op: Op, weights: Mapping[str, Packing]) -> Computation:
         return attention_implementations(
             "attention", lambda t, layout: attention_kernel(p, t, layout),
             lambda t, layout, split: attention_merge(p, t, layout, split), scalars, rows, p.width, p.value_width, tokens,
+            {"key": "k", "value": "v"},
         )  # fmt: skip
 
     return Computation("attention", p, {}, implementations)
@@ -77,7 +78,7 @@ def _select_compressed_attention(op: Op, weights: Mapping[str, Packing]) -> Comp
         )  # fmt: skip
         found = attention_implementations(
             "compressed_attention", lambda t, layout: compressed_attention(p, t, layout),
-            lambda t, layout, split: compressed_merge(p, t, layout, split), scalars, rows, p.width, p.width, tokens,
+            lambda t, layout, split: compressed_merge(p, t, layout, split), scalars, rows, p.width, p.width, tokens, {},
         )  # fmt: skip
         return tuple(Implementation(i.name, (*i.kernels, state)) for i in found)
 
@@ -86,7 +87,7 @@ def _select_compressed_attention(op: Op, weights: Mapping[str, Packing]) -> Comp
 
 def attention_implementations(
     name: str, make: Make, merge: Merge, scalars: Mapping[str, int], rows: int, width: int, value: int, tokens: Tokens,
-    renamed: Mapping[str, str] = {"key": "k", "value": "v"}, touched: Mapping[str, float] | None = None,
+    renamed: Mapping[str, str], touched: Mapping[str, float] | None = None,
 ) -> tuple[Implementation, ...]:  # fmt: skip
     """Return attention in one kernel, and for few tokens with the keys split and a kernel that merges.
 
@@ -120,6 +121,6 @@ def _merge_template(
 
 
 IMPLEMENTATIONS: dict[str, Selector] = {
-    "nn.attention": _select_attention,
+    **dict.fromkeys(("nn.attention", "acc.attention"), _select_attention),
     "nn.compressed_attention": _select_compressed_attention,
 }

@@ -150,13 +150,15 @@ def _select_append(op: Op, weights: Mapping[str, Packing]) -> Computation:
     p = Append(
         a.integer("heads"), int(key[1]), int(key[3]), int(angles.shape[2]) if angles else 0, "k" not in operands,
         "q_norm" in operands, "k_norm" in operands, a.number("eps"), angles is not None and str(angles.shape[0]) == "B",
+        eight_bits=bool(a.text("cache", "")),
     )  # fmt: skip
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         scalars = {"B": tokens.batch, "S": tokens.new, "P": tokens.past, "C": tokens.past + tokens.new}
+        own = replace(p, bits=bits_of(profile, "fp8_g128")) if p.eight_bits else p
         return only_implementation(
             _head_kernel(
-                "qk_rope_append", lambda t, layout: qk_rope_append(p, row_tile(t), layout), scalars,
+                "qk_rope_append", lambda t, layout: qk_rope_append(own, row_tile(t), layout), scalars,
                 renamed={"qkv": "q", "y": "q"},
                 appended={"key": ("past_key", "key"), "value": ("past_value", "value")},
             )

@@ -16,11 +16,21 @@ from ....compiler.ir.module import Op
 from ..chip.chip import Profile
 from ..kernels.attention import Attention, attention_kernel, attention_merge
 from ..kernels.dense import Linear, linear_kernel
-from ..kernels.latent import Expand, LatentAppend, expand_kernel, latent_append
+from ..kernels.latent import Expand, LatentAppend, expand_kernel, latent_append, widen_kernel
 from ..kernels.norm import power_of_two
 from ..tile.packing import Packing
+from .activations import bits_of
 from .attention import attention_implementations, mask_of
-from .implementations import Computation, Implementation, Selector, Tokens, only_implementation, operand_types, row_tile
+from .implementations import (
+    Computation,
+    Implementation,
+    Selector,
+    Tokens,
+    only_implementation,
+    operand_types,
+    row_shapes,
+    row_tile,
+)
 from .search import COLUMNS, DEPTHS, KernelTemplate, row_choices, tile_shapes
 
 
@@ -48,7 +58,14 @@ class Latent:
         """The attention of the expanded form: each head has keys and values of its own."""
         a = self.absorbed
         return replace(
-            self.whole, groups=a.heads, width=self.nope, value_width=self.value, row=self.row, shared=False, dense=True
+            self.whole,
+            groups=a.heads,
+            width=self.nope,
+            value_width=self.value,
+            row=self.row,
+            shared=False,
+            dense=True,
+            eight_bits=False,
         )
 
     @property
@@ -73,7 +90,7 @@ def _latent_attention(op: Op, weights: Mapping[str, Packing]) -> Computation | N
         heads, 1, int(width), int(width), a.number("scale"), a.integer("window"), a.integer("chunk"),
         a.number("softcap"), "sinks" in operands, mask_of(operands), shared=True,
         rope=int(operands["rope"].shape[3]) if "rope" in operands else 0,
-        selected="selected" in operands, best_first=a.flag("best_first"),
+        selected="selected" in operands, best_first=a.flag("best_first"), eight_bits=bool(a.text("cache", "")),
     )  # fmt: skip
     chosen = int(operands["selected"].shape[2]) if absorbed.selected else 0
     p = Latent(absorbed, w_uk.columns, int(row) // heads, w_uv.rows // heads, w_uk, w_uv)
@@ -118,9 +135,11 @@ def _expanded_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation
     a = p.expanded
     keys = Expand(a.heads, p.nope, p.absorbed.width, p.w_uk, turned=True, window=a.window)
     values = Expand(a.heads, p.value, p.absorbed.width, p.w_uv, window=a.window)
+    latent = {"latent": "wide"} if p.absorbed.eight_bits else {}
     expands = (
-        _expand_template("expand_keys", keys, tokens, {"w": "w_uk", "y": "keys"}),
-        _expand_template("expand_values", values, tokens, {"w": "w_uv", "y": "values"}),
+        *_widen_template(p, tokens),
+        _expand_template("expand_keys", keys, tokens, {"w": "w_uk", "y": "keys", **latent}),
+        _expand_template("expand_values", values, tokens, {"w": "w_uv", "y": "values", **latent}),
     )
     attended = attention_implementations(
         "attention", lambda t, layout: attention_kernel(a, t, layout),
@@ -128,6 +147,16 @@ def _expanded_implementations(p: Latent, tokens: Tokens) -> tuple[Implementation
         a.value_width, tokens, {"key": "keys", "key_rope": "rope", "value": "values"},
     )  # fmt: skip
     return tuple(Implementation(f"expanded, {i.name}", (*expands, *i.kernels)) for i in attended)
+
+
+def _widen_template(p: Latent, tokens: Tokens) -> tuple[KernelTemplate, ...]:
+    """Return the kernel that makes latents of 8 bits as wide as what is multiplied; none for others."""
+    width = p.absorbed.width
+    kernel = KernelTemplate(
+        "widen", lambda t, layout: widen_kernel(width, row_tile(t), layout), _step_scalars(tokens),
+        row_shapes(power_of_two(width), (4, 16)), staged=False,
+    )  # fmt: skip
+    return (kernel,) if p.absorbed.eight_bits else ()
 
 
 def _linear_template(name: str, x: Linear, tokens: Tokens, renamed: Mapping[str, str]) -> KernelTemplate:
@@ -166,12 +195,13 @@ def _append(op: Op, weights: Mapping[str, Packing]) -> Computation:
     heads, width, rope = a.integer("heads"), operands["past_latent"].shape[3], operands["past_rope"].shape[3]
     p = LatentAppend(
         heads, int(operands["q"].shape[2]) // heads, int(width), int(rope), a.number("eps"), a.flag("pairs"),
-        str(operands["cos"].shape[0]) == "B",
+        str(operands["cos"].shape[0]) == "B", eight_bits=bool(a.text("cache", "")),
     )  # fmt: skip
 
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
+        own = replace(p, bits=bits_of(profile, "fp8_g128")) if p.eight_bits else p
         kernel = KernelTemplate(
-            "latent_append", lambda t, layout: latent_append(p, row_tile(t), layout), _step_scalars(tokens),
+            "latent_append", lambda t, layout: latent_append(own, row_tile(t), layout), _step_scalars(tokens),
             tuple((m, 1, 1) for m in (1, 2, 4, 8, 16, 32)), staged=False,
             appended={"latent": ("past_latent", "latent"), "key_rope": ("past_rope", "rope")},
         )  # fmt: skip

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 from moec.compiler.errors import MoecError
+from moec.compiler.ir.dims import evaluate
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.generate import left_pad
 from moec.compiler.runtime.reference import Reference
 from moec.targets import open_target
 from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile
+from moec.targets.accelerator.predict.work import state_bytes
 from moec.targets.accelerator.run import slots
 from moec.targets.accelerator.run.artifact import read_kernels, read_program
 from moec.targets.accelerator.run.graph import Graphs
 from moec.targets.accelerator.run.launchers import Compiled, open_launcher
 from moec.targets.accelerator.select import dense as select_dense
+from moec.targets.accelerator.select.step import predict_step
 from moec.targets.accelerator.tile.tiles import Argument
 from moec.targets.accelerator.triton.architectures import architecture_of
 from places import ROOT, TINY
@@ -113,6 +116,67 @@ def test_states_do_not_change_under_the_hands_of_others(session):
     ):
         with pytest.raises(MoecError, match=what):
             session.step(*given)
+
+
+# --- caches in 8 bits ----------------------------------------------------------------------------------------------
+
+
+def divergences(found, wanted):
+    """Return the Kullback-Leibler divergence of the next token's chances from those wanted, at each token."""
+    one, other = (torch.tensor(x).double().log_softmax(-1) for x in (wanted, found))
+    return (one.exp() * (one - other)).sum(-1).numpy()
+
+
+@pytest.mark.parametrize("target", ["nvidia-h200", pytest.param("amd-mi325x", marks=pytest.mark.long)])
+def test_caches_in_eight_bits_are_near_those_in_bf16(target, session, references, tmp_path, monkeypatch):
+    """What README.md says of tiny-moe: a prompt, and cached steps while caches are outgrown, beside caches in bf16."""
+    monkeypatch.setattr(slots, "STEP", 44)
+    options = {"kernels": "source", "buckets": "4,64", "cache": "fp8"}
+    artifact = moec.compile(TINY, target=target, out=tmp_path / "a", options=options)
+    runners = (artifact.session(threads=1), session, references[1])
+    text = artifact.tokenizer.encode((ROOT / "compiler/runtime/sample.txt").read_text())
+    found, states = [[], [], []], [None] * 3
+    for start, stop in ((0, 40), *((i, i + 1) for i in range(40, 48))):
+        ids, mask = np.array([text[start:stop]]), np.ones((1, stop), np.int64)
+        both = [r.step(ids, mask, np.arange(start, stop)[None], s) for r, s in zip(runners, states, strict=True)]
+        for rows, (logits, _) in zip(found, both, strict=True):
+            rows.append(logits[0])
+        states = [after for _, after in both]
+    eight, sixteen, exact = map(np.concatenate, found)
+    assert np.mean(eight.argmax(-1) == exact.argmax(-1)) >= 0.9
+    off, wide = divergences(eight, exact), divergences(sixteen, exact)
+    assert np.median(wide) < np.median(off) < 0.003 and off.mean() < 0.008
+    held = states[0].held
+    assert {h.buffer.dtype for h in held} == {torch.float8_e4m3fn}
+    # 8 bits a number and a scale a head, as the step's prediction has it
+    module = read_program(artifact.folder, read_kernels(artifact.folder))
+    assert json.loads((artifact.folder / "plan.json").read_text())["state"]["bytes_per_token"] == 8 * 2 * (64 + 4)
+    assert evaluate(state_bytes(module), {"B": 1, "P": 100}) == 8 * 2 * 100 * (64 + 4)
+    predicted = [predict_step(m, find_profile(target, {}), past=2000) for m in (module, session.executor.module)]
+    attended = [sum(r.states for r in p.rows if r.op.endswith(".attention")) for p in predicted]
+    assert attended[0] == pytest.approx(attended[1] * (64 + 4) / 128)
+    moved = [sum(r.device_bytes for r in p.rows if r.op.endswith(".attention")) for p in predicted]
+    assert moved[0] < 0.6 * moved[1]
+
+
+def test_a_state_in_eight_bits_stays_as_it_is():
+    """Who appends to an older state gets a copy, of the scales too; what reads no codes gets numbers."""
+    first = slots.with_room(torch.zeros(1, 1, 0, 4), 2, 2, torch.float8_e4m3fn)
+    first.buffer[:, :, :2], first.part("scales", torch.float32)[:, :, :2] = 2.0, 0.5
+    newer, copy = (slots.with_room(first, 2, 3, torch.float8_e4m3fn) for _ in range(2))
+    assert newer.buffer is first.buffer and copy.buffer is not first.buffer
+    copy.part("scales", torch.float32)[:] = 8.0
+    assert (first.tensor == 1.0).all() and first.tensor.shape == (1, 1, 2, 4)
+    grown = slots.with_room(newer, 2, 1 + newer.buffer.shape[2], torch.float8_e4m3fn)
+    assert (grown.tensor[:, :, :2] == 1.0).all() and grown.buffer.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("target", ["nvidia-a100", "ascend-950dt", "cambricon-mlu370"])
+def test_caches_in_eight_bits_are_refused(target):
+    with pytest.raises(MoecError, match=f"{target} has no kernels for caches in fp8"):
+        open_target(target, {"cache": "fp8"})
+    with pytest.raises(MoecError, match="cache cannot be fp4"):
+        open_target(target, {"cache": "fp4"})
 
 
 # --- objects, by a stand-in for a driver --------------------------------------------------------------------------
