@@ -14,20 +14,27 @@ import argparse
 import json
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_formats import write_importance
 from process import measured, moec_compile
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parents[1] / "examples" / "tiny-moe"
+FORMATS = HERE / "llama_formats.py"
 ROUTER, EMBEDDING = "mlp.gate.weight", "embed_tokens.weight"
 WINDOW, TOKENS = 256, 20_000
 
 
 def measure(
-    variants: Sequence[str], work: Path, llama_python: Path | None = None, tokens: int = TOKENS
+    variants: Sequence[str],
+    work: Path,
+    llama_python: Path | None = None,
+    tokens: int = TOKENS,
+    llama_types: Sequence[str] = (),
+    calibration: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row for each variant, and for Q4_0 where there is a python with gguf.
 
@@ -63,6 +70,14 @@ def measure(
             stored = int(subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout)
             with open_reference(folder) as model:
                 rows.append(row(name, model, stored))
+        if llama_types and calibration:
+            write_importance(calibration, work / "importance.npz")
+        for kind in llama_types:
+            folder = work / f"llama-{kind}"
+            command = [llama_python, FORMATS, work / "importance.npz", kind, folder]
+            done = subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True)
+            with open_reference(folder) as model:
+                rows.append(row(f"llama.cpp {kind}", model, int(done.stdout.split()[-1])))
     return rows
 
 
@@ -96,6 +111,12 @@ def round_trip(out: Path, kept: Sequence[str]) -> int:
         else:
             stored += bits.nbytes
         made[name] = values.astype("<f4")
+    write_checkpoint(out, made)
+    return stored
+
+
+def write_checkpoint(out: Path, made: Mapping[str, Any]) -> None:
+    """Write the model with other tensors, in f32."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(MODEL, out, ignore=shutil.ignore_patterns("*.safetensors"))
     header, offset = {}, 0
@@ -109,7 +130,6 @@ def round_trip(out: Path, kept: Sequence[str]) -> int:
         file.write(len(text).to_bytes(8, "little") + text)
         for values in made.values():
             file.write(values.tobytes())
-    return stored
 
 
 def main() -> None:
@@ -118,6 +138,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for artifacts")
     parser.add_argument("--compile", action="append", default=[], help="options of moec compile; may be given again")
     parser.add_argument("--llama-python", type=Path, help="a python with gguf, for the rows of Q4_0")
+    parser.add_argument("--llama-types", nargs="*", default=[], help="formats of llama.cpp's quantizer, such as IQ4_XS")
+    parser.add_argument("--calibration", type=Path, help="the text of the importance matrix for those")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the held-out text (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows here, else they are printed")
     parser.add_argument("--round-trip", type=Path, help="only write the model after Q4_0 (under --llama-python)")
@@ -129,7 +151,10 @@ def main() -> None:
     if not given.work:
         parser.error("--work is needed")
     given.work.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(measure(given.compile, given.work, given.llama_python, given.tokens), indent=2)
+    if given.llama_types and not (given.llama_python and given.calibration):
+        parser.error("--llama-types needs --llama-python and --calibration")
+    types = (given.llama_types, given.calibration)
+    text = json.dumps(measure(given.compile, given.work, given.llama_python, given.tokens, *types), indent=2)
     if given.json:
         given.json.write_text(text + "\n")
     else:
