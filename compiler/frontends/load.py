@@ -123,7 +123,9 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
         from .onnx.model import import_file
 
         module, opened_model, notes = import_file(path, name)
-        return Loaded(module, opened_model, None, notes=notes)
+        generates = any(value.name == "input_ids" for value in module.main.params)  # then a tokenizer is of use
+        brought = read_companions(path.parent) if generates else {}
+        return Loaded(module, opened_model, None, brought=brought, notes=notes)
     if (file := gguf_file(path)) is not None:
         from .gguf.model import import_gguf
         from .transformers.huggingface import check_weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from .verdict import stored_bits, verdict_line
 
 if TYPE_CHECKING:
     from ..frontends.stored.decoded import Decoding
-    from .reference import Reference
 
 TOLERANCE = 1e-4  # of artifacts without a lossy pass: largest difference of logits, relative to the largest logit
 LENGTHS = (1, 7, 33)
@@ -165,6 +165,7 @@ def compare_with_source(
     chooses), `progress` is told the parts done and in all. MoecError if a file of the artifact is not as it was written.
     """
     from .reference import open_reference, reference_in_bf16
+    from .reference_onnx import OnnxReference, open_onnx_reference
 
     if (tokens is not None and tokens < 2) or (steps is not None and steps < 0) or not lengths or min(lengths) < 1:
         raise MoecError("there is nothing to compare", todo="give at least 2 tokens of text and lengths of 1 or more")
@@ -180,7 +181,8 @@ def compare_with_source(
     steps = (SLOW_STEPS if slow else STEPS) if steps is None else steps
     tokens = (SLOW_TOKENS if slow else TEXT_TOKENS) if tokens is None else tokens
     rounds = getattr(runner, "computes", "f32") == "bf16"
-    with open_reference(source) as reference:
+    onnx = isinstance(source, (str, Path)) and Path(source).suffix == ".onnx"
+    with nullcontext(open_onnx_reference(Path(source))) if onnx else open_reference(source) as reference:
         limit = min(reference.context, int(artifact.manifest["dims"].get("S", (1, 1 << 31))[1]))
         pool, name = _text_tokens(artifact, reference, text, tokens)
         padding = "position_ids" in {i["name"] for i in artifact.manifest["inputs"]}
@@ -209,11 +211,13 @@ def compare_with_source(
 
         if not rounds:
             return compared(runner)
+        if isinstance(reference, OnnxReference):
+            raise MoecError("an artifact in bf16 is compared with transformers only", todo="say --against CHECKPOINT")
         bf16 = reference_in_bf16(reference)
         return replace(compared(runner, bf16), rounded=replace(compared(bf16), decoding=None))
 
 
-def _text_tokens(artifact: Compiled, reference: Reference, text: str | None, count: int) -> tuple[np.ndarray, str]:
+def _text_tokens(artifact: Compiled, reference: Runner, text: str | None, count: int) -> tuple[np.ndarray, str]:
     """Return the tokens to work with and what they are."""
     from .tokenizer import FILES
 

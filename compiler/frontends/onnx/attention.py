@@ -72,6 +72,8 @@ def _angles(g: OnnxGraph, node: Node, mask: Value, new: sympy.Expr) -> tuple[Val
 
 def _looked_up(g: OnnxGraph, table: Value, places: Value) -> Value:
     if (table, places) not in g.angles:
+        if table.type.shape[0].is_Integer:
+            g.longest = min(g.longest, int(table.type.shape[0]))
         half = g.builder.add("core.take", table, places, axis=0)
         g.angles[table, places] = g.builder.add("core.concat", half, half, axis=2)
     return g.angles[table, places]

@@ -59,6 +59,7 @@ class OnnxGraph(Graph):
     angles: dict[tuple[Value, Value], Value] = field(default_factory=dict)  # by table and places
     turned: dict[str, Value] = field(default_factory=dict)  # matrices by the names of what they are the transposes of
     written: int = 0
+    longest: int = 1 << 20  # positions that the tables of angles have, or what a size is at most
     made_by: dict[str, Op] = field(default_factory=dict)  # of the first `indexed` ops
     indexed: int = 0
 

@@ -16,6 +16,7 @@ from .node import Item, Node
 from .numbers import Numbers
 from .origins import origin_of
 
+POSITIONS = "position_ids"
 CHOSEN = dim("chosen_rows")  # how many rows a mask chooses; no size of a program
 
 
@@ -93,6 +94,8 @@ def _gather(g: OnnxGraph, node: Node) -> Any:
             raise MoecError(f"Gather at {at} of an axis of {length}")
         return g.call("aten.select", data, axis, length + at if isinstance(at, int) and at < 0 else at)
     ids = g.cast(_not_negative(g, index, data, axis), "i64")
+    if isinstance(index, Value) and index.name == POSITIONS and data.type.shape[axis].is_Integer:
+        g.longest = min(g.longest, int(data.type.shape[axis]))
     if axis == 0 and len(data.type.shape) == 2 and data.name in g.builder.consts and data.type.dtype == "f32":
         return g.builder.add("nn.embedding", ids, data)
     return g.builder.add("core.take", data, ids, axis=axis)

@@ -22,7 +22,7 @@ from ..transformers.model_errors import CODE_ERRORS
 from . import arithmetic, attention, contrib, indexing, layers, shapes  # noqa: F401  (these fill the table of operators)
 from .carried import carry_node
 from .graph import OnnxGraph, identifier
-from .interface import find_states, order_states, shared_sizes
+from .interface import NEW, PAST, find_states, order_states, shared_sizes
 from .model_file import open_model
 from .node import computed_dtype
 
@@ -81,7 +81,7 @@ def _import_graph(model: ModelProto, source: OnnxSource, name: str) -> tuple[Mod
         g.items[name_] = g.add_tensor(tensor, name_)
     g.write_nodes(graph.node, g.items, {})
     main = eliminate_dead_code(order_states(_name_results(g, graph, results), g, states, results))
-    return Module("graph", dims.ranges(main), (main,), name), source, tuple(g.notes)
+    return Module("graph", dims.ranges(main, g.longest), (main,), name), source, tuple(g.notes)
 
 
 def _name_results(g: OnnxGraph, graph: GraphProto, names: Mapping[str, str]) -> Function:
@@ -146,13 +146,14 @@ class _Dims:
         except MoecError:
             return None
 
-    def ranges(self, main: Function) -> tuple[Dim, ...]:
+    def ranges(self, main: Function, longest: int) -> tuple[Dim, ...]:
         """Return the dims that the function's inputs have."""
         used = dict.fromkeys(
             name for p in main.params for size in p.type.shape for name in sorted(s.name for s in size.free_symbols)
         )
         pasts = {size for p in main.params if p.type.state for size in p.type.shape[1:]}  # nothing is past at first
-        return tuple(Dim(name, 0 if dim(name) in pasts else 1, LONGEST) for name in used)
+        limits = dict.fromkeys((NEW, PAST), longest)
+        return tuple(Dim(name, 0 if dim(name) in pasts else 1, limits.get(name, LONGEST)) for name in used)
 
 
 def source_of(model: ModelProto) -> OnnxSource:

@@ -93,6 +93,8 @@ def test_models_of_other_exporters_are_raised(name, tmp_path):
     assert not {"onnx.node", "core.matmul"} & set(ops)
     ids = np.random.default_rng(0).integers(3, 90, (2, 7))
     wanted = run_steps(growing_caches(file), ids, 12)
+    if name != "genai_gpt_oss":  # whose caches are rings
+        assert artifact.verify(lengths=(16,), steps=4, tokens=20).passed
     found = greedy_steps(artifact, ids, 12, padded=0)
     assert np.array_equal(found.argmax(-1), wanted.argmax(-1))
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()

@@ -1,6 +1,8 @@
 """ONNX models written by hand: what is carried through, functions, external data, and what is refused."""
 
 import json
+import subprocess
+import sys
 
 import moec
 import numpy as np
@@ -11,6 +13,7 @@ from moec.compiler.driver import compile_source
 from moec.compiler.errors import MoecError
 from moec_command import invoke
 from onnx import TensorProto, helper, numpy_helper
+from places import ROOT
 
 RNG = np.random.default_rng(0)
 
@@ -191,6 +194,17 @@ def test_function_that_calls_itself_is_refused(tmp_path):
     model = model_of([helper.make_node("Again", ["x"], ["y"], domain="mine")], [("x", [2])], [("y", [2])], functions=[inner], domains=["mine"])  # fmt: skip
     with pytest.raises(MoecError, match="deep"):
         moec.load(model)
+
+
+def test_example(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/export_from_onnx.py", tmp_path],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    off = {line.split(":")[0]: float(line.split()[-1]) for line in done.stdout.splitlines()}
+    assert off["layer-f32"] < 1e-5 < off["layer-int4"] < 0.5
+    assert "ort.moe" in (tmp_path / "layer-f32/program.moir").read_text()
 
 
 def test_file_that_is_no_model(tmp_path):
