@@ -17,6 +17,7 @@ from moec.compiler.rewrite.roles import weight_roles
 from moec.compiler.weights.steps.quantized import method_of
 from moec.passes import PASSES
 from moec.targets import TARGETS
+from moec.targets.target import FUSED
 from places import CONFIGS
 from quantized_checkpoints import CT4, checkpoint, quantized
 from tiny_models import padded_batch, random_model, save
@@ -25,7 +26,7 @@ LATENT = [name for name, family in FAMILIES.items() if family.state.startswith("
 ALWAYS = ("deepseek_v3", "kimi_linear")
 # groups of 32 divide the rows of every weight
 WIDE = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
-INTO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
+INTO_MOE = print_pipeline(FUSED)
 
 
 def of_stage_moe(source, pipeline=INTO_MOE):

@@ -17,9 +17,10 @@ from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import ModuleSource
 from moec.compiler.weights.steps.table import step
 from moec.targets import TARGETS
+from moec.targets.target import FUSED
 from tiny_models import random_model, save
 
-TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
+TO_MOE = print_pipeline(FUSED)
 IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
 POLICY = "method=awq, experts=uint4_g16, attention=uint4_g16, embedding=f32, head=uint4_g16, shared=f32, dense=f32"
 

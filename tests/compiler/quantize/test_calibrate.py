@@ -17,10 +17,11 @@ from moec.compiler.weights.calibrated import Calibrated
 from moec.compiler.weights.sources.source import ModuleSource
 from moec.compiler.weights.steps.quantized import weight_of
 from moec.passes import PASSES
-from moec.targets import TARGETS, open_target
+from moec.targets import open_target
+from moec.targets.target import FUSED
 from tiny_models import random_model, save
 
-TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
+TO_MOE = print_pipeline(FUSED)
 EVERY = 1 << 40  # rows: more than there are
 IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
 

@@ -24,10 +24,11 @@ from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.row_file import RowFile
 from moec.passes import PASSES
 from moec.targets import TARGETS
+from moec.targets.target import FUSED
 from places import BENCH
 from tiny_models import random_model
 
-TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
+TO_MOE = print_pipeline(FUSED)
 IDS = torch.randint(3, 128, (6, 40), generator=torch.Generator().manual_seed(5))
 EVERY = 1 << 40  # rows: more than there are
 LIMIT = 100  # MB

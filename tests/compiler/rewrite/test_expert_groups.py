@@ -16,10 +16,10 @@ from moec.compiler.ops.verify import verify_module
 from moec.compiler.quantize.calibrate import collect_inputs, main_inputs
 from moec.compiler.rewrite.expert_groups import split_experts
 from moec.compiler.text.parser import parse_module
-from moec.targets import TARGETS
+from moec.targets.target import FUSED
 from tiny_models import random_model, save
 
-TO_MOE = print_pipeline(TARGETS["cpu"].pipeline[:-1])
+TO_MOE = print_pipeline(FUSED)
 GROUPS = [((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 2, 5, 6, 7), (1,), (3, 4))]
 IDS = torch.randint(3, 128, (3, 40), generator=torch.Generator().manual_seed(5))
 NEGATIVE = """moec 1 stage moe
