@@ -162,11 +162,14 @@ def _read_layer(function: Function, calls: int, roles: Any, kept: States, read: 
     weights: list[Weights] = []
     experts: list[Experts] = []
     moving = sympy.S.Zero
+    readers = Counter(v.name for op in function.ops for v in op.inputs if v.name in consts)
     for i, op in enumerate(function.ops):
         flops = op_flops(op)
         held = [consts[v.name] for k in weight_operands(op) if (v := op.operands[k]) is not None and v.name in consts]
         if op.name == "moe.experts":
             experts.append(_read_experts(op, held, _value(flops)))
+        elif held and op.name == "nn.embedding" and any(readers[c.value.name] > 1 for c in held):
+            continue  # a tied table is stored once, and counts as the head
         elif held:
             role = next(roles.get((i, k), "dense") for k in weight_operands(op) if op.operands[k] is not None)
             elements = sum(int(c.value.type.elements) for c in held)

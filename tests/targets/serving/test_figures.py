@@ -12,6 +12,7 @@ from moec.compiler.runtime.routing import count_routing
 from moec.targets.serving.plan import Request, make_plan
 from moec.targets.serving.routing import routing_text
 from places import ROOT, TINY
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from workload_for_tests import CHOSEN, EXPERTS, HEADS, HIDDEN, INNER, LAYERS, VOCABULARY, WIDTH, small_workload
 
@@ -103,6 +104,13 @@ def test_a_histogram_of_another_model_is_refused(tmp_path):
     path.write_text("[]")
     with pytest.raises(MoecError, match="not a JSON object"):
         plan(routing=str(path))
+
+
+def test_a_tied_table_counts_once():
+    held = sum(t.numel() for t in load_file(TINY / "model.safetensors").values())
+    found = driver.import_workload(TINY)
+    norms = held - found.parameters  # vectors that no product reads are not counted
+    assert 0 <= norms < 0.001 * held
 
 
 def test_recorded_routing_is_that_of_transformers():
