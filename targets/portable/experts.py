@@ -43,7 +43,10 @@ def tiled_experts(ctx: Context, op: Op) -> None:
     tokens = op["ids"].type.shape[0]
     experts, rows = (int(n) for n in op["up"].type.shape[:2])
     inner = int(op["down"].type.shape[2])
-    h = _all_products(ctx, ctx.node("Unsqueeze", x, graph.constant([0])), up, up_bias)
+    # every expert gets tokens of its own: OpenVINO's product with many matrices does not broadcast them
+    copies = ctx.node("Tile", x, graph.constant([experts, 1]))
+    copies = ctx.node("Reshape", copies, graph.shape([size(experts), tokens, op["x"].type.shape[1]]))
+    h = _all_products(ctx, copies, up, up_bias)
     h = emit_activation(ctx, ctx.node("Reshape", h, graph.constant([-1, rows])), op.settings.activation("act"))
     h = ctx.node("Reshape", h, graph.shape([size(experts), tokens, size(inner)]))
     y = _all_products(ctx, h, down, down_bias)
@@ -55,7 +58,7 @@ def tiled_experts(ctx: Context, op: Op) -> None:
 
 
 def _all_products(ctx: Context, x: str, weight: str, bias: str) -> str:
-    """Return [experts, tokens, out] of x [1 or experts, tokens, in] and weights [experts, out, in]."""
+    """Return [experts, tokens, out] of x [experts, tokens, in] and weights [experts, out, in]."""
     product = ctx.node("MatMul", x, ctx.node("Transpose", weight, perm=[0, 2, 1]))
     return ctx.node("Add", product, ctx.node("Unsqueeze", bias, ctx.graph.constant([1]))) if bias else product
 

@@ -58,6 +58,33 @@ def test_a_model_of_standard_operators_computes_the_same(tmp_path, family):
     assert np.abs(both - wanted)[real].max() < 1e-4 * np.abs(wanted[real]).max()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("experts", ["packed", "tiled"])
+def test_openvino_computes_the_same(tmp_path, experts):
+    openvino = pytest.importorskip("openvino")
+    model = random_model(FAMILIES["qwen3_moe"])
+    artifact = driver.compile(model, "onnx", tmp_path / "out", options={"experts": experts})
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.compile_model(str(artifact.folder / "model.onnx"), "CPU", exact)
+    ids, mask, positions = padded_batch(128, 9)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    states = artifact.manifest["states"]
+    past = {s["past"]: np.zeros([{"B": 3, "P": 0}.get(n, n) for n in s["shape"]], np.float32) for s in states}
+
+    def step(first, last, past):
+        arrays = {name: t[:, first:last].numpy() for name, t in given.items()} | {
+            "attention_mask": mask[:, :last].numpy()
+        }
+        found = compiled({**arrays, **past})
+        return found["logits"].copy(), {s["past"]: found[s["present"]].copy() for s in states}
+
+    first, past = step(0, 6, past)
+    second, _ = step(6, 9, past)
+    wanted = stepped(model, input_ids=ids, attention_mask=mask, position_ids=positions)[0].numpy()
+    off = np.abs(np.concatenate([first, second], 1) - wanted)[mask.numpy() > 0]
+    assert off.max() < 1e-4 * np.abs(wanted).max()
+
+
 def test_what_has_no_standard_form_is_refused(tmp_path):
     with pytest.raises(MoecError, match="LinearAttention of com"):
         driver.compile(random_model(FAMILIES["qwen3_next"]), "onnx", tmp_path / "out")
