@@ -53,7 +53,7 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve an artifact with the OpenAI routes: chat completions, completions, models, and /health.
 
-    For a laptop and for tests: one model, and requests that wait together run as one batch. It listens on this machine only unless --host says otherwise.
+    For a laptop and for tests: one model, and requests that wait together run as one batch. With quantized weights a request may get other tokens in a batch than alone, where two are nearly as likely: --accuracy exact or --batch 1 prevent it. It listens on this machine only unless --host says otherwise.
     """
     from ..runtime.artifact import Artifact
 

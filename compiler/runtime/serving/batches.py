@@ -1,7 +1,7 @@
 """Requests that wait together run as one batch, in a thread of its own.
 
-Every request keeps its own settings and random draws, so its tokens are those that it would get alone. Requests that arrive while a
-batch runs wait for its end.
+Every request keeps its own settings and random draws, so its tokens are those that it would get alone, as far as the runtime's numbers do
+not depend on how many rows a step has. Requests that arrive while a batch runs wait for its end.
 """
 
 from __future__ import annotations
