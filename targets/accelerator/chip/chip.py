@@ -28,6 +28,7 @@ RULES = {  # name: kind and what it says; a chip to which one does not apply doe
     "simt_cache_bytes": ("bytes", "least that SIMT code takes out of the unified buffer as its data cache"),
     "simt_cache_most_bytes": ("bytes", "most that it takes"),
     "store_align_bytes": ("bytes", "alignment that writes to the device memory are fastest at"),
+    "gather_bytes": ("bytes", "bytes of a row of the device memory that gathers are fastest at"),
     "stack_bytes": ("bytes", "taken out of a core's and a cluster's memory by the compiler for its stack"),
     "compute_align": ("count", "elements of which a vector operation takes multiples"),
     "cores_per_cluster": ("count", "cores that share a cluster's memory"),

@@ -73,13 +73,15 @@ def _grouped_implementations(kernel: Callable, name: str, e: Experts, packing: P
     def implementations(tokens: Tokens, profile: Profile) -> tuple[Implementation, ...]:
         count = tokens.count
         direct = _is_direct(e, count)
+        halves = packing.quantized is not None and packing.quantized.bits == 4  # which are read 128 columns at once
+        gathered = 0 if halves else int(profile.rule("gather_bytes") or 0)
         bits, how = bits_of(profile, e.rounded), "pair by pair" if direct else "sorted"
 
         def matrix(out: str) -> KernelTemplate:
             made = replace(e, bits=bits) if out == e.rounded else replace(e, rounded="", dtype=out)
             return KernelTemplate(
                 name, lambda t, layout: kernel(made, t, layout, direct), {"T": count},
-                tile_shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, given=e.given),
+                tile_shapes(ROWS[:1] if direct else row_choices(count * e.chosen / e.experts), packing.step, e.given, gathered),
                 (lambda t: {}) if direct
                 else (lambda t: axis_of_tiles(t.group, expected_tiles(e.experts, e.chosen, count, t.m))),
                 touched_shares(e, which, count), GROUPS[:1] if direct else GROUPS, swaps=is_swappable(packing, e.given),

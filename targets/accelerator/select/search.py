@@ -302,13 +302,18 @@ def _why_narrow(program: Program, dot: Dot, profile: Profile) -> str | None:
     return None
 
 
-def tile_shapes(rows: tuple[int, ...], step: int = 1, given: str = "bf16") -> tuple[tuple[int, int, int], ...]:
+def tile_shapes(
+    rows: tuple[int, ...], step: int = 1, given: str = "bf16", gathered: int = 0
+) -> tuple[tuple[int, int, int], ...]:
     """Return tile shapes of a matmul whose weight is read in multiples of `step` columns, codes 128 at once.
 
-    Rows `given` in 4 bits are read twice as deep too: these are as many bytes.
+    Rows `given` in 4 bits are read twice as deep too: these are as many bytes. `gathered`: bytes of a row in bf16 that a
+    chip gathers fastest, for which tiles may be deeper.
     """
     form = find_format(given)
     depths = [k for k in DEPTHS if k % step == 0] or [128]
+    if form is None and gathered > 2 * depths[-1] and gathered // 2 % step == 0:
+        depths.append(gathered // 2)
     return tuple(product(rows, COLUMNS, (*depths, 2 * depths[-1]) if form and form.bits == 4 else depths))
 
 

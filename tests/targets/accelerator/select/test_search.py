@@ -6,6 +6,9 @@ from chips_for_tests import check_fits, profile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moec.compiler.errors import MoecError
+from moec.compiler.text.parser import parse_module
+from moec.targets import declare_kernel_ops
+from moec.targets.accelerator.artifact.spec import kernel_specs
 from moec.targets.accelerator.chip.profile import find_profile, profile_names
 from moec.targets.accelerator.kernels.chunked import chunked_attention
 from moec.targets.accelerator.kernels.dense import Linear
@@ -135,3 +138,27 @@ def test_a_prompt_is_faster_by_chunks(chip):
         )
         times.append(search_tile(kernel, profile).best.prediction.time)
     assert times[0] > 4 * times[1]
+
+
+GATHERED = """
+moec 1 stage kernel
+dim T in 1..8192
+
+func @main(%x: f32[T, 2048], %ids: i64[T, 8]) -> (f32[8*T, 768]) {
+  const %up : bf16[128, 1536, 2048] = tensor("up", bf16[128, 1536, 2048])
+  %order, %tiles = acc.sort(%ids) {experts=128} : i64[8*T], i64[5, 3, 8*T]
+  %h = acc.grouped_up(%x, %ids, %order, %tiles, %up, _) {act=gated(silu)} : f32[8*T, 768]
+  return %h
+}
+"""
+
+
+@pytest.mark.parametrize(("chip", "depth"), [("ascend-950dt", 256), ("ascend-910b", 256), ("nvidia-h200", 128)])
+def test_an_ascend_gathers_rows_by_512_bytes(chip, depth):
+    """Experts of Qwen3-30B-A3B for 64 tokens, in whole lines of an Ascend's L2 where the cube's memories hold the tiles."""
+    declare_kernel_ops()
+    found = kernel_specs(parse_module(GATHERED), find_profile(chip, {}), (64,)).kernels
+    (up,) = (k for k in found if k.kind == "grouped_up")
+    assert up.best.tile.k <= depth and (
+        depth == 128 or up.best.tile.k * 2 == find_profile(chip, {}).rule("gather_bytes")
+    )
