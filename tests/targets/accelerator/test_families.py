@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import moec
+import numpy as np
 import pytest
 from chips_for_tests import needs_triton
 from moec.compiler.frontends.families import FAMILIES
@@ -84,6 +85,20 @@ def test_both_forms_of_latent_attention(family, tmp_path, monkeypatch):
         check_near(far, (slice(1), slice(1, None)) if steps else (slice(None),))
         assert any("expand_keys" in name for name in ran) == expanded
         assert any("absorb" in name for name in ran) == (steps > 0 or not expanded)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32"])
+def test_latents_in_eight_bits(family, tmp_path):
+    """Rounded on a chip whose E4M3 is at half, read absorbed, widened to be expanded, and read where they were chosen."""
+    changes = {"kv_lora_rank": 32, "num_hidden_layers": 1, "first_k_dense_replace": 1}
+    model = random_model(FAMILIES[family], **changes, **({"index_topk": 44} if family == "deepseek_v32" else {}))
+    options = {"kernels": "source", "buckets": "4,128", "cache": "fp8"}
+    artifact = moec.compile(model, target="amd-mi325x", out=tmp_path / "a", options=options)
+    far, wide = run_beside(model, family, artifact.session(threads=1), (MANY, 23), 6)
+    for part in (slice(1), slice(1, None)):
+        off, least = (np.median(np.concatenate(rows[part])) for rows in (far, wide))
+        assert 1.2 * least < off < 0.08, (off, least)
 
 
 @needs_triton
