@@ -133,7 +133,7 @@ def compile(
 ) -> None:
     """Compile SOURCE and print the artifact's folder.
 
-    SOURCE is a checkpoint folder, a .gguf file, a .moir file, an artifact, or the name of a model on the Hugging Face Hub (org/name, org/name@revision) that is in the local cache, or fetched with --download. A folder with only a config.json will do for --stop-after graph or moe.
+    SOURCE is a checkpoint folder, a .gguf, .onnx, .pt2 or .moir file, an artifact, or the name of a model on the Hugging Face Hub (org/name, org/name@revision) that is in the local cache, or fetched with --download. A folder with only a config.json will do for --stop-after graph or moe.
     """
     if stop_after and verify:
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")

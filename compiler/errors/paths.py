@@ -32,7 +32,9 @@ def check_source(source: Path | str) -> Path:
             todo = f"give a checkpoint folder, or fetch the model: moec compile {source} --download, or hf download {name[0]}"
             raise MoecError("the source is neither here nor in the Hugging Face cache", str(source), todo=todo)
         what = "is a file of no known kind" if path.exists() else "does not exist"
-        raise MoecError(f"the source {what}", str(source), todo="give a checkpoint folder, a .gguf or a .moir file")
+        raise MoecError(
+            f"the source {what}", str(source), todo="give a checkpoint folder, or a .gguf, .onnx, .pt2 or .moir file"
+        )
     return path
 
 
