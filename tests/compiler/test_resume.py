@@ -60,6 +60,7 @@ def counted_jobs(monkeypatch):
     return writes
 
 
+@pytest.mark.long
 def test_killed_and_resumed_equals_byte_for_byte(program, tmp_path, monkeypatch):
     whole = compiled(program, tmp_path / "whole")
     everything = counted_jobs(monkeypatch)
@@ -99,7 +100,6 @@ def test_another_compile_does_not_go_on_with_it(program, tmp_path):
     assert read_manifest(other.folder)["files"] == read_manifest(plain.folder)["files"]
 
 
-@pytest.mark.long
 def test_what_is_interrupted_is_kept_where_it_is_asked_for(program, tmp_path, monkeypatch):
     writes, write = [], TiledFile.write
 

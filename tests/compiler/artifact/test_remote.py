@@ -49,6 +49,7 @@ def local(tmp_path_factory):
     return driver.compile(TINY, out=tmp_path_factory.mktemp("local") / "out", quantize="experts=int8")
 
 
+@pytest.mark.long
 def test_bytes_are_those_of_a_folder(files, local):
     name = files.protocol if isinstance(files.protocol, str) else files.protocol[0]
     source, out = f"{name}://models/tiny", f"{name}://results/tiny"
