@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..ir.dtypes import DTYPES
 from ..ir.module import Module, Op
 from ..ir.recipes import steps_of
+from ..ops import OPS
 from ..weights.demote import is_demotion
 from ..weights.steps.quantized import method_of
 from .options import CALIBRATED
@@ -20,6 +21,8 @@ def is_lossy(module: Module) -> bool:
 
 def _rounds_state(op: Op) -> bool:
     """Return whether an op stores a state in fewer bits than the numbers have that it computes."""
+    if op.attributes.get("cache") and OPS[op.name].stored:
+        return True
     computed = [DTYPES[v.type.dtype].bits for v in op.results if not v.type.state and v.type.dtype in DTYPES]
     return any(DTYPES[v.type.dtype].bits < min(computed, default=0) for v in op.results if v.type.state)
 
