@@ -13,7 +13,7 @@ import pytest
 import torch
 from moec.compiler.driver import compile_source, opt
 from moec.compiler.frontends.aten.export import trace_module
-from moec.compiler.frontends.aten.lower import Graph, lower_graph
+from moec.compiler.frontends.aten.lower import TracedGraph, lower_graph
 from moec.compiler.frontends.families import FAMILIES
 from moec.compiler.frontends.transformers.layers import BATCH, NEW
 from moec.compiler.frontends.transformers.model import _type_of
@@ -171,7 +171,7 @@ def imported(case: Router) -> Module:
     for node, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
         type_ = TensorType.of(dtype_name(tensors[name].dtype), *tensors[name].shape)
         values[node] = builder.const(name.replace(".", "_"), Tensor(name, type_))
-    function = builder.build(lower_graph(Graph(traced, builder), values))
+    function = builder.build(lower_graph(TracedGraph(builder, traced=traced), values))
     return Module("graph", (Dim("B", 1, 64), Dim("S", 1, 64)), (function,))
 
 
