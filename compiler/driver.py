@@ -110,19 +110,22 @@ def compile_source(
 ) -> Compiled:
     """Compile a source for a target into the folder `out`.
 
-    `source` is a checkpoint folder, a model on the Hugging Face Hub by its name (`org/name@revision`: from the local cache,
-    or fetched into it with `download`), an fsspec URL of one (`s3://...`; so may be `out`), a `.moir` file, an artifact, a live transformers model, or any other torch module
-    with the `example_inputs` that it is called with (a tensor, a tuple, or a dict by name), or an exported program of
-    torch, or an ONNX file or model; `weights` names the checkpoint folder of a `.moir` file, `tokenizer` is that of a live model (a folder, or one
-    of transformers; by default that of the folder which it was loaded from). `quantize` is a format or options of the pass (see quantize/request.py), or
-    `auto` with a `budget` (4.5bpw, 6GB), or the file of a plan, or `keep`, the default for a checkpoint that is quantized:
-    its codes where the target holds them, else what is nearest; `calibration` is the text that gptq and auto look at;
-    `accuracy` is an option of the target's lowering, on the CPU `fast` (int8 activations beside quantized weights, the
-    default) or `exact` (f32); `kv` is how keys and values are stored: `f32`, `f16`, `bf16`, `int8`, or `auto` (the default of
-    target cpu: f16 beside int8 activations where moec's own kernels are had, else f32); `memory_limit` the bytes that tiles of weights may use beside the imports. `plan` is the file of a plan
-    (`moec plan -o`), whose devices' shards are written instead of an artifact of a target. `stop_after` is a stage or a pass. `resume` goes on with the files of a run of the same that was
-    stopped, and keeps them where it is stopped itself. `check` compares the numbers before and after every pass, `progress` is told the bytes written and
-    those in all. Raises MoecError; the folder is then as it was before.
+    - `source`: a checkpoint folder; a model on the Hugging Face Hub by its name (`org/name@revision`, from the local cache, or
+      fetched into it with `download`); an fsspec URL of a folder (`s3://...`; so may be `out`); a `.moir` file, whose checkpoint
+      `weights` names; an artifact; an ONNX file or model; an exported program of torch; a live transformers model, whose
+      `tokenizer` (a folder, or one of transformers) is by default that of the folder which it was loaded from; any other
+      torch module with the `example_inputs` that it is called with: a tensor, a tuple, or a dict by name.
+    - `quantize`: a format or options of the pass (see quantize/request.py); `auto` with a `budget` (4.5bpw, 6GB); the file of
+      a plan of formats; or `keep`, the default for a checkpoint that is quantized: its codes where the target holds them,
+      else what is nearest. `calibration` is the text that gptq and auto look at.
+    - `accuracy`: on the CPU `fast` (int8 activations beside quantized weights, the default) or `exact` (f32).
+    - `kv`: `f32`, `f16`, `bf16`, `int8`, or `auto`, on the CPU f16 beside int8 activations where moec has kernels, else f32.
+    - `plan`: the file of a plan (`moec plan -o`), whose devices' shards are written instead of an artifact of a target.
+    - `memory_limit`: the bytes that tiles of weights may use beside the imports. `stop_after` is a stage or a pass, `check`
+      compares the numbers before and after every pass, `progress` is told the bytes written and those in all, `resume` goes
+      on with the files of a run of the same that was stopped, and keeps them where this one is stopped.
+
+    Raises MoecError; the folder is then as it was before.
     """
     if plan is not None:
         from ..targets.ranks.layout import target_of_plan
