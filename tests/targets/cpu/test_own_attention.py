@@ -42,7 +42,8 @@ def test_attention_is_the_softmax_of_what_a_token_sees(case, asked, kernels):
 @SETTINGS
 @given(case=attentions(widths=(16, 64, 80)))
 def test_attention_is_that_of_onnx_runtime(case, kernels):
-    case |= {"room": 0, "masked": case["masked"] and not case["softcap"]}  # with both ONNX Runtime gives NaN
+    # of a row that is all padding ONNX Runtime makes NaN with a softcap, and where one token is all that there is
+    case |= {"room": 0, "masked": case["masked"] and not case["softcap"] and case["past"] + case["new"] > 1}
     case["turned"] = 16 if case["turned"] else 0
     feeds = feeds_of(case)
     model = model_of(case, feeds)
