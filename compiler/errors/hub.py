@@ -61,11 +61,14 @@ def download_model(source: Path | str) -> Path:
 
 
 def check_link(file: Path) -> None:
-    """Raise MoecError for a file that is a link out of its folder; the Hub's cache is a folder of links to its own files."""
+    """Raise MoecError for a file that is a link out of its folder to what has another name, such as a key or a password.
+
+    The Hub's cache is a folder of links to its own files, and people make folders of links to the files of another model.
+    """
     if not file.is_symlink():
         return
     folder, real = file.parent.resolve(), file.resolve()
     cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if not any(real.is_relative_to(place.resolve()) for place in (folder, cache)):
-        what = f"{file.name} is a link to a file outside of the checkpoint, which would be copied into the artifact"
+    if real.name != file.name and not any(real.is_relative_to(place.resolve()) for place in (folder, cache)):
+        what = f"{file.name} is a link to a file of another name outside of the checkpoint, which would be copied into the artifact"
         raise MoecError(what, where=str(file), todo="put the file itself there")

@@ -87,10 +87,9 @@ def test_an_old_artifact_stays(checkpoint, tmp_path):
 
 def test_links_and_reading_do_not_count(checkpoint, tmp_path):
     """Files of a hub's cache are links; somebody else may read them, or link to them, meanwhile."""
-    cache = tmp_path / "models--org--name"
-    blobs = Path(shutil.copytree(checkpoint, cache / "blobs"))
-    source = cache / "snapshots/main"
-    source.mkdir(parents=True)
+    blobs = Path(shutil.copytree(checkpoint, tmp_path / "blobs"))
+    source = tmp_path / "in"
+    source.mkdir()
     for file in blobs.iterdir():
         (source / file.name).symlink_to(file)
 
