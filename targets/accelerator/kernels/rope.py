@@ -129,16 +129,9 @@ def qk_rope_append(p: Append, t: RowTile, layout: Layout) -> Program:
         _add_rotation(b, normed(p.q_norm), t, "qkv" if p.joined else "q", source(0), "q_norm", "y", rotated)
     with b.when(f"(head >= {p.heads}) & (head < {last})"):
         _add_rotation(
-            b,
-            normed(p.k_norm),
-            t,
-            "qkv" if p.joined else "k",
-            source(p.heads),
-            "k_norm",
-            "key",
-            slot(p.heads),
+            b, normed(p.k_norm), t, "qkv" if p.joined else "k", source(p.heads), "k_norm", "key", slot(p.heads),
             p.bits if p.eight_bits else None,
-        )
+        )  # fmt: skip
     with b.when(f"head >= {last}"):
         wide = power_of_two(p.width)
         b.let("column", f"arange({wide})")
