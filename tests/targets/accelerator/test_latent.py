@@ -139,10 +139,9 @@ def test_what_is_not_chosen_is_not_read(chip):
     assert one.states + weights < one.device_bytes < 2 * (one.states + weights)  # queries and portions too
     flops = 2 * 16 * 128 * (2048 * (576 + 512) + 512 * (128 + 128))  # and the softmax
     assert flops < sum(one.flops.values()) < 1.02 * flops
-    assert (
-        8 * one.time < other.time
-        and predict_step(chosen, profile, batch=16, past=131000).rows[0].time < 1.01 * one.time
-    )
+    # launches and the weights that absorb are the same for both, and more than half of a step that reads what is chosen
+    assert 5 * one.time < other.time
+    assert predict_step(chosen, profile, batch=16, past=131000).rows[0].time < 1.01 * one.time
     # a prompt that has more tokens than are chosen, and one that has not
     assert (
         predict_step(chosen, profile, new=4096, past=65536).time

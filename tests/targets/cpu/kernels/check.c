@@ -41,8 +41,9 @@ static __attribute__((noinline)) void dirty_stack(void) {
 static double weight(const Matrix *w, int row, int k) {
   const Shape *s = w->shape;
   const uint8_t *codes = w->codes + (size_t)row * s->row_bytes;
-  int code = s->bits == 8 ? codes[k] : codes[k / 2] >> (k % 2 * 4) & 15;
-  if (s->bits == 3) code = (codes[k / 4] >> (k % 4 * 2) & 3) + 4 * (codes[s->width / 4 + k / 8] >> (k % 8) & 1);
+  int code = s->bits == 8   ? codes[k]
+             : s->bits == 4 ? codes[k / 2] >> (k % 2 * 4) & 15
+                            : (codes[k / 4] >> (k % 4 * 2) & 3) + 4 * (codes[s->width / 4 + k / 8] >> (k % 8) & 1);
   if (s->grid) return (double)scale_of(w, (size_t)row * s->groups + (size_t)(k / s->group)) * w->numbers[code];
   return (double)w->scales[(size_t)row * s->groups + k / s->group] * (code - zero_point(w, row, k / s->group));
 }
