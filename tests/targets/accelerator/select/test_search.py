@@ -162,3 +162,17 @@ def test_an_ascend_gathers_rows_by_512_bytes(chip, depth):
     assert up.best.tile.k <= depth and (
         depth == 128 or up.best.tile.k * 2 == find_profile(chip, {}).rule("gather_bytes")
     )
+
+
+@pytest.mark.parametrize("format", ["int8_g128", "fp8_b128"])
+def test_codes_are_gathered_in_whole_tiles(format):
+    """Of 8 bits they are loaded without a mask: a tile of 256 columns would go beyond a stored row of 640."""
+    declare_kernel_ops()
+    wide = 'tensor("up", bf16[128, 1536, 2048])'
+    text = GATHERED.replace("%up : bf16", f"%up : {format}").replace(
+        wide, f"quantize(cast({wide}, to=f32), to={format})"
+    )
+    module = parse_module(text.replace("2048", "640"))
+    found = kernel_specs(module, find_profile("ascend-950dt", {}), (64,)).kernels
+    (up,) = (k for k in found if k.kind == "grouped_up")
+    assert 640 % up.best.tile.k == 0
