@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ....compiler.ir.dtypes import DTYPES
-from ..tile.expr import Call, Expr
+from ..tile.expr import Call, Expr, shape_of
 from ..tile.machine import TALL_ROWS
 from ..tile.tiles import Buffer, Dot, For, If, Let, Load, Move, Program, Statement, Store, walk_statements
 from ..tile.types import EIGHT
 from .architectures import nearest_architecture
-from .layouts import COLUMNS, conversion_bytes, warps_along
+from .layouts import COLUMNS, conversion_bytes, row_bytes, store_bytes, warps_along, widest_piece
 
 ASYNC = ("wgmma", "tcgen05")  # units that read the second operand from shared memory
 BEHIND = 4  # bytes of a row that a copy past the registers takes at least
@@ -59,7 +59,8 @@ def predict_shared(program: Program, arch: str, warps: int) -> int:
         if id(dot) not in looped
     ]
     loops = [_Loop(program, loop, origin, arch, warps).bytes() for loop in _pipelined_loops(program)]
-    return max([*once, *loops, *_stored_conversions(program, arch, warps)], default=0)
+    conversions = [*_stored_conversions(program, arch, warps), *_conversions_without_dots(program, arch, warps)]
+    return max([*once, *loops, *conversions], default=0)
 
 
 def _stored_conversions(program: Program, arch: str, warps: int) -> Iterator[int]:
@@ -72,6 +73,38 @@ def _stored_conversions(program: Program, arch: str, warps: int) -> Iterator[int
                 m, n = shape
                 bits = DTYPES[program.argument(store.tensor).dtype].bits
                 yield conversion_bytes(m, n, bits, matrix_unit(arch, m, n, results[shape], warps), arch, warps)
+
+
+def _conversions_without_dots(program: Program, arch: str, warps: int) -> Iterator[int]:
+    """Yield the bytes through which layouts are converted where no matmul sets them: of stored tiles, and of rows.
+
+    A norm that stores codes beside bf16 holds pieces of 16 columns; bf16 is stored, and its weight read, in narrower ones.
+    """
+    if any(_dots_in(program.body)):
+        return
+    threads = warps * nearest_architecture(arch).warp
+    statements = list(walk_statements(program.body))
+    read = {s.name: (shape_of(*s.at, s.mask), _tensor_bits(program, s)) for s in statements if isinstance(s, Load)}
+    stored = [(shape_of(*s.at, s.mask), _tensor_bits(program, s)) for s in statements if isinstance(s, Store)]
+    pieces: dict[tuple[int, ...], int] = {}
+    for shape, bits in (*read.values(), *stored):
+        if len(shape) == 2:
+            m, n = shape
+            pieces[shape] = max(pieces.get(shape, 1), widest_piece(m, n, bits, threads))
+    for shape, bits in stored:
+        if shape in pieces:
+            m, n = shape
+            yield store_bytes(m, n, bits, pieces[shape], threads)
+    for s in statements:
+        shape = program.buffers[s.name].shape if isinstance(s, Let) and s.name in program.buffers else ()
+        if isinstance(s, Let) and shape in pieces:
+            m, n = shape
+            rows = (read[name][1] for name in s.value.names if name in read and read[name][0] == shape[1:])
+            yield from [row_bytes(m, n, bits, pieces[shape], threads, arch) for bits in rows]
+
+
+def _tensor_bits(program: Program, statement: Load | Store) -> int:
+    return max(8, DTYPES[program.argument(statement.tensor).dtype].bits)
 
 
 def _shared_without_loop(program: Program, dot: Dot, origin: Mapping[str, str], arch: str, warps: int) -> int:

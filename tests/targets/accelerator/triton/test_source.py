@@ -8,9 +8,10 @@ import pytest
 import torch
 from chips_for_tests import needs_triton
 from moec.compiler.errors import MoecError
-from moec.targets.accelerator.kernels.choices import Tile
+from moec.targets.accelerator.kernels.choices import RowTile, Tile
 from moec.targets.accelerator.kernels.dense import Linear, linear_kernel
 from moec.targets.accelerator.kernels.experts import Experts, combine_kernel, grouped_down, grouped_up, sort_kernel
+from moec.targets.accelerator.kernels.norm import Norm, norm_kernel
 from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile.builder import Builder, Layout
 from moec.targets.accelerator.tile.packing import Packing
@@ -260,6 +261,16 @@ def test_sums_that_are_stored_pass_through_the_bytes_that_were_predicted():
     )
     # these sums, and not the loop's operands, are what the block needs the memory for
     assert found["sm_121", "f32", tiles[0]] > found["sm_121", "bf16", tiles[0]] == (256 + 64) * 32 * 2
+
+
+@needs_triton
+def test_rows_that_are_stored_as_codes_too_pass_through_the_bytes_that_were_predicted():
+    cases = [("gfx942", "fp8_g128", RowTile(2, 4096)), ("gfx942", "", RowTile(4, 4096, 8)),
+             ("gfx950", "mxfp8", RowTile(1, 4096, 1)), ("sm_90", "fp8_g128", RowTile(1, 8192, 8)), ("sm_90", "", RowTile(1, 4096))]  # fmt: skip
+    programs = [norm_kernel(Norm(t.n, 1e-6, rounded=form), t, LAYOUT) for _, form, t in cases]
+    jobs = [compile_request_of(p, arch, t.warps) for p, (arch, _, t) in zip(programs, cases, strict=True)]
+    for case, program, result in zip(cases, programs, compile_all(jobs, 2), strict=True):
+        assert predict_shared(program, case[0], case[2].warps) == result.shared > 0, case
 
 
 def test_the_units_of_tiles():
