@@ -200,9 +200,7 @@ def assert_near(found, wanted):
 def test_experts_are_the_sum_of_the_chosen(case, asked, kernels):
     model, feeds, wanted = expert_model(case)
     (found,) = run(model, feeds, kernels, asked)
-    assert (
-        np.abs(found - wanted).max() <= 2e-3 * np.abs(wanted).max() + 1e-6
-    )  # rounding of a number half way may differ
+    assert_near(found, wanted)
 
 
 @SETTINGS
