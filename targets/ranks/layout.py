@@ -64,7 +64,7 @@ class Layout:
 
 
 def read_plan_file(path: Path) -> dict[str, Any]:
-    """Return the content of a plan.json; MoecError for a file that is none."""
+    """Return the content of a plan.json; MoecError for a file that is no plan."""
     found = read_json(path)
     if (place := find_misfit(found, SHAPE)) is not None:
         raise MoecError(

@@ -17,7 +17,11 @@ def open_model(path: Path) -> tuple[ModelProto, bytes]:
     try:
         size = path.stat().st_size
         if not path.is_file() or size > LARGEST:
-            what = "this is not a regular file" if size <= LARGEST else f"an ONNX file of {size} bytes"
+            what = (
+                "this is not a regular file"
+                if size <= LARGEST
+                else f"the file has {size} bytes, more than one protobuf message may have"
+            )
             raise MoecError(what, where=str(path), todo=_TODO)
         content = path.read_bytes()
     except OSError as error:
