@@ -1,13 +1,11 @@
 """The same source gives the same bytes, from any point of the way; a killed compile leaves a whole artifact."""
 
 import json
-import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import moec
@@ -18,6 +16,8 @@ from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec_command import MOEC
 from tiny_models import random_model, save
+
+KILLED_AT = Path(__file__).parent / "support" / "killed_at.py"
 
 
 @pytest.fixture(scope="module")
@@ -93,34 +93,34 @@ def test_a_full_disk_leaves_the_old_artifact(checkpoint, compiled, tmp_path):
 
 @pytest.mark.long
 def test_killed_compiles_leave_a_whole_artifact(checkpoint, compiled, tmp_path):
-    """Kill a compile at 20 random moments of its writing; what is there is the old or the new artifact, whole."""
+    """Kill a compile at 20 of its changes to the files, first and last among them; the old or the new artifact is there, whole."""
     out = tmp_path / "out"
-    shutil.copytree(compiled[0].folder, out)
-    program = (out / "program.moir").read_text()
-    old = hashes(Artifact.open(out))
+    program = (compiled[0].folder / "program.moir").read_text()
+    old = hashes(compiled[0])
     other = tmp_path / "other.moir"
     other.write_text(program.replace("eps=1e-06", "eps=2e-06"))
-    random.seed(0)
-    seen = set()
-    for _ in range(20):
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        process = subprocess.Popen(
-            [*MOEC, "compile", str(other), "--weights", str(checkpoint), "-o", str(out)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
-        )  # fmt: skip
-        while process.poll() is None and not list(tmp_path.glob(".out.partial-*")):
-            time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.3))
-        process.kill()
-        process.wait()
-        found = hashes(Artifact.open(out))
-        seen.add(found == old)
-        shutil.rmtree(out)
+
+    def compile_killed(at: int) -> subprocess.CompletedProcess:
+        for left in (out, *tmp_path.glob(".out.*")):
+            shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(compiled[0].folder, out)
-    final = moec.compile(other, out=out, weights=checkpoint)
-    assert hashes(final) != old
+        command = [sys.executable, KILLED_AT, at, tmp_path, "compile", other, "--weights", checkpoint, "-o", out]
+        return subprocess.run([str(x) for x in command], capture_output=True, text=True)
+
+    whole = compile_killed(0)
+    assert whole.returncode == 0, whole.stderr
+    new, changes = hashes(Artifact.open(out)), int(whole.stdout.splitlines()[-1])
+    assert new != old and changes > 20
+    seen = []
+    for at in sorted({round(1 + i * (changes - 1) / 19) for i in range(20)}):
+        assert compile_killed(at).returncode == -signal.SIGKILL
+        found = hashes(Artifact.open(out))
+        assert found in (old, new)
+        seen.append(found == new)
+    # what a reader finds changes once, from the old one to the new
+    assert seen == sorted(seen) and set(seen) == {False, True}
+    assert hashes(moec.compile(other, out=out, weights=checkpoint)) == new
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    assert True in seen
 
 
 def test_sources_are_left_alone(checkpoint):
