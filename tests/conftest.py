@@ -5,7 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny_lm_artifact import write_tiny_lm
+
+# The same examples in every run, whatever the machine: what must pass before a change lands does not depend on chance or load.
+# New ones are looked for with HYPOTHESIS_PROFILE=explore; what it finds becomes an @example.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # two workers share two cores: more threads only wait for each other; commands that the tests start inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
