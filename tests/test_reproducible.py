@@ -15,9 +15,8 @@ from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.text.parser import parse_module
 from moec.compiler.text.printer import print_module
 from moec_command import MOEC
+from places import SUPPORT
 from tiny_models import random_model, save
-
-KILLED_AT = Path(__file__).parent / "support" / "killed_at.py"
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +103,9 @@ def test_killed_compiles_leave_a_whole_artifact(checkpoint, compiled, tmp_path):
         for left in (out, *tmp_path.glob(".out.*")):
             shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(compiled[0].folder, out)
-        command = [sys.executable, KILLED_AT, at, tmp_path, "compile", other, "--weights", checkpoint, "-o", out]
-        return subprocess.run([str(x) for x in command], capture_output=True, text=True)
+        command = f"compile {other} --weights {checkpoint} -o {out}"
+        command = [sys.executable, str(SUPPORT / "killed_at.py"), str(at), str(tmp_path), *command.split()]
+        return subprocess.run(command, capture_output=True, text=True)
 
     whole = compile_killed(0)
     assert whole.returncode == 0, whole.stderr
