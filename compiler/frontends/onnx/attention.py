@@ -14,6 +14,8 @@ from .graph import OnnxGraph, operator
 from .masks import causal_mask, mask_of_bias, mask_of_lengths
 from .node import Item, Node
 
+_NO_SHARE = -1e29  # a sink that is less takes no share beside any score
+
 
 @operator("com.microsoft.GroupQueryAttention")
 def _group_query_attention(g: OnnxGraph, node: Node) -> Any:
@@ -30,11 +32,20 @@ def _group_query_attention(g: OnnxGraph, node: Node) -> Any:
         angles = _angles(g, node, mask, q.type.shape[2])
         q, k = (_turned(g, x, *angles) for x in (q, k))
     present = [append_state(g, past, new, 2) for past, new in ((past_key, k), (past_value, v))]
-    sinks = g.value(node.inputs[11]) if node.has(11) else None
+    sinks = _sinks(g, node)
     scale = node.number("scale", 0.0) or int(past_key.type.shape[3]) ** -0.5
     window, softcap = max(node.integer("local_window_size", -1), 0), node.number("softcap", 0.0)
     y = g.builder.add("nn.attention", q, *present, mask, sinks, scale=scale, window=window, softcap=softcap)
     return (reshape(g, y, (*y.type.shape[:2], y.type.shape[2] * y.type.shape[3])), *present)
+
+
+def _sinks(g: OnnxGraph, node: Node) -> Value | None:
+    """Return the sinks of attention; None for those that take no share, which keep ONNX Runtime from NaN in padded rows."""
+    if not node.has(11):
+        return None
+    sinks = g.value(node.inputs[11])
+    name = next((name for name, weight in g.weights.items() if weight is sinks), None)
+    return None if name is not None and bool((g.source.read(name) < _NO_SHARE).all()) else sinks
 
 
 def append_state(g: OnnxGraph, past: Value, new: Value, axis: int) -> Value:

@@ -15,6 +15,7 @@ from .graph import CONTRIB, END, Context, Kernel
 from .nn import half_angles
 
 LOWEST = float(np.finfo(np.float32).min)
+WEIGHTLESS = -1e30  # a sink that takes no share of the softmax
 
 
 # --- attention in plain ops ------------------------------------------------------------------------------------
@@ -149,10 +150,10 @@ def _attention_inputs(ctx: Context, op: Op, *, pads: bool) -> list[str]:
     rows = total if pads else sympy.Integer(0)
     angles = [_angle_rows(ctx, table, batch, new, rows) for table in (op.get("cos"), op.get("sin")) if table]
     sink = ctx.value(op.get("sinks"))
-    heads, softcap, bias = attributes.integer("heads"), attributes.number("softcap"), op.get("bias")
-    if softcap and bias is not None and not sink:
-        # with a softcap a row that is all -inf becomes NaN; a sink that weighs nothing makes it 0, as without one
-        sink = graph.constant(np.full(heads, -1e30), "f32")
+    bias = op.get("bias")
+    if bias is not None and not sink:
+        # a row that is all -inf becomes NaN with a softcap, or where it has one slot; a sink that weighs nothing makes it 0
+        sink = graph.constant(np.full(attributes.integer("heads"), WEIGHTLESS), "f32")
     inputs = [ctx.value(op.get(name)) for name in ("q", "k", "v", "past_key", "past_value")]
     inputs += [last, graph.scalar(total, "i32")]
     inputs += [*angles, _row_numbers(ctx, batch, new)] if angles else ["", "", ""]

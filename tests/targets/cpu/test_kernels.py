@@ -482,6 +482,19 @@ def test_kernel(name: str, index: int, tmp_path: Path) -> None:
     run_case(one_op(name, CASES[name][index]), CASES[name][index], tmp_path)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_row_that_is_all_padding_attends_to_nothing(softcap: float, tmp_path: Path) -> None:
+    """ONNX Runtime's operator makes NaN of it where it has one slot, and with a softcap."""
+    plain = cached(4, 2, 16, softcap=softcap)
+
+    def fix(inputs: list[torch.Tensor], dims: dict[str, int]) -> None:
+        plain.fix(inputs, dims)
+        inputs[7][0] = -INF
+
+    given = replace(plain, fix=fix)
+    run_case(one_op("ort.group_query_attention", given), given, tmp_path, [*SIZES, {"B": 2, "S": 1, "P": 0}])
+
+
 def test_every_op_has_a_case() -> None:
     ours = {name for name in OPS if name.split(".")[0] in ("core", "nn", "moe", "ort")}
     assert ours == set(CASES) | QUANTIZED
