@@ -1,6 +1,7 @@
 """A pytest plugin: whatever a test simulates on a GPU is printed for Triton and interpreted too, and must come out equal.
 
-Each kernel is tried as often as it is simulated, up to TRIES times. Loaded with -p by test_source.py of tests/targets/accelerator/triton.
+Each kernel is tried as often as it is simulated, up to TRIES times. Cases of chips that Triton does not print for are left
+out, and with --first-cases all but the first case of each test. Loaded with -p by test_source.py of tests/targets/accelerator/triton.
 """
 
 from collections import Counter
@@ -13,10 +14,38 @@ from moec.targets.accelerator.run.launch import GpuKernel
 from moec.targets.accelerator.tile import simulate as simulator
 
 mend_interpreter()
-TRIES = 3
+TRIES, KERNELS = 3, 30  # most of a kernel, fewest kernels
 UNITS = (("shared", "shared", "registers"),)
 simulate = simulator.simulate_program
 tried: Counter[str] = Counter()
+
+
+def pytest_addoption(parser):
+    """Add `--first-cases`."""
+    parser.addoption("--first-cases", action="store_true", help="only the first case of each test")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out cases that would try nothing, or little that others do not."""
+    from chips_for_tests import CHIPS  # it takes the name of what simulates, which has been replaced by now
+
+    kept, begun = [], set()
+    for item in items:
+        named = getattr(item, "callspec", None)
+        name = named and next((v for v in named.params.values() if isinstance(v, str) and v in CHIPS), None)
+        function = item.nodeid.partition("[")[0]
+        if (name and CHIPS[name][1].operands not in UNITS) or (config.option.first_cases and function in begun):
+            continue
+        begun.add(function)
+        kept.append(item)
+    items[:] = kept
+
+
+def pytest_sessionfinish(session):
+    """Let a run fail in which few kernels were tried, as where tests simulate by another name."""
+    if len(tried) < KERNELS:
+        print(f"only {len(tried)} kernels were interpreted: {', '.join(sorted(tried))}")
+        session.exitstatus = 1
 
 
 def to_torch(array):

@@ -178,11 +178,12 @@ def test_the_interpreter_gives_what_the_simulator_and_the_reference_give():
 
 
 @needs_triton
-def test_every_kernel_that_is_simulated_is_the_same_in_triton():
+@pytest.mark.parametrize("cases", [["--first-cases"], pytest.param([], marks=pytest.mark.long)], ids=["first", "all"])
+def test_kernels_that_are_simulated_are_the_same_in_triton(cases):
     files = sorted((TESTS / "targets/accelerator/kernels").glob("test_*.py"))
     paths = [str(SUPPORT), *sys.path]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_beside_simulator", "--tb=short", *map(str, files)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_beside_simulator", "--tb=short", *cases, *map(str, files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
