@@ -25,12 +25,22 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
     return float(found[1]) * (1e-3 if found[2] == "ms" else 1.0)
 
 
+def pool_option(text: str | None, param: click.Parameter) -> str | int | None:
+    """Return the number of devices that a text says, or auto."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or not int(text):
+        raise click.BadParameter(f"{text!r} is neither auto nor a number of devices", param=param)
+    return int(text)
+
+
 @click.command(
     epilog=examples_epilog(
         "moec plan folder-with-config-json --on nvidia-h200:8 --engine trtllm --weights fp8 --batch 64",
         "moec plan folder-with-config-json --on rtx5090-pc --weights fp4",
         "moec plan folder-with-config-json --on gb300-nvl72 --batch 512 --tpot 50ms --ttft 2s --json",
         "moec plan folder-with-config-json --on hgx-h200 --export engines",
+        "moec plan folder-with-config-json --on gb300-nvl72 --batch 2048 --prefill auto",
         "moec plan checkpoint --on nvidia-h200:8 --ep 8 -o plan.json && moec compile checkpoint --plan plan.json",
     )
 )
@@ -68,6 +78,12 @@ def seconds_option(text: str | None, param: click.Parameter) -> float | None:
     show_default=True,
     metavar="N",
     help="Tokens that a draft head proposes a step.",
+)
+@click.option(
+    "--prefill",
+    metavar="N|auto",
+    callback=lambda c, p, v: pool_option(v, p),
+    help="Devices that read prompts while the others decode (disaggregated).  [default: all do both]",
 )
 @click.option("--queue", is_flag=True, help="Requests beyond the cache wait; without it they are refused.")
 @click.option(
@@ -158,6 +174,7 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
         "",
         _fits_text(found, memory, waiting),
         f"plan         {_degrees_text(degrees)}; {found['instances']} instance{'s' * (found['instances'] > 1)} on {system['devices']} device{'s' * (system['devices'] > 1)}",
+        *([_prefill_text(found["prefill"])] if found["prefill"] else []),
         f"first token  {_interval_text(predicted, 'ttft_ms')} ms with {load['requests']} requests of {load['input']:,} tokens",
         f"each token   {_interval_text(predicted, 'tpot_ms')} ms, {_interval_text(predicted, 'tokens_per_s_per_user')} tokens/s for each user",
         f"a device     {_interval_text(predicted, 'tokens_per_s_per_device')} tokens/s",
@@ -166,6 +183,12 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
         f"room for     {largest['batch']:,} requests of these lengths, or {largest['context']:,} tokens each",
         "",
     ]  # fmt: skip
+
+
+def _prefill_text(pool: dict[str, Any]) -> str:
+    busy = pool["requests_per_s"] / min(pool["prompts_per_s"], pool["transfers_per_s"])
+    return (f"prompts      on {pool['devices']} more devices ({_degrees_text(pool['degrees'])}): {pool['prompt_ms']:.0f} ms each and "
+            f"{pool['transfer_ms']:.3g} ms for its cache; busy {min(busy, 1.0):.0%}, {pool['bound']} bounds {pool['requests_per_s']:.3g} requests/s")  # fmt: skip
 
 
 def _fits_text(found: dict[str, Any], memory: dict[str, int], waiting: int) -> str:

@@ -58,10 +58,14 @@ def decode_demand(
 
 
 def prefill_demand(
-    workload: Workload, system: System, degrees: Degrees, storage: Storage, prompt: int, requests: float = 1.0
-) -> Demand:
-    """Return what reading the prompts of `requests` requests in one step demands, all on one attention rank."""
-    found = _demand(workload, system, degrees, storage, prompt * requests, 0, prompt, 0.0, alone=True)
+    workload: Workload, system: System, degrees: Degrees, storage: Storage, prompt: int, requests: float = 1.0,
+    alone: bool = True,
+) -> Demand:  # fmt: skip
+    """Return what reading the prompts of `requests` requests of an attention rank in one step demands.
+
+    `alone` is one rank, and the others have none.
+    """
+    found = _demand(workload, system, degrees, storage, prompt * requests, 0, prompt, 0.0, alone)
     found.sequences = requests
     return found
 

@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ...compiler.errors import MoecError
 from ..systems.read import find_system
 from ..systems.system import System
-from .degrees import Degrees, check_degrees, possible_degrees
-from .demand import Demand, decode_demand, prefill_demand
+from .candidates import (
+    Candidate,
+    Request,
+    default_cache,
+    default_engine,
+    make_candidate,
+    make_candidates,
+    within_limits,
+)
+from .degrees import Degrees, possible_degrees
 from .figures import cost_entry, token_entry
-from .memory import Memory, device_memory, largest_context, with_copies
-from .offload import Offload, offloaded_decode, offloaded_prompt, place_experts
-from .routing import EVEN, Spread, check_routing, read_routing, spread_experts
+from .memory import device_memory, largest_context
+from .pools import divide_pools
+from .routing import Spread, check_routing, read_routing
 from .storage import Storage, choose_storage
-from .timing import ACCEPTED, Constants, Load, fitted_constants, predict_times
+from .timing import ACCEPTED, Constants, fitted_constants
 from .workload import Workload
 
 BATCHES = (1, 4, 16, 64, 256)  # requests of a rank that the list of what else there is goes through
 SCHEMA = 1  # of what a plan is as plain data: plan.schema.json
 SMALLER = ("fp8", "fp4", "int4", "int2")  # what to store weights in where they do not fit, widest first
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked: where it runs and what is sent to it.
-
-    `batch` is the requests at once: of an attention rank where `attention_dp` is given, else of the whole system, spread
-    evenly over its instances and ranks.
-    """
-
-    on: str
-    engine: str | None = None
-    weights: str | None = None
-    cache: str | None = None
-    tp: int | None = None
-    attention_dp: int | None = None
-    ep: int | None = None
-    pp: int | None = None
-    batch: int = 1
-    input: int = 1024
-    output: int = 1024
-    drafts: int = 0
-    queue: bool = False  # requests beyond the cache wait; else they are refused
-    tpot: float | None = None  # s, at most
-    ttft: float | None = None
-    routing: str | None = None  # the file of a histogram of experts; without one they are taken to be chosen evenly
-    copies: int = 0  # of hot experts, beyond one of each
-    price: float | None = None  # of a device and hour
-
-    @staticmethod
-    def of(on: str, asked: Mapping[str, Any]) -> Request:
-        """Return a request from options by name; MoecError for one that there is not."""
-        if unknown := asked.keys() - Request.__dataclass_fields__.keys():
-            todo = f"it takes {', '.join(Request.__dataclass_fields__)}"
-            raise MoecError(f"plan takes no {min(unknown)}", todo=todo)
-        return Request(on=on, **asked)
-
-    def given(self) -> dict[str, int]:
-        """Return the degrees that are asked for, by their names in Degrees."""
-        named = {"tp": self.tp, "dp": self.attention_dp, "ep": self.ep, "pp": self.pp}
-        return {name: value for name, value in named.items() if value is not None}
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """One way to divide the model, with what it holds and how long it takes; `running` of `batch` requests run at once."""
-
-    degrees: Degrees
-    memory: Memory
-    batch: int
-    running: int
-    first: float
-    token: float
-    parts: dict[str, float]
-    decode: Demand
-    placed: Offload | None = None  # where experts lie that the devices have no room for
-    spread: Spread = EVEN
-
-    @property
-    def fits(self) -> bool:
-        """Return whether everything has a place, in the devices or beside them."""
-        return self.memory.free >= 0 or self.placed is not None
-
-    def rate(self) -> float:
-        """Return tokens a second of one device."""
-        return self.running * self.degrees.dp / self.token / self.degrees.devices
 
 
 def make_plan(workload: Workload, request: Request) -> dict[str, Any]:
@@ -98,7 +39,15 @@ def make_plan(workload: Workload, request: Request) -> dict[str, Any]:
     storage = choose_storage(workload, request.weights, request.cache or default_cache(system, request.weights))
     constants = fitted_constants()
     constants.engine(engine)
-    ways = list(_candidates(workload, system, storage, request, engine, constants))
+    if request.prefill is not None:
+        division = divide_pools(workload, system, storage, request, engine, constants)
+        rest = replace(system, devices=system.devices - division.pool.devices)
+        chosen = division.candidate
+        return {
+            **_plan_entry(workload, rest, storage, request, engine, constants, chosen, [chosen]),
+            "prefill": division.entry(),
+        }
+    ways = list(make_candidates(workload, system, storage, request, engine, constants))
     good = [c for c in ways if c.memory.free >= 0]
     good = good or [c for c in ways if c.fits or (request.queue and c.running)]
     if not good:
@@ -137,50 +86,6 @@ def _check_request(workload: Workload, request: Request) -> None:
         )
 
 
-def default_engine(system: System) -> str:
-    """Return the engine that people would run on a system."""
-    if system.unified or (system.devices == 1 and system.host):
-        return "llama.cpp"
-    return "atom" if system.cards.startswith("amd-") else "vllm"
-
-
-def default_cache(system: System, weights: str | None) -> str:
-    """Return how recipes store the cache beside quantized weights: in 8 bits on chips that multiply 4 bits, else in 16."""
-    return "fp8" if weights in ("fp8", "fp4") and "mxfp4" in system.device.peaks else "bf16"
-
-
-def rank_batch(request: Request, system: System, degrees: Degrees) -> int:
-    """Return the requests that an attention rank has at once."""
-    if request.attention_dp is not None:
-        return request.batch
-    return max(1, -(-request.batch // (degrees.dp * (system.devices // degrees.devices))))
-
-
-def within_limits(candidate: Candidate, request: Request) -> bool:
-    """Return whether a candidate keeps to the limits on its times."""
-    return candidate.token <= (request.tpot or float("inf")) and candidate.first <= (request.ttft or float("inf"))
-
-
-def _candidates(
-    workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants
-) -> list[Candidate]:
-    given = request.given()
-    spread = request.attention_dp is None
-    if len(given) == 4 or {"tp", "dp", "ep"} <= given.keys():
-        degrees = Degrees(**given)
-        check_degrees(degrees, workload, system)
-        ways = [degrees]
-    else:
-        ways = list(possible_degrees(workload, system, given))
-        ways = [w for w in ways if not spread or w.dp <= request.batch] or ways
-        if not ways:
-            # experts of as many devices as are asked for: so the reason is what forbids that
-            whole = {"dp": max(1, given.get("ep", 1) // given.get("tp", 1)), **given}
-            check_degrees(replace(Degrees(), **whole), workload, system)
-            raise MoecError(f"no degrees with {given} divide {system.name}")
-    return [_candidate(workload, system, storage, request, engine, constants, way) for way in ways]
-
-
 def _sweep_batches(
     workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants,
     ways: list[Degrees],
@@ -190,50 +95,10 @@ def _sweep_batches(
     for batch in BATCHES:
         for way in ways:
             asked = replace(request, batch=batch, attention_dp=way.dp)
-            candidate = _candidate(workload, system, storage, asked, engine, constants, way)
+            candidate = make_candidate(workload, system, storage, asked, engine, constants, way)
             if candidate.memory.free >= 0 and within_limits(candidate, request):
                 found.append(candidate)
     return found
-
-
-def _candidate(
-    workload: Workload, system: System, storage: Storage, request: Request, engine: str, constants: Constants,
-    degrees: Degrees,
-) -> Candidate:  # fmt: skip
-    batch = rank_batch(request, system, degrees)
-    whole = request.input + request.output
-    spread = spread_of(request, degrees)
-    memory = with_copies(device_memory(workload, system, degrees, storage, batch, whole, request.output),
-                         workload, degrees, storage, spread.copies)  # fmt: skip
-    placed = None
-    if memory.free < 0 and not memory.largest_batch:
-        placed = place_experts(workload, system, degrees, storage, memory)
-    running = batch if placed else min(batch, memory.largest_batch)
-    context = request.input + request.output / 2
-    decode = decode_demand(workload, system, degrees, storage, max(running, 1), context, request.drafts)
-    prompt = prefill_demand(workload, system, degrees, storage, request.input)
-    decode, prompt = (
-        replace(d, expert_read=d.expert_read * spread.imbalance, expert_math=d.expert_math * spread.imbalance)
-        for d in (decode, prompt)
-    )
-    if placed:
-        decode = offloaded_decode(decode, workload, system, degrees, placed)
-        prompt = offloaded_prompt(prompt, system, degrees, placed)
-    load = Load(max(running, 1), degrees.dp, request.output)
-    first, token, parts = predict_times(
-        decode, prompt, load, constants, engine, request.drafts, max(workload.blocks, 1)
-    )
-    first, token, parts = float(first), float(token), {name: float(value) for name, value in parts.items()}
-    if 0 < running < batch:  # the others wait until those before them have their answers
-        first += (batch - running) / running * token * request.output
-    return Candidate(degrees, memory, batch, running, first, token, parts, decode, placed, spread)
-
-
-def spread_of(request: Request, degrees: Degrees) -> Spread:
-    """Return how a request's experts are spread over the ranks of degrees."""
-    if request.routing is None or degrees.ep == 1:
-        return EVEN
-    return spread_experts(read_routing(request.routing), degrees.ep, request.copies)
 
 
 def _does_not_fit(workload: Workload, system: System, request: Request, ways: list[Candidate]) -> MoecError:
@@ -322,6 +187,7 @@ def _plan_entry(
         "token": token_entry(workload, system, best.degrees, storage, best.decode, best.running, request.drafts, best.rate()),
         "cost": None if request.price is None else cost_entry(request.price, best.rate(), rate_interval(best, engine, system, constants)),
         "bound": bound,
+        "prefill": None,
         "parts_ms": {name: 1e3 * seconds for name, seconds in best.parts.items()},
         "pareto": [pareto_entry(c) for c in pareto_front(others)],
     }  # fmt: skip

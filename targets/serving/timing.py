@@ -127,11 +127,15 @@ def prefill_seconds(demand: Demand, shared: Shared, engine: Engine) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests as a benchmark sends them: `batch` at once on each of `ranks` attention ranks, each with a prompt and an answer."""
+    """Requests as a benchmark sends them: `batch` at once on each of `ranks` attention ranks, each with a prompt and an answer.
+
+    `apart` says that prompts are read elsewhere.
+    """
 
     batch: float
     ranks: int
     answer: int
+    apart: bool = False
 
 
 def predict_times(
@@ -145,7 +149,7 @@ def predict_times(
     shared, own = constants.shared, constants.engine(engine)
     step = decode_seconds(decode, shared, own)
     added = added_seconds(prompt, shared)
-    others = load.batch * load.ranks - 1
+    others = (load.batch * load.ranks - 1) * (1 - load.apart)
     step["prompts"] = own.mixed * others * added / load.answer
     accepted = ACCEPTED[drafts]
     draft = drafts * sum(step.values()) / blocks  # a draft is about one layer more

@@ -87,6 +87,14 @@ def find_bottleneck(graph: nx.DiGraph, volumes: Mapping[Link, float]) -> Bottlen
     return Bottleneck(link, loads[link], loads[link] / graph.edges[link]["bandwidth"], latency)
 
 
+@lru_cache(maxsize=1024)
+def pool_transfer(system: System, senders: int) -> Bottleneck:
+    """Return the bottleneck where each of the first `senders` devices sends one byte to one of the others, these evenly used."""
+    others = system.devices - senders
+    looked_at = range(min(senders, ALIKE))
+    return find_bottleneck(link_graph(system), {(i, senders + i * others // senders): 1.0 for i in looked_at})
+
+
 @lru_cache(maxsize=4096)
 def all_to_all(system: System, ranks: int, stride: int = 1) -> Bottleneck:
     """Return the bottleneck where each of `ranks` devices, `stride` apart, sends one byte in all, evenly to the others.

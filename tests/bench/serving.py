@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 from moec.compiler.driver import import_workload
+from moec.targets.serving.candidates import default_cache
 from moec.targets.serving.degrees import Degrees
 from moec.targets.serving.demand import Demand, decode_demand, prefill_demand
-from moec.targets.serving.plan import default_cache
 from moec.targets.serving.storage import choose_storage
 from moec.targets.serving.timing import FITTED, Constants, Engine, Load, Shared, predict_times
 from moec.targets.systems.read import find_system
