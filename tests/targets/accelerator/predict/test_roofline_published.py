@@ -174,7 +174,7 @@ LONG = pytest.mark.long
 )  # fmt: skip
 def test_inspect_and_kernels_json_agree_op_by_op(name, tokens, chip):
     """2 %, of each function's ops; kernels.json has the kernels by the ops that they compute."""
-    module, profile, step = lowered(name, "nvidia-h200"), find_profile(chip, {}), step_of(tokens)
+    module, profile, step = lowered(name, chip), find_profile(chip, {}), step_of(tokens)
     shown = predicted_step(module, profile, batch=step.batch, new=step.new, past=step.past)
     file = kernel_specs(module, profile, (tokens,)).to_json()
     calls = {f["name"]: f["calls"] for f in file["functions"]}
