@@ -137,6 +137,16 @@ def byte_size(text: str, param: click.Parameter | None = None) -> int:
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
+def key_values(options: tuple[str, ...]) -> dict[str, str]:
+    """Return what -D gives; several pairs may be in one option, with commas between: tp=8,ep=4."""
+    single = [part for option in options for part in re.split(r",(?=[\w.]+=)", option)]
+    pairs = [option.partition("=") for option in single]
+    for (key, equals, _), option in zip(pairs, single, strict=True):
+        if not key or not equals:
+            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-D")
+    return {key: value for key, _, value in pairs}
+
+
 def read_text(file: str) -> str:
     """Return a UTF-8 file as text, standard input for `-`; MoecError if it cannot be read."""
     try:

@@ -6,7 +6,6 @@ torch, transformers and onnxruntime are imported inside the commands that need t
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import Any
 
@@ -14,7 +13,6 @@ import click
 from click.core import ParameterSource
 
 from ..artifact.remote import is_url
-from ..errors.paths import check_source
 from ..version import __version__
 from .artifacts import run, verify
 from .base import (
@@ -24,6 +22,7 @@ from .base import (
     debug_option,
     examples_epilog,
     json_option,
+    key_values,
     print_notes,
     print_timings,
     progress_bar,
@@ -35,6 +34,7 @@ from .bench import bench
 from .bisect import bisect
 from .chat import chat
 from .diff import diff
+from .inspect import inspect
 from .plan import plan
 from .serve import serve
 
@@ -144,7 +144,7 @@ def compile(
     named = click.get_current_context().get_parameter_source("target")
     if given["plan"] and named is not ParameterSource.DEFAULT:
         raise click.UsageError("--plan says what is compiled for; leave out --target")
-    keys = _key_values(options)
+    keys = key_values(options)
     from .. import driver
 
     start = time.perf_counter()
@@ -171,16 +171,6 @@ def compile(
         click.echo(out if is_url(out) else str(done.artifact.folder))
     if verify and not done.artifact.manifest["figures"]["measured"]["passed"]:
         click.get_current_context().exit(CHECK_FAILED)
-
-
-def _key_values(options: tuple[str, ...]) -> dict[str, str]:
-    """Return what -D gives; several pairs may be in one option, with commas between: tp=8,ep=4."""
-    single = [part for option in options for part in re.split(r",(?=[\w.]+=)", option)]
-    pairs = [option.partition("=") for option in single]
-    for (key, equals, _), option in zip(pairs, single, strict=True):
-        if not key or not equals:
-            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-D")
-    return {key: value for key, _, value in pairs}
 
 
 @main.command(
@@ -228,89 +218,7 @@ main.add_command(plan)
 main.add_command(diff)
 main.add_command(bisect)
 main.add_command(serve)
-
-
-@main.command(
-    epilog=examples_epilog(
-        "moec inspect examples/tiny-moe",
-        "moec inspect folder-with-config-json --context 32768 --json | jq .parameters",
-        "moec inspect folder-with-config-json --target nvidia-b200 --batch 64",
-        "moec inspect folder-with-config-json --quantize int4 --target cpu",
-    )
-)
-@click.argument("source")
-@click.option(
-    "--context", type=click.IntRange(min=0), metavar="N", help="Past tokens of the decoded token.  [default: 4096]"
-)
-@click.option("--target", metavar="NAME", help="Predict a step on an accelerator; `moec targets` lists them.")
-@click.option(
-    "--quantize", metavar="SPEC", help="As `moec compile` takes it: bytes, fit and speed in one line.  [target: cpu]"
-)
-@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="With --target: sequences.  [default: 1]")
-@click.option("--new", type=click.IntRange(min=1), metavar="N", help="New tokens of each sequence.  [default: 1]")
-@click.option("--devices", type=click.IntRange(min=1), metavar="N", help="Devices that share experts.  [default: 1]")
-@click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="A figure of the accelerator; repeatable.")
-@json_option
-@trust_option
-@debug_option
-def inspect(
-    source: str, context: int | None, target: str | None, quantize: str | None, options: tuple[str, ...], as_json: bool,
-    trust_remote_code: bool, **step: int | None,
-) -> None:  # fmt: skip
-    """Show parameters, bytes, FLOPs and KV cache.
-
-    With --target also the time that a step is predicted to take on an accelerator; with --quantize one line says whether it fits and how fast it runs. Figures are for the whole and for each kind of layer. SOURCE is a checkpoint folder (a config.json is enough), an artifact or a .moir file. Nothing is run or measured:
-    every figure is counted from the IR, and predicted from it and from the figures of a chip.
-    """
-    given = {name: value for name, value in step.items() if value is not None}
-    if target is None and quantize is not None:
-        target = "cpu"
-    if target == "cpu" and quantize is not None and given:
-        raise click.UsageError(
-            f"{next(f'--{name}' for name in given)} is for accelerators: of the CPU one request is known"
-        )
-    if target is None and (given or options):
-        raise click.UsageError(f"{next((f'--{name}' for name in given), '-D')} belongs to --target")
-    check_source(source)
-    if target is not None:
-        from ...targets import open_target
-
-        open_target(target, _key_values(options))
-    from .report import inspect_source as report
-    from .report import open_source
-
-    if quantize is not None:
-        from ..quantize.request import read_request
-
-        read_request(quantize)  # before the source is imported
-    opened = open_source(source, trust_remote_code=trust_remote_code)
-    if quantize is not None:
-        from .estimate import estimate_line, estimate_step
-
-        past = opened.context(context)
-        estimate = estimate_step(opened.module, str(target), quantize, _key_values(options), past=past, **given)
-        click.echo(json.dumps(estimate, indent=2) if as_json else estimate_line(estimate))
-        return
-    found = report(opened, context=context)
-    if target is not None:
-        from ..driver import predict
-
-        past = opened.context(context)
-        found["predicted"] = predict(opened.module, target, _key_values(options), quantize=None, past=past, **given)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    from .show import show_report
-
-    show_report(found)
-    if "kernels" in found:
-        from .kernels import show_kernels
-
-        show_kernels(found["kernels"])
-    if target is not None:
-        from .predicted import show_predicted
-
-        show_predicted(found["predicted"])
+main.add_command(inspect)
 
 
 @main.command("list", epilog=examples_epilog("moec list passes", "moec list ops --json"))
@@ -358,7 +266,7 @@ def targets(
     if not probe:
         if quick or out:
             raise click.UsageError("--quick and -o belong to --probe")
-        shown = listing.accelerator_profile(name, _key_values(options)) if name else None
+        shown = listing.accelerator_profile(name, key_values(options)) if name else None
         if shown is None:
             rows = listing.list_targets(name)
             if options:

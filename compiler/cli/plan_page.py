@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Callable
 from typing import Any
 
 from ..cost.report import bytes_text
-from ..errors import MoecError
+from .svg import draw_svg
 
 Plan = dict[str, Any]
-WIDE, HIGH = 6.4, 3.2  # inches of a plot
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -40,27 +38,9 @@ def plan_page(plan: Plan, lines: list[str]) -> str:
     if plan["experts"] and plan["experts"]["physical_to_logical"]:
         plots.append((_draw_placement, "Where experts lie: how many devices hold each one, layer by layer."))
     figures = "\n".join(
-        f"<figure>{_svg_of(draw, plan)}<figcaption>{html.escape(note)}</figcaption></figure>" for draw, note in plots
+        f"<figure>{draw_svg(draw, plan)}<figcaption>{html.escape(note)}</figcaption></figure>" for draw, note in plots
     )
     return _PAGE.format(title=html.escape(title), text=html.escape("\n".join(lines)), figures=figures)
-
-
-def _svg_of(draw: Callable[[Any, Plan], None], plan: Plan) -> str:
-    """Return one plot as an SVG element; the same plan gives the same text."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MoecError(
-            f"plots need matplotlib: {error}", todo="pip install 'moec[plots]', or leave out --html"
-        ) from error
-    with rc_context({"svg.hashsalt": draw.__name__, "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(WIDE, HIGH), layout="constrained")
-        draw(figure.add_subplot(), plan)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _draw_parts(axes: Any, plan: Plan) -> None:

@@ -9,8 +9,8 @@ from ....compiler.ir.module import Module
 from ....compiler.ops.define import any_size_text
 from ..chip.chip import Profile
 from ..predict.assumed import MEANING, assumed_of
-from ..predict.roofline import Row, StepPrediction
-from ..predict.work import MATRIX, call_counts, state_bytes, weight_bytes
+from ..predict.roofline import Rates, Row, StepPrediction
+from ..predict.work import MATRIX, VECTOR, call_counts, state_bytes, weight_bytes
 from .step import predict_step
 
 
@@ -20,7 +20,7 @@ def predicted_step(
     """Return the prediction for a step of a module: bytes, FLOPs and seconds of one device, in all and by op.
 
     Keys: target, variant, batch, new, past, devices; time, tokens_per_second, bandwidth_share; bytes, flops, formulas;
-    memory (what a device has to hold, and its capacity); parts (seconds if nothing overlapped); functions; assumed.
+    roofs; memory (what a device has to hold, and its capacity); parts (seconds if nothing overlapped); functions; assumed.
     Raises MoecError as `predict_step`.
     """
     step = predict_step(module, profile, batch=batch, new=new, past=past, devices=devices)
@@ -36,6 +36,7 @@ def predicted_step(
             "bytes": {name: any_size_text(formula) for name, formula in step.table.bytes.items()},
             "flops": {name: any_size_text(formula) for name, formula in step.table.flops.items()},
         },
+        "roofs": _roof_entries(profile),
         "memory": _memory_entry(module, profile, batch, past + new, devices),
         "functions": _function_entries(module, step),
         "assumed": assumption_lines(profile, devices),
@@ -50,6 +51,12 @@ def _amounts_entry(row: Row) -> dict[str, Any]:
         "parts": dict(row.parts),
         "bound": row.bound,
     }
+
+
+def _roof_entries(profile: Profile) -> dict[str, list[float]]:
+    """Return the roofs of a chip as (FLOP/s, bytes/s) that long products and copies reach, by what computes."""
+    rates = Rates.of(profile)
+    return {MATRIX: [rates.matrix, rates.memory], VECTOR: [rates.vector, rates.memory]}
 
 
 def _memory_entry(module: Module, profile: Profile, batch: int, past: int, devices: int) -> dict[str, Any]:
