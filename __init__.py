@@ -12,9 +12,10 @@ from .compiler.version import __version__
 if TYPE_CHECKING:
     from .compiler.driver import compile, load, opt, plan, verify
     from .compiler.errors import MoecError
+    from .compiler.errors.progress import watch_progress
     from .compiler.runtime.artifact import Artifact
 
-__all__ = ["Artifact", "MoecError", "__version__", "compile", "load", "opt", "plan", "verify"]
+__all__ = ["Artifact", "MoecError", "__version__", "compile", "load", "opt", "plan", "verify", "watch_progress"]
 
 _HOMES = {
     "compile": ".compiler.driver",
@@ -24,6 +25,7 @@ _HOMES = {
     "verify": ".compiler.driver",
     "Artifact": ".compiler.runtime.artifact",
     "MoecError": ".compiler.errors",
+    "watch_progress": ".compiler.errors.progress",
 }
 
 

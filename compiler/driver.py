@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from ..passes import PASSES
 from ..targets import declare_kernel_ops, open_target
@@ -18,6 +18,7 @@ from .artifact.remote import check_remote, is_url, near_folder, near_place, publ
 from .errors import MoecError
 from .errors.hub import download_model
 from .errors.paths import check_source
+from .errors.progress import begin_phase
 from .ir.notes import Note
 from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_caches, with_lowering, with_options
 from .quantize.plan import PLAN, Budget, Plan
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 # What computes (torch, sympy) takes seconds to import: the functions below import it when a request has been judged, so
 # that wrong use is answered at once.
 
-Progress: TypeAlias = Callable[[int, int], None]  # bytes of weights written, bytes in all
 _WORKLOADS: dict[tuple[str, int, int, bool], Workload] = {}  # of configs that were planned with
 
 
@@ -106,7 +106,6 @@ def compile_source(
     plan: Path | str | None = None,
     download: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
 ) -> Compiled:
     """Compile a source for a target into the folder `out`.
 
@@ -122,8 +121,8 @@ def compile_source(
     - `kv`: `f32`, `f16`, `bf16`, `int8`, or `auto`, on the CPU f16 beside int8 activations where moec has kernels, else f32.
     - `plan`: the file of a plan (`moec plan -o`), whose devices' shards are written instead of an artifact of a target.
     - `memory_limit`: the bytes that tiles of weights may use beside the imports. `stop_after` is a stage or a pass, `check`
-      compares the numbers before and after every pass, `progress` is told the bytes written and those in all, `resume` goes
-      on with the files of a run of the same that was stopped, and keeps them where this one is stopped.
+      compares the numbers before and after every pass, `resume` goes on with the files of a run of the same that was stopped,
+      and keeps them where this one is stopped.
 
     Raises MoecError; the folder is then as it was before.
     """
@@ -163,10 +162,14 @@ def compile_source(
     from .weights.heap import returning_freed_memory
 
     declare_kernel_ops(chosen)
-    loaded = load(
-        near, weights=weights, tokenizer=tokenizer, example_inputs=example_inputs, trust_remote_code=trust_remote_code
-    )
-
+    with begin_phase("importing"):
+        loaded = load(
+            near,
+            weights=weights,
+            tokenizer=tokenizer,
+            example_inputs=example_inputs,
+            trust_remote_code=trust_remote_code,
+        )
     if near is not source:
         loaded = replace(loaded, module=replace(loaded.module, source=str(source)))
 
@@ -205,7 +208,6 @@ def compile_source(
             whole,
             folder,
             tile,
-            progress,
             figures,
             chosen_formats,
             journal_key(*map(str, sorted((options or {}).items())), Path(plan).read_text() if plan else ""),
@@ -225,7 +227,7 @@ def passes_for(target: Target) -> PassTable:
 
 
 def _emit_artifact(
-    run: Run, loaded: Loaded, target: Target, pipeline: Pipeline, out: Path, tile: int, progress: Progress | None,
+    run: Run, loaded: Loaded, target: Target, pipeline: Pipeline, out: Path, tile: int,
     figures: Mapping[str, Any], plan: Plan | None, asked: str, resume: bool,
 ) -> Artifact:  # fmt: skip
     """Write the artifact beside its final name and put it in place when it is whole."""
@@ -251,7 +253,8 @@ def _emit_artifact(
             (folder / "program.moir").write_text(print_module(module), encoding="utf-8")
         if plan is not None:
             plan.write(folder / PLAN)
-        written = target.emit(module, weights, folder, tile, progress and (lambda done: progress(done, total)))
+        with begin_phase("writing", int(total), "bytes") as phase:
+            written = target.emit(module, weights, folder, tile, phase.advance)
         if opened is not None:
             opened.check()
         end_journal(folder)

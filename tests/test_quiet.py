@@ -47,7 +47,7 @@ def loud(tmp_path_factory):
 def compiled(loud, tmp_path, *options):
     command = [sys.executable, "-c", "from moec.compiler.cli import main; main()"]
     return subprocess.run(
-        [*command, "compile", str(loud), "--stop-after", "graph", "--trust-remote-code", *options],
+        [*command, "compile", str(loud), "--stop-after", "graph", "--trust-remote-code", "-q", *options],
         capture_output=True, text=True, check=True,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path)},
     )  # fmt: skip

@@ -42,6 +42,7 @@ class TiledInterpreter:
     numbers: Callable[[Recipe], Recipe] = without_quantization
     tile: int = TILE
     scores: int = SCORES
+    layer_done: Callable[[], None] = lambda: None  # called as each call of @main has run
 
     @property
     def dims(self) -> dict[str, int]:
@@ -66,6 +67,8 @@ class TiledInterpreter:
                 continue
             for value, tensor in zip(op.results, self.op(op, operands, bound), strict=True):
                 values[value.name] = tensor
+            if op.callee and function is self.module.main:
+                self.layer_done()
             for value in op.inputs:
                 if last_use[value.name] == i and value.name not in keep:
                     values.pop(value.name, None)

@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .base import (
     CHECK_FAILED,
-    debug_option,
+    Command,
     device_option,
     examples_epilog,
     is_debugging,
     json_option,
     print_notes,
-    progress_bar,
     read_text,
+    say,
+    shared_options,
 )
+from .progress import show_progress
 
 if TYPE_CHECKING:
     from ..runtime.artifact import Artifact
 
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 _GENERATION_OPTIONS = (
     click.option("--stop", "stops", metavar="TEXT", multiple=True, help="Stop in front of this text; repeatable."),
     click.option("--greedy", is_flag=True, help="Take the most likely token every time."),
@@ -91,7 +91,7 @@ def drawing_settings(artifact: Artifact, seed: int | None, settings: Mapping[str
 )
 @click.option("--check-files", is_flag=True, help="Compare the sha256 of every file with moec.json first.")
 @json_option
-@debug_option
+@shared_options
 def run(
     folder: str, prompt: str | None, prompt_file: str | None, chat: bool, system: str | None, tokens: str | None,
     inputs: str | None, outputs: str | None, as_json: bool, seed: int | None, threads: int | None,
@@ -137,9 +137,9 @@ def run(
         click.echo(json.dumps(generation_json(result), indent=2))
         return
     click.echo()
-    click.echo(speed_line(result, session), err=True)
+    say(speed_line(result, session))
     if is_debugging(click.get_current_context()) and (computes := getattr(session, "kernels", "")):
-        click.echo(f"quantized layers: {computes}", err=True)
+        say(f"quantized layers: {computes}")
     print_notes(end_notes(artifact.end_tokens))
 
 
@@ -202,7 +202,7 @@ def _stream_ids() -> Callable[[int, int], None]:
 @device_option
 @click.option("--layers", is_flag=True, help="Compare what the program's ops compute with every module of the source.")
 @json_option
-@debug_option
+@shared_options
 def verify(
     folder: str, against: str | None, text: str | None, text_tokens: int | None, accuracy: str | None,
     device: str | None, layers: bool, as_json: bool,
@@ -222,7 +222,7 @@ def verify(
     written = None if text is None else read_text(text)
     from .. import driver
 
-    with progress_bar(f"verifying {folder}", unit="parts") as progress:
+    with show_progress():
         comparison, notes = driver.measure(
             folder,
             against,
@@ -230,7 +230,6 @@ def verify(
             tokens=text_tokens,
             accuracy=accuracy,
             device=device,
-            progress=progress,
         )
     print_notes(notes)
     if as_json:

@@ -1,4 +1,4 @@
-"""What every `moec` command shares: errors and exit codes, `--debug`, progress bars on a terminal.
+"""What every `moec` command shares: errors and exit codes, `--debug`, `--verbose` and `--quiet`, texts read and written.
 
 Exit codes: 0 good, 1 a check failed, 2 wrong use or bad input, 70 an error inside moec, 130 interrupted,
 141 the reader of the output went away.
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..ir.notes import Note
     from ..rewrite.pipeline import PassTiming
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 CHECK_FAILED, WRONG_USE, INTERNAL, INTERRUPTED, CLOSED_PIPE = 1, 2, 70, 130, 141
 
 
@@ -103,6 +104,30 @@ def is_debugging(ctx: click.Context) -> bool:
     return bool(ctx.meta.get("moec.debug"))
 
 
+def is_quiet(ctx: click.Context) -> bool:
+    """Return whether --quiet was given."""
+    return bool(ctx.meta.get("moec.quiet"))
+
+
+def is_verbose(ctx: click.Context) -> bool:
+    """Return whether --verbose was given."""
+    return bool(ctx.meta.get("moec.verbose"))
+
+
+def say(text: object) -> None:
+    """Write a line beside the result on standard error, unless --quiet was given."""
+    context = click.get_current_context(silent=True)
+    if context is None or not is_quiet(context):
+        click.echo(text, err=True)
+
+
+def _note_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[f"moec.{param.name}"] = True
+    if is_quiet(ctx) and is_verbose(ctx):
+        raise click.UsageError("--quiet and --verbose ask for opposite things: leave one out")
+
+
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta["moec.debug"] = True
@@ -110,9 +135,24 @@ def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         warnings.simplefilter("default")
 
 
-debug_option = click.option(
+_DEBUG = click.option(
     "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_note_debug, help="Show tracebacks of errors."
 )
+_VERBOSE = click.option(
+    "-v", "--verbose", is_flag=True, is_eager=True, expose_value=False, callback=_note_verbosity,
+    help="Say every phase, with its seconds, and every pass.",
+)  # fmt: skip
+_QUIET = click.option(
+    "-q", "--quiet", is_flag=True, is_eager=True, expose_value=False, callback=_note_verbosity,
+    help="Say nothing but results and errors.",
+)  # fmt: skip
+
+
+def shared_options(command: Command) -> Command:
+    """Add the options of every command: --verbose, --quiet and --debug."""
+    return _VERBOSE(_QUIET(_DEBUG(command)))
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
 device_option = click.option(
     "--device",
@@ -172,37 +212,10 @@ def write_text(text: str, out: str | None) -> None:
 def print_notes(notes: Iterable[Note]) -> None:
     """Write the notes of --why on standard error."""
     for text in dict.fromkeys(map(str, notes)):  # two functions may have the same note
-        click.echo(text, err=True)
+        say(text)
 
 
 def print_timings(timings: Iterable[PassTiming]) -> None:
     """Write what each pass took on standard error, checks included."""
     for t in timings:
-        click.echo(f"{t.seconds:8.3f} s  {t.name}{'' if t.changed else ' (changed nothing)'}", err=True)
-
-
-@contextmanager
-def progress_bar(label: str, unit: str = "bytes") -> Iterator[Callable[..., None] | None]:
-    """Yield a function (done, total=None) that moves a bar on standard error; None where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    begin = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn())
-    columns = (*begin, *amount, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total=None: bar.update(task, completed=done, total=total)
+        say(f"{t.seconds:8.3f} s  {t.name}{'' if t.changed else ' (changed nothing)'}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .base import debug_option, device_option, examples_epilog, json_option, print_notes, progress_bar
+from .base import device_option, examples_epilog, json_option, print_notes, shared_options
+from .progress import show_progress
 
 if TYPE_CHECKING:
     from ..runtime.bench_result import Bench, Measured, OpShare, Profile
@@ -50,7 +51,7 @@ def _numbers(context: click.Context, param: click.Parameter, text: str | None) -
 @device_option
 @click.option("--ops/--no-ops", default=True, help="Say where the time goes, which opens the model once more.")
 @json_option
-@debug_option
+@shared_options
 def bench(folder: str, as_json: bool, **asked: Any) -> None:
     """Measure how fast an artifact runs.
 
@@ -63,8 +64,8 @@ def bench(folder: str, as_json: bool, **asked: Any) -> None:
     artifact = Artifact.open(Path(folder))
     from ..runtime.bench import bench_artifact
 
-    with progress_bar(f"measuring {folder}", unit="parts") as progress:
-        found = bench_artifact(artifact, progress=progress, **asked)
+    with show_progress():
+        found = bench_artifact(artifact, **asked)
     print_notes(found.notes)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2))

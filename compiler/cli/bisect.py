@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MoecError
-from .base import CHECK_FAILED, debug_option, examples_epilog, json_option
+from .base import CHECK_FAILED, examples_epilog, json_option, shared_options
+from .progress import show_progress
 
 if TYPE_CHECKING:
     from ..ir.module import Module
@@ -45,7 +46,7 @@ class Finding:
 @click.argument("folder", metavar="DIR")
 @click.option("--against", metavar="SOURCE", help="The checkpoint folder.  [default: the one it was compiled from]")
 @json_option
-@debug_option
+@shared_options
 def bisect(folder: str, against: str | None, as_json: bool) -> None:
     """Find the first step that changed an artifact's numbers beyond what it may.
 
@@ -54,10 +55,11 @@ def bisect(folder: str, against: str | None, as_json: bool) -> None:
     from ..runtime.artifact import Artifact
 
     findings = []
-    for finding in _find_steps(Artifact.open(Path(folder)), against):
-        findings.append(finding)
-        if not as_json:
-            click.echo(finding.line())
+    with show_progress():
+        for finding in _find_steps(Artifact.open(Path(folder)), against):
+            findings.append(finding)
+            if not as_json:
+                click.echo(finding.line())
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     if not findings[-1].passed:

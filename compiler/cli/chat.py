@@ -12,7 +12,7 @@ import click
 
 from ..errors import MoecError
 from .artifacts import drawing_settings, generation_options, stream_text
-from .base import debug_option, examples_epilog, print_notes, report_error
+from .base import examples_epilog, print_notes, report_error, say, shared_options
 
 CLEAR, EXIT = "/clear", "/exit"
 
@@ -28,7 +28,7 @@ CLEAR, EXIT = "/clear", "/exit"
 @click.option("--system", metavar="TEXT", help="The system message in front of the conversation.")
 @click.option("--max-new-tokens", default=1024, show_default=True, type=click.IntRange(min=1), metavar="N")
 @generation_options
-@debug_option
+@shared_options
 def chat(
     folder: str, system: str | None, seed: int | None, threads: int | None, accuracy: str | None, device: str | None,
     stops: tuple[str, ...], **settings: Any,
@@ -66,7 +66,7 @@ def chat(
             continue
         click.echo()
         if found.stopped[0] not in ("end token", "stop text"):
-            click.echo(f"({stop_reason(found.stopped[0])})", err=True)
+            say(f"({stop_reason(found.stopped[0])})")
         messages.append({"role": "assistant", "content": "".join(found.text or ())})
 
 

@@ -19,14 +19,14 @@ from .base import (
     CHECK_FAILED,
     Commands,
     byte_size,
-    debug_option,
     examples_epilog,
     json_option,
     key_values,
     print_notes,
     print_timings,
-    progress_bar,
     read_text,
+    say,
+    shared_options,
     trust_option,
     write_text,
 )
@@ -36,6 +36,7 @@ from .chat import chat
 from .diff import diff
 from .inspect import inspect
 from .plan import plan
+from .progress import show_progress
 from .serve import serve
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -52,7 +53,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     + "\n\n\b\nExit codes:\n  0 good, 1 a check failed, 2 wrong use or bad input, 70 an error inside moec",
 )
 @click.version_option(__version__, "-V", "--version", prog_name="moec")
-@debug_option
+@shared_options
 def main() -> None:
     """An ahead-of-time compiler for Mixture-of-Experts language models."""
 
@@ -118,7 +119,7 @@ def main() -> None:
 @click.option("--plan", metavar="FILE", help="Write the shards of the devices of a plan (`moec plan -o FILE`).")
 @json_option
 @trust_option
-@debug_option
+@shared_options
 def compile(
     source: str,
     target: str,
@@ -148,10 +149,9 @@ def compile(
     from .. import driver
 
     start = time.perf_counter()
-    with progress_bar(f"compiling {source}") as progress:
+    with show_progress():
         done = driver.compile_source(
-            source, target, None if stop_after else out, options=keys, stop_after=stop_after, verify=verify,
-            progress=progress, **given,
+            source, target, None if stop_after else out, options=keys, stop_after=stop_after, verify=verify, **given,
         )  # fmt: skip
     print_notes(note for note in done.notes if why or note.warning)
     print_timings(done.timings if timings else ())
@@ -187,7 +187,7 @@ def compile(
 @click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")
 @click.option("--why", is_flag=True, help="Say which rules did not apply, where, and the reason.")
 @click.option("--timings", is_flag=True, help="Say how long each pass took.")
-@debug_option
+@shared_options
 def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **given: Any) -> None:
     """Run passes on IR and print the result.
 
@@ -202,7 +202,8 @@ def opt(file: str, passes: str, out: str | None, why: bool, timings: bool, **giv
 
         declare_kernel_ops()
         source = parse_module(read_text("-"), "<stdin>")
-    run = driver.run_passes(source, passes, **given)
+    with show_progress():
+        run = driver.run_passes(source, passes, **given)
     print_notes(run.notes if why else ())
     print_timings(run.timings if timings else ())
     from ..text.printer import print_module
@@ -224,7 +225,7 @@ main.add_command(inspect)
 @main.command("list", epilog=examples_epilog("moec list passes", "moec list ops --json"))
 @click.argument("what", type=click.Choice(["passes", "ops", "rules", "families", "formats", "systems"]))
 @json_option
-@debug_option
+@shared_options
 def list_(what: str, as_json: bool) -> None:
     """List passes, ops, rules, model families, stored formats or systems.
 
@@ -249,7 +250,7 @@ def list_(what: str, as_json: bool) -> None:
 @click.option("--quick", is_flag=True, help="With --probe: right or wrong only, no speeds.")
 @click.option("-o", "--out", metavar="FILE", help="With --probe: write what was found as a record.")
 @json_option
-@debug_option
+@shared_options
 def targets(
     name: str | None, options: tuple[str, ...], probe: bool, quick: bool, out: str | None, as_json: bool
 ) -> None:
@@ -281,15 +282,15 @@ def targets(
         return show_profile(shown)
     if name is None:
         raise click.UsageError("--probe needs the name of a target")
-    with progress_bar(f"probing {name}", unit="variants") as progress:
-        found = listing.probe_target(name, quick, progress)
+    with show_progress():
+        found = listing.probe_target(name, quick)
     if out:
         write_text(found.text, out)
     if out != "-":
         _show_list(found.rows, as_json)
-    click.echo(found.made_with, err=True)
+    say(found.made_with)
     for line in found.differences:
-        click.echo(line, err=True)
+        say(line)
     if found.lost:
         click.get_current_context().exit(CHECK_FAILED)
 

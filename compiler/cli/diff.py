@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors.paths import check_source
-from .base import CHECK_FAILED, debug_option, examples_epilog, json_option
+from .base import CHECK_FAILED, examples_epilog, json_option, shared_options
 
 COMPARED = ("target", "lossy")
 SHOWN_WEIGHTS = 10
@@ -27,7 +27,7 @@ SHOWN_WEIGHTS = 10
 @click.argument("old", metavar="A")
 @click.argument("new", metavar="B")
 @json_option
-@debug_option
+@shared_options
 def diff(old: str, new: str, as_json: bool) -> None:
     """Show what differs between two programs, dumps or artifacts.
 

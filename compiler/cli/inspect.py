@@ -7,7 +7,7 @@ import json
 import click
 
 from ..errors.paths import check_source
-from .base import debug_option, examples_epilog, json_option, key_values, trust_option, write_text
+from .base import examples_epilog, json_option, key_values, shared_options, trust_option, write_text
 
 
 @click.command(
@@ -37,7 +37,7 @@ from .base import debug_option, examples_epilog, json_option, key_values, trust_
 )
 @json_option
 @trust_option
-@debug_option
+@shared_options
 def inspect(
     source: str, context: int | None, target: str | None, quantize: str | None, options: tuple[str, ...], as_json: bool,
     trust_remote_code: bool, page: str | None, routing: str | None, **step: int | None,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
+from ..errors.progress import begin_phase
 from ..ir.pipelines import print_pipeline
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def accelerator_profile(name: str, options: Mapping[str, str]) -> dict[str, Any]
     return describe_profile(find_profile(name, options)) if is_profile(name) else None
 
 
-def probe_target(name: str, quick: bool = False, progress: Callable[[int, int], None] | None = None) -> Probed:
+def probe_target(name: str, quick: bool = False) -> Probed:
     """Try what the runtime of a target does; MoecError for an unknown target and for one without a probe."""
     from ...targets import TARGETS
 
@@ -155,7 +156,8 @@ def probe_target(name: str, quick: bool = False, progress: Callable[[int, int], 
         run = TARGETS[name].probe
     if run is None:
         raise MoecError(f"target {name} has no probe")
-    return run(quick=quick, progress=progress)
+    with begin_phase("probing", unit="variant") as phase:
+        return run(quick=quick, progress=phase.advance)
 
 
 def probe_summary(rows: Rows) -> Rows:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors.paths import check_source
-from .base import debug_option, examples_epilog, json_option, trust_option, write_text
+from .base import examples_epilog, json_option, say, shared_options, trust_option, write_text
 
 PLACES = {"device": "in device memory", "host": "in host memory", "disk": "on disk"}
 COUNT = click.IntRange(min=1)
@@ -105,7 +105,7 @@ def pool_option(text: str | None, param: click.Parameter) -> str | int | None:
 @click.option("--html", "page", metavar="FILE", help="Write a page with plots; needs the extra `plots`.")
 @json_option
 @trust_option
-@debug_option
+@shared_options
 def plan(
     source: str, on: str, as_json: bool, out: str | None, export: str | None, page: str | None, trust_remote_code: bool, **asked: Any
 ) -> None:  # fmt: skip
@@ -141,7 +141,7 @@ def write_exports(found: dict[str, Any], source: str, folder: str) -> None:
     for name, text in {**files, "plan.json": json.dumps(found, indent=2) + "\n"}.items():
         write_text(text, f"{folder}/{name}")
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
 
 
 def show_plan(found: dict[str, Any]) -> None:

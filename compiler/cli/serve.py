@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import MoecError
-from .base import byte_size, debug_option, device_option, examples_epilog
+from .base import byte_size, device_option, examples_epilog, say, shared_options
 
 
 @click.command(
@@ -46,7 +46,7 @@ from .base import byte_size, debug_option, device_option, examples_epilog
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]")
 @click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
 @device_option
-@debug_option
+@shared_options
 def serve(
     folder: str, host: str, port: int, name: str | None, api_key: str | None, batch: int, queue: int, max_tokens: int,
     max_body: int, timeout: float, threads: int | None, accuracy: str | None, device: str | None,
@@ -81,6 +81,6 @@ def serve(
             any_host=host not in LOOPBACK,
         )  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
-        click.echo(f"{model} on http://{shown}:{bound.getsockname()[1]}/v1; Ctrl-C ends it", err=True)
+        say(f"{model} on http://{shown}:{bound.getsockname()[1]}/v1; Ctrl-C ends it")
         config = uvicorn.Config(application, log_level="critical", timeout_graceful_shutdown=5, access_log=False)
         uvicorn.Server(config).run(sockets=[bound])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.table import Table
 
 from ..cost.report import bytes_text, count_text, flops_text
 from ..ir.notes import Note
 from ..rewrite.fusion_report import entry_line
 from ..runtime.verdict import stored_bits
+from .base import say
 from .report import left_out_text, ranges_text
 from .table import make_table, print_parts, stdout_console
 
@@ -119,34 +119,34 @@ def show_artifact(artifact: Artifact, seconds: float) -> None:
     """Print to standard error what was written, and the result of the comparison if there was one."""
     report = artifact.report
     size = f"{len(report['files'])} files, {bytes_text(report['bytes'])}"
-    click.echo(f"compiled in {seconds:.1f} s: {size}{_precision_text(artifact)}", err=True)
+    say(f"compiled in {seconds:.1f} s: {size}{_precision_text(artifact)}")
     if seen := report["figures"].get("calibration"):
-        click.echo(_calibration_line(seen), err=True)
+        say(_calibration_line(seen))
     if "left_out" in report["source"]:
-        click.echo(left_out_text(report["source"]["left_out"]), err=True)
+        say(left_out_text(report["source"]["left_out"]))
     for entry in report["unfused"]:
-        click.echo(entry_line(entry), err=True)
+        say(entry_line(entry))
     for function, formats in report["figures"].get("kept", {}).items():
         near = f"; near them, not the same: {', '.join(formats['near'])}" if "near" in formats else ""
         exact = ", ".join(formats.get("exact", ["none"]))
-        click.echo(f"codes of the checkpoint kept in @{function}: {exact}{near}", err=True)
+        say(f"codes of the checkpoint kept in @{function}: {exact}{near}")
     for note in report["figures"].get("notes", []):
-        click.echo(Note(note), err=True)
+        say(Note(note))
     figures = report["figures"].get("measured")
     if figures:
         if figures.get("verdict"):
-            click.echo(figures["verdict"], err=True)
+            say(figures["verdict"])
             return _show_decoding(figures)
         verdict = "verified" if figures["passed"] else "verification failed"
         relative = "not finite" if figures["relative"] is None else f"{figures['relative']:.2g}"
-        click.echo(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)", err=True)
+        say(f"{verdict}: relative difference of logits {relative} ({figures['tolerance']:g} allowed)")
         _show_decoding(figures)
 
 
 def _show_decoding(figures: dict[str, Any]) -> None:
     decoding = figures.get("decoding") or {}
     if own := decoding.get("moec"):
-        click.echo(Note(f"moec itself decoded {own} weights of the source: {decoding['reason']}"), err=True)
+        say(Note(f"moec itself decoded {own} weights of the source: {decoding['reason']}"))
 
 
 def _precision_text(artifact: Artifact) -> str:
@@ -205,10 +205,11 @@ def ran_on(session: Any) -> str:
 
 def speed_line(found: Generation, session: Any = None) -> str:
     """Return the speed of a generation, what it ran on and why it stopped as one line."""
-    new = sum(map(len, found.tokens))
+    new, rate = sum(map(len, found.tokens)), found.decode_rate
+    speed = f" at {rate:.1f} tokens/s" if rate else ""
     return (
         f"{found.prompt_tokens} prompt tokens at {found.prefill_rate:.1f} tokens/s, "
-        f"{new} new tokens at {found.decode_rate:.1f} tokens/s{ran_on(session)}; {stop_reason(found.stopped[0])}"
+        f"{new} new tokens{speed}{ran_on(session)}; {stop_reason(found.stopped[0])}"
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from ..check.live import live_bytes
 from ..check.tiled import SCORES, TILE, TiledInterpreter
 from ..errors import MoecError
+from ..errors.progress import Phase, begin_phase
 from ..ir.dims import evaluate
 from ..ir.module import Function, Module, Op
 from ..ir.recipes import Recipe
@@ -160,23 +161,26 @@ def collect_inputs(
     batches = windows.split(size)
     store = _Store(folder)
 
-    def run(batch: torch.Tensor, store: _Store) -> None:
-        store.begin()
-        tile, scores = min(TILE, limit // 16), min(SCORES, limit // 8)
-        recorder = _Recorder(module, source, tuple(batch.shape), store=store, tile=tile, scores=scores)
-        values = dict(zip((p.name for p in module.main.params), main_inputs(module, batch), strict=True))
-        with torch.no_grad():
-            recorder.steps(module.main, values, {})
-
-    if len(batches) > 1 and any(option_of(c.recipe, "starved") == "force" for f in module.functions for c in f.consts):
-        counted = _Store(
-            folder, counts_only=True
-        )  # which experts are undersampled is known only when all tokens have been seen
+    def run(store: _Store, phase: Phase) -> None:
         for batch in batches:
-            run(batch, counted)
+            store.begin()
+            tile, scores = min(TILE, limit // 16), min(SCORES, limit // 8)
+            recorder = _Recorder(
+                module, source, tuple(batch.shape), store=store, tile=tile, scores=scores, layer_done=phase.step
+            )
+            values = dict(zip((p.name for p in module.main.params), main_inputs(module, batch), strict=True))
+            with torch.no_grad():
+                recorder.steps(module.main, values, {})
+
+    layers = len(batches) * sum(op.callee is not None for op in module.main.ops)
+    if len(batches) > 1 and any(option_of(c.recipe, "starved") == "force" for f in module.functions for c in f.consts):
+        # which experts are undersampled is known only when all tokens have been seen
+        counted = _Store(folder, counts_only=True)
+        with begin_phase("counting tokens of experts", layers, "layer") as phase:
+            run(counted, phase)
         store = _Store(folder, totals=counted.counts, rows=windows.numel())
-    for batch in batches:
-        run(batch, store)
+    with begin_phase("calibrating", layers, "layer") as phase:
+        run(store, phase)
     return Calibration(windows.numel(), store.inputs(), tuple(store.coverage))
 
 

@@ -29,6 +29,7 @@ from ..check.live import live_bytes
 from ..check.tiled import TiledInterpreter
 from ..cost.count import module_costs
 from ..errors import MoecError
+from ..errors.progress import Phase, begin_phase
 from ..formats.format import Format
 from ..formats.table import find_format
 from ..ir.dims import evaluate
@@ -147,13 +148,15 @@ def measure_sensitivity(
     }
     kls: dict[tuple[Unit, str], float] = dict.fromkeys(((u, p) for u, found in probes.items() for p in found), 0.0)
     squares: dict[Recipe, torch.Tensor] = {}
-    for part in windows.split(batch or len(windows)):
-        share = len(part) / len(windows)
-        measured = _measure_part(module, source, part, list(kls), store)
-        for key, kl in measured.kls.items():
-            kls[key] += kl * share
-        for recipe, found in measured.squares.items():
-            squares[recipe] = squares.get(recipe, torch.zeros(())) + found * share
+    parts = windows.split(batch or len(windows))
+    with begin_phase("measuring formats", len(parts) * len(kls), "format") as phase:
+        for part in parts:
+            share = len(part) / len(windows)
+            measured = _measure_part(module, source, part, list(kls), store, phase)
+            for key, kl in measured.kls.items():
+                kls[key] += kl * share
+            for recipe, found in measured.squares.items():
+                squares[recipe] = squares.get(recipe, torch.zeros(())) + found * share
     costs: dict[Unit, dict[str, float]] = {}
     divided: dict[Unit, list[Weight]] = {}
     for unit, weights in units.items():
@@ -186,8 +189,9 @@ class _Measured:
 
 
 def _measure_part(
-    module: Module, source: WeightSource, windows: torch.Tensor, wanted: Sequence[tuple[Unit, str]], store: Store
-) -> _Measured:
+    module: Module, source: WeightSource, windows: torch.Tensor, wanted: Sequence[tuple[Unit, str]], store: Store,
+    phase: Phase,
+) -> _Measured:  # fmt: skip
     """Run the float program on windows, and from each unit on with each of its formats."""
     reference = _Reference(module, source, tuple(windows.shape))
     values = dict(zip((p.name for p in module.main.params), main_inputs(module, windows), strict=True))
@@ -203,6 +207,7 @@ def _measure_part(
             runner = TiledInterpreter(changed, source, tuple(windows.shape), numbers=lambda recipe: recipe)
             runner.steps(changed.main, state, {}, first)
             kls[unit, probe] = _mean_kl(expected, state[logits])
+            phase.step()
     return _Measured(kls, reference.squares)
 
 

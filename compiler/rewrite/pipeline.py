@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MoecError
+from ..errors.progress import begin_phase
 from ..ir.module import Module
 from ..ir.notes import Note, Rewritten
 from ..ir.pipelines import PassCall, Pipeline
@@ -81,11 +82,13 @@ def run_pipeline(
     notes: list[Note] = []
     timings: list[PassTiming] = []
     given: dict[str, Module] = {}
-    for number, (definition, options) in enumerate(steps, 1):
-        given[definition.name] = module
-        (module, found), timing = _run_pass(module, number, definition, options, settings)
-        notes += found
-        timings.append(timing)
+    with begin_phase("pass", len(steps)) as phase:
+        for number, (definition, options) in enumerate(steps, 1):
+            phase.advance(number, detail=definition.name)
+            given[definition.name] = module
+            (module, found), timing = _run_pass(module, number, definition, options, settings)
+            notes += found
+            timings.append(timing)
     return Run(module, tuple(notes), tuple(timings), given)
 
 

@@ -21,6 +21,7 @@ from ...targets import TARGETS, declare_kernel_ops
 from ...targets.cpu.run.session import usable_cores
 from ...targets.session import OpTime
 from ..errors import MoecError
+from ..errors.progress import begin_phase
 from ..ir.notes import Note
 from .bench_result import DEFAULT, SLOW, Bench, Measured, OpShare, Plan, Point, Profile, Spread
 from .generate import run_prefill
@@ -39,12 +40,12 @@ CACHE_COPIES = 3  # of the caches, that a decode holds at most: buffers that gro
 def bench_artifact(
     artifact: Artifact, *, prompts: Sequence[int] | None = None, pasts: Sequence[int] | None = None,
     batches: Sequence[int] | None = None, steps: int | None = None, repeats: int | None = None, ops: bool = True,
-    threads: int | None = None, progress: Callable[[int, int], None] | None = None, **options: Any,
+    threads: int | None = None, **options: Any,
 ) -> Bench:  # fmt: skip
     """Measure an artifact; what is not given is as in bench_result.DEFAULT, shortened to the model's context.
 
-    `ops` also says where the time goes, for which the artifact is opened once more. `options` are those of the session,
-    `progress` is told the points done and those in all. MoecError for what the model cannot be asked for.
+    `ops` also says where the time goes, for which the artifact is opened once more. `options` are those of the session.
+    MoecError for what the model cannot be asked for.
     """
     threads = threads or usable_cores()
     program = _Program(artifact)
@@ -57,19 +58,19 @@ def bench_artifact(
     streams: list[float] = []
     measured = []
     try:
-        for done, point in enumerate(points):
-            if progress:
-                progress(done, len(points) + len(profiled))
-            seconds, read = _Steps(session, plan, point).repeated(reader)
-            streams += read
-            measured.append(_measured(point, plan, program, chip, seconds, read))
+        with begin_phase("measuring", len(points), "point") as phase:
+            for point in points:
+                seconds, read = _Steps(session, plan, point).repeated(reader)
+                streams += read
+                measured.append(_measured(point, plan, program, chip, seconds, read))
+                phase.step()
     finally:
         if reader:
             reader.close()
     profiles = []
     if profiled:
         del session  # two copies of the weights would take twice the memory
-        profiles = list(_profiles(artifact, program, plan, progress, threads=threads, **options))
+        profiles = list(_profiles(artifact, program, plan, threads=threads, **options))
     return Bench(
         str(artifact.folder), artifact.target, runs, chip, threads, plan, Spread.of(streams) if streams else None,
         tuple(measured), tuple(profiles), program.notes,
@@ -272,16 +273,14 @@ def _measured(
 # --- where the time goes -------------------------------------------------------------------------------------------
 
 
-def _profiles(
-    artifact: Artifact, program: _Program, plan: Plan, progress: Callable[[int, int], None] | None, **options: Any
-) -> Iterator[Profile]:
+def _profiles(artifact: Artifact, program: _Program, plan: Plan, **options: Any) -> Iterator[Profile]:
     """Open the artifact so that it times its ops, and yield where the time of each profiled point goes."""
     session: Any = artifact.session(profiling=True, **options)
     taken = []
-    for done, point in enumerate(plan.profiled, len(plan.points)):
-        if progress:
-            progress(done, len(plan.points) + len(plan.profiled))
-        taken.append((point, _Steps(session, plan, point).prepared()()))
+    with begin_phase("timing ops", len(plan.profiled), "point") as phase:
+        for point in plan.profiled:
+            taken.append((point, _Steps(session, plan, point).prepared()()))
+            phase.step()
     events = session.events()
     for point, (seconds, start, end) in taken:
         steps = plan.steps if point.kind == "decode" else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from ..artifact.manifest import check_files
 from ..errors import MoecError
+from ..errors.progress import begin_phase
 from .generate import Runner, left_pad
 from .subject import Compiled, recorded_source
 from .text_score import ROWS, TYPICAL, TextScore, score_text
@@ -29,8 +30,6 @@ SLOW_STEPS, SLOW_TOKENS = 8, 200  # of sessions that say that they are slow
 ROUNDING = 3.0  # how far an artifact that computes in bf16 may be off, as a multiple of the source itself in bf16
 AGREEING = 0.99  # share of top-1 tokens that an artifact has to share where the source in bf16 shares that many
 SAMPLE = Path(__file__).with_name("sample.txt")
-
-Progress = Callable[[int, int], None]  # parts done, parts in all
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,13 @@ def compare_with_source(
     session: Runner | None = None,
     accuracy: str | None = None,
     device: str | None = None,
-    progress: Progress | None = None,
 ) -> Comparison:
     """Compare an artifact with its source: a folder or a live model (default: the folder named in the manifest).
 
     A batch of three prompts with left padding runs `steps` cached steps, and once more in two parts; single prompts of
     `lengths` run a few. `text` (default: a sample of prose and Python) is scored on at most `tokens` tokens; without a
     tokenizer, random tokens are. `accuracy` and `device` are those of the session (None: as compiled, and as the target
-    chooses), `progress` is told the parts done and in all. MoecError if a file of the artifact is not as it was written.
+    chooses). MoecError if a file of the artifact is not as it was written.
     """
     from .reference import open_reference, reference_in_bf16
     from .reference_onnx import OnnxReference, open_onnx_reference
@@ -182,28 +180,22 @@ def compare_with_source(
     tokens = (SLOW_TOKENS if slow else TEXT_TOKENS) if tokens is None else tokens
     rounds = getattr(runner, "computes", "f32") == "bf16"
     onnx = isinstance(source, (str, Path)) and Path(source).suffix == ".onnx"
-    with nullcontext(open_onnx_reference(Path(source))) if onnx else open_reference(source) as reference:
+    opening = nullcontext(open_onnx_reference(Path(source))) if onnx else open_reference(source)
+    with begin_phase("verifying", unit="part") as phase, opening as reference:
         limit = min(reference.context, int(artifact.manifest["dims"].get("S", (1, 1 << 31))[1]))
         pool, name = _text_tokens(artifact, reference, text, tokens)
         padding = "position_ids" in {i["name"] for i in artifact.manifest["inputs"]}
         batches = list(_test_cases(pool, lengths, steps, limit, padding))
         windows = [pool[i : i + min(WINDOW, limit)] for i in range(0, len(pool), min(WINDOW, limit))]
         windows = [w for w in windows if len(w) > 1]
-        parts = (len(batches) + len(windows)) * (2 if rounds else 1)
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            if progress:
-                progress(done, parts)
+        phase.total = (len(batches) + len(windows)) * (2 if rounds else 1)
 
         def compared(one: Runner, bf16: Runner | None = None) -> Comparison:
             cases = []
             for label, prompts, count, split in batches:
                 cases.append(compare_prompts(one, reference, prompts, count, label, split))
-                tick()
-            score = score_text(one, reference, windows, name, lambda _: tick(), bf16)
+                phase.step()
+            score = score_text(one, reference, windows, name, lambda _: phase.step(), bf16)
             bits = stored_bits(artifact.manifest)
             return Comparison(
                 reference.name, not artifact.lossy, TOLERANCE, tuple(cases), score, reference.decoding, bits=bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -14,6 +15,7 @@ from ...targets.session import check_tokens
 from ..errors import MoecError
 
 PREFILL_TOKENS = 512  # of all rows together in one step: bounds the logits (tokens * vocabulary * 4 bytes)
+WARM_UP = 4  # decode steps that no rate counts: buffers are taken, caches fill
 CANDIDATES = 1024  # logits that are sorted first for top-p; the whole vocabulary only if they do not suffice
 
 
@@ -71,6 +73,7 @@ class Generation:
     decode_seconds: float
     text: list[str] | None = None
     stopped: tuple[str, ...] = ()
+    measured: tuple[int, float] = (0, 0.0)  # tokens and seconds of the decode steps after a warm-up
 
     @property
     def prefill_rate(self) -> float:
@@ -79,9 +82,9 @@ class Generation:
 
     @property
     def decode_rate(self) -> float:
-        """New tokens a second, all rows together; the first of each row belongs to the prefill."""
-        count = sum(max(0, len(row) - 1) for row in self.tokens)
-        return count / self.decode_seconds if self.decode_seconds and count else 0.0
+        """New tokens a second, all rows together, after a warm-up of a few steps; 0 where there were not more."""
+        count, seconds = self.measured
+        return count / seconds if seconds else 0.0
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -148,7 +151,8 @@ def generate_rows(
     begun = time.perf_counter()
     following, one = positions[:, -1:] + 1, np.ones((len(tokens), 1), np.int64)
     chosen = [0] * len(tokens)
-    while True:
+    warm, warm_tokens = begun, 0
+    for done in itertools.count():
         for row, sampling in enumerate(samplings):
             if stopped[row]:
                 continue  # what it is given from here on is not read
@@ -167,11 +171,16 @@ def generate_rows(
                 stopped[row] = CONTEXT
         if all(stopped):
             break
+        if done == WARM_UP:
+            warm, warm_tokens = time.perf_counter(), sum(map(len, found))
         mask = np.concatenate([mask, one], axis=1)
         step, states = session.step(np.array(chosen, np.int64)[:, None], mask, following, states, last=1)
         logits, following = step[:, -1], following + 1
-    seconds = time.perf_counter() - begun
-    return Generation(found, sum(map(len, tokens)), begun - start, seconds, stopped=tuple(stopped))
+    end, new = time.perf_counter(), sum(map(len, found))
+    measured = (new - warm_tokens, end - warm) if warm_tokens else (0, 0.0)
+    return Generation(
+        found, sum(map(len, tokens)), begun - start, end - begun, stopped=tuple(stopped), measured=measured
+    )
 
 
 def run_prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, Any]:

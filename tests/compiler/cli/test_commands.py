@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from moec.compiler.cli.base import progress_bar
 from moec.compiler.errors import MoecError
 from moec.compiler.text.parser import parse_module
 from moec_command import MOEC, invoke, shell
@@ -194,11 +193,6 @@ def test_the_command_starts_without_heavy_imports():
     code = "import sys, moec.compiler.cli.commands; print([m for m in ('torch', 'transformers', 'onnxruntime', 'onnx', 'sympy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_no_progress_bar_without_a_terminal():
-    with progress_bar("x") as progress:
-        assert progress is None
 
 
 # --- IR in, IR out -------------------------------------------------------------------------------------------------

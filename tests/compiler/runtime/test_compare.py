@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import moec
 import numpy as np
 import pytest
 from moec.compiler.errors import MoecError
@@ -39,13 +40,15 @@ def add_noise(size):
 def test_an_equal_model_passes(tiny_lm):
     model, folder = tiny_lm
     ticks = []
-    found = compare_with_source(Artifact.open(folder), model, progress=lambda *a: ticks.append(a), **SMALL)
+    with moec.watch_progress(ticks.append):
+        found = compare_with_source(Artifact.open(folder), model, **SMALL)
     assert found.passed and found.relative < 1e-5
     assert [case.lengths for case in found.cases] == [(33, 19, 6), (33, 19, 6), (1,), (7,), (33,)]
     assert [case.greedy for case in found.cases] == [13, 2, 9, 9, 9]
     assert found.text.kl_max < 1e-8 and found.text.top1 == 1 and found.text.tokens == 59
     assert found.text.perplexity == pytest.approx(found.text.reference_perplexity, rel=1e-5)
-    assert ticks[-1][0] == ticks[-1][1] == len(ticks)
+    parts = [tick.done for tick in ticks if tick.phase == "verifying" and tick.done]
+    assert parts == list(range(1, ticks[-2].total + 1)) and ticks[-1].seconds is not None
     assert json.dumps(found.to_dict(), allow_nan=False) and "equal to" in found.lines()[-1]
 
 

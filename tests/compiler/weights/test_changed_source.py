@@ -59,13 +59,14 @@ def compile_and(change, source, out, **options):
     """Compile and change the source at the first progress."""
     state = {"changed": False}
 
-    def progress(done, total):
-        if not state["changed"]:
+    def watch(progress):
+        if not state["changed"] and progress.phase == "writing" and progress.done:
             state["changed"] = True
             time.sleep(0.02)  # a file system's clock has ticks
             change(source)
 
-    return moec.compile(source, out=out, progress=progress, **options)
+    with moec.watch_progress(watch):
+        return moec.compile(source, out=out, **options)
 
 
 @pytest.mark.parametrize("change", CASES, ids=lambda f: f.__name__)
