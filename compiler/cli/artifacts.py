@@ -14,12 +14,14 @@ from .base import (
     Command,
     device_option,
     examples_epilog,
+    given_options,
     is_debugging,
     json_option,
     print_notes,
     read_text,
     say,
     shared_options,
+    threads_option,
 )
 from .progress import show_progress
 
@@ -37,7 +39,7 @@ _GENERATION_OPTIONS = (
     ),
     click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens."),
     click.option("--seed", type=click.IntRange(min=0), help="The draw's seed.  [default: 0]"),
-    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]"),
+    threads_option,
     click.option(
         "--accuracy",
         type=click.Choice(["fast", "exact"]),
@@ -45,6 +47,11 @@ _GENERATION_OPTIONS = (
     ),
     device_option,
 )
+
+
+_OF_LANGUAGE_MODELS = (
+    "--max-new-tokens", "--stop", "--greedy", "--temperature", "--top-p", "--top-k", "--seed", "--record-routing",
+)  # fmt: skip
 
 
 def generation_options(command: Command) -> Command:
@@ -109,8 +116,10 @@ def run(
         raise click.UsageError("--chat answers a text: give --prompt or --prompt-file")
     if system is not None and not chat:
         raise click.UsageError("--system belongs to --chat")
-    if inputs is not None and record_routing is not None:
-        raise click.UsageError("--record-routing counts the experts of a language model")
+    if inputs is not None:
+        drawn = [name for name in given_options() if name in _OF_LANGUAGE_MODELS]
+        if drawn:
+            raise click.UsageError(f"{drawn[0]} is for language models: --inputs calls a program once")
     if inputs is not None:
         options = {"threads": threads, "accuracy": accuracy, "device": device}
         return _call_program(Path(folder), inputs, outputs, as_json, check_files, options)

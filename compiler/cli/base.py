@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ..errors import MoecError, write_error
 from ..errors.json_files import problem_of
@@ -104,6 +105,17 @@ def is_debugging(ctx: click.Context) -> bool:
     return bool(ctx.meta.get("moec.debug"))
 
 
+def given_options() -> list[str]:
+    """Return the options of the command that its user wrote, by their first long name, in the order of its help."""
+    context = click.get_current_context()
+    written = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return [
+        max(param.opts, key=len)
+        for param in context.command.params
+        if param.name and context.get_parameter_source(param.name) in written and param.expose_value
+    ]
+
+
 def is_quiet(ctx: click.Context) -> bool:
     """Return whether --quiet was given."""
     return bool(ctx.meta.get("moec.quiet"))
@@ -159,6 +171,22 @@ device_option = click.option(
     metavar="NAME",
     help="What an artifact for an accelerator runs on: simulator, interpreter (Triton's), cuda or hip (compiled objects, or Triton), triton.  [default: a GPU that it is for, else the simulator]",
 )
+
+
+def _cap_threads(_: click.Context, __: click.Parameter, threads: int | None) -> int | None:
+    """Return how many threads to compute with; say so where the machine has fewer."""
+    from ..weights.memory import capped_threads
+
+    found = capped_threads(threads)
+    if found != threads:
+        say(f"note: --threads {threads}: this machine runs {found} at once, which are taken")
+    return found
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", callback=_cap_threads,
+    help="Compute threads, at most as many as run at once.  [default: one a core]",
+)  # fmt: skip
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code that the checkpoint folder brings along."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .base import device_option, examples_epilog, json_option, print_notes, shared_options
+from .base import device_option, examples_epilog, json_option, print_notes, shared_options, threads_option
 from .progress import show_progress
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _numbers(context: click.Context, param: click.Parameter, text: str | None) -
 @click.option("--batch", "batches", metavar="N,...", callback=_numbers, help="Sequences of a step.  [default: 1]")
 @click.option("--steps", type=int, metavar="N", help="Decode steps of a repeat.  [default: 32]")
 @click.option("--repeats", type=int, metavar="N", help="Repeats, of which the median counts.  [default: 5]")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]")
+@threads_option
 @click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
 @device_option
 @click.option("--ops/--no-ops", default=True, help="Say where the time goes, which opens the model once more.")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from ..artifact.remote import is_url
+from ..errors.hub import hub_name
 from ..version import __version__
 from .artifacts import run, verify
 from .base import (
@@ -25,7 +27,6 @@ from .base import (
     print_notes,
     print_timings,
     read_text,
-    say,
     shared_options,
     trust_option,
     write_text,
@@ -33,8 +34,10 @@ from .base import (
 from .bench import bench
 from .bisect import bisect
 from .chat import chat
+from .completion import complete_formats, complete_passes, complete_targets
 from .diff import diff
 from .inspect import inspect
+from .lists import list_, targets
 from .plan import plan
 from .progress import show_progress
 from .serve import serve
@@ -69,7 +72,10 @@ def main() -> None:
     )
 )
 @click.argument("source")
-@click.option("--target", default="cpu", show_default=True, help="What to compile for; `moec targets` lists them.")
+@click.option(
+    "--target", default="cpu", show_default=True, shell_complete=complete_targets,
+    help="What to compile for; `moec targets` lists them.",
+)  # fmt: skip
 @click.option(
     "-o", "--out", help="The artifact folder; with --stop-after a .moir file.  [default: SOURCE-TARGET-FORMATS]"
 )
@@ -79,6 +85,7 @@ def main() -> None:
 @click.option(
     "--quantize",
     metavar="SPEC",
+    shell_complete=complete_formats,
     help="Store weights in fewer bits: int4, int8, 'experts=int4,head=int8,group=64', auto, the file of a plan, or the codes of the checkpoint: keep (the default where it is quantized).",
 )
 @click.option("--budget", metavar="SIZE", help="For --quantize auto: 4.5bpw (bits per weight), or bytes as in 6GB.")
@@ -104,7 +111,9 @@ def main() -> None:
     callback=lambda c, p, v: v and byte_size(v, p),
     help="What tiles of weights may use, as in 500MB.  [default: 1GB]",
 )
-@click.option("--pipeline", help="Passes instead of the target's own, as in 'cleanup,lift-moe'.")
+@click.option(
+    "--pipeline", shell_complete=complete_passes, help="Passes instead of the target's own, as in 'cleanup,lift-moe'."
+)
 @click.option("--dump", metavar="DIR", help="Write the IR after every pass that changed it.")
 @click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")
 @click.option("--verify", is_flag=True, help="Compare the artifact with the source model in transformers.")
@@ -140,6 +149,10 @@ def compile(
         raise click.UsageError("--verify needs an artifact; --stop-after makes none")
     if as_json and stop_after:
         raise click.UsageError("--json describes an artifact; --stop-after makes none")
+    if stop_after and given["resume"]:
+        raise click.UsageError("--resume goes on with the files of an artifact; --stop-after makes none")
+    if given["download"] and (Path(source).exists() or not hub_name(source)):
+        raise click.UsageError(f"--download fetches a model by its name (org/name); {source} is a path")
     if out and out.endswith(".moir") and not stop_after:
         raise click.UsageError("-o names the artifact folder; add --stop-after kernel to write a .moir file")
     named = click.get_current_context().get_parameter_source("target")
@@ -180,8 +193,14 @@ def compile(
     )
 )
 @click.argument("file")
-@click.option("-p", "--passes", default="", help="Passes with options, as in 'a,b{x=1}'; none only checks and prints.")
-@click.option("--target", default="cpu", show_default=True, help="The target that passes ask about kernels.")
+@click.option(
+    "-p", "--passes", default="", shell_complete=complete_passes,
+    help="Passes with options, as in 'a,b{x=1}'; none only checks and prints.",
+)  # fmt: skip
+@click.option(
+    "--target", default="cpu", show_default=True, shell_complete=complete_targets,
+    help="The target that passes ask about kernels.",
+)  # fmt: skip
 @click.option("-o", "--out", help="The file to write.  [default: standard output]")
 @click.option("--dump", metavar="DIR", help="Write the IR after every pass that changed it.")
 @click.option("--check", is_flag=True, help="Compare the numbers before and after every pass.")
@@ -220,85 +239,5 @@ main.add_command(diff)
 main.add_command(bisect)
 main.add_command(serve)
 main.add_command(inspect)
-
-
-@main.command("list", epilog=examples_epilog("moec list passes", "moec list ops --json"))
-@click.argument("what", type=click.Choice(["passes", "ops", "rules", "families", "formats", "systems"]))
-@json_option
-@shared_options
-def list_(what: str, as_json: bool) -> None:
-    """List passes, ops, rules, model families, stored formats or systems.
-
-    Families are those that the tests check; any causal LM of the installed transformers may be compiled.
-    """
-    from . import listing
-
-    _show_list(getattr(listing, f"list_{what}")(), as_json)
-
-
-@main.command(
-    epilog=examples_epilog(
-        "moec targets",
-        "moec targets cpu --probe -o capabilities.json",
-        "moec targets ascend-950dt -D variant=36",
-        "moec targets my-chip.toml -D memory.dram.bandwidth=2.0TB/s --json",
-    )
-)
-@click.argument("name", required=False)
-@click.option("-D", "options", metavar="KEY=VALUE", multiple=True, help="A figure of an accelerator; repeatable.")
-@click.option("--probe", is_flag=True, help="Try what the target's runtime does, and compare it with the record.")
-@click.option("--quick", is_flag=True, help="With --probe: right or wrong only, no speeds.")
-@click.option("-o", "--out", metavar="FILE", help="With --probe: write what was found as a record.")
-@json_option
-@shared_options
-def targets(
-    name: str | None, options: tuple[str, ...], probe: bool, quick: bool, out: str | None, as_json: bool
-) -> None:
-    """List the targets, or show one.
-
-    Of an accelerator every figure is shown with its grade and source, and what is unknown. NAME may be a TOML file of your own. -D sets a figure, as in memory.gm.bandwidth=2.0TB/s, or chooses a bin, as in variant=28.
-
-    --probe runs every operator variant of the record on the installed runtime against its reference. The exit code is 1 if one that is recorded as right is not.
-    """
-    from . import listing
-
-    if options and (name is None or probe):
-        raise click.UsageError("-D belongs to the name of an accelerator")
-    if not probe:
-        if quick or out:
-            raise click.UsageError("--quick and -o belong to --probe")
-        shown = listing.accelerator_profile(name, key_values(options)) if name else None
-        if shown is None:
-            rows = listing.list_targets(name)
-            if options:
-                raise click.UsageError(f"-D sets figures of an accelerator, and {name} is none")
-            if name is None and not as_json:  # a pipeline is long: it stands beside its one target
-                rows = [{"name": row["name"], "doc": row["doc"]} for row in rows]
-            return _show_list(rows, as_json)
-        if as_json:
-            return _show_list([shown], as_json)
-        from .profile import show_profile
-
-        return show_profile(shown)
-    if name is None:
-        raise click.UsageError("--probe needs the name of a target")
-    with show_progress():
-        found = listing.probe_target(name, quick)
-    if out:
-        write_text(found.text, out)
-    if out != "-":
-        _show_list(found.rows, as_json)
-    say(found.made_with)
-    for line in found.differences:
-        say(line)
-    if found.lost:
-        click.get_current_context().exit(CHECK_FAILED)
-
-
-def _show_list(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    from .table import show_rows
-
-    show_rows(rows)
+main.add_command(list_)
+main.add_command(targets)

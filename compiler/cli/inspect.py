@@ -8,6 +8,7 @@ import click
 
 from ..errors.paths import check_source
 from .base import examples_epilog, json_option, key_values, shared_options, trust_option, write_text
+from .completion import complete_formats, complete_targets
 
 
 @click.command(
@@ -23,9 +24,17 @@ from .base import examples_epilog, json_option, key_values, shared_options, trus
 @click.option(
     "--context", type=click.IntRange(min=0), metavar="N", help="Past tokens of the decoded token.  [default: 4096]"
 )
-@click.option("--target", metavar="NAME", help="Predict a step on an accelerator; `moec targets` lists them.")
 @click.option(
-    "--quantize", metavar="SPEC", help="As `moec compile` takes it: bytes, fit and speed in one line.  [target: cpu]"
+    "--target",
+    metavar="NAME",
+    shell_complete=complete_targets,
+    help="Predict a step on an accelerator; `moec targets` lists them.",
+)
+@click.option(
+    "--quantize",
+    metavar="SPEC",
+    shell_complete=complete_formats,
+    help="As `moec compile` takes it: bytes, fit and speed in one line.  [target: cpu]",
 )
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="With --target: sequences.  [default: 1]")
 @click.option("--new", type=click.IntRange(min=1), metavar="N", help="New tokens of each sequence.  [default: 1]")

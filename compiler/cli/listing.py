@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     from ...targets.target import Probed
 
 Rows = list[dict[str, Any]]
+
+
+def find_row(what: str, rows: Rows, name: str) -> dict[str, Any]:
+    """Return the row of a name; MoecError with the names near it."""
+    found = next((row for row in rows if row["name"] == name), None)
+    if found is None:
+        near = get_close_matches(name, [row["name"] for row in rows], n=3)
+        todo = f"did you mean {' or '.join(near)}?" if near else f"moec list {what} has all"
+        raise MoecError(f"there are no {what} of the name {name!r}", todo=todo)
+    return found
+
+
+def short_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as one of many: of what is said, the first paragraph."""
+    return {**row, "doc": _first_paragraph(row["doc"])} if "doc" in row else row
 
 
 def _first_paragraph(doc: str) -> str:
@@ -42,7 +58,7 @@ def list_ops() -> Rows:
             "name": name,
             "signature": op.text,
             "attributes": {k: "required" if v is REQUIRED else _json_default(v) for k, (_, v) in op.attrs.items()},
-            "doc": _first_paragraph(op.doc),
+            "doc": op.doc,
         }
         for name, op in sorted(OPS.items())
     ]
@@ -77,7 +93,7 @@ def list_passes() -> Rows:
             "leaves": p.leaves,
             "options": [str(option) for option in p.options.values()],
             "rounds": p.rounds,
-            "doc": _first_paragraph(p.doc),
+            "doc": p.doc,
         }
         for name, p in sorted(table.items())
     ]
@@ -94,7 +110,7 @@ def list_rules() -> Rows:
         for rule in vars(module).values():
             for each in rule if isinstance(rule, (list, tuple)) else (rule,):
                 if isinstance(each, Rule):
-                    found.setdefault(each.name, {"name": each.name, "in": place, "doc": _first_paragraph(each.doc),
+                    found.setdefault(each.name, {"name": each.name, "in": place, "doc": each.doc,
                                                  "before": each.before_text, "after": each.after_text})  # fmt: skip
     return [found[name] for name in sorted(found)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import MoecError
-from .base import byte_size, device_option, examples_epilog, say, shared_options
+from .base import byte_size, device_option, examples_epilog, say, shared_options, threads_option
 
 
 @click.command(
@@ -43,7 +43,7 @@ from .base import byte_size, device_option, examples_epilog, say, shared_options
     type=click.FloatRange(min=0, min_open=True),
     help="Seconds of a request.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads.  [default: one a core]")
+@threads_option
 @click.option("--accuracy", type=click.Choice(["fast", "exact"]), help="As in `moec run`.  [default: as compiled]")
 @device_option
 @shared_options

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from inspect import cleandoc
+from textwrap import indent
 from typing import Any
 
 import click
@@ -48,8 +50,11 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
         click.echo("none", err=True)
         return
     keys = [key for key in rows[0] if key not in ("before", "after", "runtime", "processor")]
-    cells = [[_cell_text(row[key]) for key in keys] for row in rows]
-    print_parts(stdout_console(), make_table([(key.replace("_", " "), False) for key in keys], cells))
+    console, table = stdout_console(), _table_of(rows, keys)
+    wanted = console.measure(table, options=console.options.update(width=10 * PIPE_WIDTH)).maximum
+    if {"name", "doc"} < set(keys) and wanted > console.width:
+        table = _table_of(rows, ["name", "doc"])  # on a terminal that is too narrow; NAME shows the rest of one
+    print_parts(console, table)
     for runtime in (row["runtime"] for row in rows if "runtime" in row):
         click.echo(f"\nwhat lowering goes by, tried with {runtime['recorded_with']}:\n")
         show_rows(runtime["operators"])
@@ -59,6 +64,24 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
         click.echo("\nmoec's own kernels on this processor:\n")
         lines = [(key.replace("_", " "), _cell_text(value)) for key, value in processor.items()]
         print_parts(stdout_console(), make_table((("", False), ("", False)), lines))
+
+
+def _table_of(rows: list[dict[str, Any]], keys: list[str]) -> Table:
+    table = make_table(
+        [(key.replace("_", " "), False) for key in keys], [[_cell_text(row[key]) for key in keys] for row in rows]
+    )
+    table.columns[0].no_wrap = True  # a name is found by its beginning
+    return table
+
+
+def show_row(row: dict[str, Any]) -> None:
+    """Print all of one row, a line or a block for each of its columns."""
+    lines = []
+    for key, value in row.items():
+        if text := _cell_text(value):
+            block = "\n" in text.strip()
+            lines.append(f"{key.replace('_', ' ')}:" + (f"\n{indent(cleandoc(text), '  ')}" if block else f" {text}"))
+    click.echo("\n".join(lines))
 
 
 def _cell_text(value: Any) -> str:

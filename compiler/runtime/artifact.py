@@ -62,10 +62,12 @@ class Artifact:
         return {**facts, "states": len(self.manifest["states"]), "files": sizes, "bytes": sum(sizes.values())}
 
     def session(self, **options: Any) -> Any:
-        """Open the artifact with its target's runtime; every target takes `threads`, `spinning`, `accuracy` and
-        `device` (see their session.load)."""
+        """Open the artifact with its target's runtime; every target takes `threads` (capped to what the machine has),
+        `spinning`, `accuracy` and `device` (see their session.load)."""
         from ...targets import load_artifact
+        from ..weights.memory import capped_threads
 
+        options["threads"] = capped_threads(options.get("threads"))
         return load_artifact(self.target, self.folder, **options)
 
     @cached_property

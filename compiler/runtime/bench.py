@@ -23,6 +23,7 @@ from ...targets.session import OpTime
 from ..errors import MoecError
 from ..errors.progress import begin_phase
 from ..ir.notes import Note
+from ..weights.memory import capped_threads
 from .bench_result import DEFAULT, SLOW, Bench, Measured, OpShare, Plan, Point, Profile, Spread
 from .generate import run_prefill
 from .stream import StreamReader, free_memory
@@ -47,7 +48,7 @@ def bench_artifact(
     `ops` also says where the time goes, for which the artifact is opened once more. `options` are those of the session.
     MoecError for what the model cannot be asked for.
     """
-    threads = threads or usable_cores()
+    threads = capped_threads(threads) or usable_cores()
     program = _Program(artifact)
     session = artifact.session(threads=threads, **options)
     plan = _plan_for(session, program, prompts, pasts, batches, steps, repeats)

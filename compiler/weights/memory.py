@@ -23,6 +23,11 @@ def tile_bytes(limit: int) -> int:
     return min(TILE_BYTES, wanted)
 
 
+def capped_threads(threads: int | None) -> int | None:
+    """Return a number of threads, at most those that this process may run at once: more would wait for each other."""
+    return threads if threads is None else min(threads, usable_threads())
+
+
 def usable_threads() -> int:
     """Return how many threads this process may run at once."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
