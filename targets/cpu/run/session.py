@@ -216,6 +216,15 @@ def _check_names(path: Path, runtime: Any, states: tuple[State, ...]) -> None:
     if lacking or unknown:
         what = f"the model has no {lacking[0]}" if lacking else f"the model asks for an unknown input {unknown[0]}"
         raise MoecError(what, where=str(path), todo=_APART)
+    order = {state.past: n for n, state in enumerate(states)}
+    pasts = sorted(order, key=[i.name for i in runtime.get_inputs()].index)
+    presents = [o.name for o in runtime.get_outputs() if o.name in {s.present for s in states}]
+    for past, present in zip(pasts, presents, strict=True):  # the model has both in one order
+        if states[order[past]].present != present:
+            what = (
+                f"the state {past} comes back as {states[order[past]].present} in moec.json, as {present} in the model"
+            )
+            raise MoecError(what, where=str(path), todo=_APART)
     for state in states:
         # a size that is a number is the same in both; one that is an expression has a name of its own in the model
         numbers = [size if isinstance(size, int) else None for size in state.shape]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from moec.compiler.artifact.manifest import SHAPE
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime.artifact import Artifact
 from moec.compiler.runtime.generate import left_pad
@@ -174,6 +175,42 @@ def test_open_and_report(tiny_lm):
     report = artifact.report
     assert report["states"] == 4 and report["bytes"] == sum(report["files"].values()) > 0
     assert json.dumps(report)
+
+
+def test_swapped_names_of_states_are_refused(tiny_lm_copy):
+    """Two states of one shape whose names are exchanged: the wrong one would be read, and other tokens come out."""
+    path = tiny_lm_copy / "moec.json"
+    manifest = json.loads(path.read_text())
+    first, second = manifest["states"][:2]
+    assert first["shape"] == second["shape"]
+    first["past"], second["past"] = second["past"], first["past"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(MoecError, match=f"{second['past']} comes back as {second['present']} in moec.json"):
+        load_session(tiny_lm_copy)
+
+
+def test_states_in_another_order_are_the_same(tiny_lm, tiny_lm_copy):
+    path = tiny_lm_copy / "moec.json"
+    manifest = json.loads(path.read_text())
+    manifest["states"].reverse()
+    path.write_text(json.dumps(manifest))
+    np.testing.assert_array_equal(*(feed(load_session(f), PROMPTS[0])[0] for f in (tiny_lm[1], tiny_lm_copy)))
+
+
+def test_an_artifact_of_the_first_version_runs(tiny_lm, tiny_lm_copy):
+    """There was one schema so far, and its first manifests had none of the keys that may be missing."""
+    path = tiny_lm_copy / "moec.json"
+    manifest = json.loads(path.read_text())
+    for key in SHAPE:
+        if isinstance(key, str) and key.endswith("?"):
+            manifest.pop(key[:-1], None)
+    for state in manifest["states"]:
+        state.pop("in_place", None)
+    path.write_text(json.dumps(manifest))
+    wanted, found = (
+        Artifact.open(f).run(tokens=PROMPTS[0], max_new_tokens=8, greedy=True) for f in (tiny_lm[1], tiny_lm_copy)
+    )
+    assert found.tokens == wanted.tokens
 
 
 @pytest.mark.parametrize(
