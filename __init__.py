@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING, Any
 from .compiler.version import __version__
 
 if TYPE_CHECKING:
-    from .compiler.driver import compile, load, opt, plan, verify
+    from . import targets
+    from .compiler.cli.report import inspect
+    from .compiler.driver import compile, load, opt, parse, plan, register
     from .compiler.errors import MoecError
     from .compiler.errors.progress import watch_progress
     from .compiler.runtime.artifact import Artifact
+    from .compiler.runtime.measure import verify
 
-__all__ = ["Artifact", "MoecError", "__version__", "compile", "load", "opt", "plan", "verify", "watch_progress"]
+__all__ = [
+    "Artifact", "MoecError", "__version__", "compile", "inspect", "load", "opt", "parse", "plan", "register", "targets", "verify",
+    "watch_progress",
+]  # fmt: skip
 
 _HOMES = {
     "compile": ".compiler.driver",
     "load": ".compiler.driver",
+    "inspect": ".compiler.cli.report",
     "opt": ".compiler.driver",
+    "parse": ".compiler.driver",
+    "register": ".compiler.driver",
     "plan": ".compiler.driver",
-    "verify": ".compiler.driver",
+    "verify": ".compiler.runtime.measure",
     "Artifact": ".compiler.runtime.artifact",
     "MoecError": ".compiler.errors",
     "watch_progress": ".compiler.errors.progress",
@@ -30,6 +39,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "targets":
+        return import_module(".targets", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'moec' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)

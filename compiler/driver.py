@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from ..passes import PASSES
-from ..targets import declare_kernel_ops, open_target
+from ..targets import OWN, Target, declare_kernel_ops, open_target
 from .artifact.ahead import check_dump, check_places, check_room, output_folder
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
@@ -18,25 +18,26 @@ from .artifact.remote import check_remote, is_url, near_folder, near_place, publ
 from .errors import MoecError
 from .errors.hub import download_model
 from .errors.paths import check_source
+from .errors.plugins import PASSES as BROUGHT_PASSES
+from .errors.plugins import TARGETS as BROUGHT_TARGETS
+from .errors.plugins import register_brought
 from .errors.progress import begin_phase
 from .ir.notes import Note
 from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_caches, with_lowering, with_options
 from .quantize.plan import PLAN, Budget, Plan
 from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
-from .rewrite.declare import PassTable, check_stop, pass_, resolve_passes
+from .rewrite.declare import PassDef, PassTable, check_stop, pass_, resolve_passes
 from .version import __version__
 from .weights.journal import end_journal, journal_key
-from .weights.memory import MEMORY_LIMIT, tile_bytes
+from .weights.memory import MEMORY_LIMIT, parse_bytes, tile_bytes
 
 if TYPE_CHECKING:
-    from ..targets import Target
     from ..targets.serving.workload import Workload
     from .frontends.load import Loaded
     from .ir.module import Module
     from .rewrite.pipeline import PassTiming, Run
+    from .rewrite.rules import Rule
     from .runtime.artifact import Artifact
-    from .runtime.compare import Comparison
-    from .runtime.compare_calls import CallComparison
 
 # What computes (torch, sympy) takes seconds to import: the functions below import it when a request has been judged, so
 # that wrong use is answered at once.
@@ -93,7 +94,7 @@ def compile_source(
     calibration: Path | str | None = None,
     accuracy: str | None = None,
     kv: str | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dump: Path | str | None = None,
     check: bool = False,
     verify: bool = False,
@@ -120,7 +121,7 @@ def compile_source(
     - `accuracy`: on the CPU `fast` (int8 activations beside quantized weights, the default) or `exact` (f32).
     - `kv`: `f32`, `f16`, `bf16`, `int8`, or `auto`, on the CPU f16 beside int8 activations where moec has kernels, else f32.
     - `plan`: the file of a plan (`moec plan -o`), whose devices' shards are written instead of an artifact of a target.
-    - `memory_limit`: the bytes that tiles of weights may use beside the imports. `stop_after` is a stage or a pass, `check`
+    - `memory_limit`: what tiles of weights may use beside the imports, in bytes or as 500MB. `stop_after` is a stage or a pass, `check`
       compares the numbers before and after every pass, `resume` goes on with the files of a run of the same that was stopped,
       and keeps them where this one is stopped.
 
@@ -141,7 +142,7 @@ def compile_source(
     resolve_passes((*asked, *request.calls), table)
     if stop_after is not None:
         check_stop(stop_after, table)
-    limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+    limit = MEMORY_LIMIT if memory_limit is None else parse_bytes(memory_limit)
     tile = tile_bytes(limit)
     dumps = check_dump(Path(dump)) if dump is not None else None
     if download:
@@ -202,17 +203,9 @@ def compile_source(
         if calibrating:
             loaded, figures["calibration"] = calibrate_weights(loaded, run.given.get(LOWER), calibration, folder, limit)
         artifact = _emit_artifact(
-            run,
-            loaded,
-            chosen,
-            whole,
-            folder,
-            tile,
-            figures,
-            chosen_formats,
-            journal_key(*map(str, sorted((options or {}).items())), Path(plan).read_text() if plan else ""),
-            resume,
-        )
+            run, loaded, chosen, whole, folder, tile, figures, chosen_formats,
+            journal_key(*map(str, sorted((options or {}).items())), Path(plan).read_text() if plan else ""), resume,
+        )  # fmt: skip
     if verify:
         against = loaded.folder if stored else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})
@@ -282,6 +275,18 @@ def load(source: Any, **options: Any) -> Module | Artifact:
     if isinstance(source, (str, Path)) and (Path(source) / "moec.json").is_file():
         return Artifact.open(Path(source))
     return load(source, **options).module
+
+
+def parse(text: str) -> Module:
+    """Return the program that a text (a dump, a .moir file, `str(module)`) holds; MoecError points into it.
+
+    >>> moec.parse(str(module)) == module  # doctest: +SKIP
+    True
+    """
+    from .text.parser import parse_module
+
+    declare_kernel_ops()
+    return parse_module(text)
 
 
 def opt(source: Any, passes: str, **options: Any) -> Module:
@@ -376,28 +381,20 @@ def lower_for(module: Module, target: Target, quantize: str | None = None) -> Mo
     return run_pipeline(module, remaining_passes(module, whole, table), target=target, table=table).module
 
 
-def verify(folder: Path | str, against: Any = None, **options: Any) -> Comparison | CallComparison:
-    """Compare an artifact with its source model in transformers; options as in `measure`."""
-    return measure(folder, against, **options)[0]
+def register(*brought: Target | PassDef | Rule) -> None:
+    """Take a program's own passes, rules and targets, so that they are found by name; ops are there once `@op` declared them.
 
-
-def measure(
-    folder: Path | str, against: Any = None, accuracy: str | None = None, **options: Any
-) -> tuple[Comparison | CallComparison, tuple[Note, ...]]:
-    """Compare an artifact with its source model in transformers, and keep what is found in moec.json.
-
-    Options as in runtime.compare.verify; `accuracy` is that of the session (None: as compiled). Where moec.json cannot be
-    written that is a note: the figures are found all the same.
+    A rule becomes a pass of its name that applies it. MoecError for a name that moec has itself:
+    >>> moec.register(leave_out_two_signs); moec.opt(module, "leave-out-two-signs")  # doctest: +SKIP
     """
-    from .runtime.artifact import Artifact, record_figures
+    from .rewrite.rules import Rule, pass_of_rule
 
-    artifact = Artifact.open(Path(folder))
-    found = artifact.verify(against=against, accuracy=accuracy, **options)
-    measured = {**found.to_dict(), **({"accuracy": accuracy} if accuracy else {})}
-    try:
-        record_figures(artifact.folder, {"measured": measured})
-    except MoecError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        return found, (Note(f"the figures are not kept: {error.what}"),)
-    return found, ()
+    for thing in brought:
+        made = pass_of_rule(thing) if isinstance(thing, Rule) else thing
+        if not isinstance(made, (Target, PassDef)):
+            raise MoecError(f"a {type(thing).__name__} cannot be registered", todo="give a pass, a rule or a Target")
+        group = BROUGHT_TARGETS if isinstance(made, Target) else BROUGHT_PASSES
+        own = {*OWN} if isinstance(made, Target) else {*PASSES, LOWER}
+        if made.name in own:
+            raise MoecError(f"moec has {made.name} itself", todo="choose another name")
+        register_brought(group, made.name, made)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compiler.errors.plugins import TARGETS as BROUGHT
-from ..compiler.errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
+from ..compiler.errors.plugins import broken_package, brought_names, entry_points_of, load_brought, refuse_names
 from .checkpoints import GGUF, SAFETENSORS
 from .cpu import TARGET as CPU
 from .portable import TARGET as ONNX
@@ -48,7 +48,7 @@ class _Targets(Mapping[str, Target]):
 
         own = (*OWN, *known_profiles())
         refuse_names(BROUGHT, set(own))
-        return iter((*own, *entry_points_of(BROUGHT)))
+        return iter((*own, *brought_names(BROUGHT)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

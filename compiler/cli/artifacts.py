@@ -229,10 +229,10 @@ def verify(
 
         return verify_layers(Path(folder), against, as_json)
     written = None if text is None else read_text(text)
-    from .. import driver
+    from ..runtime.measure import measure
 
     with show_progress():
-        comparison, notes = driver.measure(
+        comparison, notes = measure(
             folder,
             against,
             text=written,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import runpy
 import sys
 import traceback
 import warnings
@@ -160,9 +161,25 @@ _QUIET = click.option(
 )  # fmt: skip
 
 
+def _load_plugin(_: click.Context, param: click.Parameter, files: tuple[str, ...]) -> None:
+    """Run Python files of the user, which declare ops and register passes, rules and targets."""
+    for file in files:
+        try:
+            runpy.run_path(file, run_name="moec_plugin")
+        except (Exception, SystemExit) as error:
+            reason = str(error) if isinstance(error, MoecError) else f"{type(error).__name__}: {error}"
+            raise click.BadParameter(f"{file} cannot be run: {reason}", param=param) from error
+
+
+_PLUGIN = click.option(
+    "--plugin", metavar="FILE.py", multiple=True, is_eager=True, expose_value=False, callback=_load_plugin,
+    help="Run a Python file that brings ops, passes, rules or targets (moec.register); repeatable.",
+)  # fmt: skip
+
+
 def shared_options(command: Command) -> Command:
-    """Add the options of every command: --verbose, --quiet and --debug."""
-    return _VERBOSE(_QUIET(_DEBUG(command)))
+    """Add the options of every command: --verbose, --quiet, --debug and --plugin."""
+    return _VERBOSE(_QUIET(_DEBUG(_PLUGIN(command))))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
@@ -199,10 +216,12 @@ def examples_epilog(*lines: str) -> str:
 
 def byte_size(text: str, param: click.Parameter | None = None) -> int:
     """Return the bytes that a text such as 500MB, 1.5GB or 4096 says (decimal units)."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", text.strip())
-    if not found:
-        raise click.BadParameter(f"{text!r} is not a size such as 500MB or 1.5GB", param=param)
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+    from ..weights.memory import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except MoecError as error:
+        raise click.BadParameter(f"{error.what}: {error.todo}", param=param) from error
 
 
 def key_values(options: tuple[str, ...]) -> dict[str, str]:

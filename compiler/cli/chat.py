@@ -38,6 +38,7 @@ def chat(
     Every line is a message. /clear begins a new conversation, /exit or the end of the input ends it.
     """
     from ..runtime.artifact import Artifact
+    from ..runtime.generate import PromptCache
     from .show import end_notes, stop_reason
 
     artifact = Artifact.open(Path(folder))
@@ -46,7 +47,7 @@ def chat(
     session = artifact.session(threads=threads, accuracy=accuracy, device=device)
     print_notes(end_notes(artifact.end_tokens))
     opening = [] if system is None else [{"role": "system", "content": system}]
-    messages = list(opening)
+    messages, cache = list(opening), PromptCache()
     for line in _read_messages():
         if line == CLEAR:
             messages = list(opening)
@@ -57,7 +58,9 @@ def chat(
             if len(tokens) > session.context:
                 what = f"the conversation has {len(tokens)} tokens, the model's context {session.context}"
                 raise MoecError(what, todo=f"{CLEAR} begins a new one")
-            found = artifact.run(tokens=tokens, stop=stops, on_text=stream_text, session=session, **settings)
+            found = artifact.run(
+                tokens=tokens, stop=stops, on_text=stream_text, session=session, cache=cache, **settings
+            )
         except MoecError as error:
             if not sys.stdin.isatty():
                 raise

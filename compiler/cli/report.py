@@ -25,6 +25,7 @@ from ..cost.report import (
 from ..driver import fused_module
 from ..errors import MoecError
 from ..errors.json_files import read_json
+from ..errors.paths import check_source
 from ..ir.module import Module, Value
 from ..ir.types import TensorType
 from ..ops.define import any_size_text
@@ -69,6 +70,14 @@ def open_source(source: Path | str, *, trust_remote_code: bool = False) -> Opene
     manifest = _artifact_manifest(Path(source))
     loaded = load(source, trust_remote_code=trust_remote_code)
     return Opened(loaded.module, loaded.left_out, manifest, imported=Path(source).suffix != ".moir")
+
+
+def inspect(source: Path | str, *, context: int | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return the figures of a checkpoint folder (config.json is enough), an artifact or a .moir file, as `moec inspect --json`.
+
+    >>> moec.inspect("examples/tiny-moe")["parameters"]["total"]  # doctest: +SKIP
+    """
+    return inspect_source(open_source(check_source(source), trust_remote_code=trust_remote_code), context=context)
 
 
 def inspect_source(opened: Opened, *, context: int | None = None) -> dict[str, Any]:

@@ -6,7 +6,8 @@
     moec.passes    NAME = "package.module:function" a function under @pass_
     moec.ops       DIALECT = "package.module"       a module that declares ops DIALECT.* with @op
 
-What is wrong with a package is a MoecError that names it.
+A program brings targets and passes without a package by `moec.register`. What is wrong with a package is a MoecError that
+names it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
 
 TARGETS, CHIPS, FAMILIES = "moec.targets", "moec.chips", "moec.families"
 PASSES, OPS = "moec.passes", "moec.ops"
+
+
+_registered: dict[str, dict[str, Any]] = {}  # what a program brings itself: group -> name -> it
+
+
+def register_brought(group: str, name: str, brought: Any) -> None:
+    """Take what a program brings under a name, in place of what it brought under it before."""
+    _registered.setdefault(group, {})[name] = brought
+
+
+def brought_names(group: str) -> tuple[str, ...]:
+    """Return the names that packages, and this program, bring of a group."""
+    return (*entry_points_of(group), *(n for n in _registered.get(group, {}) if n not in entry_points_of(group)))
 
 
 @cache
@@ -39,6 +53,8 @@ def entry_points_of(group: str) -> dict[str, EntryPoint]:
 
 def load_brought(group: str, name: str, kinds: type | tuple[type, ...], wanted: str) -> Any:
     """Return what a package brings under a name; None if none does, MoecError if it is broken or not what is `wanted`."""
+    if name in _registered.get(group, {}):
+        return _registered[group][name]
     entry = entry_points_of(group).get(name)
     if entry is None:
         return None

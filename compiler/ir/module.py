@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
 from .declared import DECLARED
+from .deferred import DeferredFunction
 from .types import Attr, Attrs, Keyed, TensorType, attr_key, make_attrs
 
 if TYPE_CHECKING:
@@ -164,6 +165,9 @@ class Dim:
     high: int
 
 
+_PRINT = DeferredFunction(f"{__name__.removesuffix('.ir.module')}.text.printer", "print_module")
+
+
 @dataclass(frozen=True, repr=False)
 class Module:
     """A program at a stage. `source` names the checkpoint folder that the weights come from, as the user gave it."""
@@ -178,6 +182,10 @@ class Module:
         ops = sum(len(f.ops) for f in self.functions)
         origin = f" of {self.source}" if self.source else ""
         return f"<Module{origin}, stage {self.stage}: {len(self.functions)} functions, {ops} ops>"
+
+    def __str__(self) -> str:
+        """Return the program as text, which `moec.parse` reads."""
+        return str(_PRINT(self))
 
     @cached_property
     def by_name(self) -> dict[str, Function]:

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import sympy
 
 from ..errors import MoecError
+from ..errors.plugins import OPS as BROUGHT
+from ..errors.plugins import register_brought
 from ..formats.table import find_format
 from ..ir.declared import DECLARED, Ops
 from ..ir.dims import Size, size, size_text
@@ -150,6 +152,8 @@ def op(
             name, text, signature, reference, infer, flops, domains or {}, distinct, in_place, rows or {}, reads or {},
             reach or {}, (*in_place, *appends), view, stored,
         )  # fmt: skip
+        if reference.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            register_brought(BROUGHT, name.partition(".")[0], reference)
         return reference
 
     return declare

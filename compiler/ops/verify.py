@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..errors import MoecError
 from ..errors.plugins import OPS as BROUGHT
-from ..errors.plugins import entry_points_of
+from ..errors.plugins import brought_names
 from ..ir.dtypes import is_dtype
 from ..ir.module import Function, Module, Op, Value
 from ..ir.stages import STAGES
@@ -20,9 +20,9 @@ STAGE_DIALECTS = {
 
 
 def at_home(op: Op, stage: str) -> bool:
-    """Return whether an op is one of a stage; the ops of packages outside of moec are at home in each."""
+    """Return whether an op is one of a stage; the ops that others than moec declare are at home in each."""
     dialect = op.name.partition(".")[0]
-    return dialect in STAGE_DIALECTS.get(stage, (dialect,)) or dialect in entry_points_of(BROUGHT)
+    return dialect in STAGE_DIALECTS.get(stage, (dialect,)) or dialect in brought_names(BROUGHT)
 
 
 def verify_module(module: Module) -> None:

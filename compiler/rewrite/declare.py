@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
 from ..errors.plugins import PASSES as BROUGHT
-from ..errors.plugins import broken_package, entry_points_of, load_brought, refuse_names
+from ..errors.plugins import broken_package, brought_names, entry_points_of, load_brought, refuse_names
 from ..ir.deferred import DeferredFunction
 from ..ir.notes import Rewritten, distinct_notes
 from ..ir.pipelines import Pipeline, option_text
@@ -205,7 +205,7 @@ class PassTable(Mapping[str, PassDef]):
     def __iter__(self) -> Iterator[str]:
         """Yield the names."""
         refuse_names(BROUGHT, set(self.own))
-        return iter((*self.own, *entry_points_of(BROUGHT)))
+        return iter((*self.own, *brought_names(BROUGHT)))
 
     def __len__(self) -> int:
         """Return how many there are."""

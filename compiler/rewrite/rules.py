@@ -34,6 +34,7 @@ from ..ir.names import Names
 from ..ir.notes import Note, Rewritten, distinct_notes, refusal_note
 from ..ir.recipes import Literal, Step, Tensor
 from ..ops.builder import IRBuilder
+from .declare import PassDef, pass_
 from .patterns import Match, Rule, Search, rule
 
 __all__ = ["Match", "Refuse", "Rule", "apply_rules", "in_order", "rule"]
@@ -205,3 +206,12 @@ def _try_root(search: Search, root: Op, target: Any) -> tuple[Function | None, s
         except Refuse as refused:
             refusal = refusal or refused
     return None, refusal
+
+
+def pass_of_rule(owner: Rule) -> PassDef:
+    """Return the pass of a rule's name that applies it wherever it can, at any stage."""
+
+    def apply_rule(module: Module, target: Any) -> Rewritten:
+        return apply_rules(module, target, (owner,))
+
+    return replace(pass_()(apply_rule), name=owner.name.replace("_", "-"), doc=owner.doc)

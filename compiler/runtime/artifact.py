@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..artifact.generation_files import EndTokens, find_end_tokens, find_sampling
 from ..artifact.manifest import add_figures, check_files, is_language_model, read_manifest
@@ -15,12 +17,21 @@ from ..errors import MoecError
 from ..errors.paths import check_path
 from .calls import bind_arrays
 from .chat import ChatTemplate, load_template
-from .generate import END, Generation, Runner, generate
-from .tokenizer import TextStream, Tokenizer, load_tokenizer
+from .generate import END, Generation, PromptCache, Runner, Sampling, generate, iterate_rows
+from .scores import iterate_logits, score_tokens
+from .tokenizer import FILES, TextStream, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from .compare import Comparison
     from .compare_calls import CallComparison
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token: its id, and the text that became whole with it (None: text that the end left)."""
+
+    id: int | None
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,21 +102,21 @@ class Artifact:
         on_token: Callable[[int, int], None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
         session: Runner | None = None,
+        cache: PromptCache | None = None,
     ) -> Generation:
         """Continue a text, or token ids, or a list of either as one batch.
 
         What is not given is as generation_config.json has it: without sampling there (do_sample), the most likely
         token is taken. A row ends at an end token, in front of a text of `stop`, after `max_new_tokens` or with the
         model's context; `stopped` of the result says which. `on_token(row, id)` and `on_text(row, text)` are called as
-        tokens and whole characters come. The text of the result is None where there is no tokenizer.
+        tokens and whole characters come. A `PromptCache` that the turns of a conversation share, with one session, keeps what
+        they have in common from being run again. The text of the result is None where there is no tokenizer.
 
         >>> artifact.run("def main():", max_new_tokens=40, stop=["\\n\\n"]).text[0]  # doctest: +SKIP
         '\\n    parser = argparse.ArgumentParser()'
         """
         rows = self._rows(prompt, tokens)
-        settings = self.sampling()
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings |= {key: value for key, value in given.items() if value is not None}
+        settings = self._settings(temperature, top_k, top_p)
         ends = self.eos if eos is None else frozenset(eos)
         streams = [TextStream(self.tokenizer, stop) for _ in rows] if on_text or stop else []
         written: list[list[str]] = [[] for _ in rows]
@@ -124,12 +135,55 @@ class Artifact:
 
         found = generate(
             session or self.default_session, rows, max_new_tokens=max_new_tokens, greedy=greedy, seed=seed,
-            eos=ends, on_token=forward if on_token or streams else None, **settings,
+            eos=ends, on_token=forward if on_token or streams else None, cache=cache, **settings,
         )  # fmt: skip
         for row, stream in enumerate(streams):
             write(row, stream.finish())
         text = ["".join(parts) for parts in written] if streams else self._texts(found, wanted=prompt is not None)
         return replace(found, text=text)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        tokens: Sequence[int] | None = None,
+        max_new_tokens: int = 128,
+        greedy: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        session: Runner | None = None,
+    ) -> Iterator[Token]:
+        """Yield tokens as they are computed, each with the text that became whole with it; settings as in `run`.
+
+        Text that the end leaves unfinished comes last, with the id None. An artifact without a tokenizer gives no text.
+
+        >>> for token in artifact.stream("def main():", greedy=True):  # doctest: +SKIP
+        ...     print(token.text, end="", flush=True)
+        """
+        row = self._rows(prompt, tokens)[0]
+        settings = self._settings(temperature, top_k, top_p) | ({"temperature": 0.0} if greedy else {})
+        sampling = Sampling(max_new_tokens, **settings, seed=(seed, 0))
+        text = TextStream(self.tokenizer, ()) if self._has_tokenizer else None
+        for _, token in iterate_rows(session or self.default_session, [row], [sampling], eos=self.eos):
+            yield Token(token, text.push(token) if text is not None and token not in self.eos else "")
+        if text is not None and (rest := text.finish()):
+            yield Token(None, rest)
+
+    def logits(self, prompt: str | None = None, *, tokens: Sequence[int] | None = None) -> np.ndarray:
+        """Return the logits f32[tokens, vocabulary] after each token of a text, or of token ids.
+
+        >>> artifact.logits("import os").argmax(axis=-1)[-1]  # doctest: +SKIP
+        """
+        return np.concatenate(list(iterate_logits(self.default_session, self._rows(prompt, tokens)[0])))
+
+    def scores(self, prompt: str | None = None, *, tokens: Sequence[int] | None = None) -> np.ndarray:
+        """Return the natural logarithm of each token's probability after those before it, f64[tokens - 1].
+
+        >>> numpy.exp(-artifact.scores(text).mean())  # the perplexity of a text  # doctest: +SKIP
+        """
+        return score_tokens(self.default_session, self._rows(prompt, tokens)[0])
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Answer the last of a conversation's messages, with the model's own chat template; options as in `run`.
@@ -175,6 +229,15 @@ class Artifact:
     def sampling(self) -> dict[str, Any]:
         """Return temperature, top_k and top_p as generation_config.json wants them."""
         return find_sampling(self.folder)
+
+    def _settings(self, temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+        """Return how tokens are drawn: as asked, else as generation_config.json has it."""
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return self.sampling() | {key: value for key, value in given.items() if value is not None}
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return any((self.folder / name).is_file() for name in FILES)
 
     @property
     def end_tokens(self) -> EndTokens:

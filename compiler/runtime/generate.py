@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,6 +57,28 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     seed: tuple[int, ...] = (0, 0)
+
+
+class PromptCache:
+    """What a generation leaves for the next one of the same conversation: the tokens that were run, and their states."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._tokens: list[int] = []
+        self._states: Any = None
+
+    def take(self, tokens: Sequence[Sequence[int]]) -> tuple[int, Any]:
+        """Return how many tokens of a prompt need not be run again, with their states, and forget them: a step changes them."""
+        held, states = self._tokens, self._states
+        self._tokens, self._states = [], None
+        if len(tokens) == 1 and len(held) < len(tokens[0]) and held == list(tokens[0][: len(held)]):
+            return len(held), states
+        return 0, None
+
+    def put(self, tokens: Sequence[Sequence[int]], states: Any) -> None:
+        """Keep the states of one row of tokens."""
+        if len(tokens) == 1:
+            self._tokens, self._states = list(tokens[0]), states
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,7 @@ def generate(
     eos: Collection[int] = frozenset(),
     seed: int = 0,
     on_token: Callable[[int, int], object] | None = None,
+    cache: PromptCache | None = None,
 ) -> Generation:
     """Continue every row of `tokens` by up to `max_new_tokens` tokens.
 
@@ -119,7 +142,7 @@ def generate(
     """
     temperature = 0.0 if greedy else temperature
     rows = [Sampling(max_new_tokens, temperature, top_k, top_p, (seed, row)) for row in range(len(tokens))]
-    return generate_rows(session, tokens, rows, eos=eos, on_token=on_token)
+    return generate_rows(session, tokens, rows, eos=eos, on_token=on_token, cache=cache)
 
 
 def generate_rows(
@@ -129,11 +152,34 @@ def generate_rows(
     *,
     eos: Collection[int] = frozenset(),
     on_token: Callable[[int, int], object] | None = None,
+    cache: PromptCache | None = None,
 ) -> Generation:
-    """Continue every row of `tokens` as one batch, each with settings of its own.
+    """Continue every row of `tokens` as one batch, each with settings of its own; `on_token` may end a row by True.
 
-    A row ends after a token of `eos`, after its number of tokens, and where `on_token(row, token)`, which is called as
-    tokens come, returns True; all rows end where the longest fills the context. Raises MoecError for settings that mean
+    The rest is as in `iterate_rows`.
+    """
+    steps = iterate_rows(session, tokens, samplings, eos=eos, cache=cache)
+    try:
+        row, token = next(steps)
+        while True:
+            row, token = steps.send(on_token is not None and on_token(row, token) is True)
+    except StopIteration as end:
+        return end.value
+
+
+def iterate_rows(
+    session: Runner,
+    tokens: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    *,
+    eos: Collection[int] = frozenset(),
+    cache: PromptCache | None = None,
+) -> Generator[tuple[int, int], bool | None, Generation]:
+    """Yield the row and the token as each comes, and return the whole in the end.
+
+    What `cache` holds of the beginning of a single row is not run again, and it holds that row afterwards.
+
+    A row ends after a token of `eos`, after its number of tokens, and where True is sent for one of its tokens; all rows end where the longest fills the context. Raises MoecError for settings that mean
     nothing, for a prompt that is longer than the context and for logits that are not numbers.
     """
     _check_prompts(tokens)
@@ -147,7 +193,8 @@ def generate_rows(
     generators = [np.random.default_rng(sampling.seed) for sampling in samplings]
     start = time.perf_counter()
     ids, mask, positions = left_pad(tokens)
-    logits, states = run_prefill(session, ids, mask, positions)
+    past, states = cache.take(tokens) if cache else (0, None)
+    logits, states = run_prefill(session, ids, mask, positions, past, states)
     begun = time.perf_counter()
     following, one = positions[:, -1:] + 1, np.ones((len(tokens), 1), np.int64)
     chosen = [0] * len(tokens)
@@ -160,7 +207,7 @@ def generate_rows(
                 logits[row], generators[row], sampling.temperature, sampling.top_k, sampling.top_p
             )
             found[row].append(token)
-            ended = on_token is not None and on_token(row, token) is True
+            ended = yield row, token
             if token in eos:
                 stopped[row] = END
             elif ended:
@@ -177,17 +224,22 @@ def generate_rows(
         step, states = session.step(np.array(chosen, np.int64)[:, None], mask, following, states, last=1)
         logits, following = step[:, -1], following + 1
     end, new = time.perf_counter(), sum(map(len, found))
+    if cache:
+        cache.put([[*row, *own[:-1]] for row, own in zip(tokens, found, strict=True)], states)
     measured = (new - warm_tokens, end - warm) if warm_tokens else (0, 0.0)
     return Generation(
-        found, sum(map(len, tokens)), begun - start, end - begun, stopped=tuple(stopped), measured=measured
+        found, sum(map(len, tokens)) - past, begun - start, end - begun, stopped=tuple(stopped), measured=measured
     )
 
 
-def run_prefill(session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, Any]:
-    """Run a padded batch of prompts in parts; return the logits f32[B, V] of the last tokens and the states."""
-    states, logits = None, None
+def run_prefill(
+    session: Runner, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: int = 0, states: Any = None
+) -> tuple[np.ndarray, Any]:
+    """Run a padded batch of prompts in parts, from the `past` tokens on that `states` hold; return the logits f32[B, V]
+    of the last tokens and the states."""
+    logits = None
     part = max(1, PREFILL_TOKENS // len(ids))
-    for start in range(0, ids.shape[1], part):
+    for start in range(past, ids.shape[1], part):
         end = min(start + part, ids.shape[1])
         logits, states = session.step(ids[:, start:end], mask[:, :end], positions[:, start:end], states, last=1)
     assert logits is not None  # prompts are not empty

@@ -57,7 +57,7 @@ def score_text(
         for start in range(0, len(window) - 1, ROWS):
             rows = slice(start, min(start + ROWS, len(window) - 1))
             following = np.asarray(window[rows.start + 1 : rows.stop + 1])
-            q, p = _log_softmax(ours[rows]), _log_softmax(theirs[rows])
+            q, p = log_softmax(ours[rows]), log_softmax(theirs[rows])
             kl.append(_kl_divergence(p, q))
             losses.append(-q[np.arange(len(following)), following])
             reference_losses.append(-p[np.arange(len(following)), following])
@@ -72,7 +72,8 @@ def score_text(
     )  # fmt: skip
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the probabilities that logits [..., V] stand for, as f64."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
     wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from ..errors import MoecError
 
@@ -11,6 +12,14 @@ TILE_BYTES = 8 << 20
 SMALLEST_TILE = 64 << 10
 IN_USE = 10  # times the size of a tile that one thread uses at most: what was read, f32, codes, the search's values
 MEMORY_LIMIT = 10**9  # bytes in use for tiles, by default
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the bytes that a text such as 500MB, 1.5GB or 4096 says (decimal units); MoecError for another text."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", str(text).strip())
+    if not found:
+        raise MoecError(f"{text!r} is not a size", todo="give one such as 500MB or 1.5GB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def tile_bytes(limit: int) -> int:

@@ -94,7 +94,7 @@ def compile_for(run: Run, source: Path, out: Path) -> float:
 def tiny(run: Run, found: dict[str, Any]) -> None:
     """Compile, verify and time the trained model."""
     import moec
-    from moec.compiler.driver import verify
+    from moec.compiler.runtime.measure import verify
 
     out = run.options.work / "tiny"
     found["compile"] = compile_for(run, run.options.checkpoint, out)

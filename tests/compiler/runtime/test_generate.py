@@ -7,7 +7,7 @@ import pytest
 from moec.compiler.errors import MoecError
 from moec.compiler.runtime import generate as generation
 from moec.compiler.runtime.artifact import Artifact
-from moec.compiler.runtime.generate import generate, left_pad, sample_token
+from moec.compiler.runtime.generate import PromptCache, generate, left_pad, sample_token
 from moec.compiler.runtime.tokenizer import TextStream, Tokenizer, load_tokenizer
 from moec.targets.cpu.run.session import load_session
 
@@ -31,6 +31,33 @@ def test_greedy_equals_transformers(tiny_lm):
     )
     assert found.tokens == [wanted[0, 5:].tolist()]
     assert found.prompt_tokens == 5 and found.prefill_rate > 0 and found.decode_rate > 0
+
+
+class Counting:
+    """A session that notes how many tokens each step is given."""
+
+    def __init__(self, session):
+        self.session, self.sizes = session, []
+        self.context, self.vocabulary = session.context, session.vocabulary
+
+    def step(self, input_ids, *given, **options):
+        self.sizes.append(input_ids.shape[1])
+        return self.session.step(input_ids, *given, **options)
+
+
+def test_a_conversation_runs_only_what_is_new(tiny_lm):
+    session, cache = Counting(load_session(tiny_lm[1])), PromptCache()
+    first = generate(session, PROMPTS[:1], max_new_tokens=4, greedy=True, cache=cache)
+    longer = [[*PROMPTS[0], *first.tokens[0], 7, 8]]
+    session.sizes.clear()
+    second = generate(session, longer, max_new_tokens=4, greedy=True, cache=cache)
+    assert session.sizes == [3, 1, 1, 1] and second.prompt_tokens == 3  # the last token of the answer, and two more
+    assert second.tokens == generate(load_session(tiny_lm[1]), longer, max_new_tokens=4, greedy=True).tokens
+    session.sizes.clear()
+    other = [[1, *longer[0][1:]]]
+    third = generate(session, other, max_new_tokens=2, greedy=True, cache=cache)
+    assert session.sizes[0] == len(other[0])
+    assert third.tokens == generate(load_session(tiny_lm[1]), other, max_new_tokens=2, greedy=True).tokens
 
 
 @pytest.mark.parametrize("sampling", [{"greedy": True}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
