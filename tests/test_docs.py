@@ -1,0 +1,56 @@
+"""The documentation: it builds without warnings and with whole links, has every op, and its blocks run."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from moec.compiler.artifact.manifest import SHAPE
+from moec.compiler.cli.listing import list_ops, list_passes
+from moec_command import invoke
+from places import ROOT
+
+DOCS = ROOT / "docs"
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / "guide.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_manifest_page_has_its_keys():
+    text = (DOCS / "artifact.md").read_text("utf-8").partition("## moec.json")[2]
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == {key.rstrip("?") for key in SHAPE}
+
+
+def test_blocks_stand_only_in_the_guide():
+    assert all("```" not in page.read_text("utf-8") for page in DOCS.glob("*.md") if page.name != "guide.md")
+    assert {kind for kind, _ in BLOCKS} == {"", "python"}
+
+
+@pytest.mark.long
+def test_it_builds_without_warnings(tmp_path):
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "mkdocs.yml", "-d", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0 and not re.search(r"^(WARNING|ERROR)", done.stderr, re.MULTILINE), done.stderr
+    ir, api = ((tmp_path / name).read_text("utf-8") for name in ("ir.html", "api.html"))
+    assert not [row["name"] for row in list_ops() if f">{row['name']}<" not in ir]
+    assert not [row["name"] for row in list_passes() if f">{row['name']}<" not in ir]
+    assert "<!-- ops" not in ir and "<!-- api" not in api
+    assert all(f'id="moec{name}"' in api for name in ("compile", "load", "opt", "plan", "verify", "moecerror"))
+
+
+@pytest.mark.long
+def test_the_guide_runs(tmp_path, monkeypatch, capsys):
+    """Every block in its order: some go on from what an earlier one wrote."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    for kind, body in BLOCKS:
+        if kind == "python":
+            exec(compile(body, "guide.md", "exec"), {})
+            assert capsys.readouterr().out.strip()
+            continue
+        for line in body.splitlines():
+            words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
+            assert words[0] == "moec"
+            result = invoke(*words[1:])
+            assert result.exit_code == 0, result.stderr
+            assert result.stdout.strip() or "compile" in words
