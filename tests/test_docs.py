@@ -1,5 +1,7 @@
 """The documentation: it builds without warnings and with whole links, has every op, and its blocks run."""
 
+import html
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +25,18 @@ def test_the_manifest_page_has_its_keys():
 def test_blocks_stand_only_in_the_guide():
     assert all("```" not in page.read_text("utf-8") for page in DOCS.glob("*.md") if page.name != "guide.md")
     assert {kind for kind, _ in BLOCKS} == {"", "python"}
+
+
+def test_the_pictures_are_of_the_figures_in_benchmarks(monkeypatch):
+    """Made by docs/picture.py, which has to be run again where the tables change."""
+    monkeypatch.syspath_prepend(DOCS)
+    import picture
+
+    text = (ROOT / "BENCHMARKS.md").read_text("utf-8")
+    for name, rows in (("speed", picture.speeds(text)), ("loss", picture.losses(text))):
+        drawn = (DOCS / f"{name}.svg").read_text("utf-8")
+        assert json.loads(html.unescape(re.search("<desc>(.*?)</desc>", drawn)[1])) == json.loads(json.dumps(rows))
+        assert len(drawn) < 40_000 and rows
 
 
 @pytest.mark.long
