@@ -23,7 +23,7 @@ from .errors.plugins import TARGETS as BROUGHT_TARGETS
 from .errors.plugins import register_brought
 from .errors.progress import begin_phase
 from .ir.notes import Note
-from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_caches, with_lowering, with_options
+from .ir.pipelines import LOWER, Pipeline, parse_pipeline, print_pipeline, with_lowering, with_options
 from .quantize.plan import PLAN, Budget, Plan
 from .quantize.request import NOTHING, PASS, UNASKED, read_request, with_quantization
 from .rewrite.declare import PassDef, PassTable, check_stop, pass_, resolve_passes
@@ -119,7 +119,8 @@ def compile_source(
       a plan of formats; or `keep`, the default for a checkpoint that is quantized: its codes where the target holds them,
       else what is nearest. `calibration` is the text that gptq and auto look at.
     - `accuracy`: on the CPU `fast` (int8 activations beside quantized weights, the default) or `exact` (f32).
-    - `kv`: `f32`, `f16`, `bf16`, `int8`, or `auto`, on the CPU f16 beside int8 activations where moec has kernels, else f32.
+    - `kv`: how caches are stored, of what the target has of `f32`, `f16`, `bf16`, `fp8`, `int8`; by default (`auto`) on the
+      CPU f16 beside int8 activations where moec has kernels, else f32, and on accelerators bf16.
     - `plan`: the file of a plan (`moec plan -o`), whose devices' shards are written instead of an artifact of a target.
     - `memory_limit`: what tiles of weights may use beside the imports, in bytes or as 500MB. `stop_after` is a stage or a pass, `check`
       compares the numbers before and after every pass, `resume` goes on with the files of a run of the same that was stopped,
@@ -133,11 +134,9 @@ def compile_source(
         target, options, quantize = target_of_plan(Path(plan), options, quantize)
     chosen = open_target(target, options or {})
     table = passes_for(chosen)
-    asked = with_lowering(chosen.pipeline if pipeline is None else parse_pipeline(pipeline))
+    asked = chosen.store_caches(with_lowering(chosen.pipeline if pipeline is None else parse_pipeline(pipeline)), kv)
     if accuracy is not None:
         asked = with_options(asked, LOWER, accuracy=accuracy)
-    if kv is not None:
-        asked = with_caches(asked, kv)
     request = read_request(quantize, budget, calibration, UNASKED if pipeline is None else NOTHING)
     resolve_passes((*asked, *request.calls), table)
     if stop_after is not None:
@@ -353,9 +352,9 @@ def fused_module(module: Module) -> Module:
 
 def predict(
     module: Module, target: str, options: Mapping[str, str] | None = None, *,
-    quantize: str | None = None, batch: int = 1, new: int = 1, past: int = 0, devices: int = 1,
+    quantize: str | None = None, kv: str | None = None, batch: int = 1, new: int = 1, past: int = 0, devices: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return how long a step of a module is predicted to take on an accelerator, lowered as `compile` does with `quantize`.
+    """Return how long a step of a module is predicted to take on an accelerator, lowered as `compile` does with `quantize` and `kv`.
 
     For the step see targets.target.Predict. MoecError for a target that is no accelerator, for a program that was
     compiled for another one, and for a figure of the chip that is unknown.
@@ -368,16 +367,16 @@ def predict(
         for function in module.functions:
             for reason in filter(None, map(chosen.ops.supported, function.ops)):
                 raise MoecError(reason, f"@{function.name}", todo="inspect the checkpoint that it was compiled from")
-    return chosen.predict(lower_for(module, chosen, quantize), batch=batch, new=new, past=past, devices=devices)
+    return chosen.predict(lower_for(module, chosen, quantize, kv), batch=batch, new=new, past=past, devices=devices)
 
 
-def lower_for(module: Module, target: Target, quantize: str | None = None) -> Module:
+def lower_for(module: Module, target: Target, quantize: str | None = None, kv: str | None = None) -> Module:
     """Return a module as `compile` lowers it for a target; formats that ask for a text are not known without one."""
     from .rewrite.pipeline import remaining_passes, run_pipeline
 
     declare_kernel_ops(target)
     table = passes_for(target)
-    whole, _ = with_quantization(target.pipeline, read_request(quantize), module)
+    whole, _ = with_quantization(target.store_caches(target.pipeline, kv), read_request(quantize), module)
     return run_pipeline(module, remaining_passes(module, whole, table), target=target, table=table).module
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..compiler.errors import MoecError
 from ..compiler.ir.module import Function, Module, Op, Value
 from ..compiler.ir.notes import Note, Rewritten, note_on
+from ..compiler.ops.stored_states import stored_states
 from ..compiler.rewrite.declare import pass_
 from ..compiler.rewrite.editor import Editor, rewrite_ops
 
@@ -42,9 +44,13 @@ def round_caches(module: Module, target: object, *, to: str = "fp8") -> Rewritte
             return _stored_as(op, "acc.attention" if op.name == "nn.attention" else op.name, to)
 
         rewrites = {**dict.fromkeys(APPENDS, append), **dict.fromkeys(("nn.attention", "acc.latent_attention"), attend)}
-        functions[function.name], found = rewrite_ops(function, rewrites, "round-caches")
-        notes += found
-    return Rewritten(module.with_functions(functions), tuple(notes))
+        functions[function.name], added = rewrite_ops(function, rewrites, "round-caches")
+        notes += added
+    found = module.with_functions(functions)
+    if not stored_states(found):
+        what = f"no cache is stored as {to}: none is read by one attention only"
+        raise MoecError(what, todo="leave --kv out: only what one attention op reads can be")
+    return Rewritten(found, tuple(notes))
 
 
 def _stored_as(op: Op, name: str, to: str) -> Op:

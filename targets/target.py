@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ..compiler.ir.pipelines import PassCall, Pipeline
+from ..compiler.errors import MoecError
+from ..compiler.formats.caches import BITS, nearest_type
+from ..compiler.ir.pipelines import PassCall, Pipeline, with_caches
 
 if TYPE_CHECKING:
     from ..compiler.formats.format import Format
     from ..compiler.ir.module import Module, Op
     from ..compiler.ir.notes import Note, Rewritten
     from ..compiler.weights.sources.source import WeightSource
-
 
 # what every target does before its own lowering: the ops of stage moe, fused
 FUSED = tuple(
@@ -122,8 +123,29 @@ class Target:
     processor: Callable[[], dict[str, Any]] | None = (
         None  # what kernels of its own find of the machine that this runs on
     )
+    caches: Mapping[str, PassCall | None] = field(
+        default_factory=dict
+    )  # what --kv can be -> the pass that stores them so
     narrow_caches: Callable[[], bool] | None = None  # whether its kernels read caches of fewer bits than f32 fast
     predict: Predict | None = None  # for a target that is known by its figures
     keeps_experts: bool = False  # moe.experts is an op of its own, and none that its lowering left over
     checkpoint: bool = False  # what it writes is read as a checkpoint, not as an artifact's program
     packages: tuple[str, ...] = ()  # what it makes artifacts with; moec.json records the versions
+
+    def store_caches(self, pipeline: Pipeline, kv: str | None) -> Pipeline:
+        """Return a pipeline that stores keys and values as asked: None and `auto` are what it does by itself.
+
+        MoecError, with what is nearest, where the target cannot.
+        """
+        if kv is None or kv == "auto":
+            return pipeline
+        where, known = f"--kv {kv}", tuple(self.caches)
+        if kv not in BITS:
+            raise MoecError(f"caches are not stored as {kv}", where, todo=f"there are auto, {', '.join(BITS)}")
+        if not known:
+            raise MoecError(f"target {self.name} has no caches whose type can be chosen", where, todo="leave it out")
+        if kv not in known:
+            near = nearest_type(kv, known)
+            has = f"--kv {near} is the nearest of {', '.join(known)}" if len(known) > 1 else f"it has {near} only"
+            raise MoecError(f"target {self.name} does not store caches as {kv}", where, todo=has)
+        return with_caches(pipeline, {call.name for call in self.caches.values() if call}, self.caches[kv])

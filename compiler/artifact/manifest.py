@@ -25,7 +25,7 @@ _STAND_IN: Shape = {"moec": str, "replaces": str, "source": str, "checked": bool
 SHAPE: Shape = {
     "schema": int, "moec": str, "source": {"name?": str, "sha256?": str}, "target": str, "pipeline": str,
     "precision": {None: [str]}, "lossy": bool, "dims": {None: [int]}, "inputs": [_VALUE], "outputs": [_VALUE],
-    "states": [{"past": str, "present": str, "axis": (int, None), "dtype": str, "shape": [(int, str)], "in_place?": bool}],
+    "states": [{"past": str, "present": str, "axis": (int, None), "dtype": str, "shape": [(int, str)], "in_place?": bool, "stored?": str}],
     "figures": dict, "unfused?": [_BLOCK], "files": {None: str}, "sizes?": {None: int}, "vocabulary?": (int, None),
     "packages?": {None: str}, "replaced?": [_STAND_IN], "cpu_kernels?": dict,
 }  # fmt: skip
@@ -133,7 +133,9 @@ def add_figures(folder: Path, figures: Mapping[str, Any]) -> None:
 
 def interface_entries(module: Module) -> dict[str, Any]:
     """Return the manifest's dims, inputs, outputs and states of a module; states pair up in their order."""
-    main = module.main
+    from ..ops.stored_states import stored_states
+
+    main, stored = module.main, stored_states(module)
     pasts = [v for v in main.params if v.type.state]
     presents = [v for v in main.results if v.type.state]
     if len(pasts) != len(presents):
@@ -147,7 +149,11 @@ def interface_entries(module: Module) -> dict[str, Any]:
             {"name": v.name, "dtype": v.type.dtype, "shape": _shape_entry(v)} for v in main.results if not v.type.state
         ],
         "states": [
-            {**_state_entry(past, present), "in_place": _in_place(module, main, past)}
+            {
+                **_state_entry(past, present),
+                "in_place": _in_place(module, main, past),
+                **({"stored": stored[main.name, past.name]} if (main.name, past.name) in stored else {}),
+            }
             for past, present in zip(pasts, presents, strict=True)
         ],
     }

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from ..artifact.remote import is_url
 from ..errors.hub import hub_name
+from ..formats.caches import BITS
 from ..version import __version__
 from .artifacts import run, verify
 from .base import (
@@ -101,8 +102,8 @@ def main() -> None:
 )
 @click.option(
     "--kv",
-    type=click.Choice(["auto", "f32", "f16", "bf16", "int8"]),
-    help="How keys and values are stored; auto is f16 beside int8 activations, else f32.  [default: auto on target cpu]",
+    type=click.Choice(["auto", *BITS]),
+    help="How keys and values are stored, if the target can; auto is on the cpu f16 beside int8 activations, else f32, on accelerators bf16.  [default: auto]",
 )
 @click.option(
     "--memory-limit",

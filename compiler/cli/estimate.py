@@ -17,7 +17,14 @@ RUNTIME = 200_000_000  # bytes of Python, ONNX Runtime and what a step works in
 
 
 def estimate_step(
-    module: Module, target: str, quantize: str | None, options: Mapping[str, str], *, past: int, **step: int
+    module: Module,
+    target: str,
+    quantize: str | None,
+    options: Mapping[str, str],
+    *,
+    kv: str | None = None,
+    past: int,
+    **step: int,
 ) -> dict[str, Any]:
     """Return bytes, whether they fit and tokens a second of one request behind `past` tokens, as plain data."""
     from ...targets import open_target
@@ -25,7 +32,7 @@ def estimate_step(
     chosen = open_target(target, options)
     found: dict[str, Any] = {"target": chosen.name, "quantize": quantize or "as stored", "past": past}
     if chosen.predict is not None:
-        step_found = predict(module, target, options, quantize=quantize, past=past, **step)
+        step_found = predict(module, target, options, quantize=quantize, kv=kv, past=past, **step)
         memory = step_found["memory"]
         return {
             **found, "weights": memory["weights"], "needed": memory["weights"] + memory["states"],
@@ -35,7 +42,7 @@ def estimate_step(
     from ...targets.systems.here import measure_here
 
     here = measure_here().device
-    costs = module_costs(lower_for(module, chosen, quantize))
+    costs = module_costs(lower_for(module, chosen, quantize, kv))
     total = costs.total
     read = int(total.compiled_bytes_read) + costs.at(total.state_bytes_read, past)
     needed = int(total.compiled_bytes) + costs.at(total.state_bytes, past) + RUNTIME

@@ -7,6 +7,7 @@ import json
 import click
 
 from ..errors.paths import check_source
+from ..formats.caches import BITS
 from .base import examples_epilog, json_option, key_values, shared_options, trust_option, write_text
 from .completion import complete_formats, complete_targets
 
@@ -36,6 +37,7 @@ from .completion import complete_formats, complete_targets
     shell_complete=complete_formats,
     help="As `moec compile` takes it: bytes, fit and speed in one line.  [target: cpu]",
 )
+@click.option("--kv", type=click.Choice(["auto", *BITS]), help="As `moec compile` takes it.  [default: auto]")
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="With --target: sequences.  [default: 1]")
 @click.option("--new", type=click.IntRange(min=1), metavar="N", help="New tokens of each sequence.  [default: 1]")
 @click.option("--devices", type=click.IntRange(min=1), metavar="N", help="Devices that share experts.  [default: 1]")
@@ -48,8 +50,8 @@ from .completion import complete_formats, complete_targets
 @trust_option
 @shared_options
 def inspect(
-    source: str, context: int | None, target: str | None, quantize: str | None, options: tuple[str, ...], as_json: bool,
-    trust_remote_code: bool, page: str | None, routing: str | None, **step: int | None,
+    source: str, context: int | None, target: str | None, quantize: str | None, kv: str | None,
+    options: tuple[str, ...], as_json: bool, trust_remote_code: bool, page: str | None, routing: str | None, **step: int | None,
 ) -> None:  # fmt: skip
     """Show parameters, bytes, FLOPs and KV cache.
 
@@ -63,8 +65,9 @@ def inspect(
         raise click.UsageError(
             f"{next(f'--{name}' for name in given)} is for accelerators: of the CPU one request is known"
         )
-    if target is None and (given or options):
-        raise click.UsageError(f"{next((f'--{name}' for name in given), '-D')} belongs to --target")
+    if target is None and (given or options or kv):
+        first = next((f"--{name}" for name in given), "-D" if options else "--kv")
+        raise click.UsageError(f"{first} belongs to --target")
     if page is not None and quantize is not None:
         raise click.UsageError(
             "--html is of a program as it is: leave out --quantize, or compile with it and give the artifact"
@@ -72,10 +75,12 @@ def inspect(
     if page is None and routing is not None:
         raise click.UsageError("--routing belongs to --html")
     check_source(source)
+    keys = key_values(options)
     if target is not None:
         from ...targets import open_target
 
-        open_target(target, key_values(options))
+        chosen = open_target(target, keys)
+        chosen.store_caches(chosen.pipeline, kv)
     from .report import inspect_source as report
     from .report import open_source
 
@@ -88,7 +93,7 @@ def inspect(
         from .estimate import estimate_line, estimate_step
 
         past = opened.context(context)
-        estimate = estimate_step(opened.module, str(target), quantize, key_values(options), past=past, **given)
+        estimate = estimate_step(opened.module, str(target), quantize, keys, kv=kv, past=past, **given)
         click.echo(json.dumps(estimate, indent=2) if as_json else estimate_line(estimate))
         return
     found = report(opened, context=context)
@@ -96,7 +101,7 @@ def inspect(
         from ..driver import predict
 
         past = opened.context(context)
-        found["predicted"] = predict(opened.module, target, key_values(options), quantize=None, past=past, **given)
+        found["predicted"] = predict(opened.module, target, keys, quantize=None, kv=kv, past=past, **given)
     if page is not None:
         from .inspect_page import inspect_page
 

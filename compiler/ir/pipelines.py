@@ -32,7 +32,6 @@ class PassCall:
 Pipeline: TypeAlias = tuple[PassCall, ...]
 
 LOWER = "lower"  # the pass that every target has: its own lowering
-STORE = "store-caches"  # the pass that stores keys and values in fewer bits
 
 
 def parse_pipeline(text: str) -> Pipeline:
@@ -78,9 +77,9 @@ def put_behind(pipeline: Pipeline, added: PassCall) -> Pipeline:
     return pipeline if added.name in [call.name for call in pipeline] else (*pipeline, added)
 
 
-def with_caches(pipeline: Pipeline, type: str) -> Pipeline:
-    """Return the pipeline that stores keys and values in a type."""
-    return with_options(put_behind(pipeline, PassCall(STORE)), STORE, type=type)
+def with_caches(pipeline: Pipeline, names: Collection[str], call: PassCall | None) -> Pipeline:
+    """Return the pipeline with one pass that stores caches, at its end, instead of those of these names."""
+    return (*(c for c in pipeline if c.name not in names), *((call,) if call else ()))
 
 
 def with_lowering(pipeline: Pipeline) -> Pipeline:

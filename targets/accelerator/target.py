@@ -14,7 +14,7 @@ from .artifact.options import NAMES, Options, read_options
 from .chip.chip import Profile
 from .chip.describe import profile_line
 from .chip.profile import find_profile
-from .select.activations import check_cache, rounded_pairs
+from .select.activations import cache_types, rounded_pairs
 
 if TYPE_CHECKING:
     from ...compiler.ir.module import Module
@@ -42,11 +42,7 @@ FORMATS = Formats(
 def accelerator_target(profile: Profile, source: str, options: Options) -> Target:
     """Return the target for a chip; `source` is the name or TOML file that options are put on."""
     pairs = rounded_pairs(profile, options.activations)
-    check_cache(profile, options.cache)
-    rounding = (
-        *((PassCall("quantize-activations", {"pairs": pairs}),) if pairs else ()),
-        *((PassCall("round-caches"),) if options.cache == "fp8" else ()),
-    )
+    rounding = (PassCall("quantize-activations", {"pairs": pairs}),) if pairs else ()
     return Target(
         name=profile.name,
         doc=profile_line(profile),
@@ -57,6 +53,7 @@ def accelerator_target(profile: Profile, source: str, options: Options) -> Targe
         emit=partial(_emit_artifact, profile=profile, options=options),
         load=DeferredFunction(f"{_ROOM}.run.session", "load_session"),
         options=partial(find_accelerator, source),
+        caches={name: PassCall("round-caches") if name == "fp8" else None for name in cache_types(profile)},
         predict=partial(_predict_step, profile=profile),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...compiler.ir.deferred import DeferredFunction
-from ...compiler.ir.pipelines import LOWER, STORE, PassCall
+from ...compiler.ir.pipelines import LOWER, PassCall
 from ..target import FUSED, Emitted, Formats, Ops, Probed, Target
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ...compiler.weights.sources.source import WeightSource
     from .capabilities import Record
     from .options import Options
+
+STORE = "store-caches"  # the pass that stores keys and values in fewer bits
 
 # torch, onnx and onnxruntime take seconds to import and what runs an artifact needs one of them: the functions of the
 # target are imported when they are called
@@ -114,6 +116,7 @@ TARGET = Target(
     options=_with_options,
     recorded=_record_as_probed,
     probe=_run_probe,
+    caches={name: PassCall(STORE, {"type": name}) for name in ("f32", "f16", "bf16", "int8")},
     narrow_caches=_has_own_kernels,
     processor=DeferredFunction(f"{__name__}.kernels.processor", "describe_processor"),
     packages=("onnx", "onnxruntime"),

@@ -66,6 +66,7 @@ TARGET = replace(
     formats=Formats(holds=_why_not_held, slow=_why_not_held),
     lower=lower,
     emit=_emit_artifact,
+    caches={"f32": None},
     options=_with_options,
     recorded=None,
     probe=None,

@@ -10,8 +10,9 @@ from ....compiler.cost.count import module_costs
 from ....compiler.ir.dims import Size, evaluate
 from ....compiler.ir.module import Module, Op
 from ....compiler.ops.define import any_size_text
+from ....compiler.ops.stored_states import stored_states
 from ..chip.chip import Profile
-from ..predict.work import rounded_states, state_bytes
+from ..predict.work import state_bytes
 from .shards import Shards
 
 SCHEMA = 1
@@ -48,7 +49,7 @@ def place_on_devices(module: Module, profile: Profile, found: Shards) -> dict[st
         "state": {
             "formula": any_size_text(state),
             "bytes_per_token": each,
-            "dtype": "fp8" if rounded_states(module) else "bf16",
+            "dtype": "fp8" if stored_states(module) else "bf16",
         },
         "workspace": {"tokens": tokens, "bytes": space},
         "fits": None if room is None else room >= 0,

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ....compiler.errors import MoecError
-from ..select.activations import CACHES
 from ..select.activations import CHOICES as ACTIVATIONS
 
 CHOICES = {  # the first by default
     "kernels": ("objects", "source"), "toolchain": ("found", "make"), "activations": ACTIVATIONS,
-    "cache": CACHES,
 }  # fmt: skip
 ENGINES = ("vllm", "sglang")
 
@@ -35,14 +33,12 @@ class Options:
     """The options of an artifact.
 
     `compiled`: kernels are compiled where the toolchain is installed. `make_toolchain`: triton-ascend's environment is
-    made if there is none. `activations`: what is multiplied with quantized weights, see select/activations.py. `cache`: in what attention
-    keeps the tokens that are past. `buckets`: the most tokens of a step that kernels are tuned for (None: spec.BUCKETS).
+    made if there is none. `activations`: what is multiplied with quantized weights, see select/activations.py. `buckets`: the most tokens of a step that kernels are tuned for (None: spec.BUCKETS).
     """
 
     compiled: bool = True
     make_toolchain: bool = False
     activations: str = CHOICES["activations"][0]
-    cache: str = CHOICES["cache"][0]
     buckets: tuple[int, ...] | None = None
     tuning: Tuning = field(default_factory=Tuning)
 
@@ -72,7 +68,6 @@ def read_options(given: Mapping[str, str]) -> Options:
         chosen["kernels"] == "objects",
         chosen["toolchain"] == "make",
         chosen["activations"],
-        chosen["cache"],
         _read_buckets(given),
         tuning,
     )

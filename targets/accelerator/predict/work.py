@@ -20,6 +20,7 @@ from ....compiler.ir.dims import Size, dim, evaluate, size
 from ....compiler.ir.module import Const, Function, Module, Op, Value
 from ....compiler.ir.types import TensorType, expand_range
 from ....compiler.ops import OPS, OpDef
+from ....compiler.ops.stored_states import rounded_values, stored_states
 from .experts_touched import distinct_experts
 
 MATRIX = "bf16"  # what the matrix unit multiplies: kernels widen weights of fewer bits to it
@@ -145,7 +146,7 @@ def weight_bytes(module: Module, devices: int = 1) -> int:
 
 def state_bytes(module: Module) -> Size:
     """Return the bytes of the states that a step starts from, a formula."""
-    kept = rounded_states(module)
+    kept = stored_states(module)
     return sympy.Add(
         *(
             p.type.elements * row_bits(p.type) / 8
@@ -155,32 +156,6 @@ def state_bytes(module: Module) -> Size:
             if p.type.state
         )
     )
-
-
-def rounded_states(module: Module) -> frozenset[tuple[str, str]]:
-    """Return the states, by function and name, that ops store in 8 bits (the attribute `cache`)."""
-    found: set[tuple[str, str]] = set()
-    for function in module.functions:
-        for op in function.ops:
-            if op.callee:
-                params = module.by_name[op.callee].params
-                found |= {
-                    (function.name, v.name)
-                    for p, v in zip(params, op.operands, strict=True)
-                    if v and (op.callee, p.name) in found
-                }
-            else:
-                found |= {(function.name, v.name) for v in _rounded_values(op)}
-    return frozenset(found)
-
-
-def _rounded_values(op: Op) -> set[Value]:
-    """Return the states among an op's operands and results that lie in 8 bits."""
-    definition = OPS[op.name]
-    if not definition.stored or not op.attributes.get("cache"):
-        return set()
-    results = zip((d.name for d in definition.signature.results), op.results, strict=True)
-    return {v for name, v in (*op.named, *results) if name in definition.stored}
 
 
 def row_bits(type: TensorType) -> Size:
@@ -239,7 +214,7 @@ class _Reader:
             return None  # the same in every step: made once
         weights, activations, states = self._operands(op, definition)
         appended = [v.type for name, v in op.named if v.type.state and name in definition.appends]
-        rounded = _rounded_values(op)
+        rounded = rounded_values(op)
         for result in op.results:
             if result.type.state:
                 written = _written_elements(result.type, appended)
@@ -279,7 +254,7 @@ class _Reader:
             rows = size(definition.rows[name](types, attributes))
             parted = root.name in self.weights and _is_parted(op, value)
             elements = elements / value.type.shape[0] * self._touched(rows, value.type.shape[0], parted)
-        if value in _rounded_values(op):
+        if value in rounded_values(op):
             return elements * row_bits(value.type) / 8
         return self._sized(value, root, elements)
 

@@ -18,7 +18,6 @@ from ..chip.chip import Profile
 from ..triton.architectures import nearest_architecture
 
 FNUZ = "f8e4m3fnuz"
-CACHES = ("bf16", "fp8")  # in what caches of attention lie
 CHOICES = ("auto", "bf16", "fp8", "fp4")
 # format of weights -> of the activations that they meet, and what a profile calls the product
 BLOCKS = {"fp8_b128": "fp8_g128", "fp8_g128": "fp8_g128"}
@@ -47,13 +46,9 @@ def rounded_pairs(profile: Profile, activations: str) -> str:
     return ", ".join(f"{weights}:{rows}" for weights, rows in there.items())
 
 
-def check_cache(profile: Profile, cache: str) -> None:
-    """Raise MoecError for caches in 8 bits on a chip that does not read E4M3."""
-    if cache == "fp8" and not _has_matrix_unit(profile, "fp8_g128"):
-        raise MoecError(
-            f"{profile.name} has no kernels for caches in fp8", where=f"-D cache={cache}",
-            todo="leave it out: caches are bf16; NVIDIA's GPUs from sm_89 on and AMD's from gfx942 on have them",
-        )  # fmt: skip
+def cache_types(profile: Profile) -> tuple[str, ...]:
+    """Return in what caches of attention can lie on a chip: fp8 where it reads E4M3, bf16 everywhere."""
+    return ("bf16", "fp8") if _has_matrix_unit(profile, "fp8_g128") else ("bf16",)
 
 
 def _has_matrix_unit(profile: Profile, rows: str) -> bool:

@@ -93,8 +93,8 @@ def test_latents_in_eight_bits(family, tmp_path):
     """Rounded on a chip whose E4M3 is at half, read absorbed, widened to be expanded, and read where they were chosen."""
     changes = {"kv_lora_rank": 32, "num_hidden_layers": 1, "first_k_dense_replace": 1}
     model = random_model(FAMILIES[family], **changes, **({"index_topk": 44} if family == "deepseek_v32" else {}))
-    options = {"kernels": "source", "buckets": "4,128", "cache": "fp8"}
-    artifact = moec.compile(model, target="amd-mi325x", out=tmp_path / "a", options=options)
+    options = {"kernels": "source", "buckets": "4,128"}
+    artifact = moec.compile(model, target="amd-mi325x", out=tmp_path / "a", kv="fp8", options=options)
     far, wide = run_beside(model, family, artifact.session(threads=1), (MANY, 23), 6)
     for part in (slice(1), slice(1, None)):
         off, least = (np.median(np.concatenate(rows[part])) for rows in (far, wide))
