@@ -119,8 +119,8 @@ def compile_source(
       a plan of formats; or `keep`, the default for a checkpoint that is quantized: its codes where the target holds them,
       else what is nearest. `calibration` is the text that gptq and auto look at.
     - `accuracy`: on the CPU `fast` (int8 activations beside quantized weights, the default) or `exact` (f32).
-    - `kv`: how caches are stored, of what the target has of `f32`, `f16`, `bf16`, `fp8`, `int8`; by default (`auto`) on the
-      CPU f16 beside int8 activations where moec has kernels, else f32, and on accelerators bf16.
+    - `kv`: how caches are stored, of what the target has of `f32`, `f16`, `bf16`, `fp8`, `int8`; by default (`auto`) as a model
+      of moec's own has them, on the CPU f16 beside int8 activations where moec has kernels, else f32, on accelerators bf16.
     - `plan`: the file of a plan (`moec plan -o`), whose devices' shards are written instead of an artifact of a target.
     - `memory_limit`: what tiles of weights may use beside the imports, in bytes or as 500MB. `stop_after` is a stage or a pass, `check`
       compares the numbers before and after every pass, `resume` goes on with the files of a run of the same that was stopped,
@@ -179,7 +179,8 @@ def compile_source(
         before = run_pipeline(loaded.module, passes, target=chosen, stop_after="moe", table=table).module
         return plan_under_budget(budget, method, loaded, before, table[PASS], chosen, calibration, limit)
 
-    whole, chosen_formats = with_quantization(asked, request, loaded.module, make_plan)
+    given = chosen.keep_caches(asked, loaded.caches)
+    whole, chosen_formats = with_quantization(given, request, loaded.module, make_plan)
     passes = remaining_passes(loaded.module, whole, table)
     run = run_pipeline(
         loaded.module, passes, target=chosen, check=check, dump=dumps, stop_after=stop_after, table=table

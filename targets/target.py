@@ -149,3 +149,9 @@ class Target:
             has = f"--kv {near} is the nearest of {', '.join(known)}" if len(known) > 1 else f"it has {near} only"
             raise MoecError(f"target {self.name} does not store caches as {kv}", where, todo=has)
         return with_caches(pipeline, {call.name for call in self.caches.values() if call}, self.caches[kv])
+
+    def keep_caches(self, pipeline: Pipeline, stored: str | None) -> Pipeline:
+        """Return a pipeline that stores keys and values as the source does, where a pass of its own would choose what as."""
+        choosing = {call.name for call in self.caches.values() if call}
+        chooses = any(call.name in choosing and not call.options for call in pipeline)
+        return self.store_caches(pipeline, stored) if chooses and stored in self.caches else pipeline

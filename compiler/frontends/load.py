@@ -6,9 +6,9 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MoecError
 from ..errors.hub import find_cached
@@ -22,6 +22,9 @@ from .companions import gguf_companions, live_companions, read_companions
 from .replaced.stand_ins import StandIn
 from .transformers.merge import merge_functions
 
+if TYPE_CHECKING:
+    from .onnx.model import Imported
+
 LIVE = "python:"  # how the source of a live module starts
 
 
@@ -32,7 +35,7 @@ class Loaded:
     `left_out` are tensors of the checkpoint that the program does not read, on purpose: what drafts tokens, say.
     `brought` are files that come with a live model or out of a GGUF file's metadata (see companions.py). `replaced` says in
     the place of what code of transformers functions of moec stand (see replace.py). `notes` say what was not understood and
-    is carried through as it is.
+    is carried through as it is. `caches` is what an artifact of moec that is read again stores keys and values as, if not as f32.
     """
 
     module: Module
@@ -42,6 +45,7 @@ class Loaded:
     replaced: tuple[StandIn, ...] = ()
     brought: Mapping[str, bytes] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
+    caches: str | None = None
 
     def need_weights(self) -> WeightSource:
         """Return where the weights are read; MoecError if there are none."""
@@ -89,8 +93,7 @@ def load(
     if type(source).__name__ == "ModelProto":
         from .onnx.model import import_model, source_of
 
-        module, opened, notes = import_model(source, source_of(source), f"{LIVE}ModelProto")
-        return Loaded(module, opened, None, notes=notes)
+        return _imported(import_model(source, source_of(source), f"{LIVE}ModelProto"))
     raise MoecError(
         f"a source cannot be a {type(source).__name__}",
         todo="give a checkpoint folder, a .moir file, an artifact, a torch module, an exported program or an ONNX model",
@@ -122,10 +125,9 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
     if is_onnx(path):
         from .onnx.model import import_file
 
-        module, opened_model, notes = import_file(path, name)
-        generates = any(value.name == "input_ids" for value in module.main.params)  # then a tokenizer is of use
-        brought = read_companions(path.parent) if generates else {}
-        return Loaded(module, opened_model, None, brought=brought, notes=notes)
+        loaded = _imported(import_file(path, name))
+        generates = any(value.name == "input_ids" for value in loaded.module.main.params)  # then a tokenizer is of use
+        return replace(loaded, brought=read_companions(path.parent)) if generates else loaded
     if (file := gguf_file(path)) is not None:
         from .gguf.model import import_gguf
         from .transformers.huggingface import check_weights
@@ -145,6 +147,12 @@ def _load_path(path: Path, name: str, weights: Path | str | None, trust_remote_c
             path, name.rstrip("/"), trust_remote_code=trust_remote_code, replaced=replaced
         )
     return Loaded(merge_functions(module), checkpoint, path, left_out, tuple(replaced))
+
+
+def _imported(found: Imported) -> Loaded:
+    from .onnx.interface import stored_type
+
+    return Loaded(found.module, found.weights, None, notes=found.notes, caches=stored_type(found.states))
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -179,7 +187,7 @@ def _load_text(path: Path, weights: Path | str | None) -> Loaded:
     if is_onnx(folder):
         from .onnx.model import import_file
 
-        found = import_file(folder, str(folder))[1]  # the names of its constants are made while it is read
+        found = import_file(folder, str(folder)).weights  # the names of its constants are made while it is read
         check_text_weights(module, found, text, path)
         return Loaded(module, found, None)
     if (file := gguf_file(folder)) is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..formats.format import Format
-from ..formats.table import ELEMENTS, GROUPS, INTEGER_BITS, NAMED, format_of
+from ..formats.table import ELEMENTS, GROUPS, INTEGER_BITS, NAMED, find_format, format_of
 from ..ir.recipes import Recipe, Step
 from .steps.table import step
 
@@ -214,7 +214,8 @@ def exact_formats(found: Codes) -> Iterator[Format]:
     """Yield the formats that hold the codes and their scales exactly, the fewest bits first, then the largest groups."""
     columns = found.codes.type.sizes[found.axis]
     groups = [g for g in reversed(GROUPS) if columns % g == 0 and (found.group % g == 0 or found.group >= columns)]
-    yield from (format for format in NAMED if _is_in(found, format) and columns % format.group == 0)
+    grids = [f for f in (find_format(f"{found.element}_g{g}") for g in groups) if f is not None and f.element != "int"]
+    yield from (format for format in (*NAMED, *grids) if _is_in(found, format) and columns % format.group == 0)
     if found.element == "e4m3":
         return
     for bits in INTEGER_BITS:

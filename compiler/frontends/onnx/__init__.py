@@ -7,7 +7,7 @@ graph        the function while it is written, what its names stand for, local f
 node         a node and its attributes
 numbers      sizes, axes and small constants, which are known when compiling
 folded       what a graph computes of them
-arithmetic, shapes, indexing, layers, attention, contrib
-             the operators by subject, each declared once; contrib has those of ONNX Runtime
+arithmetic, shapes, indexing, layers, attention, contrib, grids
+             the operators by subject, each declared once; contrib has those of ONNX Runtime, grids those of moec's own
 carried      operators that no ops of the IR stand for, kept as `onnx.node`
 """

@@ -10,14 +10,16 @@ from ...errors import MoecError
 from ...ir.dims import size
 from ...ir.module import Value
 from ..aten.lower import reshape
-from .graph import OnnxGraph, operator
+from .graph import OWN, OnnxGraph, operator
+from .interface import STORED
 from .masks import causal_mask, mask_of_bias, mask_of_lengths
 from .node import Item, Node
+from .origins import count_of
 
 _NO_SHARE = -1e29  # a sink that is less takes no share beside any score
 
 
-@operator("com.microsoft.GroupQueryAttention")
+@operator("com.microsoft.GroupQueryAttention", *(f"{OWN}.{name}" for name in STORED))
 def _group_query_attention(g: OnnxGraph, node: Node) -> Any:
     if any(node.has(place) for place in (12, 13, 14, 15)) or node.integer("smooth_softmax", 0) > 0:
         raise MoecError("GroupQueryAttention with quantized caches, norms of its own or a smooth softmax")
@@ -36,7 +38,8 @@ def _group_query_attention(g: OnnxGraph, node: Node) -> Any:
     scale = node.number("scale", 0.0) or int(past_key.type.shape[3]) ** -0.5
     window, softcap = max(node.integer("local_window_size", -1), 0), node.number("softcap", 0.0)
     y = g.builder.add("nn.attention", q, *present, mask, sinks, scale=scale, window=window, softcap=softcap)
-    return (reshape(g, y, (*y.type.shape[:2], y.type.shape[2] * y.type.shape[3])), *present)
+    scales = [None] * (len(node.proto.output) - 3)  # where caches are in int8
+    return (reshape(g, y, (*y.type.shape[:2], y.type.shape[2] * y.type.shape[3])), *present, *scales)
 
 
 def _sinks(g: OnnxGraph, node: Node) -> Value | None:
@@ -85,9 +88,22 @@ def _looked_up(g: OnnxGraph, table: Value, places: Value) -> Value:
     if (table, places) not in g.angles:
         if table.type.shape[0].is_Integer:
             g.longest = min(g.longest, int(table.type.shape[0]))
-        half = g.builder.add("core.take", table, places, axis=0)
+        half = _rows_in_order(g, table, places) or g.builder.add("core.take", table, places, axis=0)
         g.angles[table, places] = g.builder.add("core.concat", half, half, axis=2)
     return g.angles[table, places]
+
+
+def _rows_in_order(g: OnnxGraph, table: Value, places: Value) -> Value | None:
+    """Return the angles of each token whose rows a table has one after the other, where places count them; else None."""
+    if count_of(g, places) != (0, places.type.elements):
+        return None
+    made = g.producer(table)
+    while made is not None and made.name in ("core.concat", "core.reshape") and made.attributes.get("axis", 0) == 0:
+        found = made.inputs[0]
+        if found.type.shape[:-1] == places.type.shape:
+            return found
+        made = g.producer(found)
+    return None
 
 
 def _turned(g: OnnxGraph, x: Value, cos: Value, sin: Value) -> Value:

@@ -6,15 +6,16 @@ Their codes, scales and zero points become recipes of `dequantize`: the pass kee
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from ...errors import MoecError
 from ...ir.activation import Activation
 from ...ir.module import Value
-from ...ir.recipes import Recipe
+from ...ir.recipes import Recipe, tensors_of
 from ...weights.steps.table import step
 from ..aten.lower import reshape
-from .graph import OnnxGraph, operator
+from .graph import OnnxGraph, identifier, operator
 from .layers import bias_of
 from .node import Item, Node
 
@@ -43,7 +44,7 @@ def _dequantized(g: OnnxGraph, items: tuple[Item | None, ...], bits: int, block:
     *lead, rows = (
         codes.type.sizes[:-2] if codes.type.sizes[-2:] == (groups, block * bits // 8) else codes.type.sizes[:-1]
     )
-    codes = _unpacked(_shaped(codes, *lead, rows, packed), bits, groups * block)
+    codes = unpacked(_shaped(codes, *lead, rows, packed), bits, groups * block)
     if groups * block != width:
         codes = step("slice", codes, axis=len(lead) + 1, start=0, stop=width)
     parts = [codes, _shaped(scales, *lead, rows, groups)]
@@ -51,11 +52,12 @@ def _dequantized(g: OnnxGraph, items: tuple[Item | None, ...], bits: int, block:
         zeros = recipe_of(g, items[2], f"the zero points of {label}")
         if zeros.type.dtype != "u8":
             raise MoecError(f"{label} with zero points {zeros.type}")
-        parts.append(_unpacked(_shaped(zeros, *lead, rows, -(-groups * bits // 8)), bits, groups))
+        parts.append(unpacked(_shaped(zeros, *lead, rows, -(-groups * bits // 8)), bits, groups))
     return step("dequantize", *parts, block=(*(1 for _ in lead), 1, block), bits=bits)
 
 
-def _unpacked(recipe: Recipe, bits: int, size: int) -> Recipe:
+def unpacked(recipe: Recipe, bits: int, size: int) -> Recipe:
+    """Return codes that lie in bytes along the last axis, `size` of them."""
     if bits == 8:
         return recipe
     return step("unpack", recipe, bits=bits, axis=len(recipe.type.shape) - 1, size=size)
@@ -71,19 +73,19 @@ def _matmul_nbits(g: OnnxGraph, node: Node) -> Any:
     if recipe.type.sizes != (node.integer("N"), width):
         raise MoecError(f"MatMulNBits of {recipe.type}, N = {node.integer('N')}")
     bias = g.value(node.inputs[5]) if node.has(5) else None
-    return g.call("aten.linear", x, _weight(g, node, recipe), bias)
+    return g.call("aten.linear", x, const_of_recipe(g, recipe), bias)
 
 
 def _optional(node: Node, *places: int) -> tuple[Item | None, ...]:
     return tuple(node.inputs[place] if node.has(place) else None for place in places)
 
 
-def _weight(g: OnnxGraph, node: Node, recipe: Recipe) -> Value:
-    """Return a weight made of codes, once for all its readers."""
+def const_of_recipe(g: OnnxGraph, recipe: Recipe) -> Value:
+    """Return a weight made of codes, once for all its readers, named as the codes are."""
     found = g.made_of.get(recipe)
     if found is None:
-        name = next((v.name for v in node.inputs if isinstance(v, Value) and v.name in g.builder.consts), "weight")
-        found = g.made_of[recipe] = g.builder.const(name.removesuffix("_codes"), recipe)
+        name = identifier(next(tensors_of(recipe)).name)
+        found = g.made_of[recipe] = g.builder.const(re.sub(r"[._]codes$", "", name), recipe)
     return found
 
 
@@ -98,7 +100,7 @@ def _gather_block_quantized(g: OnnxGraph, node: Node) -> Any:
         raise MoecError(f"GatherBlockQuantized of {recipe.type}")
     width = recipe.type.sizes[1] * 8 // bits
     whole = _dequantized(g, (codes, *_optional(node, 2, 3)), bits, node.integer("block_size", 128), width, node.type)
-    return g.builder.add("nn.embedding", g.cast(index, "i64"), _weight(g, node, whole))
+    return g.builder.add("nn.embedding", g.cast(index, "i64"), const_of_recipe(g, whole))
 
 
 @operator("com.microsoft.QMoE")
@@ -110,13 +112,13 @@ def _qmoe(g: OnnxGraph, node: Node) -> Any:
     x, bits = g.value(node.inputs[0]), node.integer("expert_weight_bits", 4)
     up_codes = recipe_of(g, node.inputs[2], "the codes of QMoE")
     widths = [int(x.type.shape[-1]), 0]
-    act = _activation(node)
+    act = activation_of(node)
     widths[1] = up_codes.type.sizes[1] // (2 if act.gated else 1)
     weights = []
     for places, width in (((2, 3, 11), widths[0]), ((5, 6, 12), widths[1])):
         block = node.integer("block_size", 0) or width
         recipe = _dequantized(g, _optional(node, *places), bits, block, width, "QMoE")
-        weights.append(_weight(g, node, recipe))
+        weights.append(const_of_recipe(g, recipe))
     return _experts(g, node, x, act, weights, [4, 7], 14)
 
 
@@ -125,10 +127,11 @@ def _moe(g: OnnxGraph, node: Node) -> Any:
     if node.has(6):
         raise MoecError("MoE with gates in a matrix of their own (fc3)")
     weights = [g.value(node.inputs[place]) for place in (2, 4)]
-    return _experts(g, node, g.value(node.inputs[0]), _activation(node), weights, [3, 5], None)
+    return _experts(g, node, g.value(node.inputs[0]), activation_of(node), weights, [3, 5], None)
 
 
-def _activation(node: Node) -> Activation:
+def activation_of(node: Node) -> Activation:
+    """Return what is computed between the matrices of an expert."""
     kind, fusion = node.text("activation_type", "relu"), node.integer("swiglu_fusion", 0)
     if kind == "swiglu" and fusion in (1, 2):
         alpha, beta = node.number("activation_alpha", 1.0), node.number("activation_beta", 0.0)

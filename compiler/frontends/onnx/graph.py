@@ -30,6 +30,7 @@ from .numbers import MOST, Numbers
 Operator = Callable[["OnnxGraph", Node], Any]
 OPERATORS: dict[str, Operator] = {}
 MOST_NODES = 1 << 20  # written in all, those of functions for each call
+OWN = "moec"  # the domain of operators that moec writes with functions, whose bodies say the same in many nodes
 _DEEPEST = 32  # functions that call functions
 _HOLE = re.compile(r"\{\d+\.\.\d+\}|\{\w+\}")
 
@@ -181,7 +182,7 @@ class OnnxGraph(Graph):
             if folded is not None:
                 return (folded,)
         function = self.functions.get((node.proto.domain, node.type))
-        if function is not None:
+        if function is not None and not (node.domain == OWN and node.label in OPERATORS):
             return self._write_function(node, function, depth)
         before, scalars = len(self.builder.ops), dict(self.scalars)
         try:

@@ -14,21 +14,28 @@ from ...errors import MoecError
 from ...ir.dims import Size, dim, size
 from ...ir.module import Function
 from ...ir.types import TensorType
-from .graph import OnnxGraph
+from .graph import OWN, OnnxGraph
 
 IDS, EMBEDDED, MASK = "input_ids", "inputs_embeds", "attention_mask"
 BATCH, NEW, PAST = "B", "S", "P"  # what a step's sizes are called in programs, see the session of a target
-_JOINING = ("Concat", "GroupQueryAttention", "Attention")  # what appends to caches
+# moec's own attention by what its caches are stored as (see targets/cpu/kernels/caches.py); those of int8 have scales beside them
+STORED = {"GroupQueryAttentionF16": "f16", "GroupQueryAttentionBF16": "bf16", "GroupQueryAttentionInt8": "int8"}
+_SCALED = 2  # after so many caches of one of these come as many scales
+_JOINING = ("Concat", "GroupQueryAttention", "Attention", *STORED)  # what appends to caches
 _LONG_WALK = 64
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache: the output that it comes back as, the axis that grows, and the node that appends to it."""
+    """A cache: the output that it comes back as, the axis that grows, and the node that appends to it.
+
+    One that holds the `scales` of another is no state of the program, where caches are numbers.
+    """
 
     present: str
     axis: int
     node: NodeProto
+    scales: bool = False
 
 
 def find_states(graph: GraphProto, types: Mapping[str, TensorType]) -> dict[str, Cache]:
@@ -41,10 +48,18 @@ def find_states(graph: GraphProto, types: Mapping[str, TensorType]) -> dict[str,
         if node.op_type not in _JOINING or not pasts or len(pasts) != len(presents):
             continue
         axis = _attribute(node, "axis", 0) if node.op_type == "Concat" else 2
-        for past, present in zip(pasts, presents, strict=True):
+        for i, (past, present) in enumerate(zip(pasts, presents, strict=True)):
             if node.op_type != "Concat" or list(node.input[:1]) == pasts:
-                found[past] = Cache(present, axis % len(types[past].shape), node)
+                scales = node.op_type in STORED and i >= _SCALED
+                found[past] = Cache(present, axis % len(types[past].shape), node, scales)
     return found if len({cache.present for cache in found.values()}) == len(found) else {}
+
+
+def stored_type(states: Mapping[str, Cache]) -> str | None:
+    """Return what all caches of a model of moec's own are stored as, as `--kv` names it; None for those of other models."""
+    nodes = [cache.node for cache in states.values()]
+    found = {STORED.get(node.op_type, "f32") if node.domain == OWN else None for node in nodes}
+    return found.pop() if len(found) == 1 else None
 
 
 def _attribute(node: NodeProto, name: str, default: int) -> int:
@@ -111,7 +126,7 @@ def _linear_width(graph: GraphProto, name: str) -> int:
 
 def order_states(main: Function, g: OnnxGraph, states: Mapping[str, Cache], names: Mapping[str, str]) -> Function:
     """Return the function with its states last, in the order in which they come back; MoecError for one that does not."""
-    pasts = {names[cache.present]: g.value(g.items[before]) for before, cache in states.items()}
+    pasts = {names[cache.present]: g.value(g.items[before]) for before, cache in states.items() if not cache.scales}
     presents = [value for value in main.results if value.type.state]
     if {v.name for v in presents} != set(pasts):
         lacking = next(iter(pasts.keys() ^ {v.name for v in presents}))

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from onnx import GraphProto, ModelProto, TypeProto
+from onnx import ModelProto, TypeProto
 
 from ...errors import MoecError
 from ...ir.dce import eliminate_dead_code
@@ -19,10 +20,10 @@ from ...ir.types import TensorType
 from ...ops.builder import IRBuilder
 from ...weights.sources.onnx import OnnxSource, constants_of
 from ..transformers.model_errors import CODE_ERRORS
-from . import arithmetic, attention, contrib, indexing, layers, shapes  # noqa: F401  (these fill the table of operators)
+from . import arithmetic, attention, contrib, grids, indexing, layers, shapes  # noqa: F401  (these fill the table of operators)
 from .carried import carry_node
 from .graph import OnnxGraph, identifier
-from .interface import NEW, PAST, find_states, order_states, shared_sizes
+from .interface import NEW, PAST, STORED, Cache, find_states, order_states, shared_sizes
 from .model_file import open_model
 from .node import computed_dtype
 
@@ -31,14 +32,26 @@ _OLDEST, _NEWEST = 13, 26  # of ONNX's operators, as the table says what they do
 _DEFAULTS = ("", "ai.onnx")
 
 
-def import_file(path: Path, name: str) -> tuple[Module, OnnxSource, tuple[Note, ...]]:
-    """Return the module (stage graph) of an ONNX file, where its weights are read, and what was not raised and why."""
+class Imported(NamedTuple):
+    """The module (stage graph) of a model, where its weights are read, what was not raised and why.
+
+    `states` are its caches by the names of its inputs.
+    """
+
+    module: Module
+    weights: OnnxSource
+    notes: tuple[Note, ...]
+    states: Mapping[str, Cache]
+
+
+def import_file(path: Path, name: str) -> Imported:
+    """Return what an ONNX file is as a module."""
     model, content = open_model(path)
     return import_model(model, OnnxSource(path, content), name)
 
 
-def import_model(model: ModelProto, source: OnnxSource, name: str) -> tuple[Module, OnnxSource, tuple[Note, ...]]:
-    """Return the module of a model; MoecError for what can neither be raised to ops of the IR nor carried through."""
+def import_model(model: ModelProto, source: OnnxSource, name: str) -> Imported:
+    """Return what a model is as a module; MoecError for what can neither be raised to ops of the IR nor carried through."""
     try:
         return _import_graph(model, source, name)
     except MoecError as error:
@@ -50,7 +63,7 @@ def import_model(model: ModelProto, source: OnnxSource, name: str) -> tuple[Modu
         ) from error
 
 
-def _import_graph(model: ModelProto, source: OnnxSource, name: str) -> tuple[Module, OnnxSource, tuple[Note, ...]]:
+def _import_graph(model: ModelProto, source: OnnxSource, name: str) -> Imported:
     graph = model.graph
     opsets = {("" if o.domain in _DEFAULTS else o.domain): o.version for o in model.opset_import}
     if not _OLDEST <= opsets.get("", 1) <= _NEWEST:
@@ -73,27 +86,33 @@ def _import_graph(model: ModelProto, source: OnnxSource, name: str) -> tuple[Mod
     )  # fmt: skip
     states = find_states(graph, types)
     types, dims.renamed = shared_sizes(graph, types, states)
+    scales = {cache.present for cache in states.values() if cache.scales}
     for name_, type_ in types.items():
-        kept = replace(type_, state=True) if name_ in states else type_
-        g.items[name_] = g.builder.param(identifier(name_), kept)
-    results = {info.name: g.builder.names.fresh(identifier(info.name)) for info in graph.output}
+        cache = states.get(name_)
+        if cache is not None and cache.scales:
+            g.items[name_] = None  # caches are numbers, whatever they are stored as
+        else:
+            dtype = "f32" if cache is not None and cache.node.op_type in STORED else type_.dtype
+            g.items[name_] = g.builder.param(identifier(name_), replace(type_, dtype=dtype, state=cache is not None))
+    outputs = [info.name for info in graph.output if info.name not in scales]
+    results = {name: g.builder.names.fresh(identifier(name)) for name in outputs}
     for name_, tensor in tensors.items():
         g.items[name_] = g.add_tensor(tensor, name_)
     g.write_nodes(graph.node, g.items, {})
-    main = eliminate_dead_code(order_states(_name_results(g, graph, results), g, states, results))
-    return Module("graph", dims.ranges(main, g.longest), (main,), name), source, tuple(g.notes)
+    main = eliminate_dead_code(order_states(_name_results(g, results), g, states, results))
+    return Imported(Module("graph", dims.ranges(main, g.longest), (main,), name), source, tuple(g.notes), states)
 
 
-def _name_results(g: OnnxGraph, graph: GraphProto, names: Mapping[str, str]) -> Function:
-    """Return the function with its results under the names that the model gives them."""
-    if lacking := [info.name for info in graph.output if info.name not in g.items]:
+def _name_results(g: OnnxGraph, names: Mapping[str, str]) -> Function:
+    """Return the function with its results under names: those in programs by those that the model gives them."""
+    if lacking := [name for name in names if name not in g.items]:
         raise MoecError(f"no node makes the output {lacking[0]}")
     results = []
-    for info in graph.output:
-        value = g.value(g.items[info.name])
+    for name in names:
+        value = g.value(g.items[name])
         taken = value in g.builder.params or value.name in g.builder.consts or value in results
         results.append(g.builder.add("core.reshape", value, shape=value.type.shape) if taken else value)
-    renamed = {value.name: names[info.name] for value, info in zip(results, graph.output, strict=True)}
+    renamed = {value.name: name for value, name in zip(results, names.values(), strict=True)}
     main = g.builder.build(results).renamed(renamed)
     return replace(main, results=tuple(Value(renamed[v.name], v.type) for v in results))
 

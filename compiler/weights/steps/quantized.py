@@ -14,6 +14,7 @@ from ...errors import MoecError
 from ...formats.format import PART_NAMES, Format, Parts
 from ...formats.table import find_format, format_of
 from ...ir.deferred import torch
+from ...ir.dtypes import DTYPES
 from ...ir.recipes import WEIGHT, Recipe, Step, steps_of, tensors_of
 from ...ir.types import Attrs, TensorType
 from ..calibrated import Calibrated
@@ -105,7 +106,7 @@ def _packed_parts(quantized: Step, box: Box, inner: Evaluator) -> Parts:
         raise ValueError("some scales are infinite or not numbers")
     parts = {
         "codes": pack_bits(inner(codes, box), format.bits),
-        "scales": scales.view(torch.uint8) if format.scale == "f8e8m0" else scales.float(),
+        "scales": scales.view(torch.uint8) if format.scale == "f8e8m0" else scales.to(DTYPES[format.scale].torch),
     }
     if format.zeros:
         half = torch.full(scales.shape, 1 << (format.bits - 1), dtype=torch.uint8)
