@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..passes import PASSES
 from ..targets import OWN, Target, declare_kernel_ops, open_target
-from .artifact.ahead import check_dump, check_places, check_room, output_folder
+from .artifact.ahead import check_dump, check_places, check_room, check_workers, output_folder
 from .artifact.atomic import atomic_folder
 from .artifact.manifest import write_manifest
 from .artifact.remote import check_remote, is_url, near_folder, near_place, publish_folder
@@ -107,6 +107,7 @@ def compile_source(
     plan: Path | str | None = None,
     download: bool = False,
     resume: bool = False,
+    workers: str | int | None = None,
 ) -> Compiled:
     """Compile a source for a target into the folder `out`.
 
@@ -125,6 +126,7 @@ def compile_source(
     - `memory_limit`: what tiles of weights may use beside the imports, in bytes or as 500MB. `stop_after` is a stage or a pass, `check`
       compares the numbers before and after every pass, `resume` goes on with the files of a run of the same that was stopped,
       and keeps them where this one is stopped.
+    - `workers`: a Dask scheduler (`tcp://HOST:PORT`), or a number of local processes, that compute tiles of weights: the same bytes.
 
     Raises MoecError; the folder is then as it was before.
     """
@@ -143,6 +145,7 @@ def compile_source(
         check_stop(stop_after, table)
     limit = MEMORY_LIMIT if memory_limit is None else parse_bytes(memory_limit)
     tile = tile_bytes(limit)
+    check_workers(workers)
     dumps = check_dump(Path(dump)) if dump is not None else None
     if download:
         download_model(source)
@@ -160,16 +163,12 @@ def compile_source(
     from .rewrite.pipeline import remaining_passes, run_pipeline
     from .runtime.artifact import record_figures
     from .weights.heap import returning_freed_memory
+    from .weights.workers import divided_source
 
     declare_kernel_ops(chosen)
     with begin_phase("importing"):
-        loaded = load(
-            near,
-            weights=weights,
-            tokenizer=tokenizer,
-            example_inputs=example_inputs,
-            trust_remote_code=trust_remote_code,
-        )
+        loaded = load(near, weights=weights, tokenizer=tokenizer, example_inputs=example_inputs,
+                      trust_remote_code=trust_remote_code)  # fmt: skip
     if near is not source:
         loaded = replace(loaded, module=replace(loaded.module, source=str(source)))
 
@@ -199,13 +198,14 @@ def compile_source(
         todo = "add method=gptq or method=awq to --quantize, or leave the text out"
         raise MoecError("nothing reads the calibration text", str(calibration), todo=todo)
     figures: dict[str, Any] = {}
-    with returning_freed_memory(memory_limit is not None or calibrating):
+    given_key = journal_key(*map(str, sorted((options or {}).items())), Path(plan).read_text() if plan else "")
+    freed = returning_freed_memory(memory_limit is not None or calibrating)
+    with freed, divided_source(loaded.need_weights(), workers) as divided:
         if calibrating:
-            loaded, figures["calibration"] = calibrate_weights(loaded, run.given.get(LOWER), calibration, folder, limit)
-        artifact = _emit_artifact(
-            run, loaded, chosen, whole, folder, tile, figures, chosen_formats,
-            journal_key(*map(str, sorted((options or {}).items())), Path(plan).read_text() if plan else ""), resume,
-        )  # fmt: skip
+            calibrated = calibrate_weights(loaded, run.given.get(LOWER), calibration, folder, limit, divided)
+            loaded, figures["calibration"] = calibrated
+        loaded = loaded if divided is None else replace(loaded, weights=divided.divide(loaded.need_weights()))
+        artifact = _emit_artifact(run, loaded, chosen, whole, folder, tile, figures, chosen_formats, given_key, resume)
     if verify:
         against = loaded.folder if stored else source
         artifact = record_figures(folder, {"measured": artifact.verify(against=against).to_dict()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import MoecError
@@ -18,6 +19,7 @@ from .atomic import check_replaceable
 from .generation_files import find_end_tokens, find_sampling
 
 WEIGHTS = ("*.safetensors", "*.gguf")
+MOST_WORKERS = 1024
 # of the checkpoint's bytes that an artifact takes at least: towers that are left out and few bits both make it smaller
 LEAST_PLAIN, LEAST_QUANTIZED = 0.5, 1 / 16
 
@@ -103,3 +105,15 @@ def output_folder(
     asked = Path(quantize).stem if quantize and quantize.endswith(".json") else quantize or ""
     formats = re.sub(r"[^\w.]+", "-", f"{asked}-{budget}" if budget else asked)[:60].strip("-")
     return Path("-".join(part for part in (name, target, formats) if part))
+
+
+def check_workers(given: str | int | None) -> None:
+    """Raise MoecError for what names no workers, and where the extra that reaches them is not installed."""
+    if given is None:
+        return
+    workers = str(given)
+    if not workers.startswith(("tcp://", "tls://")) and not (workers.isdecimal() and 1 <= int(workers) <= MOST_WORKERS):
+        todo = f"the address of a Dask scheduler (tcp://HOST:PORT), or a number of local processes up to {MOST_WORKERS}"
+        raise MoecError(f"{workers!r} names no workers", "--workers", todo=todo)
+    if find_spec("distributed") is None:
+        raise MoecError("workers need Dask distributed, which is not installed", todo="pip install 'moec[workers]'")

@@ -126,6 +126,11 @@ def main() -> None:
 @click.option(
     "--resume", is_flag=True, help="Go on where a run of the same was stopped; what it wrote is kept when this one is."
 )
+@click.option(
+    "--workers",
+    metavar="ADDRESS|N",
+    help="A Dask scheduler (tcp://HOST:PORT), or N local processes, that compute weights.",
+)
 @click.option("--plan", metavar="FILE", help="Write the shards of the devices of a plan (`moec plan -o FILE`).")
 @json_option
 @trust_option

@@ -65,6 +65,10 @@ class _Hashed(tuple):
             self._hash = super().__hash__()
         return self._hash
 
+    def __reduce__(self) -> tuple[type, tuple[tuple[Any, ...]]]:
+        """Leave the hash out of a copy for another process, where texts have other hashes."""
+        return _Hashed, (tuple(self),)
+
 
 Recipe = Tensor | Literal | Step
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..formats.format import Format
     from ..ir.module import Op
     from ..rewrite.declare import PassDef
+    from ..weights.sources.source import WeightSource
 
 _LOWERED = "the program is already lowered"
 
@@ -48,11 +49,12 @@ def plan_under_budget(
 
 
 def calibrate_weights(
-    loaded: Loaded, module: Module | None, file: Path | str | None, out: Path, limit: int
-) -> tuple[Loaded, dict[str, Any]]:
+    loaded: Loaded, module: Module | None, file: Path | str | None, out: Path, limit: int, divided: WeightSource | None = None,
+) -> tuple[Loaded, dict[str, Any]]:  # fmt: skip
     """Return the source with weights that know their inputs on a text, and what there is to report of it.
 
-    `module` is the one that is to be lowered; None if it is lowered already. `limit` are the bytes to work in.
+    `module` is the one that is to be lowered; None if it is lowered already. `limit` are the bytes to work in. `divided` is the
+    source with workers, which fit factors.
     """
     from ..weights.awq import fit_awq_factors
     from ..weights.calibrated import Calibrated
@@ -67,7 +69,7 @@ def calibrate_weights(
     weights = loaded.need_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
     found = collect_inputs(module, weights, windows_of(text, module), out.parent, limit)
-    fitted = fit_awq_factors(module, weights, found.inputs)
+    fitted = fit_awq_factors(module, divided or weights, found.inputs)
     source = Calibrated(weights, found.inputs, fitted, limit // 4)
     return replace(loaded, weights=source), {"text": text.sha256, **found.to_dict()}
 

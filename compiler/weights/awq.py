@@ -7,7 +7,8 @@ has its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,27 +19,39 @@ from ..ir.recipes import Recipe, Step, Tensor, bind_recipe
 from ..ir.types import TensorType
 from .calibrated import Inputs, inputs_of
 from .evaluate import evaluate_recipe
-from .sources.source import WeightSource
+from .sources.source import Box, ElsewhereSource, WeightSource
 from .steps.quantized import method_of
 
 STEPS = 10  # the exponent is tried in tenths
 TILE = 4 << 20  # bytes of f32 of a weight that are worked on at once
 ROWS = 512  # inputs of a weight (of one expert) that the error is taken on
+Sampled = tuple[
+    Step, torch.Tensor, list[tuple[int | None, torch.Tensor]]
+]  # a weight, inputs f32[N, K] of it and of each expert
 
 
 def fit_awq_factors(module: Module, source: WeightSource, inputs: Mapping[str, Inputs]) -> dict[str, torch.Tensor]:
     """Return the factors of all scaled weights of a program by name, from the inputs that a calibration kept."""
     found: dict[str, torch.Tensor] = {}
+    jobs: list[Callable[[], None]] = []
+
+    def fit(place: torch.Tensor, weights: list[tuple[Step, Inputs, int | None]]) -> None:
+        place.copy_(_search_factors(weights[0][0], source, None, [_sampled(*each) for each in weights]))
+
     for name, weights in _scaled_weights(module).items():
         per_expert = len(weights[0][0].sizes) == 2
         quantized = [(w, inputs_of(w, inputs)) for _, w in weights if w.name == "quantize" and method_of(w) == "awq"]
         found[name] = torch.ones(weights[0][0].sizes)
         if per_expert:
             for weight, seen in quantized:
-                for e in range(len(found[name])):
-                    found[name][e] = _search_factors([(weight, seen, e)], source)
+                jobs += [partial(fit, place, [(weight, seen, e)]) for e, place in enumerate(found[name])]
         elif quantized:
-            found[name] = _search_factors([(w, i, None) for w, i in quantized], source)
+            jobs.append(partial(fit, found[name], [(w, i, None) for w, i in quantized]))
+    if isinstance(source, ElsewhereSource):
+        source.run_all(jobs)
+    else:
+        for job in jobs:
+            job()
     return found
 
 
@@ -63,10 +76,19 @@ def _scaled_weights(module: Module) -> dict[str, list[tuple[TensorType, Step]]]:
     return found
 
 
-def _search_factors(weights: list[tuple[Step, Inputs, int | None]], source: WeightSource) -> torch.Tensor:
+def _sampled(weight: Step, seen: Inputs, one: int | None) -> Sampled:
+    """Return a weight (one expert of it) with samples of its inputs: of each expert, or of the whole."""
+    alone = one is not None or len(weight.type.shape) == 2
+    experts = [one] if alone else [*range(weight.type.sizes[0])]
+    return weight, _sampled_inputs(seen, one, weight), [(e, _sampled_inputs(seen, e, weight)) for e in experts]
+
+
+def _search_factors(first: Step, source: WeightSource, box: Box | None, weights: list[Sampled]) -> torch.Tensor:
     """Return the factors f32[K] that make the rounding of some weights, which share their inputs, err least."""
-    first, given, one = weights[0]
-    level = _sampled_inputs(given, one, first).abs().sum(0)
+    if isinstance(source, ElsewhereSource):
+        found: torch.Tensor = source.run(_search_factors, first, box, weights)
+        return found
+    level = weights[0][1].abs().sum(0)
     if not float(level.max()) > 0:
         return torch.ones_like(level)
     candidates = []
@@ -74,10 +96,9 @@ def _search_factors(weights: list[tuple[Step, Inputs, int | None]], source: Weig
         s = (level / level.max()).clamp(min=1e-4).pow(tenth / STEPS)
         candidates.append(s / (s.max() * s.min()).sqrt())
     errors = torch.zeros(len(candidates))
-    for weight, seen, e in weights:
+    for weight, _, sampled in weights:
         format = format_of(weight.type.dtype)
-        for expert in [e] if e is not None or len(weight.type.shape) == 2 else range(weight.type.sizes[0]):
-            x = _sampled_inputs(seen, expert, weight)
+        for expert, x in sampled:
             for numbers in _weight_rows(weight, expert, source):
                 for i, s in enumerate(candidates):
                     rounded = format.decode(format.encode(numbers * s), numbers.shape[1]).div_(s)

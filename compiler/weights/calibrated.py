@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -36,14 +36,13 @@ class Inputs:
 
     def gram_matrix(self, expert: int | None) -> torch.Tensor | None:
         """Return XᵀX f32[K, K] of the rows X of an expert, or of the whole weight for None; None if they are too few."""
+        pieces = self.pieces(expert)
+        return None if pieces is None else sum_of_grams(pieces, self.rows[0:0].shape[1])
+
+    def pieces(self, expert: int | None) -> Iterator[torch.Tensor] | None:
+        """Return the rows of an expert, or of the whole weight for None, a few f32[N, K] at a time; None if they are too few."""
         places = self._row_places(expert)
-        if places is None:
-            return None
-        width = self.rows[0:0].shape[1]
-        found = torch.zeros(width, width)
-        for piece in self._row_chunks(places):
-            found.addmm_(piece.T, piece)
-        return found
+        return None if places is None else self._row_chunks(places)
 
     def sample(self, expert: int | None, most: int) -> torch.Tensor | None:
         """Return about `most` of the rows f32[N, K], equally far apart."""
@@ -102,26 +101,40 @@ class Calibrated:
 
     def factor(self, quantized: Step, expert: int | None) -> torch.Tensor | None:
         """Return gptq's factor for a weight (of one expert); None for an expert that saw too few tokens, or only zeros."""
-        from ..formats.gptq import factor_of
-
-        found = inputs_of(quantized, self.inputs)
-        key = (str(quantized.attributes[WEIGHT]), expert)
+        key = (str(quantized.attributes.get(WEIGHT)), expert)
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:  # the threads that work on tiles of the same weight wait for the first of them
             with self._lock:
                 if key in self._factors:
                     return self._factors[key]
+            found = inputs_of(quantized, self.inputs)
             size = 4 * quantized.type.sizes[-1] ** 2
             alone = self._making if 2 * _PARTS * size > self.room else nullcontext()
             with alone:
-                gram = found.gram_matrix(expert)
-                factor = None if gram is None else factor_of(gram)
+                pieces = found.pieces(expert)
+                factor = None if pieces is None else factor_from(pieces, quantized.type.sizes[-1])
             with self._lock:
                 self._factors[key] = factor
                 while len(self._factors) > max(1, min(_KEPT, self.room // size - _PARTS)):
                     self._factors.popitem(last=False)
             return factor
+
+
+def sum_of_grams(pieces: Iterable[torch.Tensor], width: int) -> torch.Tensor:
+    """Return XᵀX f32[K, K] of rows that come in pieces [N, K]."""
+    found = torch.zeros(width, width)
+    for piece in pieces:
+        rows = piece.float()
+        found.addmm_(rows.T, rows)
+    return found
+
+
+def factor_from(pieces: Iterable[torch.Tensor], width: int) -> torch.Tensor | None:
+    """Return gptq's factor of the weight whose inputs come in pieces [N, K]; None for inputs that are only zeros."""
+    from ..formats.gptq import factor_of
+
+    return factor_of(sum_of_grams(pieces, width))
 
 
 def inputs_of(quantized: Step, inputs: Mapping[str, Inputs]) -> Inputs:

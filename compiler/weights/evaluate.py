@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..ir.dtypes import DTYPES, torch_dtype
-from ..ir.recipes import Literal, Recipe, Tensor
-from .sources.source import Box, WeightSource, check_box, full_box, slice_box
+from ..ir.recipes import Literal, Recipe, Step, Tensor
+from .sources.source import Box, ElsewhereSource, WeightSource, check_box, full_box, slice_box
 from .steps.declare import box_sizes
 from .steps.table import STEPS
 
@@ -45,7 +45,9 @@ def evaluate_recipe(recipe: Recipe, source: WeightSource, box: Box | None = None
     may share memory with the source and must not be written to. Raises MoecError for tensors that the source lacks
     or holds with another type.
     """
-
+    if isinstance(source, ElsewhereSource) and isinstance(recipe, Step):
+        found: torch.Tensor = source.run(evaluate_recipe, recipe, box)
+        return row_major(found)
     sizes = recipe.type.sizes
     return row_major(RecipeEvaluator(source)(recipe, full_box(sizes) if box is None else check_box(box, sizes)))
 

@@ -26,7 +26,7 @@ from .heap import keep_freed_memory
 from .journal import Journal
 from .memory import TILE_BYTES, usable_threads
 from .rows import encode_rows
-from .sources.source import Box, WeightSource
+from .sources.source import Box, ElsewhereSource, WeightSource
 from .steps.quantized import is_part, row_tiles
 from .steps.table import step
 from .tiles import tile_boxes
@@ -215,6 +215,11 @@ class DataFile(TiledFile):
         for name, part in encode_rows(quantized, source, box).items():
             flat = row_major(part.contiguous().reshape(_box_elements(box), -1)).view(torch.uint8)
             self.write(offsets[name] + first * flat.shape[1], flat.reshape(-1).numpy().data)
+
+
+def tile_threads(source: WeightSource) -> int | None:
+    """Return how many tiles of a source to work on at once; None for as many as this process has threads."""
+    return source.threads if isinstance(source, ElsewhereSource) else None
 
 
 def _box_elements(box: Box) -> int:

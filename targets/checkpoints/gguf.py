@@ -23,7 +23,7 @@ from ...compiler.ir.dtypes import DTYPES
 from ...compiler.ir.module import Module
 from ...compiler.ir.recipes import Recipe, Tensor
 from ...compiler.weights.evaluate import evaluate_recipe, row_major
-from ...compiler.weights.sink import TiledFile
+from ...compiler.weights.sink import TiledFile, tile_threads
 from ...compiler.weights.sources.gguf import TYPE_NUMBERS
 from ...compiler.weights.sources.source import WeightSource
 from ...compiler.weights.steps.table import step
@@ -80,7 +80,7 @@ def write_gguf(
     about, notes = tokenizer_metadata(folder, rows)
     head, places = gguf_header({**model_metadata(config, architecture), **about}, tensors)
     turned = partial(turned_heads, architecture=architecture, config=config)
-    with TiledFile(folder / FILE, progress) as file:
+    with TiledFile(folder / FILE, progress, tile_threads(source)) as file:
         file.write(0, memoryview(head))
         file.size = len(head) + sum(t.bytes + -t.bytes % _ALIGNMENT for t in tensors.values())
         writer = _Writer(file, tensors, places, source, tile_bytes, exported, turned)

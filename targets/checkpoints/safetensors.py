@@ -23,7 +23,7 @@ from ...compiler.ir.module import Module
 from ...compiler.ir.notes import Note
 from ...compiler.ir.recipes import Tensor
 from ...compiler.weights.evaluate import evaluate_recipe, row_major
-from ...compiler.weights.sink import TiledFile
+from ...compiler.weights.sink import TiledFile, tile_threads
 from ...compiler.weights.sources.checkpoint import INDEX, SINGLE
 from ...compiler.weights.sources.safetensors_header import header_bytes, tensor_bytes
 from ...compiler.weights.sources.source import Box, WeightSource
@@ -80,7 +80,7 @@ def write_checkpoint(
     before = 0
     for name, shard in zip(paths, shards, strict=True):
         told = None if progress is None else partial(_report_bytes, progress, before)
-        with TiledFile(folder / name, told) as file:
+        with TiledFile(folder / name, told, tile_threads(source)) as file:
             head, places = header_bytes({k: t for p in shard for k, t in p.tensors.items()}, {"format": "pt"})
             file.write(0, memoryview(head))
             file.size = len(head) + sum(tensor_bytes(*t) for p in shard for t in p.tensors.values())

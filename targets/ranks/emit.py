@@ -11,7 +11,7 @@ from typing import Any
 from ...compiler.errors import MoecError, write_error
 from ...compiler.ir.module import Module
 from ...compiler.weights.memory import TILE_BYTES
-from ...compiler.weights.sink import TiledFile
+from ...compiler.weights.sink import TiledFile, tile_threads
 from ...compiler.weights.sources.source import WeightSource
 from ..serving.experts import Placement
 from ..target import Emitted
@@ -100,7 +100,7 @@ def emit_ranks(
         raise write_error(error, folder / FOLDER) from error
     for name, shares in divided.files.items():
         told = None if progress is None else _told_from(progress, done)
-        with TiledFile(folder / name, told) as file:
+        with TiledFile(folder / name, told, tile_threads(source)) as file:
             write_shares(file, shares, source, tile_bytes)
             hashes[name], sizes[name] = file.sha256, file.size
             done += file.size

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ...errors import MoecError
 from ...ir.deferred import torch
 from ...ir.dtypes import DTYPES, dtype_name, find_dtype
-from ...ir.recipes import FITTED
+from ...ir.recipes import FITTED, Recipe
 from ...ir.types import TensorType
 from .safetensors_header import TensorInfo
 
@@ -32,6 +32,19 @@ class WeightSource(Protocol):
 
     def read(self, name: str, box: Box | None = None, expected: TensorType | None = None) -> torch.Tensor:
         """Return the part of a tensor in `box` (all of it without one). The result must not be written to."""
+
+
+@runtime_checkable
+class ElsewhereSource(WeightSource, Protocol):
+    """A source whose recipes other processes compute (workers.py)."""
+
+    threads: int  # tiles that may be under way at once
+
+    def run(self, function: Callable[..., Any], recipe: Recipe, box: Box | None, *others: Any) -> Any:
+        """Return `function(recipe, source, box, *others)` of a process that has the source too."""
+
+    def run_all(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the results of jobs, which call `run`, several at a time."""
 
 
 class ModuleSource:

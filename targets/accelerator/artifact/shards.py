@@ -26,7 +26,7 @@ from ....compiler.ir.recipes import Recipe, Step, bind_recipe
 from ....compiler.weights.evaluate import evaluate_recipe, row_major
 from ....compiler.weights.memory import TILE_BYTES
 from ....compiler.weights.rows import encode_rows, tensor_scales
-from ....compiler.weights.sink import TiledFile
+from ....compiler.weights.sink import TiledFile, tile_threads
 from ....compiler.weights.sources.safetensors_header import header_bytes, tensor_bytes
 from ....compiler.weights.sources.source import Box, WeightSource
 from ....compiler.weights.steps.quantized import block_tiles
@@ -156,7 +156,7 @@ def write_shards(
         except OSError as error:
             raise write_error(error, path) from error
         told = None if progress is None else partial(_report_bytes, progress, before)
-        with TiledFile(path, told, threads) as file:
+        with TiledFile(path, told, threads or tile_threads(source)) as file:
             _write_shard(file, shard, source, tile_bytes)
             hashes[shard.name] = file.sha256
             before += file.size

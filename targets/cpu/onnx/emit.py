@@ -24,7 +24,7 @@ from ....compiler.ops.onnx_node import OPSET
 from ....compiler.version import __version__
 from ....compiler.weights.evaluate import evaluate_recipe
 from ....compiler.weights.memory import TILE_BYTES
-from ....compiler.weights.sink import DataFile
+from ....compiler.weights.sink import DataFile, tile_threads
 from ....compiler.weights.sources.source import WeightSource
 from ....compiler.weights.steps.quantized import is_part
 from ...target import Emitted
@@ -126,7 +126,7 @@ def emit_model(
     graph = Graph(main.params, module.dims)
     for value in (*main.params, *main.results):
         graph.fresh(value.name)
-    with DataFile(folder / DATA, tile_bytes, progress) as data:
+    with DataFile(folder / DATA, tile_bytes, progress, tile_threads(source)) as data:
         writer = _Writer(module, graph, source, data, {**KERNELS, **(other.kernels if other else {})})
         writer.inline(main, [p.name for p in main.params], [r.name for r in main.results], "", {})
     graph.prune([r.name for r in main.results])

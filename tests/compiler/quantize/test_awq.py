@@ -11,7 +11,7 @@ from moec.compiler.ir.recipes import FITTED, Tensor, tensors_of
 from moec.compiler.ir.types import TensorType
 from moec.compiler.quantize.awq_scales import fold_awq_scales
 from moec.compiler.quantize.calibrate import collect_inputs, main_inputs
-from moec.compiler.weights.awq import _search_factors, fit_awq_factors
+from moec.compiler.weights.awq import _sampled, _search_factors, fit_awq_factors
 from moec.compiler.weights.calibrated import Calibrated, Inputs
 from moec.compiler.weights.evaluate import evaluate_recipe
 from moec.compiler.weights.sources.source import ModuleSource
@@ -82,7 +82,7 @@ def test_a_few_large_channels_are_kept():
     w = torch.randn(32, 64, generator=generator)
     item = Tensor("w", TensorType.of("f32", 32, 64))
     quantized = step("quantize", item, to="uint4_g64", method="awq")
-    s = _search_factors([(quantized, Inputs(x.bfloat16()), None)], ModuleSource({"w": w}))
+    s = _search_factors(quantized, ModuleSource({"w": w}), None, [_sampled(quantized, Inputs(x.bfloat16()), None)])
 
     def error(factors):
         parts = find("uint4_g64").encode(w * factors)
