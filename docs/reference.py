@@ -23,9 +23,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def api_reference() -> str:
     """Return what `import moec` offers: signatures and docstrings."""
-    functions = [
-        _entry(f"moec.{name}", getattr(moec, name)) for name in moec.__all__ if name.islower() and name[0] != "_"
-    ]
+    offered = [(f"moec.{name}", getattr(moec, name)) for name in moec.__all__ if name.islower() and name[0] != "_"]
+    functions = [_entry(name, thing) if inspect.isroutine(thing) else _text_of(name, thing) for name, thing in offered]
     options = _entry("compile_source", _compile_source(), "The options of moec.compile")
     methods = [
         _entry(f"artifact.{name}", getattr(moec.Artifact, name)) for name in METHODS if hasattr(moec.Artifact, name)
