@@ -14,7 +14,6 @@ import click
 from click.core import ParameterSource
 
 from ..artifact.remote import is_url
-from ..errors.hub import hub_name
 from ..formats.caches import BITS
 from ..version import __version__
 from .artifacts import run, verify
@@ -157,7 +156,7 @@ def compile(
         raise click.UsageError("--json describes an artifact; --stop-after makes none")
     if stop_after and given["resume"]:
         raise click.UsageError("--resume goes on with the files of an artifact; --stop-after makes none")
-    if given["download"] and (Path(source).exists() or not hub_name(source)):
+    if given["download"] and Path(source).exists():
         raise click.UsageError(f"--download fetches a model by its name (org/name); {source} is a path")
     if out and out.endswith(".moir") and not stop_after:
         raise click.UsageError("-o names the artifact folder; add --stop-after kernel to write a .moir file")
