@@ -37,14 +37,16 @@ def _emit_artifact(
 ) -> Emitted:  # fmt: skip
     from ..cpu.onnx.emit import OtherNodes, emit_model
     from .experts import BODIES
+    from .quantized import KERNELS
     from .standard import rewrite_nodes
 
-    other = OtherNodes({"moe.experts": BODIES[experts]}, rewrite_nodes)
+    body = BODIES[experts]
+    other = OtherNodes({"moe.experts": body, "ort.experts_nbits": body, **KERNELS}, rewrite_nodes)
     return emit_model(module, source, folder, tile_bytes, progress, other=other)
 
 
-def _why_not_held(op: Op, format: Format) -> str:
-    return "its weights are floats in standard operators"
+def _why_slow(op: Op, format: Format) -> None:
+    """Return None: nothing is known of the runtimes."""
 
 
 def _with_options(given: Mapping[str, str]) -> Target:
@@ -60,10 +62,10 @@ def _with_options(given: Mapping[str, str]) -> Target:
 TARGET = replace(
     CPU,
     name="onnx",
-    doc="ONNX with standard operators of opset 23 alone, float32, for any runtime that has them.",
+    doc="ONNX with standard operators of opset 23 alone, float32, int8 or int4, for any runtime that has them.",
     pipeline=(*FUSED, PassCall(LOWER)),
     ops=Ops(CPU.ops.declare, DeferredFunction(f"{_ROOM}.lower", "why_unsupported")),
-    formats=Formats(holds=_why_not_held, slow=_why_not_held),
+    formats=Formats(holds=DeferredFunction(f"{_ROOM}.quantized", "why_not_held"), slow=_why_slow),
     lower=lower,
     emit=_emit_artifact,
     caches={"f32": None},

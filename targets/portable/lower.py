@@ -13,8 +13,11 @@ from ..cpu.lower.logits import keep_last_tokens
 from ..cpu.lower.mlp import gated_mlp
 from ..cpu.lower.slices import join_slices
 from ..cpu.onnx.emit import why_unsupported as why_not_emitted
+from .quantized import embedding_of_codes, experts_of_codes, linear_of_codes
 
 _REWRITES = {"nn.cached_attention": plain_attention, "nn.gated_mlp": gated_mlp}
+# blocks have become linears too: those on quantized weights come last
+_ON_CODES = {"core.linear": linear_of_codes, "nn.embedding": embedding_of_codes, "moe.experts": experts_of_codes}
 # ops whose nodes are com.microsoft's and have no form in standard.py
 _CONTRIBUTED = {
     "nn.linear_attention": "LinearAttention", "nn.hyper_connection_pre": "HyperConnectionPreMix",
@@ -37,9 +40,10 @@ def lower_module(module: Module) -> Rewritten:
     notes: list[Note] = []
     for function in module.functions:
         lowered, found = rewrite_ops(function, _REWRITES, "lower")
+        lowered, about_weights = rewrite_ops(lowered, _ON_CODES, "lower")
         lowered = join_slices(lowered)
         functions.append(keep_last_tokens(lowered) if lowered.name == "main" else lowered)
-        notes += found
+        notes += [*found, *about_weights]
     for function in functions:
         for op in function.ops:
             if reason := why_unsupported(op):

@@ -37,7 +37,7 @@ def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     variants = weight_variants("MatMulNBits", format, weight.type.sizes[-1])
     level, reason = best_level(record, variants, accuracy)
     if accuracy == FAST and has_grid_kernel(op, format):
-        parts = (op["x"], *_stored_parts(editor, weight)[:2])
+        parts = (op["x"], *stored_parts(editor, weight)[:2])
         if not any(bias):
             return op.become("ort.grid_linear", *parts, format=format.name)
         product = editor.add("ort.grid_linear", *parts, hint=f"{weight.name}.product", format=format.name)
@@ -51,7 +51,7 @@ def lower_linear(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
     _note_slow(editor, op, record, at_level(variants, level), format)
     attrs = {"bits": format.bits, "group": format.group, "accuracy": level}
     name = "ort.matmul_nbits" if op.name == "core.linear" else "ort.block_matmul_nbits"
-    return op.become(name, op["x"], *_stored_parts(editor, weight), *bias, **attrs)
+    return op.become(name, op["x"], *stored_parts(editor, weight), *bias, **attrs)
 
 
 def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
@@ -66,7 +66,7 @@ def lower_embedding(editor: Editor, op: Op, record: Record) -> Op:
             if is_decoded_by_table(format)
             else _with_f32_weights(editor, op, reason)
         )
-    return op.become("ort.gather_nbits", ids, *_stored_parts(editor, table), bits=format.bits, group=format.group)
+    return op.become("ort.gather_nbits", ids, *stored_parts(editor, table), bits=format.bits, group=format.group)
 
 
 def lower_experts(editor: Editor, op: Op, accuracy: str, record: Record) -> Op:
@@ -96,13 +96,13 @@ def lower_experts_to_loop(editor: Editor, op: Op, record: Record) -> Op:
     if reason:
         _note_decoded(editor, op, reason)
     kept = {**op.attributes, "bits": format.bits, "group": format.group} | ({"format": format.name} if reason else {})
-    parts = (*_stored_parts(editor, up), up_bias, *_stored_parts(editor, down), down_bias)
+    parts = (*stored_parts(editor, up), up_bias, *stored_parts(editor, down), down_bias)
     return op.become("ort.experts_nbits", op["x"], op["ids"], op["gates"], *parts, **kept)
 
 
 def _lower_to_grid(editor: Editor, op: Op, act: Activation, format: Format) -> Op:
     act, up, _ = interleave_gate(editor, act, op["up"], None)
-    parts = (*_stored_parts(editor, up)[:2], *_stored_parts(editor, op["down"])[:2])
+    parts = (*stored_parts(editor, up)[:2], *stored_parts(editor, op["down"])[:2])
     return op.become("ort.grid_experts", op["x"], op["ids"], op["gates"], *parts, act=act, format=format.name)
 
 
@@ -135,7 +135,7 @@ def _with_decoded(editor: Editor, op: Op, format: Format, reason: str) -> Op:
     """Return a linear with its quantized weight decoded before it."""
     _note_decoded(editor, op, reason)
     weight = op["w"]
-    parts = _stored_parts(editor, weight)[:2]
+    parts = stored_parts(editor, weight)[:2]
     numbers = editor.add("ort.decode", *parts, hint=f"{weight.name}.numbers", format=format.name)
     return op.reading(w=numbers)
 
@@ -144,9 +144,7 @@ def _lookup_and_decode(editor: Editor, op: Op, format: Format, reason: str) -> O
     """Return a lookup in a quantized table as those of codes and scales, which are decoded behind it."""
     _note_decoded(editor, op, reason)
     ids, table = op["ids"], op["table"]
-    rows = [
-        editor.add("nn.embedding", ids, part, hint=f"{part.name}.rows") for part in _stored_parts(editor, table)[:2]
-    ]
+    rows = [editor.add("nn.embedding", ids, part, hint=f"{part.name}.rows") for part in stored_parts(editor, table)[:2]]
     return op.become("ort.decode", *rows, format=format.name)
 
 
@@ -165,7 +163,7 @@ def _lower_to_qmoe(editor: Editor, op: Op, act: Activation, format: Format, leve
     act, up, up_bias = interleave_gate(editor, act, op["up"], op.get("up_bias"))
     choice, mixing = _choice_and_mixing(editor, op, record)
     kept = {"act": act, "k": op["ids"].type.shape[1], "bits": format.bits, "group": format.group, "accuracy": level}
-    parts = (*_stored_parts(editor, up), up_bias, *_stored_parts(editor, down), down_bias)
+    parts = (*stored_parts(editor, up), up_bias, *stored_parts(editor, down), down_bias)
     return op.become("ort.qmoe", op["x"], choice, mixing, *parts, **kept)
 
 
@@ -204,7 +202,7 @@ def softmax_routing(editor: Editor, route: Op) -> tuple[Value, Value | None] | N
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def _stored_parts(editor: Editor, weight: Value) -> tuple[Value, Value, Value | None]:
+def stored_parts(editor: Editor, weight: Value) -> tuple[Value, Value, Value | None]:
     """Return codes, scales and zero points (None without them) of a quantized weight."""
     quantized = editor.recipe(weight)
     format = format_of(weight.type.dtype)

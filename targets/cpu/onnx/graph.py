@@ -118,14 +118,15 @@ class Graph:
         self.initializers[tensor.name] = tensor
         return tensor.name
 
-    def with_sizes(self, name: str, sizes: Sequence[int]) -> str:
-        """Return an initializer with the bytes of another one and other sizes."""
+    def with_sizes(self, name: str, sizes: Sequence[int], data_type: int | None = None) -> str:
+        """Return an initializer with the bytes of another one and other sizes, and where it is given another of ONNX's types."""
 
         def make() -> str:
             tensor = TensorProto()
             tensor.CopyFrom(self.initializers[name])
             tensor.name = self.fresh(name)
             tensor.dims[:] = sizes
+            tensor.data_type = tensor.data_type if data_type is None else data_type
             self.initializers[tensor.name] = tensor
             return tensor.name
 
