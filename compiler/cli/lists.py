@@ -20,9 +20,9 @@ from .progress import show_progress
 @json_option
 @shared_options
 def list_(what: str, name: str | None, as_json: bool) -> None:
-    """List passes, ops, rules, model families, stored formats or systems; with NAME all that is known of one.
+    """List passes, ops, rules, model families, stored formats or systems.
 
-    Families are those that the tests check; any causal LM of the installed transformers may be compiled.
+    With NAME all that is known of one is shown. Families are those that the tests check; any causal LM of the installed transformers may be compiled.
     """
     from . import listing
 
