@@ -25,7 +25,7 @@ def draw_svg(draw: Callable[[Any, Any], None], data: Any, name: str = "", high: 
         raise MoecError(
             f"plots need matplotlib: {error}", todo="pip install 'moec[plots]', or leave out --html"
         ) from error
-    style = {
+    style: Any = {  # matplotlib types each key by its name
         "svg.hashsalt": name or draw.__name__, "svg.fonttype": "none", "font.size": 9, "legend.framealpha": 0,
         **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT),
     }  # fmt: skip
