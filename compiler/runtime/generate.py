@@ -179,8 +179,9 @@ def iterate_rows(
 
     What `cache` holds of the beginning of a single row is not run again, and it holds that row afterwards.
 
-    A row ends after a token of `eos`, after its number of tokens, and where True is sent for one of its tokens; all rows end where the longest fills the context. Raises MoecError for settings that mean
-    nothing, for a prompt that is longer than the context and for logits that are not numbers.
+    A row ends after a token of `eos`, after its number of tokens, and where True is sent for one of its tokens; all rows end
+    where the longest fills the context. Raises MoecError for settings that mean nothing, for a prompt that is longer than the
+    context and for logits that are not numbers.
     """
     _check_prompts(tokens)
     for sampling in samplings:

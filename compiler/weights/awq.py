@@ -25,9 +25,8 @@ from .steps.quantized import method_of
 STEPS = 10  # the exponent is tried in tenths
 TILE = 4 << 20  # bytes of f32 of a weight that are worked on at once
 ROWS = 512  # inputs of a weight (of one expert) that the error is taken on
-Sampled = tuple[
-    Step, torch.Tensor, list[tuple[int | None, torch.Tensor]]
-]  # a weight, inputs f32[N, K] of it and of each expert
+# a weight, with inputs f32[N, K] of all of it and of each expert
+Sampled = tuple[Step, torch.Tensor, list[tuple[int | None, torch.Tensor]]]
 
 
 def fit_awq_factors(module: Module, source: WeightSource, inputs: Mapping[str, Inputs]) -> dict[str, torch.Tensor]:

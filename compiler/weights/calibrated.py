@@ -34,11 +34,6 @@ class Inputs:
     rows: torch.Tensor | RowFile
     chosen: tuple[torch.Tensor | None, ...] | None = None
 
-    def gram_matrix(self, expert: int | None) -> torch.Tensor | None:
-        """Return XᵀX f32[K, K] of the rows X of an expert, or of the whole weight for None; None if they are too few."""
-        pieces = self.pieces(expert)
-        return None if pieces is None else sum_of_grams(pieces, self.rows[0:0].shape[1])
-
     def pieces(self, expert: int | None) -> Iterator[torch.Tensor] | None:
         """Return the rows of an expert, or of the whole weight for None, a few f32[N, K] at a time; None if they are too few."""
         places = self._row_places(expert)
